@@ -1,0 +1,1 @@
+"""What every room may import: records, errors, settings, clock, signals, telemetry."""

@@ -1,0 +1,128 @@
+"""Records as they travel: bytes, with just enough shape to count and cut them.
+
+On the event loop nobody decodes a record. A run of records is one `bytes` object in one of two
+layouts, and it keeps that form from the socket to the worker:
+
+* `Layout.LINES`: every record is followed by one LF and contains none. JSON lines and text arrive
+  like this, so the body of a request is stored, queued and handed on without a copy.
+* `Layout.SIZED`: the records lie back to back and `sizes` holds their lengths as little-endian
+  unsigned 32-bit integers. For records that may contain an LF: `bytes`, pretty-printed JSON.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+from array import array
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+
+class Layout(enum.IntEnum):
+    """How records lie in a payload. The numbers are stored in journals and never change."""
+
+    LINES = 0
+    SIZED = 1
+
+
+def pack_sizes(sizes: Iterable[int]) -> bytes:
+    """Lengths as little-endian u32, the form `Records.sizes` and the journal keep."""
+    packed = array("I", sizes)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_sizes(sizes: bytes) -> array[int]:
+    """The inverse of `pack_sizes`."""
+    unpacked = array("I")
+    unpacked.frombytes(sizes)
+    if sys.byteorder == "big":
+        unpacked.byteswap()
+    return unpacked
+
+
+class Records(NamedTuple):
+    """A run of records: what a chunk holds, and what a batch carries to its handler.
+
+    Attributes:
+        layout: how the records lie in `payload`.
+        count: how many they are; never negative.
+        payload: the bytes.
+        sizes: `SIZED` only: one little-endian u32 a record; empty for `LINES`.
+    """
+
+    layout: Layout
+    count: int
+    payload: bytes
+    sizes: bytes = b""
+
+    @classmethod
+    def lines(cls, records: Sequence[bytes]) -> Records:
+        """Records without an LF in them, as `LINES`."""
+        return cls(Layout.LINES, len(records), b"".join([b"%b\n" % r for r in records]))
+
+    @classmethod
+    def sized(cls, records: Sequence[bytes]) -> Records:
+        """Any records, as `SIZED`."""
+        return cls(
+            Layout.SIZED, len(records), b"".join(records), pack_sizes([len(r) for r in records])
+        )
+
+    def items(self) -> list[bytes]:
+        """Each record by itself, without its terminator."""
+        if self.layout is Layout.LINES:
+            items = self.payload.split(b"\n")
+            items.pop()
+            return items
+        items, start = [], 0
+        for size in unpack_sizes(self.sizes):
+            items.append(self.payload[start : start + size])
+            start += size
+        return items
+
+    def as_sized(self) -> Records:
+        """The same records in the layout that holds any record."""
+        return self if self.layout is Layout.SIZED else Records.sized(self.items())
+
+
+def join(runs: Sequence[Records]) -> Records:
+    """The records of all runs, in order; `SIZED` as soon as one of them is."""
+    if len(runs) == 1:
+        return runs[0]
+    count = sum(run.count for run in runs)
+    if all(run.layout is Layout.LINES for run in runs):
+        return Records(Layout.LINES, count, b"".join([run.payload for run in runs]))
+    runs = [run.as_sized() for run in runs]
+    return Records(
+        Layout.SIZED,
+        count,
+        b"".join([run.payload for run in runs]),
+        b"".join([run.sizes for run in runs]),
+    )
+
+
+class Refused(NamedTuple):
+    """A record that the door did not accept and keeps as a dead letter.
+
+    Attributes:
+        index: its place in what was sent, counting from 0 over accepted and refused records.
+        reason: `malformed`, `too_large` or `unfinished`.
+        detail: one line for the sender: what is wrong and where.
+        payload: the record, or its beginning if it was too large.
+    """
+
+    index: int
+    reason: str
+    detail: str
+    payload: bytes
+
+
+class Span(NamedTuple):
+    """Records `first` to `first + count - 1` of one chunk."""
+
+    chunk: int
+    first: int
+    count: int

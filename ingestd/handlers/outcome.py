@@ -1,0 +1,87 @@
+"""What crosses to a worker and what comes back: plain data, both ways.
+
+A `Job` is one try of one sealed batch. A `Result` says what became of it; the worker catches
+everything, so a result always comes back unless the worker itself died.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from ingestd.base.record import Records, Span
+
+
+class Job(msgspec.Struct, frozen=True):
+    """One call of the handler.
+
+    Attributes:
+        batch: the batch's id; names the same records through retries, crashes and restarts.
+        attempt: 1 for the first try.
+        records: the batch's records, as they came.
+        spans: where each record lies in its journal, in order; gives the records their ids.
+        origin: the journal's own id, the first part of each record's id.
+    """
+
+    batch: str
+    attempt: int
+    records: Records
+    spans: list[Span]
+    origin: str
+
+
+class Rejection(msgspec.Struct, frozen=True, array_like=True):
+    """One record given up without another try.
+
+    Attributes:
+        index: its place in the batch, from 0.
+        reason: `undecodable` (does not fit the annotation) or `rejected` (the handler said so).
+        error: one line for people.
+    """
+
+    index: int
+    reason: str
+    error: str
+
+
+class Retry(msgspec.Struct, frozen=True, array_like=True):
+    """One record that the handler wants to see again.
+
+    Attributes:
+        index: its place in the batch, from 0.
+        after: seconds to wait; `None` for the usual backoff.
+        error: one line for people.
+    """
+
+    index: int
+    after: float | None
+    error: str
+
+
+class Failure(msgspec.Struct, frozen=True, array_like=True):
+    """The call as a whole did not succeed: nothing else in the result counts.
+
+    Attributes:
+        reason: `raised`, `timeout` or `crashed`.
+        error: one line: the exception's type and message, or how the worker died.
+        traceback: as Python prints it, bounded; empty where there is none.
+    """
+
+    reason: str
+    error: str
+    traceback: str = ""
+
+
+class Result(msgspec.Struct, frozen=True):
+    """What became of a job. Records in neither list are done, unless `failure` is set.
+
+    Attributes:
+        rejections: records given up, at most one entry a record.
+        retries: records to be tried again; no record is in both lists.
+        failure: set when the batch has to be tried again as it is.
+        seconds: how long the handler itself ran.
+    """
+
+    rejections: list[Rejection] = []
+    retries: list[Retry] = []
+    failure: Failure | None = None
+    seconds: float = 0.0
