@@ -1,0 +1,57 @@
+"""ingestd turns a Python function into a durable, batched ingestion service.
+
+```
+ source ──append──▶ journal ──tail──▶ asyncio.Queue ──▶ batcher ──seal──▶ executor ──▶ handler
+ (http, stdin,     (group commit,    (bounded, join-    (count, bytes,   (thread,       (yours, or
+  fetch)            one fsync)        able)              age)             process, …)    a sink)
+    ▲                   ▲                                                                   │
+    └─ 2xx after commit └────────── settle: done · retry (backoff) · dead letter ◀──────────┘
+```
+
+A handler is a plain function that gets a batch. Returning means done, raising means again:
+
+```python
+import ingestd
+
+def store(batch: ingestd.Batch[dict]) -> None:
+    for index, record in enumerate(batch):
+        if "id" not in record:
+            batch.reject(index, "no id")
+```
+
+`raise ingestd.Reject("why")` gives a whole batch up without another try. The daemon itself starts
+with `ingestd run module:name`; read `ingestd/daemon.py` first.
+
+Names are resolved when they are asked for: every worker imports this package and has to start
+fast, so nothing is imported here that it does not need.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ingestd.handlers.batch import Batch, Reject
+
+    __version__: str
+
+__all__ = ["Batch", "Reject", "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    if name in {"Batch", "Reject"}:
+        from ingestd.handlers import batch  # noqa: PLC0415
+
+        value: object = getattr(batch, name)
+    elif name == "__version__":
+        from importlib.metadata import version  # noqa: PLC0415
+
+        value = version("ingestd")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,60 @@
+"""Settings that are right in their parts and cannot work together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ingestd.base.address import split_address
+from ingestd.base.units import show_seconds, show_size
+
+if TYPE_CHECKING:
+    from ingestd.base.settings import PipelineSettings, Settings
+
+
+class ContradictionError(ValueError):
+    """Settings that cannot work together.
+
+    Attributes:
+        problems: (dotted key, what is wrong with it), at least one.
+    """
+
+    def __init__(self, problems: list[tuple[str, str]]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(f"{key}: {problem}" for key, problem in problems))
+
+
+def contradictions(settings: Settings) -> list[tuple[str, str]]:
+    """(dotted key, problem) for each; the key is the one that is most likely to be changed."""
+    pipelines = settings.pipeline_settings()
+    problems = _at_the_door(settings)
+    if settings.source.pipeline not in pipelines:
+        problems.append(("source.pipeline", f"there is no pipeline {settings.source.pipeline!r}"))
+    for name, pipeline in pipelines.items():
+        prefix = "" if name == "default" else f"pipelines.{name}."
+        problems.extend((prefix + key, text) for key, text in _in_a_pipeline(pipeline))
+    return problems
+
+
+def _at_the_door(settings: Settings) -> list[tuple[str, str]]:
+    http, admin, problems = settings.http, settings.admin, []
+    if settings.source.kind != "http":
+        return []
+    if http.listen == admin.listen and split_address(http.listen)[1] != 0:
+        problems.append(("admin.listen", f"http.listen is {http.listen} too"))
+    if http.inflight_bytes_max < http.body_bytes_max:
+        room, body = show_size(http.inflight_bytes_max), show_size(http.body_bytes_max)
+        text = f"{room} has no room for one body of http.body_bytes_max ({body})"
+        problems.append(("http.inflight_bytes_max", text))
+    return problems
+
+
+def _in_a_pipeline(pipeline: PipelineSettings) -> list[tuple[str, str]]:
+    retry, problems = pipeline.retry, []
+    if retry.backoff_max < retry.backoff:
+        longest, first = show_seconds(retry.backoff_max), show_seconds(retry.backoff)
+        problems.append(("retry.backoff_max", f"{longest} is shorter than retry.backoff ({first})"))
+    if pipeline.queue.bytes_max < pipeline.batch.bytes_max:
+        room, batch = show_size(pipeline.queue.bytes_max), show_size(pipeline.batch.bytes_max)
+        text = f"{room} has no room for one batch of batch.bytes_max ({batch})"
+        problems.append(("queue.bytes_max", text))
+    return problems

@@ -1,0 +1,326 @@
+"""Settings: one frozen model a section, checked at start; a stage sees only its own.
+
+Sizes are `int` bytes and times `float` seconds once they are here. `Settings(...)` takes exactly
+what its caller says; flags, environment, secrets and files are read in `base/layers.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from ingestd.base.address import split_address
+from ingestd.base.contradictions import ContradictionError, contradictions
+from ingestd.base.units import Count, Seconds, Size  # noqa: TC001  pydantic reads annotations
+
+DEFAULT_PIPELINE = "default"
+PIPELINE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}", re.ASCII)
+
+_MIB = 1024**2
+_GIB = 1024**3
+_TIB = 1024**4
+_DAY = 86400.0
+
+Format = Literal["json", "text", "bytes"]
+
+
+def _option(value: object) -> object:
+    """Plain data only: options cross to worker processes."""
+    if isinstance(value, dict):
+        return {_name(key): _option(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_option(item) for item in value]
+    if isinstance(value, str | int | float):
+        return value
+    raise ValueError("should be text, a number, a boolean, a list or a table")
+
+
+def _name(key: object) -> str:
+    if not isinstance(key, str) or not key:
+        raise ValueError("should have text as keys")
+    return key
+
+
+def _path(value: object) -> object:
+    if value == "" or (isinstance(value, str) and "\0" in value):
+        raise ValueError("should be the path of a folder")
+    return value
+
+
+def _address(value: str) -> str:
+    split_address(value)
+    return value
+
+
+def _address_or_off(value: str) -> str:
+    return _address(value) if value else value
+
+
+def _pipeline_name(value: str) -> str:
+    if not PIPELINE_NAME.fullmatch(value):
+        raise ValueError(
+            "a pipeline's name starts with a-z, goes on with a-z 0-9 _ - and has at most 63"
+        )
+    if value == DEFAULT_PIPELINE:
+        raise ValueError(f"the pipeline {DEFAULT_PIPELINE!r} is set at the top level")
+    return value
+
+
+PipelineName = Annotated[str, AfterValidator(_pipeline_name)]
+
+
+class Section(BaseModel):
+    """What all sections have in common: frozen, and nothing unknown gets in."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceSettings(Section):
+    """`[source]`: where records come in."""
+
+    kind: Literal["http", "stdin"] = Field("http", description="where records come in")
+    pipeline: str = Field(
+        DEFAULT_PIPELINE, description="the pipeline that records without a named one go to"
+    )
+
+
+class HttpSettings(Section):
+    """`[http]`: the door for records, and its bounds."""
+
+    listen: Annotated[str, AfterValidator(_address)] = Field(
+        "127.0.0.1:8080", description="address for records, HOST:PORT"
+    )
+    wire_bytes_max: Size = Field(
+        16 * _MIB, ge=1, le=_TIB, description="largest body as it is sent, before decompression"
+    )
+    body_bytes_max: Size = Field(
+        64 * _MIB, ge=1, le=_TIB, description="largest body after decompression"
+    )
+    records_max: Count = Field(100_000, ge=1, le=10**9, description="most records in one request")
+    inflight_bytes_max: Size = Field(
+        256 * _MIB,
+        ge=1,
+        le=_TIB,
+        description="bodies being read or waiting for their commit, all requests together",
+    )
+    connections_max: Count = Field(4096, ge=1, le=1_000_000, description="most open connections")
+    body_timeout: Seconds = Field(
+        30.0, gt=0, le=_DAY, description="a body has to be there after this"
+    )
+    keepalive_timeout: Seconds = Field(
+        15.0, ge=0, le=_DAY, description="an idle connection is closed after this"
+    )
+
+
+class StdinSettings(Section):
+    """`[stdin]`: bounds of standard input."""
+
+    inflight_bytes_max: Size = Field(
+        16 * _MIB, ge=1, le=_TIB, description="read but not yet committed; then reading waits"
+    )
+
+
+class AdminSettings(Section):
+    """`[admin]`: health, metrics and status."""
+
+    listen: Annotated[str, AfterValidator(_address_or_off)] = Field(
+        "127.0.0.1:8081",
+        description='address for health, metrics and status, HOST:PORT; "" switches it off',
+    )
+
+
+class LogSettings(Section):
+    """`[log]`: lines on stderr."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="the least important lines that are written"
+    )
+    format: Literal["auto", "json", "console"] = Field(
+        "auto", description="auto is console on a terminal, else json"
+    )
+
+
+class BatchSettings(Section):
+    """`[batch]`: a batch is closed by whichever bound it meets first."""
+
+    records_max: Count = Field(1000, ge=1, le=10**7, description="most records in a batch")
+    bytes_max: Size = Field(4 * _MIB, ge=1, le=16 * _GIB, description="most bytes in a batch")
+    age_max: Seconds = Field(
+        1.0, ge=0, le=_DAY, description="a batch goes when its oldest record is this old"
+    )
+
+
+class QueueSettings(Section):
+    """`[queue]`: what of the journal is kept in memory; beyond it records wait on disk."""
+
+    chunks_max: Count = Field(1024, ge=1, le=10**6, description="most chunks in memory")
+    bytes_max: Size = Field(64 * _MIB, ge=1, le=_TIB, description="most bytes in memory")
+
+
+class HandlerSettings(Section):
+    """`[handler]`: who gets the batches."""
+
+    target: str = Field(
+        "jsonl", min_length=1, description="module:name of your function or class, or a sink"
+    )
+    options: Annotated[dict[str, Any], BeforeValidator(_option)] = Field(
+        default_factory=dict, description="keyword arguments for a handler class or a sink"
+    )
+
+
+class ExecutorSettings(Section):
+    """`[executor]`: what the handler runs in."""
+
+    kind: Literal["thread", "process", "async"] = Field(
+        "thread", description="what the handler runs in"
+    )
+    workers: Count = Field(4, ge=1, le=1024, description="most batches that are handled at once")
+    timeout: Seconds = Field(60.0, gt=0, le=30 * _DAY, description="one call may take this long")
+
+
+class RetrySettings(Section):
+    """`[retry]`: what happens when the handler raises."""
+
+    attempts_max: Count = Field(8, ge=1, le=10**6, description="tries, the first one counted")
+    backoff: Seconds = Field(
+        0.5, ge=0, le=_DAY, description="wait before the second try; doubles with each"
+    )
+    backoff_max: Seconds = Field(60.0, ge=0, le=30 * _DAY, description="longest wait")
+    waiting_max: Count = Field(
+        64, ge=1, le=10**6, description="batches that may wait; then nothing new is batched"
+    )
+
+
+class JournalSettings(Section):
+    """`[journal]`: the durable store of what is accepted and not yet done."""
+
+    kind: Literal["sqlite", "memory"] = Field(
+        "sqlite", description="memory is fast and loses what it holds with the process"
+    )
+    bytes_max: Size = Field(
+        8 * _GIB, ge=1, le=1024 * _TIB, description="at this size new records are refused (503)"
+    )
+
+
+class PipelineDrainSettings(Section):
+    """`[pipelines.NAME.drain]`: how a pipeline leaves."""
+
+    timeout: Seconds = Field(
+        30.0, ge=0, le=_DAY, description="what is not done then stays in the journal"
+    )
+
+
+class DrainSettings(PipelineDrainSettings):
+    """`[drain]`: how the daemon leaves."""
+
+    delay: Seconds = Field(
+        0.0, ge=0, le=3600, description="go on serving this long after SIGTERM, not ready any more"
+    )
+
+
+class PipelineSettings(Section):
+    """One pipeline, everything filled in. The daemon gets these from `pipeline_settings()`."""
+
+    format: Format = Field("json", description="what a record is")
+    record_bytes_max: Size = Field(_MIB, ge=1, le=_GIB, description="largest record")
+    batch: BatchSettings = BatchSettings()
+    queue: QueueSettings = QueueSettings()
+    handler: HandlerSettings = HandlerSettings()
+    executor: ExecutorSettings = ExecutorSettings()
+    retry: RetrySettings = RetrySettings()
+    journal: JournalSettings = JournalSettings()
+    drain: PipelineDrainSettings = PipelineDrainSettings()
+
+
+class Settings(BaseSettings):
+    """Everything, at top level for the pipeline `default`; `pipelines` come filled in.
+
+    A table under `pipelines` takes what it leaves out, key by key, from the top level; a `handler`
+    table is taken whole, because options belong to their target.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid")
+
+    data_dir: Annotated[Path, BeforeValidator(_path)] = Field(
+        Path("ingestd-data"), description="folder of the journals and of what sinks write"
+    )
+    format: Format = Field("json", description="what a record is")
+    record_bytes_max: Size = Field(_MIB, ge=1, le=_GIB, description="largest record")
+    source: SourceSettings = SourceSettings()
+    http: HttpSettings = HttpSettings()
+    stdin: StdinSettings = StdinSettings()
+    admin: AdminSettings = AdminSettings()
+    log: LogSettings = LogSettings()
+    batch: BatchSettings = BatchSettings()
+    queue: QueueSettings = QueueSettings()
+    handler: HandlerSettings = HandlerSettings()
+    executor: ExecutorSettings = ExecutorSettings()
+    retry: RetrySettings = RetrySettings()
+    journal: JournalSettings = JournalSettings()
+    drain: DrainSettings = DrainSettings()
+    pipelines: dict[PipelineName, PipelineSettings] = Field(
+        default_factory=dict, max_length=1000, description="more pipelines, by name"
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what the caller passes: the other sources let unknown names and lost files pass."""
+        return (init_settings,)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_pipelines(cls, values: dict[str, Any]) -> dict[str, Any]:
+        named = values.get("pipelines")
+        if not isinstance(named, Mapping):
+            return values
+        filled = {name: inherit(values, _plain(table)) for name, table in named.items()}
+        return {**values, "pipelines": filled}
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Settings:
+        problems = contradictions(self)
+        if problems:
+            raise ContradictionError(problems)
+        return self
+
+    def pipeline_settings(self) -> dict[str, PipelineSettings]:
+        """All pipelines by name, `default` first, everything filled in."""
+        default = PipelineSettings(
+            **{key: getattr(self, key) for key in PipelineSettings.model_fields}
+        )
+        return {DEFAULT_PIPELINE: default, **self.pipelines}
+
+
+def _plain(value: Any) -> Any:
+    """A model as the table that was written for it; anything else as it is."""
+    return value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
+
+
+def inherit(top: Mapping[str, Any], table: Any) -> Any:
+    """A pipeline's table with what it leaves out from the top level, before any checking."""
+    if not isinstance(table, Mapping):
+        return table
+    filled = dict(table)
+    for key, field in PipelineSettings.model_fields.items():
+        if key not in top or (key == "handler" and key in table):
+            continue
+        above, own = _plain(top[key]), _plain(table.get(key, {}))
+        section = field.annotation
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            filled.setdefault(key, above)
+        elif isinstance(above, Mapping) and isinstance(own, Mapping):
+            known = {name: value for name, value in above.items() if name in section.model_fields}
+            filled[key] = {**known, **own}
+    return filled
