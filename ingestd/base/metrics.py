@@ -1,0 +1,355 @@
+"""What the daemon counts, for Prometheus. One `Metrics` a process, with a registry of its own.
+
+Two ways in, neither on the path of a single record:
+
+* What happens is counted where it happens, once a request, commit or batch, through objects whose
+  label values are already resolved (`Metrics.route`, `Metrics.pipeline`).
+* What is known anyway (the ledger, the queue, the lanes) is read when somebody scrapes
+  (`Metrics.watch`), so no second count of it can drift.
+
+Names follow https://prometheus.io/docs/practices/naming/: base units, `_total` on counters.
+"""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING, NamedTuple
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from prometheus_client import Metric
+
+REASONS_MAX = 32
+"""Values that one `reason` label may take in one pipeline; what comes later counts as `other`."""
+
+_BY_PIPELINE = ("pipeline",)
+_BY_REASON = ("pipeline", "reason")
+_REQUEST_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+_COMMIT_SECONDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+_HANDLER_SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_APPENDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+_RECORDS = (1, 10, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 100_000)
+_BYTES = tuple(1024 * 4**n for n in range(9))  # 1 KiB to 64 MiB
+
+
+class PipelineState(NamedTuple):
+    """What a scrape reads of one pipeline.
+
+    The first five are the ledger: they count over the whole life of the data directory, so the
+    counters made of them do not start over with the process.
+
+    Attributes:
+        accepted: records.
+        processed: records.
+        dead: records.
+        pending: records.
+        refused: records kept as dead letters at the door; in none of the four above.
+        journal_bytes: used.
+        journal_bytes_max: the bound.
+        queue_chunks: in memory.
+        queue_bytes: in memory.
+        lanes_busy: batches that are with a worker.
+        batches_waiting: batches in their backoff.
+        oldest_pending_seconds: age of the oldest record that is not settled; 0 if there is none.
+    """
+
+    accepted: int
+    processed: int
+    dead: int
+    pending: int
+    refused: int
+    journal_bytes: int
+    journal_bytes_max: int
+    queue_chunks: int
+    queue_bytes: int
+    lanes_busy: int
+    batches_waiting: int
+    oldest_pending_seconds: float
+
+
+_LIFE = ", over the life of the data directory."
+# Field of `PipelineState`, metric, help. A name in `_total` is a counter.
+_STATE = (
+    ("accepted", "records_accepted_total", "Records made durable" + _LIFE),
+    ("processed", "records_processed_total", "Records the handler is done with" + _LIFE),
+    ("dead", "records_dead_total", "Accepted records given up" + _LIFE),
+    ("refused", "records_refused_total", "Records never accepted, kept as dead letters" + _LIFE),
+    ("pending", "records_pending", "Records accepted and not settled."),
+    ("journal_bytes", "journal_bytes", "Bytes of the journal in use."),
+    ("journal_bytes_max", "journal_limit_bytes", "Bytes the journal may use."),
+    ("queue_chunks", "queue_chunks", "Chunks held in memory."),
+    ("queue_bytes", "queue_bytes", "Bytes of the chunks held in memory."),
+    ("lanes_busy", "lanes_busy", "Batches that are with a worker."),
+    ("batches_waiting", "batches_waiting", "Batches that wait for their next try."),
+    ("oldest_pending_seconds", "oldest_pending_seconds", "Age of the oldest unsettled record."),
+)
+
+
+class _Watcher(Collector):
+    """Reads the pipelines' states when somebody scrapes."""
+
+    def __init__(self) -> None:
+        self.read: Callable[[], Mapping[str, PipelineState]] = dict
+        self.lost: Callable[[], int] = int
+
+    def describe(self) -> Iterable[Metric]:
+        """No names in advance: the registry would otherwise collect to learn them."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        states = self.read()
+        for field, name, text in _STATE:
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            family = kind(f"ingestd_{name}", text, labels=["pipeline"])
+            for pipeline, state in states.items():
+                family.add_metric([pipeline], getattr(state, field))
+            yield family
+        yield CounterMetricFamily(
+            "ingestd_log_lines_dropped_total",
+            "Log lines given up because the log's reader was slow or gone.",
+            value=self.lost(),
+        )
+
+
+class _Reasons:
+    """Children of a counter by reason, resolved once each and bounded in number."""
+
+    __slots__ = ("_children", "_counter", "_pipeline")
+
+    def __init__(self, counter: Counter, pipeline: str) -> None:
+        self._counter = counter
+        self._pipeline = pipeline
+        self._children: dict[str, Counter] = {}
+
+    def inc(self, reason: str, amount: float) -> None:
+        child = self._children.get(reason)
+        if child is None:
+            if len(self._children) >= REASONS_MAX:
+                reason = "other"
+            child = self._counter.labels(self._pipeline, reason)
+            self._children[reason] = child
+        child.inc(amount)
+
+
+class _Families:
+    """Every series that is counted where it happens."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+        count, observe = self._counter, self._histogram
+        # sources
+        self.requests = count("http_requests_total", "HTTP requests answered.", "route", "code")
+        self.request_seconds = observe(
+            "http_request_duration_seconds", "From head to answer.", _REQUEST_SECONDS, "route"
+        )
+        self.accepted_bytes = count("accepted_bytes_total", "Payload bytes made durable.")
+        self.refused_bytes = count(
+            "refused_bytes_total", "Payload bytes never accepted.", *_BY_REASON
+        )
+        self.requests_refused = count(
+            "requests_refused_total", "Whole requests turned away at a bound.", *_BY_REASON
+        )
+        self.dead_letters = count(
+            "dead_letters_total", "Dead letters since the start, refused ones too.", *_BY_REASON
+        )
+        # journal
+        self.commit_seconds = observe(
+            "journal_commit_duration_seconds", "One commit with its sync.", _COMMIT_SECONDS
+        )
+        self.appends = observe("journal_commit_appends", "Appends sharing one commit.", _APPENDS)
+        self.commit_bytes = count("journal_committed_bytes_total", "Bytes committed.")
+        # batches
+        self.batches = count("batches_total", "Tries of batches.", "pipeline", "outcome")
+        self.batch_records = observe("batch_records", "Records in a batch.", _RECORDS)
+        self.batch_bytes = observe("batch_bytes", "Payload bytes in a batch.", _BYTES)
+        self.handler_seconds = observe(
+            "handler_duration_seconds", "One call of the handler.", _HANDLER_SECONDS
+        )
+        self.worker_restarts = count("worker_restarts_total", "Workers replaced.", *_BY_REASON)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"ingestd_{name}", text, labels or _BY_PIPELINE, registry=self._registry)
+
+    def _histogram(
+        self, name: str, text: str, buckets: tuple[float, ...], *labels: str
+    ) -> Histogram:
+        return Histogram(
+            f"ingestd_{name}",
+            text,
+            labels or _BY_PIPELINE,
+            buckets=buckets,
+            registry=self._registry,
+        )
+
+
+class RouteMetrics:
+    """The requests of one route. From `Metrics.route`."""
+
+    __slots__ = ("_classes", "_seconds")
+
+    def __init__(self, route: str, families: _Families) -> None:
+        self._classes = tuple(
+            families.requests.labels(route, f"{first}xx") for first in range(2, 6)
+        )
+        self._seconds = families.request_seconds.labels(route)
+
+    def answered(self, status: int, seconds: float) -> None:
+        """One request got its answer, `seconds` after its head was read."""
+        self._classes[min(max(status // 100, 2), 5) - 2].inc()
+        self._seconds.observe(seconds)
+
+
+class PipelineMetrics:
+    """What happens in one pipeline. From `Metrics.pipeline`; safe to call from any thread."""
+
+    __slots__ = (
+        "_accepted_bytes",
+        "_appends",
+        "_batch_bytes",
+        "_batch_records",
+        "_commit_bytes",
+        "_commit_seconds",
+        "_dead_letters",
+        "_done",
+        "_failed",
+        "_handler_seconds",
+        "_refused_bytes",
+        "_requests_refused",
+        "_restarts",
+        "_retried",
+    )
+
+    def __init__(self, name: str, families: _Families) -> None:
+        self._accepted_bytes = families.accepted_bytes.labels(name)
+        self._dead_letters = _Reasons(families.dead_letters, name)
+        self._refused_bytes = _Reasons(families.refused_bytes, name)
+        self._requests_refused = _Reasons(families.requests_refused, name)
+        self._commit_seconds = families.commit_seconds.labels(name)
+        self._commit_bytes = families.commit_bytes.labels(name)
+        self._appends = families.appends.labels(name)
+        self._batch_records = families.batch_records.labels(name)
+        self._batch_bytes = families.batch_bytes.labels(name)
+        self._handler_seconds = families.handler_seconds.labels(name)
+        self._done = families.batches.labels(name, "done")
+        self._retried = families.batches.labels(name, "retry")
+        self._failed = families.batches.labels(name, "failed")
+        self._restarts = _Reasons(families.worker_restarts, name)
+
+    def accepted(self, size: int) -> None:
+        """A source's append of `size` payload bytes is durable. The records are in the ledger."""
+        self._accepted_bytes.inc(size)
+
+    def refused(self, reason: str, records: int, size: int) -> None:
+        """The door refused records and keeps them as dead letters: once a request and reason."""
+        self._dead_letters.inc(reason, records)
+        self._refused_bytes.inc(reason, size)
+
+    def request_refused(self, reason: str) -> None:
+        """A whole request was turned away and may be sent again: which bound, in one word."""
+        self._requests_refused.inc(reason, 1)
+
+    def committed(self, seconds: float, appends: int, size: int) -> None:
+        """The journal committed `appends` appends of `size` bytes together, in `seconds`."""
+        self._commit_seconds.observe(seconds)
+        self._commit_bytes.inc(size)
+        self._appends.observe(appends)
+
+    def batch_done(self, records: int, size: int, seconds: float) -> None:
+        """A batch is settled; its handler ran for `seconds`."""
+        self._done.inc()
+        self._batch_records.observe(records)
+        self._batch_bytes.observe(size)
+        self._handler_seconds.observe(seconds)
+
+    def batch_retried(self, seconds: float) -> None:
+        """A try of a batch failed after `seconds` and will be made again."""
+        self._retried.inc()
+        self._handler_seconds.observe(seconds)
+
+    def batch_failed(self, records: int, size: int, seconds: float) -> None:
+        """A batch was given up or split; its last try took `seconds`."""
+        self._failed.inc()
+        self._batch_records.observe(records)
+        self._batch_bytes.observe(size)
+        self._handler_seconds.observe(seconds)
+
+    def died(self, reason: str, records: int) -> None:
+        """Accepted records became dead letters: once a batch and reason."""
+        self._dead_letters.inc(reason, records)
+
+    def worker_restarted(self, reason: str) -> None:
+        """A worker was replaced: `crashed` or `timeout`."""
+        self._restarts.inc(reason, 1)
+
+
+class Metrics:
+    """All series of one process.
+
+    Args:
+        version: of ingestd, for `ingestd_build_info`.
+
+    Attributes:
+        loop_lag: gauge, seconds; who measures it sets it.
+    """
+
+    def __init__(self, version: str) -> None:
+        self._registry = CollectorRegistry()
+        self._watcher = _Watcher()
+        self._routes: dict[str, RouteMetrics] = {}
+        self._pipelines: dict[str, PipelineMetrics] = {}
+        self._registry.register(self._watcher)
+        ProcessCollector(registry=self._registry)
+        self._families = _Families(self._registry)
+        build = Gauge(
+            "ingestd_build_info",
+            "What is running; always 1.",
+            ["version", "python"],
+            registry=self._registry,
+        )
+        build.labels(version, platform.python_version()).set(1)
+        self.loop_lag = Gauge(
+            "ingestd_loop_lag_seconds",
+            "How late the event loop woke up lately, at worst.",
+            registry=self._registry,
+        )
+
+    def route(self, route: str) -> RouteMetrics:
+        """The requests of a route, named by its template (`/v1/records/{pipeline}`)."""
+        if route not in self._routes:
+            self._routes[route] = RouteMetrics(route, self._families)
+        return self._routes[route]
+
+    def pipeline(self, name: str) -> PipelineMetrics:
+        """What happens in the pipeline of that name; the same object every time."""
+        if name not in self._pipelines:
+            self._pipelines[name] = PipelineMetrics(name, self._families)
+        return self._pipelines[name]
+
+    def watch(self, read: Callable[[], Mapping[str, PipelineState]]) -> None:
+        """From now on each scrape reads the pipelines' states, by name, from `read`."""
+        self._watcher.read = read
+
+    def watch_log(self, lost: Callable[[], int]) -> None:
+        """From now on each scrape reads the number of dropped log lines from `lost`."""
+        self._watcher.lost = lost
+
+    def collect(self) -> Iterator[Metric]:
+        """All series, without the `_created` ones: they double the page and nobody asks them."""
+        for family in self._registry.collect():
+            family.samples = [s for s in family.samples if not s.name.endswith("_created")]
+            yield family
+
+    def render(self, accept: str = "") -> tuple[bytes, str]:
+        """The page a scraper gets: body and content type.
+
+        Args:
+            accept: the request's `Accept`; OpenMetrics if it asks for that, else Prometheus text.
+        """
+        encode, content_type = choose_encoder(accept)
+        return encode(self), content_type

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from ingestd.base.metrics import REASONS_MAX, Metrics, PipelineState
+
+STATE = PipelineState(
+    accepted=100,
+    processed=90,
+    dead=3,
+    pending=7,
+    refused=2,
+    journal_bytes=4096,
+    journal_bytes_max=8192,
+    queue_chunks=5,
+    queue_bytes=1000,
+    lanes_busy=4,
+    batches_waiting=1,
+    oldest_pending_seconds=1.5,
+)
+
+
+def samples(
+    metrics: Metrics, accept: str = ""
+) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    body, _ = metrics.render(accept)
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in parse_text(body.decode())
+        for sample in family.samples
+    }
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float:
+    return samples(metrics)[name, tuple(sorted(labels.items()))]
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    """With one child of every series, so that every name is on the page."""
+    made = Metrics("1.2.3")
+    made.watch(lambda: {"default": STATE})
+    made.watch_log(lambda: 17)
+    made.route("/v1/records").answered(202, 0.003)
+    pipeline = made.pipeline("default")
+    pipeline.accepted(500)
+    pipeline.refused("malformed", 2, 30)
+    pipeline.request_refused("journal")
+    pipeline.committed(0.004, 3, 500)
+    pipeline.batch_done(1000, 65536, 0.2)
+    pipeline.batch_retried(0.1)
+    pipeline.batch_failed(10, 640, 0.3)
+    pipeline.died("failed", 10)
+    pipeline.worker_restarted("crashed")
+    made.loop_lag.set(0.02)
+    return made
+
+
+def test_the_ledger_is_read_at_scrape_time_and_nothing_else_counts_it(metrics: Metrics) -> None:
+    state = STATE
+    metrics.watch(lambda: {"default": state, "clicks": STATE})
+    assert value(metrics, "ingestd_records_accepted_total", pipeline="default") == 100
+    state = STATE._replace(accepted=101, pending=8)
+    page = samples(metrics)
+    told = {
+        name: page[f"ingestd_records_{name}", (("pipeline", "default"),)]
+        for name in ("accepted_total", "processed_total", "dead_total", "pending", "refused_total")
+    }
+    assert told == {
+        "accepted_total": 101,
+        "processed_total": 90,
+        "dead_total": 3,
+        "pending": 8,
+        "refused_total": 2,
+    }
+    assert page["ingestd_records_accepted_total", (("pipeline", "clicks"),)] == 100
+
+
+def test_a_page_without_pipelines_is_a_page() -> None:
+    page = samples(Metrics("1.2.3"))
+    assert ("ingestd_log_lines_dropped_total", ()) in page
+    assert ("process_open_fds", ()) in page
+
+
+def test_what_happens_is_counted(metrics: Metrics) -> None:
+    page = samples(metrics)
+
+    def of(name: str, **labels: str) -> float:
+        return page[f"ingestd_{name}", tuple(sorted({"pipeline": "default", **labels}.items()))]
+
+    assert of("accepted_bytes_total") == 500
+    assert of("refused_bytes_total", reason="malformed") == 30
+    assert of("dead_letters_total", reason="malformed") == 2
+    assert of("dead_letters_total", reason="failed") == 10
+    assert of("requests_refused_total", reason="journal") == 1
+    assert of("journal_commit_duration_seconds_bucket", le="0.005") == 1
+    assert of("journal_commit_duration_seconds_bucket", le="0.0025") == 0
+    assert of("journal_commit_appends_sum") == 3
+    assert of("journal_committed_bytes_total") == 500
+    assert of("batch_records_sum") == 1010
+    assert of("batch_bytes_sum") == 65536 + 640
+    assert of("handler_duration_seconds_count") == 3
+    assert of("worker_restarts_total", reason="crashed") == 1
+    assert [of("batches_total", outcome=o) for o in ("done", "retry", "failed")] == [1, 1, 1]
+    assert of("oldest_pending_seconds") == 1.5
+    assert page["ingestd_log_lines_dropped_total", ()] == 17
+    assert page["ingestd_loop_lag_seconds", ()] == 0.02
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(200, "2xx"), (202, "2xx"), (304, "3xx"), (429, "4xx"), (503, "5xx")]
+)
+def test_requests_are_counted_by_class_of_status(status: int, code: str) -> None:
+    metrics = Metrics("1.2.3")
+    metrics.route("/v1/records").answered(status, 0.5)
+    counted = {
+        labels: number
+        for (name, labels), number in samples(metrics).items()
+        if name == "ingestd_http_requests_total" and number
+    }
+    assert counted == {(("code", code), ("route", "/v1/records")): 1}
+
+
+def test_names_keep_the_rules_of_promtool(metrics: Metrics) -> None:
+    body, content_type = metrics.render()
+    assert content_type.startswith("text/plain; version=0.0.4")
+    families = {family.name: family for family in parse_text(body.decode())}
+    ours = {name: family for name, family in families.items() if name.startswith("ingestd_")}
+    assert set(families) - set(ours) == {name for name in families if name.startswith("process_")}
+    for name, family in ours.items():
+        assert family.documentation.endswith("."), name
+        assert re.fullmatch(r"[a-z]+(_[a-z]+)*", name), name
+        assert not re.search(r"_(count|sum|bucket|created|gauge|counter|histogram)(_|$)", name)
+        assert not re.search(r"milli|micro|minutes|hours|kilo|mega|_ms$|_mb$", name), name
+        if family.type == "counter":
+            assert all(sample.name.endswith("_total") for sample in family.samples)
+        else:
+            assert not name.endswith("_total"), name
+        if family.type == "histogram":
+            assert name.endswith(("_seconds", "_bytes", "_records", "_appends")), name
+
+
+def test_openmetrics_for_who_asks(metrics: Metrics) -> None:
+    body, content_type = metrics.render("application/openmetrics-text; version=1.0.0")
+    assert content_type.startswith("application/openmetrics-text; version=1.0.0")
+    assert body.endswith(b"# EOF\n")
+    names = {family.name for family in parse_openmetrics(body.decode())}
+    assert "ingestd_records_accepted" in names
+
+
+def test_reasons_are_bounded() -> None:
+    metrics = Metrics("1.2.3")
+    pipeline = metrics.pipeline("default")
+    for number in range(REASONS_MAX + 10):
+        pipeline.died(f"reason{number}", 1)
+    page = [key for key in samples(metrics) if key[0] == "ingestd_dead_letters_total"]
+    assert len(page) == REASONS_MAX + 1
+    assert value(metrics, "ingestd_dead_letters_total", pipeline="default", reason="other") == 10
+
+
+def test_one_object_a_name() -> None:
+    metrics = Metrics("1.2.3")
+    assert metrics.pipeline("a") is metrics.pipeline("a")
+    assert metrics.route("/x") is metrics.route("/x")
+
+
+def test_two_in_one_process_do_not_meet() -> None:
+    one, other = Metrics("1"), Metrics("2")
+    one.pipeline("default").accepted(5)
+    other.pipeline("default").accepted(7)
+    assert value(one, "ingestd_accepted_bytes_total", pipeline="default") == 5
+    assert value(other, "ingestd_accepted_bytes_total", pipeline="default") == 7
