@@ -14,6 +14,7 @@ from __future__ import annotations
 import enum
 import sys
 from array import array
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Records(NamedTuple):
     """
 
     layout: Layout
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
     payload: bytes
     sizes: bytes = b""
 
@@ -82,6 +83,29 @@ class Records(NamedTuple):
             items.append(self.payload[start : start + size])
             start += size
         return items
+
+    def ends(self) -> list[int]:
+        """The offset in `payload` behind each record, its terminator included."""
+        if self.layout is Layout.LINES:
+            lines = self.payload.split(b"\n")
+            lines.pop()
+            return [end + i for i, end in enumerate(accumulate(map(len, lines)), 1)]
+        return list(accumulate(unpack_sizes(self.sizes)))
+
+    def part(self, first: int, count: int, ends: Sequence[int] | None = None) -> Records:
+        """Records `first` to `first + count - 1`.
+
+        Args:
+            first: from 0.
+            count: at least 1, at most what there is behind `first`.
+            ends: what `ends()` gave, for callers that cut the same run many times.
+        """
+        if count == self.count:
+            return self
+        ends = self.ends() if ends is None else ends
+        start = ends[first - 1] if first else 0
+        payload = self.payload[start : ends[first + count - 1]]
+        return Records(self.layout, count, payload, self.sizes[4 * first : 4 * (first + count)])
 
     def as_sized(self) -> Records:
         """The same records in the layout that holds any record."""
@@ -114,7 +138,7 @@ class Refused(NamedTuple):
         payload: the record, or its beginning if it was too large.
     """
 
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index
     reason: str
     detail: str
     payload: bytes
@@ -125,4 +149,41 @@ class Span(NamedTuple):
 
     chunk: int
     first: int
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
+
+
+def select(spans: Iterable[Span], indices: Iterable[int]) -> tuple[Span, ...]:
+    """Where some records of a batch lie.
+
+    Args:
+        spans: the batch's spans.
+        indices: places in the batch, growing.
+    """
+    chosen: list[Span] = []
+    walk = iter(spans)
+    span, start = next(walk), 0
+    for index in indices:
+        while index >= start + span.count:
+            start += span.count
+            span = next(walk)
+        place = span.first + index - start
+        last = chosen[-1] if chosen else None
+        if last is not None and last.chunk == span.chunk and last.first + last.count == place:
+            chosen[-1] = last._replace(count=last.count + 1)
+        else:
+            chosen.append(Span(span.chunk, place, 1))
+    return tuple(chosen)
+
+
+def without(spans: Iterable[Span], removed: Iterable[Span]) -> tuple[Span, ...]:
+    """What is left of a batch's spans; each removed span lies inside one of them."""
+    left = list(spans)
+    for gone in removed:
+        for i, span in enumerate(left):
+            end, gone_end = span.first + span.count, gone.first + gone.count
+            if span.chunk == gone.chunk and span.first <= gone.first and gone_end <= end:
+                before = Span(span.chunk, span.first, gone.first - span.first)
+                after = Span(span.chunk, gone_end, end - gone_end)
+                left[i : i + 1] = [part for part in (before, after) if part.count]
+                break
+    return tuple(left)

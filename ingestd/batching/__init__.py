@@ -1,0 +1,1 @@
+"""Chunks in, batches out: exact to the record."""

@@ -1,0 +1,32 @@
+"""What a lane is: one worker that runs one job at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from ingestd.handlers.outcome import Job, Result
+
+
+class Lane(Protocol):
+    """One worker. Its pool owns it, and gives it the next job only when it is free."""
+
+    async def start(self) -> None:
+        """Loads the handler.
+
+        Raises:
+            HandlerLoadError: it can't be loaded.
+        """
+        ...
+
+    async def run(self, job: Job) -> Result:
+        """Runs one job; whatever goes wrong in it comes back as the result's failure."""
+        ...
+
+    async def close(self, deadline: float) -> bool:
+        """Ends the worker, by force after `deadline` (loop time).
+
+        Returns:
+            Whether it is really gone; a thread that hangs can't be ended.
+        """
+        ...

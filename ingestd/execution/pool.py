@@ -1,0 +1,61 @@
+"""The pool: hands each job to a free lane, and owns the lanes."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ingestd.execution.lane import Lane
+
+
+class Pool:
+    """Owns the lanes. At most one job a lane runs at a time.
+
+    Args:
+        lanes: one for each worker.
+    """
+
+    def __init__(self, lanes: Sequence[Lane]) -> None:
+        self._lanes = lanes
+        # Last in, first out: a warm lane is asked again before a cold one.
+        self._free: asyncio.LifoQueue[Lane] = asyncio.LifoQueue()
+
+    @property
+    def busy(self) -> int:
+        """Lanes that have a job."""
+        return len(self._lanes) - self._free.qsize()
+
+    async def start(self) -> None:
+        """Starts all lanes at once.
+
+        Raises:
+            HandlerLoadError: the handler can't be loaded. Lanes that started are closed.
+        """
+        started = await asyncio.gather(
+            *(lane.start() for lane in self._lanes), return_exceptions=True
+        )
+        errors = [error for error in started if error is not None]
+        if errors:
+            await self.close(asyncio.get_running_loop().time() + 5.0)
+            raise errors[0]
+        for lane in self._lanes:
+            self._free.put_nowait(lane)
+
+    async def acquire(self) -> Lane:
+        """A free lane, now the caller's until `release`."""
+        return await self._free.get()
+
+    def release(self, lane: Lane) -> None:
+        """Gives a lane back."""
+        self._free.put_nowait(lane)
+
+    async def close(self, deadline: float) -> bool:
+        """Ends all workers, by force after `deadline` (loop time).
+
+        Returns:
+            Whether all are really gone.
+        """
+        return all(await asyncio.gather(*(lane.close(deadline) for lane in self._lanes)))

@@ -1,0 +1,62 @@
+"""A lane that is a thread of the daemon."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import structlog
+
+if TYPE_CHECKING:
+    from ingestd.handlers.outcome import Job, Result
+    from ingestd.handlers.runner import Runner
+
+log = structlog.get_logger(__name__)
+
+
+class ThreadLane:
+    """One thread with its own instance of the handler.
+
+    A thread can't be ended from outside: a job that overruns `timeout` is reported and waited for.
+
+    Args:
+        name: for the thread and the log.
+        runner: loads and calls the handler; used by this thread only.
+        timeout: seconds after which a job is reported as overrunning.
+    """
+
+    def __init__(self, name: str, runner: Runner, *, timeout: float) -> None:
+        self._name = name
+        self._runner = runner
+        self._timeout = timeout
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+
+    async def start(self) -> None:
+        """See `Lane.start`."""
+        error = await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.prepare)
+        if error:
+            log.warning("handler_not_ready", lane=self._name, error=error)
+
+    async def run(self, job: Job) -> Result:
+        """See `Lane.run`."""
+        running = asyncio.get_running_loop().run_in_executor(self._thread, self._runner.run, job)
+        done, _ = await asyncio.wait({running}, timeout=self._timeout)
+        if not done:
+            log.warning(
+                "handler_overran", lane=self._name, batch_id=job.batch, timeout=self._timeout
+            )
+        return await running
+
+    def _close(self) -> None:
+        failed = self._runner.close()
+        if failed:
+            log.warning("handler_close_failed", lane=self._name, error=failed)
+
+    async def close(self, deadline: float) -> bool:
+        """See `Lane.close`."""
+        loop = asyncio.get_running_loop()
+        closing = loop.run_in_executor(self._thread, self._close)
+        self._thread.shutdown(wait=False)
+        done, _ = await asyncio.wait({closing}, timeout=max(0.0, deadline - loop.time()))
+        return bool(done)

@@ -1,0 +1,38 @@
+"""From settings to a journal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ingestd.journal.memory import MemoryJournal
+from ingestd.journal.sqlite import SqliteJournal
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from ingestd.base.clock import Clock
+    from ingestd.base.settings import JournalSettings
+    from ingestd.journal.interface import Journal
+
+
+def build_journal(
+    settings: JournalSettings,
+    *,
+    folder: Path,
+    clock: Clock,
+    on_commit: Callable[[float, int, int], None],
+) -> Journal:
+    """The journal that the settings name, not opened yet.
+
+    Args:
+        settings: `[journal]`.
+        folder: where `journal.db` lies; exists.
+        clock: where time comes from.
+        on_commit: called after each commit with (seconds, appends, bytes).
+    """
+    if settings.kind == "memory":
+        return MemoryJournal(bytes_max=settings.bytes_max, clock=clock)
+    return SqliteJournal(
+        folder / "journal.db", bytes_max=settings.bytes_max, clock=clock, on_commit=on_commit
+    )

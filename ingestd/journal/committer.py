@@ -1,0 +1,244 @@
+"""Group commit: one thread writes everything that waits in one transaction, with one sync.
+
+The event loop submits operations; the thread takes all there are (bounded by bytes), writes them,
+and hands the futures back to the loop in one call. While a commit waits for the disk the next one
+gathers, so the more load there is, the more operations share a sync.
+
+A commit can fail in two ways (invariant 3 in `docs/ARCHITECTURE.md`):
+
+* no space: it was rolled back. The appends in it are refused. Everything else only makes the
+  journal smaller in the end, and is tried again until there is space or the journal is closed.
+* anything else, a failed sync above all: the journal is poisoned. The kernel may have dropped the
+  pages that it could not write and report success next time, so nothing is tried again
+  (https://wiki.postgresql.org/wiki/Fsync_Errors).
+"""
+
+from __future__ import annotations
+
+import queue
+import sqlite3
+import threading
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from ingestd.base.errors import JournalFailed, Overloaded
+from ingestd.base.record import Layout, Records, Refused, join
+from ingestd.journal import checkpoint
+from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Sealed, Settlement
+from ingestd.journal.store import Store, Write
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Sequence
+
+    from ingestd.base.clock import Clock
+
+COMMIT_BYTES = 16 << 20
+"""A transaction takes no further append beyond this, so a sync stays short."""
+JOIN_BYTES = 64 << 10
+"""Appends smaller than this are joined into one chunk, up to `CHUNK_BYTES`."""
+CHUNK_BYTES = 1 << 20
+FULL_PAUSE = 0.25
+"""Seconds between two tries when the disk is full."""
+
+
+class Append(NamedTuple):
+    """Records to accept."""
+
+    future: asyncio.Future[None]
+    records: Records
+    refused: Sequence[Refused]
+
+
+class Seal(NamedTuple):
+    """A batch to write down, and where the unsealed records begin after it."""
+
+    future: asyncio.Future[None]
+    batch: Sealed
+    cursor: Cursor
+
+
+class Settle(NamedTuple):
+    """What became of a batch."""
+
+    future: asyncio.Future[None]
+    settlement: Settlement
+
+
+class Postpone(NamedTuple):
+    """A batch's new attempts and due time."""
+
+    future: asyncio.Future[None]
+    batch: Sealed
+
+
+Op = Append | Seal | Settle | Postpone
+
+
+class Committed(NamedTuple):
+    """One commit, as it is reported to the loop."""
+
+    ops: Sequence[Op]
+    chunks: Sequence[Chunk]
+    ledger: Ledger
+    seconds: float
+    error: Exception | None = None
+
+
+class Committer:
+    """Owns the journal's writing thread.
+
+    Args:
+        store: the opened file; from now on the thread's.
+        checkpointer: told what was written; says when the WAL should be started over.
+        report: called on the thread with each `Committed`; must only hand it to the loop.
+        clock: gives `accepted_at`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        checkpointer: checkpoint.Checkpointer,
+        report: Callable[[Committed], None],
+        clock: Clock,
+    ) -> None:
+        self._store = store
+        self._checkpointer = checkpointer
+        self._report = report
+        self._clock = clock
+        self._waiting: queue.SimpleQueue[Op | None] = queue.SimpleQueue()
+        self._again: list[Op] = []
+        self._closing = threading.Event()
+        self._poison: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def submit(self, op: Op) -> None:
+        """Hands an operation over; its future is resolved on the loop."""
+        self._waiting.put(op)
+
+    def stop(self) -> None:
+        """Writes what was submitted and ends the thread; blocks until then."""
+        self._closing.set()
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        open_ = True
+        while open_ or self._again:
+            ops, open_ = self._gather(open_)
+            if ops:
+                self._commit(ops)
+            if self._poison is None and self._checkpointer.ripe():
+                self._restart_wal()
+
+    def _gather(self, open_: bool) -> tuple[list[Op], bool]:
+        """Everything that waits, up to the bound; blocks for the first operation."""
+        ops, self._again = self._again, []
+        if ops and not self._closing.wait(FULL_PAUSE):
+            pass  # a full disk: what is tried again has paused
+        size = 0
+        while open_ and size < COMMIT_BYTES:
+            try:
+                op = self._waiting.get(block=not ops)
+            except queue.Empty:
+                break
+            if op is None:
+                return ops, False
+            ops.append(op)
+            if type(op) is Append:
+                size += len(op.records.payload)
+        return ops, open_
+
+    def _commit(self, ops: list[Op]) -> None:
+        if self._poison is not None:
+            self._report(Committed(ops, (), self._store.meta.ledger, 0.0, self._poison))
+            return
+        started = time.perf_counter()
+        write = self._plan(ops)
+        try:
+            self._store.write(write)
+        except Exception as error:  # noqa: BLE001  whatever it is, it decides about the journal
+            self._failed(ops, error)
+            return
+        seconds = time.perf_counter() - started
+        self._checkpointer.wrote(
+            sum(len(c.records.payload) for c in write.chunks)
+            + sum(len(letter.payload) for letter in write.refused)
+            + 4 * 16384
+        )
+        self._report(Committed(ops, write.chunks, self._store.meta.ledger, seconds))
+
+    def _plan(self, ops: Sequence[Op]) -> Write:
+        now = self._clock.now()
+        appends = [op for op in ops if type(op) is Append]
+        seals = [op for op in ops if type(op) is Seal]
+        next_chunk = self._store.meta.last_chunk + 1
+        return Write(
+            chunks=[
+                Chunk(next_chunk + i, now, records)
+                for i, records in enumerate(_joined([op.records for op in appends]))
+            ],
+            refused=[_letter(refused, now) for op in appends for refused in op.refused],
+            sealed=[op.batch for op in seals],
+            postponed=[op.batch for op in ops if type(op) is Postpone],
+            settled=[op.settlement for op in ops if type(op) is Settle],
+            cursor=seals[-1].cursor if seals else None,
+        )
+
+    def _failed(self, ops: Sequence[Op], error: Exception) -> None:
+        ledger = self._store.meta.ledger
+        code = error.sqlite_errorcode & 0xFF if isinstance(error, sqlite3.Error) else None
+        if code == sqlite3.SQLITE_FULL:
+            refused = [op for op in ops if type(op) is Append]
+            if refused:
+                full = Overloaded(what="the disk of the journal", retry_after=5.0)
+                self._report(Committed(refused, (), ledger, 0.0, full))
+            self._again = [op for op in ops if type(op) is not Append]
+            if not (self._again and self._closing.is_set()):
+                return
+            ops, self._again = self._again, []
+        self._poisoned(error)
+        self._report(Committed(ops, (), ledger, 0.0, self._poison))
+
+    def _restart_wal(self) -> None:
+        try:
+            checkpoint.restart(self._store.connection)
+        except sqlite3.Error as error:
+            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:
+                return  # the WAL keeps its content; the next round tries again
+            self._poisoned(error)
+            self._report(Committed((), (), self._store.meta.ledger, 0.0, self._poison))
+
+    def _poisoned(self, error: Exception) -> None:
+        problem = f"{type(error).__name__}: {error}"
+        self._poison = JournalFailed(path=self._store.path, problem=problem)
+
+
+def _joined(runs: Sequence[Records]) -> list[Records]:
+    """Small neighbours as one run, everything in the order in which it came."""
+    chunks: list[Records] = []
+    group: list[Records] = []
+    size = 0
+    for run in runs:
+        if run.count == 0:
+            continue
+        small = len(run.payload) < JOIN_BYTES and run.layout is Layout.LINES
+        if group and (not small or size + len(run.payload) > CHUNK_BYTES):
+            chunks.append(join(group))
+            group, size = [], 0
+        if small:
+            group.append(run)
+            size += len(run.payload)
+        else:
+            chunks.append(run)
+    if group:
+        chunks.append(join(group))
+    return chunks
+
+
+def _letter(refused: Refused, now: float) -> DeadLetter:
+    return DeadLetter("", refused.reason, refused.detail, "", refused.payload, 0, now, now)

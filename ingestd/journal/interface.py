@@ -1,0 +1,199 @@
+"""What a journal is: five operations, each atomic and durable when its future resolves.
+
+`append` accepts records, `seal` writes a batch down, `settle` and `postpone` write down what became
+of it, and `read`/`load` bring records back. `docs/ARCHITECTURE.md` has the invariants.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from asyncio import Future
+    from collections.abc import Callable, Sequence
+
+    from ingestd.base.record import Records, Refused, Span
+
+
+class Chunk(NamedTuple):
+    """The records that one commit put into the journal together.
+
+    Attributes:
+        id: from 1, in the order of commits, never used again.
+        accepted_at: seconds since the epoch.
+        records: what it holds; a damaged chunk reads back with its count and no payload.
+        damaged: its checksum did not fit.
+    """
+
+    id: int
+    accepted_at: float
+    records: Records
+    damaged: bool = False
+
+
+class Cursor(NamedTuple):
+    """Where the unsealed records begin: record `record` of chunk `chunk`."""
+
+    chunk: int
+    record: int
+
+
+class Sealed(NamedTuple):
+    """A sealed batch, without its payload.
+
+    Attributes:
+        number: unique and growing within the journal; with the journal's id it is the batch's id.
+        spans: which records, in order.
+        count: how many.
+        attempts: tries that have been made.
+        due_at: not to be tried before this, seconds since the epoch; 0 for at once.
+        accepted_at: when its oldest record was accepted.
+    """
+
+    number: int
+    spans: tuple[Span, ...]
+    count: int  # type: ignore[assignment]  # hides tuple.count
+    attempts: int = 0
+    due_at: float = 0.0
+    accepted_at: float = 0.0
+
+
+class DeadLetter(NamedTuple):
+    """A record that was given up, with the reason.
+
+    Attributes:
+        record: its id in the journal, empty for one that was refused at the door.
+        reason: a word: malformed, too_large, unfinished, undecodable, rejected, failed, damaged.
+        error: one line.
+        traceback: as Python prints it, or empty.
+        payload: the record.
+        attempts: tries that were made.
+        first_at: when it was accepted, seconds since the epoch.
+        last_at: when it was given up.
+        records: how many records it stands for: 1, or all of a damaged chunk.
+    """
+
+    record: str
+    reason: str
+    error: str
+    traceback: str
+    payload: bytes
+    attempts: int
+    first_at: float
+    last_at: float
+    records: int = 1
+
+
+class Settlement(NamedTuple):
+    """All that one result changes, in one transaction.
+
+    Attributes:
+        batch: the batch that goes, by number.
+        processed: how many of its records are done.
+        dead: the dead letters that come.
+        successors: batches that replace it, each with its own number.
+        finished: chunks that hold no unsettled record any more.
+        finished_bytes: the sum of their bytes.
+        damaged: chunks that can't be read; each is kept aside before it goes.
+    """
+
+    batch: int
+    processed: int
+    dead: Sequence[DeadLetter]
+    successors: Sequence[Sealed]
+    finished: Sequence[int]
+    finished_bytes: int
+    damaged: Sequence[int] = ()
+
+
+class Ledger(NamedTuple):
+    """The numbers of promise 2 over the life of the data directory, after some commit.
+
+    `accepted == processed + dead + pending` always holds. `refused` counts records that the door
+    kept as dead letters without accepting them; they are in none of the four.
+    """
+
+    accepted: int = 0
+    processed: int = 0
+    dead: int = 0
+    refused: int = 0
+
+    @property
+    def pending(self) -> int:
+        """What is accepted and not settled, by the counters."""
+        return self.accepted - self.processed - self.dead
+
+
+class Recovered(NamedTuple):
+    """What an opened journal holds.
+
+    Attributes:
+        batches: sealed and not settled, oldest first.
+        cursor: where the unsealed records begin.
+        last_chunk: the newest chunk's id; 0 in a new journal.
+        next_batch: the first batch number that is free.
+        sizes: bytes of each chunk that `batches` name and that is still there.
+        set_aside: where an unreadable journal was moved to, if that happened.
+    """
+
+    batches: list[Sealed]
+    cursor: Cursor
+    last_chunk: int
+    next_batch: int
+    sizes: dict[int, int]
+    set_aside: str = ""
+
+
+class Journal(Protocol):
+    """One pipeline's durable store. All methods are called on the event loop."""
+
+    id: str
+    durable: bool
+    ledger: Ledger
+    bytes: int
+    bytes_max: int
+    failed: Future[None]
+
+    async def open(self, on_chunk: Callable[[Chunk], None]) -> Recovered:
+        """Opens and recovers; from now on each new chunk is announced once it is durable."""
+        ...
+
+    def append(self, records: Records, refused: Sequence[Refused]) -> Future[None]:
+        """Accepts records; resolved once they are durable.
+
+        Raises:
+            Overloaded: the journal's bound, or the disk's.
+            JournalFailed: it is poisoned.
+        """
+        ...
+
+    def seal(self, batch: Sealed, cursor: Cursor) -> Future[None]:
+        """Writes a batch down, and that everything before `cursor` is sealed."""
+        ...
+
+    def settle(self, settlement: Settlement) -> Future[None]:
+        """Writes down what became of a batch."""
+        ...
+
+    def postpone(self, batch: Sealed) -> Future[None]:
+        """Writes down a batch's new attempts and due time."""
+        ...
+
+    async def read(self, first: int, bytes_max: int) -> list[Chunk]:
+        """Chunks from id `first` on, in order: at least one if there is one, then up to the bound.
+
+        Damaged chunks come back marked.
+        """
+        ...
+
+    async def load(self, spans: Sequence[Span]) -> Records | None:
+        """The records of a batch; `None` if one of its chunks is damaged or gone."""
+        ...
+
+    async def close(self) -> tuple[Ledger, int | None]:
+        """Finishes what was submitted, tidies the file up, ends the threads.
+
+        Returns:
+            The counters, and pending records counted from the rows (`None` if that failed).
+        """
+        ...

@@ -1,0 +1,126 @@
+"""The memory journal: as fast as memory, and gone with the process.
+
+It keeps every promise but the first: "accepted" means "in this process's memory". What a crash or
+a drain that runs out of time leaves behind is lost; the daemon then says so and leaves with 75.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections import deque
+from typing import TYPE_CHECKING
+
+from ingestd.base.errors import Overloaded
+from ingestd.base.record import Records, Refused, Span, join
+from ingestd.journal.interface import (
+    Chunk,
+    Cursor,
+    DeadLetter,
+    Ledger,
+    Recovered,
+    Sealed,
+    Settlement,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ingestd.base.clock import Clock
+
+DEAD_MAX = 10_000
+"""Dead letters kept; older ones go first (they are gone with the process anyway)."""
+
+
+class MemoryJournal:
+    """See `ingestd.journal.interface.Journal`.
+
+    Args:
+        bytes_max: bound on the bytes of chunks.
+        clock: gives `accepted_at`.
+    """
+
+    durable = False
+
+    def __init__(self, *, bytes_max: int, clock: Clock) -> None:
+        self.id = secrets.token_hex(6)
+        self.bytes_max = bytes_max
+        self.bytes = 0
+        self.ledger = Ledger()
+        self.dead: deque[DeadLetter] = deque(maxlen=DEAD_MAX)
+        self._clock = clock
+        self._chunks: dict[int, Chunk] = {}
+        self._last = 0
+
+    async def open(self, on_chunk: Callable[[Chunk], None]) -> Recovered:
+        """See `Journal.open`."""
+        self._loop = asyncio.get_running_loop()
+        self.failed: asyncio.Future[None] = self._loop.create_future()
+        self._on_chunk = on_chunk
+        return Recovered([], Cursor(1, 0), 0, 1, {})
+
+    def append(self, records: Records, refused: Sequence[Refused]) -> asyncio.Future[None]:
+        """See `Journal.append`."""
+        size = len(records.payload) + len(records.sizes)
+        if self.bytes + size > self.bytes_max:
+            raise Overloaded(what="the journal", retry_after=1.0)
+        now = self._clock.now()
+        for letter in refused:
+            self.dead.append(
+                DeadLetter("", letter.reason, letter.detail, "", letter.payload, 0, now, now)
+            )
+        self.ledger = self.ledger._replace(
+            accepted=self.ledger.accepted + records.count,
+            refused=self.ledger.refused + len(refused),
+        )
+        if records.count:
+            self._last += 1
+            self.bytes += size
+            chunk = Chunk(self._last, now, records)
+            self._chunks[chunk.id] = chunk
+            self._on_chunk(chunk)
+        return self._done()
+
+    def seal(self, batch: Sealed, cursor: Cursor) -> asyncio.Future[None]:  # noqa: ARG002
+        """See `Journal.seal`."""
+        return self._done()
+
+    def postpone(self, batch: Sealed) -> asyncio.Future[None]:  # noqa: ARG002
+        """See `Journal.postpone`."""
+        return self._done()
+
+    def settle(self, settlement: Settlement) -> asyncio.Future[None]:
+        """See `Journal.settle`."""
+        self.dead.extend(settlement.dead)
+        self.ledger = self.ledger._replace(
+            processed=self.ledger.processed + settlement.processed,
+            dead=self.ledger.dead + sum(letter.records for letter in settlement.dead),
+        )
+        for chunk in settlement.finished:
+            del self._chunks[chunk]
+        self.bytes -= settlement.finished_bytes
+        return self._done()
+
+    async def read(self, first: int, bytes_max: int) -> list[Chunk]:
+        """See `Journal.read`."""
+        chunks, size = [], 0
+        for number in range(first, self._last + 1):
+            if number in self._chunks:
+                chunks.append(self._chunks[number])
+                size += len(chunks[-1].records.payload)
+                if size >= bytes_max:
+                    break
+        return chunks
+
+    async def load(self, spans: Sequence[Span]) -> Records | None:
+        """See `Journal.load`."""
+        return join([self._chunks[s.chunk].records.part(s.first, s.count) for s in spans])
+
+    async def close(self) -> tuple[Ledger, int | None]:
+        """See `Journal.close`; there are no rows to count."""
+        return self.ledger, None
+
+    def _done(self) -> asyncio.Future[None]:
+        future: asyncio.Future[None] = self._loop.create_future()
+        future.set_result(None)
+        return future

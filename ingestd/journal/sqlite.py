@@ -1,0 +1,239 @@
+"""The SQLite journal: the event loop's face of the store, its committer and its checkpointer.
+
+Three threads, each with a connection of its own and an owner that ends it: the committer writes,
+the checkpointer tidies, the reader brings back what is not in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from ingestd.base.errors import DataDirError, JournalFailed, Overloaded
+from ingestd.base.record import Records, Refused, Span, join
+from ingestd.journal.checkpoint import Checkpointer
+from ingestd.journal.committer import (
+    Append,
+    Committed,
+    Committer,
+    Postpone,
+    Seal,
+    Settle,
+)
+from ingestd.journal.interface import Chunk, Cursor, Ledger, Recovered, Sealed, Settlement
+from ingestd.journal.store import Store, connect, count_pending, read_chunks, read_some
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from ingestd.base.clock import Clock
+
+
+T = TypeVar("T")
+
+
+class SqliteJournal:
+    """See `ingestd.journal.interface.Journal`.
+
+    Args:
+        path: the file; its directory exists and is locked.
+        bytes_max: bound on the bytes of chunks and dead letters.
+        clock: gives `accepted_at`.
+        on_commit: called on the loop after each commit with (seconds, operations, bytes).
+    """
+
+    durable = True
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        bytes_max: int,
+        clock: Clock,
+        on_commit: Callable[[float, int, int], None],
+    ) -> None:
+        self.path = path
+        self.bytes_max = bytes_max
+        self.id = ""
+        self.ledger = Ledger()
+        self.bytes = 0
+        self._clock = clock
+        self._on_commit = on_commit
+
+    async def open(self, on_chunk: Callable[[Chunk], None]) -> Recovered:
+        """See `Journal.open`.
+
+        Raises:
+            JournalUnreadable: the file is another program's or another version's.
+            DataDirError: it can't be opened or created.
+        """
+        self._loop = asyncio.get_running_loop()
+        self.failed: asyncio.Future[None] = self._loop.create_future()
+        self._on_chunk = on_chunk
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="journal-read")
+        try:
+            recovered = await self._loop.run_in_executor(self._reader, self._open)
+        except BaseException:
+            self._reader.shutdown()
+            raise
+        self._committer.start()
+        return recovered
+
+    def _open(self) -> Recovered:
+        set_aside = ""
+        try:
+            try:
+                store, recovered = _open_store(self.path)
+            except sqlite3.DatabaseError as error:
+                if not _is_damage(error):
+                    raise
+                set_aside = self._set_aside()
+                store, recovered = _open_store(self.path)
+            self.id, self.ledger, self.bytes = store.id, store.meta.ledger, store.stored_bytes()
+            self._reading = connect(self.path)
+        except (sqlite3.Error, OSError) as error:
+            raise DataDirError(path=self.path, problem=str(error)) from error
+        self._store = store
+        self._checkpointer = Checkpointer(self.path)
+        self._committer = Committer(store, self._checkpointer, self._report, self._clock)
+        return recovered._replace(set_aside=set_aside)
+
+    def _set_aside(self) -> str:
+        """Moves an unreadable journal away, whole: it always starts, and nothing is deleted."""
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self._clock.now()))
+        target = self.path.with_name(f"{self.path.name}.damaged-{stamp}")
+        for suffix in ("", "-wal", "-shm"):
+            source = self.path.with_name(self.path.name + suffix)
+            if source.exists():
+                source.rename(target.with_name(target.name + suffix))
+        return str(target)
+
+    def append(self, records: Records, refused: Sequence[Refused]) -> asyncio.Future[None]:
+        """See `Journal.append`."""
+        if self.failed.done():
+            raise JournalFailed(path=self.path, problem="an earlier commit failed")
+        size = _size(records, refused)
+        if self.bytes + size > self.bytes_max:
+            raise Overloaded(what="the journal", retry_after=5.0)
+        self.bytes += size
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._committer.submit(Append(future, records, refused))
+        return future
+
+    def seal(self, batch: Sealed, cursor: Cursor) -> asyncio.Future[None]:
+        """See `Journal.seal`."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._committer.submit(Seal(future, batch, cursor))
+        return future
+
+    def settle(self, settlement: Settlement) -> asyncio.Future[None]:
+        """See `Journal.settle`."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._committer.submit(Settle(future, settlement))
+        return future
+
+    def postpone(self, batch: Sealed) -> asyncio.Future[None]:
+        """See `Journal.postpone`."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._committer.submit(Postpone(future, batch))
+        return future
+
+    async def read(self, first: int, bytes_max: int) -> list[Chunk]:
+        """See `Journal.read`."""
+        return await self._read(read_chunks, self._reading, first, bytes_max)
+
+    async def load(self, spans: Sequence[Span]) -> Records | None:
+        """See `Journal.load`."""
+        chunks = await self._read(read_some, self._reading, {span.chunk for span in spans})
+        if any(s.chunk not in chunks or chunks[s.chunk].damaged for s in spans):
+            return None
+        return join([chunks[s.chunk].records.part(s.first, s.count) for s in spans])
+
+    async def _read(self, function: Callable[..., T], *args: object) -> T:
+        return await self._loop.run_in_executor(self._reader, partial(function, *args))
+
+    def _report(self, committed: Committed) -> None:
+        """On the committer's thread: everything else happens on the loop."""
+        try:
+            self._loop.call_soon_threadsafe(self._committed, committed)
+        except RuntimeError:
+            pass  # the loop is gone: nobody waits any more, and what was written is written
+
+    def _committed(self, committed: Committed) -> None:
+        error = committed.error
+        self.ledger = committed.ledger
+        for op in committed.ops:
+            self._account(op, applied=error is None)
+        for chunk in committed.chunks:
+            self._on_chunk(chunk)
+        for op in committed.ops:
+            if op.future.done():
+                continue
+            if error is None:
+                op.future.set_result(None)
+            else:
+                op.future.set_exception(error)
+        if isinstance(error, JournalFailed) and not self.failed.done():
+            self.failed.set_exception(error)
+        if error is None and committed.ops:
+            size = sum(len(chunk.records.payload) for chunk in committed.chunks)
+            self._on_commit(committed.seconds, len(committed.ops), size)
+
+    def _account(self, op: Append | Seal | Settle | Postpone, *, applied: bool) -> None:
+        if type(op) is Append and not applied:
+            self.bytes -= _size(op.records, op.refused)
+        elif type(op) is Settle and applied:
+            dead = sum(len(letter.payload) for letter in op.settlement.dead)
+            self.bytes += dead - op.settlement.finished_bytes
+
+    async def close(self) -> tuple[Ledger, int | None]:
+        """See `Journal.close`."""
+        counted = await self._loop.run_in_executor(self._reader, self._close)
+        self._reader.shutdown()
+        # What the committer reported last came before this call's own result.
+        return self.ledger, counted
+
+    def _close(self) -> int | None:
+        self._committer.stop()
+        self._checkpointer.stop()
+        counted = None
+        try:
+            counted = count_pending(self._reading)
+        except sqlite3.Error:
+            pass  # a poisoned journal may not even be readable
+        self._reading.close()
+        try:
+            self._store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except sqlite3.Error:
+            pass  # the WAL is recovered at the next start
+        self._store.close()
+        self._checkpointer.close()
+        return counted
+
+
+def _size(records: Records, refused: Sequence[Refused]) -> int:
+    return (
+        len(records.payload) + len(records.sizes) + sum(len(letter.payload) for letter in refused)
+    )
+
+
+def _open_store(path: Path) -> tuple[Store, Recovered]:
+    store = Store(path)
+    try:
+        return store, store.recovered()
+    except BaseException:
+        store.close()
+        raise
+
+
+def _is_damage(error: sqlite3.DatabaseError) -> bool:
+    """Whether the file's content is at fault, not the disk, the space or another process."""
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None or code & 0xFF == sqlite3.SQLITE_ERROR:
+        return True  # a table or the meta row is missing
+    return code & 0xFF in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}

@@ -1,0 +1,337 @@
+"""The SQLite file behind a journal: its tables and what one transaction does to them.
+
+Nothing here knows threads or the event loop; a connection belongs to whoever opened it.
+
+* `synchronous=FULL` in WAL mode: `COMMIT` returns after `fdatasync` of the WAL
+  (https://www.sqlite.org/pragma.html#pragma_synchronous).
+* `wal_autocheckpoint=0`: a commit never pays for a checkpoint (see `checkpoint.py`).
+* Pages of 16 KiB: a chunk of 125 KB then lies on 8 overflow pages instead of 31, which makes
+  writing and deleting it cheaper; a commit with one small chunk still writes only a few pages.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sqlite3
+import zlib
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from ingestd.base.errors import JournalUnreadable
+from ingestd.base.record import Layout, Records, Span
+from ingestd.journal.interface import (
+    Chunk,
+    Cursor,
+    DeadLetter,
+    Ledger,
+    Recovered,
+    Sealed,
+    Settlement,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+APPLICATION_ID = 0x696E6764  # "ingd"
+VERSION = 1
+PAGE_BYTES = 16384
+
+_SCHEMA = """
+CREATE TABLE chunks(
+    id INTEGER PRIMARY KEY, accepted_at REAL NOT NULL, count INTEGER NOT NULL,
+    bytes INTEGER NOT NULL, layout INTEGER NOT NULL, crc INTEGER NOT NULL,
+    sizes BLOB NOT NULL, payload BLOB NOT NULL) STRICT;
+CREATE TABLE batches(
+    number INTEGER PRIMARY KEY, count INTEGER NOT NULL, attempts INTEGER NOT NULL,
+    due_at REAL NOT NULL, accepted_at REAL NOT NULL, spans BLOB NOT NULL) STRICT;
+CREATE TABLE dead(
+    id INTEGER PRIMARY KEY AUTOINCREMENT, record TEXT NOT NULL, records INTEGER NOT NULL,
+    reason TEXT NOT NULL, error TEXT NOT NULL, traceback TEXT NOT NULL,
+    attempts INTEGER NOT NULL, first_at REAL NOT NULL, last_at REAL NOT NULL,
+    bytes INTEGER NOT NULL, payload BLOB NOT NULL) STRICT;
+CREATE TABLE damaged(
+    id INTEGER PRIMARY KEY, accepted_at REAL NOT NULL, count INTEGER NOT NULL,
+    bytes INTEGER NOT NULL, layout INTEGER NOT NULL, crc INTEGER NOT NULL,
+    sizes BLOB NOT NULL, payload BLOB NOT NULL) STRICT;
+CREATE TABLE meta(
+    one INTEGER PRIMARY KEY CHECK (one = 1), journal TEXT NOT NULL,
+    accepted INTEGER NOT NULL, processed INTEGER NOT NULL, dead INTEGER NOT NULL,
+    refused INTEGER NOT NULL, cursor_chunk INTEGER NOT NULL, cursor_record INTEGER NOT NULL,
+    last_chunk INTEGER NOT NULL, next_batch INTEGER NOT NULL) STRICT;
+"""
+
+_spans_decoder = msgspec.msgpack.Decoder(tuple[Span, ...])
+_spans_encode = msgspec.msgpack.Encoder().encode
+
+
+class Meta(NamedTuple):
+    """The one row that moves with every commit."""
+
+    ledger: Ledger
+    cursor: Cursor
+    last_chunk: int
+    next_batch: int
+
+
+class Write(NamedTuple):
+    """Everything that one commit writes."""
+
+    chunks: Sequence[Chunk]
+    refused: Sequence[DeadLetter]
+    sealed: Sequence[Sealed]
+    postponed: Sequence[Sealed]
+    settled: Sequence[Settlement]
+    cursor: Cursor | None
+
+
+def checksum(chunk: int, records: Records) -> int:
+    """CRC-32 over a chunk's identity, shape and bytes: SQLite's pages carry none."""
+    head = b"%d %d %d " % (chunk, records.count, records.layout)
+    return zlib.crc32(records.payload, zlib.crc32(records.sizes, zlib.crc32(head)))
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """A connection set up as every connection to a journal is."""
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+    try:
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA wal_autocheckpoint=0")
+        connection.execute("PRAGMA cache_size=-16384")
+        connection.execute("PRAGMA temp_store=MEMORY")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+class Store:
+    """The writer's side: owns the writing connection and the state that moves with each commit."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.connection = connect(path)
+        try:
+            self.id, self.meta = self._open()
+        except BaseException:
+            self.connection.close()
+            raise
+
+    def _open(self) -> tuple[str, Meta]:
+        db = self.connection
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        (application,) = db.execute("PRAGMA application_id").fetchone()
+        (tables,) = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        if tables == 0:
+            self._create()
+        elif application != APPLICATION_ID:
+            raise JournalUnreadable(path=self.path, problem="this is not a journal of ingestd")
+        elif version != VERSION:
+            raise JournalUnreadable(
+                path=self.path,
+                problem=f"it has version {version}, this ingestd reads version {VERSION}",
+            )
+        row = db.execute(
+            "SELECT journal, accepted, processed, dead, refused,"
+            " cursor_chunk, cursor_record, last_chunk, next_batch FROM meta"
+        ).fetchone()
+        if row is None:
+            raise sqlite3.DatabaseError("the meta row is missing")
+        return row[0], Meta(Ledger(*row[1:5]), Cursor(*row[5:7]), row[7], row[8])
+
+    def _create(self) -> None:
+        db = self.connection
+        db.execute(f"PRAGMA page_size={PAGE_BYTES}")
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("BEGIN IMMEDIATE")
+        for statement in _SCHEMA.split(";"):
+            if statement.strip():
+                db.execute(statement)
+        db.execute("INSERT INTO meta VALUES(1, ?, 0, 0, 0, 0, 1, 0, 0, 1)", (secrets.token_hex(6),))
+        db.execute(f"PRAGMA application_id={APPLICATION_ID}")
+        db.execute(f"PRAGMA user_version={VERSION}")
+        db.execute("COMMIT")
+        # The file's name must survive a power cut as surely as its content.
+        fd = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def write(self, write: Write) -> None:
+        """Applies everything in one transaction and returns once it is synced.
+
+        Raises:
+            sqlite3.Error: nothing was applied; `meta` is unchanged.
+        """
+        db, meta = self.connection, _advance(self.meta, write)
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            _insert(db, write)
+            _remove(db, write)
+            db.execute(
+                "UPDATE meta SET accepted=?, processed=?, dead=?, refused=?,"
+                " cursor_chunk=?, cursor_record=?, last_chunk=?, next_batch=?",
+                (*meta.ledger, *meta.cursor, meta.last_chunk, meta.next_batch),
+            )
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+        self.meta = meta
+
+    def recovered(self) -> Recovered:
+        """What is there to be done, for the start."""
+        db = self.connection
+        batches = [
+            Sealed(number, _spans_decoder.decode(spans), count, attempts, due_at, accepted_at)
+            for number, count, attempts, due_at, accepted_at, spans in db.execute(
+                "SELECT number, count, attempts, due_at, accepted_at, spans"
+                " FROM batches ORDER BY number"
+            )
+        ]
+        sizes: dict[int, int] = {}
+        for chunk in {span.chunk for batch in batches for span in batch.spans}:
+            row = db.execute("SELECT bytes FROM chunks WHERE id=?", (chunk,)).fetchone()
+            if row is not None:
+                sizes[chunk] = row[0]
+        meta = self.meta
+        return Recovered(batches, meta.cursor, meta.last_chunk, meta.next_batch, sizes)
+
+    def stored_bytes(self) -> int:
+        """Bytes of chunks, dead letters and what was set aside, for the journal's bound."""
+        (chunks,) = self.connection.execute("SELECT total(bytes) FROM chunks").fetchone()
+        (dead,) = self.connection.execute("SELECT total(bytes) FROM dead").fetchone()
+        (damaged,) = self.connection.execute("SELECT total(bytes) FROM damaged").fetchone()
+        return int(chunks + dead + damaged)
+
+    def close(self) -> None:
+        """Leaves one tidy file where that is possible."""
+        self.connection.close()
+
+
+def _advance(meta: Meta, write: Write) -> Meta:
+    """Where the one moving row stands after this commit."""
+    ledger = meta.ledger
+    dead = sum(letter.records for s in write.settled for letter in s.dead)
+    successors = [batch for s in write.settled for batch in s.successors]
+    return Meta(
+        Ledger(
+            ledger.accepted + sum(chunk.records.count for chunk in write.chunks),
+            ledger.processed + sum(s.processed for s in write.settled),
+            ledger.dead + dead,
+            ledger.refused + len(write.refused),
+        ),
+        write.cursor or meta.cursor,
+        write.chunks[-1].id if write.chunks else meta.last_chunk,
+        max([meta.next_batch, *(b.number + 1 for b in (*write.sealed, *successors))]),
+    )
+
+
+def _insert(db: sqlite3.Connection, write: Write) -> None:
+    if write.chunks:
+        db.executemany(
+            "INSERT INTO chunks VALUES(?,?,?,?,?,?,?,?)", [_chunk_row(c) for c in write.chunks]
+        )
+    sealed = [*write.sealed, *(batch for s in write.settled for batch in s.successors)]
+    if sealed:
+        db.executemany("INSERT INTO batches VALUES(?,?,?,?,?,?)", [_batch_row(b) for b in sealed])
+    dead = [*write.refused, *(letter for s in write.settled for letter in s.dead)]
+    if dead:
+        db.executemany(
+            "INSERT INTO dead(record, records, reason, error, traceback, attempts, first_at,"
+            " last_at, bytes, payload) VALUES(?,?,?,?,?,?,?,?,?,?)",
+            [_dead_row(letter) for letter in dead],
+        )
+
+
+def _remove(db: sqlite3.Connection, write: Write) -> None:
+    if write.postponed:
+        db.executemany(
+            "UPDATE batches SET attempts=?, due_at=? WHERE number=?",
+            [(b.attempts, b.due_at, b.number) for b in write.postponed],
+        )
+    if write.settled:
+        db.executemany("DELETE FROM batches WHERE number=?", [(s.batch,) for s in write.settled])
+        damaged = [(chunk,) for s in write.settled for chunk in s.damaged]
+        if damaged:
+            db.executemany("INSERT OR IGNORE INTO damaged SELECT * FROM chunks WHERE id=?", damaged)
+        finished = [(chunk,) for s in write.settled for chunk in s.finished]
+        if finished:
+            db.executemany("DELETE FROM chunks WHERE id=?", finished)
+
+
+def _chunk_row(chunk: Chunk) -> tuple[object, ...]:
+    records = chunk.records
+    size = len(records.payload) + len(records.sizes)
+    crc = checksum(chunk.id, records)
+    return (
+        chunk.id, chunk.accepted_at, records.count, size, int(records.layout), crc,
+        records.sizes, records.payload,
+    )  # fmt: skip
+
+
+def _batch_row(batch: Sealed) -> tuple[object, ...]:
+    spans = _spans_encode(batch.spans)
+    return (batch.number, batch.count, batch.attempts, batch.due_at, batch.accepted_at, spans)
+
+
+def _dead_row(letter: DeadLetter) -> tuple[object, ...]:
+    return (
+        letter.record, letter.records, letter.reason, letter.error, letter.traceback,
+        letter.attempts, letter.first_at, letter.last_at, len(letter.payload), letter.payload,
+    )  # fmt: skip
+
+
+_CHUNK = "SELECT id, accepted_at, count, layout, crc, sizes, payload FROM chunks"
+
+
+def _chunk(row: tuple[int, float, int, int, int, bytes, bytes]) -> Chunk:
+    number, accepted_at, count, layout, crc, sizes, payload = row
+    try:
+        records = Records(Layout(layout), count, payload, sizes)
+        whole = checksum(number, records) == crc
+    except ValueError:
+        records, whole = Records(Layout.SIZED, count, payload, sizes), False
+    return Chunk(number, accepted_at, records, damaged=not whole)
+
+
+def read_chunks(db: sqlite3.Connection, first: int, bytes_max: int) -> list[Chunk]:
+    """Chunks from id `first` on: one, then more as long as their bytes stay within the bound."""
+    chunks, size = [], 0
+    for row in db.execute(f"{_CHUNK} WHERE id >= ? ORDER BY id", (first,)):
+        chunks.append(_chunk(row))
+        size += len(row[6]) + len(row[5])
+        if size >= bytes_max:
+            break
+    return chunks
+
+
+def read_some(db: sqlite3.Connection, ids: Iterable[int]) -> dict[int, Chunk]:
+    """Chunks by id; those that are gone are left out."""
+    found = {}
+    for number in ids:
+        row = db.execute(f"{_CHUNK} WHERE id = ?", (number,)).fetchone()
+        if row is not None:
+            found[number] = _chunk(row)
+    return found
+
+
+def count_pending(db: sqlite3.Connection) -> int:
+    """Accepted records that are not settled, counted from the rows in one snapshot."""
+    db.execute("BEGIN")
+    try:
+        cursor_chunk, cursor_record = db.execute(
+            "SELECT cursor_chunk, cursor_record FROM meta"
+        ).fetchone()
+        (sealed,) = db.execute("SELECT coalesce(sum(count), 0) FROM batches").fetchone()
+        (waiting,) = db.execute(
+            "SELECT coalesce(sum(count), 0) FROM chunks WHERE id >= ?", (cursor_chunk,)
+        ).fetchone()
+        straddles = db.execute("SELECT 1 FROM chunks WHERE id = ?", (cursor_chunk,)).fetchone()
+    finally:
+        db.execute("COMMIT")
+    return int(sealed) + int(waiting) - (cursor_record if straddles else 0)

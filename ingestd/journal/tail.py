@@ -1,0 +1,114 @@
+"""The tail: chunks in the order of their ids, from memory while they fit, else from disk.
+
+A chunk that has just been committed is still in memory, and usually goes on from there. When the
+pipeline falls behind, fresh chunks are only remembered by id, and are read back later. So a burst
+is bounded by the disk, and `Room` bounds what is in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ingestd.journal.interface import Chunk, Journal
+
+READ_BYTES = 4 << 20
+"""How much one read brings back from disk."""
+
+
+class Room:
+    """Counts the bytes of records that a pipeline holds in memory, and waits for room."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self.bytes_max = bytes_max
+        self.bytes = 0
+        self._freed = asyncio.Event()
+
+    def has(self, size: int) -> bool:
+        """Whether `size` more bytes fit; anything fits into an empty room."""
+        return self.bytes == 0 or self.bytes + size <= self.bytes_max
+
+    def take(self, size: int) -> None:
+        """Counts bytes in."""
+        self.bytes += size
+
+    def free(self, size: int) -> None:
+        """Counts bytes out."""
+        self.bytes -= size
+        self._freed.set()
+
+    async def wait(self, size: int) -> None:
+        """Returns when `size` more bytes fit."""
+        while not self.has(size):
+            self._freed.clear()
+            await self._freed.wait()
+
+
+class Tail:
+    """Gives each chunk once, in order.
+
+    Args:
+        journal: where chunks are read back from.
+        room: bounds what is in memory; the caller frees what it got from `next`.
+        first: the first chunk to give.
+        last: the newest chunk that is in the journal.
+    """
+
+    def __init__(self, journal: Journal, room: Room, *, first: int, last: int) -> None:
+        self._journal = journal
+        self._room = room
+        self._next = first
+        self._last = last
+        self._fresh: deque[Chunk] = deque()
+        self._came = asyncio.Event()
+        self._given = asyncio.Event()
+
+    @property
+    def waiting(self) -> int:
+        """Chunks that have not been given yet."""
+        return max(0, self._last - self._next + 1)
+
+    def push(self, chunk: Chunk) -> None:
+        """A chunk that has just become durable; on the loop, in order."""
+        contiguous = self._fresh[-1].id if self._fresh else self._next - 1
+        size = len(chunk.records.payload)
+        if contiguous == chunk.id - 1 and self._room.has(size):
+            self._room.take(size)
+            self._fresh.append(chunk)
+        self._last = chunk.id
+        self._came.set()
+
+    async def next(self) -> Chunk:
+        """The next chunk; its payload's bytes are counted in the room."""
+        while True:
+            if self._fresh:
+                chunk = self._fresh.popleft()
+                self._next = chunk.id + 1
+                self._given.set()
+                return chunk
+            if self._next <= self._last:
+                await self._read_back()
+            else:
+                self._came.clear()
+                await self._came.wait()
+
+    async def emptied(self) -> None:
+        """Returns when everything that is in the journal has been given."""
+        while self.waiting:
+            self._given.clear()
+            await self._given.wait()
+
+    async def _read_back(self) -> None:
+        """Fills `_fresh` from disk; nothing is pushed to it meanwhile, as it is behind."""
+        first, last = self._next, self._last
+        await self._room.wait(min(READ_BYTES, self._room.bytes_max))
+        chunks = await self._journal.read(first, READ_BYTES)
+        if not chunks:
+            self._given.set()
+            self._next = last + 1  # rows that are gone; the ledger's own count will tell
+            return
+        for chunk in chunks:
+            self._room.take(len(chunk.records.payload))
+            self._fresh.append(chunk)

@@ -1,0 +1,528 @@
+"""The way of a record, top to bottom: accept, pump, batch, seal, dispatch, run, settle.
+
+Each step is a method below, in that order. Three tasks turn for ever: `_pump` fills the queue,
+`_consume` cuts and seals batches, `_dispatch` gives them to free workers. A batch's own task
+(`_run`) calls the handler and settles. If one of the three ends, the pipeline is broken and says
+so (`broken`); nothing waits for ever on a consumer that is dead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import async_timeout
+import structlog
+
+from ingestd.base.errors import JournalFailed
+from ingestd.base.metrics import PipelineState
+from ingestd.base.record import Records, Span, without
+from ingestd.batching.batch import Batch
+from ingestd.batching.batcher import Batcher, Cut
+from ingestd.execution.build import build_pool
+from ingestd.execution.line import Line
+from ingestd.execution.retry import Postponed, RetryRule, Settled, decide
+from ingestd.handlers.outcome import Job, Result
+from ingestd.journal.build import build_journal
+from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Recovered, Settlement
+from ingestd.journal.outstanding import Outstanding
+from ingestd.journal.tail import Room, Tail
+from ingestd.settling import as_sealed, damage_letters, dead_letters, replacements
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Sequence
+    from pathlib import Path
+
+    from ingestd.base.clock import Clock
+    from ingestd.base.metrics import PipelineMetrics
+    from ingestd.base.record import Refused
+    from ingestd.base.settings import PipelineSettings
+    from ingestd.execution.lane import Lane
+
+log = structlog.get_logger(__name__)
+
+
+class Report(NamedTuple):
+    """What a pipeline leaves behind.
+
+    Attributes:
+        ledger: the counters.
+        counted: pending records, counted from the journal's rows; `None` if it can't be read.
+        workers_gone: whether every worker really ended.
+        durable: whether what is pending is still there at the next start.
+    """
+
+    ledger: Ledger
+    counted: int | None
+    workers_gone: bool
+    durable: bool
+
+    @property
+    def balanced(self) -> bool:
+        """Promise 2: accepted = processed + dead + pending."""
+        return self.counted is None or self.counted == self.ledger.pending
+
+
+class Pipeline:
+    """One journal, queue, batcher, executor and handler, under a name.
+
+    Args:
+        name: as in `[pipelines.NAME]`, or `default`.
+        settings: this pipeline's, complete.
+        folder: where its journal lies; exists.
+        data_dir: the daemon's, for the handler.
+        metrics: what it counts.
+        clock: where time comes from.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: PipelineSettings,
+        *,
+        folder: Path,
+        data_dir: Path,
+        metrics: PipelineMetrics,
+        clock: Clock,
+    ) -> None:
+        self.name = name
+        self.format = settings.format
+        self.record_bytes_max = settings.record_bytes_max
+        self.settings = settings
+        self.journal = build_journal(
+            settings.journal, folder=folder, clock=clock, on_commit=metrics.committed
+        )
+        self.room = Room(settings.queue.bytes_max)
+        self.queue: asyncio.Queue[Chunk] = asyncio.Queue(settings.queue.chunks_max)
+        self.batcher = Batcher(
+            records_max=settings.batch.records_max, bytes_max=settings.batch.bytes_max
+        )
+        self.line: Line[Batch] = Line(
+            waiting_max=settings.retry.waiting_max, on_empty=self._prepare_next
+        )
+        self.pool = build_pool(
+            name, settings, data_dir=data_dir, on_restart=metrics.worker_restarted
+        )
+        self.outstanding = Outstanding()
+        self.running = 0
+        self._rule = RetryRule(
+            settings.retry.attempts_max, settings.retry.backoff, settings.retry.backoff_max
+        )
+        self._metrics = metrics
+        self._clock = clock
+        self._leaving = False
+        self._timer: asyncio.Timeout | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._moved = asyncio.Event()
+
+    # -- start ---------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Starts the workers, opens the journal, and feeds what an earlier life left behind.
+
+        Raises:
+            HandlerLoadError: the handler can't be loaded; the journal is untouched.
+            JournalUnreadable: see `Journal.open`.
+            DataDirError: see `Journal.open`.
+        """
+        self._loop = asyncio.get_running_loop()
+        self.broken: asyncio.Future[None] = self._loop.create_future()
+        await self.pool.start()
+        recovered = await self.journal.open(self._durable)
+        self.journal.failed.add_done_callback(self._journal_failed)
+        self._recover(recovered)
+        self._own(self._pump(), name=f"{self.name}-pump")
+        self._own(self._consume(), name=f"{self.name}-consume")
+        self._own(self._dispatch(), name=f"{self.name}-dispatch")
+
+    def _recover(self, recovered: Recovered) -> None:
+        """Sealed batches first, under their old ids; then the chunks from the cursor on."""
+        self._next_batch = recovered.next_batch
+        self._cursor = recovered.cursor
+        self.tail = Tail(
+            self.journal, self.room, first=recovered.cursor.chunk, last=recovered.last_chunk
+        )
+        now = self._clock.now()
+        for sealed in recovered.batches:
+            for span in sealed.spans:
+                size = recovered.sizes.get(span.chunk, 0)
+                self.outstanding.add(
+                    span.chunk, span.count, size=size, accepted_at=sealed.accepted_at
+                )
+            batch = Batch(
+                sealed.number,
+                sealed.spans,
+                sealed.count,
+                attempts=sealed.attempts,
+                accepted_at=sealed.accepted_at,
+            )
+            self.line.park(batch, self._loop.time() + max(0.0, sealed.due_at - now))
+        if recovered.set_aside:
+            log.error("journal_set_aside", pipeline=self.name, moved_to=recovered.set_aside)
+        if self.journal.ledger.pending:
+            log.info(
+                "journal_recovered",
+                pipeline=self.name,
+                pending=self.journal.ledger.pending,
+                sealed=len(recovered.batches),
+            )
+
+    # -- 1. accept: source → journal -----------------------------------------------------------
+
+    async def accept(self, records: Records, refused: Sequence[Refused] = ()) -> None:
+        """Returns once all of it is durable; all or nothing.
+
+        Raises:
+            Overloaded: the journal is at its bound.
+            JournalFailed: it is poisoned.
+        """
+        await self.journal.append(records, refused)
+        self._metrics.accepted(len(records.payload))
+        for reason in {letter.reason for letter in refused}:
+            sizes = [len(letter.payload) for letter in refused if letter.reason == reason]
+            self._metrics.refused(reason, len(sizes), sum(sizes))
+
+    def _durable(self, chunk: Chunk) -> None:
+        """The journal's word that a chunk is durable; comes just before its append resolves."""
+        self.tail.push(chunk)
+
+    # -- 2. pump: journal → queue --------------------------------------------------------------
+
+    async def _pump(self) -> None:
+        while True:
+            chunk = await self.tail.next()
+            records = chunk.records
+            self.outstanding.add(
+                chunk.id,
+                records.count - self._first_of(chunk),
+                size=len(records.payload) + len(records.sizes),
+                accepted_at=chunk.accepted_at,
+            )
+            await self.queue.put(chunk)
+
+    def _first_of(self, chunk: Chunk) -> int:
+        """The first record that is not sealed; not 0 only for the recovered cursor's chunk."""
+        return self._cursor.record if chunk.id == self._cursor.chunk else 0
+
+    # -- 3. batch: queue → batches -------------------------------------------------------------
+
+    async def _consume(self) -> None:
+        while True:
+            chunk = await self._next_chunk()
+            if chunk is None:
+                await self._seal(self.batcher.close())
+            elif chunk.damaged:
+                await self._seal(self.batcher.close())
+                await self._seal(self._damaged(chunk))
+            else:
+                self._add(chunk)
+                while cut := self.batcher.take():
+                    await self._seal(cut)
+
+    async def _next_chunk(self) -> Chunk | None:
+        """The next chunk, or nothing when the open batch must go as it is."""
+        if not self.queue.empty():
+            return self.queue.get_nowait()
+        if not self.batcher.open:
+            return await self.queue.get()
+        self._timer = async_timeout.timeout_at(self._due())
+        try:
+            async with self._timer:
+                return await self.queue.get()
+        except TimeoutError:
+            return None
+        finally:
+            self._timer = None
+
+    def _due(self) -> float | None:
+        """When the open batch must go, loop time; never while one is sealed and has no worker."""
+        if self._leaving:
+            return self._loop.time()
+        if not self.line.empty:
+            return None
+        age_max = self.settings.batch.age_max
+        age = self._clock.now() - self.batcher.accepted_at
+        return self._loop.time() + age_max - min(max(age, 0.0), age_max)
+
+    def _prepare_next(self) -> None:
+        """The last sealed batch has gone to a worker: the open one may go by its age again."""
+        self._retime()
+
+    def _retime(self) -> None:
+        """Something that decides when the open batch is due has changed."""
+        if self._timer is not None and not self._timer.expired():
+            self._timer.reschedule(self._due())
+
+    def _add(self, chunk: Chunk) -> None:
+        first = self._first_of(chunk)
+        if first:
+            # The sealed part came with the chunk into memory, but no batch will free it.
+            self.room.free(chunk.records.ends()[first - 1])
+        self.batcher.add(chunk.id, chunk.records, first=first, accepted_at=chunk.accepted_at)
+
+    def _damaged(self, chunk: Chunk) -> Cut:
+        """A chunk that can't be read, as a batch that no worker will see."""
+        first, count = self._first_of(chunk), chunk.records.count
+        self.room.free(len(chunk.records.payload))
+        span = Span(chunk.id, first, count - first)
+        return Cut((span,), None, 0, chunk.accepted_at, (chunk.id + 1, 0))
+
+    # -- 4. seal: written down before anyone sees it -------------------------------------------
+
+    async def _seal(self, cut: Cut | None) -> None:
+        """Submits the seal; it shares the next commit, and `_dispatch` waits for it."""
+        if cut is None:
+            return
+        number, count = self._next_batch, sum(span.count for span in cut.spans)
+        self._next_batch += 1
+        batch = Batch(
+            number,
+            cut.spans,
+            count,
+            accepted_at=cut.accepted_at,
+            records=cut.records,
+            size=cut.size,
+        )
+        batch.sealed = self.journal.seal(as_sealed(batch, 0.0), Cursor(*cut.cursor))
+        await self.line.put(batch)
+
+    # -- 5. dispatch: at most `workers` batches are with the workers ---------------------------
+
+    async def _dispatch(self) -> None:
+        while True:
+            lane = await self.pool.acquire()
+            batch = await self.line.next()
+            self.running += 1
+            if batch.sealed is not None:
+                await batch.sealed
+            self._own(self._run(batch, lane), name=f"{self.name}-batch-{batch.number}")
+
+    # -- 6. run: one try of one batch ----------------------------------------------------------
+
+    async def _run(self, batch: Batch, lane: Lane) -> None:
+        try:
+            if batch.records is None:
+                await self._load(batch)
+            records = batch.records
+            result = None if records is None else await lane.run(self._job(batch, records))
+        finally:
+            self.running -= 1
+            self.pool.release(lane)
+        batch.attempts += 1
+        if result is None or records is None:
+            await self._set_aside(batch)
+            return
+        verdict = decide(
+            result,
+            count=batch.count,
+            attempts=batch.attempts,
+            rule=self._rule,
+            random=random.random,
+        )
+        if isinstance(verdict, Postponed):
+            await self._postpone(batch, verdict, result.seconds)
+        else:
+            await self._settle(batch, records, verdict, result)
+
+    async def _load(self, batch: Batch) -> None:
+        """Brings a batch's payload back from the journal."""
+        batch.records = await self.journal.load(batch.spans)
+        if batch.records is not None:
+            batch.size = len(batch.records.payload)
+            self.room.take(batch.size)
+
+    def _job(self, batch: Batch, records: Records) -> Job:
+        return Job(
+            f"{self.journal.id}-{batch.number}",
+            batch.attempts + 1,
+            records,
+            list(batch.spans),
+            self.journal.id,
+        )
+
+    # -- 7. settle: done, retry, dead letter ---------------------------------------------------
+
+    async def _postpone(self, batch: Batch, verdict: Postponed, seconds: float) -> None:
+        log.warning(
+            "batch_postponed",
+            pipeline=self.name,
+            batch_id=f"{self.journal.id}-{batch.number}",
+            attempts=batch.attempts,
+            after=round(verdict.after, 3),
+            reason=verdict.failure.reason,
+            error=verdict.failure.error,
+        )
+        self._metrics.batch_retried(seconds)
+        self._forget_payload(batch)
+        await self.journal.postpone(as_sealed(batch, self._clock.now() + verdict.after))
+        self.line.park(batch, self._loop.time() + verdict.after)
+        self._moved.set()
+
+    async def _settle(
+        self, batch: Batch, records: Records, verdict: Settled, result: Result
+    ) -> None:
+        now = self._clock.now()
+        dead = dead_letters(batch, records, verdict.given_up, origin=self.journal.id, now=now)
+        successors = replacements(batch, verdict.again, first_number=self._next_batch)
+        self._next_batch += len(successors)
+        size = len(records.payload)
+        await self._write_down(batch, dead, successors)
+        for successor, after in successors:
+            self.line.park(successor, self._loop.time() + after)
+        if len(dead) == batch.count:
+            self._metrics.batch_failed(batch.count, size, result.seconds)
+        else:
+            self._metrics.batch_done(batch.count, size, result.seconds)
+
+    async def _set_aside(self, batch: Batch) -> None:
+        """A batch whose records can't be read any more: counted, reported, kept as they are."""
+        letters = damage_letters(batch, origin=self.journal.id, now=self._clock.now())
+        await self._write_down(batch, letters, [], damaged=[span.chunk for span in batch.spans])
+
+    async def _write_down(
+        self,
+        batch: Batch,
+        dead: Sequence[DeadLetter],
+        successors: Sequence[tuple[Batch, float]],
+        damaged: Sequence[int] = (),
+    ) -> None:
+        """One transaction; then the chunks that it finished leave the queue."""
+        remaining = [span for successor, _ in successors for span in successor.spans]
+        finished, freed = self.outstanding.settle(without(batch.spans, remaining))
+        self._forget_payload(batch)
+        now = self._clock.now()
+        given_up = sum(letter.records for letter in dead)
+        settlement = Settlement(
+            batch=batch.number,
+            processed=batch.count - given_up - sum(span.count for span in remaining),
+            dead=dead,
+            successors=[as_sealed(successor, now + after) for successor, after in successors],
+            finished=finished,
+            finished_bytes=0 if damaged else freed,
+            damaged=damaged,
+        )
+        await self.journal.settle(settlement)
+        for chunk in finished:
+            if chunk >= self._cursor.chunk:  # older ones were sealed in an earlier life
+                self.queue.task_done()
+        self._moved.set()
+        self._report_dead(batch, dead)
+
+    def _report_dead(self, batch: Batch, dead: Sequence[DeadLetter]) -> None:
+        for reason in {letter.reason for letter in dead}:
+            letters = [letter for letter in dead if letter.reason == reason]
+            records = sum(letter.records for letter in letters)
+            self._metrics.died(reason, records)
+            log.warning(
+                "records_given_up",
+                pipeline=self.name,
+                batch_id=f"{self.journal.id}-{batch.number}",
+                reason=reason,
+                records=records,
+                error=letters[0].error,
+            )
+
+    def _forget_payload(self, batch: Batch) -> None:
+        self.room.free(batch.size)
+        batch.records, batch.size = None, 0
+
+    # -- leave ---------------------------------------------------------------------------------
+
+    async def drain(self, deadline: float | None) -> None:
+        """Finishes what was accepted; nothing is accepted meanwhile.
+
+        Returns when all of it is settled, when the pipeline broke, at `deadline` (loop time), or
+        as soon as all that is left waits for a retry beyond it.
+        """
+        self._leaving = True
+        self._retime()
+        joined = self._loop.create_task(self._joined(), name=f"{self.name}-join")
+        try:
+            while not (joined.done() or self.broken.done()):
+                left = None if deadline is None else deadline - self._loop.time()
+                if left is not None and (left <= 0 or self._only_waits_beyond(deadline)):
+                    return
+                self._moved.clear()
+                moved = self._loop.create_task(self._moved.wait())
+                ends: set[asyncio.Future[Any]] = {joined, self.broken, moved}
+                await asyncio.wait(
+                    ends,
+                    timeout=left,
+                    return_when=asyncio.FIRST_COMPLETED,
+                )
+                moved.cancel()
+        finally:
+            joined.cancel()
+
+    async def _joined(self) -> None:
+        await self.tail.emptied()
+        await self.queue.join()
+        while len(self.outstanding):  # batches of an earlier life did not come through the queue
+            self._moved.clear()
+            await self._moved.wait()
+
+    def _only_waits_beyond(self, deadline: float | None) -> bool:
+        due = self.line.first_due
+        busy = self.running or self.tail.waiting or not self.queue.empty()
+        if busy or self.batcher.open or not self.line.empty or due is None or deadline is None:
+            return False
+        return due > deadline
+
+    async def close(self, deadline: float) -> Report:
+        """Cancels the tasks (the consumer last), ends the workers, closes the journal.
+
+        Args:
+            deadline: loop time until which an idle worker may take to close its handler.
+
+        Returns:
+            The last numbers.
+        """
+        gone = await self.pool.close(deadline if not self.running else self._loop.time())
+        for task in sorted(self._tasks, key=lambda task: task.get_name().endswith("-consume")):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        ledger, counted = await self.journal.close()
+        return Report(ledger, counted, gone, self.journal.durable)
+
+    # -- what others may know ------------------------------------------------------------------
+
+    def state(self) -> PipelineState:
+        """Where the pipeline stands, for metrics and status."""
+        ledger, oldest = self.journal.ledger, self.outstanding.oldest
+        return PipelineState(
+            accepted=ledger.accepted,
+            processed=ledger.processed,
+            dead=ledger.dead,
+            pending=ledger.pending,
+            refused=ledger.refused,
+            journal_bytes=self.journal.bytes,
+            journal_bytes_max=self.journal.bytes_max,
+            queue_chunks=self.queue.qsize(),
+            queue_bytes=self.room.bytes,
+            lanes_busy=self.running,
+            batches_waiting=self.line.waiting,
+            oldest_pending_seconds=max(0.0, self._clock.now() - oldest) if oldest else 0.0,
+        )
+
+    # -- tasks ---------------------------------------------------------------------------------
+
+    def _own(self, turn: Coroutine[None, None, None], *, name: str) -> None:
+        task = self._loop.create_task(turn, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not self.broken.done():
+            if not isinstance(error, JournalFailed):
+                log.error(
+                    "pipeline_broke", pipeline=self.name, task=task.get_name(), exc_info=error
+                )
+            self.broken.set_exception(error)
+
+    def _journal_failed(self, failed: asyncio.Future[None]) -> None:
+        error = None if failed.cancelled() else failed.exception()
+        if error is not None and not self.broken.done():
+            self.broken.set_exception(error)
