@@ -44,9 +44,12 @@ def __getattr__(name: str) -> object:
 
         value: object = getattr(batch, name)
     elif name == "__version__":
-        from importlib.metadata import version  # noqa: PLC0415
+        from importlib.metadata import PackageNotFoundError, version  # noqa: PLC0415
 
-        value = version("ingestd")
+        try:
+            value = version("ingestd")
+        except PackageNotFoundError:  # run from a checkout that is not installed
+            value = "0+unknown"
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

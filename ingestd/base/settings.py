@@ -61,7 +61,12 @@ def _address_or_off(value: str) -> str:
     return _address(value) if value else value
 
 
-def _pipeline_name(value: str) -> str:
+def pipeline_name(value: str) -> str:
+    """The name of a pipeline beside `default`, as it is.
+
+    Raises:
+        ValueError: it is none; the message says why.
+    """
     if not PIPELINE_NAME.fullmatch(value):
         raise ValueError(
             "a pipeline's name starts with a-z, goes on with a-z 0-9 _ - and has at most 63"
@@ -71,7 +76,7 @@ def _pipeline_name(value: str) -> str:
     return value
 
 
-PipelineName = Annotated[str, AfterValidator(_pipeline_name)]
+PipelineName = Annotated[str, AfterValidator(pipeline_name)]
 
 
 class Section(BaseModel):

@@ -10,7 +10,7 @@ import math
 import re
 from decimal import Decimal
 from fractions import Fraction
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 from pydantic import BeforeValidator
 
@@ -156,7 +156,7 @@ class Unit(NamedTuple):
     """Rides on a setting's type: how to write its value, in `check`, `--help` and errors."""
 
     name: str
-    show: Callable[[int], object] | Callable[[float], object]
+    show: Callable[[Any], object]
 
 
 Size = Annotated[int, BeforeValidator(parse_size), Unit("bytes", show_size)]

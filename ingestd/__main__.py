@@ -1,0 +1,100 @@
+"""argv → settings → command → exit code."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import TYPE_CHECKING, Protocol
+
+from ingestd.base.errors import Exit, IngestdError
+from ingestd.cli import check, run
+from ingestd.cli.arguments import Parser, add_settings, handler_from
+from ingestd.cli.output import discard_stdout, fail, say
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+
+
+class Command(Protocol):
+    """What a module in `cli` that is a command has."""
+
+    HELP: str
+    DESCRIPTION: str
+
+    def execute(self, arguments: argparse.Namespace, /) -> int:
+        """Does it; the exit code."""
+
+
+COMMANDS: dict[str, Command] = {"run": run, "check": check}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; its exit code. Problems are lines on stderr."""
+    try:
+        return _execute(sys.argv[1:] if argv is None else argv)
+    except IngestdError as error:
+        fail(str(error))
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        fail("interrupted before it started")
+        return int(Exit.UNEXPECTED)
+    except Exception:  # noqa: BLE001  the last place that can say anything
+        traceback.print_exc()
+        return int(Exit.UNEXPECTED)
+    finally:
+        _leave_stdout()
+
+
+def _execute(argv: Sequence[str]) -> int:
+    parser, commands = _parser(argv)
+    try:
+        arguments, words = parser.parse_known_args(argv)
+    except SystemExit as left:  # --help has been printed
+        return int(left.code or 0)
+    if arguments.version:
+        from ingestd import __version__  # noqa: PLC0415  reading it takes as long as the rest
+
+        say(f"ingestd {__version__}")
+        return int(Exit.OK)
+    if arguments.command is None:
+        handler_from(words, parser)
+        parser.error(f"which command? {' or '.join(COMMANDS)}")
+    handler = handler_from(words, commands[arguments.command])
+    if handler:
+        arguments.flags = [*arguments.flags, handler]
+    return COMMANDS[arguments.command].execute(arguments)
+
+
+def _parser(argv: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
+    parser = Parser(
+        prog="ingestd",
+        description="Turns a Python function into a durable, batched ingestion service.",
+        epilog="ingestd run --help shows every setting.",
+    )
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    commands: dict[str, Parser] = {}
+    for name, command in COMMANDS.items():
+        commands[name] = subparsers.add_parser(
+            name,
+            help=command.HELP,
+            description=command.DESCRIPTION,
+            usage=f"ingestd {name} [HANDLER] [flags]",
+        )
+        add_settings(commands[name], argv)
+    return parser, commands
+
+
+def _leave_stdout() -> None:
+    """What the interpreter does last, done where a reader that has gone is no error."""
+    if sys.stdout is None or sys.stdout.closed:
+        return
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        discard_stdout()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""Where settings are written: flags, environment, secrets files, a TOML file.
+
+Each reader yields entries and collects problems, so that one start names everything that is wrong.
+The sources that come with pydantic-settings let unknown names, misspelt variables and lost files
+pass, and cannot say where a value came from; hence these.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from typing import TYPE_CHECKING, NamedTuple
+
+from ingestd.base.keys import PIPELINES, Kind, dotted, example_in, locate, nearest
+from ingestd.base.settings import pipeline_name
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from pathlib import Path
+
+PREFIX = "INGESTD_"
+CONFIG_VARIABLE = "INGESTD_CONFIG"
+SECRET_PREFIX = "ingestd_"  # noqa: S105  the name of a file
+SECRET_BYTES_MAX = 1024**2
+
+# Kubernetes tells every pod of the services beside it. One that is called "ingestd" or
+# "ingestd-admin" would otherwise look like a misspelt setting.
+_SERVICE_LINK = re.compile(
+    r"INGESTD_([A-Z0-9]+_)*(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?"
+    r"|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+)
+
+
+class Entry(NamedTuple):
+    """One thing that was written somewhere.
+
+    Attributes:
+        path: its keys, from the top.
+        value: as it was written; an empty table for a table that is there and says nothing.
+        origin: where, for people: `flag --listen`, `env INGESTD_HTTP__LISTEN`, `file x.toml`.
+    """
+
+    path: tuple[str, ...]
+    value: object
+    origin: str
+
+
+class Flag(NamedTuple):
+    """A setting from the command line: `http.listen`, its text, and the flag as it was written."""
+
+    key: str
+    value: str
+    written: str
+
+
+def from_flags(flags: Iterable[Flag], problems: list[str]) -> Iterator[Entry]:
+    """The command line; what comes later wins."""
+    for flag in flags:
+        path = tuple(flag.key.split("."))
+        origin = flag.written if flag.written.startswith("argument") else f"flag {flag.written}"
+        yield from _from_text(path, flag.value, origin, _flag_name, problems)
+
+
+def from_environment(environ: Mapping[str, str], problems: list[str]) -> Iterator[Entry]:
+    """`INGESTD_BATCH__RECORDS_MAX`; case does not matter behind the prefix."""
+    in_kubernetes = "KUBERNETES_SERVICE_HOST" in environ
+    for name in sorted(environ):
+        if not name.startswith(PREFIX) or name == CONFIG_VARIABLE:
+            continue
+        if in_kubernetes and _SERVICE_LINK.fullmatch(name):
+            continue
+        path = tuple(name.removeprefix(PREFIX).lower().split("__"))
+        yield from _from_text(path, environ[name], f"env {name}", _variable_name, problems)
+
+
+def from_secrets(folder: Path, problems: list[str]) -> Iterator[Entry]:
+    """Files named `ingestd_handler__options__dsn`; one line end at their end is not theirs."""
+    try:
+        files = sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        problems.append(f"cannot read the secrets in {folder}: {error.strerror}")
+        return
+    for file in files:
+        if not file.name.startswith(SECRET_PREFIX) or file.is_dir():
+            continue
+        path = tuple(file.name.removeprefix(SECRET_PREFIX).lower().split("__"))
+        text = _read_secret(file, problems)
+        if text is not None:
+            yield from _from_text(path, text, f"secret {file}", _secret_name, problems)
+
+
+def _read_secret(file: Path, problems: list[str]) -> str | None:
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(SECRET_BYTES_MAX + 1)
+        if len(content) > SECRET_BYTES_MAX:
+            problems.append(f"secrets file {file} is larger than {SECRET_BYTES_MAX} bytes")
+            return None
+        return content.decode().removesuffix("\n").removesuffix("\r")
+    except OSError as error:
+        problems.append(f"cannot read secrets file {file}: {error.strerror}")
+    except UnicodeDecodeError:
+        problems.append(f"secrets file {file} is not UTF-8 text")
+    return None
+
+
+def from_file(file: Path, problems: list[str]) -> Iterator[Entry]:
+    """A TOML file that has to be there."""
+    try:
+        with file.open("rb") as opened:
+            table = tomllib.load(opened)
+    except FileNotFoundError:
+        problems.append(f"there is no configuration file {file}")
+    except OSError as error:
+        problems.append(f"cannot read configuration file {file}: {error.strerror}")
+    except UnicodeDecodeError:
+        problems.append(f"configuration file {file} is not UTF-8 text")
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        reason = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "too deep"
+        problems.append(f"configuration file {file} is not TOML: {reason}")
+    else:
+        yield from _from_table(table, (), f"file {file}", problems)
+
+
+def _from_table(
+    table: Mapping[str, object], above: tuple[str, ...], origin: str, problems: list[str]
+) -> Iterator[Entry]:
+    if not table and above:
+        yield Entry(above, {}, origin)
+    for name, value in table.items():
+        path = (*above, name)
+        kind, is_table = locate(path), isinstance(value, dict)
+        wrong_name = _wrong_pipeline(path)
+        if wrong_name:
+            problems.append(f"{dotted(path)} ({origin}): {wrong_name}")
+        elif kind is None:
+            problems.append(_unknown(f"key {dotted(path)} ({origin})", path, dotted))
+        elif kind is Kind.VALUE and is_table:
+            problems.append(f"{dotted(path)} ({origin}): is one value, not a table")
+        elif kind in {Kind.TABLE, Kind.NAMED, Kind.FREE} and not is_table:
+            problems.append(f"{dotted(path)} ({origin}): {_is_a_table(path, kind, dotted)}")
+        elif isinstance(value, dict):
+            yield from _from_table(value, path, origin, problems)
+        else:
+            yield Entry(path, value, origin)
+
+
+def _from_text(
+    path: tuple[str, ...],
+    text: str,
+    origin: str,
+    name: Callable[[tuple[str, ...]], str],
+    problems: list[str],
+) -> Iterator[Entry]:
+    kind = locate(path)
+    wrong_name = _wrong_pipeline(path)
+    if wrong_name:
+        problems.append(f"{dotted(path)} ({origin}): {wrong_name}")
+    elif kind is None:
+        problems.append(_unknown(origin.replace("env ", "variable ", 1), path, name))
+    elif kind is Kind.FREE:
+        table = _json_table(text)
+        if table is None:
+            problems.append(f"{dotted(path)} ({origin}): {_is_a_table(path, kind, name)}")
+        else:
+            yield from _from_table(table, path, origin, problems)
+    elif kind in {Kind.TABLE, Kind.NAMED}:
+        problems.append(f"{dotted(path)} ({origin}): {_is_a_table(path, kind, name)}")
+    else:
+        yield Entry(path, text, origin)
+
+
+def _json_table(text: str) -> dict[str, object] | None:
+    try:
+        table = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return table if isinstance(table, dict) else None
+
+
+def _unknown(what: str, path: tuple[str, ...], name: Callable[[tuple[str, ...]], str]) -> str:
+    meant = nearest(path)
+    return f"unknown {what}" + (f", did you mean {name(meant)}?" if meant else "")
+
+
+def _is_a_table(path: tuple[str, ...], kind: Kind, name: Callable[[tuple[str, ...]], str]) -> str:
+    if kind is Kind.FREE:
+        return f"is a table: write a JSON object, or one key like {name((*path, 'table'))}"
+    return f"is a table: set a key in it, like {name(example_in(path))}"
+
+
+def _wrong_pipeline(path: tuple[str, ...]) -> str | None:
+    if len(path) < 2 or path[0] != PIPELINES:
+        return None
+    try:
+        pipeline_name(path[1])
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _flag_name(path: tuple[str, ...]) -> str:
+    return "--" + ".".join(path)
+
+
+def _variable_name(path: tuple[str, ...]) -> str:
+    return PREFIX + "__".join(path).upper()
+
+
+def _secret_name(path: tuple[str, ...]) -> str:
+    return SECRET_PREFIX + "__".join(path)

@@ -1,0 +1,153 @@
+"""Arguments: every setting is a flag under its dotted name, and the common ones have short names.
+
+Nothing is checked here but names: values are settings, and settings are checked in one place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
+
+from ingestd.base.errors import UsageError
+from ingestd.base.keys import dotted, locate, nearest, settings_of, shown, unit_of
+from ingestd.base.layers import Flag
+from ingestd.base.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pydantic.fields import FieldInfo
+
+# key, the flag that people type, how its value is called
+COMMON = (
+    ("source.kind", "--source", "http|stdin"),
+    ("http.listen", "--listen", "HOST:PORT"),
+    ("data_dir", "--data-dir", "DIR"),
+    ("format", "--format", "json|text|bytes"),
+)
+_WITH_OWN_NAMES = ("--pipelines.", "--handler.options.")
+_METAVARS = {"bytes": "SIZE", "seconds": "TIME", "": "NUMBER"}
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises instead of leaving, and shortens nothing: `--batch` is not `--batch.age_max`."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", _formatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Any wrong use, as the error that `main` reports.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(problem=f"{message} (see {self.prog} --help)")
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    width = min(shutil.get_terminal_size().columns, 110)
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=width)
+
+
+class _Keep(argparse.Action):
+    """Keeps a setting's flag with its text, in the order of the command line."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,  # noqa: ARG002
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        flag = Flag(self.dest, str(values), option_string or self.dest)
+        namespace.flags = [*namespace.flags, flag]
+
+
+def add_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """The flags of `run` and `check`; those with names of the user's own are taken from `argv`."""
+    parser.set_defaults(flags=[])
+    fields = {dotted(path): field for path, field in settings_of(Settings)}
+    group = parser.add_argument_group("common flags")
+    group.add_argument(
+        "--config",
+        metavar="FILE",
+        help="TOML file [./ingestd.toml, else /etc/ingestd/ingestd.toml]",
+    )
+    for key, flag, metavar in COMMON:
+        field = fields.pop(key)
+        _add(group, flag, key, metavar, _help(field))
+        if flag != f"--{key}":
+            _add(group, f"--{key}", key, metavar, argparse.SUPPRESS)
+    group = parser.add_argument_group(
+        "settings",
+        "or INGESTD_BATCH__RECORDS_MAX=500, or in the file; sizes like 64MiB, times like 250ms",
+    )
+    for key, field in fields.items():
+        if key == "handler.options":
+            _add(group, f"--{key}.NAME", f"{key}.NAME", "TEXT", _help(field))
+            _add(group, f"--{key}", key, "JSON", argparse.SUPPRESS)
+        else:
+            _add(group, f"--{key}", key, _metavar(field), _help(field))
+    again = "any of format, batch, queue, handler, … again, for a pipeline of its own"
+    _add(group, "--pipelines.NAME.KEY", "pipelines.NAME.KEY", "VALUE", again)
+    for flag in _own_names(argv):
+        _add(group, flag, flag.removeprefix("--"), "VALUE", argparse.SUPPRESS)
+
+
+def _add(
+    group: argparse._ArgumentGroup,
+    flag: str,
+    key: str,
+    metavar: str,
+    text: str,
+) -> None:
+    group.add_argument(
+        flag, dest=key, metavar=metavar, help=text, action=_Keep, default=argparse.SUPPRESS
+    )
+
+
+def _own_names(argv: Sequence[str]) -> list[str]:
+    flags = {word.split("=", 1)[0] for word in argv if word.startswith(_WITH_OWN_NAMES)}
+    flags -= {"--handler.options.NAME", "--pipelines.NAME.KEY"}
+    return sorted(flag for flag in flags if locate(flag.removeprefix("--").split(".")))
+
+
+def _metavar(field: FieldInfo) -> str:
+    if get_origin(field.annotation) is Literal:
+        return "|".join(get_args(field.annotation))
+    unit = unit_of(field)
+    return _METAVARS[unit.name] if unit else "TEXT"
+
+
+def _help(field: FieldInfo) -> str:
+    default = shown(field, field.get_default(call_default_factory=True, validated_data={}))
+    known = "" if default == {} else f" [{default}]" if default != "" else ' [""]'
+    return f"{field.description}{known}".replace("%", "%%")
+
+
+def handler_from(words: Sequence[str], known: argparse.ArgumentParser) -> Flag | None:
+    """HANDLER, from the words that are no flags; argparse on 3.11 loses one that follows flags.
+
+    Raises:
+        UsageError: an unknown flag, with what was probably meant; or more than one word.
+    """
+    words = [word for word in words if word != "--"]
+    unknown = [word.split("=", 1)[0] for word in words if word.startswith("-") and word != "-"]
+    if unknown:
+        known.error("\n".join(_unknown_flag(flag, known) for flag in unknown))
+    if len(words) > 1:
+        known.error(f"unexpected argument {words[1]!r}: there is one HANDLER, {words[0]!r}")
+    return Flag("handler.target", words[0], "argument HANDLER") if words else None
+
+
+def _unknown_flag(flag: str, known: argparse.ArgumentParser) -> str:
+    path = flag.lstrip("-").split(".")
+    close = get_close_matches(flag, known._option_string_actions, n=1)  # noqa: SLF001
+    meant = close[0] if close else None
+    if meant is None or path[0] == "pipelines":
+        key = nearest(path)
+        meant = "--" + ".".join(key) if key else None
+    return f"unknown flag {flag}" + (f", did you mean {meant}?" if meant else "")

@@ -1,0 +1,59 @@
+"""`ingestd check [HANDLER]`: what `run` would do with the same flags, without opening anything."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ingestd.base.errors import HandlerLoadError
+from ingestd.cli.configured import configured, make_importable
+from ingestd.cli.effective import effective
+from ingestd.cli.output import fail, say
+
+if TYPE_CHECKING:
+    import argparse
+
+    from ingestd.base.settings import PipelineSettings
+
+HELP = "check the configuration and the handler, print the effective settings"
+DESCRIPTION = """\
+Reads the configuration and imports the handlers as `ingestd run` with the same flags would, and
+opens nothing: no port, no journal, no folder. Prints every setting that is in effect with where it
+came from, as TOML; secrets are masked.
+
+exit codes: 0 all is well; 2 usage; 78 configuration or handler"""
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Prints what is in effect; the exit code says whether `run` would start.
+
+    Raises:
+        ConfigError: the configuration is wrong.
+    """
+    loaded = configured(arguments)
+    say("\n".join(effective(loaded)))
+    make_importable()
+    say("\n# handlers")
+    code = 0
+    for name, pipeline in loaded.settings.pipeline_settings().items():
+        try:
+            say(f"# {name}: {pipeline.handler.target} is {_resolve(pipeline)}")
+        except HandlerLoadError as error:
+            fail(f"pipeline {name}: {error}")
+            code = int(error.exit_code)
+    return code
+
+
+def _resolve(pipeline: PipelineSettings) -> str:
+    """The handler's full name.
+
+    Raises:
+        HandlerLoadError: it can't be imported, or does not fit its pipeline or its options.
+    """
+    from ingestd.handlers.load import load  # noqa: PLC0415  only now the user's code is needed
+
+    handler = pipeline.handler
+    spec = load(handler.target, record_format=pipeline.format, executor=pipeline.executor.kind)
+    spec.check_options(handler.options)
+    found = spec.found
+    module = getattr(found, "__module__", type(found).__module__)
+    return f"{module}:{getattr(found, '__qualname__', type(found).__qualname__)}"

@@ -1,0 +1,37 @@
+"""What `run` and `check` have in common: flags to settings, and a folder to import from."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ingestd.base.errors import ConfigError
+from ingestd.base.loading import Loaded, load
+
+if TYPE_CHECKING:
+    import argparse
+
+
+def configured(arguments: argparse.Namespace) -> Loaded:
+    """The settings of this process.
+
+    Raises:
+        ConfigError: with one line for everything that is wrong.
+    """
+    return load(arguments.flags, environ=os.environ, cwd=_here(), config=arguments.config)
+
+
+def make_importable() -> None:
+    """Puts the current folder first, where `python -m ingestd` has it and the script does not."""
+    here = str(_here())
+    if sys.path[:1] not in ([here], [""]):
+        sys.path.insert(0, here)
+
+
+def _here() -> Path:
+    try:
+        return Path.cwd()
+    except OSError as error:
+        raise ConfigError(problem=f"the current folder is gone: {error.strerror}") from error

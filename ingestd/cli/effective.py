@@ -1,0 +1,69 @@
+"""The effective settings as TOML, each with where it came from, secrets masked."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from ingestd.base.keys import dotted, field_at, quoted, shown, values_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ingestd.base.loading import Loaded
+
+MASK = "***"
+_SECRET_NAME = re.compile(
+    r"pass|pwd|token|secret|key|dsn|credential|auth|private|cookie|signature", re.IGNORECASE
+)
+_SECRET_VALUE = re.compile(
+    r"://[^/\s]*@|-----BEGIN|(password|pwd|secret|token|key|signature)\s*=", re.IGNORECASE
+)
+_WIDTH_MAX = 48
+
+
+def effective(loaded: Loaded) -> Iterator[str]:
+    """One line a setting: `batch.records_max = 500   # flag --batch.records_max`."""
+    lines = []
+    for path, value in values_of(loaded.settings):
+        origin = loaded.origins[dotted(path)]
+        text = f"{dotted(path)} = {_toml(_visible(path, value, origin, loaded))}"
+        lines.append((text, origin))
+    width = min(max(len(text) for text, _ in lines), _WIDTH_MAX)
+    for text, origin in lines:
+        yield f"{text:<{width}}  # {_one_line(origin)}"
+
+
+def _visible(path: Sequence[str], value: object, origin: str, loaded: Loaded) -> object:
+    source = loaded.origins.get(origin.removeprefix("as "), "") if "as " in origin[:3] else origin
+    if source.startswith("secret ") or ("options" in path and is_secret(path, value)):
+        return MASK
+    return shown(field_at(path), value)
+
+
+def is_secret(path: Sequence[str], value: object) -> bool:
+    """Whether an option looks like nobody else should see it, by its name or by its value."""
+    names = path[path.index("options") + 1 :]
+    if any(_SECRET_NAME.search(name) for name in names):
+        return True
+    if isinstance(value, dict):
+        return any(is_secret((*path, key), inner) for key, inner in value.items())
+    if isinstance(value, list):
+        return any(is_secret(path, inner) for inner in value)
+    return isinstance(value, str) and bool(_SECRET_VALUE.search(value))
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{dotted([key])} = {_toml(v)}" for key, v in value.items()) + "}"
+    return quoted(str(value))
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)

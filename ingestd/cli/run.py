@@ -1,0 +1,29 @@
+"""`ingestd run [HANDLER]`: the daemon."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ingestd.cli.configured import configured, make_importable
+
+if TYPE_CHECKING:
+    import argparse
+
+HELP = "take records in, hand them to HANDLER in batches"
+DESCRIPTION = """\
+Takes records in, writes them to disk, and hands them to HANDLER in batches.
+
+HANDLER is module:name (the current folder is importable) or the name of a sink; without one,
+records go to files in the data directory (the sink jsonl).
+
+exit codes: 0 drained, or the rest is safe in the journal; 1 unexpected; 2 usage;
+75 accepted records were lost or the journal failed; 78 configuration"""
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Runs until the daemon has drained; its exit code."""
+    settings = configured(arguments).settings
+    make_importable()
+    from ingestd.daemon import serve  # noqa: PLC0415  help and check need none of it
+
+    return serve(settings)
