@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ingestd.base.record import Records, Span
+from ingestd.base.record import Records, Span  # noqa: TC001  msgspec reads the annotations
 
 
 class Job(msgspec.Struct, frozen=True):

@@ -1,0 +1,176 @@
+"""The batch as a handler sees it."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Generic, TypeVar, overload
+
+import msgspec
+
+from ingestd.base.record import Records, Span
+from ingestd.handlers.failure import one_line
+from ingestd.handlers.outcome import Job, Rejection, Retry
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+T_co = TypeVar("T_co", covariant=True)
+
+
+class Reject(Exception):  # noqa: N818  it is an answer, not an error
+    """Raised by a handler: give up every record of this call, without another try.
+
+    Attributes:
+        why: one line for the dead letters.
+    """
+
+    def __init__(self, why: str = "") -> None:
+        super().__init__(why)
+        self.why = why
+
+
+class Batch(Sequence[T_co], Generic[T_co]):
+    """The decoded records of one call, in order, with the batch's name and a say for each record.
+
+    A record that nothing is said about is done when the handler returns. What is said counts only
+    if the handler returns, or raises `Reject`; after any other exception the whole batch comes
+    again. When both `reject` and `retry` are said of a record, the last one counts.
+
+    Places (`i`) are those of this sequence, and may be negative, as everywhere in Python.
+    """
+
+    __slots__ = ("_ids", "_job", "_places", "_records", "_said", "_undecodable")
+
+    def __init__(
+        self, records: Sequence[T_co], job: Job, undecodable: Sequence[Rejection] = ()
+    ) -> None:
+        """A batch of the job's records without the undecodable ones. For ingestd; see `of`."""
+        self._records = records
+        self._job = job
+        self._undecodable = undecodable
+        self._said: dict[int, Rejection | Retry] = {}
+        self._ids: list[str] | None = None
+        self._places: Sequence[int] = range(job.records.count)
+        if undecodable:
+            gone = {rejection.index for rejection in undecodable}
+            self._places = [place for place in self._places if place not in gone]
+
+    @classmethod
+    def of(cls, records: Iterable[T_co], *, id: str = "test-1", attempt: int = 1) -> Batch[T_co]:  # noqa: A002  it is the attribute's name
+        """A batch made by hand, to try a handler out: in a test, at the prompt."""
+        values = list(records)
+        raw = Records.sized([_encoded(value) for value in values])
+        return cls(values, Job(id, attempt, raw, [Span(1, 0, len(values))], "test"))
+
+    @overload
+    def __getitem__(self, i: int) -> T_co: ...
+    @overload
+    def __getitem__(self, i: slice) -> Sequence[T_co]: ...
+    def __getitem__(self, i: int | slice) -> T_co | Sequence[T_co]:
+        return self._records[i]
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[T_co]:
+        return iter(self._records)
+
+    def __repr__(self) -> str:
+        return f"<Batch {self.id} attempt={self.attempt} records={len(self)}>"
+
+    @property
+    def id(self) -> str:
+        """The batch's name: the same records under the same name through retries and restarts."""
+        return self._job.batch
+
+    @property
+    def attempt(self) -> int:
+        """1 for the first try."""
+        return self._job.attempt
+
+    @property
+    def ids(self) -> list[str]:
+        """`journal.chunk.index` for each record of this sequence: its name for ever."""
+        if self._ids is None:
+            origin = self._job.origin
+            every = [
+                f"{origin}.{chunk}.{index}"
+                for chunk, first, count in self._job.spans
+                for index in range(first, first + count)
+            ]
+            self._ids = [every[place] for place in self._places] if self._undecodable else every
+        return self._ids
+
+    @property
+    def records(self) -> Records:
+        """The whole batch as it came, undecodable records included."""
+        return self._job.records
+
+    @property
+    def payload(self) -> bytes:
+        """The bytes of `records`; with JSON and text mostly one record a line."""
+        return self._job.records.payload
+
+    @property
+    def rejections(self) -> list[Rejection]:
+        """What was rejected so far, by place in the whole batch; undecodable records included."""
+        said = [what for what in self._said.values() if isinstance(what, Rejection)]
+        return sorted([*self._undecodable, *said], key=lambda what: what.index)
+
+    @property
+    def retries(self) -> list[Retry]:
+        """What shall come again so far, by place in the whole batch."""
+        said = [what for what in self._said.values() if isinstance(what, Retry)]
+        return sorted(said, key=lambda what: what.index)
+
+    def reject(self, i: int, why: str = "") -> None:
+        """Give record `i` up: it becomes a dead letter with `why`, its neighbours go on.
+
+        Raises:
+            IndexError: there is no record `i`.
+        """
+        place = self._place(i)
+        self._said[place] = Rejection(place, "rejected", one_line(str(why)))
+
+    def retry(self, i: int, after: float | timedelta | None = None, why: str = "") -> None:
+        """Let record `i` come again, in a later batch.
+
+        Args:
+            i: the record's place.
+            after: seconds (or a timedelta) to wait at least; `None` for the usual backoff.
+            why: one line for people.
+
+        Raises:
+            IndexError: there is no record `i`.
+            ValueError: `after` is negative or not finite.
+        """
+        place = self._place(i)
+        seconds = after.total_seconds() if isinstance(after, timedelta) else after
+        if seconds is not None:
+            seconds = float(seconds)
+            if not (math.isfinite(seconds) and seconds >= 0):
+                raise ValueError(f"after: {after!r} is not a time to wait")
+        self._said[place] = Retry(place, seconds, one_line(str(why)))
+
+    def reject_all(self, why: str = "") -> None:
+        """Give every record up; those rejected before keep their own `why`."""
+        line = one_line(str(why))
+        for place in self._places:
+            if not isinstance(self._said.get(place), Rejection):
+                self._said[place] = Rejection(place, "rejected", line)
+
+    def _place(self, i: int) -> int:
+        i = operator.index(i)
+        count = len(self._places)
+        if not -count <= i < count:
+            raise IndexError(f"record {i} of a batch of {count}")
+        return self._places[i]
+
+
+def _encoded(value: object) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    return value.encode() if isinstance(value, str) else msgspec.json.encode(value, enc_hook=str)

@@ -1,0 +1,163 @@
+"""The handler, ready to be made and called: found, looked at, and fitted with a decoder."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ingestd.handlers.context import Context
+from ingestd.handlers.decode import CannotDecode, Decoder, decoder_for
+from ingestd.handlers.failure import describe
+from ingestd.handlers.signature import NotAHandler, Shape, resolve, shape_of
+from ingestd.handlers.target import find, refuse, where_raised
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+class HandlerSpec(NamedTuple):
+    """What is known of a handler before it is made.
+
+    Attributes:
+        target: as it was written in the settings.
+        found: the function, class or other callable.
+        record_format: the pipeline's format.
+        is_class: it is made once a worker, with options.
+        is_async: calls have to be awaited.
+        wants_batch: it gets a `Batch`; otherwise a plain list.
+        decoder: from the batch's bytes to what the annotation asks for.
+    """
+
+    target: str
+    found: Callable[..., Any]
+    record_format: str
+    is_class: bool
+    is_async: bool
+    wants_batch: bool
+    decoder: Decoder
+
+    def check_options(self, options: Mapping[str, object]) -> None:
+        """Whether the handler takes these options, by name, without making it.
+
+        Raises:
+            HandlerLoadError: it does not; names the option.
+        """
+        self._arguments(options, Context())
+
+    def create(
+        self,
+        options: Mapping[str, object],
+        *,
+        pipeline: str = "default",
+        data_dir: str = "ingestd-data",
+    ) -> Callable[[Any], Any]:
+        """What is called with batches: a function itself, or a new instance of a class.
+
+        Raises:
+            HandlerLoadError: the options do not fit, or the constructor raised; what it raised is
+                the error's `__cause__`.
+        """
+        arguments = self._arguments(options, Context(pipeline, self.record_format, data_dir))
+        if not self.is_class:
+            return self.found
+        try:
+            instance: Callable[[Any], Any] = self.found(**arguments)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as exc:  # noqa: BLE001  it is the user's code
+            given = f" [options: {', '.join(sorted(options))}]" if options else ""
+            refuse(
+                self.target,
+                f"its constructor raised {describe(exc, 500)}{where_raised(exc)}{given}",
+                exc,
+            )
+        return instance
+
+    def _arguments(self, options: Mapping[str, object], context: Context) -> dict[str, object]:
+        if not self.is_class:
+            if options:
+                names = ", ".join(sorted(options))
+                refuse(self.target, f"is no class and takes no options, but got: {names}")
+            return {}
+        try:
+            parameters = list(inspect.signature(self.found).parameters.values())
+        except (ValueError, TypeError):  # written in C: it will say itself what it does not like
+            return dict(options)
+        filled = self._context_parameter(parameters)
+        self._refuse_unknown(options, parameters, filled)
+        arguments = dict(options)
+        if filled is not None:
+            arguments[filled] = context
+        for parameter in parameters:
+            needed = parameter.kind in _NAMED and parameter.default is inspect.Parameter.empty
+            if needed and parameter.name not in arguments:
+                refuse(self.target, f"needs the option {parameter.name!r}")
+        return arguments
+
+    def _context_parameter(self, parameters: list[inspect.Parameter]) -> str | None:
+        """The parameter that is annotated `Context`, if the class has one."""
+        init = getattr(self.found, "__init__", None)
+        for parameter in parameters:
+            if parameter.annotation is inspect.Parameter.empty or parameter.kind not in _NAMED:
+                continue
+            try:
+                if resolve(parameter.annotation, init) is Context:
+                    return parameter.name
+            except NotAHandler:  # someone else's annotation; not ours to read
+                continue
+        return None
+
+    def _refuse_unknown(
+        self,
+        options: Mapping[str, object],
+        parameters: list[inspect.Parameter],
+        filled: str | None,
+    ) -> None:
+        if filled in options:
+            refuse(self.target, f"{filled!r} is filled in by ingestd and can't be an option")
+        if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+            return
+        known = [p.name for p in parameters if p.kind in _NAMED and p.name != filled]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                has = f" (it has: {', '.join(known)})" if known and not near else ""
+                refuse(self.target, f"has no option {name!r}{hint}{has}")
+
+
+def load(target: str, *, record_format: str, executor: str) -> HandlerSpec:
+    """Find a handler and check that it can be called with this pipeline's records.
+
+    Args:
+        target: `module:name`, or a registered name like `jsonl`.
+        record_format: `json`, `text` or `bytes`.
+        executor: `thread`, `process` or `async`.
+
+    Raises:
+        HandlerLoadError: one line that says what is wrong and what to do.
+    """
+    found = find(target)
+    try:
+        shape = shape_of(found)
+        decoder = decoder_for(shape.record, record_format)
+    except (NotAHandler, CannotDecode) as exc:
+        refuse(target, str(exc), exc)
+    _check_executor(target, shape, executor)
+    assert callable(found)  # noqa: S101  shape_of saw to it; this tells the type checker
+    return HandlerSpec(
+        target, found, record_format, shape.is_class, shape.is_async, shape.wants_batch, decoder
+    )
+
+
+def _check_executor(target: str, shape: Shape, executor: str) -> None:
+    if shape.is_async and executor != "async":
+        refuse(target, f'is async; set executor.kind = "async" (it is "{executor}")')
+    if executor == "async" and not shape.is_async:
+        refuse(
+            target,
+            'is not async; set executor.kind = "thread" or "process", or make it async def',
+        )

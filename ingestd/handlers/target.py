@@ -1,0 +1,148 @@
+"""From the name of a handler to the object it names.
+
+A target is `module:name` (the name may be dotted), or a name registered in the entry-point group
+`ingestd.handlers`. Whatever goes wrong becomes a `HandlerLoadError` of one line that says what
+to do about it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import sysconfig
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from ingestd.base.errors import HandlerLoadError
+from ingestd.handlers.failure import describe, one_line
+
+GROUP = "ingestd.handlers"
+# Ours by heart: they work from a checkout without an installation, and nobody can take the name.
+BUILT_IN = {"jsonl": "ingestd.sinks.jsonl:JsonlSink"}
+_INSTALLED = tuple(
+    path + os.sep for path in {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")}
+)
+
+
+def find(target: str) -> object:
+    """The object a target names; imports its module, with the current folder on the path.
+
+    Raises:
+        HandlerLoadError: it can't be had.
+    """
+    place = target if ":" in target else BUILT_IN.get(target) or _registered(target)
+    if place is None:
+        refuse(target, _neither(target))
+    module_name, _, attribute = place.partition(":")
+    if not module_name or not attribute:
+        refuse(target, "a handler is written module:name, as in store:store")
+    return _attribute(target, _module(target, module_name), attribute)
+
+
+def refuse(target: str, problem: str, cause: BaseException | None = None) -> NoReturn:
+    """Raise the one error of this room, in one line."""
+    raise HandlerLoadError(target=target, problem=one_line(problem)) from cause
+
+
+def _registered(target: str) -> str | None:
+    from importlib.metadata import entry_points  # noqa: PLC0415  slow, and seldom needed
+
+    places = {point.value: point.dist for point in entry_points(group=GROUP, name=target)}
+    if len(places) > 1:
+        names = " and ".join(sorted(dist.name if dist else "?" for dist in places.values()))
+        refuse(target, f"registered by more than one package: {names}")
+    return next(iter(places), None)
+
+
+def _neither(target: str) -> str:
+    """What is wrong with a target that has no colon and is not registered."""
+    if target.endswith(".py") or "/" in target:
+        stem = target.removesuffix(".py").strip("./").replace("/", ".")
+        return f"is a file; write its module and a name in it: {stem}:NAME"
+    if target and (_file(target).is_file() or Path(target).is_dir()):
+        return f"which name in it? write {target}:NAME"
+    if near := difflib.get_close_matches(target, [*BUILT_IN, *_registered_names()], n=1):
+        return f"there is no handler of this name; did you mean {near[0]!r}?"
+    return f"is neither module:name nor a registered handler ({', '.join(BUILT_IN)})"
+
+
+def _registered_names() -> set[str]:
+    from importlib.metadata import entry_points  # noqa: PLC0415
+
+    return {point.name for point in entry_points(group=GROUP)}
+
+
+def _module(target: str, name: str) -> object:
+    if "/" in name or name.startswith("."):
+        refuse(target, _no_module(name))
+    # In front, as `python -m` has it: a worker and the daemon must find the same module.
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        return importlib.import_module(name)
+    except KeyboardInterrupt:
+        raise
+    except ModuleNotFoundError as exc:
+        if exc.name is None or not f"{name}.".startswith(f"{exc.name}."):
+            where = where_raised(exc)
+            refuse(target, f"module {name!r} imports {exc.name!r}, which is not there{where}", exc)
+        refuse(target, _no_module(name), exc)
+    except SyntaxError as exc:
+        place = f" ({_short(exc.filename)}:{exc.lineno})" if exc.filename else ""
+        refuse(target, f"{type(exc).__name__}: {exc.msg}{place}", exc)
+    except BaseException as exc:  # noqa: BLE001  a module may do anything, sys.exit() too
+        refuse(target, f"importing {name!r} raised {describe(exc, 500)}{where_raised(exc)}", exc)
+
+
+def _file(name: str) -> Path:
+    """Where a module of the current folder would be."""
+    return Path(name.replace(".", "/") + ".py")
+
+
+def _no_module(name: str) -> str:
+    if "/" in name or name.startswith(".") or name.endswith(".py"):
+        stem = name.removesuffix(".py").strip("./").replace("/", ".")
+        return f"no module named {name!r}; modules are written without .py and slashes: {stem}:NAME"
+    near = difflib.get_close_matches(name, [path.stem for path in Path().glob("*.py")], n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"no module named {name!r}: there is no {_file(name)} in {Path.cwd()}{hint}"
+
+
+def _attribute(target: str, module: object, dotted: str) -> object:
+    found = module
+    owner = getattr(module, "__name__", "?")
+    for name in dotted.split("."):
+        try:
+            found = getattr(found, name)
+        except AttributeError as exc:
+            names = [known for known in dir(found) if not known.startswith("_")]
+            near = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            refuse(target, f"{owner!r} has no {name!r}{hint}", exc)
+        except Exception as exc:  # noqa: BLE001  a module's __getattr__ may do anything
+            refuse(target, f"getting {name!r} of {owner!r} raised {describe(exc, 500)}", exc)
+        owner = f"{owner}.{name}"
+    return found
+
+
+def where_raised(exc: BaseException) -> str:
+    """` (file:line)` of the user's own code that an exception came out of, or nothing."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(exc.__traceback__)
+        if not frame.filename.startswith("<")
+        and Path(__file__).parent != Path(frame.filename).parent
+    ]
+    # The user's code, not the library it called; but a library's if there is nothing else.
+    own = [frame for frame in frames if not frame.filename.startswith(_INSTALLED)] or frames
+    return f" ({_short(own[-1].filename)}:{own[-1].lineno})" if own else ""
+
+
+def _short(filename: str) -> str:
+    """The path as seen from here, if it is below here."""
+    path = Path(filename)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else filename

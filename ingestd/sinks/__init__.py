@@ -1,0 +1,1 @@
+"""Handlers that come with ingestd and write outward. They run where any handler runs."""

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import pytest
+
+from ingestd.base.record import Records, Span
+from ingestd.handlers.batch import Batch
+from ingestd.handlers.outcome import Job, Rejection, Retry
+
+JOB = Job("j-9", 2, Records.lines([b"a", b"b", b"c", b"d"]), [Span(4, 8, 1), Span(7, 0, 3)], "j")
+
+
+def test_it_is_a_sequence_of_the_decoded_records() -> None:
+    batch = Batch(["a", "b", "c", "d"], JOB)
+    assert isinstance(batch, Sequence)
+    assert (len(batch), batch[0], batch[-1], batch[1:3]) == (4, "a", "d", ["b", "c"])
+    assert list(batch) == ["a", "b", "c", "d"]
+    assert "c" in batch
+    assert batch.index("c") == 2
+    assert (batch.id, batch.attempt, batch.payload) == ("j-9", 2, b"a\nb\nc\nd\n")
+    assert repr(batch) == "<Batch j-9 attempt=2 records=4>"
+
+
+def test_ids_follow_the_spans_and_leave_out_what_was_left_out() -> None:
+    assert Batch(list("abcd"), JOB).ids == ["j.4.8", "j.7.0", "j.7.1", "j.7.2"]
+    batch = Batch(
+        list("bd"), JOB, [Rejection(0, "undecodable", ""), Rejection(2, "undecodable", "")]
+    )
+    assert batch.ids == ["j.7.0", "j.7.2"]
+
+
+def test_places_are_mapped_back_past_undecodable_records() -> None:
+    lost = [Rejection(0, "undecodable", "x"), Rejection(2, "undecodable", "y")]
+    batch = Batch(list("bd"), JOB, lost)
+    batch.reject(1, "bad")
+    batch.retry(-2, timedelta(minutes=1), "later")
+    assert batch.rejections == [*lost, Rejection(3, "rejected", "bad")]
+    assert batch.retries == [Retry(1, 60.0, "later")]
+
+
+def test_the_last_word_counts() -> None:
+    batch = Batch(list("abcd"), JOB)
+    batch.reject(0, "no")
+    batch.retry(0)
+    batch.retry(1, 2)
+    batch.reject(1, "no")
+    assert batch.rejections == [Rejection(1, "rejected", "no")]
+    assert batch.retries == [Retry(0, None, "")]
+
+
+@pytest.mark.parametrize("i", [4, -5, 10**30])
+def test_a_place_that_is_not_there(i: int) -> None:
+    batch = Batch(list("abcd"), JOB)
+    with pytest.raises(IndexError, match="of a batch of 4"):
+        batch.reject(i, "x")
+    with pytest.raises(IndexError):
+        batch.retry(i)
+    with pytest.raises(TypeError):
+        batch.reject("0", "x")  # type: ignore[arg-type]
+    assert (batch.rejections, batch.retries) == ([], [])
+
+
+@pytest.mark.parametrize("after", [-1, float("nan"), float("inf"), timedelta(seconds=-1)])
+def test_a_wait_that_is_none(after: float | timedelta) -> None:
+    with pytest.raises(ValueError, match="after"):
+        Batch(list("abcd"), JOB).retry(0, after)
+
+
+def test_why_becomes_one_short_line() -> None:
+    batch = Batch(list("abcd"), JOB)
+    batch.reject(0, "two\nlines \x1b[31m" + "x" * 5000)
+    batch.reject(1, ValueError("not a str"))  # type: ignore[arg-type]
+    (first, second) = batch.rejections
+    assert first.error.startswith("two lines \\x1b[31mxxx")
+    assert len(first.error) == 1000
+    assert second.error == "not a str"
+
+
+def test_a_batch_made_by_hand_for_the_users_own_tests() -> None:
+    batch = Batch.of([{"a": 1}, b"raw", "text"], id="b1", attempt=3)
+    assert (batch.id, batch.attempt, list(batch)) == ("b1", 3, [{"a": 1}, b"raw", "text"])
+    assert batch.records.items() == [b'{"a":1}', b"raw", b"text"]
+    assert batch.ids == ["test.1.0", "test.1.1", "test.1.2"]
+    batch.reject(2, "why")
+    assert batch.rejections == [Rejection(2, "rejected", "why")]
