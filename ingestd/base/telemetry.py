@@ -1,0 +1,348 @@
+"""Logs: one line an event on stderr, written by a thread that nobody waits for.
+
+A caller renders its line and puts it into a bounded queue. One daemon thread writes. A reader that
+stalls, a full disk or a closed stderr therefore costs log lines, which are counted and reported
+(`log_lines_dropped`), and never a record or a moment of the event loop.
+
+Events are past-tense nouns with fields; a payload is never a field.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import io
+import json
+import logging
+import os
+import queue
+import select
+import sys
+import threading
+import time
+from bisect import bisect_right
+from functools import partial
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, TextIO
+
+import msgspec
+import structlog
+from structlog.tracebacks import ExceptionDictTransformer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
+
+    from ingestd.base.settings import LogSettings
+
+LINES_MAX = 10_000
+"""Lines that may wait for the writer."""
+BYTES_MAX = 8 * 1024**2
+"""Bytes of lines that may wait for the writer."""
+LINE_BYTES_MAX = 64 * 1024
+"""A longer line is written without its fields."""
+
+_WRITE_BYTES = 64 * 1024
+_POLL_MS = 200
+_LF = 0x0A
+_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+
+
+class LogWriter:
+    """A bounded queue of lines and the thread that writes them to a file descriptor.
+
+    Args:
+        fd: where to; the writer owns it and closes it. -1 writes nowhere: every line is dropped.
+        report: the line that says how many lines were dropped.
+    """
+
+    def __init__(self, fd: int, report: Callable[[int], bytes]) -> None:
+        self._fd = fd
+        self._report = report
+        self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        # Reentrant: a signal handler may log between two bytecodes of `write`.
+        self._lock = threading.RLock()
+        self._lines = 0
+        self._bytes = 0
+        self._dropped = 0
+        self._reported = 0
+        self._torn = False
+        self._closed = False
+        self._deadline: float | None = None
+        self._restore = contextlib.ExitStack()
+        self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def dropped(self) -> int:
+        """Lines given up so far, for `Metrics.watch_log`."""
+        return self._dropped
+
+    def write(self, line: bytes) -> None:
+        """Takes a line with its LF, or drops it if there is no room. Never blocks or raises."""
+        with self._lock:
+            if self._closed or self._lines >= LINES_MAX or self._bytes + len(line) > BYTES_MAX:
+                self._dropped += 1
+                return
+            self._lines += 1
+            self._bytes += len(line)
+            self._queue.put(line)
+
+    def close(self, timeout: float) -> bool:
+        """Writes what waits, for `timeout` seconds at most, and takes the logging down.
+
+        Returns:
+            Whether everything was written or counted as dropped; else the thread is left behind
+            in a write that does not return, and dies with the process.
+        """
+        self._restore.close()
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._deadline = time.monotonic() + timeout
+                self._queue.put(None)
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
+
+    def undo(self, step: Callable[[], object]) -> None:
+        """Has `close` call `step`; the last one added is the first one called."""
+        self._restore.callback(step)
+
+    def _run(self) -> None:
+        last = False
+        while not last:
+            lines, last = self._gather()
+            written, size = self._put_out(lines), sum(map(len, lines))
+            with self._lock:
+                self._lines -= len(lines)
+                self._bytes -= size
+                self._dropped += len(lines) - written
+                missing = self._dropped - self._reported
+            if missing and self._put_out([self._report(missing)]):
+                self._reported += missing
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def _gather(self) -> tuple[list[bytes], bool]:
+        """Waits for a line, takes along what is there already; and whether that was the last."""
+        line = self._queue.get()
+        lines: list[bytes] = []
+        size = 0
+        while line is not None:
+            lines.append(line)
+            size += len(line)
+            if size >= _WRITE_BYTES:
+                return lines, False
+            try:
+                line = self._queue.get_nowait()
+            except queue.Empty:
+                return lines, False
+        return lines, True
+
+    def _put_out(self, lines: list[bytes]) -> int:
+        """How many of the lines got out whole, from the first one on; the rest is given up."""
+        # What a failed write left of a line must not run into the next one.
+        mend = b"\n" if self._torn else b""
+        text = mend + b"".join(lines)
+        sent = self._send(text)
+        if sent:
+            self._torn = text[sent - 1] != _LF
+        return bisect_right(list(accumulate(map(len, lines))), sent - len(mend))
+
+    def _send(self, text: bytes) -> int:
+        """How many bytes got out before the end, an error or the deadline of `close`."""
+        sent = 0
+        while sent < len(text):
+            try:
+                sent += os.write(self._fd, memoryview(text)[sent:])
+            except BlockingIOError:
+                if self._deadline is not None and time.monotonic() >= self._deadline:
+                    break
+                self._wait()
+            except OSError:
+                break
+        return sent
+
+    def _wait(self) -> None:
+        """Somebody made the descriptor non-blocking and its reader is slow."""
+        poll = select.poll()
+        poll.register(self._fd, select.POLLOUT)
+        poll.poll(_POLL_MS)
+
+
+def start_logging(settings: LogSettings, stream: TextIO | None = None) -> LogWriter:
+    """Sends what structlog and the standard library's logging say to a stream's descriptor.
+
+    Once a process, before the first line; the caller closes what it gets. Loggers are
+    `structlog.get_logger()`; `request_id` and `batch_id` come from `structlog.contextvars`.
+
+    Args:
+        settings: level and format.
+        stream: `sys.stderr` if not given. Without a usable descriptor every line is dropped.
+    """
+    fd = _own_descriptor(sys.stderr if stream is None else stream)
+    terminal = fd >= 0 and os.isatty(fd)
+    console = settings.format == "console" or (settings.format == "auto" and terminal)
+    render = _Console(colors=terminal and not os.environ.get("NO_COLOR")) if console else _Json()
+    chain: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        render,
+    ]
+    level = _LEVELS[settings.level]
+    writer = LogWriter(fd, lambda lines: _line(chain, "warning", _dropped_event(lines)))
+    structlog.configure(
+        processors=chain,
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=lambda *_: _Sink(writer.write),
+        cache_logger_on_first_use=True,
+    )
+    _take_over_library_logs(writer, chain, level)
+    return writer
+
+
+def _own_descriptor(stream: TextIO | None) -> int:
+    """A copy, so that nobody else's file gets our lines when the stream is closed.
+
+    It is 3 or more: with a standard stream closed, a lower number could pass for one.
+    """
+    if stream is None:
+        return -1
+    try:
+        return fcntl.fcntl(stream.fileno(), fcntl.F_DUPFD_CLOEXEC, 3)
+    except (OSError, ValueError):
+        return -1
+
+
+def _dropped_event(lines: int) -> EventDict:
+    return {"event": "log_lines_dropped", "lines": lines}
+
+
+def _line(chain: list[Processor], level: str, event: EventDict) -> bytes:
+    """An event's line, by the way structlog's own events take."""
+    value: Any = event
+    for step in chain:
+        value = step(None, level, value)
+    line: bytes = value
+    return line
+
+
+class _Sink:
+    """What structlog calls with a rendered line, by the name of the level."""
+
+    __slots__ = ("critical", "debug", "error", "info", "warning")
+
+    def __init__(self, write: Callable[[bytes], None]) -> None:
+        self.debug = self.info = self.warning = self.error = self.critical = write
+
+
+class _Json:
+    """One JSON object a line: timestamp, level and event first. An exception is a field."""
+
+    def __init__(self) -> None:
+        self._exception = structlog.processors.ExceptionRenderer(
+            # Locals would put payloads into the log.
+            ExceptionDictTransformer(show_locals=False, max_frames=20)
+        )
+
+    def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> bytes:
+        try:
+            if "exc_info" in event:
+                event = self._exception(logger, method, event)
+            line = _encode(_heads_first(event))
+        except Exception as error:  # noqa: BLE001 - a log line never fails its caller
+            line = _encode({**_head(event), "unrendered": type(error).__name__})
+        if len(line) > LINE_BYTES_MAX:
+            line = _encode({**_head(event), "left_out_bytes": len(line)})
+        return line + b"\n"
+
+
+def _heads_first(event: EventDict) -> dict[str, Any]:
+    return {key: event[key] for key in ("timestamp", "level", "event")} | dict(event)
+
+
+def _head(event: EventDict) -> dict[str, str]:
+    keys = ("timestamp", "level", "event", "request_id", "batch_id")
+    return {key: str(event[key])[:1000] for key in keys if key in event}
+
+
+def _encode(event: dict[str, Any]) -> bytes:
+    try:
+        return msgspec.json.encode(event, enc_hook=_plain)
+    except (UnicodeError, TypeError, ValueError, OverflowError):
+        # Lone surrogates (file names), huge integers, odd keys: slower, but takes them.
+        return json.dumps(event, default=_plain, skipkeys=True).encode()
+
+
+def _plain(value: object) -> str:
+    return str(value) if isinstance(value, os.PathLike) else repr(value)
+
+
+class _Console:
+    """Lines for a person at a terminal."""
+
+    def __init__(self, *, colors: bool) -> None:
+        self._render = structlog.dev.ConsoleRenderer(
+            colors=colors,
+            # structlog's pick would be the one with locals in it, which are payloads.
+            exception_formatter=_write_traceback,
+            # Values are quoted: what a client sent must not move the cursor.
+            repr_native_str=True,
+        )
+
+    def __call__(self, logger: WrappedLogger, method: str, event: EventDict) -> bytes:
+        head = _head(event)
+        try:
+            text = self._render(logger, method, event)
+        except Exception as error:  # noqa: BLE001 - a log line never fails its caller
+            text = f"{head} unrendered={type(error).__name__}"
+        if len(text) > LINE_BYTES_MAX:
+            text = f"{head} left_out_bytes={len(text)}"
+        return f"{text}\n".encode(errors="backslashreplace")
+
+
+def _write_traceback(out: TextIO, exc_info: ExcInfo) -> None:
+    text = io.StringIO()
+    structlog.dev.plain_traceback(text, exc_info)
+    # An exception may quote what a client sent.
+    out.write(
+        "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text.getvalue())
+    )
+
+
+class _Library(logging.Handler):
+    """Brings what libraries say through the standard library's logging into the same lines."""
+
+    def __init__(self, write: Callable[[bytes], None], chain: list[Processor]) -> None:
+        super().__init__()
+        self._write = write
+        self._chain = chain
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """As the event `library_logged`."""
+        try:
+            message = record.getMessage()
+        except Exception:  # noqa: BLE001 - arguments that do not fit their format
+            message = str(record.msg)
+        event: EventDict = {"event": "library_logged", "logger": record.name, "message": message}
+        if record.exc_info:
+            event["exc_info"] = record.exc_info
+        self._write(_line(self._chain, record.levelname.lower(), event))
+
+
+def _take_over_library_logs(writer: LogWriter, chain: list[Processor], level: int) -> None:
+    """Until the writer is closed. Libraries' debug lines stay out: they are about themselves."""
+    root, handler = logging.getLogger(), _Library(writer.write, chain)
+    writer.undo(partial(root.setLevel, root.level))
+    root.setLevel(max(level, logging.INFO))
+    writer.undo(partial(root.removeHandler, handler))
+    root.addHandler(handler)
+    writer.undo(partial(logging.captureWarnings, False))
+    logging.captureWarnings(capture=True)
