@@ -1,0 +1,106 @@
+"""The batcher against a plain model: exact to the record, in order, within its bounds."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ingestd.base.record import Layout, Records, Span
+from ingestd.batching.batcher import Batcher, Cut
+
+
+def feed(batcher: Batcher, chunk: int, records: Records, first: int = 0) -> list[Cut]:
+    batcher.add(chunk, records, first=first, accepted_at=float(chunk))
+    cuts = []
+    while cut := batcher.take():
+        cuts.append(cut)
+    return cuts
+
+
+def test_a_chunk_of_100_000_records_makes_100_batches_of_1_000() -> None:
+    batcher = Batcher(records_max=1000, bytes_max=4 << 20)
+    records = Records.lines([b"%d" % n for n in range(100_000)])
+    cuts = feed(batcher, 7, records)
+    assert len(cuts) == 100
+    assert all(cut.records.count == 1000 for cut in cuts)
+    assert b"".join(cut.records.payload for cut in cuts) == records.payload
+    assert [cut.spans for cut in cuts[:2]] == [(Span(7, 0, 1000),), (Span(7, 1000, 1000),)]
+    assert cuts[0].cursor == (7, 1000)
+    assert cuts[-1].cursor == (8, 0)
+    assert not batcher.open
+
+
+def test_a_whole_chunk_goes_without_a_copy() -> None:
+    batcher = Batcher(records_max=3, bytes_max=100)
+    records = Records.lines([b"1", b"2", b"3"])
+    (cut,) = feed(batcher, 1, records)
+    assert cut.records.payload is records.payload
+
+
+def test_a_record_larger_than_the_bound_stands_alone() -> None:
+    batcher = Batcher(records_max=10, bytes_max=10)
+    cuts = feed(batcher, 1, Records.lines([b"1", b"x" * 50, b"2"]))
+    last = batcher.close()
+    assert [cut.records.items() for cut in [*cuts, last]] == [[b"1"], [b"x" * 50], [b"2"]]
+
+
+def test_the_rest_of_a_recovered_chunk_starts_at_its_cursor() -> None:
+    batcher = Batcher(records_max=10, bytes_max=100)
+    assert feed(batcher, 3, Records.lines([b"0", b"1", b"2"]), first=2) == []
+    cut = batcher.close()
+    assert cut.spans == (Span(3, 2, 1),)
+    assert cut.records.items() == [b"2"]
+    assert cut.cursor == (4, 0)
+
+
+def test_the_age_is_the_oldest_records() -> None:
+    batcher = Batcher(records_max=3, bytes_max=100)
+    feed(batcher, 1, Records.lines([b"a"]))
+    feed(batcher, 2, Records.lines([b"b"]))
+    assert batcher.accepted_at == 1.0
+    (cut,) = feed(batcher, 3, Records.lines([b"c", b"d"]))
+    assert cut.accepted_at == 1.0
+    assert batcher.accepted_at == 3.0
+
+
+chunks = st.lists(
+    st.tuples(st.booleans(), st.lists(st.binary(max_size=12), min_size=1, max_size=40)),
+    max_size=12,
+)
+
+
+@given(chunks=chunks, records_max=st.integers(1, 15), bytes_max=st.integers(1, 60))
+def test_any_chunks_give_the_same_records_in_order(chunks, records_max, bytes_max) -> None:
+    batcher = Batcher(records_max=records_max, bytes_max=bytes_max)
+    cuts, expected, held = [], [], {}
+    for number, (as_lines, raw) in enumerate(chunks, 1):
+        items = [item.replace(b"\n", b" ") for item in raw] if as_lines else raw
+        records = Records.lines(items) if as_lines else Records.sized(items)
+        held[number] = items
+        expected += items
+        cuts += feed(batcher, number, records)
+    full = len(cuts)
+    if last := batcher.close():
+        cuts.append(last)
+    assert [item for cut in cuts for item in cut.records.items()] == expected
+    for i, cut in enumerate(cuts):
+        assert cut.records.count == sum(span.count for span in cut.spans) <= records_max
+        assert cut.size <= bytes_max or cut.records.count == 1
+        by_span = [held[s.chunk][s.first + n] for s in cut.spans for n in range(s.count)]
+        assert by_span == cut.records.items()
+        following = cuts[i + 1].spans[0] if i + 1 < len(cuts) else None
+        if following is not None:
+            assert cut.cursor == (following.chunk, following.first)
+        if i < full and cut.records.count < records_max and following is not None:
+            chunk = held[following.chunk]
+            terminator = 1 if chunks[following.chunk - 1][0] else 0
+            next_size = len(chunk[following.first]) + terminator
+            assert cut.size >= bytes_max or cut.size + next_size > bytes_max
+
+
+def test_layouts_may_mix() -> None:
+    batcher = Batcher(records_max=4, bytes_max=100)
+    feed(batcher, 1, Records.lines([b"1", b"2"]))
+    (cut,) = feed(batcher, 2, Records.sized([b"a\nb", b""]))
+    assert cut.records.layout is Layout.SIZED
+    assert cut.records.items() == [b"1", b"2", b"a\nb", b""]
