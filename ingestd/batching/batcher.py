@@ -85,6 +85,7 @@ class Batcher:
         self._count = 0
         self._bytes = 0
         self._accepted_at = 0.0
+        self._cursor = (0, 0)
         self._rest: _Rest | None = None
 
     @property
@@ -119,11 +120,8 @@ class Batcher:
         """The open batch as it is; `None` without one."""
         if not self._count:
             return None
-        last = self._spans[-1]
-        cursor = (last.chunk, last.first + last.count)
-        if self._rest is None or not self._rest.count:
-            cursor = (last.chunk + 1, 0)
-        cut = Cut(tuple(self._spans), join(self._parts), self._bytes, self._accepted_at, cursor)
+        records = join(self._parts)
+        cut = Cut(tuple(self._spans), records, self._bytes, self._accepted_at, self._cursor)
         self._spans, self._parts, self._count, self._bytes = [], [], 0, 0
         return cut
 
@@ -138,3 +136,4 @@ class Batcher:
         self._parts.append(part)
         self._count += count
         self._bytes += len(part.payload)
+        self._cursor = (rest.chunk, rest.first) if rest.count else (rest.chunk + 1, 0)
