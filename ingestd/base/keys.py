@@ -107,10 +107,14 @@ def quoted(name: str) -> str:
 def nearest(path: Sequence[str]) -> tuple[str, ...] | None:
     """The key that was probably meant by one that does not exist; `None` if none is near."""
     known = _candidates(path)
-    wanted = ".".join(path)
     same_end = {key: found for key, found in known.items() if found[-1] == path[-1]}
-    for among in (same_end, known):
-        close = get_close_matches(wanted, among, n=1)
+    in_pipelines = {
+        key: found for key, found in same_end.items() if found[0] in PipelineSettings.model_fields
+    }
+    # A slip of the finger first, then a setting whose table was left out, then anything near.
+    tries = ((known, 0.85), (in_pipelines, 0.6), (same_end, 0.6), (known, 0.6))
+    for among, cutoff in tries:
+        close = get_close_matches(".".join(path), among, n=1, cutoff=cutoff)
         if close:
             return among[close[0]]
     return None

@@ -118,8 +118,8 @@ def from_file(file: Path, problems: list[str]) -> Iterator[Entry]:
         problems.append(f"cannot read configuration file {file}: {error.strerror}")
     except UnicodeDecodeError:
         problems.append(f"configuration file {file} is not UTF-8 text")
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        reason = str(error) if isinstance(error, tomllib.TOMLDecodeError) else "too deep"
+    except (ValueError, RecursionError) as error:  # ValueError: a number of 5000 digits, too
+        reason = str(error) if isinstance(error, ValueError) else "it is nested too deep"
         problems.append(f"configuration file {file} is not TOML: {reason}")
     else:
         yield from _from_table(table, (), f"file {file}", problems)

@@ -159,7 +159,7 @@ def _explain(error: ValidationError, origins: _Origins) -> list[str]:
         cause = detail.get("ctx", {}).get("error")
         if isinstance(cause, ContradictionError):
             lines += [
-                f"{key} ({_origin(tuple(key.split('.')), origins)}): {text}"
+                _contradiction(key, text, _origin(tuple(key.split(".")), origins))
                 for key, text in _without_inherited(cause.problems)
             ]
             continue
@@ -170,6 +170,11 @@ def _explain(error: ValidationError, origins: _Origins) -> list[str]:
         secret = (origin or "").startswith("secret ")
         lines.append(f"{dotted(path)} ({origin or DEFAULT}): {_problem(detail, path, secret)}")
     return lines
+
+
+def _contradiction(key: str, text: str, origin: str) -> str:
+    hidden = origin.startswith("secret ")
+    return f"{key} ({origin}): {'does not go with other settings' if hidden else text}"
 
 
 def _without_inherited(problems: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:

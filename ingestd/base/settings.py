@@ -20,6 +20,7 @@ from ingestd.base.units import Count, Seconds, Size  # noqa: TC001  pydantic rea
 
 DEFAULT_PIPELINE = "default"
 PIPELINE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}", re.ASCII)
+OPTIONS_DEPTH_MAX = 16
 
 _MIB = 1024**2
 _GIB = 1024**3
@@ -29,12 +30,18 @@ _DAY = 86400.0
 Format = Literal["json", "text", "bytes"]
 
 
-def _option(value: object) -> object:
-    """Plain data only: options cross to worker processes."""
+def _options(value: object) -> object:
+    return _plain_data(value, OPTIONS_DEPTH_MAX)
+
+
+def _plain_data(value: object, depth: int) -> object:
+    """Only what crosses to worker processes as it is."""
+    if depth < 0:
+        raise ValueError(f"is nested deeper than {OPTIONS_DEPTH_MAX}")
     if isinstance(value, dict):
-        return {_name(key): _option(item) for key, item in value.items()}
+        return {_name(key): _plain_data(item, depth - 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_option(item) for item in value]
+        return [_plain_data(item, depth - 1) for item in value]
     if isinstance(value, str | int | float):
         return value
     raise ValueError("should be text, a number, a boolean, a list or a table")
@@ -173,7 +180,7 @@ class HandlerSettings(Section):
     target: str = Field(
         "jsonl", min_length=1, description="module:name of your function or class, or a sink"
     )
-    options: Annotated[dict[str, Any], BeforeValidator(_option)] = Field(
+    options: Annotated[dict[str, Any], BeforeValidator(_options)] = Field(
         default_factory=dict, description="keyword arguments for a handler class or a sink"
     )
 

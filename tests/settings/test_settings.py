@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from ingestd.base.keys import settings_of, unit_of
+from ingestd.base.settings import (
+    BatchSettings,
+    DrainSettings,
+    HandlerSettings,
+    PipelineSettings,
+    Section,
+    Settings,
+)
+
+
+def test_settings_made_in_code_see_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA_DIR", "elsewhere")
+    monkeypatch.setenv("FORMAT", "text")
+    assert Settings().format == "json"
+    assert str(Settings().data_dir) == "ingestd-data"
+
+
+def test_settings_are_frozen() -> None:
+    settings = Settings()
+    with pytest.raises(ValidationError):
+        settings.format = "text"  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        settings.batch.records_max = 5  # type: ignore[misc]
+
+
+def test_every_section_forbids_what_it_does_not_know() -> None:
+    sections = [*Section.__subclasses__(), DrainSettings, Settings]
+    assert len(sections) > 12
+    for section in sections:
+        with pytest.raises(ValidationError, match="nonsense"):
+            section(nonsense=1)  # type: ignore[call-arg]
+
+
+def test_every_number_is_bounded_on_both_sides() -> None:
+    for path, field in settings_of(Settings):
+        if unit_of(field) is not None:
+            bounds = {type(mark).__name__ for mark in field.metadata}
+            assert bounds & {"Ge", "Gt"}, path
+            assert bounds & {"Le", "Lt"}, path
+
+
+def test_a_pipeline_takes_what_it_leaves_out_from_the_top_key_by_key() -> None:
+    settings = Settings(
+        format="text",
+        batch=BatchSettings(records_max=5, age_max="2s"),
+        retry={"backoff_max": "1h"},
+        drain={"delay": "3s", "timeout": "4s"},
+        pipelines={"clicks": {"batch": {"age_max": "9s"}, "retry": {"backoff": "2m"}}},
+    )
+    clicks = settings.pipeline_settings()["clicks"]
+    assert clicks.format == "text"
+    assert (clicks.batch.records_max, clicks.batch.age_max) == (5, 9.0)
+    assert (clicks.retry.backoff, clicks.retry.backoff_max) == (120.0, 3600.0)
+    assert clicks.drain.timeout == 4.0
+    assert settings.batch.age_max == 2.0
+
+
+def test_a_handler_table_is_taken_whole() -> None:
+    settings = Settings(
+        handler=HandlerSettings(target="a:b", options={"x": 1}),
+        pipelines={"one": {"handler": {"target": "c:d"}}, "two": {}, "three": {"handler": {}}},
+    )
+    pipelines = settings.pipeline_settings()
+    assert pipelines["one"].handler == HandlerSettings(target="c:d")
+    assert pipelines["two"].handler == HandlerSettings(target="a:b", options={"x": 1})
+    assert pipelines["three"].handler == HandlerSettings()
+
+
+def test_pipelines_come_default_first_and_filled_in() -> None:
+    settings = Settings(pipelines={"b": {}, "a": PipelineSettings(format="bytes")})
+    pipelines = settings.pipeline_settings()
+    assert list(pipelines) == ["default", "b", "a"]
+    assert all(isinstance(pipeline, PipelineSettings) for pipeline in pipelines.values())
+    assert [pipeline.format for pipeline in pipelines.values()] == ["json", "json", "bytes"]
+
+
+@pytest.mark.parametrize("name", ["default", "Clicks", "1st", "a b", "", "a" * 64, "a.b", "ä"])
+def test_a_pipeline_has_a_plain_name_of_its_own(name: str) -> None:
+    with pytest.raises(ValidationError):
+        Settings(pipelines={name: {}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"retry": {"backoff": "2m"}}, "retry.backoff_max"),
+        ({"batch": {"bytes_max": "65MiB"}}, "queue.bytes_max"),
+        ({"http": {"inflight_bytes_max": "1MiB"}}, "http.inflight_bytes_max"),
+        ({"source": {"pipeline": "nowhere"}}, "source.pipeline"),
+        ({"http": {"listen": "h:1"}, "admin": {"listen": "h:1"}}, "admin.listen"),
+        ({"pipelines": {"v": {"retry": {"backoff": "2m"}}}}, "pipelines.v.retry.backoff_max"),
+    ],
+)
+def test_what_cannot_work_together_is_refused(settings: dict[str, object], key: str) -> None:
+    with pytest.raises(ValidationError, match=key.replace(".", r"\.")):
+        Settings(**settings)  # type: ignore[arg-type]
+
+
+def test_two_addresses_with_port_0_are_two_addresses() -> None:
+    settings = Settings(http={"listen": "127.0.0.1:0"}, admin={"listen": "127.0.0.1:0"})
+    assert settings.http.listen == settings.admin.listen
+
+
+def test_options_are_plain_data() -> None:
+    options = {"text": "x", "number": 1, "ratio": 0.5, "on": True, "list": [1, "a"], "t": {"u": {}}}
+    assert HandlerSettings(options=options).options == options
+    for wrong in (None, object(), {1: 2}, {"": 1}, b"x"):
+        with pytest.raises(ValidationError):
+            HandlerSettings(options={"x": wrong})

@@ -1,0 +1,65 @@
+"""config/ingestd.toml and the models say the same, in both directions."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ingestd.base.keys import dotted, settings_of, shown, unit_of
+from ingestd.base.loading import load
+from ingestd.base.settings import Settings
+
+FILE = Path(__file__).parents[2] / "config" / "ingestd.toml"
+TEXT = FILE.read_text()
+
+
+def _flat(table: dict[str, object], prefix: tuple[str, ...] = ()) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in table.items():
+        if isinstance(value, dict) and value:
+            flat |= _flat(value, (*prefix, name))
+        else:
+            flat[dotted((*prefix, name))] = value
+    return flat
+
+
+def test_every_key_is_there_with_its_default_as_people_write_it() -> None:
+    in_code = {
+        dotted(path): shown(field, field.get_default(call_default_factory=True, validated_data={}))
+        for path, field in settings_of(Settings)
+    }
+    in_code["data_dir"] = str(in_code["data_dir"])
+    assert _flat(tomllib.loads(TEXT)) == in_code
+
+
+def test_the_file_loads_and_changes_nothing(tmp_path: Path) -> None:
+    loaded = load(environ={}, cwd=tmp_path, config=str(FILE), secrets=tmp_path / "none")
+    assert loaded.settings == Settings()
+    assert set(loaded.origins.values()) == {f"file {FILE}"}
+
+
+def test_the_example_of_a_pipeline_works_when_its_comment_signs_are_gone(tmp_path: Path) -> None:
+    example = TEXT[TEXT.index("# [pipelines.") :]
+    text = re.sub(r"(?m)^# ?", "", example)
+    (tmp_path / "ingestd.toml").write_text(TEXT.replace(example, text))
+    loaded = load(environ={}, cwd=tmp_path, secrets=tmp_path / "none")
+    clicks = loaded.settings.pipelines["clicks"]
+    assert clicks.batch.age_max == 0.25
+    assert clicks.handler.options == {"table": "clicks"}
+    assert clicks.executor.kind == "process"
+
+
+@pytest.mark.parametrize("path", [path for path, _ in settings_of(Settings)], ids=dotted)
+def test_every_key_has_a_meaning_and_every_number_a_unit(path: tuple[str, ...]) -> None:
+    section = TEXT
+    if len(path) > 1:
+        section = TEXT[TEXT.index(f"\n[{path[0]}]") + 1 :].split("\n[", 1)[0]
+    (line,) = re.findall(rf"(?m)^{path[-1]} *= .*$", section.split("\n[", 1)[0])
+    comment = line.partition("#")[2].strip()
+    assert comment
+    unit = unit_of(dict(settings_of(Settings))[path])
+    word = {"bytes": "size", "seconds": "time"}.get(unit.name) if unit else None
+    assert word is None or word in comment
