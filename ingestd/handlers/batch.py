@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Generic, TypeVar, cast, overload
 
 import msgspec
 
@@ -45,9 +45,12 @@ class Batch(Sequence[T_co], Generic[T_co]):
     __slots__ = ("_ids", "_job", "_places", "_records", "_said", "_undecodable")
 
     def __init__(
-        self, records: Sequence[T_co], job: Job, undecodable: Sequence[Rejection] = ()
+        self, records: Sequence[T_co] | None, job: Job, undecodable: Sequence[Rejection] = ()
     ) -> None:
-        """A batch of the job's records without the undecodable ones. For ingestd; see `of`."""
+        """A batch of the job's records without the undecodable ones. For ingestd; see `of`.
+
+        `None` for records as they came: then they are taken apart only if someone looks at them.
+        """
         self._records = records
         self._job = job
         self._undecodable = undecodable
@@ -70,13 +73,13 @@ class Batch(Sequence[T_co], Generic[T_co]):
     @overload
     def __getitem__(self, i: slice) -> Sequence[T_co]: ...
     def __getitem__(self, i: int | slice) -> T_co | Sequence[T_co]:
-        return self._records[i]
+        return self._taken_apart()[i]
 
     def __len__(self) -> int:
-        return len(self._records)
+        return len(self._places)
 
     def __iter__(self) -> Iterator[T_co]:
-        return iter(self._records)
+        return iter(self._taken_apart())
 
     def __repr__(self) -> str:
         return f"<Batch {self.id} attempt={self.attempt} records={len(self)}>"
@@ -161,6 +164,11 @@ class Batch(Sequence[T_co], Generic[T_co]):
         for place in self._places:
             if not isinstance(self._said.get(place), Rejection):
                 self._said[place] = Rejection(place, "rejected", line)
+
+    def _taken_apart(self) -> Sequence[T_co]:
+        if self._records is None:
+            self._records = cast("list[T_co]", self._job.records.items())
+        return self._records
 
     def _place(self, i: int) -> int:
         i = operator.index(i)

@@ -97,6 +97,8 @@ def _is_cancelled(task: Task[Any] | None) -> bool:
 
 def _batch(spec: HandlerSpec, job: Job) -> Batch[Any] | Result:
     """The decoded batch, or the result at once if there is nothing to call the handler with."""
+    if spec.wants_batch and spec.decoder.one is None and job.records.count:
+        return Batch(None, job)  # a sink that writes the payload as it is needs nothing else
     try:
         values, undecodable = spec.decoder.decode(job.records)
         return Batch(values, job, undecodable) if values else Result(undecodable)

@@ -78,6 +78,15 @@ def test_why_becomes_one_short_line() -> None:
     assert second.error == "not a str"
 
 
+def test_records_as_they_came_are_taken_apart_when_looked_at() -> None:
+    batch: Batch[bytes] = Batch(None, JOB)
+    assert len(batch) == 4
+    batch.reject(3, "x")
+    assert (batch[-1], list(batch), batch[1:3]) == (b"d", [b"a", b"b", b"c", b"d"], [b"b", b"c"])
+    assert list(batch) == [b"a", b"b", b"c", b"d"]
+    assert batch.rejections == [Rejection(3, "rejected", "x")]
+
+
 def test_a_batch_made_by_hand_for_the_users_own_tests() -> None:
     batch = Batch.of([{"a": 1}, b"raw", "text"], id="b1", attempt=3)
     assert (batch.id, batch.attempt, list(batch)) == ("b1", 3, [{"a": 1}, b"raw", "text"])

@@ -1,0 +1,109 @@
+"""Every example in docs/HANDLERS.md is run."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sqlite3
+import sys
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ingestd.handlers.call import call, close
+from ingestd.handlers.load import load
+from ingestd.sinks.jsonl import JsonlSink
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PAGE = (Path(__file__).parents[2] / "docs" / "HANDLERS.md").read_text()
+BLOCKS = {
+    match[1]: match[2]
+    for match in re.finditer(r"```python\n# (\w+)\.py\n(.*?)```", PAGE, re.DOTALL)
+}
+TOML = [tomllib.loads(text) for text in re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)]
+CLICKS = [b'{"user":"ann","page":1}', b'{"user":"bob","page":"x"}', b'{"user":"cy","page":3}']
+
+
+@pytest.fixture
+def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Writes the page's modules into the current folder; loads one of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *filter(None, sys.path)])
+    for name, source in BLOCKS.items():
+        Path(f"{name}.py").write_text(source)
+    yield lambda target: load(target, record_format="json", executor="thread")
+    for name in BLOCKS:
+        sys.modules.pop(name, None)
+
+
+def test_no_example_is_left_out() -> None:
+    assert PAGE.count("```python") == len(BLOCKS)
+    assert set(BLOCKS) == {"store", "clicks", "pages", "placed", "orders", "once", "test_orders"}
+
+
+def run(spec: Any, job: Any, **create: Any) -> Any:
+    handler = spec.create(create.pop("options", {}), **create)
+    result = call(spec, handler, job)
+    assert close(spec, handler) is None
+    return result
+
+
+def test_functions(example, job: Callable[..., Any], capsys) -> None:
+    assert run(example("store:store"), job(CLICKS)).failure is None
+    assert capsys.readouterr().out == "ann\nbob\ncy\n"
+    result = run(example("clicks:store"), job(CLICKS))
+    assert capsys.readouterr().out == "ann 1\ncy 3\n"
+    (lost,) = result.rejections
+    assert (lost.index, lost.error) == (1, "Expected `int`, got `str` - at `$.page`")
+    assert lost.error in PAGE
+
+
+def test_a_class_with_its_options(example, job) -> None:
+    handler = TOML[0]["handler"]
+    assert run(example(handler["target"]), job(CLICKS), options=handler["options"]).failure is None
+    db = sqlite3.connect(handler["options"]["path"])
+    assert db.execute("select count(*) from clicks").fetchone() == (3,)
+    db.close()
+
+
+def test_context(example, job, capsys) -> None:
+    assert run(example("placed:Store"), job(CLICKS), data_dir="/d", pipeline="p").failure is None
+    assert capsys.readouterr().out == "/d/p-json 3\n"
+
+
+def test_outcomes(example, job, capsys) -> None:
+    orders = [b'{"total":1}', b"{}", b'{"total":-1}']
+    result = run(example("orders:store"), job(orders, attempt=2))
+    assert [(r.index, r.error) for r in result.rejections] == [(1, "no total")]
+    assert [(r.index, r.after) for r in result.retries] == [(2, 60.0)]
+    assert capsys.readouterr().out == "again: j1-7\n"
+    result = run(example("orders:store"), job([b'{"total":1,"test":true}'] * 2))
+    assert [r.error for r in result.rejections] == ["a batch of test orders"] * 2
+
+
+def test_exactly_once(example, job, tmp_path: Path) -> None:
+    for _ in range(3):
+        result = run(example("once:Store"), job(CLICKS), options={"path": "once.db"})
+        assert result.failure is None
+    db = sqlite3.connect("once.db")
+    assert db.execute("select count(*) from clicks").fetchone() == (3,)
+    db.close()
+
+
+def test_the_users_own_test(example) -> None:
+    importlib.import_module("test_orders").test_orders_without_a_total_are_rejected()
+
+
+def test_the_sinks_options(tmp_path: Path) -> None:
+    handler = TOML[2]["handler"]
+    spec = load(handler["target"], record_format="json", executor="thread")
+    spec.check_options(handler["options"])
+    close(spec, spec.create(handler["options"] | {"path": str(tmp_path)}))
+    table = PAGE[PAGE.index("## The sink `jsonl`") :].partition("```toml")[0]
+    documented = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
+    assert documented == set(inspect.signature(JsonlSink).parameters) - {"context"}
