@@ -355,8 +355,9 @@ class Pipeline:
         )
         self._metrics.batch_retried(seconds)
         self._forget_payload(batch)
-        await self.journal.postpone(as_sealed(batch, self._clock.now() + verdict.after))
+        # Parked before the commit, so that the line counts it when the next batch is asked for.
         self.line.park(batch, self._loop.time() + verdict.after)
+        await self.journal.postpone(as_sealed(batch, self._clock.now() + verdict.after))
         self._moved.set()
 
     async def _settle(

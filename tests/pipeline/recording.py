@@ -1,0 +1,122 @@
+"""Handlers that write down what they were called with, from whatever they run in."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import ingestd
+
+
+def _note(folder: str, batch: Any, **facts: Any) -> None:
+    line = {
+        "id": batch.id,
+        "ids": batch.ids,
+        "attempt": batch.attempt,
+        "records": list(batch),
+        "pid": os.getpid(),
+        **facts,
+    }
+    with Path(folder, "calls.ndjson").open("a") as calls:
+        calls.write(json.dumps(line) + "\n")
+
+
+def calls(folder: Path) -> list[dict[str, Any]]:
+    """What was written down so far."""
+    path = folder / "calls.ndjson"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class Note:
+    """Records each call."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.made = time.monotonic_ns()
+
+    def __call__(self, batch: ingestd.Batch[Any]) -> None:
+        _note(self.folder, batch, made=self.made)
+
+    def close(self) -> None:
+        Path(self.folder, f"closed-{self.made}").touch()
+
+
+class Fails(Note):
+    """Raises on the first `times` attempts of each batch."""
+
+    def __init__(self, folder: str, times: int = 1) -> None:
+        super().__init__(folder)
+        self.times = times
+
+    def __call__(self, batch: ingestd.Batch[Any]) -> None:
+        super().__call__(batch)
+        if batch.attempt <= self.times:
+            raise RuntimeError(f"attempt {batch.attempt} fails")
+
+
+class Outcomes(Note):
+    """Rejects strings, asks for odd numbers again on the first attempt."""
+
+    def __call__(self, batch: ingestd.Batch[Any]) -> None:
+        super().__call__(batch)
+        for i, record in enumerate(batch):
+            if isinstance(record, str):
+                batch.reject(i, f"{record} is a string")
+            elif record % 2 and batch.attempt == 1:
+                batch.retry(i, after=0.001)
+
+
+class Gate(Note):
+    """Waits in each call until the file `open` is there (at most 30 s)."""
+
+    def __call__(self, batch: ingestd.Batch[Any]) -> None:
+        super().__call__(batch)
+        deadline = time.monotonic() + 30
+        while not Path(self.folder, "open").exists() and time.monotonic() < deadline:
+            time.sleep(0.002)
+
+
+class AsyncNote(Note):
+    async def __call__(self, batch: ingestd.Batch[Any]) -> None:  # type: ignore[override]
+        await asyncio.sleep(0)
+        _note(self.folder, batch, made=self.made)
+
+
+class AsyncHang(Note):
+    async def __call__(self, batch: ingestd.Batch[Any]) -> None:  # type: ignore[override]
+        _note(self.folder, batch)
+        if batch.attempt == 1:
+            await asyncio.sleep(3600)
+
+
+class Dies(Note):
+    """Ends its process on the first attempt, in the way that `how` says."""
+
+    def __init__(self, folder: str, how: str) -> None:
+        super().__init__(folder)
+        self.how = how
+
+    def __call__(self, batch: ingestd.Batch[Any]) -> None:
+        super().__call__(batch)
+        if batch.attempt > 1:
+            return
+        if self.how == "exit":
+            os._exit(7)
+        if self.how == "sys.exit":
+            raise SystemExit(3)
+        if self.how == "hang":
+            time.sleep(3600)
+        os.kill(os.getpid(), int(self.how))
+
+
+class DownAtFirst(Note):
+    """Its constructor fails until the file `up` is there."""
+
+    def __init__(self, folder: str) -> None:
+        if not Path(folder, "up").exists():
+            raise ConnectionError("the database is down")
+        super().__init__(folder)
