@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from ingestd.base.errors import ConfigError
+
 _PORT_MAX = 65535
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host (IPv6 without its brackets) and port of `HOST:PORT`; port 0 lets the kernel choose.
+    """Host (IPv6 without its brackets) and port of `HOST:PORT`.
+
+    No host is every interface; port 0 lets the kernel choose.
 
     Raises:
         ValueError: not of this form; the message says what is.
@@ -17,7 +21,6 @@ def split_address(address: str) -> tuple[str, int]:
         host = host[1:-1]
     readable = (
         colon
-        and host
         and not any(c.isspace() or c in "[]/" for c in host)
         and bracketed == (":" in host)
         and port.isascii()
@@ -29,3 +32,21 @@ def split_address(address: str) -> tuple[str, int]:
             f"{address[:60]!r} is not an address: HOST:PORT, like 127.0.0.1:8080 or [::1]:8080"
         )
     return host, int(port)
+
+
+def parse_listen(text: str, setting: str) -> tuple[str, int]:
+    """Where to listen: what `split_address` reads, and `:PORT` for all interfaces (host `""`).
+
+    Args:
+        text: the setting's value.
+        setting: its dotted name, for the message.
+
+    Raises:
+        ConfigError: it is no address.
+    """
+    everywhere = text.startswith(":")
+    try:
+        host, port = split_address(f"localhost{text}" if everywhere else text)
+    except ValueError as error:
+        raise ConfigError(problem=f"{setting}: {error}") from None
+    return ("" if everywhere else host), port

@@ -80,7 +80,7 @@ class LogWriter:
         self._thread.start()
 
     @property
-    def dropped(self) -> int:
+    def lines_lost(self) -> int:
         """Lines given up so far, for `Metrics.watch_log`."""
         return self._dropped
 

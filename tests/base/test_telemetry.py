@@ -292,7 +292,7 @@ def test_a_stalled_reader_costs_lines_and_learns_how_many(pipe: Pipe, blocking: 
         log.info("chunk_accepted", number=number)
         slowest = max(slowest, time.monotonic() - start)
     assert slowest < 2, "the caller waited for the reader"
-    assert writer.dropped >= total - telemetry.LINES_MAX
+    assert writer.lines_lost >= total - telemetry.LINES_MAX
     got: list[bytes] = []
     reader = threading.Thread(target=lambda: got.append(pipe.read_to_end()))
     pipe.stream.close()
@@ -304,14 +304,14 @@ def test_a_stalled_reader_costs_lines_and_learns_how_many(pipe: Pipe, blocking: 
     reported = sum(e["lines"] for e in events if e["event"] == "log_lines_dropped")
     assert numbers == sorted(numbers)
     assert len(numbers) + reported == total
-    assert reported == writer.dropped
+    assert reported == writer.lines_lost
 
 
 def test_lines_flow_again_without_a_new_line_to_push_them(pipe: Pipe) -> None:
     rest = fill(pipe.stream.fileno())
     writer = writer_to(pipe)
     total = 0
-    while not writer.dropped:
+    while not writer.lines_lost:
         writer.write(b"%08d " % total + b"x" * 990 + b"\n")
         total += 1
     while rest:
@@ -330,10 +330,10 @@ def test_what_waits_is_bounded_in_bytes(pipe: Pipe) -> None:
     line = b"x" * (1024**2 - 1) + b"\n"
     for _ in range(12):
         writer.write(line)
-    assert writer.dropped == 12 - telemetry.BYTES_MAX // len(line)
+    assert writer.lines_lost == 12 - telemetry.BYTES_MAX // len(line)
     pipe.hang_up()
     assert writer.close(DEADLINE)
-    assert writer.dropped == 12
+    assert writer.lines_lost == 12
 
 
 def test_close_keeps_its_deadline_while_the_reader_stalls(pipe: Pipe) -> None:
@@ -344,7 +344,7 @@ def test_close_keeps_its_deadline_while_the_reader_stalls(pipe: Pipe) -> None:
     assert not writer.close(0.2)
     assert 0.2 <= time.monotonic() - start < DEADLINE
     writer.write(b"two\n")
-    assert writer.dropped == 1
+    assert writer.lines_lost == 1
     pipe.hang_up()
     assert writer.close(DEADLINE)
 
@@ -356,7 +356,7 @@ def test_close_gives_up_on_a_stalled_descriptor_that_does_not_block(pipe: Pipe) 
     writer.write(b"one\n")
     writer.close(0.2)
     assert writer.close(DEADLINE)
-    assert writer.dropped == 1
+    assert writer.lines_lost == 1
 
 
 # A reader that is gone, a disk that is full
@@ -368,10 +368,10 @@ def test_a_reader_that_left_costs_lines_only(pipe: Pipe) -> None:
     log = structlog.get_logger()
     for _ in range(3):
         log.info("chunk_accepted")
-    until(lambda: writer.dropped == 3)
+    until(lambda: writer.lines_lost == 3)
     log.info("chunk_accepted")
     assert writer.close(DEADLINE)
-    assert writer.dropped == 4
+    assert writer.lines_lost == 4
 
 
 @pytest.mark.parametrize("stream", [io.StringIO(), None, "closed"], ids=["no-fd", "none", "closed"])
@@ -385,7 +385,7 @@ def test_no_stderr_is_no_reason_to_fail(
     writer = start_logging(LogSettings())
     structlog.get_logger().info("chunk_accepted")
     assert writer.close(DEADLINE)
-    assert writer.dropped == 1
+    assert writer.lines_lost == 1
 
 
 def test_a_process_started_with_closed_streams_writes_no_log_into_its_files(tmp_path: Path) -> None:
@@ -397,7 +397,7 @@ files = [open(f"file{n}", "w") for n in range(4)]
 writer = start_logging(LogSettings())
 structlog.get_logger().error("chunk_accepted")
 closed = writer.close(10)
-sys.exit(0 if closed and writer.dropped == 1 else 1)
+sys.exit(0 if closed and writer.lines_lost == 1 else 1)
 """
     done = subprocess.run(
         ["/bin/sh", "-c", 'exec "$0" -c "$1" 0<&- 1>&- 2>&-', sys.executable, program],
@@ -459,7 +459,7 @@ def test_a_full_disk_tears_no_second_line(tmp_path: Path, monkeypatch: pytest.Mo
     writer = LogWriter(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), report)
     writer.write(b"one\n")
     writer.write(b"two-is-long\n")
-    until(lambda: writer.dropped == 1)
+    until(lambda: writer.lines_lost == 1)
     room = 1000
     writer.write(b"three\n")
     assert writer.close(DEADLINE)
@@ -475,7 +475,7 @@ def test_a_real_full_device() -> None:
     writer.write(b"one\n")
     writer.write(b"two\n")
     assert writer.close(DEADLINE)
-    assert writer.dropped == 2
+    assert writer.lines_lost == 2
 
 
 # The price

@@ -1,0 +1,197 @@
+"""The admin server: health, metrics and status, on an address of its own.
+
+Every connection carries one request and has seconds to live, and there are few of them. So nothing
+that happens here, and nothing that happens at the door of the records, can lock operators out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+import structlog
+from aiohttp import web
+
+from ingestd.base.address import parse_listen
+from ingestd.base.errors import AddressError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiohttp.web_protocol import RequestHandler
+
+    from ingestd.admin.view import AdminView
+    from ingestd.base.metrics import Metrics
+    from ingestd.base.settings import AdminSettings
+
+CONNECTIONS_MAX = 64
+"""Connections at one time; one more is hung up on."""
+CONNECTION_SECONDS = 10.0
+"""A connection's whole life: to send its request and to take its answer."""
+CLOSE_SECONDS = 1.0
+"""How long `close` waits for answers that are on their way."""
+
+SETTING = "admin.listen"
+
+log = structlog.get_logger(__name__)
+
+
+class _Page(NamedTuple):
+    """An answer, before it is HTTP."""
+
+    body: bytes
+    content_type: str = "text/plain; charset=utf-8"
+    status: int = 200
+    headers: dict[str, str] = {}  # noqa: RUF012 - never written to
+
+
+class AdminServer:
+    """Answers `/livez`, `/readyz`, `/metrics` and `/v1/status`.
+
+    Args:
+        settings: where to listen; with an empty `listen` there is no server and `start` does
+            nothing.
+        view: who knows.
+        metrics: what `/metrics` shows.
+
+    Attributes:
+        addresses: host and port of each socket, while it listens.
+    """
+
+    def __init__(self, settings: AdminSettings, view: AdminView, metrics: Metrics) -> None:
+        self._settings = settings
+        self._view = view
+        self._metrics = metrics
+        self._pages: dict[str, Callable[[web.BaseRequest], _Page]] = {
+            "/livez": self._livez,
+            "/readyz": self._readyz,
+            "/metrics": self._metrics_page,
+            "/v1/status": self._status,
+        }
+        self._listener: asyncio.Server | None = None
+        self._door: _Door | None = None
+        self.addresses: list[tuple[str, int]] = []
+
+    async def start(self) -> None:
+        """Listens.
+
+        Raises:
+            AddressError: it cannot.
+            ConfigError: what is set is not an address.
+        """
+        if not self._settings.listen:
+            return
+        host, port = parse_listen(self._settings.listen, SETTING)
+        self._door = _Door(self._answer)
+        loop = asyncio.get_running_loop()
+        try:
+            self._listener = await loop.create_server(self._door, host or None, port)
+        except (OSError, UnicodeError) as error:
+            raise AddressError(
+                address=self._settings.listen, setting=SETTING, problem=_problem(error)
+            ) from error
+        self.addresses = [sock.getsockname()[:2] for sock in self._listener.sockets]
+
+    async def close(self) -> None:
+        """Stops listening, lets answers that are on their way out for a second, hangs up."""
+        if self._listener is None or self._door is None:
+            return
+        self._listener.close()
+        await self._door.hang_up()
+        await self._listener.wait_closed()
+        self._listener = None
+        self.addresses = []
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        page = self._page(request)
+        response = web.Response(
+            body=page.body,
+            status=page.status,
+            headers={
+                "Content-Type": page.content_type,
+                "Cache-Control": "no-store",
+                **page.headers,
+            },
+        )
+        response.force_close()
+        return response
+
+    def _page(self, request: web.BaseRequest) -> _Page:
+        page = self._pages.get(request.path)
+        if page is None:
+            return _problem_page(404, "Not Found", f"pages: {' '.join(self._pages)}")
+        if request.method not in ("GET", "HEAD"):
+            return _problem_page(
+                405, "Method Not Allowed", "pages are read with GET or HEAD", Allow="GET, HEAD"
+            )
+        try:
+            return page(request)
+        except Exception:  # one page that fails must not look like a dead daemon
+            log.exception("admin_page_failed", page=request.path)
+            return _problem_page(500, "Internal Server Error", "the log says why")
+
+    def _livez(self, _: web.BaseRequest) -> _Page:
+        """Who gets an answer at all knows that the loop turns."""
+        return _Page(b"alive\n")
+
+    def _readyz(self, _: web.BaseRequest) -> _Page:
+        ready, reason = self._view.ready()
+        if ready:
+            return _Page(b"ready\n")
+        return _problem_page(503, "Not Ready", reason)
+
+    def _metrics_page(self, request: web.BaseRequest) -> _Page:
+        return _Page(*self._metrics.render(request.headers.get("Accept", "")))
+
+    def _status(self, _: web.BaseRequest) -> _Page:
+        return _Page(msgspec.json.encode(self._view.status()) + b"\n", "application/json")
+
+
+class _Door(web.Server):
+    """Lets few connections in, each for a while."""
+
+    def __init__(self, answer: Callable[[web.BaseRequest], Any]) -> None:
+        super().__init__(answer, access_log=None, lingering_time=CLOSE_SECONDS)
+        self._inside: dict[RequestHandler, tuple[asyncio.Transport, asyncio.TimerHandle]] = {}
+
+    def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
+        """Starts the connection's clock, or hangs up if there are too many."""
+        super().connection_made(handler, transport)
+        if len(self._inside) >= CONNECTIONS_MAX:
+            transport.abort()
+            return
+        # `abort`, not `close`: that would wait for a reader who takes no answer.
+        end = asyncio.get_running_loop().call_later(CONNECTION_SECONDS, transport.abort)
+        self._inside[handler] = transport, end
+
+    def connection_lost(self, handler: RequestHandler, exc: BaseException | None = None) -> None:
+        """Stops the connection's clock."""
+        super().connection_lost(handler, exc)
+        inside = self._inside.pop(handler, None)
+        if inside is not None:
+            inside[1].cancel()
+
+    async def hang_up(self) -> None:
+        """Ends all connections; those in the middle of an answer get a moment."""
+        self.pre_shutdown()
+        await self.shutdown(CLOSE_SECONDS)
+        for transport, _ in list(self._inside.values()):
+            transport.abort()
+
+
+def _problem_page(status: int, title: str, detail: str, **headers: str) -> _Page:
+    """An error as RFC 9457 has it."""
+    body = {"type": "about:blank", "title": title, "status": status, "detail": detail}
+    return _Page(msgspec.json.encode(body) + b"\n", "application/problem+json", status, headers)
+
+
+def _problem(error: OSError | UnicodeError) -> str:
+    """One line, without the address, which the caller names."""
+    if isinstance(error, UnicodeError):
+        return "not a host name"
+    if isinstance(error, socket.gaierror) or not error.errno:
+        return str(error.strerror or error)
+    return os.strerror(error.errno).lower()

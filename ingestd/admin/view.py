@@ -1,0 +1,122 @@
+"""What the admin server shows, and of whom it asks it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+NEAR = 0.8
+"""The part of a bound from which on it counts as near."""
+
+
+class JournalStatus(msgspec.Struct, frozen=True):
+    """How full the journal is.
+
+    Attributes:
+        bytes: used.
+        bytes_max: `journal.bytes_max`.
+        poisoned: a sync failed; nothing is accepted any more.
+    """
+
+    bytes: int
+    bytes_max: int
+    poisoned: bool
+
+
+class QueueStatus(msgspec.Struct, frozen=True):
+    """What of the journal is in memory.
+
+    Attributes:
+        chunks: how many.
+        bytes: their payloads.
+        bytes_max: `queue.bytes_max`.
+    """
+
+    chunks: int
+    bytes: int
+    bytes_max: int
+
+
+class BatchesStatus(msgspec.Struct, frozen=True):
+    """Where the batches are.
+
+    Attributes:
+        sealed: written down, and not yet with a worker.
+        running: with a worker.
+        waiting_retry: in their backoff.
+    """
+
+    sealed: int
+    running: int
+    waiting_retry: int
+
+
+class PipelineStatus(msgspec.Struct, frozen=True):
+    """One pipeline. The first five count records over the life of the data directory.
+
+    Attributes:
+        accepted: durable in the journal at some time.
+        processed: the handler is done with them.
+        dead: accepted, then given up.
+        pending: accepted and not settled.
+        refused: kept as dead letters without being accepted; in none of the four above.
+        balanced: whether `accepted == processed + dead + pending`.
+        journal: how full it is.
+        queue: what is in memory.
+        batches: where they are.
+        oldest_pending_seconds: age of the oldest pending record; 0 if there is none.
+        bounds_near: the settings whose bound is near or reached (`journal.bytes_max`, …).
+    """
+
+    accepted: int
+    processed: int
+    dead: int
+    pending: int
+    refused: int
+    balanced: bool
+    journal: JournalStatus
+    queue: QueueStatus
+    batches: BatchesStatus
+    oldest_pending_seconds: float
+    bounds_near: list[str]
+
+
+class Status(msgspec.Struct, frozen=True):
+    """The whole daemon: the body of `/v1/status`.
+
+    Attributes:
+        state: where in its life it is.
+        version: of ingestd.
+        uptime_seconds: since it was started.
+        pipelines: by name.
+    """
+
+    state: Literal["starting", "running", "draining"]
+    version: str
+    uptime_seconds: float
+    pipelines: dict[str, PipelineStatus]
+
+
+class AdminView(Protocol):
+    """Who answers. Both are called on the event loop and return at once."""
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether records are taken, and in a few words why not (or that they are)."""
+        ...
+
+    def status(self) -> Status:
+        """How the daemon is doing now."""
+        ...
+
+
+def bounds_near(used: Mapping[str, tuple[float, float]]) -> list[str]:
+    """The settings whose bound is near or reached, in the order given.
+
+    Args:
+        used: by the setting's dotted name: what is in use, and the bound, in the same unit.
+    """
+    return [name for name, (use, bound) in used.items() if use >= NEAR * bound]

@@ -1,0 +1,340 @@
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import msgspec
+import pytest
+import uvloop
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
+from prometheus_client.parser import text_string_to_metric_families as parse_text
+
+from ingestd.admin import server as admin_server
+from ingestd.admin.server import AdminServer
+from ingestd.admin.view import (
+    BatchesStatus,
+    JournalStatus,
+    PipelineStatus,
+    QueueStatus,
+    Status,
+    bounds_near,
+)
+from ingestd.base.errors import AddressError, Exit
+from ingestd.base.metrics import Metrics, PipelineState
+from ingestd.base.settings import AdminSettings
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+DEADLINE = 20.0
+
+STATUS = Status(
+    state="running",
+    version="1.2.3",
+    uptime_seconds=12.5,
+    pipelines={
+        "default": PipelineStatus(
+            accepted=10,
+            processed=7,
+            dead=1,
+            pending=2,
+            refused=3,
+            balanced=True,
+            journal=JournalStatus(bytes=900, bytes_max=1000, poisoned=False),
+            queue=QueueStatus(chunks=2, bytes=100, bytes_max=1000),
+            batches=BatchesStatus(sealed=1, running=1, waiting_retry=0),
+            oldest_pending_seconds=0.25,
+            bounds_near=["journal.bytes_max"],
+        )
+    },
+)
+
+
+class View:
+    """A daemon, as far as the admin server can see."""
+
+    def __init__(self) -> None:
+        self.answer = (True, "taking records")
+        self.broken = False
+
+    def ready(self) -> tuple[bool, str]:
+        return self.answer
+
+    def status(self) -> Status:
+        if self.broken:
+            raise RuntimeError("broken")
+        return STATUS
+
+
+class Admin:
+    """A real admin server and a way to ask it."""
+
+    def __init__(self) -> None:
+        self.view = View()
+        self.metrics = Metrics("1.2.3")
+        self.server = AdminServer(AdminSettings(listen="127.0.0.1:0"), self.view, self.metrics)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        [address] = self.server.addresses
+        return address
+
+    async def ask(self, path: str, method: str = "GET", **headers: str) -> tuple[int, bytes, Any]:
+        host, port = self.address
+        async with (
+            aiohttp.ClientSession() as session,
+            session.request(method, f"http://{host}:{port}{path}", headers=headers) as response,
+        ):
+            return response.status, await response.read(), response.headers
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        return await asyncio.open_connection(*self.address)
+
+
+@pytest.fixture
+async def admin() -> AsyncIterator[Admin]:
+    made = Admin()
+    await made.server.start()
+    yield made
+    await made.server.close()
+
+
+async def hung_up(reader: asyncio.StreamReader) -> bytes:
+    """What still comes before the server closes the connection."""
+    with contextlib.suppress(ConnectionResetError):
+        return await asyncio.wait_for(reader.read(), DEADLINE)
+    return b""
+
+
+async def test_alive_and_ready(admin: Admin) -> None:
+    assert (await admin.ask("/livez"))[:2] == (200, b"alive\n")
+    assert (await admin.ask("/readyz"))[:2] == (200, b"ready\n")
+
+
+async def test_not_ready_says_why_and_is_still_alive(admin: Admin) -> None:
+    admin.view.answer = (False, "draining")
+    status, body, headers = await admin.ask("/readyz")
+    assert status == 503
+    assert headers["Content-Type"] == "application/problem+json"
+    assert msgspec.json.decode(body)["detail"] == "draining"
+    assert (await admin.ask("/livez"))[0] == 200
+
+
+async def test_status_is_what_the_daemon_says(admin: Admin) -> None:
+    status, body, headers = await admin.ask("/v1/status")
+    assert status == 200
+    assert headers["Content-Type"] == "application/json"
+    assert msgspec.json.decode(body, type=Status) == STATUS
+    default = msgspec.json.decode(body)["pipelines"]["default"]
+    assert default["accepted"] == default["processed"] + default["dead"] + default["pending"]
+
+
+async def test_metrics_are_read_when_asked(admin: Admin) -> None:
+    state = PipelineState(1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0.0)
+    admin.metrics.watch(lambda: {"default": state})
+
+    async def accepted() -> float:
+        status, body, headers = await admin.ask("/metrics")
+        assert status == 200
+        assert headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        [family] = [f for f in parse_text(body.decode()) if f.name == "ingestd_records_accepted"]
+        return float(family.samples[0].value)
+
+    assert await accepted() == 1
+    state = state._replace(accepted=2, pending=2)
+    assert await accepted() == 2
+
+
+async def test_openmetrics_by_accept(admin: Admin) -> None:
+    _, body, headers = await admin.ask(
+        "/metrics", Accept="application/openmetrics-text;version=1.0.0,text/plain;q=0.5"
+    )
+    assert headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0")
+    assert list(parse_openmetrics(body.decode()))
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics", "/v1/status"])
+async def test_head_is_get_without_the_body(admin: Admin, path: str) -> None:
+    status, body, headers = await admin.ask(path, "HEAD")
+    assert (status, body) == (200, b"")
+    assert int(headers["Content-Length"]) > 0
+    assert headers["Cache-Control"] == "no-store"
+
+
+@pytest.mark.parametrize("path", ["/", "/v1/records", "/livez/", "/metrics/x", "//livez"])
+async def test_no_other_pages(admin: Admin, path: str) -> None:
+    status, body, headers = await admin.ask(path)
+    assert status == 404
+    assert headers["Content-Type"] == "application/problem+json"
+    assert msgspec.json.decode(body)["status"] == 404
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS"])
+async def test_pages_are_only_read(admin: Admin, method: str) -> None:
+    status, body, headers = await admin.ask("/livez", method)
+    assert status == 405
+    assert headers["Allow"] == "GET, HEAD"
+    assert headers["Content-Type"] == "application/problem+json"
+    assert msgspec.json.decode(body)["title"] == "Method Not Allowed"
+
+
+async def test_a_page_that_fails_leaves_the_others(admin: Admin) -> None:
+    admin.view.broken = True
+    status, body, headers = await admin.ask("/v1/status")
+    assert status == 500
+    assert headers["Content-Type"] == "application/problem+json"
+    assert b"broken" not in body
+    assert (await admin.ask("/livez"))[0] == 200
+
+
+async def test_what_is_not_http_is_answered_and_hung_up_on(admin: Admin) -> None:
+    reader, writer = await admin.connect()
+    writer.write(b"\x16\x03\x01 no http\r\n\r\n")
+    assert (await hung_up(reader)).startswith(b"HTTP/1.0 400")
+    writer.close()
+
+
+# Nobody locks operators out
+
+
+async def test_a_connection_that_says_nothing_is_hung_up_on(
+    monkeypatch: pytest.MonkeyPatch, admin: Admin
+) -> None:
+    monkeypatch.setattr(admin_server, "CONNECTION_SECONDS", 0.1)
+    for start in (b"", b"GET /livez HTT"):
+        reader, writer = await admin.connect()
+        writer.write(start)
+        assert await hung_up(reader) == b""
+        writer.close()
+    assert (await admin.ask("/livez"))[0] == 200
+
+
+async def test_one_request_a_connection(admin: Admin) -> None:
+    reader, writer = await admin.connect()
+    writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
+    text = await hung_up(reader)
+    assert text.count(b"HTTP/1.1 200") == 1
+    assert b"Connection: close" in text
+    writer.close()
+
+
+async def test_connections_are_bounded_and_room_comes_back(
+    monkeypatch: pytest.MonkeyPatch, admin: Admin
+) -> None:
+    monkeypatch.setattr(admin_server, "CONNECTIONS_MAX", 3)
+    inside = [await admin.connect() for _ in range(3)]
+    reader, writer = await admin.connect()
+    assert await hung_up(reader) == b""
+    writer.close()
+    for reader, writer in inside:
+        writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b" 200 " in await hung_up(reader)
+        writer.close()
+    deadline = time.monotonic() + DEADLINE
+    while time.monotonic() < deadline:
+        with contextlib.suppress(aiohttp.ClientError):
+            assert (await admin.ask("/livez"))[0] == 200
+            return
+    pytest.fail("room did not come back")
+
+
+# Listening
+
+
+async def test_a_taken_port_is_named_with_its_setting(admin: Admin) -> None:
+    host, port = admin.address
+    other = AdminServer(AdminSettings(listen=f"{host}:{port}"), admin.view, admin.metrics)
+    with pytest.raises(AddressError) as caught:
+        await other.start()
+    assert str(caught.value) == (
+        f"cannot listen on 127.0.0.1:{port} (admin.listen): address already in use"
+    )
+    assert caught.value.exit_code == Exit.CONFIG
+    await other.close()
+
+
+@pytest.mark.parametrize("host", ["host.invalid", "a" * 64])
+async def test_a_host_that_is_not_there_is_a_clear_error(admin: Admin, host: str) -> None:
+    other = AdminServer(AdminSettings(listen=f"{host}:0"), admin.view, admin.metrics)
+    with pytest.raises(AddressError, match=r"cannot listen on .* \(admin\.listen\): \S"):
+        await other.start()
+
+
+async def test_no_listen_is_no_server() -> None:
+    server = AdminServer(AdminSettings(listen=""), View(), Metrics("1"))
+    await server.start()
+    assert server.addresses == []
+    await server.close()
+
+
+async def test_ipv6() -> None:
+    server = AdminServer(AdminSettings(listen="[::1]:0"), View(), Metrics("1"))
+    try:
+        await server.start()
+    except AddressError:
+        pytest.skip("no IPv6 here")
+    [(host, port)] = server.addresses
+    assert host == "::1"
+    assert port
+    await server.close()
+
+
+async def test_close_frees_the_port_and_hangs_up_on_who_is_there() -> None:
+    admin = Admin()
+    await admin.server.start()
+    host, port = admin.address
+    idle, writer = await admin.connect()
+    assert (await admin.ask("/livez"))[0] == 200
+    start = time.monotonic()
+    await admin.server.close()
+    assert time.monotonic() - start < admin_server.CONNECTION_SECONDS / 2
+    assert await hung_up(idle) == b""
+    writer.close()
+    with pytest.raises(OSError), socket.create_connection((host, port), timeout=1):
+        pass
+    await admin.server.close()
+
+
+async def test_close_does_not_wait_for_a_reader_who_takes_no_answer() -> None:
+    admin = Admin()
+    for number in range(500):
+        admin.metrics.pipeline(f"pipeline{number}")
+    await admin.server.start()
+    reader, writer = await admin.connect()
+    assert isinstance(reader, asyncio.StreamReader)
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+    await writer.drain()
+    assert (await admin.ask("/livez"))[0] == 200
+    start = time.monotonic()
+    await admin.server.close()
+    assert time.monotonic() - start < admin_server.CONNECTION_SECONDS / 2
+    writer.transport.abort()
+
+
+def test_it_serves_on_the_loop_that_the_daemon_uses() -> None:
+    async def life() -> None:
+        admin = Admin()
+        await admin.server.start()
+        assert (await admin.ask("/livez"))[0] == 200
+        idle, writer = await admin.connect()
+        other = AdminServer(
+            AdminSettings(listen=f"127.0.0.1:{admin.address[1]}"), admin.view, admin.metrics
+        )
+        with pytest.raises(AddressError, match=r": address already in use$"):
+            await other.start()
+        await admin.server.close()
+        assert await hung_up(idle) == b""
+        writer.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(life())
+
+
+def test_bounds_that_are_near() -> None:
+    used = {"journal.bytes_max": (79.9, 100), "queue.bytes_max": (80, 100), "x": (101, 100)}
+    assert bounds_near(used) == ["queue.bytes_max", "x"]
