@@ -1,0 +1,84 @@
+"""The line before the workers: due retries first, then new batches in order."""
+
+from __future__ import annotations
+
+import asyncio
+
+from ingestd.execution.line import AHEAD_MAX, Line
+
+
+def line(waiting_max: int = 3) -> tuple[Line[str], list[str]]:
+    emptied: list[str] = []
+    made: Line[str] = Line(waiting_max=waiting_max, on_empty=lambda: emptied.append("empty"))
+    return made, emptied
+
+
+async def soon(line: Line[str]) -> str | None:
+    """What `next` gives without waiting."""
+    task = asyncio.ensure_future(line.next())
+    for _ in range(3):
+        await asyncio.sleep(0)
+    if task.done():
+        return task.result()
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    return None
+
+
+async def test_new_batches_come_in_order_and_the_last_one_is_announced() -> None:
+    made, emptied = line()
+    await made.put("a")
+    await made.put("b")
+    assert not made.empty
+    assert await soon(made) == "a"
+    assert emptied == []
+    assert await soon(made) == "b"
+    assert emptied == ["empty"]
+    assert await soon(made) is None
+
+
+async def test_a_due_retry_goes_first_and_an_early_one_waits() -> None:
+    made, _ = line()
+    now = asyncio.get_running_loop().time()
+    await made.put("new")
+    made.park("late", now + 3600)
+    made.park("due", now - 1)
+    assert made.first_due == now - 1
+    assert await soon(made) == "due"
+    assert await soon(made) == "new"
+    assert await soon(made) is None
+    assert made.waiting == 1
+
+
+async def test_a_retry_wakes_who_waits_when_it_is_due() -> None:
+    made, _ = line()
+    task = asyncio.ensure_future(made.next())
+    await asyncio.sleep(0)
+    made.park("later", asyncio.get_running_loop().time() + 0.02)
+    assert await asyncio.wait_for(task, 10) == "later"
+
+
+async def test_too_many_waiting_hold_new_ones_back() -> None:
+    made, _ = line(waiting_max=2)
+    now = asyncio.get_running_loop().time()
+    await made.put("new")
+    made.park("x", now + 3600)
+    assert await soon(made) == "new"
+    await made.put("newer")
+    made.park("y", now + 3600)
+    assert await soon(made) is None
+    made.park("z", now - 1)
+    assert await soon(made) == "z"
+    assert await soon(made) is None
+
+
+async def test_the_line_is_bounded() -> None:
+    made, _ = line()
+    for n in range(AHEAD_MAX):
+        await made.put(str(n))
+    task = asyncio.ensure_future(made.put("one more"))
+    await asyncio.sleep(0)
+    assert not task.done()
+    assert await made.next() == "0"
+    await asyncio.wait_for(task, 10)
+    assert made.ahead == AHEAD_MAX
