@@ -141,6 +141,7 @@ def test_times_are_shown_as_people_write_them(seconds: float, shown: str) -> Non
         ("localhost:0", ("localhost", 0)),
         ("[::1]:65535", ("::1", 65535)),
         ("0.0.0.0:80", ("0.0.0.0", 80)),
+        (":80", ("", 80)),
     ],
 )
 def test_addresses(address: str, split: tuple[str, int]) -> None:
@@ -149,8 +150,8 @@ def test_addresses(address: str, split: tuple[str, int]) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["", "8080", ":8080", "host", "host:", "host:http", "host:65536", "host:-1", "::1:80", "[h]:1",
-     "a b:80", "http://h:80", "host:٣", "[::1:80", "host:000001"],
+    ["", "8080", ":", "[]:1", "host", "host:", "host:http", "host:65536", "host:-1", "::1:80",
+     "[h]:1", "a b:80", "http://h:80", "host:٣", "[::1:80", "host:000001"],
 )  # fmt: skip
 def test_what_is_no_address_is_refused_with_an_example(address: str) -> None:
     with pytest.raises(ValueError, match="HOST:PORT"):

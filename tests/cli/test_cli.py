@@ -1,0 +1,343 @@
+"""The command line as people meet it: real processes, their output and exit codes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from ingestd.base.keys import dotted, settings_of
+from ingestd.base.settings import Settings
+
+ROOT = Path(__file__).parents[2]
+
+HANDLERS = """
+class Store:
+    def __init__(self, **options): raise RuntimeError("check makes no handler")
+    def __call__(self, batch: list[dict]) -> None: ...
+
+def store(batch: list[dict]) -> None: ...
+async def later(batch: list[dict]) -> None: ...
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    (tmp_path / "shop.py").write_text(HANDLERS)
+    return tmp_path
+
+
+def ingestd(
+    *arguments: str, cwd: Path, environ: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs the command as the console script does: without the current folder on the path."""
+    run = subprocess.run(
+        [sys.executable, "-P", "-m", "ingestd", *arguments],
+        cwd=cwd,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)} | (environ or {}),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert "Traceback" not in run.stderr
+    return run
+
+
+def lines_of(out: str) -> dict[str, tuple[str, str]]:
+    """Key to (value, origin) of what `check` printed."""
+    found = {}
+    for line in out.splitlines():
+        if line and not line.startswith("#"):
+            setting, origin = line.rsplit("  # ", 1)
+            key, value = setting.split(" = ", 1)
+            found[key] = (value.strip(), origin)
+    return found
+
+
+def test_check_says_what_is_in_effect_and_where_it_came_from(here: Path) -> None:
+    (here / "ingestd.toml").write_text(
+        'batch.age_max = "2s"\n[pipelines.clicks]\nhandler.target = "shop:store"\n'
+    )
+    run = ingestd(
+        "check", "--batch.records_max", "500", "--listen=127.0.0.1:0", "shop:Store",
+        "--pipelines.clicks.retry.backoff", "1s", "--handler.options.table", "t",
+        cwd=here, environ={"INGESTD_QUEUE__BYTES_MAX": "100MiB"},
+    )  # fmt: skip
+    assert (run.returncode, run.stderr) == (0, "")
+    lines = lines_of(run.stdout)
+    assert lines["batch.records_max"] == ("500", "flag --batch.records_max")
+    assert lines["http.listen"] == ('"127.0.0.1:0"', "flag --listen")
+    assert lines["handler.target"] == ('"shop:Store"', "argument HANDLER")
+    assert lines["handler.options.table"] == ('"t"', "flag --handler.options.table")
+    assert lines["queue.bytes_max"] == ('"100MiB"', "env INGESTD_QUEUE__BYTES_MAX")
+    assert lines["batch.age_max"] == ('"2s"', f"file {here}/ingestd.toml")
+    assert lines["drain.timeout"] == ('"30s"', "default")
+    assert lines["pipelines.clicks.batch.age_max"] == ('"2s"', "as batch.age_max")
+    assert lines["pipelines.clicks.retry.backoff"] == (
+        '"1s"', "flag --pipelines.clicks.retry.backoff",
+    )  # fmt: skip
+    assert "# default: shop:Store is shop:Store" in run.stdout
+    assert "# clicks: shop:store is shop:store" in run.stdout
+
+
+def test_what_check_prints_is_a_configuration_with_the_same_effect(here: Path) -> None:
+    (here / "ingestd.toml").write_text(
+        'data_dir = "a \\"b\\" \\\\ \\u00e9\\n"\nhandler = { target = "shop:Store", options = '
+        '{ n = 5, r = 0.5, on = true, l = [1, "x", {"a b" = 1}], e = {}, '
+        '"odd.name" = "\\u0000" } }\n'
+        "[pipelines.clicks]\nbatch.age_max = 0.00001\n"
+    )
+    first = ingestd("check", cwd=here)
+    assert first.returncode == 0
+    effective = tomllib.loads(first.stdout)
+    written = tomllib.loads((here / "ingestd.toml").read_text())
+    assert effective["handler"] == written["handler"]
+    assert effective["data_dir"] == written["data_dir"]
+    (here / "again.toml").write_text(first.stdout)
+    again = ingestd("check", "--config", "again.toml", cwd=here)
+    assert again.returncode == 0
+    assert tomllib.loads(again.stdout) == effective
+
+
+def test_check_opens_nothing_and_creates_nothing(here: Path) -> None:
+    before = sorted(here.iterdir())
+    run = ingestd("check", "shop:Store", cwd=here, environ={"PYTHONDONTWRITEBYTECODE": "1"})
+    assert run.returncode == 0
+    assert sorted(here.iterdir()) == before
+
+
+def test_check_without_a_handler_finds_the_sink(here: Path) -> None:
+    run = ingestd("check", cwd=here)
+    assert run.returncode == 0
+    assert "# default: jsonl is ingestd.sinks.jsonl:JsonlSink" in run.stdout
+
+
+def test_check_masks_what_looks_secret_and_what_came_from_a_secret(here: Path) -> None:
+    hidden = ["hunter1", "hunter2", "hunter3", "hunter4", "hunter5", "hunter6"]
+    (here / "credentials").mkdir()
+    (here / "credentials" / "ingestd_handler__options__table").write_text("hunter1\n")
+    (here / "ingestd.toml").write_text(
+        'handler.target = "shop:Store"\n'
+        "[handler.options]\n"
+        'api_token = "hunter2"\n'
+        'url = "postgres://me:hunter3@db/x"\n'
+        'database = {PASSWORD = "hunter4", host = "visible"}\n'
+        'list = [{secret_key = "hunter5"}]\n'
+        "[pipelines.clicks]\n"
+    )
+    run = ingestd(
+        "check", "--handler.options.dsn", "hunter6", cwd=here,
+        environ={"CREDENTIALS_DIRECTORY": str(here / "credentials")},
+    )  # fmt: skip
+    assert run.returncode == 0
+    assert [secret for secret in hidden if secret in run.stdout + run.stderr] == []
+    lines = lines_of(run.stdout)
+    assert lines["handler.options.table"] == (
+        '"***"', f"secret {here}/credentials/ingestd_handler__options__table",
+    )  # fmt: skip
+    assert lines["pipelines.clicks.handler.options.table"][0] == '"***"'
+    assert lines["handler.options.database.host"][0] == '"visible"'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["shop:lost"], "'lost'"),
+        (["lost:store"], "'lost'"),
+        (["shop:later"], "async"),
+        (["shop:store", "--handler.options.x", "1"], "takes no options"),
+        (["broken:store"], "ZeroDivisionError"),
+        (["leaving:store"], "SystemExit"),
+        (["--pipelines.clicks.handler.target", "shop:lost"], "pipeline clicks: "),
+    ],
+)
+def test_a_handler_that_cannot_be_had_is_one_line_and_78(
+    here: Path, arguments: list[str], says: str
+) -> None:
+    (here / "broken.py").write_text("1 / 0\n")
+    (here / "leaving.py").write_text("raise SystemExit(0)\n")
+    run = ingestd("check", *arguments, cwd=here)
+    assert run.returncode == 78
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("ingestd: pipeline ")
+    assert says in line
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_wrong_configuration_is_78_with_all_problems(here: Path, command: str) -> None:
+    (here / "ingestd.toml").write_text("bacth.records_max = 1\n")
+    run = ingestd(
+        command, "--batch.age_max", "soon", "--source", "fax", cwd=here,
+        environ={"INGESTD_BACTH": "1"},
+    )  # fmt: skip
+    assert (run.returncode, run.stdout) == (78, "")
+    lines = run.stderr.splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith("ingestd: ") for line in lines)
+    for part in ("unknown key bacth", "INGESTD_BACTH", "flag --batch.age_max", "flag --source"):
+        assert any(part in line for line in lines)
+    assert sorted(file.name for file in here.iterdir()) == ["ingestd.toml", "shop.py"]
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_a_named_file_that_is_missing_is_78(here: Path, command: str) -> None:
+    run = ingestd(command, "--config", "lost.toml", cwd=here)
+    assert run.returncode == 78
+    assert run.stderr == f"ingestd: there is no configuration file {here}/lost.toml\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["run", "--bacth.records_max", "5"], "did you mean --batch.records_max?"),
+        (["run", "--batch.record_max=5", "shop:store"], "did you mean --batch.records_max?"),
+        (["check", "--dta-dir", "x"], "did you mean --data-dir?"),
+        (["check", "--lissten", "x"], "did you mean --listen?"),
+        (["check", "--batch", "5"], "unknown flag --batch"),
+        (["check", "--pipelines.a.bach.age_max", "5"], "did you mean --pipelines.a.batch.age_max?"),
+        (["check", "--handler.optoins.x", "5"], "did you mean --handler.options"),
+        (["check", "-x"], "unknown flag -x"),
+        (["check", "a:b", "c:d"], "unexpected argument 'c:d'"),
+        (["check", "--batch.age_max"], "expected one argument"),
+        (["chekc"], "'chekc'"),
+        (["--lissten"], "--lissten"),
+        ([], "run or check"),
+    ],
+)
+def test_wrong_use_is_2_and_says_what_was_meant(
+    here: Path, arguments: list[str], says: str
+) -> None:
+    run = ingestd(*arguments, cwd=here)
+    assert (run.returncode, run.stdout) == (2, "")
+    (line,) = run.stderr.splitlines()
+    assert line.startswith("ingestd: ")
+    assert says in line
+    assert "--help" in line
+
+
+def test_a_handler_may_stand_before_between_and_behind_the_flags(here: Path) -> None:
+    for arguments in (
+        ["shop:store", "--log.level", "debug"],
+        ["--log.level", "debug", "shop:store"],
+        ["--log.level=debug", "shop:store", "--format", "json"],
+        ["--log.level=debug", "--", "shop:store"],
+    ):
+        run = ingestd("check", *arguments, cwd=here)
+        assert run.returncode == 0, arguments
+        assert lines_of(run.stdout)["handler.target"] == ('"shop:store"', "argument HANDLER")
+
+
+def test_values_may_look_like_anything(here: Path) -> None:
+    run = ingestd(
+        "check", "shop:Store", "--handler.options.n", "-5", "--handler.options.text=--x=y%s {}",
+        cwd=here,
+    )  # fmt: skip
+    lines = lines_of(run.stdout)
+    assert lines["handler.options.n"][0] == '"-5"'
+    assert lines["handler.options.text"][0] == '"--x=y%s {}"'
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_help_shows_every_setting_with_its_default(here: Path, command: str) -> None:
+    run = ingestd(command, "--help", cwd=here, environ={"COLUMNS": "200"})
+    assert (run.returncode, run.stderr) == (0, "")
+    short = {"source.kind": "--source", "http.listen": "--listen", "data_dir": "--data-dir"}
+    for path, _ in settings_of(Settings):
+        flag = short.get(dotted(path), f"--{dotted(path)}")
+        assert f"  {flag}" in run.stdout
+    for text in ("[127.0.0.1:8080]", "[64MiB]", "[500ms]", "[1000]", "HANDLER", "78 configuration"):
+        assert text in run.stdout
+
+
+def test_help_and_version(here: Path) -> None:
+    run = ingestd("--help", cwd=here)
+    assert run.returncode == 0
+    assert "run" in run.stdout
+    assert "check" in run.stdout
+    run = ingestd("--version", cwd=here)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout.startswith("ingestd ")
+
+
+@pytest.mark.parametrize("arguments", [["check"], ["run", "--help"], ["--version"]])
+def test_a_reader_that_has_gone_is_no_error(here: Path, arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        run = subprocess.run(
+            [sys.executable, "-m", "ingestd", *arguments],
+            cwd=here,
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            timeout=30,
+        )
+    finally:
+        os.close(writing)
+    assert (run.returncode, run.stderr) == (0, b"")
+
+
+def test_interrupted_before_it_started(here: Path) -> None:
+    (here / "shop.py").write_text("raise KeyboardInterrupt\n")
+    run = ingestd("check", "shop:store", cwd=here)
+    assert run.returncode == 1
+    assert run.stderr == "ingestd: interrupted before it started\n"
+
+
+def test_a_folder_that_is_gone_is_one_line(here: Path) -> None:
+    gone = here / "gone"
+    gone.mkdir()
+    script = (
+        f"import os, sys; os.rmdir({str(gone)!r}); "
+        "from ingestd.__main__ import main; sys.exit(main(['check']))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", script],
+        cwd=gone,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert run.returncode == 78
+    assert run.stderr.startswith("ingestd: the current folder is gone")
+
+
+def test_a_terminal_that_knows_only_ascii_gets_everything(here: Path) -> None:
+    (here / "ingestd.toml").write_text('data_dir = "dätä→"\n')
+    run = ingestd("check", cwd=here, environ={"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    assert run.returncode == 0
+    assert 'data_dir = "d\\xe4t\\xe4\\u2192"' in run.stdout
+
+
+def test_importing_ingestd_is_light(here: Path) -> None:
+    script = (
+        "import sys, ingestd; ingestd.Batch, ingestd.Reject, ingestd.__version__; "
+        "heavy = {'pydantic', 'pydantic_settings', 'aiohttp', 'structlog', 'asyncio'}; "
+        "sys.exit(str(sorted(heavy & set(sys.modules))) if heavy & set(sys.modules) else 0)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=here,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_the_public_names() -> None:
+    import ingestd as package
+    from ingestd.handlers.batch import Batch, Reject
+
+    assert package.Batch is Batch
+    assert package.Reject is Reject
+    assert set(package.__all__) <= set(dir(package))
+    with pytest.raises(AttributeError, match="nonsense"):
+        package.nonsense  # noqa: B018
