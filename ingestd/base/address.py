@@ -35,7 +35,7 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def parse_listen(text: str, setting: str) -> tuple[str, int]:
-    """Where to listen: what `split_address` reads, and `:PORT` for all interfaces (host `""`).
+    """`split_address` for who is about to listen.
 
     Args:
         text: the setting's value.
@@ -44,9 +44,7 @@ def parse_listen(text: str, setting: str) -> tuple[str, int]:
     Raises:
         ConfigError: it is no address.
     """
-    everywhere = text.startswith(":")
     try:
-        host, port = split_address(f"localhost{text}" if everywhere else text)
+        return split_address(text)
     except ValueError as error:
         raise ConfigError(problem=f"{setting}: {error}") from None
-    return ("" if everywhere else host), port
