@@ -1,0 +1,245 @@
+"""A whole body: what its type says about it, and the records in it. No I/O."""
+
+from __future__ import annotations
+
+import enum
+import json
+from email.message import Message
+from functools import lru_cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from ingestd.base.record import Layout, Records, Refused, pack_sizes
+from ingestd.sources import problem
+from ingestd.sources.lines import BOM, KEPT_BYTES, Parsed, json_fault, parse_lines, squeeze
+from ingestd.sources.lines import too_large as refuse_too_large
+from ingestd.sources.problem import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ingestd.sources.intake import Format
+
+PIECE_BYTES = 512 * 1024
+"""Lines are checked this many bytes at a time, so that nobody waits long for the interpreter."""
+
+_ELEMENTS_SURE = 1_000_000
+_ELEMENTS = msgspec.json.Decoder(list[msgspec.Raw])
+_WHITESPACE = b" \t\r\n"
+
+
+class Reading(enum.Enum):
+    """How the records lie in a body."""
+
+    LINES = "one record a line"
+    DOCUMENT = "one JSON text"
+    WHOLE = "the body is the record"
+
+
+class Bounds(NamedTuple):
+    """Of one request to one pipeline.
+
+    Attributes:
+        records_max: most records in a body.
+        record_bytes_max: a longer record is refused.
+    """
+
+    records_max: int
+    record_bytes_max: int
+
+
+_NDJSON = (
+    "application/x-ndjson",
+    "application/ndjson",
+    "application/jsonl",
+    "application/x-jsonlines",
+)
+_UNSAID = ("", "application/x-www-form-urlencoded")  # curl says the second one by itself
+_TYPES: dict[Format, dict[str, Reading]] = {
+    "json": {
+        "application/json": Reading.DOCUMENT,
+        **dict.fromkeys((*_NDJSON, *_UNSAID), Reading.LINES),
+    },
+    "text": dict.fromkeys(("text/plain", *_UNSAID), Reading.LINES),
+    "bytes": dict.fromkeys(("application/octet-stream", *_UNSAID), Reading.WHOLE),
+}
+_CHARSETS = ("", "utf-8", "utf8", "us-ascii")
+
+
+@lru_cache(maxsize=256)
+def reading_of(content_type: str, form: Format) -> Reading:
+    """What a `Content-Type` (empty if there is none) means to a pipeline of a format.
+
+    Raises:
+        Problem: 415.
+    """
+    message = Message()
+    message["Content-Type"] = content_type
+    said = content_type.partition(";")[0].strip().lower()
+    reading = _TYPES[form].get(said)
+    if reading is None:
+        takes = ", ".join(kind for kind in _TYPES[form] if kind not in _UNSAID)
+        detail = f"{said[:80]!r} sent to a {form} pipeline, which takes {takes}"
+        raise Problem(problem.MEDIA_TYPE, detail, headers={"Accept": takes})
+    charset = str(message.get_param("charset", "")).lower()
+    if reading is not Reading.WHOLE and charset not in _CHARSETS:
+        raise Problem(problem.MEDIA_TYPE, f"charset {charset[:40]!r}; only utf-8 is read")
+    return reading
+
+
+def parse_body(body: bytes, reading: Reading, form: Format, bounds: Bounds) -> Parsed:
+    """The records of a body, at least one of them good.
+
+    Raises:
+        Problem: 400 if nothing can be accepted, 413 if it is too much.
+    """
+    if reading is Reading.LINES:
+        parsed = _parse_all_lines(body, form, bounds)
+    elif reading is Reading.DOCUMENT:
+        parsed = _parse_document(body, bounds)
+    else:
+        parsed = _parse_one(body, bounds, Layout.SIZED)
+    if not parsed.total:
+        raise Problem(problem.EMPTY, "the body holds no record")
+    if parsed.total > bounds.records_max:
+        raise _too_many(bounds)
+    if not parsed.records.count:
+        raise _nothing_good(parsed.refused)
+    return parsed
+
+
+def _parse_all_lines(body: bytes, form: Format, bounds: Bounds) -> Parsed:
+    if body[:3] == BOM:
+        body = body[3:]
+    if not body:
+        return Parsed(Records.lines([]), [])
+    if body[-1:] != b"\n":
+        body += b"\n"
+    if len(body) <= PIECE_BYTES:
+        return parse_lines(body, form, bounds.record_bytes_max)
+    if body.count(b"\n") > bounds.records_max:
+        # Only lines that are not empty count; more of them than records are not taken apart.
+        body = squeeze(body)
+        if body.count(b"\n") > bounds.records_max:
+            raise _too_many(bounds)
+    parts: list[Parsed] = []
+    first = 0
+    untouched = True
+    for piece in _pieces(body):
+        part = parse_lines(piece, form, bounds.record_bytes_max, first)
+        first += part.total
+        untouched = untouched and part.records.payload is piece
+        parts.append(part)
+    count = sum(part.records.count for part in parts)
+    payload = body if untouched else b"".join([part.records.payload for part in parts])
+    refused = [one for part in parts for one in part.refused]
+    return Parsed(Records(Layout.LINES, count, payload), refused)
+
+
+def _pieces(body: bytes) -> Iterator[bytes]:
+    """Whole lines, about `PIECE_BYTES` at a time."""
+    start = 0
+    while start < len(body):
+        end = body.rfind(b"\n", start, start + PIECE_BYTES) + 1
+        if not end:
+            end = body.index(b"\n", start) + 1
+        yield body[start:end]
+        start = end
+
+
+def _parse_document(body: bytes, bounds: Bounds) -> Parsed:
+    if body.lstrip(_WHITESPACE)[:1] != b"[":
+        return _parse_value(body, bounds)
+    if body.count(b",") >= _ELEMENTS_SURE:
+        _bound_elements(body, bounds)
+    try:
+        values = _ELEMENTS.decode(body)
+        if not body.isascii():
+            body.decode()
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        raise _malformed(body, json_fault(body)) from None
+    if len(values) > bounds.records_max:
+        raise _too_many(bounds)
+    return _lay_out(values, bounds.record_bytes_max)
+
+
+def _lay_out(values: list[msgspec.Raw], record_bytes_max: int) -> Parsed:
+    """The elements of an array as records: lines if none holds an LF."""
+    sizes = [memoryview(value).nbytes for value in values]
+    refused: list[Refused] = []
+    if sizes and max(sizes) > record_bytes_max:
+        for index, size in enumerate(sizes):
+            if size > record_bytes_max:
+                head = bytes(memoryview(values[index])[:KEPT_BYTES])
+                refused.append(refuse_too_large(index, size, record_bytes_max, head))
+        values = [v for v, size in zip(values, sizes, strict=True) if size <= record_bytes_max]
+        sizes = [size for size in sizes if size <= record_bytes_max]
+    count = len(values)
+    payload = b"\n".join([*values, msgspec.Raw(b"")])
+    if payload.count(b"\n") == count:
+        return Parsed(Records(Layout.LINES, count, payload), refused)
+    records = Records(Layout.SIZED, count, b"".join(values), pack_sizes(sizes))
+    return Parsed(records, refused)
+
+
+def _parse_value(body: bytes, bounds: Bounds) -> Parsed:
+    value = body.strip(_WHITESPACE)
+    if not value:
+        return Parsed(Records.lines([]), [])
+    if len(value) <= bounds.record_bytes_max and (detail := json_fault(body)):
+        raise _malformed(value, detail)
+    return _parse_one(value, bounds, Layout.SIZED if b"\n" in value else Layout.LINES)
+
+
+def _parse_one(value: bytes, bounds: Bounds, layout: Layout) -> Parsed:
+    if len(value) > bounds.record_bytes_max:
+        detail = f"{len(value)} bytes, more than record_bytes_max = {bounds.record_bytes_max}"
+        raise Problem(problem.RECORD_TOO_LARGE, detail)
+    if layout is Layout.LINES:
+        return Parsed(Records(layout, 1, value + b"\n"), [])
+    if not value:
+        return Parsed(Records.sized([]), [])
+    return Parsed(Records(layout, 1, value, pack_sizes([len(value)])), [])
+
+
+def _bound_elements(body: bytes, bounds: Bounds) -> None:
+    """Refuses an array with too many elements without holding all of them.
+
+    Only bodies with a great many commas come here: as a list, `[1,1,1,…]` takes 40 times its size.
+    """
+    scan = json.JSONDecoder(parse_int=len, parse_float=len).raw_decode
+    skip = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
+    try:
+        text = body.decode()
+        at = skip(text, 0).end() + 1
+        for _ in range(bounds.records_max + 1):
+            at = scan(text, skip(text, at).end())[1]
+            at = skip(text, at).end()
+            if text[at] != ",":
+                return
+            at += 1
+    except (UnicodeDecodeError, RecursionError) as error:
+        detail = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "nested too deeply"
+        raise _malformed(body, detail) from None
+    except (ValueError, IndexError):
+        return  # malformed after few enough elements, and the decoder stops there too
+    raise _too_many(bounds)
+
+
+def _malformed(value: bytes, detail: str) -> Problem:
+    return _nothing_good([Refused(0, "malformed", detail, value[:KEPT_BYTES])])
+
+
+def _nothing_good(refused: list[Refused]) -> Problem:
+    if all(one.reason == "too_large" for one in refused):
+        detail = f"too large: {refused[0].detail}"
+        return Problem(problem.RECORD_TOO_LARGE, detail, refused=refused)
+    detail = f"record {refused[0].index}: {refused[0].detail}"
+    if len(refused) > 1:
+        detail += f" (and {len(refused) - 1} more)"
+    return Problem(problem.MALFORMED, detail, refused=refused)
+
+
+def _too_many(bounds: Bounds) -> Problem:
+    return Problem(problem.TOO_MANY_RECORDS, f"more than http.records_max = {bounds.records_max}")

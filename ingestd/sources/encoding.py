@@ -1,0 +1,197 @@
+"""`Content-Encoding`: decompression in pieces, so that a small body can't become a huge one."""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from typing import TYPE_CHECKING, Protocol
+
+from ingestd.sources import problem
+from ingestd.sources.problem import Problem
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+ENCODINGS = "gzip, deflate, zstd, identity"
+PIECE_BYTES = 256 * 1024
+"""What one step puts out at most."""
+
+_WIRE_BYTES = 64 * 1024  # zlib hands back what it did not use as a copy: keep that small
+_GZIP = 31
+_ZLIB = 15
+_RAW_DEFLATE = -15
+# RFC 9659: a `zstd` body needs a window of 8 MiB at most.
+_ZSTD_OPTIONS: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 23}
+
+
+def name_encoding(headers: Sequence[str]) -> str:
+    """`identity`, `gzip`, `deflate` or `zstd`, from all the `Content-Encoding`s of a request.
+
+    Raises:
+        Problem: 415 for any other, and for more than one.
+    """
+    if not headers:
+        return "identity"
+    name = headers[0].strip().lower() if len(headers) == 1 else ", ".join(headers)
+    name = {"": "identity", "x-gzip": "gzip"}.get(name, name)
+    if name in ("identity", "gzip", "deflate", "zstd"):
+        return name
+    detail = f"{name[:80]!r}; one of {ENCODINGS} is read"
+    raise Problem(problem.ENCODING, detail, headers={"Accept-Encoding": ENCODINGS})
+
+
+class Inflater:
+    """Takes a compressed body as it comes and gives what was in it.
+
+    Several gzip members or zstd frames, one behind the other, are one body.
+
+    Args:
+        encoding: `gzip`, `deflate` or `zstd`.
+        bytes_max: more than this is not decompressed.
+    """
+
+    def __init__(self, encoding: str, bytes_max: int) -> None:
+        self._encoding = encoding
+        self._bytes_max = bytes_max
+        self._bytes = 0
+        self._stream: _Stream | None = None
+        self._head = b""
+        self._ended = False
+
+    def feed(self, wire: bytes) -> Iterator[bytes]:
+        """What comes out, `PIECE_BYTES` at most at a time; has to be read to its end.
+
+        Raises:
+            Problem: 400 if it is corrupt, 413 if it is too much.
+        """
+        for start in range(0, len(wire), _WIRE_BYTES):
+            yield from self._feed(wire[start : start + _WIRE_BYTES])
+
+    def finish(self) -> None:
+        """Says that there is no more.
+
+        Raises:
+            Problem: 400 if the stream is cut off.
+        """
+        if not self._ended:
+            raise self._corrupt("it is cut off")
+
+    def _feed(self, wire: bytes) -> Iterator[bytes]:
+        while wire or (self._stream and self._stream.more and not self._ended):
+            stream = self._stream
+            if stream is None:
+                wire = self._head + wire
+                if self._encoding == "deflate" and len(wire) < 2:
+                    self._head = wire
+                    return
+                self._head = b""
+                stream = self._stream = self._open(wire)
+                self._ended = False
+            try:
+                piece = stream.take(wire)
+            except (zlib.error, zstd.ZstdError):
+                raise self._corrupt("it can't be decompressed") from None
+            self._bytes += len(piece)
+            if self._bytes > self._bytes_max:
+                detail = f"more than http.body_bytes_max = {self._bytes_max} after decompression"
+                raise Problem(problem.BODY_TOO_LARGE, detail)
+            if piece:
+                yield piece
+            wire = b""
+            if stream.ended:
+                wire = stream.rest
+                self._ended = True
+                self._stream = None
+
+    def _open(self, wire: bytes) -> _Stream:
+        """The first stream, or the next one; only gzip and zstd may have a next one."""
+        if self._encoding == "zstd":
+            return _Zstd()
+        if self._encoding == "gzip":
+            return _Zlib(_GZIP)
+        if self._ended:
+            raise self._corrupt("something follows its end")
+        # RFC 9110 means zlib's form; some clients send bare deflate.
+        zlib_head = wire[0] & 0x8F == 0x08 and (wire[0] << 8 | wire[1]) % 31 == 0
+        return _Zlib(_ZLIB if zlib_head else _RAW_DEFLATE)
+
+    def _corrupt(self, what: str) -> Problem:
+        return Problem(problem.CORRUPT, f"the {self._encoding} body is not valid: {what}")
+
+
+def inflate(inflater: Inflater, wire: bytes, take: Callable[[bytes], None]) -> Iterator[None]:
+    """A whole body in steps: each hands one piece to `take`.
+
+    Raises:
+        Problem: see `Inflater`.
+    """
+    for piece in inflater.feed(wire):
+        take(piece)
+        yield
+    inflater.finish()
+
+
+class _Stream(Protocol):
+    """One compressed stream."""
+
+    @property
+    def ended(self) -> bool: ...
+    @property
+    def more(self) -> bool:
+        """There may be output without new input."""
+        ...
+
+    @property
+    def rest(self) -> bytes:
+        """What stood behind the end."""
+        ...
+
+    def take(self, wire: bytes) -> bytes:
+        """The next piece; `wire` is new input, or nothing."""
+        ...
+
+
+class _Zlib:
+    def __init__(self, wbits: int) -> None:
+        self._stream = zlib.decompressobj(wbits)
+        self.more = False
+
+    def take(self, wire: bytes) -> bytes:
+        stream = self._stream
+        piece = stream.decompress(stream.unconsumed_tail + wire, PIECE_BYTES)
+        # A full piece may have left output inside zlib although it used all its input.
+        self.more = bool(stream.unconsumed_tail) or len(piece) == PIECE_BYTES
+        return piece
+
+    @property
+    def ended(self) -> bool:
+        return self._stream.eof
+
+    @property
+    def rest(self) -> bytes:
+        return self._stream.unused_data
+
+
+class _Zstd:
+    def __init__(self) -> None:
+        self._stream = zstd.ZstdDecompressor(options=_ZSTD_OPTIONS)
+
+    def take(self, wire: bytes) -> bytes:
+        return self._stream.decompress(wire, PIECE_BYTES)
+
+    @property
+    def more(self) -> bool:
+        return not self._stream.eof and not self._stream.needs_input
+
+    @property
+    def ended(self) -> bool:
+        return self._stream.eof
+
+    @property
+    def rest(self) -> bytes:
+        return self._stream.unused_data

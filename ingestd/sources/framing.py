@@ -1,0 +1,119 @@
+"""Lines out of reads of any size: whole lines go on in runs, one unfinished line is held."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ingestd.base.record import Records, Refused
+from ingestd.sources.lines import BOM, KEPT_BYTES, Parsed, parse_lines, too_large
+
+if TYPE_CHECKING:
+    from ingestd.sources.intake import Format
+
+
+class Framer:
+    """Cuts a stream of bytes into records, however it was divided into reads.
+
+    Holds at most `record_bytes_max` bytes; the time is linear in what is fed. Indices of refused
+    records count all records of the stream.
+
+    Args:
+        form: what the records are; see `parse_lines`.
+        record_bytes_max: a longer line is refused, with its beginning kept.
+    """
+
+    def __init__(self, form: Format, record_bytes_max: int) -> None:
+        self._form = form
+        self._record_bytes_max = record_bytes_max
+        self._index = 0
+        self._tail = bytearray()
+        self._bom = BOM if form != "bytes" else b""
+        # Of a line that is too long already: how long, and whether a CR was its last byte.
+        self._over = 0
+        self._over_cr = False
+
+    def feed(self, data: bytes) -> Parsed | None:
+        """The records that `data` completes; nothing if it completes none."""
+        if self._bom:
+            data = self._skip_bom(data)
+        end = data.rfind(b"\n") + 1
+        if not end:
+            self._hold(data)
+            return None
+        refused: list[Refused] = []
+        start = 0
+        if self._over:
+            start = data.index(b"\n") + 1
+            self._hold(data[: start - 1])
+            refused.append(self._end_over())
+        block = b"".join((self._tail, memoryview(data)[start:end]))
+        self._tail.clear()
+        parsed = self._parse(block, refused)
+        if end < len(data):
+            self._hold(data[end:])
+        return parsed
+
+    def end(self) -> Parsed | None:
+        """The last record, at the end of the input: its LF may be missing."""
+        refused = [self._end_over()] if self._over else []
+        block = bytes(self._tail)
+        self._tail.clear()
+        return self._parse(block, refused)
+
+    def cut(self) -> Parsed | None:
+        """The line that was begun, where the input is left before its end: refused."""
+        if self._over or not self._tail:
+            return self.end()
+        head = bytes(self._tail[:KEPT_BYTES])
+        detail = f"reading stopped after {len(self._tail)} bytes of the line"
+        self._tail.clear()
+        self._index += 1
+        return _only([Refused(self._index - 1, "unfinished", detail, head)])
+
+    def _parse(self, block: bytes, refused: list[Refused]) -> Parsed | None:
+        if block:
+            parsed = parse_lines(block, self._form, self._record_bytes_max, self._index)
+            self._index += parsed.total
+            if refused:
+                parsed = Parsed(parsed.records, refused + parsed.refused)
+        else:
+            parsed = _only(refused)
+        return parsed if parsed.total else None
+
+    def _hold(self, data: bytes) -> None:
+        """More of the unfinished line."""
+        if not self._over:
+            self._tail += data
+            # One more than the bound may still be a CR.
+            if len(self._tail) <= self._record_bytes_max + 1:
+                return
+            self._over = len(self._tail)
+            self._over_cr = self._tail[-1:] == b"\r"
+            del self._tail[KEPT_BYTES:]
+        elif data:
+            self._tail += data[: KEPT_BYTES - len(self._tail)]
+            self._over += len(data)
+            self._over_cr = data[-1:] == b"\r"
+
+    def _end_over(self) -> Refused:
+        size = self._over - (self._over_cr and self._form != "bytes")
+        refused = too_large(self._index, size, self._record_bytes_max, bytes(self._tail[:size]))
+        self._index += 1
+        self._over = 0
+        self._tail.clear()
+        return refused
+
+    def _skip_bom(self, data: bytes) -> bytes:
+        """Without the mark at the very beginning; holds back what may become one."""
+        data = bytes(self._tail) + data
+        self._tail.clear()
+        if len(data) < len(BOM) and BOM.startswith(data):
+            self._tail += data
+            return b""
+        self._bom = b""
+        return data.removeprefix(BOM)
+
+
+def _only(refused: list[Refused]) -> Parsed:
+    """Refused records alone."""
+    return Parsed(Records.lines([]), refused)

@@ -1,0 +1,123 @@
+"""What a client is told when a request is turned away: RFC 9457, one kind a reason."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from ingestd.base.errors import Draining, IngestdError, JournalFailed, Overloaded
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ingestd.base.record import Refused
+
+ERRORS_MAX = 100
+"""Refused records that an answer lists."""
+
+
+class Kind(NamedTuple):
+    """One kind of problem.
+
+    Attributes:
+        slug: the end of its type, `urn:ingestd:problem:<slug>`; never changes.
+        status: the HTTP status.
+        title: the same words every time.
+        closes: the connection cannot or should not go on.
+    """
+
+    slug: str
+    status: int
+    title: str
+    closes: bool = False
+
+
+BAD_REQUEST = Kind("bad-request", 400, "Not an HTTP request", closes=True)
+CORRUPT = Kind("corrupt-encoding", 400, "The body does not fit its Content-Encoding")
+EMPTY = Kind("empty", 400, "There is no record in the body")
+MALFORMED = Kind("malformed", 400, "No record in the body can be accepted")
+NOT_FOUND = Kind("not-found", 404, "There is nothing here")
+UNKNOWN_PIPELINE = Kind("unknown-pipeline", 404, "There is no such pipeline")
+METHOD = Kind("method-not-allowed", 405, "Records are sent with POST")
+TIMEOUT = Kind("body-timeout", 408, "The body did not arrive in time", closes=True)
+NO_LENGTH = Kind("length-required", 411, "Neither Content-Length nor chunked")
+BODY_TOO_LARGE = Kind("body-too-large", 413, "The body is too large", closes=True)
+RECORD_TOO_LARGE = Kind("record-too-large", 413, "The record is too large")
+TOO_MANY_RECORDS = Kind("too-many-records", 413, "There are too many records in the body")
+MEDIA_TYPE = Kind("unsupported-media-type", 415, "The pipeline does not take this Content-Type")
+ENCODING = Kind("unsupported-encoding", 415, "The Content-Encoding is not supported")
+EXPECTATION = Kind("expectation-failed", 417, "Only 100-continue can be expected", closes=True)
+OVERLOADED = Kind("overloaded", 429, "The pipeline takes no more at the moment")
+HEADERS_TOO_LARGE = Kind("headers-too-large", 431, "The head of the request is too large", True)
+INTERNAL = Kind("internal", 500, "Something went wrong in ingestd", closes=True)
+BUSY = Kind("busy", 503, "Too many bytes are in flight")
+CONNECTIONS = Kind("too-many-connections", 503, "Too many connections are open", closes=True)
+DRAINING = Kind("draining", 503, "This daemon is about to leave", closes=True)
+JOURNAL_FAILED = Kind("journal-failed", 503, "Nothing can be stored any more", closes=True)
+
+KINDS = tuple(kind for kind in list(globals().values()) if isinstance(kind, Kind))
+
+
+class Problem(IngestdError):  # noqa: N818 - the RFC's word
+    """{detail}"""  # noqa: D415 - the docstring is the message
+
+    def __init__(
+        self,
+        kind: Kind,
+        detail: str,
+        *,
+        refused: Sequence[Refused] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail=detail)
+        self.kind = kind
+        self.detail = detail
+        self.refused = refused
+        self.headers = headers or {}
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """By its own arguments; see the base class."""
+        return (_rebuild, (self.kind, self.detail, self.refused, self.headers))
+
+    def body(self) -> bytes:
+        """The problem as `application/problem+json`."""
+        members: dict[str, Any] = {
+            "type": f"urn:ingestd:problem:{self.kind.slug}",
+            "title": self.kind.title,
+            "status": self.kind.status,
+            "detail": self.detail,
+        }
+        if self.refused:
+            members["errors"] = list_errors(self.refused)
+        return msgspec.json.encode(members)
+
+
+def _rebuild(
+    kind: Kind, detail: str, refused: Sequence[Refused], headers: Mapping[str, str]
+) -> Problem:
+    return Problem(kind, detail, refused=refused, headers=headers)
+
+
+def list_errors(refused: Sequence[Refused]) -> list[dict[str, object]]:
+    """The first `ERRORS_MAX` refused records, as an answer lists them."""
+    return [
+        {"index": one.index, "reason": one.reason, "detail": one.detail}
+        for one in refused[:ERRORS_MAX]
+    ]
+
+
+def explain(error: Overloaded | Draining | JournalFailed) -> Problem:
+    """The problem that tells a client why its records were not taken."""
+    if isinstance(error, Overloaded):
+        return Problem(OVERLOADED, str(error), headers=retry_after(error.retry_after))
+    if isinstance(error, Draining):
+        return Problem(DRAINING, str(error), headers=retry_after(1.0))
+    # Not str(error): it names a path on this machine.
+    return Problem(JOURNAL_FAILED, "the journal has failed", headers=retry_after(10.0))
+
+
+def retry_after(seconds: float) -> dict[str, str]:
+    """`Retry-After` in whole seconds, at least 1."""
+    return {"Retry-After": str(max(1, math.ceil(seconds)))}

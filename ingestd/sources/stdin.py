@@ -1,0 +1,174 @@
+"""The source `stdin`: lines from standard input, as fast as they can be made durable."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+import structlog
+
+from ingestd.base.errors import Overloaded
+from ingestd.sources.framing import Framer
+from ingestd.sources.reader import open_reader
+
+if TYPE_CHECKING:
+    from ingestd.base.settings import StdinSettings
+    from ingestd.sources.intake import Intake
+    from ingestd.sources.lines import Parsed
+    from ingestd.sources.reader import Reader
+
+log = structlog.get_logger(__name__)
+
+_HINT = "reading records from the terminal, one a line; end with Ctrl-D\n"
+_REFUSED_BYTES = 256  # what a refused record costs beside its payload, about
+
+
+class StdinSource:
+    """Reads one descriptor to its end and hands the records to one pipeline.
+
+    Many appends are under way at once, bounded by their bytes; at the bound the descriptor is
+    simply not read. Appends are made in the order of the input. Only one that an overload sent
+    back may come behind later ones.
+
+    Args:
+        settings: its bound.
+        intake: the pipeline.
+        fd: the descriptor; it stays open.
+        stderr: where the hint for a terminal goes.
+
+    Attributes:
+        bytes: read so far.
+        records: made durable so far.
+        refused: kept as dead letters so far.
+    """
+
+    def __init__(
+        self,
+        settings: StdinSettings,
+        intake: Intake,
+        *,
+        fd: int = 0,
+        stderr: TextIO | None = None,
+    ) -> None:
+        self._bytes_max = settings.inflight_bytes_max
+        self._intake = intake
+        self._fd = fd
+        self._stderr = stderr
+        self._framer = Framer(intake.format, intake.record_bytes_max)
+        self._inflight = 0
+        self._appends: set[asyncio.Task[None]] = set()
+        self._moved = asyncio.Event()
+        self._again = asyncio.Lock()
+        self._error: BaseException | None = None
+        self.bytes = 0
+        self.records = 0
+        self.refused = 0
+
+    async def start(self) -> None:
+        """Begins to read."""
+        self._reader: Reader = open_reader(self._fd)
+        if os.isatty(self._fd):
+            print(_HINT, end="", file=self._stderr or sys.stderr, flush=True)
+        self._task = asyncio.create_task(self._run(), name="stdin")
+
+    async def wait_finished(self) -> None:
+        """Returns when the input is at its end, or left, and all of it is accepted.
+
+        Raises:
+            IngestdError: the pipeline can't take records any more.
+        """
+        await asyncio.wait([self._task])
+        if self._error is not None:
+            raise self._error
+
+    async def stop_taking(self, deadline: float) -> None:
+        """Stops reading; a line that was begun is refused as `unfinished`."""
+        self._reader.stop()
+        left = max(0.0, deadline - asyncio.get_running_loop().time())
+        await asyncio.wait([self._task], timeout=left)
+
+    async def close(self) -> None:
+        """Ends the reading. What is not accepted by now is given up, and said so."""
+        self._reader.stop()
+        tasks = {self._task, *self._appends}
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        self._reader.close()
+        if self._inflight:
+            log.error("stdin_records_abandoned", bytes=self._inflight)
+
+    async def _run(self) -> None:
+        try:
+            await self._read()
+            while self._appends:
+                await asyncio.wait(self._appends)
+        except Exception as error:  # noqa: BLE001 - whoever waits for the end gets it
+            self._fail(error)
+
+    async def _read(self) -> None:
+        """Reads until the end, until it is stopped, or until nothing can be stored."""
+        data: bytes | None
+        try:
+            while data := await self._reader.read():
+                self.bytes += len(data)
+                if parsed := self._framer.feed(data):
+                    await self._append(parsed)
+        except OSError as error:
+            log.error("stdin_failed", error=error.strerror)  # noqa: TRY400 - one line says it all
+            data = None
+        last = self._framer.cut() if data is None else self._framer.end()
+        if last:
+            await self._append(last)
+
+    async def _append(self, parsed: Parsed) -> None:
+        """Begins an append, as soon as there is room for it."""
+        kept = sum(len(one.payload) + _REFUSED_BYTES for one in parsed.refused)
+        size = len(parsed.records.payload) + kept
+        while self._error is None and self._inflight and self._inflight + size > self._bytes_max:
+            self._moved.clear()
+            await self._moved.wait()
+        self._inflight += size
+        if self._error is not None:
+            return
+        task = asyncio.create_task(self._accept(parsed, size), name="stdin-append")
+        self._appends.add(task)
+        task.add_done_callback(self._appends.discard)
+        # An input that always has more must not keep everybody else from running.
+        await asyncio.sleep(0)
+
+    async def _accept(self, parsed: Parsed, size: int) -> None:
+        try:
+            try:
+                await self._intake.accept(parsed.records, parsed.refused)
+            except Overloaded as overloaded:
+                await self._accept_later(parsed, overloaded)
+        except Exception as error:  # noqa: BLE001 - see `_run`
+            self._fail(error)
+        else:
+            self._inflight -= size
+            self.records += parsed.records.count
+            self.refused += len(parsed.refused)
+            self._moved.set()
+
+    async def _accept_later(self, parsed: Parsed, overloaded: Overloaded) -> None:
+        """Tries until there is room. One append at a time does this, in their order."""
+        async with self._again:
+            while True:
+                await asyncio.sleep(overloaded.retry_after * random.uniform(0.75, 1.25))  # noqa: S311
+                try:
+                    await self._intake.accept(parsed.records, parsed.refused)
+                except Overloaded as still:
+                    overloaded = still
+                else:
+                    return
+
+    def _fail(self, error: BaseException) -> None:
+        """Nothing more can be stored: leaves the input and says why at the end."""
+        if self._error is None:
+            self._error = error
+        self._reader.stop()
+        self._moved.set()
