@@ -36,6 +36,9 @@ CLOSE_SECONDS = 1.0
 
 SETTING = "admin.listen"
 
+# Without a name of ours aiohttp would tell everybody its version and Python's.
+_HEADERS = {"Cache-Control": "no-store", "Server": "ingestd"}
+
 log = structlog.get_logger(__name__)
 
 
@@ -110,11 +113,7 @@ class AdminServer:
         response = web.Response(
             body=page.body,
             status=page.status,
-            headers={
-                "Content-Type": page.content_type,
-                "Cache-Control": "no-store",
-                **page.headers,
-            },
+            headers={**_HEADERS, "Content-Type": page.content_type, **page.headers},
         )
         response.force_close()
         return response

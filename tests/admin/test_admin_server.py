@@ -163,6 +163,7 @@ async def test_head_is_get_without_the_body(admin: Admin, path: str) -> None:
     assert (status, body) == (200, b"")
     assert int(headers["Content-Length"]) > 0
     assert headers["Cache-Control"] == "no-store"
+    assert headers["Server"] == "ingestd"
 
 
 @pytest.mark.parametrize("path", ["/", "/v1/records", "/livez/", "/metrics/x", "//livez"])
