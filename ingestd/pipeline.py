@@ -129,7 +129,11 @@ class Pipeline:
         self._loop = asyncio.get_running_loop()
         self.broken: asyncio.Future[None] = self._loop.create_future()
         await self.pool.start()
-        recovered = await self.journal.open(self._durable)
+        try:
+            recovered = await self.journal.open(self._durable)
+        except BaseException:
+            await self.pool.close(self._loop.time() + 5.0)
+            raise
         self.journal.failed.add_done_callback(self._journal_failed)
         self._recover(recovered)
         self._own(self._pump(), name=f"{self.name}-pump")

@@ -1,0 +1,331 @@
+"""The life of the process, in order: start, serve, drain, leave. READ FIRST, with `pipeline.py`.
+
+The daemon owns everything that lives longer than a request: the lock on the data directory, the
+pipelines, the sources, the admin server. Each step below is one method of `Daemon`, called from
+`run` in life order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import sys
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import structlog
+
+from ingestd import __version__
+from ingestd.admin.server import AdminServer
+from ingestd.admin.view import Status
+from ingestd.base.clock import SystemClock
+from ingestd.base.errors import Exit, IngestdError, JournalFailed
+from ingestd.base.lock import DataDir
+from ingestd.base.metrics import Metrics
+from ingestd.base.signals import Signals
+from ingestd.base.telemetry import start_logging
+from ingestd.overview import status_of
+from ingestd.pipeline import Pipeline, Report
+from ingestd.sources.http import HttpSource
+from ingestd.sources.stdin import StdinSource
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from ingestd.base.settings import Settings
+    from ingestd.base.telemetry import LogWriter
+    from ingestd.sources.intake import Source
+
+log = structlog.get_logger(__name__)
+
+LAG_SECONDS = 0.5
+"""How often the loop's lag is measured."""
+CLOSE_SECONDS = 5.0
+"""How long an idle worker may take to close its handler."""
+
+
+def serve(settings: Settings) -> int:
+    """Runs a daemon until it has left.
+
+    Returns:
+        The exit code. If a worker's thread could not be ended, the process leaves from here.
+    """
+    writer = start_logging(settings.log)
+    daemon = Daemon(settings, writer)
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            code = runner.run(daemon.run())
+    finally:
+        writer.close(1.0)
+    if daemon.stuck:
+        # A thread that hangs in a handler would keep the interpreter for ever.
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    try:
+        import uvloop  # noqa: PLC0415  not on every platform
+    except ImportError:
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop
+
+
+class Daemon:
+    """One daemon, for one life.
+
+    Args:
+        settings: all of them; each part gets only its own.
+        writer: the log's, for the metric of dropped lines.
+
+    Attributes:
+        stuck: a worker's thread could not be ended; the process must be.
+    """
+
+    def __init__(self, settings: Settings, writer: LogWriter) -> None:
+        self.settings = settings
+        self.stuck = False
+        self._writer = writer
+        self._clock = SystemClock()
+        self._state: Literal["starting", "running", "draining"] = "starting"
+        self._started_at = time.monotonic()
+        self._metrics = Metrics(__version__)
+        self._route = self._metrics.route("/v1/records")
+        self._metrics.watch_log(lambda: writer.lines_lost)
+        self._metrics.watch(lambda: {name: p.state() for name, p in self.pipelines.items()})
+        self.pipelines: dict[str, Pipeline] = {}
+
+    async def run(self) -> int:
+        """The whole life.
+
+        Returns:
+            The exit code.
+
+        Raises:
+            IngestdError: it could not start; everything that was started is closed again.
+        """
+        self._signals = Signals()
+        self._signals.install()
+        data_dir = DataDir(self.settings.data_dir)
+        try:
+            await self._start_unless_urged(data_dir)
+            reason = await self._serve()
+            await self._drain(reason)
+            return await self._leave()
+        finally:
+            data_dir.close()
+
+    # -- start ---------------------------------------------------------------------------------
+
+    async def _start_unless_urged(self, data_dir: DataDir) -> None:
+        """A second signal leaves at once even while a handler is being imported."""
+        start = asyncio.ensure_future(self._start(data_dir))
+        urged = asyncio.ensure_future(self._signals.urged.wait())
+        await asyncio.wait({start, urged}, return_when=asyncio.FIRST_COMPLETED)
+        urged.cancel()
+        if not start.done():
+            log.warning("start_abandoned")
+            self._writer.close(1.0)
+            os._exit(Exit.OK)  # nothing was accepted in this life; workers end with us
+        await start
+
+    async def _start(self, data_dir: DataDir) -> None:
+        """Admin first, so that a long recovery can be watched; sources last: then it is ready."""
+        self.admin = AdminServer(self.settings.admin, self, self._metrics)
+        opened: list[Callable[[], Awaitable[object]]] = []
+        try:
+            await self.admin.start()
+            opened.append(self.admin.close)
+            for name, settings in self.settings.pipeline_settings().items():
+                pipeline = Pipeline(
+                    name,
+                    settings,
+                    folder=data_dir.folder(name),
+                    data_dir=data_dir.path,
+                    metrics=self._metrics.pipeline(name),
+                    clock=self._clock,
+                )
+                await pipeline.open()
+                opened.append(partial(self._close_pipeline, pipeline))
+                self.pipelines[name] = pipeline
+            self.source = self._build_source()
+            await self.source.start()
+        except BaseException:
+            for close in reversed(opened):
+                await close()
+            raise
+        self._state = "running"
+        log.info(
+            "daemon_started",
+            version=__version__,
+            pid=os.getpid(),
+            source=self.settings.source.kind,
+            listening=getattr(self.source, "addresses", []),
+            admin=[f"{host}:{port}" for host, port in self.admin.addresses],
+            data_dir=str(self.settings.data_dir),
+            pipelines=list(self.pipelines),
+        )
+
+    async def _close_pipeline(self, pipeline: Pipeline) -> None:
+        await pipeline.close(self._in(CLOSE_SECONDS))
+
+    def _build_source(self) -> Source:
+        kind, default = self.settings.source.kind, self.settings.source.pipeline
+        if kind == "stdin":
+            return StdinSource(self.settings.stdin, self.pipelines[default])
+        return HttpSource(
+            self.settings.http,
+            self.pipelines,
+            default=default,
+            on_request=self._answered,
+        )
+
+    # -- serve ---------------------------------------------------------------------------------
+
+    async def _serve(self) -> str:
+        """Turns until a signal, the end of input, or a pipeline that broke; says which."""
+        # What start-up made stays: the collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
+        asked = asyncio.ensure_future(self._signals.asked.wait())
+        ended = asyncio.ensure_future(self.source.wait_finished())
+        lag = asyncio.ensure_future(self._measure_lag())
+        broken = {pipeline.broken for pipeline in self.pipelines.values()}
+        ends: set[asyncio.Future[Any]] = {asked, ended, *broken}
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if any(one.done() for one in broken) or (ended.done() and ended.exception()):
+                return "failure"
+            return self._signals.name if asked.done() else "end of input"
+        finally:
+            for task in (asked, ended, lag):
+                task.cancel()
+
+    # -- drain ---------------------------------------------------------------------------------
+
+    async def _drain(self, reason: str) -> None:
+        """Not ready; serve on for the delay; stop taking; finish what was taken."""
+        self._state = "draining"
+        log.info("drain_started", reason=reason)
+        if reason == "failure":
+            return
+        if reason == "end of input":
+            # Everything was accepted; a signal gives the work its usual deadline.
+            work = asyncio.gather(*(p.drain(None) for p in self.pipelines.values()))
+            await self._race(work, self._signals.asked)
+            if not self._signals.asked.is_set():
+                return
+        elif self.settings.drain.delay:
+            await self._race(asyncio.sleep(self.settings.drain.delay), self._signals.urged)
+        timeouts = {n: s.drain.timeout for n, s in self.settings.pipeline_settings().items()}
+        began = asyncio.get_running_loop().time()
+        await self._race(
+            self.source.stop_taking(began + max(timeouts.values())), self._signals.urged
+        )
+        work = asyncio.gather(
+            *(p.drain(began + timeouts[name]) for name, p in self.pipelines.items())
+        )
+        await self._race(work, self._signals.urged)
+
+    async def _race(self, work: Awaitable[Any], stop: asyncio.Event) -> None:
+        """Waits for the work, or stops waiting when the event comes or a pipeline breaks."""
+        task = asyncio.ensure_future(work)
+        stopped = asyncio.ensure_future(stop.wait())
+        ends: set[asyncio.Future[Any]] = {task, stopped}
+        ends |= {pipeline.broken for pipeline in self.pipelines.values()}
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopped.cancel()
+            if not task.done():
+                task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    # -- leave ---------------------------------------------------------------------------------
+
+    async def _leave(self) -> int:
+        """Closes everything, reports, and says how it went."""
+        self._signals.remove()
+        await self.source.close()
+        grace = 0.0 if self._signals.urged.is_set() else CLOSE_SECONDS
+        reports = {
+            name: await pipeline.close(self._in(grace)) for name, pipeline in self.pipelines.items()
+        }
+        await self.admin.close()
+        self.stuck = not all(report.workers_gone for report in reports.values())
+        for name, report in reports.items():
+            _log_report(name, report)
+        code = self._exit_code(reports)
+        log.info("daemon_left", code=int(code))
+        return int(code)
+
+    def _exit_code(self, reports: Mapping[str, Report]) -> Exit:
+        for pipeline in self.pipelines.values():
+            error = pipeline.broken.exception() if pipeline.broken.done() else None
+            if isinstance(error, JournalFailed):
+                log.error("journal_failed", pipeline=pipeline.name, error=str(error))
+                return Exit.LOST
+            if error is not None:
+                return error.exit_code if isinstance(error, IngestdError) else Exit.UNEXPECTED
+        for report in reports.values():
+            if not report.balanced or (report.ledger.pending and not report.durable):
+                return Exit.LOST
+        return Exit.OK
+
+    # -- what others may know ------------------------------------------------------------------
+
+    def ready(self) -> tuple[bool, str]:
+        """See `AdminView.ready`."""
+        if self._state != "running":
+            return False, self._state
+        for name, pipeline in self.pipelines.items():
+            if pipeline.broken.done():
+                return False, f"pipeline {name} is broken"
+        return True, "ready"
+
+    def status(self) -> Status:
+        """See `AdminView.status`."""
+        return Status(
+            state=self._state,
+            version=__version__,
+            uptime_seconds=round(time.monotonic() - self._started_at, 3),
+            pipelines={name: status_of(pipeline) for name, pipeline in self.pipelines.items()},
+        )
+
+    def _answered(self, pipeline: str, status: int, seconds: float, slug: str) -> None:
+        """The http source's word about each answer."""
+        self._route.answered(status, seconds)
+        if pipeline and status in {429, 503}:
+            self._metrics.pipeline(pipeline).request_refused(slug)
+
+    async def _measure_lag(self) -> None:
+        """How late the loop wakes up: what a handler's thread or a long callback costs all."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + LAG_SECONDS
+            await asyncio.sleep(LAG_SECONDS)
+            self._metrics.loop_lag.set(max(0.0, loop.time() - due))
+
+    def _in(self, seconds: float) -> float:
+        return asyncio.get_running_loop().time() + seconds
+
+
+def _log_report(name: str, report: Report) -> None:
+    """The four numbers of promise 2, and whether they add up."""
+    write = log.info if report.balanced else log.error
+    write(
+        "drained" if not report.ledger.pending else "drained_partly",
+        pipeline=name,
+        accepted=report.ledger.accepted,
+        processed=report.ledger.processed,
+        dead=report.ledger.dead,
+        pending=report.ledger.pending,
+        refused=report.ledger.refused,
+        balanced=report.balanced,
+        workers_gone=report.workers_gone,
+    )
+    if not report.balanced:
+        log.error("ledger_mismatch", pipeline=name, counted=report.counted)

@@ -1,0 +1,53 @@
+"""A pipeline as the admin server shows it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ingestd.admin.view import (
+    BatchesStatus,
+    JournalStatus,
+    PipelineStatus,
+    QueueStatus,
+    bounds_near,
+)
+
+if TYPE_CHECKING:
+    from ingestd.pipeline import Pipeline
+
+
+def status_of(pipeline: Pipeline) -> PipelineStatus:
+    """Where a pipeline stands now."""
+    state, settings = pipeline.state(), pipeline.settings
+    return PipelineStatus(
+        accepted=state.accepted,
+        processed=state.processed,
+        dead=state.dead,
+        pending=state.pending,
+        refused=state.refused,
+        balanced=state.accepted == state.processed + state.dead + state.pending,
+        journal=JournalStatus(
+            bytes=state.journal_bytes,
+            bytes_max=state.journal_bytes_max,
+            poisoned=pipeline.journal.failed.done(),
+        ),
+        queue=QueueStatus(
+            chunks=state.queue_chunks,
+            bytes=state.queue_bytes,
+            bytes_max=settings.queue.bytes_max,
+        ),
+        batches=BatchesStatus(
+            sealed=pipeline.line.ahead,
+            running=state.lanes_busy,
+            waiting_retry=state.batches_waiting,
+        ),
+        oldest_pending_seconds=round(state.oldest_pending_seconds, 3),
+        bounds_near=bounds_near(
+            {
+                "journal.bytes_max": (state.journal_bytes, state.journal_bytes_max),
+                "queue.bytes_max": (state.queue_bytes, settings.queue.bytes_max),
+                "queue.chunks_max": (state.queue_chunks, settings.queue.chunks_max),
+                "retry.waiting_max": (state.batches_waiting, settings.retry.waiting_max),
+            }
+        ),
+    )
