@@ -80,11 +80,18 @@ class _Empty:
 
 
 def _open_socket(fd: int) -> Reader:
-    # MSG_DONTWAIT is for one call: a socket can't be opened anew, and its flags are shared.
+    # MSG_DONTWAIT is for one call: a socket can't be opened anew, and its flags are shared, often
+    # with stdout. The loop watches an epoll of ours, because libuv sets O_NONBLOCK on what it
+    # watches.
     sock = socket.socket(fileno=os.dup(fd))
-    return ReadyReader(
-        sock.fileno(), lambda: sock.recv(READ_BYTES, socket.MSG_DONTWAIT), sock.close
-    )
+    watch = select.epoll()
+    watch.register(sock, select.EPOLLIN)
+
+    def close() -> None:
+        watch.close()
+        sock.close()
+
+    return ReadyReader(watch.fileno(), lambda: sock.recv(READ_BYTES, socket.MSG_DONTWAIT), close)
 
 
 def _open_pipe(fd: int) -> Reader:

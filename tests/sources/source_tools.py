@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
-from ingestd.base.record import Records, Refused
 from ingestd.base.settings import HttpSettings
 from ingestd.sources.http import HttpSource
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
+    from ingestd.base.record import Records, Refused
     from ingestd.sources.intake import Format
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -152,7 +152,7 @@ async def ask(source: HttpSource, body: bytes, path: str = "/v1/records", **head
 async def until(condition: Any, seconds: float = 10.0) -> None:
     """Waits for a condition, or fails."""
     async with asyncio.timeout(seconds):
-        while not condition():
+        while not condition():  # noqa: ASYNC110 - any condition, not only events
             await asyncio.sleep(0.002)
 
 

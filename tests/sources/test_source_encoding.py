@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import sys
 import tracemalloc
 import zlib
@@ -10,10 +11,10 @@ import zlib
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.sources.source_tools import data_file
 
 from ingestd.sources.encoding import Inflater, name_encoding
 from ingestd.sources.problem import Problem
+from tests.sources.source_tools import data_file
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -49,7 +50,7 @@ def refusal(encoding, pieces, bytes_max=10**9):
 
 def divide(data, cuts):
     cuts = sorted({0, len(data), *(cut % (len(data) + 1) for cut in cuts)})
-    return [data[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(cuts)]
 
 
 @given(
