@@ -20,6 +20,7 @@ import structlog
 from ingestd import __version__
 from ingestd.admin.server import AdminServer
 from ingestd.admin.view import Status
+from ingestd.base.address import show_address
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import Exit, IngestdError, JournalFailed
 from ingestd.base.lock import DataDir
@@ -29,6 +30,7 @@ from ingestd.base.telemetry import start_logging
 from ingestd.overview import status_of
 from ingestd.pipeline import Pipeline, Report
 from ingestd.sources.http import HttpSource
+from ingestd.sources.progress import Progress, ProgressSnapshot
 from ingestd.sources.stdin import StdinSource
 
 if TYPE_CHECKING:
@@ -93,6 +95,8 @@ class Daemon:
         self._state: Literal["starting", "running", "draining"] = "starting"
         self._started_at = time.monotonic()
         self._metrics = Metrics(__version__)
+        self._failure: BaseException | None = None
+        self._progress: Progress | None = None
         self._route = self._metrics.route("/v1/records")
         self._metrics.watch_log(lambda: writer.lines_lost)
         self._metrics.watch(lambda: {name: p.state() for name, p in self.pipelines.items()})
@@ -158,13 +162,15 @@ class Daemon:
                 await close()
             raise
         self._state = "running"
+        if self._progress is not None:
+            self._progress.start()
         log.info(
             "daemon_started",
             version=__version__,
             pid=os.getpid(),
             source=self.settings.source.kind,
             listening=getattr(self.source, "addresses", []),
-            admin=[f"{host}:{port}" for host, port in self.admin.addresses],
+            admin=[show_address(*address) for address in self.admin.addresses],
             data_dir=str(self.settings.data_dir),
             pipelines=list(self.pipelines),
         )
@@ -175,13 +181,31 @@ class Daemon:
     def _build_source(self) -> Source:
         kind, default = self.settings.source.kind, self.settings.source.pipeline
         if kind == "stdin":
-            return StdinSource(self.settings.stdin, self.pipelines[default])
+            source = StdinSource(self.settings.stdin, self.pipelines[default])
+            self._progress = self._build_progress(source, self.pipelines[default])
+            return source
         return HttpSource(
             self.settings.http,
             self.pipelines,
             default=default,
             on_request=self._answered,
         )
+
+    def _build_progress(self, source: StdinSource, pipeline: Pipeline) -> Progress:
+        before = pipeline.journal.ledger
+
+        def snapshot() -> ProgressSnapshot:
+            now = pipeline.journal.ledger
+            return ProgressSnapshot(
+                lines=source.records + source.refused,
+                bytes=source.bytes,
+                accepted=now.accepted - before.accepted,
+                processed=now.processed - before.processed,
+                dead=now.dead + now.refused - before.dead - before.refused,
+                pending=now.pending,
+            )
+
+        return Progress(snapshot, sys.stderr, clock=self._clock)
 
     # -- serve ---------------------------------------------------------------------------------
 
@@ -197,7 +221,11 @@ class Daemon:
         ends: set[asyncio.Future[Any]] = {asked, ended, *broken}
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if any(one.done() for one in broken) or (ended.done() and ended.exception()):
+            if any(one.done() for one in broken):
+                return "failure"
+            if ended.done() and (error := ended.exception()) is not None:
+                log.error("source_failed", error=str(error), exc_info=error)
+                self._failure = error
                 return "failure"
             return self._signals.name if asked.done() else "end of input"
         finally:
@@ -254,6 +282,8 @@ class Daemon:
         reports = {
             name: await pipeline.close(self._in(grace)) for name, pipeline in self.pipelines.items()
         }
+        if self._progress is not None:
+            await self._progress.stop()
         await self.admin.close()
         self.stuck = not all(report.workers_gone for report in reports.values())
         for name, report in reports.items():
@@ -263,11 +293,10 @@ class Daemon:
         return int(code)
 
     def _exit_code(self, reports: Mapping[str, Report]) -> Exit:
-        for pipeline in self.pipelines.values():
-            error = pipeline.broken.exception() if pipeline.broken.done() else None
+        errors = [p.broken.exception() for p in self.pipelines.values() if p.broken.done()]
+        for error in (*errors, self._failure):
             if isinstance(error, JournalFailed):
-                log.error("journal_failed", pipeline=pipeline.name, error=str(error))
-                return Exit.LOST
+                log.error("journal_failed", error=str(error))
             if error is not None:
                 return error.exit_code if isinstance(error, IngestdError) else Exit.UNEXPECTED
         for report in reports.values():
@@ -298,7 +327,7 @@ class Daemon:
     def _answered(self, pipeline: str, status: int, seconds: float, slug: str) -> None:
         """The http source's word about each answer."""
         self._route.answered(status, seconds)
-        if pipeline and status in {429, 503}:
+        if pipeline and status == 503:
             self._metrics.pipeline(pipeline).request_refused(slug)
 
     async def _measure_lag(self) -> None:

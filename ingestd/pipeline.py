@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import async_timeout
 import structlog
+from structlog.contextvars import bind_contextvars
 
 from ingestd.base.errors import JournalFailed
 from ingestd.base.metrics import PipelineState
@@ -31,7 +32,7 @@ from ingestd.journal.tail import Room, Tail
 from ingestd.settling import as_sealed, damage_letters, dead_letters, replacements
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Sequence
+    from collections.abc import Coroutine, Iterable, Sequence
     from pathlib import Path
 
     from ingestd.base.clock import Clock
@@ -112,6 +113,7 @@ class Pipeline:
         self._metrics = metrics
         self._clock = clock
         self._leaving = False
+        self._closing = False
         self._timer: asyncio.Timeout | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._moved = asyncio.Event()
@@ -136,9 +138,11 @@ class Pipeline:
             raise
         self.journal.failed.add_done_callback(self._journal_failed)
         self._recover(recovered)
-        self._own(self._pump(), name=f"{self.name}-pump")
-        self._own(self._consume(), name=f"{self.name}-consume")
-        self._own(self._dispatch(), name=f"{self.name}-dispatch")
+        self._turning = [
+            self._own(self._pump(), name=f"{self.name}-pump"),
+            self._own(self._consume(), name=f"{self.name}-consume"),
+            self._own(self._dispatch(), name=f"{self.name}-dispatch"),
+        ]
 
     def _recover(self, recovered: Recovered) -> None:
         """Sealed batches first, under their old ids; then the chunks from the cursor on."""
@@ -305,6 +309,9 @@ class Pipeline:
     # -- 6. run: one try of one batch ----------------------------------------------------------
 
     async def _run(self, batch: Batch, lane: Lane) -> None:
+        # A task has a context of its own: every log line from here on, the handler's in a
+        # thread included, says which batch it is about.
+        bind_contextvars(pipeline=self.name, batch_id=f"{self.journal.id}-{batch.number}")
         try:
             if batch.records is None:
                 await self._load(batch)
@@ -313,6 +320,8 @@ class Pipeline:
         finally:
             self.running -= 1
             self.pool.release(lane)
+        if self._closing and result is not None and result.failure is not None:
+            return  # its worker was ended under it: that is not the batch's fault
         batch.attempts += 1
         if result is None or records is None:
             await self._set_aside(batch)
@@ -350,8 +359,6 @@ class Pipeline:
     async def _postpone(self, batch: Batch, verdict: Postponed, seconds: float) -> None:
         log.warning(
             "batch_postponed",
-            pipeline=self.name,
-            batch_id=f"{self.journal.id}-{batch.number}",
             attempts=batch.attempts,
             after=round(verdict.after, 3),
             reason=verdict.failure.reason,
@@ -412,17 +419,15 @@ class Pipeline:
             if chunk >= self._cursor.chunk:  # older ones were sealed in an earlier life
                 self.queue.task_done()
         self._moved.set()
-        self._report_dead(batch, dead)
+        self._report_dead(dead)
 
-    def _report_dead(self, batch: Batch, dead: Sequence[DeadLetter]) -> None:
+    def _report_dead(self, dead: Sequence[DeadLetter]) -> None:
         for reason in {letter.reason for letter in dead}:
             letters = [letter for letter in dead if letter.reason == reason]
             records = sum(letter.records for letter in letters)
             self._metrics.died(reason, records)
             log.warning(
                 "records_given_up",
-                pipeline=self.name,
-                batch_id=f"{self.journal.id}-{batch.number}",
                 reason=reason,
                 records=records,
                 error=letters[0].error,
@@ -475,7 +480,7 @@ class Pipeline:
         return due > deadline
 
     async def close(self, deadline: float) -> Report:
-        """Cancels the tasks (the consumer last), ends the workers, closes the journal.
+        """Cancels the tasks that feed the workers, ends the workers, closes the journal.
 
         Args:
             deadline: loop time until which an idle worker may take to close its handler.
@@ -483,10 +488,10 @@ class Pipeline:
         Returns:
             The last numbers.
         """
+        self._closing = True
+        await _cancel(self._turning)
         gone = await self.pool.close(deadline if not self.running else self._loop.time())
-        for task in sorted(self._tasks, key=lambda task: task.get_name().endswith("-consume")):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await _cancel(self._tasks)  # whose worker is gone, or was left behind
         ledger, counted = await self.journal.close()
         return Report(ledger, counted, gone, self.journal.durable)
 
@@ -512,10 +517,11 @@ class Pipeline:
 
     # -- tasks ---------------------------------------------------------------------------------
 
-    def _own(self, turn: Coroutine[None, None, None], *, name: str) -> None:
+    def _own(self, turn: Coroutine[None, None, None], *, name: str) -> asyncio.Task[None]:
         task = self._loop.create_task(turn, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._ended)
+        return task
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -531,3 +537,10 @@ class Pipeline:
         error = None if failed.cancelled() else failed.exception()
         if error is not None and not self.broken.done():
             self.broken.set_exception(error)
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
+    cancelled = list(tasks)
+    for task in cancelled:
+        task.cancel()
+    await asyncio.gather(*cancelled, return_exceptions=True)

@@ -34,6 +34,11 @@ def split_address(address: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def show_address(host: str, port: int) -> str:
+    """`HOST:PORT`, an IPv6 host in brackets."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def parse_listen(text: str, setting: str) -> tuple[str, int]:
     """`split_address` for who is about to listen.
 

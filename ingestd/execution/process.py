@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import TYPE_CHECKING
 
 import structlog
@@ -186,7 +187,9 @@ class ProcessLane:
 
     async def run(self, job: Job) -> Result:
         """See `Lane.run`."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._run, job)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, copy_context().run, self._run, job
+        )
 
     def _run(self, job: Job) -> Result:
         started = time.monotonic()
@@ -194,9 +197,7 @@ class ProcessLane:
             child = self._child or self._spawn()
             return child.run(job, self._timeout)
         except _WorkerDiedError as died:
-            log.warning(
-                "worker_died", lane=self._name, batch_id=job.batch, error=died.failure.error
-            )
+            log.warning("worker_died", lane=self._name, error=died.failure.error)
             failure = died.failure
         except (HandlerLoadError, OSError) as error:
             failure = Failure("crashed", f"no worker could be started: {error}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from typing import TYPE_CHECKING
 
 import structlog
@@ -40,12 +41,12 @@ class ThreadLane:
 
     async def run(self, job: Job) -> Result:
         """See `Lane.run`."""
-        running = asyncio.get_running_loop().run_in_executor(self._thread, self._runner.run, job)
+        running = asyncio.get_running_loop().run_in_executor(
+            self._thread, copy_context().run, self._runner.run, job
+        )
         done, _ = await asyncio.wait({running}, timeout=self._timeout)
         if not done:
-            log.warning(
-                "handler_overran", lane=self._name, batch_id=job.batch, timeout=self._timeout
-            )
+            log.warning("handler_overran", lane=self._name, timeout=self._timeout)
         return await running
 
     def _close(self) -> None:

@@ -49,7 +49,7 @@ TOO_MANY_RECORDS = Kind("too-many-records", 413, "There are too many records in 
 MEDIA_TYPE = Kind("unsupported-media-type", 415, "The pipeline does not take this Content-Type")
 ENCODING = Kind("unsupported-encoding", 415, "The Content-Encoding is not supported")
 EXPECTATION = Kind("expectation-failed", 417, "Only 100-continue can be expected", closes=True)
-OVERLOADED = Kind("overloaded", 429, "The pipeline takes no more at the moment")
+OVERLOADED = Kind("overloaded", 503, "The pipeline takes no more at the moment")
 HEADERS_TOO_LARGE = Kind("headers-too-large", 431, "The head of the request is too large", True)
 INTERNAL = Kind("internal", 500, "Something went wrong in ingestd", closes=True)
 BUSY = Kind("busy", 503, "Too many bytes are in flight")

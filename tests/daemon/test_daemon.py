@@ -188,7 +188,7 @@ def test_during_the_delay_it_serves_but_is_not_ready(tmp_path: Path) -> None:
         assert one.request("GET", "/livez", admin=True)[0] == 200
         assert one.post(b"1")[0] == 202
         one.terminate()
-        assert one.wait() == 0
+        assert one.wait() == 0, (one.events, one.other)
 
 
 def test_several_pipelines_have_their_own_everything(tmp_path: Path) -> None:

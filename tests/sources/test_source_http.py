@@ -351,8 +351,8 @@ async def test_a_client_that_leaves_in_the_middle_stores_nothing(intake):
 @pytest.mark.parametrize(
     ("error", "answer", "after"),
     [
-        (Overloaded(what="the journal", retry_after=2.5), (429, "overloaded"), "3"),
-        (Overloaded(what="the journal", retry_after=0.01), (429, "overloaded"), "1"),
+        (Overloaded(what="the journal", retry_after=2.5), (503, "overloaded"), "3"),
+        (Overloaded(what="the journal", retry_after=0.01), (503, "overloaded"), "1"),
         (Draining(), (503, "draining"), "1"),
         (JournalFailed(path="/secret", problem="sync"), (503, "journal-failed"), "10"),
     ],
