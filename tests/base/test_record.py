@@ -49,9 +49,9 @@ def test_joined_runs_hold_all_records_in_order(runs: list[tuple[bool, list[bytes
     assert (joined.layout is Layout.SIZED) == any(sized for sized, _ in runs)
 
 
-spans = st.lists(
-    st.tuples(st.integers(0, 3), st.integers(1, 6)), min_size=1, max_size=6
-).map(lambda raw: tuple(Span(n, gap, count) for n, (gap, count) in enumerate(raw)))
+spans = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), min_size=1, max_size=6).map(
+    lambda raw: tuple(Span(n, gap, count) for n, (gap, count) in enumerate(raw))
+)
 
 
 def places(spans: tuple[Span, ...]) -> list[tuple[int, int]]:

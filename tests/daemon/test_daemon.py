@@ -260,8 +260,10 @@ def test_metrics_and_status_agree(tmp_path: Path) -> None:
 
 
 def test_logs_are_json_lines_without_payloads(tmp_path: Path) -> None:
-    with daemon(*into(tmp_path, "tests.pipeline.recording:Fails", options="", log__level="debug")[:3],
-                "--log.level", "debug", "--retry.backoff", "1ms", cwd=tmp_path) as one:  # fmt: skip
+    fails = into(
+        tmp_path, "tests.pipeline.recording:Fails", log__level="debug", retry__backoff="1ms"
+    )
+    with daemon(*fails, cwd=tmp_path) as one:
         one.post(b'"a-secret-payload"')
         one.until_settled()
         one.terminate()

@@ -48,5 +48,5 @@ async def start(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Pipelin
         return pipeline
 
     yield start_
-    for pipeline in list(live):
+    for pipeline in live.copy():
         await pipeline.close()

@@ -269,7 +269,12 @@ async def test_a_worker_that_dies_costs_one_attempt(start, tmp_path, how, reason
     await pipeline.accept(numbers(0, 4))
     report = await drained(pipeline)
     calls = recording.calls(tmp_path)
-    assert sorted((c["records"][0], c["attempt"]) for c in calls) == [(0, 1), (0, 2), (2, 1), (2, 2)]
+    assert sorted((c["records"][0], c["attempt"]) for c in calls) == [
+        (0, 1),
+        (0, 2),
+        (2, 1),
+        (2, 2),
+    ]
     assert report.ledger.processed == 4
     assert report.workers_gone
     assert len({c["pid"] for c in calls}) == (1 if how == "sys.exit" else 3), reason
@@ -339,9 +344,7 @@ async def test_a_drain_does_not_wait_for_a_retry_beyond_its_deadline(start, tmp_
 async def test_damage_costs_only_the_damaged_chunk(start, tmp_path: Path) -> None:
     folder = tmp_path / "handler"
     folder.mkdir()
-    first = await start(
-        HANDLER + "Gate", batch={"age_max": "1h"}, options={"folder": str(folder)}
-    )
+    first = await start(HANDLER + "Gate", batch={"age_max": "1h"}, options={"folder": str(folder)})
     await first.accept(Records.lines([b'"' + b"x" * 70_000 + b'"']))
     await first.accept(numbers(1, 3))
     await first.close()
