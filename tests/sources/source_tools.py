@@ -152,7 +152,7 @@ async def ask(source: HttpSource, body: bytes, path: str = "/v1/records", **head
 async def until(condition: Any, seconds: float = 10.0) -> None:
     """Waits for a condition, or fails."""
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - any condition, not only events
+        while not condition():
             await asyncio.sleep(0.002)
 
 
