@@ -25,6 +25,7 @@ from ingestd.execution.build import build_pool
 from ingestd.execution.line import Line
 from ingestd.execution.retry import Postponed, RetryRule, Settled, decide
 from ingestd.handlers.outcome import Job, Result
+from ingestd.isolation import Isolation
 from ingestd.journal.build import build_journal
 from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Recovered, Settlement
 from ingestd.journal.outstanding import Outstanding
@@ -106,6 +107,7 @@ class Pipeline:
             name, settings, data_dir=data_dir, on_restart=metrics.worker_restarted
         )
         self.outstanding = Outstanding()
+        self.isolation = Isolation()
         self.running = 0
         self._rule = RetryRule(
             settings.retry.attempts_max, settings.retry.backoff, settings.retry.backoff_max
@@ -326,13 +328,8 @@ class Pipeline:
         if result is None or records is None:
             await self._set_aside(batch)
             return
-        verdict = decide(
-            result,
-            count=batch.count,
-            attempts=batch.attempts,
-            rule=self._rule,
-            random=random.random,
-        )
+        standing = self.isolation.standing(batch, result, self._loop.time())
+        verdict = decide(result, standing, rule=self._rule, random=random.random)
         if isinstance(verdict, Postponed):
             await self._postpone(batch, verdict, result.seconds)
         else:
@@ -378,8 +375,12 @@ class Pipeline:
         dead = dead_letters(batch, records, verdict.given_up, origin=self.journal.id, now=now)
         successors = replacements(batch, verdict.again, first_number=self._next_batch)
         self._next_batch += len(successors)
+        if result.failure is not None and successors:
+            self.isolation.split(batch, [successor for successor, _ in successors])
+            log.warning("batch_split", records=batch.count, error=result.failure.error)
         size = len(records.payload)
         await self._write_down(batch, dead, successors)
+        self.isolation.settled(batch)
         for successor, after in successors:
             self.line.park(successor, self._loop.time() + after)
         if len(dead) == batch.count:

@@ -21,11 +21,15 @@ class Batch:
         accepted_at: when its oldest record was accepted, seconds since the epoch.
         records: the payload; `None` while it waits for a retry, and after a restart.
         size: the bytes that count as held in memory for it; 0 without a payload.
+        alone: tries in this life in which its one record stood alone.
+        failing_since: when it, or the batch it is a part of, first failed; loop time.
+        family: the number of the batch that it is a part of, if that is being split.
         sealed: resolved when the seal is durable; `None` if it has been for long.
     """
 
     __slots__ = (
-        "accepted_at", "attempts", "count", "number", "records", "sealed", "size", "spans",
+        "accepted_at", "alone", "attempts", "count", "failing_since", "family", "number",
+        "records", "sealed", "size", "spans",
     )  # fmt: skip
 
     def __init__(
@@ -48,3 +52,6 @@ class Batch:
         self.records = records
         self.size = size
         self.sealed = sealed
+        self.alone = 0
+        self.failing_since: float | None = None
+        self.family: int | None = None

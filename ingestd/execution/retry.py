@@ -1,4 +1,12 @@
-"""What a result means: settle, try again, or give up. Pure.
+"""What a result means: settle, try again, split, or give up. Pure.
+
+A batch that failed `attempts_max` times is split into halves, and those again when they fail, until
+the guilty records stand alone and become dead letters: O(bad * log n) calls. Splitting proves
+nothing while the handler fails for everyone (its database is down), so without evidence that it
+works, which is a success since the batch first failed, two things are different: only one batch of
+a pipeline is split at a time, and a record is given up only after `attempts_max` tries alone. An
+outage then costs the dead letters of one batch, slowly, and everything else waits in the journal;
+a poison record in an otherwise idle pipeline still comes to its end.
 
 The backoff is exponential with full jitter (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/):
 a random wait between 0 and `min(backoff_max, backoff * 2 ** (attempts - 1))` seconds.
@@ -26,6 +34,24 @@ class RetryRule(NamedTuple):
     attempts_max: int
     backoff: float
     backoff_max: float
+
+
+class Standing(NamedTuple):
+    """Where a batch stands when a try of it has ended.
+
+    Attributes:
+        count: its records.
+        attempts: tries made, this one included; at least 1.
+        alone: of these, tries in which its one record stood alone; 0 for more records.
+        proven: the handler has succeeded with something since this batch first failed.
+        may_split: no other batch of the pipeline is being split without such evidence.
+    """
+
+    count: int  # type: ignore[assignment]  # hides tuple.count
+    attempts: int
+    alone: int = 0
+    proven: bool = True
+    may_split: bool = True
 
 
 class GivenUp(NamedTuple):
@@ -65,22 +91,19 @@ def backoff(attempts: int, rule: RetryRule, random: Callable[[], float]) -> floa
 
 
 def decide(
-    result: Result, *, count: int, attempts: int, rule: RetryRule, random: Callable[[], float]
+    result: Result, standing: Standing, *, rule: RetryRule, random: Callable[[], float]
 ) -> Settled | Postponed:
     """What a result means.
 
     Args:
         result: what the worker said.
-        count: records in the batch.
-        attempts: tries made, this one included; at least 1.
+        standing: of the batch.
         rule: the settings.
         random: gives numbers in [0, 1).
     """
-    failure = result.failure
-    if failure is not None:
-        if attempts < rule.attempts_max:
-            return Postponed(backoff(attempts, rule, random), failure)
-        return _exhausted(failure, count)
+    attempts = standing.attempts
+    if result.failure is not None:
+        return _failed(result.failure, standing, rule, random)
     given_up = [GivenUp(r.index, r.reason, r.error) for r in result.rejections]
     waits: dict[float, list[int]] = {}
     usual = backoff(attempts, rule, random)
@@ -94,8 +117,19 @@ def decide(
     return Settled(tuple(given_up), again)
 
 
-def _exhausted(failure: Failure, count: int) -> Settled:
-    """The whole batch is given up. Isolating the guilty records goes here."""
-    return Settled(
-        tuple(GivenUp(i, "failed", failure.error, failure.traceback) for i in range(count)), ()
-    )
+def _failed(
+    failure: Failure, standing: Standing, rule: RetryRule, random: Callable[[], float]
+) -> Settled | Postponed:
+    if standing.attempts >= rule.attempts_max:
+        if standing.count > 1 and (standing.proven or standing.may_split):
+            return _halves(standing.count)
+        if standing.count == 1 and (standing.proven or standing.alone >= rule.attempts_max):
+            reason = "failed" if failure.reason == "raised" else failure.reason
+            return Settled((GivenUp(0, reason, failure.error, failure.traceback),), ())
+    return Postponed(backoff(standing.attempts, rule, random), failure)
+
+
+def _halves(count: int) -> Settled:
+    """The batch is replaced by its halves, due at once; each has one try until it is split."""
+    middle = count // 2
+    return Settled((), (Again(tuple(range(middle)), 0.0), Again(tuple(range(middle, count)), 0.0)))

@@ -63,7 +63,8 @@ class DeadLetter(NamedTuple):
 
     Attributes:
         record: its id in the journal, empty for one that was refused at the door.
-        reason: a word: malformed, too_large, unfinished, undecodable, rejected, failed, damaged.
+        reason: a word: malformed, too_large, unfinished (refused at the door); undecodable,
+            rejected, failed, timeout, crashed, damaged.
         error: one line.
         traceback: as Python prints it, or empty.
         payload: the record.

@@ -120,3 +120,31 @@ class DownAtFirst(Note):
         if not Path(folder, "up").exists():
             raise ConnectionError("the database is down")
         super().__init__(folder)
+
+
+class Poison(Note):
+    """Fails, in the way that `how` says, as long as one of `bad` is in the batch."""
+
+    def __init__(self, folder: str, bad: list[int], how: str = "raise") -> None:
+        super().__init__(folder)
+        self.bad = {int(one) for one in bad}
+        self.how = how
+
+    def __call__(self, batch: ingestd.Batch[Any]) -> None:
+        super().__call__(batch)
+        if not self.bad.intersection(batch):
+            return
+        if self.how == "exit":
+            os._exit(9)
+        if self.how == "hang":
+            time.sleep(3600)
+        raise ValueError("poison")
+
+
+class DownUntil(Note):
+    """Fails for everyone until the file `up` is there."""
+
+    def __call__(self, batch: ingestd.Batch[Any]) -> None:
+        if not Path(self.folder, "up").exists():
+            raise ConnectionError("the sink is down")
+        super().__call__(batch)

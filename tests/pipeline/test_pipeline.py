@@ -159,8 +159,8 @@ async def test_a_batch_that_never_succeeds_becomes_dead_letters(start, tmp_path)
     report = await drained(pipeline)
     assert report.ledger.dead == 2
     assert report.balanced
-    error = "RuntimeError: attempt 2 fails"
-    assert dead(tmp_path) == [("failed", b"0", 2, error), ("failed", b"1", 2, error)]
+    error = "RuntimeError: attempt 4 fails"  # two together, and two alone: nothing else succeeded
+    assert dead(tmp_path) == [("failed", b"0", 4, error), ("failed", b"1", 4, error)]
 
 
 @pytest.mark.parametrize("kind", ["thread", "process"])

@@ -1,0 +1,139 @@
+"""One bad record costs one record, whatever it does to the handler."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.pipeline import recording
+from tests.pipeline.test_pipeline import HANDLER, dead, drained, numbers, records_of, until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+QUICK = {"attempts_max": 2, "backoff": "1ms", "backoff_max": "2ms"}
+
+
+def succeeded(folder: Path, bad: set[int]) -> list[int]:
+    return sorted(
+        record
+        for call in recording.calls(folder)
+        if not bad.intersection(call["records"])
+        for record in call["records"]
+    )
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{2345}, {0}, {4999}, {0, 4999}, {7, 8, 9}, set(range(0, 5000, 500))],
+    ids=["in the middle", "first", "last", "both ends", "neighbours", "every 500th"],
+)
+async def test_poison_among_5000(start, tmp_path, bad: set[int]) -> None:
+    pipeline = await start(
+        HANDLER + "Poison",
+        retry=QUICK,
+        batch={"records_max": 5000},
+        options={"folder": str(tmp_path), "bad": sorted(bad)},
+    )
+    await pipeline.accept(numbers(0, 5000))
+    report = await drained(pipeline)
+    assert succeeded(tmp_path, bad) == [n for n in range(5000) if n not in bad]
+    assert sorted(int(row[1]) for row in dead(tmp_path)) == sorted(bad)
+    assert {row[0] for row in dead(tmp_path)} == {"failed"}
+    assert all("ValueError: poison" in row[3] for row in dead(tmp_path))
+    assert report.ledger[:3] == (5000, 5000 - len(bad), len(bad))
+    assert report.balanced
+    assert pipeline.isolation.families == 0
+    # O(bad * log n) calls, and a few tries before the first split.
+    calls = len(recording.calls(tmp_path))
+    assert calls <= 2 * QUICK["attempts_max"] + 2 * len(bad) * (math.ceil(math.log2(5000)) + 1)
+
+
+async def test_poison_alone(start, tmp_path) -> None:
+    pipeline = await start(
+        HANDLER + "Poison", retry=QUICK, options={"folder": str(tmp_path), "bad": [1]}
+    )
+    await pipeline.accept(numbers(1, 1))
+    report = await drained(pipeline)
+    assert report.ledger[:3] == (1, 0, 1)
+    assert len(recording.calls(tmp_path)) == 2
+
+
+async def test_nothing_but_poison_comes_to_an_end(start, tmp_path) -> None:
+    pipeline = await start(
+        HANDLER + "Poison", retry=QUICK, options={"folder": str(tmp_path), "bad": list(range(20))}
+    )
+    await pipeline.accept(numbers(0, 20))
+    report = await drained(pipeline)
+    assert report.ledger[:3] == (20, 0, 20)
+
+
+@pytest.mark.parametrize(("how", "reason"), [("exit", "crashed"), ("hang", "timeout")])
+async def test_a_record_that_kills_or_hangs_its_worker(start, tmp_path, how, reason) -> None:
+    pipeline = await start(
+        HANDLER + "Poison",
+        retry=QUICK,
+        executor={"kind": "process", "workers": 2, "timeout": "400ms" if how == "hang" else "30s"},
+        batch={"records_max": 8},
+        options={"folder": str(tmp_path), "bad": [5], "how": how},
+    )
+    await pipeline.accept(numbers(0, 16))
+    report = await drained(pipeline)
+    assert [(row[0], row[1]) for row in dead(tmp_path)] == [(reason, b"5")]
+    assert succeeded(tmp_path, {5}) == [n for n in range(16) if n != 5]
+    assert report.balanced
+
+
+async def test_the_parts_are_sealed_and_survive_a_restart(start, tmp_path) -> None:
+    options = {"folder": str(tmp_path), "bad": [3]}
+    slow = {"attempts_max": 1, "backoff": "1d", "backoff_max": "1d"}
+    first = await start(HANDLER + "Poison", retry=slow, options=options)
+    await first.accept(numbers(0, 8))
+    await until(lambda: first.journal.ledger.dead == 1)
+    await first.close()
+    second = await start(HANDLER + "Poison", retry=slow, options=options)
+    report = await drained(second)
+    assert succeeded(tmp_path, {3}) == [0, 1, 2, 4, 5, 6, 7]
+    ids = [call["id"] for call in recording.calls(tmp_path)]
+    assert len(set(ids)) == len(ids)
+    assert report.ledger[:3] == (8, 7, 1)
+
+
+async def test_an_outage_does_not_use_the_journal_up(start, tmp_path) -> None:
+    """While nothing succeeds, at most one batch is split; when the sink is back, all goes in."""
+    pipeline = await start(
+        HANDLER + "DownUntil",
+        retry={"attempts_max": 3, "backoff": "1ms", "backoff_max": "2ms", "waiting_max": 8},
+        executor={"workers": 2},
+        batch={"records_max": 10},
+        options={"folder": str(tmp_path)},
+    )
+    await pipeline.accept(numbers(0, 1000))
+    await until(lambda: pipeline.journal.ledger.dead)  # the first record of the one family
+    assert pipeline.isolation.families <= 1
+    (tmp_path / "up").touch()
+    report = await drained(pipeline)
+    assert report.ledger.dead <= 20
+    assert report.ledger.processed == 1000 - report.ledger.dead
+    assert sorted(map(int, records_of(tmp_path))) == sorted(
+        set(range(1000)) - {int(row[1]) for row in dead(tmp_path)}
+    )
+
+
+async def test_a_successful_neighbour_is_evidence(start, tmp_path) -> None:
+    pipeline = await start(
+        HANDLER + "Poison",
+        retry={"attempts_max": 2, "backoff": "1ms"},
+        executor={"workers": 1},
+        batch={"records_max": 1},
+        options={"folder": str(tmp_path), "bad": [0]},
+    )
+    await pipeline.accept(numbers(0, 5))
+    report = await drained(pipeline)
+    assert report.ledger[:3] == (5, 4, 1)
+    attempts = [c["attempt"] for c in recording.calls(tmp_path) if c["records"] == [0]]
+    assert attempts == [1, 2]
+    await asyncio.sleep(0)
