@@ -26,7 +26,12 @@ class Daemon:
     """One `ingestd run` process. Use as a context manager; it is ended by its id."""
 
     def __init__(
-        self, *args: str, cwd: Path, stdin: Any = subprocess.DEVNULL, prefix: tuple[str, ...] = ()
+        self,
+        *args: str,
+        cwd: Path,
+        stdin: Any = subprocess.DEVNULL,
+        prefix: tuple[str, ...] = (),
+        environ: Mapping[str, str] | None = None,
     ) -> None:
         command = [sys.executable, "-m", "ingestd", "run", *args]
         if "--listen" not in args and "stdin" not in args:
@@ -34,6 +39,7 @@ class Daemon:
         command += ["--admin.listen", "127.0.0.1:0"]
         env = {k: v for k, v in os.environ.items() if not k.startswith("INGESTD_")}
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+        env.update(environ or {})
         self.process = subprocess.Popen(
             [*prefix, *command], cwd=cwd, stdin=stdin, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, env=env,
@@ -78,6 +84,11 @@ class Daemon:
                 raise AssertionError(f"no {name!r}; {self.events[-5:]} {self.other[-20:]}")
             with contextlib.suppress(queue.Empty):
                 self._came.get(timeout=min(left, 0.2))
+
+    @property
+    def pid(self) -> int:
+        """The daemon's own process id, also behind a prefix that runs it as a child."""
+        return int(self.event("daemon_started")["pid"])
 
     @property
     def port(self) -> int:
