@@ -101,7 +101,7 @@ class Pipeline:
             records_max=settings.batch.records_max, bytes_max=settings.batch.bytes_max
         )
         self.line: Line[Batch] = Line(
-            waiting_max=settings.retry.waiting_max, on_empty=self._prepare_next
+            waiting_max=settings.retry.waiting_max, on_empty=self._retime
         )
         self.pool = build_pool(
             name, settings, data_dir=data_dir, on_restart=metrics.worker_restarted
@@ -249,15 +249,11 @@ class Pipeline:
         """When the open batch must go, loop time; never while one is sealed and has no worker."""
         if self._leaving:
             return self._loop.time()
-        if not self.line.empty:
+        if not self.line.empty or self.running > self.settings.executor.workers:
             return None
         age_max = self.settings.batch.age_max
         age = self._clock.now() - self.batcher.accepted_at
         return self._loop.time() + age_max - min(max(age, 0.0), age_max)
-
-    def _prepare_next(self) -> None:
-        """The last sealed batch has gone to a worker: the open one may go by its age again."""
-        self._retime()
 
     def _retime(self) -> None:
         """Something that decides when the open batch is due has changed."""
@@ -297,7 +293,7 @@ class Pipeline:
         batch.sealed = self.journal.seal(as_sealed(batch, 0.0), Cursor(*cut.cursor))
         await self.line.put(batch)
 
-    # -- 5. dispatch: at most `workers` batches are with the workers ---------------------------
+    # -- 5. dispatch: `workers` batches run at most, and each lane may hold one more -----------
 
     async def _dispatch(self) -> None:
         while True:
@@ -322,6 +318,7 @@ class Pipeline:
         finally:
             self.running -= 1
             self.pool.release(lane)
+            self._retime()
         if self._closing and result is not None and result.failure is not None:
             return  # its worker was ended under it: that is not the batch's fault
         batch.attempts += 1

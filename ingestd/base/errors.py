@@ -69,6 +69,14 @@ class Overloaded(IngestdError):
         return after if isinstance(after, float) else 1.0
 
 
+class KeyInFlight(IngestdError):
+    """a request with this Idempotency-Key is in progress"""
+
+
+class KeyReused(IngestdError):
+    """this Idempotency-Key came with another body, Content-Type or Content-Encoding"""
+
+
 class Draining(IngestdError):
     """this daemon is draining"""
 

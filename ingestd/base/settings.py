@@ -16,7 +16,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from ingestd.base.address import split_address
 from ingestd.base.contradictions import ContradictionError, contradictions
-from ingestd.base.units import Count, Seconds, Size  # noqa: TC001  pydantic reads annotations
+from ingestd.base.units import Count, Seconds, Share, Size  # noqa: TC001  pydantic reads them
 
 DEFAULT_PIPELINE = "default"
 PIPELINE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}", re.ASCII)
@@ -127,6 +127,21 @@ class HttpSettings(Section):
     keepalive_timeout: Seconds = Field(
         15.0, ge=0, le=_DAY, description="an idle connection is closed after this"
     )
+    requests_max: Count = Field(
+        1024, ge=1, le=1_000_000, description="most requests in progress; then 503"
+    )
+    client_share: Share = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="what one client may hold of requests and bytes in flight while others wait",
+    )
+    idempotency_ttl: Seconds = Field(
+        _DAY, gt=0, le=366 * _DAY, description="an Idempotency-Key is remembered this long"
+    )
+    idempotency_keys_max: Count = Field(
+        1_000_000, ge=1, le=10**9, description="most Idempotency-Keys remembered, a pipeline"
+    )
 
 
 class StdinSettings(Section):
@@ -216,6 +231,12 @@ class JournalSettings(Section):
     )
     bytes_max: Size = Field(
         8 * _GIB, ge=1, le=1024 * _TIB, description="at this size new records are refused (503)"
+    )
+    free_min: Size = Field(
+        256 * _MIB,
+        ge=0,
+        le=1024 * _TIB,
+        description="with less free on its disk new records are refused (503)",
     )
 
 

@@ -39,6 +39,7 @@ _DIGITS_MAX = 40  # longer than any number that means something; keeps hostile i
 SIZE_FORMS = "a size: a number of bytes, or one with B, kB, MB, GB, TB, KiB, MiB, GiB or TiB"
 TIME_FORMS = "a time: a number of seconds, or numbers with us, ms, s, m, h or d, largest first"
 COUNT_FORMS = "a whole number"
+SHARE_FORMS = "a share: a number from 0 to 1"
 
 
 class NotUnderstoodError(ValueError):
@@ -128,6 +129,22 @@ def parse_count(written: object) -> int:
     raise NotUnderstoodError(written, COUNT_FORMS)
 
 
+def parse_share(written: object) -> float:
+    """A part of a whole: `0.5`, or the same as text.
+
+    Raises:
+        NotUnderstoodError: anything else.
+    """
+    if isinstance(written, int | float) and not isinstance(written, bool):
+        if 0 <= written <= 1:
+            return float(written)
+    elif isinstance(written, str) and len(written) <= _DIGITS_MAX:
+        text = written.strip()
+        if re.fullmatch(_NUMBER, text) and float(text) <= 1:
+            return float(text)
+    raise NotUnderstoodError(written, SHARE_FORMS)
+
+
 def show_size(size: int) -> str | int:
     """The shortest exact form: `"64MiB"`, or the bare number where no unit fits."""
     for power in range(len(_BINARY), 0, -1):
@@ -162,3 +179,4 @@ class Unit(NamedTuple):
 Size = Annotated[int, BeforeValidator(parse_size), Unit("bytes", show_size)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Unit("seconds", show_seconds)]
 Count = Annotated[int, BeforeValidator(parse_count), Unit("", show_plain)]
+Share = Annotated[float, BeforeValidator(parse_share), Unit("", show_plain)]

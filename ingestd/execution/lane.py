@@ -9,7 +9,14 @@ if TYPE_CHECKING:
 
 
 class Lane(Protocol):
-    """One worker. Its pool owns it, and gives it the next job only when it is free."""
+    """One worker. Its pool owns it.
+
+    Attributes:
+        depth: how many jobs it may be given at once. A lane with a thread takes one more than it
+            runs, so that the worker does not wait for a round trip over the event loop.
+    """
+
+    depth: int
 
     async def start(self) -> None:
         """Loads the handler.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Pool:
-    """Owns the lanes. At most one job a lane runs at a time.
+    """Owns the lanes. A lane runs one job at a time, and may hold the next one.
 
     Args:
         lanes: one for each worker.
@@ -20,13 +20,8 @@ class Pool:
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self._lanes = lanes
-        # Last in, first out: a warm lane is asked again before a cold one.
-        self._free: asyncio.LifoQueue[Lane] = asyncio.LifoQueue()
-
-    @property
-    def busy(self) -> int:
-        """Lanes that have a job."""
-        return len(self._lanes) - self._free.qsize()
+        # First in, first out: every lane has one place before any has a second.
+        self._free: asyncio.Queue[Lane] = asyncio.Queue()
 
     async def start(self) -> None:
         """Starts all lanes at once.
@@ -41,8 +36,10 @@ class Pool:
         if errors:
             await self.close(asyncio.get_running_loop().time() + 5.0)
             raise errors[0]
-        for lane in self._lanes:
-            self._free.put_nowait(lane)
+        for depth in range(max(lane.depth for lane in self._lanes)):
+            for lane in self._lanes:
+                if depth < lane.depth:
+                    self._free.put_nowait(lane)
 
     async def acquire(self) -> Lane:
         """A free lane, now the caller's until `release`."""

@@ -157,6 +157,8 @@ class ProcessLane:
             has to be replaced.
     """
 
+    depth = 2
+
     def __init__(
         self, name: str, hello: wire.Hello, *, timeout: float, on_restart: Callable[[str], None]
     ) -> None:
@@ -165,6 +167,7 @@ class ProcessLane:
         self._timeout = timeout
         self._on_restart = on_restart
         self._child: Child | None = None
+        self._closing = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
 
     async def start(self) -> None:
@@ -192,6 +195,8 @@ class ProcessLane:
         )
 
     def _run(self, job: Job) -> Result:
+        if self._closing:
+            return Result(failure=Failure("crashed", "the daemon leaves"))
         started = time.monotonic()
         try:
             child = self._child or self._spawn()
@@ -211,6 +216,7 @@ class ProcessLane:
 
     async def close(self, deadline: float) -> bool:
         """See `Lane.close`."""
+        self._closing = True
         loop = asyncio.get_running_loop()
         closing = loop.run_in_executor(self._thread, self._stop, deadline - loop.time())
         self._thread.shutdown(wait=False)

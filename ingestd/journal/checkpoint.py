@@ -19,7 +19,7 @@ from ingestd.journal.store import connect
 if TYPE_CHECKING:
     from pathlib import Path
 
-WAL_BYTES = 32 << 20
+WAL_BYTES = 64 << 20
 """How much goes into the WAL before it is started over."""
 
 

@@ -127,12 +127,12 @@ async def test_while_the_workers_are_busy_a_batch_keeps_filling(start, tmp_path)
     await pipeline.accept(numbers(0, 1))
     await until(lambda: recording.calls(tmp_path))
     await pipeline.accept(numbers(1, 1))
-    await until(lambda: not pipeline.line.empty)  # one is prepared ...
+    await until(lambda: pipeline.running == 2)  # one runs, one is prepared ...
     for n in range(2, 12):
         await pipeline.accept(numbers(n, 1))
     await until(lambda: pipeline.tail.waiting == 0 and pipeline.queue.empty())
-    assert pipeline.line.ahead == 1  # ... and only one
-    assert pipeline.running <= 2
+    assert pipeline.line.empty  # ... and only one
+    assert pipeline.running == 2
     (tmp_path / "open").touch()
     await drained(pipeline)
     assert [len(call["records"]) for call in recording.calls(tmp_path)] == [1, 1, 10]
@@ -210,7 +210,7 @@ async def test_a_restart_feeds_sealed_batches_under_their_ids_and_then_the_rest(
     common = {"options": options, "batch": {"records_max": 4, "age_max": "1h"}}
     first = await start(HANDLER + "Gate", executor={"workers": 1}, **common)
     await first.accept(numbers(0, 10))
-    await until(lambda: recording.calls(tmp_path) and first.line.ahead == 1)
+    await until(lambda: recording.calls(tmp_path) and first.running == 2)
     (before,) = recording.calls(tmp_path)
     loop = asyncio.get_running_loop()
     leaving = asyncio.ensure_future(first.close(loop.time() + 0.05))
