@@ -1,0 +1,260 @@
+"""The whole pipeline against a plain model: append, seal, done, retry, reject, split, crash.
+
+A hypothesis state machine drives the real journal, tail, batcher, line and settlements; only the
+worker is the test's own, so that it decides each outcome. A crash is what a SIGKILL leaves: the
+files as they are after the last commit, copied away and opened anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from ingestd.base.clock import SystemClock
+from ingestd.base.metrics import Metrics
+from ingestd.base.record import Records, Refused
+from ingestd.base.settings import Settings
+from ingestd.execution.pool import Pool
+from ingestd.handlers.outcome import Failure, Job, Rejection, Result, Retry
+from ingestd.pipeline import Pipeline
+
+ATTEMPTS = 2
+
+
+class Desk:
+    """A lane whose jobs lie on a desk until the test decides about them."""
+
+    depth = 1
+
+    def __init__(self, jobs: list[tuple[Job, asyncio.Future[Result]]]) -> None:
+        self._jobs = jobs
+
+    async def start(self) -> None:
+        pass
+
+    async def run(self, job: Job) -> Result:
+        decided: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
+        self._jobs.append((job, decided))
+        return await decided
+
+    async def close(self, _deadline: float) -> bool:
+        return True
+
+
+class PipelineAgainstModel(RuleBasedStateMachine):
+    """`pending`, `done`, `dead` are what the model says; `batches` what each id has meant."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.folder = Path(tempfile.mkdtemp(prefix="ingestd-model-"))
+        self.lives = 0
+        self.next = 0
+        self.refused = 0
+        self.pending: set[int] = set()
+        self.done: set[int] = set()
+        self.dead: set[int] = set()
+        self.batches: dict[str, list[bytes]] = {}
+        self.places: dict[str, bytes] = {}
+        self.start()
+
+    def start(self) -> None:
+        self.jobs: list[tuple[Job, asyncio.Future[Result]]] = []
+        one = Settings(
+            batch={"records_max": 3, "bytes_max": "64KiB", "age_max": 0},
+            queue={"bytes_max": "64KiB", "chunks_max": 4},
+            retry={"attempts_max": ATTEMPTS, "backoff": 0, "backoff_max": 0},
+        ).pipeline_settings()["default"]
+        self.pipeline = Pipeline(
+            "default",
+            one,
+            folder=self.folder,
+            data_dir=self.folder,
+            metrics=Metrics("test").pipeline("default"),
+            clock=SystemClock(),
+        )
+        self.pipeline.pool = Pool([Desk(self.jobs), Desk(self.jobs)])
+        self.loop.run_until_complete(self.pipeline.open())
+        self.settle_down()
+
+    def settle_down(self) -> None:
+        """Until everything that was begun is committed and the next jobs lie on the desk."""
+
+        async def quiet() -> None:
+            for _ in range(6):
+                await self.pipeline.journal.append(Records.lines([]), ())
+                for _ in range(8):
+                    await asyncio.sleep(0)
+            while self.pipeline.journal.ledger.pending and not self.jobs:
+                await asyncio.sleep(0.001)  # a batch's records come back from disk
+
+        self.loop.run_until_complete(asyncio.wait_for(quiet(), 30))
+
+    @rule(count=st.integers(1, 8), bad=st.integers(0, 2), sized=st.booleans())
+    def append(self, count: int, bad: int, sized: bool) -> None:
+        numbers = list(range(self.next, self.next + count))
+        self.next += count
+        made = [b"%d" % n for n in numbers]
+        records = Records.sized(made) if sized else Records.lines(made)
+        refused = [Refused(i, "malformed", "x", b"{") for i in range(bad)]
+        self.loop.run_until_complete(self.pipeline.accept(records, refused))
+        self.pending |= set(numbers)
+        self.refused += bad
+        self.settle_down()
+
+    def decide(self, result: Result, which: int) -> Job:
+        job, decided = self.jobs.pop(which % len(self.jobs))
+        decided.set_result(result)
+        return job
+
+    def values(self, job: Job) -> list[int]:
+        return [int(item) for item in job.records.items()]
+
+    @precondition(lambda self: self.jobs)
+    @rule(which=st.integers(0, 1), data=st.data())
+    def finish(self, which: int, data: st.DataObject) -> None:
+        job, _ = self.jobs[which % len(self.jobs)]
+        values = self.values(job)
+        marks = data.draw(
+            st.lists(
+                st.sampled_from(["done", "done", "reject", "retry"]),
+                min_size=len(values),
+                max_size=len(values),
+            )
+        )
+        rejected = [i for i, mark in enumerate(marks) if mark == "reject"]
+        again = [i for i, mark in enumerate(marks) if mark == "retry"]
+        self.decide(
+            Result(
+                [Rejection(i, "rejected", "no") for i in rejected],
+                [Retry(i, 0.0, "later") for i in again],
+            ),
+            which,
+        )
+        given_up = rejected + (again if job.attempt >= ATTEMPTS else [])
+        for i, value in enumerate(values):
+            if i in given_up:
+                self.pending.remove(value)
+                self.dead.add(value)
+            elif i not in again:
+                self.pending.remove(value)
+                self.done.add(value)
+        self.settle_down()
+
+    @precondition(lambda self: self.jobs)
+    @rule(which=st.integers(0, 1))
+    def fail(self, which: int) -> None:
+        """It is postponed, split, or a lone record is given up; the ledger says which."""
+        before = self.pipeline.journal.ledger.dead
+        job = self.decide(Result(failure=Failure("raised", "no")), which)
+        values = self.values(job)
+        self.settle_down()
+        died = self.pipeline.journal.ledger.dead - before
+        assert died in (0, 1)
+        if died:
+            assert len(values) == 1
+            assert job.attempt >= ATTEMPTS
+            self.pending.remove(values[0])
+            self.dead.add(values[0])
+
+    @rule()
+    def crash(self) -> None:
+        """The files as they are, under a new name; the old life is thrown away."""
+        self.lives += 1
+        folder = Path(tempfile.mkdtemp(prefix="ingestd-model-"))
+        for name in ("journal.db", "journal.db-wal"):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copy(self.folder / name, folder / name)
+        self.stop()
+        self.folder = folder
+        self.start()
+
+    @rule()
+    def restart(self) -> None:
+        self.loop.run_until_complete(self.pipeline.close(self.loop.time() + 5))
+        self.start()
+
+    def stop(self) -> None:
+        self.loop.run_until_complete(self.pipeline.close(self.loop.time()))
+        shutil.rmtree(self.folder)
+
+    @invariant()
+    def the_ledger_is_the_models(self) -> None:
+        ledger = self.pipeline.journal.ledger
+        assert ledger.accepted == self.next
+        assert ledger.processed == len(self.done)
+        assert ledger.dead == len(self.dead)
+        assert ledger.pending == len(self.pending)
+        assert ledger.refused == self.refused
+
+    @invariant()
+    def a_batch_keeps_its_records_and_a_record_its_id(self) -> None:
+        on_desk: list[int] = []
+        for job, _ in self.jobs:
+            items = job.records.items()
+            assert self.batches.setdefault(job.batch, items) == items
+            assert 1 <= len(items) <= 3
+            places = [(s.chunk, s.first + i) for s in job.spans for i in range(s.count)]
+            for (chunk, index), item in zip(places, items, strict=True):
+                name = f"{job.origin}.{chunk}.{index}"
+                assert self.places.setdefault(name, item) == item
+            on_desk += [int(item) for item in items]
+        assert len(on_desk) == len(set(on_desk))
+        assert set(on_desk) <= self.pending
+
+    @invariant()
+    def what_is_pending_gets_to_a_worker(self) -> None:
+        if self.pending:
+            assert self.jobs
+        else:
+            assert not self.jobs
+            assert self.pipeline.room.bytes == 0
+            assert not len(self.pipeline.outstanding)
+
+    def teardown(self) -> None:
+        """Everything left is done; then nothing is missing and nothing came twice."""
+        for _ in range(10_000):
+            if not self.jobs:
+                break
+            job = self.decide(Result(), 0)
+            for value in self.values(job):
+                self.pending.remove(value)
+                self.done.add(value)
+            self.settle_down()
+        assert not self.pending
+        report = self.loop.run_until_complete(self.pipeline.close(self.loop.time() + 5))
+        assert report.counted == 0
+        assert report.balanced
+        assert self.done | self.dead == set(range(self.next))
+        assert not self.done & self.dead
+        shutil.rmtree(self.folder)
+        self.loop.close()
+
+
+def run(examples: int, steps: int) -> Any:
+    case = PipelineAgainstModel.TestCase
+    case.settings = settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    return case
+
+
+def test_the_pipeline_does_what_the_model_says() -> None:
+    run(15, 30)("runTest").runTest()
+
+
+@pytest.mark.slow
+def test_the_pipeline_does_what_the_model_says_for_10_000_steps() -> None:
+    run(200, 50)("runTest").runTest()
