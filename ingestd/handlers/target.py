@@ -21,7 +21,10 @@ from ingestd.handlers.failure import describe, one_line
 
 GROUP = "ingestd.handlers"
 # Ours by heart: they work from a checkout without an installation, and nobody can take the name.
-BUILT_IN = {"jsonl": "ingestd.sinks.jsonl:JsonlSink"}
+BUILT_IN = {
+    "jsonl": "ingestd.sinks.jsonl:JsonlSink",
+    "sqlite": "ingestd.sinks.sqlite:SqliteSink",
+}
 _INSTALLED = tuple(
     path + os.sep for path in {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")}
 )

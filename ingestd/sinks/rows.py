@@ -1,0 +1,110 @@
+"""From records to rows of a table: which columns there are, and what is in each cell. Pure.
+
+A key of a JSON object is a column of the same spelling. What can be no column (see `fits`), or came
+when there were `COLUMNS_MAX` already, is kept as JSON in the column `_extra`; so is a record that
+is no object. Nothing of a record is ever left out.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Iterator, Sequence
+
+ID = "_id"
+EXTRA = "_extra"
+RECORD = "record"
+COLUMNS_MAX = 500
+"""Columns that are made of keys; SQLite itself has room for 2,000."""
+_KEY_CHARS_MAX = 200
+_INTEGER_MIN, _INTEGER_MAX = -(2**63), 2**63 - 1
+_PLAIN = {str, float, bool, type(None), bytes}
+_encode = msgspec.json.Encoder().encode
+
+
+def folded(name: str) -> str:
+    """Equal for two names that are one column to SQLite, which folds ASCII only."""
+    return name.encode().lower().decode()
+
+
+def keys_of(values: Iterable[Any]) -> list[str]:
+    """Every key of the objects among some values, in the order they came."""
+    return list(dict.fromkeys(chain.from_iterable(v for v in values if type(v) is dict)))
+
+
+def new_columns(keys: Iterable[str], taken: Collection[str]) -> list[str]:
+    """The keys that become columns of a table.
+
+    Args:
+        keys: in the order they came.
+        taken: names of the columns that there are; one that differs in its case only takes the
+            name, too.
+    """
+    names = {folded(name) for name in (*taken, ID, EXTRA)}
+    new = []
+    for key in keys:
+        if len(names) >= COLUMNS_MAX:
+            break
+        if fits(key) and folded(key) not in names:
+            names.add(folded(key))
+            new.append(key)
+    return new
+
+
+def fits(key: str) -> bool:
+    """Whether a key can be the name of a column."""
+    return 0 < len(key) <= _KEY_CHARS_MAX and "\0" not in key
+
+
+def rows_of(
+    ids: Sequence[str], values: Sequence[Any], columns: Sequence[str], *, has_extra: bool
+) -> Iterator[tuple[Any, ...]]:
+    """One row a record: its id, a cell a column and, with `has_extra`, what has no column.
+
+    Args:
+        ids: names of the records.
+        values: decoded JSON.
+        columns: keys that are columns, each once.
+        has_extra: whether something has no column (see `has_extra`).
+    """
+    objects = [v if type(v) is dict else _NO_KEYS for v in values]
+    cells = [_column([o.get(key) for o in objects]) for key in columns]
+    if has_extra:
+        known = frozenset(columns)
+        cells.append([_extra(value, known) for value in values])
+    return zip(ids, *cells, strict=True)
+
+
+_NO_KEYS: dict[str, Any] = {}
+
+
+def has_extra(values: Iterable[Any], keys: Iterable[str], columns: Collection[str]) -> bool:
+    """Whether something in the values has no column."""
+    return not set(keys) <= set(columns) or any(type(v) is not dict for v in values)
+
+
+def _extra(value: Any, known: frozenset[str]) -> str | None:
+    if type(value) is not dict:
+        return _encode(value).decode()
+    left = {key: inner for key, inner in value.items() if key not in known}
+    return _encode(left).decode() if left else None
+
+
+def _column(values: list[Any]) -> list[Any]:
+    if set(map(type, values)) <= _PLAIN:
+        return values
+    return [
+        v
+        if (kind := type(v)) in _PLAIN or (kind is int and _INTEGER_MIN <= v <= _INTEGER_MAX)
+        else _cell(v)
+        for v in values
+    ]
+
+
+def _cell(value: Any) -> str:
+    """Objects and arrays as JSON; a number that no 64 bits hold as its digits."""
+    return str(value) if type(value) is int else _encode(value).decode()

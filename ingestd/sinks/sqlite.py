@@ -1,0 +1,283 @@
+"""The sink `sqlite`: records as rows of a table, each exactly once.
+
+A batch's rows, and its id in the table `ingestd_batches`, are one transaction: a batch that comes
+again under its id is known. Each row has its record's id besides, because a batch that failed may
+come again in parts, under other ids, after its rows were committed: see docs/EXACTLY_ONCE.md.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sqlite3
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ingestd.handlers.batch import Batch  # noqa: TC001  the loader reads the annotations
+from ingestd.handlers.context import Context
+from ingestd.handlers.decode import decoder_for
+from ingestd.sinks.folder import make_folder
+from ingestd.sinks.rows import EXTRA, ID, RECORD, has_extra, keys_of, new_columns, rows_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+LEDGER = "ingestd_batches"
+"""The table of the batches that are in."""
+_BUSY_SECONDS = 30.0
+_COLUMNS = ("auto", "json")
+_HERE = Context()
+_MAKE_LEDGER = f"""
+    CREATE TABLE IF NOT EXISTS {LEDGER}(
+        id TEXT PRIMARY KEY NOT NULL, records INTEGER NOT NULL, stored_at REAL NOT NULL
+    ) WITHOUT ROWID
+"""
+
+
+class _Open(NamedTuple):
+    """A connection, and the file it was opened on."""
+
+    db: sqlite3.Connection
+    file: os.stat_result
+
+
+class _Columns(NamedTuple):
+    """The columns of the table: all, and those that can be written."""
+
+    taken: frozenset[str]
+    writable: frozenset[str]
+
+
+class SqliteSink:
+    """Writes each batch in one transaction; returns when it is on disk.
+
+    Any number of these, in threads and processes, may write to the same file. A batch or a record
+    that comes again changes nothing.
+
+    Options:
+        path: the file; by default `out.db` in the data directory, for a named pipeline
+            `out-NAME.db`. Made with mode 0600.
+        table: its rows' table; made if it is not there. One that is there needs a column `_id`
+            that is unique.
+        columns: of JSON records. `auto`: a column a key; new keys become new columns. `json`: one
+            column, `record`, as in the formats text and bytes.
+
+    Raises:
+        ValueError: an option makes no sense; names it.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str | Path | None = None,
+        table: str = "records",
+        columns: str = "auto",
+        context: Context = _HERE,
+    ) -> None:
+        if columns not in _COLUMNS:
+            raise ValueError(f"columns: {columns!r} is not {' or '.join(_COLUMNS)}")
+        self._path = _file(path, context)
+        self._table = quoted(_table_name(table))
+        self._format = context.record_format
+        self._is_auto = columns == "auto" and self._format == "json"
+        self._decode = decoder_for(Any, "json").decode
+        self._open: _Open | None = None
+        self._columns: _Columns | None = None
+
+    def __call__(self, batch: Batch[bytes]) -> None:
+        """Write the batch, if it is not there yet.
+
+        Raises:
+            sqlite3.Error: nothing of it was written. After a failure of the disk at the very end
+                it may be there all the same; then it is known when it comes again.
+            OSError: the file can't be made.
+        """
+        # First of all, and whether the batch is known or not: what can't be a row has to be
+        # rejected in every call.
+        ids, values = self._values(batch)
+        if not values:
+            return
+        db = self._connection()
+        try:
+            db.execute("BEGIN IMMEDIATE")
+            if self._is_new(db, batch):
+                self._insert(db, ids, values)
+            db.execute("COMMIT")
+        except BaseException:
+            self.close()  # which rolls back; and what was known of the table may be wrong
+            raise
+
+    def close(self) -> None:
+        """Close the file; the next batch opens it again."""
+        opened, self._open, self._columns = self._open, None, None
+        if opened:
+            opened.db.close()
+
+    # -- records -------------------------------------------------------------------------------
+
+    def _values(self, batch: Batch[bytes]) -> tuple[Sequence[str], Sequence[Any]]:
+        """What becomes rows, with the ids; what can't is rejected."""
+        problems: dict[int, str] = {}
+        values: Sequence[Any]
+        if self._is_auto:
+            values, undecodable = self._decode(batch.records)
+            problems = {one.index: one.error for one in undecodable}
+        elif self._format == "bytes":
+            values = batch.records.items()
+        else:
+            values = [_text(item) for item in batch.records.items()]
+            if self._format == "json":
+                problems = {i: "not UTF-8" for i, v in enumerate(values) if isinstance(v, bytes)}
+                values = [v for v in values if isinstance(v, str)]
+        for place, problem in problems.items():
+            batch.reject(place, problem)
+        if not problems:
+            return batch.ids, values
+        return [name for i, name in enumerate(batch.ids) if i not in problems], values
+
+    # -- one transaction -----------------------------------------------------------------------
+
+    def _is_new(self, db: sqlite3.Connection, batch: Batch[bytes]) -> bool:
+        entered = db.execute(
+            f"INSERT INTO {LEDGER} VALUES(?, ?, ?) ON CONFLICT(id) DO NOTHING",
+            (batch.id, len(batch), time.time()),
+        )
+        return entered.rowcount == 1
+
+    def _insert(self, db: sqlite3.Connection, ids: Sequence[str], values: Sequence[Any]) -> None:
+        if not self._is_auto:
+            self._prepare_table(db, [RECORD])
+            self._insert_rows(db, [ID, RECORD], zip(ids, values, strict=True))
+            return
+        keys = keys_of(values)
+        writable = self._prepare_table(db, keys)
+        columns = [key for key in keys if key in writable and key not in {ID, EXTRA}]
+        extra = has_extra(values, keys, columns)
+        rows = rows_of(ids, values, columns, has_extra=extra)
+        self._insert_rows(db, [ID, *columns, *([EXTRA] if extra else [])], rows)
+
+    def _insert_rows(
+        self, db: sqlite3.Connection, columns: Sequence[str], rows: Iterable[tuple[Any, ...]]
+    ) -> None:
+        names, marks = ", ".join(map(quoted, columns)), ", ".join("?" * len(columns))
+        db.executemany(
+            f"INSERT INTO {self._table}({names}) VALUES({marks})"
+            f" ON CONFLICT({quoted(ID)}) DO NOTHING",
+            rows,
+        )
+
+    def _prepare_table(self, db: sqlite3.Connection, keys: Sequence[str]) -> frozenset[str]:
+        """Makes the table, and columns for new keys; gives the columns that can be written."""
+        if self._columns is None or not self._columns.writable.issuperset(keys):
+            more = () if not self._is_auto else (EXTRA,)
+            db.execute(
+                f"CREATE TABLE IF NOT EXISTS {self._table}"
+                f"({quoted(ID)} TEXT PRIMARY KEY NOT NULL"
+                + "".join(f", {quoted(name)}" for name in (*_first(keys), *more))
+                + ")"
+            )
+            self._columns = self._look(db)
+            new = new_columns(keys, self._columns.taken)
+            new += [name for name in more if name not in self._columns.taken]
+            for name in new:
+                db.execute(f"ALTER TABLE {self._table} ADD COLUMN {quoted(name)}")
+            if new:
+                self._columns = self._look(db)
+        return self._columns.writable
+
+    def _look(self, db: sqlite3.Connection) -> _Columns:
+        # Also the generated ones: nobody can write them, but they have their names.
+        found = db.execute(f"PRAGMA table_xinfo({self._table})").fetchall()
+        return _Columns(
+            frozenset(name for _, name, *_ in found),
+            frozenset(name for _, name, *_, hidden in found if not hidden),
+        )
+
+    # -- the file ------------------------------------------------------------------------------
+
+    def _connection(self) -> sqlite3.Connection:
+        """The open file, if it is still the one of that name."""
+        if self._open and not _is_there(self._path, self._open.file):
+            self.close()  # what goes into a file that was removed is lost
+        if not self._open:
+            self._open = self._connect()
+        return self._open.db
+
+    def _connect(self) -> _Open:
+        make_folder(self._path.parent)
+        with _alone(self._path.parent):
+            with suppress(FileExistsError):
+                # Not opened and closed: that would end all locks this process has on the file.
+                os.mknod(self._path, 0o600)
+            file = self._path.stat()
+            db = sqlite3.connect(
+                self._path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            )
+            try:
+                _prepare(db)
+            except BaseException:
+                db.close()
+                raise
+        return _Open(db, file)
+
+
+def _prepare(db: sqlite3.Connection) -> None:
+    (mode,) = db.execute("PRAGMA journal_mode=WAL").fetchone()
+    if mode != "wal":
+        raise sqlite3.OperationalError("this file system can't have a database with a WAL")
+    db.execute("PRAGMA synchronous=FULL")
+    db.execute(_MAKE_LEDGER)
+
+
+def quoted(name: str) -> str:
+    """A name as SQL has it, whatever is in it."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _first(keys: Sequence[str]) -> list[str]:
+    return new_columns(keys, ())
+
+
+def _text(item: bytes) -> str | bytes:
+    """A line as text; as it came, if it is no UTF-8."""
+    try:
+        return item.decode()
+    except UnicodeDecodeError:
+        return item
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One at a time: SQLite does not wait for who else is switching a new file to WAL."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _is_there(path: Path, file: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(path.stat(), file)
+    except FileNotFoundError:
+        return False
+
+
+def _file(path: object, context: Context) -> Path:
+    if path is None:
+        name = "out.db" if context.pipeline == "default" else f"out-{context.pipeline}.db"
+        return Path(context.data_dir, name)
+    if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
+        raise ValueError(f"path: {path!r} is not a file's path")
+    return Path(path)
+
+
+def _table_name(table: object) -> str:
+    if not isinstance(table, str) or not table or "\0" in table:
+        raise ValueError(f"table: {table!r} is not a name")
+    if table.lower() == LEDGER or table.lower().startswith("sqlite_"):
+        raise ValueError(f"table: the name {table!r} is taken")
+    return table
