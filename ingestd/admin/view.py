@@ -55,6 +55,20 @@ class BatchesStatus(msgspec.Struct, frozen=True):
     waiting_retry: int
 
 
+class DeadLettersStatus(msgspec.Struct, frozen=True):
+    """The dead letters that are kept: what `ingestd dead` shows.
+
+    Attributes:
+        kept: how many.
+        bytes: what they take, with their errors and tracebacks.
+        bytes_max: `dead.bytes_max`.
+    """
+
+    kept: int = 0
+    bytes: int = 0
+    bytes_max: int = 0
+
+
 class PipelineStatus(msgspec.Struct, frozen=True):
     """One pipeline. The first five count records over the life of the data directory.
 
@@ -70,6 +84,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
         batches: where they are.
         oldest_pending_seconds: age of the oldest pending record; 0 if there is none.
         bounds_near: the settings whose bound is near or reached (`journal.bytes_max`, …).
+        dead_letters: those that are kept.
     """
 
     accepted: int
@@ -83,6 +98,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
     batches: BatchesStatus
     oldest_pending_seconds: float
     bounds_near: list[str]
+    dead_letters: DeadLettersStatus = DeadLettersStatus()
 
 
 class Status(msgspec.Struct, frozen=True):

@@ -57,6 +57,13 @@ class PipelineState(NamedTuple):
         lanes_busy: batches that are with a worker.
         batches_waiting: batches in their backoff.
         oldest_pending_seconds: age of the oldest record that is not settled; 0 if there is none.
+        letters: dead letters that are kept.
+        letters_bytes: what they take.
+        letters_bytes_max: the bound.
+        revived: records that were dead and are fed again.
+        readmitted: records that were refused and then accepted after all.
+        expired: dead letters that became too old.
+        purged: dead letters that a person deleted.
     """
 
     accepted: int
@@ -71,6 +78,23 @@ class PipelineState(NamedTuple):
     lanes_busy: int
     batches_waiting: int
     oldest_pending_seconds: float
+    letters: int = 0
+    letters_bytes: int = 0
+    letters_bytes_max: int = 0
+    revived: int = 0
+    readmitted: int = 0
+    expired: int = 0
+    purged: int = 0
+
+    @property
+    def dead_ever(self) -> int:
+        """Records given up: a counter must not go back when some are fed again."""
+        return self.dead + self.revived
+
+    @property
+    def refused_ever(self) -> int:
+        """Records refused, those too that were accepted later."""
+        return self.refused + self.readmitted
 
 
 _LIFE = ", over the life of the data directory."
@@ -78,8 +102,15 @@ _LIFE = ", over the life of the data directory."
 _STATE = (
     ("accepted", "records_accepted_total", "Records made durable" + _LIFE),
     ("processed", "records_processed_total", "Records the handler is done with" + _LIFE),
-    ("dead", "records_dead_total", "Accepted records given up" + _LIFE),
-    ("refused", "records_refused_total", "Records never accepted, kept as dead letters" + _LIFE),
+    ("dead_ever", "records_dead_total", "Accepted records given up" + _LIFE),
+    ("refused_ever", "records_refused_total", "Records refused, kept as dead letters" + _LIFE),
+    ("revived", "records_revived_total", "Records given up, then fed again" + _LIFE),
+    ("readmitted", "records_readmitted_total", "Records refused, then accepted" + _LIFE),
+    ("expired", "letters_expired_total", "Dead letters that became too old" + _LIFE),
+    ("purged", "letters_purged_total", "Dead letters that a person deleted" + _LIFE),
+    ("letters", "letters_kept", "Dead letters that are kept."),
+    ("letters_bytes", "letters_bytes", "Bytes of the dead letters that are kept."),
+    ("letters_bytes_max", "letters_limit_bytes", "Bytes that dead letters may take."),
     ("pending", "records_pending", "Records accepted and not settled."),
     ("journal_bytes", "journal_bytes", "Bytes of the journal in use."),
     ("journal_bytes_max", "journal_limit_bytes", "Bytes the journal may use."),

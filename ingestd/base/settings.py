@@ -240,6 +240,20 @@ class JournalSettings(Section):
     )
 
 
+class DeadSettings(Section):
+    """`[dead]`: the records that were given up."""
+
+    bytes_max: Size = Field(
+        _GIB, ge=1, le=1024 * _TIB, description="at this size new records are refused (503)"
+    )
+    age_max: Seconds = Field(
+        0.0,
+        ge=0,
+        le=36500 * _DAY,
+        description="older dead letters go; 0s keeps them until a person purges them",
+    )
+
+
 class PipelineDrainSettings(Section):
     """`[pipelines.NAME.drain]`: how a pipeline leaves."""
 
@@ -267,6 +281,7 @@ class PipelineSettings(Section):
     executor: ExecutorSettings = ExecutorSettings()
     retry: RetrySettings = RetrySettings()
     journal: JournalSettings = JournalSettings()
+    dead: DeadSettings = DeadSettings()
     drain: PipelineDrainSettings = PipelineDrainSettings()
 
 
@@ -295,6 +310,7 @@ class Settings(BaseSettings):
     executor: ExecutorSettings = ExecutorSettings()
     retry: RetrySettings = RetrySettings()
     journal: JournalSettings = JournalSettings()
+    dead: DeadSettings = DeadSettings()
     drain: DrainSettings = DrainSettings()
     pipelines: dict[PipelineName, PipelineSettings] = Field(
         default_factory=dict, max_length=1000, description="more pipelines, by name"

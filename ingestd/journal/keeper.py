@@ -1,0 +1,104 @@
+"""What a running daemon does with dead letters: takes back marked ones, lets old ones go.
+
+Whoever marks or purges letters is another process, so the keeper looks once a second. It asks an
+index and one row: `PRAGMA data_version` would tell less, because it changes with every commit of
+the daemon itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import structlog
+
+from ingestd.base.errors import Overloaded
+
+if TYPE_CHECKING:
+    from ingestd.base.clock import Clock
+    from ingestd.base.settings import DeadSettings
+    from ingestd.journal.interface import Journal
+
+log = structlog.get_logger(__name__)
+
+LOOK_SECONDS = 1.0
+"""How often it looks."""
+
+
+class Keeper:
+    """Keeps one pipeline's dead letters. `run` is a task of the pipeline.
+
+    Args:
+        pipeline: its name, for the log.
+        journal: opened before `run`.
+        settings: `[dead]`.
+        clock: where time comes from.
+
+    Attributes:
+        looked: set after the first look, when everything that was marked before is back.
+    """
+
+    def __init__(
+        self, pipeline: str, journal: Journal, settings: DeadSettings, clock: Clock
+    ) -> None:
+        self._pipeline = pipeline
+        self._journal = journal
+        self._age_max = settings.age_max
+        self._clock = clock
+        self._stopped = False
+        self.looked = asyncio.Event()
+
+    def stop(self) -> None:
+        """From now on nothing is taken back: the pipeline is leaving."""
+        self._stopped = True
+
+    async def run(self) -> None:
+        """Looks for ever.
+
+        Raises:
+            JournalFailed: the journal is poisoned.
+        """
+        while True:
+            try:
+                await self.look()
+            except Overloaded:
+                pass  # the disk is full; the marks stay, and the next look finds them
+            self.looked.set()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def look(self) -> None:
+        """Takes back what is marked, and lets go what is too old.
+
+        Raises:
+            Overloaded: the disk is full.
+            JournalFailed: the journal is poisoned.
+        """
+        marked = await self._journal.look()
+        if marked and not self._stopped:
+            await self._revive()
+        if self._age_max and self._journal.dead_totals.letters:
+            await self._expire(self._clock.now() - self._age_max)
+
+    async def _revive(self) -> None:
+        revived = readmitted = 0
+        try:
+            while not self._stopped and (moved := await self._journal.revive()).chunk is not None:
+                revived += moved.revived
+                readmitted += moved.readmitted
+        finally:
+            if revived or readmitted:
+                log.info(
+                    "dead_letters_revived",
+                    pipeline=self._pipeline,
+                    revived=revived,
+                    readmitted=readmitted,
+                )
+
+    async def _expire(self, before: float) -> None:
+        expired = 0
+        try:
+            while gone := (await self._journal.expire(before)).expired:
+                expired += gone
+        finally:
+            if expired:
+                log.warning("dead_letters_expired", pipeline=self._pipeline, letters=expired)
