@@ -84,13 +84,17 @@ def test_sigkill_at_the_nth_system_call(tmp_path: Path, call: str, when: int) ->
     prefix = strace(f"{call}:signal=SIGKILL:when={when}")
     accepted: list[int] = []
     with Daemon(*arguments, cwd=tmp_path, prefix=prefix) as one:
-        with contextlib.suppress(AssertionError):  # it may die before it is up
+        until(lambda: one.events or one.process.poll() is not None)
+        if one.process.poll() is None:
+            with contextlib.suppress(AssertionError):  # it may die before it is up
+                one.event("daemon_started")
+        if any(event["event"] == "daemon_started" for event in one.events):
             with Client(one, itertools.count()) as client:
                 client.join(1.0)
             accepted = client.accepted
         if one.process.poll() is None:
             one.terminate()  # the call comes when it leaves, or never
-        one.wait()
+        assert one.wait() in {-signal.SIGKILL, 0}, one.other
     finish(*arguments, cwd=tmp_path)
     assert set(accepted) <= seen(tmp_path)
     check_names(tmp_path)
@@ -188,7 +192,7 @@ def test_a_killed_parent_leaves_no_orphan(tmp_path: Path) -> None:
 
 @needs("unshare", root=True)
 def test_process_1_of_a_namespace(tmp_path: Path) -> None:
-    """As process 1 of a container: SIGTERM drains, and processes that handlers orphan do no harm."""
+    """As process 1 of a container: SIGTERM drains, and what handlers orphan does no harm."""
     prefix = ("unshare", "--fork", "--pid", "--mount-proc", "--kill-child")
     arguments = into(tmp_path, "Leaves", executor__kind="process", executor__workers="1",
                      batch__records_max="1")  # fmt: skip
