@@ -22,11 +22,19 @@ from aiohttp.web_protocol import RequestPayloadError
 from structlog.contextvars import bind_contextvars
 
 from ingestd.base.address import split_address
-from ingestd.base.errors import AddressError, Draining, JournalFailed, Overloaded
+from ingestd.base.errors import (
+    AddressError,
+    Draining,
+    JournalFailed,
+    KeyInFlight,
+    KeyReused,
+    Overloaded,
+)
 from ingestd.sources import problem
 from ingestd.sources.answer import JSON, PROBLEM, Answer
 from ingestd.sources.body import Bounds, parse_body, reading_of
 from ingestd.sources.encoding import Inflater, inflate, name_encoding
+from ingestd.sources.idempotency import HEADER, REPLAYED, Replayed, parse_key, take_fingerprint
 from ingestd.sources.problem import Problem, explain, list_errors
 from ingestd.sources.room import Room
 from ingestd.sources.server import Server
@@ -95,7 +103,11 @@ class HttpSource:
             self._routes[f"{_ROOT}/{name}"] = _Route(intake, bounds)
         self._routes[_ROOT] = self._routes[f"{_ROOT}/{default}"]
         self._on_request = on_request
-        self._room = Room(settings.inflight_bytes_max)
+        self._room = Room(
+            settings.inflight_bytes_max,
+            requests_max=settings.requests_max,
+            share=settings.client_share,
+        )
         self._ids = _make_ids()
         self._draining = False
         self._active = 0
@@ -172,7 +184,7 @@ class HttpSource:
             outcome = await self._take(request)
         except Problem as found:
             outcome = found
-        except (Overloaded, Draining, JournalFailed) as error:
+        except (Overloaded, Draining, JournalFailed, KeyInFlight, KeyReused) as error:
             outcome = explain(error)
         except _ClientGone:
             log.debug("request_abandoned")
@@ -200,6 +212,8 @@ class HttpSource:
         close = self._draining or not self._settings.keepalive_timeout
         timeout = self._settings.body_timeout
         if isinstance(outcome, bytes):
+            if type(outcome) is Replayed:
+                headers.update(REPLAYED)
             return Answer(202, JSON, outcome, headers=headers, close=close, write_timeout=timeout)
         if outcome is None:
             outcome = Problem(problem.BAD_REQUEST, "the body is not complete")
@@ -221,18 +235,35 @@ class HttpSource:
             raise explain(Draining())
         route = self._find(request)
         headers = request.headers
-        reading = reading_of(headers.get("Content-Type", ""), route.intake.format)
+        content_type = headers.get("Content-Type", "")
+        reading = reading_of(content_type, route.intake.format)
         encoding = name_encoding(headers.getall("Content-Encoding", ()))
         length = self._check_length(request)
-        with self._room.hold() as hold:
+        key = parse_key(headers.getall(HEADER)) if HEADER in headers else None
+        with self._room.enter(request.remote or "") as hold:
             hold.grow(length or 0)
             if "Expect" in headers:
                 _say_continue(request)
             wire = await self._read(request, hold, counted=length is not None)
-            parsed = await self._parse(wire, encoding, reading, route, hold)
-            del wire
-            await route.intake.accept(parsed.records, parsed.refused)
-        return _accepted(parsed)
+            if key is None:
+                parsed = await self._parse(wire, encoding, reading, route, hold)
+                del wire
+                await route.intake.accept(parsed.records, parsed.refused)
+                return _accepted(parsed)
+            # Claimed only now: a connection that died in the middle of a body must not keep the
+            # next try of the same request waiting.
+            fingerprint = await self._fingerprint(wire, content_type, encoding)
+            claim = await route.intake.begin(key, fingerprint)
+            if isinstance(claim, bytes):
+                return Replayed(claim)
+            try:
+                parsed = await self._parse(wire, encoding, reading, route, hold)
+                del wire
+                claim.answer = _accepted(parsed)
+                await route.intake.accept(parsed.records, parsed.refused, claim)
+            finally:
+                route.intake.forget(claim)
+            return claim.answer
 
     def _find(self, request: web.BaseRequest) -> _Route:
         path = request.raw_path
@@ -319,6 +350,13 @@ class HttpSource:
         if len(wire) < THREAD_BYTES and _is_short(steps):
             return finish()
         return await self._loop.run_in_executor(self._threads, finish)
+
+    async def _fingerprint(self, wire: bytes, content_type: str, encoding: str) -> bytes:
+        if len(wire) < THREAD_BYTES:
+            return take_fingerprint(wire, content_type, encoding)
+        return await self._loop.run_in_executor(
+            self._threads, take_fingerprint, wire, content_type, encoding
+        )
 
     def _name(self, request: web.BaseRequest) -> str:
         """The client's id for the request if it is a decent one, else one of our own."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ingestd.base.once import Claim
     from ingestd.base.record import Records, Refused
 
 Format = Literal["json", "text", "bytes"]
@@ -29,12 +30,35 @@ class Intake(Protocol):
     @property
     def record_bytes_max(self) -> int: ...  # noqa: D102
 
-    async def accept(self, records: Records, refused: Sequence[Refused] = ()) -> None:
+    async def begin(self, key: str, fingerprint: bytes) -> Claim | bytes:
+        """The stored answer of a request that was accepted before, else a claim on its key.
+
+        Whoever gets a claim sets its answer, hands it to `accept`, and calls `forget` in any case.
+
+        Args:
+            key: what the client calls the request.
+            fingerprint: tells whether it is the same one.
+
+        Raises:
+            KeyInFlight: the same request is in progress.
+            KeyReused: the key belongs to another request.
+            Overloaded: no more keys can be remembered.
+        """
+        ...
+
+    def forget(self, claim: Claim) -> None:
+        """Ends a claim, unless records that came with it are on their way into the journal."""
+        ...
+
+    async def accept(
+        self, records: Records, refused: Sequence[Refused] = (), claim: Claim | None = None
+    ) -> None:
         """Returns once all of it is durable; all or nothing.
 
         Args:
             records: may be an empty run if there are refused ones.
             refused: records to be kept as dead letters.
+            claim: its key and answer become durable together with the records.
 
         Raises:
             Overloaded: at a bound; nothing was taken.

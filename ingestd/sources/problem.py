@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from ingestd.base.errors import Draining, IngestdError, JournalFailed, Overloaded
+from ingestd.base.errors import (
+    Draining,
+    IngestdError,
+    JournalFailed,
+    KeyInFlight,
+    KeyReused,
+    Overloaded,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -49,10 +56,16 @@ TOO_MANY_RECORDS = Kind("too-many-records", 413, "There are too many records in 
 MEDIA_TYPE = Kind("unsupported-media-type", 415, "The pipeline does not take this Content-Type")
 ENCODING = Kind("unsupported-encoding", 415, "The Content-Encoding is not supported")
 EXPECTATION = Kind("expectation-failed", 417, "Only 100-continue can be expected", closes=True)
+KEY_INVALID = Kind("idempotency-key-invalid", 400, "The Idempotency-Key can't be read")
+KEY_IN_FLIGHT = Kind(
+    "idempotency-key-in-flight", 409, "A request with this Idempotency-Key is in progress"
+)
+KEY_REUSED = Kind("idempotency-key-reused", 422, "The Idempotency-Key belongs to another request")
+OVER_SHARE = Kind("over-share", 429, "This client holds more than its share")
 OVERLOADED = Kind("overloaded", 503, "The pipeline takes no more at the moment")
 HEADERS_TOO_LARGE = Kind("headers-too-large", 431, "The head of the request is too large", True)
 INTERNAL = Kind("internal", 500, "Something went wrong in ingestd", closes=True)
-BUSY = Kind("busy", 503, "Too many bytes are in flight")
+BUSY = Kind("busy", 503, "Too many requests or bytes are in flight")
 CONNECTIONS = Kind("too-many-connections", 503, "Too many connections are open", closes=True)
 DRAINING = Kind("draining", 503, "This daemon is about to leave", closes=True)
 JOURNAL_FAILED = Kind("journal-failed", 503, "Nothing can be stored any more", closes=True)
@@ -108,8 +121,15 @@ def list_errors(refused: Sequence[Refused]) -> list[dict[str, object]]:
     ]
 
 
-def explain(error: Overloaded | Draining | JournalFailed) -> Problem:
+Explained = Overloaded | Draining | JournalFailed | KeyInFlight | KeyReused
+
+
+def explain(error: Explained) -> Problem:
     """The problem that tells a client why its records were not taken."""
+    if isinstance(error, KeyInFlight):
+        return Problem(KEY_IN_FLIGHT, str(error), headers=retry_after(1.0))
+    if isinstance(error, KeyReused):
+        return Problem(KEY_REUSED, str(error))
     if isinstance(error, Overloaded):
         return Problem(OVERLOADED, str(error), headers=retry_after(error.retry_after))
     if isinstance(error, Draining):

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+AGAIN_SECONDS = 1.0
+"""Longest wait before an overloaded pipeline is asked again."""
 _HINT = "reading records from the terminal, one a line; end with Ctrl-D\n"
 _REFUSED_BYTES = 256  # what a refused record costs beside its payload, about
 
@@ -158,7 +160,9 @@ class StdinSource:
         """Tries until there is room. One append at a time does this, in their order."""
         async with self._again:
             while True:
-                await asyncio.sleep(overloaded.retry_after * random.uniform(0.75, 1.25))  # noqa: S311
+                # Asking costs nothing here, and reading waits: no longer than this.
+                after = min(overloaded.retry_after, AGAIN_SECONDS)
+                await asyncio.sleep(after * random.uniform(0.75, 1.25))  # noqa: S311
                 try:
                     await self._intake.accept(parsed.records, parsed.refused)
                 except Overloaded as still:

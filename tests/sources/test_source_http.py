@@ -384,7 +384,7 @@ async def test_bytes_in_flight_are_bounded(intake):
         await intake.asked.wait()
         reply = await ask(source, b'"%b"' % (b"x" * 200))
         assert (reply.status, reply.slug) == (503, "busy")
-        assert reply.headers["retry-after"] == "1"
+        assert 22 <= int(reply.headers["retry-after"]) <= 38  # nothing goes out at all
         chunk = chunked(b'"%b"' % (b"x" * 200))
         assert await refused(source, chunk, **CHUNKED) == (503, "busy")
         packed = gzip.compress(b'"%b"' % (b"x" * 500))
@@ -474,7 +474,7 @@ async def test_every_problem_is_documented():
     page = (Path(__file__).parents[2] / "docs" / "HTTP.md").read_text()
     rows = re.findall(r"^\| `([a-z-]+)` \| (\d{3}) \|", page, re.MULTILINE)
     assert sorted(rows) == sorted((kind.slug, str(kind.status)) for kind in problem.KINDS)
-    assert len({kind.slug for kind in problem.KINDS}) == len(problem.KINDS) == 22
+    assert len({kind.slug for kind in problem.KINDS}) == len(problem.KINDS) == 26
 
 
 # -- life ----------------------------------------------------------------------------------------

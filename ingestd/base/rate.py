@@ -1,0 +1,71 @@
+"""How fast something goes, and how long until there is room. Pure: the caller says the time."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+WINDOW_SECONDS = 10.0
+"""What happened this long ago counts for 1/e."""
+ROOM_SHARE = 0.9
+"""Whoever is turned away is asked to come back when a bound is filled this far."""
+SHORTEST = 1.0
+LONGEST = 60.0
+"""Bounds of `Retry-After`, seconds."""
+STALLED = 30.0
+"""Seconds to wait when nothing goes out at all."""
+_JITTER = 0.25
+
+
+class Rate:
+    """An exponentially weighted rate, per second.
+
+    Args:
+        now: seconds, from any clock that does not go back; the same one in every call.
+        window: how far it looks back, seconds.
+    """
+
+    __slots__ = ("_at", "_began", "_per_second", "_window")
+
+    def __init__(self, now: float, window: float = WINDOW_SECONDS) -> None:
+        self._window = window
+        self._began = self._at = now
+        self._per_second = 0.0
+
+    def add(self, amount: float, now: float) -> None:
+        """That much happened."""
+        if now > self._at:
+            self._per_second *= math.exp((self._at - now) / self._window)
+            self._at = now
+        self._per_second += amount / self._window
+
+    def per_second(self, now: float) -> float:
+        """The rate now; 0 if nothing happened for long."""
+        # Young rates have seen less than a window: without this they would start too low.
+        seen = 1.0 - math.exp(min(-0.1, self._began - now) / self._window)
+        return self._per_second * math.exp(min(0.0, self._at - now) / self._window) / seen
+
+
+def wait_for_room(
+    used: float, bound: float, per_second: float, random: Callable[[], float]
+) -> float:
+    """Seconds until usage is down to `ROOM_SHARE` of the bound, at the rate at which it goes out.
+
+    Args:
+        used: how much there would be.
+        bound: how much there may be, in the same unit.
+        per_second: how much goes out.
+        random: 0 to 1; whoever was turned away together does not come back together.
+
+    Returns:
+        `SHORTEST` to `LONGEST`, about `STALLED` if it would take for ever.
+    """
+    excess = max(0.0, used - ROOM_SHARE * bound)
+    # A rate that fades after everything stopped is no rate: slower than this is standing still.
+    moving = per_second * 10 * LONGEST > bound or excess == 0
+    seconds = (excess / per_second if excess else 0.0) if moving else STALLED
+    spread = 1.0 - _JITTER + 2 * _JITTER * random()
+    return min(LONGEST, max(SHORTEST, seconds * spread))
