@@ -27,6 +27,7 @@ from ingestd.base.lock import DataDir
 from ingestd.base.metrics import Metrics
 from ingestd.base.signals import Signals
 from ingestd.base.telemetry import start_logging
+from ingestd.journal.idempotency import KeyRule
 from ingestd.overview import status_of
 from ingestd.pipeline import Pipeline, Report
 from ingestd.sources.http import HttpSource
@@ -138,6 +139,7 @@ class Daemon:
 
     async def _start(self, data_dir: DataDir) -> None:
         """Admin first, so that a long recovery can be watched; sources last: then it is ready."""
+        http = self.settings.http
         self.admin = AdminServer(self.settings.admin, self, self._metrics)
         opened: list[Callable[[], Awaitable[object]]] = []
         try:
@@ -151,6 +153,7 @@ class Daemon:
                     data_dir=data_dir.path,
                     metrics=self._metrics.pipeline(name),
                     clock=self._clock,
+                    keys=KeyRule(http.idempotency_ttl, http.idempotency_keys_max),
                 )
                 await pipeline.open()
                 opened.append(partial(self._close_pipeline, pipeline))
@@ -327,7 +330,7 @@ class Daemon:
     def _answered(self, pipeline: str, status: int, seconds: float, slug: str) -> None:
         """The http source's word about each answer."""
         self._route.answered(status, seconds)
-        if pipeline and status == 503:
+        if pipeline and status in (429, 503):
             self._metrics.pipeline(pipeline).request_refused(slug)
 
     async def _measure_lag(self) -> None:
