@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base.errors import JournalFailed, Overloaded
 from ingestd.base.record import Layout, Records, Refused, join
-from ingestd.journal import checkpoint
+from ingestd.journal import checkpoint, salvage
 from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Sealed, Settlement
 from ingestd.journal.store import Store, Write
 
@@ -214,6 +214,8 @@ class Committer:
             self._report(Committed((), (), self._store.meta.ledger, 0.0, self._poison))
 
     def _poisoned(self, error: Exception) -> None:
+        if isinstance(error, sqlite3.Error) and salvage.is_damage(error):
+            salvage.mark(self._store.path)
         problem = f"{type(error).__name__}: {error}"
         self._poison = JournalFailed(path=self._store.path, problem=problem)
 

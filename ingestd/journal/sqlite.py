@@ -7,14 +7,15 @@ the checkpointer tidies, the reader brings back what is not in memory.
 from __future__ import annotations
 
 import asyncio
+import errno
 import sqlite3
-import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from ingestd.base.errors import DataDirError, JournalFailed, Overloaded
 from ingestd.base.record import Records, Refused, Span, join
+from ingestd.journal import salvage
 from ingestd.journal.checkpoint import Checkpointer
 from ingestd.journal.committer import (
     Append,
@@ -71,6 +72,7 @@ class SqliteJournal:
         Raises:
             JournalUnreadable: the file is another program's or another version's.
             DataDirError: it can't be opened or created.
+            JournalFailed: the disk can't be read or is full; another start may succeed.
         """
         self._loop = asyncio.get_running_loop()
         self.failed: asyncio.Future[None] = self._loop.create_future()
@@ -87,31 +89,24 @@ class SqliteJournal:
     def _open(self) -> Recovered:
         set_aside = ""
         try:
+            salvage.finish(self.path)
             try:
                 store, recovered = _open_store(self.path)
-            except sqlite3.DatabaseError as error:
-                if not _is_damage(error):
+            except Exception as error:
+                if not salvage.is_damage(error):
                     raise
-                set_aside = self._set_aside()
+                set_aside = salvage.repair(self.path, self._clock.now())
                 store, recovered = _open_store(self.path)
             self.id, self.ledger, self.bytes = store.id, store.meta.ledger, store.stored_bytes()
             self._reading = connect(self.path)
         except (sqlite3.Error, OSError) as error:
+            if _is_passing(error):
+                raise JournalFailed(path=self.path, problem=str(error)) from error
             raise DataDirError(path=self.path, problem=str(error)) from error
         self._store = store
         self._checkpointer = Checkpointer(self.path)
         self._committer = Committer(store, self._checkpointer, self._report, self._clock)
         return recovered._replace(set_aside=set_aside)
-
-    def _set_aside(self) -> str:
-        """Moves an unreadable journal away, whole: it always starts, and nothing is deleted."""
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(self._clock.now()))
-        target = self.path.with_name(f"{self.path.name}.damaged-{stamp}")
-        for suffix in ("", "-wal", "-shm"):
-            source = self.path.with_name(self.path.name + suffix)
-            if source.exists():
-                source.rename(target.with_name(target.name + suffix))
-        return str(target)
 
     def append(self, records: Records, refused: Sequence[Refused]) -> asyncio.Future[None]:
         """See `Journal.append`."""
@@ -152,10 +147,21 @@ class SqliteJournal:
         chunks = await self._read(read_some, self._reading, {span.chunk for span in spans})
         if any(s.chunk not in chunks or chunks[s.chunk].damaged for s in spans):
             return None
+        if any(s.first + s.count > chunks[s.chunk].records.count for s in spans):
+            return None
         return join([chunks[s.chunk].records.part(s.first, s.count) for s in spans])
 
     async def _read(self, function: Callable[..., T], *args: object) -> T:
-        return await self._loop.run_in_executor(self._reader, partial(function, *args))
+        try:
+            return await self._loop.run_in_executor(self._reader, partial(function, *args))
+        except (sqlite3.Error, ValueError, TypeError) as error:
+            # Rows that can't be read: the next start repairs the file, or finds the disk better.
+            if salvage.is_damage(error):
+                salvage.mark(self.path)
+            failed = JournalFailed(path=self.path, problem=f"{type(error).__name__}: {error}")
+            if not self.failed.done():
+                self.failed.set_exception(failed)
+            raise failed from error
 
     def _report(self, committed: Committed) -> None:
         """On the committer's thread: everything else happens on the loop."""
@@ -223,17 +229,26 @@ def _size(records: Records, refused: Sequence[Refused]) -> int:
 
 
 def _open_store(path: Path) -> tuple[Store, Recovered]:
+    """Opens it, and reads as much as tells whether it is whole."""
+    if salvage.marked(path):
+        raise sqlite3.DatabaseError("damage was met in an earlier life")
     store = Store(path)
     try:
-        return store, store.recovered()
+        recovered = store.recovered()
+        store.stored_bytes()
+        counted = count_pending(store.connection)
     except BaseException:
         store.close()
         raise
+    if counted != store.meta.ledger.pending or any(b.count < 1 for b in recovered.batches):
+        store.close()
+        raise sqlite3.DatabaseError("the rows do not add up to the ledger")
+    return store, recovered
 
 
-def _is_damage(error: sqlite3.DatabaseError) -> bool:
-    """Whether the file's content is at fault, not the disk, the space or another process."""
-    code = getattr(error, "sqlite_errorcode", None)
-    if code is None or code & 0xFF == sqlite3.SQLITE_ERROR:
-        return True  # a table or the meta row is missing
-    return code & 0xFF in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+def _is_passing(error: Exception) -> bool:
+    """Whether another start may succeed as it is: the disk is full, or did not do as told."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in {sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL} or (
+        isinstance(error, OSError) and error.errno in {errno.EIO, errno.ENOSPC, errno.EDQUOT}
+    )

@@ -234,11 +234,11 @@ def _advance(meta: Meta, write: Write) -> Meta:
 def _insert(db: sqlite3.Connection, write: Write) -> None:
     if write.chunks:
         db.executemany(
-            "INSERT INTO chunks VALUES(?,?,?,?,?,?,?,?)", [_chunk_row(c) for c in write.chunks]
+            "INSERT INTO chunks VALUES(?,?,?,?,?,?,?,?)", [chunk_row(c) for c in write.chunks]
         )
     sealed = [*write.sealed, *(batch for s in write.settled for batch in s.successors)]
     if sealed:
-        db.executemany("INSERT INTO batches VALUES(?,?,?,?,?,?)", [_batch_row(b) for b in sealed])
+        db.executemany("INSERT INTO batches VALUES(?,?,?,?,?,?)", [batch_row(b) for b in sealed])
     dead = [*write.refused, *(letter for s in write.settled for letter in s.dead)]
     if dead:
         db.executemany(
@@ -264,7 +264,8 @@ def _remove(db: sqlite3.Connection, write: Write) -> None:
             db.executemany("DELETE FROM chunks WHERE id=?", finished)
 
 
-def _chunk_row(chunk: Chunk) -> tuple[object, ...]:
+def chunk_row(chunk: Chunk) -> tuple[object, ...]:
+    """A chunk as its table has it."""
     records = chunk.records
     size = len(records.payload) + len(records.sizes)
     crc = checksum(chunk.id, records)
@@ -274,7 +275,8 @@ def _chunk_row(chunk: Chunk) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def _batch_row(batch: Sealed) -> tuple[object, ...]:
+def batch_row(batch: Sealed) -> tuple[object, ...]:
+    """A sealed batch as its table has it."""
     spans = _spans_encode(batch.spans)
     return (batch.number, batch.count, batch.attempts, batch.due_at, batch.accepted_at, spans)
 
@@ -294,7 +296,7 @@ def _chunk(row: tuple[int, float, int, int, int, bytes, bytes]) -> Chunk:
     try:
         records = Records(Layout(layout), count, payload, sizes)
         whole = checksum(number, records) == crc
-    except ValueError:
+    except (ValueError, TypeError):
         records, whole = Records(Layout.SIZED, count, payload, sizes), False
     return Chunk(number, accepted_at, records, damaged=not whole)
 
