@@ -7,7 +7,7 @@ import traceback
 from typing import TYPE_CHECKING, Protocol
 
 from ingestd.base.errors import Exit, IngestdError
-from ingestd.cli import check, run
+from ingestd.cli import check, prove, run
 from ingestd.cli.arguments import Parser, add_settings, handler_from
 from ingestd.cli.output import discard_stdout, fail, say
 
@@ -26,7 +26,7 @@ class Command(Protocol):
         """Does it; the exit code."""
 
 
-COMMANDS: dict[str, Command] = {"run": run, "check": check}
+COMMANDS: dict[str, Command] = {"run": run, "check": check, "prove": prove}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -83,6 +83,8 @@ def _parser(argv: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
             usage=f"ingestd {name} [HANDLER] [flags]",
         )
         add_settings(commands[name], argv)
+        if add_arguments := getattr(command, "add_arguments", None):
+            add_arguments(commands[name])
     return parser, commands
 
 

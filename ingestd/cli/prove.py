@@ -1,0 +1,257 @@
+"""`ingestd prove`: kills a real daemon again and again, here, and counts what it kept."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ingestd.base.errors import ConfigError, Exit, IngestdError, UsageError
+from ingestd.base.keys import dotted, field_at, quoted, shown, values_of
+from ingestd.base.settings import (
+    DrainSettings,
+    HandlerSettings,
+    LogSettings,
+    Settings,
+    SourceSettings,
+)
+from ingestd.base.units import parse_seconds
+from ingestd.cli.configured import configured
+from ingestd.cli.output import fail, say
+
+if TYPE_CHECKING:
+    import argparse
+
+    from ingestd.prove.progress import State
+    from ingestd.prove.verdict import Report
+
+HELP = "kill a daemon at random on this machine, and count what it kept"
+DESCRIPTION = """\
+Starts a daemon with your settings and the sink sqlite in a folder of its own beside the data
+directory, posts numbered records to it from several clients, kills it with SIGKILL at random
+moments, starts it again, lets it drain, and compares what was accepted with what is in the sink.
+Your data directory, your handler and your pipelines are not touched. Only 127.0.0.1 is used.
+
+exit codes: 0 nothing missing and nothing twice; 1 otherwise, or interrupted; 2 usage;
+78 configuration"""
+_USAGE = "ingestd prove [--kills N] [--seconds TIME] [flags]\n       ingestd prove --resume DIR"
+_KILLS, _CLIENTS = 20, 8
+_CLIENTS_MAX = 256
+_SETTINGS, _ROWS, _DATA = "ingestd.toml", "out.db", "data"
+_LEAVE_MORE = 30.0
+_HERE = "127.0.0.1:0"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that are no settings."""
+    parser.usage = _USAGE
+    group = parser.add_argument_group("the proof")
+    group.add_argument("--kills", metavar="N", type=int, help=f"how often [{_KILLS}]")
+    group.add_argument("--seconds", metavar="TIME", help="no kill after this time [no bound]")
+    group.add_argument("--clients", metavar="N", type=int, help=f"who post records [{_CLIENTS}]")
+    group.add_argument("--seed", metavar="N", type=int, help="decides what is random [random]")
+    group.add_argument(
+        "--scratch", metavar="DIR", help="folder to work in; must be new or empty [a new one]"
+    )
+    group.add_argument("--keep", action="store_true", help="keep the folder")
+    group.add_argument("--resume", metavar="DIR", help="go on with a run that was interrupted")
+    group.add_argument("--json", action="store_true", help="the report as JSON")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Runs the proof; 0 if it holds.
+
+    Raises:
+        UsageError: flags that do not go together.
+        ConfigError: the configuration is wrong, or the folder can't be used.
+    """
+    seconds = _seconds(arguments.seconds)
+    if arguments.resume is None:
+        folder, settings, state = _begin(arguments)
+    else:
+        folder, settings, state = _resume(arguments)
+    # A service manager's word is the same as a Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        result = _prove(folder, settings, state, seconds)
+    except KeyboardInterrupt:
+        _end_line()
+        fail(f"interrupted; go on with: ingestd prove --resume {folder}")
+        return int(Exit.UNEXPECTED)
+    except (IngestdError, OSError) as error:
+        _end_line()
+        fail(str(error))
+        fail(f"the folder is kept: {folder}")
+        return int(error.exit_code if isinstance(error, IngestdError) else Exit.UNEXPECTED)
+    _end_line()
+    _show(result, as_json=arguments.json)
+    if result.proved and not arguments.keep:
+        shutil.rmtree(folder)
+    else:
+        fail(f"the folder is kept: {folder}")
+    return int(Exit.OK if result.proved else Exit.UNEXPECTED)
+
+
+# -- begin -------------------------------------------------------------------------------------
+
+
+def _begin(arguments: argparse.Namespace) -> tuple[Path, Settings, State]:
+    from ingestd.prove.progress import Sent, State  # noqa: PLC0415
+
+    if any(flag.written == "argument HANDLER" for flag in arguments.flags):
+        raise UsageError(problem="prove counts rows in the sink sqlite; it takes no HANDLER")
+    kills = _number("--kills", arguments.kills, _KILLS, 0, 1_000_000)
+    clients = _number("--clients", arguments.clients, _CLIENTS, 1, _CLIENTS_MAX)
+    theirs = configured(arguments).settings
+    if theirs.executor.kind == "async":
+        raise ConfigError(
+            problem="executor.kind: the sink sqlite is not async; add --executor.kind thread"
+        )
+    folder = _scratch(arguments.scratch, theirs.data_dir)
+    settings = _settings(theirs, folder)
+    (folder / _SETTINGS).write_text("".join(f"{line}\n" for line in _toml(settings)))
+    seed = secrets.randbelow(10**6) if arguments.seed is None else arguments.seed
+    return folder, settings, State(seed, kills, [Sent() for _ in range(clients)])
+
+
+def _resume(arguments: argparse.Namespace) -> tuple[Path, Settings, State]:
+    from ingestd.base.loading import load  # noqa: PLC0415
+    from ingestd.prove.progress import resumed  # noqa: PLC0415
+
+    fixed = ("kills", "clients", "seed", "scratch", "config")
+    given = [f"--{name}" for name in fixed if getattr(arguments, name) is not None]
+    given += [flag.written for flag in arguments.flags]
+    if given:
+        raise UsageError(problem=f"--resume goes on as the run began; leave out {', '.join(given)}")
+    folder = Path(arguments.resume).absolute()
+    state = resumed(folder)
+    settings = load(
+        environ={}, cwd=folder, config=_SETTINGS, secrets=folder / "no secrets"
+    ).settings
+    return folder, settings, state
+
+
+def _settings(theirs: Settings, folder: Path) -> Settings:
+    """Theirs, but for where things are and who gets the records."""
+    return theirs.model_copy(
+        update={
+            "data_dir": folder / _DATA,
+            "format": "json",
+            "source": SourceSettings(),
+            "http": theirs.http.model_copy(update={"listen": _HERE}),
+            "admin": theirs.admin.model_copy(update={"listen": _HERE}),
+            "log": LogSettings(level="info", format="json"),
+            "handler": HandlerSettings(
+                target="sqlite", options={"path": str(folder / _ROWS), "table": "records"}
+            ),
+            "drain": DrainSettings(timeout=theirs.drain.timeout),
+            "pipelines": {},
+        }
+    )
+
+
+def _toml(settings: Settings) -> list[str]:
+    lines = []
+    for path, value in values_of(settings):
+        text = shown(field_at(path), value)
+        if isinstance(text, bool):
+            written = "true" if text else "false"
+        else:
+            written = repr(text) if isinstance(text, int | float) else quoted(str(text))
+        lines.append(f"{dotted(path)} = {written}")
+    return lines
+
+
+def _scratch(named: str | None, data_dir: Path) -> Path:
+    """A folder on the file system of the data directory.
+
+    Raises:
+        ConfigError: it can't be made.
+    """
+    try:
+        if named is not None:
+            folder = Path(named).absolute()
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if any(folder.iterdir()):
+                raise ConfigError(problem=f"--scratch {folder}: is not empty")
+            return folder
+        return Path(tempfile.mkdtemp(prefix="ingestd-prove-", dir=_beside(data_dir.absolute())))
+    except OSError as error:
+        raise ConfigError(problem=f"no folder to work in: {error}; try --scratch") from error
+
+
+def _beside(data_dir: Path) -> Path:
+    """The folder above, or the data directory itself if it is the root of its file system."""
+    there = data_dir
+    while not there.exists():
+        there = there.parent
+    if there != data_dir:
+        return there
+    return there if there.stat().st_dev != there.parent.stat().st_dev else there.parent
+
+
+def _number(flag: str, given: int | None, default: int, least: int, most: int) -> int:
+    value = default if given is None else given
+    if not least <= value <= most:
+        raise UsageError(problem=f"{flag}: {value} is not between {least} and {most}")
+    return value
+
+
+def _seconds(written: str | None) -> float | None:
+    if written is None:
+        return None
+    try:
+        return parse_seconds(written)
+    except ValueError as error:
+        raise UsageError(problem=f"--seconds: {error}") from error
+
+
+# -- run ---------------------------------------------------------------------------------------
+
+
+def _prove(folder: Path, settings: Settings, state: State, seconds: float | None) -> Report:
+    from ingestd.prove.plan import bounds_of  # noqa: PLC0415  the other commands need none of it
+    from ingestd.prove.progress import STATE, Progress  # noqa: PLC0415
+    from ingestd.prove.prover import Prover, Task  # noqa: PLC0415
+
+    rows = folder / _ROWS
+    options = json.dumps(settings.handler.options)
+    arguments = ["run", "sqlite", "--config", str(folder / _SETTINGS), "--handler.options", options]
+    leave = settings.drain.timeout + _LEAVE_MORE
+    _progress(
+        f"seed {state.seed}, {state.kills} kills, {len(state.sent)} clients,"
+        f" journal {settings.journal.kind}, executor {settings.executor.kind}, in {folder}"
+    )
+    task = Task(arguments, folder, rows, bounds_of(settings), seconds, leave)
+    return Prover(task, Progress(state, folder / STATE), _progress).run()
+
+
+def _progress(line: str) -> None:
+    """One line that is written over on a terminal; lines otherwise."""
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns - 1
+        print(f"\r\x1b[K{line[:width]}", end="", file=sys.stderr, flush=True)
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+def _end_line() -> None:
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+
+
+def _show(result: Report, *, as_json: bool) -> None:
+    import msgspec  # noqa: PLC0415
+
+    from ingestd.prove.verdict import lines  # noqa: PLC0415
+
+    if as_json:
+        told: dict[str, Any] = msgspec.to_builtins(result)
+        say(json.dumps(told | told.pop("found"), indent=2))
+    else:
+        say("\n".join(lines(result)))

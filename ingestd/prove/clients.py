@@ -1,0 +1,156 @@
+"""Clients that post numbered records, and write down how each request ended."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+from typing import TYPE_CHECKING
+
+from ingestd.prove.plan import Body, Bounds, body_at
+
+if TYPE_CHECKING:
+    from ingestd.prove.progress import Progress
+
+_ANSWER_SECONDS = 60.0
+_AGAIN_SECONDS = 0.05
+# The daemon says with these that it took nothing of the request.
+_NOT_TAKEN = {"overloaded", "busy", "too-many-connections", "draining"}
+
+
+class Door:
+    """Where the daemon listens at the moment, if it does."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._port: int | None = None
+
+    def open(self, port: int | None) -> None:
+        """From now on it is there; `None`: nowhere."""
+        with self._changed:
+            self._port = port
+            self._changed.notify_all()
+
+    def wait(self, seconds: float) -> int | None:
+        """The port, as soon as there is one; `None` if there was none for so long."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._port is not None, seconds)
+            return self._port
+
+
+class Client:
+    """One client, a thread.
+
+    Args:
+        number: from 0.
+        seed: of the run.
+        bounds: of its requests.
+        door: where it sends them.
+        progress: where it writes down how they ended.
+        stop: it ends after the request that it is at.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        *,
+        seed: int,
+        bounds: Bounds,
+        door: Door,
+        progress: Progress,
+        stop: threading.Event,
+    ) -> None:
+        self.problem = ""
+        self._number = number
+        self._seed = seed
+        self._bounds = bounds
+        self._door = door
+        self._progress = progress
+        self._stop = stop
+        self._connection: http.client.HTTPConnection | None = None
+        self._port: int | None = None
+        self._thread = threading.Thread(target=self._run, name=f"client-{number}", daemon=True)
+
+    def start(self) -> None:
+        """Begins to send."""
+        self._thread.start()
+
+    def join(self) -> None:
+        """Waits for the end of it; `stop` is set."""
+        self._thread.join(_ANSWER_SECONDS + 5.0)
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set() and not self.problem:
+                first = self._progress.numbers(self._number, self._bounds.records)
+                body = body_at(self._seed, self._number, first, self._bounds)
+                self._stop.wait(body.pause)
+                self._deliver(body)
+        except OSError as error:  # the progress can't be written
+            self.problem = str(error)
+        finally:
+            self._disconnect()
+
+    def _deliver(self, body: Body) -> None:
+        """Sends a body until its outcome is known, or never will be."""
+        while not self._stop.is_set():
+            connection = self._connected()
+            if connection is None:
+                self._stop.wait(_AGAIN_SECONDS)
+                continue
+            try:
+                connection.request("POST", "/v1/records", body.data)
+                answer = connection.getresponse()
+                content = answer.read()
+            except (OSError, http.client.HTTPException):
+                # Perhaps it was taken: to send it again could double it.
+                self._disconnect()
+                self._progress.unknown(self._number, body.count)
+                return
+            if self._judge(answer, content, body):
+                return
+            self._stop.wait(_AGAIN_SECONDS)
+
+    def _judge(self, answer: http.client.HTTPResponse, content: bytes, body: Body) -> bool:
+        """Writes down what an answer means; whether that was the end of the request."""
+        told = _decoded(content)
+        kind = str(told.get("type", "")).rpartition(":")[2]
+        if answer.status == 202 and told.get("accepted") == body.count:
+            self._progress.accepted(self._number, body.count)
+        elif answer.status == 429 or kind in _NOT_TAKEN:
+            return False
+        elif 400 <= answer.status < 500 or answer.status == 202:
+            self.problem = f"the daemon answered {answer.status}: {told.get('detail', told)}"
+        else:
+            self._progress.unknown(self._number, body.count)
+        return True
+
+    def _connected(self) -> http.client.HTTPConnection | None:
+        """A connection to the daemon of now. A failure to connect has sent nothing."""
+        port = self._door.wait(_AGAIN_SECONDS)
+        if port != self._port:
+            self._disconnect()
+        if port is None:
+            return None
+        if self._connection is None:
+            self._connection = http.client.HTTPConnection("127.0.0.1", port, _ANSWER_SECONDS)
+            self._port = port
+        try:
+            if self._connection.sock is None:
+                self._connection.connect()
+        except OSError:
+            self._disconnect()
+        return self._connection
+
+    def _disconnect(self) -> None:
+        connection, self._connection, self._port = self._connection, None, None
+        if connection is not None:
+            connection.close()
+
+
+def _decoded(content: bytes) -> dict[str, object]:
+    try:
+        told = json.loads(content)
+    except ValueError:
+        return {}
+    return told if isinstance(told, dict) else {}

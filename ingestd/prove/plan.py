@@ -1,0 +1,96 @@
+"""What a seed decides: when the daemon is killed, and what the clients send. Pure.
+
+Every decision has a random generator of its own, seeded by the run's seed and the decision's place,
+so a run that was interrupted goes on with the plan it had.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from ingestd.base.settings import Settings
+
+SERVING_SECONDS_MAX = 1.5
+"""A daemon that is ready lives no longer."""
+_EARLY_SHARE = 0.25
+_EARLY_SPREAD = 1.1  # of the time to start: some early kills come just after it
+_RECORDS_MAX = 100
+_PAD_MAX = 256
+_PAUSE_MAX = 0.04
+_FRAME = len('{"client":255,"n":1099511627775,"pad":""}')
+_TEXT = "the quick brown fox jumps over the lazy dog; " * (_PAD_MAX // 45 + 1)
+
+
+class Kill(NamedTuple):
+    """When a life of the daemon ends.
+
+    Attributes:
+        early: counted from the start of the process; otherwise from its readiness.
+        part: of the longest time there is, in [0, 1).
+    """
+
+    early: bool
+    part: float
+
+    def after(self, start_seconds: float) -> float:
+        """Seconds from the start, or from readiness.
+
+        Args:
+            start_seconds: how long a start takes on this machine.
+        """
+        longest = _EARLY_SPREAD * start_seconds if self.early else SERVING_SECONDS_MAX
+        return self.part * longest
+
+
+class Bounds(NamedTuple):
+    """What the daemon's settings allow in one request."""
+
+    records: int
+    pad: int
+
+
+class Body(NamedTuple):
+    """One request.
+
+    Attributes:
+        first: the number of its first record.
+        count: of its records, which are numbered one by one.
+        data: lines of JSON.
+        pause: seconds to wait before it is sent.
+    """
+
+    first: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
+    data: bytes
+    pause: float
+
+
+def kill_at(seed: int, place: int) -> Kill:
+    """The kill at a place, from 0. The first one is late: the time to start is not known yet."""
+    dice = random.Random(f"{seed} kill {place}")  # noqa: S311  a seed is the point
+    early = dice.random() < _EARLY_SHARE and place > 0
+    return Kill(early, dice.random())
+
+
+def bounds_of(settings: Settings) -> Bounds:
+    """The largest requests that fit the settings."""
+    pad = min(_PAD_MAX, settings.record_bytes_max - _FRAME)
+    body = min(settings.http.body_bytes_max, settings.http.wire_bytes_max)
+    records = min(_RECORDS_MAX, settings.http.records_max, body // (_FRAME + max(pad, 0) + 1))
+    return Bounds(max(1, records), max(0, pad))
+
+
+def body_at(seed: int, client: int, first: int, bounds: Bounds) -> Body:
+    """A client's request that begins with a number. Small ones are as likely as large ones."""
+    dice = random.Random(f"{seed} client {client} from {first}")  # noqa: S311
+    count = int(math.exp(dice.random() * math.log(bounds.records + 1)))
+    pause = dice.random() * _PAUSE_MAX
+    data = b"".join(
+        b'{"client":%d,"n":%d,"pad":"%b"}\n'
+        % (client, n, _TEXT[: dice.randint(0, bounds.pad)].encode())
+        for n in range(first, first + count)
+    )
+    return Body(first, count, data, pause)

@@ -1,0 +1,173 @@
+"""What was sent, held against what is there."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from contextlib import closing
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from ingestd.prove.progress import Sent, State
+
+_LEDGER = ("accepted", "processed", "dead", "pending", "refused", "balanced")
+
+
+class Found(msgspec.Struct, frozen=True):
+    """What became of the records that were sent.
+
+    Attributes:
+        accepted: numbers for which a 202 was seen.
+        delivered: rows.
+        missing: accepted, and there is no row.
+        duplicated: numbers with more than one row.
+        unknown: in flight when the daemon died: may be there or not.
+        unknown_delivered: of these, are there.
+        strange: rows that nobody sent.
+    """
+
+    accepted: int
+    delivered: int
+    missing: int
+    duplicated: int
+    unknown: int
+    unknown_delivered: int
+    strange: int
+
+
+class Report(msgspec.Struct, frozen=True):
+    """How a run ended.
+
+    Attributes:
+        proved: nothing missing, doubled or strange, the ledger balances, the daemon left well.
+        seed: of the run.
+        kills: that were done.
+        kills_asked: that were asked for.
+        early: kills while the daemon started.
+        requests: that were accepted.
+        requests_unknown: without an answer.
+        found: see there.
+        recovery_median: seconds from the start of a process to its readiness, after a kill.
+        recovery_max: the longest of them.
+        ledger: the daemon's own account, over all its lives.
+        exit_code: the daemon's, at its end.
+    """
+
+    proved: bool
+    seed: int
+    kills: int
+    kills_asked: int
+    early: int
+    requests: int
+    requests_unknown: int
+    found: Found
+    recovery_median: float
+    recovery_max: float
+    ledger: dict[str, Any]
+    exit_code: int
+
+
+def rows_in(file: Path) -> Iterator[tuple[Any, Any]]:
+    """Client and number of each row; nothing, if nothing was ever delivered."""
+    if not file.exists():
+        return
+    with closing(sqlite3.connect(file)) as db:
+        if db.execute("SELECT 1 FROM sqlite_master WHERE name = 'records'").fetchone():
+            yield from db.execute("SELECT client, n FROM records")
+
+
+def compare(rows: Iterable[tuple[Any, Any]], sent: Sequence[Sent]) -> Found:
+    """Counts.
+
+    Args:
+        rows: client and number of each row.
+        sent: by client; nothing is in flight any more.
+    """
+    seen = [bytearray(one.next) for one in sent]
+    delivered = strange = 0
+    doubled: Counter[tuple[int, int]] = Counter()
+    for client, n in rows:
+        delivered += 1
+        if not (_is_in(client, len(sent)) and _is_in(n, sent[client].next)):
+            strange += 1
+        elif seen[client][n]:
+            doubled[client, n] += 1
+        else:
+            seen[client][n] = 1
+    unknown = sum(one.records_unknown for one in sent)
+    unknown_delivered = sum(
+        seen[client].count(1, first, first + count)
+        for client, one in enumerate(sent)
+        for first, count in one.unknown
+    )
+    absent = sum(numbers.count(0) for numbers in seen)
+    return Found(
+        accepted=sum(one.accepted for one in sent),
+        delivered=delivered,
+        missing=absent - (unknown - unknown_delivered),
+        duplicated=len(doubled),
+        unknown=unknown,
+        unknown_delivered=unknown_delivered,
+        strange=strange,
+    )
+
+
+def _is_in(value: object, end: int) -> bool:
+    return type(value) is int and 0 <= value < end
+
+
+def report(state: State, found: Found, drained: dict[str, Any], exit_code: int) -> Report:
+    """Everything together; `drained` is the daemon's last word."""
+    ledger = {key: drained.get(key) for key in _LEDGER}
+    flaws = found.missing or found.duplicated or found.strange or exit_code
+    return Report(
+        proved=not flaws and ledger["balanced"] is True and ledger["pending"] == 0,
+        seed=state.seed,
+        kills=state.killed,
+        kills_asked=state.kills,
+        early=state.early,
+        requests=sum(one.requests for one in state.sent),
+        requests_unknown=sum(len(one.unknown) for one in state.sent),
+        found=found,
+        recovery_median=round(median(state.starts), 3) if state.starts else 0.0,
+        recovery_max=round(max(state.starts), 3) if state.starts else 0.0,
+        ledger=ledger,
+        exit_code=exit_code,
+    )
+
+
+def lines(result: Report) -> list[str]:
+    """The report for people."""
+    found, ledger = result.found, result.ledger
+    doubt = f"{found.unknown:,} records in {result.requests_unknown:,} requests without an answer"
+    told = [
+        f"kills       {result.kills} of {result.kills_asked}, {result.early} while it started",
+        f"accepted    {found.accepted:,} records in {result.requests:,} requests",
+        f"delivered   {found.delivered:,}",
+        f"missing     {found.missing:,}",
+        f"duplicated  {found.duplicated:,}",
+        f"unknown     {doubt}; {found.unknown_delivered:,} of them are there",
+        f"recovery    median {result.recovery_median:.2f} s, longest {result.recovery_max:.2f} s",
+        "ledger      accepted {accepted} = processed {processed} + dead {dead} + pending {pending}"
+        "{}".format("" if ledger["balanced"] else "  DOES NOT BALANCE", **ledger),
+    ]
+    if found.strange:
+        told.append(f"strange     {found.strange:,} rows that nobody sent")
+    if result.exit_code:
+        told.append(f"exit code   {result.exit_code} of the daemon at its end")
+    told.append(_conclusion(result))
+    return told
+
+
+def _conclusion(result: Report) -> str:
+    if not result.proved:
+        return "FAILED"
+    if result.kills < result.kills_asked:
+        return "proved as far as it went: nothing is missing, nothing is there twice"
+    return "proved: nothing is missing, nothing is there twice"
