@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 def status_of(pipeline: Pipeline) -> PipelineStatus:
     """Where a pipeline stands now."""
     state, settings = pipeline.state(), pipeline.settings
+    space = pipeline.journal.space
+    if space is not None:
+        space.check()
     return PipelineStatus(
         accepted=state.accepted,
         processed=state.processed,
@@ -45,6 +48,7 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
         bounds_near=bounds_near(
             {
                 "journal.bytes_max": (state.journal_bytes, state.journal_bytes_max),
+                "journal.free_min": (space.free_min, space.free) if space else (0, 1),
                 "queue.bytes_max": (state.queue_bytes, settings.queue.bytes_max),
                 "queue.chunks_max": (state.queue_chunks, settings.queue.chunks_max),
                 "retry.waiting_max": (state.batches_waiting, settings.retry.waiting_max),

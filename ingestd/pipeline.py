@@ -27,6 +27,7 @@ from ingestd.execution.retry import Postponed, RetryRule, Settled, decide
 from ingestd.handlers.outcome import Job, Result
 from ingestd.isolation import Isolation
 from ingestd.journal.build import build_journal
+from ingestd.journal.idempotency import KeyRule
 from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Recovered, Settlement
 from ingestd.journal.outstanding import Outstanding
 from ingestd.journal.tail import Room, Tail
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 
     from ingestd.base.clock import Clock
     from ingestd.base.metrics import PipelineMetrics
+    from ingestd.base.once import Claim
     from ingestd.base.record import Refused
     from ingestd.base.settings import PipelineSettings
     from ingestd.execution.lane import Lane
@@ -76,6 +78,7 @@ class Pipeline:
         data_dir: the daemon's, for the handler.
         metrics: what it counts.
         clock: where time comes from.
+        keys: how long idempotency keys are kept, and how many.
     """
 
     def __init__(
@@ -87,22 +90,25 @@ class Pipeline:
         data_dir: Path,
         metrics: PipelineMetrics,
         clock: Clock,
+        keys: KeyRule = KeyRule(),  # noqa: B008  immutable
     ) -> None:
         self.name = name
         self.format = settings.format
         self.record_bytes_max = settings.record_bytes_max
         self.settings = settings
         self.journal = build_journal(
-            settings.journal, folder=folder, clock=clock, on_commit=metrics.committed
+            settings.journal,
+            folder=folder,
+            clock=clock,
+            on_commit=metrics.committed,
+            keys=keys,
         )
         self.room = Room(settings.queue.bytes_max)
         self.queue: asyncio.Queue[Chunk] = asyncio.Queue(settings.queue.chunks_max)
         self.batcher = Batcher(
             records_max=settings.batch.records_max, bytes_max=settings.batch.bytes_max
         )
-        self.line: Line[Batch] = Line(
-            waiting_max=settings.retry.waiting_max, on_empty=self._retime
-        )
+        self.line: Line[Batch] = Line(waiting_max=settings.retry.waiting_max, on_empty=self._retime)
         self.pool = build_pool(
             name, settings, data_dir=data_dir, on_restart=metrics.worker_restarted
         )
@@ -180,14 +186,24 @@ class Pipeline:
 
     # -- 1. accept: source → journal -----------------------------------------------------------
 
-    async def accept(self, records: Records, refused: Sequence[Refused] = ()) -> None:
+    async def begin(self, key: str, fingerprint: bytes) -> Claim | bytes:
+        """See `Intake.begin`."""
+        return await self.journal.keys.begin(key, fingerprint)
+
+    def forget(self, claim: Claim) -> None:
+        """See `Intake.forget`."""
+        self.journal.keys.forget(claim)
+
+    async def accept(
+        self, records: Records, refused: Sequence[Refused] = (), claim: Claim | None = None
+    ) -> None:
         """Returns once all of it is durable; all or nothing.
 
         Raises:
-            Overloaded: the journal is at its bound.
+            Overloaded: the journal is at its bound, or its disk.
             JournalFailed: it is poisoned.
         """
-        await self.journal.append(records, refused)
+        await self.journal.append(records, refused, claim)
         self._metrics.accepted(len(records.payload))
         for reason in {letter.reason for letter in refused}:
             sizes = [len(letter.payload) for letter in refused if letter.reason == reason]

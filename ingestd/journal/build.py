@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ingestd.journal.memory import MemoryJournal
+from ingestd.journal.space import Space
 from ingestd.journal.sqlite import SqliteJournal
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from ingestd.base.clock import Clock
     from ingestd.base.settings import JournalSettings
+    from ingestd.journal.idempotency import KeyRule
     from ingestd.journal.interface import Journal
 
 
@@ -22,6 +24,7 @@ def build_journal(
     folder: Path,
     clock: Clock,
     on_commit: Callable[[float, int, int], None],
+    keys: KeyRule,
 ) -> Journal:
     """The journal that the settings name, not opened yet.
 
@@ -30,9 +33,15 @@ def build_journal(
         folder: where `journal.db` lies; exists.
         clock: where time comes from.
         on_commit: called after each commit with (seconds, appends, bytes).
+        keys: how long idempotency keys are kept, and how many.
     """
     if settings.kind == "memory":
-        return MemoryJournal(bytes_max=settings.bytes_max, clock=clock)
+        return MemoryJournal(bytes_max=settings.bytes_max, clock=clock, keys=keys)
     return SqliteJournal(
-        folder / "journal.db", bytes_max=settings.bytes_max, clock=clock, on_commit=on_commit
+        folder / "journal.db",
+        bytes_max=settings.bytes_max,
+        clock=clock,
+        on_commit=on_commit,
+        keys=keys,
+        space=Space(folder, settings.free_min),
     )

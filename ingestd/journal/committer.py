@@ -8,6 +8,8 @@ A commit can fail in two ways (invariant 3 in `docs/ARCHITECTURE.md`):
 
 * no space: it was rolled back. The appends in it are refused. Everything else only makes the
   journal smaller in the end, and is tried again until there is space or the journal is closed.
+  It is tried alone: appends that come meanwhile are refused at once, so they can't take the space
+  that would end the lack of it; what else comes is put behind it, in order.
 * anything else, a failed sync above all: the journal is poisoned. The kernel may have dropped the
   pages that it could not write and report success next time, so nothing is tried again
   (https://wiki.postgresql.org/wiki/Fsync_Errors).
@@ -22,16 +24,19 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base.errors import JournalFailed, Overloaded
+from ingestd.base.rate import STALLED
 from ingestd.base.record import Layout, Records, Refused, join
 from ingestd.journal import checkpoint, salvage
+from ingestd.journal.idempotency import SWEEP_ROWS, SWEEP_SECONDS
 from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Sealed, Settlement
-from ingestd.journal.store import Store, Write
+from ingestd.journal.store import PAGE_BYTES, KeyChange, Store, Write
 
 if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Sequence
 
     from ingestd.base.clock import Clock
+    from ingestd.base.once import Claim
 
 COMMIT_BYTES = 16 << 20
 """A transaction takes no further append beyond this, so a sync stays short."""
@@ -40,14 +45,17 @@ JOIN_BYTES = 64 << 10
 CHUNK_BYTES = 1 << 20
 FULL_PAUSE = 0.25
 """Seconds between two tries when the disk is full."""
+_NO_SPACE = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE})
+"""The second one: the index of the WAL could not grow. Neither is a sync that failed."""
 
 
 class Append(NamedTuple):
-    """Records to accept."""
+    """Records to accept, and the idempotency key that they came with."""
 
     future: asyncio.Future[None]
     records: Records
     refused: Sequence[Refused]
+    claim: Claim | None = None
 
 
 class Seal(NamedTuple):
@@ -72,17 +80,32 @@ class Postpone(NamedTuple):
     batch: Sealed
 
 
-Op = Append | Seal | Settle | Postpone
+class Sweep(NamedTuple):
+    """Expired idempotency keys are to go now."""
+
+    future: asyncio.Future[None]
+
+
+Op = Append | Seal | Settle | Postpone | Sweep
 
 
 class Committed(NamedTuple):
-    """One commit, as it is reported to the loop."""
+    """One commit, as it is reported to the loop.
+
+    Attributes:
+        keys_gone: idempotency keys that were deleted.
+        at: when its records were accepted, seconds since the epoch.
+        reusable: bytes of free pages in the file after it.
+    """
 
     ops: Sequence[Op]
     chunks: Sequence[Chunk]
     ledger: Ledger
     seconds: float
     error: Exception | None = None
+    keys_gone: KeyChange = KeyChange()
+    at: float = 0.0
+    reusable: int | None = None
 
 
 class Committer:
@@ -93,6 +116,7 @@ class Committer:
         checkpointer: told what was written; says when the WAL should be started over.
         report: called on the thread with each `Committed`; must only hand it to the loop.
         clock: gives `accepted_at`.
+        keys_ttl: seconds that an idempotency key is kept.
     """
 
     def __init__(
@@ -101,6 +125,7 @@ class Committer:
         checkpointer: checkpoint.Checkpointer,
         report: Callable[[Committed], None],
         clock: Clock,
+        keys_ttl: float,
     ) -> None:
         self._store = store
         self._checkpointer = checkpointer
@@ -110,6 +135,10 @@ class Committer:
         self._again: list[Op] = []
         self._closing = threading.Event()
         self._poison: Exception | None = None
+        self._keys_ttl = keys_ttl
+        self._keys_left = store.stored_keys().count
+        self._keys_came = 0
+        self._swept_at = 0.0
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
 
     def start(self) -> None:
@@ -137,9 +166,10 @@ class Committer:
 
     def _gather(self, open_: bool) -> tuple[list[Op], bool]:
         """Everything that waits, up to the bound; blocks for the first operation."""
-        ops, self._again = self._again, []
-        if ops and not self._closing.wait(FULL_PAUSE):
-            pass  # a full disk: what is tried again has paused
+        if self._again:
+            self._closing.wait(FULL_PAUSE)
+            return self._gather_again(open_)
+        ops: list[Op] = []
         size = 0
         while open_ and size < COMMIT_BYTES:
             try:
@@ -153,6 +183,27 @@ class Committer:
                 size += len(op.records.payload)
         return ops, open_
 
+    def _gather_again(self, open_: bool) -> tuple[list[Op], bool]:
+        """The disk is full: what is tried again, and behind it what came and is no append."""
+        ops, self._again = self._again, []
+        appends: list[Op] = []
+        while open_:
+            try:
+                op = self._waiting.get_nowait()
+            except queue.Empty:
+                break
+            if op is None:
+                open_ = False
+            else:
+                (appends if type(op) is Append else ops).append(op)
+        if appends:
+            self._refuse(appends)
+        return ops, open_
+
+    def _refuse(self, appends: Sequence[Op]) -> None:
+        full = Overloaded(what="the disk of the journal", retry_after=STALLED)
+        self._report(Committed(appends, (), self._store.meta.ledger, 0.0, full))
+
     def _commit(self, ops: list[Op]) -> None:
         if self._poison is not None:
             self._report(Committed(ops, (), self._store.meta.ledger, 0.0, self._poison))
@@ -160,7 +211,7 @@ class Committer:
         started = time.perf_counter()
         write = self._plan(ops)
         try:
-            self._store.write(write)
+            gone = self._store.write(write)
         except Exception as error:  # noqa: BLE001  whatever it is, it decides about the journal
             self._failed(ops, error)
             return
@@ -168,14 +219,39 @@ class Committer:
         self._checkpointer.wrote(
             sum(len(c.records.payload) for c in write.chunks)
             + sum(len(letter.payload) for letter in write.refused)
-            + 4 * 16384
+            + (4 + len(write.claims)) * PAGE_BYTES
         )
-        self._report(Committed(ops, write.chunks, self._store.meta.ledger, seconds))
+        self._count_keys(write, gone)
+        self._report(
+            Committed(
+                ops,
+                write.chunks,
+                self._store.meta.ledger,
+                seconds,
+                keys_gone=gone,
+                at=write.at,
+                reusable=self._store.reusable_bytes(),
+            )
+        )
+
+    def _count_keys(self, write: Write, gone: KeyChange) -> None:
+        self._keys_left += len(write.claims) - gone.count
+        self._keys_came = len(write.claims) + (0 if write.sweep else self._keys_came)
+        if write.sweep:
+            self._swept_at = write.at
+
+    def _sweep(self, ops: Sequence[Op], now: float) -> int:
+        """How many of the oldest idempotency keys this commit looks at: usually none."""
+        if not self._keys_left:
+            return 0
+        due = abs(now - self._swept_at) >= SWEEP_SECONDS or any(type(op) is Sweep for op in ops)
+        return SWEEP_ROWS + 2 * self._keys_came if due else 0
 
     def _plan(self, ops: Sequence[Op]) -> Write:
         now = self._clock.now()
         appends = [op for op in ops if type(op) is Append]
         seals = [op for op in ops if type(op) is Seal]
+        sweep = self._sweep(ops, now)
         next_chunk = self._store.meta.last_chunk + 1
         return Write(
             chunks=[
@@ -187,16 +263,18 @@ class Committer:
             postponed=[op.batch for op in ops if type(op) is Postpone],
             settled=[op.settlement for op in ops if type(op) is Settle],
             cursor=seals[-1].cursor if seals else None,
+            claims=[op.claim for op in appends if op.claim is not None],
+            at=now,
+            sweep=sweep,
+            keys_before=now - self._keys_ttl,
         )
 
     def _failed(self, ops: Sequence[Op], error: Exception) -> None:
         ledger = self._store.meta.ledger
-        code = error.sqlite_errorcode & 0xFF if isinstance(error, sqlite3.Error) else None
-        if code == sqlite3.SQLITE_FULL:
+        if getattr(error, "sqlite_errorcode", None) in _NO_SPACE:
             refused = [op for op in ops if type(op) is Append]
             if refused:
-                full = Overloaded(what="the disk of the journal", retry_after=5.0)
-                self._report(Committed(refused, (), ledger, 0.0, full))
+                self._refuse(refused)
             self._again = [op for op in ops if type(op) is not Append]
             if not (self._again and self._closing.is_set()):
                 return

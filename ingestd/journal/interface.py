@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from asyncio import Future
     from collections.abc import Callable, Sequence
 
+    from ingestd.base.once import Claim
     from ingestd.base.record import Records, Refused, Span
+    from ingestd.journal.idempotency import Keys
+    from ingestd.journal.space import Space
 
 
 class Chunk(NamedTuple):
@@ -154,13 +157,22 @@ class Journal(Protocol):
     bytes: int
     bytes_max: int
     failed: Future[None]
+    keys: Keys
+    space: Space | None
 
     async def open(self, on_chunk: Callable[[Chunk], None]) -> Recovered:
         """Opens and recovers; from now on each new chunk is announced once it is durable."""
         ...
 
-    def append(self, records: Records, refused: Sequence[Refused]) -> Future[None]:
+    def append(
+        self, records: Records, refused: Sequence[Refused], claim: Claim | None = None
+    ) -> Future[None]:
         """Accepts records; resolved once they are durable.
+
+        Args:
+            records: may be empty.
+            refused: become dead letters.
+            claim: its key and answer are put down in the same commit, and it ends with it.
 
         Raises:
             Overloaded: the journal's bound, or the disk's.

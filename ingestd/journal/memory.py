@@ -7,12 +7,16 @@ a drain that runs out of time leaves behind is lost; the daemon then says so and
 from __future__ import annotations
 
 import asyncio
+import itertools
+import random
 import secrets
-from collections import deque
+from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import Overloaded
+from ingestd.base.rate import Rate, wait_for_room
 from ingestd.base.record import Records, Refused, Span, join
+from ingestd.journal.idempotency import Kept, KeyRule, Keys, size_of
 from ingestd.journal.interface import (
     Chunk,
     Cursor,
@@ -27,7 +31,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ingestd.base.clock import Clock
+    from ingestd.base.once import Claim
+    from ingestd.journal.space import Space
 
+SWEEP_EACH = 4
+"""Expired keys that may go with each new one."""
 DEAD_MAX = 10_000
 """Dead letters kept; older ones go first (they are gone with the process anyway)."""
 
@@ -38,17 +46,28 @@ class MemoryJournal:
     Args:
         bytes_max: bound on the bytes of chunks.
         clock: gives `accepted_at`.
+        keys: how long idempotency keys are kept, and how many; they are gone with the process too.
     """
 
     durable = False
+    space: Space | None = None
 
-    def __init__(self, *, bytes_max: int, clock: Clock) -> None:
+    def __init__(
+        self,
+        *,
+        bytes_max: int,
+        clock: Clock,
+        keys: KeyRule = KeyRule(),  # noqa: B008  immutable
+    ) -> None:
         self.id = secrets.token_hex(6)
         self.bytes_max = bytes_max
         self.bytes = 0
         self.ledger = Ledger()
         self.dead: deque[DeadLetter] = deque(maxlen=DEAD_MAX)
         self._clock = clock
+        self.keys = Keys(keys, clock, find=self._find_key, sweep=self._sweep)
+        self._kept: OrderedDict[str, tuple[Kept, int]] = OrderedDict()
+        self._drained = Rate(clock.monotonic())
         self._chunks: dict[int, Chunk] = {}
         self._last = 0
 
@@ -59,12 +78,19 @@ class MemoryJournal:
         self._on_chunk = on_chunk
         return Recovered([], Cursor(1, 0), 0, 1, {})
 
-    def append(self, records: Records, refused: Sequence[Refused]) -> asyncio.Future[None]:
+    def append(
+        self, records: Records, refused: Sequence[Refused], claim: Claim | None = None
+    ) -> asyncio.Future[None]:
         """See `Journal.append`."""
         size = len(records.payload) + len(records.sizes)
-        if self.bytes + size > self.bytes_max:
-            raise Overloaded(what="the journal", retry_after=1.0)
+        used = self.bytes + size + size_of(claim)
+        if used > self.bytes_max:
+            rate = self._drained.per_second(self._clock.monotonic())
+            after = wait_for_room(used, self.bytes_max, rate, random.random)
+            raise Overloaded(what="the journal", retry_after=after)
         now = self._clock.now()
+        if claim is not None:
+            self._keep_key(claim, now)
         for letter in refused:
             self.dead.append(
                 DeadLetter("", letter.reason, letter.detail, "", letter.payload, 0, now, now)
@@ -80,6 +106,34 @@ class MemoryJournal:
             self._chunks[chunk.id] = chunk
             self._on_chunk(chunk)
         return self._done()
+
+    def _keep_key(self, claim: Claim, now: float) -> None:
+        self._sweep()
+        self._forget_key(claim.key)  # an expired one
+        size = size_of(claim)
+        self._kept[claim.key] = Kept(claim.fingerprint, claim.answer, now), size
+        self.bytes += size
+        self.keys.count = len(self._kept)
+        claim.submitted = True
+        self.keys.resolved(claim, at=now, applied=True)
+
+    async def _find_key(self, key: str) -> Kept | None:
+        kept = self._kept.get(key)
+        return None if kept is None else kept[0]
+
+    def _sweep(self) -> None:
+        """The oldest keys that have expired go, a bounded number."""
+        before = self._clock.now() - self.keys.rule.ttl
+        for key in list(itertools.islice(self._kept, SWEEP_EACH)):
+            if self._kept[key][0].at > before:
+                break
+            self._forget_key(key)
+
+    def _forget_key(self, key: str) -> None:
+        gone = self._kept.pop(key, None)
+        if gone is not None:
+            self.bytes -= gone[1]
+            self.keys.count = len(self._kept)
 
     def seal(self, batch: Sealed, cursor: Cursor) -> asyncio.Future[None]:  # noqa: ARG002
         """See `Journal.seal`."""
@@ -99,6 +153,7 @@ class MemoryJournal:
         for chunk in settlement.finished:
             del self._chunks[chunk]
         self.bytes -= settlement.finished_bytes
+        self._drained.add(settlement.finished_bytes, self._clock.monotonic())
         return self._done()
 
     async def read(self, first: int, bytes_max: int) -> list[Chunk]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import random
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from ingestd.base.errors import DataDirError, JournalFailed, Overloaded
+from ingestd.base.rate import Rate, wait_for_room
 from ingestd.base.record import Records, Refused, Span, join
 from ingestd.journal import salvage
 from ingestd.journal.checkpoint import Checkpointer
@@ -21,18 +23,23 @@ from ingestd.journal.committer import (
     Append,
     Committed,
     Committer,
+    Op,
     Postpone,
     Seal,
     Settle,
+    Sweep,
 )
+from ingestd.journal.idempotency import Kept, KeyRule, Keys, size_of
 from ingestd.journal.interface import Chunk, Cursor, Ledger, Recovered, Sealed, Settlement
-from ingestd.journal.store import Store, connect, count_pending, read_chunks, read_some
+from ingestd.journal.store import Store, connect, count_pending, find_key, read_chunks, read_some
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from ingestd.base.clock import Clock
+    from ingestd.base.once import Claim
+    from ingestd.journal.space import Space
 
 
 T = TypeVar("T")
@@ -46,6 +53,8 @@ class SqliteJournal:
         bytes_max: bound on the bytes of chunks and dead letters.
         clock: gives `accepted_at`.
         on_commit: called on the loop after each commit with (seconds, operations, bytes).
+        keys: how long idempotency keys are kept, and how many.
+        space: watches the disk; without one only a failed commit tells that it is full.
     """
 
     durable = True
@@ -57,6 +66,8 @@ class SqliteJournal:
         bytes_max: int,
         clock: Clock,
         on_commit: Callable[[float, int, int], None],
+        keys: KeyRule = KeyRule(),  # noqa: B008  immutable
+        space: Space | None = None,
     ) -> None:
         self.path = path
         self.bytes_max = bytes_max
@@ -65,6 +76,10 @@ class SqliteJournal:
         self.bytes = 0
         self._clock = clock
         self._on_commit = on_commit
+        self.keys = Keys(keys, clock, find=self._find_key, sweep=self._sweep)
+        self.space = space
+        self._sweeping: asyncio.Future[None] | None = None
+        self._drained = Rate(clock.monotonic())
 
     async def open(self, on_chunk: Callable[[Chunk], None]) -> Recovered:
         """See `Journal.open`.
@@ -98,6 +113,9 @@ class SqliteJournal:
                 set_aside = salvage.repair(self.path, self._clock.now())
                 store, recovered = _open_store(self.path)
             self.id, self.ledger, self.bytes = store.id, store.meta.ledger, store.stored_bytes()
+            self.keys.count = store.stored_keys().count
+            if self.space is not None:
+                self.space.reusable = store.reusable_bytes()
             self._reading = connect(self.path)
         except (sqlite3.Error, OSError) as error:
             if _is_passing(error):
@@ -105,20 +123,35 @@ class SqliteJournal:
             raise DataDirError(path=self.path, problem=str(error)) from error
         self._store = store
         self._checkpointer = Checkpointer(self.path)
-        self._committer = Committer(store, self._checkpointer, self._report, self._clock)
+        self._committer = Committer(
+            store, self._checkpointer, self._report, self._clock, self.keys.rule.ttl
+        )
         return recovered._replace(set_aside=set_aside)
 
-    def append(self, records: Records, refused: Sequence[Refused]) -> asyncio.Future[None]:
+    def append(
+        self, records: Records, refused: Sequence[Refused], claim: Claim | None = None
+    ) -> asyncio.Future[None]:
         """See `Journal.append`."""
         if self.failed.done():
             raise JournalFailed(path=self.path, problem="an earlier commit failed")
         size = _size(records, refused)
+        if claim is not None:
+            size += size_of(claim)
         if self.bytes + size > self.bytes_max:
-            raise Overloaded(what="the journal", retry_after=5.0)
+            raise self._full("the journal", self.bytes + size, self.bytes_max)
+        if self.space is not None and self.space.low(self._clock.monotonic()):
+            missing = self.space.free_min - self.space.free
+            raise self._full("the disk of the journal", self.bytes, self.bytes - missing)
         self.bytes += size
         future: asyncio.Future[None] = self._loop.create_future()
-        self._committer.submit(Append(future, records, refused))
+        self._committer.submit(Append(future, records, refused, claim))
+        if claim is not None:
+            claim.submitted = True
         return future
+
+    def _full(self, what: str, used: float, bound: float) -> Overloaded:
+        rate = self._drained.per_second(self._clock.monotonic())
+        return Overloaded(what=what, retry_after=wait_for_room(used, bound, rate, random.random))
 
     def seal(self, batch: Sealed, cursor: Cursor) -> asyncio.Future[None]:
         """See `Journal.seal`."""
@@ -137,6 +170,16 @@ class SqliteJournal:
         future: asyncio.Future[None] = self._loop.create_future()
         self._committer.submit(Postpone(future, batch))
         return future
+
+    async def _find_key(self, key: str) -> Kept | None:
+        return await self._read(find_key, self._reading, key)
+
+    def _sweep(self) -> None:
+        """Asks for expired keys to go, where no commit of an append will do it by the way."""
+        if self._sweeping is None or self._sweeping.done():
+            self._sweeping = self._loop.create_future()
+            self._sweeping.add_done_callback(lambda future: future.exception())
+            self._committer.submit(Sweep(self._sweeping))
 
     async def read(self, first: int, bytes_max: int) -> list[Chunk]:
         """See `Journal.read`."""
@@ -173,8 +216,11 @@ class SqliteJournal:
     def _committed(self, committed: Committed) -> None:
         error = committed.error
         self.ledger = committed.ledger
+        self._keys_changed(committed)
         for op in committed.ops:
             self._account(op, applied=error is None)
+            if type(op) is Append and op.claim is not None:
+                self._claim_ended(op.claim, committed)
         for chunk in committed.chunks:
             self._on_chunk(chunk)
         for op in committed.ops:
@@ -190,12 +236,27 @@ class SqliteJournal:
             size = sum(len(chunk.records.payload) for chunk in committed.chunks)
             self._on_commit(committed.seconds, len(committed.ops), size)
 
-    def _account(self, op: Append | Seal | Settle | Postpone, *, applied: bool) -> None:
+    def _claim_ended(self, claim: Claim, committed: Committed) -> None:
+        applied = committed.error is None
+        if applied:
+            self.keys.count += 1
+        else:
+            self.bytes -= size_of(claim)
+        self.keys.resolved(claim, at=committed.at, applied=applied)
+
+    def _keys_changed(self, committed: Committed) -> None:
+        self.keys.count -= committed.keys_gone.count
+        self.bytes -= committed.keys_gone.bytes
+        if self.space is not None and committed.reusable is not None:
+            self.space.reusable = committed.reusable
+
+    def _account(self, op: Op, *, applied: bool) -> None:
         if type(op) is Append and not applied:
             self.bytes -= _size(op.records, op.refused)
         elif type(op) is Settle and applied:
             dead = sum(len(letter.payload) for letter in op.settlement.dead)
             self.bytes += dead - op.settlement.finished_bytes
+            self._drained.add(op.settlement.finished_bytes, self._clock.monotonic())
 
     async def close(self) -> tuple[Ledger, int | None]:
         """See `Journal.close`."""

@@ -21,6 +21,7 @@ import msgspec
 
 from ingestd.base.errors import JournalUnreadable
 from ingestd.base.record import Layout, Records, Span
+from ingestd.journal.idempotency import Kept, size_of
 from ingestd.journal.interface import (
     Chunk,
     Cursor,
@@ -34,6 +35,8 @@ from ingestd.journal.interface import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
+
+    from ingestd.base.once import Claim
 
 APPLICATION_ID = 0x696E6764  # "ingd"
 VERSION = 1
@@ -56,6 +59,9 @@ CREATE TABLE damaged(
     id INTEGER PRIMARY KEY, accepted_at REAL NOT NULL, count INTEGER NOT NULL,
     bytes INTEGER NOT NULL, layout INTEGER NOT NULL, crc INTEGER NOT NULL,
     sizes BLOB NOT NULL, payload BLOB NOT NULL) STRICT;
+CREATE TABLE keys(
+    id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, at REAL NOT NULL, bytes INTEGER NOT NULL,
+    fingerprint BLOB NOT NULL, answer BLOB NOT NULL) STRICT;
 CREATE TABLE meta(
     one INTEGER PRIMARY KEY CHECK (one = 1), journal TEXT NOT NULL,
     accepted INTEGER NOT NULL, processed INTEGER NOT NULL, dead INTEGER NOT NULL,
@@ -76,8 +82,20 @@ class Meta(NamedTuple):
     next_batch: int
 
 
+class KeyChange(NamedTuple):
+    """How many idempotency keys, and bytes of them, a commit removed or there are."""
+
+    count: int = 0  # type: ignore[assignment]  # hides tuple.count
+    bytes: int = 0
+
+
 class Write(NamedTuple):
-    """Everything that one commit writes."""
+    """Everything that one commit writes.
+
+    Attributes:
+        claims: idempotency keys that come, accepted at `at`; an expired one of the same name goes.
+        sweep: at most so many of the oldest keys go, as far as they came before `keys_before`.
+    """
 
     chunks: Sequence[Chunk]
     refused: Sequence[DeadLetter]
@@ -85,6 +103,10 @@ class Write(NamedTuple):
     postponed: Sequence[Sealed]
     settled: Sequence[Settlement]
     cursor: Cursor | None
+    claims: Sequence[Claim] = ()
+    at: float = 0.0
+    sweep: int = 0
+    keys_before: float = 0.0
 
 
 def checksum(chunk: int, records: Records) -> int:
@@ -160,17 +182,23 @@ class Store:
         finally:
             os.close(fd)
 
-    def write(self, write: Write) -> None:
+    def write(self, write: Write) -> KeyChange:
         """Applies everything in one transaction and returns once it is synced.
+
+        Returns:
+            The idempotency keys that went.
 
         Raises:
             sqlite3.Error: nothing was applied; `meta` is unchanged.
         """
         db, meta = self.connection, _advance(self.meta, write)
+        gone = KeyChange()
         db.execute("BEGIN IMMEDIATE")
         try:
             _insert(db, write)
             _remove(db, write)
+            if write.claims or write.sweep:
+                gone = _change_keys(db, write)
             db.execute(
                 "UPDATE meta SET accepted=?, processed=?, dead=?, refused=?,"
                 " cursor_chunk=?, cursor_record=?, last_chunk=?, next_batch=?",
@@ -182,6 +210,7 @@ class Store:
                 db.execute("ROLLBACK")
             raise
         self.meta = meta
+        return gone
 
     def recovered(self) -> Recovered:
         """What is there to be done, for the start."""
@@ -206,7 +235,17 @@ class Store:
         (chunks,) = self.connection.execute("SELECT total(bytes) FROM chunks").fetchone()
         (dead,) = self.connection.execute("SELECT total(bytes) FROM dead").fetchone()
         (damaged,) = self.connection.execute("SELECT total(bytes) FROM damaged").fetchone()
-        return int(chunks + dead + damaged)
+        return int(chunks + dead + damaged) + self.stored_keys().bytes
+
+    def stored_keys(self) -> KeyChange:
+        """The idempotency keys that are there, expired ones included."""
+        row = self.connection.execute("SELECT count(*), total(bytes) FROM keys").fetchone()
+        return KeyChange(row[0], int(row[1]))
+
+    def reusable_bytes(self) -> int:
+        """Pages of the file that are free: what comes next goes there first."""
+        (pages,) = self.connection.execute("PRAGMA freelist_count").fetchone()
+        return int(pages) * PAGE_BYTES
 
     def close(self) -> None:
         """Leaves one tidy file where that is possible."""
@@ -262,6 +301,37 @@ def _remove(db: sqlite3.Connection, write: Write) -> None:
         finished = [(chunk,) for s in write.settled for chunk in s.finished]
         if finished:
             db.executemany("DELETE FROM chunks WHERE id=?", finished)
+
+
+def _change_keys(db: sqlite3.Connection, write: Write) -> KeyChange:
+    """The expired keys go, bounded, and the new ones come; in that order, so none comes twice."""
+    gone = KeyChange()
+    if write.sweep:
+        # Only the oldest are looked at: this stays cheap however many keys there are.
+        gone = _delete_keys(
+            db,
+            "id IN (SELECT id FROM keys ORDER BY id LIMIT ?) AND at <= ?",
+            (write.sweep, write.keys_before),
+        )
+    for claim in write.claims:
+        replaced = _delete_keys(db, "key = ?", (claim.key,))
+        gone = KeyChange(gone.count + replaced.count, gone.bytes + replaced.bytes)
+    db.executemany(
+        "INSERT INTO keys(key, at, bytes, fingerprint, answer) VALUES(?,?,?,?,?)",
+        [(c.key, write.at, size_of(c), c.fingerprint, c.answer) for c in write.claims],
+    )
+    return gone
+
+
+def _delete_keys(db: sqlite3.Connection, where: str, parameters: tuple[object, ...]) -> KeyChange:
+    rows = db.execute(f"DELETE FROM keys WHERE {where} RETURNING bytes", parameters).fetchall()  # noqa: S608
+    return KeyChange(len(rows), sum(row[0] for row in rows))
+
+
+def find_key(db: sqlite3.Connection, key: str) -> Kept | None:
+    """What is stored for an idempotency key, expired or not."""
+    row = db.execute("SELECT fingerprint, answer, at FROM keys WHERE key = ?", (key,)).fetchone()
+    return None if row is None else Kept(*row)
 
 
 def chunk_row(chunk: Chunk) -> tuple[object, ...]:
