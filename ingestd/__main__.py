@@ -7,7 +7,7 @@ import traceback
 from typing import TYPE_CHECKING, Protocol
 
 from ingestd.base.errors import Exit, IngestdError
-from ingestd.cli import check, prove, run
+from ingestd.cli import check, dead, prove, run
 from ingestd.cli.arguments import Parser, add_settings, handler_from
 from ingestd.cli.output import discard_stdout, fail, say
 
@@ -26,7 +26,15 @@ class Command(Protocol):
         """Does it; the exit code."""
 
 
+class Tool(Command, Protocol):
+    """A command with arguments of its own, for the data of a daemon."""
+
+    def add_arguments(self, parser: argparse.ArgumentParser, /) -> None:
+        """Adds them; each parser sets itself as the default `leaf`."""
+
+
 COMMANDS: dict[str, Command] = {"run": run, "check": check, "prove": prove}
+TOOLS: dict[str, Tool] = {"dead": dead}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,11 +67,20 @@ def _execute(argv: Sequence[str]) -> int:
         return int(Exit.OK)
     if arguments.command is None:
         handler_from(words, parser)
-        parser.error(f"which command? {' or '.join(COMMANDS)}")
+        parser.error(f"which command? {' or '.join((*COMMANDS, *TOOLS))}")
+    if arguments.command in TOOLS:
+        return _execute_tool(arguments, words)
     handler = handler_from(words, commands[arguments.command])
     if handler:
         arguments.flags = [*arguments.flags, handler]
     return COMMANDS[arguments.command].execute(arguments)
+
+
+def _execute_tool(arguments: argparse.Namespace, words: Sequence[str]) -> int:
+    unexpected = handler_from(words, arguments.leaf)
+    if unexpected is not None:
+        arguments.leaf.error(f"unexpected argument {unexpected.value!r}")
+    return TOOLS[arguments.command].execute(arguments)
 
 
 def _parser(argv: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
@@ -85,6 +102,9 @@ def _parser(argv: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
         add_settings(commands[name], argv)
         if add_arguments := getattr(command, "add_arguments", None):
             add_arguments(commands[name])
+    for name, tool in TOOLS.items():
+        commands[name] = subparsers.add_parser(name, help=tool.HELP, description=tool.DESCRIPTION)
+        tool.add_arguments(commands[name])
     return parser, commands
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ingestd.admin.view import (
     BatchesStatus,
+    DeadLettersStatus,
     JournalStatus,
     PipelineStatus,
     QueueStatus,
@@ -44,10 +45,14 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
             running=state.lanes_busy,
             waiting_retry=state.batches_waiting,
         ),
+        dead_letters=DeadLettersStatus(
+            kept=state.letters, bytes=state.letters_bytes, bytes_max=state.letters_bytes_max
+        ),
         oldest_pending_seconds=round(state.oldest_pending_seconds, 3),
         bounds_near=bounds_near(
             {
                 "journal.bytes_max": (state.journal_bytes, state.journal_bytes_max),
+                "dead.bytes_max": (state.letters_bytes, state.letters_bytes_max),
                 "journal.free_min": (space.free_min, space.free) if space else (0, 1),
                 "queue.bytes_max": (state.queue_bytes, settings.queue.bytes_max),
                 "queue.chunks_max": (state.queue_chunks, settings.queue.chunks_max),

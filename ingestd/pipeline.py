@@ -29,6 +29,7 @@ from ingestd.isolation import Isolation
 from ingestd.journal.build import build_journal
 from ingestd.journal.idempotency import KeyRule
 from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Recovered, Settlement
+from ingestd.journal.keeper import Keeper
 from ingestd.journal.outstanding import Outstanding
 from ingestd.journal.tail import Room, Tail
 from ingestd.settling import as_sealed, damage_letters, dead_letters, replacements
@@ -101,14 +102,18 @@ class Pipeline:
             folder=folder,
             clock=clock,
             on_commit=metrics.committed,
+            dead_bytes_max=settings.dead.bytes_max,
             keys=keys,
         )
+        self.keeper = Keeper(name, self.journal, settings.dead, clock)
         self.room = Room(settings.queue.bytes_max)
         self.queue: asyncio.Queue[Chunk] = asyncio.Queue(settings.queue.chunks_max)
         self.batcher = Batcher(
             records_max=settings.batch.records_max, bytes_max=settings.batch.bytes_max
         )
-        self.line: Line[Batch] = Line(waiting_max=settings.retry.waiting_max, on_empty=self._retime)
+        self.line: Line[Batch] = Line(
+            waiting_max=settings.retry.waiting_max, on_empty=self._retime
+        )
         self.pool = build_pool(
             name, settings, data_dir=data_dir, on_restart=metrics.worker_restarted
         )
@@ -150,7 +155,13 @@ class Pipeline:
             self._own(self._pump(), name=f"{self.name}-pump"),
             self._own(self._consume(), name=f"{self.name}-consume"),
             self._own(self._dispatch(), name=f"{self.name}-dispatch"),
+            self._own(self.keeper.run(), name=f"{self.name}-keeper"),
         ]
+        # What a person asked for while nothing ran comes back before anything new is taken.
+        looked = self._loop.create_task(self.keeper.looked.wait())
+        ends: set[asyncio.Future[Any]] = {looked, self.broken}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        looked.cancel()
 
     def _recover(self, recovered: Recovered) -> None:
         """Sealed batches first, under their old ids; then the chunks from the cursor on."""
@@ -460,6 +471,7 @@ class Pipeline:
         as soon as all that is left waits for a retry beyond it.
         """
         self._leaving = True
+        self.keeper.stop()
         self._retime()
         joined = self._loop.create_task(self._joined(), name=f"{self.name}-join")
         try:
@@ -514,6 +526,7 @@ class Pipeline:
     def state(self) -> PipelineState:
         """Where the pipeline stands, for metrics and status."""
         ledger, oldest = self.journal.ledger, self.outstanding.oldest
+        letters = self.journal.dead_totals
         return PipelineState(
             accepted=ledger.accepted,
             processed=ledger.processed,
@@ -527,6 +540,13 @@ class Pipeline:
             lanes_busy=self.running,
             batches_waiting=self.line.waiting,
             oldest_pending_seconds=max(0.0, self._clock.now() - oldest) if oldest else 0.0,
+            letters=letters.letters,
+            letters_bytes=letters.bytes,
+            letters_bytes_max=self.journal.dead_bytes_max,
+            revived=letters.revived,
+            readmitted=letters.readmitted,
+            expired=letters.expired,
+            purged=letters.purged,
         )
 
     # -- tasks ---------------------------------------------------------------------------------

@@ -97,6 +97,19 @@ def add_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         _add(group, flag, flag.removeprefix("--"), "VALUE", argparse.SUPPRESS)
 
 
+def add_data_dir(parser: argparse.ArgumentParser) -> None:
+    """The flags that tell a tool where the daemon's data is, as `run` would find it."""
+    parser.set_defaults(flags=[])
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="TOML file [./ingestd.toml, else /etc/ingestd/ingestd.toml]",
+    )
+    group = parser.add_argument_group("where")
+    _add(group, "--data-dir", "data_dir", "DIR", "the daemon's data directory, as for run")
+    _add(group, "--data_dir", "data_dir", "DIR", argparse.SUPPRESS)
+
+
 def _add(
     group: argparse._ArgumentGroup,
     flag: str,

@@ -24,6 +24,7 @@ def build_journal(
     folder: Path,
     clock: Clock,
     on_commit: Callable[[float, int, int], None],
+    dead_bytes_max: int,
     keys: KeyRule,
 ) -> Journal:
     """The journal that the settings name, not opened yet.
@@ -33,15 +34,19 @@ def build_journal(
         folder: where `journal.db` lies; exists.
         clock: where time comes from.
         on_commit: called after each commit with (seconds, appends, bytes).
+        dead_bytes_max: bound on what dead letters take.
         keys: how long idempotency keys are kept, and how many.
     """
     if settings.kind == "memory":
-        return MemoryJournal(bytes_max=settings.bytes_max, clock=clock, keys=keys)
+        return MemoryJournal(
+            bytes_max=settings.bytes_max, dead_bytes_max=dead_bytes_max, clock=clock, keys=keys
+        )
     return SqliteJournal(
         folder / "journal.db",
         bytes_max=settings.bytes_max,
         clock=clock,
         on_commit=on_commit,
+        dead_bytes_max=dead_bytes_max,
         keys=keys,
         space=Space(folder, settings.free_min),
     )

@@ -6,8 +6,9 @@ gathers, so the more load there is, the more operations share a sync.
 
 A commit can fail in two ways (invariant 3 in `docs/ARCHITECTURE.md`):
 
-* no space: it was rolled back. The appends in it are refused. Everything else only makes the
-  journal smaller in the end, and is tried again until there is space or the journal is closed.
+* no space: it was rolled back. The appends in it are refused, and so is what was to be done with
+  dead letters. Everything else only makes the journal smaller in the end, and is tried again until
+  there is space or the journal is closed.
   It is tried alone: appends that come meanwhile are refused at once, so they can't take the space
   that would end the lack of it; what else comes is put behind it, in order.
 * anything else, a failed sync above all: the journal is poisoned. The kernel may have dropped the
@@ -28,7 +29,16 @@ from ingestd.base.rate import STALLED
 from ingestd.base.record import Layout, Records, Refused, join
 from ingestd.journal import checkpoint, salvage
 from ingestd.journal.idempotency import SWEEP_ROWS, SWEEP_SECONDS
-from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Sealed, Settlement
+from ingestd.journal.interface import (
+    Chunk,
+    Cursor,
+    DeadLetter,
+    DeadTotals,
+    Ledger,
+    Moved,
+    Sealed,
+    Settlement,
+)
 from ingestd.journal.store import PAGE_BYTES, KeyChange, Store, Write
 
 if TYPE_CHECKING:
@@ -86,7 +96,22 @@ class Sweep(NamedTuple):
     future: asyncio.Future[None]
 
 
-Op = Append | Seal | Settle | Postpone | Sweep
+class Revive(NamedTuple):
+    """Dead letters that are marked become records again, as many as one transaction takes."""
+
+    future: asyncio.Future[Moved]
+
+
+class Expire(NamedTuple):
+    """Dead letters that were given up before this time go, as many as one transaction takes."""
+
+    future: asyncio.Future[Moved]
+    before: float
+
+
+Op = Append | Seal | Settle | Postpone | Sweep | Revive | Expire
+_TRIED_ONCE = frozenset({Append, Revive, Expire})
+"""What a full disk refuses: whoever asked can ask again."""
 
 
 class Committed(NamedTuple):
@@ -95,6 +120,8 @@ class Committed(NamedTuple):
     Attributes:
         keys_gone: idempotency keys that were deleted.
         at: when its records were accepted, seconds since the epoch.
+        dead: the dead letters after it; `None` if it failed.
+        moved: what it did to dead letters that were there.
         reusable: bytes of free pages in the file after it.
     """
 
@@ -104,6 +131,8 @@ class Committed(NamedTuple):
     seconds: float
     error: Exception | None = None
     keys_gone: KeyChange = KeyChange()
+    dead: DeadTotals | None = None
+    moved: Moved = Moved()
     at: float = 0.0
     reusable: int | None = None
 
@@ -195,7 +224,7 @@ class Committer:
             if op is None:
                 open_ = False
             else:
-                (appends if type(op) is Append else ops).append(op)
+                (appends if type(op) in _TRIED_ONCE else ops).append(op)
         if appends:
             self._refuse(appends)
         return ops, open_
@@ -215,9 +244,14 @@ class Committer:
         except Exception as error:  # noqa: BLE001  whatever it is, it decides about the journal
             self._failed(ops, error)
             return
+        if not self._store.in_place():
+            self._failed(ops, OSError("the file was removed or replaced"))
+            return
         seconds = time.perf_counter() - started
+        moved = self._store.moved
+        chunks = [*write.chunks, moved.chunk] if moved.chunk else write.chunks
         self._checkpointer.wrote(
-            sum(len(c.records.payload) for c in write.chunks)
+            sum(len(c.records.payload) for c in chunks)
             + sum(len(letter.payload) for letter in write.refused)
             + (4 + len(write.claims)) * PAGE_BYTES
         )
@@ -225,10 +259,12 @@ class Committer:
         self._report(
             Committed(
                 ops,
-                write.chunks,
+                chunks,
                 self._store.meta.ledger,
                 seconds,
                 keys_gone=gone,
+                dead=self._store.dead,
+                moved=moved,
                 at=write.at,
                 reusable=self._store.reusable_bytes(),
             )
@@ -263,6 +299,8 @@ class Committer:
             postponed=[op.batch for op in ops if type(op) is Postpone],
             settled=[op.settlement for op in ops if type(op) is Settle],
             cursor=seals[-1].cursor if seals else None,
+            revive_at=now if any(type(op) is Revive for op in ops) else None,
+            expire_before=max((op.before for op in ops if type(op) is Expire), default=None),
             claims=[op.claim for op in appends if op.claim is not None],
             at=now,
             sweep=sweep,
@@ -272,10 +310,10 @@ class Committer:
     def _failed(self, ops: Sequence[Op], error: Exception) -> None:
         ledger = self._store.meta.ledger
         if getattr(error, "sqlite_errorcode", None) in _NO_SPACE:
-            refused = [op for op in ops if type(op) is Append]
+            refused = [op for op in ops if type(op) in _TRIED_ONCE]
             if refused:
                 self._refuse(refused)
-            self._again = [op for op in ops if type(op) is not Append]
+            self._again = [op for op in ops if type(op) not in _TRIED_ONCE]
             if not (self._again and self._closing.is_set()):
                 return
             ops, self._again = self._again, []

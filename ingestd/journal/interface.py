@@ -1,7 +1,8 @@
-"""What a journal is: five operations, each atomic and durable when its future resolves.
+"""What a journal is: a few operations, each atomic and durable when its future resolves.
 
 `append` accepts records, `seal` writes a batch down, `settle` and `postpone` write down what became
-of it, and `read`/`load` bring records back. `docs/ARCHITECTURE.md` has the invariants.
+of it, and `read`/`load` bring records back. `revive` takes dead letters back that a person has
+marked, `expire` lets old ones go. `docs/ARCHITECTURE.md` has the invariants.
 """
 
 from __future__ import annotations
@@ -110,6 +111,42 @@ class Settlement(NamedTuple):
     damaged: Sequence[int] = ()
 
 
+class DeadTotals(NamedTuple):
+    """The dead letters that a journal keeps, and those that went over its life.
+
+    Attributes:
+        letters: kept now.
+        bytes: what they take, with their errors and tracebacks.
+        revived: accepted records that were given up and then fed again.
+        readmitted: records refused at the door and then accepted after all.
+        expired: went because they were older than `dead.age_max`.
+        purged: a person deleted them.
+    """
+
+    letters: int = 0
+    bytes: int = 0
+    revived: int = 0
+    readmitted: int = 0
+    expired: int = 0
+    purged: int = 0
+
+
+class Moved(NamedTuple):
+    """What one commit did to the dead letters that were there.
+
+    Attributes:
+        chunk: the marked ones that are records again, if there were any.
+        revived: of these, how many had been accepted: they go from dead to pending.
+        readmitted: the others, refused at the door once: accepted for the first time.
+        expired: letters that were too old.
+    """
+
+    chunk: Chunk | None = None
+    revived: int = 0
+    readmitted: int = 0
+    expired: int = 0
+
+
 class Ledger(NamedTuple):
     """The numbers of promise 2 over the life of the data directory, after some commit.
 
@@ -156,6 +193,8 @@ class Journal(Protocol):
     ledger: Ledger
     bytes: int
     bytes_max: int
+    dead_totals: DeadTotals
+    dead_bytes_max: int
     failed: Future[None]
     keys: Keys
     space: Space | None
@@ -175,7 +214,7 @@ class Journal(Protocol):
             claim: its key and answer are put down in the same commit, and it ends with it.
 
         Raises:
-            Overloaded: the journal's bound, or the disk's.
+            Overloaded: the journal's bound, the dead letters', or the disk's.
             JournalFailed: it is poisoned.
         """
         ...
@@ -190,6 +229,28 @@ class Journal(Protocol):
 
     def postpone(self, batch: Sealed) -> Future[None]:
         """Writes down a batch's new attempts and due time."""
+        ...
+
+    async def look(self) -> bool:
+        """Whether dead letters are marked to be fed again; brings `dead_totals` up to date."""
+        ...
+
+    def revive(self) -> Future[Moved]:
+        """Takes some of the marked dead letters back, as a chunk like any other.
+
+        Raises:
+            Overloaded: the disk is full.
+            JournalFailed: it is poisoned.
+        """
+        ...
+
+    def expire(self, before: float) -> Future[Moved]:
+        """Deletes some of the letters given up before `before`, seconds since the epoch.
+
+        Raises:
+            Overloaded: the disk is full.
+            JournalFailed: it is poisoned.
+        """
         ...
 
     async def read(self, first: int, bytes_max: int) -> list[Chunk]:

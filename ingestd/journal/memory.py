@@ -21,11 +21,14 @@ from ingestd.journal.interface import (
     Chunk,
     Cursor,
     DeadLetter,
+    DeadTotals,
     Ledger,
+    Moved,
     Recovered,
     Sealed,
     Settlement,
 )
+from ingestd.journal.letters import letter_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -37,7 +40,8 @@ if TYPE_CHECKING:
 SWEEP_EACH = 4
 """Expired keys that may go with each new one."""
 DEAD_MAX = 10_000
-"""Dead letters kept; older ones go first (they are gone with the process anyway)."""
+"""Dead letters kept, as far as `dead.bytes_max` allows. Older ones go first, counted as expired:
+nobody can see or purge them from outside, and they are gone with the process anyway."""
 
 
 class MemoryJournal:
@@ -45,6 +49,7 @@ class MemoryJournal:
 
     Args:
         bytes_max: bound on the bytes of chunks.
+        dead_bytes_max: bound on the bytes of dead letters; `None` for `bytes_max`.
         clock: gives `accepted_at`.
         keys: how long idempotency keys are kept, and how many; they are gone with the process too.
     """
@@ -57,13 +62,16 @@ class MemoryJournal:
         *,
         bytes_max: int,
         clock: Clock,
+        dead_bytes_max: int | None = None,
         keys: KeyRule = KeyRule(),  # noqa: B008  immutable
     ) -> None:
         self.id = secrets.token_hex(6)
         self.bytes_max = bytes_max
         self.bytes = 0
         self.ledger = Ledger()
-        self.dead: deque[DeadLetter] = deque(maxlen=DEAD_MAX)
+        self.dead: deque[DeadLetter] = deque()
+        self.dead_totals = DeadTotals()
+        self.dead_bytes_max = bytes_max if dead_bytes_max is None else dead_bytes_max
         self._clock = clock
         self.keys = Keys(keys, clock, find=self._find_key, sweep=self._sweep)
         self._kept: OrderedDict[str, tuple[Kept, int]] = OrderedDict()
@@ -91,10 +99,12 @@ class MemoryJournal:
         now = self._clock.now()
         if claim is not None:
             self._keep_key(claim, now)
-        for letter in refused:
-            self.dead.append(
+        self._keep_letters(
+            [
                 DeadLetter("", letter.reason, letter.detail, "", letter.payload, 0, now, now)
-            )
+                for letter in refused
+            ]
+        )
         self.ledger = self.ledger._replace(
             accepted=self.ledger.accepted + records.count,
             refused=self.ledger.refused + len(refused),
@@ -145,7 +155,7 @@ class MemoryJournal:
 
     def settle(self, settlement: Settlement) -> asyncio.Future[None]:
         """See `Journal.settle`."""
-        self.dead.extend(settlement.dead)
+        self._keep_letters(settlement.dead)
         self.ledger = self.ledger._replace(
             processed=self.ledger.processed + settlement.processed,
             dead=self.ledger.dead + sum(letter.records for letter in settlement.dead),
@@ -155,6 +165,35 @@ class MemoryJournal:
         self.bytes -= settlement.finished_bytes
         self._drained.add(settlement.finished_bytes, self._clock.monotonic())
         return self._done()
+
+    def _keep_letters(self, letters: Sequence[DeadLetter]) -> None:
+        """Keeps dead letters, the newest ones within the bounds."""
+        size, expired = self.dead_totals.bytes, self.dead_totals.expired
+        for letter in letters:
+            self.dead.append(letter)
+            size += letter_bytes(letter.payload, letter.error, letter.traceback)
+        while self.dead and (len(self.dead) > DEAD_MAX or size > self.dead_bytes_max):
+            old = self.dead.popleft()
+            size -= letter_bytes(old.payload, old.error, old.traceback)
+            expired += 1
+        self.dead_totals = DeadTotals(len(self.dead), size, expired=expired)
+
+    async def look(self) -> bool:
+        """See `Journal.look`; nobody can reach these letters to mark them."""
+        return False
+
+    def revive(self) -> asyncio.Future[Moved]:
+        """See `Journal.revive`."""
+        return self._nothing_moved()
+
+    def expire(self, before: float) -> asyncio.Future[Moved]:  # noqa: ARG002
+        """See `Journal.expire`; the bounds in `_keep_letters` do it."""
+        return self._nothing_moved()
+
+    def _nothing_moved(self) -> asyncio.Future[Moved]:
+        future: asyncio.Future[Moved] = self._loop.create_future()
+        future.set_result(Moved())
+        return future
 
     async def read(self, first: int, bytes_max: int) -> list[Chunk]:
         """See `Journal.read`."""

@@ -23,14 +23,26 @@ from ingestd.journal.committer import (
     Append,
     Committed,
     Committer,
+    Expire,
     Op,
     Postpone,
+    Revive,
     Seal,
     Settle,
     Sweep,
 )
 from ingestd.journal.idempotency import Kept, KeyRule, Keys, size_of
-from ingestd.journal.interface import Chunk, Cursor, Ledger, Recovered, Sealed, Settlement
+from ingestd.journal.interface import (
+    Chunk,
+    Cursor,
+    DeadTotals,
+    Ledger,
+    Moved,
+    Recovered,
+    Sealed,
+    Settlement,
+)
+from ingestd.journal.letters import letter_bytes, look
 from ingestd.journal.store import Store, connect, count_pending, find_key, read_chunks, read_some
 
 if TYPE_CHECKING:
@@ -53,6 +65,7 @@ class SqliteJournal:
         bytes_max: bound on the bytes of chunks and dead letters.
         clock: gives `accepted_at`.
         on_commit: called on the loop after each commit with (seconds, operations, bytes).
+        dead_bytes_max: bound on the bytes of dead letters alone; `None` for `bytes_max`.
         keys: how long idempotency keys are kept, and how many.
         space: watches the disk; without one only a failed commit tells that it is full.
     """
@@ -66,14 +79,19 @@ class SqliteJournal:
         bytes_max: int,
         clock: Clock,
         on_commit: Callable[[float, int, int], None],
+        dead_bytes_max: int | None = None,
         keys: KeyRule = KeyRule(),  # noqa: B008  immutable
         space: Space | None = None,
     ) -> None:
         self.path = path
         self.bytes_max = bytes_max
+        self.dead_bytes_max = bytes_max if dead_bytes_max is None else dead_bytes_max
         self.id = ""
         self.ledger = Ledger()
         self.bytes = 0
+        self.dead_totals = DeadTotals()
+        self._refusing = 0  # bytes of letters that are on their way
+        self._commits = 0
         self._clock = clock
         self._on_commit = on_commit
         self.keys = Keys(keys, clock, find=self._find_key, sweep=self._sweep)
@@ -113,6 +131,7 @@ class SqliteJournal:
                 set_aside = salvage.repair(self.path, self._clock.now())
                 store, recovered = _open_store(self.path)
             self.id, self.ledger, self.bytes = store.id, store.meta.ledger, store.stored_bytes()
+            self._dead_are(store.dead)
             self.keys.count = store.stored_keys().count
             if self.space is not None:
                 self.space.reusable = store.reusable_bytes()
@@ -142,7 +161,12 @@ class SqliteJournal:
         if self.space is not None and self.space.low(self._clock.monotonic()):
             missing = self.space.free_min - self.space.free
             raise self._full("the disk of the journal", self.bytes, self.bytes - missing)
+        letters = _refused_size(refused)
+        if not self._has_room_for_letters(letters):
+            # Room comes only when a person purges some or has them fed again.
+            raise Overloaded(what="the room for the dead letters", retry_after=30.0)
         self.bytes += size
+        self._refusing += letters
         future: asyncio.Future[None] = self._loop.create_future()
         self._committer.submit(Append(future, records, refused, claim))
         if claim is not None:
@@ -169,6 +193,36 @@ class SqliteJournal:
         """See `Journal.postpone`."""
         future: asyncio.Future[None] = self._loop.create_future()
         self._committer.submit(Postpone(future, batch))
+        return future
+
+    def _dead_are(self, totals: DeadTotals) -> None:
+        """The dead letters after some commit, ours or another process's."""
+        self.bytes += totals.bytes - self.dead_totals.bytes
+        self.dead_totals = totals
+
+    def _has_room_for_letters(self, size: int) -> bool:
+        """Whether an append with so many bytes of letters fits; any fits where there are none."""
+        used = self.dead_totals.bytes + self._refusing
+        return not used or (used < self.dead_bytes_max and used + size <= self.dead_bytes_max)
+
+    async def look(self) -> bool:
+        """See `Journal.look`."""
+        commits = self._commits
+        totals, marked = await self._read(look, self._reading)
+        if commits == self._commits:  # else a commit has told something newer meanwhile
+            self._dead_are(totals)
+        return marked
+
+    def revive(self) -> asyncio.Future[Moved]:
+        """See `Journal.revive`."""
+        future: asyncio.Future[Moved] = self._loop.create_future()
+        self._committer.submit(Revive(future))
+        return future
+
+    def expire(self, before: float) -> asyncio.Future[Moved]:
+        """See `Journal.expire`."""
+        future: asyncio.Future[Moved] = self._loop.create_future()
+        self._committer.submit(Expire(future, before))
         return future
 
     async def _find_key(self, key: str) -> Kept | None:
@@ -217,19 +271,26 @@ class SqliteJournal:
         error = committed.error
         self.ledger = committed.ledger
         self._keys_changed(committed)
+        self._commits += 1
         for op in committed.ops:
             self._account(op, applied=error is None)
             if type(op) is Append and op.claim is not None:
                 self._claim_ended(op.claim, committed)
+        if committed.dead is not None:
+            self._dead_are(committed.dead)
+        if committed.moved.chunk is not None:
+            self.bytes += _size(committed.moved.chunk.records, ())
         for chunk in committed.chunks:
             self._on_chunk(chunk)
         for op in committed.ops:
             if op.future.done():
                 continue
-            if error is None:
-                op.future.set_result(None)
-            else:
+            if error is not None:
                 op.future.set_exception(error)
+            elif isinstance(op, Revive | Expire):
+                op.future.set_result(committed.moved)
+            else:
+                op.future.set_result(None)
         if isinstance(error, JournalFailed) and not self.failed.done():
             self.failed.set_exception(error)
         if error is None and committed.ops:
@@ -251,11 +312,13 @@ class SqliteJournal:
             self.space.reusable = committed.reusable
 
     def _account(self, op: Op, *, applied: bool) -> None:
-        if type(op) is Append and not applied:
-            self.bytes -= _size(op.records, op.refused)
+        """Without dead letters that are there now: `_dead_are` counts those."""
+        if type(op) is Append:
+            letters = _refused_size(op.refused)
+            self._refusing -= letters
+            self.bytes -= letters if applied else _size(op.records, op.refused)
         elif type(op) is Settle and applied:
-            dead = sum(len(letter.payload) for letter in op.settlement.dead)
-            self.bytes += dead - op.settlement.finished_bytes
+            self.bytes -= op.settlement.finished_bytes
             self._drained.add(op.settlement.finished_bytes, self._clock.monotonic())
 
     async def close(self) -> tuple[Ledger, int | None]:
@@ -284,9 +347,11 @@ class SqliteJournal:
 
 
 def _size(records: Records, refused: Sequence[Refused]) -> int:
-    return (
-        len(records.payload) + len(records.sizes) + sum(len(letter.payload) for letter in refused)
-    )
+    return len(records.payload) + len(records.sizes) + _refused_size(refused)
+
+
+def _refused_size(refused: Sequence[Refused]) -> int:
+    return sum(letter_bytes(letter.payload, letter.detail) for letter in refused)
 
 
 def _open_store(path: Path) -> tuple[Store, Recovered]:

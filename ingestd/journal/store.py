@@ -21,12 +21,14 @@ import msgspec
 
 from ingestd.base.errors import JournalUnreadable
 from ingestd.base.record import Layout, Records, Span
+from ingestd.journal import letters
 from ingestd.journal.idempotency import Kept, size_of
 from ingestd.journal.interface import (
     Chunk,
     Cursor,
     DeadLetter,
     Ledger,
+    Moved,
     Recovered,
     Sealed,
     Settlement,
@@ -50,11 +52,6 @@ CREATE TABLE chunks(
 CREATE TABLE batches(
     number INTEGER PRIMARY KEY, count INTEGER NOT NULL, attempts INTEGER NOT NULL,
     due_at REAL NOT NULL, accepted_at REAL NOT NULL, spans BLOB NOT NULL) STRICT;
-CREATE TABLE dead(
-    id INTEGER PRIMARY KEY AUTOINCREMENT, record TEXT NOT NULL, records INTEGER NOT NULL,
-    reason TEXT NOT NULL, error TEXT NOT NULL, traceback TEXT NOT NULL,
-    attempts INTEGER NOT NULL, first_at REAL NOT NULL, last_at REAL NOT NULL,
-    bytes INTEGER NOT NULL, payload BLOB NOT NULL) STRICT;
 CREATE TABLE damaged(
     id INTEGER PRIMARY KEY, accepted_at REAL NOT NULL, count INTEGER NOT NULL,
     bytes INTEGER NOT NULL, layout INTEGER NOT NULL, crc INTEGER NOT NULL,
@@ -93,6 +90,8 @@ class Write(NamedTuple):
     """Everything that one commit writes.
 
     Attributes:
+        revive_at: marked dead letters are taken back, accepted at this time.
+        expire_before: dead letters that were given up before this time go.
         claims: idempotency keys that come, accepted at `at`; an expired one of the same name goes.
         sweep: at most so many of the oldest keys go, as far as they came before `keys_before`.
     """
@@ -107,6 +106,8 @@ class Write(NamedTuple):
     at: float = 0.0
     sweep: int = 0
     keys_before: float = 0.0
+    revive_at: float | None = None
+    expire_before: float | None = None
 
 
 def checksum(chunk: int, records: Records) -> int:
@@ -130,13 +131,21 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 class Store:
-    """The writer's side: owns the writing connection and the state that moves with each commit."""
+    """The writer's side: owns the writing connection and the state that moves with each commit.
+
+    Attributes:
+        meta: the moving row after the last commit.
+        dead: the dead letters after it.
+        moved: what it did to dead letters that were there before.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._files: list[tuple[int, int] | None] = []
         self.connection = connect(path)
         try:
             self.id, self.meta = self._open()
+            self.dead, self.moved = letters.totals(self.connection), Moved()
         except BaseException:
             self.connection.close()
             raise
@@ -171,6 +180,8 @@ class Store:
         for statement in _SCHEMA.split(";"):
             if statement.strip():
                 db.execute(statement)
+        for statement in letters.SCHEMA:
+            db.execute(statement)
         db.execute("INSERT INTO meta VALUES(1, ?, 0, 0, 0, 0, 1, 0, 0, 1)", (secrets.token_hex(6),))
         db.execute(f"PRAGMA application_id={APPLICATION_ID}")
         db.execute(f"PRAGMA user_version={VERSION}")
@@ -191,10 +202,12 @@ class Store:
         Raises:
             sqlite3.Error: nothing was applied; `meta` is unchanged.
         """
-        db, meta = self.connection, _advance(self.meta, write)
+        db = self.connection
         gone = KeyChange()
         db.execute("BEGIN IMMEDIATE")
         try:
+            write, moved = _move_letters(db, self.meta, write)
+            meta = _advance(self.meta, write, moved)
             _insert(db, write)
             _remove(db, write)
             if write.claims or write.sweep:
@@ -204,12 +217,13 @@ class Store:
                 " cursor_chunk=?, cursor_record=?, last_chunk=?, next_batch=?",
                 (*meta.ledger, *meta.cursor, meta.last_chunk, meta.next_batch),
             )
+            dead = letters.totals(db)
             db.execute("COMMIT")
         except BaseException:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
-        self.meta = meta
+        self.meta, self.dead, self.moved = meta, dead, moved
         return gone
 
     def recovered(self) -> Recovered:
@@ -231,11 +245,10 @@ class Store:
         return Recovered(batches, meta.cursor, meta.last_chunk, meta.next_batch, sizes)
 
     def stored_bytes(self) -> int:
-        """Bytes of chunks, dead letters and what was set aside, for the journal's bound."""
+        """Bytes of everything but dead letters (see `dead`), for the journal's bound."""
         (chunks,) = self.connection.execute("SELECT total(bytes) FROM chunks").fetchone()
-        (dead,) = self.connection.execute("SELECT total(bytes) FROM dead").fetchone()
         (damaged,) = self.connection.execute("SELECT total(bytes) FROM damaged").fetchone()
-        return int(chunks + dead + damaged) + self.stored_keys().bytes
+        return int(chunks + damaged) + self.stored_keys().bytes
 
     def stored_keys(self) -> KeyChange:
         """The idempotency keys that are there, expired ones included."""
@@ -247,22 +260,53 @@ class Store:
         (pages,) = self.connection.execute("PRAGMA freelist_count").fetchone()
         return int(pages) * PAGE_BYTES
 
+    def in_place(self) -> bool:
+        """Whether what was written is still what the next start will find under these names.
+
+        An open file that somebody deleted takes every commit, and all of it goes with the process.
+        """
+        now = [_identity(self.path), _identity(self.path.with_name(f"{self.path.name}-wal"))]
+        self._files = self._files or now
+        return None not in now and now == self._files
+
     def close(self) -> None:
         """Leaves one tidy file where that is possible."""
         self.connection.close()
 
 
-def _advance(meta: Meta, write: Write) -> Meta:
+def _move_letters(db: sqlite3.Connection, meta: Meta, write: Write) -> tuple[Write, Moved]:
+    """Marked dead letters become the last chunk of this commit; old ones go."""
+    moved = Moved()
+    if write.revive_at is not None:
+        last = write.chunks[-1].id if write.chunks else meta.last_chunk
+        moved = letters.revive(db, last + 1, write.revive_at)
+    if write.expire_before is not None:
+        moved = moved._replace(expired=letters.expire(db, write.expire_before))
+    if moved.chunk is not None:
+        write = write._replace(chunks=[*write.chunks, moved.chunk])
+    return write, moved
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)  # noqa: PTH116  after every commit
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _advance(meta: Meta, write: Write, moved: Moved) -> Meta:
     """Where the one moving row stands after this commit."""
     ledger = meta.ledger
     dead = sum(letter.records for s in write.settled for letter in s.dead)
     successors = [batch for s in write.settled for batch in s.successors]
     return Meta(
         Ledger(
-            ledger.accepted + sum(chunk.records.count for chunk in write.chunks),
+            # What is revived was accepted once already.
+            ledger.accepted + sum(chunk.records.count for chunk in write.chunks) - moved.revived,
             ledger.processed + sum(s.processed for s in write.settled),
-            ledger.dead + dead,
-            ledger.refused + len(write.refused),
+            ledger.dead + dead - moved.revived,
+            ledger.refused + len(write.refused) - moved.readmitted,
         ),
         write.cursor or meta.cursor,
         write.chunks[-1].id if write.chunks else meta.last_chunk,
@@ -280,11 +324,7 @@ def _insert(db: sqlite3.Connection, write: Write) -> None:
         db.executemany("INSERT INTO batches VALUES(?,?,?,?,?,?)", [batch_row(b) for b in sealed])
     dead = [*write.refused, *(letter for s in write.settled for letter in s.dead)]
     if dead:
-        db.executemany(
-            "INSERT INTO dead(record, records, reason, error, traceback, attempts, first_at,"
-            " last_at, bytes, payload) VALUES(?,?,?,?,?,?,?,?,?,?)",
-            [_dead_row(letter) for letter in dead],
-        )
+        letters.insert(db, dead)
 
 
 def _remove(db: sqlite3.Connection, write: Write) -> None:
@@ -349,13 +389,6 @@ def batch_row(batch: Sealed) -> tuple[object, ...]:
     """A sealed batch as its table has it."""
     spans = _spans_encode(batch.spans)
     return (batch.number, batch.count, batch.attempts, batch.due_at, batch.accepted_at, spans)
-
-
-def _dead_row(letter: DeadLetter) -> tuple[object, ...]:
-    return (
-        letter.record, letter.records, letter.reason, letter.error, letter.traceback,
-        letter.attempts, letter.first_at, letter.last_at, len(letter.payload), letter.payload,
-    )  # fmt: skip
 
 
 _CHUNK = "SELECT id, accepted_at, count, layout, crc, sizes, payload FROM chunks"

@@ -1,0 +1,254 @@
+"""`ingestd dead`: the records that were given up, beside a running daemon or without one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from ingestd.base.errors import ConfigError, Exit, UsageError
+from ingestd.cli.arguments import Parser, add_data_dir
+from ingestd.cli.configured import configured
+from ingestd.cli.letters import as_line, as_page, as_row, head, write_lines
+from ingestd.cli.moments import moment
+from ingestd.cli.output import say
+from ingestd.journal import dead
+from ingestd.journal.beside import journals, opened
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+HELP = "list, show, retry, purge or export the records that were given up"
+DESCRIPTION = """\
+Works on the journals of a data directory, beside a running daemon or without one. It reads without
+disturbing anybody; retry only marks letters, and the daemon takes them back within a second, or
+when it is started.
+
+exit codes: 0 done; 1 unexpected; 2 usage, or not confirmed; 78 configuration, or no journal"""
+
+SHOWN = 100
+"""Rows of a table, unless `--limit` says something else."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The actions, each with its flags."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
+    one = _action(actions, "list", _list, "a line for each letter")
+    _add_filter(one)
+    one.add_argument("--json", action="store_true", help="JSON lines, without payloads")
+    one = _action(actions, "show", _show, "all that is known of one letter, with its payload")
+    one.add_argument("id", type=int, metavar="ID", help="its number in the list")
+    one.add_argument("--json", action="store_true", help="as one JSON line")
+    one = _action(actions, "retry", _retry, "have letters fed again (all, or what a filter says)")
+    _add_filter(one)
+    one.add_argument("--all", action="store_true", help="every letter; the same as no filter")
+    one = _action(actions, "purge", _purge, "delete letters for good")
+    _add_filter(one)
+    one.add_argument("--all", action="store_true", help="every letter")
+    one.add_argument("--yes", action="store_true", help="do not ask")
+    one = _action(actions, "export", _export, "JSON lines with payloads, to stdout or a file")
+    _add_filter(one)
+    one.add_argument("-o", "--output", metavar="FILE", help="write and sync this file instead")
+
+
+def _action(
+    actions: argparse._SubParsersAction[Any],
+    name: str,
+    run: Callable[[argparse.Namespace, dict[str, Path]], int],
+    text: str,
+) -> Parser:
+    parser: Parser = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}")
+    parser.set_defaults(run=run, leaf=parser)
+    add_data_dir(parser)
+    parser.add_argument(
+        "--pipeline", action="append", default=[], metavar="NAME", help="only this one; repeatable"
+    )
+    return parser
+
+
+def _add_filter(parser: Parser) -> None:
+    group = parser.add_argument_group("which letters")
+    for flag, kind, metavar, text in (
+        ("--reason", str, "WORD", "given up for this reason; repeatable"),
+        ("--id", int, "ID", "this one; repeatable"),
+    ):
+        group.add_argument(flag, type=kind, action="append", default=[], metavar=metavar, help=text)
+    when = "2026-05-01T12:00:00Z (UTC if nothing is said), or 2h for two hours ago"
+    group.add_argument(
+        "--since", type=moment, metavar="WHEN", help=f"given up then or later: {when}"
+    )
+    group.add_argument("--until", type=moment, metavar="WHEN", help="given up before")
+    group.add_argument("--limit", type=_positive, metavar="N", help="only the N oldest of these")
+
+
+def _positive(written: str) -> int:
+    number = int(written)
+    if number < 1:
+        raise argparse.ArgumentTypeError("should be at least 1")
+    return number
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Does what was asked for; the exit code.
+
+    Raises:
+        IngestdError: with one line that says why not.
+    """
+    data_dir = configured(arguments).settings.data_dir
+    found = journals(data_dir, arguments.pipeline)
+    if getattr(arguments, "id", None) and isinstance(arguments.id, list) and len(found) > 1:
+        raise UsageError(problem=f"--id: of which --pipeline, {' or '.join(found)}?")
+    run: Callable[[argparse.Namespace, dict[str, Path]], int] = arguments.run
+    return run(arguments, found)
+
+
+def _filter(arguments: argparse.Namespace) -> dead.Filter:
+    return dead.Filter(
+        reasons=tuple(arguments.reason),
+        since=arguments.since,
+        until=arguments.until,
+        ids=tuple(arguments.id),
+        limit=arguments.limit,
+    )
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def _letters(
+    found: dict[str, Path], chosen: dead.Filter, *, whole: bool
+) -> Iterator[tuple[str, dead.Kept]]:
+    """The letters of all pipelines; `limit` counts over all of them."""
+    left = chosen.limit
+    for name, path in found.items():
+        if left == 0:
+            return
+        with opened(path) as db:
+            for kept in dead.letters(db, chosen._replace(limit=left), whole=whole):
+                yield name, kept
+                left = None if left is None else left - 1
+
+
+def _list(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
+    chosen = _filter(arguments)
+    if arguments.json:
+        lines = (
+            as_line(name, kept, whole=False) for name, kept in _letters(found, chosen, whole=False)
+        )
+        write_lines(lines)
+        return int(Exit.OK)
+    table = chosen if chosen.limit else chosen._replace(limit=SHOWN)
+    rows = [as_row(name, kept) for name, kept in _letters(found, table, whole=False)]
+    if rows:
+        say("\n".join([head(), *rows]))
+    there = sum(_count(path, chosen).letters for path in found.values())
+    if there > len(rows) and chosen.limit is None:
+        print(f"{len(rows)} of {there} letters; --limit N shows more", file=sys.stderr)
+    elif not rows:
+        print("no dead letters", file=sys.stderr)
+    return int(Exit.OK)
+
+
+def _count(path: Path, chosen: dead.Filter) -> dead.Counted:
+    with opened(path) as db:
+        return dead.count(db, chosen)
+
+
+def _show(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
+    chosen = dead.Filter(ids=(arguments.id,))
+    letters = list(_letters(found, chosen, whole=True))
+    if not letters:
+        raise UsageError(problem=f"there is no dead letter {arguments.id}")
+    if len(letters) > 1:
+        names = " or ".join(name for name, _ in letters)
+        raise UsageError(
+            problem=f"there is more than one letter {arguments.id}: --pipeline {names}?"
+        )
+    ((name, kept),) = letters
+    if arguments.json:
+        write_lines([as_line(name, kept, whole=True)])
+    else:
+        say(as_page(name, kept))
+    return int(Exit.OK)
+
+
+def _export(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
+    letters = _letters(found, _filter(arguments), whole=True)
+    try:
+        count = write_lines((as_line(*one, whole=True) for one in letters), arguments.output)
+    except OSError as error:
+        raise ConfigError(problem=f"{arguments.output}: {error.strerror or error}") from error
+    print(f"{count} letters exported", file=sys.stderr)
+    return int(Exit.OK)
+
+
+# -- changing --------------------------------------------------------------------------------------
+
+
+def _counted(found: dict[str, Path], chosen: dead.Filter) -> dict[str, dead.Counted]:
+    """What is meant in each journal; `limit` counts over all of them."""
+    counted, left = {}, chosen.limit
+    for name, path in found.items():
+        if left == 0:
+            break
+        counted[name] = _count(path, chosen._replace(limit=left))
+        left = None if left is None else left - counted[name].letters
+    return counted
+
+
+def _retry(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
+    chosen = _filter(arguments)
+    totals = Counter[str]()
+    for name, counted in _counted(found, chosen).items():
+        totals["incomplete"] += counted.incomplete
+        totals["before"] += counted.marked
+        if counted.letters > counted.marked + counted.incomplete:
+            with opened(found[name], write=True) as db:
+                totals["marked"] += dead.mark(db, chosen, counted.last)
+    say(f"{totals['marked']} letters will be fed again" + _before(totals["before"]))
+    if totals["incomplete"]:
+        text = "hold no record, or only its beginning (damaged, too_large, unfinished): they stay"
+        print(f"{totals['incomplete']} letters {text}", file=sys.stderr)
+    return int(Exit.OK)
+
+
+def _before(marked: int) -> str:
+    return f", {marked} more were marked before" if marked else ""
+
+
+def _purge(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
+    chosen = _filter(arguments)
+    if chosen.is_open and not arguments.all:
+        raise UsageError(
+            problem="which letters? a filter, or --all (see ingestd dead purge --help)"
+        )
+    counted = _counted(found, chosen)
+    letters = sum(one.letters - one.marked for one in counted.values())
+    size = sum(one.bytes for one in counted.values())
+    if letters and not arguments.yes and not _confirmed(f"delete {letters} letters ({size} bytes)"):
+        print("nothing was deleted", file=sys.stderr)
+        return int(Exit.USAGE)
+    gone = 0
+    for name, one in counted.items():
+        if one.letters > one.marked:
+            with opened(found[name], write=True) as db:
+                gone += dead.purge(db, chosen, one.last)
+    say(f"{gone} letters deleted")
+    marked = sum(one.marked for one in counted.values())
+    if marked:
+        print(f"{marked} letters are to be fed again: they stay", file=sys.stderr)
+    return int(Exit.OK)
+
+
+def _confirmed(what: str) -> bool:
+    """Asks on the terminal.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not sys.stdin or not sys.stdin.isatty():
+        raise UsageError(problem=f"{what}? --yes says so where there is no terminal to ask on")
+    print(f"{what}? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in {"y", "yes"}
