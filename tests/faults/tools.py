@@ -114,14 +114,15 @@ class Client(threading.Thread):
                     self.accepted += ids
 
 
-def strace(*inject: str) -> tuple[str, ...]:
+def strace(*inject: str, path: Path | None = None, to: str = "/dev/null") -> tuple[str, ...]:
     """A prefix that lets system calls fail; the daemon stays the process that was started.
 
-    `when=` counts the calls of each thread by itself.
+    `when=` counts the calls of each thread by itself; with `path` only those on that file.
     """
     names = ",".join(one.split(":")[0] for one in inject)
     options = [option for one in inject for option in ("-e", f"inject={one}")]
-    return ("strace", "-D", "-f", "--seccomp-bpf", "-o", "/dev/null", "-e", f"trace={names}",
+    options += ["-P", str(path)] if path else []
+    return ("strace", "-D", "-f", "--seccomp-bpf", "-o", to, "-e", f"trace={names}",
             *options)  # fmt: skip
 
 
@@ -136,6 +137,16 @@ def mounted(where: Path, *how: str) -> Iterator[Path]:
         yield where
     finally:
         subprocess.run(["umount", "-l", str(where)], check=True)
+
+
+@contextlib.contextmanager
+def ext4(where: Path, size: str = "64M") -> Iterator[Path]:
+    """A small ext4 of its own, in a file."""
+    image = where.with_name("image")
+    subprocess.run(["truncate", "-s", size, str(image)], check=True)
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True)
+    with mounted(where, "-o", "loop", str(image)):
+        yield where
 
 
 def finish(*args: str, cwd: Path, prefix: tuple[str, ...] = ()) -> dict[str, Any]:
