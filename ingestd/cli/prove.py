@@ -43,7 +43,7 @@ _USAGE = "ingestd prove [--kills N] [--seconds TIME] [flags]\n       ingestd pro
 _KILLS, _CLIENTS = 20, 8
 _CLIENTS_MAX = 256
 _SETTINGS, _ROWS, _DATA = "ingestd.toml", "out.db", "data"
-_LEAVE_MORE = 30.0
+_DRAIN_SECONDS = 86400.0  # the prover sees whether it goes on
 _HERE = "127.0.0.1:0"
 
 
@@ -149,7 +149,7 @@ def _settings(theirs: Settings, folder: Path) -> Settings:
             "handler": HandlerSettings(
                 target="sqlite", options={"path": str(folder / _ROWS), "table": "records"}
             ),
-            "drain": DrainSettings(timeout=theirs.drain.timeout),
+            "drain": DrainSettings(timeout=_DRAIN_SECONDS),
             "pipelines": {},
         }
     )
@@ -222,12 +222,11 @@ def _prove(folder: Path, settings: Settings, state: State, seconds: float | None
     rows = folder / _ROWS
     options = json.dumps(settings.handler.options)
     arguments = ["run", "sqlite", "--config", str(folder / _SETTINGS), "--handler.options", options]
-    leave = settings.drain.timeout + _LEAVE_MORE
     _progress(
         f"seed {state.seed}, {state.kills} kills, {len(state.sent)} clients,"
         f" journal {settings.journal.kind}, executor {settings.executor.kind}, in {folder}"
     )
-    task = Task(arguments, folder, rows, bounds_of(settings), seconds, leave)
+    task = Task(arguments, folder, rows, bounds_of(settings), seconds)
     return Prover(task, Progress(state, folder / STATE), _progress).run()
 
 

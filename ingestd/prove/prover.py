@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from ingestd.prove.progress import Progress
     from ingestd.prove.verdict import Report
 
-_STALLED_SECONDS = 60.0
+_STALLED_SECONDS = 120.0
+_LAST_SECONDS = 0.5
+"""The daemon takes records after the last kill, too."""
 _LOOK_SECONDS = 0.1
 
 
@@ -39,7 +41,6 @@ class Task(NamedTuple):
         rows: the sink's file.
         bounds: of the clients' requests.
         seconds: no kill begins later than this after the start; `None`: no bound.
-        leave_seconds: the daemon may take this long to leave.
     """
 
     arguments: Sequence[str]
@@ -47,7 +48,6 @@ class Task(NamedTuple):
     rows: Path
     bounds: Bounds
     seconds: float | None
-    leave_seconds: float
 
 
 class Prover:
@@ -91,8 +91,9 @@ class Prover:
         for client in self._clients:
             client.start()
         try:
-            while state.killed < state.kills and self._live(kill_at(state.seed, state.killed)):
-                self._progress.save()
+            more = True
+            while more and state.killed < state.kills:
+                more = self._live(kill_at(state.seed, state.killed))
             exit_code, drained = self._finish()
         finally:
             self._end()
@@ -115,6 +116,7 @@ class Prover:
         self._victim = None
         state.killed += 1
         state.early += kill.early
+        self._progress.save()
         accepted, unknown = self._progress.totals()
         place = "its start" if kill.early else "it was ready"
         self._say(
@@ -163,23 +165,28 @@ class Prover:
         """Lets the daemon settle everything and leave; its exit code and its last word."""
         victim = self._victim or self._start()
         admin_port = self._serve(victim)
+        self._wait(victim, _LAST_SECONDS)
         self._stop_clients()
         self._check_clients()
-        self._say("no more kills; waiting until everything is settled")
-        self._drain(victim, admin_port)
-        code = victim.leave(self._task.leave_seconds)
+        self._say("no more kills; the daemon drains")
+        code = self._drain(victim, admin_port)
         said = victim.events
         return code, said.get("drained") or said.get("drained_partly") or {}
 
-    def _drain(self, victim: Victim, port: int) -> None:
-        """Waits until nothing is pending, or nothing moves any more."""
-        pending, since = -1, time.monotonic()
-        while pending and time.monotonic() - since < _STALLED_SECONDS:
-            now = _pending(port)
+    def _drain(self, victim: Victim, port: int) -> int:
+        """Waits for its end, as long as something moves; its exit code."""
+        victim.leave()
+        pending, since, urged = -1, time.monotonic(), False
+        while not victim.wait(_LOOK_SECONDS):
+            now = _pending(port, pending)
             if now != pending:
                 pending, since = now, time.monotonic()
-            elif victim.wait(_LOOK_SECONDS):
-                raise victim.died("ended by itself")
+            elif time.monotonic() - since > _STALLED_SECONDS:
+                if urged:
+                    raise victim.died("does not leave")
+                victim.leave()  # at once, with what is pending in the journal
+                urged, since = True, time.monotonic()
+        return victim.last_words()
 
     def _stop_clients(self) -> None:
         """Each sees the answer of the request that it is at."""
@@ -196,11 +203,14 @@ class Prover:
                 self._victim.close()
 
 
-def _pending(port: int) -> int:
+def _pending(port: int, before: int) -> int:
+    """Records that are not settled; as before, if it does not say: it is about to leave."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
         connection.request("GET", "/v1/status")
         status = json.load(connection.getresponse())
+        return int(status["pipelines"]["default"]["pending"])
+    except (OSError, http.client.HTTPException):
+        return before
     finally:
         connection.close()
-    return int(status["pipelines"]["default"]["pending"])

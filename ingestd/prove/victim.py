@@ -124,18 +124,14 @@ class Victim:
         self.process.kill()
         self.process.wait()
 
-    def leave(self, seconds: float) -> int:
-        """SIGTERM, and wait; its exit code.
-
-        Raises:
-            VictimDied: it was still there after this time, and is killed.
-        """
+    def leave(self) -> None:
+        """SIGTERM: drain and leave; the second time, leave at once."""
         self.process.send_signal(signal.SIGTERM)
-        if not self.wait(seconds):
-            self.kill()
-            raise self.died(f"did not leave within {seconds:.0f} s")
+
+    def last_words(self) -> int:
+        """Its exit code; `events` are complete when this returns. It has ended."""
         self._reader.join(10.0)
-        return self.process.returncode
+        return self.process.wait()
 
     def close(self) -> None:
         """Whatever state it is in: ends it."""

@@ -1,0 +1,316 @@
+"""`ingestd prove`, as people run it; and that it fails where something is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ingestd.base.errors import ConfigError
+from ingestd.base.settings import HttpSettings, Settings
+from ingestd.prove.plan import SERVING_SECONDS_MAX, Bounds, body_at, bounds_of, kill_at
+from ingestd.prove.progress import RESERVED, STATE, Progress, Sent, State, resumed
+from ingestd.prove.verdict import compare, lines, report, rows_in
+
+ROOT = Path(__file__).parents[2]
+
+
+def start(*arguments: str, cwd: Path, **environ: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "ingestd", "prove", *arguments],
+        cwd=cwd,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)} | environ,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores Ctrl-C, and so would this one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  no threads here
+    )
+
+
+def prove(*arguments: str, cwd: Path, **environ: str) -> tuple[int, str, str]:
+    with start(*arguments, cwd=cwd, **environ) as run:
+        try:
+            out, said = run.communicate(timeout=300)
+        finally:
+            run.kill()
+    assert "Traceback" not in said
+    return run.returncode, out, said
+
+
+def check(told: dict[str, Any], kills: int) -> None:
+    assert told["proved"] is True
+    assert (told["missing"], told["duplicated"], told["strange"]) == (0, 0, 0)
+    assert told["kills"] == kills
+    assert told["accepted"] > 0
+    assert told["delivered"] == told["accepted"] + told["unknown_delivered"]
+    ledger = told["ledger"]
+    assert ledger["balanced"]
+    assert ledger["accepted"] == ledger["processed"] == told["delivered"]
+    assert told["recovery_max"] >= told["recovery_median"] > 0
+
+
+@pytest.mark.parametrize("executor", ["thread", "process"])
+def test_three_kills(tmp_path: Path, executor: str) -> None:
+    (tmp_path / "ingestd.toml").write_text(
+        '[pipelines.mine]\nhandler.target = "not_there:store"\n[handler]\ntarget = "mine:Store"\n'
+        '[handler.options]\ndsn = "x"\n'
+    )
+    code, out, said = prove(
+        "--kills", "3", "--seed", "7", "--json", "--executor.kind", executor,
+        cwd=tmp_path, INGESTD_BATCH__AGE_MAX="50ms", INGESTD_FORMAT="text",
+    )  # fmt: skip
+    assert code == 0, said
+    check(json.loads(out), 3)
+    assert said.count("\nkill ") == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["ingestd.toml"], "it cleans up"
+
+
+def test_a_journal_that_loses_is_found_out(tmp_path: Path) -> None:
+    code, out, said = prove(
+        "--journal.kind", "memory", "--kills", "1", "--seed", "2", "--batch.age_max", "1h",
+        "--batch.records_max", "1000000", cwd=tmp_path,
+    )  # fmt: skip
+    assert code == 1
+    told = dict(line.split(None, 1) for line in out.splitlines() if " " in line)
+    assert int(told["missing"].replace(",", "")) > 0
+    assert out.endswith("FAILED\n")
+    (kept,) = tmp_path.iterdir()
+    assert f"the folder is kept: {kept}" in said
+    assert {"daemon.log", "ingestd.toml", "prove.json", "data"} <= {p.name for p in kept.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "word",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL],
+)
+def test_an_interrupted_run_goes_on(tmp_path: Path, word: signal.Signals) -> None:
+    scratch = tmp_path / "scratch"
+    flags = ("--kills", "3", "--seed", "5", "--scratch", str(scratch), "--clients", "3")
+    with start(*flags, cwd=tmp_path) as run:
+        assert run.stderr
+        for line in run.stderr:
+            if line.startswith("kill 1/3"):
+                break
+        run.send_signal(word)
+        said = run.stderr.read()
+        code = run.wait(60)
+    if word is not signal.SIGKILL:
+        assert code == 1
+        assert said.endswith(f"interrupted; go on with: ingestd prove --resume {scratch}\n")
+        state = resumed(scratch)
+        assert all(sent.next == sent.reserved for sent in state.sent), "nothing is in flight"
+    before = resumed(scratch)
+    assert (before.seed, before.kills, len(before.sent)) == (5, 3, 3)
+    assert before.killed in {1, 2}
+    # Also: the daemon is gone, or its lock would keep this one out.
+    code, out, said = prove("--resume", str(scratch), "--json", "--keep", cwd=tmp_path)
+    assert code == 0, said
+    check(json.loads(out), 3)
+    after = resumed(scratch)
+    for old, new in zip(before.sent, after.sent, strict=True):
+        assert new.next >= old.next
+        assert new.unknown[: len(old.unknown)] == old.unknown
+
+
+def test_a_bound_in_time(tmp_path: Path) -> None:
+    code, out, said = prove("--kills", "1000", "--seconds", "2s", "--json", cwd=tmp_path)
+    assert code == 0, said
+    told = json.loads(out)
+    assert told["kills"] < told["kills_asked"] == 1000
+    assert told["missing"] == told["duplicated"] == 0
+
+
+def test_a_daemon_that_does_not_start(tmp_path: Path) -> None:
+    state = State(1, 1, [Sent()])
+    Progress(state, tmp_path / STATE).save()
+    (tmp_path / "data").write_text("no folder")
+    (tmp_path / "ingestd.toml").write_text('data_dir = "data"\nhttp.listen = "127.0.0.1:0"\n')
+    code, _, said = prove("--resume", ".", cwd=tmp_path)
+    assert code == 1
+    assert "the daemon did not start (exit code 78)" in said
+    assert "it can't be used" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "says"),
+    [
+        (("mine:Store",), 2, "it takes no HANDLER"),
+        (("--kills", "-1"), 2, "--kills: -1 is not between 0 and"),
+        (("--kills", "many"), 2, "invalid int value: 'many'"),
+        (("--clients", "0"), 2, "--clients: 0 is not between 1 and 256"),
+        (("--seconds", "soon"), 2, "--seconds: 'soon' is not a time"),
+        (("--killz", "3"), 2, "unknown flag --killz, did you mean --kills?"),
+        (("--batch.records_max", "x"), 78, "batch.records_max (flag --batch.records_max)"),
+        (("--executor.kind", "async"), 78, "add --executor.kind thread"),
+        (("--scratch", "."), 78, "is not empty"),
+        (("--resume", "."), 78, "prove.json; that is no folder of a run"),
+        (
+            ("--resume", ".", "--seed", "4", "--batch.age_max", "1s"),
+            2,
+            "leave out --seed, --batch.",
+        ),
+    ],
+)
+def test_what_can_not_be_run(tmp_path: Path, flags, code: int, says: str) -> None:
+    (tmp_path / "something").write_text("")
+    left, out, said = prove(*flags, cwd=tmp_path)
+    assert (left, out) == (code, "")
+    assert says in said
+    assert [path.name for path in tmp_path.iterdir()] == ["something"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["thread", "process"])
+def test_fifty_kills(tmp_path: Path, executor: str) -> None:
+    code, out, said = prove("--kills", "50", "--json", "--executor.kind", executor, cwd=tmp_path)
+    assert code == 0, said
+    told = json.loads(out)
+    check(told, 50)
+    assert told["early"] > 0
+
+
+# -- the plan ------------------------------------------------------------------------------------
+
+
+def test_a_seed_decides_everything() -> None:
+    bounds = Bounds(100, 256)
+    assert kill_at(1, 3) == kill_at(1, 3)
+    assert body_at(1, 2, 30, bounds) == body_at(1, 2, 30, bounds)
+    assert len({kill_at(seed, 3) for seed in range(50)}) == 50
+    assert len({body_at(1, client, 0, bounds) for client in range(50)}) == 50
+    kills = [kill_at(1, place) for place in range(400)]
+    assert not kills[0].early
+    assert 50 < sum(kill.early for kill in kills) < 150
+    for kill in kills:
+        assert 0 <= kill.after(0.5) < (0.55 if kill.early else SERVING_SECONDS_MAX)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(),
+        Settings(record_bytes_max=64),
+        Settings(http=HttpSettings(records_max=3)),
+        Settings(http=HttpSettings(body_bytes_max=500), record_bytes_max=400),
+    ],
+)
+def test_requests_fit_the_settings(settings: Settings) -> None:
+    bounds = bounds_of(settings)
+    first = 0
+    for _ in range(200):
+        body = body_at(3, 255, first, bounds)
+        records = [json.loads(line) for line in body.data.splitlines()]
+        assert [(r["client"], r["n"]) for r in records] == [
+            (255, n) for n in range(first, first + body.count)
+        ]
+        assert 1 <= body.count <= settings.http.records_max
+        assert len(body.data) <= settings.http.body_bytes_max
+        assert max(map(len, body.data.splitlines())) <= settings.record_bytes_max
+        first += body.count
+
+
+# -- the numbers ---------------------------------------------------------------------------------
+
+
+def test_no_number_is_sent_twice_whenever_the_process_dies(tmp_path: Path) -> None:
+    progress = Progress(State(1, 1, [Sent(), Sent()]), tmp_path / STATE)
+    used: set[int] = set()
+    for _ in range(3):
+        for _ in range(500):
+            first = progress.numbers(0, 1000)
+            assert used.isdisjoint(range(first, first + 700))
+            used.update(range(first, first + 700))
+            progress.accepted(0, 700)
+        state = resumed(tmp_path)  # the process ends here, in the middle
+        assert sum(count for _, count in state.sent[0].unknown) >= RESERVED - 1000
+        assert state.sent[1].next == 0
+        progress = Progress(state, tmp_path / STATE)
+    progress.save(idle=True)
+    assert resumed(tmp_path) == progress.state
+
+
+def test_threads_share_the_progress(tmp_path: Path) -> None:
+    progress = Progress(State(1, 1, [Sent() for _ in range(4)]), tmp_path / STATE)
+
+    def work(client: int) -> None:
+        for n in range(300):
+            progress.numbers(client, 5)
+            (progress.unknown if n % 3 == 0 else progress.accepted)(client, 5)
+            if n % 50 == 0:
+                progress.save()
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert progress.totals() == (4 * 1000, 4 * 500)
+
+
+def test_a_file_that_is_no_state(tmp_path: Path) -> None:
+    (tmp_path / STATE).write_text('{"seed": "x"}')
+    with pytest.raises(ConfigError, match=r"prove\.json: Expected `int`"):
+        resumed(tmp_path)
+
+
+# -- the verdict ---------------------------------------------------------------------------------
+
+SENT = [Sent(next=6, unknown=[(2, 2)], requests=2), Sent(next=2, requests=1)]
+ALL = [(0, 0), (0, 1), (0, 4), (0, 5), (1, 0), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (ALL, {}),
+        ([*ALL, (0, 2)], {"delivered": 7, "unknown_delivered": 1}),
+        (ALL[1:], {"delivered": 5, "missing": 1}),
+        ([*ALL, (1, 1), (1, 1)], {"delivered": 8, "duplicated": 1}),
+        ([*ALL, (0, 2), (0, 2)], {"delivered": 8, "duplicated": 1, "unknown_delivered": 1}),
+        ([*ALL, (0, 6), (2, 0), (None, 1), (0, "1"), (0, -1)], {"delivered": 11, "strange": 5}),
+        ([], {"delivered": 0, "missing": 6}),
+    ],
+)
+def test_what_is_there_held_against_what_was_sent(rows, expected) -> None:
+    found = compare(rows, SENT)
+    known = {
+        "accepted": 6, "delivered": 6, "missing": 0, "duplicated": 0, "unknown": 2,
+        "unknown_delivered": 0, "strange": 0,
+    }  # fmt: skip
+    assert {name: getattr(found, name) for name in known} == known | expected
+    drained = {
+        "accepted": 6,
+        "processed": 6,
+        "dead": 0,
+        "pending": 0,
+        "refused": 0,
+        "balanced": True,
+    }
+    result = report(State(1, 3, SENT, killed=3, starts=[0.5, 0.7, 0.6]), found, drained, 0)
+    flaws = found.missing or found.duplicated or found.strange
+    assert result.proved == (not flaws)
+    told = "\n".join(lines(result))
+    assert ("FAILED" in told) == bool(flaws)
+    assert "recovery    median 0.60 s, longest 0.70 s" in told
+    assert not report(State(1, 3, SENT), found, drained | {"balanced": False}, 0).proved
+    assert not report(State(1, 3, SENT), found, drained | {"pending": 1}, 0).proved
+    assert not report(State(1, 3, SENT), found, drained, 75).proved
+    assert not report(State(1, 3, SENT), found, {}, 0).proved
+
+
+def test_nothing_was_ever_delivered(tmp_path: Path) -> None:
+    assert list(rows_in(tmp_path / "out.db")) == []
+    with closing(sqlite3.connect(tmp_path / "out.db")) as db, db:
+        db.execute("CREATE TABLE other(x)")
+    assert list(rows_in(tmp_path / "out.db")) == []
