@@ -65,7 +65,7 @@ def wait_for_room(
     """
     excess = max(0.0, used - ROOM_SHARE * bound)
     # A rate that fades after everything stopped is no rate: slower than this is standing still.
-    moving = per_second * 10 * LONGEST > bound or excess == 0
-    seconds = (excess / per_second if excess else 0.0) if moving else STALLED
+    stalled = excess > 0 and excess >= 10 * LONGEST * per_second
+    seconds = STALLED if stalled else excess / max(per_second, 1e-300)
     spread = 1.0 - _JITTER + 2 * _JITTER * random()
     return min(LONGEST, max(SHORTEST, seconds * spread))

@@ -160,7 +160,7 @@ class SqliteJournal:
             raise self._full("the journal", self.bytes + size, self.bytes_max)
         if self.space is not None and self.space.low(self._clock.monotonic()):
             missing = self.space.free_min - self.space.free
-            raise self._full("the disk of the journal", self.bytes, self.bytes - missing)
+            raise self._full("the disk of the journal", missing, 0)
         letters = _refused_size(refused)
         if not self._has_room_for_letters(letters):
             # Room comes only when a person purges some or has them fed again.
