@@ -141,7 +141,9 @@ class Victim:
 
     def died(self, what: str) -> VictimDied:
         """An error that shows what it said last."""
-        self._reader.join(2.0 if self.process.poll() is not None else 0.0)
+        if self._ended or self.process.poll() is not None:  # one may be seen before the other
+            self._reader.join(2.0)
+            self.wait(2.0)
         code = self.process.poll()
         how = what if code is None else f"{what} (exit code {code})"
         return VictimDied(what=how, lines="\n" + "\n".join(self._lines))
