@@ -1,0 +1,200 @@
+"""`ingestd journal`: what is in a journal, and whether it holds together."""
+
+from __future__ import annotations
+
+import base64
+import os
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ingestd.base.clock import SystemClock
+from ingestd.base.errors import ConfigError, DataDirError, Exit
+from ingestd.base.lock import DataDir
+from ingestd.cli.arguments import add_data_dir
+from ingestd.cli.configured import configured
+from ingestd.cli.moments import shown
+from ingestd.cli.output import say
+from ingestd.journal import salvage, verify
+from ingestd.journal.beside import journals, opened
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Iterator
+
+HELP = "show what is in a journal, or verify and repair it"
+DESCRIPTION = """\
+Works on the journals of a data directory. stat and verify only read, beside a running daemon or
+without one; --repair needs the daemon stopped.
+
+exit codes: 0 all is well; 1 verify found something; 2 usage; 78 configuration, none, in use"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The actions, each with its flags."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
+    for name, run, text in (
+        ("stat", _stat, "what is in it: ledger, chunks, batches, dead letters, sizes"),
+        ("verify", _verify, "check the file, every checksum, every batch and the ledger"),
+    ):
+        one = actions.add_parser(name, help=text, description=text.capitalize())
+        one.set_defaults(run=run, leaf=one)
+        add_data_dir(one)
+        one.add_argument(
+            "--pipeline", action="append", default=[], metavar="NAME", help="only this; repeatable"
+        )
+        if name == "stat":
+            one.add_argument("--json", action="store_true", help="a JSON line for each journal")
+        else:
+            one.add_argument(
+                "--repair",
+                action="store_true",
+                help="set damaged chunks aside, build a damaged file anew; nothing is deleted",
+            )
+            one.add_argument(
+                "-o", "--output", metavar="DIR", help="copy what was set aside into this folder"
+            )
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Does what was asked for; the exit code.
+
+    Raises:
+        IngestdError: with one line that says why not.
+    """
+    data_dir = configured(arguments).settings.data_dir
+    found = journals(data_dir, arguments.pipeline)
+    return int(arguments.run(arguments, data_dir, found))
+
+
+# -- stat ------------------------------------------------------------------------------------------
+
+
+def _stat(arguments: argparse.Namespace, _data_dir: Path, found: dict[str, Path]) -> int:
+    for name, path in found.items():
+        with opened(path) as db:
+            facts = {"pipeline": name, **verify.stat(db)}
+        oldest = facts["oldest_pending_at"]
+        facts["oldest_pending_at"] = None if oldest is None else shown(oldest)
+        facts["file_bytes"] = _size(path)
+        facts["wal_bytes"] = _size(path.with_name(f"{path.name}-wal"))
+        say(msgspec.json.encode(facts).decode() if arguments.json else _table(facts))
+    return int(Exit.OK)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _table(facts: dict[str, Any]) -> str:
+    lines = []
+    for name, value in facts.items():
+        text = value
+        if isinstance(value, dict):
+            text = "  ".join(f"{key} {number}" for key, number in value.items())
+        elif value is None:
+            text = "-"
+        elif isinstance(value, bool):
+            text = "yes" if value else "NO"
+        lines.append(f"{name.replace('_', ' '):<18} {text}")
+    return "\n".join(lines) + "\n"
+
+
+# -- verify ----------------------------------------------------------------------------------------
+
+
+def _verify(arguments: argparse.Namespace, data_dir: Path, found: dict[str, Path]) -> int:
+    if arguments.repair:
+        with _held(data_dir):
+            left = sum([_repair(name, path) for name, path in found.items()])
+            _export(arguments.output, found)
+        return int(Exit.UNEXPECTED if left else Exit.OK)
+    problems = 0
+    for name, path in found.items():
+        problems += len(_find(name, path))
+    _export(arguments.output, found)
+    return int(Exit.UNEXPECTED if problems else Exit.OK)
+
+
+@contextmanager
+def _held(data_dir: Path) -> Iterator[None]:
+    """No daemon runs on the data directory, and none can be started.
+
+    Raises:
+        DataDirError: one runs.
+    """
+    lock = DataDir(data_dir)
+    try:
+        yield
+    finally:
+        lock.close()
+
+
+def _find(name: str, path: Path) -> list[verify.Finding]:
+    """Everything that is wrong with a journal, each said as it is found."""
+    found = []
+    try:
+        with opened(path) as db:
+            for finding in verify.findings(db):
+                say(f"{name}: {finding.text}")
+                found.append(finding)
+    except DataDirError as error:
+        if not salvage.is_damage(error.__cause__ or error):
+            raise
+        found.append(verify.Finding(str(error)))
+        say(f"{name}: {error}")
+    if not found:
+        say(f"{name}: ok")
+    return found
+
+
+def _repair(name: str, path: Path) -> int:
+    """Does what can be done; how much is still wrong then."""
+    found = _find(name, path)
+    if not found:
+        return 0
+    now = SystemClock.now()
+    chunks = [finding.chunk for finding in found if finding.chunk is not None]
+    if len(chunks) == len(found):
+        with opened(path, write=True) as db:
+            for chunk in chunks:
+                records = verify.set_aside(db, chunk, now)
+                say(f"{name}: chunk {chunk} is set aside, its {records} records are dead letters")
+    else:
+        try:
+            say(f"{name}: built anew; the old file is {salvage.repair(path, now)}")
+        except Exception as error:
+            raise DataDirError(path=path, problem=str(error)) from error
+    return len(_find(name, path))
+
+
+def _export(folder: str | None, found: dict[str, Path]) -> None:
+    if folder is None:
+        return
+    try:
+        target = Path(folder)
+        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name, path in found.items():
+            with opened(path) as db:
+                (journal,) = db.execute("SELECT journal FROM meta").fetchone()
+                for facts, payload in verify.all_set_aside(db):
+                    stem = f"{journal}-{facts['id']}"
+                    facts["sizes"] = base64.b64encode(facts["sizes"]).decode()
+                    about = {"pipeline": name, "journal": journal, **facts}
+                    _write(target / f"{stem}.payload", payload)
+                    _write(target / f"{stem}.json", msgspec.json.encode(about) + b"\n")
+                    say(f"{name}: chunk {facts['id']} is in {target / stem}.payload")
+    except OSError as error:
+        raise ConfigError(problem=f"{folder}: {error.strerror or error}") from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
