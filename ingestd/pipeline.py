@@ -32,7 +32,13 @@ from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Recover
 from ingestd.journal.keeper import Keeper
 from ingestd.journal.outstanding import Outstanding
 from ingestd.journal.tail import Room, Tail
-from ingestd.settling import as_sealed, damage_letters, dead_letters, replacements
+from ingestd.settling import (
+    as_sealed,
+    damage_letters,
+    dead_letters,
+    remainder,
+    replacements,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Sequence
@@ -111,9 +117,7 @@ class Pipeline:
         self.batcher = Batcher(
             records_max=settings.batch.records_max, bytes_max=settings.batch.bytes_max
         )
-        self.line: Line[Batch] = Line(
-            waiting_max=settings.retry.waiting_max, on_empty=self._retime
-        )
+        self.line: Line[Batch] = Line(waiting_max=settings.retry.waiting_max, on_empty=self._retime)
         self.pool = build_pool(
             name, settings, data_dir=data_dir, on_restart=metrics.worker_restarted
         )
@@ -404,7 +408,6 @@ class Pipeline:
             log.warning("batch_split", records=batch.count, error=result.failure.error)
         size = len(records.payload)
         await self._write_down(batch, dead, successors)
-        self.isolation.settled(batch)
         for successor, after in successors:
             self.line.park(successor, self._loop.time() + after)
         if len(dead) == batch.count:
@@ -413,9 +416,17 @@ class Pipeline:
             self._metrics.batch_done(batch.count, size, result.seconds)
 
     async def _set_aside(self, batch: Batch) -> None:
-        """A batch whose records can't be read any more: counted, reported, kept as they are."""
-        letters = damage_letters(batch, origin=self.journal.id, now=self._clock.now())
-        await self._write_down(batch, letters, [], damaged=[span.chunk for span in batch.spans])
+        """A batch that can't be read any more: only what lies in damaged chunks is given up."""
+        readable = [span for span in batch.spans if await self.journal.load([span]) is not None]
+        lost = [span for span in batch.spans if span not in readable]
+        letters = damage_letters(batch, lost, origin=self.journal.id, now=self._clock.now())
+        successors = []
+        if readable:
+            successors.append((remainder(batch, readable, number=self._next_batch), 0.0))
+            self._next_batch += 1
+        await self._write_down(batch, letters, successors, damaged=[span.chunk for span in lost])
+        for successor, _ in successors:
+            self.line.park(successor, self._loop.time())
 
     async def _write_down(
         self,
@@ -443,6 +454,7 @@ class Pipeline:
         for chunk in finished:
             if chunk >= self._cursor.chunk:  # older ones were sealed in an earlier life
                 self.queue.task_done()
+        self.isolation.settled(batch)
         self._moved.set()
         self._report_dead(dead)
 

@@ -11,7 +11,7 @@ from ingestd.journal.interface import DeadLetter, Sealed
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ingestd.base.record import Records
+    from ingestd.base.record import Records, Span
     from ingestd.execution.retry import Again, GivenUp
 
 DAMAGED = "the journal's copy is damaged: its checksum does not fit"
@@ -72,7 +72,17 @@ def dead_letters(
     ]
 
 
-def damage_letters(batch: Batch, *, origin: str, now: float) -> list[DeadLetter]:
+def remainder(batch: Batch, spans: Sequence[Span], *, number: int) -> Batch:
+    """What is left of a batch, as a batch of its own."""
+    count = sum(span.count for span in spans)
+    return Batch(
+        number, tuple(spans), count, attempts=batch.attempts, accepted_at=batch.accepted_at
+    )
+
+
+def damage_letters(
+    batch: Batch, lost: Sequence[Span], *, origin: str, now: float
+) -> list[DeadLetter]:
     """One dead letter for each run of records that can't be read; the chunk is kept as it is."""
     return [
         DeadLetter(
@@ -86,5 +96,5 @@ def damage_letters(batch: Batch, *, origin: str, now: float) -> list[DeadLetter]
             last_at=now,
             records=span.count,
         )
-        for span in batch.spans
+        for span in lost
     ]

@@ -307,6 +307,11 @@ async def test_a_constructor_that_fails_is_tried_again(start, tmp_path, kind) ->
     assert report.ledger.processed == 2
 
 
+def recording_soon(pipeline: Any) -> bool:
+    """Whether a lane has a job; the dispatcher itself may wait for one with a free lane."""
+    return pipeline.running > 0
+
+
 async def test_a_sink_that_is_down_stops_new_batches(start, tmp_path) -> None:
     pipeline = await start(
         HANDLER + "Fails",
@@ -316,10 +321,10 @@ async def test_a_sink_that_is_down_stops_new_batches(start, tmp_path) -> None:
         options={"folder": str(tmp_path), "times": 99},
     )
     await pipeline.accept(numbers(0, 50))
-    await until(lambda: pipeline.line.waiting >= 4 and pipeline.running <= 2)
+    await until(lambda: pipeline.line.waiting >= 4 and not recording_soon(pipeline))
     seen = len(recording.calls(tmp_path))
     await until(lambda: pipeline.line.ahead >= 40)
-    assert len(recording.calls(tmp_path)) == seen <= 4 + 2
+    assert len(recording.calls(tmp_path)) == seen <= 4 + 2 * 2  # each lane holds two
     # What waits for longer than the deadline does not hold the drain up.
     loop = asyncio.get_running_loop()
     report = await pipeline.close(loop.time() + 5)
@@ -360,6 +365,33 @@ async def test_damage_costs_only_the_damaged_chunk(start, tmp_path: Path) -> Non
     assert report.ledger[:3] == (4, 3, 1)
     assert report.counted == 0
     assert [row[0] for row in dead(tmp_path)] == ["damaged"]
+
+
+async def test_a_sealed_batch_loses_only_what_lies_in_a_damaged_chunk(start, tmp_path) -> None:
+    folder = tmp_path / "handler"
+    folder.mkdir()
+    first = await start(
+        HANDLER + "Gate", executor={"workers": 1}, batch={"records_max": 4, "age_max": "1h"},
+        options={"folder": str(folder)},
+    )  # fmt: skip
+    await first.accept(numbers(0, 2))
+    await first.accept(Records.lines([b'"' + b"x" * 70_000 + b'"']))
+    await first.accept(numbers(3, 1))
+    await until(lambda: recording.calls(folder))
+    loop = asyncio.get_running_loop()
+    await first.close(loop.time() + 0.05)
+    path = tmp_path / "journal.db"
+    raw = path.read_bytes()
+    at = raw.index(b"x" * 10_000) + 5_000
+    path.write_bytes(raw[:at] + b"y" + raw[at + 1 :])
+    (folder / "calls.ndjson").unlink()
+    (folder / "open").touch()
+
+    second = await start(HANDLER + "Note", options={"folder": str(folder)})
+    report = await drained(second)
+    assert sorted(records_of(folder)) == [0, 1, 3]
+    assert report.ledger[:3] == (4, 3, 1)
+    assert report.counted == 0
 
 
 async def test_a_dead_consumer_ends_the_wait(start, tmp_path) -> None:
