@@ -91,7 +91,7 @@ def execute(arguments: argparse.Namespace) -> int:
     _end_line()
     _show(result, as_json=arguments.json)
     if result.proved and not arguments.keep:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # it may be a mount point
     else:
         fail(f"the folder is kept: {folder}")
     return int(Exit.OK if result.proved else Exit.UNEXPECTED)
