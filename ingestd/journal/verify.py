@@ -7,6 +7,7 @@ read in one snapshot, and no snapshot lasts longer than it must.
 from __future__ import annotations
 
 import sqlite3
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -117,7 +118,7 @@ def _file(db: sqlite3.Connection) -> Iterator[Finding]:
 
 
 def _checksums(db: sqlite3.Connection) -> Iterator[Finding]:
-    """Each chunk's checksum; in short reads, so a chunk that is settled meanwhile is passed over."""
+    """Each chunk's checksum; in short reads, so one that is settled meanwhile is passed by."""
     first = 1
     while chunks := read_chunks(db, first, STEP_BYTES):
         for chunk in chunks:
@@ -182,7 +183,7 @@ def _batches(
                 )
             taken.append((span.chunk, span.first, end, number))
     taken.sort()
-    for (chunk, _, end, one), (other_chunk, first, _, other) in zip(taken, taken[1:], strict=False):
+    for (chunk, _, end, one), (other_chunk, first, _, other) in pairwise(taken):
         if chunk == other_chunk and first < end:
             yield Finding(f"batches {one} and {other} name the same records of chunk {chunk}")
 

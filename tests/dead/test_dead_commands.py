@@ -1,0 +1,336 @@
+"""`ingestd dead` and `ingestd journal` as people use them: real processes beside a real daemon."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.daemon.harness import ROOT, Daemon, daemon
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+APP = """
+import pathlib
+import ingestd
+
+def store(batch: ingestd.Batch[object]) -> None:
+    if pathlib.Path("down").exists():
+        raise ConnectionError("down")
+    if pathlib.Path("bad").exists():
+        for i in range(len(batch)):
+            batch.reject(i, "bad now")
+        return
+    with open("got", "a") as got:
+        got.writelines(f"{record}\\n" for record in batch)
+"""
+PENDING = ("app:store", "--batch.age_max", "1ms", "--drain.timeout", "0s")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "app.py").write_text(APP)
+    return tmp_path
+
+
+def cli(*args: str, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "ingestd", *args],
+        cwd=cwd, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == code, (done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def lines(done: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def got(folder: Path) -> list[str]:
+    path = folder / "got"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def until(condition: Callable[[], Any], what: str) -> Any:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if value := condition():
+            return value
+        time.sleep(0.02)
+    raise AssertionError(what)
+
+
+def status(running: Daemon) -> dict[str, Any]:
+    now = running.status()["pipelines"]["default"]
+    assert now["accepted"] == now["processed"] + now["dead"] + now["pending"]
+    return now
+
+
+def numbers(count: int) -> bytes:
+    return b"".join(b"%d\n" % n for n in range(count))
+
+
+def give_up(folder: Path, running: Daemon, count: int) -> None:
+    """Has the daemon reject `count` records."""
+    (folder / "bad").touch()
+    before = status(running)["dead"]
+    assert running.post(numbers(count))[0] == 202
+    until(lambda: status(running)["dead"] == before + count, "they did not die")
+    (folder / "bad").unlink()
+
+
+def test_retry_beside_the_daemon_feeds_each_record_once(folder: Path) -> None:
+    with daemon("app:store", cwd=folder) as running:
+        give_up(folder, running, 2500)
+        assert running.post(b"{\n7\n")[0] == 202
+        assert cli("dead", "retry", cwd=folder).stdout.startswith("2501 ")
+        # The malformed one is accepted now, and then can't be decoded.
+        until(lambda: status(running)["processed"] == 2501, "they did not come back")
+        now = until(lambda: (s := status(running))["dead"] == 1 and s, "no undecodable")
+        assert (now["accepted"], now["refused"], now["pending"]) == (2502, 0, 0)
+        (letter,) = lines(cli("dead", "list", "--json", cwd=folder))
+        assert (letter["reason"], letter["attempts"]) == ("undecodable", 1)
+        _, _, page = running.request("GET", "/metrics", admin=True)
+        assert b'ingestd_records_dead_total{pipeline="default"} 2501.0' in page
+        assert b'ingestd_records_refused_total{pipeline="default"} 1.0' in page
+        running.terminate()
+        assert running.wait() == 0
+        assert running.event("drained")["balanced"]
+    assert sorted(got(folder)) == sorted([str(n) for n in range(2500)] + ["7"])
+    (stat,) = lines(cli("journal", "stat", "--json", cwd=folder))
+    assert stat["balanced"]
+    assert stat["dead_letters"]["revived"] == 2500
+    assert stat["dead_letters"]["readmitted"] == 1
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_marks_survive_a_restart_before_they_are_seen(folder: Path, how: str) -> None:
+    with daemon("app:store", cwd=folder) as running:
+        give_up(folder, running, 3)
+        if how == "stopped":
+            running.terminate()
+            assert running.wait() == 0
+        else:
+            running.process.send_signal(signal.SIGSTOP)
+        cli("dead", "retry", cwd=folder)
+        assert [one["retry"] for one in lines(cli("dead", "list", "--json", cwd=folder))] == [
+            True
+        ] * 3
+        assert cli("dead", "purge", "--all", "--yes", cwd=folder).stdout.startswith("0 ")
+        running.process.kill()
+        running.wait()
+    assert got(folder) == []
+    with daemon("app:store", cwd=folder) as again:
+        until(lambda: status(again)["processed"] == 3, "they did not come back")
+        assert status(again)["dead"] == 0
+    assert sorted(got(folder)) == ["0", "1", "2"]
+
+
+def test_end_of_input_waits_for_what_was_marked(folder: Path) -> None:
+    with daemon("app:store", cwd=folder) as running:
+        give_up(folder, running, 1500)
+        running.terminate()
+        assert running.wait() == 0
+    cli("dead", "retry", "--limit", "1200", cwd=folder)
+    with Daemon("app:store", "--source", "stdin", cwd=folder) as again:
+        assert again.wait() == 0
+        assert again.event("dead_letters_revived")["revived"] == 1200
+    assert len(set(got(folder))) == len(got(folder)) == 1200
+
+
+def test_purging_while_the_daemon_writes(folder: Path) -> None:
+    stop = threading.Event()
+    posted = 0
+
+    def post(running: Daemon) -> None:
+        nonlocal posted
+        while not stop.is_set():
+            code, _ = running.post(b"{\n" * 200 + b"1\n")
+            assert code == 202
+            posted += 1
+
+    with daemon("app:store", cwd=folder) as running:
+        thread = threading.Thread(target=post, args=(running,))
+        thread.start()
+        try:
+            purged = 0
+            for _ in range(3):
+                until(lambda: status(running)["dead_letters"]["kept"] > 400, "no letters")
+                done = cli("dead", "purge", "--reason", "malformed", "--yes", cwd=folder)
+                purged += int(done.stdout.split()[0])
+        finally:
+            stop.set()
+            thread.join()
+        assert purged > 1000
+        kept = len(lines(cli("dead", "list", "--json", cwd=folder)))
+        until(lambda: status(running)["dead_letters"]["kept"] == kept, "the daemon miscounts")
+        assert status(running)["refused"] == posted * 200 == purged + kept
+        running.terminate()
+        assert running.wait() == 0
+    assert cli("journal", "verify", cwd=folder).stdout == "default: ok\n"
+    (stat,) = lines(cli("journal", "stat", "--json", cwd=folder))
+    assert stat["dead_letters"]["purged"] == purged
+
+
+def test_the_bound_refuses_until_somebody_makes_room(folder: Path) -> None:
+    with daemon("app:store", "--dead.bytes_max", "20kB", cwd=folder) as running:
+        code, answer = 202, None
+        for _ in range(200):
+            code, answer = running.post(b"{\n" * 10 + b"1\n")
+            if code != 202:
+                break
+        assert code == 503
+        assert "the dead letters" in answer["detail"]
+        assert "dead.bytes_max" in status(running)["bounds_near"]
+        kept = status(running)["dead_letters"]
+        assert 17_000 < kept["bytes"] <= 20_000
+        assert len(lines(cli("dead", "list", "--json", cwd=folder))) == kept["kept"]
+        cli("dead", "purge", "--all", "--yes", cwd=folder)
+        until(lambda: running.post(b"{\n1\n")[0] == 202, "still full")
+        assert "dead.bytes_max" not in status(running)["bounds_near"]
+
+
+def test_old_letters_expire_and_are_counted(folder: Path) -> None:
+    with daemon("app:store", "--dead.age_max", "1ms", cwd=folder) as running:
+        assert running.post(b"{\n" * 2100 + b"1\n")[0] == 202
+        until(lambda: status(running)["dead_letters"]["kept"] == 0, "they stay")
+        _, _, page = running.request("GET", "/metrics", admin=True)
+        assert b'ingestd_letters_expired_total{pipeline="default"} 2100.0' in page
+        running.event("dead_letters_expired")
+
+
+def test_show_and_export(folder: Path) -> None:
+    with daemon("app:store", "--format", "bytes", cwd=folder) as running:
+        (folder / "bad").touch()
+        for body in (b"text", b"\xff\x00"):
+            kind = {"Content-Type": "application/octet-stream"}
+            assert running.request("POST", "/v1/records", body, kind)[0] == 202
+        until(lambda: status(running)["dead"] == 2, "they did not die")
+        table = cli("dead", "list", "--since", "1h", cwd=folder).stdout.splitlines()
+        assert len(table) == 3
+        assert "bad now" in table[1]
+        assert cli("dead", "list", "--until", "1h", cwd=folder).stdout == ""
+        page = cli("dead", "show", "1", cwd=folder).stdout
+        assert "rejected" in page
+        assert page.endswith("\ntext\n")
+        out = folder / "letters.jsonl"
+        cli("dead", "export", "-o", str(out), cwd=folder)
+        one, other = map(json.loads, out.read_text().splitlines())
+        assert one["payload"] == "text"
+        assert base64.b64decode(other["payload_base64"]) == b"\xff\x00"
+        assert lines(cli("dead", "export", "--id", "2", cwd=folder)) == [other]
+        assert "there is no dead letter 9" in cli("dead", "show", "9", cwd=folder, code=2).stderr
+
+
+def test_what_is_no_whole_record_can_not_be_fed_again(folder: Path) -> None:
+    with daemon("app:store", "--record_bytes_max", "10", cwd=folder) as running:
+        assert running.post(b'"much too long"\n1\n')[0] == 202
+        done = cli("dead", "retry", cwd=folder)
+        assert done.stdout.startswith("0 letters")
+        assert "1 letters hold no record" in done.stderr
+        assert cli("dead", "purge", "--all", cwd=folder, code=2).stdout == ""
+        assert "--all" in cli("dead", "purge", cwd=folder, code=2).stderr
+        assert len(lines(cli("dead", "list", "--json", cwd=folder))) == 1
+
+
+def test_without_a_journal_nothing_is_created(folder: Path) -> None:
+    for command in (("dead", "list"), ("dead", "retry"), ("journal", "verify", "--repair")):
+        done = cli(*command, "--data-dir", "nowhere", cwd=folder, code=78)
+        assert "no journal" in done.stderr
+    assert not (folder / "nowhere").exists()
+
+
+def test_pipelines_are_told_apart(folder: Path) -> None:
+    settings = '[pipelines.clicks]\nhandler.target = "app:store"\n[handler]\ntarget = "app:store"\n'
+    (folder / "ingestd.toml").write_text(settings)
+    with daemon(cwd=folder) as running:
+        assert running.post(b"{\n1\n")[0] == 202
+        assert running.post(b"[\n1\n", "/v1/records/clicks")[0] == 202
+        both = lines(cli("dead", "list", "--json", cwd=folder))
+        assert [(one["pipeline"], one["id"]) for one in both] == [("default", 1), ("clicks", 1)]
+        assert "--pipeline" in cli("dead", "show", "1", cwd=folder, code=2).stderr
+        assert "--pipeline" in cli("dead", "purge", "--id", "1", "--yes", cwd=folder, code=2).stderr
+        cli("dead", "purge", "--id", "1", "--pipeline", "clicks", "--yes", cwd=folder)
+        (left,) = lines(cli("dead", "list", "--json", cwd=folder))
+        assert left["pipeline"] == "default"
+        assert "has no journal" in cli("dead", "list", "--pipeline", "x", cwd=folder, code=2).stderr
+        assert len(cli("journal", "stat", "--json", cwd=folder).stdout.splitlines()) == 2
+
+
+def damage(folder: Path, chunk: int) -> bytes:
+    """Flips a bit of a chunk; what is then there."""
+    db = sqlite3.connect(folder / "ingestd-data" / "journal.db")
+    try:
+        (payload,) = db.execute("SELECT payload FROM chunks WHERE id = ?", (chunk,)).fetchone()
+        flipped = bytes([payload[0] ^ 1]) + payload[1:]
+        db.execute("UPDATE chunks SET payload = ? WHERE id = ?", (flipped, chunk))
+        db.commit()
+    finally:
+        db.close()
+    return flipped
+
+
+def test_verify_finds_a_flipped_bit_and_repair_sets_it_aside(folder: Path) -> None:
+    (folder / "down").touch()
+    with daemon(*PENDING, cwd=folder) as running:
+        for body in (b"0\n1\n2\n", b"3\n4\n5\n"):
+            assert running.post(body)[0] == 202
+        assert cli("journal", "verify", cwd=folder).stdout == "default: ok\n"
+        busy = cli("journal", "verify", "--repair", cwd=folder, code=78)
+        assert "another ingestd" in busy.stderr
+        running.terminate()
+        assert running.wait() == 0
+    kept = damage(folder, 1)
+    found = cli("journal", "verify", cwd=folder, code=1)
+    assert found.stdout.count("\n") == 1
+    assert "chunk 1 is damaged" in found.stdout
+    repaired = cli("journal", "verify", "--repair", "-o", "aside", cwd=folder)
+    assert "its 3 records are dead letters" in repaired.stdout
+    (payload,) = (folder / "aside").glob("*-1.payload")
+    assert payload.read_bytes() == kept
+    (stat,) = lines(cli("journal", "stat", "--json", cwd=folder))
+    assert (stat["accepted"], stat["dead"], stat["pending"]) == (6, 3, 3)
+    assert stat["damaged"]["rows"] == 1
+    assert cli("journal", "verify", cwd=folder).stdout == "default: ok\n"
+    (folder / "down").unlink()
+    with daemon("app:store", cwd=folder) as again:
+        until(lambda: status(again)["pending"] == 0, "still pending")
+        again.terminate()
+        assert again.wait() == 0
+        assert again.event("drained")["balanced"]
+    assert sorted(got(folder)) == ["3", "4", "5"]
+    assert {one["reason"] for one in lines(cli("dead", "list", "--json", cwd=folder))} == {
+        "damaged"
+    }
+
+
+def test_verify_says_what_does_not_add_up_and_repair_builds_it_anew(folder: Path) -> None:
+    (folder / "down").touch()
+    with daemon(*PENDING, cwd=folder) as running:
+        assert running.post(numbers(3))[0] == 202
+        running.terminate()
+        assert running.wait() == 0
+    db = sqlite3.connect(folder / "ingestd-data" / "journal.db")
+    db.execute("DELETE FROM chunks")
+    db.commit()
+    db.close()
+    found = cli("journal", "verify", cwd=folder, code=1).stdout
+    assert "names chunk 1, which is not there" in found
+    assert "built anew" in cli("journal", "verify", "--repair", cwd=folder).stdout
+    assert cli("journal", "verify", cwd=folder).stdout == "default: ok\n"
+    (stat,) = lines(cli("journal", "stat", "--json", cwd=folder))
+    assert stat["accepted"] == stat["processed"] + stat["dead"] == 3
+    assert list((folder / "ingestd-data").glob("journal.db.damaged-*"))
