@@ -151,6 +151,7 @@ def test_end_of_input_waits_for_what_was_marked(folder: Path) -> None:
     assert len(set(got(folder))) == len(got(folder)) == 1200
 
 
+@pytest.mark.slow
 def test_purging_while_the_daemon_writes(folder: Path) -> None:
     stop = threading.Event()
     posted = 0
