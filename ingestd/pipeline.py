@@ -188,7 +188,9 @@ class Pipeline:
                 attempts=sealed.attempts,
                 accepted_at=sealed.accepted_at,
             )
-            self.line.park(batch, self._loop.time() + max(0.0, sealed.due_at - now))
+            # Before it was accepted? The clock was set back: what is due by the old one is due.
+            wait = max(0.0, sealed.due_at - now) if now >= sealed.accepted_at else 0.0
+            self.line.park(batch, self._loop.time() + wait)
         if recovered.set_aside:
             log.error("journal_set_aside", pipeline=self.name, moved_to=recovered.set_aside)
         if self.journal.ledger.pending:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ingestd.base.streams import occupy_standard_streams
 from ingestd.cli.configured import configured, make_importable
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ exit codes: 0 drained, or the rest is safe in the journal; 1 unexpected; 2 usage
 
 def execute(arguments: argparse.Namespace) -> int:
     """Runs until the daemon has drained; its exit code."""
+    occupy_standard_streams()
     settings = configured(arguments).settings
     make_importable()
     from ingestd.daemon import serve  # noqa: PLC0415  help and check need none of it
