@@ -244,8 +244,11 @@ class Committer:
         except Exception as error:  # noqa: BLE001  whatever it is, it decides about the journal
             self._failed(ops, error)
             return
-        if not self._store.in_place():
-            self._failed(ops, OSError("the file was removed or replaced"))
+        try:
+            if not self._store.in_place():
+                raise FileNotFoundError("the file was removed or replaced")
+        except OSError as error:
+            self._failed(ops, error)
             return
         seconds = time.perf_counter() - started
         moved = self._store.moved
