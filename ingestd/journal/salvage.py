@@ -197,8 +197,8 @@ def _keys(old: sqlite3.Connection, table: str) -> Iterator[int]:
                 ).fetchone()
                 if row is None or (ends and ends[0] is not None and row[0] <= ends[0]):
                     return  # that was all of them
-                if last is not None and (row[0] > last) is not (order == "ASC"):
-                    raise ValueError("the tree is a maze")
+                if last is not None and (row[0] <= last if order == "ASC" else row[0] >= last):
+                    raise ValueError("the tree leads nowhere")
                 last = row[0]
                 yield row[0]
         except _UNREADABLE:

@@ -82,46 +82,50 @@ async def live(folder: Path) -> Life:
     journal = journal_in(folder)
     opened = await journal.open(lambda _: None)
     read: dict[int, list[bytes]] = {}
+    written: list[asyncio.Future[None]] = []
     damaged = 0
+
+    def settle(number: int, count: int, chunks: list[int], items: list[bytes] | None) -> None:
+        letter = DeadLetter("r", "damaged", "", "", b"", 1, 1.0, 2.0, count)
+        dead, aside = ([], []) if items is not None else ([letter], chunks)
+        done = 0 if items is None else count
+        written.append(journal.settle(Settlement(number, done, dead, [], chunks, 0, aside)))
+
     try:
         pending = journal.ledger.pending
         assert pending >= 0
-        number = opened.next_batch
-        chunk = opened.cursor.chunk
         for batch in opened.batches:
             got = await journal.load(batch.spans)
-            dead: list[DeadLetter] = []
-            chunks = [span.chunk for span in batch.spans]
             if got is None:
                 damaged += batch.count
-                dead = [DeadLetter("r", "damaged", "", "", b"", 1, 1.0, 2.0, batch.count)]
             else:
                 read[batch.number] = got.items()
-            await journal.settle(
-                Settlement(batch.number, 0 if got is None else batch.count, dead, [], chunks, 0,
-                           chunks if got is None else ())
-            )  # fmt: skip
+            items = None if got is None else read[batch.number]
+            settle(batch.number, batch.count, [span.chunk for span in batch.spans], items)
+        number, chunk = opened.next_batch, opened.cursor.chunk
         while chunk <= opened.last_chunk and (chunks := await journal.read(chunk, 1 << 20)):
             for one in chunks:
                 count = one.records.count
                 span = Span(one.id, 0, count)
-                await journal.seal(Sealed(number, (span,), count), Cursor(one.id + 1, 0))
-                dead = []
+                written.append(journal.seal(Sealed(number, (span,), count), Cursor(one.id + 1, 0)))
                 if one.damaged:
                     damaged += count
-                    dead = [DeadLetter("r", "damaged", "", "", b"", 1, 1.0, 2.0, count)]
                 else:
                     read[one.id] = one.records.items()
-                await journal.settle(
-                    Settlement(number, 0 if one.damaged else count, dead, [], [one.id], 0,
-                               [one.id] if one.damaged else ())
-                )  # fmt: skip
+                settle(number, count, [one.id], None if one.damaged else read[one.id])
                 number += 1
                 chunk = one.id + 1
-        await journal.append(Records.lines([b"new"]), ())
+        written.append(journal.append(Records.lines([b"new"]), ()))
     finally:
+        ended = await asyncio.gather(*written, return_exceptions=True)
         ledger, counted = await journal.close()
-    assert counted == ledger.pending == 1, (ledger, counted)
+    for error in ended:
+        if isinstance(error, BaseException):
+            raise error
+    if counted is None:  # what could be settled can't be counted: the next start repairs it
+        await live(folder)
+    else:
+        assert counted == ledger.pending == 1, (ledger, counted)
     return Life(read, damaged, pending, opened.set_aside)
 
 
@@ -239,15 +243,15 @@ async def test_zero_filled_tail(whole, tmp_path: Path) -> None:
     await each(whole["clean"], tmp_path, {f"from {at}": zero(at) for at in places})
 
 
-async def test_100_bit_flips(whole, tmp_path: Path) -> None:
+async def test_60_bit_flips(whole, tmp_path: Path) -> None:
     """One bit of `journal.db` is wrong: at most what lies there is lost, and it is counted."""
-    await _bit_flips(whole["clean"], tmp_path, 100)
+    await _bit_flips(whole["clean"], tmp_path, 60)
 
 
 @pytest.mark.slow
-async def test_1000_bit_flips(whole, tmp_path: Path) -> None:
-    """The same, anywhere, a thousand times."""
-    await _bit_flips(whole["clean"], tmp_path, 1000)
+async def test_500_bit_flips(whole, tmp_path: Path) -> None:
+    """The same, anywhere, 500 times."""
+    await _bit_flips(whole["clean"], tmp_path, 500)
 
 
 async def _bit_flips(whole: Path, tmp_path: Path, count: int) -> None:

@@ -112,7 +112,7 @@ def test_a_start_without_space(tmp_path: Path) -> None:
         ("fdatasync", 3),
         pytest.param("fdatasync", 1, marks=pytest.mark.slow),
         pytest.param("fdatasync", 9, marks=pytest.mark.slow),
-        ("pwrite64", 10),
+        pytest.param("pwrite64", 10, marks=pytest.mark.slow),
         pytest.param("pwrite64", 1, marks=pytest.mark.slow),
         pytest.param("pwrite64", 31, marks=pytest.mark.slow),
     ],
@@ -145,7 +145,7 @@ def test_an_input_output_error(tmp_path: Path, call: str, when: int) -> None:
 
 
 @needs("strace")
-@pytest.mark.parametrize("when", [1, 3, 6])
+@pytest.mark.parametrize("when", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 6))])
 def test_an_error_while_recovery_reads(tmp_path: Path, when: int) -> None:
     """EIO on a read of the journal at the start: 75, the file untouched, then a clean recovery."""
     arguments = into(tmp_path, **SMALL)
@@ -215,7 +215,9 @@ def test_a_disk_that_hangs(tmp_path: Path) -> None:
             assert one.event("drained")["processed"] == 2
 
 
-@pytest.mark.parametrize("name", ["journal.db", "journal.db-wal"])
+@pytest.mark.parametrize(
+    "name", ["journal.db", pytest.param("journal.db-wal", marks=pytest.mark.slow)]
+)
 def test_the_file_is_removed_while_it_runs(tmp_path: Path, name: str) -> None:
     """Somebody deletes the journal under a running daemon: no 202 for what would go with it."""
     arguments = into(tmp_path, **SMALL)

@@ -15,7 +15,7 @@ import pytest
 
 from tests.daemon.harness import ROOT, Daemon, daemon
 from tests.daemon.test_daemon import _Address, _free_port, _until_connects
-from tests.faults.tools import HANDLER, check_names, finish, into, notes, seen, until
+from tests.faults.tools import HANDLER, check_names, into, notes, seen, until
 from tests.pipeline.test_pipeline import drained, numbers
 from tests.pipeline.test_pipeline import until as awaited
 
@@ -48,6 +48,7 @@ def test_a_slow_body(tmp_path: Path) -> None:
     assert seen(tmp_path) == {9}
 
 
+@pytest.mark.slow
 def test_2000_idle_connections(tmp_path: Path) -> None:
     """2,000 clients that connect and say nothing: the one who speaks gets its 202."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -93,7 +94,14 @@ def test_connections_that_are_reset(tmp_path: Path) -> None:
     assert not {n for n in seen(tmp_path) if n % 3 == 0}
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+@pytest.mark.parametrize(
+    "closed",
+    [
+        ">&- 2>&- <&-",
+        pytest.param(">&-", marks=pytest.mark.slow),
+        pytest.param("2>&-", marks=pytest.mark.slow),
+    ],
+)
 def test_standard_streams_that_are_closed(tmp_path: Path, closed: str) -> None:
     """It is started with its standard streams closed: it serves, and no journal gets a log line."""
     door, admin = _free_port(), _free_port()
@@ -113,7 +121,6 @@ def test_standard_streams_that_are_closed(tmp_path: Path, closed: str) -> None:
     finally:
         process.kill()
         process.wait()
-    finish(*into(tmp_path), cwd=tmp_path)
     assert seen(tmp_path) == set(range(5))
     assert not list((tmp_path / "ingestd-data").glob("*damaged*"))
 
@@ -124,6 +131,7 @@ def _resident(pid: int) -> int:
     return int(line.split()[1]) * 1024
 
 
+@pytest.mark.slow
 def test_a_burst_ten_times_the_memory_bound(tmp_path: Path) -> None:
     """A burst of ten times `queue.bytes_max` while the sink hangs: it goes to disk, not memory."""
     (tmp_path / "hang").touch()
@@ -175,6 +183,7 @@ def _faked(offset: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 @needs_faketime
 @pytest.mark.parametrize("jump", [YEAR, -YEAR], ids=["forward", "back"])
 def test_the_clock_jumps_a_year(tmp_path: Path, jump: int) -> None:
@@ -201,6 +210,7 @@ def test_the_clock_jumps_a_year(tmp_path: Path, jump: int) -> None:
     assert seen(tmp_path) == {1, 2, 3, 4}
 
 
+@pytest.mark.slow
 @needs_faketime
 @pytest.mark.parametrize("jump", [YEAR, -YEAR], ids=["forward", "back"])
 def test_the_clock_jumps_between_two_lives(tmp_path: Path, jump: int) -> None:

@@ -59,6 +59,7 @@ def test_sigterm_in_the_middle_of_a_batch(tmp_path: Path) -> None:
     assert [records for _, _, records in notes(tmp_path)] == [[1, 2]]
 
 
+@pytest.mark.slow
 def test_sigterm_in_the_middle_of_a_retry(tmp_path: Path) -> None:
     """SIGTERM while a batch waits for its retry: leaves without waiting for it, keeps its tries."""
     (tmp_path / "down").touch()
@@ -101,6 +102,7 @@ def test_two_sigterms_at_start(tmp_path: Path) -> None:
         assert time.monotonic() - began < 10
 
 
+@pytest.mark.slow
 def test_sigterm_during_recovery(tmp_path: Path) -> None:
     """SIGTERM as soon as a start finds many records to be done: it leaves, nothing is lost."""
     (tmp_path / "hang").touch()
@@ -142,7 +144,8 @@ def _stopped_for(tmp_path: Path, seconds: float) -> None:
     assert seen(tmp_path) == set(client.accepted)
 
 
-def test_sigstop_for_two_seconds(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_sigstop_for_a_moment(tmp_path: Path) -> None:
     """SIGSTOP, then SIGCONT: it goes on as if nothing had been; no worker is taken for hung."""
     _stopped_for(tmp_path, 1.5)
 
