@@ -30,7 +30,7 @@ async def until(true: Callable[[], Any], seconds: float = 20.0) -> None:
 
 
 async def drained(pipeline: Any) -> Any:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(120):
         await pipeline.drain(None)
         return await pipeline.close()
 
