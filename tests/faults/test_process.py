@@ -100,6 +100,7 @@ def test_sigkill_at_the_nth_system_call(tmp_path: Path, call: str, when: int) ->
     check_names(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_second_daemon_on_the_same_directory(tmp_path: Path) -> None:
     """A second daemon on a data directory that is in use: refused with 78, the first goes on."""
     with daemon(*into(tmp_path), cwd=tmp_path) as one:
