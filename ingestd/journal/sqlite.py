@@ -366,7 +366,12 @@ def _open_store(path: Path) -> tuple[Store, Recovered]:
     except BaseException:
         store.close()
         raise
-    numbers: tuple[int, ...] = (*store.meta.ledger, *store.meta.cursor, *store.meta[2:], *store.dead)
+    numbers: tuple[int, ...] = (
+        *store.meta.ledger,
+        *store.meta.cursor,
+        *store.meta[2:],
+        *store.dead,
+    )
     numbers += tuple(batch.count - 1 for batch in recovered.batches)
     odd = any(type(number) is not int or number < 0 for number in numbers)
     if odd or counted != store.meta.ledger.pending:
