@@ -64,6 +64,7 @@ def test_a_run_prints_its_tables_and_writes_them(
 
 
 @pytest.mark.skipif(shutil.which("wrk") is None, reason="needs wrk")
+@pytest.mark.slow
 def test_wrk_makes_the_load_where_it_is_installed(tmp_path: Path) -> None:
     written = tmp_path / "out.json"
     only = ("--only", "http-1/ingestd")

@@ -117,6 +117,7 @@ def test_retry_beside_the_daemon_feeds_each_record_once(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["stopped", "killed"])
+@pytest.mark.slow
 def test_marks_survive_a_restart_before_they_are_seen(folder: Path, how: str) -> None:
     with daemon("app:store", cwd=folder) as running:
         give_up(folder, running, 3)
@@ -139,6 +140,7 @@ def test_marks_survive_a_restart_before_they_are_seen(folder: Path, how: str) ->
     assert sorted(got(folder)) == ["0", "1", "2"]
 
 
+@pytest.mark.slow
 def test_end_of_input_waits_for_what_was_marked(folder: Path) -> None:
     with daemon("app:store", cwd=folder) as running:
         give_up(folder, running, 1500)
@@ -213,6 +215,7 @@ def test_old_letters_expire_and_are_counted(folder: Path) -> None:
         running.event("dead_letters_expired")
 
 
+@pytest.mark.slow
 def test_show_and_export(folder: Path) -> None:
     with daemon("app:store", "--format", "bytes", cwd=folder) as running:
         (folder / "bad").touch()
@@ -254,6 +257,7 @@ def test_without_a_journal_nothing_is_created(folder: Path) -> None:
     assert not (folder / "nowhere").exists()
 
 
+@pytest.mark.slow
 def test_pipelines_are_told_apart(folder: Path) -> None:
     settings = '[pipelines.clicks]\nhandler.target = "app:store"\n[handler]\ntarget = "app:store"\n'
     (folder / "ingestd.toml").write_text(settings)

@@ -364,6 +364,7 @@ async def test_a_share_of_one_is_no_share() -> None:
 # -- standard input ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_a_pipe_is_not_read_while_the_journal_is_full(start, tmp_path) -> None:
     pipeline = await start(
         HANDLER + "Gate",

@@ -76,6 +76,7 @@ def test_three_kills(tmp_path: Path, executor: str) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["ingestd.toml"], "it cleans up"
 
 
+@pytest.mark.slow
 def test_a_journal_that_loses_is_found_out(tmp_path: Path) -> None:
     code, out, said = prove(
         "--journal.kind", "memory", "--kills", "1", "--seed", "2", "--batch.age_max", "1h",
@@ -94,6 +95,7 @@ def test_a_journal_that_loses_is_found_out(tmp_path: Path) -> None:
     "word",
     [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL],
 )
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(tmp_path: Path, word: signal.Signals) -> None:
     scratch = tmp_path / "scratch"
     flags = ("--kills", "3", "--seed", "5", "--scratch", str(scratch), "--clients", "3")
@@ -123,6 +125,7 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, word: signal.Signals) -> Non
         assert new.unknown[: len(old.unknown)] == old.unknown
 
 
+@pytest.mark.slow
 def test_a_bound_in_time(tmp_path: Path) -> None:
     code, out, said = prove("--kills", "1000", "--seconds", "2s", "--json", cwd=tmp_path)
     assert code == 0, said
