@@ -21,7 +21,7 @@ from aiohttp import ClientPayloadError, HttpVersion11
 from aiohttp.web_protocol import RequestPayloadError
 from structlog.contextvars import bind_contextvars
 
-from ingestd.base.address import split_address
+from ingestd.base.address import show_address, split_address
 from ingestd.base.errors import (
     AddressError,
     Draining,
@@ -141,7 +141,7 @@ class HttpSource:
             raise AddressError(
                 address=settings.listen, setting="http.listen", problem=what
             ) from error
-        self.addresses = [_join(sock.getsockname()) for sock in self._listener.sockets]
+        self.addresses = [show_address(*sock.getsockname()[:2]) for sock in self._listener.sockets]
 
     async def wait_finished(self) -> None:
         """Never returns: a server has no end of input."""
@@ -402,8 +402,3 @@ def _make_ids() -> Iterator[str]:
     """Ids that no other process makes: a random part once, then a number."""
     prefix = secrets.token_hex(6)
     return (f"{prefix}-{number:x}" for number in itertools.count(1))
-
-
-def _join(sockname: tuple[object, ...]) -> str:
-    host, port = sockname[0], sockname[1]
-    return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"
