@@ -23,7 +23,6 @@ from ingestd.handlers.outcome import Rejection
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-FORMATS = ("json", "text", "bytes")
 _ERROR_CHARS_MAX = 300
 _ANYTHING = (Any, object)
 # msgspec quotes the offending value in these two messages and in no others.

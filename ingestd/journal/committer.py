@@ -32,12 +32,12 @@ from ingestd.journal.idempotency import SWEEP_ROWS, SWEEP_SECONDS
 from ingestd.journal.interface import (
     Chunk,
     Cursor,
-    DeadLetter,
     DeadTotals,
     Ledger,
     Moved,
     Sealed,
     Settlement,
+    refused_letter,
 )
 from ingestd.journal.store import PAGE_BYTES, KeyChange, Store, Write
 
@@ -297,7 +297,7 @@ class Committer:
                 Chunk(next_chunk + i, now, records)
                 for i, records in enumerate(_joined([op.records for op in appends]))
             ],
-            refused=[_letter(refused, now) for op in appends for refused in op.refused],
+            refused=[refused_letter(refused, now) for op in appends for refused in op.refused],
             sealed=[op.batch for op in seals],
             postponed=[op.batch for op in ops if type(op) is Postpone],
             settled=[op.settlement for op in ops if type(op) is Settle],
@@ -359,7 +359,3 @@ def _joined(runs: Sequence[Records]) -> list[Records]:
     if group:
         chunks.append(join(group))
     return chunks
-
-
-def _letter(refused: Refused, now: float) -> DeadLetter:
-    return DeadLetter("", refused.reason, refused.detail, "", refused.payload, 0, now, now)

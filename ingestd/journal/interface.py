@@ -89,6 +89,11 @@ class DeadLetter(NamedTuple):
     records: int = 1
 
 
+def refused_letter(refused: Refused, now: float) -> DeadLetter:
+    """The dead letter of a record that was refused at the door at `now`."""
+    return DeadLetter("", refused.reason, refused.detail, "", refused.payload, 0, now, now)
+
+
 class Settlement(NamedTuple):
     """All that one result changes, in one transaction.
 

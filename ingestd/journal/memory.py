@@ -27,6 +27,7 @@ from ingestd.journal.interface import (
     Recovered,
     Sealed,
     Settlement,
+    refused_letter,
 )
 from ingestd.journal.letters import letter_bytes
 
@@ -99,12 +100,7 @@ class MemoryJournal:
         now = self._clock.now()
         if claim is not None:
             self._keep_key(claim, now)
-        self._keep_letters(
-            [
-                DeadLetter("", letter.reason, letter.detail, "", letter.payload, 0, now, now)
-                for letter in refused
-            ]
-        )
+        self._keep_letters([refused_letter(one, now) for one in refused])
         self.ledger = self.ledger._replace(
             accepted=self.ledger.accepted + records.count,
             refused=self.ledger.refused + len(refused),
