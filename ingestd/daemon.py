@@ -30,9 +30,9 @@ from ingestd.base.telemetry import start_logging
 from ingestd.journal.idempotency import KeyRule
 from ingestd.overview import status_of
 from ingestd.pipeline import Pipeline, Report
-from ingestd.sources.http import HttpSource
+from ingestd.sources.http.source import HttpSource
 from ingestd.sources.progress import Progress, ProgressSnapshot
-from ingestd.sources.stdin import StdinSource
+from ingestd.sources.stdin.source import StdinSource
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping

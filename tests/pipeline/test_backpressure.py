@@ -21,8 +21,8 @@ from ingestd.journal.interface import Cursor, Sealed, Settlement
 from ingestd.journal.space import CHECK_SECONDS, Space
 from ingestd.journal.sqlite import SqliteJournal
 from ingestd.overview import status_of
-from ingestd.sources.http import HttpSource
-from ingestd.sources.stdin import StdinSource
+from ingestd.sources.http.source import HttpSource
+from ingestd.sources.stdin.source import StdinSource
 from tests.pipeline import recording
 from tests.pipeline.test_pipeline import drained, numbers, until
 from tests.sources.source_tools import Client, MemoryIntake, ask, serving

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from ingestd.base.settings import HttpSettings
-from ingestd.sources.http import HttpSource
+from ingestd.sources.http.source import HttpSource
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

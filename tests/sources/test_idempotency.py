@@ -26,9 +26,9 @@ from ingestd.base.settings import HttpSettings, Settings
 from ingestd.journal.idempotency import KeyRule
 from ingestd.journal.sqlite import SqliteJournal
 from ingestd.pipeline import Pipeline
-from ingestd.sources.http import HttpSource
-from ingestd.sources.idempotency import parse_key
-from ingestd.sources.problem import Problem
+from ingestd.sources.http.idempotency import parse_key
+from ingestd.sources.http.problem import Problem
+from ingestd.sources.http.source import HttpSource
 from tests.daemon.harness import daemon
 from tests.sources.source_tools import ask, connected, until
 

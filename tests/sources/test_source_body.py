@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingestd.base.record import Layout
-from ingestd.sources.body import Bounds, Reading, parse_body, reading_of
+from ingestd.sources.http.body import Bounds, Reading, parse_body, reading_of
+from ingestd.sources.http.problem import Problem
 from ingestd.sources.lines import KEPT_BYTES, parse_lines
-from ingestd.sources.problem import Problem
 from tests.sources.source_tools import check
 
 BOUNDS = Bounds(records_max=1000, record_bytes_max=64)

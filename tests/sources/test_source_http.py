@@ -19,7 +19,7 @@ import structlog
 
 from ingestd.base.errors import AddressError, Draining, JournalFailed, Overloaded
 from ingestd.base.record import Layout
-from ingestd.sources import problem
+from ingestd.sources.http import problem
 from tests.sources.source_tools import MemoryIntake, ask, connected, data_file, serving, until
 
 if sys.version_info >= (3, 14):

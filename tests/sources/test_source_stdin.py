@@ -28,8 +28,8 @@ from ingestd.base.record import Records
 from ingestd.base.settings import StdinSettings
 from ingestd.sources.framing import Framer
 from ingestd.sources.lines import Parsed
-from ingestd.sources.reader import READ_BYTES, ReadyReader, ThreadReader
-from ingestd.sources.stdin import StdinSource
+from ingestd.sources.stdin.reader import READ_BYTES, ReadyReader, ThreadReader
+from ingestd.sources.stdin.source import StdinSource
 from tests.sources.source_tools import MemoryIntake, data_file, until
 
 LOOPS = [asyncio.new_event_loop, uvloop.new_event_loop]
@@ -501,7 +501,7 @@ def test_as_a_real_process_with_standard_input_closed(tmp_path):
     script.write_text(
         "import asyncio\n"
         "from ingestd.base.settings import StdinSettings\n"
-        "from ingestd.sources.stdin import StdinSource\n"
+        "from ingestd.sources.stdin.source import StdinSource\n"
         "class In:\n"
         "    name, format, record_bytes_max = 'default', 'json', 1024\n"
         "    async def accept(self, records, refused=()):\n"

@@ -30,14 +30,14 @@ from ingestd.base.errors import (
     KeyReused,
     Overloaded,
 )
-from ingestd.sources import problem
-from ingestd.sources.answer import JSON, PROBLEM, Answer
-from ingestd.sources.body import Bounds, parse_body, reading_of
-from ingestd.sources.encoding import Inflater, inflate, name_encoding
-from ingestd.sources.idempotency import HEADER, REPLAYED, Replayed, parse_key, take_fingerprint
-from ingestd.sources.problem import Problem, explain, list_errors
-from ingestd.sources.room import Room
-from ingestd.sources.server import Server
+from ingestd.sources.http import problem
+from ingestd.sources.http.answer import JSON, PROBLEM, Answer
+from ingestd.sources.http.body import Bounds, parse_body, reading_of
+from ingestd.sources.http.encoding import inflate, name_encoding
+from ingestd.sources.http.idempotency import HEADER, REPLAYED, Replayed, parse_key, take_fingerprint
+from ingestd.sources.http.problem import Problem, explain, list_errors
+from ingestd.sources.http.room import Room
+from ingestd.sources.http.server import Server
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -45,10 +45,10 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from ingestd.base.settings import HttpSettings
-    from ingestd.sources.body import Reading
+    from ingestd.sources.http.body import Reading
+    from ingestd.sources.http.room import Hold
     from ingestd.sources.intake import Intake
     from ingestd.sources.lines import Parsed
-    from ingestd.sources.room import Hold
 
     OnRequest = Callable[[str, int, float, str], None]
 
@@ -340,7 +340,7 @@ class HttpSource:
             hold.grow(len(piece))
             sink.write(piece)
 
-        steps = inflate(Inflater(encoding, self._settings.body_bytes_max), wire, take)
+        steps = inflate(encoding, self._settings.body_bytes_max, wire, take)
 
         def finish() -> Parsed:
             for _ in steps:

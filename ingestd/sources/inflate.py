@@ -1,4 +1,4 @@
-"""`Content-Encoding`: decompression in pieces, so that a small body can't become a huge one."""
+"""Decompression in pieces, so that a few small bytes can't become a great many at once."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ import sys
 import zlib
 from typing import TYPE_CHECKING, Protocol
 
-from ingestd.sources import problem
-from ingestd.sources.problem import Problem
-
 if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator
 
-ENCODINGS = "gzip, deflate, zstd, identity"
 PIECE_BYTES = 256 * 1024
 """What one step puts out at most."""
 
@@ -29,20 +25,12 @@ _RAW_DEFLATE = -15
 _ZSTD_OPTIONS: dict[int, int] = {zstd.DecompressionParameter.window_log_max: 23}
 
 
-def name_encoding(headers: Sequence[str]) -> str:
-    """`identity`, `gzip`, `deflate` or `zstd`, from all the `Content-Encoding`s of a request.
+class Corrupt(Exception):  # noqa: N818 - what it is
+    """It is not what it says it is."""
 
-    Raises:
-        Problem: 415 for any other, and for more than one.
-    """
-    if not headers:
-        return "identity"
-    name = headers[0].strip().lower() if len(headers) == 1 else ", ".join(headers)
-    name = {"": "identity", "x-gzip": "gzip"}.get(name, name)
-    if name in ("identity", "gzip", "deflate", "zstd"):
-        return name
-    detail = f"{name[:80]!r}; one of {ENCODINGS} is read"
-    raise Problem(problem.ENCODING, detail, headers={"Accept-Encoding": ENCODINGS})
+
+class TooMuch(Exception):  # noqa: N818
+    """More comes out than is wanted."""
 
 
 class Inflater:
@@ -67,7 +55,8 @@ class Inflater:
         """What comes out, `PIECE_BYTES` at most at a time; has to be read to its end.
 
         Raises:
-            Problem: 400 if it is corrupt, 413 if it is too much.
+            Corrupt: it is not what it says.
+            TooMuch: more comes out than is wanted.
         """
         for start in range(0, len(wire), _WIRE_BYTES):
             yield from self._feed(wire[start : start + _WIRE_BYTES])
@@ -76,7 +65,7 @@ class Inflater:
         """Says that there is no more.
 
         Raises:
-            Problem: 400 if the stream is cut off.
+            Corrupt: the stream is cut off.
         """
         if not self._ended:
             raise self._corrupt("it is cut off")
@@ -98,8 +87,7 @@ class Inflater:
                 raise self._corrupt("it can't be decompressed") from None
             self._bytes += len(piece)
             if self._bytes > self._bytes_max:
-                detail = f"more than http.body_bytes_max = {self._bytes_max} after decompression"
-                raise Problem(problem.BODY_TOO_LARGE, detail)
+                raise TooMuch(f"more than {self._bytes_max} bytes after decompression")
             if piece:
                 yield piece
             wire = b""
@@ -120,20 +108,8 @@ class Inflater:
         zlib_head = wire[0] & 0x8F == 0x08 and (wire[0] << 8 | wire[1]) % 31 == 0
         return _Zlib(_ZLIB if zlib_head else _RAW_DEFLATE)
 
-    def _corrupt(self, what: str) -> Problem:
-        return Problem(problem.CORRUPT, f"the {self._encoding} body is not valid: {what}")
-
-
-def inflate(inflater: Inflater, wire: bytes, take: Callable[[bytes], None]) -> Iterator[None]:
-    """A whole body in steps: each hands one piece to `take`.
-
-    Raises:
-        Problem: see `Inflater`.
-    """
-    for piece in inflater.feed(wire):
-        take(piece)
-        yield
-    inflater.finish()
+    def _corrupt(self, what: str) -> Corrupt:
+        return Corrupt(f"the {self._encoding} body is not valid: {what}")
 
 
 class _Stream(Protocol):

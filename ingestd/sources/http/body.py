@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from ingestd.base.record import Layout, Records, Refused, pack_sizes
-from ingestd.sources import problem
+from ingestd.sources.http import problem
+from ingestd.sources.http.problem import Problem
 from ingestd.sources.lines import BOM, KEPT_BYTES, Parsed, json_fault, parse_lines, squeeze
 from ingestd.sources.lines import too_large as refuse_too_large
-from ingestd.sources.problem import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,13 +12,13 @@ import structlog
 
 from ingestd.base.errors import Overloaded
 from ingestd.sources.framing import Framer
-from ingestd.sources.reader import open_reader
+from ingestd.sources.stdin.reader import open_reader
 
 if TYPE_CHECKING:
     from ingestd.base.settings import StdinSettings
     from ingestd.sources.intake import Intake
     from ingestd.sources.lines import Parsed
-    from ingestd.sources.reader import Reader
+    from ingestd.sources.stdin.reader import Reader
 
 log = structlog.get_logger(__name__)
 

@@ -10,9 +10,9 @@ from aiohttp import web
 from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_protocol import RequestPayloadError
 
-from ingestd.sources import problem
-from ingestd.sources.answer import PROBLEM, Answer, encode
-from ingestd.sources.problem import Problem
+from ingestd.sources.http import problem
+from ingestd.sources.http.answer import PROBLEM, Answer, encode
+from ingestd.sources.http.problem import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable

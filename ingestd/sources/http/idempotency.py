@@ -10,8 +10,8 @@ import hashlib
 import re
 from typing import TYPE_CHECKING
 
-from ingestd.sources import problem
-from ingestd.sources.problem import Problem
+from ingestd.sources.http import problem
+from ingestd.sources.http.problem import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -14,14 +14,14 @@ import time
 from typing import TYPE_CHECKING, Self
 
 from ingestd.base.rate import LONGEST, Rate, wait_for_room
-from ingestd.sources import problem
-from ingestd.sources.problem import Problem
+from ingestd.sources.http import problem
+from ingestd.sources.http.problem import Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from ingestd.sources.problem import Kind
+    from ingestd.sources.http.problem import Kind
 
 
 class _Client:

@@ -1,0 +1,1 @@
+"""The source `http`: the door for records. Begin with `source.py`."""

@@ -1,0 +1,1 @@
+"""The source `stdin`: lines from standard input. Begin with `source.py`."""
