@@ -15,6 +15,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+import async_timeout
 import structlog
 
 from ingestd import __version__
@@ -47,6 +48,8 @@ LAG_SECONDS = 0.5
 """How often the loop's lag is measured."""
 CLOSE_SECONDS = 5.0
 """How long an idle worker may take to close its handler."""
+JOURNAL_SECONDS = 5.0
+"""How long, beyond the drain's own deadline, a disk may take to write what is left and tidy up."""
 
 
 def serve(settings: Settings) -> int:
@@ -60,10 +63,15 @@ def serve(settings: Settings) -> int:
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             code = runner.run(daemon.run())
+    except IngestdError as error:
+        if not daemon.stuck:
+            raise
+        log.error("start_failed", error=str(error))  # noqa: TRY400 - as `main` would say it
+        code = int(error.exit_code)
     finally:
         writer.close(1.0)
     if daemon.stuck:
-        # A thread that hangs in a handler would keep the interpreter for ever.
+        # A thread that hangs, in a handler or on a disk, would keep the interpreter for ever.
         sys.stdout.flush()
         os._exit(code)
     return code
@@ -85,7 +93,7 @@ class Daemon:
         writer: the log's, for the metric of dropped lines.
 
     Attributes:
-        stuck: a worker's thread could not be ended; the process must be.
+        stuck: a worker's thread could not be ended, or a journal's; the process must be.
     """
 
     def __init__(self, settings: Settings, writer: LogWriter) -> None:
@@ -98,6 +106,7 @@ class Daemon:
         self._metrics = Metrics(__version__)
         self._failure: BaseException | None = None
         self._progress: Progress | None = None
+        self._deadline = 0.0  # of the drain, loop time
         self._route = self._metrics.route("/v1/records")
         self._metrics.watch_log(lambda: writer.lines_lost)
         self._metrics.watch(lambda: {name: p.state() for name, p in self.pipelines.items()})
@@ -126,16 +135,32 @@ class Daemon:
     # -- start ---------------------------------------------------------------------------------
 
     async def _start_unless_urged(self, data_dir: DataDir) -> None:
-        """A second signal leaves at once even while a handler is being imported."""
+        """A signal leaves even while a handler is being imported, or a disk does not answer.
+
+        The first one as soon as the start is through, or at the drain's deadline; the second one
+        at once.
+        """
         start = asyncio.ensure_future(self._start(data_dir))
-        urged = asyncio.ensure_future(self._signals.urged.wait())
-        await asyncio.wait({start, urged}, return_when=asyncio.FIRST_COMPLETED)
-        urged.cancel()
+        left = asyncio.ensure_future(self._asked_for_long())
+        await asyncio.wait({start, left}, return_when=asyncio.FIRST_COMPLETED)
+        left.cancel()
         if not start.done():
             log.warning("start_abandoned")
             self._writer.close(1.0)
             os._exit(Exit.OK)  # nothing was accepted in this life; workers end with us
         await start
+
+    async def _asked_for_long(self) -> None:
+        await self._signals.asked.wait()
+        try:
+            async with async_timeout.timeout(self._drain_timeout()):
+                await self._signals.urged.wait()
+        except TimeoutError:
+            pass
+
+    def _drain_timeout(self) -> float:
+        """The longest of the pipelines'."""
+        return max(s.drain.timeout for s in self.settings.pipeline_settings().values())
 
     async def _start(self, data_dir: DataDir) -> None:
         """Admin first, so that a long recovery can be watched; sources last: then it is ready."""
@@ -179,7 +204,8 @@ class Daemon:
         )
 
     async def _close_pipeline(self, pipeline: Pipeline) -> None:
-        await pipeline.close(self._in(CLOSE_SECONDS))
+        report = await pipeline.close(self._in(CLOSE_SECONDS), self._in(JOURNAL_SECONDS))
+        self.stuck = self.stuck or not (report.workers_gone and report.journal_gone)
 
     def _build_source(self) -> Source:
         kind, default = self.settings.source.kind, self.settings.source.pipeline
@@ -253,9 +279,8 @@ class Daemon:
             await self._race(asyncio.sleep(self.settings.drain.delay), self._signals.urged)
         timeouts = {n: s.drain.timeout for n, s in self.settings.pipeline_settings().items()}
         began = asyncio.get_running_loop().time()
-        await self._race(
-            self.source.stop_taking(began + max(timeouts.values())), self._signals.urged
-        )
+        self._deadline = began + self._drain_timeout()
+        await self._race(self.source.stop_taking(self._deadline), self._signals.urged)
         work = asyncio.gather(
             *(p.drain(began + timeouts[name]) for name, p in self.pipelines.items())
         )
@@ -282,13 +307,16 @@ class Daemon:
         self._signals.remove()
         await self.source.close()
         grace = 0.0 if self._signals.urged.is_set() else CLOSE_SECONDS
+        # One after the other, but one deadline for all: they may well lie on the same disk.
+        give_up = max(self._in(JOURNAL_SECONDS), self._deadline)
         reports = {
-            name: await pipeline.close(self._in(grace)) for name, pipeline in self.pipelines.items()
+            name: await pipeline.close(self._in(grace), give_up)
+            for name, pipeline in self.pipelines.items()
         }
         if self._progress is not None:
             await self._progress.stop()
         await self.admin.close()
-        self.stuck = not all(report.workers_gone for report in reports.values())
+        self.stuck = not all(r.workers_gone and r.journal_gone for r in reports.values())
         for name, report in reports.items():
             _log_report(name, report)
         code = self._exit_code(reports)
@@ -303,7 +331,8 @@ class Daemon:
             if error is not None:
                 return error.exit_code if isinstance(error, IngestdError) else Exit.UNEXPECTED
         for report in reports.values():
-            if not report.balanced or (report.ledger.pending and not report.durable):
+            lost = report.ledger.pending and not report.durable
+            if lost or not (report.balanced and report.written):
                 return Exit.LOST
         return Exit.OK
 
@@ -359,5 +388,7 @@ def _log_report(name: str, report: Report) -> None:
         balanced=report.balanced,
         workers_gone=report.workers_gone,
     )
+    if not report.written:
+        log.error("journal_stuck", pipeline=name)
     if not report.balanced:
         log.error("ledger_mismatch", pipeline=name, counted=report.counted)

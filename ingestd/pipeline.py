@@ -62,12 +62,16 @@ class Report(NamedTuple):
         counted: pending records, counted from the journal's rows; `None` if it can't be read.
         workers_gone: whether every worker really ended.
         durable: whether what is pending is still there at the next start.
+        written: whether the journal wrote all that was submitted to it.
+        journal_gone: whether its threads ended; they can't while a disk does not answer.
     """
 
     ledger: Ledger
     counted: int | None
     workers_gone: bool
     durable: bool
+    written: bool = True
+    journal_gone: bool = True
 
     @property
     def balanced(self) -> bool:
@@ -519,11 +523,12 @@ class Pipeline:
             return False
         return due > deadline
 
-    async def close(self, deadline: float) -> Report:
+    async def close(self, deadline: float, give_up: float | None = None) -> Report:
         """Cancels the tasks that feed the workers, ends the workers, closes the journal.
 
         Args:
             deadline: loop time until which an idle worker may take to close its handler.
+            give_up: loop time at which a journal whose disk does not answer is left as it is.
 
         Returns:
             The last numbers.
@@ -532,8 +537,10 @@ class Pipeline:
         await _cancel(self._turning)
         gone = await self.pool.close(deadline if not self.running else self._loop.time())
         await _cancel(self._tasks)  # whose worker is gone, or was left behind
-        ledger, counted = await self.journal.close()
-        return Report(ledger, counted, gone, self.journal.durable)
+        closed = await self.journal.close(give_up)
+        return Report(
+            closed.ledger, closed.counted, gone, self.journal.durable, closed.written, closed.gone
+        )
 
     # -- what others may know ------------------------------------------------------------------
 

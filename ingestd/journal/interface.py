@@ -190,6 +190,22 @@ class Recovered(NamedTuple):
     set_aside: str = ""
 
 
+class Closed(NamedTuple):
+    """What closing a journal came to.
+
+    Attributes:
+        ledger: the counters.
+        counted: pending records counted from the rows; `None` if that was not possible.
+        written: everything that was submitted was written, or refused.
+        gone: its threads have ended; one that the disk holds can't be ended.
+    """
+
+    ledger: Ledger
+    counted: int | None = None
+    written: bool = True
+    gone: bool = True
+
+
 class Journal(Protocol):
     """One pipeline's durable store. All methods are called on the event loop."""
 
@@ -269,10 +285,10 @@ class Journal(Protocol):
         """The records of a batch; `None` if one of its chunks is damaged or gone."""
         ...
 
-    async def close(self) -> tuple[Ledger, int | None]:
+    async def close(self, deadline: float | None = None) -> Closed:
         """Finishes what was submitted, tidies the file up, ends the threads.
 
-        Returns:
-            The counters, and pending records counted from the rows (`None` if that failed).
+        Args:
+            deadline: loop time at which it is left as it is, for a disk that does not answer.
         """
         ...

@@ -19,6 +19,7 @@ from ingestd.base.record import Records, Refused, Span, join
 from ingestd.journal.idempotency import Kept, KeyRule, Keys, size_of
 from ingestd.journal.interface import (
     Chunk,
+    Closed,
     Cursor,
     DeadLetter,
     DeadTotals,
@@ -206,9 +207,9 @@ class MemoryJournal:
         """See `Journal.load`."""
         return join([self._chunks[s.chunk].records.part(s.first, s.count) for s in spans])
 
-    async def close(self) -> tuple[Ledger, int | None]:
+    async def close(self, deadline: float | None = None) -> Closed:  # noqa: ARG002
         """See `Journal.close`; there are no rows to count."""
-        return self.ledger, None
+        return Closed(self.ledger)
 
     def _done(self) -> asyncio.Future[None]:
         future: asyncio.Future[None] = self._loop.create_future()

@@ -34,6 +34,7 @@ from ingestd.journal.committer import (
 from ingestd.journal.idempotency import Kept, KeyRule, Keys, size_of
 from ingestd.journal.interface import (
     Chunk,
+    Closed,
     Cursor,
     DeadTotals,
     Ledger,
@@ -97,6 +98,8 @@ class SqliteJournal:
         self.keys = Keys(keys, clock, find=self._find_key, sweep=self._sweep)
         self.space = space
         self._sweeping: asyncio.Future[None] | None = None
+        self._written = False
+        self._counted: int | None = None
         self._drained = Rate(clock.monotonic())
 
     async def open(self, on_chunk: Callable[[Chunk], None]) -> Recovered:
@@ -321,19 +324,24 @@ class SqliteJournal:
             self.bytes -= op.settlement.finished_bytes
             self._drained.add(op.settlement.finished_bytes, self._clock.monotonic())
 
-    async def close(self) -> tuple[Ledger, int | None]:
+    async def close(self, deadline: float | None = None) -> Closed:
         """See `Journal.close`."""
-        counted = await self._loop.run_in_executor(self._reader, self._close)
-        self._reader.shutdown()
+        self._written, self._counted = False, None
+        closing = self._loop.run_in_executor(self._reader, self._close)
+        left = None if deadline is None else max(0.0, deadline - self._loop.time())
+        done, _ = await asyncio.wait({closing}, timeout=left)
+        self._reader.shutdown(wait=bool(done))
+        if done:
+            closing.result()
         # What the committer reported last came before this call's own result.
-        return self.ledger, counted
+        return Closed(self.ledger, self._counted, self._written, bool(done))
 
-    def _close(self) -> int | None:
+    def _close(self) -> None:
         self._committer.stop()
+        self._written = True
         self._checkpointer.stop()
-        counted = None
         try:
-            counted = count_pending(self._reading)
+            self._counted = count_pending(self._reading)
         except sqlite3.Error:
             pass  # a poisoned journal may not even be readable
         self._reading.close()
@@ -343,7 +351,6 @@ class SqliteJournal:
             pass  # the WAL is recovered at the next start
         self._store.close()
         self._checkpointer.close()
-        return counted
 
 
 def _size(records: Records, refused: Sequence[Refused]) -> int:

@@ -118,7 +118,7 @@ async def live(folder: Path) -> Life:
         written.append(journal.append(Records.lines([b"new"]), ()))
     finally:
         ended = await asyncio.gather(*written, return_exceptions=True)
-        ledger, counted = await journal.close()
+        ledger, counted, *_ = await journal.close()
     for error in ended:
         if isinstance(error, BaseException):
             raise error

@@ -215,6 +215,45 @@ def test_a_disk_that_hangs(tmp_path: Path) -> None:
             assert one.event("drained")["processed"] == 2
 
 
+@needs("mkfs.ext4", "losetup", "fsfreeze", root=True)
+def test_a_drain_on_a_disk_that_hangs(tmp_path: Path) -> None:
+    """SIGTERM while the file system is frozen: at the deadline it reports and leaves, with 75."""
+    with ext4(tmp_path / "disk") as disk:
+        arguments = into(tmp_path, **{"data-dir": str(disk / "data")}, drain__timeout="1s",
+                         **UP_TO_THE_END, **SMALL)  # fmt: skip
+        with daemon(*arguments, cwd=tmp_path) as one:
+            assert one.post(b"1\n")[0] == 202
+            one.until_settled()
+            subprocess.run(["fsfreeze", "-f", str(disk)], check=True)
+            try:
+                answers: list[int] = []
+                waiting = threading.Thread(target=_post_into, args=(one, b"2\n", answers))
+                waiting.start()
+                until(lambda: one.status()["pipelines"]["default"]["pending"] == 0)
+                one.terminate()
+                assert one.event("daemon_left", timeout=30)["code"] == 75
+                assert one.event("journal_stuck")
+                with pytest.raises(ConnectionRefusedError):
+                    one.status()
+                waiting.join(20)
+                assert answers == [0]
+            finally:
+                # Its thread hangs in the kernel: only now can the process be gone.
+                subprocess.run(["fsfreeze", "-u", str(disk)], check=True)
+            assert one.wait() == 75
+        report = finish(*arguments, cwd=tmp_path)
+        assert {1} <= seen(tmp_path) <= {1, 2}
+        assert report["accepted"] == report["processed"] == len(seen(tmp_path))
+        check_names(tmp_path)
+
+
+def _post_into(one: Daemon, body: bytes, answers: list[int]) -> None:
+    try:
+        answers.append(one.post(body)[0])
+    except (OSError, http.client.HTTPException):
+        answers.append(0)
+
+
 @pytest.mark.parametrize(
     "name", ["journal.db", pytest.param("journal.db-wal", marks=pytest.mark.slow)]
 )

@@ -96,7 +96,7 @@ async def test_sealed_batches_come_back_under_their_numbers(opened) -> None:
     loaded = await again.journal.load([Span(1, 0, 2)])
     assert loaded is not None
     assert loaded.items() == [b"1", b"2"]
-    ledger, counted = await again.journal.close()
+    ledger, counted, *_ = await again.journal.close()
     assert counted == ledger.pending == 3
 
 
@@ -115,7 +115,7 @@ async def test_settling_moves_everything_in_one_commit(opened) -> None:
     second = await opened()
     assert second.recovered.batches == [again]
     await second.journal.settle(settlement(2, 1, finished=[1], finished_bytes=size))
-    ledger, counted = await second.journal.close()
+    ledger, counted, *_ = await second.journal.close()
     assert ledger == Ledger(accepted=3, processed=2, dead=1)
     assert counted == 0
 
@@ -176,7 +176,7 @@ async def test_a_damaged_chunk_is_marked_and_never_loaded(opened, tmp_path: Path
     await again.journal.seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0))
     letter = DeadLetter("j.1.0", "damaged", "checksum", "", b"", 0, 1.0, 2.0)
     await again.journal.settle(settlement(1, 0, dead=[letter], finished=[1], damaged=[1]))
-    ledger, counted = await again.journal.close()
+    ledger, counted, *_ = await again.journal.close()
     assert counted == ledger.pending == 1
     with sqlite3.connect(path) as db:
         kept = db.execute("SELECT id, length(payload) FROM damaged").fetchall()
@@ -278,4 +278,4 @@ async def test_the_wal_is_started_over(opened, tmp_path: Path) -> None:
         await j.journal.append(Records(Layout.LINES, 1, payload), ())
     wal = (tmp_path / "journal.db-wal").stat().st_size
     assert wal < 110 << 20
-    assert (await j.journal.close())[1] == 120
+    assert (await j.journal.close()).counted == 120
