@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from ingestd.base.settings import PipelineSettings, Settings
 
 
+_BLOCK = 1024**2  # what a source that reads a stream appends at once, beside a record
+
+
 class ContradictionError(ValueError):
     """Settings that cannot work together.
 
@@ -32,7 +35,21 @@ def contradictions(settings: Settings) -> list[tuple[str, str]]:
     for name, pipeline in pipelines.items():
         prefix = "" if name == "default" else f"pipelines.{name}."
         problems.extend((prefix + key, text) for key, text in _in_a_pipeline(pipeline))
+        if text := _without_room(settings, pipeline):
+            problems.append((f"{prefix}journal.bytes_max", text))
     return problems
+
+
+def _without_room(settings: Settings, pipeline: PipelineSettings) -> str:
+    """Whether one append could be larger than the journal: it would be refused for ever."""
+    if settings.source.kind == "http":
+        largest, what = settings.http.body_bytes_max, "bodies of http.body_bytes_max"
+    else:
+        largest, what = pipeline.record_bytes_max + _BLOCK, "records of record_bytes_max"
+    if pipeline.journal.bytes_max >= 2 * largest:
+        return ""
+    bound = show_size(pipeline.journal.bytes_max)
+    return f"{bound} has no room for two {what} ({show_size(largest)})"
 
 
 def _at_the_door(settings: Settings) -> list[tuple[str, str]]:
