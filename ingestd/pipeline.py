@@ -39,6 +39,7 @@ from ingestd.settling import (
     remainder,
     replacements,
 )
+from ingestd.watching import Watches
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Sequence
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from ingestd.base.once import Claim
     from ingestd.base.record import Refused
     from ingestd.base.settings import PipelineSettings
+    from ingestd.base.watch import Watch
     from ingestd.execution.lane import Lane
 
 log = structlog.get_logger(__name__)
@@ -127,6 +129,7 @@ class Pipeline:
         )
         self.outstanding = Outstanding()
         self.isolation = Isolation()
+        self.watches = Watches()
         self.running = 0
         self._rule = RetryRule(
             settings.retry.attempts_max, settings.retry.backoff, settings.retry.backoff_max
@@ -215,8 +218,16 @@ class Pipeline:
         """See `Intake.forget`."""
         self.journal.keys.forget(claim)
 
+    def unwatch(self, watch: Watch) -> None:
+        """See `Intake.unwatch`."""
+        self.watches.remove(watch)
+
     async def accept(
-        self, records: Records, refused: Sequence[Refused] = (), claim: Claim | None = None
+        self,
+        records: Records,
+        refused: Sequence[Refused] = (),
+        claim: Claim | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """Returns once all of it is durable; all or nothing.
 
@@ -224,7 +235,10 @@ class Pipeline:
             Overloaded: the journal is at its bound, or its disk.
             JournalFailed: it is poisoned.
         """
-        await self.journal.append(records, refused, claim)
+        place = await self.journal.append(records, refused, claim)
+        if watch is not None:
+            # In time: a record is sealed, in a commit of its own, before anything becomes of it.
+            self.watches.add(place, watch)
         self._metrics.accepted(len(records.payload))
         for reason in {letter.reason for letter in refused}:
             sizes = [len(letter.payload) for letter in refused if letter.reason == reason]
@@ -457,6 +471,7 @@ class Pipeline:
             damaged=damaged,
         )
         await self.journal.settle(settlement)
+        self.watches.settled(without(batch.spans, remaining), dead)
         for chunk in finished:
             if chunk >= self._cursor.chunk:  # older ones were sealed in an earlier life
                 self.queue.task_done()

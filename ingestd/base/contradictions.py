@@ -41,15 +41,15 @@ def contradictions(settings: Settings) -> list[tuple[str, str]]:
 
 
 def _without_room(settings: Settings, pipeline: PipelineSettings) -> str:
-    """Whether one append could be larger than the journal: it would be refused for ever."""
-    if settings.source.kind == "http":
-        largest, what = settings.http.body_bytes_max, "bodies of http.body_bytes_max"
-    else:
-        largest, what = pipeline.record_bytes_max + _BLOCK, "records of record_bytes_max"
-    if pipeline.journal.bytes_max >= 2 * largest:
+    """What one append may bring beyond the journal's bound: it would be tried for ever.
+
+    A client gets 413 for that; a stream that is read has nobody to tell.
+    """
+    block = pipeline.record_bytes_max + _BLOCK
+    if settings.source.kind == "http" or pipeline.journal.bytes_max >= 2 * block:
         return ""
     bound = show_size(pipeline.journal.bytes_max)
-    return f"{bound} has no room for two {what} ({show_size(largest)})"
+    return f"{bound} has no room for two blocks of record_bytes_max and 1MiB ({show_size(block)})"
 
 
 def _at_the_door(settings: Settings) -> list[tuple[str, str]]:

@@ -69,6 +69,10 @@ class Overloaded(IngestdError):
         return after if isinstance(after, float) else 1.0
 
 
+class NeverFits(IngestdError):
+    """{size} bytes, more than {what} = {bound}"""
+
+
 class KeyInFlight(IngestdError):
     """a request with this Idempotency-Key is in progress"""
 

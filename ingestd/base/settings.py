@@ -136,6 +136,21 @@ class HttpSettings(Section):
         le=1,
         description="what one client may hold of requests and bytes in flight while others wait",
     )
+    wait_max: Seconds = Field(
+        60.0,
+        ge=0,
+        le=3600,
+        description="longest that Prefer: wait makes an answer wait; 0s ignores it",
+    )
+    streams_max: Count = Field(
+        64,
+        ge=0,
+        le=100_000,
+        description="most chunked bodies of lines that are accepted in pieces at once",
+    )
+    stream_silence_max: Seconds = Field(
+        300.0, gt=0, le=_DAY, description="a stream that sends nothing for so long is ended"
+    )
     idempotency_ttl: Seconds = Field(
         _DAY, gt=0, le=366 * _DAY, description="an Idempotency-Key is remembered this long"
     )

@@ -35,6 +35,7 @@ from ingestd.journal.interface import (
     DeadTotals,
     Ledger,
     Moved,
+    Place,
     Sealed,
     Settlement,
     refused_letter,
@@ -62,7 +63,7 @@ _NO_SPACE = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE})
 class Append(NamedTuple):
     """Records to accept, and the idempotency key that they came with."""
 
-    future: asyncio.Future[None]
+    future: asyncio.Future[Place]
     records: Records
     refused: Sequence[Refused]
     claim: Claim | None = None
@@ -118,6 +119,7 @@ class Committed(NamedTuple):
     """One commit, as it is reported to the loop.
 
     Attributes:
+        places: where the records of each append among `ops` are; none if it failed.
         keys_gone: idempotency keys that were deleted.
         at: when its records were accepted, seconds since the epoch.
         dead: the dead letters after it; `None` if it failed.
@@ -130,6 +132,7 @@ class Committed(NamedTuple):
     ledger: Ledger
     seconds: float
     error: Exception | None = None
+    places: Sequence[Place] = ()
     keys_gone: KeyChange = KeyChange()
     dead: DeadTotals | None = None
     moved: Moved = Moved()
@@ -238,7 +241,7 @@ class Committer:
             self._report(Committed(ops, (), self._store.meta.ledger, 0.0, self._poison))
             return
         started = time.perf_counter()
-        write = self._plan(ops)
+        write, places = self._plan(ops)
         try:
             gone = self._store.write(write)
         except Exception as error:  # noqa: BLE001  whatever it is, it decides about the journal
@@ -265,6 +268,7 @@ class Committer:
                 chunks,
                 self._store.meta.ledger,
                 seconds,
+                places=places,
                 keys_gone=gone,
                 dead=self._store.dead,
                 moved=moved,
@@ -286,17 +290,15 @@ class Committer:
         due = abs(now - self._swept_at) >= SWEEP_SECONDS or any(type(op) is Sweep for op in ops)
         return SWEEP_ROWS + 2 * self._keys_came if due else 0
 
-    def _plan(self, ops: Sequence[Op]) -> Write:
+    def _plan(self, ops: Sequence[Op]) -> tuple[Write, list[Place]]:
         now = self._clock.now()
         appends = [op for op in ops if type(op) is Append]
         seals = [op for op in ops if type(op) is Seal]
         sweep = self._sweep(ops, now)
         next_chunk = self._store.meta.last_chunk + 1
-        return Write(
-            chunks=[
-                Chunk(next_chunk + i, now, records)
-                for i, records in enumerate(_joined([op.records for op in appends]))
-            ],
+        runs, places = _joined([op.records for op in appends], next_chunk)
+        write = Write(
+            chunks=[Chunk(number, now, run) for number, run in enumerate(runs, next_chunk)],
             refused=[refused_letter(refused, now) for op in appends for refused in op.refused],
             sealed=[op.batch for op in seals],
             postponed=[op.batch for op in ops if type(op) is Postpone],
@@ -309,6 +311,7 @@ class Committer:
             sweep=sweep,
             keys_before=now - self._keys_ttl,
         )
+        return write, places
 
     def _failed(self, ops: Sequence[Op], error: Exception) -> None:
         ledger = self._store.meta.ledger
@@ -339,23 +342,31 @@ class Committer:
         self._poison = JournalFailed(path=self._store.path, problem=problem)
 
 
-def _joined(runs: Sequence[Records]) -> list[Records]:
-    """Small neighbours as one run, everything in the order in which it came."""
+def _joined(runs: Sequence[Records], number: int) -> tuple[list[Records], list[Place]]:
+    """Small neighbours as one run, everything in the order in which it came.
+
+    Returns:
+        The runs, and where each of those that came is if they are the chunks from `number` on.
+    """
     chunks: list[Records] = []
+    places: list[Place] = []
     group: list[Records] = []
-    size = 0
+    size = first = 0
     for run in runs:
         if run.count == 0:
+            places.append(Place(0, 0))
             continue
         small = len(run.payload) < JOIN_BYTES and run.layout is Layout.LINES
         if group and (not small or size + len(run.payload) > CHUNK_BYTES):
             chunks.append(join(group))
-            group, size = [], 0
+            group, size, first = [], 0, 0
+        places.append(Place(number + len(chunks), first))
         if small:
             group.append(run)
             size += len(run.payload)
+            first += run.count
         else:
             chunks.append(run)
     if group:
         chunks.append(join(group))
-    return chunks
+    return chunks, places

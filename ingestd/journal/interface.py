@@ -35,6 +35,13 @@ class Chunk(NamedTuple):
     damaged: bool = False
 
 
+class Place(NamedTuple):
+    """Where the records of one append lie: from record `first` of chunk `chunk` on."""
+
+    chunk: int
+    first: int
+
+
 class Cursor(NamedTuple):
     """Where the unsealed records begin: record `record` of chunk `chunk`."""
 
@@ -226,8 +233,8 @@ class Journal(Protocol):
 
     def append(
         self, records: Records, refused: Sequence[Refused], claim: Claim | None = None
-    ) -> Future[None]:
-        """Accepts records; resolved once they are durable.
+    ) -> Future[Place]:
+        """Accepts records; resolved with where they are once they are durable.
 
         Args:
             records: may be empty.
@@ -236,6 +243,7 @@ class Journal(Protocol):
 
         Raises:
             Overloaded: the journal's bound, the dead letters', or the disk's.
+            NeverFits: it alone is more than the journal may hold.
             JournalFailed: it is poisoned.
         """
         ...

@@ -13,7 +13,7 @@ import secrets
 from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
-from ingestd.base.errors import Overloaded
+from ingestd.base.errors import NeverFits, Overloaded
 from ingestd.base.rate import Rate, wait_for_room
 from ingestd.base.record import Records, Refused, Span, join
 from ingestd.journal.idempotency import Kept, KeyRule, Keys, size_of
@@ -25,6 +25,7 @@ from ingestd.journal.interface import (
     DeadTotals,
     Ledger,
     Moved,
+    Place,
     Recovered,
     Sealed,
     Settlement,
@@ -90,10 +91,12 @@ class MemoryJournal:
 
     def append(
         self, records: Records, refused: Sequence[Refused], claim: Claim | None = None
-    ) -> asyncio.Future[None]:
+    ) -> asyncio.Future[Place]:
         """See `Journal.append`."""
         size = len(records.payload) + len(records.sizes)
         used = self.bytes + size + size_of(claim)
+        if used - self.bytes > self.bytes_max:
+            raise NeverFits(size=used - self.bytes, what="journal.bytes_max", bound=self.bytes_max)
         if used > self.bytes_max:
             rate = self._drained.per_second(self._clock.monotonic())
             after = wait_for_room(used, self.bytes_max, rate, random.random)
@@ -112,7 +115,9 @@ class MemoryJournal:
             chunk = Chunk(self._last, now, records)
             self._chunks[chunk.id] = chunk
             self._on_chunk(chunk)
-        return self._done()
+        placed: asyncio.Future[Place] = self._loop.create_future()
+        placed.set_result(Place(self._last, 0))
+        return placed
 
     def _keep_key(self, claim: Claim, now: float) -> None:
         self._sweep()

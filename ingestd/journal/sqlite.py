@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from ingestd.base.errors import DataDirError, JournalFailed, Overloaded
+from ingestd.base.errors import DataDirError, JournalFailed, NeverFits, Overloaded
 from ingestd.base.rate import Rate, wait_for_room
 from ingestd.base.record import Records, Refused, Span, join
 from ingestd.journal import salvage
@@ -39,6 +39,7 @@ from ingestd.journal.interface import (
     DeadTotals,
     Ledger,
     Moved,
+    Place,
     Recovered,
     Sealed,
     Settlement,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+_NOWHERE = Place(0, 0)
 
 
 class SqliteJournal:
@@ -152,13 +154,15 @@ class SqliteJournal:
 
     def append(
         self, records: Records, refused: Sequence[Refused], claim: Claim | None = None
-    ) -> asyncio.Future[None]:
+    ) -> asyncio.Future[Place]:
         """See `Journal.append`."""
         if self.failed.done():
             raise JournalFailed(path=self.path, problem="an earlier commit failed")
         size = _size(records, refused)
         if claim is not None:
             size += size_of(claim)
+        if size > self.bytes_max:
+            raise NeverFits(size=size, what="journal.bytes_max", bound=self.bytes_max)
         if self.bytes + size > self.bytes_max:
             raise self._full("the journal", self.bytes + size, self.bytes_max)
         if self.space is not None and self.space.low(self._clock.monotonic()):
@@ -170,7 +174,7 @@ class SqliteJournal:
             raise Overloaded(what="the room for the dead letters", retry_after=30.0)
         self.bytes += size
         self._refusing += letters
-        future: asyncio.Future[None] = self._loop.create_future()
+        future: asyncio.Future[Place] = self._loop.create_future()
         self._committer.submit(Append(future, records, refused, claim))
         if claim is not None:
             claim.submitted = True
@@ -285,20 +289,28 @@ class SqliteJournal:
             self.bytes += _size(committed.moved.chunk.records, ())
         for chunk in committed.chunks:
             self._on_chunk(chunk)
-        for op in committed.ops:
-            if op.future.done():
-                continue
-            if error is not None:
-                op.future.set_exception(error)
-            elif isinstance(op, Revive | Expire):
-                op.future.set_result(committed.moved)
-            else:
-                op.future.set_result(None)
+        self._resolve(committed)
         if isinstance(error, JournalFailed) and not self.failed.done():
             self.failed.set_exception(error)
         if error is None and committed.ops:
             size = sum(len(chunk.records.payload) for chunk in committed.chunks)
             self._on_commit(committed.seconds, len(committed.ops), size)
+
+    def _resolve(self, committed: Committed) -> None:
+        """Everybody who waits for one of its operations hears of it."""
+        places = iter(committed.places)
+        for op in committed.ops:
+            place = next(places, _NOWHERE) if type(op) is Append else _NOWHERE
+            if op.future.done():
+                continue
+            if committed.error is not None:
+                op.future.set_exception(committed.error)
+            elif isinstance(op, Append):
+                op.future.set_result(place)
+            elif isinstance(op, Revive | Expire):
+                op.future.set_result(committed.moved)
+            else:
+                op.future.set_result(None)
 
     def _claim_ended(self, claim: Claim, committed: Committed) -> None:
         applied = committed.error is None

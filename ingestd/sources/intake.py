@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
     from ingestd.base.once import Claim
     from ingestd.base.record import Records, Refused
+    from ingestd.base.watch import Watch
 
 Format = Literal["json", "text", "bytes"]
 """What the records of a pipeline are."""
@@ -50,8 +51,16 @@ class Intake(Protocol):
         """Ends a claim, unless records that came with it are on their way into the journal."""
         ...
 
+    def unwatch(self, watch: Watch) -> None:
+        """Nobody waits for what becomes of these records any more."""
+        ...
+
     async def accept(
-        self, records: Records, refused: Sequence[Refused] = (), claim: Claim | None = None
+        self,
+        records: Records,
+        refused: Sequence[Refused] = (),
+        claim: Claim | None = None,
+        watch: Watch | None = None,
     ) -> None:
         """Returns once all of it is durable; all or nothing.
 
@@ -59,9 +68,11 @@ class Intake(Protocol):
             records: may be an empty run if there are refused ones.
             refused: records to be kept as dead letters.
             claim: its key and answer become durable together with the records.
+            watch: is told what becomes of `records`, from now until `unwatch`.
 
         Raises:
             Overloaded: at a bound; nothing was taken.
+            NeverFits: at a bound, and it always would be.
             Draining: nothing is taken any more.
             JournalFailed: nothing can be stored any more.
         """

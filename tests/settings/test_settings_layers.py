@@ -445,11 +445,9 @@ def test_no_error_shows_an_option(world: World) -> None:
     assert "1979" not in world.problem()
 
 
-def test_a_journal_has_room_for_what_one_append_may_bring(world: World) -> None:
-    """Smaller, it would refuse such a body for ever, with a 503 that says to try again."""
-    world.toml('[journal]\nbytes_max = "100MiB"\n')
-    assert world.problem().endswith(
-        "100MiB has no room for two bodies of http.body_bytes_max (64MiB)"
-    )
+def test_a_journal_has_room_for_what_a_stream_appends_at_once(world: World) -> None:
+    """Smaller, it would refuse such an append for ever, and nobody would know."""
     world.toml('[journal]\nbytes_max = "3MiB"\n[source]\nkind = "stdin"\n')
-    assert world.problem().endswith("3MiB has no room for two records of record_bytes_max (2MiB)")
+    assert world.problem().endswith(
+        "3MiB has no room for two blocks of record_bytes_max and 1MiB (2MiB)"
+    )

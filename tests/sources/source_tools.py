@@ -38,7 +38,13 @@ class MemoryIntake:
         self.waiting_most = 0
         self.errors: list[Exception] = []
 
-    async def accept(self, records: Records, refused: Sequence[Refused] = ()) -> None:
+    async def accept(
+        self,
+        records: Records,
+        refused: Sequence[Refused] = (),
+        claim: Any = None,
+        watch: Any = None,
+    ) -> None:
         self.asked.set()
         if self.errors:
             raise self.errors.pop(0)

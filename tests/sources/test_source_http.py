@@ -441,7 +441,7 @@ async def test_keepalive_can_be_switched_off(intake):
 
 async def test_request_ids(intake):
     class Noting(MemoryIntake):
-        async def accept(self, records, refused=()):
+        async def accept(self, records, refused=(), claim=None):
             ids.append(structlog.contextvars.get_contextvars()["request_id"])
 
     ids = []

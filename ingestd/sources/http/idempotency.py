@@ -25,12 +25,6 @@ _BARE = re.compile(r"[!#-+\--:<-\[\]-~]*", re.ASCII)  # visible, but for " , ; a
 _ESCAPED = re.compile(r"\\(.)")
 
 
-class Replayed(bytes):
-    """The body of a 202 that was given before."""
-
-    __slots__ = ()
-
-
 def parse_key(values: Sequence[str]) -> str:
     """The key, from all the `Idempotency-Key`s of a request (at least one).
 

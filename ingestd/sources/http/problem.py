@@ -13,6 +13,7 @@ from ingestd.base.errors import (
     JournalFailed,
     KeyInFlight,
     KeyReused,
+    NeverFits,
     Overloaded,
 )
 
@@ -45,6 +46,7 @@ BAD_REQUEST = Kind("bad-request", 400, "Not an HTTP request", closes=True)
 CORRUPT = Kind("corrupt-encoding", 400, "The body does not fit its Content-Encoding")
 EMPTY = Kind("empty", 400, "There is no record in the body")
 MALFORMED = Kind("malformed", 400, "No record in the body can be accepted")
+NOT_STRICT = Kind("not-strict", 400, "Not every record in the body can be accepted")
 NOT_FOUND = Kind("not-found", 404, "There is nothing here")
 UNKNOWN_PIPELINE = Kind("unknown-pipeline", 404, "There is no such pipeline")
 METHOD = Kind("method-not-allowed", 405, "Records are sent with POST")
@@ -89,6 +91,7 @@ class Problem(IngestdError):  # noqa: N818 - the RFC's word
         self.detail = detail
         self.refused = refused
         self.headers = headers or {}
+        self.members: dict[str, int] = {}  # more that the document says, as RFC 9457 allows
 
     def __reduce__(self) -> tuple[object, ...]:
         """By its own arguments; see the base class."""
@@ -102,6 +105,7 @@ class Problem(IngestdError):  # noqa: N818 - the RFC's word
             "status": self.kind.status,
             "detail": self.detail,
         }
+        members |= self.members
         if self.refused:
             members["errors"] = list_errors(self.refused)
         return msgspec.json.encode(members)
@@ -113,7 +117,7 @@ def _rebuild(
     return Problem(kind, detail, refused=refused, headers=headers)
 
 
-def list_errors(refused: Sequence[Refused]) -> list[dict[str, object]]:
+def list_errors(refused: Sequence[Refused]) -> list[dict[str, Any]]:
     """The first `ERRORS_MAX` refused records, as an answer lists them."""
     return [
         {"index": one.index, "reason": one.reason, "detail": one.detail}
@@ -121,7 +125,8 @@ def list_errors(refused: Sequence[Refused]) -> list[dict[str, object]]:
     ]
 
 
-Explained = Overloaded | Draining | JournalFailed | KeyInFlight | KeyReused
+Explained = Overloaded | NeverFits | Draining | JournalFailed | KeyInFlight | KeyReused
+EXPLAINED = (Overloaded, NeverFits, Draining, JournalFailed, KeyInFlight, KeyReused)
 
 
 def explain(error: Explained) -> Problem:
@@ -132,6 +137,8 @@ def explain(error: Explained) -> Problem:
         return Problem(KEY_REUSED, str(error))
     if isinstance(error, Overloaded):
         return Problem(OVERLOADED, str(error), headers=retry_after(error.retry_after))
+    if isinstance(error, NeverFits):
+        return Problem(BODY_TOO_LARGE, str(error))
     if isinstance(error, Draining):
         return Problem(DRAINING, str(error), headers=retry_after(1.0))
     # Not str(error): it names a path on this machine.

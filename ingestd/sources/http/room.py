@@ -120,14 +120,18 @@ class Room:
 
     def leave(self, client: _Client, size: int) -> None:
         """A request is over, and gives its bytes back; on the event loop."""
-        with self._lock:
-            self.bytes -= size
-            client.bytes -= size
-            self._drained.add(size, self._monotonic())
+        self.give_back(client, size)
         self.requests -= 1
         client.requests -= 1
         if not client.requests:
             del self._clients[client.address]
+
+    def give_back(self, client: _Client, size: int) -> None:
+        """A request gives bytes back."""
+        with self._lock:
+            self.bytes -= size
+            client.bytes -= size
+            self._drained.add(size, self._monotonic())
 
     def _is_contended(self, address: str) -> bool:
         """Whether anybody else is here, or was turned away and has not had time to come back."""
@@ -167,6 +171,11 @@ class Hold:
         """
         self._room.take(size, self._client, self.bytes)
         self.bytes += size
+
+    def give_back(self) -> None:
+        """The bytes are not held any more; the request's place still is."""
+        self._room.give_back(self._client, self.bytes)
+        self.bytes = 0
 
     def __enter__(self) -> Self:
         return self

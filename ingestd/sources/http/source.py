@@ -7,6 +7,7 @@ order. What it may send and what it gets back is in `docs/HTTP.md`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import re
 import secrets
@@ -15,7 +16,6 @@ from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple
 
 import async_timeout
-import msgspec
 import structlog
 from aiohttp import ClientPayloadError, HttpVersion11
 from aiohttp.web_protocol import RequestPayloadError
@@ -25,27 +25,29 @@ from ingestd.base.address import show_address, split_address
 from ingestd.base.errors import (
     AddressError,
     Draining,
-    JournalFailed,
-    KeyInFlight,
-    KeyReused,
-    Overloaded,
 )
+from ingestd.base.watch import Watch
 from ingestd.sources.http import problem
 from ingestd.sources.http.answer import JSON, PROBLEM, Answer
-from ingestd.sources.http.body import Bounds, parse_body, reading_of
+from ingestd.sources.http.body import Bounds, Reading, parse_body, reading_of
 from ingestd.sources.http.encoding import inflate, name_encoding
-from ingestd.sources.http.idempotency import HEADER, REPLAYED, Replayed, parse_key, take_fingerprint
-from ingestd.sources.http.problem import Problem, explain, list_errors
+from ingestd.sources.http.idempotency import HEADER, REPLAYED, parse_key, take_fingerprint
+from ingestd.sources.http.prefer import HEADER as PREFER
+from ingestd.sources.http.prefer import NOTHING, parse_prefer
+from ingestd.sources.http.problem import EXPLAINED, Problem, explain
 from ingestd.sources.http.room import Room
 from ingestd.sources.http.server import Server
+from ingestd.sources.http.stream import HELD_BYTES, Stream, read_piece
+from ingestd.sources.http.taken import Taken, accepted_body, processed_body
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from aiohttp import web
 
+    from ingestd.base.once import Claim
     from ingestd.base.settings import HttpSettings
-    from ingestd.sources.http.body import Reading
+    from ingestd.sources.http.prefer import Preferences
     from ingestd.sources.http.room import Hold
     from ingestd.sources.intake import Intake
     from ingestd.sources.lines import Parsed
@@ -111,6 +113,8 @@ class HttpSource:
         self._ids = _make_ids()
         self._draining = False
         self._active = 0
+        self._streams: set[Stream] = set()
+        self._waiting: set[Watch] = set()
         self._idle = asyncio.Event()
         self.addresses: list[str] = []
 
@@ -155,6 +159,10 @@ class HttpSource:
         """
         self._draining = True
         self._listener.close()
+        for stream in self._streams:
+            stream.leave()
+        for watch in self._waiting:
+            watch.done.set()
         if self._active:
             self._idle.clear()
             try:
@@ -178,13 +186,13 @@ class HttpSource:
         started = self._loop.time()
         request_id = self._name(request)
         bind_contextvars(request_id=request_id)
-        outcome: bytes | Problem | None
+        outcome: Taken | Problem | None
         self._active += 1
         try:
             outcome = await self._take(request)
         except Problem as found:
             outcome = found
-        except (Overloaded, Draining, JournalFailed, KeyInFlight, KeyReused) as error:
+        except EXPLAINED as error:
             outcome = explain(error)
         except _ClientGone:
             log.debug("request_abandoned")
@@ -206,15 +214,21 @@ class HttpSource:
         return answer
 
     def _write(
-        self, request: web.BaseRequest, request_id: str, outcome: bytes | Problem | None
+        self, request: web.BaseRequest, request_id: str, outcome: Taken | Problem | None
     ) -> Answer:
         headers = {"X-Request-Id": request_id}
         close = self._draining or not self._settings.keepalive_timeout
         timeout = self._settings.body_timeout
-        if isinstance(outcome, bytes):
-            if type(outcome) is Replayed:
-                headers.update(REPLAYED)
-            return Answer(202, JSON, outcome, headers=headers, close=close, write_timeout=timeout)
+        if isinstance(outcome, Taken):
+            headers.update(outcome.headers)
+            return Answer(
+                outcome.status,
+                JSON,
+                outcome.body,
+                headers=headers,
+                close=close,
+                write_timeout=timeout,
+            )
         if outcome is None:
             outcome = Problem(problem.BAD_REQUEST, "the body is not complete")
         headers.update(outcome.headers)
@@ -229,7 +243,7 @@ class HttpSource:
             write_timeout=timeout,
         )
 
-    async def _take(self, request: web.BaseRequest) -> bytes:
+    async def _take(self, request: web.BaseRequest) -> Taken:
         """Everything that can be refused without the body; then the body; then its records."""
         if self._draining:
             raise explain(Draining())
@@ -240,30 +254,98 @@ class HttpSource:
         encoding = name_encoding(headers.getall("Content-Encoding", ()))
         length = self._check_length(request)
         key = parse_key(headers.getall(HEADER)) if HEADER in headers else None
+        prefer = NOTHING
+        if PREFER in headers:
+            prefer = parse_prefer(headers.getall(PREFER), self._settings.wait_max)
         with self._room.enter(request.remote or "") as hold:
             hold.grow(length or 0)
             if "Expect" in headers:
                 _say_continue(request)
-            wire = await self._read(request, hold, counted=length is not None)
+            streams = length is None and reading is Reading.LINES and key is None
+            if streams and not prefer.strict and len(self._streams) < self._settings.streams_max:
+                wire, ended = await self._begin(request, hold, encoding)
+                if not ended:
+                    return await self._stream(request, route.intake, hold, encoding, wire)
+            else:
+                wire = await self._read(request, hold, counted=length is not None)
             if key is None:
                 parsed = await self._parse(wire, encoding, reading, route, hold)
                 del wire
-                await route.intake.accept(parsed.records, parsed.refused)
-                return _accepted(parsed)
+                return await self._accept(parsed, route.intake, prefer, hold)
             # Claimed only now: a connection that died in the middle of a body must not keep the
             # next try of the same request waiting.
             fingerprint = await self._fingerprint(wire, content_type, encoding)
             claim = await route.intake.begin(key, fingerprint)
             if isinstance(claim, bytes):
-                return Replayed(claim)
+                return Taken(claim, headers=REPLAYED)
             try:
                 parsed = await self._parse(wire, encoding, reading, route, hold)
                 del wire
-                claim.answer = _accepted(parsed)
-                await route.intake.accept(parsed.records, parsed.refused, claim)
+                claim.answer = accepted_body(parsed)
+                return await self._accept(parsed, route.intake, prefer, hold, claim)
             finally:
                 route.intake.forget(claim)
-            return claim.answer
+
+    async def _accept(
+        self,
+        parsed: Parsed,
+        intake: Intake,
+        prefer: Preferences,
+        hold: Hold,
+        claim: Claim | None = None,
+    ) -> Taken:
+        """Makes records durable, and waits for what becomes of them where that is preferred."""
+        if prefer.strict and parsed.refused:
+            detail = f"{len(parsed.refused)} of {parsed.total} records; nothing was stored"
+            raise Problem(problem.NOT_STRICT, detail, refused=parsed.refused)
+        if not prefer.wait:
+            await intake.accept(parsed.records, parsed.refused, claim)
+            return Taken(accepted_body(parsed), headers=prefer.applied())
+        watch = Watch(parsed.records.count)
+        try:
+            await intake.accept(parsed.records, parsed.refused, claim, watch)
+            hold.give_back()
+            await self._wait(watch, prefer.wait)
+        finally:
+            intake.unwatch(watch)
+        if watch.left:
+            return Taken(accepted_body(parsed), headers=prefer.applied())
+        return Taken(processed_body(parsed, watch), 200, prefer.applied())
+
+    async def _wait(self, watch: Watch, seconds: float) -> None:
+        """Until all of its records have their outcome, the time is up, or the daemon drains."""
+        self._waiting.add(watch)
+        try:
+            async with async_timeout.timeout(seconds):
+                await watch.done.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._waiting.discard(watch)
+
+    async def _stream(
+        self, request: web.BaseRequest, intake: Intake, hold: Hold, encoding: str, begun: bytes
+    ) -> Taken:
+        """A body that goes on: its pieces are accepted one by one."""
+        hold.give_back()
+        hold.grow(HELD_BYTES)
+
+        async def read() -> tuple[bytes, bool]:
+            with self._reading(request):
+                return await read_piece(request.content)
+
+        stream = Stream(
+            read,
+            intake,
+            encoding=encoding,
+            silence=self._settings.stream_silence_max,
+            gone=lambda: request.transport is None,
+        )
+        self._streams.add(stream)
+        try:
+            return Taken(await stream.run(begun))
+        finally:
+            self._streams.discard(stream)
 
     def _find(self, request: web.BaseRequest) -> _Route:
         path = request.raw_path
@@ -289,10 +371,26 @@ class HttpSource:
             raise self._too_large()
         return length
 
+    async def _begin(
+        self, request: web.BaseRequest, hold: Hold, encoding: str
+    ) -> tuple[bytes, bool]:
+        """A body of unknown length as far as its first lines, and whether that is all of it."""
+        sink = BytesIO()
+        with self._reading(request):
+            async with async_timeout.timeout(self._settings.body_timeout):
+                while True:
+                    piece, ended = await read_piece(request.content)
+                    sink.write(piece)
+                    goes_on = not ended and (encoding != "identity" or b"\n" in piece)
+                    # What goes on has no bound as a whole: only what is held at a time counts.
+                    self._count(len(piece), 0 if goes_on else sink.tell(), hold)
+                    if ended or goes_on:
+                        return sink.getvalue(), ended
+
     async def _read(self, request: web.BaseRequest, hold: Hold, *, counted: bool) -> bytes:
         """The body as it came."""
         content = request.content
-        try:
+        with self._reading(request):
             if content.is_eof():  # all of it came with the head
                 body = content.read_nowait()
                 if not counted:
@@ -305,6 +403,12 @@ class HttpSource:
                     if not counted:
                         self._count(len(block), sink.tell(), hold)
             return sink.getvalue()
+
+    @contextlib.contextmanager
+    def _reading(self, request: web.BaseRequest) -> Iterator[None]:
+        """What can go wrong with a body that comes, in our words."""
+        try:
+            yield
         except TimeoutError:
             detail = f"not complete after http.body_timeout = {self._settings.body_timeout:g} s"
             raise Problem(problem.TIMEOUT, detail) from None
@@ -383,19 +487,6 @@ def _say_continue(request: web.BaseRequest) -> None:
     transport = request.transport
     if request.version == HttpVersion11 and transport is not None:
         transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
-
-def _accepted(parsed: Parsed) -> bytes:
-    """The body of a 202."""
-    if not parsed.refused:
-        return b'{"accepted":%d,"rejected":0,"errors":[]}' % parsed.records.count
-    return msgspec.json.encode(
-        {
-            "accepted": parsed.records.count,
-            "rejected": len(parsed.refused),
-            "errors": list_errors(parsed.refused),
-        }
-    )
 
 
 def _make_ids() -> Iterator[str]:

@@ -1,0 +1,74 @@
+"""What is said about records that were taken: 202, or 200 to those who waited. No I/O."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from ingestd.sources.http.problem import ERRORS_MAX, list_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from ingestd.base.record import Refused
+    from ingestd.base.watch import Failed, Watch
+    from ingestd.sources.lines import Parsed
+
+_TOLD = frozenset({"rejected", "undecodable"})
+"""Reasons whose detail is about the record. Others come with what the handler raised, which may
+tell more of the machine than its clients should know."""
+
+
+class Taken(NamedTuple):
+    """An answer that is no problem.
+
+    Attributes:
+        body: JSON.
+        status: 202, or 200 if the records are processed.
+        headers: more of them.
+    """
+
+    body: bytes
+    status: int = 202
+    headers: Mapping[str, str] = {}
+
+
+def accepted_body(parsed: Parsed) -> bytes:
+    """The body of a 202."""
+    return count_body(parsed.records.count, len(parsed.refused), parsed.refused)
+
+
+def count_body(accepted: int, rejected: int, refused: Sequence[Refused]) -> bytes:
+    """The same by its numbers; `refused` may be the first ones alone."""
+    if not rejected:
+        return b'{"accepted":%d,"rejected":0,"errors":[]}' % accepted
+    return msgspec.json.encode(
+        {"accepted": accepted, "rejected": rejected, "errors": list_errors(refused)}
+    )
+
+
+def processed_body(parsed: Parsed, watch: Watch) -> bytes:
+    """The body of a 200: what became of each record, where it was not done."""
+    errors = [*list_errors(parsed.refused), *_failures(watch.failed, parsed.refused)]
+    errors.sort(key=lambda error: error["index"])
+    return msgspec.json.encode(
+        {
+            "accepted": watch.count,
+            "rejected": len(parsed.refused),
+            "processed": watch.count - watch.dead,
+            "dead": watch.dead,
+            "errors": errors[:ERRORS_MAX],
+        }
+    )
+
+
+def _failures(failed: Iterable[Failed], refused: Sequence[Refused]) -> Iterator[dict[str, Any]]:
+    """Dead letters as an answer lists them, by their places in the body."""
+    skipped = 0
+    for one in sorted(failed):
+        # Refused records are in the body, but not among those that were accepted.
+        while skipped < len(refused) and refused[skipped].index <= one.index + skipped:
+            skipped += 1
+        detail = one.error if one.reason in _TOLD else "see its dead letter"
+        yield {"index": one.index + skipped, "reason": one.reason, "detail": detail}

@@ -1,0 +1,77 @@
+"""Who waits for which records: a settlement is told to the watches whose records are in it."""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ingestd.base.record import Span
+    from ingestd.base.watch import Watch
+    from ingestd.journal.interface import DeadLetter, Place
+
+
+class _Placed(NamedTuple):
+    """A watch, and where the records of its append begin in their chunk."""
+
+    first: int
+    watch: Watch
+
+
+def _first(placed: _Placed) -> int:
+    return placed.first
+
+
+class Watches:
+    """The watches of one pipeline. What nobody waits for costs nothing."""
+
+    def __init__(self) -> None:
+        self._chunks: dict[int, list[_Placed]] = {}
+        self._homes: dict[Watch, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+    def add(self, place: Place, watch: Watch) -> None:
+        """From now on `watch` hears of its records; they are at `place`, and none is settled."""
+        self._homes[watch] = place.chunk
+        insort(self._chunks.setdefault(place.chunk, []), _Placed(place.first, watch), key=_first)
+
+    def remove(self, watch: Watch) -> None:
+        """Nobody waits any more; does nothing if nobody did."""
+        chunk = self._homes.pop(watch, 0)
+        placed = [one for one in self._chunks.pop(chunk, []) if one.watch is not watch]
+        if placed:
+            self._chunks[chunk] = placed
+
+    def settled(self, spans: Sequence[Span], dead: Sequence[DeadLetter]) -> None:
+        """Tells what became of some records.
+
+        Args:
+            spans: all that are settled.
+            dead: the letters among them.
+        """
+        if not self._chunks:
+            return
+        for letter in dead:
+            _, chunk, first = letter.record.rsplit(".", 2)
+            for placed, start, count in self._among(int(chunk), int(first), letter.records):
+                placed.watch.died(start - placed.first, count, letter.reason, letter.error)
+        for span in spans:
+            for placed, _, count in self._among(span.chunk, span.first, span.count):
+                placed.watch.settled(count)
+
+    def _among(self, chunk: int, first: int, count: int) -> Iterator[tuple[_Placed, int, int]]:
+        """Each watch with records in a run, and which of the run are its own: first and count."""
+        placed = self._chunks.get(chunk, [])
+        end = first + count
+        at = max(0, bisect_right(placed, first, key=_first) - 1)
+        while at < len(placed) and placed[at].first < end:
+            one = placed[at]
+            start = max(first, one.first)
+            own = min(end, one.first + one.watch.count) - start
+            if own > 0:
+                yield one, start, own
+            at += 1
