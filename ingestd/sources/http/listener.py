@@ -104,6 +104,8 @@ class TlsListener:
                 log.debug("handshake_failed", error=type(error).__name__)
                 with contextlib.suppress(OSError):
                     sock.close()
+            except Exception:
+                log.exception("handshake_failed")
 
 
 async def bind(host: str, port: int, backlog: int) -> list[socket.socket]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 from aiohttp import web
@@ -139,8 +139,8 @@ class _TurnedAway(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - a server's always is
-        self._transport = transport
+        # Not asserted: uvloop's for TLS is one and does not say so.
+        transport = self._transport = cast("asyncio.Transport", transport)
         if len(self._others) >= _TURNED_AWAY_MAX:
             transport.abort()
             return
