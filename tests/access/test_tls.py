@@ -22,7 +22,6 @@ from tests.access.tools import (
     Files,
     acurl,
     bearer,
-    files,  # noqa: F401
     needs_curl,
     on_both_loops,
 )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,6 +13,9 @@ from ingestd.base.tokens import hash_of
 from ingestd.sources.http.limits import BURST_SECONDS
 from tests.access.tools import LOGS, NEXT, SHOP, acurl, bearer, needs_curl
 from tests.sources.source_tools import MemoryIntake, Reply, ask, connected, serving, until
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 TOKENS = {
     "shop": {"token": SHOP},

@@ -8,7 +8,6 @@ import inspect
 import json
 import shutil
 import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -17,6 +16,7 @@ import uvloop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+    from pathlib import Path
 
 SHOP = "shop-token-of-the-tests-0123456789"
 LOGS = "logs-token-of-the-tests-9876543210"
@@ -64,11 +64,6 @@ class Files:
 
     def server(self, name: str = "server", **more: Any) -> str:
         return self.issue(name, "localhost", "127.0.0.1", **more)
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Files:
-    return Files(tmp_path / "pem")
 
 
 class Curl(NamedTuple):
