@@ -4,7 +4,12 @@
 #   COPY store.py .
 #   CMD ["run", "store:store"]
 #
-# What a handler imports is installed with /opt/ingestd/bin/pip.
+# It listens on every address of the container, and leaves with 78 until it is told who may come in:
+#
+#   docker run -e INGESTD_HTTP__TOKENS__SHOP__HASH=sha256:… -p 8080:8080 ingestd
+#
+# with what `docker run ingestd token` says; or INGESTD_HTTP__ALLOW_ANONYMOUS=true, where nobody else
+# can reach the container. What a handler imports is installed with /opt/ingestd/bin/pip.
 ARG PYTHON=3.13
 
 FROM python:${PYTHON}-slim AS build

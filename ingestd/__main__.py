@@ -7,7 +7,7 @@ import traceback
 from typing import TYPE_CHECKING, Protocol
 
 from ingestd.base.errors import Exit, IngestdError
-from ingestd.cli import check, dead, journal, prove, run
+from ingestd.cli import check, dead, journal, prove, run, token
 from ingestd.cli.arguments import Parser, add_settings, handler_from
 from ingestd.cli.output import discard_stdout, fail, say
 
@@ -27,14 +27,14 @@ class Command(Protocol):
 
 
 class Tool(Command, Protocol):
-    """A command with arguments of its own, for the data of a daemon."""
+    """A command with arguments of its own and no settings."""
 
     def add_arguments(self, parser: argparse.ArgumentParser, /) -> None:
         """Adds them; each parser sets itself as the default `leaf`."""
 
 
 COMMANDS: dict[str, Command] = {"run": run, "check": check, "prove": prove}
-TOOLS: dict[str, Tool] = {"dead": dead, "journal": journal}
+TOOLS: dict[str, Tool] = {"dead": dead, "journal": journal, "token": token}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

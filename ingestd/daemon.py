@@ -246,6 +246,7 @@ class Daemon:
         asked = asyncio.ensure_future(self._signals.asked.wait())
         ended = asyncio.ensure_future(self.source.wait_finished())
         lag = asyncio.ensure_future(self._measure_lag())
+        reloads = asyncio.ensure_future(self._reload_when_asked())
         broken = {pipeline.broken for pipeline in self.pipelines.values()}
         ends: set[asyncio.Future[Any]] = {asked, ended, *broken}
         try:
@@ -258,8 +259,32 @@ class Daemon:
                 return "failure"
             return self._signals.name if asked.done() else "end of input"
         finally:
-            for task in (asked, ended, lag):
+            for task in (asked, ended, lag, reloads):
                 task.cancel()
+
+    async def _reload_when_asked(self) -> None:
+        """SIGHUP, also one that came during the start; those that come at once are one."""
+        while True:
+            await self._signals.hung_up.wait()
+            self._signals.hung_up.clear()
+            try:
+                await self._reload()
+            except IngestdError as error:
+                log.error("reload_refused", error=str(error))  # noqa: TRY400  it is one line
+            except Exception:
+                log.exception("reload_refused")
+            else:
+                log.info("reloaded")
+
+    async def _reload(self) -> None:
+        """Reads anew what can change while it runs: files that settings name, not the settings.
+
+        Raises:
+            IngestdError: something is wrong with it, and everything stays as it is.
+        """
+        reload: Callable[[], Awaitable[None]] | None = getattr(self.source, "reload", None)
+        if reload is not None:
+            await reload()
 
     # -- drain ---------------------------------------------------------------------------------
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ipaddress
+
 from ingestd.base.errors import ConfigError
 
 _PORT_MAX = 65535
@@ -32,6 +34,15 @@ def split_address(address: str) -> tuple[str, int]:
             f"{address[:60]!r} is not an address: HOST:PORT, like 127.0.0.1:8080 or [::1]:8080"
         )
     return host, int(port)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine can reach `HOST:PORT`; of names only `localhost` is known."""
+    host = split_address(address)[0]
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def show_address(host: str, port: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ingestd.base.access import access_contradictions
 from ingestd.base.address import split_address
 from ingestd.base.units import show_seconds, show_size
 
@@ -29,7 +30,7 @@ class ContradictionError(ValueError):
 def contradictions(settings: Settings) -> list[tuple[str, str]]:
     """(dotted key, problem) for each; the key is the one that is most likely to be changed."""
     pipelines = settings.pipeline_settings()
-    problems = _at_the_door(settings)
+    problems = [*_at_the_door(settings), *access_contradictions(settings)]
     if settings.source.pipeline not in pipelines:
         problems.append(("source.pipeline", f"there is no pipeline {settings.source.pipeline!r}"))
     for name, pipeline in pipelines.items():

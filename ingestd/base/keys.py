@@ -5,10 +5,12 @@ from __future__ import annotations
 import enum
 import re
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel, SecretStr
 
+from ingestd.base.access import TokenSettings, WebhookSettings
+from ingestd.base.section import MASK
 from ingestd.base.settings import PipelineSettings, Settings
 from ingestd.base.units import Unit
 
@@ -24,56 +26,98 @@ PIPELINES = "pipelines"
 class Kind(enum.Enum):
     """What a key is."""
 
-    TABLE = "a section, or a pipeline"
+    TABLE = "a section, or a table with a name of the user's own"
     VALUE = "a setting"
-    NAMED = "`pipelines`: a table a name"
+    NAMED = "`pipelines`, `http.tokens`: a table a name"
     FREE = "`handler.options`: a table with any keys"
     INSIDE = "something in such a table"
+
+
+class _Found(NamedTuple):
+    """What is at a path.
+
+    Attributes:
+        kind: of it.
+        model: whose fields can follow; of a `NAMED` one, in each table with a name.
+        field: the setting, if it is one.
+    """
+
+    kind: Kind
+    model: type[BaseModel]
+    field: FieldInfo | None = None
 
 
 def locate(path: Sequence[str]) -> Kind | None:
     """What is at a path of keys from the top; `None` if nothing can be there."""
     found = _find(path)
-    return found[0] if found else None
+    return found.kind if found else None
 
 
 def field_at(path: Sequence[str]) -> FieldInfo | None:
     """The field of a setting; `None` for anything else."""
     found = _find(path)
-    return found[2] if found else None
+    return found.field if found else None
 
 
-def _find(path: Sequence[str]) -> tuple[Kind, type[BaseModel], FieldInfo | None] | None:
-    kind = Kind.TABLE
-    model: type[BaseModel] = Settings
-    field: FieldInfo | None = None
+def wrong_name(path: Sequence[str]) -> str | None:
+    """What is wrong with a name of the user's own in a path; `None` if nothing is."""
+    table = _named_in(path)
+    found = _find(table) if table else None
+    if table is None or found is None or found.field is None:
+        return None
+    key = get_args(found.field.annotation)[0]
+    for mark in getattr(key, "__metadata__", ()):
+        if isinstance(mark, AfterValidator):
+            try:
+                mark.func(path[len(table)])  # type: ignore[call-arg]  # takes a value alone
+            except ValueError as error:
+                return str(error)
+    return None
+
+
+def _named_in(path: Sequence[str]) -> tuple[str, ...] | None:
+    """The beginning of a path that is a table of names, if a name follows."""
+    for end in range(1, len(path)):
+        if locate(path[:end]) is Kind.NAMED:
+            return tuple(path[:end])
+    return None
+
+
+def _find(path: Sequence[str]) -> _Found | None:
+    found = _Found(Kind.TABLE, Settings)
     for name in path:
-        if kind in {Kind.FREE, Kind.INSIDE} and name:
-            kind = Kind.INSIDE
-        elif kind is Kind.NAMED and name:
-            kind, model = Kind.TABLE, PipelineSettings
-        elif kind is Kind.TABLE and name in model.model_fields:
-            field = model.model_fields[name]
-            kind, model = _kind(name, field, model)
+        if found.kind in {Kind.FREE, Kind.INSIDE} and name:
+            found = found._replace(kind=Kind.INSIDE)
+        elif found.kind is Kind.NAMED and name:
+            found = _Found(Kind.TABLE, found.model)
+        elif found.kind is Kind.TABLE and name in found.model.model_fields:
+            field = found.model.model_fields[name]
+            found = _Found(*_kind(field, found.model), field)
         else:
             return None
-    return kind, model, field
+    return found
 
 
-def _kind(name: str, field: FieldInfo, model: type[BaseModel]) -> tuple[Kind, type[BaseModel]]:
+def _kind(field: FieldInfo, model: type[BaseModel]) -> tuple[Kind, type[BaseModel]]:
     annotation = field.annotation
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+    if _is_section(annotation):
         return Kind.TABLE, annotation
-    special = {PIPELINES: Kind.NAMED, "options": Kind.FREE}
-    return special.get(name, Kind.VALUE), model
+    if get_origin(annotation) is dict:
+        inner = get_args(annotation)[1]
+        return (Kind.NAMED, inner) if _is_section(inner) else (Kind.FREE, model)
+    return Kind.VALUE, model
+
+
+def _is_section(annotation: object) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def settings_of(
     model: type[BaseModel], prefix: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
-    """Path and field of every setting in a model, sections in their order, without pipelines."""
+    """Path and field of every setting in a model, sections in their order, without own names."""
     for name, field in model.model_fields.items():
-        kind, section = _kind(name, field, model)
+        kind, section = _kind(field, model)
         if kind is Kind.TABLE:
             yield from settings_of(section, (*prefix, name))
         elif kind is not Kind.NAMED:
@@ -89,7 +133,7 @@ def values_of(
         path = (*prefix, name)
         if isinstance(value, BaseModel) or (isinstance(value, dict) and value):
             yield from values_of(value, path)
-        elif path != (PIPELINES,):
+        elif locate(path) is not Kind.NAMED:
             yield path, value
 
 
@@ -121,25 +165,40 @@ def nearest(path: Sequence[str]) -> tuple[str, ...] | None:
 
 
 def _candidates(path: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    found = [(PIPELINES,), *_with_sections(Settings, ())]
-    if len(path) > 2 and path[0] == PIPELINES:
-        found = list(_with_sections(PipelineSettings, (PIPELINES, path[1])))
+    table = _named_in(path)
+    within = _find(table) if table and len(path) > len(table) + 1 else None
+    if table and within:
+        found = _with_sections(within.model, (*table, path[len(table)]))
+    else:
+        found = _with_sections(Settings, ())
     return {".".join(key): key for key in found}
 
 
 def _with_sections(model: type[BaseModel], prefix: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    for path, _ in settings_of(model, prefix):
-        if len(path) > len(prefix) + 1:
-            yield path[:-1]
+    for name, field in model.model_fields.items():
+        path = (*prefix, name)
         yield path
+        kind, section = _kind(field, model)
+        if kind is Kind.TABLE:
+            yield from _with_sections(section, path)
+
+
+# A name and a key in it, where an example needs them.
+_EXAMPLES: dict[type[BaseModel], tuple[str, tuple[str, ...]]] = {
+    PipelineSettings: ("clicks", ("handler", "target")),
+    TokenSettings: ("shop", ("file",)),
+    WebhookSettings: ("github", ("secret",)),
+}
 
 
 def example_in(path: Sequence[str]) -> tuple[str, ...]:
     """A setting that is in a table: `batch.records_max` for `batch`."""
-    if path[0] == PIPELINES:
-        name = (path[1:] or ("clicks",))[0]
-        return (PIPELINES, name, *example_in(path[2:] or ("handler",)))
-    return next(key for key, _ in settings_of(Settings) if key[: len(path)] == tuple(path))
+    found = _find(path)
+    assert found is not None  # noqa: S101  who asks has located it
+    name, key = _EXAMPLES.get(found.model, ("", ()))
+    if found.kind is Kind.NAMED:
+        return (*path, name, *key)
+    return (*path, *(key or next(key for key, _ in settings_of(found.model))))
 
 
 def unit_of(field: FieldInfo | None) -> Unit | None:
@@ -149,7 +208,9 @@ def unit_of(field: FieldInfo | None) -> Unit | None:
 
 
 def shown(field: FieldInfo | None, value: object) -> object:
-    """A setting's value as people write it: `4194304` becomes `"4MiB"`."""
+    """A setting's value as people write it: `4194304` becomes `"4MiB"`; a secret is masked."""
+    if isinstance(value, SecretStr):
+        return MASK if value.get_secret_value() else ""
     unit = unit_of(field)
     if unit is None or not isinstance(value, int | float):
         return value

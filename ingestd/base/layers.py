@@ -12,8 +12,7 @@ import re
 import tomllib
 from typing import TYPE_CHECKING, NamedTuple
 
-from ingestd.base.keys import PIPELINES, Kind, dotted, example_in, locate, nearest
-from ingestd.base.settings import pipeline_name
+from ingestd.base.keys import Kind, dotted, example_in, locate, nearest, wrong_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -133,9 +132,8 @@ def _from_table(
     for name, value in table.items():
         path = (*above, name)
         kind, is_table = locate(path), isinstance(value, dict)
-        wrong_name = _wrong_pipeline(path)
-        if wrong_name:
-            problems.append(f"{dotted(path)} ({origin}): {wrong_name}")
+        if wrong := wrong_name(path):
+            problems.append(f"{dotted(path)} ({origin}): {wrong}")
         elif kind is None:
             problems.append(_unknown(f"key {dotted(path)} ({origin})", path, dotted))
         elif kind is Kind.VALUE and is_table:
@@ -156,9 +154,8 @@ def _from_text(
     problems: list[str],
 ) -> Iterator[Entry]:
     kind = locate(path)
-    wrong_name = _wrong_pipeline(path)
-    if wrong_name:
-        problems.append(f"{dotted(path)} ({origin}): {wrong_name}")
+    if wrong := wrong_name(path):
+        problems.append(f"{dotted(path)} ({origin}): {wrong}")
     elif kind is None:
         problems.append(_unknown(origin.replace("env ", "variable ", 1), path, name))
     elif kind is Kind.FREE:
@@ -190,16 +187,6 @@ def _is_a_table(path: tuple[str, ...], kind: Kind, name: Callable[[tuple[str, ..
     if kind is Kind.FREE:
         return f"is a table: write a JSON object, or one key like {name((*path, 'table'))}"
     return f"is a table: set a key in it, like {name(example_in(path))}"
-
-
-def _wrong_pipeline(path: tuple[str, ...]) -> str | None:
-    if len(path) < 2 or path[0] != PIPELINES:
-        return None
-    try:
-        pipeline_name(path[1])
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def _flag_name(path: tuple[str, ...]) -> str:

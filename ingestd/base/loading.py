@@ -148,6 +148,11 @@ def _origin(path: tuple[str, ...], origins: _Origins) -> str:
     return DEFAULT if own_handler else f"as {dotted(path[2:])}"
 
 
+def _whence(path: tuple[str, ...], origins: _Origins) -> str:
+    """Where a setting, or something in a table, came from."""
+    return _own(path, origins) or _origin(path, origins)
+
+
 def _own(path: tuple[str, ...], origins: _Origins) -> str | None:
     """Where something at a path, or below it, was written; `None` if it was not."""
     return next((origin for key, origin in origins.items() if key[: len(path)] == path), None)
@@ -159,7 +164,7 @@ def _explain(error: ValidationError, origins: _Origins) -> list[str]:
         cause = detail.get("ctx", {}).get("error")
         if isinstance(cause, ContradictionError):
             lines += [
-                _contradiction(key, text, _origin(tuple(key.split(".")), origins))
+                _contradiction(key, text, _whence(tuple(key.split(".")), origins))
                 for key, text in _without_inherited(cause.problems)
             ]
             continue
@@ -211,4 +216,8 @@ _PLAIN = {
     "string_type": "should be text",
     "string_too_short": "should not be empty",
     "path_type": "should be the path of a folder",
+    "missing": "is missing",
+    "bool_type": "should be true or false",
+    "bool_parsing": "should be true or false",
+    "list_type": "should be a list",
 }

@@ -6,20 +6,26 @@ what its caller says; flags, environment, secrets and files are read in `base/la
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from ingestd.base.access import (
+    TlsSettings,
+    TokenName,
+    TokenSettings,
+    WebhookName,
+    WebhookSettings,
+)
 from ingestd.base.address import split_address
 from ingestd.base.contradictions import ContradictionError, contradictions
+from ingestd.base.section import Section, own_name
 from ingestd.base.units import Count, Seconds, Share, Size  # noqa: TC001  pydantic reads them
 
 DEFAULT_PIPELINE = "default"
-PIPELINE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}", re.ASCII)
 OPTIONS_DEPTH_MAX = 16
 
 _MIB = 1024**2
@@ -74,22 +80,13 @@ def pipeline_name(value: str) -> str:
     Raises:
         ValueError: it is none; the message says why.
     """
-    if not PIPELINE_NAME.fullmatch(value):
-        raise ValueError(
-            "a pipeline's name starts with a-z, goes on with a-z 0-9 _ - and has at most 63"
-        )
+    own_name(value, "a pipeline")
     if value == DEFAULT_PIPELINE:
         raise ValueError(f"the pipeline {DEFAULT_PIPELINE!r} is set at the top level")
     return value
 
 
 PipelineName = Annotated[str, AfterValidator(pipeline_name)]
-
-
-class Section(BaseModel):
-    """What all sections have in common: frozen, and nothing unknown gets in."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class SourceSettings(Section):
@@ -156,6 +153,16 @@ class HttpSettings(Section):
     )
     idempotency_keys_max: Count = Field(
         1_000_000, ge=1, le=10**9, description="most Idempotency-Keys remembered, a pipeline"
+    )
+    allow_anonymous: bool = Field(
+        False, description="who says nothing may send everything, also on a public address"
+    )
+    tls: TlsSettings = TlsSettings()
+    tokens: dict[TokenName, TokenSettings] = Field(
+        default_factory=dict, max_length=1000, description="clients that prove who they are"
+    )
+    webhooks: dict[WebhookName, WebhookSettings] = Field(
+        default_factory=dict, max_length=1000, description="signed deliveries, by name"
     )
 
 

@@ -27,7 +27,11 @@ COMMON = (
     ("data_dir", "--data-dir", "DIR"),
     ("format", "--format", "json|text|bytes"),
 )
-_WITH_OWN_NAMES = ("--pipelines.", "--handler.options.")
+_WITH_OWN_NAMES = ("--pipelines.", "--handler.options.", "--http.tokens.", "--http.webhooks.")
+_TABLES = {
+    "http.tokens": "who may send: token, hash, file, client_certificate, pipelines, …",
+    "http.webhooks": "signed deliveries: kind, secret, file, pipeline, tolerance",
+}
 _METAVARS = {"bytes": "SIZE", "seconds": "TIME", "": "NUMBER"}
 
 
@@ -91,6 +95,8 @@ def add_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
             _add(group, f"--{key}", key, "JSON", argparse.SUPPRESS)
         else:
             _add(group, f"--{key}", key, _metavar(field), _help(field))
+    for table, text in _TABLES.items():
+        _add(group, f"--{table}.NAME.KEY", f"{table}.NAME.KEY", "VALUE", text)
     again = "any of format, batch, queue, handler, … again, for a pipeline of its own"
     _add(group, "--pipelines.NAME.KEY", "pipelines.NAME.KEY", "VALUE", again)
     for flag in _own_names(argv):
@@ -124,19 +130,23 @@ def _add(
 
 def _own_names(argv: Sequence[str]) -> list[str]:
     flags = {word.split("=", 1)[0] for word in argv if word.startswith(_WITH_OWN_NAMES)}
-    flags -= {"--handler.options.NAME", "--pipelines.NAME.KEY"}
+    flags -= {f"{table}{rest}" for table in _WITH_OWN_NAMES for rest in ("NAME", "NAME.KEY")}
     return sorted(flag for flag in flags if locate(flag.removeprefix("--").split(".")))
 
 
 def _metavar(field: FieldInfo) -> str:
     if get_origin(field.annotation) is Literal:
         return "|".join(get_args(field.annotation))
+    if field.annotation is bool:
+        return "true|false"
     unit = unit_of(field)
     return _METAVARS[unit.name] if unit else "TEXT"
 
 
 def _help(field: FieldInfo) -> str:
     default = shown(field, field.get_default(call_default_factory=True, validated_data={}))
+    if isinstance(default, bool):
+        default = str(default).lower()
     known = "" if default == {} else f" [{default}]" if default != "" else ' [""]'
     return f"{field.description}{known}".replace("%", "%%")
 
@@ -160,7 +170,7 @@ def _unknown_flag(flag: str, known: argparse.ArgumentParser) -> str:
     path = flag.lstrip("-").split(".")
     close = get_close_matches(flag, known._option_string_actions, n=1)  # noqa: SLF001
     meant = close[0] if close else None
-    if meant is None or path[0] == "pipelines":
+    if meant is None or flag.startswith(_WITH_OWN_NAMES):
         key = nearest(path)
         meant = "--" + ".".join(key) if key else None
     return f"unknown flag {flag}" + (f", did you mean {meant}?" if meant else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ingestd.base.errors import HandlerLoadError
+from ingestd.base.errors import ConfigError, Exit, HandlerLoadError
 from ingestd.cli.configured import configured, make_importable
 from ingestd.cli.effective import effective
 from ingestd.cli.output import fail, say
@@ -12,13 +12,13 @@ from ingestd.cli.output import fail, say
 if TYPE_CHECKING:
     import argparse
 
-    from ingestd.base.settings import PipelineSettings
+    from ingestd.base.settings import PipelineSettings, Settings
 
 HELP = "check the configuration and the handler, print the effective settings"
 DESCRIPTION = """\
-Reads the configuration and imports the handlers as `ingestd run` with the same flags would, and
-opens nothing: no port, no journal, no folder. Prints every setting that is in effect with where it
-came from, as TOML; secrets are masked.
+Reads the configuration and the files that it names, and imports the handlers, as `ingestd run` with
+the same flags would, and opens nothing: no port, no journal, no folder. Prints every setting that
+is in effect with where it came from, as TOML; secrets are masked.
 
 exit codes: 0 all is well; 2 usage; 78 configuration or handler"""
 
@@ -40,7 +40,22 @@ def execute(arguments: argparse.Namespace) -> int:
         except HandlerLoadError as error:
             fail(f"pipeline {name}: {error}")
             code = int(error.exit_code)
-    return code
+    return max(code, _check_access(loaded.settings))
+
+
+def _check_access(settings: Settings) -> int:
+    """Whether the files with tokens, secrets and certificates are what they should be."""
+    if settings.source.kind != "http":
+        return int(Exit.OK)
+    from ingestd.sources.http.access import read_access  # noqa: PLC0415  only now it is needed
+
+    try:
+        for doubt in read_access(settings.http).doubts:
+            fail(f"warning: {doubt}")
+    except ConfigError as error:
+        fail(str(error))
+        return int(error.exit_code)
+    return int(Exit.OK)
 
 
 def _resolve(pipeline: PipelineSettings) -> str:

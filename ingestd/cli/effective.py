@@ -6,13 +6,13 @@ import re
 from typing import TYPE_CHECKING
 
 from ingestd.base.keys import dotted, field_at, quoted, shown, values_of
+from ingestd.base.section import MASK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ingestd.base.loading import Loaded
 
-MASK = "***"
 _SECRET_NAME = re.compile(
     r"pass|pwd|token|secret|key|dsn|credential|auth|private|cookie|signature", re.IGNORECASE
 )

@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ingestd.base.access import TlsSettings
 from ingestd.base.errors import ConfigError, Exit, IngestdError, UsageError
 from ingestd.base.keys import dotted, field_at, quoted, shown, values_of
 from ingestd.base.settings import (
@@ -45,6 +46,8 @@ _CLIENTS_MAX = 256
 _SETTINGS, _ROWS, _DATA = "ingestd.toml", "out.db", "data"
 _DRAIN_SECONDS = 86400.0  # the prover sees whether it goes on
 _HERE = "127.0.0.1:0"
+# Only this machine is asked, and no secret of theirs goes into the folder.
+_OPEN = {"allow_anonymous": False, "tls": TlsSettings(), "tokens": {}, "webhooks": {}}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,7 +146,7 @@ def _settings(theirs: Settings, folder: Path) -> Settings:
             "data_dir": folder / _DATA,
             "format": "json",
             "source": SourceSettings(),
-            "http": theirs.http.model_copy(update={"listen": _HERE}),
+            "http": theirs.http.model_copy(update={"listen": _HERE, **_OPEN}),
             "admin": theirs.admin.model_copy(update={"listen": _HERE}),
             "log": LogSettings(level="info", format="json"),
             "handler": HandlerSettings(

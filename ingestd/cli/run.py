@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ingestd.base.init import split_off
+from ingestd.base.signals import ignore_hangups
 from ingestd.base.streams import occupy_standard_streams
 from ingestd.cli.configured import configured, make_importable
 
@@ -25,6 +26,7 @@ exit codes: 0 drained, or the rest is safe in the journal; 1 unexpected; 2 usage
 def execute(arguments: argparse.Namespace) -> int:
     """Runs until the daemon has drained; its exit code."""
     split_off()
+    ignore_hangups()
     occupy_standard_streams()
     settings = configured(arguments).settings
     make_importable()

@@ -2,8 +2,9 @@
 
 The child dies with its parent, three times over: an idle child reads the end of its socket, a busy
 one has a thread that waits for the end of the lifeline, and on Linux the kernel kills one whose C
-code holds the interpreter (`PR_SET_PDEATHSIG`). It leaves SIGINT and SIGTERM to the daemon: a
-terminal and systemd send them to everyone, and only the daemon knows what is still to be done.
+code holds the interpreter (`PR_SET_PDEATHSIG`). It leaves SIGINT, SIGTERM and SIGHUP to
+the daemon: a terminal and systemd send them to everyone, and only the daemon knows what is still to
+be done.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def main(socket_fd: int, lifeline_fd: int) -> None:
     """The child's whole life."""
     for fd in (socket_fd, lifeline_fd):
         os.set_inheritable(fd, False)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # Not SIG_IGN: that would be inherited by what the handler starts.
         signal.signal(number, lambda *_: None)
     threading.Thread(target=_watch, args=(lifeline_fd,), name="lifeline", daemon=True).start()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ingestd.base.access import TokenSettings, WebhookSettings
 from ingestd.base.keys import dotted, settings_of, shown, unit_of
 from ingestd.base.loading import load
 from ingestd.base.settings import Settings
@@ -52,11 +53,28 @@ def test_the_example_of_a_pipeline_works_when_its_comment_signs_are_gone(tmp_pat
     assert clicks.executor.kind == "process"
 
 
+def test_the_examples_of_a_token_and_a_webhook_name_every_key(tmp_path: Path) -> None:
+    start, end = TEXT.index("# [http.tokens."), TEXT.index("\n[stdin]")
+    example = "\n".join(
+        re.sub(r"^# ?", "", line).replace("…", "x" * 16)
+        for line in TEXT[start:end].splitlines()
+        if "=" in line or line.startswith("# [")
+    ).replace("client_certificate", "# client_certificate")
+    (tmp_path / "ingestd.toml").write_text(example)
+    settings = load(environ={}, cwd=tmp_path, secrets=tmp_path / "none").settings
+    token, webhook = settings.http.tokens["shop"], settings.http.webhooks["github"]
+    assert token.model_fields_set | {"client_certificate"} == set(TokenSettings.model_fields)
+    assert webhook.model_fields_set == set(WebhookSettings.model_fields)
+    unsaid = {"pipelines", "records_per_second", "bytes_per_second"}
+    assert token.model_dump(include=unsaid) == TokenSettings().model_dump(include=unsaid)
+    assert webhook.tolerance == WebhookSettings(kind="github").tolerance
+
+
 @pytest.mark.parametrize("path", [path for path, _ in settings_of(Settings)], ids=dotted)
 def test_every_key_has_a_meaning_and_every_number_a_unit(path: tuple[str, ...]) -> None:
     section = TEXT
     if len(path) > 1:
-        section = TEXT[TEXT.index(f"\n[{path[0]}]") + 1 :].split("\n[", 1)[0]
+        section = TEXT[TEXT.index(f"\n[{'.'.join(path[:-1])}]") + 1 :].split("\n[", 1)[0]
     (line,) = re.findall(rf"(?m)^{path[-1]} *= .*$", section.split("\n[", 1)[0])
     comment = line.partition("#")[2].strip()
     assert comment

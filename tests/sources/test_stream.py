@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ingestd.base.errors import JournalFailed, Overloaded
 from ingestd.sources.http import stream as module
 from ingestd.sources.http.body import Bounds, Reading, parse_body
+from ingestd.sources.http.gate import Caller
 from ingestd.sources.http.problem import Problem
 from ingestd.sources.http.stream import HELD_BYTES, PIECE_BYTES, Stream
 from tests.sources.source_tools import MemoryIntake, Reply, ask, connected, serving, until
@@ -273,7 +274,7 @@ async def test_any_division_gives_the_records_of_the_whole(body, cuts, form):
         piece = next(left, None)
         return (b"", True) if piece is None else (piece, False)
 
-    one = Stream(read, intake, encoding="identity", silence=10.0, gone=lambda: False)
+    one = Stream(read, intake, Caller(), encoding="identity", silence=10.0, gone=lambda: False)
     answer = Reply(202, {}, await one.run(pieces[0])).json
     assert intake.items == whole_records
     assert [one.index for one in intake.refused] == refused

@@ -35,6 +35,7 @@ class Reading(enum.Enum):
     LINES = "one record a line"
     DOCUMENT = "one JSON text"
     WHOLE = "the body is the record"
+    VALUE = "one JSON text, one record"
 
 
 class Bounds(NamedTuple):
@@ -98,6 +99,8 @@ def parse_body(body: bytes, reading: Reading, form: Format, bounds: Bounds) -> P
         parsed = _parse_all_lines(body, form, bounds)
     elif reading is Reading.DOCUMENT:
         parsed = _parse_document(body, bounds)
+    elif reading is Reading.VALUE:
+        parsed = _parse_value(body, bounds)
     else:
         parsed = _parse_one(body, bounds, Layout.SIZED)
     if not parsed.total:

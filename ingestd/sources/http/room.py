@@ -2,8 +2,9 @@
 
 One client may fill all of it as long as it is alone. As soon as another one has something in
 flight, or was turned away lately, no client gets beyond its share: it is told so (429), and what it
-gives back is there for the others. A client is a peer's address, so everybody behind one proxy is
-one client. Its only request is never refused for its share, or it could never be sent at all.
+gives back is there for the others. A client is a token's name, or without one a peer's address, so
+everybody behind one proxy is one client. Its only request is never refused for its share, or it
+could never be sent at all.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, Any
+import contextlib
+from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 from aiohttp import web
@@ -15,7 +16,7 @@ from ingestd.sources.http.answer import PROBLEM, Answer, encode
 from ingestd.sources.http.problem import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterator
 
 log = structlog.get_logger(__name__)
 
@@ -47,11 +48,26 @@ class Server(web.Server):
         self._connections_max = connections_max
         self._keepalive_timeout = keepalive_timeout or HEAD_TIMEOUT
         self._turned_away: set[asyncio.Transport] = set()
+        self._greetings = 0
         self.open = 0
+
+    def has_room_to_say_no(self) -> bool:
+        """Whether one more connection could at least be told that it is too many."""
+        return self.open + self._greetings < self._connections_max + _TURNED_AWAY_MAX
+
+    @contextlib.contextmanager
+    def greeting(self) -> Iterator[asyncio.BaseProtocol]:
+        """The protocol for a connection whose handshake is in progress, which is counted too."""
+        protocol = self()
+        self._greetings += 1
+        try:
+            yield protocol
+        finally:
+            self._greetings -= 1
 
     def __call__(self) -> Any:  # the base class names one kind only
         """A protocol for a connection that has just been accepted."""
-        if self.open >= self._connections_max:
+        if self.open + self._greetings >= self._connections_max:
             return _TurnedAway(self._turned_away)
         # Compressed bodies come as they are: aiohttp would decompress without a bound that we
         # can set, and answer 500 to a corrupt one.
@@ -123,8 +139,8 @@ class _TurnedAway(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - a server's always is
-        self._transport = transport
+        # Not asserted: uvloop's for TLS is one and does not say so.
+        transport = self._transport = cast("asyncio.Transport", transport)
         if len(self._others) >= _TURNED_AWAY_MAX:
             transport.abort()
             return
@@ -140,7 +156,9 @@ class _TurnedAway(asyncio.Protocol):
             )
         )
         # Closing now, with the request unread, would reset the connection and take the answer.
-        transport.write_eof()
+        # TLS has no end of one direction alone: there the client reads Content-Length, and goes.
+        if transport.can_write_eof():
+            transport.write_eof()
         self._timer = asyncio.get_running_loop().call_later(1.0, transport.abort)
 
     def data_received(self, data: bytes) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import re
 import secrets
+import time
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,10 +29,13 @@ from ingestd.base.errors import (
 )
 from ingestd.base.watch import Watch
 from ingestd.sources.http import problem
+from ingestd.sources.http.access import read_access
 from ingestd.sources.http.answer import JSON, PROBLEM, Answer
 from ingestd.sources.http.body import Bounds, Reading, parse_body, reading_of
 from ingestd.sources.http.encoding import inflate, name_encoding
+from ingestd.sources.http.gate import Caller, Gate
 from ingestd.sources.http.idempotency import HEADER, REPLAYED, parse_key, take_fingerprint
+from ingestd.sources.http.listener import TlsListener, bind
 from ingestd.sources.http.prefer import HEADER as PREFER
 from ingestd.sources.http.prefer import NOTHING, parse_prefer
 from ingestd.sources.http.problem import EXPLAINED, Problem, explain
@@ -39,6 +43,7 @@ from ingestd.sources.http.room import Room
 from ingestd.sources.http.server import Server
 from ingestd.sources.http.stream import HELD_BYTES, Stream, read_piece
 from ingestd.sources.http.taken import Taken, accepted_body, processed_body
+from ingestd.sources.http.webhooks import Webhook, check_type
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -47,8 +52,10 @@ if TYPE_CHECKING:
 
     from ingestd.base.once import Claim
     from ingestd.base.settings import HttpSettings
+    from ingestd.sources.http.access import Access
     from ingestd.sources.http.prefer import Preferences
     from ingestd.sources.http.room import Hold
+    from ingestd.sources.http.webhooks import Delivery
     from ingestd.sources.intake import Intake
     from ingestd.sources.lines import Parsed
 
@@ -63,16 +70,19 @@ and going to a thread and back about 0.1 ms, with the interpreter's lock shared 
 _THREADS = 2
 _BACKLOG = 1024
 _ROOT = "/v1/records"
+_WEBHOOKS = "/v1/webhooks"
 _CLIENT_GONE = 499
 _SHUTDOWN_SECONDS = 1.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
 class _Route(NamedTuple):
-    """One pipeline as the door sees it."""
+    """One pipeline as the door sees it; or a webhook, and the pipeline that it is for."""
 
     intake: Intake
     bounds: Bounds
+    webhook: Webhook | None = None
+    caller: Caller | None = None
 
 
 class HttpSource:
@@ -88,6 +98,9 @@ class HttpSource:
 
     Attributes:
         addresses: where it listens, after `start`; `HOST:PORT` with the real port.
+
+    Raises:
+        ConfigError: a file with tokens, secrets or certificates is not what it should be.
     """
 
     def __init__(
@@ -104,6 +117,15 @@ class HttpSource:
             bounds = Bounds(settings.records_max, intake.record_bytes_max)
             self._routes[f"{_ROOT}/{name}"] = _Route(intake, bounds)
         self._routes[_ROOT] = self._routes[f"{_ROOT}/{default}"]
+        access = read_access(settings)
+        self._gate = Gate(settings, access)
+        _tell(access)
+        for name, webhook in settings.webhooks.items():
+            to = self._routes[f"{_ROOT}/{webhook.pipeline or default}"]
+            self._routes[f"{_WEBHOOKS}/{name}"] = to._replace(
+                webhook=Webhook(name, webhook, access.webhooks[name]),
+                caller=Caller(f"webhook {name}"),
+            )
         self._on_request = on_request
         self._room = Room(
             settings.inflight_bytes_max,
@@ -136,9 +158,7 @@ class HttpSource:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="http-body")
         try:
             host, port = split_address(settings.listen)
-            self._listener = await self._loop.create_server(
-                self._server, host or None, port, backlog=_BACKLOG, reuse_address=True
-            )
+            self._listener = await self._listen(host, port)
         except (OSError, ValueError) as error:
             self._threads.shutdown()
             what = getattr(error, "strerror", None) or str(error)
@@ -146,6 +166,29 @@ class HttpSource:
                 address=settings.listen, setting="http.listen", problem=what
             ) from error
         self.addresses = [show_address(*sock.getsockname()[:2]) for sock in self._listener.sockets]
+
+    async def _listen(self, host: str, port: int) -> asyncio.Server | TlsListener:
+        context = self._gate.access.context
+        if context is not None:
+            return TlsListener(self._server, await bind(host, port, _BACKLOG), context)
+        return await self._loop.create_server(
+            self._server, host or None, port, backlog=_BACKLOG, reuse_address=True
+        )
+
+    async def reload(self) -> None:
+        """Reads tokens, secrets and certificates anew; connections stay, and none is refused.
+
+        Raises:
+            ConfigError: something is wrong with them, and everything stays as it is.
+        """
+        access: Access = await self._loop.run_in_executor(None, read_access, self._settings)
+        _tell(access)
+        self._gate.access = access
+        for route in self._routes.values():
+            if route.webhook is not None:
+                route.webhook.keys = access.webhooks[route.webhook.name]
+        if isinstance(self._listener, TlsListener) and access.context is not None:
+            self._listener.context = access.context
 
     async def wait_finished(self) -> None:
         """Never returns: a server has no end of input."""
@@ -175,6 +218,8 @@ class HttpSource:
         """Closes every connection. A request that is still in progress gets no answer."""
         self._draining = True
         self._listener.close()
+        if isinstance(self._listener, TlsListener):
+            await self._listener.wait_closed()  # or a handshake would end as one more connection
         await self._server.close(_SHUTDOWN_SECONDS)
         await self._listener.wait_closed()
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -248,16 +293,19 @@ class HttpSource:
         if self._draining:
             raise explain(Draining())
         route = self._find(request)
+        caller = route.caller or self._gate.admit(request, route.intake.name)
         headers = request.headers
         content_type = headers.get("Content-Type", "")
-        reading = reading_of(content_type, route.intake.format)
+        reading = _reading(route, content_type)
         encoding = name_encoding(headers.getall("Content-Encoding", ()))
         length = self._check_length(request)
-        key = parse_key(headers.getall(HEADER)) if HEADER in headers else None
+        key = None
+        if HEADER in headers and route.webhook is None:
+            key = parse_key(headers.getall(HEADER))
         prefer = NOTHING
         if PREFER in headers:
             prefer = parse_prefer(headers.getall(PREFER), self._settings.wait_max)
-        with self._room.enter(request.remote or "") as hold:
+        with self._room.enter(caller.name or request.remote or "") as hold:
             hold.grow(length or 0)
             if "Expect" in headers:
                 _say_continue(request)
@@ -265,22 +313,29 @@ class HttpSource:
             if streams and not prefer.strict and len(self._streams) < self._settings.streams_max:
                 wire, ended = await self._begin(request, hold, encoding)
                 if not ended:
-                    return await self._stream(request, route.intake, hold, encoding, wire)
+                    return await self._stream(
+                        request, route.intake, caller, hold, encoding=encoding, begun=wire
+                    )
             else:
                 wire = await self._read(request, hold, counted=length is not None)
+            fingerprint = b""
+            if route.webhook is not None:
+                key, fingerprint = await self._verify(route.webhook, request, wire)
             if key is None:
                 parsed = await self._parse(wire, encoding, reading, route, hold)
                 del wire
+                caller.charge(parsed.total, len(parsed.records.payload))
                 return await self._accept(parsed, route.intake, prefer, hold)
             # Claimed only now: a connection that died in the middle of a body must not keep the
             # next try of the same request waiting.
-            fingerprint = await self._fingerprint(wire, content_type, encoding)
+            fingerprint = fingerprint or await self._fingerprint(wire, content_type, encoding)
             claim = await route.intake.begin(key, fingerprint)
             if isinstance(claim, bytes):
                 return Taken(claim, headers=REPLAYED)
             try:
                 parsed = await self._parse(wire, encoding, reading, route, hold)
                 del wire
+                caller.charge(parsed.total, len(parsed.records.payload))
                 claim.answer = accepted_body(parsed)
                 return await self._accept(parsed, route.intake, prefer, hold, claim)
             finally:
@@ -324,7 +379,14 @@ class HttpSource:
             self._waiting.discard(watch)
 
     async def _stream(
-        self, request: web.BaseRequest, intake: Intake, hold: Hold, encoding: str, begun: bytes
+        self,
+        request: web.BaseRequest,
+        intake: Intake,
+        caller: Caller,
+        hold: Hold,
+        *,
+        encoding: str,
+        begun: bytes,
     ) -> Taken:
         """A body that goes on: its pieces are accepted one by one."""
         hold.give_back()
@@ -337,6 +399,7 @@ class HttpSource:
         stream = Stream(
             read,
             intake,
+            caller,
             encoding=encoding,
             silence=self._settings.stream_silence_max,
             gone=lambda: request.transport is None,
@@ -353,12 +416,13 @@ class HttpSource:
         if route is None:
             path = request.path if path[:1] != "/" else path.partition("?")[0]
             route = self._routes.get(path)
-        if route is None:
-            if path.startswith(f"{_ROOT}/"):
-                raise Problem(problem.UNKNOWN_PIPELINE, "no pipeline has this name")
+        if route is None and not path.startswith(f"{_ROOT}/"):
             raise Problem(problem.NOT_FOUND, f"records go to {_ROOT} or {_ROOT}/{{pipeline}}")
+        # Before it is said whether the pipeline exists: that is not for everybody.
         if request.method != "POST":
             raise Problem(problem.METHOD, "use POST", headers={"Allow": "POST"})
+        if route is None:
+            raise self._gate.explain_unknown(request)
         return route
 
     def _check_length(self, request: web.BaseRequest) -> int | None:
@@ -455,6 +519,13 @@ class HttpSource:
             return finish()
         return await self._loop.run_in_executor(self._threads, finish)
 
+    async def _verify(self, webhook: Webhook, request: web.BaseRequest, wire: bytes) -> Delivery:
+        if len(wire) < THREAD_BYTES:
+            return webhook.check(request.headers, wire, time.time())
+        return await self._loop.run_in_executor(
+            self._threads, webhook.check, request.headers, wire, time.time()
+        )
+
     async def _fingerprint(self, wire: bytes, content_type: str, encoding: str) -> bytes:
         if len(wire) < THREAD_BYTES:
             return take_fingerprint(wire, content_type, encoding)
@@ -472,6 +543,19 @@ class HttpSource:
 
 class _ClientGone(Exception):  # noqa: N818 - nobody's error
     """The client went away in the middle of its body."""
+
+
+def _tell(access: Access) -> None:
+    for doubt in access.doubts:
+        log.warning("certificate_doubtful", problem=doubt)
+
+
+def _reading(route: _Route, content_type: str) -> Reading:
+    """How the records lie in a body. A delivery is one record, whatever is in it."""
+    if route.webhook is None:
+        return reading_of(content_type, route.intake.format)
+    check_type(content_type)
+    return Reading.VALUE
 
 
 def _is_short(steps: Iterator[None]) -> bool:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from aiohttp import StreamReader
 
     from ingestd.base.record import Refused
+    from ingestd.sources.http.gate import Caller
     from ingestd.sources.intake import Intake
     from ingestd.sources.lines import Parsed
 
@@ -53,6 +54,7 @@ class Stream:
     Args:
         read: the next piece, and whether the body ended with it.
         intake: where its records go.
+        caller: who sends it; at its limits it is not read, until it may send again.
         encoding: its `Content-Encoding`.
         silence: seconds without a byte after which it is ended.
         gone: whether its client has left.
@@ -66,6 +68,7 @@ class Stream:
         self,
         read: Callable[[], Awaitable[tuple[bytes, bool]]],
         intake: Intake,
+        caller: Caller,
         *,
         encoding: str,
         silence: float,
@@ -73,6 +76,7 @@ class Stream:
     ) -> None:
         self._read = read
         self._intake = intake
+        self._caller = caller
         self._silence = silence
         self._gone = gone
         self._framer = Framer(intake.format, intake.record_bytes_max)
@@ -80,7 +84,7 @@ class Stream:
         self._errors: list[Refused] = []
         self._waiting: asyncio.Task[None] | None = None
         self._timer: asyncio.Timeout | None = None
-        self._left = False
+        self._leaving = asyncio.Event()
         self.accepted = 0
         self.rejected = 0
 
@@ -105,7 +109,7 @@ class Stream:
 
     def leave(self) -> None:
         """Ends it at the last line that has arrived: the daemon drains."""
-        self._left = True
+        self._leaving.set()
         self._wake()
 
     def _notice(self, accepting: asyncio.Task[None]) -> None:
@@ -141,7 +145,7 @@ class Stream:
     async def _next(self) -> tuple[bytes, bool]:
         if self._waiting is not None and self._waiting.done():
             await self._committed()
-        if self._left:
+        if self._leaving.is_set():
             raise Draining
         self._timer = async_timeout.timeout(self._silence)
         try:
@@ -150,7 +154,7 @@ class Stream:
         except TimeoutError:
             if self._waiting is not None and self._waiting.done():
                 await self._committed()
-            if self._left:
+            if self._leaving.is_set():
                 raise Draining from None
             detail = f"nothing came for http.stream_silence_max = {self._silence:g} s"
             raise Problem(problem.TIMEOUT, detail) from None
@@ -176,6 +180,7 @@ class Stream:
         return self.accepted + self.rejected
 
     async def _accept(self, parsed: Parsed) -> None:
+        await self._pause(self._caller.wait())
         while True:
             try:
                 await self._intake.accept(parsed.records, parsed.refused)
@@ -183,13 +188,21 @@ class Stream:
             except Overloaded as overloaded:
                 if not self._stored:
                     raise
-                if self._left or self._gone():
+                if self._leaving.is_set() or self._gone():
                     raise Draining from None
                 after = min(overloaded.retry_after, AGAIN_SECONDS)
-                await asyncio.sleep(after * random.uniform(0.75, 1.25))  # noqa: S311
+                await self._pause(after * random.uniform(0.75, 1.25))  # noqa: S311
+        self._caller.charge(parsed.total, len(parsed.records.payload))
         self.accepted += parsed.records.count
         self.rejected += len(parsed.refused)
         self._errors += parsed.refused[: ERRORS_MAX - len(self._errors)]
+
+    async def _pause(self, seconds: float) -> None:
+        """So long, or until the daemon drains."""
+        if seconds > 0:
+            with contextlib.suppress(TimeoutError):
+                async with async_timeout.timeout(seconds):
+                    await self._leaving.wait()
 
     def _counted(self, error: Explained | Corrupt | Problem) -> Problem:
         if isinstance(error, Corrupt):

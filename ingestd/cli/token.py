@@ -1,0 +1,56 @@
+"""`ingestd token`: a new token, or the hash of one."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from ingestd.base.errors import Exit, UsageError
+from ingestd.base.tokens import hash_of, make_token
+from ingestd.cli.output import say
+
+if TYPE_CHECKING:
+    import argparse
+
+HELP = "make a token for the http source, or hash one"
+DESCRIPTION = """\
+Prints a new random token to stdout, and to stderr its hash and how to use both.
+With --hash it reads a token from stdin, one line, and prints its hash to stdout.
+
+The token is for the client. The daemon needs only the hash (http.tokens.NAME.hash)."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its one flag."""
+    parser.set_defaults(leaf=parser)
+    parser.add_argument("--hash", action="store_true", help="hash the token on stdin")
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Prints it.
+
+    Raises:
+        UsageError: what is on stdin is no token.
+    """
+    if arguments.hash:
+        say(_hash(sys.stdin.readline(4096).strip()))
+        return int(Exit.OK)
+    token = make_token()
+    say(token)
+    for line in (
+        hash_of(token),
+        "",
+        "The line on stdout is the token, and is shown only now. The daemon gets the hash:",
+        f"  --http.tokens.NAME.hash {hash_of(token)}",
+        "and the client sends:",
+        "  Authorization: Bearer TOKEN",
+    ):
+        print(line, file=sys.stderr)
+    return int(Exit.OK)
+
+
+def _hash(token: str) -> str:
+    try:
+        return hash_of(token)
+    except ValueError as error:
+        raise UsageError(problem=f"the token on stdin {error}") from None

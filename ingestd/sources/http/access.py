@@ -1,0 +1,51 @@
+"""What the settings say about who may come in, files read: at the start, and again on SIGHUP."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from ingestd.base.errors import ConfigError
+from ingestd.sources.http.tls import make_context
+from ingestd.sources.http.tokens import Tokens, read_tokens
+from ingestd.sources.http.webhooks import read_webhooks
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Mapping, Sequence
+
+    from ingestd.base.settings import HttpSettings
+
+
+class Access(NamedTuple):
+    """What can change while the daemon runs.
+
+    Attributes:
+        tokens: who shows what.
+        webhooks: the secrets of each, by name.
+        context: what connections are encrypted with; `None` without TLS.
+        doubts: what should be seen to and is no reason to refuse.
+    """
+
+    tokens: Tokens
+    webhooks: Mapping[str, Sequence[bytes]]
+    context: ssl.SSLContext | None
+    doubts: Sequence[str]
+
+
+def read_access(settings: HttpSettings) -> Access:
+    """Reads all files; for a thread, if something else is going on.
+
+    Raises:
+        ConfigError: with one line for everything that is wrong; no secret is quoted.
+    """
+    problems: list[str] = []
+    doubts: list[str] = []
+    access = Access(
+        read_tokens(settings.tokens, problems),
+        read_webhooks(settings.webhooks, problems),
+        make_context(settings.tls, problems, doubts),
+        doubts,
+    )
+    if problems:
+        raise ConfigError(problem="\n".join(problems))
+    return access

@@ -1,0 +1,191 @@
+"""Who is this, and may it go there? Asked before anything of a body is read.
+
+Whoever shows a token is who the token says. Whoever shows none but has a verified certificate is
+who `client_certificate` says; if there are no tokens at all, every certificate is good for
+everything. Nobody else comes in, unless nothing in the settings says who may.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import time
+from typing import TYPE_CHECKING
+
+import structlog
+
+from ingestd.base.access import ALL, demands_proof
+from ingestd.sources.http import problem
+from ingestd.sources.http.limits import Limits
+from ingestd.sources.http.problem import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiohttp import web
+
+    from ingestd.base.settings import HttpSettings
+    from ingestd.sources.http.access import Access
+
+log = structlog.get_logger(__name__)
+
+DENIED_SECONDS = 10.0
+"""Who was turned away is said once in so many seconds: nobody shall fill the log from outside."""
+_CHALLENGE = 'Bearer realm="ingestd"{}, Basic realm="ingestd", charset="UTF-8"'
+
+
+class Caller:
+    """Who sends a request, and what it may.
+
+    Args:
+        name: of the token or webhook; empty if it has none.
+        pipelines: where it may send to; `None` for everywhere.
+        limits: shared by all requests of this name.
+        monotonic: seconds that do not go back.
+    """
+
+    __slots__ = ("_limits", "_monotonic", "name", "pipelines")
+
+    def __init__(
+        self,
+        name: str = "",
+        pipelines: frozenset[str] | None = None,
+        limits: Limits | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = name
+        self.pipelines = pipelines
+        self._limits = limits
+        self._monotonic = monotonic
+
+    def wait(self) -> float:
+        """Seconds until it may send again; 0 if it may now."""
+        return self._limits.wait(self._monotonic())[0] if self._limits is not None else 0.0
+
+    def check(self) -> None:
+        """Whether it may send now.
+
+        Raises:
+            Problem: 429, with the seconds until it may.
+        """
+        if self._limits is None:
+            return
+        seconds, setting = self._limits.wait(self._monotonic())
+        if seconds > 0:
+            detail = f"more than http.tokens.{self.name}.{setting}"
+            raise Problem(problem.RATE_LIMITED, detail, headers=problem.retry_after(seconds))
+
+    def charge(self, records: int, size: int) -> None:
+        """What it has sent: records, and their bytes, decompressed."""
+        if self._limits is not None:
+            self._limits.charge(records, size, self._monotonic())
+
+
+class Gate:
+    """Lets requests in, or not.
+
+    Args:
+        settings: of the http source.
+        access: what the files that they name say.
+        monotonic: seconds that do not go back.
+    """
+
+    def __init__(
+        self,
+        settings: HttpSettings,
+        access: Access,
+        *,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.access = access
+        self._monotonic = monotonic
+        self._callers = {
+            name: Caller(
+                name,
+                None if ALL in token.pipelines else frozenset(token.pipelines),
+                Limits(token.records_per_second, token.bytes_per_second, monotonic())
+                if token.records_per_second or token.bytes_per_second
+                else None,
+                monotonic,
+            )
+            for name, token in settings.tokens.items()
+        }
+        unsaid = settings.allow_anonymous or not demands_proof(settings)
+        self._anybody = Caller() if unsaid else None
+        # Who signs certificates decides who comes in, if nobody says it more exactly.
+        certified = bool(settings.tls.client_ca) and not settings.tokens
+        self._certified = Caller() if certified else None
+        self._denied = 0
+        self._say_denied_at = 0.0
+
+    def admit(self, request: web.BaseRequest, pipeline: str) -> Caller:
+        """Who sends this.
+
+        Raises:
+            Problem: 401 if that can't be told, 403 if it may not send to the pipeline, 429 if it
+                has sent too much.
+        """
+        caller = self._who(request)
+        if caller.pipelines is not None and pipeline not in caller.pipelines:
+            raise self._forbid(request, caller)
+        caller.check()
+        return caller
+
+    def explain_unknown(self, request: web.BaseRequest) -> Problem:
+        """What is said about a pipeline that does not exist: only who may see all learns that."""
+        try:
+            caller = self._who(request)
+        except Problem as stranger:
+            return stranger
+        if caller.pipelines is not None:
+            return self._forbid(request, caller)
+        return Problem(problem.UNKNOWN_PIPELINE, "no pipeline has this name")
+
+    def _who(self, request: web.BaseRequest) -> Caller:
+        if self._anybody is not None:
+            return self._anybody
+        shown = request.headers.getall("Authorization", ())
+        if shown:
+            owner = self._owner_of(shown[0]) if len(shown) == 1 else None
+            if owner is None:
+                raise self._deny(request, "it is not known here", ', error="invalid_token"')
+            return self._callers[owner]
+        transport = request.transport
+        certificate = transport.get_extra_info("peercert") if transport is not None else None
+        if certificate:
+            owner = self.access.tokens.owner_of_certificate(certificate)
+            if owner is not None:
+                return self._callers[owner]
+            if self._certified is not None:
+                return self._certified
+        raise self._deny(request, "there is none", "")
+
+    def _owner_of(self, authorization: str) -> str | None:
+        scheme, _, rest = authorization.partition(" ")
+        rest = rest.strip(" ")
+        if scheme.lower() == "bearer":
+            return self.access.tokens.owner_of(rest)
+        if scheme.lower() != "basic":
+            return None
+        try:
+            user, _, token = base64.b64decode(rest, validate=True).decode().partition(":")
+        except (binascii.Error, ValueError):
+            return None
+        owner = self.access.tokens.owner_of(token)
+        return owner if owner == user else None
+
+    def _deny(self, request: web.BaseRequest, why: str, error: str) -> Problem:
+        self._count(request)
+        challenge = {"WWW-Authenticate": _CHALLENGE.format(error)}
+        return Problem(problem.UNAUTHORIZED, f"a token is needed; {why}", headers=challenge)
+
+    def _forbid(self, request: web.BaseRequest, caller: Caller) -> Problem:
+        self._count(request)
+        return Problem(problem.FORBIDDEN, f"{caller.name} may not send here")
+
+    def _count(self, request: web.BaseRequest) -> None:
+        self._denied += 1
+        now = self._monotonic()
+        if now >= self._say_denied_at:
+            log.info("callers_denied", count=self._denied, last=request.remote)
+            self._denied, self._say_denied_at = 0, now + DENIED_SECONDS

@@ -1,0 +1,138 @@
+"""Listening with TLS: what `loop.create_server` can't do.
+
+A connection is wrapped here, after it was accepted, because then the context can be another one for
+every connection (that is how certificates are renewed without closing the socket), and because a
+handshake in progress can be counted, and bounded, like a connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from typing import TYPE_CHECKING
+
+import structlog
+
+if TYPE_CHECKING:
+    from ingestd.sources.http.server import Server
+
+log = structlog.get_logger(__name__)
+
+HANDSHAKE_SECONDS = 10.0
+SHUTDOWN_SECONDS = 2.0
+"""How long the other side may take to say goodbye."""
+_RETRY_SECONDS = 0.5
+
+
+class TlsListener:
+    """Looks like what `loop.create_server` gives.
+
+    Args:
+        server: makes the protocols.
+        sockets: bound and listening; they are closed with it.
+        context: for the connections that come from now on; may be replaced.
+    """
+
+    def __init__(
+        self, server: Server, sockets: list[socket.socket], context: ssl.SSLContext
+    ) -> None:
+        self.sockets = sockets
+        self.context = context
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+        self._handshakes: set[asyncio.Task[None]] = set()
+        self._accepting = [
+            self._loop.create_task(self._accept(sock), name="tls-accept") for sock in sockets
+        ]
+        self._serving = True
+
+    def is_serving(self) -> bool:
+        """Whether connections are accepted."""
+        return self._serving
+
+    def close(self) -> None:
+        """Nobody is accepted any more; connections and handshakes go on."""
+        self._serving = False
+        for task in self._accepting:
+            task.cancel()
+
+    async def wait_closed(self) -> None:
+        """Ends handshakes, too."""
+        for task in self._handshakes:
+            task.cancel()
+        await asyncio.gather(*self._accepting, *self._handshakes, return_exceptions=True)
+        for sock in self.sockets:
+            sock.close()
+
+    async def _accept(self, listening: socket.socket) -> None:
+        try:
+            while True:
+                try:
+                    sock, _ = await self._loop.sock_accept(listening)
+                except ConnectionError:
+                    continue  # it went before we came
+                except OSError as error:
+                    log.error("accept_failed", error=error.strerror)  # noqa: TRY400  known
+                    await asyncio.sleep(_RETRY_SECONDS)
+                    continue
+                if self._server.has_room_to_say_no():
+                    task = self._loop.create_task(self._greet(sock), name="tls-handshake")
+                    self._handshakes.add(task)
+                    task.add_done_callback(self._handshakes.discard)
+                else:
+                    sock.close()
+                # A crowd at the door shall not keep the others from being served.
+                await asyncio.sleep(0)
+        finally:
+            self._loop.remove_reader(listening)
+            listening.close()
+
+    async def _greet(self, sock: socket.socket) -> None:
+        """One handshake; it takes the place of a connection as long as it lasts."""
+        with self._server.greeting() as protocol:
+            try:
+                await self._loop.connect_accepted_socket(
+                    lambda: protocol,
+                    sock,
+                    ssl=self.context,
+                    ssl_handshake_timeout=HANDSHAKE_SECONDS,
+                    ssl_shutdown_timeout=SHUTDOWN_SECONDS,
+                )
+            except (OSError, ssl.SSLError) as error:
+                log.debug("handshake_failed", error=type(error).__name__)
+                with contextlib.suppress(OSError):
+                    sock.close()
+            except Exception:
+                log.exception("handshake_failed")
+
+
+async def bind(host: str, port: int, backlog: int) -> list[socket.socket]:
+    """Listening sockets on every address of a host; of every interface if it is empty.
+
+    Raises:
+        OSError: one of them can't be had.
+    """
+    infos = await asyncio.get_running_loop().getaddrinfo(
+        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    sockets: list[socket.socket] = []
+    try:
+        for family, kind, protocol, _, address in dict.fromkeys(infos):
+            try:
+                sock = socket.socket(family, kind, protocol)
+            except OSError:
+                continue  # the machine has no IPv6, or no IPv4
+            sockets.append(sock)
+            sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind(address)
+            sock.listen(backlog)
+    except BaseException:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
