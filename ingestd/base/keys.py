@@ -151,6 +151,6 @@ def unit_of(field: FieldInfo | None) -> Unit | None:
 def shown(field: FieldInfo | None, value: object) -> object:
     """A setting's value as people write it: `4194304` becomes `"4MiB"`."""
     unit = unit_of(field)
-    if unit is None or not isinstance(value, int | float):
+    if unit is None or not isinstance(value, int | float | tuple):
         return value
     return unit.show(value)

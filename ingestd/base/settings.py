@@ -16,7 +16,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from ingestd.base.address import split_address
 from ingestd.base.contradictions import ContradictionError, contradictions
-from ingestd.base.units import Count, Seconds, Share, Size  # noqa: TC001  pydantic reads them
+from ingestd.base.origins import check_origins
+from ingestd.base.units import Count, Seconds, Share, Size, Words  # noqa: TC001  pydantic reads them
 
 DEFAULT_PIPELINE = "default"
 PIPELINE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}", re.ASCII)
@@ -141,6 +142,9 @@ class HttpSettings(Section):
     )
     idempotency_keys_max: Count = Field(
         1_000_000, ge=1, le=10**9, description="most Idempotency-Keys remembered, a pipeline"
+    )
+    cors_origins: Annotated[Words, AfterValidator(check_origins)] = Field(
+        (), max_length=1000, description="origins whose pages may read the answers; * is every one"
     )
 
 

@@ -28,7 +28,7 @@ COMMON = (
     ("format", "--format", "json|text|bytes"),
 )
 _WITH_OWN_NAMES = ("--pipelines.", "--handler.options.")
-_METAVARS = {"bytes": "SIZE", "seconds": "TIME", "": "NUMBER"}
+_METAVARS = {"bytes": "SIZE", "seconds": "TIME", "": "NUMBER", "words": "WORD,…"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -137,7 +137,7 @@ def _metavar(field: FieldInfo) -> str:
 
 def _help(field: FieldInfo) -> str:
     default = shown(field, field.get_default(call_default_factory=True, validated_data={}))
-    known = "" if default == {} else f" [{default}]" if default != "" else ' [""]'
+    known = "" if default in ({}, []) else f" [{default}]" if default != "" else ' [""]'
     return f"{field.description}{known}".replace("%", "%%")
 
 
