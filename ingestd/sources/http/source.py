@@ -1,7 +1,8 @@
 """The source `http`: `POST /v1/records` and `POST /v1/records/{pipeline}`.
 
 The way of a request is `_answer` → `_take` → `_read` → `_parse` → `Intake.accept`, below in that
-order. What it may send and what it gets back is in `docs/HTTP.md`.
+order. What it may send and what it gets back is in `docs/HTTP.md`; what else there is to see
+(`/`, `/openapi.json`) is in `published.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import msgspec
 import structlog
 from aiohttp import ClientPayloadError, HttpVersion11
 from aiohttp.web_protocol import RequestPayloadError
-from structlog.contextvars import bind_contextvars
+from structlog.contextvars import bind_contextvars, reset_contextvars
 
 from ingestd.base.address import show_address, split_address
 from ingestd.base.errors import (
@@ -30,13 +31,17 @@ from ingestd.base.errors import (
     KeyReused,
     Overloaded,
 )
-from ingestd.sources.http import problem
+from ingestd.sources.http import problem, tracing
 from ingestd.sources.http.answer import JSON, PROBLEM, Answer
 from ingestd.sources.http.body import Bounds, parse_body, reading_of
+from ingestd.sources.http.cors import Cors, tell_options
+from ingestd.sources.http.document import Document, unless_known
 from ingestd.sources.http.encoding import inflate, name_encoding
 from ingestd.sources.http.idempotency import HEADER, REPLAYED, Replayed, parse_key, take_fingerprint
 from ingestd.sources.http.problem import Problem, explain, list_errors
+from ingestd.sources.http.published import published
 from ingestd.sources.http.room import Room
+from ingestd.sources.http.routes import RECORDS, WRITE, Resource, find
 from ingestd.sources.http.server import Server
 
 if TYPE_CHECKING:
@@ -60,7 +65,6 @@ and going to a thread and back about 0.1 ms, with the interpreter's lock shared 
 
 _THREADS = 2
 _BACKLOG = 1024
-_ROOT = "/v1/records"
 _CLIENT_GONE = 499
 _SHUTDOWN_SECONDS = 1.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
@@ -80,9 +84,11 @@ class HttpSource:
         settings: its address and its bounds.
         intakes: the pipelines by name.
         default: the one that `POST /v1/records` means.
-        on_request: called for each answer with the pipeline (empty if it is not known), the
-            status (499 if the client left), the seconds since the head was read, and the slug of
-            the problem (empty if there was none).
+        on_request: called for each answer about records, and for each problem, with the pipeline
+            (empty if it is not known), the status (499 if the client left), the seconds since the
+            head was read, and the slug of the problem (empty if there was none).
+        public_names: whether everybody may read the pipelines' names and formats on the page and
+            in the description.
 
     Attributes:
         addresses: where it listens, after `start`; `HOST:PORT` with the real port.
@@ -95,13 +101,19 @@ class HttpSource:
         *,
         default: str,
         on_request: OnRequest | None = None,
+        public_names: bool = True,
     ) -> None:
         self._settings = settings
-        self._routes: dict[str, _Route] = {}
+        self._formats = {name: intake.format for name, intake in intakes.items()}
+        self._default = default
+        self._public_names = public_names
+        # Everything that can be asked for, by its path; `start` adds what there is to read.
+        self._resources: dict[str, Resource[_Route | Document]] = {}
         for name, intake in intakes.items():
             bounds = Bounds(settings.records_max, intake.record_bytes_max)
-            self._routes[f"{_ROOT}/{name}"] = _Route(intake, bounds)
-        self._routes[_ROOT] = self._routes[f"{_ROOT}/{default}"]
+            self._resources[f"{RECORDS}/{name}"] = Resource(WRITE, _Route(intake, bounds))
+        self._resources[RECORDS] = self._resources[f"{RECORDS}/{default}"]
+        self._cors = Cors(settings.cors_origins) if settings.cors_origins else None
         self._on_request = on_request
         self._room = Room(
             settings.inflight_bytes_max,
@@ -142,6 +154,12 @@ class HttpSource:
                 address=settings.listen, setting="http.listen", problem=what
             ) from error
         self.addresses = [show_address(*sock.getsockname()[:2]) for sock in self._listener.sockets]
+        self._resources |= published(
+            self._formats,
+            default=self._default,
+            public_names=self._public_names,
+            address=self.addresses[0],
+        )
 
     async def wait_finished(self) -> None:
         """Never returns: a server has no end of input."""
@@ -178,7 +196,9 @@ class HttpSource:
         started = self._loop.time()
         request_id = self._name(request)
         bind_contextvars(request_id=request_id)
-        outcome: bytes | Problem | None
+        trace = request.headers.getall(tracing.HEADER, None)
+        traced = bind_contextvars(**tracing.read_trace(trace)) if trace else None
+        outcome: bytes | Document | Problem | None
         self._active += 1
         try:
             outcome = await self._take(request)
@@ -197,18 +217,22 @@ class HttpSource:
             if not self._active:
                 self._idle.set()
         answer = self._write(request, request_id, outcome)
-        if self._on_request is not None:
-            route = self._routes.get(request.raw_path.partition("?")[0])
+        if self._on_request is not None and not isinstance(outcome, Document):
+            resource = self._resources.get(request.raw_path.partition("?")[0])
             status = _CLIENT_GONE if outcome is None else answer.status
             slug = outcome.kind.slug if isinstance(outcome, Problem) else ""
-            name = route.intake.name if route else ""
+            name = resource.what.intake.name if resource and type(resource.what) is _Route else ""
             self._on_request(name, status, self._loop.time() - started, slug)
+        if traced:  # the connection's next request has its own, or none
+            reset_contextvars(**traced)
         return answer
 
     def _write(
-        self, request: web.BaseRequest, request_id: str, outcome: bytes | Problem | None
+        self, request: web.BaseRequest, request_id: str, outcome: bytes | Document | Problem | None
     ) -> Answer:
         headers = {"X-Request-Id": request_id}
+        if self._cors is not None:
+            headers.update(self._cors.headers(request.headers.get("Origin", "")))
         close = self._draining or not self._settings.keepalive_timeout
         timeout = self._settings.body_timeout
         if isinstance(outcome, bytes):
@@ -219,7 +243,11 @@ class HttpSource:
             outcome = Problem(problem.BAD_REQUEST, "the body is not complete")
         headers.update(outcome.headers)
         # A body that is not wanted is not waited for.
-        close = close or outcome.kind.closes or not request.content.is_eof()
+        close = close or not request.content.is_eof()
+        if isinstance(outcome, Document):
+            status, kind, body, _ = outcome
+            return Answer(status, kind, body, headers=headers, close=close, write_timeout=timeout)
+        close = close or outcome.kind.closes
         return Answer(
             outcome.kind.status,
             PROBLEM,
@@ -229,12 +257,16 @@ class HttpSource:
             write_timeout=timeout,
         )
 
-    async def _take(self, request: web.BaseRequest) -> bytes:
+    async def _take(self, request: web.BaseRequest) -> bytes | Document:
         """Everything that can be refused without the body; then the body; then its records."""
+        resource = find(self._resources, request.method, request.raw_path)
+        route, headers = resource.what, request.headers
+        if request.method == "OPTIONS":
+            return Document(204, headers=tell_options(resource, headers, self._cors))
+        if isinstance(route, Document):
+            return unless_known(route, headers.get("If-None-Match", ""))
         if self._draining:
             raise explain(Draining())
-        route = self._find(request)
-        headers = request.headers
         content_type = headers.get("Content-Type", "")
         reading = reading_of(content_type, route.intake.format)
         encoding = name_encoding(headers.getall("Content-Encoding", ()))
@@ -264,20 +296,6 @@ class HttpSource:
             finally:
                 route.intake.forget(claim)
             return claim.answer
-
-    def _find(self, request: web.BaseRequest) -> _Route:
-        path = request.raw_path
-        route = self._routes.get(path)
-        if route is None:
-            path = request.path if path[:1] != "/" else path.partition("?")[0]
-            route = self._routes.get(path)
-        if route is None:
-            if path.startswith(f"{_ROOT}/"):
-                raise Problem(problem.UNKNOWN_PIPELINE, "no pipeline has this name")
-            raise Problem(problem.NOT_FOUND, f"records go to {_ROOT} or {_ROOT}/{{pipeline}}")
-        if request.method != "POST":
-            raise Problem(problem.METHOD, "use POST", headers={"Allow": "POST"})
-        return route
 
     def _check_length(self, request: web.BaseRequest) -> int | None:
         """The body's length on the wire, if the client says it."""
