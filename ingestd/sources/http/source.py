@@ -203,9 +203,11 @@ class HttpSource:
         try:
             outcome = await self._take(request)
         except Problem as found:
+            log.debug("request_refused", problem=found.kind.slug)
             outcome = found
         except (Overloaded, Draining, JournalFailed, KeyInFlight, KeyReused) as error:
             outcome = explain(error)
+            log.debug("request_refused", problem=outcome.kind.slug)
         except _ClientGone:
             log.debug("request_abandoned")
             outcome = None
