@@ -20,7 +20,7 @@ import msgspec
 import structlog
 from aiohttp import ClientPayloadError, HttpVersion11
 from aiohttp.web_protocol import RequestPayloadError
-from structlog.contextvars import bind_contextvars, reset_contextvars
+from structlog.contextvars import bind_contextvars
 
 from ingestd.base.address import show_address, split_address
 from ingestd.base.errors import (
@@ -107,7 +107,8 @@ class HttpSource:
         self._formats = {name: intake.format for name, intake in intakes.items()}
         self._default = default
         self._public_names = public_names
-        # Everything that can be asked for, by its path; `start` adds what there is to read.
+        # Everything that can be asked for, by its path; `start` adds what there is to read. What is
+        # more to be posted goes in here too, as a resource whose kind `_take` tells apart.
         self._resources: dict[str, Resource[_Route | Document]] = {}
         for name, intake in intakes.items():
             bounds = Bounds(settings.records_max, intake.record_bytes_max)
@@ -196,8 +197,9 @@ class HttpSource:
         started = self._loop.time()
         request_id = self._name(request)
         bind_contextvars(request_id=request_id)
-        trace = request.headers.getall(tracing.HEADER, None)
-        traced = bind_contextvars(**tracing.read_trace(trace)) if trace else None
+        if tracing.HEADER in request.headers:
+            # Each request has a task, and so a context, of its own: nothing has to be undone.
+            bind_contextvars(**tracing.read_trace(request.headers.getall(tracing.HEADER)))
         outcome: bytes | Document | Problem | None
         self._active += 1
         try:
@@ -225,8 +227,6 @@ class HttpSource:
             slug = outcome.kind.slug if isinstance(outcome, Problem) else ""
             name = resource.what.intake.name if resource and type(resource.what) is _Route else ""
             self._on_request(name, status, self._loop.time() - started, slug)
-        if traced:  # the connection's next request has its own, or none
-            reset_contextvars(**traced)
         return answer
 
     def _write(
