@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import AfterValidator, Field, SecretStr
 
 from ingestd.base.address import is_loopback
-from ingestd.base.section import FilePath, Names, Secret, Section, own_name
+from ingestd.base.section import FilePath, Secret, Section, own_name
 from ingestd.base.tokens import hash_of, read_hash
-from ingestd.base.units import Count, Seconds, Size  # noqa: TC001  pydantic reads them
+from ingestd.base.units import Count, Seconds, Size, Words  # noqa: TC001  pydantic reads them
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -73,8 +73,8 @@ class TokenSettings(Section):
     client_certificate: str = Field(
         "", description="a name in a client's certificate: its CN or a subject alternative name"
     )
-    pipelines: Annotated[Names, Field(min_length=1, max_length=1001)] = Field(
-        [ALL], description="where it may send to; * is everywhere"
+    pipelines: Words = Field(
+        (ALL,), min_length=1, max_length=1001, description="where it may send to; * is everywhere"
     )
     records_per_second: Count = Field(
         0, ge=0, le=10**9, description="records a second; then 429; 0 is no limit"

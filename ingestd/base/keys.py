@@ -212,6 +212,6 @@ def shown(field: FieldInfo | None, value: object) -> object:
     if isinstance(value, SecretStr):
         return MASK if value.get_secret_value() else ""
     unit = unit_of(field)
-    if unit is None or not isinstance(value, int | float):
+    if unit is None or not isinstance(value, int | float | tuple):
         return value
     return unit.show(value)

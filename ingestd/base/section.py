@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, SecretStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, SecretStr
 
 MASK = "***"
 """What is shown instead of a secret."""
@@ -49,11 +49,5 @@ def _path(value: str) -> str:
     return value
 
 
-def _list(value: object) -> object:
-    """From flags, the environment and secrets a list comes as text."""
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
-
-
 Secret = Annotated[SecretStr, AfterValidator(_no_mask)]
 FilePath = Annotated[str, AfterValidator(_path)]
-Names = Annotated[list[str], BeforeValidator(_list)]

@@ -22,8 +22,9 @@ from ingestd.base.access import (
 )
 from ingestd.base.address import split_address
 from ingestd.base.contradictions import ContradictionError, contradictions
+from ingestd.base.origins import check_origins
 from ingestd.base.section import Section, own_name
-from ingestd.base.units import Count, Seconds, Share, Size  # noqa: TC001  pydantic reads them
+from ingestd.base.units import Count, Seconds, Share, Size, Words  # noqa: TC001  pydantic reads them
 
 DEFAULT_PIPELINE = "default"
 OPTIONS_DEPTH_MAX = 16
@@ -153,6 +154,9 @@ class HttpSettings(Section):
     )
     idempotency_keys_max: Count = Field(
         1_000_000, ge=1, le=10**9, description="most Idempotency-Keys remembered, a pipeline"
+    )
+    cors_origins: Annotated[Words, AfterValidator(check_origins)] = Field(
+        (), max_length=1000, description="origins whose pages may read the answers; * is every one"
     )
     allow_anonymous: bool = Field(
         False, description="who says nothing may send everything, also on a public address"

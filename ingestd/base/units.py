@@ -1,4 +1,4 @@
-"""Sizes and times as people write them: `"64MiB"` is bytes, `"250ms"` is seconds.
+"""Sizes, times and lists as people write them: `"64MiB"` is bytes, `"250ms"` is seconds.
 
 A bare number is bytes or seconds. `k`, `M` and `G` alone are refused: half of the tools people
 know read them as 1000, the other half as 1024.
@@ -6,6 +6,7 @@ know read them as 1000, the other half as 1024.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from decimal import Decimal
@@ -40,6 +41,7 @@ SIZE_FORMS = "a size: a number of bytes, or one with B, kB, MB, GB, TB, KiB, MiB
 TIME_FORMS = "a time: a number of seconds, or numbers with us, ms, s, m, h or d, largest first"
 COUNT_FORMS = "a whole number"
 SHARE_FORMS = "a share: a number from 0 to 1"
+WORDS_FORMS = "a list of words: an array of text, or text with commas or white space between them"
 
 
 class NotUnderstoodError(ValueError):
@@ -145,6 +147,36 @@ def parse_share(written: object) -> float:
     raise NotUnderstoodError(written, SHARE_FORMS)
 
 
+def parse_words(written: object) -> tuple[str, ...]:
+    """Words from `["a", "b"]`, from the same as JSON text, or from `"a, b"` or `"a b"`.
+
+    A word has at least one character and no white space; one with a comma needs an array.
+
+    Raises:
+        NotUnderstoodError: anything else.
+    """
+    words = written
+    if isinstance(written, str):
+        text = written.strip()
+        words = _json_array(text) if text.startswith("[") else re.split(r"[,\s]+", text.strip(", "))
+        if words == [""]:
+            words = []
+    if isinstance(words, list | tuple) and all(map(_is_word, words)):
+        return tuple(words)
+    raise NotUnderstoodError(written, WORDS_FORMS)
+
+
+def _json_array(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_word(value: object) -> bool:
+    return isinstance(value, str) and value.split() == [value]
+
+
 def show_size(size: int) -> str | int:
     """The shortest exact form: `"64MiB"`, or the bare number where no unit fits."""
     for power in range(len(_BINARY), 0, -1):
@@ -169,6 +201,11 @@ def show_plain(value: object) -> object:
     return value
 
 
+def show_words(words: tuple[str, ...]) -> list[str]:
+    """As the array that TOML has for them."""
+    return list(words)
+
+
 class Unit(NamedTuple):
     """Rides on a setting's type: how to write its value, in `check`, `--help` and errors."""
 
@@ -180,3 +217,4 @@ Size = Annotated[int, BeforeValidator(parse_size), Unit("bytes", show_size)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Unit("seconds", show_seconds)]
 Count = Annotated[int, BeforeValidator(parse_count), Unit("", show_plain)]
 Share = Annotated[float, BeforeValidator(parse_share), Unit("", show_plain)]
+Words = Annotated[tuple[str, ...], BeforeValidator(parse_words), Unit("words", show_words)]

@@ -32,7 +32,7 @@ _TABLES = {
     "http.tokens": "who may send: token, hash, file, client_certificate, pipelines, …",
     "http.webhooks": "signed deliveries: kind, secret, file, pipeline, tolerance",
 }
-_METAVARS = {"bytes": "SIZE", "seconds": "TIME", "": "NUMBER"}
+_METAVARS = {"bytes": "SIZE", "seconds": "TIME", "": "NUMBER", "words": "WORD,…"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -147,7 +147,7 @@ def _help(field: FieldInfo) -> str:
     default = shown(field, field.get_default(call_default_factory=True, validated_data={}))
     if isinstance(default, bool):
         default = str(default).lower()
-    known = "" if default == {} else f" [{default}]" if default != "" else ' [""]'
+    known = "" if default in ({}, []) else f" [{default}]" if default != "" else ' [""]'
     return f"{field.description}{known}".replace("%", "%%")
 
 

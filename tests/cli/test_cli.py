@@ -66,12 +66,16 @@ def test_check_says_what_is_in_effect_and_where_it_came_from(here: Path) -> None
     run = ingestd(
         "check", "--batch.records_max", "500", "--listen=127.0.0.1:0", "shop:Store",
         "--pipelines.clicks.retry.backoff", "1s", "--handler.options.table", "t",
+        "--http.cors_origins", "https://a.example, https://b.example",
         cwd=here, environ={"INGESTD_QUEUE__BYTES_MAX": "100MiB"},
     )  # fmt: skip
     assert (run.returncode, run.stderr) == (0, "")
     lines = lines_of(run.stdout)
     assert lines["batch.records_max"] == ("500", "flag --batch.records_max")
     assert lines["http.listen"] == ('"127.0.0.1:0"', "flag --listen")
+    assert lines["http.cors_origins"] == (
+        '["https://a.example", "https://b.example"]', "flag --http.cors_origins",
+    )  # fmt: skip
     assert lines["handler.target"] == ('"shop:Store"', "argument HANDLER")
     assert lines["handler.options.table"] == ('"t"', "flag --handler.options.table")
     assert lines["queue.bytes_max"] == ('"100MiB"', "env INGESTD_QUEUE__BYTES_MAX")

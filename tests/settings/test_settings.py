@@ -39,8 +39,11 @@ def test_every_section_forbids_what_it_does_not_know() -> None:
 
 def test_every_number_is_bounded_on_both_sides() -> None:
     for path, field in settings_of(Settings):
-        if unit_of(field) is not None:
-            bounds = {type(mark).__name__ for mark in field.metadata}
+        unit = unit_of(field)
+        bounds = {type(mark).__name__ for mark in field.metadata}
+        if unit is not None and unit.name == "words":
+            assert "MaxLen" in bounds, path
+        elif unit is not None:
             assert bounds & {"Ge", "Gt"}, path
             assert bounds & {"Le", "Lt"}, path
 

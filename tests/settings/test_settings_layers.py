@@ -349,6 +349,47 @@ def test_a_contradiction_names_the_key_and_where_it_came_from(world: World) -> N
     )
 
 
+def test_a_list_is_written_in_every_layer_and_the_upper_one_is_whole(world: World) -> None:
+    key, name = "http.cors_origins", "ingestd_http__cors_origins"
+    world.toml('[http]\ncors_origins = ["https://a.example", "https://b.example"]')
+    assert world.load().settings.http.cors_origins == ("https://a.example", "https://b.example")
+    world.secret(name, "https://c.example,https://d.example\n")
+    assert world.load().settings.http.cors_origins == ("https://c.example", "https://d.example")
+    world.environ[name.upper()] = "https://e.example https://f.example"
+    assert world.load().settings.http.cors_origins == ("https://e.example", "https://f.example")
+    world.flag(key, '["https://g.example"]')
+    assert world.load().settings.http.cors_origins == ("https://g.example",)
+    assert world.load().origins[key] == f"flag --{key}"
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("null", "sandboxed"),
+        ("* https://a.example", "alone"),
+        ("https://a.example/", "without a path"),
+        ("https://A.example", "small letters"),
+        ("https://a.example:443", "usual port"),
+        ("http://a.example:80", "usual port"),
+        ("a.example", "scheme://host"),
+        ("[https://a.example", "list of words"),
+    ],
+)
+def test_an_origin_that_no_browser_sends_is_refused(world: World, written: str, said: str) -> None:
+    world.flag("http.cors_origins", written)
+    with pytest.raises(
+        ConfigError, match=r"^http\.cors_origins \(flag --http\.cors_origins\): "
+    ) as no:
+        world.load()
+    assert said in str(no.value)
+
+
+def test_origins_as_browsers_send_them(world: World) -> None:
+    origins = ("http://localhost:3000", "https://a.example:8443", "http://[::1]:1", "app://x_1")
+    world.flag("http.cors_origins", ", ".join(origins))
+    assert world.load().settings.http.cors_origins == origins
+
+
 def test_an_empty_pipeline_is_a_pipeline(world: World) -> None:
     world.toml("[pipelines.a]\n")
     assert list(world.load().settings.pipelines) == ["a"]

@@ -12,8 +12,10 @@ from ingestd.base.units import (
     parse_count,
     parse_seconds,
     parse_size,
+    parse_words,
     show_seconds,
     show_size,
+    show_words,
 )
 
 
@@ -93,6 +95,40 @@ def test_a_time_that_is_none_names_what_was_written_and_what_is_understood(writt
 def test_a_count_is_a_whole_number(written: object) -> None:
     with pytest.raises(NotUnderstoodError):
         parse_count(written)
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ("", ()),
+        (" , ", ()),
+        ([], ()),
+        ("[]", ()),
+        ("a", ("a",)),
+        ("a b", ("a", "b")),
+        ("a,b", ("a", "b")),
+        (" a ,\n b,", ("a", "b")),
+        (["a", "b"], ("a", "b")),
+        (("a",), ("a",)),
+        (' ["a", "b"] ', ("a", "b")),
+        ('["http://h/?a,b"]', ("http://h/?a,b",)),
+    ],
+)
+def test_lists_read_as_people_write_them(written: object, words: tuple[str, ...]) -> None:
+    assert parse_words(written) == words
+
+
+@pytest.mark.parametrize(
+    "written", ["[a", '["a", 1]', "[" * 10_000, [""], ["a b"], [" a"], [1], 1, None, {}]
+)
+def test_what_is_no_list_of_words_says_what_is_one(written: object) -> None:
+    with pytest.raises(NotUnderstoodError, match="white space between them"):
+        parse_words(written)
+
+
+@given(st.lists(st.text(min_size=1).filter(lambda word: word.split() == [word])))
+def test_a_list_that_was_shown_is_read_back(words: list[str]) -> None:
+    assert show_words(parse_words(words)) == words
 
 
 @given(st.integers(min_value=0, max_value=2**60))

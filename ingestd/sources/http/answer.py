@@ -27,6 +27,7 @@ _CLOSE = b"Connection: close\r\n"
 _KEEP = b"Connection: keep-alive\r\n"
 JSON = b"application/json"
 PROBLEM = b"application/problem+json"
+HTML = b"text/html; charset=utf-8"
 
 _now: tuple[int, bytes] = (0, b"")
 
@@ -53,7 +54,7 @@ def encode(
 
     Args:
         status: known to `http.HTTPStatus`.
-        content_type: of `body`.
+        content_type: of `body`; empty where there can't be one (204, 304).
         body: of the answer.
         headers: more of them; ASCII without CR and LF.
         connection: the `Connection` line, or nothing.
@@ -62,6 +63,8 @@ def encode(
     more = b"".join(
         [f"{k}: {v}\r\n".encode("ascii") for k, v in headers.items()] if headers else ()
     )
+    if not content_type:
+        return b"%b%b\r\n%b%b\r\n" % (_STATUS_LINES[status], date(), more, connection)
     return b"%b%b\r\nContent-Type: %b\r\nContent-Length: %d\r\n%b%b\r\n%b" % (
         _STATUS_LINES[status],
         date(),

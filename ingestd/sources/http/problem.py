@@ -52,7 +52,7 @@ SIGNATURE_INVALID = Kind("signature-invalid", 401, "The delivery's signature doe
 FORBIDDEN = Kind("forbidden", 403, "This token is not for this pipeline")
 NOT_FOUND = Kind("not-found", 404, "There is nothing here")
 UNKNOWN_PIPELINE = Kind("unknown-pipeline", 404, "There is no such pipeline")
-METHOD = Kind("method-not-allowed", 405, "Records are sent with POST")
+METHOD = Kind("method-not-allowed", 405, "The path does not take this method")
 TIMEOUT = Kind("body-timeout", 408, "The body did not arrive in time", closes=True)
 NO_LENGTH = Kind("length-required", 411, "Neither Content-Length nor chunked")
 BODY_TOO_LARGE = Kind("body-too-large", 413, "The body is too large", closes=True)

@@ -1,0 +1,361 @@
+"""One request's way, from its head to its answer.
+
+`answer` → `_take` → gate → body → records → `Intake.accept`, below in that order. What a request
+may hold and what it gets back is in `docs/HTTP.md`, who may send it in `docs/SECURITY.md`; what
+there is to read (`/`, `/openapi.json`) is in `published.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+import secrets
+from typing import TYPE_CHECKING, NamedTuple
+
+import async_timeout
+import structlog
+from structlog.contextvars import bind_contextvars
+
+from ingestd.base.errors import Draining
+from ingestd.base.watch import Watch
+from ingestd.sources.http import problem, tracing
+from ingestd.sources.http.answer import JSON, PROBLEM, Answer
+from ingestd.sources.http.bench import Bench
+from ingestd.sources.http.body import Bounds, Reading, reading_of
+from ingestd.sources.http.cors import Cors, tell_options
+from ingestd.sources.http.document import Document, unless_known
+from ingestd.sources.http.encoding import name_encoding
+from ingestd.sources.http.idempotency import HEADER, REPLAYED, parse_key
+from ingestd.sources.http.prefer import HEADER as PREFER
+from ingestd.sources.http.prefer import NOTHING, parse_prefer
+from ingestd.sources.http.problem import EXPLAINED, Problem, explain
+from ingestd.sources.http.reading import (
+    ClientGone,
+    in_our_words,
+    length_of,
+    read_first,
+    read_whole,
+    say_continue,
+)
+from ingestd.sources.http.room import Room
+from ingestd.sources.http.routes import Resource, find
+from ingestd.sources.http.stream import HELD_BYTES, Stream, read_piece
+from ingestd.sources.http.taken import Taken, accepted_body, processed_body
+from ingestd.sources.http.webhooks import check_type
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from aiohttp import web
+
+    from ingestd.base.once import Claim
+    from ingestd.base.settings import HttpSettings
+    from ingestd.sources.http.gate import Caller, Gate
+    from ingestd.sources.http.prefer import Preferences
+    from ingestd.sources.http.room import Hold
+    from ingestd.sources.http.webhooks import Webhook
+    from ingestd.sources.intake import Intake
+    from ingestd.sources.lines import Parsed
+
+    OnRequest = Callable[[str, int, float, str], None]
+    Resources = Mapping[str, Resource["Route | Document | None"]]
+
+log = structlog.get_logger(__name__)
+
+_CLIENT_GONE = 499
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+
+
+class Route(NamedTuple):
+    """One pipeline as the door sees it; or a webhook, and the pipeline that it is for."""
+
+    intake: Intake
+    bounds: Bounds
+    webhook: Webhook | None = None
+    caller: Caller | None = None
+
+
+class Door:
+    """Answers requests, one at a time each; on the event loop.
+
+    Args:
+        settings: the bounds.
+        resources: what can be asked for, by path.
+        gate: who may come in.
+        on_request: see `HttpSource`.
+
+    Attributes:
+        draining: nothing more is taken.
+    """
+
+    def __init__(
+        self,
+        settings: HttpSettings,
+        resources: Resources,
+        gate: Gate,
+        on_request: OnRequest | None = None,
+    ) -> None:
+        self.draining = False
+        self._settings = settings
+        self._resources = resources
+        self._gate = gate
+        self._on_request = on_request
+        self._cors = Cors(settings.cors_origins) if settings.cors_origins else None
+        self._room = Room(
+            settings.inflight_bytes_max,
+            requests_max=settings.requests_max,
+            share=settings.client_share,
+        )
+        self._bench = Bench(settings)
+        self._loop = asyncio.get_running_loop()
+        self._ids = _make_ids()
+        self._active = 0
+        self._streams: set[Stream] = set()
+        self._waiting: set[Watch] = set()
+        self._idle = asyncio.Event()
+
+    async def drain(self, deadline: float) -> None:
+        """From now on requests get 503; those in progress are finished, streams and waits ended.
+
+        Args:
+            deadline: when it stops waiting for them, in the loop's time.
+        """
+        self.draining = True
+        for stream in self._streams:
+            stream.leave()
+        for watch in self._waiting:
+            watch.done.set()
+        if self._active:
+            self._idle.clear()
+            try:
+                async with async_timeout.timeout_at(deadline):
+                    await self._idle.wait()
+            except TimeoutError:
+                log.warning("requests_abandoned", requests=self._active)
+
+    def close(self) -> None:
+        """Nobody asks any more."""
+        self.draining = True
+        self._bench.close()
+
+    # -- the answer ----------------------------------------------------------------------------
+
+    async def answer(self, request: web.BaseRequest) -> Answer:
+        """Turns whatever becomes of a request into its answer; never raises."""
+        started = self._loop.time()
+        request_id = self._name(request)
+        bind_contextvars(request_id=request_id)
+        if tracing.HEADER in request.headers:
+            # Each request has a task, and so a context, of its own: nothing has to be undone.
+            bind_contextvars(**tracing.read_trace(request.headers.getall(tracing.HEADER)))
+        outcome: Taken | Document | Problem | None
+        self._active += 1
+        try:
+            outcome = await self._take(request)
+        except Problem as found:
+            log.debug("request_refused", problem=found.kind.slug)
+            outcome = found
+        except EXPLAINED as error:
+            outcome = explain(error)
+            log.debug("request_refused", problem=outcome.kind.slug)
+        except ClientGone:
+            log.debug("request_abandoned")
+            outcome = None
+        except Exception:
+            log.exception("request_failed")
+            outcome = Problem(problem.INTERNAL, f"see the log for {request_id}")
+        finally:
+            self._active -= 1
+            if not self._active:
+                self._idle.set()
+        answer = self._write(request, request_id, outcome)
+        if self._on_request is not None and not isinstance(outcome, Document):
+            resource = self._resources.get(request.raw_path.partition("?")[0])
+            status = _CLIENT_GONE if outcome is None else answer.status
+            slug = outcome.kind.slug if isinstance(outcome, Problem) else ""
+            name = resource.what.intake.name if resource and type(resource.what) is Route else ""
+            self._on_request(name, status, self._loop.time() - started, slug)
+        return answer
+
+    def _write(
+        self, request: web.BaseRequest, request_id: str, outcome: Taken | Document | Problem | None
+    ) -> Answer:
+        headers = {"X-Request-Id": request_id}
+        if self._cors is not None:
+            headers.update(self._cors.headers(request.headers.get("Origin", "")))
+        if outcome is None:
+            outcome = Problem(problem.BAD_REQUEST, "the body is not complete")
+        headers.update(outcome.headers)
+        close = self.draining or not self._settings.keepalive_timeout
+        if isinstance(outcome, Taken):
+            status, kind, body = outcome.status, JSON, outcome.body
+        else:
+            # A body that is not wanted is not waited for.
+            close = close or not request.content.is_eof()
+            if isinstance(outcome, Document):
+                status, kind, body = outcome.status, outcome.content_type, outcome.body
+            else:
+                status, kind, body = outcome.kind.status, PROBLEM, outcome.body()
+                close = close or outcome.kind.closes
+        timeout = self._settings.body_timeout
+        return Answer(status, kind, body, headers=headers, close=close, write_timeout=timeout)
+
+    def _name(self, request: web.BaseRequest) -> str:
+        """The client's id for the request if it is a decent one, else one of our own."""
+        given = request.headers.get("X-Request-Id")
+        if given is not None and _REQUEST_ID.fullmatch(given):
+            return given
+        return next(self._ids)
+
+    # -- the request ---------------------------------------------------------------------------
+
+    async def _take(self, request: web.BaseRequest) -> Taken | Document:
+        """Everything that can be refused without the body; then the body; then its records."""
+        resource = find(self._resources, request.method, request.raw_path)
+        route, headers = resource.what, request.headers
+        if request.method == "OPTIONS":
+            return Document(204, headers=tell_options(resource, headers, self._cors))
+        if isinstance(route, Document):
+            return unless_known(route, headers.get("If-None-Match", ""))
+        if self.draining:
+            raise explain(Draining())
+        if route is None:
+            raise self._gate.explain_unknown(request)
+        caller = route.caller or self._gate.admit(request, route.intake.name)
+        with self._room.enter(caller.name or request.remote or "") as hold:
+            return await self._take_body(request, route, caller, hold)
+
+    async def _take_body(
+        self, request: web.BaseRequest, route: Route, caller: Caller, hold: Hold
+    ) -> Taken:
+        headers, settings = request.headers, self._settings
+        content_type = headers.get("Content-Type", "")
+        reading = _reading(route, content_type)
+        encoding = name_encoding(headers.getall("Content-Encoding", ()))
+        length = length_of(request, settings)
+        key = None
+        if HEADER in headers and route.webhook is None:
+            key = parse_key(headers.getall(HEADER))
+        prefer = NOTHING
+        if PREFER in headers:
+            prefer = parse_prefer(headers.getall(PREFER), settings.wait_max)
+        hold.grow(length or 0)
+        if "Expect" in headers:
+            say_continue(request)
+        streams = length is None and reading is Reading.LINES and key is None
+        if streams and not prefer.strict and len(self._streams) < settings.streams_max:
+            wire, ended = await read_first(request, hold, settings, encoding=encoding)
+            if not ended:
+                return await self._stream(
+                    request, route.intake, caller, hold, encoding=encoding, begun=wire
+                )
+        else:
+            wire = await read_whole(request, hold, settings, counted=length is not None)
+        fingerprint = b""
+        if route.webhook is not None:
+            key, fingerprint = await self._bench.verify(route.webhook, request, wire)
+        elif key is not None:
+            fingerprint = await self._bench.fingerprint(wire, content_type, encoding)
+        # Claimed only now: a connection that died in the middle of a body must not keep the next
+        # try of the same request waiting.
+        claim = None if key is None else await route.intake.begin(key, fingerprint)
+        if isinstance(claim, bytes):
+            return Taken(claim, headers=REPLAYED)
+        try:
+            parsed = await self._bench.parse(
+                wire, hold, encoding=encoding, reading=reading, form=route.intake.format,
+                bounds=route.bounds,
+            )  # fmt: skip
+            del wire
+            caller.charge(parsed.total, len(parsed.records.payload))
+            return await self._accept(parsed, route.intake, prefer, hold, claim)
+        finally:
+            if claim is not None:
+                route.intake.forget(claim)
+
+    async def _accept(
+        self,
+        parsed: Parsed,
+        intake: Intake,
+        prefer: Preferences,
+        hold: Hold,
+        claim: Claim | None,
+    ) -> Taken:
+        """Makes records durable, and waits for what becomes of them where that is preferred."""
+        if prefer.strict and parsed.refused:
+            detail = f"{len(parsed.refused)} of {parsed.total} records; nothing was stored"
+            raise Problem(problem.NOT_STRICT, detail, refused=parsed.refused)
+        body = accepted_body(parsed)
+        if claim is not None:
+            claim.answer = body
+        if not prefer.wait:
+            await intake.accept(parsed.records, parsed.refused, claim)
+            return Taken(body, headers=prefer.applied())
+        watch = Watch(parsed.records.count)
+        try:
+            await intake.accept(parsed.records, parsed.refused, claim, watch)
+            hold.give_back()
+            await self._wait(watch, prefer.wait)
+        finally:
+            intake.unwatch(watch)
+        if watch.left:
+            return Taken(body, headers=prefer.applied())
+        return Taken(processed_body(parsed, watch), 200, prefer.applied())
+
+    async def _wait(self, watch: Watch, seconds: float) -> None:
+        """Until all of its records have their outcome, the time is up, or the daemon drains."""
+        self._waiting.add(watch)
+        try:
+            async with async_timeout.timeout(seconds):
+                await watch.done.wait()
+        except TimeoutError:
+            pass
+        finally:
+            self._waiting.discard(watch)
+
+    async def _stream(
+        self,
+        request: web.BaseRequest,
+        intake: Intake,
+        caller: Caller,
+        hold: Hold,
+        *,
+        encoding: str,
+        begun: bytes,
+    ) -> Taken:
+        """A body that goes on: its pieces are accepted one by one."""
+        hold.give_back()
+        hold.grow(HELD_BYTES)
+
+        async def read() -> tuple[bytes, bool]:
+            with in_our_words(request, self._settings):
+                return await read_piece(request.content)
+
+        stream = Stream(
+            read,
+            intake,
+            caller,
+            encoding=encoding,
+            silence=self._settings.stream_silence_max,
+            gone=lambda: request.transport is None,
+        )
+        self._streams.add(stream)
+        try:
+            return Taken(await stream.run(begun))
+        finally:
+            self._streams.discard(stream)
+
+
+def _reading(route: Route, content_type: str) -> Reading:
+    """How the records lie in a body. A delivery is one record, whatever is in it."""
+    if route.webhook is None:
+        return reading_of(content_type, route.intake.format)
+    check_type(content_type)
+    return Reading.VALUE
+
+
+def _make_ids() -> Iterator[str]:
+    """Ids that no other process makes: a random part once, then a number."""
+    prefix = secrets.token_hex(6)
+    return (f"{prefix}-{number:x}" for number in itertools.count(1))

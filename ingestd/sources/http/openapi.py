@@ -1,0 +1,96 @@
+"""`/openapi.json`: what this daemon takes and answers, exactly, as OpenAPI 3.1.
+
+What is the same in every daemon is written by hand in `openapi.json`. Filled in here: the version,
+a path for each pipeline with the bodies of its format, and the types of the problems of each
+status, from `problem.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from ingestd.sources.http.problem import KINDS
+from ingestd.sources.http.routes import RECORDS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ingestd.sources.intake import Format
+
+PROBLEM_TYPE = "application/problem+json"
+
+
+def describe(
+    version: str, pipelines: Mapping[str, Format], *, default: str, public_names: bool
+) -> bytes:
+    """The document.
+
+    Args:
+        version: of ingestd.
+        pipelines: their formats by name.
+        default: the one that `/v1/records` means.
+        public_names: whether everybody may know the pipelines, and send; else there is one path
+            with a parameter, a pipeline takes any body, and a token is needed.
+    """
+    text = files(__package__).joinpath("openapi.json").read_text(encoding="utf-8")
+    document: dict[str, Any] = json.loads(text)
+    document["info"]["version"] = version
+    parts = document["components"]
+    _fill_problems(parts["responses"])
+    bodies = parts["requestBodies"]
+    bodies["any"] = _any_of(bodies)
+    paths, send = document["paths"], document["paths"][RECORDS]["post"]
+    send["requestBody"] = _body(pipelines[default] if public_names else "any")
+    if not public_names:
+        send["security"] = [{"bearer": []}, {"basic": []}]
+        path = {"parameters": [_ref("parameters/Pipeline")], "post": _send_to(send, "any")}
+        paths[f"{RECORDS}/{{pipeline}}"] = path
+        return msgspec.json.encode(document)
+    del bodies["any"], parts["parameters"]["Pipeline"], parts["securitySchemes"]
+    del send["responses"]["401"], send["responses"]["403"]
+    del parts["responses"]["Problem401"], parts["responses"]["Problem403"]
+    for name, form in pipelines.items():
+        paths[f"{RECORDS}/{name}"] = {"post": _send_to(send, form, name)}
+    return msgspec.json.encode(document)
+
+
+def _fill_problems(responses: dict[str, Any]) -> None:
+    """What a problem of each status looks like; `openapi.json` says what it means."""
+    for status in sorted({kind.status for kind in KINDS}):
+        types = [f"urn:ingestd:problem:{kind.slug}" for kind in KINDS if kind.status == status]
+        schema = {
+            "allOf": [_ref("schemas/Problem")],
+            "properties": {"type": {"enum": types}, "status": {"const": status}},
+        }
+        responses[f"Problem{status}"]["content"] = {PROBLEM_TYPE: {"schema": schema}}
+
+
+def _any_of(bodies: Mapping[str, Any]) -> dict[str, Any]:
+    """A body for a pipeline of which nothing is said."""
+    content = {kind: what for body in bodies.values() for kind, what in body["content"].items()}
+    text = "JSON or JSON lines, text lines, or bytes, as the pipeline takes them; others are 415."
+    return {"description": text, "required": True, "content": content}
+
+
+def _send_to(send: Mapping[str, Any], form: str, name: str = "") -> dict[str, Any]:
+    """The operation of `/v1/records`, for one pipeline by its name."""
+    there = copy.deepcopy(dict(send))
+    there["operationId"] = f"send_records_to_{name}" if name else "send_records_to"
+    there["summary"] = f"Send records to the pipeline {name}" if name else "Send records by name"
+    there["requestBody"] = _body(form)
+    if not name:
+        there["responses"]["404"] = _ref("responses/Problem404")
+    return there
+
+
+def _body(form: str) -> dict[str, str]:
+    return _ref(f"requestBodies/{form}")
+
+
+def _ref(what: str) -> dict[str, str]:
+    return {"$ref": f"#/components/{what}"}
