@@ -27,6 +27,7 @@ import trustme
 from tests.daemon.harness import ROOT, daemon
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
 PAGES = [
@@ -64,7 +65,7 @@ class Block(NamedTuple):
     flags: list[str]
     statuses: list[int]
     skip: str
-    made: list[str]
+    made: Sequence[str] = ()
 
 
 def blocks_in(text: str) -> list[Block]:

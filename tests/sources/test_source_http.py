@@ -339,9 +339,9 @@ async def test_a_client_that_leaves_in_the_middle_stores_nothing(intake):
             async with connected(source) as client:
                 client.post(b"1\n2\n" if headers is not CHUNKED else b"4\r\n1\n2\n\r\n", **headers)
                 await client.writer.drain()
-                await until(lambda: source._active)
+                await until(lambda: source._door._active)
                 client.writer.transport.abort()
-            await until(lambda: not source._active)
+            await until(lambda: not source._door._active)
         assert (await ask(source, b"1")).status == 202
         assert source._door._room.bytes == 0
     assert intake.items == [b"1"]
@@ -525,7 +525,7 @@ async def test_leaving_finishes_what_was_taken(intake):
         waits.post(b'"waits"')
         await intake.asked.wait()
         sends.post(b'"se', Content_Length="7")
-        await until(lambda: source._active == 2)
+        await until(lambda: source._door._active == 2)
         stopping = asyncio.create_task(source.stop_taking(loop.time() + 10))
         await until(lambda: not source._listener.is_serving())
         with pytest.raises(ConnectionError):
@@ -549,7 +549,7 @@ async def test_leaving_has_a_deadline(intake):
     loop = asyncio.get_running_loop()
     async with serving(intake) as source, connected(source) as client:
         client.post(b"1", Content_Length="1000")
-        await until(lambda: source._active)
+        await until(lambda: source._door._active)
         with structlog.testing.capture_logs() as logs:
             await source.stop_taking(loop.time() + 0.02)
         assert logs[0]["event"] == "requests_abandoned"
