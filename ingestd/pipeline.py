@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Sequence
     from pathlib import Path
 
+    from ingestd.base.bookmark import Bookmark
     from ingestd.base.clock import Clock
     from ingestd.base.metrics import PipelineMetrics
     from ingestd.base.once import Claim
@@ -211,8 +212,16 @@ class Pipeline:
         """See `Intake.forget`."""
         self.journal.keys.forget(claim)
 
+    async def bookmark(self, key: str) -> Bookmark | None:
+        """See `Intake.bookmark`."""
+        return await self.journal.bookmark(key)
+
     async def accept(
-        self, records: Records, refused: Sequence[Refused] = (), claim: Claim | None = None
+        self,
+        records: Records,
+        refused: Sequence[Refused] = (),
+        claim: Claim | None = None,
+        bookmark: Bookmark | None = None,
     ) -> None:
         """Returns once all of it is durable; all or nothing.
 
@@ -220,7 +229,7 @@ class Pipeline:
             Overloaded: the journal is at its bound, or its disk.
             JournalFailed: it is poisoned.
         """
-        await self.journal.append(records, refused, claim)
+        await self.journal.append(records, refused, claim, bookmark)
         self._metrics.accepted(len(records.payload))
         for reason in {letter.reason for letter in refused}:
             sizes = [len(letter.payload) for letter in refused if letter.reason == reason]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ingestd.base.bookmark import Bookmark
     from ingestd.base.once import Claim
     from ingestd.base.record import Records, Refused
 
@@ -50,8 +51,20 @@ class Intake(Protocol):
         """Ends a claim, unless records that came with it are on their way into the journal."""
         ...
 
+    async def bookmark(self, key: str) -> Bookmark | None:
+        """The last accepted one of that key.
+
+        Raises:
+            JournalFailed: it can't be read.
+        """
+        ...
+
     async def accept(
-        self, records: Records, refused: Sequence[Refused] = (), claim: Claim | None = None
+        self,
+        records: Records,
+        refused: Sequence[Refused] = (),
+        claim: Claim | None = None,
+        bookmark: Bookmark | None = None,
     ) -> None:
         """Returns once all of it is durable; all or nothing.
 
@@ -59,6 +72,7 @@ class Intake(Protocol):
             records: may be an empty run if there are refused ones.
             refused: records to be kept as dead letters.
             claim: its key and answer become durable together with the records.
+            bookmark: becomes durable together with the records, in place of the one of its key.
 
         Raises:
             Overloaded: at a bound; nothing was taken.
