@@ -69,6 +69,10 @@ class Overloaded(IngestdError):
         return after if isinstance(after, float) else 1.0
 
 
+class InputIncomplete(IngestdError):
+    """{given_up} of {total} {what} were given up"""
+
+
 class KeyInFlight(IngestdError):
     """a request with this Idempotency-Key is in progress"""
 

@@ -27,7 +27,7 @@ class Kind(enum.Enum):
     TABLE = "a section, or a pipeline"
     VALUE = "a setting"
     NAMED = "`pipelines`: a table a name"
-    FREE = "`handler.options`: a table with any keys"
+    FREE = "`handler.options`, `fetch.headers`: a table with any keys"
     INSIDE = "something in such a table"
 
 
@@ -64,7 +64,7 @@ def _kind(name: str, field: FieldInfo, model: type[BaseModel]) -> tuple[Kind, ty
     annotation = field.annotation
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return Kind.TABLE, annotation
-    special = {PIPELINES: Kind.NAMED, "options": Kind.FREE}
+    special = {PIPELINES: Kind.NAMED, "options": Kind.FREE, "headers": Kind.FREE}
     return special.get(name, Kind.VALUE), model
 
 
@@ -151,6 +151,8 @@ def unit_of(field: FieldInfo | None) -> Unit | None:
 def shown(field: FieldInfo | None, value: object) -> object:
     """A setting's value as people write it: `4194304` becomes `"4MiB"`."""
     unit = unit_of(field)
+    if isinstance(value, tuple):
+        return list(value)
     if unit is None or not isinstance(value, int | float):
         return value
     return unit.show(value)

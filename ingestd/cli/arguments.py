@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
 # key, the flag that people type, how its value is called
 COMMON = (
-    ("source.kind", "--source", "http|stdin"),
+    ("source.kind", "--source", "http|stdin|fetch"),
     ("http.listen", "--listen", "HOST:PORT"),
     ("data_dir", "--data-dir", "DIR"),
     ("format", "--format", "json|text|bytes"),
 )
-_WITH_OWN_NAMES = ("--pipelines.", "--handler.options.")
+_FREE = ("handler.options", "fetch.headers")
+_WITH_OWN_NAMES = ("--pipelines.", *(f"--{key}." for key in _FREE))
 _METAVARS = {"bytes": "SIZE", "seconds": "TIME", "": "NUMBER"}
 
 
@@ -86,7 +87,7 @@ def add_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         "or INGESTD_BATCH__RECORDS_MAX=500, or in the file; sizes like 64MiB, times like 250ms",
     )
     for key, field in fields.items():
-        if key == "handler.options":
+        if key in _FREE:
             _add(group, f"--{key}.NAME", f"{key}.NAME", "TEXT", _help(field))
             _add(group, f"--{key}", key, "JSON", argparse.SUPPRESS)
         else:
@@ -124,20 +125,25 @@ def _add(
 
 def _own_names(argv: Sequence[str]) -> list[str]:
     flags = {word.split("=", 1)[0] for word in argv if word.startswith(_WITH_OWN_NAMES)}
-    flags -= {"--handler.options.NAME", "--pipelines.NAME.KEY"}
+    flags -= {"--pipelines.NAME.KEY", *(f"--{key}.NAME" for key in _FREE)}
     return sorted(flag for flag in flags if locate(flag.removeprefix("--").split(".")))
 
 
 def _metavar(field: FieldInfo) -> str:
     if get_origin(field.annotation) is Literal:
         return "|".join(get_args(field.annotation))
+    if field.annotation is bool:
+        return "true|false"
+    if get_origin(field.annotation) is tuple:
+        return "URLS"
     unit = unit_of(field)
     return _METAVARS[unit.name] if unit else "TEXT"
 
 
 def _help(field: FieldInfo) -> str:
     default = shown(field, field.get_default(call_default_factory=True, validated_data={}))
-    known = "" if default == {} else f" [{default}]" if default != "" else ' [""]'
+    default = str(default).lower() if isinstance(default, bool) else default
+    known = "" if default in ({}, []) else f" [{default}]" if default != "" else ' [""]'
     return f"{field.description}{known}".replace("%", "%%")
 
 

@@ -97,6 +97,7 @@ class Source(Protocol):
         """Returns when there is no more input and all of it is accepted; never for a server.
 
         Raises:
+            InputIncomplete: some of it was given up; the rest is accepted.
             IngestdError: the input could not be stored, and why.
         """
         ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import subprocess
 import sys
@@ -135,7 +136,8 @@ async def test_stat_shows_them(opened, tmp_path: Path) -> None:
     j = (await opened()).journal
     await j.append(NOTHING, (), bookmark=mark("a", b"1"))
     await j.close()
-    done = subprocess.run(
+    done = await asyncio.to_thread(
+        subprocess.run,
         [sys.executable, "-m", "ingestd", "journal", "stat", "--data-dir", str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True, check=True,
     )  # fmt: skip
