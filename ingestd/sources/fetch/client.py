@@ -65,6 +65,7 @@ class Client:
         connector = TCPConnector(
             limit=0,  # the source bounds its downloads
             resolver=Resolver(allowed, resolver),
+            use_dns_cache=False,  # a host that moved is found at the next connection
             socket_factory=open_socket(allowed),
         )
         return aiohttp.ClientSession(

@@ -173,17 +173,16 @@ class Download:
                 return
             # Only what goes beyond everything before is progress: something that changes all the
             # time, and never comes whole, must not be begun for ever.
-            if self._alive or self._position.offset > max(furthest, before.offset):
-                attempts = 0
+            moved = self._alive or self._position.offset > max(furthest, before.offset)
             furthest = max(furthest, self._position.offset)
-            attempts += 1
+            attempts = 0 if moved else attempts + 1
             if attempts >= settings.attempts_max:
                 raise GivenUp(f"{failure.reason} ({attempts} tries without progress)")
             await self._pause(attempts, failure)
 
     async def _pause(self, attempts: int, failure: Again) -> None:
         settings = self._settings
-        after = waits.backoff(attempts, settings.backoff, settings.backoff_max, random.random)
+        after = waits.backoff(max(attempts, 1), settings.backoff, settings.backoff_max, random.random)
         after = max(after, failure.after or 0.0)
         log.warning(
             "url_postponed",
