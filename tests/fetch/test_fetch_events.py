@@ -97,6 +97,7 @@ streams = st.builds(
 
 
 @given(streams, st.lists(st.integers(0, 400)))
+@example(b"data: a\r\ndata: b\r\n\r\n", list(range(40)))
 @example(b"\xef\xbb\xbfdata: a\r\n\r\ndata: b\r\r", list(range(40)))
 def test_any_division_gives_the_same(stream: bytes, cuts: list[int]) -> None:
     whole = EventParser(20)

@@ -7,7 +7,7 @@ import zlib
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
@@ -177,6 +177,11 @@ def test_something_that_was_done() -> None:
         judged(304, BEGUN)
 
 
+def test_no_content_writes_nothing_down() -> None:
+    for position in (Position(), Position(event_id="7"), BEGUN):
+        assert judged(204, position) == Finished(position)
+
+
 def test_a_part() -> None:
     assert judged(206, BEGUN, Content_Range="bytes 100-199/200") == Take(BEGUN)
     assert judged(206, BEGUN, Content_Range="bytes 100-199/*") == Take(BEGUN)
@@ -253,7 +258,7 @@ def test_whether_an_end_can_be_told() -> None:
 MAX = 60
 body_parts = st.sampled_from(
     [b'{"a":1}', b"17", b"x", b" ", b"\r", b"\n", b"\r\n", b'"%s"' % (b"y" * 70), b'"\xc3\xa4"',
-     b"\xff", b"z" * 200]
+     b"\xff", b"z" * 200, b"\n\xef\xbb\xbf1\n"]
 )  # fmt: skip
 bodies = st.builds(
     lambda mark, parts: mark + b"".join(parts),
@@ -297,6 +302,7 @@ def run(kept: Kept, wire: list[bytes], encoding: str, form: Any, *, skip: int, w
 
 @pytest.mark.parametrize("encoding", ["identity", "gzip", "zstd"])
 @given(body=bodies, places=cuts, form=forms, stop=st.integers(0, 20))
+@example(body=b"1\n\xef\xbb\xbf2\n3\n", places=[2], form="text", stop=1)
 def test_any_division_and_any_break_give_the_records_of_the_whole(
     encoding: str, body: bytes, places: list[int], form: Any, stop: int
 ) -> None:

@@ -12,7 +12,7 @@ from aiohttp.abc import AbstractResolver
 from ingestd.base.errors import InputIncomplete
 from ingestd.sources.fetch.client import next_url, proxy_for
 from ingestd.sources.fetch.failure import GivenUp
-from ingestd.sources.fetch.safety import is_public
+from ingestd.sources.fetch.safety import Forbidden, Resolver, is_public
 from ingestd.sources.fetch.urls import as_url
 from tests.fetch.tools import Intake, answers, fetching, lines, serving
 
@@ -96,6 +96,14 @@ class Names(AbstractResolver):
 
     async def close(self) -> None:
         pass
+
+
+async def test_only_what_passes_comes_out_of_the_resolver() -> None:
+    resolver = Resolver(is_public, Names(["10.0.0.1", "1.1.1.1"], ["10.0.0.1"], []))
+    assert [one["host"] for one in await resolver.resolve("a")] == ["1.1.1.1"]
+    with pytest.raises(Forbidden):
+        await resolver.resolve("a")
+    assert await resolver.resolve("a") == []
 
 
 async def test_a_name_that_resolves_to_a_private_address() -> None:

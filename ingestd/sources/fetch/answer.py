@@ -115,7 +115,7 @@ def judge(
     if status == HTTPStatus.NOT_MODIFIED and position.done:
         return Finished(position)
     if status in (HTTPStatus.NO_CONTENT, HTTPStatus.RESET_CONTENT):
-        return Finished(replace(here, done=True, event_id=position.event_id))
+        return Finished(position)  # a stream of events ends like this; nothing is written down
     raise _refusal(status)
 
 

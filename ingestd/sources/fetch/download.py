@@ -123,8 +123,8 @@ class Download:
                     "url_given_up", url=self.link.shown, reason=failure.reason
                 )
             await self._appends.flushed()
+            self._progress.end()
             if not every:
-                self._progress.end()
                 return
             await asyncio.sleep(every)
 
