@@ -182,7 +182,9 @@ class Download:
 
     async def _pause(self, attempts: int, failure: Again) -> None:
         settings = self._settings
-        after = waits.backoff(max(attempts, 1), settings.backoff, settings.backoff_max, random.random)
+        after = waits.backoff(
+            max(attempts, 1), settings.backoff, settings.backoff_max, random.random
+        )
         after = max(after, failure.after or 0.0)
         log.warning(
             "url_postponed",
