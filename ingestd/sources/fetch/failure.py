@@ -47,6 +47,18 @@ class Changed(Exception):  # noqa: N818
     """It is another version than the one whose beginning was accepted."""
 
 
+class Reconnect(Exception):  # noqa: N818 - what to do
+    """A stream ended as streams do.
+
+    Attributes:
+        after: seconds to wait.
+    """
+
+    def __init__(self, after: float) -> None:
+        super().__init__()
+        self.after = after
+
+
 def explain(error: Exception) -> Again | GivenUp:
     """What an error of the HTTP client means."""
     if isinstance(error, aiohttp.ClientConnectorError):

@@ -18,6 +18,7 @@ from ingestd.sources.fetch.client import Client
 from ingestd.sources.fetch.download import Download
 from ingestd.sources.fetch.slots import Slots
 from ingestd.sources.fetch.tally import Tally
+from ingestd.sources.fetch.trying import Tries
 from ingestd.sources.fetch.urls import read_links
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from ingestd.base.clock import Clock
     from ingestd.base.settings import FetchSettings
+    from ingestd.sources.fetch.urls import Link
     from ingestd.sources.intake import Intake
 
 log = structlog.get_logger(__name__)
@@ -86,23 +88,24 @@ class FetchSource:
         slots = Slots(settings.concurrency, settings.concurrency_per_host)
         budget = Budget(settings.inflight_bytes_max)
         self._downloads = [
-            Download(
-                link,
-                settings,
-                self._intake,
-                client=self._client,
-                slots=slots,
-                budget=budget,
-                tally=self.tally,
-                clock=self._clock,
-            )
-            for link in links
+            Download(link, settings, self._tries(link, budget), slots) for link in links
         ]
         self._tasks = [
             asyncio.create_task(self._run(download), name="fetch-url")
             for download in self._downloads
         ]
         log.info("fetch_started", urls=len(links))
+
+    def _tries(self, link: Link, budget: Budget) -> Tries:
+        return Tries(
+            link,
+            self._settings,
+            self._intake,
+            client=self._client,
+            budget=budget,
+            tally=self.tally,
+            clock=self._clock,
+        )
 
     async def _run(self, download: Download) -> None:
         try:
@@ -152,13 +155,15 @@ class FetchSource:
 
     async def _flush(self) -> None:
         await asyncio.wait(self._tasks)
-        await asyncio.gather(*(one.flushed() for one in self._downloads), return_exceptions=True)
+        await asyncio.gather(
+            *(one.tries.appends.flushed() for one in self._downloads), return_exceptions=True
+        )
 
     async def close(self) -> None:
         """Ends everything. What is not accepted by now is downloaded again at the next start."""
         self._cancel()
         await asyncio.wait(self._tasks)
-        left = sum([await download.close() for download in self._downloads])
+        left = sum([await download.tries.appends.close() for download in self._downloads])
         await self._client.close()
         if left:
             log.warning("fetch_records_left", bytes=left)

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from ingestd.base.record import Records
 from ingestd.sources.fetch.answer import is_compressed
 from ingestd.sources.fetch.events import EventParser, records_of
-from ingestd.sources.fetch.failure import Changed, GivenUp
+from ingestd.sources.fetch.failure import Again, Changed, GivenUp
 from ingestd.sources.framing import Framer
 from ingestd.sources.lines import Parsed
 
@@ -103,9 +103,10 @@ class Lines:
 
         Raises:
             Changed: it is shorter than what was accepted.
+            Again: it may only have been cut there.
         """
         if self._skip:
-            raise Changed
+            raise Changed if certain else Again("the body ended before what was accepted")
         parsed = self._framer.end() if certain else self._framer.cut()
         self._move(self._end)
         self.position = replace(self.position, done=True)
