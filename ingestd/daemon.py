@@ -23,7 +23,7 @@ from ingestd.admin.server import AdminServer
 from ingestd.admin.view import Status
 from ingestd.base.address import show_address
 from ingestd.base.clock import SystemClock
-from ingestd.base.errors import Exit, IngestdError, JournalFailed
+from ingestd.base.errors import Exit, IngestdError, InputIncomplete, JournalFailed
 from ingestd.base.lock import DataDir
 from ingestd.base.metrics import Metrics
 from ingestd.base.signals import Signals
@@ -31,6 +31,7 @@ from ingestd.base.telemetry import start_logging
 from ingestd.journal.idempotency import KeyRule
 from ingestd.overview import status_of
 from ingestd.pipeline import Pipeline, Report
+from ingestd.sources.fetch.source import FetchSource
 from ingestd.sources.http.source import HttpSource
 from ingestd.sources.progress import Progress, ProgressSnapshot
 from ingestd.sources.stdin.source import StdinSource
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
     from ingestd.base.settings import Settings
     from ingestd.base.telemetry import LogWriter
+    from ingestd.sources.fetch.tally import Tally
     from ingestd.sources.intake import Source
 
 log = structlog.get_logger(__name__)
@@ -105,6 +107,7 @@ class Daemon:
         self._started_at = time.monotonic()
         self._metrics = Metrics(__version__)
         self._failure: BaseException | None = None
+        self._incomplete: InputIncomplete | None = None
         self._progress: Progress | None = None
         self._deadline = 0.0  # of the drain, loop time
         self._route = self._metrics.route("/v1/records")
@@ -211,8 +214,12 @@ class Daemon:
         kind, default = self.settings.source.kind, self.settings.source.pipeline
         if kind == "stdin":
             source = StdinSource(self.settings.stdin, self.pipelines[default])
-            self._progress = self._build_progress(source, self.pipelines[default])
+            self._progress = self._build_progress(lambda: source, self.pipelines[default])
             return source
+        if kind == "fetch":
+            fetch = FetchSource(self.settings.fetch, self.pipelines[default], clock=self._clock)
+            self._progress = self._build_progress(lambda: fetch.tally, self.pipelines[default])
+            return fetch
         return HttpSource(
             self.settings.http,
             self.pipelines,
@@ -220,21 +227,29 @@ class Daemon:
             on_request=self._answered,
         )
 
-    def _build_progress(self, source: StdinSource, pipeline: Pipeline) -> Progress:
+    def _build_progress(
+        self, counts: Callable[[], StdinSource | Tally], pipeline: Pipeline
+    ) -> Progress:
         before = pipeline.journal.ledger
 
-        def snapshot() -> ProgressSnapshot:
+        def snapshot_now() -> ProgressSnapshot:
             now = pipeline.journal.ledger
-            return ProgressSnapshot(
-                lines=source.records + source.refused,
-                bytes=source.bytes,
+            read = counts()
+            snapshot = ProgressSnapshot(
+                lines=read.records + read.refused,
+                bytes=read.bytes,
                 accepted=now.accepted - before.accepted,
                 processed=now.processed - before.processed,
                 dead=now.dead + now.refused - before.dead - before.refused,
                 pending=now.pending,
             )
+            if isinstance(read, StdinSource):
+                return snapshot
+            return snapshot._replace(
+                urls_done=read.done, urls_total=read.total, bytes_left=read.left
+            )
 
-        return Progress(snapshot, sys.stderr, clock=self._clock)
+        return Progress(snapshot_now, sys.stderr, clock=self._clock)
 
     # -- serve ---------------------------------------------------------------------------------
 
@@ -253,7 +268,10 @@ class Daemon:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if any(one.done() for one in broken):
                 return "failure"
-            if ended.done() and (error := ended.exception()) is not None:
+            error = ended.exception() if ended.done() else None
+            if isinstance(error, InputIncomplete):
+                self._incomplete = error  # what there is of it is finished all the same
+            elif error is not None:
                 log.error("source_failed", error=str(error), exc_info=error)
                 self._failure = error
                 return "failure"
@@ -359,7 +377,7 @@ class Daemon:
             lost = report.ledger.pending and not report.durable
             if lost or not (report.balanced and report.written):
                 return Exit.LOST
-        return Exit.OK
+        return self._incomplete.exit_code if self._incomplete else Exit.OK
 
     # -- what others may know ------------------------------------------------------------------
 

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Sequence
     from pathlib import Path
 
+    from ingestd.base.bookmark import Bookmark
     from ingestd.base.clock import Clock
     from ingestd.base.metrics import PipelineMetrics
     from ingestd.base.once import Claim
@@ -222,12 +223,17 @@ class Pipeline:
         """See `Intake.unwatch`."""
         self.watches.remove(watch)
 
+    async def bookmark(self, key: str) -> Bookmark | None:
+        """See `Intake.bookmark`."""
+        return await self.journal.bookmark(key)
+
     async def accept(
         self,
         records: Records,
         refused: Sequence[Refused] = (),
         claim: Claim | None = None,
         watch: Watch | None = None,
+        bookmark: Bookmark | None = None,
     ) -> None:
         """Returns once all of it is durable; all or nothing.
 
@@ -235,7 +241,7 @@ class Pipeline:
             Overloaded: the journal is at its bound, or its disk.
             JournalFailed: it is poisoned.
         """
-        place = await self.journal.append(records, refused, claim)
+        place = await self.journal.append(records, refused, claim, bookmark)
         if watch is not None:
             # In time: a record is sealed, in a commit of its own, before anything becomes of it.
             self.watches.add(place, watch)

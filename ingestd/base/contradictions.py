@@ -30,7 +30,7 @@ class ContradictionError(ValueError):
 def contradictions(settings: Settings) -> list[tuple[str, str]]:
     """(dotted key, problem) for each; the key is the one that is most likely to be changed."""
     pipelines = settings.pipeline_settings()
-    problems = [*_at_the_door(settings), *access_contradictions(settings)]
+    problems = [*_at_the_door(settings), *access_contradictions(settings), *_of_fetch(settings)]
     if settings.source.pipeline not in pipelines:
         problems.append(("source.pipeline", f"there is no pipeline {settings.source.pipeline!r}"))
     for name, pipeline in pipelines.items():
@@ -63,6 +63,20 @@ def _at_the_door(settings: Settings) -> list[tuple[str, str]]:
         room, body = show_size(http.inflight_bytes_max), show_size(http.body_bytes_max)
         text = f"{room} has no room for one body of http.body_bytes_max ({body})"
         problems.append(("http.inflight_bytes_max", text))
+    return problems
+
+
+def _of_fetch(settings: Settings) -> list[tuple[str, str]]:
+    fetch, problems = settings.fetch, []
+    if settings.source.kind == "fetch" and not (fetch.urls or fetch.file):
+        problems.append(
+            ("fetch.urls", "no URL: say some here, or name a file of them in fetch.file")
+        )
+    if fetch.follow and fetch.every:
+        problems.append(("fetch.every", "a stream that is followed (fetch.follow) has no end"))
+    if fetch.backoff_max < fetch.backoff:
+        longest, first = show_seconds(fetch.backoff_max), show_seconds(fetch.backoff)
+        problems.append(("fetch.backoff_max", f"{longest} is shorter than fetch.backoff ({first})"))
     return problems
 
 

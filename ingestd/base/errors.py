@@ -73,6 +73,10 @@ class NeverFits(IngestdError):
     """{size} bytes, more than {what} = {bound}"""
 
 
+class InputIncomplete(IngestdError):
+    """{given_up} of {total} {what} were given up"""
+
+
 class KeyInFlight(IngestdError):
     """a request with this Idempotency-Key is in progress"""
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 PIPELINES = "pipelines"
+_NAMED_DEPTH = 2  # the longest path of a table of names, `http.tokens`
 
 
 class Kind(enum.Enum):
@@ -29,7 +30,7 @@ class Kind(enum.Enum):
     TABLE = "a section, or a table with a name of the user's own"
     VALUE = "a setting"
     NAMED = "`pipelines`, `http.tokens`: a table a name"
-    FREE = "`handler.options`: a table with any keys"
+    FREE = "`handler.options`, `fetch.headers`: a table with any keys"
     INSIDE = "something in such a table"
 
 
@@ -77,7 +78,7 @@ def wrong_name(path: Sequence[str]) -> str | None:
 
 def _named_in(path: Sequence[str]) -> tuple[str, ...] | None:
     """The beginning of a path that is a table of names, if a name follows."""
-    for end in range(1, len(path)):
+    for end in range(1, min(len(path), _NAMED_DEPTH + 1)):
         if locate(path[:end]) is Kind.NAMED:
             return tuple(path[:end])
     return None
@@ -212,6 +213,8 @@ def shown(field: FieldInfo | None, value: object) -> object:
     if isinstance(value, SecretStr):
         return MASK if value.get_secret_value() else ""
     unit = unit_of(field)
-    if unit is None or not isinstance(value, int | float | tuple):
+    if isinstance(value, tuple):
+        return list(value)
+    if unit is None or not isinstance(value, int | float):
         return value
     return unit.show(value)

@@ -24,7 +24,15 @@ from ingestd.base.address import split_address
 from ingestd.base.contradictions import ContradictionError, contradictions
 from ingestd.base.origins import check_origins
 from ingestd.base.section import Section, own_name
-from ingestd.base.units import Count, Seconds, Share, Size, Words  # noqa: TC001  pydantic reads them
+from ingestd.base.units import (  # noqa: TC001  pydantic reads them
+    Count,
+    Seconds,
+    Share,
+    Size,
+    Switch,
+    Words,
+)
+from ingestd.base.urls import check_headers, split_urls
 
 DEFAULT_PIPELINE = "default"
 OPTIONS_DEPTH_MAX = 16
@@ -93,7 +101,7 @@ PipelineName = Annotated[str, AfterValidator(pipeline_name)]
 class SourceSettings(Section):
     """`[source]`: where records come in."""
 
-    kind: Literal["http", "stdin"] = Field("http", description="where records come in")
+    kind: Literal["http", "stdin", "fetch"] = Field("http", description="where records come in")
     pipeline: str = Field(
         DEFAULT_PIPELINE, description="the pipeline that records without a named one go to"
     )
@@ -175,6 +183,63 @@ class StdinSettings(Section):
 
     inflight_bytes_max: Size = Field(
         16 * _MIB, ge=1, le=_TIB, description="read but not yet committed; then reading waits"
+    )
+
+
+class FetchSettings(Section):
+    """`[fetch]`: what is downloaded, how, and its bounds."""
+
+    urls: Annotated[tuple[str, ...], BeforeValidator(split_urls)] = Field(
+        (), description="what to download: http and https URLs"
+    )
+    file: str = Field("", description="a file of URLs, one a line, # comments; - is standard input")
+    follow: Switch = Field(
+        False, description="the URLs are streams without an end: connect again when one ends"
+    )
+    every: Seconds = Field(
+        0.0, ge=0, le=366 * _DAY, description="ask each URL again after this; 0s downloads once"
+    )
+    headers: Annotated[dict[str, str], BeforeValidator(check_headers)] = Field(
+        default_factory=dict, description="sent to the origins of the URLs only"
+    )
+    concurrency: Count = Field(4, ge=1, le=1024, description="most downloads at once")
+    concurrency_per_host: Count = Field(
+        2, ge=1, le=1024, description="most downloads at once from one host"
+    )
+    inflight_bytes_max: Size = Field(
+        16 * _MIB,
+        ge=1,
+        le=_TIB,
+        description="decompressed but not yet committed, all URLs together; then reading waits",
+    )
+    wire_bytes_max: Size = Field(
+        64 * _GIB, ge=1, le=1024 * _TIB, description="largest body as it is sent"
+    )
+    bytes_max: Size = Field(
+        256 * _GIB, ge=1, le=1024 * _TIB, description="largest body after decompression"
+    )
+    connect_timeout: Seconds = Field(
+        10.0, gt=0, le=3600, description="a connection has to be there after this, TLS included"
+    )
+    silence_timeout: Seconds = Field(
+        60.0, gt=0, le=_DAY, description="without a byte for this long it is given up"
+    )
+    redirects_max: Count = Field(10, ge=0, le=100, description="most redirects in a row")
+    attempts_max: Count = Field(
+        8, ge=1, le=10**6, description="tries without progress; then the URL is given up"
+    )
+    backoff: Seconds = Field(
+        0.5, ge=0, le=_DAY, description="wait before the second try; doubles with each"
+    )
+    backoff_max: Seconds = Field(60.0, ge=0, le=_DAY, description="longest wait")
+    retry_after_max: Seconds = Field(
+        300.0, ge=0, le=_DAY, description="longest wait that a server's Retry-After is given"
+    )
+    allow_private: Switch = Field(
+        False, description="connect to private, loopback and other special addresses, too"
+    )
+    trust_env: Switch = Field(
+        False, description="use the proxies that the environment names (http_proxy, …)"
     )
 
 
@@ -328,6 +393,7 @@ class Settings(BaseSettings):
     source: SourceSettings = SourceSettings()
     http: HttpSettings = HttpSettings()
     stdin: StdinSettings = StdinSettings()
+    fetch: FetchSettings = FetchSettings()
     admin: AdminSettings = AdminSettings()
     log: LogSettings = LogSettings()
     batch: BatchSettings = BatchSettings()

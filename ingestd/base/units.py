@@ -40,6 +40,7 @@ _DIGITS_MAX = 40  # longer than any number that means something; keeps hostile i
 SIZE_FORMS = "a size: a number of bytes, or one with B, kB, MB, GB, TB, KiB, MiB, GiB or TiB"
 TIME_FORMS = "a time: a number of seconds, or numbers with us, ms, s, m, h or d, largest first"
 COUNT_FORMS = "a whole number"
+SWITCH_FORMS = "true or false"
 SHARE_FORMS = "a share: a number from 0 to 1"
 WORDS_FORMS = "a list of words: an array of text, or text with commas or white space between them"
 
@@ -177,6 +178,19 @@ def _is_word(value: object) -> bool:
     return isinstance(value, str) and value.split() == [value]
 
 
+def parse_switch(written: object) -> bool:
+    """`true` or `false`, or the same as text.
+
+    Raises:
+        NotUnderstoodError: anything else.
+    """
+    if isinstance(written, bool):
+        return written
+    if isinstance(written, str) and written.strip().lower() in ("true", "false"):
+        return written.strip().lower() == "true"
+    raise NotUnderstoodError(written, SWITCH_FORMS)
+
+
 def show_size(size: int) -> str | int:
     """The shortest exact form: `"64MiB"`, or the bare number where no unit fits."""
     for power in range(len(_BINARY), 0, -1):
@@ -216,5 +230,6 @@ class Unit(NamedTuple):
 Size = Annotated[int, BeforeValidator(parse_size), Unit("bytes", show_size)]
 Seconds = Annotated[float, BeforeValidator(parse_seconds), Unit("seconds", show_seconds)]
 Count = Annotated[int, BeforeValidator(parse_count), Unit("", show_plain)]
+Switch = Annotated[bool, BeforeValidator(parse_switch)]
 Share = Annotated[float, BeforeValidator(parse_share), Unit("", show_plain)]
 Words = Annotated[tuple[str, ...], BeforeValidator(parse_words), Unit("words", show_words)]

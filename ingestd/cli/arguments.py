@@ -22,16 +22,17 @@ if TYPE_CHECKING:
 
 # key, the flag that people type, how its value is called
 COMMON = (
-    ("source.kind", "--source", "http|stdin"),
+    ("source.kind", "--source", "http|stdin|fetch"),
     ("http.listen", "--listen", "HOST:PORT"),
     ("data_dir", "--data-dir", "DIR"),
     ("format", "--format", "json|text|bytes"),
 )
-_WITH_OWN_NAMES = ("--pipelines.", "--handler.options.", "--http.tokens.", "--http.webhooks.")
+_FREE = ("handler.options", "fetch.headers")
 _TABLES = {
     "http.tokens": "who may send: token, hash, file, client_certificate, pipelines, …",
     "http.webhooks": "signed deliveries: kind, secret, file, pipeline, tolerance",
 }
+_WITH_OWN_NAMES = ("--pipelines.", *(f"--{key}." for key in (*_FREE, *_TABLES)))
 _METAVARS = {"bytes": "SIZE", "seconds": "TIME", "": "NUMBER", "words": "WORD,…"}
 
 
@@ -90,7 +91,7 @@ def add_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         "or INGESTD_BATCH__RECORDS_MAX=500, or in the file; sizes like 64MiB, times like 250ms",
     )
     for key, field in fields.items():
-        if key == "handler.options":
+        if key in _FREE:
             _add(group, f"--{key}.NAME", f"{key}.NAME", "TEXT", _help(field))
             _add(group, f"--{key}", key, "JSON", argparse.SUPPRESS)
         else:
@@ -139,6 +140,8 @@ def _metavar(field: FieldInfo) -> str:
         return "|".join(get_args(field.annotation))
     if field.annotation is bool:
         return "true|false"
+    if get_origin(field.annotation) is tuple:
+        return "URLS"
     unit = unit_of(field)
     return _METAVARS[unit.name] if unit else "TEXT"
 

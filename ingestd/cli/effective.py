@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from ingestd.base.keys import dotted, field_at, quoted, shown, values_of
 from ingestd.base.section import MASK
+from ingestd.base.urls import show_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -38,6 +39,10 @@ def _visible(path: Sequence[str], value: object, origin: str, loaded: Loaded) ->
     source = loaded.origins.get(origin.removeprefix("as "), "") if "as " in origin[:3] else origin
     if source.startswith("secret ") or ("options" in path and is_secret(path, value)):
         return MASK
+    if path[:2] == ("fetch", "headers") and value != {}:
+        return MASK
+    if isinstance(value, tuple):
+        return [show_url(url) for url in value]
     return shown(field_at(path), value)
 
 

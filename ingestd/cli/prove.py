@@ -161,6 +161,8 @@ def _settings(theirs: Settings, folder: Path) -> Settings:
 def _toml(settings: Settings) -> list[str]:
     lines = []
     for path, value in values_of(settings):
+        if path[0] == "fetch":
+            continue  # nothing is downloaded, and headers may be secret
         text = shown(field_at(path), value)
         if isinstance(text, bool):
             written = "true" if text else "false"

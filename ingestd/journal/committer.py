@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ingestd.base.errors import JournalFailed, Overloaded
 from ingestd.base.rate import STALLED
 from ingestd.base.record import Layout, Records, Refused, join
-from ingestd.journal import checkpoint, salvage
+from ingestd.journal import bookmarks, checkpoint, salvage
 from ingestd.journal.idempotency import SWEEP_ROWS, SWEEP_SECONDS
 from ingestd.journal.interface import (
     Chunk,
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Sequence
 
+    from ingestd.base.bookmark import Bookmark
     from ingestd.base.clock import Clock
     from ingestd.base.once import Claim
 
@@ -61,12 +62,13 @@ _NO_SPACE = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE})
 
 
 class Append(NamedTuple):
-    """Records to accept, and the idempotency key that they came with."""
+    """Records to accept, with the idempotency key and the bookmark that they came with."""
 
     future: asyncio.Future[Place]
     records: Records
     refused: Sequence[Refused]
     claim: Claim | None = None
+    bookmark: Bookmark | None = None
 
 
 class Seal(NamedTuple):
@@ -125,6 +127,7 @@ class Committed(NamedTuple):
         dead: the dead letters after it; `None` if it failed.
         moved: what it did to dead letters that were there.
         reusable: bytes of free pages in the file after it.
+        bookmarks: what there is of them after it; `None` if it failed.
     """
 
     ops: Sequence[Op]
@@ -138,6 +141,7 @@ class Committed(NamedTuple):
     moved: Moved = Moved()
     at: float = 0.0
     reusable: int | None = None
+    bookmarks: bookmarks.Totals | None = None
 
 
 class Committer:
@@ -259,7 +263,7 @@ class Committer:
         self._checkpointer.wrote(
             sum(len(c.records.payload) for c in chunks)
             + sum(len(letter.payload) for letter in write.refused)
-            + (4 + len(write.claims)) * PAGE_BYTES
+            + (4 + len(write.claims) + len(write.bookmarks)) * PAGE_BYTES
         )
         self._count_keys(write, gone)
         self._report(
@@ -274,6 +278,7 @@ class Committer:
                 moved=moved,
                 at=write.at,
                 reusable=self._store.reusable_bytes(),
+                bookmarks=self._store.bookmarks,
             )
         )
 
@@ -307,6 +312,7 @@ class Committer:
             revive_at=now if any(type(op) is Revive for op in ops) else None,
             expire_before=max((op.before for op in ops if type(op) is Expire), default=None),
             claims=[op.claim for op in appends if op.claim is not None],
+            bookmarks=[op.bookmark for op in appends if op.bookmark is not None],
             at=now,
             sweep=sweep,
             keys_before=now - self._keys_ttl,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from asyncio import Future
     from collections.abc import Callable, Sequence
 
+    from ingestd.base.bookmark import Bookmark
     from ingestd.base.once import Claim
     from ingestd.base.record import Records, Refused, Span
     from ingestd.journal.idempotency import Keys
@@ -232,7 +233,11 @@ class Journal(Protocol):
         ...
 
     def append(
-        self, records: Records, refused: Sequence[Refused], claim: Claim | None = None
+        self,
+        records: Records,
+        refused: Sequence[Refused],
+        claim: Claim | None = None,
+        bookmark: Bookmark | None = None,
     ) -> Future[Place]:
         """Accepts records; resolved with where they are once they are durable.
 
@@ -240,12 +245,17 @@ class Journal(Protocol):
             records: may be empty.
             refused: become dead letters.
             claim: its key and answer are put down in the same commit, and it ends with it.
+            bookmark: put down in the same commit, in place of the one of that key.
 
         Raises:
             Overloaded: the journal's bound, the dead letters', or the disk's.
             NeverFits: it alone is more than the journal may hold.
             JournalFailed: it is poisoned.
         """
+        ...
+
+    async def bookmark(self, key: str) -> Bookmark | None:
+        """The last one of that key."""
         ...
 
     def seal(self, batch: Sealed, cursor: Cursor) -> Future[None]:

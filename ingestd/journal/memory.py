@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from ingestd.base.errors import NeverFits, Overloaded
 from ingestd.base.rate import Rate, wait_for_room
 from ingestd.base.record import Records, Refused, Span, join
+from ingestd.journal import bookmarks
 from ingestd.journal.idempotency import Kept, KeyRule, Keys, size_of
 from ingestd.journal.interface import (
     Chunk,
@@ -36,6 +37,7 @@ from ingestd.journal.letters import letter_bytes
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from ingestd.base.bookmark import Bookmark
     from ingestd.base.clock import Clock
     from ingestd.base.once import Claim
     from ingestd.journal.space import Space
@@ -78,6 +80,7 @@ class MemoryJournal:
         self._clock = clock
         self.keys = Keys(keys, clock, find=self._find_key, sweep=self._sweep)
         self._kept: OrderedDict[str, tuple[Kept, int]] = OrderedDict()
+        self._bookmarks: OrderedDict[str, Bookmark] = OrderedDict()
         self._drained = Rate(clock.monotonic())
         self._chunks: dict[int, Chunk] = {}
         self._last = 0
@@ -90,13 +93,18 @@ class MemoryJournal:
         return Recovered([], Cursor(1, 0), 0, 1, {})
 
     def append(
-        self, records: Records, refused: Sequence[Refused], claim: Claim | None = None
+        self,
+        records: Records,
+        refused: Sequence[Refused],
+        claim: Claim | None = None,
+        bookmark: Bookmark | None = None,
     ) -> asyncio.Future[Place]:
         """See `Journal.append`."""
         size = len(records.payload) + len(records.sizes)
-        used = self.bytes + size + size_of(claim)
-        if used - self.bytes > self.bytes_max:
-            raise NeverFits(size=used - self.bytes, what="journal.bytes_max", bound=self.bytes_max)
+        whole = size + size_of(claim) + bookmarks.size_of(bookmark)
+        if whole > self.bytes_max:
+            raise NeverFits(size=whole, what="journal.bytes_max", bound=self.bytes_max)
+        used = self.bytes + whole
         if used > self.bytes_max:
             rate = self._drained.per_second(self._clock.monotonic())
             after = wait_for_room(used, self.bytes_max, rate, random.random)
@@ -104,6 +112,8 @@ class MemoryJournal:
         now = self._clock.now()
         if claim is not None:
             self._keep_key(claim, now)
+        if bookmark is not None:
+            self._keep_bookmark(bookmark)
         self._keep_letters([refused_letter(one, now) for one in refused])
         self.ledger = self.ledger._replace(
             accepted=self.ledger.accepted + records.count,
@@ -128,6 +138,17 @@ class MemoryJournal:
         self.keys.count = len(self._kept)
         claim.submitted = True
         self.keys.resolved(claim, at=now, applied=True)
+
+    def _keep_bookmark(self, bookmark: Bookmark) -> None:
+        self.bytes -= bookmarks.size_of(self._bookmarks.pop(bookmark.key, None))
+        self._bookmarks[bookmark.key] = bookmark
+        self.bytes += bookmarks.size_of(bookmark)
+        if len(self._bookmarks) > bookmarks.BOOKMARKS_MAX:
+            self.bytes -= bookmarks.size_of(self._bookmarks.popitem(last=False)[1])
+
+    async def bookmark(self, key: str) -> Bookmark | None:
+        """See `Journal.bookmark`."""
+        return self._bookmarks.get(key)
 
     async def _find_key(self, key: str) -> Kept | None:
         kept = self._kept.get(key)

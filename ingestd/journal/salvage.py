@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from ingestd.base.bookmark import Bookmark
 from ingestd.base.record import Span
-from ingestd.journal import letters
+from ingestd.journal import bookmarks, letters
 from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Sealed
 from ingestd.journal.store import (
     Meta,
@@ -165,6 +166,7 @@ def _fill(store: Store, path: Path, now: float) -> None:
         found.batches.extend(_copy_batches(old, db, found.chunks))
         for table in ("dead", "damaged", "keys"):
             _copy_rows(old, db, table)
+        _copy_bookmarks(old, db)
         _copy_dead_totals(old, db)
         _settle_meta(db, found, now)
         db.execute("COMMIT")
@@ -261,6 +263,15 @@ def _copy_rows(old: sqlite3.Connection, db: sqlite3.Connection, table: str) -> N
     for row in _rows(old, table, ",".join(names)):
         with contextlib.suppress(*_UNREADABLE):
             db.execute(f"INSERT INTO {table} VALUES({places})", row)
+
+
+def _copy_bookmarks(old: sqlite3.Connection, db: sqlite3.Connection) -> None:
+    """Without those that are damaged: what they belong to is read again, rather than left out."""
+    for key, state, crc in _rows(old, "bookmarks", "key, state, crc"):
+        with contextlib.suppress(*_UNREADABLE, AttributeError):
+            bookmark = Bookmark(key, state)
+            if bookmarks.checksum(bookmark) == crc:
+                bookmarks.put(db, [bookmark], bookmarks.Totals())
 
 
 def _copy_dead_totals(old: sqlite3.Connection, db: sqlite3.Connection) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 from ingestd.base.errors import DataDirError, JournalFailed, NeverFits, Overloaded
 from ingestd.base.rate import Rate, wait_for_room
 from ingestd.base.record import Records, Refused, Span, join
-from ingestd.journal import salvage
+from ingestd.journal import bookmarks, salvage
 from ingestd.journal.checkpoint import Checkpointer
 from ingestd.journal.committer import (
     Append,
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
+    from ingestd.base.bookmark import Bookmark
     from ingestd.base.clock import Clock
     from ingestd.base.once import Claim
     from ingestd.journal.space import Space
@@ -93,6 +94,7 @@ class SqliteJournal:
         self.ledger = Ledger()
         self.bytes = 0
         self.dead_totals = DeadTotals()
+        self._bookmarks = bookmarks.Totals()
         self._refusing = 0  # bytes of letters that are on their way
         self._commits = 0
         self._clock = clock
@@ -137,6 +139,7 @@ class SqliteJournal:
                 store, recovered = _open_store(self.path)
             self.id, self.ledger, self.bytes = store.id, store.meta.ledger, store.stored_bytes()
             self._dead_are(store.dead)
+            self._bookmarks = store.bookmarks
             self.keys.count = store.stored_keys().count
             if self.space is not None:
                 self.space.reusable = store.reusable_bytes()
@@ -153,7 +156,11 @@ class SqliteJournal:
         return recovered._replace(set_aside=set_aside)
 
     def append(
-        self, records: Records, refused: Sequence[Refused], claim: Claim | None = None
+        self,
+        records: Records,
+        refused: Sequence[Refused],
+        claim: Claim | None = None,
+        bookmark: Bookmark | None = None,
     ) -> asyncio.Future[Place]:
         """See `Journal.append`."""
         if self.failed.done():
@@ -161,10 +168,11 @@ class SqliteJournal:
         size = _size(records, refused)
         if claim is not None:
             size += size_of(claim)
-        if size > self.bytes_max:
-            raise NeverFits(size=size, what="journal.bytes_max", bound=self.bytes_max)
-        if self.bytes + size > self.bytes_max:
-            raise self._full("the journal", self.bytes + size, self.bytes_max)
+        whole = size + bookmarks.size_of(bookmark)
+        if whole > self.bytes_max:
+            raise NeverFits(size=whole, what="journal.bytes_max", bound=self.bytes_max)
+        if self.bytes + whole > self.bytes_max:
+            raise self._full("the journal", self.bytes + whole, self.bytes_max)
         if self.space is not None and self.space.low(self._clock.monotonic()):
             missing = self.space.free_min - self.space.free
             raise self._full("the disk of the journal", missing, 0)
@@ -175,7 +183,7 @@ class SqliteJournal:
         self.bytes += size
         self._refusing += letters
         future: asyncio.Future[Place] = self._loop.create_future()
-        self._committer.submit(Append(future, records, refused, claim))
+        self._committer.submit(Append(future, records, refused, claim, bookmark))
         if claim is not None:
             claim.submitted = True
         return future
@@ -232,6 +240,10 @@ class SqliteJournal:
         self._committer.submit(Expire(future, before))
         return future
 
+    async def bookmark(self, key: str) -> Bookmark | None:
+        """See `Journal.bookmark`."""
+        return await self._read(bookmarks.find, self._reading, key)
+
     async def _find_key(self, key: str) -> Kept | None:
         return await self._read(find_key, self._reading, key)
 
@@ -277,7 +289,7 @@ class SqliteJournal:
     def _committed(self, committed: Committed) -> None:
         error = committed.error
         self.ledger = committed.ledger
-        self._keys_changed(committed)
+        self._tables_changed(committed)
         self._commits += 1
         for op in committed.ops:
             self._account(op, applied=error is None)
@@ -320,9 +332,12 @@ class SqliteJournal:
             self.bytes -= size_of(claim)
         self.keys.resolved(claim, at=committed.at, applied=applied)
 
-    def _keys_changed(self, committed: Committed) -> None:
+    def _tables_changed(self, committed: Committed) -> None:
         self.keys.count -= committed.keys_gone.count
         self.bytes -= committed.keys_gone.bytes
+        if committed.bookmarks is not None:
+            self.bytes += committed.bookmarks.bytes - self._bookmarks.bytes
+            self._bookmarks = committed.bookmarks
         if self.space is not None and committed.reusable is not None:
             self.space.reusable = committed.reusable
 

@@ -21,7 +21,7 @@ import msgspec
 
 from ingestd.base.errors import JournalUnreadable
 from ingestd.base.record import Layout, Records, Span
-from ingestd.journal import letters
+from ingestd.journal import bookmarks, letters
 from ingestd.journal.idempotency import Kept, size_of
 from ingestd.journal.interface import (
     Chunk,
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
+    from ingestd.base.bookmark import Bookmark
     from ingestd.base.once import Claim
 
 APPLICATION_ID = 0x696E6764  # "ingd"
@@ -93,6 +94,7 @@ class Write(NamedTuple):
         revive_at: marked dead letters are taken back, accepted at this time.
         expire_before: dead letters that were given up before this time go.
         claims: idempotency keys that come, accepted at `at`; an expired one of the same name goes.
+        bookmarks: in the order of their appends; the last one of a key counts.
         sweep: at most so many of the oldest keys go, as far as they came before `keys_before`.
     """
 
@@ -103,6 +105,7 @@ class Write(NamedTuple):
     settled: Sequence[Settlement]
     cursor: Cursor | None
     claims: Sequence[Claim] = ()
+    bookmarks: Sequence[Bookmark] = ()
     at: float = 0.0
     sweep: int = 0
     keys_before: float = 0.0
@@ -137,6 +140,7 @@ class Store:
         meta: the moving row after the last commit.
         dead: the dead letters after it.
         moved: what it did to dead letters that were there before.
+        bookmarks: what there is of them after it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -147,6 +151,7 @@ class Store:
         try:
             self.id, self.meta = self._open()
             self.dead, self.moved = letters.totals(self.connection), Moved()
+            self.bookmarks = bookmarks.totals(self.connection)
         except BaseException:
             self.connection.close()
             raise
@@ -165,6 +170,7 @@ class Store:
                 path=self.path,
                 problem=f"it has version {version}, this ingestd reads version {VERSION}",
             )
+        db.execute(bookmarks.SCHEMA)
         row = db.execute(
             "SELECT journal, accepted, processed, dead, refused,"
             " cursor_chunk, cursor_record, last_chunk, next_batch FROM meta"
@@ -213,6 +219,9 @@ class Store:
             _remove(db, write)
             if write.claims or write.sweep:
                 gone = _change_keys(db, write)
+            marked = self.bookmarks
+            if write.bookmarks:
+                marked = bookmarks.put(db, write.bookmarks, marked)
             db.execute(
                 "UPDATE meta SET accepted=?, processed=?, dead=?, refused=?,"
                 " cursor_chunk=?, cursor_record=?, last_chunk=?, next_batch=?",
@@ -224,7 +233,7 @@ class Store:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
-        self.meta, self.dead, self.moved = meta, dead, moved
+        self.meta, self.dead, self.moved, self.bookmarks = meta, dead, moved, marked
         return gone
 
     def recovered(self) -> Recovered:
@@ -249,7 +258,7 @@ class Store:
         """Bytes of everything but dead letters (see `dead`), for the journal's bound."""
         (chunks,) = self.connection.execute("SELECT total(bytes) FROM chunks").fetchone()
         (damaged,) = self.connection.execute("SELECT total(bytes) FROM damaged").fetchone()
-        return int(chunks + damaged) + self.stored_keys().bytes
+        return int(chunks + damaged) + self.stored_keys().bytes + self.bookmarks.bytes
 
     def stored_keys(self) -> KeyChange:
         """The idempotency keys that are there, expired ones included."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from ingestd.base.record import Span
-from ingestd.journal import letters
+from ingestd.journal import bookmarks, letters
 from ingestd.journal.beside import transaction
 from ingestd.journal.interface import DeadLetter
 from ingestd.journal.store import read_chunks
@@ -53,6 +53,7 @@ def stat(db: sqlite3.Connection) -> dict[str, Any]:
         meta = _row(db, "SELECT * FROM meta")
         chunks = _row(db, _SIZE.format("chunks"))
         damaged = _row(db, _SIZE.format("damaged"))
+        marks = bookmarks.totals(db) if bookmarks.exist(db) else bookmarks.Totals()
         (pending,) = db.execute(_PENDING).fetchone()
         batches = _row(
             db, "SELECT count(*) AS rows, coalesce(sum(count), 0) AS records FROM batches"
@@ -83,6 +84,7 @@ def stat(db: sqlite3.Connection) -> dict[str, Any]:
             **{name: dead[name] for name in ("revived", "readmitted", "expired", "purged")},
         },
         "damaged": damaged,
+        "bookmarks": {"rows": marks.count, "bytes": marks.bytes},
         "oldest_pending_at": oldest,
         "cursor": {"chunk": meta["cursor_chunk"], "record": meta["cursor_record"]},
         "last_chunk": meta["last_chunk"],
@@ -98,7 +100,7 @@ def _row(db: sqlite3.Connection, query: str) -> dict[str, Any]:
 
 def findings(db: sqlite3.Connection) -> Iterator[Finding]:
     """Everything that is wrong; nothing for a journal that is well."""
-    for check in (_file, _places, _checksums):
+    for check in (_file, _places, _checksums, _bookmarks):
         try:
             yield from check(db)
         except (sqlite3.DatabaseError, msgspec.MsgspecError, TypeError) as error:
@@ -126,6 +128,13 @@ def _checksums(db: sqlite3.Connection) -> Iterator[Finding]:
                 text = f"chunk {chunk.id} is damaged: the checksum of its {chunk.records.count}"
                 yield Finding(f"{text} records does not fit", chunk.id)
         first = chunks[-1].id + 1
+
+
+def _bookmarks(db: sqlite3.Connection) -> Iterator[Finding]:
+    """Each bookmark's checksum; a journal that was last open in an older ingestd has none."""
+    if bookmarks.exist(db):
+        for key in bookmarks.damaged(db):
+            yield Finding(f"bookmark {key} is damaged: its checksum does not fit")
 
 
 def _places(db: sqlite3.Connection) -> Iterator[Finding]:

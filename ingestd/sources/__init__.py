@@ -1,1 +1,1 @@
-"""Where records come in: `http` and `stdin`. A source checks, bounds and counts them."""
+"""Where records come in: `http`, `stdin` and `fetch`. A source checks, bounds and counts them."""

@@ -20,14 +20,21 @@ class Framer:
     Args:
         form: what the records are; see `parse_lines`.
         record_bytes_max: a longer line is refused, with its beginning kept.
+        begun: the stream was begun before: no byte order mark comes.
+        index: of the first record.
+
+    Attributes:
+        index: of the next record.
     """
 
-    def __init__(self, form: Format, record_bytes_max: int) -> None:
+    def __init__(
+        self, form: Format, record_bytes_max: int, *, begun: bool = False, index: int = 0
+    ) -> None:
         self._form = form
         self._record_bytes_max = record_bytes_max
-        self._index = 0
+        self.index = index
         self._tail = bytearray()
-        self._bom = BOM if form != "bytes" else b""
+        self._bom = BOM if form != "bytes" and not begun else b""
         # Of a line that is too long already: how long, and whether a CR was its last byte.
         self._over = 0
         self._over_cr = False
@@ -67,13 +74,13 @@ class Framer:
         head = bytes(self._tail[:KEPT_BYTES])
         detail = f"reading stopped after {len(self._tail)} bytes of the line"
         self._tail.clear()
-        self._index += 1
-        return _only([Refused(self._index - 1, "unfinished", detail, head)])
+        self.index += 1
+        return _only([Refused(self.index - 1, "unfinished", detail, head)])
 
     def _parse(self, block: bytes, refused: list[Refused]) -> Parsed | None:
         if block:
-            parsed = parse_lines(block, self._form, self._record_bytes_max, self._index)
-            self._index += parsed.total
+            parsed = parse_lines(block, self._form, self._record_bytes_max, self.index)
+            self.index += parsed.total
             if refused:
                 parsed = Parsed(parsed.records, refused + parsed.refused)
         else:
@@ -97,8 +104,8 @@ class Framer:
 
     def _end_over(self) -> Refused:
         size = self._over - (self._over_cr and self._form != "bytes")
-        refused = too_large(self._index, size, self._record_bytes_max, bytes(self._tail[:size]))
-        self._index += 1
+        refused = too_large(self.index, size, self._record_bytes_max, bytes(self._tail[:size]))
+        self.index += 1
         self._over = 0
         self._tail.clear()
         return refused

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ingestd.base.bookmark import Bookmark
     from ingestd.base.once import Claim
     from ingestd.base.record import Records, Refused
     from ingestd.base.watch import Watch
@@ -55,12 +56,21 @@ class Intake(Protocol):
         """Nobody waits for what becomes of these records any more."""
         ...
 
+    async def bookmark(self, key: str) -> Bookmark | None:
+        """The last accepted one of that key.
+
+        Raises:
+            JournalFailed: it can't be read.
+        """
+        ...
+
     async def accept(
         self,
         records: Records,
         refused: Sequence[Refused] = (),
         claim: Claim | None = None,
         watch: Watch | None = None,
+        bookmark: Bookmark | None = None,
     ) -> None:
         """Returns once all of it is durable; all or nothing.
 
@@ -69,6 +79,7 @@ class Intake(Protocol):
             refused: records to be kept as dead letters.
             claim: its key and answer become durable together with the records.
             watch: is told what becomes of `records`, from now until `unwatch`.
+            bookmark: becomes durable together with the records, in place of the one of its key.
 
         Raises:
             Overloaded: at a bound; nothing was taken.
@@ -94,6 +105,7 @@ class Source(Protocol):
         """Returns when there is no more input and all of it is accepted; never for a server.
 
         Raises:
+            InputIncomplete: some of it was given up; the rest is accepted.
             IngestdError: the input could not be stored, and why.
         """
         ...

@@ -35,6 +35,9 @@ class ProgressSnapshot(NamedTuple):
         processed: done.
         dead: dead letters, refused records among them.
         pending: accepted and not settled.
+        urls_done: of the source `fetch`.
+        urls_total: of the source `fetch`.
+        bytes_left: still to be read, about, if that is known.
     """
 
     lines: int
@@ -43,6 +46,13 @@ class ProgressSnapshot(NamedTuple):
     processed: int
     dead: int
     pending: int
+    urls_done: int | None = None
+    urls_total: int | None = None
+    bytes_left: float | None = None
+
+    def facts(self) -> dict[str, int | float]:
+        """What is known, for a log line."""
+        return {key: value for key, value in self._asdict().items() if value is not None}
 
 
 class Progress:
@@ -91,9 +101,7 @@ class Progress:
             # In full: this line stays.
             self._draw(f"\r\x1b[K{describe(now, rate)}, {seconds:.1f} s\n")
         else:
-            log.info(
-                "input_summed_up", seconds=round(seconds, 3), rate=round(rate), **now._asdict()
-            )
+            log.info("input_summed_up", seconds=round(seconds, 3), rate=round(rate), **now.facts())
 
     async def _run(self) -> None:
         while True:
@@ -101,14 +109,15 @@ class Progress:
             now, at = self._snapshot(), self._clock.monotonic()
             elapsed = at - self._seen_at
             rate = (now.lines - self._seen.lines) / elapsed if elapsed > 0 else 0.0
+            left = seconds_left(now, self._seen, elapsed)
             if self._live:
                 # The last column stays free: writing into it makes some terminals wrap.
                 width = max(shutil.get_terminal_size().columns - 1, 1)
-                self._draw(f"\r\x1b[K{describe(now, rate)[:width]}")
+                self._draw(f"\r\x1b[K{describe(now, rate, left)[:width]}")
                 if elapsed < 1.0:
                     continue  # a rate over less than a second jumps about
-            else:
-                log.info("input_progressed", rate=round(rate), **now._asdict())
+            elif now != self._seen:  # a source that only waits has nothing to say
+                log.info("input_progressed", rate=round(rate), **now.facts())
             self._seen, self._seen_at = now, at
 
     def _draw(self, text: str) -> None:
@@ -119,9 +128,22 @@ class Progress:
             self._live = False  # the terminal is gone; the work goes on
 
 
-def describe(snapshot: ProgressSnapshot, rate: float) -> str:
+def seconds_left(now: ProgressSnapshot, before: ProgressSnapshot, elapsed: float) -> float | None:
+    """How long it takes until all is read, at the rate since `before`; `None` if nothing tells."""
+    came = now.bytes - before.bytes
+    if now.bytes_left is None or came <= 0 or elapsed <= 0:
+        return None
+    return now.bytes_left * elapsed / came
+
+
+def describe(snapshot: ProgressSnapshot, rate: float, left: float | None = None) -> str:
     """One line; the most important comes first, because a terminal may be narrow."""
-    return (
+    urls = ""
+    if snapshot.urls_total is not None:
+        urls = f"{snapshot.urls_done:,}/{snapshot.urls_total:,} URLs, "
+        if left is not None:
+            urls += f"about {left:,.0f} s left, "
+    return urls + (
         f"{snapshot.lines:,} lines, {rate:,.0f}/s, {_size(snapshot.bytes)}: "
         f"{snapshot.processed:,} processed, {snapshot.pending:,} pending, {snapshot.dead:,} dead, "
         f"{snapshot.accepted:,} accepted"

@@ -34,7 +34,7 @@ class Daemon:
         environ: Mapping[str, str] | None = None,
     ) -> None:
         command = [sys.executable, "-m", "ingestd", "run", *args]
-        if "--listen" not in args and "stdin" not in args:
+        if "--listen" not in args and not {"stdin", "fetch"} & set(args):
             command += ["--listen", "127.0.0.1:0"]
         command += ["--admin.listen", "127.0.0.1:0"]
         env = {k: v for k, v in os.environ.items() if not k.startswith("INGESTD_")}

@@ -12,7 +12,7 @@ import re
 import pytest
 import structlog
 
-from ingestd.sources.progress import Progress, ProgressSnapshot, describe
+from ingestd.sources.progress import Progress, ProgressSnapshot, describe, seconds_left
 from tests.sources.source_tools import until
 
 
@@ -128,3 +128,26 @@ async def test_it_sleeps_between():
         await asyncio.sleep(0)
     assert count.asked == 1
     await progress.stop()
+
+
+def test_downloads_show_their_urls_and_the_time_that_is_left():
+    before = ProgressSnapshot(0, 1000, 0, 0, 0, 0, 1, 20, 9000)
+    now = ProgressSnapshot(5, 2000, 0, 0, 0, 0, 2, 20, 8000)
+    assert seconds_left(now, before, 0.5) == 4.0
+    assert seconds_left(now, now, 0.5) is None
+    assert seconds_left(now._replace(bytes_left=None), before, 0.5) is None
+    assert describe(now, 10.0, 4.2).startswith("2/20 URLs, about 4 s left, 5 lines, 10/s, 2.0 KiB:")
+    assert describe(now, 10.0).startswith("2/20 URLs, 5 lines")
+
+
+async def test_nothing_new_is_nothing_to_log():
+    same = ProgressSnapshot(1, 2, 3, 4, 5, 6)
+    asked = []
+    progress = Progress(lambda: asked.append(1) or same, io.StringIO(), log_seconds=0.001)
+    with structlog.testing.capture_logs() as logs:
+        progress.start()
+        await until(lambda: len(asked) > 5)
+        await progress.stop()
+    (last,) = logs
+    assert last["event"] == "input_summed_up"
+    assert "urls_total" not in last

@@ -1,0 +1,1 @@
+"""The source `fetch`: lines and events from URLs. Begin with `source.py`."""

@@ -1,0 +1,192 @@
+"""What to ask for from a position, and what the answer's head means for it. Pure."""
+
+from __future__ import annotations
+
+import re
+from http import HTTPStatus
+from typing import TYPE_CHECKING, NamedTuple
+
+from msgspec.structs import replace
+
+from ingestd.sources.fetch.failure import Again, Changed, GivenUp
+from ingestd.sources.fetch.position import Position, start_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from yarl import URL
+
+_CODINGS = {"": "identity", "x-gzip": "gzip"}
+_READ = frozenset({"identity", "gzip", "deflate", "zstd"})
+_BY_NAME = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+_BY_TYPE = {
+    "application/gzip": "gzip",
+    "application/x-gzip": "gzip",
+    "application/zstd": "zstd",
+    "application/x-zstd": "zstd",
+}
+_MAGIC = (b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd")
+EVENT_STREAM = "text/event-stream"
+_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
+_UNSATISFIED = re.compile(r"bytes \*/(\d{1,19})", re.ASCII)
+_AGAIN = frozenset({408, 421, 425, 429})
+_NEVER = frozenset({501, 505, 510, 511})
+
+
+class Take(NamedTuple):
+    """A body to read.
+
+    Attributes:
+        position: where its first byte that is taken lies.
+        skip: bytes after decompression that come before it.
+        whole: the body reaches to the end of the resource.
+        changed: it is a new version of something that was accepted before, or begun.
+    """
+
+    position: Position
+    skip: int = 0
+    whole: bool = True
+    changed: bool = False
+
+
+class Finished(NamedTuple):
+    """Nothing to read: all of it is accepted, in the version that the position names."""
+
+    position: Position
+
+
+def headers_for(position: Position, *, url: URL, ranges: bool) -> dict[str, str]:
+    """What to ask for.
+
+    Args:
+        position: where the URL stands.
+        url: what is asked for.
+        ranges: the rest alone may be asked for.
+    """
+    is_packed = _by_name(url) is not None
+    headers = {"Accept-Encoding": "identity" if is_packed else "gzip, zstd"}
+    if position.event_id:
+        headers["Last-Event-ID"] = position.event_id
+    if position.done:
+        if position.etag:
+            headers["If-None-Match"] = position.etag
+        if position.modified:
+            headers["If-Modified-Since"] = position.modified
+    elif ranges and position.can_range:
+        headers["Range"] = f"bytes={position.offset}-"
+        headers["If-Range"] = position.strong
+        headers["Accept-Encoding"] = "identity"
+    return headers
+
+
+def judge(
+    status: int,
+    headers: Mapping[str, str],
+    *,
+    asked: Mapping[str, str],
+    position: Position,
+    encoding: str,
+) -> Take | Finished:
+    """What an answer means.
+
+    Args:
+        status: its status.
+        headers: its headers.
+        asked: what `headers_for` gave.
+        position: where the URL stands.
+        encoding: of its body, see `encoding_of`.
+
+    Raises:
+        Changed: the rest that came is not of the version that was begun.
+        Again: it may succeed another time.
+        GivenUp: it would not.
+    """
+    here = start_of(headers, encoding)
+    ranged = "Range" in asked
+    if status == HTTPStatus.OK:
+        return _whole(here, position)
+    if status == HTTPStatus.PARTIAL_CONTENT and ranged:
+        return _part(headers, here, position)
+    if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and ranged:
+        found = _UNSATISFIED.fullmatch(headers.get("Content-Range", ""))
+        if found and int(found[1]) == position.offset and position.same_version(here) is not False:
+            return Finished(replace(position, done=True))
+        raise Changed
+    if status == HTTPStatus.NOT_MODIFIED and position.done:
+        return Finished(position)
+    if status in (HTTPStatus.NO_CONTENT, HTTPStatus.RESET_CONTENT):
+        return Finished(position)  # a stream of events ends like this; nothing is written down
+    raise _refusal(status)
+
+
+def _whole(here: Position, position: Position) -> Take | Finished:
+    same = position.same_version(here)
+    if position.done:
+        return Finished(position) if same else Take(here, changed=same is False)
+    if not position.offset:
+        return Take(replace(here, event_id=position.event_id, records=position.records))
+    if same is False:
+        return Take(here, changed=True)
+    begun = replace(here, offset=position.offset, crc=position.crc, records=position.records)
+    return Take(begun, skip=position.offset)
+
+
+def _part(headers: Mapping[str, str], here: Position, position: Position) -> Take:
+    found = _RANGE.fullmatch(headers.get("Content-Range", ""))
+    fits = found is not None and int(found[1]) == position.offset
+    if not found or not fits or here.encoding != "identity" or position.same_version(here) is False:
+        raise Changed
+    return Take(position, whole=found[3] in ("*", str(int(found[2]) + 1)))
+
+
+def _refusal(status: int) -> Again | GivenUp:
+    name = HTTPStatus(status).phrase if status in _STATUSES else ""
+    reason = f"the server answered {status} {name}".rstrip()
+    passes = status in _AGAIN or (status >= HTTPStatus.INTERNAL_SERVER_ERROR)
+    return Again(reason) if passes and status not in _NEVER else GivenUp(reason)
+
+
+_STATUSES = frozenset(HTTPStatus)
+
+
+def encoding_of(headers: Mapping[str, str], *urls: URL) -> str:
+    """How a body is compressed: as the header says, else as a name does, else its type.
+
+    Args:
+        headers: of the answer.
+        urls: what was asked for, and where redirects led to.
+
+    Raises:
+        GivenUp: it is not read.
+    """
+    coding = headers.get("Content-Encoding", "").strip().lower()
+    coding = _CODINGS.get(coding, coding)
+    if coding not in _READ:
+        raise GivenUp("its Content-Encoding is none of gzip, deflate, zstd")
+    if coding != "identity":
+        return coding
+    for url in urls:
+        if named := _by_name(url):
+            return named
+    return _BY_TYPE.get(media_type(headers), "identity")
+
+
+def media_type(headers: Mapping[str, str]) -> str:
+    """`Content-Type` without its parameters."""
+    return headers.get("Content-Type", "").partition(";")[0].strip().lower()
+
+
+def is_compressed(head: bytes) -> bool:
+    """Whether bytes that should be lines are a gzip or zstd file."""
+    return head.startswith(_MAGIC)
+
+
+def ends_by_itself(headers: Mapping[str, str]) -> bool:
+    """Whether the end of a body can be told from a connection that broke."""
+    chunked = "chunked" in headers.get("Transfer-Encoding", "").lower()
+    return chunked or "Content-Length" in headers
+
+
+def _by_name(url: URL) -> str | None:
+    name = url.path.lower()
+    return next((coding for end, coding in _BY_NAME.items() if name.endswith(end)), None)

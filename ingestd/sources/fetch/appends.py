@@ -1,0 +1,186 @@
+"""The appends of one URL, in order: one is under way, and what comes meanwhile is the next one.
+
+A position that is durable says that everything before it was accepted. So no append may overtake
+another one, not even where a full disk refuses the first and takes the second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
+
+from ingestd.base.errors import Overloaded
+from ingestd.base.record import join
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ingestd.base.bookmark import Bookmark
+    from ingestd.base.record import Records, Refused
+    from ingestd.sources.intake import Intake
+    from ingestd.sources.lines import Parsed
+
+APPEND_BYTES = 4 * 1024**2
+"""No further run is joined to an append beyond this."""
+AGAIN_SECONDS = 1.0
+"""Longest wait before an overloaded pipeline is asked again."""
+_REFUSED_BYTES = 256  # what a refused record costs beside its payload, about
+
+
+class Budget:
+    """Bytes that are read and not committed, of all URLs together.
+
+    Args:
+        bytes_max: `fetch.inflight_bytes_max`; one run of each URL may go beyond it.
+    """
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self._used = 0
+        self._moved = asyncio.Event()
+
+    def has(self, size: int) -> bool:
+        """Whether so many more fit."""
+        return self._used + size <= self._bytes_max
+
+    def take(self, size: int) -> None:
+        """So many come, or go if it is less than none."""
+        self._used += size
+        if size < 0:
+            self.wake()
+
+    def wake(self) -> None:
+        """Has everybody who waits look again."""
+        self._moved.set()
+
+    async def freed(self) -> None:
+        """Waits until some have gone."""
+        self._moved.clear()
+        await self._moved.wait()
+
+
+class _Run(NamedTuple):
+    records: Records
+    refused: list[Refused]
+    bookmark: Bookmark | None
+    size: int
+
+
+class Appends:
+    """See the module.
+
+    Args:
+        intake: the pipeline.
+        budget: shared with the other URLs.
+        accepted: called after each append with how many records it had, good and refused ones.
+    """
+
+    def __init__(
+        self, intake: Intake, budget: Budget, accepted: Callable[[int, int], None]
+    ) -> None:
+        self._intake = intake
+        self._budget = budget
+        self._accepted = accepted
+        self._waiting: deque[_Run] = deque()
+        self._held = 0
+        self._task: asyncio.Task[None] | None = None
+
+    async def put(self, parsed: Parsed, bookmark: Bookmark | None) -> None:
+        """Takes records and how far they reach, as soon as there is room for them.
+
+        Raises:
+            IngestdError: nothing more can be stored.
+        """
+        size = _size(parsed)
+        while self._held and not self._budget.has(size):
+            self._check()
+            await self._budget.freed()
+        self._check()
+        self.put_now(parsed, bookmark)
+
+    def put_now(self, parsed: Parsed, bookmark: Bookmark | None) -> None:
+        """The same without waiting, for the last ones."""
+        size = _size(parsed)
+        self._waiting.append(_Run(parsed.records, parsed.refused, bookmark, size))
+        self._hold(size)
+        if self._task is None:
+            self._task = asyncio.create_task(self._run(), name="fetch-append")
+
+    async def flushed(self) -> None:
+        """Returns once everything that was taken is accepted.
+
+        Raises:
+            IngestdError: it can't be.
+        """
+        while self._task is not None:
+            await asyncio.wait([self._task])
+            self._check()
+
+    async def close(self) -> int:
+        """Ends. What is not accepted by now is left, and so is its position.
+
+        Returns:
+            How many bytes that are.
+        """
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        left, self._held = self._held, 0
+        self._budget.take(-left)
+        return left
+
+    def _hold(self, size: int) -> None:
+        self._held += size
+        self._budget.take(size)
+
+    def _check(self) -> None:
+        task = self._task
+        if task is not None and task.done() and not task.cancelled() and task.exception():
+            raise task.exception() or RuntimeError
+
+    async def _run(self) -> None:
+        while self._waiting:
+            run = self._next()
+            try:
+                await self._accept(run)
+            except BaseException:
+                self._budget.wake()  # whoever waits for room sees that it does not come
+                raise
+            self._accepted(run.records.count, len(run.refused))
+            self._hold(-run.size)
+        self._task = None
+
+    def _next(self) -> _Run:
+        """Everything that waits, as one run, within the bound."""
+        runs = [self._waiting.popleft()]
+        size = runs[0].size
+        while self._waiting and size + self._waiting[0].size <= APPEND_BYTES:
+            runs.append(self._waiting.popleft())
+            size += runs[-1].size
+        if len(runs) == 1:
+            return runs[0]
+        records = [run.records for run in runs if run.records.count]
+        return _Run(
+            join(records) if records else runs[0].records,
+            [one for run in runs for one in run.refused],
+            next((run.bookmark for run in reversed(runs) if run.bookmark is not None), None),
+            size,
+        )
+
+    async def _accept(self, run: _Run) -> None:
+        """Tries until there is room."""
+        while True:
+            try:
+                await self._intake.accept(run.records, run.refused, bookmark=run.bookmark)
+            except Overloaded as overloaded:
+                after = min(overloaded.retry_after, AGAIN_SECONDS)
+                await asyncio.sleep(after * random.uniform(0.75, 1.25))  # noqa: S311
+            else:
+                return
+
+
+def _size(parsed: Parsed) -> int:
+    kept = sum(len(one.payload) + _REFUSED_BYTES for one in parsed.refused)
+    return len(parsed.records.payload) + len(parsed.records.sizes) + kept

@@ -1,0 +1,167 @@
+"""Requests: redirects by our own rules, what is sent to whom, and connections that are checked."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+from urllib import request
+
+import aiohttp
+import async_timeout
+from aiohttp import ClientTimeout, DummyCookieJar, TCPConnector
+
+from ingestd import __version__
+from ingestd.sources.fetch.failure import Again, GivenUp, explain
+from ingestd.sources.fetch.safety import Resolver, is_public, open_socket
+from ingestd.sources.fetch.urls import as_url
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Mapping
+
+    from aiohttp import ClientResponse, ClientSession
+    from aiohttp.abc import AbstractResolver
+    from yarl import URL
+
+    from ingestd.base.settings import FetchSettings
+    from ingestd.sources.fetch.urls import Link
+
+READ_BYTES = 256 * 1024
+"""About half of what one connection may hold unread."""
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_HEADERS = {"User-Agent": f"ingestd/{__version__}", "Accept": "*/*"}
+
+
+class Client:
+    """The connections of one source.
+
+    Args:
+        settings: bounds, and what is allowed.
+        allowed: whether an address may be connected to; `fetch.allow_private` decides by default.
+        resolver: who resolves names; the system's resolver by default.
+    """
+
+    def __init__(
+        self,
+        settings: FetchSettings,
+        *,
+        allowed: Callable[[str], bool] | None = None,
+        resolver: AbstractResolver | None = None,
+    ) -> None:
+        self._settings = settings
+        self._allowed = allowed or (_any if settings.allow_private else is_public)
+        self._resolver = resolver
+        self._through: ClientSession | None = None
+
+    async def start(self) -> None:
+        """Opens the sessions, which need a running loop."""
+        self._direct = self._session(self._allowed, self._resolver)
+        if self._settings.trust_env:
+            # A proxy is often at a private address; who is behind it is the proxy's to check.
+            self._through = self._session(_any, None)
+
+    def _session(
+        self, allowed: Callable[[str], bool], resolver: AbstractResolver | None
+    ) -> ClientSession:
+        connector = TCPConnector(
+            limit=0,  # the source bounds its downloads
+            resolver=Resolver(allowed, resolver),
+            use_dns_cache=False,  # a host that moved is found at the next connection
+            socket_factory=open_socket(allowed),
+        )
+        return aiohttp.ClientSession(
+            connector=connector,
+            cookie_jar=DummyCookieJar(),
+            timeout=ClientTimeout(total=None, connect=self._settings.connect_timeout),
+            auto_decompress=False,
+            read_bufsize=READ_BYTES,
+            trust_env=False,  # which would send credentials from ~/.netrc, too
+            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
+        )
+
+    async def close(self) -> None:
+        """Closes every connection."""
+        for session in (self._direct, self._through):
+            if session is not None:
+                await session.close()
+
+    @asynccontextmanager
+    async def get(self, link: Link, headers: Mapping[str, str]) -> AsyncIterator[ClientResponse]:
+        """The answer to a GET, behind all redirects; its body is unread.
+
+        Args:
+            link: what to ask for.
+            headers: of this request; the link's own come on top for its origin.
+
+        Raises:
+            Again: there is no answer.
+            GivenUp: it can't be asked for, or a redirect leads where none may.
+        """
+        url = link.url
+        for _ in range(self._settings.redirects_max + 1):
+            own = link.headers if url.origin() == link.url.origin() else {}
+            response = await self._ask(url, {**_named(_HEADERS, own), **own, **headers})
+            try:
+                location = response.headers.get("Location")
+                if response.status not in _REDIRECTS or location is None:
+                    yield response
+                    return
+                url = next_url(url, location)
+            finally:
+                # What is left of its body is not worth waiting for.
+                response.close()
+        raise GivenUp(f"more than {self._settings.redirects_max} redirects")
+
+    async def _ask(self, url: URL, headers: Mapping[str, str]) -> ClientResponse:
+        settings = self._settings
+        proxy = proxy_for(url) if settings.trust_env else None
+        session = self._through if proxy and self._through else self._direct
+        try:
+            async with async_timeout.timeout(settings.connect_timeout + settings.silence_timeout):
+                return await session.get(url, headers=headers, allow_redirects=False, proxy=proxy)
+        except aiohttp.ServerTimeoutError as error:
+            raise explain(error) from None
+        except TimeoutError:
+            raise Again("no answer within fetch.silence_timeout") from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise explain(error) from None
+
+
+def _named(defaults: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
+    """The defaults that are not said otherwise."""
+    said = {name.lower() for name in own}
+    return {name: value for name, value in defaults.items() if name.lower() not in said}
+
+
+def next_url(url: URL, location: str) -> URL:
+    """Where a redirect leads.
+
+    Raises:
+        GivenUp: to another scheme, from https to http, or nowhere.
+    """
+    try:
+        target = url.join(as_url(location)).with_fragment(None)
+        if target.scheme in ("http", "https"):
+            target = target.with_user(None)
+        is_whole = target.host is not None and target.port is not None
+    except ValueError:
+        raise GivenUp("it redirects to something that is not a URL") from None
+    if target.scheme not in ("http", "https"):
+        raise GivenUp("it redirects to something that is not http or https")
+    if not is_whole:
+        raise GivenUp("it redirects to something that is not a URL")
+    if url.scheme == "https" and target.scheme == "http":
+        raise GivenUp("it redirects from https to http")
+    return target
+
+
+def proxy_for(url: URL) -> str | None:
+    """The proxy that the environment names for a URL (`https_proxy`, `all_proxy`, `no_proxy`)."""
+    proxies = request.getproxies_environment()
+    place = f"{url.host}:{url.port}"
+    if request.proxy_bypass_environment(place, proxies):  # type: ignore[attr-defined]
+        return None
+    return proxies.get(url.scheme) or proxies.get("all")
+
+
+def _any(_address: str) -> bool:
+    return True

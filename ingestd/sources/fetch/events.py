@@ -1,0 +1,160 @@
+"""Server-sent events out of reads of any size (https://html.spec.whatwg.org/#server-sent-events)."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+from ingestd.base.record import Records, Refused
+from ingestd.sources.lines import BOM, KEPT_BYTES, Parsed, json_fault, too_large
+
+if TYPE_CHECKING:
+    from ingestd.sources.intake import Format
+
+ID_CHARS_MAX = 1024
+"""A longer id is not used: it has to be kept, and sent as a header."""
+_ENDS = re.compile(rb"\r\n|\n|\r")
+_FIELD_BYTES = 64  # a field's name, a colon and a space; much more than any field needs
+_RETRY_DIGITS_MAX = 12
+
+
+class Event(NamedTuple):
+    """The data of one event.
+
+    Attributes:
+        data: its lines, joined by LF; the beginning, if that was too long.
+        size: how long it was.
+    """
+
+    data: bytes
+    size: int
+
+
+class EventParser:
+    """Reads a stream of events, however it was divided into reads. Holds a bounded part of one.
+
+    Args:
+        record_bytes_max: of longer data only the beginning is kept.
+        last_id: what the stream before this one ended with.
+
+    Attributes:
+        last_id: the id of the last event that was complete.
+        retry: what the stream asks to wait before it is asked again, seconds.
+    """
+
+    def __init__(self, record_bytes_max: int, last_id: str = "") -> None:
+        self.last_id = last_id
+        self.retry: float | None = None
+        self._bytes_max = record_bytes_max
+        self._id = last_id
+        self._bom = BOM
+        self._cr = False
+        self._line = bytearray()
+        self._line_size = 0
+        self._data = bytearray()
+        self._data_size = 0
+        self._events: list[Event] = []
+
+    def feed(self, data: bytes) -> list[Event]:
+        """The events that `data` completes."""
+        if self._bom:
+            data = self._skip_bom(data)
+        if self._cr and data:
+            # The line ended with the CR already: live events do not wait for an LF.
+            data = data.removeprefix(b"\n")
+            self._cr = False
+        if data:
+            self._cr = data.endswith(b"\r")
+            *whole, rest = _ENDS.split(data)
+            for part in whole:
+                self._hold(part)
+                self._end_line()
+            self._hold(rest)
+        events, self._events = self._events, []
+        return events
+
+    def _skip_bom(self, data: bytes) -> bytes:
+        data = bytes(self._line) + data
+        self._line.clear()
+        self._line_size = 0
+        if len(data) < len(BOM) and BOM.startswith(data):
+            self._hold(data)
+            return b""
+        self._bom = b""
+        return data.removeprefix(BOM)
+
+    def _hold(self, part: bytes) -> None:
+        self._line_size += len(part)
+        room = self._bytes_max + _FIELD_BYTES - len(self._line)
+        if room > 0:
+            self._line += part[:room]
+
+    def _end_line(self) -> None:
+        line, size = bytes(self._line), self._line_size
+        self._line.clear()
+        self._line_size = 0
+        if not line:
+            self._dispatch()
+            return
+        field, _, value = line.partition(b":")
+        value = value.removeprefix(b" ")
+        cut = size - len(line)
+        if field == b"data":
+            self._add(value, len(value) + cut)
+        elif cut:
+            return  # a comment, or a field that nobody needs at that length
+        elif field == b"id" and b"\0" not in value:
+            self._id = _usable(value, self._id)
+        elif field == b"retry" and value.isdigit() and len(value) <= _RETRY_DIGITS_MAX:
+            self.retry = int(value) / 1000
+
+    def _add(self, value: bytes, size: int) -> None:
+        """A line of data; each is followed by an LF until the event is complete."""
+        self._data_size += size + 1
+        room = self._bytes_max + 2 - len(self._data)
+        if room > 0:
+            self._data += value[:room]
+            if len(value) < room:
+                self._data += b"\n"
+
+    def _dispatch(self) -> None:
+        self.last_id = self._id
+        if not self._data_size:
+            return
+        size = self._data_size - 1
+        data = bytes(self._data[:size])
+        self._data.clear()
+        self._data_size = 0
+        self._events.append(Event(data, size))
+
+
+def _usable(value: bytes, before: str) -> str:
+    """An id as it can be sent in a header; the one before, if it can't."""
+    name = value.decode(errors="replace")
+    plain = all(ord(c) >= 0x20 and c != "\x7f" for c in name)
+    return name if plain and len(name) <= ID_CHARS_MAX else before
+
+
+def records_of(events: list[Event], form: Format, record_bytes_max: int, first: int) -> Parsed:
+    """One record an event, by the rules for lines; data of many lines stays one record.
+
+    Args:
+        events: in order.
+        form: what the records are; in `json` and `text` pipelines blank ones are left out.
+        record_bytes_max: a longer one is refused.
+        first: the index of the first record.
+    """
+    good: list[bytes] = []
+    refused: list[Refused] = []
+    for data, size in events:
+        index = first + len(good) + len(refused)
+        if size > record_bytes_max:
+            refused.append(too_large(index, size, record_bytes_max, data[:KEPT_BYTES]))
+        elif not (data.strip(b" \t\r\n") if form == "json" else data) and form != "bytes":
+            continue
+        elif form == "json" and (detail := json_fault(data)):
+            refused.append(Refused(index, "malformed", detail, data))
+        else:
+            good.append(data)
+    several = any(b"\n" in data for data in good)
+    return Parsed(Records.sized(good) if several else Records.lines(good), refused)

@@ -1,0 +1,102 @@
+"""Why a download ended before its end, in words that hold nothing secret.
+
+Messages of the HTTP client can hold whole URLs, so none of them is ever shown.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import TYPE_CHECKING
+
+import aiohttp
+
+from ingestd.sources.fetch.safety import Forbidden
+
+if TYPE_CHECKING:
+    import ssl
+
+
+class Again(Exception):  # noqa: N818 - what it means
+    """It failed, and may succeed another time.
+
+    Attributes:
+        reason: one line.
+        after: seconds that the server asks to wait; `None` if it says nothing.
+    """
+
+    def __init__(self, reason: str, after: float | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.after = after
+
+
+class GivenUp(Exception):  # noqa: N818
+    """It failed, and would fail again.
+
+    Attributes:
+        reason: one line.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Changed(Exception):  # noqa: N818
+    """It is another version than the one whose beginning was accepted."""
+
+
+class Reconnect(Exception):  # noqa: N818 - what to do
+    """A stream ended as streams do.
+
+    Attributes:
+        after: seconds to wait.
+    """
+
+    def __init__(self, after: float) -> None:
+        super().__init__()
+        self.after = after
+
+
+def explain(error: Exception) -> Again | GivenUp:
+    """What an error of the HTTP client means."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return _not_connected(error)
+    if isinstance(error, TimeoutError):
+        return Again("no connection within fetch.connect_timeout")
+    if isinstance(error, aiohttp.ServerDisconnectedError):
+        return Again("the connection was closed before an answer came")
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return Again("the body was cut short")
+    if isinstance(error, aiohttp.ClientHttpProxyError):
+        return Again(f"the proxy answered {error.status}")
+    if isinstance(error, aiohttp.ClientResponseError):
+        return Again("the answer is not HTTP as it should be")
+    if isinstance(error, aiohttp.InvalidURL):
+        return GivenUp("it is not a URL that can be asked for")
+    if isinstance(error, OSError):
+        return Again(f"the connection broke: {_words(error)}")
+    return Again("the connection broke")
+
+
+def _not_connected(error: aiohttp.ClientConnectorError) -> Again | GivenUp:
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        return GivenUp(f"its certificate is not valid: {_certificate(error.certificate_error)}")
+    cause = error.os_error
+    if isinstance(cause, Forbidden):
+        return GivenUp("its address is private or special (see fetch.allow_private)")
+    if isinstance(error, aiohttp.ClientSSLError):
+        return Again("TLS failed")
+    if isinstance(error, aiohttp.ClientConnectorDNSError) or isinstance(cause, socket.gaierror):
+        return Again("its host is not known")
+    return Again(f"no connection: {_words(cause)}")
+
+
+def _certificate(error: Exception | ssl.SSLCertVerificationError) -> str:
+    return getattr(error, "verify_message", "") or "it can't be verified"
+
+
+def _words(error: OSError) -> str:
+    # Not its own text, which may be made of anything.
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else type(error).__name__

@@ -1,0 +1,169 @@
+"""The source `fetch`: lines and events from URLs, each from where it was left.
+
+Its life: the list is read, every URL gets a task (`download.py`), and a bounded number of them run
+at once. What a URL's records are and how far they reach is one append (`appends.py`), so a restart
+goes on at the exact line.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, TextIO
+
+import structlog
+
+from ingestd.base.errors import InputIncomplete
+from ingestd.sources.fetch.appends import Budget
+from ingestd.sources.fetch.client import Client
+from ingestd.sources.fetch.download import Download
+from ingestd.sources.fetch.slots import Slots
+from ingestd.sources.fetch.tally import Tally
+from ingestd.sources.fetch.trying import Tries
+from ingestd.sources.fetch.urls import read_links
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from aiohttp.abc import AbstractResolver
+
+    from ingestd.base.clock import Clock
+    from ingestd.base.settings import FetchSettings
+    from ingestd.sources.fetch.urls import Link
+    from ingestd.sources.intake import Intake
+
+log = structlog.get_logger(__name__)
+
+LISTED_MAX = 100
+"""So many of the URLs that were given up are named in the last line about them."""
+
+
+class FetchSource:
+    """Downloads a list of URLs and hands the records to one pipeline.
+
+    Args:
+        settings: what and how.
+        intake: the pipeline.
+        clock: where time comes from.
+        fd: standard input, if the list comes from there.
+        stderr: where the hint for a terminal goes.
+        allowed: which addresses may be connected to; `fetch.allow_private` decides by default.
+        resolver: who resolves names; the system's resolver by default.
+
+    Attributes:
+        tally: what was read and accepted so far.
+    """
+
+    def __init__(
+        self,
+        settings: FetchSettings,
+        intake: Intake,
+        *,
+        clock: Clock,
+        fd: int = 0,
+        stderr: TextIO | None = None,
+        allowed: Callable[[str], bool] | None = None,
+        resolver: AbstractResolver | None = None,
+    ) -> None:
+        self.tally = Tally(0)
+        self._settings = settings
+        self._intake = intake
+        self._clock = clock
+        self._fd = fd
+        self._stderr = stderr
+        self._client = Client(settings, allowed=allowed, resolver=resolver)
+        self._downloads: list[Download] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._error: BaseException | None = None
+
+    async def start(self) -> None:
+        """Reads the list and begins to download.
+
+        Raises:
+            ConfigError: the list can't be read, or is not one of URLs.
+        """
+        settings = self._settings
+        links = await read_links(settings, fd=self._fd, stderr=self._stderr)
+        await self._client.start()
+        self.tally = Tally(len(links))
+        slots = Slots(settings.concurrency, settings.concurrency_per_host)
+        budget = Budget(settings.inflight_bytes_max)
+        self._downloads = [
+            Download(link, settings, self._tries(link, budget), slots) for link in links
+        ]
+        self._tasks = [
+            asyncio.create_task(self._run(download), name="fetch-url")
+            for download in self._downloads
+        ]
+        log.info("fetch_started", urls=len(links))
+
+    def _tries(self, link: Link, budget: Budget) -> Tries:
+        return Tries(
+            link,
+            self._settings,
+            self._intake,
+            client=self._client,
+            budget=budget,
+            tally=self.tally,
+            clock=self._clock,
+        )
+
+    async def _run(self, download: Download) -> None:
+        try:
+            await download.run()
+        except Exception as error:  # noqa: BLE001 - whoever waits for the end gets it
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """Nothing more can be stored: leaves everything and says why at the end."""
+        if self._error is None:
+            self._error = error
+        self._cancel()
+
+    def _cancel(self) -> None:
+        for task in self._tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+
+    async def wait_finished(self) -> None:
+        """Returns when every URL is done and all of it is accepted.
+
+        Raises:
+            InputIncomplete: some were given up.
+            IngestdError: the pipeline can't take records any more.
+        """
+        await asyncio.wait(self._tasks)
+        if self._error is not None:
+            raise self._error
+        given_up = [download for download in self._downloads if download.reason]
+        if given_up:
+            log.error(
+                "urls_given_up",
+                given_up=len(given_up),
+                total=len(self._downloads),
+                urls=[f"{one.link.shown}: {one.reason}" for one in given_up[:LISTED_MAX]],
+            )
+            raise InputIncomplete(given_up=len(given_up), total=len(self._downloads), what="URLs")
+
+    async def stop_taking(self, deadline: float) -> None:
+        """Stops reading, and waits until what was read is accepted."""
+        self._cancel()
+        left = max(0.0, deadline - asyncio.get_running_loop().time())
+        flush = asyncio.create_task(self._flush(), name="fetch-flush")
+        await asyncio.wait([flush], timeout=left)
+        flush.cancel()
+        await asyncio.wait([flush])
+
+    async def _flush(self) -> None:
+        await asyncio.wait(self._tasks)
+        await asyncio.gather(
+            *(one.tries.appends.flushed() for one in self._downloads), return_exceptions=True
+        )
+
+    async def close(self) -> None:
+        """Ends everything. What is not accepted by now is downloaded again at the next start."""
+        self._cancel()
+        await asyncio.wait(self._tasks)
+        left = sum([await download.tries.appends.close() for download in self._downloads])
+        await self._client.close()
+        if left:
+            log.warning("fetch_records_left", bytes=left)

@@ -1,0 +1,237 @@
+"""One try of one URL: ask, decompress, frame, accept."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from typing import TYPE_CHECKING
+
+import structlog
+
+from ingestd.sources.fetch import waits
+from ingestd.sources.fetch.answer import (
+    EVENT_STREAM,
+    Finished,
+    Take,
+    encoding_of,
+    ends_by_itself,
+    headers_for,
+    judge,
+    media_type,
+)
+from ingestd.sources.fetch.appends import Appends
+from ingestd.sources.fetch.body import pieces
+from ingestd.sources.fetch.failure import Again, Changed, Reconnect
+from ingestd.sources.fetch.position import Position, as_bookmark, from_bookmark
+from ingestd.sources.fetch.taking import NOTHING, Events, Lines
+
+if TYPE_CHECKING:
+    from aiohttp import ClientResponse
+
+    from ingestd.base.bookmark import Bookmark
+    from ingestd.base.clock import Clock
+    from ingestd.base.settings import FetchSettings
+    from ingestd.sources.fetch.appends import Budget
+    from ingestd.sources.fetch.client import Client
+    from ingestd.sources.fetch.slots import Lease
+    from ingestd.sources.fetch.tally import Tally
+    from ingestd.sources.fetch.urls import Link
+    from ingestd.sources.intake import Intake
+
+log = structlog.get_logger(__name__)
+
+
+class Tries:
+    """Makes the tries of one URL, one after the other; each goes on where the one before ended.
+
+    Args:
+        link: the URL.
+        settings: how, and the bounds.
+        intake: the pipeline.
+        client: makes the requests.
+        budget: how much all URLs may hold together.
+        tally: what is counted of all of them.
+        clock: where time comes from.
+
+    Attributes:
+        position: where the URL stands.
+        appends: what is on its way into the pipeline.
+        progress: the URL's own counters.
+        alive: a stream has sent something in the last try.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        settings: FetchSettings,
+        intake: Intake,
+        *,
+        client: Client,
+        budget: Budget,
+        tally: Tally,
+        clock: Clock,
+    ) -> None:
+        self.position = Position()
+        self.appends = Appends(intake, budget, tally.accepted)
+        self.progress = tally.begin()
+        self.alive = False
+        self.link = link
+        self._settings = settings
+        self._intake = intake
+        self._client = client
+        self._clock = clock
+        self._ranges = True
+
+    async def load(self) -> None:
+        """Finds where the URL was left."""
+        kept = await self._intake.bookmark(self.link.key)
+        try:
+            self.position = from_bookmark(kept)
+        except ValueError:
+            log.error("position_unreadable", url=self.link.shown)  # noqa: TRY400
+
+    async def make(self, lease: Lease) -> None:
+        """One request, and what comes of it; returns when all of it is accepted.
+
+        Args:
+            lease: its place among the downloads that run; streams give it back.
+
+        Raises:
+            Again: it failed, and may succeed another time.
+            GivenUp: it failed, and would fail again.
+            Changed: another version came than the one that was begun.
+            Reconnect: a stream ended as streams do.
+        """
+        self.alive = False
+        position = Position() if self._settings.follow else self.position
+        asked = headers_for(position, url=self.link.url, ranges=self._ranges)
+        async with self._client.get(self.link, asked) as response:
+            try:
+                encoding = "identity"
+                if response.ok:
+                    encoding = encoding_of(response.headers, self.link.url, response.url)
+                verdict = judge(
+                    response.status,
+                    response.headers,
+                    asked=asked,
+                    position=position,
+                    encoding=encoding,
+                )
+            except Changed:
+                # A whole body tells by its validators and its beginning what has changed.
+                self._ranges = False
+                raise Again("the rest alone did not come as it was asked for") from None
+            except Again as failure:
+                failure.after = waits.retry_after(
+                    response.headers.get("Retry-After"),
+                    response.headers.get("Date"),
+                    self._clock.now(),
+                    self._settings.retry_after_max,
+                )
+                raise
+            if isinstance(verdict, Finished):
+                await self._finish(verdict.position)
+            elif media_type(response.headers) == EVENT_STREAM:
+                lease.release()  # it has no end: others need the place
+                await self._follow_events(response, verdict)
+            elif self._settings.follow:
+                lease.release()
+                await self._follow_lines(response, verdict)
+            else:
+                await self._read(response, verdict)
+
+    async def _finish(self, position: Position) -> None:
+        """All of it is accepted already."""
+        if position != self.position:
+            self.position = position
+            await self.appends.put(NOTHING, self._bookmark())
+        await self.appends.flushed()
+        log.info("url_done", url=self.link.shown, records=position.records)
+
+    async def _read(self, response: ClientResponse, verdict: Take) -> None:
+        """A body with an end."""
+        if verdict.changed:
+            self.changed(self.position)
+        intake, settings = self._intake, self._settings
+        taker = Lines(intake.format, intake.record_bytes_max, verdict.position, verdict.skip)
+        self.progress.expect(response.content_length)
+        stream = pieces(
+            response.content,
+            verdict.position.encoding,
+            settings,
+            endless=False,
+            read=self.progress.read,
+        )
+        try:
+            async with aclosing(stream):
+                async for piece in stream:
+                    parsed = taker.feed(piece)
+                    if parsed:
+                        self.position = taker.position
+                        await self.appends.put(parsed, self._bookmark())
+                    # A server that is faster than we are must not keep others from running.
+                    await asyncio.sleep(0)
+        finally:
+            self.progress.unexpect()
+        if not verdict.whole:
+            raise Again("the server sent only a part")
+        certain = taker.position.encoding != "identity" or ends_by_itself(response.headers)
+        parsed = taker.end(certain=certain)
+        self.position = taker.position
+        await self.appends.put(parsed or NOTHING, self._bookmark())
+        await self.appends.flushed()
+        log.info("url_done", url=self.link.shown, records=self.position.records)
+
+    # -- streams -------------------------------------------------------------------------------
+
+    async def _follow_events(self, response: ClientResponse, verdict: Take) -> None:
+        intake, settings = self._intake, self._settings
+        start = Position(event_id=self.position.event_id, records=self.position.records)
+        taker = Events(intake.format, intake.record_bytes_max, start)
+        await self._follow(response, verdict.position.encoding, taker)
+        raise Reconnect(waits.reconnect(taker.retry, settings.backoff, settings.backoff_max))
+
+    async def _follow_lines(self, response: ClientResponse, verdict: Take) -> None:
+        intake, settings = self._intake, self._settings
+        taker = Lines(intake.format, intake.record_bytes_max, verdict.position)
+        try:
+            await self._follow(response, verdict.position.encoding, taker)
+            last = taker.end(certain=ends_by_itself(response.headers))
+        except BaseException:
+            # Nobody sends the rest of it: it is kept as a dead letter.
+            if last := taker.cut():
+                self.appends.put_now(last, None)
+            raise
+        if last:
+            await self.appends.put(last, None)
+        raise Reconnect(waits.reconnect(None, settings.backoff, settings.backoff_max))
+
+    async def _follow(self, response: ClientResponse, encoding: str, taker: Events | Lines) -> None:
+        """Takes what comes, until the stream ends."""
+        log.info("stream_opened", url=self.link.shown)
+        stream = pieces(
+            response.content, encoding, self._settings, endless=True, read=self.progress.read
+        )
+        async with aclosing(stream):
+            async for piece in stream:
+                self.alive = True
+                parsed = taker.feed(piece)
+                if isinstance(taker, Events):
+                    self.position = taker.position
+                if parsed and parsed.total:
+                    await self.appends.put(parsed, self._bookmark())
+                await asyncio.sleep(0)
+
+    def _bookmark(self) -> Bookmark | None:
+        if self._settings.follow and not self.position.event_id:
+            return None  # nothing that one could go on from
+        return as_bookmark(self.link.key, self.position)
+
+    def changed(self, before: Position) -> None:
+        """Says that there is a new version of what was accepted up to a position."""
+        log.warning(
+            "resource_changed",
+            url=self.link.shown,
+            records_accepted=before.records,
+            was_done=before.done,
+        )

@@ -1,0 +1,63 @@
+"""How long to wait before a URL is asked again. Pure: the caller says the time and the chance."""
+
+from __future__ import annotations
+
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+RECONNECT_MIN = 0.1
+"""Seconds; a stream that ends is never asked again sooner."""
+_DOUBLINGS_MAX = 60
+
+
+def backoff(attempts: int, first: float, longest: float, random: Callable[[], float]) -> float:
+    """Seconds before the next try: exponential, full jitter.
+
+    Args:
+        attempts: tries that have failed in a row, at least 1.
+        first: `fetch.backoff`, seconds.
+        longest: `fetch.backoff_max`, seconds.
+        random: 0 to 1.
+    """
+    doublings = min(attempts - 1, _DOUBLINGS_MAX)
+    return min(longest, first * 2.0**doublings) * random()
+
+
+def retry_after(text: str | None, date: str | None, now: float, longest: float) -> float | None:
+    """What a server's `Retry-After` asks for, in seconds; `None` if it says nothing.
+
+    Args:
+        text: the header: seconds, or a date.
+        date: the answer's `Date`: the server's clock may be another one than ours.
+        now: our clock, seconds since the epoch.
+        longest: `fetch.retry_after_max`, seconds.
+    """
+    text = (text or "").strip()
+    if text.isascii() and text.isdigit():
+        return min(float(text[:12]), longest)
+    at = _moment(text)
+    if at is None:
+        return None
+    there = _moment(date or "")
+    return min(max(0.0, at - (now if there is None else there)), longest)
+
+
+def reconnect(asked: float | None, first: float, longest: float) -> float:
+    """Seconds before a stream that ended is asked again.
+
+    Args:
+        asked: what the stream's `retry` said, seconds.
+        first: `fetch.backoff`, if it said nothing.
+        longest: `fetch.backoff_max`.
+    """
+    return max(RECONNECT_MIN, min(first if asked is None else asked, longest))
+
+
+def _moment(text: str) -> float | None:
+    try:
+        return parsedate_to_datetime(text).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return None

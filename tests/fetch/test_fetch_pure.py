@@ -1,0 +1,503 @@
+"""What is decided without a server: waits, positions, heads of answers, lists of URLs."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from multidict import CIMultiDict
+
+from ingestd.base.bookmark import STATE_BYTES_MAX, Bookmark
+from ingestd.base.errors import ConfigError
+from ingestd.base.settings import FetchSettings
+from ingestd.base.urls import show_url, split_urls
+from ingestd.sources.fetch import waits
+from ingestd.sources.fetch.answer import (
+    Finished,
+    Take,
+    encoding_of,
+    ends_by_itself,
+    headers_for,
+    judge,
+)
+from ingestd.sources.fetch.failure import Again, Changed, GivenUp
+from ingestd.sources.fetch.position import Position, as_bookmark, from_bookmark, start_of
+from ingestd.sources.fetch.taking import Lines
+from ingestd.sources.fetch.urls import as_url, read_links
+from ingestd.sources.inflate import Inflater
+from tests.fetch.tools import lines, packed
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+# -- waits -----------------------------------------------------------------------------------------
+
+
+def test_the_backoff_doubles_with_full_jitter_and_a_bound() -> None:
+    assert [waits.backoff(n, 0.5, 6.0, lambda: 1.0) for n in (1, 2, 3, 4, 5, 10**6)] == [
+        0.5, 1.0, 2.0, 4.0, 6.0, 6.0]  # fmt: skip
+    assert waits.backoff(3, 0.5, 6.0, lambda: 0.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "date", "seconds"),
+    [
+        ("7", None, 7),
+        (" 7 ", None, 7),
+        ("9999", None, 300),
+        ("9" * 400, None, 300),
+        ("Thu, 01 Jan 1970 00:16:50 GMT", None, 10),
+        ("Thu, 01 Jan 1970 00:10:10 GMT", "Thu, 01 Jan 1970 00:10:00 GMT", 10),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", None, 0),
+        ("Thu, 01 Jan 2970 00:00:00 GMT", None, 300),
+        (None, None, None),
+        ("", None, None),
+        ("-1", None, None),
+        ("soon", None, None),
+        ("1.5", None, None),
+    ],
+)
+def test_retry_after(text: str | None, date: str | None, seconds: float | None) -> None:
+    assert waits.retry_after(text, date, 1000.0, 300.0) == seconds
+
+
+@pytest.mark.parametrize(("asked", "seconds"), [(None, 0.5), (0.0, 0.1), (2.0, 2.0), (1e9, 60.0)])
+def test_a_stream_says_when_to_come_back_within_bounds(asked: float | None, seconds: float) -> None:
+    assert waits.reconnect(asked, 0.5, 60.0) == seconds
+
+
+# -- positions -------------------------------------------------------------------------------------
+
+OLD = {"Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT", "Date": "Thu, 01 Jan 2026 01:00:00 GMT"}
+JUST = {**OLD, "Date": OLD["Last-Modified"]}
+
+
+def test_a_position_comes_back_as_it_was() -> None:
+    position = Position(
+        etag="é" * 0 + "x" * 1024, modified="y" * 1024, strong="x" * 1024, encoding="gzip",
+        offset=2**62, crc=2**32 - 1, records=2**50, event_id="→" * 1024,
+    )  # fmt: skip
+    bookmark = as_bookmark("k", position)
+    assert from_bookmark(bookmark) == position
+    assert len(bookmark.state) <= STATE_BYTES_MAX
+    assert from_bookmark(None) == Position()
+    with pytest.raises(ValueError, match="offset"):
+        from_bookmark(Bookmark("k", b'{"offset": "x"}'))
+
+
+@pytest.mark.parametrize(
+    ("headers", "strong"),
+    [
+        ({"ETag": '"a"'}, '"a"'),
+        ({"ETag": 'W/"a"'}, ""),
+        ({"ETag": 'W/"a"', **OLD}, ""),
+        ({"ETag": '"a"', **OLD}, '"a"'),
+        (OLD, OLD["Last-Modified"]),
+        (JUST, ""),
+        ({"Last-Modified": "nonsense", "Date": OLD["Date"]}, ""),
+        ({"ETag": '"' + "a" * 2000 + '"'}, ""),
+        ({}, ""),
+    ],
+)
+def test_what_if_range_may_say(headers: dict[str, str], strong: str) -> None:
+    assert start_of(headers, "identity").strong == strong
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ({"ETag": '"a"'}, {"ETag": '"a"'}, True),
+        ({"ETag": '"a"'}, {"ETag": 'W/"a"'}, True),
+        ({"ETag": '"a"'}, {"ETag": '"b"'}, False),
+        ({"ETag": '"a"', **OLD}, {"ETag": '"b"', **OLD}, False),
+        ({"ETag": '"a"', **OLD}, OLD, True),
+        ({"ETag": '"a"'}, OLD, None),
+        ({}, {}, None),
+    ],
+)
+def test_which_versions_are_the_same(one: Any, other: Any, same: bool | None) -> None:
+    assert start_of(one, "gzip").same_version(start_of(other, "identity")) is same
+
+
+# -- heads of answers ------------------------------------------------------------------------------
+
+URL = as_url("http://a/x")
+BEGUN = Position(etag='"a"', strong='"a"', offset=100, crc=5, records=3)
+DONE = Position(etag='"a"', modified="m", offset=100, crc=5, records=3, done=True)
+
+
+def test_what_is_asked_for() -> None:
+    def ask(position: Position, url: str = "http://a/x", ranges: bool = True) -> dict[str, str]:
+        return headers_for(position, url=as_url(url), ranges=ranges)
+
+    packed = {"Accept-Encoding": "gzip, zstd"}
+    assert ask(Position()) == packed
+    assert ask(Position(), "http://a/x.ndjson.GZ") == {"Accept-Encoding": "identity"}
+    assert ask(BEGUN) == {
+        "Accept-Encoding": "identity", "Range": "bytes=100-", "If-Range": '"a"'}  # fmt: skip
+    assert ask(BEGUN, ranges=False) == packed
+    assert ask(Position(etag='W/"a"', offset=100)) == packed
+    assert ask(Position(etag='"a"', strong='"a"', offset=100, encoding="gzip")) == packed
+    assert ask(DONE) == {**packed, "If-None-Match": '"a"', "If-Modified-Since": "m"}
+    assert ask(Position(event_id="7")) == {**packed, "Last-Event-ID": "7"}
+
+
+def judged(status: int, position: Position, **headers: str) -> Take | Finished:
+    named = CIMultiDict((name.replace("_", "-"), value) for name, value in headers.items())
+    asked = headers_for(position, url=URL, ranges=True)
+    encoding = encoding_of(named, URL)
+    return judge(status, named, asked=asked, position=position, encoding=encoding)
+
+
+def test_a_whole_body() -> None:
+    new = start_of({"ETag": '"b"'}, "identity")
+    assert judged(200, Position(), ETag='"b"') == Take(new)
+    assert judged(200, BEGUN, ETag='"b"') == Take(new, changed=True)
+    same = judged(200, BEGUN, ETag='W/"a"', Content_Encoding="gzip")
+    assert isinstance(same, Take)
+    assert (same.skip, same.changed, same.position.offset) == (100, False, 100)
+    assert (same.position.crc, same.position.encoding) == (5, "gzip")
+    unknown = judged(200, BEGUN)
+    assert isinstance(unknown, Take)
+    assert unknown.skip == 100
+
+
+def test_something_that_was_done() -> None:
+    assert judged(304, DONE) == Finished(DONE)
+    assert judged(200, DONE, ETag='"a"') == Finished(DONE)
+    assert judged(200, DONE, ETag='"b"') == Take(
+        start_of({"ETag": '"b"'}, "identity"), changed=True
+    )
+    assert judged(200, DONE) == Take(Position())
+    with pytest.raises(GivenUp, match="304"):
+        judged(304, BEGUN)
+
+
+def test_no_content_writes_nothing_down() -> None:
+    for position in (Position(), Position(event_id="7"), BEGUN):
+        assert judged(204, position) == Finished(position)
+
+
+def test_a_part() -> None:
+    assert judged(206, BEGUN, Content_Range="bytes 100-199/200") == Take(BEGUN)
+    assert judged(206, BEGUN, Content_Range="bytes 100-199/*") == Take(BEGUN)
+    assert judged(206, BEGUN, Content_Range="bytes 100-149/200") == Take(BEGUN, whole=False)
+    for wrong in (
+        {"Content_Range": "bytes 99-199/200"},
+        {"Content_Range": "bytes 100-199/200", "ETag": '"b"'},
+        {"Content_Range": "bytes 100-199/200", "Content_Encoding": "gzip"},
+        {"Content_Range": "lines 100-199/200"},
+        {},
+    ):
+        with pytest.raises(Changed):
+            judged(206, BEGUN, **wrong)
+    with pytest.raises(GivenUp, match="206"):
+        judged(206, Position(), Content_Range="bytes 0-1/2")
+
+
+def test_nothing_behind_what_was_accepted() -> None:
+    finished = judged(416, BEGUN, Content_Range="bytes */100")
+    assert isinstance(finished, Finished)
+    assert finished.position.done
+    for wrong in ({"Content_Range": "bytes */99"}, {}, {"Content_Range": "bytes */100",
+                                                        "ETag": '"b"'}):  # fmt: skip
+        with pytest.raises(Changed):
+            judged(416, BEGUN, **wrong)
+    with pytest.raises(GivenUp):
+        judged(416, Position())
+
+
+@pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 599])
+def test_what_may_pass(status: int) -> None:
+    with pytest.raises(Again, match=str(status)):
+        judged(status, Position())
+
+
+@pytest.mark.parametrize("status", [300, 302, 400, 401, 403, 404, 410, 451, 501, 505, 999 - 550])
+def test_what_does_not_pass(status: int) -> None:
+    with pytest.raises(GivenUp, match=str(status)):
+        judged(status, Position())
+
+
+@pytest.mark.parametrize(
+    ("headers", "url", "encoding"),
+    [
+        ({}, "http://a/x", "identity"),
+        ({"Content-Encoding": "x-gzip"}, "http://a/x", "gzip"),
+        ({"Content-Encoding": "ZSTD"}, "http://a/x.gz", "zstd"),
+        ({"Content-Encoding": "gzip"}, "http://a/x.gz", "gzip"),
+        ({"Content-Encoding": "identity"}, "http://a/x.gz?y", "gzip"),
+        ({}, "http://a/x.ndjson.ZST", "zstd"),
+        ({}, "http://a/x?name=y.gz", "identity"),
+        ({"Content-Type": "application/gzip; x=y"}, "http://a/x", "gzip"),
+        ({"Content-Type": "application/zstd"}, "http://a/x", "zstd"),
+    ],
+)
+def test_how_a_body_is_compressed(headers: dict[str, str], url: str, encoding: str) -> None:
+    assert encoding_of(CIMultiDict(headers), as_url(url)) == encoding
+
+
+@pytest.mark.parametrize("coding", ["br", "gzip, gzip", "compress"])
+def test_what_is_not_decompressed(coding: str) -> None:
+    with pytest.raises(GivenUp):
+        encoding_of({"Content-Encoding": coding}, URL)
+
+
+def test_whether_an_end_can_be_told() -> None:
+    assert ends_by_itself(CIMultiDict({"Content-Length": "0"}))
+    assert ends_by_itself(CIMultiDict({"Transfer-Encoding": "Chunked"}))
+    assert not ends_by_itself(CIMultiDict({}))
+
+
+# -- bodies, in any division -----------------------------------------------------------------------
+
+MAX = 60
+body_parts = st.sampled_from(
+    [b'{"a":1}', b"17", b"x", b" ", b"\r", b"\n", b"\r\n", b'"%s"' % (b"y" * 70), b'"\xc3\xa4"',
+     b"\xff", b"z" * 200, b"\n\xef\xbb\xbf1\n"]
+)  # fmt: skip
+bodies = st.builds(
+    lambda mark, parts: mark + b"".join(parts),
+    st.sampled_from([b"", b"\xef\xbb\xbf"]),
+    st.lists(body_parts, max_size=40),
+)
+cuts = st.lists(st.integers(0, 600), max_size=20)
+forms = st.sampled_from(["json", "text", "bytes"])
+
+
+def divided(wire: bytes, places: list[int]) -> list[bytes]:
+    ends = sorted({place for place in places if place < len(wire)})
+    return [wire[a:b] for a, b in zip([0, *ends], [*ends, len(wire)], strict=True)]
+
+
+class Kept:
+    """What an intake would have, with the position in the same append."""
+
+    def __init__(self) -> None:
+        self.items: list[bytes] = []
+        self.refused: list[tuple[int, str, bytes]] = []
+        self.position = Position()
+
+    def take(self, taker: Lines, parsed: Any) -> None:
+        if parsed:
+            self.items += parsed.records.items()
+            self.refused += [(one.index, one.reason, one.payload) for one in parsed.refused]
+            self.position = taker.position
+
+
+def run(kept: Kept, wire: list[bytes], encoding: str, form: Any, *, skip: int, whole: bool) -> None:
+    taker = Lines(form, MAX, kept.position, skip)
+    inflater = None if encoding == "identity" else Inflater(encoding, 1 << 40)
+    for part in wire:
+        for piece in [part] if inflater is None else inflater.feed(part):
+            kept.take(taker, taker.feed(piece))
+    if whole:
+        kept.take(taker, taker.end(certain=True))
+        kept.position = taker.position
+
+
+@pytest.mark.parametrize("encoding", ["identity", "gzip", "zstd"])
+@given(body=bodies, places=cuts, form=forms, stop=st.integers(0, 20))
+@example(body=b"1\n\xef\xbb\xbf2\n3\n", places=[2], form="text", stop=1)
+def test_any_division_and_any_break_give_the_records_of_the_whole(
+    encoding: str, body: bytes, places: list[int], form: Any, stop: int
+) -> None:
+    whole = Kept()
+    run(whole, [body], "identity", form, skip=0, whole=True)
+    assert whole.position.done
+    assert whole.position.offset == len(body)
+    assert whole.position.crc == zlib.crc32(body)
+
+    wire = body if encoding == "identity" else packed(body, encoding)
+    parts = divided(wire, places)
+    broken = Kept()
+    run(broken, parts[:stop], encoding, form, skip=0, whole=False)
+    assert not broken.position.done
+    if encoding == "identity" and stop % 2:  # the rest alone, as a range
+        rest = [body[broken.position.offset :]]
+        run(broken, rest, encoding, form, skip=0, whole=True)
+    else:
+        run(broken, parts, encoding, form, skip=broken.position.offset, whole=True)
+    assert broken.items == whole.items
+    assert broken.refused == whole.refused
+    assert broken.position.offset == len(body)
+    assert broken.position.crc == whole.position.crc
+    assert broken.position.records == whole.position.records
+
+
+@given(st.integers(1, 900), st.integers(0, 900), st.binary(min_size=1, max_size=1))
+def test_another_beginning_is_seen(offset: int, place: int, byte: bytes) -> None:
+    body = lines(0, 40)
+    begun = Position(offset=min(offset, len(body)), crc=zlib.crc32(body[:offset]), records=1)
+    other = bytearray(body)
+    other[place : place + 1] = byte
+    taker = Lines("json", MAX, begun, begun.offset)
+    if other[: begun.offset] == body[: begun.offset]:
+        taker.feed(bytes(other))
+    else:
+        with pytest.raises(Changed):
+            taker.feed(bytes(other))
+
+
+def test_something_shorter_than_what_was_accepted_is_another_version() -> None:
+    taker = Lines("json", MAX, Position(offset=50, crc=1, records=1), 50)
+    taker.feed(b"x" * 20)
+    with pytest.raises(Again):
+        taker.end(certain=False)  # which may be a connection that broke
+    with pytest.raises(Changed):
+        taker.end(certain=True)
+
+
+def test_a_line_whose_end_may_be_missing_is_not_taken_for_a_whole_one() -> None:
+    taker = Lines("json", MAX, Position())
+    assert taker.feed(b"1\n12").records.items() == [b"1"]  # type: ignore[union-attr]
+    last = taker.end(certain=False)
+    assert last is not None
+    assert last.records.count == 0
+    assert [(one.reason, one.payload) for one in last.refused] == [("unfinished", b"12")]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "zstd"])
+def test_what_nobody_said_is_compressed(encoding: str) -> None:
+    with pytest.raises(GivenUp, match="compressed"):
+        Lines("text", MAX, Position()).feed(packed(lines(0, 9), encoding))
+
+
+# -- lists of URLs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("written", "urls"),
+    [
+        ("http://a", ["http://a"]),
+        ("  http://a \n https://b\t", ["http://a", "https://b"]),
+        ("http://a,https://b", ["http://a", "https://b"]),
+        ("http://a, https://b ,http://c", ["http://a", "https://b", "http://c"]),
+        ("http://a/x,y;z", ["http://a/x,y;z"]),
+        (["http://a/x,https"], ["http://a/x,https"]),
+        ("", []),
+        ([], []),
+    ],
+)
+def test_a_list_as_people_write_it(written: object, urls: list[str]) -> None:
+    assert split_urls(written) == tuple(urls)
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ("ftp://u:hunter2@a/x?hunter2", "'ftp://a/x' is not http or https"),
+        ("a/x", "'a/x' is not a URL: it begins with http:// or https://"),
+        ("u:hunter2@a", "'a' is not a URL"),
+        ("http://", "has no host"),
+        ("http://:80/", "has no host"),
+        ("http://a:port/", "is not a URL"),
+        ("http://u:hun/ter2@a:b/", "'http://a:b/' is not a URL"),
+        ("http://[::1", "is not a URL"),
+        (["http://a b"], "white space"),
+        (["http://a/\x07"], "control characters"),
+        (["http://a/" + "x" * 9000], "more than 8192 characters"),
+        ([1], "a list of URLs"),
+        (5, "a list of URLs"),
+    ],
+)
+def test_what_is_no_list_of_urls(written: object, says: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        split_urls(written)
+    assert says in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+def test_a_url_is_shown_without_its_secrets() -> None:
+    assert show_url("https://u:p@a:8/x/@y?token=t#f") == "https://a:8/x/@y?…"
+    assert show_url("https://a/x") == "https://a/x"
+    assert show_url("http://[::1]:80/") == "http://[::1]:80/"
+
+
+def test_signed_urls_are_sent_as_they_were_written() -> None:
+    assert as_url("http://a/x%2Fy?sig=a%2Fb+c").raw_path_qs == "/x%2Fy?sig=a%2Fb+c"
+    assert as_url("http://a/ä b").raw_path_qs == "/%C3%A4%20b"
+
+
+LIST = """\ufeff# comment
+http://a/1
+
+  https://u:p@b/2?x=1#frag   # why
+http://a/1
+"""
+
+
+async def test_a_file_of_urls(tmp_path: Path) -> None:
+    path = tmp_path / "urls.txt"
+    path.write_text(LIST)
+    settings = FetchSettings(urls="http://c/", file=str(path), headers={"X-Key": "k"})
+    links = await read_links(settings)
+    assert [str(link.url) for link in links] == ["http://c/", "http://a/1", "https://b/2?x=1"]
+    assert [link.shown for link in links] == ["http://c/", "http://a/1", "https://b/2?…"]
+    assert links[0].headers == {"X-Key": "k"}
+    assert links[2].headers == {"X-Key": "k", "Authorization": "Basic dTpw"}
+    assert len({link.key for link in links}) == 3
+    assert all("?" not in link.key and "b/2" not in link.key for link in links)
+
+
+async def test_urls_from_standard_input() -> None:
+    reading, writing = os.pipe()
+    os.write(writing, LIST.encode())
+    os.close(writing)
+    links = await read_links(FetchSettings(file="-"), fd=reading)
+    os.close(reading)
+    assert len(links) == 2
+
+
+async def test_credentials_that_are_set_go_before_those_of_a_url() -> None:
+    settings = FetchSettings(urls="http://u:p@a/", headers={"authorization": "Bearer x"})
+    (link,) = await read_links(settings)
+    assert link.headers == {"authorization": "Bearer x"}
+    (link,) = await read_links(FetchSettings(urls="http://u%40x:p%2F@a/"))
+    assert link.headers == {"Authorization": "Basic dUB4OnAv"}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"http://a\nftp://u:hunter2@b/\n", "line 2: 'ftp://b/' is not http or https"),
+        (b"# none\n\n", "there is no URL in"),
+        (b"http://\xff\n", "is not UTF-8 text"),
+        (b"x" * (16 * 1024**2 + 1), "is larger than"),
+        (b"".join(b"http://a/%d\n" % n for n in range(10_001)), "more than 10000"),
+    ],
+)
+async def test_a_file_that_is_no_list(content: bytes, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "urls.txt"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        await read_links(FetchSettings(file=str(path)))
+    assert says in str(caught.value)
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nowhere.txt", ".", "a\0b"])
+async def test_a_file_that_is_not_there(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"fetch\.file: cannot read"):
+        await read_links(FetchSettings(file=str(tmp_path / name)))
+
+
+@pytest.mark.parametrize(
+    ("headers", "says"),
+    [
+        ({"Host": "x"}, "Host is a header that ingestd sets itself"),
+        ({"range": "bytes=0-"}, "range is a header"),
+        ({"a b": "x"}, "is not the name of a header"),
+        ({"X": "a\r\nhunter2: b"}, "control characters"),
+        ({"X": ["hunter2"]}, "should be text"),
+        ("hunter2", "should be a table"),
+    ],
+)
+def test_headers_that_can_not_be_sent(headers: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=r".") as caught:
+        FetchSettings(headers=headers)
+    assert says in str(caught.value)

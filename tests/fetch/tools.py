@@ -1,0 +1,200 @@
+"""A server that does what it is told, an intake that keeps what it takes, a source to its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gzip
+import io
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from aiohttp import web
+from backports import zstd
+
+from ingestd.base.clock import SystemClock
+from ingestd.base.settings import FetchSettings
+from ingestd.sources.fetch.position import Position, from_bookmark
+from ingestd.sources.fetch.source import FetchSource
+from tests.sources.source_tools import check
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+
+    from ingestd.base.bookmark import Bookmark
+    from ingestd.base.record import Records, Refused
+    from ingestd.sources.intake import Format
+
+    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Intake:
+    """Keeps records and bookmarks, each append whole. `errors` are raised first, in order."""
+
+    def __init__(self, form: Format = "json", record_bytes_max: int = 1024**2) -> None:
+        self.name = "default"
+        self.format: Format = form
+        self.record_bytes_max = record_bytes_max
+        self.runs: list[Records] = []
+        self.refused: list[Refused] = []
+        self.bookmarks: dict[str, Bookmark] = {}
+        self.errors: list[Exception] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.asked = 0
+
+    async def accept(
+        self,
+        records: Records,
+        refused: Sequence[Refused] = (),
+        claim: None = None,
+        bookmark: Bookmark | None = None,
+    ) -> None:
+        self.asked += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        await self.gate.wait()
+        check(records)
+        self.runs.append(records)
+        self.refused.extend(refused)
+        if bookmark is not None:
+            self.bookmarks[bookmark.key] = bookmark
+
+    async def bookmark(self, key: str) -> Bookmark | None:
+        return self.bookmarks.get(key)
+
+    @property
+    def items(self) -> list[bytes]:
+        return [item for run in self.runs for item in run.items()]
+
+    @property
+    def position(self) -> Position:
+        """Of the only URL there is."""
+        (bookmark,) = self.bookmarks.values()
+        return from_bookmark(bookmark)
+
+
+class Asked(NamedTuple):
+    """A request that the server got."""
+
+    path: str
+    headers: dict[str, str]
+
+
+class Server:
+    """Answers every path with one handler.
+
+    Attributes:
+        url: its own, without a path.
+        asked: the requests so far.
+    """
+
+    def __init__(self, handler: Handler) -> None:
+        self._handler = handler
+        self.asked: list[Asked] = []
+        self.url = ""
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        headers = {name.lower(): value for name, value in request.headers.items()}
+        self.asked.append(Asked(request.path_qs, headers))
+        return await self._handler(request)
+
+    @property
+    def paths(self) -> list[str]:
+        return [one.path for one in self.asked]
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    handler: Handler, *, host: str = "127.0.0.1", port: int = 0, ssl: Any = None
+) -> AsyncIterator[Server]:
+    """The server, on a port of its own."""
+    server = Server(handler)
+    app = web.Application()
+    app.router.add_route("GET", "/{path:.*}", server.handle)
+    runner = web.AppRunner(app, shutdown_timeout=0.1, auto_decompress=False)
+    await runner.setup()
+    try:
+        site = web.TCPSite(runner, host, port, ssl_context=ssl)
+        await site.start()
+        scheme = "https" if ssl else "http"
+        server.url = f"{scheme}://{host}:{runner.addresses[0][1]}"
+        yield server
+    finally:
+        await runner.cleanup()
+
+
+def answers(*bodies: bytes, **headers: str) -> Handler:
+    """A handler that gives the bodies in turn, the last one for ever."""
+    left = list(bodies)
+
+    async def handle(_: web.Request) -> web.StreamResponse:
+        body = left.pop(0) if len(left) > 1 else left[0]
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        return web.Response(body=body, headers=named)
+
+    return handle
+
+
+async def send_part(
+    request: web.Request, body: bytes, size: int, *, total: int | None = None, **headers: str
+) -> web.StreamResponse:
+    """Says that the whole body comes, sends only a part, and leaves."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    response = web.StreamResponse(headers=named)
+    response.content_length = len(body) if total is None else total
+    await response.prepare(request)
+    await response.write(body[:size])
+    assert request.transport is not None
+    request.transport.close()
+    return response
+
+
+def settings(*urls: str, **more: Any) -> FetchSettings:
+    """Settings that do not make a test wait."""
+    more = {
+        "allow_private": True,
+        "backoff": "1ms",
+        "backoff_max": "5ms",
+        "attempts_max": 3,
+        "silence_timeout": "10s",
+        **more,
+    }
+    return FetchSettings(urls=urls, **more)
+
+
+@contextlib.asynccontextmanager
+async def fetching(
+    intake: Intake, *urls: str, options: Any = None, **more: Any
+) -> AsyncIterator[FetchSource]:
+    """A started source."""
+    source = FetchSource(
+        settings(*urls, **more),
+        intake,
+        clock=SystemClock(),
+        stderr=io.StringIO(),
+        **(options or {}),
+    )
+    await source.start()
+    try:
+        yield source
+    finally:
+        await source.close()
+
+
+async def fetch(intake: Intake, *urls: str, **more: Any) -> FetchSource:
+    """A source that ran to its end."""
+    async with fetching(intake, *urls, **more) as source, asyncio.timeout(20):
+        await source.wait_finished()
+    return source
+
+
+def lines(first: int, last: int) -> bytes:
+    """JSON lines with these numbers, the last one excluded."""
+    return b"".join(b'{"n": %d, "text": "%s"}\n' % (n, b"x" * (n % 50)) for n in range(first, last))
+
+
+def packed(body: bytes, encoding: str, parts: int = 3) -> bytes:
+    """Compressed, as so many members or frames."""
+    pack = {"gzip": gzip.compress, "zstd": zstd.compress}[encoding]
+    step = len(body) // parts + 1
+    return b"".join(pack(body[at : at + step]) for at in range(0, len(body), step))
