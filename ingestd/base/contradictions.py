@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from ingestd.base.settings import PipelineSettings, Settings
 
 
-_BLOCK = 1024**2  # what a source that reads a stream appends at once, beside a record
+# What a source that reads a stream appends at once, beside a record.
+_BLOCKS = {"stdin": 1024**2, "fetch": 4 * 1024**2}
 
 
 class ContradictionError(ValueError):
@@ -46,11 +47,11 @@ def _without_room(settings: Settings, pipeline: PipelineSettings) -> str:
 
     A client gets 413 for that; a stream that is read has nobody to tell.
     """
-    block = pipeline.record_bytes_max + _BLOCK
+    block = pipeline.record_bytes_max + _BLOCKS.get(settings.source.kind, 0)
     if settings.source.kind == "http" or pipeline.journal.bytes_max >= 2 * block:
         return ""
     bound = show_size(pipeline.journal.bytes_max)
-    return f"{bound} has no room for two blocks of record_bytes_max and 1MiB ({show_size(block)})"
+    return f"{bound} has no room for two blocks of input ({show_size(block)})"
 
 
 def _at_the_door(settings: Settings) -> list[tuple[str, str]]:

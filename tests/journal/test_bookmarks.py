@@ -13,7 +13,7 @@ import pytest
 
 from ingestd.base.bookmark import Bookmark
 from ingestd.base.clock import SystemClock
-from ingestd.base.errors import JournalFailed, Overloaded
+from ingestd.base.errors import JournalFailed, NeverFits, Overloaded
 from ingestd.base.record import Records, Refused
 from ingestd.journal import bookmarks, salvage, verify
 from ingestd.journal.beside import opened as opened_beside
@@ -48,13 +48,17 @@ async def test_a_bookmark_outlives_the_process_and_the_last_one_counts(opened) -
 
 
 async def test_a_bookmark_is_refused_with_its_records(opened) -> None:
-    j = (await opened(bytes_max=200)).journal
+    j = (await opened(bytes_max=400)).journal
+    await j.append(Records.lines([b"x" * 200]), ())
+    used = j.bytes
     with pytest.raises(Overloaded):
         j.append(Records.lines([b"x" * 300]), (), bookmark=mark("a", b"1"))
     with pytest.raises(Overloaded):
         j.append(NOTHING, (), bookmark=mark("a", b"1" * 200))
+    with pytest.raises(NeverFits):
+        j.append(NOTHING, (), bookmark=mark("a", b"1" * 400))
     assert await j.bookmark("a") is None
-    assert j.bytes == 0
+    assert j.bytes == used
 
 
 async def test_its_bytes_are_counted_once_a_key(opened) -> None:
@@ -87,7 +91,7 @@ async def test_the_memory_journal_keeps_them_in_memory() -> None:
     assert await j.bookmark("a") == mark("a", b"2")
     assert j.bytes == 4 + bookmarks.size_of(mark("a", b"2"))
     with pytest.raises(Overloaded):
-        j.append(NOTHING, (), bookmark=mark("b", b"x" * 300))
+        j.append(NOTHING, (), bookmark=mark("b", b"x" * 200))
     assert await j.bookmark("b") is None
 
 
