@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from ingestd.base.record import Refused
     from ingestd.base.settings import PipelineSettings
     from ingestd.base.watch import Watch
-    from ingestd.execution.lane import Lane
+    from ingestd.execution.pool import Pool
 
 log = structlog.get_logger(__name__)
 
@@ -125,7 +125,7 @@ class Pipeline:
             records_max=settings.batch.records_max, bytes_max=settings.batch.bytes_max
         )
         self.line: Line[Batch] = Line(waiting_max=settings.retry.waiting_max, on_empty=self._retime)
-        self.pool = build_pool(
+        self.pool: Pool[Any] = build_pool(
             name, settings, data_dir=data_dir, on_restart=metrics.worker_restarted
         )
         self.outstanding = Outstanding()
@@ -350,20 +350,20 @@ class Pipeline:
         batch.sealed = self.journal.seal(as_sealed(batch, 0.0), Cursor(*cut.cursor))
         await self.line.put(batch)
 
-    # -- 5. dispatch: `workers` batches run at most, and each lane may hold one more -----------
+    # -- 5. dispatch: `workers` batches run at most, and some more lie ready for them ----------
 
     async def _dispatch(self) -> None:
         while True:
-            lane = await self.pool.acquire()
+            await self.pool.acquire()
             batch = await self.line.next()
             self.running += 1
             if batch.sealed is not None:
                 await batch.sealed
-            self._own(self._run(batch, lane), name=f"{self.name}-batch-{batch.number}")
+            self._own(self._run(batch), name=f"{self.name}-batch-{batch.number}")
 
     # -- 6. run: one try of one batch ----------------------------------------------------------
 
-    async def _run(self, batch: Batch, lane: Lane) -> None:
+    async def _run(self, batch: Batch) -> None:
         # A task has a context of its own: every log line from here on, the handler's in a
         # thread included, says which batch it is about.
         bind_contextvars(pipeline=self.name, batch_id=f"{self.journal.id}-{batch.number}")
@@ -371,10 +371,10 @@ class Pipeline:
             if batch.records is None:
                 await self._load(batch)
             records = batch.records
-            result = None if records is None else await lane.run(self._job(batch, records))
+            result = None if records is None else await self.pool.run(self._job(batch, records))
         finally:
             self.running -= 1
-            self.pool.release(lane)
+            self.pool.release()
             self._retime()
         if self._closing and result is not None and result.failure is not None:
             return  # its worker was ended under it: that is not the batch's fault

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ingestd.execution.coroutine import CoroutineLane
-from ingestd.execution.pool import Pool
+from ingestd.execution.pool import TaskPool, ThreadedPool
 from ingestd.execution.process import ProcessLane
 from ingestd.execution.thread import ThreadLane
 from ingestd.handlers.runner import Runner, Wanted
@@ -17,12 +17,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ingestd.base.settings import PipelineSettings
-    from ingestd.execution.lane import Lane
 
 
 def build_pool(
     name: str, settings: PipelineSettings, *, data_dir: Path, on_restart: Callable[[str], None]
-) -> Pool:
+) -> TaskPool | ThreadedPool:
     """One lane a worker, of the kind that the settings name. Nothing is started yet."""
     executor = settings.executor
     wanted = Wanted(
@@ -34,12 +33,13 @@ def build_pool(
         data_dir=str(data_dir),
     )
 
-    def lane(number: int) -> Lane:
-        lane_name = f"{name}-worker-{number}"
-        if executor.kind == "process":
-            hello = Hello(wanted, os.getpid())
-            return ProcessLane(lane_name, hello, timeout=executor.timeout, on_restart=on_restart)
-        kind = CoroutineLane if executor.kind == "async" else ThreadLane
-        return kind(lane_name, Runner(wanted), timeout=executor.timeout)
-
-    return Pool([lane(number) for number in range(executor.workers)])
+    names = [f"{name}-worker-{number}" for number in range(executor.workers)]
+    timeout = executor.timeout
+    if executor.kind == "process":
+        hello = Hello(wanted, os.getpid())
+        return ThreadedPool(
+            [ProcessLane(lane, hello, timeout=timeout, on_restart=on_restart) for lane in names]
+        )
+    if executor.kind == "thread":
+        return ThreadedPool([ThreadLane(lane, Runner(wanted)) for lane in names], overrun=timeout)
+    return TaskPool([CoroutineLane(lane, Runner(wanted), timeout=timeout) for lane in names])

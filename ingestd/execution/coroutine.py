@@ -25,8 +25,6 @@ class CoroutineLane:
         timeout: seconds after which a job is cancelled.
     """
 
-    depth = 1
-
     def __init__(self, name: str, runner: Runner, *, timeout: float) -> None:
         self._name = name
         self._runner = runner

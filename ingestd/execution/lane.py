@@ -5,18 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from ingestd.execution.shelf import Shelf
     from ingestd.handlers.outcome import Job, Result
 
 
 class Lane(Protocol):
-    """One worker. Its pool owns it.
-
-    Attributes:
-        depth: how many jobs it may be given at once. A lane with a thread takes one more than it
-            runs, so that the worker does not wait for a round trip over the event loop.
-    """
-
-    depth: int
+    """One worker. Its pool owns it."""
 
     async def start(self) -> None:
         """Loads the handler.
@@ -26,14 +20,26 @@ class Lane(Protocol):
         """
         ...
 
-    async def run(self, job: Job) -> Result:
-        """Runs one job; whatever goes wrong in it comes back as the result's failure."""
-        ...
-
     async def close(self, deadline: float) -> bool:
         """Ends the worker, by force after `deadline` (loop time).
 
         Returns:
             Whether it is really gone; a thread that hangs can't be ended.
         """
+        ...
+
+
+class TaskLane(Lane, Protocol):
+    """A worker on the event loop."""
+
+    async def run(self, job: Job) -> Result:
+        """Runs one job; whatever goes wrong in it comes back as the result's failure."""
+        ...
+
+
+class ThreadedLane(Lane, Protocol):
+    """A worker with a thread of the daemon; the thread is the worker, or speaks with it."""
+
+    def serve(self, shelf: Shelf) -> None:
+        """From now on its thread takes jobs from the shelf, until that is closed."""
         ...

@@ -1,27 +1,39 @@
-"""The pool: hands each job to a free lane, and owns the lanes."""
+"""The pools: they hand each job to a free lane, and own the lanes."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+import structlog
+
+from ingestd.execution.ahead import Ahead
+from ingestd.execution.lane import Lane, TaskLane, ThreadedLane
+from ingestd.execution.shelf import Shelf
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ingestd.execution.lane import Lane
+    from ingestd.execution.shelf import Ticket
+    from ingestd.handlers.outcome import Job, Result
+
+log = structlog.get_logger(__name__)
+
+L = TypeVar("L", bound=Lane)
 
 
-class Pool:
-    """Owns the lanes. A lane runs one job at a time, and may hold the next one.
+class Pool(Generic[L]):
+    """Owns the lanes, and the places that jobs have before and on them.
 
     Args:
         lanes: one for each worker.
     """
 
-    def __init__(self, lanes: Sequence[Lane]) -> None:
-        self._lanes = lanes
-        # First in, first out: every lane has one place before any has a second.
-        self._free: asyncio.Queue[Lane] = asyncio.Queue()
+    def __init__(self, lanes: Sequence[L]) -> None:
+        self.lanes = lanes
+        self._taken = 0
+        self._freed = asyncio.Event()
 
     async def start(self) -> None:
         """Starts all lanes at once.
@@ -30,24 +42,33 @@ class Pool:
             HandlerLoadError: the handler can't be loaded. Lanes that started are closed.
         """
         started = await asyncio.gather(
-            *(lane.start() for lane in self._lanes), return_exceptions=True
+            *(lane.start() for lane in self.lanes), return_exceptions=True
         )
         errors = [error for error in started if error is not None]
         if errors:
             await self.close(asyncio.get_running_loop().time() + 5.0)
             raise errors[0]
-        for depth in range(max(lane.depth for lane in self._lanes)):
-            for lane in self._lanes:
-                if depth < lane.depth:
-                    self._free.put_nowait(lane)
 
-    async def acquire(self) -> Lane:
-        """A free lane, now the caller's until `release`."""
-        return await self._free.get()
+    @property
+    def places(self) -> int:
+        """How many jobs may be running or lie ready."""
+        return len(self.lanes)
 
-    def release(self, lane: Lane) -> None:
-        """Gives a lane back."""
-        self._free.put_nowait(lane)
+    async def acquire(self) -> None:
+        """A place for one job, now the caller's until `release`."""
+        while self._taken >= self.places:
+            self._freed.clear()
+            await self._freed.wait()
+        self._taken += 1
+
+    def release(self) -> None:
+        """Gives a place back."""
+        self._taken -= 1
+        self._freed.set()
+
+    async def run(self, job: Job) -> Result:
+        """Runs one job as soon as a lane is free; needs a place."""
+        raise NotImplementedError
 
     async def close(self, deadline: float) -> bool:
         """Ends all workers, by force after `deadline` (loop time).
@@ -55,4 +76,74 @@ class Pool:
         Returns:
             Whether all are really gone.
         """
-        return all(await asyncio.gather(*(lane.close(deadline) for lane in self._lanes)))
+        return all(await asyncio.gather(*(lane.close(deadline) for lane in self.lanes)))
+
+
+class TaskPool(Pool[TaskLane]):
+    """Lanes on the event loop: a job has a place when a lane is free for it."""
+
+    async def start(self) -> None:
+        """See `Pool.start`."""
+        self._free: asyncio.Queue[TaskLane] = asyncio.Queue()
+        for lane in self.lanes:
+            self._free.put_nowait(lane)
+        await super().start()
+
+    async def run(self, job: Job) -> Result:
+        """See `Pool.run`."""
+        lane = await self._free.get()
+        try:
+            return await lane.run(job)
+        finally:
+            self._free.put_nowait(lane)
+
+
+class ThreadedPool(Pool[ThreadedLane]):
+    """Lanes with a thread each, which take their jobs from one shelf.
+
+    Args:
+        lanes: one for each worker.
+        overrun: seconds after which a job is reported as overrunning; `None` where the lanes end
+            such a job themselves.
+    """
+
+    def __init__(self, lanes: Sequence[ThreadedLane], *, overrun: float | None = None) -> None:
+        super().__init__(lanes)
+        self._overrun = overrun
+        self._ahead = Ahead(len(lanes))
+
+    async def start(self) -> None:
+        """See `Pool.start`."""
+        self._shelf = Shelf()
+        await super().start()
+        for lane in self.lanes:
+            lane.serve(self._shelf)
+
+    @property
+    def places(self) -> int:
+        """See `Pool.places`."""
+        return len(self.lanes) + self._ahead.jobs
+
+    async def run(self, job: Job) -> Result:
+        """See `Pool.run`."""
+        ticket = self._shelf.put(job)
+        if self._overrun is not None:
+            await self._watch(ticket, self._overrun)
+        result = await ticket.done
+        self._ahead.ran(result.seconds, failed=result.failure is not None)
+        return result
+
+    async def _watch(self, ticket: Ticket, overrun: float) -> None:
+        """Until it is done, or has taken too long, which is said."""
+        while not ticket.done.done():
+            # Before it, others may be running: the time counts from its own beginning.
+            left = ticket.began + overrun - time.monotonic() if ticket.began else overrun
+            if left <= 0:
+                log.warning("handler_overran", lane=ticket.lane, timeout=overrun)
+                return
+            await asyncio.wait({ticket.done}, timeout=left)
+
+    async def close(self, deadline: float) -> bool:
+        """See `Pool.close`."""
+        self._shelf.close(len(self.lanes))
+        return await super().close(deadline)

@@ -17,7 +17,6 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextvars import copy_context
 from typing import TYPE_CHECKING
 
 import structlog
@@ -29,6 +28,7 @@ from ingestd.handlers.outcome import Failure, Result
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ingestd.execution.shelf import Shelf
     from ingestd.handlers.outcome import Job
 
 log = structlog.get_logger(__name__)
@@ -157,8 +157,6 @@ class ProcessLane:
             has to be replaced.
     """
 
-    depth = 2
-
     def __init__(
         self, name: str, hello: wire.Hello, *, timeout: float, on_restart: Callable[[str], None]
     ) -> None:
@@ -167,7 +165,6 @@ class ProcessLane:
         self._timeout = timeout
         self._on_restart = on_restart
         self._child: Child | None = None
-        self._closing = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
 
     async def start(self) -> None:
@@ -188,15 +185,11 @@ class ProcessLane:
             log.warning("handler_not_ready", lane=self._name, error=child.not_ready)
         return child
 
-    async def run(self, job: Job) -> Result:
-        """See `Lane.run`."""
-        return await asyncio.get_running_loop().run_in_executor(
-            self._thread, copy_context().run, self._run, job
-        )
+    def serve(self, shelf: Shelf) -> None:
+        """See `ThreadedLane.serve`."""
+        self._thread.submit(shelf.serve, self._run, self._name)
 
     def _run(self, job: Job) -> Result:
-        if self._closing:
-            return Result(failure=Failure("crashed", "the daemon leaves"))
         started = time.monotonic()
         try:
             child = self._child or self._spawn()
@@ -216,7 +209,6 @@ class ProcessLane:
 
     async def close(self, deadline: float) -> bool:
         """See `Lane.close`."""
-        self._closing = True
         loop = asyncio.get_running_loop()
         closing = loop.run_in_executor(self._thread, self._stop, deadline - loop.time())
         self._thread.shutdown(wait=False)

@@ -23,7 +23,7 @@ from ingestd.base.clock import SystemClock
 from ingestd.base.metrics import Metrics
 from ingestd.base.record import Records, Refused
 from ingestd.base.settings import Settings
-from ingestd.execution.pool import Pool
+from ingestd.execution.pool import TaskPool
 from ingestd.handlers.outcome import Failure, Job, Rejection, Result, Retry
 from ingestd.pipeline import Pipeline
 
@@ -32,8 +32,6 @@ ATTEMPTS = 2
 
 class Desk:
     """A lane whose jobs lie on a desk until the test decides about them."""
-
-    depth = 1
 
     def __init__(self, jobs: list[tuple[Job, asyncio.Future[Result]]]) -> None:
         self._jobs = jobs
@@ -82,7 +80,7 @@ class PipelineAgainstModel(RuleBasedStateMachine):
             metrics=Metrics("test").pipeline("default"),
             clock=SystemClock(),
         )
-        self.pipeline.pool = Pool([Desk(self.jobs), Desk(self.jobs)])
+        self.pipeline.pool = TaskPool([Desk(self.jobs), Desk(self.jobs)])
         self.loop.run_until_complete(self.pipeline.open())
         self.settle_down()
 

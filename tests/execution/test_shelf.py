@@ -1,0 +1,107 @@
+"""Jobs that lie ready: who takes them, who hears of their end, and how many there are."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import structlog
+
+from ingestd.base.record import Records
+from ingestd.execution.ahead import AHEAD_MAX, SECONDS, Ahead
+from ingestd.execution.shelf import Shelf
+from ingestd.handlers.outcome import Job, Result
+
+
+def job(number: int) -> Job:
+    return Job(f"j-{number}", 1, Records.lines([b"1"]), [], "j")
+
+
+async def test_a_busy_lane_keeps_no_job_from_the_others() -> None:
+    """One lane hangs in its first job; all others are run by the second one."""
+    hold = threading.Event()
+    shelf = Shelf()
+
+    def run(one: Job) -> Result:
+        if one.batch == "j-0":
+            hold.wait(20)
+        return Result(seconds=1.0)
+
+    with ThreadPoolExecutor(2) as threads:
+        tickets = [shelf.put(job(number)) for number in range(50)]
+        for lane in ("a", "b"):
+            threads.submit(shelf.serve, run, lane)
+        await asyncio.wait_for(asyncio.gather(*(t.done for t in tickets[1:])), 20)
+        assert not tickets[0].done.done()
+        assert {ticket.lane for ticket in tickets[1:]} == {"b" if tickets[0].lane == "a" else "a"}
+        hold.set()
+        assert (await tickets[0].done).seconds == 1.0
+        shelf.close(2)
+
+
+async def test_what_goes_wrong_in_a_lane_is_told_and_the_lane_goes_on() -> None:
+    shelf = Shelf()
+
+    def run(one: Job) -> Result:
+        if one.batch == "j-0":
+            raise SystemExit(3)
+        return Result()
+
+    with ThreadPoolExecutor(1) as threads:
+        first, second = shelf.put(job(0)), shelf.put(job(1))
+        threads.submit(shelf.serve, run, "a")
+        with pytest.raises(SystemExit):
+            await first.done
+        assert await second.done == Result()
+        shelf.close(1)
+
+
+async def test_after_the_end_no_job_is_begun() -> None:
+    shelf, begun = Shelf(), []
+    left = [shelf.put(job(number)) for number in range(5)]
+    shelf.close(2)
+    with ThreadPoolExecutor(2) as threads:
+        for lane in ("a", "b"):
+            threads.submit(shelf.serve, lambda one: begun.append(one) or Result(), lane)
+    await asyncio.sleep(0)
+    assert not begun
+    assert not any(ticket.done.done() for ticket in left)
+
+
+async def test_log_lines_of_a_lane_know_whose_job_it_is() -> None:
+    shelf, seen = Shelf(), []
+
+    def run(one: Job) -> Result:
+        seen.append((one.batch, structlog.contextvars.get_contextvars()["batch_id"]))
+        return Result()
+
+    async def ask(number: int) -> None:
+        structlog.contextvars.bind_contextvars(batch_id=f"j-{number}")
+        await shelf.put(job(number)).done
+
+    with ThreadPoolExecutor(1) as threads:
+        threads.submit(shelf.serve, run, "a")
+        await asyncio.gather(*(asyncio.create_task(ask(number)) for number in range(9)))
+        shelf.close(1)
+    assert len(seen) == 9
+    assert all(batch == bound for batch, bound in seen)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 100])
+def test_what_lies_ready_is_a_moments_work(workers: int) -> None:
+    ahead = Ahead(workers)
+    assert ahead.jobs == workers
+    for _ in range(200):
+        ahead.ran(SECONDS / 10, failed=False)
+    least, most = (max(workers, min(n * workers, AHEAD_MAX)) for n in (9, 10))
+    assert least <= ahead.jobs <= most
+    for _ in range(200):
+        ahead.ran(0.0, failed=False)
+    assert ahead.jobs == max(workers, AHEAD_MAX)
+    ahead.ran(0.0, failed=True)
+    assert ahead.jobs == workers
+    for _ in range(200):
+        ahead.ran(30.0, failed=False)
+    assert ahead.jobs == workers
