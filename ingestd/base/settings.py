@@ -121,6 +121,21 @@ class HttpSettings(Section):
         description="bodies being read or waiting for their commit, all requests together",
     )
     connections_max: Count = Field(4096, ge=1, le=1_000_000, description="most open connections")
+    connections_per_client_max: Count = Field(
+        1024, ge=0, le=1_000_000, description="most open connections of one client; 0: no bound"
+    )
+    head_timeout: Seconds = Field(
+        10.0, gt=0, le=_DAY, description="the head of a request has to be there after this"
+    )
+    body_rate_min: Size = Field(
+        1024, ge=0, le=_GIB, description="a body that comes slower, a second, is ended; 0: no bound"
+    )
+    inflate_ratio_max: Count = Field(
+        200,
+        ge=0,
+        le=1_000_000,
+        description="a body that grows more when decompressed is refused; 0: no bound",
+    )
     body_timeout: Seconds = Field(
         30.0, gt=0, le=_DAY, description="a body has to be there after this"
     )
@@ -275,6 +290,7 @@ class PipelineSettings(Section):
 
     format: Format = Field("json", description="what a record is")
     record_bytes_max: Size = Field(_MIB, ge=1, le=_GIB, description="largest record")
+    json_depth_max: Count = Field(128, ge=1, le=512, description="deepest nesting of a JSON record")
     batch: BatchSettings = BatchSettings()
     queue: QueueSettings = QueueSettings()
     handler: HandlerSettings = HandlerSettings()
@@ -299,6 +315,7 @@ class Settings(BaseSettings):
     )
     format: Format = Field("json", description="what a record is")
     record_bytes_max: Size = Field(_MIB, ge=1, le=_GIB, description="largest record")
+    json_depth_max: Count = Field(128, ge=1, le=512, description="deepest nesting of a JSON record")
     source: SourceSettings = SourceSettings()
     http: HttpSettings = HttpSettings()
     stdin: StdinSettings = StdinSettings()

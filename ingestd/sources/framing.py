@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ingestd.base.record import Records, Refused
+from ingestd.sources.depth import DEPTH_MAX
 from ingestd.sources.lines import BOM, KEPT_BYTES, Parsed, parse_lines, too_large
 
 if TYPE_CHECKING:
@@ -20,11 +21,13 @@ class Framer:
     Args:
         form: what the records are; see `parse_lines`.
         record_bytes_max: a longer line is refused, with its beginning kept.
+        depth_max: `json` that is nested deeper is refused.
     """
 
-    def __init__(self, form: Format, record_bytes_max: int) -> None:
+    def __init__(self, form: Format, record_bytes_max: int, depth_max: int = DEPTH_MAX) -> None:
         self._form = form
         self._record_bytes_max = record_bytes_max
+        self._depth_max = depth_max
         self._index = 0
         self._tail = bytearray()
         self._bom = BOM if form != "bytes" else b""
@@ -72,7 +75,9 @@ class Framer:
 
     def _parse(self, block: bytes, refused: list[Refused]) -> Parsed | None:
         if block:
-            parsed = parse_lines(block, self._form, self._record_bytes_max, self._index)
+            parsed = parse_lines(
+                block, self._form, self._record_bytes_max, self._index, self._depth_max
+            )
             self._index += parsed.total
             if refused:
                 parsed = Parsed(parsed.records, refused + parsed.refused)

@@ -11,9 +11,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from ingestd.base.record import Layout, Records, Refused, pack_sizes
+from ingestd.sources.depth import DEPTH_MAX, is_deeper
 from ingestd.sources.http import problem
 from ingestd.sources.http.problem import Problem
-from ingestd.sources.lines import BOM, KEPT_BYTES, Parsed, json_fault, parse_lines, squeeze
+from ingestd.sources.lines import (
+    BOM,
+    KEPT_BYTES,
+    Parsed,
+    json_fault,
+    parse_lines,
+    squeeze,
+    too_deep,
+)
 from ingestd.sources.lines import too_large as refuse_too_large
 
 if TYPE_CHECKING:
@@ -43,10 +52,12 @@ class Bounds(NamedTuple):
     Attributes:
         records_max: most records in a body.
         record_bytes_max: a longer record is refused.
+        depth_max: JSON that is nested deeper is refused.
     """
 
     records_max: int
     record_bytes_max: int
+    depth_max: int = DEPTH_MAX
 
 
 _NDJSON = (
@@ -117,7 +128,7 @@ def _parse_all_lines(body: bytes, form: Format, bounds: Bounds) -> Parsed:
     if body[-1:] != b"\n":
         body += b"\n"
     if len(body) <= PIECE_BYTES:
-        return parse_lines(body, form, bounds.record_bytes_max)
+        return parse_lines(body, form, bounds.record_bytes_max, 0, bounds.depth_max)
     if body.count(b"\n") > bounds.records_max:
         # Only lines that are not empty count; more of them than records are not taken apart.
         body = squeeze(body)
@@ -127,7 +138,7 @@ def _parse_all_lines(body: bytes, form: Format, bounds: Bounds) -> Parsed:
     first = 0
     untouched = True
     for piece in _pieces(body):
-        part = parse_lines(piece, form, bounds.record_bytes_max, first)
+        part = parse_lines(piece, form, bounds.record_bytes_max, first, bounds.depth_max)
         first += part.total
         untouched = untouched and part.records.payload is piece
         parts.append(part)
@@ -158,23 +169,23 @@ def _parse_document(body: bytes, bounds: Bounds) -> Parsed:
         if not body.isascii():
             body.decode()
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        raise _malformed(body, json_fault(body)) from None
+        raise _malformed(body, json_fault(body, bounds.depth_max)) from None
     if len(values) > bounds.records_max:
         raise _too_many(bounds)
-    return _lay_out(values, bounds.record_bytes_max)
+    return _lay_out(values, bounds)
 
 
-def _lay_out(values: list[msgspec.Raw], record_bytes_max: int) -> Parsed:
+def _lay_out(values: list[msgspec.Raw], bounds: Bounds) -> Parsed:
     """The elements of an array as records: lines if none holds an LF."""
     sizes = [memoryview(value).nbytes for value in values]
     refused: list[Refused] = []
-    if sizes and max(sizes) > record_bytes_max:
-        for index, size in enumerate(sizes):
-            if size > record_bytes_max:
-                head = bytes(memoryview(values[index])[:KEPT_BYTES])
-                refused.append(refuse_too_large(index, size, record_bytes_max, head))
-        values = [v for v, size in zip(values, sizes, strict=True) if size <= record_bytes_max]
-        sizes = [size for size in sizes if size <= record_bytes_max]
+    # Only a long element can be nested deeply; see `ingestd.sources.depth`.
+    if sizes and max(sizes) > min(bounds.record_bytes_max, 2 * bounds.depth_max):
+        refused = _refuse_elements(values, sizes, bounds)
+        bad = {one.index for one in refused}
+        if bad:
+            values = [value for index, value in enumerate(values) if index not in bad]
+            sizes = [size for index, size in enumerate(sizes) if index not in bad]
     count = len(values)
     payload = b"\n".join([*values, msgspec.Raw(b"")])
     if payload.count(b"\n") == count:
@@ -183,11 +194,23 @@ def _lay_out(values: list[msgspec.Raw], record_bytes_max: int) -> Parsed:
     return Parsed(records, refused)
 
 
+def _refuse_elements(values: list[msgspec.Raw], sizes: list[int], bounds: Bounds) -> list[Refused]:
+    refused: list[Refused] = []
+    for index, size in enumerate(sizes):
+        if size > bounds.record_bytes_max:
+            head = bytes(memoryview(values[index])[:KEPT_BYTES])
+            refused.append(refuse_too_large(index, size, bounds.record_bytes_max, head))
+        elif size > 2 * bounds.depth_max and is_deeper(bytes(values[index]), bounds.depth_max):
+            detail = too_deep(bounds.depth_max)
+            refused.append(Refused(index, "malformed", detail, bytes(values[index])))
+    return refused
+
+
 def _parse_value(body: bytes, bounds: Bounds) -> Parsed:
     value = body.strip(_WHITESPACE)
     if not value:
         return Parsed(Records.lines([]), [])
-    if len(value) <= bounds.record_bytes_max and (detail := json_fault(body)):
+    if len(value) <= bounds.record_bytes_max and (detail := json_fault(body, bounds.depth_max)):
         raise _malformed(value, detail)
     return _parse_one(value, bounds, Layout.SIZED if b"\n" in value else Layout.LINES)
 
@@ -220,7 +243,8 @@ def _bound_elements(body: bytes, bounds: Bounds) -> None:
                 return
             at += 1
     except (UnicodeDecodeError, RecursionError) as error:
-        detail = "not UTF-8" if isinstance(error, UnicodeDecodeError) else "nested too deeply"
+        not_text = isinstance(error, UnicodeDecodeError)
+        detail = "not UTF-8" if not_text else too_deep(bounds.depth_max)
         raise _malformed(body, detail) from None
     except (ValueError, IndexError):
         return  # malformed after few enough elements, and the decoder stops there too

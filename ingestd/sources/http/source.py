@@ -99,7 +99,7 @@ class HttpSource:
         self._settings = settings
         self._routes: dict[str, _Route] = {}
         for name, intake in intakes.items():
-            bounds = Bounds(settings.records_max, intake.record_bytes_max)
+            bounds = Bounds(settings.records_max, intake.record_bytes_max, intake.json_depth_max)
             self._routes[f"{_ROOT}/{name}"] = _Route(intake, bounds)
         self._routes[_ROOT] = self._routes[f"{_ROOT}/{default}"]
         self._on_request = on_request
