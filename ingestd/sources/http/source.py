@@ -33,8 +33,9 @@ from ingestd.base.errors import (
 from ingestd.sources.http import problem
 from ingestd.sources.http.answer import JSON, PROBLEM, Answer
 from ingestd.sources.http.body import Bounds, parse_body, reading_of
-from ingestd.sources.http.encoding import inflate, name_encoding
+from ingestd.sources.http.encoding import inflate, inflate_short, name_encoding
 from ingestd.sources.http.idempotency import HEADER, REPLAYED, Replayed, parse_key, take_fingerprint
+from ingestd.sources.http.pace import Pace
 from ingestd.sources.http.problem import Problem, explain, list_errors
 from ingestd.sources.http.room import Room
 from ingestd.sources.http.server import Server
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from aiohttp import web
+    from aiohttp.streams import StreamReader
 
     from ingestd.base.settings import HttpSettings
     from ingestd.sources.http.body import Reading
@@ -127,6 +129,8 @@ class HttpSource:
         self._server = Server(
             self._answer,
             connections_max=settings.connections_max,
+            per_client_max=settings.connections_per_client_max,
+            head_timeout=settings.head_timeout,
             keepalive_timeout=settings.keepalive_timeout,
         )
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="http-body")
@@ -241,10 +245,10 @@ class HttpSource:
         length = self._check_length(request)
         key = parse_key(headers.getall(HEADER)) if HEADER in headers else None
         with self._room.enter(request.remote or "") as hold:
-            hold.grow(length or 0)
+            hold.expect(length or 0)
             if "Expect" in headers:
                 _say_continue(request)
-            wire = await self._read(request, hold, counted=length is not None)
+            wire = await self._read(request, hold)
             if key is None:
                 parsed = await self._parse(wire, encoding, reading, route, hold)
                 del wire
@@ -289,35 +293,51 @@ class HttpSource:
             raise self._too_large()
         return length
 
-    async def _read(self, request: web.BaseRequest, hold: Hold, *, counted: bool) -> bytes:
+    async def _read(self, request: web.BaseRequest, hold: Hold) -> bytes:
         """The body as it came."""
         content = request.content
         try:
             if content.is_eof():  # all of it came with the head
                 body = content.read_nowait()
-                if not counted:
-                    self._count(len(body), len(body), hold)
+                self._count(len(body), hold)
                 return body
             sink = BytesIO()
-            async with async_timeout.timeout(self._settings.body_timeout):
-                while block := await content.readany():
-                    sink.write(block)
-                    if not counted:
-                        self._count(len(block), sink.tell(), hold)
+            started = self._loop.time()
+            deadline = started + self._settings.body_timeout
+            pace = Pace(self._settings.body_rate_min, started)
+            while not await self._read_until(min(deadline, pace.due), content, sink, hold):
+                now = self._loop.time()
+                if now >= deadline:
+                    limit = f"http.body_timeout = {self._settings.body_timeout:g} s"
+                    raise Problem(problem.TIMEOUT, f"not complete after {limit}")
+                if pace.is_slow(sink.tell(), now):
+                    limit = f"http.body_rate_min = {self._settings.body_rate_min} bytes a second"
+                    raise Problem(problem.TIMEOUT, f"slower than {limit}")
             return sink.getvalue()
-        except TimeoutError:
-            detail = f"not complete after http.body_timeout = {self._settings.body_timeout:g} s"
-            raise Problem(problem.TIMEOUT, detail) from None
         except (RequestPayloadError, ClientPayloadError, OSError, RuntimeError):
             # RuntimeError: aiohttp's word for reading on a connection that has just gone.
             if request.transport is None:
                 raise _ClientGone from None
             raise Problem(problem.BAD_REQUEST, "the body's framing is broken") from None
 
-    def _count(self, more: int, total: int, hold: Hold) -> None:
+    async def _read_until(
+        self, moment: float, content: StreamReader, sink: BytesIO, hold: Hold
+    ) -> bool:
+        """More of the body, until that time at the latest; whether that was all of it."""
+        try:
+            async with async_timeout.timeout_at(moment):
+                while block := await content.readany():
+                    sink.write(block)
+                    self._count(sink.tell(), hold)
+        except TimeoutError:
+            return False
+        return True
+
+    def _count(self, total: int, hold: Hold) -> None:
         if total > self._settings.wire_bytes_max:
             raise self._too_large()
-        hold.grow(more)
+        if total > hold.bytes:
+            hold.grow(total - hold.bytes)
 
     def _too_large(self) -> Problem:
         detail = f"more than http.wire_bytes_max = {self._settings.wire_bytes_max}"
@@ -334,21 +354,19 @@ class HttpSource:
             return await self._loop.run_in_executor(
                 self._threads, parse_body, wire, reading, form, bounds
             )
-        sink = BytesIO()
-
-        def take(piece: bytes) -> None:
-            hold.grow(len(piece))
-            sink.write(piece)
-
-        steps = inflate(encoding, self._settings.body_bytes_max, wire, take)
+        settings = self._settings
+        if len(wire) < THREAD_BYTES:
+            short = inflate_short(encoding, wire, settings.body_bytes_max)
+            if short is not None:
+                hold.grow(len(short))
+                return parse_body(short, reading, form, bounds)
 
         def finish() -> Parsed:
-            for _ in steps:
-                pass
-            return parse_body(sink.getvalue(), reading, form, bounds)
+            body = inflate(
+                encoding, wire, settings.body_bytes_max, settings.inflate_ratio_max, hold.grow
+            )
+            return parse_body(body, reading, form, bounds)
 
-        if len(wire) < THREAD_BYTES and _is_short(steps):
-            return finish()
         return await self._loop.run_in_executor(self._threads, finish)
 
     async def _fingerprint(self, wire: bytes, content_type: str, encoding: str) -> bytes:
@@ -368,12 +386,6 @@ class HttpSource:
 
 class _ClientGone(Exception):  # noqa: N818 - nobody's error
     """The client went away in the middle of its body."""
-
-
-def _is_short(steps: Iterator[None]) -> bool:
-    """Whether one step is all of it: most bodies are, and need no thread."""
-    next(steps, None)
-    return next(steps, steps) is steps
 
 
 def _say_continue(request: web.BaseRequest) -> None:
