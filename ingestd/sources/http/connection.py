@@ -182,9 +182,11 @@ class Connection(web.RequestHandler):
 
     def _break_body(self) -> None:
         # An error in the middle of a body is queued as the next request, and who reads the body
-        # would wait for the rest until it times out.
+        # would wait for the rest until it times out. It also is at its end, or aiohttp would read
+        # what is left of it and log what it finds.
         if not self._body.is_eof():
             self._body.set_exception(RequestPayloadError("not a valid body"))
+            self._body.feed_eof()
 
     def _count_held(self, size: int) -> int:
         """What waits here at most: a part of a head, or requests behind another one."""

@@ -9,17 +9,20 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from aiohttp import HttpVersion11
+from aiohttp import HttpVersion10, HttpVersion11
 
 if TYPE_CHECKING:
     from aiohttp.http import RawRequestMessage
 
+_VERSIONS = (HttpVersion11, HttpVersion10)
 # RFC 3986: what may stand in host and port; without the comma, which joins two of them.
 _HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+;=%:\[\]-]*")
 
 
 def fault(message: RawRequestMessage) -> str:
     """Why a head is not taken, in a few words that quote nothing; empty if it is."""
+    if message.version not in _VERSIONS:
+        return "only HTTP/1.1 and HTTP/1.0 are spoken"
     headers = message.headers
     coding = headers.get("Transfer-Encoding")
     if coding is not None:
