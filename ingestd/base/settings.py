@@ -111,11 +111,11 @@ class HttpSettings(Section):
         16 * _MIB, ge=1, le=_TIB, description="largest body as it is sent, before decompression"
     )
     body_bytes_max: Size = Field(
-        64 * _MIB, ge=1, le=_TIB, description="largest body after decompression"
+        32 * _MIB, ge=1, le=_TIB, description="largest body after decompression"
     )
     records_max: Count = Field(100_000, ge=1, le=10**9, description="most records in one request")
     inflight_bytes_max: Size = Field(
-        256 * _MIB,
+        48 * _MIB,
         ge=1,
         le=_TIB,
         description="bodies being read or waiting for their commit, all requests together",

@@ -80,6 +80,17 @@ def parse_lines(
     return _sort_out(block, None, record_bytes_max, first)
 
 
+def parse_canonical(
+    block: bytes, record_bytes_max: int, depth_max: int = DEPTH_MAX
+) -> Parsed | None:
+    """JSON lines, each ended by LF, if all of them are good and there is nothing else; or nothing.
+
+    What `parse_lines` does where nothing has to be looked at line by line.
+    """
+    count = 0 if b"\r" in block else _count_json(block, record_bytes_max, depth_max)
+    return Parsed(Records(Layout.LINES, count, block), []) if count else None
+
+
 def json_fault(value: bytes, depth_max: int = DEPTH_MAX) -> str:
     """What is wrong with a JSON text (RFC 8259), in one line; empty if nothing is."""
     try:
@@ -116,15 +127,13 @@ def squeeze(block: bytes) -> bytes:
 
 
 def _parse_json(block: bytes, record_bytes_max: int, first: int, depth_max: int) -> Parsed:
-    count = 0 if b"\r" in block else _count_json(block, record_bytes_max, depth_max)
-    if not count:
+    parsed = parse_canonical(block, record_bytes_max, depth_max)
+    if parsed is None:
         squeezed = squeeze(block)
         if squeezed is not block:
             block = squeezed
-            count = _count_json(block, record_bytes_max, depth_max)
-    if count:
-        return Parsed(Records(Layout.LINES, count, block), [])
-    return _sort_out(block, depth_max, record_bytes_max, first)
+            parsed = parse_canonical(block, record_bytes_max, depth_max)
+    return parsed or _sort_out(block, depth_max, record_bytes_max, first)
 
 
 def _count_json(block: bytes, record_bytes_max: int, depth_max: int) -> int:
@@ -150,6 +159,7 @@ def _sort_out(block: bytes, depth_max: int | None, record_bytes_max: int, first:
     """Line by line; with a depth they are JSON, without one they are anything."""
     good: list[bytes] = []
     refused: list[Refused] = []
+    details: dict[str, str] = {}  # many lines have the same fault; it is kept once
     lines = block.split(b"\n")
     lines.pop()
     for line in lines:
@@ -161,6 +171,7 @@ def _sort_out(block: bytes, depth_max: int | None, record_bytes_max: int, first:
         elif not line.strip(b" \t\r"):
             continue
         elif detail := json_fault(line, depth_max):
+            detail = details.setdefault(detail, detail)
             refused.append(Refused(index, "malformed", detail, line))
         else:
             good.append(line)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import http.client
-import json, os
+import json
+import os
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import pytest
 
 from tests.daemon.harness import ROOT, Daemon, daemon
 
-SECONDS = int(os.environ.get("SECS","20"))
+SECONDS = int(os.environ.get("SECS", "20"))
 RESIDENT_MAX = 200 * 1000**2
 P99_MAX = 1.0
 

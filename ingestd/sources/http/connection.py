@@ -27,6 +27,8 @@ log = structlog.get_logger(__name__)
 
 HEAD_BYTES_MAX = 32 * 1024
 """The head of one request, all lines together."""
+FRAMING_BYTES_FREE = 64 * 1024
+"""What the framing of a chunked body may take beyond as many bytes as the body has so far."""
 WRITE_BUFFER_BYTES = 16 * 1024
 """From here on a client has to read its answers before its next request is looked at."""
 
@@ -52,6 +54,7 @@ class Connection(web.RequestHandler):
         "_end",
         "_head_bytes",
         "_head_timer",
+        "_wire_bytes",
         "client",
         "held",
         "last",
@@ -67,6 +70,7 @@ class Connection(web.RequestHandler):
         self._body: StreamReader = EMPTY_PAYLOAD
         self._chunked = False
         self._end = b""
+        self._wire_bytes = 0
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
 
@@ -122,6 +126,8 @@ class Connection(web.RequestHandler):
         before = len(self._messages)
         in_body = not self._body.is_eof()
         super().data_received(data)
+        if self._chunked:
+            self._see_chunks(len(data))
         if self._chunked or len(self._messages) != before:
             self._end = data[-7:] if len(data) > 6 else (self._end + data)[-7:]
             self._see_messages(before)
@@ -137,6 +143,17 @@ class Connection(web.RequestHandler):
         if self._head_bytes > HEAD_BYTES_MAX:
             detail = f"the head of the request has more than {HEAD_BYTES_MAX} bytes"
             self._refuse(Problem(problem.HEADERS_TOO_LARGE, detail))
+
+    def _see_chunks(self, size: int) -> None:
+        """Bounds what is not the body in a chunked body: sizes, extensions, trailers."""
+        self._wire_bytes += size
+        body = self._body
+        framing = self._wire_bytes - body.total_bytes
+        if framing <= body.total_bytes + FRAMING_BYTES_FREE or self._reading_paused:
+            return
+        self._break_body()
+        self._end_after(0)
+        self._chunked = False
 
     def _see_messages(self, before: int) -> None:
         """Looks at what has become whole: heads, or the end of a chunked body."""
@@ -159,6 +176,7 @@ class Connection(web.RequestHandler):
                 return
             self._body = body
             self._chunked = message.chunked and not body.is_eof()
+            self._wire_bytes = 0
             if message.upgrade:  # CONNECT too; answered like any other, and then it is over
                 messages[index] = (message._replace(should_close=True), body)
             more = index + 1 < len(messages)
