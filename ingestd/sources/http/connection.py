@@ -29,6 +29,8 @@ HEAD_BYTES_MAX = 32 * 1024
 """The head of one request, all lines together."""
 FRAMING_BYTES_FREE = 64 * 1024
 """What the framing of a chunked body may take beyond as many bytes as the body has so far."""
+CHUNK_BYTES_MIN = 4
+"""Many thousand chunks that are smaller than this on average are too many."""
 WRITE_BUFFER_BYTES = 16 * 1024
 """From here on a client has to read its answers before its next request is looked at."""
 
@@ -54,6 +56,7 @@ class Connection(web.RequestHandler):
         "_end",
         "_head_bytes",
         "_head_timer",
+        "_paused_at",
         "_wire_bytes",
         "client",
         "held",
@@ -71,6 +74,7 @@ class Connection(web.RequestHandler):
         self._chunked = False
         self._end = b""
         self._wire_bytes = 0
+        self._paused_at = 0
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
 
@@ -145,11 +149,18 @@ class Connection(web.RequestHandler):
             self._refuse(Problem(problem.HEADERS_TOO_LARGE, detail))
 
     def _see_chunks(self, size: int) -> None:
-        """Bounds what is not the body in a chunked body: sizes, extensions, trailers."""
+        """Bounds what is not the body in a chunked body: sizes, extensions, trailers.
+
+        A chunk costs as much as some hundred bytes do, however small it is.
+        """
         self._wire_bytes += size
-        body = self._body
-        framing = self._wire_bytes - body.total_bytes
-        if framing <= body.total_bytes + FRAMING_BYTES_FREE or self._reading_paused:
+        total = self._body.total_bytes
+        if self._reading_paused:
+            # Not all of it is parsed: aiohttp has as many bytes, or as many chunks, as it may.
+            grown, self._paused_at = total - self._paused_at, total
+            if grown >= _CHUNKS_MAX // 2 * CHUNK_BYTES_MIN:
+                return
+        elif self._wire_bytes - total <= total + FRAMING_BYTES_FREE:
             return
         self._break_body()
         self._end_after(0)
@@ -176,7 +187,7 @@ class Connection(web.RequestHandler):
                 return
             self._body = body
             self._chunked = message.chunked and not body.is_eof()
-            self._wire_bytes = 0
+            self._wire_bytes = self._paused_at = 0
             if message.upgrade:  # CONNECT too; answered like any other, and then it is over
                 messages[index] = (message._replace(should_close=True), body)
             more = index + 1 < len(messages)
