@@ -1,6 +1,6 @@
-"""Every attack at once, from addresses of its own: `python -m tests.attacks.attackers PORT SECONDS`.
+"""Every attack at once: `python -m tests.attacks.attackers PORT SECONDS [NAME …]`.
 
-Prints how often each attack went through its motions. Talks to 127.0.0.1 only, and ends by itself.
+Each comes from addresses of its own. Prints how often each attack went through its motions. Talks to 127.0.0.1 only, and ends by itself.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ def large() -> list[bytes]:
     return [
         LINE + HOST + b"Content-Length: 17000000\r\n\r\n" + b"1\n" * 100_000,
         plain(b"[" + b"1," * 8_000_000 + b"1]", as_json),
-        plain(b"[" + b"1," * 299_998 + b"1]", as_json),
+        plain(b"[" + b"1," * 199_998 + b"1]", as_json),
         plain(b"[" + b"[]," * 99_998 + b"[]]", as_json),
         plain(b"1\n" * 8_000_000),
         plain(b"1\n" * 99_999),

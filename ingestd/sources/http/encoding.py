@@ -60,18 +60,18 @@ def inflate(
     Raises:
         Problem: 400 if it is corrupt or cut off, 413 if it is too much.
     """
-    sink = BytesIO()
     inflater = Inflater(encoding, bytes_max, ratio_max)
-    try:
-        for piece in inflater.feed(wire):
-            take(len(piece))
-            sink.write(piece)
-        inflater.finish()
-    except Corrupt as error:
-        raise Problem(problem.CORRUPT, str(error)) from None
-    except TooDense as error:
-        raise Problem(problem.RATIO, str(error)) from None
-    except TooMuch:
-        detail = f"more than http.body_bytes_max = {bytes_max} after decompression"
-        raise Problem(problem.BODY_TOO_LARGE, detail) from None
-    return sink.getvalue()
+    with BytesIO() as sink:
+        try:
+            for piece in inflater.feed(wire):
+                take(len(piece))
+                sink.write(piece)
+            inflater.finish()
+        except Corrupt as error:
+            raise Problem(problem.CORRUPT, str(error)) from None
+        except TooDense as error:
+            raise Problem(problem.RATIO, str(error)) from None
+        except TooMuch:
+            detail = f"more than http.body_bytes_max = {bytes_max} after decompression"
+            raise Problem(problem.BODY_TOO_LARGE, detail) from None
+        return sink.getvalue()

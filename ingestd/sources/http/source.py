@@ -61,7 +61,11 @@ THREAD_BYTES = 256 * 1024
 or 10 ms if they have two bytes each, and going to a thread and back about 0.1 ms, with the
 interpreter's lock shared either way."""
 
-_THREADS = 2
+LARGE_BYTES = 4 * 1024 * 1024
+"""Such bodies, and compressed ones that are not short, are parsed one at a time: what they need
+beside themselves is as large as they are, and others have a thread where they do not wait for them.
+"""
+
 _BACKLOG = 1024
 _ROOT = "/v1/records"
 _CLIENT_GONE = 499
@@ -134,7 +138,8 @@ class HttpSource:
             head_timeout=settings.head_timeout,
             keepalive_timeout=settings.keepalive_timeout,
         )
-        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="http-body")
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="http-body")
+        self._large = ThreadPoolExecutor(1, thread_name_prefix="http-large")
         try:
             host, port = split_address(settings.listen)
             self._listener = await self._loop.create_server(
@@ -142,6 +147,7 @@ class HttpSource:
             )
         except (OSError, ValueError) as error:
             self._threads.shutdown()
+            self._large.shutdown()
             what = getattr(error, "strerror", None) or str(error)
             raise AddressError(
                 address=settings.listen, setting="http.listen", problem=what
@@ -175,6 +181,7 @@ class HttpSource:
         await self._server.close(_SHUTDOWN_SECONDS)
         await self._listener.wait_closed()
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._large.shutdown(wait=False, cancel_futures=True)
 
     # -- one request ---------------------------------------------------------------------------
 
@@ -305,24 +312,28 @@ class HttpSource:
                 body = content.read_nowait()
                 self._count(len(body), hold)
                 return body
-            sink = BytesIO()
-            started = self._loop.time()
-            deadline = started + self._settings.body_timeout
-            pace = Pace(self._settings.body_rate_min, started)
-            while not await self._read_until(min(deadline, pace.due), content, sink, hold):
-                now = self._loop.time()
-                if now >= deadline:
-                    limit = f"http.body_timeout = {self._settings.body_timeout:g} s"
-                    raise Problem(problem.TIMEOUT, f"not complete after {limit}")
-                if pace.is_slow(sink.tell(), now):
-                    limit = f"http.body_rate_min = {self._settings.body_rate_min} bytes a second"
-                    raise Problem(problem.TIMEOUT, f"slower than {limit}")
-            return sink.getvalue()
+            # Closed in any case: an error keeps this frame until the next collection.
+            with BytesIO() as sink:
+                await self._read_all(content, sink, hold)
+                return sink.getvalue()
         except (RequestPayloadError, ClientPayloadError, OSError, RuntimeError):
             # RuntimeError: aiohttp's word for reading on a connection that has just gone.
             if request.transport is None:
                 raise _ClientGone from None
             raise Problem(problem.BAD_REQUEST, "the body's framing is broken") from None
+
+    async def _read_all(self, content: StreamReader, sink: BytesIO, hold: Hold) -> None:
+        started = self._loop.time()
+        deadline = started + self._settings.body_timeout
+        pace = Pace(self._settings.body_rate_min, started)
+        while not await self._read_until(min(deadline, pace.due), content, sink, hold):
+            now = self._loop.time()
+            if now >= deadline:
+                limit = f"http.body_timeout = {self._settings.body_timeout:g} s"
+                raise Problem(problem.TIMEOUT, f"not complete after {limit}")
+            if pace.is_slow(sink.tell(), now):
+                limit = f"http.body_rate_min = {self._settings.body_rate_min} bytes a second"
+                raise Problem(problem.TIMEOUT, f"slower than {limit}")
 
     async def _read_until(
         self, moment: float, content: StreamReader, sink: BytesIO, hold: Hold
@@ -357,8 +368,9 @@ class HttpSource:
                 parsed = parse_quickly(wire, reading, form, bounds)
                 if parsed is not None:
                     return parsed
+            threads = self._threads if len(wire) < LARGE_BYTES else self._large
             return await self._loop.run_in_executor(
-                self._threads, parse_body, wire, reading, form, bounds
+                threads, parse_body, wire, reading, form, bounds
             )
         settings = self._settings
         if len(wire) < THREAD_BYTES:
@@ -373,7 +385,7 @@ class HttpSource:
             )
             return parse_body(body, reading, form, bounds)
 
-        return await self._loop.run_in_executor(self._threads, finish)
+        return await self._loop.run_in_executor(self._large, finish)
 
     async def _fingerprint(self, wire: bytes, content_type: str, encoding: str) -> bytes:
         if len(wire) < THREAD_BYTES:
