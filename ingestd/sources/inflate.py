@@ -22,7 +22,9 @@ RATIO_FREE_BYTES = 1024 * 1024
 
 _MEMBERS_FREE = 1000
 _MEMBER_BYTES = 512
-_WIRE_BYTES = 64 * 1024  # zlib hands back what it did not use as a copy: keep that small
+# Small steps: the ratio is that of what came out to what went in so far, and zlib hands back what
+# it did not use as a copy.
+_WIRE_BYTES = 8 * 1024
 _GZIP = 31
 _ZLIB = 15
 _RAW_DEFLATE = -15
@@ -75,15 +77,10 @@ class Inflater:
             TooMuch: more comes out than is wanted.
             TooDense: more comes out than such an input should hold.
         """
-        start = 0
-        while start < len(wire):
-            # What stands behind a member's end is copied for the next one: small steps while
-            # members are small.
-            size = _WIRE_BYTES if self._members < _MEMBERS_FREE else _WIRE_BYTES // 16
-            piece = wire[start : start + size]
+        for start in range(0, len(wire), _WIRE_BYTES):
+            piece = wire[start : start + _WIRE_BYTES]
             self._wire_bytes += len(piece)
             yield from self._feed(piece)
-            start += size
 
     def finish(self) -> None:
         """Says that there is no more.

@@ -1,6 +1,7 @@
 """Every attack at once: `python -m tests.attacks.attackers PORT SECONDS [NAME …]`.
 
-Each comes from addresses of its own. Prints how often each attack went through its motions. Talks to 127.0.0.1 only, and ends by itself.
+Each comes from addresses of its own. Prints how often each went through its motions. Talks to
+127.0.0.1 only, and ends by itself.
 """
 
 from __future__ import annotations

@@ -162,6 +162,21 @@ async def test_an_endless_chunk_line_is_cut(intake, endless):
     assert intake.items == []
 
 
+async def test_chunks_of_one_byte(intake):
+    """Some thousand are taken; many thousand are refused before they are all parsed."""
+    few, many = (b"1\r\n1\r\n1\r\n\n\r\n" * (number // 2) for number in (8000, 200_000))
+    async with serving(intake) as source:
+        async with connected(source) as client:
+            client.send(LINE + HOST + b"Transfer-Encoding: chunked\r\n\r\n" + few + b"0\r\n\r\n")
+            assert (await client.reply()).json["accepted"] == 4000
+        async with connected(source) as client:
+            client.send(LINE + HOST + b"Transfer-Encoding: chunked\r\n\r\n" + many)
+            assert await answers(client) in ([400], [])
+        await until(lambda: source._server.open == 0)
+        assert source._room.bytes == 0
+    assert len(intake.items) == 4000
+
+
 async def test_pipelining_without_reading_holds_little(intake):
     """Requests behind one that waits are bounded, one by one and all together."""
     intake.gate.clear()

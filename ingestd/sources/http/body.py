@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import enum
 import json
 from email.message import Message
@@ -279,7 +280,7 @@ def _count_elements(body: bytes, size: int, bounds: Bounds) -> bool:
     skip = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
     is_whole = size >= len(body)
     try:
-        text = body.decode() if is_whole else body[:size].decode(errors="ignore")
+        text = codecs.utf_8_decode(body[:size], "strict", is_whole)[0]
         at = skip(text, 0).end() + 1
         for _ in range(bounds.records_max + 1):
             at = scan(text, skip(text, at).end())[1]
