@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
 import enum
-import json
 from email.message import Message
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,6 +12,7 @@ import msgspec
 from ingestd.base.record import Layout, Records, Refused, pack_sizes
 from ingestd.sources.depth import DEPTH_MAX, is_deeper
 from ingestd.sources.http import problem
+from ingestd.sources.http.elements import holds_more
 from ingestd.sources.http.problem import Problem
 from ingestd.sources.lines import (
     BOM,
@@ -40,7 +39,6 @@ QUICK_BYTES = 16 * 1024
 
 _ELEMENTS_SURE = 200_000
 _ELEMENTS_FEW = 20_000
-_PREFIX_BYTES = 1024 * 1024
 _ELEMENTS = msgspec.json.Decoder(list[msgspec.Raw])
 _WHITESPACE = b" \t\r\n"
 
@@ -210,6 +208,17 @@ def _parse_document(body: bytes, bounds: Bounds) -> Parsed:
     return _lay_out(values, bounds)
 
 
+def _bound_elements(body: bytes, bounds: Bounds) -> None:
+    """Refuses an array with too many elements without holding all of them."""
+    try:
+        many = holds_more(body, bounds.records_max)
+    except (UnicodeDecodeError, RecursionError):
+        detail = json_fault(body, bounds.depth_max) or too_deep(bounds.depth_max)
+        raise _malformed(body, detail) from None
+    if many:
+        raise _too_many(bounds)
+
+
 def _lay_out(values: list[msgspec.Raw], bounds: Bounds) -> Parsed:
     """The elements of an array as records: lines if none holds an LF."""
     sizes = [memoryview(value).nbytes for value in values]
@@ -259,42 +268,6 @@ def _parse_one(value: bytes, bounds: Bounds, layout: Layout) -> Parsed:
     if not value:
         return Parsed(Records.sized([]), [])
     return Parsed(Records(layout, 1, value, pack_sizes([len(value)])), [])
-
-
-def _bound_elements(body: bytes, bounds: Bounds) -> None:
-    """Refuses an array with too many elements without holding all of them.
-
-    Only bodies with a great many commas come here: as a list, `[1,1,1,…]` takes 40 times its size.
-    """
-    size = _PREFIX_BYTES
-    while not _count_elements(body, size, bounds):
-        size *= 4
-
-
-def _count_elements(body: bytes, size: int, bounds: Bounds) -> bool:
-    """Whether the first bytes were enough to see that the elements are few enough.
-
-    What is malformed is, too: the decoder stops there.
-    """
-    scan = json.JSONDecoder(parse_int=len, parse_float=len).raw_decode
-    skip = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
-    is_whole = size >= len(body)
-    try:
-        text = codecs.utf_8_decode(body[:size], "strict", is_whole)[0]
-        at = skip(text, 0).end() + 1
-        for _ in range(bounds.records_max + 1):
-            at = scan(text, skip(text, at).end())[1]
-            at = skip(text, at).end()
-            if text[at] != ",":
-                return is_whole or text[at] == "]"
-            at += 1
-    except (UnicodeDecodeError, RecursionError) as error:
-        not_text = isinstance(error, UnicodeDecodeError)
-        detail = "not UTF-8" if not_text else too_deep(bounds.depth_max)
-        raise _malformed(body, detail) from None
-    except (ValueError, IndexError):
-        return is_whole
-    raise _too_many(bounds)
 
 
 def _malformed(value: bytes, detail: str) -> Problem:
