@@ -177,6 +177,32 @@ async def test_chunks_of_one_byte(intake):
     assert len(intake.items) == 4000
 
 
+@pytest.mark.parametrize("bound", ["FRAMING_BYTES_FREE", "CHUNK_BYTES_MIN"])
+async def test_each_bound_of_chunks_holds_alone(intake, monkeypatch, bound):
+    """On what the framing takes, and on chunks that are parsed but not read yet."""
+    off = {"FRAMING_BYTES_FREE": 10**9, "CHUNK_BYTES_MIN": 0}[bound]
+    monkeypatch.setattr(f"ingestd.sources.http.connection.{bound}", off)
+    async with serving(intake) as source, connected(source) as client:
+        client.send(LINE + HOST + b"Transfer-Encoding: chunked\r\n\r\n")
+        client.send(b"1\r\n1\r\n1\r\n\n\r\n" * 200_000 + b"0\r\n\r\n")
+        assert await answers(client) in ([400], [])
+        await until(lambda: source._server.open == 0)
+    assert intake.items == []
+
+
+async def test_a_body_that_breaks_while_it_is_read(intake):
+    """400, and nothing in the log; what was good in it is not taken."""
+    for broken in (b"zz\r\n", b"1\r\nxy\r\n", b"0\r\nX\r\n\r\n"):
+        async with serving(intake) as source, connected(source) as client:
+            client.send(LINE + HOST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n1\n\r\n")
+            await until(lambda: source._active)
+            client.send(broken)
+            reply = await client.reply()
+            assert (reply.status, reply.slug) == (400, "bad-request")
+            assert await client.closed()
+    assert intake.items == []
+
+
 async def test_pipelining_without_reading_holds_little(intake):
     """Requests behind one that waits are bounded, one by one and all together."""
     intake.gate.clear()
