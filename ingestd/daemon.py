@@ -24,6 +24,7 @@ from ingestd.admin.view import Status
 from ingestd.base.address import show_address
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import Exit, IngestdError, InputIncomplete, JournalFailed
+from ingestd.base.interpreter import settle_interpreter
 from ingestd.base.lock import DataDir
 from ingestd.base.metrics import Metrics
 from ingestd.base.signals import Signals
@@ -60,6 +61,7 @@ def serve(settings: Settings) -> int:
     Returns:
         The exit code. If a worker's thread could not be ended, the process leaves from here.
     """
+    settle_interpreter()
     writer = start_logging(settings.log)
     daemon = Daemon(settings, writer)
     try:

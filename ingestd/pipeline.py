@@ -109,6 +109,7 @@ class Pipeline:
         self.name = name
         self.format = settings.format
         self.record_bytes_max = settings.record_bytes_max
+        self.json_depth_max = settings.json_depth_max
         self.settings = settings
         self.journal = build_journal(
             settings.journal,

@@ -117,16 +117,31 @@ class HttpSettings(Section):
         16 * _MIB, ge=1, le=_TIB, description="largest body as it is sent, before decompression"
     )
     body_bytes_max: Size = Field(
-        64 * _MIB, ge=1, le=_TIB, description="largest body after decompression"
+        32 * _MIB, ge=1, le=_TIB, description="largest body after decompression"
     )
     records_max: Count = Field(100_000, ge=1, le=10**9, description="most records in one request")
     inflight_bytes_max: Size = Field(
-        256 * _MIB,
+        48 * _MIB,
         ge=1,
         le=_TIB,
         description="bodies being read or waiting for their commit, all requests together",
     )
     connections_max: Count = Field(4096, ge=1, le=1_000_000, description="most open connections")
+    connections_per_client_max: Count = Field(
+        1024, ge=0, le=1_000_000, description="most open connections of one client; 0: no bound"
+    )
+    head_timeout: Seconds = Field(
+        10.0, gt=0, le=_DAY, description="the head of a request has to be there after this"
+    )
+    body_rate_min: Size = Field(
+        1024, ge=0, le=_GIB, description="a body that comes slower, a second, is ended; 0: no bound"
+    )
+    inflate_ratio_max: Count = Field(
+        200,
+        ge=0,
+        le=1_000_000,
+        description="a body that grows more when decompressed is refused; 0: no bound",
+    )
     body_timeout: Seconds = Field(
         30.0, gt=0, le=_DAY, description="a body has to be there after this"
     )
@@ -366,6 +381,7 @@ class PipelineSettings(Section):
 
     format: Format = Field("json", description="what a record is")
     record_bytes_max: Size = Field(_MIB, ge=1, le=_GIB, description="largest record")
+    json_depth_max: Count = Field(128, ge=1, le=512, description="deepest nesting of a JSON record")
     batch: BatchSettings = BatchSettings()
     queue: QueueSettings = QueueSettings()
     handler: HandlerSettings = HandlerSettings()
@@ -390,6 +406,7 @@ class Settings(BaseSettings):
     )
     format: Format = Field("json", description="what a record is")
     record_bytes_max: Size = Field(_MIB, ge=1, le=_GIB, description="largest record")
+    json_depth_max: Count = Field(128, ge=1, le=512, description="deepest nesting of a JSON record")
     source: SourceSettings = SourceSettings()
     http: HttpSettings = HttpSettings()
     stdin: StdinSettings = StdinSettings()

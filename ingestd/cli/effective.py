@@ -41,7 +41,7 @@ def _visible(path: Sequence[str], value: object, origin: str, loaded: Loaded) ->
         return MASK
     if path[:2] == ("fetch", "headers") and value != {}:
         return MASK
-    if isinstance(value, tuple):
+    if isinstance(value, tuple) and tuple(path) == ("fetch", "urls"):
         return [show_url(url) for url in value]
     return shown(field_at(path), value)
 

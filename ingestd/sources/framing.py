@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ingestd.base.record import Records, Refused
+from ingestd.sources.depth import DEPTH_MAX
 from ingestd.sources.lines import BOM, KEPT_BYTES, Parsed, parse_lines, too_large
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ class Framer:
     Args:
         form: what the records are; see `parse_lines`.
         record_bytes_max: a longer line is refused, with its beginning kept.
+        depth_max: `json` that is nested deeper is refused.
         begun: the stream was begun before: no byte order mark comes.
         index: of the first record.
 
@@ -28,10 +30,17 @@ class Framer:
     """
 
     def __init__(
-        self, form: Format, record_bytes_max: int, *, begun: bool = False, index: int = 0
+        self,
+        form: Format,
+        record_bytes_max: int,
+        depth_max: int = DEPTH_MAX,
+        *,
+        begun: bool = False,
+        index: int = 0,
     ) -> None:
         self._form = form
         self._record_bytes_max = record_bytes_max
+        self._depth_max = depth_max
         self.index = index
         self._tail = bytearray()
         self._bom = BOM if form != "bytes" and not begun else b""
@@ -79,7 +88,9 @@ class Framer:
 
     def _parse(self, block: bytes, refused: list[Refused]) -> Parsed | None:
         if block:
-            parsed = parse_lines(block, self._form, self._record_bytes_max, self.index)
+            parsed = parse_lines(
+                block, self._form, self._record_bytes_max, self.index, self._depth_max
+            )
             self.index += parsed.total
             if refused:
                 parsed = Parsed(parsed.records, refused + parsed.refused)

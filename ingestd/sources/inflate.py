@@ -17,7 +17,14 @@ if TYPE_CHECKING:
 PIECE_BYTES = 256 * 1024
 """What one step puts out at most."""
 
-_WIRE_BYTES = 64 * 1024  # zlib hands back what it did not use as a copy: keep that small
+RATIO_FREE_BYTES = 1024 * 1024
+"""Up to here the ratio of what came out to what went in does not matter."""
+
+_MEMBERS_FREE = 1000
+_MEMBER_BYTES = 512
+# Small steps: the ratio is that of what came out to what went in so far, and zlib hands back what
+# it did not use as a copy.
+_WIRE_BYTES = 8 * 1024
 _GZIP = 31
 _ZLIB = 15
 _RAW_DEFLATE = -15
@@ -33,20 +40,31 @@ class TooMuch(Exception):  # noqa: N818
     """More comes out than is wanted."""
 
 
+class TooDense(TooMuch):
+    """So much more comes out than went in that it was made to."""
+
+
 class Inflater:
     """Takes a compressed body as it comes and gives what was in it.
 
-    Several gzip members or zstd frames, one behind the other, are one body.
+    Several gzip members or zstd frames, one behind the other, are one body. They have to hold
+    `_MEMBER_BYTES` each on average, after the first `_MEMBERS_FREE`: opening one costs more than
+    reading some bytes does.
 
     Args:
         encoding: `gzip`, `deflate` or `zstd`.
         bytes_max: more than this is not decompressed.
+        ratio_max: how many times as much may come out as went in, as soon as more than
+            `RATIO_FREE_BYTES` have; 0 for any.
     """
 
-    def __init__(self, encoding: str, bytes_max: int) -> None:
+    def __init__(self, encoding: str, bytes_max: int, ratio_max: int = 0) -> None:
         self._encoding = encoding
         self._bytes_max = bytes_max
+        self._ratio_max = ratio_max
+        self._wire_bytes = 0
         self._bytes = 0
+        self._members = 0
         self._stream: _Stream | None = None
         self._head = b""
         self._ended = False
@@ -57,9 +75,12 @@ class Inflater:
         Raises:
             Corrupt: it is not what it says.
             TooMuch: more comes out than is wanted.
+            TooDense: more comes out than such an input should hold.
         """
         for start in range(0, len(wire), _WIRE_BYTES):
-            yield from self._feed(wire[start : start + _WIRE_BYTES])
+            piece = wire[start : start + _WIRE_BYTES]
+            self._wire_bytes += len(piece)
+            yield from self._feed(piece)
 
     def finish(self) -> None:
         """Says that there is no more.
@@ -79,15 +100,14 @@ class Inflater:
                     self._head = wire
                     return
                 self._head = b""
+                self._count_member()
                 stream = self._stream = self._open(wire)
                 self._ended = False
             try:
                 piece = stream.take(wire)
             except (zlib.error, zstd.ZstdError):
                 raise self._corrupt("it can't be decompressed") from None
-            self._bytes += len(piece)
-            if self._bytes > self._bytes_max:
-                raise TooMuch(f"more than {self._bytes_max} bytes after decompression")
+            self._count(len(piece))
             if piece:
                 yield piece
             wire = b""
@@ -95,6 +115,22 @@ class Inflater:
                 wire = stream.rest
                 self._ended = True
                 self._stream = None
+
+    def _count(self, size: int) -> None:
+        self._bytes += size
+        if self._bytes > self._bytes_max:
+            raise TooMuch(f"more than {self._bytes_max} bytes after decompression")
+        if (
+            self._ratio_max
+            and self._bytes > RATIO_FREE_BYTES
+            and self._bytes > self._ratio_max * self._wire_bytes
+        ):
+            raise TooDense(f"more than {self._ratio_max} times its size after decompression")
+
+    def _count_member(self) -> None:
+        self._members += 1
+        if self._members > _MEMBERS_FREE + self._bytes // _MEMBER_BYTES:
+            raise TooDense("too many members with next to nothing in them")
 
     def _open(self, wire: bytes) -> _Stream:
         """The first stream, or the next one; only gzip and zstd may have a next one."""

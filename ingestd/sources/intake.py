@@ -23,6 +23,7 @@ class Intake(Protocol):
         name: the pipeline's.
         format: what its records are.
         record_bytes_max: a longer record is refused.
+        json_depth_max: JSON that is nested deeper is refused.
     """
 
     @property
@@ -31,6 +32,8 @@ class Intake(Protocol):
     def format(self) -> Format: ...  # noqa: D102
     @property
     def record_bytes_max(self) -> int: ...  # noqa: D102
+    @property
+    def json_depth_max(self) -> int: ...  # noqa: D102
 
     async def begin(self, key: str, fingerprint: bytes) -> Claim | bytes:
         """The stored answer of a request that was accepted before, else a claim on its key.

@@ -2,8 +2,8 @@
 
 The usual block is canonical: every line is one JSON value and nothing else. That is found out for
 the whole block at once, and then the block itself is the run of records. msgspec reads all values
-of the block; if they, joined by LF, are the block again and none of them holds an LF, then every
-line is exactly one value. Blank lines and CRs are taken out and the block is tried again; what is
+of the block with spaces for its LFs; if they, joined by LF, are the block again, then every line is
+exactly one value. Blank lines and CRs are taken out and the block is tried again; what is
 not canonical then goes line by line.
 """
 
@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from ingestd.base.record import Layout, Records, Refused
+from ingestd.sources.depth import DEPTH_MAX, holds_deeper, is_deeper
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from ingestd.sources.intake import Format
 
 BOM = b"\xef\xbb\xbf"
@@ -46,7 +45,13 @@ class Parsed(NamedTuple):
         return self.records.count + len(self.refused)
 
 
-def parse_lines(block: bytes, form: Format, record_bytes_max: int, first: int = 0) -> Parsed:
+def parse_lines(
+    block: bytes,
+    form: Format,
+    record_bytes_max: int,
+    first: int = 0,
+    depth_max: int = DEPTH_MAX,
+) -> Parsed:
     """One record a line.
 
     `json` and `text`: blank lines are skipped, a CR before the LF is removed. `json`: a line is
@@ -58,11 +63,12 @@ def parse_lines(block: bytes, form: Format, record_bytes_max: int, first: int = 
         form: what the records are.
         record_bytes_max: a longer record is refused.
         first: the index of the first record.
+        depth_max: `json` that is nested deeper is refused.
     """
     if block[-1:] != b"\n":
         block += b"\n"
     if form == "json":
-        return _parse_json(block, record_bytes_max, first)
+        return _parse_json(block, record_bytes_max, first, depth_max)
     lines = block.split(b"\n")
     lines.pop()
     if form == "text" and (b"\r" in block or b"" in lines):
@@ -71,10 +77,21 @@ def parse_lines(block: bytes, form: Format, record_bytes_max: int, first: int = 
         lines.pop()
     if len(block) <= record_bytes_max + 1 or max(map(len, lines), default=0) <= record_bytes_max:
         return Parsed(Records(Layout.LINES, len(lines), block), [])
-    return _sort_out(block, _anything, record_bytes_max, first)
+    return _sort_out(block, None, record_bytes_max, first)
 
 
-def json_fault(value: bytes) -> str:
+def parse_canonical(
+    block: bytes, record_bytes_max: int, depth_max: int = DEPTH_MAX
+) -> Parsed | None:
+    """JSON lines, each ended by LF, if all of them are good and there is nothing else; or nothing.
+
+    What `parse_lines` does where nothing has to be looked at line by line.
+    """
+    count = 0 if b"\r" in block else _count_json(block, record_bytes_max, depth_max)
+    return Parsed(Records(Layout.LINES, count, block), []) if count else None
+
+
+def json_fault(value: bytes, depth_max: int = DEPTH_MAX) -> str:
     """What is wrong with a JSON text (RFC 8259), in one line; empty if nothing is."""
     try:
         _JSON.decode(value)
@@ -85,8 +102,13 @@ def json_fault(value: bytes) -> str:
     except UnicodeDecodeError as error:
         return f"not UTF-8 (byte {error.start})"
     except RecursionError:
-        return "nested too deeply"
-    return ""
+        return too_deep(depth_max)
+    return too_deep(depth_max) if is_deeper(value, depth_max) else ""
+
+
+def too_deep(depth_max: int) -> str:
+    """What is said of a record that is nested too deeply."""
+    return f"nested deeper than json_depth_max = {depth_max}"
 
 
 def too_large(index: int, size: int, record_bytes_max: int, head: bytes) -> Refused:
@@ -104,59 +126,56 @@ def squeeze(block: bytes) -> bytes:
     return block[1:] if block[:1] == b"\n" else block
 
 
-def _parse_json(block: bytes, record_bytes_max: int, first: int) -> Parsed:
-    count = 0 if b"\r" in block else _count_json(block, record_bytes_max)
-    if not count:
+def _parse_json(block: bytes, record_bytes_max: int, first: int, depth_max: int) -> Parsed:
+    parsed = parse_canonical(block, record_bytes_max, depth_max)
+    if parsed is None:
         squeezed = squeeze(block)
         if squeezed is not block:
             block = squeezed
-            count = _count_json(block, record_bytes_max)
-    if count:
-        return Parsed(Records(Layout.LINES, count, block), [])
-    return _sort_out(block, json_fault, record_bytes_max, first)
+            parsed = parse_canonical(block, record_bytes_max, depth_max)
+    return parsed or _sort_out(block, depth_max, record_bytes_max, first)
 
 
-def _count_json(block: bytes, record_bytes_max: int) -> int:
+def _count_json(block: bytes, record_bytes_max: int, depth_max: int) -> int:
     """How many records a canonical block holds; 0 for any other."""
     try:
-        values = _JSON.decode_lines(block)
+        # A space also parts values, but the block is no value's any more if an LF was in one.
+        values = _JSON.decode_lines(block.replace(b"\n", b" "))
         if not block.isascii():
             block.decode()
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return 0
     count = len(values)
     values.append(_NOTHING)
-    # Searching for one LF is several times faster than counting all of them.
-    canonical = b"\n".join(values) == block and b"\n" not in b"".join(values)
+    if b"\n".join(values) != block or holds_deeper(block, values, depth_max):
+        return 0
     fits = (
         len(block) <= record_bytes_max + 1 or max(map(len, block.split(b"\n"))) <= record_bytes_max
     )
-    return count if canonical and fits else 0
+    return count if fits else 0
 
 
-def _sort_out(
-    block: bytes, fault: Callable[[bytes], str], record_bytes_max: int, first: int
-) -> Parsed:
+def _sort_out(block: bytes, depth_max: int | None, record_bytes_max: int, first: int) -> Parsed:
+    """Line by line; with a depth they are JSON, without one they are anything."""
     good: list[bytes] = []
     refused: list[Refused] = []
+    details: dict[str, str] = {}  # many lines have the same fault; it is kept once
     lines = block.split(b"\n")
     lines.pop()
-    blank = fault is json_fault
     for line in lines:
         index = first + len(good) + len(refused)
         if len(line) > record_bytes_max:
             refused.append(too_large(index, len(line), record_bytes_max, line))
-        elif blank and not line.strip(b" \t\r"):
+        elif depth_max is None:
+            good.append(line)
+        elif not line.strip(b" \t\r"):
             continue
-        elif detail := fault(line):
+        elif detail := json_fault(line, depth_max):
+            detail = details.setdefault(detail, detail)
             refused.append(Refused(index, "malformed", detail, line))
         else:
             good.append(line)
     return Parsed(Records.lines(good), refused)
-
-
-def _anything(_line: bytes) -> str:
-    return ""
 
 
 _NOTHING = msgspec.Raw(b"")

@@ -29,6 +29,7 @@ class MemoryIntake:
         self.name = name
         self.format: Format = form
         self.record_bytes_max: int = more.get("record_bytes_max", 1024**2)
+        self.json_depth_max: int = more.get("json_depth_max", 128)
         self.runs: list[Records] = []
         self.refused: list[Refused] = []
         self.gate = asyncio.Event()

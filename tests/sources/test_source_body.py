@@ -157,7 +157,10 @@ def test_a_malformed_body_is_400(bad):
 def test_nesting_beyond_the_stack_is_malformed():
     deep = b"[" * 200_000 + b"]" * 200_000
     bounds = Bounds(10, 10**6)
-    assert read(b"1\n" + deep, bounds=bounds).refused[0].detail == "nested too deeply"
+    assert (
+        read(b"1\n" + deep, bounds=bounds).refused[0].detail
+        == "nested deeper than json_depth_max = 128"
+    )
     assert refusal(deep, "application/json", bounds=bounds) == (400, "malformed")
 
 

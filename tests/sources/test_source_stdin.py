@@ -503,7 +503,7 @@ def test_as_a_real_process_with_standard_input_closed(tmp_path):
         "from ingestd.base.settings import StdinSettings\n"
         "from ingestd.sources.stdin.source import StdinSource\n"
         "class In:\n"
-        "    name, format, record_bytes_max = 'default', 'json', 1024\n"
+        "    name, format, record_bytes_max, json_depth_max = 'default', 'json', 1024, 128\n"
         "    async def accept(self, records, refused=()):\n"
         "        print(records.items())\n"
         "async def main():\n"

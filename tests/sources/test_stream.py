@@ -274,7 +274,9 @@ async def test_any_division_gives_the_records_of_the_whole(body, cuts, form):
         piece = next(left, None)
         return (b"", True) if piece is None else (piece, False)
 
-    one = Stream(read, intake, Caller(), encoding="identity", silence=10.0, gone=lambda: False)
+    one = Stream(
+        read, intake, Caller(), encoding="identity", ratio_max=0, silence=10.0, gone=lambda: False
+    )
     answer = Reply(202, {}, await one.run(pieces[0])).json
     assert intake.items == whole_records
     assert [one.index for one in intake.refused] == refused

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base.record import Records, Refused
+from ingestd.sources.depth import DEPTH_MAX
 from ingestd.sources.lines import BOM, KEPT_BYTES, Parsed, json_fault, too_large
 
 if TYPE_CHECKING:
@@ -135,7 +136,13 @@ def _usable(value: bytes, before: str) -> str:
     return name if plain and len(name) <= ID_CHARS_MAX else before
 
 
-def records_of(events: list[Event], form: Format, record_bytes_max: int, first: int) -> Parsed:
+def records_of(
+    events: list[Event],
+    form: Format,
+    record_bytes_max: int,
+    first: int,
+    depth_max: int = DEPTH_MAX,
+) -> Parsed:
     """One record an event, by the rules for lines; data of many lines stays one record.
 
     Args:
@@ -143,6 +150,7 @@ def records_of(events: list[Event], form: Format, record_bytes_max: int, first: 
         form: what the records are; in `json` and `text` pipelines blank ones are left out.
         record_bytes_max: a longer one is refused.
         first: the index of the first record.
+        depth_max: JSON that is nested deeper is refused.
     """
     good: list[bytes] = []
     refused: list[Refused] = []
@@ -152,7 +160,7 @@ def records_of(events: list[Event], form: Format, record_bytes_max: int, first: 
             refused.append(too_large(index, size, record_bytes_max, data[:KEPT_BYTES]))
         elif not (data.strip(b" \t\r\n") if form == "json" else data) and form != "bytes":
             continue
-        elif form == "json" and (detail := json_fault(data)):
+        elif form == "json" and (detail := json_fault(data, depth_max)):
             refused.append(Refused(index, "malformed", detail, data))
         else:
             good.append(data)

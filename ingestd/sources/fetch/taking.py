@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 from msgspec.structs import replace
 
 from ingestd.base.record import Records
+from ingestd.sources.depth import DEPTH_MAX
 from ingestd.sources.fetch.answer import is_compressed
 from ingestd.sources.fetch.events import EventParser, records_of
 from ingestd.sources.fetch.failure import Again, Changed, GivenUp
@@ -53,10 +54,17 @@ class Lines:
         record_bytes_max: a longer one is refused.
         position: where the body's first new byte lies.
         skip: bytes that come before it; compared with what was accepted.
+        depth_max: JSON that is nested deeper is refused.
     """
 
     def __init__(
-        self, form: Format, record_bytes_max: int, position: Position, skip: int = 0
+        self,
+        form: Format,
+        record_bytes_max: int,
+        position: Position,
+        skip: int = 0,
+        *,
+        depth_max: int = DEPTH_MAX,
     ) -> None:
         self.position = position
         self._skip = skip
@@ -64,7 +72,9 @@ class Lines:
         self._head = position.offset == 0 and form != "bytes"
         self._end = position.offset  # of everything that was fed
         begun = position.offset > 0
-        self._framer = Framer(form, record_bytes_max, begun=begun, index=position.records)
+        self._framer = Framer(
+            form, record_bytes_max, depth_max, begun=begun, index=position.records
+        )
 
     def feed(self, piece: bytes) -> Parsed | None:
         """See `Taker`.
@@ -128,12 +138,21 @@ class Events:
         form: what the records are.
         record_bytes_max: a longer one is refused.
         position: which event was the last one.
+        depth_max: JSON that is nested deeper is refused.
     """
 
-    def __init__(self, form: Format, record_bytes_max: int, position: Position) -> None:
+    def __init__(
+        self,
+        form: Format,
+        record_bytes_max: int,
+        position: Position,
+        *,
+        depth_max: int = DEPTH_MAX,
+    ) -> None:
         self.position = position
         self._form = form
         self._bytes_max = record_bytes_max
+        self._depth_max = depth_max
         self._parser = EventParser(record_bytes_max, position.event_id)
 
     @property
@@ -146,7 +165,9 @@ class Events:
         events = self._parser.feed(piece)
         if not events:
             return None
-        parsed = records_of(events, self._form, self._bytes_max, self.position.records)
+        parsed = records_of(
+            events, self._form, self._bytes_max, self.position.records, self._depth_max
+        )
         self.position = replace(
             self.position,
             event_id=self._parser.last_id,

@@ -153,7 +153,13 @@ class Tries:
         if verdict.changed:
             self.changed(self.position)
         intake, settings = self._intake, self._settings
-        taker = Lines(intake.format, intake.record_bytes_max, verdict.position, verdict.skip)
+        taker = Lines(
+            intake.format,
+            intake.record_bytes_max,
+            verdict.position,
+            verdict.skip,
+            depth_max=intake.json_depth_max,
+        )
         self.progress.expect(response.content_length)
         stream = pieces(
             response.content,
@@ -187,13 +193,20 @@ class Tries:
     async def _follow_events(self, response: ClientResponse, verdict: Take) -> None:
         intake, settings = self._intake, self._settings
         start = Position(event_id=self.position.event_id, records=self.position.records)
-        taker = Events(intake.format, intake.record_bytes_max, start)
+        taker = Events(
+            intake.format, intake.record_bytes_max, start, depth_max=intake.json_depth_max
+        )
         await self._follow(response, verdict.position.encoding, taker)
         raise Reconnect(waits.reconnect(taker.retry, settings.backoff, settings.backoff_max))
 
     async def _follow_lines(self, response: ClientResponse, verdict: Take) -> None:
         intake, settings = self._intake, self._settings
-        taker = Lines(intake.format, intake.record_bytes_max, verdict.position)
+        taker = Lines(
+            intake.format,
+            intake.record_bytes_max,
+            verdict.position,
+            depth_max=intake.json_depth_max,
+        )
         try:
             await self._follow(response, verdict.position.encoding, taker)
             last = taker.end(certain=ends_by_itself(response.headers))

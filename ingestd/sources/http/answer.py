@@ -109,7 +109,8 @@ class Answer(web.StreamResponse):
         transport = request.transport
         if transport is None or transport.is_closing():
             raise ConnectionResetError
-        self._keep_alive = bool(self._keep_alive) and request.keep_alive
+        is_last = getattr(request.protocol, "is_last", False)
+        self._keep_alive = bool(self._keep_alive) and request.keep_alive and not is_last
         connection = b"" if self._keep_alive else _CLOSE
         if self._keep_alive and request.version == HttpVersion10:
             connection = _KEEP

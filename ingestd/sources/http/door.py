@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import re
 import secrets
+from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple
 
 import async_timeout
@@ -155,7 +156,10 @@ class Door:
             outcome = await self._take(request)
         except Problem as found:
             log.debug("request_refused", problem=found.kind.slug)
-            outcome = found
+            # Its frames hold the body, and one of them holds it: that would last until the next
+            # collection.
+            outcome = found.with_traceback(None)
+            outcome.__context__ = None
         except EXPLAINED as error:
             outcome = explain(error)
             log.debug("request_refused", problem=outcome.kind.slug)
@@ -240,7 +244,7 @@ class Door:
         prefer = NOTHING
         if PREFER in headers:
             prefer = parse_prefer(headers.getall(PREFER), settings.wait_max)
-        hold.grow(length or 0)
+        hold.expect(length or 0)
         if "Expect" in headers:
             say_continue(request)
         streams = length is None and reading is Reading.LINES and key is None
@@ -251,7 +255,7 @@ class Door:
                     request, route.intake, caller, hold, encoding=encoding, begun=wire
                 )
         else:
-            wire = await read_whole(request, hold, settings, counted=length is not None)
+            wire = await read_whole(request, hold, settings)
         fingerprint = b""
         if route.webhook is not None:
             key, fingerprint = await self._bench.verify(route.webhook, request, wire)
@@ -329,14 +333,16 @@ class Door:
         hold.grow(HELD_BYTES)
 
         async def read() -> tuple[bytes, bool]:
-            with in_our_words(request, self._settings):
-                return await read_piece(request.content)
+            with in_our_words(request), BytesIO() as sink:
+                ended = await read_piece(request.content, sink)
+                return sink.getvalue(), ended
 
         stream = Stream(
             read,
             intake,
             caller,
             encoding=encoding,
+            ratio_max=self._settings.inflate_ratio_max,
             silence=self._settings.stream_silence_max,
             gone=lambda: request.transport is None,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from io import BytesIO
 from typing import TYPE_CHECKING
@@ -11,13 +12,14 @@ from aiohttp import ClientPayloadError, HttpVersion11
 from aiohttp.web_protocol import RequestPayloadError
 
 from ingestd.sources.http import problem
+from ingestd.sources.http.pace import Pace
 from ingestd.sources.http.problem import Problem
 from ingestd.sources.http.stream import read_piece
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from aiohttp import web
+    from aiohttp import StreamReader, web
 
     from ingestd.base.settings import HttpSettings
     from ingestd.sources.http.room import Hold
@@ -64,69 +66,117 @@ async def read_first(
         Problem: 400, 408, 413, or what `Hold.grow` raises.
         ClientGone: in the middle of it.
     """
-    sink = BytesIO()
-    with in_our_words(request, settings):
-        async with async_timeout.timeout(settings.body_timeout):
-            while True:
-                piece, ended = await read_piece(request.content)
-                sink.write(piece)
-                goes_on = not ended and (encoding != "identity" or b"\n" in piece)
-                # What goes on has no bound as a whole: only what is held at a time counts.
-                _count(len(piece), 0 if goes_on else sink.tell(), hold, settings)
-                if ended or goes_on:
-                    return sink.getvalue(), ended
+    patience = _Patience(settings)
+    with in_our_words(request), BytesIO() as sink:
+        while True:
+            ended = False
+            with contextlib.suppress(TimeoutError):
+                async with async_timeout.timeout_at(patience.until):
+                    ended = await read_piece(request.content, sink)
+            goes_on = not ended and (encoding != "identity" or sink.getvalue().find(b"\n") >= 0)
+            _hold(sink.tell(), hold)
+            # What goes on has no bound as a whole: only what is held at a time counts.
+            if goes_on and sink.tell():
+                return sink.getvalue(), False
+            _check(sink.tell(), settings)
+            if ended:
+                return sink.getvalue(), True
+            patience.check(sink.tell())
 
 
-async def read_whole(
-    request: web.BaseRequest, hold: Hold, settings: HttpSettings, *, counted: bool
-) -> bytes:
+async def read_whole(request: web.BaseRequest, hold: Hold, settings: HttpSettings) -> bytes:
     """The body as it came.
-
-    Args:
-        request: whose body it is.
-        hold: grows with it.
-        settings: the bounds.
-        counted: its length is known, and held already.
 
     Raises:
         Problem: 400, 408, 413, or what `Hold.grow` raises.
         ClientGone: in the middle of it.
     """
     content = request.content
-    with in_our_words(request, settings):
+    with in_our_words(request):
         if content.is_eof():  # all of it came with the head
             body = content.read_nowait()
-            if not counted:
-                _count(len(body), len(body), hold, settings)
+            _check(len(body), settings)
+            _hold(len(body), hold)
             return body
-        sink = BytesIO()
-        async with async_timeout.timeout(settings.body_timeout):
+        patience = _Patience(settings)
+        # Closed in any case: an error keeps this frame until the next collection.
+        with BytesIO() as sink:
+            while not await _read_until(patience.until, content, sink, hold, settings):
+                patience.check(sink.tell())
+            return sink.getvalue()
+
+
+async def _read_until(
+    moment: float, content: StreamReader, sink: BytesIO, hold: Hold, settings: HttpSettings
+) -> bool:
+    """More of the body, until that time at the latest; whether that was all of it."""
+    try:
+        async with async_timeout.timeout_at(moment):
             while block := await content.readany():
                 sink.write(block)
-                if not counted:
-                    _count(len(block), sink.tell(), hold, settings)
-        return sink.getvalue()
+                _check(sink.tell(), settings)
+                _hold(sink.tell(), hold)
+    except TimeoutError:
+        return False
+    return True
+
+
+class _Patience:
+    """How long a body is waited for: a deadline, and a least rate.
+
+    Attributes:
+        until: when to look again, in the loop's time.
+    """
+
+    def __init__(self, settings: HttpSettings) -> None:
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        started = self._loop.time()
+        self._deadline = started + settings.body_timeout
+        self._pace = Pace(settings.body_rate_min, started)
+        self.until = min(self._deadline, self._pace.due)
+
+    def check(self, total: int) -> None:
+        """Whether to go on waiting.
+
+        Args:
+            total: bytes that have come so far.
+
+        Raises:
+            Problem: 408.
+        """
+        now = self._loop.time()
+        if now >= self._deadline:
+            limit = f"http.body_timeout = {self._settings.body_timeout:g} s"
+            raise Problem(problem.TIMEOUT, f"not complete after {limit}")
+        if now >= self._pace.due and self._pace.is_slow(total, now):
+            limit = f"http.body_rate_min = {self._settings.body_rate_min} bytes a second"
+            raise Problem(problem.TIMEOUT, f"slower than {limit}")
+        self.until = min(self._deadline, self._pace.due)
 
 
 @contextlib.contextmanager
-def in_our_words(request: web.BaseRequest, settings: HttpSettings) -> Iterator[None]:
+def in_our_words(request: web.BaseRequest) -> Iterator[None]:
     """What can go wrong with a body that comes, as problems."""
     try:
         yield
-    except TimeoutError:
-        detail = f"not complete after http.body_timeout = {settings.body_timeout:g} s"
-        raise Problem(problem.TIMEOUT, detail) from None
-    except (RequestPayloadError, ClientPayloadError, OSError, RuntimeError):
+    except (RequestPayloadError, ClientPayloadError, OSError, RuntimeError) as error:
+        if isinstance(error, TimeoutError):
+            raise
         # RuntimeError: aiohttp's word for reading on a connection that has just gone.
         if request.transport is None:
             raise ClientGone from None
         raise Problem(problem.BAD_REQUEST, "the body's framing is broken") from None
 
 
-def _count(more: int, total: int, hold: Hold, settings: HttpSettings) -> None:
+def _check(total: int, settings: HttpSettings) -> None:
     if total > settings.wire_bytes_max:
         raise _too_large(settings)
-    hold.grow(more)
+
+
+def _hold(total: int, hold: Hold) -> None:
+    if total > hold.bytes:
+        hold.grow(total - hold.bytes)
 
 
 def _too_large(settings: HttpSettings) -> Problem:

@@ -2,9 +2,9 @@
 
 One client may fill all of it as long as it is alone. As soon as another one has something in
 flight, or was turned away lately, no client gets beyond its share: it is told so (429), and what it
-gives back is there for the others. A client is a token's name, or without one a peer's address, so
-everybody behind one proxy is one client. Its only request is never refused for its share, or it
-could never be sent at all.
+gives back is there for the others. A client is a token's name, or without one a peer's address (see
+`clients.py`), so everybody behind one proxy is one client. Its only request is never refused for
+its share, or it could never be sent at all.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Self
 
 from ingestd.base.rate import LONGEST, Rate, wait_for_room
 from ingestd.sources.http import problem
+from ingestd.sources.http.clients import client_of
 from ingestd.sources.http.problem import Problem
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from ingestd.sources.http.problem import Kind
+
+EXPECTED_BYTES = 64 * 1024
+"""What a body that was announced takes at once."""
 
 
 class _Client:
@@ -72,6 +76,7 @@ class Room:
         Raises:
             Problem: 503 if there are too many, 429 if the client has too many.
         """
+        address = client_of(address)
         client = self._clients.get(address)
         requests = client.requests + 1 if client is not None else 1
         over_share = requests > 1 and requests > self._requests_share
@@ -118,6 +123,12 @@ class Room:
                 )
         detail = f"more than http.inflight_bytes_max = {self.bytes_max} in one request"
         raise Problem(problem.BODY_TOO_LARGE, detail)
+
+    def give(self, size: int, client: _Client) -> None:
+        """Takes back what a request asked for and does not hold yet."""
+        with self._lock:
+            self.bytes -= size
+            client.bytes -= size
 
     def leave(self, client: _Client, size: int) -> None:
         """A request is over, and gives its bytes back; on the event loop."""
@@ -177,6 +188,20 @@ class Hold:
         """The bytes are not held any more; the request's place still is."""
         self._room.give_back(self._client, self.bytes)
         self.bytes = 0
+
+    def expect(self, size: int) -> None:
+        """Asks for room for a body that was announced, and takes the first `EXPECTED_BYTES` of it.
+
+        The rest is taken as it comes: saying that one has much to send costs a client nothing.
+
+        Raises:
+            Problem: see `Room.take`.
+        """
+        self._room.take(size, self._client, self.bytes)
+        taken = min(size, EXPECTED_BYTES)
+        if taken < size:
+            self._room.give(size - taken, self._client)
+        self.bytes += taken
 
     def __enter__(self) -> Self:
         return self

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import structlog
 from aiohttp import web
-from aiohttp.http_exceptions import LineTooLong
-from aiohttp.web_protocol import RequestPayloadError
 
 from ingestd.sources.http import problem
-from ingestd.sources.http.answer import PROBLEM, Answer, encode
+from ingestd.sources.http.answer import PROBLEM, encode
+from ingestd.sources.http.clients import Clients
+from ingestd.sources.http.connection import READ_BYTES, Connection
 from ingestd.sources.http.problem import Problem
 
 if TYPE_CHECKING:
@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-HEAD_TIMEOUT = 15.0
-"""Seconds for the head of a request on a connection that is not kept alive."""
 LINGER_SECONDS = 2.0
 """How long what is left of a refused body is read, so that the client gets to see its answer."""
+HELD_BYTES_MAX = 16 * 1024 * 1024
+"""Parts of heads and requests that wait behind others, of all connections together."""
+
+_HELD_BYTES_FREE = 4 * 1024
 _TURNED_AWAY_MAX = 256
 
 
@@ -33,8 +35,9 @@ class Server(web.Server):
     Args:
         handler: answers one request; must not raise.
         connections_max: who comes beyond it is told so (503) and let go.
-        keepalive_timeout: seconds until an idle connection is closed; also the time that the head
-            of a request may take.
+        per_client_max: the same (429) for connections of one client; 0 for any number.
+        head_timeout: seconds that the head of a request may take.
+        keepalive_timeout: seconds until an idle connection is closed; 0 if none is kept open.
     """
 
     def __init__(
@@ -42,13 +45,18 @@ class Server(web.Server):
         handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
         *,
         connections_max: int,
+        per_client_max: int = 0,
+        head_timeout: float = 10.0,
         keepalive_timeout: float,
     ) -> None:
         super().__init__(handler)
         self._connections_max = connections_max
-        self._keepalive_timeout = keepalive_timeout or HEAD_TIMEOUT
+        self._clients = Clients(per_client_max)
+        self._keepalive_timeout = keepalive_timeout or head_timeout
         self._turned_away: set[asyncio.Transport] = set()
         self._greetings = 0
+        self._held = 0
+        self.head_timeout = head_timeout
         self.open = 0
 
     def has_room_to_say_no(self) -> bool:
@@ -68,17 +76,29 @@ class Server(web.Server):
     def __call__(self) -> Any:  # the base class names one kind only
         """A protocol for a connection that has just been accepted."""
         if self.open + self._greetings >= self._connections_max:
-            return _TurnedAway(self._turned_away)
+            refusal = Problem(problem.CONNECTIONS, "http.connections_max is reached")
+            return _TurnedAway(self._turned_away, refusal)
         # Compressed bodies come as they are: aiohttp would decompress without a bound that we
         # can set, and answer 500 to a corrupt one.
-        return _Connection(
+        return Connection(
             self,
             loop=self._loop,
             keepalive_timeout=self._keepalive_timeout,
-            access_log=None,  # type: ignore[arg-type] # aiohttp's way to say: no access log
+            access_log=None,  # aiohttp's way to say: no access log
             auto_decompress=False,
+            read_bufsize=READ_BYTES,
             lingering_time=LINGER_SECONDS,
         )
+
+    def let_in(self, connection: Connection, transport: asyncio.Transport) -> bool:
+        """Counts a connection in, or turns its transport away."""
+        if self._clients.enter(connection.client):
+            return True
+        detail = "http.connections_per_client_max is reached"
+        other = _TurnedAway(self._turned_away, Problem(problem.CLIENT_CONNECTIONS, detail))
+        transport.set_protocol(other)
+        other.connection_made(transport)
+        return False
 
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         """Counts it."""
@@ -89,8 +109,26 @@ class Server(web.Server):
         self, handler: web.RequestHandler, exc: BaseException | None = None
     ) -> None:
         """Counts it out."""
+        assert isinstance(handler, Connection)  # noqa: S101 - see __call__
         self.open -= 1
+        self._clients.leave(handler.client)
+        self._held -= handler.held
         super().connection_lost(handler, exc)
+
+    def hold(self, connection: Connection, size: int) -> None:
+        """A connection holds that many bytes now; if all of them hold too many, it is ended."""
+        self._held += size - connection.held
+        connection.held = size
+        if self._held <= HELD_BYTES_MAX or size <= _HELD_BYTES_FREE:
+            return
+        for other in self.connections:
+            assert isinstance(other, Connection)  # noqa: S101
+            if not other.is_waiting:
+                self._held -= other.held
+                other.held = 0
+        if self._held > HELD_BYTES_MAX and connection.transport is not None:
+            log.debug("connection_ended", held=size)
+            connection.transport.abort()
 
     async def close(self, seconds: float) -> None:
         """Closes every connection; requests in progress have some seconds to end."""
@@ -99,43 +137,12 @@ class Server(web.Server):
             transport.abort()
 
 
-class _Connection(web.RequestHandler):
-    __slots__ = ()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        # A parse error in the middle of a body is queued as the next request, and who reads the
-        # body would wait for the rest until it times out.
-        if self._messages and self._current_request is not None:
-            failed = hasattr(self._messages[-1][0], "exc")
-            content = self._current_request.content
-            if failed and not content.is_eof():
-                content.set_exception(RequestPayloadError("not a valid body"))
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,  # noqa: ARG002 - it is aiohttp's stand-in
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,  # noqa: ARG002 - quotes what came
-    ) -> web.StreamResponse:
-        """What is answered where no handler is asked: what came is not HTTP."""
-        if isinstance(exc, LineTooLong):
-            kind, detail = problem.HEADERS_TOO_LARGE, "a line of the head is too long"
-        elif status == 400:
-            kind, detail = problem.BAD_REQUEST, "it can't be read as HTTP/1.1"
-        else:
-            kind, detail = problem.INTERNAL, "see the log"
-            log.error("request_failed", exc_info=exc)
-        log.debug("request_unreadable", kind=kind.slug, error=type(exc).__name__)
-        return Answer(kind.status, PROBLEM, Problem(kind, detail).body(), close=True)
-
-
 class _TurnedAway(asyncio.Protocol):
     """A connection too many: it gets its answer, and a second to read it."""
 
-    def __init__(self, others: set[asyncio.Transport]) -> None:
+    def __init__(self, others: set[asyncio.Transport], refusal: Problem) -> None:
         self._others = others
+        self._refusal = refusal
         self._timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -145,12 +152,11 @@ class _TurnedAway(asyncio.Protocol):
             transport.abort()
             return
         self._others.add(transport)
-        refusal = Problem(problem.CONNECTIONS, "http.connections_max is reached")
         transport.write(
             encode(
-                refusal.kind.status,
+                self._refusal.kind.status,
                 PROBLEM,
-                refusal.body(),
+                self._refusal.body(),
                 headers=problem.retry_after(1.0),
                 connection=b"Connection: close\r\n",
             )

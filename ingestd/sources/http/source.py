@@ -81,7 +81,10 @@ class HttpSource:
         """Everything that can be posted to, by its path; `start` adds what there is to read."""
         settings = self._settings
         routes = {
-            name: Route(intake, Bounds(settings.records_max, intake.record_bytes_max))
+            name: Route(
+                intake,
+                Bounds(settings.records_max, intake.record_bytes_max, intake.json_depth_max),
+            )
             for name, intake in intakes.items()
         }
         found: dict[str, Resource[Route | Document | None]] = {
@@ -107,6 +110,8 @@ class HttpSource:
         self._server = Server(
             self._door.answer,
             connections_max=settings.connections_max,
+            per_client_max=settings.connections_per_client_max,
+            head_timeout=settings.head_timeout,
             keepalive_timeout=settings.keepalive_timeout,
         )
         try:

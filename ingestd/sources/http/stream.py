@@ -22,10 +22,11 @@ from ingestd.sources.framing import Framer
 from ingestd.sources.http import problem
 from ingestd.sources.http.problem import ERRORS_MAX, EXPLAINED, Explained, Problem, explain
 from ingestd.sources.http.taken import count_body
-from ingestd.sources.inflate import Corrupt, Inflater
+from ingestd.sources.inflate import Corrupt, Inflater, TooMuch
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
+    from io import BytesIO
 
     from aiohttp import StreamReader
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-PIECE_BYTES = 512 * 1024
+PIECE_BYTES = 256 * 1024
 """A piece is accepted when it is this large on the wire,"""
 PIECE_SECONDS = 0.5
 """or this long after its first byte."""
@@ -56,6 +57,7 @@ class Stream:
         intake: where its records go.
         caller: who sends it; at its limits it is not read, until it may send again.
         encoding: its `Content-Encoding`.
+        ratio_max: `http.inflate_ratio_max`.
         silence: seconds without a byte after which it is ended.
         gone: whether its client has left.
 
@@ -71,6 +73,7 @@ class Stream:
         caller: Caller,
         *,
         encoding: str,
+        ratio_max: int,
         silence: float,
         gone: Callable[[], bool],
     ) -> None:
@@ -79,8 +82,10 @@ class Stream:
         self._caller = caller
         self._silence = silence
         self._gone = gone
-        self._framer = Framer(intake.format, intake.record_bytes_max)
-        self._inflater = Inflater(encoding, _NO_BOUND) if encoding != "identity" else None
+        self._framer = Framer(intake.format, intake.record_bytes_max, intake.json_depth_max)
+        self._inflater = (
+            Inflater(encoding, _NO_BOUND, ratio_max) if encoding != "identity" else None
+        )
         self._errors: list[Refused] = []
         self._waiting: asyncio.Task[None] | None = None
         self._timer: asyncio.Timeout | None = None
@@ -99,7 +104,7 @@ class Stream:
         """
         try:
             await self._take(begun)
-        except (Corrupt, Problem, *EXPLAINED) as error:
+        except (Corrupt, TooMuch, Problem, *EXPLAINED) as error:
             await self._end()
             raise self._counted(error) from None
         finally:
@@ -204,9 +209,11 @@ class Stream:
                 async with async_timeout.timeout(seconds):
                     await self._leaving.wait()
 
-    def _counted(self, error: Explained | Corrupt | Problem) -> Problem:
+    def _counted(self, error: Explained | Corrupt | TooMuch | Problem) -> Problem:
         if isinstance(error, Corrupt):
             found = Problem(problem.CORRUPT, str(error))
+        elif isinstance(error, TooMuch):
+            found = Problem(problem.RATIO, str(error))
         else:
             found = error if isinstance(error, Problem) else explain(error)
         found.members = {"accepted": self.accepted, "rejected": self.rejected}
@@ -218,23 +225,26 @@ class Stream:
             await self._committed()
 
 
-async def read_piece(content: StreamReader) -> tuple[bytes, bool]:
+async def read_piece(content: StreamReader, sink: BytesIO) -> bool:
     """What arrives until the piece is full or old enough; waits for its first byte.
 
+    Args:
+        content: the body.
+        sink: gets it, also if this is cancelled.
+
     Returns:
-        The piece, and whether the body ended with it.
+        Whether the body ended with it.
     """
-    block = await content.readany()
-    if not block:
-        return b"", True
-    blocks, size = [block], len(block)
+    size = sink.tell() + PIECE_BYTES
+    if not (block := await content.readany()):
+        return True
+    sink.write(block)
     try:
         async with async_timeout.timeout(PIECE_SECONDS):
-            while size < PIECE_BYTES:
+            while sink.tell() < size:
                 if not (block := await content.readany()):
-                    return b"".join(blocks), True
-                blocks.append(block)
-                size += len(block)
+                    return True
+                sink.write(block)
     except TimeoutError:
         pass
-    return b"".join(blocks), False
+    return False

@@ -59,7 +59,7 @@ class StdinSource:
         self._intake = intake
         self._fd = fd
         self._stderr = stderr
-        self._framer = Framer(intake.format, intake.record_bytes_max)
+        self._framer = Framer(intake.format, intake.record_bytes_max, intake.json_depth_max)
         self._inflight = 0
         self._appends: set[asyncio.Task[None]] = set()
         self._moved = asyncio.Event()

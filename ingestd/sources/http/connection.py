@@ -1,0 +1,270 @@
+"""One connection: aiohttp's, with deadlines, bounds and strictness that it does not have."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+import structlog
+from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
+from aiohttp.streams import EMPTY_PAYLOAD
+from aiohttp.web_protocol import RequestPayloadError, _ErrInfo
+
+from ingestd.sources.http import problem
+from ingestd.sources.http.answer import PROBLEM, Answer
+from ingestd.sources.http.clients import client_of
+from ingestd.sources.http.problem import Problem
+from ingestd.sources.http.strict import fault
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from aiohttp.streams import StreamReader
+
+    from ingestd.sources.http.server import Server
+
+log = structlog.get_logger(__name__)
+
+HEAD_BYTES_MAX = 32 * 1024
+"""The head of one request, all lines together."""
+FRAMING_BYTES_FREE = 64 * 1024
+"""What the framing of a chunked body may take beyond as many bytes as the body has so far."""
+CHUNK_BYTES_MIN = 4
+"""Many thousand chunks that are smaller than this on average are too many."""
+WRITE_BUFFER_BYTES = 16 * 1024
+"""From here on a client has to read its answers before its next request is looked at."""
+
+READ_BYTES = 128 * 1024
+"""aiohttp's read buffer of a body: it stops reading at twice that, or at a sixteenth in chunks."""
+
+_CHUNKS_MAX = READ_BYTES // 16
+_CHUNK_BYTES = 64
+_CHUNKED_END = b"\r\n0\r\n\r\n"
+
+
+class Connection(web.RequestHandler):
+    """A client's connection.
+
+    Attributes:
+        last: nothing that comes after the requests that are here already is read.
+        held: bytes that wait here for more, or for their turn; the server bounds all of them.
+    """
+
+    __slots__ = (
+        "_body",
+        "_chunked",
+        "_end",
+        "_head_bytes",
+        "_head_timer",
+        "_paused_at",
+        "_wire_bytes",
+        "client",
+        "held",
+        "last",
+    )
+
+    _manager: Server
+
+    def __init__(self, server: Server, **settings: object) -> None:
+        super().__init__(server, **settings)  # type: ignore[arg-type]
+        self.client = ""
+        self.last = False
+        self.held = 0
+        self._body: StreamReader = EMPTY_PAYLOAD
+        self._chunked = False
+        self._end = b""
+        self._wire_bytes = 0
+        self._paused_at = 0
+        self._head_bytes = 0
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    # -- its life ------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Lets it in, or hands the transport to somebody who turns it away."""
+        transport = cast("asyncio.Transport", transport)  # uvloop's are no subclasses
+        peer = transport.get_extra_info("peername")
+        self.client = client_of(str(peer[0]) if isinstance(peer, tuple) else "")
+        if not self._manager.let_in(self, transport):
+            return
+        transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+        super().connection_made(transport)
+        self._start_head_timer()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """Ends its timer."""
+        self._stop_head_timer()
+        super().connection_lost(exc)
+
+    def _process_keepalive(self) -> None:
+        if self._head_timer is not None:
+            self._keepalive_handle = None  # not idle: a head is on its way, with its own deadline
+            return
+        super()._process_keepalive()
+
+    def _start_head_timer(self) -> None:
+        seconds = self._manager.head_timeout
+        self._head_timer = self._loop.call_later(seconds, self._end_head)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _end_head(self) -> None:
+        """The head of a request was not there in time."""
+        self._head_timer = None
+        if self._head_bytes:
+            detail = f"no whole head after http.head_timeout = {self._manager.head_timeout:g} s"
+            self._refuse(Problem(problem.HEAD_TIMEOUT, detail))
+        else:
+            # Nothing was asked: an answer could be taken for that to the first request.
+            self.force_close()
+
+    # -- what comes ----------------------------------------------------------------------------
+
+    def data_received(self, data: bytes) -> None:
+        """Parses what came, and sees to what the parser does not."""
+        if self.last:
+            return
+        before = len(self._messages)
+        in_body = not self._body.is_eof()
+        super().data_received(data)
+        if self._chunked:
+            self._see_chunks(len(data))
+        if self._chunked or len(self._messages) != before:
+            self._end = data[-7:] if len(data) > 6 else (self._end + data)[-7:]
+            self._see_messages(before)
+        elif data and not in_body:
+            self._see_part_of_a_head(len(data))
+        if len(self._messages) > 1 or self._head_bytes or self.held:
+            self._manager.hold(self, self._count_held(len(data)))
+
+    def _see_part_of_a_head(self, size: int) -> None:
+        if self._head_timer is None:
+            self._start_head_timer()
+        self._head_bytes += size
+        if self._head_bytes > HEAD_BYTES_MAX:
+            detail = f"the head of the request has more than {HEAD_BYTES_MAX} bytes"
+            self._refuse(Problem(problem.HEADERS_TOO_LARGE, detail))
+
+    def _see_chunks(self, size: int) -> None:
+        """Bounds what is not the body in a chunked body: sizes, extensions, trailers.
+
+        A chunk costs as much as some hundred bytes do, however small it is.
+        """
+        self._wire_bytes += size
+        total = self._body.total_bytes
+        if self._reading_paused:
+            # Not all of it is parsed: aiohttp has as many bytes, or as many chunks, as it may.
+            grown, self._paused_at = total - self._paused_at, total
+            if grown >= _CHUNKS_MAX // 2 * CHUNK_BYTES_MIN:
+                return
+        elif self._wire_bytes - total <= total + FRAMING_BYTES_FREE:
+            return
+        self._break_body()
+        self._end_after(0)
+        self._chunked = False
+
+    def _see_messages(self, before: int) -> None:
+        """Looks at what has become whole: heads, or the end of a chunked body."""
+        messages = self._messages
+        if self._chunked and self._body.is_eof():
+            self._chunked = False
+            if len(messages) != before or not self._ended_as_most():
+                self._end_after(before)
+        for index in range(before, len(messages)):
+            self._stop_head_timer()
+            self._head_bytes = 0
+            message, body = messages[index]
+            if isinstance(message, _ErrInfo):
+                self.last = True
+                self._break_body()
+                return
+            if detail := fault(message):
+                self._end_after(index)
+                self._refuse(Problem(problem.BAD_REQUEST, detail))
+                return
+            self._body = body
+            self._chunked = message.chunked and not body.is_eof()
+            self._wire_bytes = self._paused_at = 0
+            if message.upgrade:  # CONNECT too; answered like any other, and then it is over
+                messages[index] = (message._replace(should_close=True), body)
+            more = index + 1 < len(messages)
+            if message.chunked and body.is_eof() and (more or not self._ended_as_most()):
+                self._end_after(index + 1)
+                return
+
+    def _ended_as_most(self) -> bool:
+        """Whether all that came is a chunked body's usual end, without trailers.
+
+        aiohttp's parser takes the last trailer for a header of the next request.
+        """
+        paused = self._buffer_paused or self._reading_paused  # something may have been left over
+        return self._end == _CHUNKED_END and not paused
+
+    def _end_after(self, number: int) -> None:
+        """The requests that wait are this many, and no more are read."""
+        self.last = True
+        while len(self._messages) > number:
+            self._messages.pop()
+
+    def _break_body(self) -> None:
+        # An error in the middle of a body is queued as the next request, and who reads the body
+        # would wait for the rest until it times out. It also is at its end, or aiohttp would read
+        # what is left of it and log what it finds.
+        if not self._body.is_eof():
+            self._body.set_exception(RequestPayloadError("not a valid body"))
+            self._body.feed_eof()
+
+    def _count_held(self, size: int) -> int:
+        """What waits here at most: a part of a head, or requests behind another one."""
+        if not self._messages:
+            return self._head_bytes
+        bodies = 0
+        for message, body in self._messages:
+            if not isinstance(message, _ErrInfo) and body is not EMPTY_PAYLOAD:
+                bodies += body.total_bytes
+                if message.chunked:  # each chunk is an object or two
+                    bodies += min(body.total_bytes, _CHUNKS_MAX) * _CHUNK_BYTES
+        return max(bodies + size, 0 if size else self.held)
+
+    def _refuse(self, found: Problem) -> None:
+        """Answers this, after what is here already, and closes."""
+        self.last = True
+        self._stop_head_timer()
+        self._messages.append((_ErrInfo(found.kind.status, found, ""), EMPTY_PAYLOAD))
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the request that is being answered is the last one."""
+        return self.last and not self._messages
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether something is held for real; `held` may be what was."""
+        return bool(self._messages or self._head_bytes)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,  # noqa: ARG002 - it is aiohttp's stand-in
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,  # noqa: ARG002 - quotes what came
+    ) -> web.StreamResponse:
+        """What is answered where no handler is asked: what came is not HTTP."""
+        if isinstance(exc, Problem):
+            found = exc
+        elif isinstance(exc, LineTooLong):
+            found = Problem(problem.HEADERS_TOO_LARGE, "a line of the head is too long")
+        elif isinstance(exc, BadHttpMessage) and exc.message.startswith("Too many headers"):
+            found = Problem(problem.HEADERS_TOO_LARGE, "the head has too many lines")
+        elif status == 400:
+            found = Problem(problem.BAD_REQUEST, "it can't be read as HTTP/1.1")
+        else:
+            found = Problem(problem.INTERNAL, "see the log")
+            log.error("request_failed", exc_info=exc)
+        log.debug("request_unreadable", kind=found.kind.slug, error=type(exc).__name__)
+        return Answer(found.kind.status, PROBLEM, found.body(), close=True)

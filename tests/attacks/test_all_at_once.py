@@ -1,0 +1,98 @@
+"""All attacks at once against a daemon with its defaults, and a polite client beside them."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.daemon.harness import ROOT, Daemon, daemon
+
+SECONDS = 20
+ATTACKS = {
+    *("idle", "slow heads", "slow bodies", "pipelining", "bombs", "deep", "large", "tiny chunks"),
+    *("smuggling", "resets", "endless bodies", "endless chunk lines"),
+}
+RESIDENT_MAX = 200 * 1000**2
+P99_MAX = 1.0
+
+
+class Watch(threading.Thread):
+    """Looks how much memory a process has, all the time."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self._status = Path(f"/proc/{pid}/status")
+        self._ended = threading.Event()
+        self.samples: list[int] = []
+
+    def run(self) -> None:
+        while not self._ended.wait(0.02):
+            line = next(x for x in self._status.read_text().splitlines() if x.startswith("VmRSS"))
+            self.samples.append(int(line.split()[1]) * 1024)
+
+    def end(self) -> int:
+        self._ended.set()
+        self.join()
+        return max(self.samples)
+
+
+def polite(one: Daemon, until: float) -> list[tuple[float, int]]:
+    """Small requests, one after another: seconds and status of each."""
+    answers = []
+    number = 0
+    while time.monotonic() < until:
+        connection = http.client.HTTPConnection(
+            "127.0.0.1", one.port, timeout=10, source_address=("127.0.0.2", 0)
+        )
+        try:
+            for _ in range(10):
+                number += 1
+                start = time.monotonic()
+                connection.request("POST", "/v1/records", b'{"polite":%d}\n' % number)
+                answer = connection.getresponse()
+                answer.read()
+                answers.append((time.monotonic() - start, answer.status))
+                time.sleep(0.01)
+        finally:
+            connection.close()
+    return answers
+
+
+@pytest.mark.slow
+def test_all_attacks_at_once(tmp_path: Path) -> None:
+    """Less than 200 MB, and a polite client gets its 202 within a second at the 99th percentile."""
+    with daemon(cwd=tmp_path) as one:
+        command = [sys.executable, "-m", "tests.attacks.attackers", str(one.port), str(SECONDS)]
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as attackers:
+            try:
+                assert attackers.stdout is not None
+                assert attackers.stdout.readline() == b"ready\n"
+                watch = Watch(one.pid)
+                watch.start()
+                answers = polite(one, time.monotonic() + SECONDS)
+                done = json.loads(attackers.communicate(timeout=60)[0])
+            finally:
+                attackers.kill()
+        most = watch.end()
+        times = sorted(seconds for seconds, _ in answers)
+        p99 = times[int(len(times) * 0.99)]
+        print(f"{most / 1e6:.0f} MB, {len(times)} polite requests, p99 {p99:.3f} s; {done}")
+        assert set(done) == ATTACKS
+        assert min(done.values()) > 0
+        assert {status for _, status in answers} == {202}
+        assert most < RESIDENT_MAX
+        assert len(times) >= 100
+        assert p99 < P99_MAX
+        assert one.process.poll() is None
+        assert not [event for event in one.events if event.get("level") == "error"]
+        assert not one.other
+        one.terminate()
+        assert one.wait() == 0
+        assert one.event("drained")["balanced"]
