@@ -33,9 +33,9 @@ from ingestd.base.errors import (
 from ingestd.sources.http import problem
 from ingestd.sources.http.answer import JSON, PROBLEM, Answer
 from ingestd.sources.http.body import Bounds, parse_body, parse_quickly, reading_of
+from ingestd.sources.http.deadline import Deadline, Late
 from ingestd.sources.http.encoding import inflate, inflate_short, name_encoding
 from ingestd.sources.http.idempotency import HEADER, REPLAYED, Replayed, parse_key, take_fingerprint
-from ingestd.sources.http.pace import Pace
 from ingestd.sources.http.problem import Problem, explain, list_errors
 from ingestd.sources.http.room import Room
 from ingestd.sources.http.server import Server
@@ -316,6 +316,8 @@ class HttpSource:
             with BytesIO() as sink:
                 await self._read_all(content, sink, hold)
                 return sink.getvalue()
+        except Late as late:
+            raise Problem(problem.TIMEOUT, str(late)) from None
         except (RequestPayloadError, ClientPayloadError, OSError, RuntimeError):
             # RuntimeError: aiohttp's word for reading on a connection that has just gone.
             if request.transport is None:
@@ -323,30 +325,17 @@ class HttpSource:
             raise Problem(problem.BAD_REQUEST, "the body's framing is broken") from None
 
     async def _read_all(self, content: StreamReader, sink: BytesIO, hold: Hold) -> None:
-        started = self._loop.time()
-        deadline = started + self._settings.body_timeout
-        pace = Pace(self._settings.body_rate_min, started)
-        while not await self._read_until(min(deadline, pace.due), content, sink, hold):
-            now = self._loop.time()
-            if now >= deadline:
-                limit = f"http.body_timeout = {self._settings.body_timeout:g} s"
-                raise Problem(problem.TIMEOUT, f"not complete after {limit}")
-            if pace.is_slow(sink.tell(), now):
-                limit = f"http.body_rate_min = {self._settings.body_rate_min} bytes a second"
-                raise Problem(problem.TIMEOUT, f"slower than {limit}")
-
-    async def _read_until(
-        self, moment: float, content: StreamReader, sink: BytesIO, hold: Hold
-    ) -> bool:
-        """More of the body, until that time at the latest; whether that was all of it."""
-        try:
-            async with async_timeout.timeout_at(moment):
-                while block := await content.readany():
-                    sink.write(block)
-                    self._count(sink.tell(), hold)
-        except TimeoutError:
-            return False
-        return True
+        deadline = Deadline(
+            self._loop,
+            content,
+            sink.tell,
+            timeout=self._settings.body_timeout,
+            rate_min=self._settings.body_rate_min,
+        )
+        with deadline:
+            while block := await content.readany():
+                sink.write(block)
+                self._count(sink.tell(), hold)
 
     def _count(self, total: int, hold: Hold) -> None:
         if total > self._settings.wire_bytes_max:
