@@ -22,8 +22,8 @@ from tests.pipeline.test_pipeline import until as awaited
 HEAD = b"POST /v1/records HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n"
 
 
-def _connected(one: Daemon) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", one.port), 20)
+def _connected(one: Daemon, address: str = "") -> socket.socket:
+    return socket.create_connection(("127.0.0.1", one.port), 20, (address, 0))
 
 
 def test_slow_headers(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_2000_idle_connections(tmp_path: Path) -> None:
     idle: list[socket.socket] = []
     try:
         with daemon(*into(tmp_path), cwd=tmp_path) as one:
-            idle += [_connected(one) for _ in range(2000)]
+            idle += [_connected(one, f"127.0.1.{1 + n % 20}") for n in range(2000)]
             assert one.post(b"1\n")[0] == 202
             assert one.request("GET", "/readyz", admin=True)[0] == 200
             one.terminate()

@@ -7,19 +7,18 @@ import contextlib
 from io import BytesIO
 from typing import TYPE_CHECKING
 
-import async_timeout
 from aiohttp import ClientPayloadError, HttpVersion11
 from aiohttp.web_protocol import RequestPayloadError
 
 from ingestd.sources.http import problem
-from ingestd.sources.http.pace import Pace
+from ingestd.sources.http.deadline import Deadline, Late
 from ingestd.sources.http.problem import Problem
 from ingestd.sources.http.stream import read_piece
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    from aiohttp import StreamReader, web
+    from aiohttp import web
 
     from ingestd.base.settings import HttpSettings
     from ingestd.sources.http.room import Hold
@@ -66,22 +65,16 @@ async def read_first(
         Problem: 400, 408, 413, or what `Hold.grow` raises.
         ClientGone: in the middle of it.
     """
-    patience = _Patience(settings)
-    with in_our_words(request), BytesIO() as sink:
+    with in_our_words(request), BytesIO() as sink, _deadline(request, sink.tell, settings):
         while True:
-            ended = False
-            with contextlib.suppress(TimeoutError):
-                async with async_timeout.timeout_at(patience.until):
-                    ended = await read_piece(request.content, sink)
-            goes_on = not ended and (encoding != "identity" or sink.getvalue().find(b"\n") >= 0)
+            ended = await read_piece(request.content, sink)
             _hold(sink.tell(), hold)
             # What goes on has no bound as a whole: only what is held at a time counts.
-            if goes_on and sink.tell():
+            if not ended and (encoding != "identity" or b"\n" in sink.getvalue()):
                 return sink.getvalue(), False
             _check(sink.tell(), settings)
             if ended:
                 return sink.getvalue(), True
-            patience.check(sink.tell())
 
 
 async def read_whole(request: web.BaseRequest, hold: Hold, settings: HttpSettings) -> bytes:
@@ -98,61 +91,25 @@ async def read_whole(request: web.BaseRequest, hold: Hold, settings: HttpSetting
             _check(len(body), settings)
             _hold(len(body), hold)
             return body
-        patience = _Patience(settings)
         # Closed in any case: an error keeps this frame until the next collection.
-        with BytesIO() as sink:
-            while not await _read_until(patience.until, content, sink, hold, settings):
-                patience.check(sink.tell())
-            return sink.getvalue()
-
-
-async def _read_until(
-    moment: float, content: StreamReader, sink: BytesIO, hold: Hold, settings: HttpSettings
-) -> bool:
-    """More of the body, until that time at the latest; whether that was all of it."""
-    try:
-        async with async_timeout.timeout_at(moment):
+        with BytesIO() as sink, _deadline(request, sink.tell, settings):
             while block := await content.readany():
                 sink.write(block)
                 _check(sink.tell(), settings)
                 _hold(sink.tell(), hold)
-    except TimeoutError:
-        return False
-    return True
+            return sink.getvalue()
 
 
-class _Patience:
-    """How long a body is waited for: a deadline, and a least rate.
-
-    Attributes:
-        until: when to look again, in the loop's time.
-    """
-
-    def __init__(self, settings: HttpSettings) -> None:
-        self._settings = settings
-        self._loop = asyncio.get_running_loop()
-        started = self._loop.time()
-        self._deadline = started + settings.body_timeout
-        self._pace = Pace(settings.body_rate_min, started)
-        self.until = min(self._deadline, self._pace.due)
-
-    def check(self, total: int) -> None:
-        """Whether to go on waiting.
-
-        Args:
-            total: bytes that have come so far.
-
-        Raises:
-            Problem: 408.
-        """
-        now = self._loop.time()
-        if now >= self._deadline:
-            limit = f"http.body_timeout = {self._settings.body_timeout:g} s"
-            raise Problem(problem.TIMEOUT, f"not complete after {limit}")
-        if now >= self._pace.due and self._pace.is_slow(total, now):
-            limit = f"http.body_rate_min = {self._settings.body_rate_min} bytes a second"
-            raise Problem(problem.TIMEOUT, f"slower than {limit}")
-        self.until = min(self._deadline, self._pace.due)
+def _deadline(
+    request: web.BaseRequest, total: Callable[[], int], settings: HttpSettings
+) -> Deadline:
+    return Deadline(
+        asyncio.get_running_loop(),
+        request.content,
+        total,
+        timeout=settings.body_timeout,
+        rate_min=settings.body_rate_min,
+    )
 
 
 @contextlib.contextmanager
@@ -160,9 +117,11 @@ def in_our_words(request: web.BaseRequest) -> Iterator[None]:
     """What can go wrong with a body that comes, as problems."""
     try:
         yield
+    except Late as late:
+        raise Problem(problem.TIMEOUT, str(late)) from None
     except (RequestPayloadError, ClientPayloadError, OSError, RuntimeError) as error:
         if isinstance(error, TimeoutError):
-            raise
+            raise  # whoever waits for the next piece of a stream has a deadline of its own
         # RuntimeError: aiohttp's word for reading on a connection that has just gone.
         if request.transport is None:
             raise ClientGone from None

@@ -1,0 +1,80 @@
+"""Ends the reading of a body that does not come, or comes too slowly."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+from ingestd.sources.http.pace import Pace
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+    from types import TracebackType
+
+    from aiohttp.streams import StreamReader
+
+
+class Late(TimeoutError):  # noqa: N818 - what it is
+    """A body was not there in time; the text says which bound that was."""
+
+
+class Deadline:
+    """As a context around the reading: raises `Late` there.
+
+    It does so through the stream and does not cancel the reader. A reader that is cancelled in the
+    moment in which its client leaves never looks at that error, and asyncio would log it.
+
+    Args:
+        loop: the running one.
+        content: the body.
+        total: tells how many bytes have come.
+        timeout: `http.body_timeout`.
+        rate_min: `http.body_rate_min`.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        content: StreamReader,
+        total: Callable[[], int],
+        *,
+        timeout: float,
+        rate_min: int,
+    ) -> None:
+        now = loop.time()
+        self._loop = loop
+        self._content = content
+        self._total = total
+        self._timeout = timeout
+        self._rate_min = rate_min
+        self._end = now + timeout
+        self._pace = Pace(rate_min, now)
+
+    def __enter__(self) -> Self:
+        self._wait()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._timer.cancel()
+        if isinstance(error, Late):
+            # What still comes is read for a while, so that the client gets to see its answer.
+            self._content.set_exception(None)  # type: ignore[arg-type]
+
+    def _wait(self) -> None:
+        self._timer = self._loop.call_at(min(self._end, self._pace.due), self._look)
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        if now >= self._end:
+            limit = f"not complete after http.body_timeout = {self._timeout:g} s"
+        elif self._pace.is_slow(self._total(), now):
+            limit = f"slower than http.body_rate_min = {self._rate_min} bytes a second"
+        else:
+            self._wait()
+            return
+        self._content.set_exception(Late(limit))
