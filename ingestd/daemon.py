@@ -32,7 +32,6 @@ from ingestd.base.telemetry import start_logging
 from ingestd.journal.idempotency import KeyRule
 from ingestd.overview import status_of
 from ingestd.pipeline import Pipeline, Report
-from ingestd.sources.fetch.source import FetchSource
 from ingestd.sources.http.source import HttpSource
 from ingestd.sources.progress import Progress, ProgressSnapshot
 from ingestd.sources.stdin.source import StdinSource
@@ -219,6 +218,10 @@ class Daemon:
             self._progress = self._build_progress(lambda: source, self.pipelines[default])
             return source
         if kind == "fetch":
+            from ingestd.sources.fetch.source import (  # noqa: PLC0415  only who downloads needs it
+                FetchSource,
+            )
+
             fetch = FetchSource(self.settings.fetch, self.pipelines[default], clock=self._clock)
             self._progress = self._build_progress(lambda: fetch.tally, self.pipelines[default])
             return fetch

@@ -51,6 +51,17 @@ async def test_a_chunked_body_that_comes_at_once_is_taken_as_a_whole():
         assert len(intake.refused) == 1  # of the first
 
 
+async def test_a_stream_that_begins_with_nothing_good_is_refused_and_leaves_nothing():
+    intake = MemoryIntake()
+    async with serving(intake) as source, connected(source) as client:
+        await begin(client, b"bad\nworse\n")
+        reply = await client.reply()
+        assert (reply.status, reply.slug) == (400, "malformed")
+        assert (reply.json["accepted"], reply.json["rejected"]) == (0, 0)
+        assert [error["index"] for error in reply.json["errors"]] == [0, 1]
+    assert not intake.asked.is_set()
+
+
 async def test_lines_are_accepted_while_the_body_goes_on():
     intake = MemoryIntake()
     async with serving(intake) as source, connected(source) as client:
@@ -277,7 +288,16 @@ async def test_any_division_gives_the_records_of_the_whole(body, cuts, form):
     one = Stream(
         read, intake, Caller(), encoding="identity", ratio_max=0, silence=10.0, gone=lambda: False
     )
-    answer = Reply(202, {}, await one.run(pieces[0])).json
+    problem = None
+    try:
+        answer = Reply(202, {}, await one.run(pieces[0])).json
+    except Problem as found:
+        problem = found
+    if problem is not None:
+        # What its first piece holds decides; as a whole it may hold something good later on.
+        assert problem.refused
+        assert not intake.asked.is_set()
+        return
     assert intake.items == whole_records
     assert [one.index for one in intake.refused] == refused
     assert (answer["accepted"], answer["rejected"]) == (len(whole_records), len(refused))

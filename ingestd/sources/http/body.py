@@ -124,7 +124,7 @@ def parse_body(body: bytes, reading: Reading, form: Format, bounds: Bounds) -> P
     if parsed.total > bounds.records_max:
         raise _too_many(bounds)
     if not parsed.records.count:
-        raise _nothing_good(parsed.refused)
+        raise nothing_good(parsed.refused)
     return parsed
 
 
@@ -275,10 +275,11 @@ def _parse_one(value: bytes, bounds: Bounds, layout: Layout) -> Parsed:
 
 
 def _malformed(value: bytes, detail: str) -> Problem:
-    return _nothing_good([Refused(0, "malformed", detail, value[:KEPT_BYTES])])
+    return nothing_good([Refused(0, "malformed", detail, value[:KEPT_BYTES])])
 
 
-def _nothing_good(refused: list[Refused]) -> Problem:
+def nothing_good(refused: list[Refused]) -> Problem:
+    """The problem of a body in which no record can be accepted; `refused` is not empty."""
     if all(one.reason == "too_large" for one in refused):
         detail = f"too large: {refused[0].detail}"
         return Problem(problem.RECORD_TOO_LARGE, detail, refused=refused)

@@ -132,8 +132,9 @@ class Connection(web.RequestHandler):
         super().data_received(data)
         if self._chunked:
             self._see_chunks(len(data))
+        # Of what came with the last line of a head, too: the body's end may lie on both sides.
+        self._end = data[-7:] if len(data) > 6 else (self._end + data)[-7:]
         if self._chunked or len(self._messages) != before:
-            self._end = data[-7:] if len(data) > 6 else (self._end + data)[-7:]
             self._see_messages(before)
         elif data and not in_body:
             self._see_part_of_a_head(len(data))

@@ -20,6 +20,7 @@ import structlog
 from ingestd.base.errors import Draining, IngestdError, Overloaded
 from ingestd.sources.framing import Framer
 from ingestd.sources.http import problem
+from ingestd.sources.http.body import nothing_good
 from ingestd.sources.http.problem import ERRORS_MAX, EXPLAINED, Explained, Problem, explain
 from ingestd.sources.http.taken import count_body
 from ingestd.sources.inflate import Corrupt, Inflater, TooMuch
@@ -169,6 +170,8 @@ class Stream:
     async def _commit(self, parsed: Parsed) -> None:
         """Makes a piece durable while the next one arrives, one at a time and in order."""
         await self._committed()
+        if not (self._stored or parsed.records.count):
+            raise nothing_good(parsed.refused)  # as for any body that begins like this and ends
         self._waiting = asyncio.create_task(self._accept(parsed), name="stream-accept")
         self._waiting.add_done_callback(self._notice)
         if not self._stored:
