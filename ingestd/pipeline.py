@@ -26,6 +26,7 @@ from ingestd.execution.line import Line
 from ingestd.execution.retry import Postponed, RetryRule, Settled, decide
 from ingestd.handlers.outcome import Job, Result
 from ingestd.isolation import Isolation
+from ingestd.journal.audit import Auditor
 from ingestd.journal.build import build_journal
 from ingestd.journal.idempotency import KeyRule
 from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Recovered, Settlement
@@ -118,6 +119,7 @@ class Pipeline:
             keys=keys,
         )
         self.keeper = Keeper(name, self.journal, settings.dead, clock)
+        self.auditor = Auditor(name, self.journal)
         self.room = Room(settings.queue.bytes_max)
         self.queue: asyncio.Queue[Chunk] = asyncio.Queue(settings.queue.chunks_max)
         self.batcher = Batcher(
@@ -167,6 +169,7 @@ class Pipeline:
             self._own(self._consume(), name=f"{self.name}-consume"),
             self._own(self._dispatch(), name=f"{self.name}-dispatch"),
             self._own(self.keeper.run(), name=f"{self.name}-keeper"),
+            self._own(self.auditor.run(), name=f"{self.name}-auditor"),
         ]
         # What a person asked for while nothing ran comes back before anything new is taken.
         looked = self._loop.create_task(self.keeper.looked.wait())
@@ -583,6 +586,7 @@ class Pipeline:
             readmitted=letters.readmitted,
             expired=letters.expired,
             purged=letters.purged,
+            unaccounted=self.auditor.difference,
         )
 
     # -- tasks ---------------------------------------------------------------------------------

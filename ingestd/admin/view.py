@@ -78,7 +78,8 @@ class PipelineStatus(msgspec.Struct, frozen=True):
         dead: accepted, then given up.
         pending: accepted and not settled.
         refused: kept as dead letters without being accepted; in none of the four above.
-        balanced: whether `accepted == processed + dead + pending`.
+        balanced: whether `accepted == processed + dead + pending`; the rows are counted, too, once
+            a minute.
         journal: how full it is.
         queue: what is in memory.
         batches: where they are.

@@ -293,6 +293,14 @@ class Journal(Protocol):
         """The records of a batch; `None` if one of its chunks is damaged or gone."""
         ...
 
+    async def audit(self) -> int | None:
+        """Pending records by the counters less those by the rows; `None` if not counted now.
+
+        Raises:
+            JournalFailed: the rows can't be read.
+        """
+        ...
+
     async def close(self, deadline: float | None = None) -> Closed:
         """Finishes what was submitted, tidies the file up, ends the threads.
 

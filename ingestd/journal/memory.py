@@ -212,6 +212,10 @@ class MemoryJournal:
         """See `Journal.load`."""
         return join([self._chunks[s.chunk].records.part(s.first, s.count) for s in spans])
 
+    async def audit(self) -> int | None:
+        """See `Journal.audit`; there are no rows to count."""
+        return None
+
     async def close(self, deadline: float | None = None) -> Closed:  # noqa: ARG002
         """See `Journal.close`; there are no rows to count."""
         return Closed(self.ledger)

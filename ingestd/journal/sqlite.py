@@ -18,6 +18,7 @@ from ingestd.base.errors import DataDirError, JournalFailed, NeverFits, Overload
 from ingestd.base.rate import Rate, wait_for_room
 from ingestd.base.record import Records, Refused, Span, join
 from ingestd.journal import salvage
+from ingestd.journal.audit import difference
 from ingestd.journal.checkpoint import Checkpointer
 from ingestd.journal.committer import (
     Append,
@@ -254,6 +255,10 @@ class SqliteJournal:
         if any(s.first + s.count > chunks[s.chunk].records.count for s in spans):
             return None
         return join([chunks[s.chunk].records.part(s.first, s.count) for s in spans])
+
+    async def audit(self) -> int | None:
+        """See `Journal.audit`."""
+        return await self._read(difference, self._reading)
 
     async def _read(self, function: Callable[..., T], *args: object) -> T:
         try:
