@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 from contextlib import closing
 from typing import TYPE_CHECKING
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING
 from ingestd.base.record import Records
 from ingestd.journal import audit
 from ingestd.overview import status_of
-from tests.pipeline.test_pipeline import until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,5 +26,7 @@ async def test_metrics_and_status_show_rows_that_do_not_add_up(
     assert status_of(pipeline).balanced
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db, db:
         db.execute("UPDATE chunks SET count = 1")
-    await until(lambda: pipeline.state().unaccounted == 2)
+    async with asyncio.timeout(20):
+        while pipeline.state().unaccounted != 2:
+            await asyncio.sleep(0.002)
     assert not status_of(pipeline).balanced
