@@ -58,9 +58,9 @@ def debian_root() -> Path:
     return _kept(f"{SUITE}-1", _debootstrap)
 
 
-def wheels() -> Path:
-    """All that `requirements/run.txt` and `build.txt` name, for the root's Python."""
-    lists = [ROOT / "requirements" / name for name in ("run.txt", "build.txt")]
+def wheels(*lists: Path) -> Path:
+    """All that some lists name (`requirements/run.txt` and `build.txt`), for the root's Python."""
+    lists = lists or tuple(ROOT / "requirements" / name for name in ("run.txt", "build.txt"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in lists)).hexdigest()[:16]
 
     def download(into: Path) -> None:
