@@ -119,7 +119,11 @@ class Status(msgspec.Struct, frozen=True):
 
 
 class AdminView(Protocol):
-    """Who answers. Both are called on the event loop and return at once."""
+    """Who answers. All are called on the event loop and return at once."""
+
+    def alive(self) -> tuple[bool, str]:
+        """Whether everything that could move moves, and in a few words what does not."""
+        ...
 
     def ready(self) -> tuple[bool, str]:
         """Whether records are taken, and in a few words why not (or that they are)."""

@@ -41,6 +41,11 @@ class Pool:
                 if depth < lane.depth:
                     self._free.put_nowait(lane)
 
+    @property
+    def has_free(self) -> bool:
+        """Whether `acquire` would give a lane at once."""
+        return not self._free.empty()
+
     async def acquire(self) -> Lane:
         """A free lane, now the caller's until `release`."""
         return await self._free.get()

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from asyncio import Future
     from collections.abc import Callable, Sequence
 
+    from ingestd.base.liveness import Stage
     from ingestd.base.once import Claim
     from ingestd.base.record import Records, Refused, Span
     from ingestd.journal.idempotency import Keys
@@ -229,6 +230,10 @@ class Journal(Protocol):
 
     async def open(self, on_chunk: Callable[[Chunk], None]) -> Recovered:
         """Opens and recovers; from now on each new chunk is announced once it is durable."""
+        ...
+
+    def stage(self) -> Stage:
+        """Whether its thread is at something, and at what: for whoever watches that it moves."""
         ...
 
     def append(

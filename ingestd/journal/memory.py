@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import NeverFits, Overloaded
+from ingestd.base.liveness import Stage
 from ingestd.base.rate import Rate, wait_for_room
 from ingestd.base.record import Records, Refused, Span, join
 from ingestd.journal.idempotency import Kept, KeyRule, Keys, size_of
@@ -88,6 +89,10 @@ class MemoryJournal:
         self.failed: asyncio.Future[None] = self._loop.create_future()
         self._on_chunk = on_chunk
         return Recovered([], Cursor(1, 0), 0, 1, {})
+
+    def stage(self) -> Stage:
+        """See `Journal.stage`: it has no thread."""
+        return Stage("journal", could_go_on=False, steps=0)
 
     def append(
         self, records: Records, refused: Sequence[Refused], claim: Claim | None = None

@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from ingestd.base.errors import DataDirError, JournalFailed, NeverFits, Overloaded
+from ingestd.base.liveness import Stage
 from ingestd.base.rate import Rate, wait_for_room
 from ingestd.base.record import Records, Refused, Span, join
 from ingestd.journal import salvage
@@ -152,6 +153,10 @@ class SqliteJournal:
             store, self._checkpointer, self._report, self._clock, self.keys.rule.ttl
         )
         return recovered._replace(set_aside=set_aside)
+
+    def stage(self) -> Stage:
+        """See `Journal.stage`."""
+        return Stage("journal", self._committer.busy, self._committer.commits)
 
     def append(
         self, records: Records, refused: Sequence[Refused], claim: Claim | None = None

@@ -22,20 +22,22 @@ from aiohttp import ClientPayloadError, HttpVersion11
 from aiohttp.web_protocol import RequestPayloadError
 from structlog.contextvars import bind_contextvars
 
-from ingestd.base.address import show_address, split_address
+from ingestd.base.address import split_address
 from ingestd.base.errors import (
     AddressError,
     Draining,
 )
+from ingestd.base.passed import show_socket
 from ingestd.base.watch import Watch
 from ingestd.sources.http import problem
-from ingestd.sources.http.access import read_access
+from ingestd.sources.http.access import check_exposure, read_access
 from ingestd.sources.http.answer import JSON, PROBLEM, Answer
 from ingestd.sources.http.body import Bounds, Reading, parse_body, reading_of
 from ingestd.sources.http.encoding import inflate, name_encoding
 from ingestd.sources.http.gate import Caller, Gate
 from ingestd.sources.http.idempotency import HEADER, REPLAYED, parse_key, take_fingerprint
-from ingestd.sources.http.listener import TlsListener, bind
+from ingestd.sources.http.listener import Listener, bind
+from ingestd.sources.http.peer import peer_of
 from ingestd.sources.http.prefer import HEADER as PREFER
 from ingestd.sources.http.prefer import NOTHING, parse_prefer
 from ingestd.sources.http.problem import EXPLAINED, Problem, explain
@@ -46,7 +48,8 @@ from ingestd.sources.http.taken import Taken, accepted_body, processed_body
 from ingestd.sources.http.webhooks import Webhook, check_type
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    import socket
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from aiohttp import web
 
@@ -73,6 +76,7 @@ _ROOT = "/v1/records"
 _WEBHOOKS = "/v1/webhooks"
 _CLIENT_GONE = 499
 _SHUTDOWN_SECONDS = 1.0
+_HEAR_SECONDS = 1.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 
 
@@ -95,9 +99,10 @@ class HttpSource:
         on_request: called for each answer with the pipeline (empty if it is not known), the
             status (499 if the client left), the seconds since the head was read, and the slug of
             the problem (empty if there was none).
+        sockets: listening ones to serve on, instead of on one of its own at `http.listen`.
 
     Attributes:
-        addresses: where it listens, after `start`; `HOST:PORT` with the real port.
+        addresses: where it listens, after `start`; `HOST:PORT` with the real port, `unix:PATH`.
 
     Raises:
         ConfigError: a file with tokens, secrets or certificates is not what it should be.
@@ -110,22 +115,21 @@ class HttpSource:
         *,
         default: str,
         on_request: OnRequest | None = None,
+        sockets: Sequence[socket.socket] = (),
     ) -> None:
         self._settings = settings
+        self._default = default
+        self._sockets = list(sockets)
         self._routes: dict[str, _Route] = {}
         for name, intake in intakes.items():
             bounds = Bounds(settings.records_max, intake.record_bytes_max)
             self._routes[f"{_ROOT}/{name}"] = _Route(intake, bounds)
         self._routes[_ROOT] = self._routes[f"{_ROOT}/{default}"]
+        check_exposure(settings, self._sockets)
         access = read_access(settings)
         self._gate = Gate(settings, access)
         _tell(access)
-        for name, webhook in settings.webhooks.items():
-            to = self._routes[f"{_ROOT}/{webhook.pipeline or default}"]
-            self._routes[f"{_WEBHOOKS}/{name}"] = to._replace(
-                webhook=Webhook(name, webhook, access.webhooks[name]),
-                caller=Caller(f"webhook {name}"),
-            )
+        self._routes.update(self._webhook_routes(settings, access))
         self._on_request = on_request
         self._room = Room(
             settings.inflight_bytes_max,
@@ -157,38 +161,53 @@ class HttpSource:
         )
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="http-body")
         try:
-            host, port = split_address(settings.listen)
-            self._listener = await self._listen(host, port)
+            sockets = self._sockets or await bind(*split_address(settings.listen), _BACKLOG)
         except (OSError, ValueError) as error:
             self._threads.shutdown()
             what = getattr(error, "strerror", None) or str(error)
             raise AddressError(
                 address=settings.listen, setting="http.listen", problem=what
             ) from error
-        self.addresses = [show_address(*sock.getsockname()[:2]) for sock in self._listener.sockets]
+        self._listener = Listener(self._server, sockets, self._gate.access.context)
+        self.addresses = [show_socket(sock) for sock in sockets]
 
-    async def _listen(self, host: str, port: int) -> asyncio.Server | TlsListener:
-        context = self._gate.access.context
-        if context is not None:
-            return TlsListener(self._server, await bind(host, port, _BACKLOG), context)
-        return await self._loop.create_server(
-            self._server, host or None, port, backlog=_BACKLOG, reuse_address=True
-        )
+    def _webhook_routes(self, settings: HttpSettings, access: Access) -> dict[str, _Route]:
+        routes = {}
+        for name, webhook in settings.webhooks.items():
+            to = self._routes[f"{_ROOT}/{webhook.pipeline or self._default}"]
+            routes[f"{_WEBHOOKS}/{name}"] = to._replace(
+                webhook=Webhook(name, webhook, access.webhooks[name]),
+                caller=Caller(f"webhook {name}"),
+            )
+        return routes
 
-    async def reload(self) -> None:
-        """Reads tokens, secrets and certificates anew; connections stay, and none is refused.
+    async def prepare(self, settings: HttpSettings) -> Callable[[], None]:
+        """Reads tokens, secrets and certificates anew, and changes nothing yet.
+
+        Args:
+            settings: of them the tables of who may come in count; the rest is as at the start.
+
+        Returns:
+            What makes it so: connections stay, and none is refused.
 
         Raises:
-            ConfigError: something is wrong with them, and everything stays as it is.
+            ConfigError: something is wrong with them.
         """
-        access: Access = await self._loop.run_in_executor(None, read_access, self._settings)
-        _tell(access)
-        self._gate.access = access
-        for route in self._routes.values():
-            if route.webhook is not None:
-                route.webhook.keys = access.webhooks[route.webhook.name]
-        if isinstance(self._listener, TlsListener) and access.context is not None:
+        check_exposure(settings, self._sockets)
+        access: Access = await self._loop.run_in_executor(None, read_access, settings)
+
+        def change() -> None:
+            _tell(access)
+            self._gate = Gate(settings, access, before=self._gate)
+            mine = {key: route for key, route in self._routes.items() if route.webhook is None}
+            self._routes = {**mine, **self._webhook_routes(settings, access)}
             self._listener.context = access.context
+
+        return change
+
+    async def reload(self, settings: HttpSettings | None = None) -> None:
+        """Prepares and changes; with the settings of the start if there are no others."""
+        (await self.prepare(settings or self._settings))()
 
     async def wait_finished(self) -> None:
         """Never returns: a server has no end of input."""
@@ -206,6 +225,8 @@ class HttpSource:
             stream.leave()
         for watch in self._waiting:
             watch.done.set()
+        # Who was let in before the door was closed gets an answer, too.
+        await self._server.hear_out(min(_HEAR_SECONDS, deadline - self._loop.time()))
         if self._active:
             self._idle.clear()
             try:
@@ -218,10 +239,8 @@ class HttpSource:
         """Closes every connection. A request that is still in progress gets no answer."""
         self._draining = True
         self._listener.close()
-        if isinstance(self._listener, TlsListener):
-            await self._listener.wait_closed()  # or a handshake would end as one more connection
+        await self._listener.wait_closed()  # or a handshake would end as one more connection
         await self._server.close(_SHUTDOWN_SECONDS)
-        await self._listener.wait_closed()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # -- one request ---------------------------------------------------------------------------
@@ -305,7 +324,7 @@ class HttpSource:
         prefer = NOTHING
         if PREFER in headers:
             prefer = parse_prefer(headers.getall(PREFER), self._settings.wait_max)
-        with self._room.enter(caller.name or request.remote or "") as hold:
+        with self._room.enter(caller.name or peer_of(request)) as hold:
             hold.grow(length or 0)
             if "Expect" in headers:
                 _say_continue(request)
