@@ -57,8 +57,8 @@ class Engine:
         runroot = self.store / "run"
         return ["podman", "--root", str(self.store / "images"), "--runroot", str(runroot), *args]
 
-    def start(self, *args: str, **more: Any) -> subprocess.CompletedProcess[str]:
-        """One command, to its end."""
+    def environ(self) -> dict[str, str]:
+        """What podman needs; nothing else of this process's."""
         environ = {
             "PATH": os.environ["PATH"],
             "HOME": str(self.store),
@@ -67,9 +67,14 @@ class Engine:
         }
         # A proxy that the machine needs is needed while an image is built as well.
         environ |= {k: v for k, v in os.environ.items() if k.lower().endswith("_proxy")}
+        return environ
+
+    def start(self, *args: str, **more: Any) -> subprocess.CompletedProcess[str]:
+        """One command, to its end."""
         return subprocess.run(
             self.command(*args), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace", env=environ, timeout=300, **more,
+            stderr=subprocess.STDOUT, text=True, errors="replace", env=self.environ(),
+            timeout=300, **more,
         )  # fmt: skip
 
     def __call__(self, *args: str) -> str:

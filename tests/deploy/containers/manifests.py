@@ -98,11 +98,10 @@ def replica(found: list[Object], name: str, ports: dict[str, int]) -> str:
         if secret := volume.pop("secret", None):
             volume["configMap"] = {"name": secret["secretName"]}
     for claim in workload(found)["spec"].get("volumeClaimTemplates", []):
+        # Named as podman names its volumes; the run makes them, and keeps them between pods.
         own = f"{name}-{claim['metadata']['name']}"
-        made.append({"apiVersion": "v1", "kind": "PersistentVolumeClaim",
-                     "metadata": {"name": own}, "spec": claim["spec"]})  # fmt: skip
-        volumes.append({"name": claim["metadata"]["name"],
-                        "persistentVolumeClaim": {"claimName": own}})  # fmt: skip
+        source = {"persistentVolumeClaim": {"claimName": own}}
+        volumes.append({"name": claim["metadata"]["name"], **source})
     # Names of config maps become names of podman's volumes, which are the run's alone.
     for part in made:
         if part["kind"] == "ConfigMap":
