@@ -113,7 +113,7 @@ class Container(Spoken):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.engine("rm", "--force", "--time", "0", self.name)
+        self.engine("rm", "--force", "--volumes", "--time", "0", self.name)
 
     def exec(self, *command: str) -> str:
         return self.engine("exec", self.name, *command)

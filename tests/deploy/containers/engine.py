@@ -11,6 +11,7 @@ import fcntl
 import functools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import time
@@ -89,13 +90,34 @@ class Engine:
 
     def build(self, folder: Path, tag: str, *more: str) -> None:
         """An image from a folder with a Dockerfile; what pip installs comes from the wheels."""
-        pip = self.store / "pip.conf"
-        pip.write_text("[global]\nno-index = true\nfind-links = /wheels\n")
         self(
             "build", "--quiet", "--format", "docker", "--pull=never", "--network", "host",
-            "--volume", f"{_all_wheels()}:/wheels:ro", "--volume", f"{pip}:/etc/pip.conf:ro",
-            "--tag", tag, *more, str(folder),
+            *self._pip(), "--tag", tag, *more, str(folder),
         )  # fmt: skip
+
+    def shim(self, folder: Path) -> Path:
+        """A folder with a `docker` and a `podman` that are this one, for scripts and tools."""
+        pip = ["--network", "host", "--pull=never", "--format", "docker", *self._pip()]
+        script = [
+            "#!/bin/sh",
+            *(f"export {name}={shlex.quote(value)}" for name, value in self.environ().items()
+              if name != "PATH"),
+            # `docker build` has no such default, and the wheels are here.
+            f'[ "$1" = build ] && shift && set -- build {shlex.join(pip)} "$@"',
+            f'exec {shlex.join([tool("podman"), *self.command()[1:]])} "$@"',
+        ]  # fmt: skip
+        folder.mkdir(exist_ok=True)
+        for name in ("docker", "podman"):
+            (folder / name).write_text("\n".join(script) + "\n")
+            (folder / name).chmod(0o755)
+        return folder
+
+    def _pip(self) -> list[str]:
+        """What `build` is told so that pip installs from the wheels, and asks nobody."""
+        pip = self.store / "pip.conf"
+        pip.write_text("[global]\nno-index = true\nfind-links = /wheels\n")
+        wheels = f"{_all_wheels()}:/wheels:ro"
+        return ["--volume", wheels, "--volume", f"{pip}:/etc/pip.conf:ro"]
 
     def inspect(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self("inspect", name))[0]
@@ -107,7 +129,7 @@ class Engine:
         for pod in self("pod", "ps", "-q", *mine).split():
             self.start("pod", "rm", "--force", "--time", "0", pod)
         for container in self("ps", "-aq", *mine).split():
-            self.start("rm", "--force", "--time", "0", container)
+            self.start("rm", "--force", "--volumes", "--time", "0", container)
         for volume in self("volume", "ls", "-q").split():
             if volume.startswith(RUN):
                 self.start("volume", "rm", "--force", volume)

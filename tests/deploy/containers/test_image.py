@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -192,18 +189,3 @@ def test_what_the_build_is_sent_is_what_it_copies(tmp_path: Path) -> None:
     }
     assert allowed == copied
     assert "*" in ignored
-
-
-def test_secrets_are_made_once(tmp_path: Path) -> None:
-    script = shutil.copy(ROOT / "deploy" / "docker" / "make-secrets", tmp_path)
-    subprocess.run([script], check=True)
-    made = {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()}
-    assert set(made) == {"shop.token", "postgres.password", "grafana.password", "postgres.dsn"}
-    assert made["postgres.password"] in made["postgres.dsn"]
-    assert len({*made.values()}) == 4
-    assert len(made["shop.token"]) == 64
-    assert (tmp_path / "secrets").stat().st_mode & 0o777 == 0o700
-    subprocess.run([script], check=True)
-    assert json.dumps(made, sort_keys=True) == json.dumps(
-        {path.name: path.read_text() for path in (tmp_path / "secrets").iterdir()}, sort_keys=True
-    )
