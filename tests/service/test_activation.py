@@ -168,7 +168,8 @@ def test_children_get_neither_the_sockets_nor_the_variables(tmp_path: Path) -> N
     (tmp_path / "app.py").write_text(
         "import json, os, pathlib\n"
         "def store(batch: list[int]) -> None:\n"
-        "    links = [os.path.realpath(f'/proc/self/fd/{n}') for n in os.listdir('/proc/self/fd')]\n"
+        "    fds = '/proc/self/fd'\n"
+        "    links = [os.path.realpath(f'{fds}/{n}') for n in os.listdir(fds)]\n"
         "    pathlib.Path('seen').write_text(json.dumps([links, list(os.environ)]))\n"
     )
     with listening() as records:

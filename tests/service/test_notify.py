@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from typing import TYPE_CHECKING
@@ -160,7 +161,7 @@ def test_the_watchdog_is_fed_with_half_of_the_time_left(tmp_path: Path) -> None:
     told = Told(tmp_path, watchdog=30)
     fed = [at for at in range(100) if "WATCHDOG=1" in told.turn(float(at))]
     assert fed[0] == 0
-    assert max(b - a for a, b in zip(fed, fed[1:], strict=False)) <= 15
+    assert max(b - a for a, b in itertools.pairwise(fed)) <= 15
     assert len(fed) < 10
 
 
