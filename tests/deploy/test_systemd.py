@@ -223,6 +223,21 @@ def test_an_instance_has_its_own_file_and_its_own_folder(machine: Machine) -> No
     machine.sh("systemctl clean --what=state ingestd@shop.service")
 
 
+def test_a_start_longer_than_the_time_to_start_gets_its_time(machine: Machine) -> None:
+    machine.write(
+        "/etc/systemd/system/ingestd.service.d/quick.conf", "[Service]\nTimeoutStartSec=3\n"
+    )
+    machine.write(
+        "/etc/ingestd/store.py",
+        "import time\nend = time.monotonic() + 6\nwhile time.monotonic() < end:\n    pass\n"
+        "def store(batch: list[dict]) -> None:\n    pass\n",
+    )
+    machine.write(CONFIG, '[handler]\ntarget = "store:store"\n')
+    machine.systemctl("daemon-reload")
+    machine.systemctl("restart", "ingestd.service")
+    assert machine.post(LOG) == "202"
+
+
 def test_a_drain_longer_than_the_time_to_stop_gets_its_time(machine: Machine) -> None:
     machine.write(
         "/etc/systemd/system/ingestd.service.d/quick.conf", "[Service]\nTimeoutStopSec=3\n"
