@@ -7,7 +7,7 @@ import traceback
 from typing import TYPE_CHECKING, Protocol
 
 from ingestd.base.errors import Exit, IngestdError
-from ingestd.cli import check, dead, journal, prove, run, token
+from ingestd.cli import check, dead, healthcheck, journal, prove, run, token
 from ingestd.cli.arguments import Parser, add_settings, handler_from
 from ingestd.cli.output import discard_stdout, fail, say
 
@@ -34,7 +34,12 @@ class Tool(Command, Protocol):
 
 
 COMMANDS: dict[str, Command] = {"run": run, "check": check, "prove": prove}
-TOOLS: dict[str, Tool] = {"dead": dead, "journal": journal, "token": token}
+TOOLS: dict[str, Tool] = {
+    "dead": dead,
+    "healthcheck": healthcheck,
+    "journal": journal,
+    "token": token,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

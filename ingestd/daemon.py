@@ -21,17 +21,21 @@ import structlog
 from ingestd import __version__
 from ingestd.admin.server import AdminServer
 from ingestd.admin.view import Status
-from ingestd.base.address import show_address
 from ingestd.base.clock import SystemClock
-from ingestd.base.errors import Exit, IngestdError, InputIncomplete, JournalFailed
+from ingestd.base.errors import ConfigError, Exit, IngestdError, InputIncomplete, JournalFailed
 from ingestd.base.interpreter import settle_interpreter
+from ingestd.base.liveness import Liveness
 from ingestd.base.lock import DataDir
 from ingestd.base.metrics import Metrics
+from ingestd.base.notify import Notifier
+from ingestd.base.passed import Passed
+from ingestd.base.reloading import Change, plan
 from ingestd.base.signals import Signals
 from ingestd.base.telemetry import start_logging
 from ingestd.journal.idempotency import KeyRule
 from ingestd.overview import status_of
 from ingestd.pipeline import Pipeline, Report
+from ingestd.service import Herald, Standing
 from ingestd.sources.http.source import HttpSource
 from ingestd.sources.progress import Progress, ProgressSnapshot
 from ingestd.sources.stdin.source import StdinSource
@@ -52,17 +56,32 @@ CLOSE_SECONDS = 5.0
 """How long an idle worker may take to close its handler."""
 JOURNAL_SECONDS = 5.0
 """How long, beyond the drain's own deadline, a disk may take to write what is left and tidy up."""
+LEAVING = CLOSE_SECONDS + 2 * JOURNAL_SECONDS
+"""How long leaving may take after the drain; the service manager shall wait so long."""
 
 
-def serve(settings: Settings) -> int:
+def serve(
+    settings: Settings,
+    *,
+    again: Callable[[], Settings] | None = None,
+    notifier: Notifier | None = None,
+    passed: Passed | None = None,
+) -> int:
     """Runs a daemon until it has left.
+
+    Args:
+        settings: all of them.
+        again: loads them again, for a reload.
+        notifier: the service manager, if there is one.
+        passed: sockets that it has opened.
 
     Returns:
         The exit code. If a worker's thread could not be ended, the process leaves from here.
     """
     settle_interpreter()
     writer = start_logging(settings.log)
-    daemon = Daemon(settings, writer)
+    passed = passed or Passed([], [])
+    daemon = Daemon(settings, writer, again=again, notifier=notifier or Notifier(), passed=passed)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             code = runner.run(daemon.run())
@@ -72,6 +91,7 @@ def serve(settings: Settings) -> int:
         log.error("start_failed", error=str(error))  # noqa: TRY400 - as `main` would say it
         code = int(error.exit_code)
     finally:
+        passed.close()
         writer.close(1.0)
     if daemon.stuck:
         # A thread that hangs, in a handler or on a disk, would keep the interpreter for ever.
@@ -93,16 +113,33 @@ class Daemon:
 
     Args:
         settings: all of them; each part gets only its own.
-        writer: the log's, for the metric of dropped lines.
+        writer: the log's, for the metric of dropped lines and the level.
+        again: loads the settings again.
+        notifier: the service manager.
+        passed: sockets that it has opened; the servers close them.
 
     Attributes:
         stuck: a worker's thread could not be ended, or a journal's; the process must be.
     """
 
-    def __init__(self, settings: Settings, writer: LogWriter) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        writer: LogWriter,
+        *,
+        again: Callable[[], Settings] | None,
+        notifier: Notifier,
+        passed: Passed,
+    ) -> None:
         self.settings = settings
         self.stuck = False
         self._writer = writer
+        self._again = again
+        self._passed = passed
+        self._herald = Herald(notifier)
+        self._liveness = Liveness()
+        self._hung = ""
+        self._leave_by: float | None = None  # loop time
         self._clock = SystemClock()
         self._state: Literal["starting", "running", "draining"] = "starting"
         self._started_at = time.monotonic()
@@ -128,12 +165,14 @@ class Daemon:
         self._signals = Signals()
         self._signals.install()
         data_dir = DataDir(self.settings.data_dir)
+        watch = asyncio.ensure_future(self._watch())
         try:
             await self._start_unless_urged(data_dir)
             reason = await self._serve()
             await self._drain(reason)
             return await self._leave()
         finally:
+            watch.cancel()
             data_dir.close()
 
     # -- start ---------------------------------------------------------------------------------
@@ -169,7 +208,9 @@ class Daemon:
     async def _start(self, data_dir: DataDir) -> None:
         """Admin first, so that a long recovery can be watched; sources last: then it is ready."""
         http = self.settings.http
-        self.admin = AdminServer(self.settings.admin, self, self._metrics)
+        self.admin = AdminServer(
+            self.settings.admin, self, self._metrics, sockets=self._passed.admin
+        )
         opened: list[Callable[[], Awaitable[object]]] = []
         try:
             await self.admin.start()
@@ -194,6 +235,7 @@ class Daemon:
                 await close()
             raise
         self._state = "running"
+        self._herald.ready()
         if self._progress is not None:
             self._progress.start()
         log.info(
@@ -202,7 +244,7 @@ class Daemon:
             pid=os.getpid(),
             source=self.settings.source.kind,
             listening=getattr(self.source, "addresses", []),
-            admin=[show_address(*address) for address in self.admin.addresses],
+            admin=self.admin.addresses,
             data_dir=str(self.settings.data_dir),
             pipelines=list(self.pipelines),
         )
@@ -214,6 +256,8 @@ class Daemon:
     def _build_source(self) -> Source:
         kind, default = self.settings.source.kind, self.settings.source.pipeline
         if kind == "stdin":
+            if self._passed.records:
+                raise ConfigError(problem="a socket for records was passed; source.kind is stdin")
             source = StdinSource(self.settings.stdin, self.pipelines[default])
             self._progress = self._build_progress(lambda: source, self.pipelines[default])
             return source
@@ -230,6 +274,7 @@ class Daemon:
             self.pipelines,
             default=default,
             on_request=self._answered,
+            sockets=self._passed.records,
         )
 
     def _build_progress(
@@ -290,30 +335,44 @@ class Daemon:
         while True:
             await self._signals.hung_up.wait()
             self._signals.hung_up.clear()
+            self._herald.reloading()
             try:
-                await self._reload()
+                change = await self._reload()
             except IngestdError as error:
                 log.error("reload_refused", error=str(error))  # noqa: TRY400  it is one line
             except Exception:
                 log.exception("reload_refused")
             else:
-                log.info("reloaded")
+                log.info("reloaded", changed=change.changed, needs_restart=change.needs_restart)
+            finally:
+                self._herald.ready()
 
-    async def _reload(self) -> None:
-        """Reads anew what can change while it runs: files that settings name, not the settings.
+    async def _reload(self) -> Change:
+        """Reads the settings anew, and the files that they name; takes of them what can change.
 
         Raises:
-            IngestdError: something is wrong with it, and everything stays as it is.
+            IngestdError: something is wrong with any of it, and everything stays as it is.
         """
-        reload: Callable[[], Awaitable[None]] | None = getattr(self.source, "reload", None)
-        if reload is not None:
-            await reload()
+        change = Change(self.settings, [], [])
+        if self._again is not None:
+            loop = asyncio.get_running_loop()
+            change = plan(self.settings, await loop.run_in_executor(None, self._again))
+        settings = change.settings
+        if isinstance(self.source, HttpSource):
+            (await self.source.prepare(settings.http))()
+        # From here on nothing can be wrong any more.
+        self.settings = settings
+        self._writer.set_level(settings.log.level)
+        for name, pipeline in settings.pipeline_settings().items():
+            self.pipelines[name].bound(pipeline.batch)
+        return change
 
     # -- drain ---------------------------------------------------------------------------------
 
     async def _drain(self, reason: str) -> None:
         """Not ready; serve on for the delay; stop taking; finish what was taken."""
         self._state = "draining"
+        self._herald.stopping()
         log.info("drain_started", reason=reason)
         if reason == "failure":
             return
@@ -324,10 +383,12 @@ class Daemon:
             if not self._signals.asked.is_set():
                 return
         elif self.settings.drain.delay:
+            self._leave_by = self._in(self.settings.drain.delay + self._drain_timeout() + LEAVING)
             await self._race(asyncio.sleep(self.settings.drain.delay), self._signals.urged)
         timeouts = {n: s.drain.timeout for n, s in self.settings.pipeline_settings().items()}
         began = asyncio.get_running_loop().time()
         self._deadline = began + self._drain_timeout()
+        self._leave_by = self._deadline + LEAVING
         await self._race(self.source.stop_taking(self._deadline), self._signals.urged)
         work = asyncio.gather(
             *(p.drain(began + timeouts[name]) for name, p in self.pipelines.items())
@@ -353,6 +414,7 @@ class Daemon:
     async def _leave(self) -> int:
         """Closes everything, reports, and says how it went."""
         self._signals.remove()
+        self._leave_by = max(self._in(0.0), self._deadline) + LEAVING
         await self.source.close()
         grace = 0.0 if self._signals.urged.is_set() else CLOSE_SECONDS
         # One after the other, but one deadline for all: they may well lie on the same disk.
@@ -395,6 +457,10 @@ class Daemon:
                 return False, f"pipeline {name} is broken"
         return True, "ready"
 
+    def alive(self) -> tuple[bool, str]:
+        """See `AdminView.alive`."""
+        return not self._hung, self._hung or "alive"
+
     def status(self) -> Status:
         """See `AdminView.status`."""
         return Status(
@@ -409,6 +475,30 @@ class Daemon:
         self._route.answered(status, seconds)
         if pipeline and status in (429, 503):
             self._metrics.pipeline(pipeline).request_refused(slug)
+
+    async def _watch(self) -> None:
+        """Looks whether everything moves, and tells the service manager; to the very end."""
+        loop = asyncio.get_running_loop()
+        while True:
+            now = loop.time()
+            # A pipeline that is being opened is none yet.
+            self._liveness.look((s for p in self.pipelines.values() for s in p.stages()), now)
+            hung, self._hung = self._hung, self._liveness.hung()
+            if self._hung and not hung:
+                log.error("pipeline_hung", problem=self._hung)
+            self._herald.turn(self._standing(), now)
+            await asyncio.sleep(self._herald.period)
+
+    def _standing(self) -> Standing:
+        ledgers = [pipeline.journal.ledger for pipeline in self.pipelines.values()]
+        return Standing(
+            self._state,
+            self._hung,
+            self._leave_by,
+            accepted=sum(ledger.accepted for ledger in ledgers),
+            processed=sum(ledger.processed for ledger in ledgers),
+            pending=sum(ledger.pending for ledger in ledgers),
+        )
 
     async def _measure_lag(self) -> None:
         """How late the loop wakes up: what a handler's thread or a long callback costs all."""

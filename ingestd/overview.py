@@ -29,7 +29,8 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
         dead=state.dead,
         pending=state.pending,
         refused=state.refused,
-        balanced=state.accepted == state.processed + state.dead + state.pending,
+        balanced=state.accepted == state.processed + state.dead + state.pending
+        and not state.unaccounted,
         journal=JournalStatus(
             bytes=state.journal_bytes,
             bytes_max=state.journal_bytes_max,

@@ -17,6 +17,7 @@ import structlog
 from structlog.contextvars import bind_contextvars
 
 from ingestd.base.errors import JournalFailed
+from ingestd.base.liveness import Stage
 from ingestd.base.metrics import PipelineState
 from ingestd.base.record import Records, Span, without
 from ingestd.batching.batch import Batch
@@ -26,6 +27,7 @@ from ingestd.execution.line import Line
 from ingestd.execution.retry import Postponed, RetryRule, Settled, decide
 from ingestd.handlers.outcome import Job, Result
 from ingestd.isolation import Isolation
+from ingestd.journal.audit import Auditor
 from ingestd.journal.build import build_journal
 from ingestd.journal.idempotency import KeyRule
 from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Recovered, Settlement
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
     from ingestd.base.metrics import PipelineMetrics
     from ingestd.base.once import Claim
     from ingestd.base.record import Refused
-    from ingestd.base.settings import PipelineSettings
+    from ingestd.base.settings import BatchSettings, PipelineSettings
     from ingestd.base.watch import Watch
     from ingestd.execution.pool import Pool
 
@@ -120,6 +122,7 @@ class Pipeline:
             keys=keys,
         )
         self.keeper = Keeper(name, self.journal, settings.dead, clock)
+        self.auditor = Auditor(name, self.journal)
         self.room = Room(settings.queue.bytes_max)
         self.queue: asyncio.Queue[Chunk] = asyncio.Queue(settings.queue.chunks_max)
         self.batcher = Batcher(
@@ -138,6 +141,8 @@ class Pipeline:
         )
         self._metrics = metrics
         self._clock = clock
+        self._has_lane = self._sealing = False  # the dispatcher
+        self._dispatched = 0
         self._leaving = False
         self._closing = False
         self._timer: asyncio.Timeout | None = None
@@ -169,6 +174,7 @@ class Pipeline:
             self._own(self._consume(), name=f"{self.name}-consume"),
             self._own(self._dispatch(), name=f"{self.name}-dispatch"),
             self._own(self.keeper.run(), name=f"{self.name}-keeper"),
+            self._own(self.auditor.run(), name=f"{self.name}-auditor"),
         ]
         # What a person asked for while nothing ran comes back before anything new is taken.
         looked = self._loop.create_task(self.keeper.looked.wait())
@@ -209,6 +215,12 @@ class Pipeline:
                 pending=self.journal.ledger.pending,
                 sealed=len(recovered.batches),
             )
+
+    def bound(self, batch: BatchSettings) -> None:
+        """Other bounds for batches from now on."""
+        self.settings = self.settings.model_copy(update={"batch": batch})
+        self.batcher.bound(records_max=batch.records_max, bytes_max=batch.bytes_max)
+        self._retime()
 
     # -- 1. accept: source → journal -----------------------------------------------------------
 
@@ -356,10 +368,15 @@ class Pipeline:
     async def _dispatch(self) -> None:
         while True:
             await self.pool.acquire()
+            self._has_lane = True
             batch = await self.line.next()
+            self._has_lane = False
             self.running += 1
+            self._dispatched += 1
             if batch.sealed is not None:
+                self._sealing = True
                 await batch.sealed
+                self._sealing = False
             self._own(self._run(batch), name=f"{self.name}-batch-{batch.number}")
 
     # -- 6. run: one try of one batch ----------------------------------------------------------
@@ -590,7 +607,33 @@ class Pipeline:
             readmitted=letters.readmitted,
             expired=letters.expired,
             purged=letters.purged,
+            unaccounted=self.auditor.difference,
         )
+
+    def stages(self) -> tuple[Stage, ...]:
+        """What has something to do and need not wait for anything else, for the watchdog.
+
+        A full queue, a long line, busy lanes, a commit that has to wait: good reasons to rest.
+        """
+        if self._closing:
+            return ()
+        cutting = not self.line.is_long and (
+            not self.queue.empty() or (self.batcher.open and self._overdue())
+        )
+        free = self._has_lane or self.pool.has_free
+        handing_out = free and not self._sealing and self.line.could_give(self._loop.time())
+        consumed = self._next_batch + self.batcher.chunks
+        stages = (
+            Stage("pump", self.tail.could_give and not self.queue.full(), self.tail.given),
+            Stage("consumer", cutting, consumed),
+            Stage("dispatcher", handing_out, self._dispatched),
+            self.journal.stage(),
+        )
+        return tuple(stage._replace(name=f"the {stage.name} of {self.name}") for stage in stages)
+
+    def _overdue(self) -> bool:
+        due = self._due()
+        return due is not None and due <= self._loop.time()
 
     # -- tasks ---------------------------------------------------------------------------------
 

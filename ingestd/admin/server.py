@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -17,9 +18,10 @@ from aiohttp import web
 
 from ingestd.base.address import parse_listen
 from ingestd.base.errors import AddressError
+from ingestd.base.passed import show_socket
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from aiohttp.web_protocol import RequestHandler
 
@@ -59,12 +61,20 @@ class AdminServer:
             nothing.
         view: who knows.
         metrics: what `/metrics` shows.
+        sockets: listening ones to serve on, instead of on one of its own.
 
     Attributes:
-        addresses: host and port of each socket, while it listens.
+        addresses: where each socket listens, `HOST:PORT` or `unix:PATH`, while it does.
     """
 
-    def __init__(self, settings: AdminSettings, view: AdminView, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: AdminSettings,
+        view: AdminView,
+        metrics: Metrics,
+        *,
+        sockets: Sequence[socket.socket] = (),
+    ) -> None:
         self._settings = settings
         self._view = view
         self._metrics = metrics
@@ -74,9 +84,10 @@ class AdminServer:
             "/metrics": self._metrics_page,
             "/v1/status": self._status,
         }
-        self._listener: asyncio.Server | None = None
+        self._sockets = list(sockets)
+        self._listeners: list[asyncio.Server] = []
         self._door: _Door | None = None
-        self.addresses: list[tuple[str, int]] = []
+        self.addresses: list[str] = []
 
     async def start(self) -> None:
         """Listens.
@@ -85,27 +96,33 @@ class AdminServer:
             AddressError: it cannot.
             ConfigError: what is set is not an address.
         """
-        if not self._settings.listen:
+        if not (self._settings.listen or self._sockets):
             return
-        host, port = parse_listen(self._settings.listen, SETTING)
         self._door = _Door(self._answer)
         loop = asyncio.get_running_loop()
+        if self._sockets:
+            self._listeners = [await _serve_on(sock, self._door) for sock in self._sockets]
+            self.addresses = [show_socket(sock) for sock in self._sockets]
+            return
+        host, port = parse_listen(self._settings.listen, SETTING)
         try:
-            self._listener = await loop.create_server(self._door, host or None, port)
+            self._listeners = [await loop.create_server(self._door, host or None, port)]
         except (OSError, UnicodeError) as error:
             raise AddressError(
                 address=self._settings.listen, setting=SETTING, problem=_problem(error)
             ) from error
-        self.addresses = [sock.getsockname()[:2] for sock in self._listener.sockets]
+        self.addresses = [show_socket(s) for one in self._listeners for s in one.sockets]
 
     async def close(self) -> None:
         """Stops listening, lets answers that are on their way out for a second, hangs up."""
-        if self._listener is None or self._door is None:
+        if not self._listeners or self._door is None:
             return
-        self._listener.close()
+        for listener in self._listeners:
+            listener.close()
         await self._door.hang_up()
-        await self._listener.wait_closed()
-        self._listener = None
+        for listener in self._listeners:
+            await listener.wait_closed()
+        self._listeners = []
         self.addresses = []
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -133,8 +150,11 @@ class AdminServer:
             return _problem_page(500, "Internal Server Error", "the log says why")
 
     def _livez(self, _: web.BaseRequest) -> _Page:
-        """Who gets an answer at all knows that the loop turns."""
-        return _Page(b"alive\n")
+        """Who gets an answer at all knows that the loop turns; the rest is the watchdog's word."""
+        alive, reason = self._view.alive()
+        if alive:
+            return _Page(b"alive\n")
+        return _problem_page(503, "Hung", reason)
 
     def _readyz(self, _: web.BaseRequest) -> _Page:
         ready, reason = self._view.ready()
@@ -179,6 +199,15 @@ class _Door(web.Server):
         await self.shutdown(CLOSE_SECONDS)
         for transport, _ in list(self._inside.values()):
             transport.abort()
+
+
+async def _serve_on(sock: socket.socket, door: _Door) -> asyncio.Server:
+    """Serves on a passed socket. Its file, if it has one, is not ours to remove."""
+    loop = asyncio.get_running_loop()
+    if sock.family != socket.AF_UNIX:
+        return await loop.create_server(door, sock=sock)
+    more: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
+    return await loop.create_unix_server(door, sock=sock, **more)
 
 
 def _problem_page(status: int, title: str, detail: str, **headers: str) -> _Page:

@@ -78,7 +78,8 @@ class PipelineStatus(msgspec.Struct, frozen=True):
         dead: accepted, then given up.
         pending: accepted and not settled.
         refused: kept as dead letters without being accepted; in none of the four above.
-        balanced: whether `accepted == processed + dead + pending`.
+        balanced: whether `accepted == processed + dead + pending`; the rows are counted, too, once
+            a minute.
         journal: how full it is.
         queue: what is in memory.
         batches: where they are.
@@ -118,7 +119,11 @@ class Status(msgspec.Struct, frozen=True):
 
 
 class AdminView(Protocol):
-    """Who answers. Both are called on the event loop and return at once."""
+    """Who answers. All are called on the event loop and return at once."""
+
+    def alive(self) -> tuple[bool, str]:
+        """Whether everything that could move moves, and in a few words what does not."""
+        ...
 
     def ready(self) -> tuple[bool, str]:
         """Whether records are taken, and in a few words why not (or that they are)."""

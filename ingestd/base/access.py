@@ -117,13 +117,24 @@ def _at_large(http: HttpSettings) -> Iterator[tuple[str, str]]:
     if http.allow_anonymous and (http.tokens or http.tls.client_ca):
         text = "who shows no token would get in without limits; take out this or the tokens"
         yield "http.allow_anonymous", text
-    if not (http.allow_anonymous or is_loopback(http.listen) or demands_proof(http)):
-        text = (
-            "is not this machine alone, and anybody could send; there are three ways out: a token"
-            " (http.tokens.NAME.hash), client certificates (http.tls.client_ca and"
-            " http.tls.client_required), or http.allow_anonymous = true"
-        )
+    if text := at_large(http, local=is_loopback(http.listen)):
         yield "http.listen", f"{http.listen} {text}"
+
+
+def at_large(http: HttpSettings, *, local: bool) -> str:
+    """What is wrong with an address that is open to everybody; empty if nothing is.
+
+    Args:
+        http: who may come in.
+        local: whether only this machine can reach the address.
+    """
+    if local or http.allow_anonymous or demands_proof(http):
+        return ""
+    return (
+        "is not this machine alone, and anybody could send; there are three ways out: a token"
+        " (http.tokens.NAME.hash), client certificates (http.tls.client_ca and"
+        " http.tls.client_required), or http.allow_anonymous = true"
+    )
 
 
 def demands_proof(http: HttpSettings) -> bool:

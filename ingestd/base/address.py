@@ -40,9 +40,20 @@ def is_loopback(address: str) -> bool:
     """Whether only this machine can reach `HOST:PORT`; of names only `localhost` is known."""
     host = split_address(address)[0]
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return is_loopback_ip(host)
     except ValueError:
         return host.lower() == "localhost"
+
+
+def is_loopback_ip(host: str) -> bool:
+    """Whether only this machine can reach an IP address, also one of IPv4 written as IPv6.
+
+    Raises:
+        ValueError: it is none.
+    """
+    address = ipaddress.ip_address(host)
+    mapped = getattr(address, "ipv4_mapped", None)
+    return (mapped or address).is_loopback
 
 
 def show_address(host: str, port: int) -> str:

@@ -73,6 +73,67 @@ def load(
         ConfigError: with one line for everything that is wrong.
     """
     problems: list[str] = []
+    written, origins = _gather(
+        flags,
+        problems,
+        environ=environ,
+        cwd=cwd,
+        config=config,
+        secrets=secrets,
+        system_config=system_config,
+    )
+    try:
+        settings = Settings(**written)
+    except ValidationError as error:
+        problems.extend(_explain(error, origins))
+    if problems:
+        raise ConfigError(problem="\n".join(dict.fromkeys(problems)))
+    return Loaded(settings, _all_origins(settings, origins))
+
+
+def glance(
+    path: Sequence[str],
+    flags: Sequence[Flag] = (),
+    *,
+    environ: Mapping[str, str],
+    cwd: Path,
+    config: str | None = None,
+) -> object:
+    """One value as it is written, `None` if it is not; whatever may be wrong with the rest.
+
+    Args:
+        path: of the setting.
+        flags: as for `load`, like everything after it.
+        environ: the environment.
+        cwd: where a file is looked for.
+        config: the file that `--config` names.
+    """
+    value: object
+    value, _ = _gather(
+        flags,
+        [],
+        environ=environ,
+        cwd=cwd,
+        config=config,
+        secrets=SECRETS,
+        system_config=SYSTEM_CONFIG,
+    )
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def _gather(
+    flags: Sequence[Flag],
+    problems: list[str],
+    *,
+    environ: Mapping[str, str],
+    cwd: Path,
+    config: str | None,
+    secrets: Path,
+    system_config: Path,
+) -> tuple[dict[str, Any], _Origins]:
+    """What is written, the least important place first; see `merge`."""
     layers: list[list[Entry]] = []
     named = config if config is not None else environ.get(CONFIG_VARIABLE) or None
     file = find_config(named, cwd, system_config)
@@ -84,14 +145,7 @@ def load(
         layers.append(list(from_secrets(Path(credentials), problems)))
     layers.append(list(from_environment(environ, problems)))
     layers.append(list(from_flags(flags, problems)))
-    written, origins = merge(entry for layer in layers for entry in layer)
-    try:
-        settings = Settings(**written)
-    except ValidationError as error:
-        problems.extend(_explain(error, origins))
-    if problems:
-        raise ConfigError(problem="\n".join(dict.fromkeys(problems)))
-    return Loaded(settings, _all_origins(settings, origins))
+    return merge(entry for layer in layers for entry in layer)
 
 
 def find_config(named: str | None, cwd: Path, system_config: Path) -> Path | None:

@@ -64,6 +64,7 @@ class PipelineState(NamedTuple):
         readmitted: records that were refused and then accepted after all.
         expired: dead letters that became too old.
         purged: dead letters that a person deleted.
+        unaccounted: pending by the counters less pending by the journal's rows; not 0 is an error.
     """
 
     accepted: int
@@ -85,6 +86,7 @@ class PipelineState(NamedTuple):
     readmitted: int = 0
     expired: int = 0
     purged: int = 0
+    unaccounted: int = 0
 
     @property
     def dead_ever(self) -> int:
@@ -112,6 +114,7 @@ _STATE = (
     ("letters_bytes", "letters_bytes", "Bytes of the dead letters that are kept."),
     ("letters_bytes_max", "letters_limit_bytes", "Bytes that dead letters may take."),
     ("pending", "records_pending", "Records accepted and not settled."),
+    ("unaccounted", "records_unaccounted", "Pending by the counters less by the rows; 0 is right."),
     ("journal_bytes", "journal_bytes", "Bytes of the journal in use."),
     ("journal_bytes_max", "journal_limit_bytes", "Bytes the journal may use."),
     ("queue_chunks", "queue_chunks", "Chunks held in memory."),

@@ -75,6 +75,7 @@ class LogWriter:
         self._torn = False
         self._closed = False
         self._deadline: float | None = None
+        self._levels: Callable[[str], None] = lambda _: None
         self._restore = contextlib.ExitStack()
         self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
         self._thread.start()
@@ -109,6 +110,14 @@ class LogWriter:
                 self._queue.put(None)
         self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    def set_level(self, level: str) -> None:
+        """From now on lines that are less important are not written: `log.level` as it is set."""
+        self._levels(level)
+
+    def obey(self, levels: Callable[[str], None]) -> None:
+        """Has `set_level` call `levels`."""
+        self._levels = levels
 
     def undo(self, step: Callable[[], object]) -> None:
         """Has `close` call `step`; the last one added is the first one called."""
@@ -198,14 +207,25 @@ def start_logging(settings: LogSettings, stream: TextIO | None = None) -> LogWri
     ]
     level = _LEVELS[settings.level]
     writer = LogWriter(fd, lambda lines: _line(chain, "warning", _dropped_event(lines)))
+    # Loggers are cached, so that a level that changes has to change in their class.
+    logger = type("Logger", (structlog.make_filtering_bound_logger(level),), {})
+    writer.obey(partial(_change_level, logger))
     structlog.configure(
         processors=chain,
-        wrapper_class=structlog.make_filtering_bound_logger(level),
+        wrapper_class=logger,
         logger_factory=lambda *_: _Sink(writer.write),
         cache_logger_on_first_use=True,
     )
     _take_over_library_logs(writer, chain, level)
     return writer
+
+
+def _change_level(logger: type[object], level: str) -> None:
+    made = structlog.make_filtering_bound_logger(_LEVELS[level])
+    for name, method in vars(made).items():
+        if not name.startswith("__"):
+            setattr(logger, name, method)
+    logging.getLogger().setLevel(max(_LEVELS[level], logging.INFO))
 
 
 def _own_descriptor(stream: TextIO | None) -> int:

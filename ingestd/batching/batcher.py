@@ -75,11 +75,15 @@ class Batcher:
         records_max: records a batch; exact.
         bytes_max: payload bytes a batch; only a record that is larger by itself exceeds it, and
             then stands alone.
+
+    Attributes:
+        chunks: how many were added.
     """
 
     def __init__(self, *, records_max: int, bytes_max: int) -> None:
         self.records_max = records_max
         self.bytes_max = bytes_max
+        self.chunks = 0
         self._spans: list[Span] = []
         self._parts: list[Records] = []
         self._count = 0
@@ -98,14 +102,22 @@ class Batcher:
         """When the open batch's oldest record was accepted; meaningless without one."""
         return self._accepted_at
 
+    def bound(self, *, records_max: int, bytes_max: int) -> None:
+        """Other bounds from now on; an open batch that is beyond them goes at the next `take`."""
+        self.records_max = records_max
+        self.bytes_max = bytes_max
+
     def add(self, chunk: int, records: Records, *, first: int, accepted_at: float) -> None:
         """Takes the records of a chunk from `first` on. Call `take` until it gives nothing."""
+        self.chunks += 1
         self._rest = _Rest(chunk, records, first, accepted_at)
 
     def take(self) -> Cut | None:
         """The next full batch, or nothing: then all records that were added are in batches."""
         rest = self._rest
         while rest is not None and rest.count:
+            if self._count and self._full():
+                return self.close()  # the bounds are other ones than when it was filled
             fitting = rest.fitting(self.records_max - self._count, self.bytes_max - self._bytes)
             if fitting == 0 and not self._count:
                 fitting = 1

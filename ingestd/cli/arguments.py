@@ -117,8 +117,20 @@ def add_data_dir(parser: argparse.ArgumentParser) -> None:
     _add(group, "--data_dir", "data_dir", "DIR", argparse.SUPPRESS)
 
 
+def add_admin(parser: argparse.ArgumentParser) -> None:
+    """The flags that tell a tool where the daemon's admin server is, as `run` would find it."""
+    parser.set_defaults(flags=[])
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="TOML file [./ingestd.toml, else /etc/ingestd/ingestd.toml]",
+    )
+    text = "the daemon's admin address, as for run"
+    _add(parser, "--admin.listen", "admin.listen", "HOST:PORT", text)
+
+
 def _add(
-    group: argparse._ArgumentGroup,
+    group: argparse._ActionsContainer,
     flag: str,
     key: str,
     metavar: str,

@@ -20,17 +20,22 @@ def configured(arguments: argparse.Namespace) -> Loaded:
     Raises:
         ConfigError: with one line for everything that is wrong.
     """
-    return load(arguments.flags, environ=os.environ, cwd=_here(), config=arguments.config)
+    return load(arguments.flags, environ=os.environ, cwd=here(), config=arguments.config)
 
 
 def make_importable() -> None:
     """Puts the current folder first, where `python -m ingestd` has it and the script does not."""
-    here = str(_here())
-    if sys.path[:1] not in ([here], [""]):
-        sys.path.insert(0, here)
+    folder = str(here())
+    if sys.path[:1] not in ([folder], [""]):
+        sys.path.insert(0, folder)
 
 
-def _here() -> Path:
+def here() -> Path:
+    """The current folder.
+
+    Raises:
+        ConfigError: it is gone.
+    """
     try:
         return Path.cwd()
     except OSError as error:

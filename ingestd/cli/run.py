@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from ingestd.base.init import split_off
+from ingestd.base.notify import Notifier
+from ingestd.base.passed import take_sockets
 from ingestd.base.signals import ignore_hangups
 from ingestd.base.streams import occupy_standard_streams
 from ingestd.cli.configured import configured, make_importable
 
 if TYPE_CHECKING:
     import argparse
+
+    from ingestd.base.settings import Settings
 
 HELP = "take records in, hand them to HANDLER in batches"
 DESCRIPTION = """\
@@ -25,6 +30,8 @@ exit codes: 0 drained, or the rest is safe in the journal; 1 unexpected; 2 usage
 
 def execute(arguments: argparse.Namespace) -> int:
     """Runs until the daemon has drained; its exit code."""
+    # Both are for this process, by its id: before process 1 of a container forks.
+    notifier, passed = Notifier.take(os.environ), take_sockets(os.environ)
     split_off()
     ignore_hangups()
     occupy_standard_streams()
@@ -32,4 +39,7 @@ def execute(arguments: argparse.Namespace) -> int:
     make_importable()
     from ingestd.daemon import serve  # noqa: PLC0415  help and check need none of it
 
-    return serve(settings)
+    def again() -> Settings:
+        return configured(arguments).settings
+
+    return serve(settings, again=again, notifier=notifier, passed=passed)

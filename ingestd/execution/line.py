@@ -59,9 +59,21 @@ class Line(Generic[T]):
         """When the next retry is due, loop time."""
         return self._waiting[0][0] if self._waiting else None
 
+    @property
+    def is_long(self) -> bool:
+        """Whether `put` waits."""
+        return len(self._new) >= AHEAD_MAX
+
+    def could_give(self, now: float) -> bool:
+        """Whether `next` would give a batch at `now`, loop time."""
+        due = self.first_due
+        return (due is not None and due <= now) or (
+            bool(self._new) and len(self._waiting) < self._waiting_max
+        )
+
     async def put(self, batch: T) -> None:
         """A new batch; waits while the line is long."""
-        while len(self._new) >= AHEAD_MAX:
+        while self.is_long:
             self._shorter.clear()
             await self._shorter.wait()
         self._new.append(batch)

@@ -54,6 +54,11 @@ class Pool(Generic[L]):
         """How many jobs may be running or lie ready."""
         return len(self.lanes)
 
+    @property
+    def has_free(self) -> bool:
+        """Whether `acquire` would give a place at once."""
+        return self._taken < self.places
+
     async def acquire(self) -> None:
         """A place for one job, now the caller's until `release`."""
         while self._taken >= self.places:

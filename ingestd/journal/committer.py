@@ -153,6 +153,10 @@ class Committer:
         report: called on the thread with each `Committed`; must only hand it to the loop.
         clock: gives `accepted_at`.
         keys_ttl: seconds that an idempotency key is kept.
+
+    Attributes:
+        busy: the thread is at a commit, or at starting the WAL over.
+        commits: how many it has begun; both for whoever wants to know whether it moves.
     """
 
     def __init__(
@@ -175,6 +179,8 @@ class Committer:
         self._keys_left = store.stored_keys().count
         self._keys_came = 0
         self._swept_at = 0.0
+        self.busy = False
+        self.commits = 0
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
 
     def start(self) -> None:
@@ -195,10 +201,13 @@ class Committer:
         open_ = True
         while open_ or self._again:
             ops, open_ = self._gather(open_)
+            self.commits += 1
+            self.busy = True
             if ops:
                 self._commit(ops)
             if self._poison is None and self._checkpointer.ripe():
                 self._restart_wal()
+            self.busy = False
 
     def _gather(self, open_: bool) -> tuple[list[Op], bool]:
         """Everything that waits, up to the bound; blocks for the first operation."""

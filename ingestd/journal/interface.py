@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ingestd.base.bookmark import Bookmark
+    from ingestd.base.liveness import Stage
     from ingestd.base.once import Claim
     from ingestd.base.record import Records, Refused, Span
     from ingestd.journal.idempotency import Keys
@@ -232,6 +233,10 @@ class Journal(Protocol):
         """Opens and recovers; from now on each new chunk is announced once it is durable."""
         ...
 
+    def stage(self) -> Stage:
+        """Whether its thread is at something, and at what: for whoever watches that it moves."""
+        ...
+
     def append(
         self,
         records: Records,
@@ -301,6 +306,14 @@ class Journal(Protocol):
 
     async def load(self, spans: Sequence[Span]) -> Records | None:
         """The records of a batch; `None` if one of its chunks is damaged or gone."""
+        ...
+
+    async def audit(self) -> int | None:
+        """Pending records by the counters less those by the rows; `None` if not counted now.
+
+        Raises:
+            JournalFailed: the rows can't be read.
+        """
         ...
 
     async def close(self, deadline: float | None = None) -> Closed:

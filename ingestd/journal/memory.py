@@ -14,6 +14,7 @@ from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import NeverFits, Overloaded
+from ingestd.base.liveness import Stage
 from ingestd.base.rate import Rate, wait_for_room
 from ingestd.base.record import Records, Refused, Span, join
 from ingestd.journal import bookmarks
@@ -91,6 +92,10 @@ class MemoryJournal:
         self.failed: asyncio.Future[None] = self._loop.create_future()
         self._on_chunk = on_chunk
         return Recovered([], Cursor(1, 0), 0, 1, {})
+
+    def stage(self) -> Stage:
+        """See `Journal.stage`: it has no thread."""
+        return Stage("journal", could_go_on=False, steps=0)
 
     def append(
         self,
@@ -232,6 +237,10 @@ class MemoryJournal:
     async def load(self, spans: Sequence[Span]) -> Records | None:
         """See `Journal.load`."""
         return join([self._chunks[s.chunk].records.part(s.first, s.count) for s in spans])
+
+    async def audit(self) -> int | None:
+        """See `Journal.audit`; there are no rows to count."""
+        return None
 
     async def close(self, deadline: float | None = None) -> Closed:  # noqa: ARG002
         """See `Journal.close`; there are no rows to count."""

@@ -15,9 +15,11 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from ingestd.base.errors import DataDirError, JournalFailed, NeverFits, Overloaded
+from ingestd.base.liveness import Stage
 from ingestd.base.rate import Rate, wait_for_room
 from ingestd.base.record import Records, Refused, Span, join
 from ingestd.journal import bookmarks, salvage
+from ingestd.journal.audit import difference
 from ingestd.journal.checkpoint import Checkpointer
 from ingestd.journal.committer import (
     Append,
@@ -155,6 +157,10 @@ class SqliteJournal:
         )
         return recovered._replace(set_aside=set_aside)
 
+    def stage(self) -> Stage:
+        """See `Journal.stage`."""
+        return Stage("journal", self._committer.busy, self._committer.commits)
+
     def append(
         self,
         records: Records,
@@ -266,6 +272,10 @@ class SqliteJournal:
         if any(s.first + s.count > chunks[s.chunk].records.count for s in spans):
             return None
         return join([chunks[s.chunk].records.part(s.first, s.count) for s in spans])
+
+    async def audit(self) -> int | None:
+        """See `Journal.audit`."""
+        return await self._read(difference, self._reading)
 
     async def _read(self, function: Callable[..., T], *args: object) -> T:
         try:

@@ -455,14 +455,19 @@ def count_pending(db: sqlite3.Connection) -> int:
     """Accepted records that are not settled, counted from the rows in one snapshot."""
     db.execute("BEGIN")
     try:
-        cursor_chunk, cursor_record = db.execute(
-            "SELECT cursor_chunk, cursor_record FROM meta"
-        ).fetchone()
-        (sealed,) = db.execute("SELECT coalesce(sum(count), 0) FROM batches").fetchone()
-        (waiting,) = db.execute(
-            "SELECT coalesce(sum(count), 0) FROM chunks WHERE id >= ?", (cursor_chunk,)
-        ).fetchone()
-        straddles = db.execute("SELECT 1 FROM chunks WHERE id = ?", (cursor_chunk,)).fetchone()
+        return count_rows(db)
     finally:
         db.execute("COMMIT")
+
+
+def count_rows(db: sqlite3.Connection) -> int:
+    """What `count_pending` counts, in a transaction of the caller's."""
+    cursor_chunk, cursor_record = db.execute(
+        "SELECT cursor_chunk, cursor_record FROM meta"
+    ).fetchone()
+    (sealed,) = db.execute("SELECT coalesce(sum(count), 0) FROM batches").fetchone()
+    (waiting,) = db.execute(
+        "SELECT coalesce(sum(count), 0) FROM chunks WHERE id >= ?", (cursor_chunk,)
+    ).fetchone()
+    straddles = db.execute("SELECT 1 FROM chunks WHERE id = ?", (cursor_chunk,)).fetchone()
     return int(sealed) + int(waiting) - (cursor_record if straddles else 0)

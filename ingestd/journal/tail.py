@@ -70,6 +70,16 @@ class Tail:
         """Chunks that have not been given yet."""
         return max(0, self._last - self._next + 1)
 
+    @property
+    def given(self) -> int:
+        """The newest chunk that has been given."""
+        return self._next - 1
+
+    @property
+    def could_give(self) -> bool:
+        """Whether there is a chunk to give, and room for it if it has to be read back."""
+        return bool(self._fresh) or (self.waiting > 0 and self._has_room())
+
     def push(self, chunk: Chunk) -> None:
         """A chunk that has just become durable; on the loop, in order."""
         contiguous = self._fresh[-1].id if self._fresh else self._next - 1
@@ -100,10 +110,16 @@ class Tail:
             self._given.clear()
             await self._given.wait()
 
+    def _read_bytes(self) -> int:
+        return min(READ_BYTES, self._room.bytes_max)
+
+    def _has_room(self) -> bool:
+        return self._room.has(self._read_bytes())
+
     async def _read_back(self) -> None:
         """Fills `_fresh` from disk; nothing is pushed to it meanwhile, as it is behind."""
         first, last = self._next, self._last
-        await self._room.wait(min(READ_BYTES, self._room.bytes_max))
+        await self._room.wait(self._read_bytes())
         chunks = await self._journal.read(first, READ_BYTES)
         if not chunks:
             self._given.set()

@@ -23,6 +23,7 @@ from ingestd.admin.view import (
     Status,
     bounds_near,
 )
+from ingestd.base.address import split_address
 from ingestd.base.errors import AddressError, Exit
 from ingestd.base.metrics import Metrics, PipelineState
 from ingestd.base.settings import AdminSettings
@@ -59,7 +60,11 @@ class View:
 
     def __init__(self) -> None:
         self.answer = (True, "taking records")
+        self.living = (True, "alive")
         self.broken = False
+
+    def alive(self) -> tuple[bool, str]:
+        return self.living
 
     def ready(self) -> tuple[bool, str]:
         return self.answer
@@ -81,7 +86,7 @@ class Admin:
     @property
     def address(self) -> tuple[str, int]:
         [address] = self.server.addresses
-        return address
+        return split_address(address)
 
     async def ask(self, path: str, method: str = "GET", **headers: str) -> tuple[int, bytes, Any]:
         host, port = self.address
@@ -278,7 +283,8 @@ async def test_ipv6() -> None:
         await server.start()
     except AddressError:
         pytest.skip("no IPv6 here")
-    [(host, port)] = server.addresses
+    [address] = server.addresses
+    host, port = split_address(address)
     assert host == "::1"
     assert port
     await server.close()

@@ -110,6 +110,25 @@ def test_a_line_is_one_json_object(pipe: Pipe) -> None:
     }
 
 
+def test_the_level_changes_for_loggers_that_are_there(pipe: Pipe) -> None:
+    writer = start_logging(LogSettings(level="warning"), pipe.stream)
+    log = structlog.get_logger()
+    log.info("one_written")
+    writer.set_level("debug")
+    log.debug("two_written")
+    logging.getLogger("library").info("three")
+    writer.set_level("error")
+    log.warning("four_written")
+    logging.getLogger("library").warning("five")
+    log.error("six_written")
+    writer.close(5)
+    assert [event["event"] for event in pipe.events()] == [
+        "two_written",
+        "library_logged",
+        "six_written",
+    ]
+
+
 @pytest.mark.parametrize(
     ("level", "seen"),
     [

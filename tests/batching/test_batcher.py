@@ -44,6 +44,23 @@ def test_a_record_larger_than_the_bound_stands_alone() -> None:
     assert [cut.records.items() for cut in [*cuts, last]] == [[b"1"], [b"x" * 50], [b"2"]]
 
 
+def test_an_open_batch_that_is_beyond_new_bounds_goes_as_it_is() -> None:
+    batcher = Batcher(records_max=100, bytes_max=100)
+    assert feed(batcher, 1, Records.lines([b"%d" % n for n in range(9)])) == []
+    batcher.bound(records_max=4, bytes_max=100)
+    cuts = feed(batcher, 2, Records.lines([b"a", b"b", b"c", b"d", b"e"]))
+    assert [cut.records.count for cut in cuts] == [9, 4]
+    assert batcher.close().records.items() == [b"e"]
+
+
+def test_an_open_batch_goes_on_within_larger_bounds() -> None:
+    batcher = Batcher(records_max=3, bytes_max=100)
+    assert feed(batcher, 1, Records.lines([b"1", b"2"])) == []
+    batcher.bound(records_max=4, bytes_max=6)
+    (cut,) = feed(batcher, 2, Records.lines([b"3", b"4"]))
+    assert cut.records.items() == [b"1", b"2", b"3"]
+
+
 def test_the_rest_of_a_recovered_chunk_starts_at_its_cursor() -> None:
     batcher = Batcher(records_max=10, bytes_max=100)
     assert feed(batcher, 3, Records.lines([b"0", b"1", b"2"]), first=2) == []

@@ -32,6 +32,7 @@ class Daemon:
         stdin: Any = subprocess.DEVNULL,
         prefix: tuple[str, ...] = (),
         environ: Mapping[str, str] | None = None,
+        fds: tuple[int, ...] = (),
     ) -> None:
         command = [sys.executable, "-m", "ingestd", "run", *args]
         if "--listen" not in args and not {"stdin", "fetch"} & set(args):
@@ -42,7 +43,7 @@ class Daemon:
         env.update(environ or {})
         self.process = subprocess.Popen(
             [*prefix, *command], cwd=cwd, stdin=stdin, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, env=env,
+            stderr=subprocess.PIPE, env=env, pass_fds=fds,
         )  # fmt: skip
         self.events: list[dict[str, Any]] = []
         self.other: list[str] = []

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from ingestd.base.access import at_large
 from ingestd.base.errors import ConfigError
+from ingestd.base.passed import is_local, show_socket
 from ingestd.sources.http.tls import make_context
 from ingestd.sources.http.tokens import Tokens, read_tokens
 from ingestd.sources.http.webhooks import read_webhooks
 
 if TYPE_CHECKING:
+    import socket
     import ssl
     from collections.abc import Mapping, Sequence
 
@@ -49,3 +52,18 @@ def read_access(settings: HttpSettings) -> Access:
     if problems:
         raise ConfigError(problem="\n".join(problems))
     return access
+
+
+def check_exposure(settings: HttpSettings, sockets: Sequence[socket.socket]) -> None:
+    """Passed sockets are where they are, whatever `http.listen` says.
+
+    Raises:
+        ConfigError: nothing says who may come in, and more than this machine can reach one.
+    """
+    problems = [
+        f"the passed socket {show_socket(sock)} {text}"
+        for sock in sockets
+        if (text := at_large(settings, local=is_local(sock)))
+    ]
+    if problems:
+        raise ConfigError(problem="\n".join(problems))

@@ -28,6 +28,7 @@ from ingestd.sources.http.cors import Cors, tell_options
 from ingestd.sources.http.document import Document, unless_known
 from ingestd.sources.http.encoding import name_encoding
 from ingestd.sources.http.idempotency import HEADER, REPLAYED, parse_key
+from ingestd.sources.http.peer import peer_of
 from ingestd.sources.http.prefer import HEADER as PREFER
 from ingestd.sources.http.prefer import NOTHING, parse_prefer
 from ingestd.sources.http.problem import EXPLAINED, Problem, explain
@@ -88,6 +89,7 @@ class Door:
 
     Attributes:
         draining: nothing more is taken.
+        gate: may be replaced.
     """
 
     def __init__(
@@ -100,7 +102,7 @@ class Door:
         self.draining = False
         self._settings = settings
         self._resources = resources
-        self._gate = gate
+        self.gate = gate
         self._on_request = on_request
         self._cors = Cors(settings.cors_origins) if settings.cors_origins else None
         self._room = Room(
@@ -116,17 +118,20 @@ class Door:
         self._waiting: set[Watch] = set()
         self._idle = asyncio.Event()
 
-    async def drain(self, deadline: float) -> None:
-        """From now on requests get 503; those in progress are finished, streams and waits ended.
-
-        Args:
-            deadline: when it stops waiting for them, in the loop's time.
-        """
+    def begin_to_drain(self) -> None:
+        """From now on requests get 503; streams and waits come to an end."""
         self.draining = True
         for stream in self._streams:
             stream.leave()
         for watch in self._waiting:
             watch.done.set()
+
+    async def drain(self, deadline: float) -> None:
+        """Returns when the requests in progress have their answers.
+
+        Args:
+            deadline: when it stops waiting for them, in the loop's time.
+        """
         if self._active:
             self._idle.clear()
             try:
@@ -225,9 +230,9 @@ class Door:
         if self.draining:
             raise explain(Draining())
         if route is None:
-            raise self._gate.explain_unknown(request)
-        caller = route.caller or self._gate.admit(request, route.intake.name)
-        with self._room.enter(caller.name or request.remote or "") as hold:
+            raise self.gate.explain_unknown(request)
+        caller = route.caller or self.gate.admit(request, route.intake.name)
+        with self._room.enter(caller.name or peer_of(request)) as hold:
             return await self._take_body(request, route, caller, hold)
 
     async def _take_body(

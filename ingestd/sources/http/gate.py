@@ -17,6 +17,7 @@ import structlog
 from ingestd.base.access import ALL, demands_proof
 from ingestd.sources.http import problem
 from ingestd.sources.http.limits import Limits
+from ingestd.sources.http.peer import peer_of
 from ingestd.sources.http.problem import Problem
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
+    from ingestd.base.access import TokenSettings
     from ingestd.base.settings import HttpSettings
     from ingestd.sources.http.access import Access
 
@@ -81,12 +83,17 @@ class Caller:
             self._limits.charge(records, size, self._monotonic())
 
 
+def _rates(token: TokenSettings) -> tuple[int, int]:
+    return token.records_per_second, token.bytes_per_second
+
+
 class Gate:
     """Lets requests in, or not.
 
     Args:
         settings: of the http source.
         access: what the files that they name say.
+        before: the one whose place it takes: what a token owes it goes on owing.
         monotonic: seconds that do not go back.
     """
 
@@ -95,17 +102,23 @@ class Gate:
         settings: HttpSettings,
         access: Access,
         *,
+        before: Gate | None = None,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.access = access
         self._monotonic = monotonic
+        owed = before.limits if before is not None else {}
+        self.limits: dict[tuple[str, int, int], Limits] = {
+            (name, *_rates(token)): owed.get((name, *_rates(token)))
+            or Limits(*_rates(token), monotonic())
+            for name, token in settings.tokens.items()
+            if any(_rates(token))
+        }
         self._callers = {
             name: Caller(
                 name,
                 None if ALL in token.pipelines else frozenset(token.pipelines),
-                Limits(token.records_per_second, token.bytes_per_second, monotonic())
-                if token.records_per_second or token.bytes_per_second
-                else None,
+                self.limits.get((name, *_rates(token))),
                 monotonic,
             )
             for name, token in settings.tokens.items()
@@ -187,5 +200,5 @@ class Gate:
         self._denied += 1
         now = self._monotonic()
         if now >= self._say_denied_at:
-            log.info("callers_denied", count=self._denied, last=request.remote)
+            log.info("callers_denied", count=self._denied, last=peer_of(request))
             self._denied, self._say_denied_at = 0, now + DENIED_SECONDS

@@ -1,8 +1,9 @@
-"""Listening with TLS: what `loop.create_server` can't do.
+"""Listening, with TLS and without: what `loop.create_server` can't do.
 
 A connection is wrapped here, after it was accepted, because then the context can be another one for
 every connection (that is how certificates are renewed without closing the socket), and because a
-handshake in progress can be counted, and bounded, like a connection.
+handshake in progress can be counted, and bounded, like a connection. And whoever stops listening
+here has not accepted anybody whom nobody will serve: a socket that was passed to us goes on.
 """
 
 from __future__ import annotations
@@ -26,26 +27,26 @@ SHUTDOWN_SECONDS = 2.0
 _RETRY_SECONDS = 0.5
 
 
-class TlsListener:
+class Listener:
     """Looks like what `loop.create_server` gives.
 
     Args:
         server: makes the protocols.
-        sockets: bound and listening; they are closed with it.
-        context: for the connections that come from now on; may be replaced.
+        sockets: bound and listening; they are closed with it, and not shut down.
+        context: for the connections that come from now on, `None` for no TLS; may be replaced.
     """
 
     def __init__(
-        self, server: Server, sockets: list[socket.socket], context: ssl.SSLContext
+        self, server: Server, sockets: list[socket.socket], context: ssl.SSLContext | None
     ) -> None:
         self.sockets = sockets
         self.context = context
         self._server = server
         self._loop = asyncio.get_running_loop()
         self._handshakes: set[asyncio.Task[None]] = set()
-        self._accepting = [
-            self._loop.create_task(self._accept(sock), name="tls-accept") for sock in sockets
-        ]
+        self._pauses: dict[socket.socket, asyncio.TimerHandle] = {}
+        for sock in sockets:
+            self._loop.add_reader(sock, self._accept, sock)
         self._serving = True
 
     def is_serving(self) -> bool:
@@ -54,51 +55,59 @@ class TlsListener:
 
     def close(self) -> None:
         """Nobody is accepted any more; connections and handshakes go on."""
+        if not self._serving:
+            return
         self._serving = False
-        for task in self._accepting:
-            task.cancel()
+        for pause in self._pauses.values():
+            pause.cancel()
+        for sock in self.sockets:
+            self._loop.remove_reader(sock)
+            sock.close()
 
     async def wait_closed(self) -> None:
         """Ends handshakes, too."""
+        await asyncio.sleep(0)  # one that never began could not close its socket
         for task in self._handshakes:
             task.cancel()
-        await asyncio.gather(*self._accepting, *self._handshakes, return_exceptions=True)
-        for sock in self.sockets:
-            sock.close()
+        await asyncio.gather(*self._handshakes, return_exceptions=True)
 
-    async def _accept(self, listening: socket.socket) -> None:
+    def _accept(self, listening: socket.socket) -> None:
+        """Somebody is at the door. One at a time: a crowd shall not keep others from being served.
+
+        Accepted in a callback and not in a task, which could be cancelled between the kernel's
+        yes and ours.
+        """
         try:
-            while True:
-                try:
-                    sock, _ = await self._loop.sock_accept(listening)
-                except ConnectionError:
-                    continue  # it went before we came
-                except OSError as error:
-                    log.error("accept_failed", error=error.strerror)  # noqa: TRY400  known
-                    await asyncio.sleep(_RETRY_SECONDS)
-                    continue
-                if self._server.has_room_to_say_no():
-                    task = self._loop.create_task(self._greet(sock), name="tls-handshake")
-                    self._handshakes.add(task)
-                    task.add_done_callback(self._handshakes.discard)
-                else:
-                    sock.close()
-                # A crowd at the door shall not keep the others from being served.
-                await asyncio.sleep(0)
-        finally:
+            sock, _ = listening.accept()
+        except (BlockingIOError, InterruptedError, ConnectionError):
+            return  # it went before we came, or another process was faster
+        except OSError as error:
+            log.error("accept_failed", error=error.strerror)  # noqa: TRY400  known
             self._loop.remove_reader(listening)
-            listening.close()
+            self._pauses[listening] = self._loop.call_later(
+                _RETRY_SECONDS, self._loop.add_reader, listening, self._accept, listening
+            )
+            return
+        if self._server.has_room_to_say_no():
+            sock.setblocking(False)
+            task = self._loop.create_task(self._greet(sock), name="http-greeting")
+            self._handshakes.add(task)
+            task.add_done_callback(self._handshakes.discard)
+        else:
+            sock.close()
 
     async def _greet(self, sock: socket.socket) -> None:
         """One handshake; it takes the place of a connection as long as it lasts."""
+        context = self.context
+        shake, leave = (HANDSHAKE_SECONDS, SHUTDOWN_SECONDS) if context else (None, None)
         with self._server.greeting() as protocol:
             try:
                 await self._loop.connect_accepted_socket(
                     lambda: protocol,
                     sock,
-                    ssl=self.context,
-                    ssl_handshake_timeout=HANDSHAKE_SECONDS,
-                    ssl_shutdown_timeout=SHUTDOWN_SECONDS,
+                    ssl=context,
+                    ssl_handshake_timeout=shake,
+                    ssl_shutdown_timeout=leave,
                 )
             except (OSError, ssl.SSLError) as error:
                 log.debug("handshake_failed", error=type(error).__name__)

@@ -51,6 +51,7 @@ def make_page(
     default: str,
     public_names: bool,
     address: str,
+    secure: bool = False,
 ) -> Page:
     """The page.
 
@@ -60,11 +61,12 @@ def make_page(
         default: the one that `/v1/records` means.
         public_names: whether everybody may know the pipelines.
         address: where it listens, `HOST:PORT`; shown if it is this machine's own (loopback):
-            any other may be nobody's business, and wrong behind a proxy.
+            any other may be nobody's business, and wrong behind a proxy. Or `unix:PATH`.
+        secure: whether it speaks TLS.
     """
     template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     local = _is_loopback(address)
-    url = f"http://{address}" if local else "$url"
+    url = f"{'https' if secure else 'http'}://{address}" if local else "$url"
     about = (
         f"With <code>curl</code> on the machine it runs on; from elsewhere put this page&rsquo;s"
         f" address in place of <code>{escape(url)}</code>:"
@@ -120,5 +122,7 @@ def _headers(html: str) -> dict[str, str]:
 
 
 def _is_loopback(address: str) -> bool:
+    if address.startswith("unix:"):
+        return False
     host, _ = split_address(address)
     return host == "::1" or host.startswith("127.")

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 
 
 def published(
-    pipelines: Mapping[str, Format], *, default: str, public_names: bool, address: str
+    pipelines: Mapping[str, Format],
+    *,
+    default: str,
+    public_names: bool,
+    address: str,
+    secure: bool,
 ) -> dict[str, Resource[Document]]:
     """The documents by path, and what is said of the server as a whole.
 
@@ -26,11 +31,17 @@ def published(
         pipelines: their formats by name.
         default: the one that `/v1/records` means.
         public_names: whether everybody may know the pipelines.
-        address: where the source listens, `HOST:PORT`.
+        address: where the source listens, `HOST:PORT` or `unix:PATH`.
+        secure: whether it speaks TLS.
     """
     described = describe(__version__, pipelines, default=default, public_names=public_names)
     page = make_page(
-        __version__, pipelines, default=default, public_names=public_names, address=address
+        __version__,
+        pipelines,
+        default=default,
+        public_names=public_names,
+        address=address,
+        secure=secure,
     )
     return {
         "/": Resource(READ, make_document(HTML, page.html, page.headers)),

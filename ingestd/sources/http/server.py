@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any, cast
 
+import async_timeout
 import structlog
 from aiohttp import web
 
@@ -30,7 +31,7 @@ _TURNED_AWAY_MAX = 256
 
 
 class Server(web.Server):
-    """A protocol factory for `loop.create_server`.
+    """A protocol factory for a `Listener`.
 
     Args:
         handler: answers one request; must not raise.
@@ -49,15 +50,23 @@ class Server(web.Server):
         head_timeout: float = 10.0,
         keepalive_timeout: float,
     ) -> None:
-        super().__init__(handler)
+        super().__init__(self._listen_to)
+        self._answer = handler
         self._connections_max = connections_max
         self._clients = Clients(per_client_max)
         self._keepalive_timeout = keepalive_timeout or head_timeout
         self._turned_away: set[asyncio.Transport] = set()
-        self._greetings = 0
+        self._welcomed: set[asyncio.BaseProtocol] = set()
+        self._silent: set[web.RequestHandler] = set()
+        self._spoken = asyncio.Event()
         self._held = 0
         self.head_timeout = head_timeout
         self.open = 0
+
+    @property
+    def _greetings(self) -> int:
+        """Handshakes in progress."""
+        return len(self._welcomed)
 
     def has_room_to_say_no(self) -> bool:
         """Whether one more connection could at least be told that it is too many."""
@@ -67,11 +76,12 @@ class Server(web.Server):
     def greeting(self) -> Iterator[asyncio.BaseProtocol]:
         """The protocol for a connection whose handshake is in progress, which is counted too."""
         protocol = self()
-        self._greetings += 1
+        self._welcomed.add(protocol)
         try:
             yield protocol
         finally:
-            self._greetings -= 1
+            self._welcomed.discard(protocol)
+            self._spoken.set()
 
     def __call__(self) -> Any:  # the base class names one kind only
         """A protocol for a connection that has just been accepted."""
@@ -103,6 +113,8 @@ class Server(web.Server):
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         """Counts it."""
         self.open += 1
+        self._welcomed.discard(handler)
+        self._silent.add(handler)
         super().connection_made(handler, transport)
 
     def connection_lost(
@@ -113,6 +125,7 @@ class Server(web.Server):
         self.open -= 1
         self._clients.leave(handler.client)
         self._held -= handler.held
+        self.spoke(handler)
         super().connection_lost(handler, exc)
 
     def hold(self, connection: Connection, size: int) -> None:
@@ -129,6 +142,30 @@ class Server(web.Server):
         if self._held > HELD_BYTES_MAX and connection.transport is not None:
             log.debug("connection_ended", held=size)
             connection.transport.abort()
+
+    async def _listen_to(self, request: web.BaseRequest) -> web.StreamResponse:
+        self.spoke(request.protocol)
+        return await self._answer(request)
+
+    def spoke(self, handler: web.RequestHandler) -> None:
+        """A connection's first request has come, or it has gone."""
+        if handler in self._silent:
+            self._silent.discard(handler)
+            self._spoken.set()
+
+    async def hear_out(self, seconds: float) -> None:
+        """Waits for the first request of everybody who was let in and has not said anything yet.
+
+        Args:
+            seconds: the longest that it waits.
+        """
+        try:
+            async with async_timeout.timeout(seconds):
+                while self._welcomed or self._silent:
+                    self._spoken.clear()
+                    await self._spoken.wait()
+        except TimeoutError:
+            pass
 
     async def close(self, seconds: float) -> None:
         """Closes every connection; requests in progress have some seconds to end."""

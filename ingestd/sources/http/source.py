@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING
 import structlog
 
 from ingestd.base.access import demands_proof
-from ingestd.base.address import show_address, split_address
+from ingestd.base.address import split_address
 from ingestd.base.errors import AddressError
-from ingestd.sources.http.access import read_access
+from ingestd.base.passed import show_socket
+from ingestd.sources.http.access import check_exposure, read_access
 from ingestd.sources.http.body import Bounds
 from ingestd.sources.http.door import Door, Route
 from ingestd.sources.http.gate import Caller, Gate
-from ingestd.sources.http.listener import TlsListener, bind
+from ingestd.sources.http.listener import Listener, bind
 from ingestd.sources.http.published import published
 from ingestd.sources.http.routes import ANY_PIPELINE, RECORDS, WEBHOOKS, WRITE, Resource
 from ingestd.sources.http.server import Server
 from ingestd.sources.http.webhooks import Webhook
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    import socket
+    from collections.abc import Callable, Mapping, Sequence
 
     from ingestd.base.settings import HttpSettings
     from ingestd.sources.http.access import Access
@@ -33,6 +35,7 @@ log = structlog.get_logger(__name__)
 
 _BACKLOG = 1024
 _SHUTDOWN_SECONDS = 1.0
+_HEAR_SECONDS = 1.0
 
 
 class HttpSource:
@@ -45,9 +48,10 @@ class HttpSource:
         on_request: called for each answer about records, and for each problem, with the pipeline
             (empty if it is not known), the status (499 if the client left), the seconds since the
             head was read, and the slug of the problem (empty if there was none).
+        sockets: listening ones to serve on, instead of on one of its own at `http.listen`.
 
     Attributes:
-        addresses: where it listens, after `start`; `HOST:PORT` with the real port.
+        addresses: where it listens, after `start`; `HOST:PORT` with the real port, `unix:PATH`.
 
     Raises:
         ConfigError: a file with tokens, secrets or certificates is not what it should be.
@@ -60,44 +64,26 @@ class HttpSource:
         *,
         default: str,
         on_request: OnRequest | None = None,
+        sockets: Sequence[socket.socket] = (),
     ) -> None:
         self._settings = settings
-        self._formats = {name: intake.format for name, intake in intakes.items()}
         self._default = default
         self._on_request = on_request
+        self._sockets = list(sockets)
+        check_exposure(settings, self._sockets)
         access = read_access(settings)
         _tell(access)
         self._gate = Gate(settings, access)
-        self._webhooks = {
-            name: Webhook(name, webhook, access.webhooks[name])
-            for name, webhook in settings.webhooks.items()
-        }
-        self._resources = self._build_resources(intakes)
-        self.addresses: list[str] = []
-
-    def _build_resources(
-        self, intakes: Mapping[str, Intake]
-    ) -> dict[str, Resource[Route | Document | None]]:
-        """Everything that can be posted to, by its path; `start` adds what there is to read."""
-        settings = self._settings
-        routes = {
+        self._routes = {
             name: Route(
                 intake,
                 Bounds(settings.records_max, intake.record_bytes_max, intake.json_depth_max),
             )
             for name, intake in intakes.items()
         }
-        found: dict[str, Resource[Route | Document | None]] = {
-            RECORDS: Resource(WRITE, routes[self._default]),
-            ANY_PIPELINE: Resource(WRITE, None),
-        }
-        for name, route in routes.items():
-            found[f"{RECORDS}/{name}"] = Resource(WRITE, route)
-        for name, webhook in self._webhooks.items():
-            route = routes[settings.webhooks[name].pipeline or self._default]
-            route = route._replace(webhook=webhook, caller=Caller(f"webhook {name}"))
-            found[f"{WEBHOOKS}/{name}"] = Resource(WRITE, route)
-        return found
+        # The door looks here; `_publish` puts everything in.
+        self._resources: dict[str, Resource[Route | Document | None]] = {}
+        self.addresses: list[str] = []
 
     async def start(self) -> None:
         """Listens.
@@ -115,44 +101,69 @@ class HttpSource:
             keepalive_timeout=settings.keepalive_timeout,
         )
         try:
-            host, port = split_address(settings.listen)
-            self._listener = await self._listen(host, port)
+            sockets = self._sockets or await bind(*split_address(settings.listen), _BACKLOG)
         except (OSError, ValueError) as error:
             self._door.close()
             what = getattr(error, "strerror", None) or str(error)
             raise AddressError(
                 address=settings.listen, setting="http.listen", problem=what
             ) from error
-        self.addresses = [show_address(*sock.getsockname()[:2]) for sock in self._listener.sockets]
-        self._resources |= published(
-            self._formats,
+        self.addresses = [show_socket(sock) for sock in sockets]
+        self._publish(settings, self._gate.access)
+        self._listener = Listener(self._server, sockets, self._gate.access.context)
+
+    def _publish(self, settings: HttpSettings, access: Access) -> None:
+        """Everything that can be asked for, by its path, in place of what there was."""
+        found: dict[str, Resource[Route | Document | None]] = {
+            RECORDS: Resource(WRITE, self._routes[self._default]),
+            ANY_PIPELINE: Resource(WRITE, None),
+        }
+        for name, route in self._routes.items():
+            found[f"{RECORDS}/{name}"] = Resource(WRITE, route)
+        for name, webhook in settings.webhooks.items():
+            to = self._routes[webhook.pipeline or self._default]
+            route = to._replace(
+                webhook=Webhook(name, webhook, access.webhooks[name]),
+                caller=Caller(f"webhook {name}"),
+            )
+            found[f"{WEBHOOKS}/{name}"] = Resource(WRITE, route)
+        found |= published(
+            {name: route.intake.format for name, route in self._routes.items()},
             default=self._default,
             public_names=not demands_proof(settings),
             address=self.addresses[0],
+            secure=access.context is not None,
         )
+        self._resources.clear()
+        self._resources.update(found)
 
-    async def _listen(self, host: str, port: int) -> asyncio.Server | TlsListener:
-        context = self._gate.access.context
-        if context is not None:
-            return TlsListener(self._server, await bind(host, port, _BACKLOG), context)
-        return await asyncio.get_running_loop().create_server(
-            self._server, host or None, port, backlog=_BACKLOG, reuse_address=True
-        )
+    async def prepare(self, settings: HttpSettings) -> Callable[[], None]:
+        """Reads tokens, secrets and certificates anew, and changes nothing yet.
 
-    async def reload(self) -> None:
-        """Reads tokens, secrets and certificates anew; connections stay, and none is refused.
+        Args:
+            settings: of them the tables of who may come in count; the rest is as at the start.
+
+        Returns:
+            What makes it so: connections stay, and none is refused.
 
         Raises:
-            ConfigError: something is wrong with them, and everything stays as it is.
+            ConfigError: something is wrong with them.
         """
+        check_exposure(settings, self._sockets)
         loop = asyncio.get_running_loop()
-        access: Access = await loop.run_in_executor(None, read_access, self._settings)
-        _tell(access)
-        self._gate.access = access
-        for name, webhook in self._webhooks.items():
-            webhook.keys = access.webhooks[name]
-        if isinstance(self._listener, TlsListener) and access.context is not None:
+        access: Access = await loop.run_in_executor(None, read_access, settings)
+
+        def change() -> None:
+            _tell(access)
+            self._gate = self._door.gate = Gate(settings, access, before=self._gate)
+            self._publish(settings, access)
             self._listener.context = access.context
+
+        return change
+
+    async def reload(self, settings: HttpSettings | None = None) -> None:
+        """Prepares and changes; with the settings of the start if there are no others."""
+        (await self.prepare(settings or self._settings))()
 
     async def wait_finished(self) -> None:
         """Never returns: a server has no end of input."""
@@ -165,16 +176,18 @@ class HttpSource:
             deadline: when it stops waiting for them, in the loop's time.
         """
         self._listener.close()
+        # Who was let in before the door was closed gets an answer, too.
+        left = deadline - asyncio.get_running_loop().time()
+        self._door.begin_to_drain()
+        await self._server.hear_out(min(_HEAR_SECONDS, left))
         await self._door.drain(deadline)
 
     async def close(self) -> None:
         """Closes every connection. A request that is still in progress gets no answer."""
         self._door.close()
         self._listener.close()
-        if isinstance(self._listener, TlsListener):
-            await self._listener.wait_closed()  # or a handshake would end as one more connection
+        await self._listener.wait_closed()  # or a handshake would end as one more connection
         await self._server.close(_SHUTDOWN_SECONDS)
-        await self._listener.wait_closed()
 
 
 def _tell(access: Access) -> None:

@@ -1,0 +1,115 @@
+"""`ingestd healthcheck`: asks the daemon on this machine how it is; for where there is no curl."""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import ipaddress
+import json
+import os
+
+from ingestd.base.address import split_address
+from ingestd.base.errors import Exit
+from ingestd.base.loading import glance
+from ingestd.base.settings import AdminSettings
+from ingestd.base.units import parse_seconds
+from ingestd.cli.arguments import add_admin
+from ingestd.cli.configured import here
+from ingestd.cli.output import fail
+
+HELP = "ask the daemon on this machine whether it is well"
+DESCRIPTION = """\
+Asks the daemon at admin.listen, as the configuration has it, whether it takes records (/readyz),
+or with --live whether it lives (/livez). Says nothing if all is well, and one line if it is not.
+
+exit codes: 0 it is; 1 it is not, or does not answer in time; 2 usage"""
+
+_ANSWER_BYTES = 64 * 1024
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its flags."""
+    parser.set_defaults(leaf=parser)
+    parser.add_argument(
+        "--live", action="store_true", help="whether it lives, not whether it is ready"
+    )
+    parser.add_argument(
+        "--timeout", metavar="TIME", type=_time, default=3.0, help="wait so long for an answer [3s]"
+    )
+    add_admin(parser)
+
+
+def _time(text: str) -> float:
+    try:
+        seconds = parse_seconds(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if seconds <= 0:
+        raise argparse.ArgumentTypeError("should be more than 0s")
+    return seconds
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Asks; the exit code is the answer."""
+    problem = _ask(arguments)
+    if problem:
+        fail(" ".join(problem.split()))
+        return int(Exit.UNEXPECTED)
+    return int(Exit.OK)
+
+
+def _ask(arguments: argparse.Namespace) -> str:
+    """What is wrong; empty if nothing is."""
+    # Only this setting counts: a file that somebody is editing does not make a daemon ill.
+    written = glance(
+        ("admin", "listen"),
+        arguments.flags,
+        environ=os.environ,
+        cwd=here(),
+        config=arguments.config,
+    )
+    listen = AdminSettings().listen if written is None else str(written)
+    try:
+        host, port = reachable(listen)
+    except ValueError as error:
+        return f"admin.listen: {error}"
+    page = "/livez" if arguments.live else "/readyz"
+    connection = http.client.HTTPConnection(host, port, timeout=arguments.timeout)
+    try:
+        connection.request("GET", page)
+        answer = connection.getresponse()
+        said = answer.read(_ANSWER_BYTES)
+    except (OSError, http.client.HTTPException) as error:
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return f"no answer from {listen}: {why}"
+    finally:
+        connection.close()
+    return "" if answer.status == 200 else f"{page} is {answer.status}: {_detail(said)}"
+
+
+def reachable(listen: str) -> tuple[str, int]:
+    """Where a server on this machine that listens there is reached from here.
+
+    Raises:
+        ValueError: nobody can say; the message says why.
+    """
+    if not listen:
+        raise ValueError("is switched off, so there is nobody to ask")
+    host, port = split_address(listen)
+    if port == 0:
+        raise ValueError("the kernel chose its port; write one down")
+    try:
+        everywhere = ipaddress.ip_address(host or "0.0.0.0")  # noqa: S104  it is compared
+    except ValueError:
+        return host, port
+    if everywhere.is_unspecified:
+        return ("127.0.0.1" if everywhere.version == 4 else "::1"), port
+    return host, port
+
+
+def _detail(said: bytes) -> str:
+    try:
+        problem = json.loads(said)
+        return str(problem["detail"])[:200]
+    except (ValueError, KeyError, TypeError):
+        return said[:200].decode(errors="replace")

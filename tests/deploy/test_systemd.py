@@ -1,0 +1,257 @@
+"""The shipped units on a machine with its own systemd, installed as docs/DEPLOYMENT.md says."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.daemon.harness import DATA, ROOT
+from tests.deploy.base import missing
+from tests.deploy.machine import TOOLS, Machine, clean, until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(why := missing(*TOOLS)), reason=why or "it can run"),
+]
+LOG = DATA / "nginxplus.ndjson"
+CONFIG = "/etc/ingestd/ingestd.toml"
+
+
+def block(heading: str, number: int = 0) -> str:
+    """A block of commands below a heading of the page."""
+    page = (ROOT / "docs" / "DEPLOYMENT.md").read_text()
+    section = page.partition(f"\n### {heading}\n")[2].partition("\n### ")[0]
+    return re.findall(r"```sh\n(.*?)```", section, re.DOTALL)[number]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    folder = tmp_path_factory.mktemp("machine")
+    with Machine(folder) as machine:
+        machine.sh(block("Install"))
+        yield machine
+    clean(folder)
+
+
+@pytest.fixture
+def machine(installed: Machine) -> Machine:
+    """With `ingestd.service` running, and nothing of an earlier test."""
+    installed.sh(
+        "systemctl stop ingestd.socket ingestd.service\n"
+        "systemctl disable -q ingestd.socket\n"
+        "systemctl clean --what=state ingestd.service || true\n"
+        "rm -rf /etc/systemd/system/ingestd.service.d /etc/ingestd/*\n"
+        "systemctl daemon-reload\n"
+        "systemctl reset-failed\n"
+        "systemctl start ingestd.service"
+    )
+    return installed
+
+
+def cursor(machine: Machine) -> str:
+    return machine.sh("journalctl -n 0 --show-cursor").rpartition("cursor: ")[2]
+
+
+def said(machine: Machine, event: str, after: str) -> list[dict[str, object]]:
+    """The daemon's events of that name since a place in the journal."""
+    lines = machine.sh(
+        f"journalctl -u 'ingestd*' --after-cursor='{after}' -o cat --no-pager"
+    ).splitlines()
+    events = [json.loads(line) for line in lines if line.startswith("{")]
+    return [line for line in events if line.get("event") == event]
+
+
+def main_pid(machine: Machine) -> str:
+    return machine.show("MainPID")
+
+
+def settled(machine: Machine) -> bool:
+    return "running: 0 pending" in machine.show("StatusText")
+
+
+def records() -> list[bytes]:
+    return sorted(LOG.read_bytes().splitlines())
+
+
+def test_the_shipped_units_are_right(installed: Machine) -> None:
+    done = installed.run(
+        "systemd-analyze", "verify", "--man=no", "/etc/systemd/system/ingestd.service",
+        "/etc/systemd/system/ingestd.socket", "/etc/systemd/system/ingestd@.service",
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_it_is_ready_when_it_is_started_and_loses_nothing_when_it_is_stopped(
+    machine: Machine,
+) -> None:
+    # `start` has returned, so it is ready.
+    machine.sh(block("Install", 1))
+    assert machine.post(LOG) == "202"
+    machine.systemctl("stop", "ingestd.service")
+    assert machine.show("Result") == "success"
+    assert machine.show("ExecMainStatus") == "0"
+    assert sorted(machine.written()) == records()
+    # A user that is nobody else's, and that nobody else can look over the shoulder.
+    facts = (machine.root / "var/lib/private/ingestd").stat()
+    assert (facts.st_mode & 0o777, facts.st_uid) == (0o700, facts.st_uid)
+    assert facts.st_uid >= 61184
+    assert machine.sh("readlink /var/lib/ingestd") == "private/ingestd"
+
+
+def test_status_counts(machine: Machine) -> None:
+    assert machine.post(LOG) == "202"
+    until(lambda: settled(machine))
+    assert machine.show("NRestarts") == "0"
+
+
+def test_a_handler_in_processes_runs_in_the_sandbox(machine: Machine) -> None:
+    machine.write(
+        "/etc/ingestd/store.py",
+        "import os, pathlib\n"
+        "def store(batch: list[dict]) -> None:\n"
+        "    with pathlib.Path('/var/lib/ingestd/seen').open('a') as seen:\n"
+        "        print(len(batch), os.getpid(), file=seen)\n"
+        "    for path in ('/etc/ingestd/x', '/var/lib/x', '/usr/x'):\n"
+        "        try:\n"
+        "            pathlib.Path(path).touch()\n"
+        "        except OSError:\n"
+        "            continue\n"
+        "        raise SystemError(path)\n",
+    )
+    machine.write(CONFIG, '[handler]\ntarget = "store:store"\n[executor]\nkind = "process"\n')
+    machine.systemctl("restart", "ingestd.service")
+    assert machine.post(LOG) == "202"
+    machine.systemctl("stop", "ingestd.service")
+    lines = (machine.root / "var/lib/private/ingestd/seen").read_text().splitlines()
+    assert sum(int(line.split()[0]) for line in lines) == len(records())
+
+
+def test_a_wrong_configuration_stays_down(machine: Machine) -> None:
+    machine.write(CONFIG, "[batch]\nrecord_max = 7\n")
+    assert machine.run("systemctl", "restart", "ingestd.service").returncode != 0
+    assert machine.show("ExecMainStatus") == "78"
+    assert machine.show("ActiveState") == "failed"
+    assert machine.show("NRestarts") == "0"
+
+
+def test_a_reload_takes_what_is_right_and_nothing_of_what_is_wrong(machine: Machine) -> None:
+    pid, start = main_pid(machine), cursor(machine)
+    machine.write(
+        CONFIG, '[batch]\nrecords_max = 7\n[log]\nlevel = "debug"\n[queue]\nchunks_max = 9\n'
+    )
+    machine.systemctl("reload", "ingestd.service")
+    until(lambda: said(machine, "reloaded", start))
+    (reloaded,) = said(machine, "reloaded", start)
+    assert reloaded["changed"] == ["log.level", "batch.records_max"]
+    assert reloaded["needs_restart"] == ["queue.chunks_max"]
+    machine.write(CONFIG, "[batch]\nrecords_max = 0\nbyte_max = 1\n")
+    machine.systemctl("reload", "ingestd.service")
+    until(lambda: said(machine, "reload_refused", start))
+    (refused,) = said(machine, "reload_refused", start)
+    assert "batch.records_max" in str(refused["error"])
+    assert "batch.byte_max" in str(refused["error"])
+    until(lambda: machine.show("ActiveState") == "active")
+    assert machine.post(LOG) == "202"
+    assert main_pid(machine) == pid
+
+
+def test_what_hangs_is_killed_and_started_again_and_nothing_is_lost(machine: Machine) -> None:
+    machine.write(
+        "/etc/systemd/system/ingestd.service.d/quick.conf",
+        "[Service]\nWatchdogSec=2\nRestartSec=100ms\n",
+    )
+    # What is accepted is still pending when it stops.
+    machine.write(CONFIG, '[batch]\nage_max = "1h"\nrecords_max = 1000000\nbytes_max = "60MiB"\n')
+    machine.systemctl("daemon-reload")
+    machine.systemctl("restart", "ingestd.service")
+    assert machine.post(LOG) == "202"
+    pid = main_pid(machine)
+    machine.sh(f"kill -STOP {pid}")
+    until(lambda: machine.show("NRestarts") == "1" and machine.show("ActiveState") == "active")
+    assert main_pid(machine) != pid
+    assert "watchdog" in machine.sh("journalctl -u ingestd.service --no-pager").lower()
+    machine.systemctl("stop", "ingestd.service")
+    assert sorted(machine.written()) == records()
+
+
+def test_clients_wait_while_it_is_restarted(machine: Machine, tmp_path: Path) -> None:
+    machine.sh(block("Restarts without a refused connection"))
+    accepted = tmp_path / "accepted"
+    accepted.touch()
+    client = machine.client("loop", str(accepted))
+    for _ in range(3):
+        before = accepted.stat().st_size
+        until(lambda: accepted.stat().st_size > before + 20)  # noqa: B023
+        machine.systemctl("restart", "ingestd.service")
+    answers = json.loads(client.communicate("over\n", timeout=60)[0])
+    assert set(answers) <= {"202", "503"}
+    assert answers["202"] > 60
+    machine.systemctl("stop", "ingestd.socket", "ingestd.service")
+    assert len(machine.written()) == answers["202"]
+
+
+def test_a_client_starts_it(machine: Machine) -> None:
+    """The socket alone is there: the first connection starts the service, and waits for it."""
+    machine.systemctl("stop", "ingestd.service")
+    machine.systemctl("start", "ingestd.socket")
+    assert machine.show("ActiveState") == "inactive"
+    assert machine.post(LOG) == "202"
+    assert machine.show("ActiveState") == "active"
+
+
+def test_a_credential_is_a_setting(machine: Machine) -> None:
+    machine.sh(block("Secrets"))
+    assert machine.post(LOG) == "401"
+    token = machine.sh("cat /etc/ingestd/secrets/shop.token")
+    assert machine.post(LOG, "8080", token) == "202"
+
+
+def test_an_instance_has_its_own_file_and_its_own_folder(machine: Machine) -> None:
+    machine.systemctl("stop", "ingestd.service")
+    machine.sh("systemctl clean --what=state ingestd.service")
+    machine.sh(block("Several on one machine"))
+    assert machine.post(LOG, "9080") == "202"
+    machine.systemctl("disable", "--now", "-q", "ingestd@shop.service")
+    assert sorted(machine.written("ingestd/shop")) == records()
+    machine.sh("systemctl clean --what=state ingestd@shop.service")
+
+
+def test_a_start_longer_than_the_time_to_start_gets_its_time(machine: Machine) -> None:
+    machine.write(
+        "/etc/systemd/system/ingestd.service.d/quick.conf", "[Service]\nTimeoutStartSec=3\n"
+    )
+    machine.write(
+        "/etc/ingestd/store.py",
+        "import time\nend = time.monotonic() + 6\nwhile time.monotonic() < end:\n    pass\n"
+        "def store(batch: list[dict]) -> None:\n    pass\n",
+    )
+    machine.write(CONFIG, '[handler]\ntarget = "store:store"\n')
+    machine.systemctl("daemon-reload")
+    machine.systemctl("restart", "ingestd.service")
+    assert machine.post(LOG) == "202"
+
+
+def test_a_drain_longer_than_the_time_to_stop_gets_its_time(machine: Machine) -> None:
+    machine.write(
+        "/etc/systemd/system/ingestd.service.d/quick.conf", "[Service]\nTimeoutStopSec=3\n"
+    )
+    machine.write(
+        "/etc/ingestd/store.py",
+        "import time\ndef store(batch: list[dict]) -> None:\n    time.sleep(7)\n",
+    )
+    machine.write(CONFIG, '[handler]\ntarget = "store:store"\n[batch]\nrecords_max = 1000000\n')
+    machine.systemctl("daemon-reload")
+    machine.systemctl("restart", "ingestd.service")
+    start = cursor(machine)
+    assert machine.post(LOG) == "202"
+    machine.systemctl("stop", "ingestd.service")
+    assert machine.show("Result") == "success"
+    (drained,) = said(machine, "drained", start)
+    assert drained["processed"] == len(records())

@@ -1,0 +1,3 @@
+from tests.pipeline.conftest import start
+
+__all__ = ["start"]

@@ -1,0 +1,220 @@
+"""What a reload takes of new settings, and what it refuses: decided, and in the real daemon."""
+
+from __future__ import annotations
+
+import json
+import signal
+import ssl
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ingestd.base.errors import ConfigError
+from ingestd.base.reloading import plan
+from ingestd.base.settings import Settings
+from ingestd.sources.http.access import read_access
+from ingestd.sources.http.gate import Gate
+from tests.access.tools import LOGS, SHOP, Files, bearer
+from tests.daemon.harness import Daemon, daemon
+from tests.service.tools import until
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TOKEN = {"shop": {"token": SHOP}}
+
+
+def test_what_is_the_same_changes_nothing() -> None:
+    settings = Settings(http={"tokens": TOKEN}, pipelines={"clicks": {}})
+    change = plan(settings, Settings(http={"tokens": TOKEN}, pipelines={"clicks": {}}))
+    assert (change.changed, change.needs_restart) == ([], [])
+    assert change.settings == settings
+
+
+def test_what_can_change_and_what_can_not() -> None:
+    running = Settings(pipelines={"clicks": {}, "old": {}})
+    change = plan(
+        running,
+        Settings(
+            batch={"records_max": 7},
+            queue={"chunks_max": 9},
+            log={"level": "debug", "format": "json"},
+            http={"tokens": TOKEN, "records_max": 5},
+            pipelines={
+                "clicks": {"batch": {"age_max": "3s"}, "retry": {"attempts_max": 2}},
+                "new": {},
+            },
+        ),
+    )
+    token = "token hash file client_certificate pipelines records_per_second bytes_per_second"
+    assert set(change.changed) == {
+        "log.level",
+        "batch.records_max",
+        "pipelines.clicks.batch.records_max",
+        "pipelines.clicks.batch.age_max",
+        *(f"http.tokens.shop.{key}" for key in token.split()),
+    }
+    assert set(change.needs_restart) == {
+        "http.records_max",
+        "log.format",
+        "queue.chunks_max",
+        "pipelines.clicks.queue.chunks_max",
+        "pipelines.clicks.retry.attempts_max",
+        "pipelines.new",
+        "pipelines.old",
+    }
+    now = change.settings
+    assert (now.log.level, now.log.format) == ("debug", "auto")
+    assert now.http.records_max == running.http.records_max
+    assert now.http.tokens.keys() == {"shop"}
+    assert now.pipelines.keys() == {"clicks", "old"}
+    assert now.pipelines["clicks"].batch.age_max == 3
+    assert now.pipelines["clicks"].queue.chunks_max == running.queue.chunks_max
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "about"),
+    [
+        # The address is public until the restart.
+        ({"http": {"listen": "0.0.0.0:1", "tokens": TOKEN}}, {}, "http.listen"),
+        (
+            {},
+            {"queue": {"bytes_max": "1GiB"}, "batch": {"bytes_max": "512MiB"}},
+            "queue.bytes_max",
+        ),
+        (
+            {},
+            {
+                "pipelines": {"new": {}},
+                "http": {"tokens": {"shop": {"token": SHOP, "pipelines": ["new"]}}},
+            },
+            "http.tokens.shop.pipelines",
+        ),
+    ],
+)
+def test_what_goes_only_with_a_restart_is_refused(
+    before: dict[str, Any], after: dict[str, Any], about: str
+) -> None:
+    with pytest.raises(ConfigError, match="needs a restart") as refused:
+        plan(Settings(**before), Settings(**after))
+    assert str(refused.value).startswith(f"{about}: ")
+
+
+def test_what_a_token_owes_it_goes_on_owing() -> None:
+    slow, fast = ({"shop": {"token": SHOP, "records_per_second": rate}} for rate in (1, 1000))
+    settings = Settings(http={"tokens": slow}).http
+    gate = Gate(settings, read_access(settings))
+    caller = gate._callers["shop"]
+    caller.charge(100, 0)
+    assert caller.wait() > 50
+    again = Gate(settings, read_access(settings), before=gate)
+    assert again._callers["shop"].wait() > 50
+    faster = Settings(http={"tokens": fast}).http
+    assert Gate(faster, read_access(faster), before=again)._callers["shop"].wait() == 0
+
+
+# -- the daemon ----------------------------------------------------------------------------------
+
+
+def hang_up(one: Daemon, event: str) -> dict[str, Any]:
+    """SIGHUP; what the daemon says to it."""
+    before = len(one.events)
+    one.terminate(signal.SIGHUP)
+    until(lambda: any(line.get("event") == event for line in one.events[before:]))
+    return next(line for line in one.events[before:] if line.get("event") == event)
+
+
+def configure(folder: Path, **tables: dict[str, Any]) -> None:
+    """Writes `ingestd.toml`."""
+    text = ""
+    for name, table in tables.items():
+        text += f"[{name.replace('__', '.')}]\n"
+        text += "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
+    (folder / "ingestd.toml").write_text(text)
+
+
+def test_everything_that_can_change_changes_at_once(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(
+        "import pathlib\n"
+        "def store(batch: list[int]) -> None:\n"
+        "    with pathlib.Path('sizes').open('a') as sizes:\n"
+        "        print(len(batch), file=sizes)\n"
+    )
+    files = Files(tmp_path / "pem")
+    context = ssl.create_default_context(cafile=files.ca)
+    configure(tmp_path, batch={"records_max": 1000, "age_max": "1ms"})
+    with daemon("app:store", cwd=tmp_path) as one:
+        # An open batch that is beyond the new bounds when they come.
+        configure(tmp_path, batch={"records_max": 1000, "age_max": "1h"})
+        said = hang_up(one, "reloaded")
+        assert (said["changed"], said["needs_restart"]) == (["batch.age_max"], [])
+        assert one.post(b"1\n" * 30)[0] == 202
+        configure(
+            tmp_path,
+            batch={"records_max": 10, "age_max": "1ms"},
+            log={"level": "debug"},
+            executor={"workers": 7},
+        )
+        said = hang_up(one, "reloaded")
+        assert set(said["changed"]) == {"batch.records_max", "batch.age_max", "log.level"}
+        assert said["needs_restart"] == ["executor.workers"]
+        assert one.post(b"1\n" * 25)[0] == 202
+        one.until_settled()
+        sizes = [int(line) for line in (tmp_path / "sizes").read_text().split()]
+        assert sizes[0] == 30
+        assert sum(sizes) == 55
+        assert max(sizes[1:]) == 10
+        # Debug lines come now: one of each request that can't be read.
+        assert one.request("BREW/ING", "/")[0] == 400
+        one.event("request_unreadable")
+        # Tokens, a webhook and TLS, where there was none.
+        configure(
+            tmp_path,
+            http__tokens__shop={"token": SHOP},
+            http__webhooks__hub={"kind": "github", "secret": "a secret"},
+            http__tls={"certificate": files.server()},
+        )
+        assert "http.tls.certificate" in hang_up(one, "reloaded")["changed"]
+        assert ask(one, context, "/v1/records", bearer(SHOP)) == 202
+        assert ask(one, context, "/v1/records", bearer(LOGS)) == 401
+        assert ask(one, context, "/v1/webhooks/hub", {"Content-Type": "application/json"}) == 401
+        # And back.
+        configure(tmp_path)
+        hang_up(one, "reloaded")
+        assert one.post(b"1\n")[0] == 202
+        assert one.post(b"1\n", "/v1/webhooks/hub")[0] == 404
+        one.terminate()
+        assert one.wait() == 0
+
+
+def ask(one: Daemon, context: ssl.SSLContext, path: str, headers: dict[str, str]) -> int:
+    import http.client
+
+    connection = http.client.HTTPSConnection("localhost", one.port, context=context, timeout=20)
+    try:
+        connection.request("POST", path, b"1", headers)
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def test_wrong_settings_are_refused_as_a_whole(tmp_path: Path) -> None:
+    configure(tmp_path, http__tokens__shop={"token": SHOP})
+    with daemon(cwd=tmp_path) as one:
+        (tmp_path / "ingestd.toml").write_text(
+            '[log]\nlevel = "debug"\n[batch]\nrecords_max = 7\n'
+            '[http.tokens.logs]\nfile = "no-such"\n'
+        )
+        assert "no-such" in hang_up(one, "reload_refused")["error"]
+        (tmp_path / "ingestd.toml").write_text("[batch]\nrecords_max = 0\nbyte_max = 1\n")
+        said = hang_up(one, "reload_refused")["error"]
+        assert "batch.records_max" in said
+        assert "batch.byte_max" in said
+        (tmp_path / "ingestd.toml").write_text("[batch\n")
+        assert "is not TOML" in hang_up(one, "reload_refused")["error"]
+        # All is as it was.
+        assert one.post(b"1\n", **bearer(SHOP))[0] == 202
+        assert one.post(b"1\n")[0] == 401
+        assert not [line for line in one.events if line["level"] == "debug"]
+        configure(tmp_path, http__tokens__shop={"token": SHOP})
+        assert hang_up(one, "reloaded")["changed"] == []
