@@ -6,6 +6,8 @@ import sys
 
 names, fds, *command = sys.argv[1:]
 high = [fcntl.fcntl(int(fd), fcntl.F_DUPFD, 100) for fd in fds.split(",")]
+for fd in fds.split(","):
+    os.close(int(fd))
 for number, fd in enumerate(high):
     os.dup2(fd, 3 + number)
     os.close(fd)

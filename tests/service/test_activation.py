@@ -165,17 +165,21 @@ def test_sockets_of_another_process_are_not_ours(tmp_path: Path) -> None:
 
 
 def test_children_get_neither_the_sockets_nor_the_variables(tmp_path: Path) -> None:
-    (tmp_path / "app.py").write_text(
+    """Not even those that a handler starts without closing what it has."""
+    (tmp_path / "look.py").write_text(
         "import json, os, pathlib\n"
+        "fds = '/proc/self/fd'\n"
+        "links = [os.path.realpath(f'{fds}/{n}') for n in os.listdir(fds)]\n"
+        "pathlib.Path('seen').write_text(json.dumps([links, list(os.environ)]))\n"
+    )
+    (tmp_path / "app.py").write_text(
+        "import subprocess, sys\n"
         "def store(batch: list[int]) -> None:\n"
-        "    fds = '/proc/self/fd'\n"
-        "    links = [os.path.realpath(f'{fds}/{n}') for n in os.listdir(fds)]\n"
-        "    pathlib.Path('seen').write_text(json.dumps([links, list(os.environ)]))\n"
+        "    subprocess.run([sys.executable, 'look.py'], close_fds=False, check=True)\n"
     )
     with listening() as records:
         inode = os.fstat(records.fileno()).st_ino
-        flags = ("app:store", "--executor.kind", "process")
-        with daemon(*flags, cwd=tmp_path, **passing([records])) as one:
+        with daemon("app:store", cwd=tmp_path, **passing([records])) as one:
             assert one.post(b"1\n")[0] == 202
             one.until_settled()
     links, names = json.loads((tmp_path / "seen").read_text())

@@ -115,6 +115,22 @@ async def test_behind_a_slow_handler_everything_rests(start, tmp_path: Path) -> 
     (tmp_path / "open").touch()
 
 
+async def test_behind_a_full_line_and_a_full_queue_everything_rests(start, tmp_path: Path) -> None:
+    pipeline = await start(
+        HANDLER + "Gate",
+        executor={"workers": 1},
+        options={"folder": str(tmp_path)},
+        batch={"records_max": 1},
+        queue={"chunks_max": 1},
+    )
+    for number in range(200):
+        await pipeline.accept(Records.lines([b"%d" % number]))
+    await until(lambda: pipeline.line.is_long and pipeline.queue.full())
+    await until(lambda: not free_to_go(pipeline))
+    assert pipeline.tail.could_give
+    (tmp_path / "open").touch()
+
+
 async def test_behind_a_dead_sink_everything_rests(start, tmp_path: Path) -> None:
     pipeline = await start(
         HANDLER + "Fails",
@@ -175,7 +191,8 @@ async def test_a_full_disk_is_no_reason(start, tmp_path: Path) -> None:
     """The thread goes on trying: a restart would find the same disk."""
     import sqlite3
 
-    pipeline = await start(HANDLER + "Note", options={"folder": str(tmp_path)})
+    options = {"folder": str(tmp_path)}
+    pipeline = await start(HANDLER + "Note", options=options, batch={"records_max": 1})
     store = pipeline.journal._store
     write, full = store.write, True
 
@@ -187,9 +204,10 @@ async def test_a_full_disk_is_no_reason(start, tmp_path: Path) -> None:
         return write(order)
 
     store.write = no_space
-    await pipeline.accept(Records.lines([b"1"]))
+    await pipeline.accept(Records.lines([b"%d" % number for number in range(20)]))
+    await until(lambda: pipeline.running and pipeline.line.could_give(0.0))
     seen = pipeline.journal.stage().steps
     await until(lambda: pipeline.journal.stage().steps > seen + 3)
     assert "the dispatcher of default" not in free_to_go(pipeline)
     full = False
-    await until(lambda: pipeline.journal.ledger.processed == 1)
+    await until(lambda: pipeline.journal.ledger.processed == 20)

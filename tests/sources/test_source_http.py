@@ -565,6 +565,21 @@ async def test_leaving_has_a_deadline(intake):
         assert await client.closed()
 
 
+async def test_who_was_let_in_and_has_said_nothing_is_heard(intake):
+    """Leaving waits for the first request of a connection: it was accepted, so it is answered."""
+    loop = asyncio.get_running_loop()
+    async with serving(intake) as source, connected(source) as client:
+        await until(lambda: source._server.open == 1)
+        stopping = asyncio.create_task(source.stop_taking(loop.time() + 10))
+        await until(lambda: not source._listener.is_serving())
+        for _ in range(5):
+            await asyncio.sleep(0)
+        assert not stopping.done()
+        client.post(b"1")
+        assert (await client.reply()).status == 503
+        await stopping
+
+
 async def test_a_reader_that_does_not_read_its_answers_is_let_go(intake):
     body = b"x\n" * 100
     request = b"POST /v1/records HTTP/1.1\r\nHost: x\r\nContent-Length: 200\r\n\r\n" + body
