@@ -254,7 +254,7 @@ def test_help_shows_every_setting_with_its_default(here: Path, command: str) -> 
     for path, _ in settings_of(Settings):
         flag = short.get(dotted(path), f"--{dotted(path)}")
         assert f"  {flag}" in run.stdout
-    for text in ("[127.0.0.1:8080]", "[64MiB]", "[500ms]", "[1000]", "HANDLER", "78 configuration"):
+    for text in ("[127.0.0.1:8080]", "[32MiB]", "[500ms]", "[1000]", "HANDLER", "78 configuration"):
         assert text in run.stdout
 
 

@@ -34,6 +34,7 @@ class Intake:
         self.name = "default"
         self.format: Format = form
         self.record_bytes_max = record_bytes_max
+        self.json_depth_max = 128
         self.runs: list[Records] = []
         self.refused: list[Refused] = []
         self.bookmarks: dict[str, Bookmark] = {}
