@@ -11,7 +11,7 @@ which passes through three threads, waits three times as long beside a body that
 
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
-_MMAP_BYTES = 256 * 1024
+_MMAP_BYTES = 128 * 1024
 _ARENAS = 2
 
 

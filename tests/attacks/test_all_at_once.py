@@ -92,7 +92,7 @@ def test_all_attacks_at_once(tmp_path: Path) -> None:
         assert p99 < P99_MAX
         assert one.process.poll() is None
         errors = [event for event in one.events if event.get("level") == "error"]
-        assert not errors, errors[:3]
+        assert not errors, json.dumps(errors[:3], indent=1)
         assert not one.other
         one.terminate()
         assert one.wait() == 0
