@@ -18,8 +18,12 @@ from tests.sources.source_tools import MemoryIntake, ask, connected, serving
 FORMATS = {"default": "json", "logs": "text", "blobs": "bytes"}
 
 
-def described(*, public_names: bool = True, default: str = "default") -> dict[str, Any]:
-    return json.loads(describe("1.2", FORMATS, default=default, public_names=public_names))
+def described(
+    *, public_names: bool = True, default: str = "default", webhooks: bool = False
+) -> dict[str, Any]:
+    return json.loads(
+        describe("1.2", FORMATS, default=default, public_names=public_names, webhooks=webhooks)
+    )
 
 
 def references(value: Any):
@@ -92,6 +96,17 @@ def test_the_default_path_takes_what_the_default_pipeline_takes() -> None:
     document = described(default="logs")
     body = follow(document, document["paths"]["/v1/records"]["post"]["requestBody"])
     assert list(body["content"]) == ["text/plain"]
+
+
+@pytest.mark.parametrize("public_names", [True, False])
+def test_webhooks_are_described_where_there_are_any(public_names: bool) -> None:
+    document = described(public_names=public_names, webhooks=True)
+    schemathesis.openapi.from_dict(document).validate()
+    deliver = document["paths"]["/v1/webhooks/{webhook}"]["post"]
+    assert list(follow(document, deliver["requestBody"])["content"]) == ["application/json"]
+    assert {"202", "401", "404", "422"} <= set(deliver["responses"])
+    assert "security" not in deliver
+    assert "/v1/webhooks" not in json.dumps(described(public_names=public_names))
 
 
 def test_names_are_nobodys_business_where_they_are_not_public() -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ingestd.sources.http.problem import KINDS
-from ingestd.sources.http.routes import RECORDS
+from ingestd.sources.http.routes import RECORDS, WEBHOOKS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +26,12 @@ PROBLEM_TYPE = "application/problem+json"
 
 
 def describe(
-    version: str, pipelines: Mapping[str, Format], *, default: str, public_names: bool
+    version: str,
+    pipelines: Mapping[str, Format],
+    *,
+    default: str,
+    public_names: bool,
+    webhooks: bool = False,
 ) -> bytes:
     """The document.
 
@@ -36,6 +41,7 @@ def describe(
         default: the one that `/v1/records` means.
         public_names: whether everybody may know the pipelines, and send; else there is one path
             with a parameter, a pipeline takes any body, and a token is needed.
+        webhooks: whether there are any; their names are not told.
     """
     text = files(__package__).joinpath("openapi.json").read_text(encoding="utf-8")
     document: dict[str, Any] = json.loads(text)
@@ -43,17 +49,25 @@ def describe(
     parts = document["components"]
     _fill_problems(parts["responses"])
     bodies = parts["requestBodies"]
-    bodies["any"] = _any_of(bodies)
+    bodies["any"] = _any_of({name: body for name, body in bodies.items() if name != "delivery"})
     paths, send = document["paths"], document["paths"][RECORDS]["post"]
     send["requestBody"] = _body(pipelines[default] if public_names else "any")
+    if webhooks:
+        path = {"parameters": [_ref("parameters/Webhook")], "post": _deliver(send)}
+        paths[f"{WEBHOOKS}/{{webhook}}"] = path
+    else:
+        del parts["parameters"]["Webhook"], bodies["delivery"]
     if not public_names:
         send["security"] = [{"bearer": []}, {"basic": []}]
         path = {"parameters": [_ref("parameters/Pipeline")], "post": _send_to(send, "any")}
         paths[f"{RECORDS}/{{pipeline}}"] = path
         return msgspec.json.encode(document)
     del bodies["any"], parts["parameters"]["Pipeline"], parts["securitySchemes"]
-    del send["responses"]["401"], send["responses"]["403"]
-    del parts["responses"]["Problem401"], parts["responses"]["Problem403"]
+    del send["responses"]["401"], send["responses"]["403"], parts["responses"]["Problem403"]
+    if webhooks:
+        del paths[f"{WEBHOOKS}/{{webhook}}"]["post"]["responses"]["403"]
+    else:
+        del parts["responses"]["Problem401"]
     for name, form in pipelines.items():
         paths[f"{RECORDS}/{name}"] = {"post": _send_to(send, form, name)}
     return msgspec.json.encode(document)
@@ -85,6 +99,23 @@ def _send_to(send: Mapping[str, Any], form: str, name: str = "") -> dict[str, An
     there["requestBody"] = _body(form)
     if not name:
         there["responses"]["404"] = _ref("responses/Problem404")
+    return there
+
+
+def _deliver(send: Mapping[str, Any]) -> dict[str, Any]:
+    """The operation of a webhook: a delivery is signed, and its id is its idempotency key."""
+    there = copy.deepcopy(dict(send))
+    there["operationId"], there["summary"] = "deliver", "Deliver to a webhook by name"
+    there["description"] = (
+        "A signed delivery (Standard Webhooks, GitHub or Stripe) is one record. The signature is"
+        " checked on the body as it comes; one that does not fit is 401. A delivery that comes"
+        " again is accepted once and gets the first one's answer."
+    )
+    left_out = (_ref("parameters/IdempotencyKey"), _ref("parameters/Prefer"))
+    there["parameters"] = [one for one in there["parameters"] if one not in left_out]
+    there["requestBody"] = _body("delivery")
+    there["responses"]["401"] = _ref("responses/Problem401")
+    there["responses"]["404"] = _ref("responses/Problem404")
     return there
 
 

@@ -24,6 +24,7 @@ def published(
     public_names: bool,
     address: str,
     secure: bool,
+    webhooks: bool,
 ) -> dict[str, Resource[Document]]:
     """The documents by path, and what is said of the server as a whole.
 
@@ -33,8 +34,11 @@ def published(
         public_names: whether everybody may know the pipelines.
         address: where the source listens, `HOST:PORT` or `unix:PATH`.
         secure: whether it speaks TLS.
+        webhooks: whether there are any.
     """
-    described = describe(__version__, pipelines, default=default, public_names=public_names)
+    described = describe(
+        __version__, pipelines, default=default, public_names=public_names, webhooks=webhooks
+    )
     page = make_page(
         __version__,
         pipelines,

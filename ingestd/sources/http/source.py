@@ -130,9 +130,10 @@ class HttpSource:
         found |= published(
             {name: route.intake.format for name, route in self._routes.items()},
             default=self._default,
-            public_names=not demands_proof(settings),
+            public_names=settings.allow_anonymous or not demands_proof(settings),
             address=self.addresses[0],
             secure=access.context is not None,
+            webhooks=bool(settings.webhooks),
         )
         self._resources.clear()
         self._resources.update(found)
