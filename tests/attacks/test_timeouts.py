@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import socket
 
 import pytest
@@ -86,6 +87,23 @@ async def test_a_head_that_comes_just_in_time(intake):
         await asyncio.sleep(0.4)
         client.send(HOST + b"Content-Length: 1\r\n\r\n2")
         assert (await client.reply()).status == 202
+
+
+async def test_a_client_that_leaves_as_its_time_is_up(intake, caplog):
+    """The loss of the connection and the end of its time in one turn of the loop."""
+    async with serving(intake) as source:
+        async with connected(source) as client:
+            client.send(LINE)
+            await until(lambda: source._server.open)
+            connection = next(iter(source._server.connections))
+            await until(lambda: connection._head_bytes)
+            connection.transport.abort()
+            connection._end_head()
+            await until(lambda: not source._server.open)
+        await asyncio.sleep(0)
+        del connection
+        gc.collect()
+    assert not caplog.records
 
 
 async def test_an_answer_before_the_408(intake):

@@ -234,6 +234,10 @@ class Connection(web.RequestHandler):
         """Answers this, after what is here already, and closes."""
         self.last = True
         self._stop_head_timer()
+        # Whose loss is on its way is not woken any more: aiohttp's task would find nothing to
+        # work with.
+        if self.transport is None or self.transport.is_closing():
+            return
         self._messages.append((_ErrInfo(found.kind.status, found, ""), EMPTY_PAYLOAD))
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
