@@ -1,6 +1,6 @@
 """A Debian to deploy into, and the wheels of the project for it; made once and kept.
 
-Both are kept in `$INGESTD_DEPLOY_CACHE`, or else in a folder of the system's for temporary files,
+Both are kept in `$TEST_DEPLOY_CACHE`, or else in a folder of the system's for temporary files,
 so that what they cost (a minute, and 100 MB from a Debian mirror) is paid once a machine. Whoever
 uses them reads only: put an overlay on the root, or copy it.
 """
@@ -45,7 +45,7 @@ def missing(*tools: str) -> str:
 def cache() -> Path:
     """Where things are kept; nobody else can write there."""
     default = Path(tempfile.gettempdir()) / f"ingestd-deploy-{os.geteuid()}"
-    folder = Path(os.environ.get("INGESTD_DEPLOY_CACHE") or default)
+    folder = Path(os.environ.get("TEST_DEPLOY_CACHE") or default)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     facts = folder.lstat()
     if folder.is_symlink() or facts.st_uid != os.geteuid() or facts.st_mode & 0o022:

@@ -193,7 +193,7 @@ def wait(condition: Callable[[], Any], seconds: float = 40, what: str = "") -> A
 
 def tool(name: str) -> str:
     """The path of a tool that checks what is shipped, or nothing."""
-    folder = os.environ.get("INGESTD_DEPLOY_TOOLS", "")
+    folder = os.environ.get("TEST_DEPLOY_TOOLS", "")
     return shutil.which(name, path=os.pathsep.join([folder, os.environ["PATH"]])) or ""
 
 
