@@ -96,7 +96,7 @@ async def test_a_client_that_leaves_as_its_time_is_up(intake, caplog):
             client.send(LINE)
             await until(lambda: source._server.open)
             connection = next(iter(source._server.connections))
-            await until(lambda: connection._head_bytes)
+            await until(lambda held=connection: held._head_bytes)
             connection.transport.abort()
             connection._end_head()
             await until(lambda: not source._server.open)

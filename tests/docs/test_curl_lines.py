@@ -46,9 +46,10 @@ _BLOCK = re.compile(r"((?:^<!--.*?-->\n)*)^```sh\n(.*?)^```$", re.MULTILINE | re
 _NOTE = re.compile(r"^<!-- *(with|expect|skip): *(.*?) *-->$", re.MULTILINE)
 _STATUS = re.compile(r"^status=(\d{3})$", re.MULTILINE)
 
-pytestmark = pytest.mark.skipif(
-    not all(map(shutil.which, TOOLS)), reason=f"needs {' and '.join(TOOLS)}"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not all(map(shutil.which, TOOLS)), reason=f"needs {' and '.join(TOOLS)}"),
+]
 
 
 class Block(NamedTuple):

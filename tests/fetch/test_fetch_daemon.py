@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 HERE = ("--source", "fetch", "--fetch.allow_private", "true", "--fetch.backoff", "1ms")
 
 

@@ -60,7 +60,7 @@ def check(told: dict[str, Any], kills: int) -> None:
     assert told["recovery_max"] >= told["recovery_median"] > 0
 
 
-@pytest.mark.parametrize("executor", ["thread", "process"])
+@pytest.mark.parametrize("executor", ["process", pytest.param("thread", marks=pytest.mark.slow)])
 def test_three_kills(tmp_path: Path, executor: str) -> None:
     (tmp_path / "ingestd.toml").write_text(
         '[pipelines.mine]\nhandler.target = "not_there:store"\n[handler]\ntarget = "mine:Store"\n'

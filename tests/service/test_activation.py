@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
+pytestmark = pytest.mark.slow
+
+
 def test_both_servers_serve_on_what_they_get(tmp_path: Path) -> None:
     with listening() as records, listening() as admin:
         sockets = {"records": records, "admin": admin}

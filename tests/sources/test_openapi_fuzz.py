@@ -21,6 +21,8 @@ from tests.daemon.harness import ROOT, daemon
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 SEED = "20260101"
 EXAMPLES = "30"
 
