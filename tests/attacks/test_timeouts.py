@@ -95,13 +95,11 @@ async def test_a_client_that_leaves_as_its_time_is_up(intake, caplog):
         async with connected(source) as client:
             client.send(LINE)
             await until(lambda: source._server.open)
-            connection = next(iter(source._server.connections))
-            await until(lambda held=connection: held._head_bytes)
-            connection.transport.abort()
-            connection._end_head()
+            await until(lambda: source._server.connections[0]._head_bytes)
+            source._server.connections[0].transport.abort()
+            source._server.connections[0]._end_head()
             await until(lambda: not source._server.open)
         await asyncio.sleep(0)
-        del connection
         gc.collect()
     assert not caplog.records
 
