@@ -88,12 +88,20 @@ class PipelineAgainstModel(RuleBasedStateMachine):
         """Until everything that was begun is committed and the next jobs lie on the desk."""
 
         async def quiet() -> None:
-            for _ in range(6):
+            same, before = 0, None
+            while same < 4:
                 await self.pipeline.journal.append(Records.lines([]), ())
-                for _ in range(8):
+                for _ in range(12):
                     await asyncio.sleep(0)
-            while self.pipeline.journal.ledger.pending and not self.jobs:
-                await asyncio.sleep(0.001)  # a batch's records come back from disk
+                pipeline, line = self.pipeline, self.pipeline.line
+                stages = (line.ahead, line.waiting, pipeline.queue.qsize(), pipeline.tail.waiting)
+                now = (len(self.jobs), pipeline.journal.ledger, *stages)
+                # A batch that runs and has no job here waits for its records from disk.
+                resting = pipeline.running == len(self.jobs)
+                resting = resting and bool(self.jobs or not pipeline.journal.ledger.pending)
+                same, before = (same + 1 if resting and now == before else 0), now
+                if not resting:
+                    await asyncio.sleep(0.001)
 
         self.loop.run_until_complete(asyncio.wait_for(quiet(), 30))
 
