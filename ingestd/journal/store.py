@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 APPLICATION_ID = 0x696E6764  # "ingd"
 VERSION = 1
 PAGE_BYTES = 16384
+WRITER_CACHE_KIB = 12 * 1024
+"""Deleting a chunk reads its pages again; of those that went in lately they are here."""
+READER_CACHE_KIB = 2 * 1024
+"""Chunks are read back once each, and who copies pages back has the system's cache."""
 
 _SCHEMA = """
 CREATE TABLE chunks(
@@ -119,13 +123,13 @@ def checksum(chunk: int, records: Records) -> int:
     return zlib.crc32(records.payload, zlib.crc32(records.sizes, zlib.crc32(head)))
 
 
-def connect(path: Path) -> sqlite3.Connection:
-    """A connection set up as every connection to a journal is."""
+def connect(path: Path, *, cache_kib: int = READER_CACHE_KIB) -> sqlite3.Connection:
+    """A connection set up as every connection to a journal is, but for the size of its cache."""
     connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
     try:
         connection.execute("PRAGMA synchronous=FULL")
         connection.execute("PRAGMA wal_autocheckpoint=0")
-        connection.execute("PRAGMA cache_size=-16384")
+        connection.execute(f"PRAGMA cache_size=-{cache_kib}")
         connection.execute("PRAGMA temp_store=MEMORY")
     except BaseException:
         connection.close()
@@ -147,7 +151,7 @@ class Store:
         self.path = path
         self._probe = -1
         self._files: list[tuple[int, int] | None] = []
-        self.connection = connect(path)
+        self.connection = connect(path, cache_kib=WRITER_CACHE_KIB)
         try:
             self.id, self.meta = self._open()
             self.dead, self.moved = letters.totals(self.connection), Moved()

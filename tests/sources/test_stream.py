@@ -62,6 +62,18 @@ async def test_a_stream_that_begins_with_nothing_good_is_refused_and_leaves_noth
     assert not intake.asked.is_set()
 
 
+async def test_a_stream_that_turns_into_noise_is_ended():
+    intake = MemoryIntake()
+    async with serving(intake) as source, connected(source) as client:
+        await begin(client, b"1\n")
+        await until(lambda: intake.items)
+        client.send(chunk(b"bad\n" * 500))
+        reply = await client.reply()
+        assert (reply.status, reply.slug) == (400, "malformed")
+        assert (reply.json["accepted"], reply.json["rejected"]) == (1, 0)
+    assert not intake.refused
+
+
 async def test_lines_are_accepted_while_the_body_goes_on():
     intake = MemoryIntake()
     async with serving(intake) as source, connected(source) as client:

@@ -46,6 +46,8 @@ HELD_BYTES = 4 * PIECE_BYTES
 """What a stream counts for in `http.inflight_bytes_max`: a piece that arrives, what it was
 decompressed to, and one that waits for its commit."""
 _NO_BOUND = 2**63
+REFUSED_FREE = 200
+"""So many records may be refused before they have to be fewer than those that are accepted."""
 AGAIN_SECONDS = 1.0
 """Longest wait before an overloaded pipeline is asked again."""
 
@@ -172,6 +174,11 @@ class Stream:
         await self._committed()
         if not (self._stored or parsed.records.count):
             raise nothing_good(parsed.refused)  # as for any body that begins like this and ends
+        refused = self.rejected + len(parsed.refused)
+        if refused > REFUSED_FREE + self.accepted + parsed.records.count:
+            # Noise without end: each line of it would be a dead letter.
+            detail = "more records were refused than accepted"
+            raise Problem(problem.MALFORMED, detail, refused=parsed.refused)
         self._waiting = asyncio.create_task(self._accept(parsed), name="stream-accept")
         self._waiting.add_done_callback(self._notice)
         if not self._stored:
