@@ -76,11 +76,7 @@ def add_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     parser.set_defaults(flags=[])
     fields = {dotted(path): field for path, field in settings_of(Settings)}
     group = parser.add_argument_group("common flags")
-    group.add_argument(
-        "--config",
-        metavar="FILE",
-        help="TOML file [./ingestd.toml, else /etc/ingestd/ingestd.toml]",
-    )
+    _add_config(group)
     for key, flag, metavar in COMMON:
         field = fields.pop(key)
         _add(group, flag, key, metavar, _help(field))
@@ -107,11 +103,7 @@ def add_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
 def add_data_dir(parser: argparse.ArgumentParser) -> None:
     """The flags that tell a tool where the daemon's data is, as `run` would find it."""
     parser.set_defaults(flags=[])
-    parser.add_argument(
-        "--config",
-        metavar="FILE",
-        help="TOML file [./ingestd.toml, else /etc/ingestd/ingestd.toml]",
-    )
+    _add_config(parser)
     group = parser.add_argument_group("where")
     _add(group, "--data-dir", "data_dir", "DIR", "the daemon's data directory, as for run")
     _add(group, "--data_dir", "data_dir", "DIR", argparse.SUPPRESS)
@@ -120,13 +112,17 @@ def add_data_dir(parser: argparse.ArgumentParser) -> None:
 def add_admin(parser: argparse.ArgumentParser) -> None:
     """The flags that tell a tool where the daemon's admin server is, as `run` would find it."""
     parser.set_defaults(flags=[])
-    parser.add_argument(
+    _add_config(parser)
+    text = "the daemon's admin address, as for run"
+    _add(parser, "--admin.listen", "admin.listen", "HOST:PORT", text)
+
+
+def _add_config(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
         "--config",
         metavar="FILE",
         help="TOML file [./ingestd.toml, else /etc/ingestd/ingestd.toml]",
     )
-    text = "the daemon's admin address, as for run"
-    _add(parser, "--admin.listen", "admin.listen", "HOST:PORT", text)
 
 
 def _add(
@@ -152,9 +148,9 @@ def _metavar(field: FieldInfo) -> str:
         return "|".join(get_args(field.annotation))
     if field.annotation is bool:
         return "true|false"
-    if get_origin(field.annotation) is tuple:
-        return "URLS"
     unit = unit_of(field)
+    if unit is None and get_origin(field.annotation) is tuple:
+        return "URLS"
     return _METAVARS[unit.name] if unit else "TEXT"
 
 
