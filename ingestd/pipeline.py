@@ -481,7 +481,8 @@ class Pipeline:
     ) -> None:
         """One transaction; then the chunks that it finished leave the queue."""
         remaining = [span for successor, _ in successors for span in successor.spans]
-        finished, freed = self.outstanding.settle(without(batch.spans, remaining))
+        settled = without(batch.spans, remaining)
+        finished, freed = self.outstanding.settle(settled)
         self._forget_payload(batch)
         now = self._clock.now()
         given_up = sum(letter.records for letter in dead)
@@ -495,7 +496,7 @@ class Pipeline:
             damaged=damaged,
         )
         await self.journal.settle(settlement)
-        self.watches.settled(without(batch.spans, remaining), dead)
+        self.watches.settled(settled, dead)
         for chunk in finished:
             if chunk >= self._cursor.chunk:  # older ones were sealed in an earlier life
                 self.queue.task_done()
