@@ -10,7 +10,7 @@ from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING, NamedTuple
 
-from ingestd.base.address import split_address
+from ingestd.base.address import is_loopback
 from ingestd.sources.http.routes import RECORDS
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def make_page(
         secure: whether it speaks TLS.
     """
     template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
-    local = _is_loopback(address)
+    local = not address.startswith("unix:") and is_loopback(address)
     url = f"{'https' if secure else 'http'}://{address}" if local else "$url"
     about = (
         f"With <code>curl</code> on the machine it runs on; from elsewhere put this page&rsquo;s"
@@ -119,10 +119,3 @@ def _headers(html: str) -> dict[str, str]:
         " frame-ancestors 'none'"
     )
     return {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
-
-
-def _is_loopback(address: str) -> bool:
-    if address.startswith("unix:"):
-        return False
-    host, _ = split_address(address)
-    return host == "::1" or host.startswith("127.")

@@ -67,10 +67,12 @@ async def read_first(
     """
     with in_our_words(request), BytesIO() as sink, _deadline(request, sink.tell, settings):
         while True:
+            begun = sink.tell()
             ended = await read_piece(request.content, sink)
             _hold(sink.tell(), hold)
+            has_line = b"\n" in bytes(sink.getbuffer()[begun:])
             # What goes on has no bound as a whole: only what is held at a time counts.
-            if not ended and (encoding != "identity" or b"\n" in sink.getvalue()):
+            if not ended and (encoding != "identity" or has_line):
                 return sink.getvalue(), False
             _check(sink.tell(), settings)
             if ended:

@@ -106,12 +106,13 @@ class Stream:
             Problem: it was ended early; says what was accepted before.
         """
         try:
-            await self._take(begun)
+            try:
+                await self._take(begun)
+            finally:
+                await self._end()
         except (Corrupt, TooMuch, Problem, *EXPLAINED) as error:
-            await self._end()
             raise self._counted(error) from None
         finally:
-            await self._end()
             log.info("stream_ended", accepted=self.accepted, rejected=self.rejected)
         return count_body(self.accepted, self.rejected, self._errors)
 
