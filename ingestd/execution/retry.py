@@ -8,13 +8,14 @@ a pipeline is split at a time, and a record is given up only after `attempts_max
 outage then costs the dead letters of one batch, slowly, and everything else waits in the journal;
 a poison record in an otherwise idle pipeline still comes to its end.
 
-The backoff is exponential with full jitter (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/):
-a random wait between 0 and `min(backoff_max, backoff * 2 ** (attempts - 1))` seconds.
+The backoff is exponential with full jitter, see `ingestd/base/backoff.py`.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
+
+from ingestd.base import backoff as base
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,8 +87,7 @@ class Settled(NamedTuple):
 
 def backoff(attempts: int, rule: RetryRule, random: Callable[[], float]) -> float:
     """Seconds to wait after `attempts` tries; `random` gives numbers in [0, 1)."""
-    exponent = min(attempts - 1, 62)
-    return random() * min(rule.backoff_max, rule.backoff * 2.0**exponent)
+    return base.backoff(attempts, rule.backoff, rule.backoff_max, random)
 
 
 def decide(

@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from multidict import CIMultiDict
 
+from ingestd.base.backoff import backoff
 from ingestd.base.bookmark import STATE_BYTES_MAX, Bookmark
 from ingestd.base.errors import ConfigError
 from ingestd.base.settings import FetchSettings
@@ -38,9 +39,9 @@ if TYPE_CHECKING:
 
 
 def test_the_backoff_doubles_with_full_jitter_and_a_bound() -> None:
-    assert [waits.backoff(n, 0.5, 6.0, lambda: 1.0) for n in (1, 2, 3, 4, 5, 10**6)] == [
+    assert [backoff(n, 0.5, 6.0, lambda: 1.0) for n in (1, 2, 3, 4, 5, 10**6)] == [
         0.5, 1.0, 2.0, 4.0, 6.0, 6.0]  # fmt: skip
-    assert waits.backoff(3, 0.5, 6.0, lambda: 0.0) == 0.0
+    assert backoff(3, 0.5, 6.0, lambda: 0.0) == 0.0
 
 
 @pytest.mark.parametrize(

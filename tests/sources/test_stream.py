@@ -26,7 +26,7 @@ CHUNKED = {"Transfer_Encoding": "chunked"}
 def quickly(monkeypatch):
     """A piece is old after 20 ms here, and an overload is asked again at once."""
     monkeypatch.setattr(module, "PIECE_SECONDS", 0.02)
-    monkeypatch.setattr(module, "AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr("ingestd.sources.overload.AGAIN_SECONDS", 0.01)
 
 
 def chunk(data: bytes) -> bytes:

@@ -7,12 +7,12 @@ another one, not even where a full disk refuses the first and takes the second.
 from __future__ import annotations
 
 import asyncio
-import random
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base.errors import Overloaded
 from ingestd.base.record import join
+from ingestd.sources.overload import again_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 APPEND_BYTES = 4 * 1024**2
 """No further run is joined to an append beyond this."""
-AGAIN_SECONDS = 1.0
-"""Longest wait before an overloaded pipeline is asked again."""
 _REFUSED_BYTES = 256  # what a refused record costs beside its payload, about
 
 
@@ -175,8 +173,7 @@ class Appends:
             try:
                 await self._intake.accept(run.records, run.refused, bookmark=run.bookmark)
             except Overloaded as overloaded:
-                after = min(overloaded.retry_after, AGAIN_SECONDS)
-                await asyncio.sleep(after * random.uniform(0.75, 1.25))  # noqa: S311
+                await asyncio.sleep(again_after(overloaded))
             else:
                 return
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from ingestd.sources.fetch import waits
+from ingestd.base.backoff import backoff
 from ingestd.sources.fetch.failure import Again, Changed, GivenUp, Reconnect
 from ingestd.sources.fetch.position import Position
 
@@ -106,9 +106,7 @@ class Download:
 
     async def _pause(self, attempts: int, failure: Again) -> None:
         settings = self._settings
-        after = waits.backoff(
-            max(attempts, 1), settings.backoff, settings.backoff_max, random.random
-        )
+        after = backoff(max(attempts, 1), settings.backoff, settings.backoff_max, random.random)
         after = max(after, failure.after or 0.0)
         log.warning(
             "url_postponed",

@@ -3,27 +3,9 @@
 from __future__ import annotations
 
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 RECONNECT_MIN = 0.1
 """Seconds; a stream that ends is never asked again sooner."""
-_DOUBLINGS_MAX = 60
-
-
-def backoff(attempts: int, first: float, longest: float, random: Callable[[], float]) -> float:
-    """Seconds before the next try: exponential, full jitter.
-
-    Args:
-        attempts: tries that have failed in a row, at least 1.
-        first: `fetch.backoff`, seconds.
-        longest: `fetch.backoff_max`, seconds.
-        random: 0 to 1.
-    """
-    doublings = min(attempts - 1, _DOUBLINGS_MAX)
-    return min(longest, first * 2.0**doublings) * random()
 
 
 def retry_after(text: str | None, date: str | None, now: float, longest: float) -> float | None:

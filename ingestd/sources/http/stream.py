@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 from typing import TYPE_CHECKING
 
 import async_timeout
@@ -24,6 +23,7 @@ from ingestd.sources.http.body import nothing_good
 from ingestd.sources.http.problem import ERRORS_MAX, EXPLAINED, Explained, Problem, explain
 from ingestd.sources.http.taken import count_body
 from ingestd.sources.inflate import Corrupt, Inflater, TooMuch
+from ingestd.sources.overload import again_after
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -48,8 +48,6 @@ decompressed to, and one that waits for its commit."""
 _NO_BOUND = 2**63
 REFUSED_FREE = 200
 """So many records may be refused before they have to be fewer than those that are accepted."""
-AGAIN_SECONDS = 1.0
-"""Longest wait before an overloaded pipeline is asked again."""
 
 
 class Stream:
@@ -206,8 +204,7 @@ class Stream:
                     raise
                 if self._leaving.is_set() or self._gone():
                     raise Draining from None
-                after = min(overloaded.retry_after, AGAIN_SECONDS)
-                await self._pause(after * random.uniform(0.75, 1.25))  # noqa: S311
+                await self._pause(again_after(overloaded))
         self._caller.charge(parsed.total, len(parsed.records.payload))
         self.accepted += parsed.records.count
         self.rejected += len(parsed.refused)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import sys
 from typing import TYPE_CHECKING, TextIO
 
@@ -12,6 +11,7 @@ import structlog
 
 from ingestd.base.errors import Overloaded
 from ingestd.sources.framing import Framer
+from ingestd.sources.overload import again_after
 from ingestd.sources.stdin.reader import open_reader
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
-AGAIN_SECONDS = 1.0
-"""Longest wait before an overloaded pipeline is asked again."""
 _HINT = "reading records from the terminal, one a line; end with Ctrl-D\n"
 _REFUSED_BYTES = 256  # what a refused record costs beside its payload, about
 
@@ -160,9 +158,7 @@ class StdinSource:
         """Tries until there is room. One append at a time does this, in their order."""
         async with self._again:
             while True:
-                # Asking costs nothing here, and reading waits: no longer than this.
-                after = min(overloaded.retry_after, AGAIN_SECONDS)
-                await asyncio.sleep(after * random.uniform(0.75, 1.25))  # noqa: S311
+                await asyncio.sleep(again_after(overloaded))
                 try:
                     await self._intake.accept(parsed.records, parsed.refused)
                 except Overloaded as still:
