@@ -7,8 +7,11 @@ import base64
 import contextlib
 import json
 import os
+import pty
+import re
 import signal
 import sqlite3
+import ssl
 import subprocess
 import sys
 import threading
@@ -16,6 +19,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trustme
 from aiohttp import web
 
 from tests.daemon.harness import ROOT, daemon
@@ -32,15 +36,18 @@ pytestmark = pytest.mark.slow
 HERE = ("--source", "fetch", "--fetch.allow_private", "true", "--fetch.backoff", "1ms")
 
 
+NO_ADMIN = ("--admin.listen", "")
+
+
 @contextlib.contextmanager
-def server(handler: Any) -> Iterator[Server]:
+def server(handler: Any, **more: Any) -> Iterator[Server]:
     """The server of `tools`, in a thread with a loop of its own."""
     loop = asyncio.new_event_loop()
     ready: Any = threading.Event()
     ends = asyncio.Event()
 
     async def serve() -> None:
-        async with serving(handler) as started:
+        async with serving(handler, **more) as started:
             ready.server = started
             ready.set()
             await ends.wait()
@@ -105,6 +112,44 @@ def test_what_is_given_up_is_listed_and_the_exit_code_is_1(tmp_path: Path, journ
         assert one.event("drained")["processed"] == 10
         assert one.event("daemon_left")["code"] == 1
     assert numbers(tmp_path / "ingestd-data" / "out.db") == list(range(10, 20))
+
+
+def test_a_server_whose_authority_the_machine_trusts(tmp_path: Path) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    with server(good, ssl=context) as web_:
+        assert web_.url.startswith("https://")
+        arguments = ("run", "sqlite", *HERE, "--fetch.urls", f"{web_.url}/0", *NO_ADMIN)
+        refused = run(*arguments, "--fetch.attempts_max", "1", cwd=tmp_path)
+        assert refused.returncode == 1
+        assert not web_.asked
+        trusted = run(*arguments, cwd=tmp_path, SSL_CERT_FILE=str(tmp_path / "ca.pem"))
+        assert trusted.returncode == 0, trusted.stderr
+    assert numbers(tmp_path / "ingestd-data" / "out.db") == list(range(10))
+
+
+def test_a_terminal_shows_how_far_it_is(tmp_path: Path) -> None:
+    """URLs, lines, rate and bytes on one line that is drawn over, and the last one stays."""
+    ours, theirs = pty.openpty()
+    try:
+        with server(good) as web_:
+            command = [sys.executable, "-m", "ingestd", "run", "sqlite", *HERE, *NO_ADMIN,
+                       "--fetch.urls", f"{web_.url}/0 {web_.url}/10"]  # fmt: skip
+            done = subprocess.run(
+                command, cwd=tmp_path, stdin=subprocess.DEVNULL, stderr=theirs, timeout=60,
+                env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+            )  # fmt: skip
+        assert done.returncode == 0
+        os.set_blocking(ours, False)
+        shown = os.read(ours, 1 << 16).decode()
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    assert "\r\x1b[K" in shown
+    last = shown.rpartition("\r\x1b[K")[2].splitlines()[0]
+    assert re.match(r"2/2 URLs, 20 lines, [\d,]+/s, [\d.]+ (B|KiB): 20 processed, ", last), last
 
 
 def test_a_list_from_a_file_and_from_standard_input(tmp_path: Path) -> None:
