@@ -598,7 +598,8 @@ class Pipeline:
             journal_bytes_max=self.journal.bytes_max,
             queue_chunks=self.queue.qsize(),
             queue_bytes=self.room.bytes,
-            lanes_busy=self.running,
+            # What runs beyond that lies ready before the lanes.
+            lanes_busy=min(self.running, self.settings.executor.workers),
             batches_waiting=self.line.waiting,
             oldest_pending_seconds=max(0.0, self._clock.now() - oldest) if oldest else 0.0,
             letters=letters.letters,

@@ -312,6 +312,18 @@ def recording_soon(pipeline: Any) -> bool:
     return pipeline.running > 0
 
 
+@pytest.mark.parametrize("kind", ["thread", "process"])
+async def test_what_lies_ready_before_the_lanes_is_not_with_a_worker(start, kind) -> None:
+    pipeline = await start(
+        "tests.sources.test_prefer:hold",
+        executor={"kind": kind, "workers": 1},
+        batch={"records_max": 1},
+    )
+    await pipeline.accept(numbers(0, 5))
+    await until(lambda: pipeline.running > 1)
+    assert pipeline.state().lanes_busy == 1
+
+
 async def test_a_sink_that_is_down_stops_new_batches(start, tmp_path) -> None:
     pipeline = await start(
         HANDLER + "Fails",
