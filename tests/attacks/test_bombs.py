@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import sys
-import tracemalloc
 import zlib
 
 import pytest
@@ -13,6 +12,7 @@ from ingestd.sources import inflate
 from ingestd.sources.http.body import Bounds, Reading, parse_body
 from ingestd.sources.http.problem import Problem
 from ingestd.sources.inflate import RATIO_FREE_BYTES, Corrupt, Inflater, TooDense, TooMuch
+from tests.peak import peak
 from tests.sources.source_tools import MemoryIntake, ask, serving
 
 if sys.version_info >= (3, 14):
@@ -49,15 +49,11 @@ async def test_a_bomb(name):
     encoding, wire = BOMBS[name]
     intake = MemoryIntake()
     async with serving(intake) as source:
-        tracemalloc.start()
-        try:
+        with peak() as most:
             reply = await ask(source, wire, Content_Encoding=encoding)
-            _, most = tracemalloc.get_traced_memory()
-        finally:
-            tracemalloc.stop()
         assert (reply.status, reply.slug) == (413, "inflate-ratio")
         # The body as it came, in three hands, and what came out.
-        assert most < 4 * len(wire) + 6 * MIB
+        assert most.bytes < 4 * len(wire) + 6 * MIB
         assert source._door._room.bytes == 0
         assert (await ask(source, b"1")).status == 202
     assert intake.items == [b"1"]
@@ -133,25 +129,15 @@ def test_too_dense_is_a_kind_of_too_much():
 )
 def test_arrays_that_would_be_large_lists(body, mib):
     """A list takes 40 times the size of `[1,1,1,…]`: it is not made."""
-    tracemalloc.start()
-    try:
-        with pytest.raises(Problem):
-            parse_body(body, Reading.DOCUMENT, "json", Bounds(100_000, 1024))
-        _, most = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert most < mib * MIB
+    with peak() as most, pytest.raises(Problem):
+        parse_body(body, Reading.DOCUMENT, "json", Bounds(100_000, 1024))
+    assert most.bytes < mib * MIB
 
 
 @pytest.mark.parametrize("line", [b"x\n", b"1\n", b"[]\n", b" \n", b"\r\n", b"{\n"])
 def test_lines_that_are_very_many(line):
     """Nor are millions of lines taken apart before it is known that there are too many."""
     body = line * (16 * MIB // len(line))
-    tracemalloc.start()
-    try:
-        with pytest.raises(Problem):
-            parse_body(body, Reading.LINES, "json", Bounds(100_000, 1024))
-        _, most = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert most < 2.2 * len(body) + 24 * MIB
+    with peak() as most, pytest.raises(Problem):
+        parse_body(body, Reading.LINES, "json", Bounds(100_000, 1024))
+    assert most.bytes < 2.2 * len(body) + 24 * MIB

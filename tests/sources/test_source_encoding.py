@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import itertools
 import sys
-import tracemalloc
 import zlib
 
 import pytest
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from ingestd.sources.http.encoding import name_encoding
 from ingestd.sources.http.problem import Problem
 from ingestd.sources.inflate import Corrupt, Inflater, TooMuch
+from tests.peak import peak
 from tests.sources.source_tools import data_file
 
 if sys.version_info >= (3, 14):
@@ -112,13 +112,9 @@ def test_what_is_not_compressed_at_all_is_refused(encoding):
 def test_the_bound_holds_while_it_grows(encoding, pack):
     bomb = pack(bytes(64 * 1024**2))
     assert len(bomb) < 100_000
-    tracemalloc.start()
-    try:
+    with peak() as most:
         assert refusal(encoding, [bomb], 10**6) is TooMuch
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 4 * 10**6
+    assert most.bytes < 4 * 10**6
     assert unpack(encoding, [pack(bytes(1000))], 1000) == bytes(1000)
     assert refusal(encoding, [pack(bytes(1001))], 1000) is TooMuch
 
