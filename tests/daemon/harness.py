@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = ROOT.parent / "shared" / "data"
 
 
 class Daemon:
@@ -140,7 +139,7 @@ class Daemon:
 
     def status(self) -> dict[str, Any]:
         code, _, body = self.request("GET", "/v1/status", admin=True)
-        assert code == 200
+        assert code == 200, (code, body, self.events[-5:], self.other[-20:])
         return body
 
     def until_settled(self, pipeline: str = "default", timeout: float = 30) -> dict[str, Any]:

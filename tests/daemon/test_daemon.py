@@ -19,7 +19,8 @@ from typing import Any
 
 import pytest
 
-from tests.daemon.harness import DATA, ROOT, Daemon, daemon, written
+from tests.daemon.harness import ROOT, Daemon, daemon, written
+from tests.real_input import real_input
 
 NOTE = "tests.pipeline.recording:Note"
 GATE = "tests.pipeline.recording:Gate"
@@ -370,9 +371,6 @@ def test_ctrl_c_reaches_the_group_and_the_workers_finish(tmp_path: Path) -> None
     assert set(seen(tmp_path)) == {"1", "2", "3"}
 
 
-needs_data = pytest.mark.skipif(
-    not DATA.is_dir(), reason=f"the real input is not here: {DATA.name} beside the checkout"
-)
 REAL = [
     pytest.param("nginxplus.ndjson", "json", "application/x-ndjson", id="nginx"),
     pytest.param("apache.log", "text", "text/plain", id="apache"),
@@ -380,17 +378,16 @@ REAL = [
 
 
 def _expected(name: str, form: str) -> Counter[str]:
-    lines = (DATA / name).read_bytes().splitlines()
+    lines = real_input(name).read_bytes().splitlines()
     values = [json.loads(line) if form == "json" else line.decode() for line in lines]
     return Counter(json.dumps(value, sort_keys=True) for value in values)
 
 
-@needs_data
 @pytest.mark.parametrize("kind", ["thread", "process"])
 @pytest.mark.parametrize(("name", "form", "content_type"), REAL)
 def test_real_input_over_http_into_a_handler(tmp_path, name, form, content_type, kind) -> None:
     """One record a request and many, plain and gzip, from 32 clients at once."""
-    lines = (DATA / name).read_bytes().splitlines(keepends=True)
+    lines = real_input(name).read_bytes().splitlines(keepends=True)
     singles, rest = lines[:200], lines[200:]
     bodies = [(line, {}) for line in singles]
     for start in range(0, len(rest), 50):
@@ -410,10 +407,9 @@ def test_real_input_over_http_into_a_handler(tmp_path, name, form, content_type,
     assert seen(tmp_path) == _expected(name, form)
 
 
-@needs_data
 @pytest.mark.parametrize(("name", "form", "content_type"), REAL)
 def test_real_input_over_http_into_jsonl(tmp_path, name, form, content_type) -> None:
-    raw = (DATA / name).read_bytes()
+    raw = real_input(name).read_bytes()
     with daemon("--format", form, cwd=tmp_path) as one:
         assert one.post(raw, Content_Type=content_type)[0] == 202
         one.until_settled()
@@ -427,12 +423,11 @@ def test_real_input_over_http_into_jsonl(tmp_path, name, form, content_type) -> 
     )
 
 
-@needs_data
 @pytest.mark.parametrize("kind", ["thread", "process"])
 @pytest.mark.parametrize("way", ["redirected", "piped", "fifo"])
 @pytest.mark.parametrize(("name", "form", "content_type"), REAL)
 def test_real_input_over_stdin(tmp_path, name, form, content_type, way, kind) -> None:
-    path = DATA / name
+    path = real_input(name)
     arguments = [*into(tmp_path, executor__kind=kind), "--source", "stdin", "--format", form]
     feeder = None
     if way == "redirected":

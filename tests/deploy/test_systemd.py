@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.daemon.harness import DATA, ROOT
+from tests.daemon.harness import ROOT
 from tests.deploy.base import missing
 from tests.deploy.machine import TOOLS, Machine, clean, until
+from tests.real_input import nginx_log
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +21,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(bool(why := missing(*TOOLS)), reason=why or "it can run"),
 ]
-LOG = DATA / "nginxplus.ndjson"
+LOG = nginx_log()
 CONFIG = "/etc/ingestd/ingestd.toml"
 
 

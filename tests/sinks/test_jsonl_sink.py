@@ -17,9 +17,9 @@ from ingestd.handlers.context import Context
 from ingestd.handlers.load import load
 from ingestd.handlers.outcome import Job
 from ingestd.sinks.jsonl import JsonlSink, lines
+from tests.real_input import real_input
 
 ROOT = Path(__file__).parents[2]
-DATA = ROOT.parent / "shared" / "data"
 
 
 def read(path: Path) -> bytes:
@@ -196,9 +196,7 @@ def test_threads_and_processes_write_to_one_folder(tmp_path: Path, batch) -> Non
     ("name", "record_format"), [("nginxplus.ndjson", "json"), ("apache.log", "text")]
 )
 def test_real_records_come_out_as_they_went_in(tmp_path, batch, name, record_format) -> None:
-    if not (DATA / name).is_file():
-        pytest.skip(f"{DATA / name} is not here")
-    raw = (DATA / name).read_bytes()
+    raw = real_input(name).read_bytes()
     items = raw.split(b"\n")[:-1]
     sink = JsonlSink(path=tmp_path, context=Context(record_format=record_format))
     for start in range(0, len(items), 100):

@@ -5,10 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import pytest
 
 from ingestd.base.settings import HttpSettings
 from ingestd.sources.http.source import HttpSource
@@ -18,8 +15,6 @@ if TYPE_CHECKING:
 
     from ingestd.base.record import Records, Refused
     from ingestd.sources.intake import Format
-
-DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 class MemoryIntake:
@@ -161,10 +156,3 @@ async def until(condition: Any, seconds: float = 10.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():
             await asyncio.sleep(0.002)
-
-
-def data_file(name: str) -> bytes:
-    path = DATA / name
-    if not path.exists():
-        pytest.skip(f"the real data file {name} is not here")
-    return path.read_bytes()

@@ -15,7 +15,7 @@ from ingestd.sources.http.encoding import name_encoding
 from ingestd.sources.http.problem import Problem
 from ingestd.sources.inflate import Corrupt, Inflater, TooMuch
 from tests.peak import peak
-from tests.sources.source_tools import data_file
+from tests.real_input import real_input
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -129,7 +129,7 @@ def test_a_zstd_window_beyond_the_rfc_is_refused():
 @pytest.mark.parametrize("name", ["apache.log", "nginxplus.ndjson"])
 @pytest.mark.parametrize(("encoding", "pack"), WAYS)
 def test_real_data(name, encoding, pack):
-    data = data_file(name)
+    data = real_input(name).read_bytes()
     assert unpack(encoding, [pack(data)]) == data
 
 

@@ -20,7 +20,8 @@ import structlog
 from ingestd.base.errors import AddressError, Draining, JournalFailed, Overloaded
 from ingestd.base.record import Layout
 from ingestd.sources.http import problem
-from tests.sources.source_tools import MemoryIntake, ask, connected, data_file, serving, until
+from tests.real_input import real_input
+from tests.sources.source_tools import MemoryIntake, ask, connected, serving, until
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -158,7 +159,7 @@ async def test_a_large_body_arrives_as_it_was(intake):
     ("encoding", "pack"), [("", bytes), ("gzip", gzip.compress), ("zstd", zstd.compress)]
 )
 async def test_real_data_byte_for_byte(name, encoding, pack):
-    data = data_file(name)
+    data = real_input(name).read_bytes()
     intake = MemoryIntake("text" if name == "apache.log" else "json")
     async with serving(intake) as source:
         headers = {"Content_Encoding": encoding} if encoding else {}

@@ -30,7 +30,8 @@ from ingestd.sources.framing import Framer
 from ingestd.sources.lines import Parsed
 from ingestd.sources.stdin.reader import READ_BYTES, ReadyReader, ThreadReader
 from ingestd.sources.stdin.source import StdinSource
-from tests.sources.source_tools import MemoryIntake, data_file, until
+from tests.real_input import real_input
+from tests.sources.source_tools import MemoryIntake, until
 
 LOOPS = [asyncio.new_event_loop, uvloop.new_event_loop]
 
@@ -297,7 +298,7 @@ def test_descriptors_and_threads_are_given_back(run, tmp_path):
 @pytest.mark.parametrize("kind", ["pipe", "file"])
 @pytest.mark.parametrize("name", ["apache.log", "nginxplus.ndjson"])
 def test_real_data_byte_for_byte(run, tmp_path, name, kind):
-    data = data_file(name)
+    data = real_input(name).read_bytes()
     form = "text" if name == "apache.log" else "json"
     if kind == "pipe":
         with fed(data, "pipe") as fd:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import ingestd
-from tests.daemon.harness import DATA
 from tests.deploy.base import ROOT
 from tests.deploy.containers.container import TOKEN, Container
 from tests.deploy.containers.engine import BASE, IMAGE, run, tool, volume, wait, written
+from tests.real_input import nginx_log
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -107,7 +107,7 @@ def test_podman_asks_how_it_is(served: tuple[Container, Path]) -> None:
 
 def test_every_record_over_a_kill_and_a_stop(engine: Engine) -> None:
     """Read-only and as nobody: real records, SIGKILL, the same volume again, and `stop`."""
-    body = (DATA / "nginxplus.ndjson").read_bytes()
+    body = nginx_log().read_bytes()
     with (
         volume(engine, "kept") as state,
         Container(engine, "kept", "--volume", f"{state.parent.name}:/var/lib/ingestd") as one,

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ingestd.base.tokens import hash_of
-from tests.daemon.harness import DATA
 from tests.deploy.containers import manifests
 from tests.deploy.containers.container import TOKEN, Spoken, free_port
 from tests.deploy.containers.engine import RUN, wait, written
+from tests.real_input import nginx_log
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,7 +81,7 @@ def replica(engine: Engine, tmp_path: Path) -> Iterator[Replica]:
 def test_a_replica_of_the_base_takes_records_and_leaves_none(
     replica: Replica, engine: Engine
 ) -> None:
-    body = (DATA / "nginxplus.ndjson").read_bytes()
+    body = nginx_log().read_bytes()
     replica.start()
     assert {replica.probe(kind) for kind in ("startup", "readiness", "liveness")} == {200}
     assert replica.request("POST", "/v1/records", body, token="")[0] == 401

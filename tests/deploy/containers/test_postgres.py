@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.daemon.harness import DATA
 from tests.deploy.base import ROOT
 from tests.deploy.containers.container import Container
 from tests.deploy.containers.engine import volume, wait
+from tests.real_input import nginx_log
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -135,7 +135,7 @@ def writing(
 def test_rows_are_there_exactly_once_over_kills_and_an_outage(
     engine: Engine, postgres: Postgres
 ) -> None:
-    body = (DATA / "nginxplus.ndjson").read_bytes()
+    body = nginx_log().read_bytes()
     engine.build(FOLDER, IMAGE)
     with volume(engine, "postgres") as state:
         postgres.stop()
