@@ -126,8 +126,8 @@ def test_sigterm_during_recovery(tmp_path: Path) -> None:
     check_names(tmp_path)
 
 
-def _stopped_for(tmp_path: Path, seconds: float) -> None:
-    arguments = into(tmp_path, executor__kind="process", batch__records_max="10")
+def _stopped_for(tmp_path: Path, seconds: float, **more: str) -> None:
+    arguments = into(tmp_path, executor__kind="process", batch__records_max="10", **more)
     with daemon(*arguments, cwd=tmp_path) as one:
         with Client(one, itertools.count()) as client:
             until(lambda: len(client.accepted) > 20)
@@ -144,6 +144,28 @@ def _stopped_for(tmp_path: Path, seconds: float) -> None:
     assert seen(tmp_path) == set(client.accepted)
 
 
+@pytest.mark.parametrize("sent", [0, 30, -1], ids=["nothing", "half a head", "half a body"])
+def test_what_came_while_it_was_stopped_is_answered(tmp_path: Path, sent: int) -> None:
+    """The deadlines for the next request passed meanwhile, but its client kept them."""
+    deadlines = ("keepalive_timeout", "head_timeout", "body_timeout")
+    limits = {f"http__{name}": "1s" for name in deadlines}
+    request = b"POST /v1/records HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n1\n"
+    with daemon(*into(tmp_path, **limits), cwd=tmp_path) as one:
+        with socket.create_connection(("127.0.0.1", one.port), timeout=10) as client:
+            client.sendall(request)
+            assert client.recv(4096).startswith(b"HTTP/1.1 202")
+            client.sendall(request[:sent])
+            time.sleep(0.2)
+            one.terminate(signal.SIGSTOP)
+            client.sendall(request[sent:])
+            time.sleep(3)  # the fault itself
+            one.terminate(signal.SIGCONT)
+            assert client.recv(4096).startswith(b"HTTP/1.1 202")
+            assert client.recv(4096) == b""  # the deadline itself still holds
+        one.terminate()
+        assert one.wait() == 0
+
+
 @pytest.mark.slow
 def test_sigstop_for_a_moment(tmp_path: Path) -> None:
     """SIGSTOP, then SIGCONT: it goes on as if nothing had been; no worker is taken for hung."""
@@ -151,9 +173,10 @@ def test_sigstop_for_a_moment(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sigstop_for_longer_than_a_client_waits(tmp_path: Path) -> None:
-    """SIGSTOP for 25 s, longer than the keep-alive time of 15 s."""
-    _stopped_for(tmp_path, 25)
+def test_sigstop_for_longer_than_the_deadlines_of_a_connection(tmp_path: Path) -> None:
+    """SIGSTOP for 8 s, with all of them at 2 s; the client waits for 30 s."""
+    deadlines = ("keepalive_timeout", "head_timeout", "body_timeout")
+    _stopped_for(tmp_path, 8, **{f"http__{name}": "2s" for name in deadlines})
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from aiohttp.web_protocol import RequestPayloadError, _ErrInfo
 from ingestd.sources.http import problem
 from ingestd.sources.http.answer import PROBLEM, Answer
 from ingestd.sources.http.clients import client_of
+from ingestd.sources.http.pace import LATE_SECONDS
 from ingestd.sources.http.problem import Problem
 from ingestd.sources.http.strict import fault
 
@@ -100,7 +101,14 @@ class Connection(web.RequestHandler):
         if self._head_timer is not None:
             self._keepalive_handle = None  # not idle: a head is on its way, with its own deadline
             return
+        if self._is_late(self._next_keepalive_close_time):
+            self._next_keepalive_close_time = again = self._loop.time() + LATE_SECONDS
+            self._keepalive_handle = self._loop.call_at(again, self._process_keepalive)
+            return
         super()._process_keepalive()
+
+    def _is_late(self, due: float) -> bool:
+        return self._loop.time() > due + LATE_SECONDS
 
     def _start_head_timer(self) -> None:
         seconds = self._manager.head_timeout
@@ -113,6 +121,9 @@ class Connection(web.RequestHandler):
 
     def _end_head(self) -> None:
         """The head of a request was not there in time."""
+        if self._head_timer is not None and self._is_late(self._head_timer.when()):
+            self._head_timer = self._loop.call_later(LATE_SECONDS, self._end_head)
+            return
         self._head_timer = None
         if self._head_bytes:
             detail = f"no whole head after http.head_timeout = {self._manager.head_timeout:g} s"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
-from ingestd.sources.http.pace import Pace
+from ingestd.sources.http.pace import LATE_SECONDS, Pace
 
 if TYPE_CHECKING:
     import asyncio
@@ -70,6 +70,10 @@ class Deadline:
 
     def _look(self) -> None:
         now = self._loop.time()
+        if now > self._end + LATE_SECONDS:
+            self._end = now + LATE_SECONDS
+            self._wait()
+            return
         if now >= self._end:
             limit = f"not complete after http.body_timeout = {self._timeout:g} s"
         elif self._pace.is_slow(self._total(), now):

@@ -5,7 +5,10 @@ from __future__ import annotations
 GRACE_SECONDS = 5.0
 """A body is measured over windows this long, so a stall shorter than this ends nothing."""
 
-_LATE_SECONDS = 1.0
+LATE_SECONDS = 1.0
+"""A deadline that is looked at later than this says something about this process (it was stopped,
+or had no time), not about its client: what that sent meanwhile may not have been read yet. It gets
+as long once more."""
 
 
 class Pace:
@@ -34,7 +37,7 @@ class Pace:
             total: bytes that have come so far.
             now: at or after `due`.
         """
-        slow = total - self._bytes < self._bytes_min and now < self.due + _LATE_SECONDS
+        slow = total - self._bytes < self._bytes_min and now < self.due + LATE_SECONDS
         self._bytes = total
         self.due = now + GRACE_SECONDS
         return slow
