@@ -36,8 +36,8 @@ log = structlog.get_logger(__name__)
 START_TIMEOUT = 120.0
 """Seconds for a child to import the handler; some load models."""
 _BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[3]);"
-    "from ingestd.handlers.worker import main; main(int(sys.argv[1]), int(sys.argv[2]))"
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
+    "from ingestd.handlers.worker import main; main(*map(int, sys.argv[2:]))"
 )
 
 
@@ -63,14 +63,16 @@ class Child:
     def __init__(self, hello: wire.Hello) -> None:
         ours, theirs = socket.socketpair()
         lifeline_theirs, self._lifeline = os.pipe()
+        memory = wire.Slot.make()
         self._sock = ours
         try:
+            self._slot = wire.Slot(memory)
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wire.SOCKET_BYTES)
-            fds = (theirs.fileno(), lifeline_theirs)
+            fds = (theirs.fileno(), lifeline_theirs, memory)
             self.process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-c", _BOOT, *map(str, fds), json.dumps(sys.path)],
+                [sys.executable, "-c", _BOOT, json.dumps(sys.path), *map(str, fds)],
                 stdin=subprocess.DEVNULL,
-                pass_fds=fds,
+                pass_fds=[fd for fd in fds if fd >= 0],
                 process_group=0,
             )
         except BaseException:
@@ -80,6 +82,9 @@ class Child:
         finally:
             theirs.close()
             os.close(lifeline_theirs)
+            if memory >= 0:
+                os.close(memory)
+        self._timeout = 0.0
         self.not_ready = self._greet(hello)
 
     def _greet(self, hello: wire.Hello) -> str:
@@ -95,14 +100,16 @@ class Child:
         Raises:
             _WorkerDiedError: the child died, or overran and was killed.
         """
-        return wire.decode_result(self._exchange(wire.encode(job), timeout))
+        return wire.decode_result(self._exchange(self._slot.pack(job), timeout))
 
-    def _exchange(self, message: bytes, timeout: float) -> bytearray:
-        self._sock.settimeout(timeout)
+    def _exchange(self, message: bytes, timeout: float) -> bytes:
+        if timeout != self._timeout:
+            wire.set_timeout(self._sock, timeout)
+            self._timeout = timeout
         try:
             wire.send(self._sock, message)
             answer = wire.receive(self._sock)
-        except TimeoutError:
+        except BlockingIOError:
             self.kill()
             raise _WorkerDiedError(
                 "timeout", f"the worker was killed after {timeout:g} s"
@@ -141,6 +148,7 @@ class Child:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self._sock.close()
+        self._slot.close()
         if self._lifeline >= 0:
             os.close(self._lifeline)
             self._lifeline = -1

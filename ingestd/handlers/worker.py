@@ -24,24 +24,27 @@ from ingestd.handlers.runner import Runner
 _PR_SET_PDEATHSIG = 1
 
 
-def main(socket_fd: int, lifeline_fd: int) -> None:
+def main(socket_fd: int, lifeline_fd: int, memory_fd: int) -> None:
     """The child's whole life."""
     for fd in (socket_fd, lifeline_fd):
         os.set_inheritable(fd, False)
+    slot = wire.Slot(memory_fd)
+    if memory_fd >= 0:
+        os.close(memory_fd)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # Not SIG_IGN: that would be inherited by what the handler starts.
         signal.signal(number, lambda *_: None)
     threading.Thread(target=_watch, args=(lifeline_fd,), name="lifeline", daemon=True).start()
     with socket.socket(fileno=socket_fd) as sock, contextlib.suppress(OSError):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, wire.SOCKET_BYTES)
-        _serve(sock)
+        _serve(sock, slot)
     # The handler may have left threads behind that would keep the process.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
 
 
-def _serve(sock: socket.socket) -> None:
+def _serve(sock: socket.socket, slot: wire.Slot) -> None:
     message = wire.receive(sock)
     if message is None:
         return
@@ -55,7 +58,7 @@ def _serve(sock: socket.socket) -> None:
         return
     wire.send(sock, wire.encode(wire.Ready(not_ready=not_ready)))
     while (message := wire.receive(sock)) is not None:
-        wire.send(sock, wire.encode(runner.run(wire.decode_job(message))))
+        wire.send(sock, wire.encode(runner.run(slot.unpack(message))))
     failed = runner.close()
     if failed:
         print(f"ingestd: the handler's close() failed: {failed}", file=sys.stderr)  # noqa: T201
