@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 WAL_BYTES = 64 << 20
 """How much goes into the WAL before it is started over."""
+_ROUNDS_MAX = 4
+_FEW_PAGES = 256
+"""What is left to the writer at most, where rounds of copying get ahead of it."""
 
 
 class Checkpointer:
@@ -59,13 +62,22 @@ class Checkpointer:
             if self._stop:
                 return
             try:
-                self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                self._copy()
                 os.fsync(self._fd)
             except (sqlite3.Error, OSError):
                 # Nothing is lost by a checkpoint that fails: the WAL keeps its content. What is
                 # really wrong with the disk shows at the next commit, which is checked.
                 continue
             self._ripe.set()
+
+    def _copy(self) -> None:
+        """Copies what is in the WAL, and again what came into it meanwhile."""
+        copied = 0
+        for _ in range(_ROUNDS_MAX):
+            _, pages, now = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            if pages - copied <= _FEW_PAGES or self._stop:
+                return
+            copied = now
 
     def stop(self) -> None:
         """Ends the thread; the descriptor stays open until `close`."""
