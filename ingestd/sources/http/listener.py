@@ -117,8 +117,14 @@ class Listener:
                 log.exception("handshake_failed")
 
 
-async def bind(host: str, port: int, backlog: int) -> list[socket.socket]:
+async def bind(host: str, port: int, backlog: int, *, shared: bool = False) -> list[socket.socket]:
     """Listening sockets on every address of a host; of every interface if it is empty.
+
+    Args:
+        host: a name or an address.
+        port: 0 is any free one.
+        backlog: how many connections may wait to be accepted, for each socket.
+        shared: other processes of this user may listen on the same port, if they say so too.
 
     Raises:
         OSError: one of them can't be had.
@@ -136,6 +142,8 @@ async def bind(host: str, port: int, backlog: int) -> list[socket.socket]:
             sockets.append(sock)
             sock.setblocking(False)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if shared:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.bind(address)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import TYPE_CHECKING
 
 import structlog
 
 from ingestd.base.access import demands_proof
 from ingestd.base.address import split_address
-from ingestd.base.errors import AddressError
+from ingestd.base.errors import AddressError, ConfigError
 from ingestd.base.passed import show_socket
 from ingestd.sources.http.access import check_exposure, read_access
 from ingestd.sources.http.body import Bounds
@@ -36,6 +37,10 @@ log = structlog.get_logger(__name__)
 _BACKLOG = 1024
 _SHUTDOWN_SECONDS = 1.0
 _HEAR_SECONDS = 1.0
+_HOW_TO_SHARE = {
+    False: "; daemons share a port if each has http.reuse_port = true",
+    True: "; who has it must have http.reuse_port = true as well, and be of the same user",
+}
 
 
 class HttpSource:
@@ -70,6 +75,13 @@ class HttpSource:
         self._default = default
         self._on_request = on_request
         self._sockets = list(sockets)
+        if settings.reuse_port and self._sockets:
+            # It is one queue for all who have the socket: nothing there is shared out.
+            passed = ", ".join(map(show_socket, self._sockets))
+            raise ConfigError(
+                problem=f"http.reuse_port: the socket {passed} was passed; one that is shared has"
+                " to be opened by each daemon itself, at http.listen"
+            )
         check_exposure(settings, self._sockets)
         access = read_access(settings)
         _tell(access)
@@ -101,10 +113,14 @@ class HttpSource:
             keepalive_timeout=settings.keepalive_timeout,
         )
         try:
-            sockets = self._sockets or await bind(*split_address(settings.listen), _BACKLOG)
+            sockets = self._sockets or await bind(
+                *split_address(settings.listen), _BACKLOG, shared=settings.reuse_port
+            )
         except (OSError, ValueError) as error:
             self._door.close()
             what = getattr(error, "strerror", None) or str(error)
+            if getattr(error, "errno", None) == errno.EADDRINUSE:
+                what += _HOW_TO_SHARE[settings.reuse_port]
             raise AddressError(
                 address=settings.listen, setting="http.listen", problem=what
             ) from error
