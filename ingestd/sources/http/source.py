@@ -126,7 +126,8 @@ class HttpSource:
             ) from error
         self.addresses = [show_socket(sock) for sock in sockets]
         self._publish(settings, self._gate.access)
-        self._listener = Listener(self._server, sockets, self._gate.access.context)
+        backlog = 0 if self._sockets else _BACKLOG
+        self._listener = Listener(self._server, sockets, self._gate.access.context, backlog=backlog)
 
     def _publish(self, settings: HttpSettings, access: Access) -> None:
         """Everything that can be asked for, by its path, in place of what there was."""
@@ -187,16 +188,18 @@ class HttpSource:
         await asyncio.get_running_loop().create_future()
 
     async def stop_taking(self, deadline: float) -> None:
-        """New requests get 503, new connections are refused; those in progress are finished.
+        """New connections are refused, new requests get 503; those in progress are finished.
+
+        Who was let in before the door was closed is no new one: its first request is served. So
+        where daemons share a port, one that leaves is not felt by who connects for each request.
 
         Args:
             deadline: when it stops waiting for them, in the loop's time.
         """
         self._listener.close()
-        # Who was let in before the door was closed gets an answer, too.
         left = deadline - asyncio.get_running_loop().time()
-        self._door.begin_to_drain()
         await self._server.hear_out(min(_HEAR_SECONDS, left))
+        self._door.begin_to_drain()
         await self._door.drain(deadline)
 
     async def close(self) -> None:
