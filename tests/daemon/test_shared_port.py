@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import json
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.daemon.harness import Daemon, daemon, written
 from tests.daemon.test_mistakes import one_line, run
+from tests.deploy.base import missing
 from tests.service.tools import listening, passing, refused
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.skipif(
     not hasattr(socket, "SO_REUSEPORT"), reason="the platform has no SO_REUSEPORT"
@@ -104,7 +110,7 @@ def test_each_serves_and_every_record_is_in_one_of_them(port: int, homes: list[P
         comers = Comers(port, 300)
         comers.wait()
         assert comers.accepted() == list(range(300))
-        # 64 heads in a row would be likelier than one that gets none of 300.
+        # It waits for one that got nothing, too; of 300 connections none gets none.
         ledgers = [one.until_settled(), two.until_settled()]
         assert sum(ledger["accepted"] for ledger in ledgers) == 300
         assert sum(ledger["processed"] for ledger in ledgers) == 300
@@ -120,7 +126,7 @@ def test_one_goes_and_the_other_serves_on(port: int, homes: list[Path]) -> None:
 
 
 def test_they_start_anew_one_after_the_other(port: int, homes: list[Path]) -> None:
-    """What was accepted is there once; only who was on the way in at that moment is reset."""
+    """Only who is on the way in at the moment of closing can be reset; the rest is served."""
     running: list[Daemon] = []
     try:
         for home in homes:
@@ -141,8 +147,60 @@ def test_they_start_anew_one_after_the_other(port: int, homes: list[Path]) -> No
     finally:
         for one in running:
             one.__exit__()
+    # Whatever happened to who was not accepted: what was is there, once, and nothing else is.
     assert stored(homes) == comers.accepted()
-    print(Counter(comers.outcomes.values()))
+    seen = Counter(comers.outcomes.values())
+    # Almost always 0. No more than each comer once a turn, even on a machine that stands still.
+    assert seen.total() - seen[202] <= 4 * 4, seen
+    assert set(seen) <= {202, 503, "ConnectionResetError", "RemoteDisconnected"}
+
+
+@contextlib.contextmanager
+def network(migrates: bool) -> Iterator[tuple[str, ...]]:
+    """A network of its own, while it is there: what a command has to begin with to be in it."""
+    setup = (
+        f"ip link set lo up && echo {int(migrates)} > /proc/sys/net/ipv4/tcp_migrate_req"
+        " && echo up && exec cat"
+    )
+    with subprocess.Popen(
+        ["unshare", "--net", "sh", "-c", setup], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        if holder.stdout.readline() != b"up\n":
+            pytest.skip("this kernel does not know tcp_migrate_req")
+        yield ("nsenter", f"--net=/proc/{holder.pid}/ns/net")
+        assert holder.stdin is not None
+        holder.stdin.close()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(why := missing("unshare", "nsenter", "ip")), reason=why or "it can run")
+@pytest.mark.parametrize("migrates", [True, False])
+def test_who_waits_at_a_daemon_that_is_killed(homes: list[Path], migrates: bool) -> None:
+    """With net.ipv4.tcp_migrate_req the other one serves them; without it they are reset."""
+    with network(migrates) as inside:
+        more = {"prefix": inside}
+        with (
+            daemon(*flags(8080), cwd=homes[0], **more) as one,
+            daemon(*flags(8080), cwd=homes[1], **more) as two,
+        ):
+            one.process.send_signal(signal.SIGSTOP)
+            script = Path(__file__).with_name("waiting_clients.py")
+            with subprocess.Popen(
+                [*inside, sys.executable, str(script), "8080", "64"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            ) as clients:  # fmt: skip
+                assert clients.stdout is not None
+                assert clients.stdout.readline() == "sent\n"
+                one.process.kill()
+                one.process.wait()
+                seen = json.loads(clients.communicate(timeout=60)[0])
+            two.terminate()
+            assert two.wait() == 0
+    assert len(stored(homes)) == seen["202"]
+    reset = seen.get("ConnectionResetError", 0)
+    assert seen["202"] + reset == 64
+    assert (reset == 0) is migrates
 
 
 def test_without_the_setting_the_port_is_taken_and_it_says_how_to_share(

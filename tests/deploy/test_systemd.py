@@ -48,7 +48,7 @@ def machine(installed: Machine) -> Machine:
         "systemctl stop ingestd.socket ingestd.service\n"
         "systemctl disable -q ingestd.socket\n"
         "systemctl clean --what=state ingestd.service || true\n"
-        "rm -rf /etc/systemd/system/ingestd.service.d /etc/ingestd/*\n"
+        "rm -rf /etc/systemd/system/ingestd*.service.d /etc/ingestd/*\n"
         "systemctl daemon-reload\n"
         "systemctl reset-failed\n"
         "systemctl start ingestd.service"
@@ -222,6 +222,54 @@ def test_an_instance_has_its_own_file_and_its_own_folder(machine: Machine) -> No
     machine.systemctl("disable", "--now", "-q", "ingestd@shop.service")
     assert sorted(machine.written("ingestd/shop")) == records()
     machine.sh("systemctl clean --what=state ingestd@shop.service")
+
+
+@pytest.fixture
+def two(machine: Machine) -> Iterator[Machine]:
+    """Two instances on the port of the one."""
+    machine.systemctl("stop", "ingestd.service")
+    machine.sh("systemctl clean --what=state ingestd.service")
+    machine.sh(block("Several on one port"))
+    yield machine
+    machine.systemctl("disable", "--now", "-q", "ingestd@1.service", "ingestd@2.service")
+    machine.sh("systemctl clean --what=state ingestd@1.service ingestd@2.service")
+    machine.sh("rm -f /etc/sysctl.d/ingestd.conf; echo 0 > /proc/sys/net/ipv4/tcp_migrate_req")
+
+
+def both(machine: Machine) -> list[bytes]:
+    return machine.written("ingestd/1") + machine.written("ingestd/2")
+
+
+def test_two_instances_share_a_port(two: Machine) -> None:
+    assert two.post(LOG) == "202"
+    assert two.show("User", "ingestd@1.service") == two.show("User", "ingestd@2.service")
+    two.systemctl("stop", "ingestd@2.service")
+    first, second = two.written("ingestd/1"), two.written("ingestd/2")
+    assert second
+    # The other one goes on, alone.
+    assert two.post(LOG) == "202"
+    assert two.written("ingestd/2") == second
+    two.systemctl("stop", "ingestd@1.service")
+    assert first != two.written("ingestd/1")
+    assert sorted(both(two)) == sorted(2 * records())
+    for unit in ("ingestd@1.service", "ingestd@2.service"):
+        assert (two.show("Result", unit), two.show("ExecMainStatus", unit)) == ("success", "0")
+
+
+def test_instances_on_one_port_start_anew_one_after_the_other(two: Machine, tmp_path: Path) -> None:
+    two.sh(block("Several on one port", 2))
+    assert two.sh("cat /proc/sys/net/ipv4/tcp_migrate_req") == "1"
+    accepted = tmp_path / "accepted"
+    accepted.touch()
+    client = two.client("loop", str(accepted))
+    for _ in range(3):
+        before = accepted.stat().st_size
+        until(lambda: accepted.stat().st_size > before + 20)  # noqa: B023
+        two.sh(block("Several on one port", 1))
+    answers = json.loads(client.communicate("over\n", timeout=60)[0])
+    two.systemctl("stop", "ingestd@1.service", "ingestd@2.service")
+    assert set(answers) == {"202"}
+    assert len(both(two)) == len(set(both(two))) == answers["202"]
 
 
 def test_a_start_longer_than_the_time_to_start_gets_its_time(machine: Machine) -> None:
