@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING
 
 from ingestd.base.access import access_contradictions
@@ -9,6 +10,8 @@ from ingestd.base.address import split_address
 from ingestd.base.units import show_seconds, show_size
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ingestd.base.settings import PipelineSettings, Settings
 
 
@@ -60,11 +63,21 @@ def _at_the_door(settings: Settings) -> list[tuple[str, str]]:
         return []
     if http.listen == admin.listen and split_address(http.listen)[1] != 0:
         problems.append(("admin.listen", f"http.listen is {http.listen} too"))
+    if http.reuse_port:
+        problems.extend(("http.reuse_port", text) for text in _without_sharing(http.listen))
     if http.inflight_bytes_max < http.body_bytes_max:
         room, body = show_size(http.inflight_bytes_max), show_size(http.body_bytes_max)
         text = f"{room} has no room for one body of http.body_bytes_max ({body})"
         problems.append(("http.inflight_bytes_max", text))
     return problems
+
+
+def _without_sharing(listen: str) -> Iterator[str]:
+    """Why a port can't be shared."""
+    if not hasattr(socket, "SO_REUSEPORT"):
+        yield "this platform has no SO_REUSEPORT"
+    if split_address(listen)[1] == 0:
+        yield f"http.listen is {listen}: port 0 is another one for each daemon, say which to share"
 
 
 def _of_fetch(settings: Settings) -> list[tuple[str, str]]:

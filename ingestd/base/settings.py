@@ -113,6 +113,9 @@ class HttpSettings(Section):
     listen: Annotated[str, AfterValidator(_address)] = Field(
         "127.0.0.1:8080", description="address for records, HOST:PORT"
     )
+    reuse_port: Switch = Field(
+        False, description="other daemons may listen on the same port, and share what comes"
+    )
     wire_bytes_max: Size = Field(
         16 * _MIB, ge=1, le=_TIB, description="largest body as it is sent, before decompression"
     )

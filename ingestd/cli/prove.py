@@ -46,8 +46,14 @@ _CLIENTS_MAX = 256
 _SETTINGS, _ROWS, _DATA = "ingestd.toml", "out.db", "data"
 _DRAIN_SECONDS = 86400.0  # the prover sees whether it goes on
 _HERE = "127.0.0.1:0"
-# Only this machine is asked, and no secret of theirs goes into the folder.
-_OPEN = {"allow_anonymous": False, "tls": TlsSettings(), "tokens": {}, "webhooks": {}}
+# Only this machine is asked, on a port of its own, and no secret of theirs goes into the folder.
+_OPEN = {
+    "allow_anonymous": False,
+    "reuse_port": False,
+    "tls": TlsSettings(),
+    "tokens": {},
+    "webhooks": {},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,8 @@
 
 client.py loop FILE: posts numbers, each on a connection of its own, until standard input ends; the
 file grows with each that is accepted. Prints how often each outcome came, as JSON.
+
+client.py times N: the same with the numbers from 1 to N, and without a file.
 """
 
 import collections
@@ -28,21 +30,27 @@ def post_file(path: str, port: str = "8080", token: str = "") -> None:
     print(*sorted({post(body, int(port), token) for body in bodies}))
 
 
+def outcome(number: int) -> str:
+    try:
+        return str(post(b"%d\n" % number))
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
 def post_on(path: str) -> None:
     seen: collections.Counter[str] = collections.Counter()
-    number = 0
     while not select.select([sys.stdin], [], [], 0)[0]:
-        number += 1
-        try:
-            status = post(b"%d\n" % number)
-            seen[str(status)] += 1
-            if status == 202:
-                with pathlib.Path(path).open("ab") as accepted:
-                    accepted.write(b".")
-        except Exception as error:
-            seen[f"{type(error).__name__}: {error}"] += 1
+        came = outcome(seen.total() + 1)
+        seen[came] += 1
+        if came == "202":
+            with pathlib.Path(path).open("ab") as accepted:
+                accepted.write(b".")
     print(json.dumps(seen))
 
 
+def post_times(count: str) -> None:
+    print(json.dumps(collections.Counter(outcome(number + 1) for number in range(int(count)))))
+
+
 if __name__ == "__main__":
-    {"file": post_file, "loop": post_on}[sys.argv[1]](*sys.argv[2:])
+    {"file": post_file, "loop": post_on, "times": post_times}[sys.argv[1]](*sys.argv[2:])

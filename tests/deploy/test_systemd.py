@@ -48,7 +48,7 @@ def machine(installed: Machine) -> Machine:
         "systemctl stop ingestd.socket ingestd.service\n"
         "systemctl disable -q ingestd.socket\n"
         "systemctl clean --what=state ingestd.service || true\n"
-        "rm -rf /etc/systemd/system/ingestd.service.d /etc/ingestd/*\n"
+        "rm -rf /etc/systemd/system/ingestd*.service.d /etc/ingestd/*\n"
         "systemctl daemon-reload\n"
         "systemctl reset-failed\n"
         "systemctl start ingestd.service"
@@ -222,6 +222,67 @@ def test_an_instance_has_its_own_file_and_its_own_folder(machine: Machine) -> No
     machine.systemctl("disable", "--now", "-q", "ingestd@shop.service")
     assert sorted(machine.written("ingestd/shop")) == records()
     machine.sh("systemctl clean --what=state ingestd@shop.service")
+
+
+@pytest.fixture
+def two(machine: Machine) -> Iterator[Machine]:
+    """Two instances on the port of the one, whose 500 records are still pending."""
+    machine.write(
+        CONFIG, '[batch]\nage_max = "1h"\nrecords_max = 1000000\n[drain]\ntimeout = "0s"\n'
+    )
+    machine.systemctl("restart", "ingestd.service")
+    assert machine.post(LOG) == "202"
+    start = cursor(machine)
+    machine.sh(block("Several on one port"))
+    assert said(machine, "drained_partly", start)
+    machine.sh(f"rm {CONFIG}")
+    machine.sh(block("Several on one port", 1))
+    yield machine
+    machine.systemctl("disable", "--now", "-q", "ingestd@1.service", "ingestd@2.service")
+    machine.sh("systemctl clean --what=state ingestd@1.service ingestd@2.service")
+    machine.sh("rmdir /var/lib/ingestd /var/lib/private/ingestd")
+    machine.sh("rm -f /etc/sysctl.d/ingestd.conf; echo 0 > /proc/sys/net/ipv4/tcp_migrate_req")
+
+
+def both(machine: Machine) -> list[bytes]:
+    return machine.written("ingestd/1") + machine.written("ingestd/2")
+
+
+def test_two_instances_share_a_port(two: Machine) -> None:
+    assert two.post(LOG) == "202"
+    assert two.show("User", "ingestd@1.service") == two.show("User", "ingestd@2.service")
+    client = two.client("times", "100")
+    assert json.loads(client.communicate(timeout=60)[0]) == {"202": 100}
+    two.systemctl("stop", "ingestd@2.service")
+    second = two.written("ingestd/2")
+    assert second
+    # The other one goes on, alone.
+    client = two.client("times", "100")
+    assert json.loads(client.communicate(timeout=60)[0]) == {"202": 100}
+    two.systemctl("stop", "ingestd@1.service")
+    assert two.written("ingestd/2") == second
+    numbers = [b"%d" % number for number in range(1, 101)]
+    # Once by the service before them.
+    assert sorted(both(two)) == sorted(2 * records() + 2 * numbers)
+    for unit in ("ingestd@1.service", "ingestd@2.service"):
+        assert (two.show("Result", unit), two.show("ExecMainStatus", unit)) == ("success", "0")
+
+
+def test_instances_on_one_port_start_anew_one_after_the_other(two: Machine, tmp_path: Path) -> None:
+    two.sh(block("Several on one port", 3))
+    assert two.sh("cat /proc/sys/net/ipv4/tcp_migrate_req") == "1"
+    accepted = tmp_path / "accepted"
+    accepted.touch()
+    client = two.client("loop", str(accepted))
+    for _ in range(3):
+        before = accepted.stat().st_size
+        until(lambda: accepted.stat().st_size > before + 20)  # noqa: B023
+        two.sh(block("Several on one port", 2))
+    answers = json.loads(client.communicate("over\n", timeout=60)[0])
+    two.systemctl("stop", "ingestd@1.service", "ingestd@2.service")
+    assert set(answers) == {"202"}
+    numbers = [line for line in both(two) if line.isdigit()]
+    assert len(numbers) == len(set(numbers)) == answers["202"]
 
 
 def test_a_start_longer_than_the_time_to_start_gets_its_time(machine: Machine) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import socket
+
 import pytest
 from pydantic import ValidationError
 
@@ -97,6 +99,7 @@ def test_a_pipeline_has_a_plain_name_of_its_own(name: str) -> None:
         ({"http": {"inflight_bytes_max": "1MiB"}}, "http.inflight_bytes_max"),
         ({"source": {"pipeline": "nowhere"}}, "source.pipeline"),
         ({"http": {"listen": "h:1"}, "admin": {"listen": "h:1"}}, "admin.listen"),
+        ({"http": {"reuse_port": True, "listen": "127.0.0.1:0"}}, "http.reuse_port"),
         ({"pipelines": {"v": {"retry": {"backoff": "2m"}}}}, "pipelines.v.retry.backoff_max"),
     ],
 )
@@ -108,6 +111,19 @@ def test_what_cannot_work_together_is_refused(settings: dict[str, object], key: 
 def test_two_addresses_with_port_0_are_two_addresses() -> None:
     settings = Settings(http={"listen": "127.0.0.1:0"}, admin={"listen": "127.0.0.1:0"})
     assert settings.http.listen == settings.admin.listen
+
+
+def test_a_shared_port_is_one_of_the_http_source() -> None:
+    http = {"reuse_port": True, "listen": "127.0.0.1:0"}
+    assert Settings(http=http, source={"kind": "stdin"}).http.reuse_port  # type: ignore[arg-type]
+
+
+def test_a_port_is_not_shared_where_the_platform_has_no_word_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr(socket, "SO_REUSEPORT")
+    with pytest.raises(ValidationError, match=r"http\.reuse_port: this platform has no SO_REUSE"):
+        Settings(http={"reuse_port": True})  # type: ignore[arg-type]
 
 
 def test_options_are_plain_data() -> None:

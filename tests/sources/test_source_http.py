@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
 import logging
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -567,7 +569,7 @@ async def test_leaving_has_a_deadline(intake):
 
 
 async def test_who_was_let_in_and_has_said_nothing_is_heard(intake):
-    """Leaving waits for the first request of a connection: it was accepted, so it is answered."""
+    """Leaving waits for the first request of a connection: it was let in, so it is served."""
     loop = asyncio.get_running_loop()
     async with serving(intake) as source, connected(source) as client:
         await until(lambda: source._server.open == 1)
@@ -577,8 +579,34 @@ async def test_who_was_let_in_and_has_said_nothing_is_heard(intake):
             await asyncio.sleep(0)
         assert not stopping.done()
         client.post(b"1")
-        assert (await client.reply()).status == 503
+        assert (await client.reply()).status == 202
         await stopping
+        client.post(b"2")
+        reply = await client.reply()
+        assert (reply.slug, reply.headers["connection"]) == ("draining", "close")
+    assert intake.items == [b"1"]
+
+
+async def test_who_waits_to_be_let_in_is_served(intake):
+    """The kernel would reset whom it finds in the queue of a socket that is closed."""
+    with contextlib.ExitStack() as stack:
+        async with serving(intake) as source:
+            host, _, port = source.addresses[0].rpartition(":")
+            waiting = []
+            for _ in range(50):  # nothing is awaited, so the loop can't let anybody in
+                sock = stack.enter_context(socket.create_connection((host, int(port))))
+                sock.sendall(b"POST")
+                waiting.append(sock)
+            stopping = asyncio.create_task(
+                source.stop_taking(asyncio.get_running_loop().time() + 10)
+            )
+            await until(lambda: not source._listener.is_serving())
+            for sock in waiting:
+                sock.sendall(b" /v1/records HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n1")
+            await stopping
+            for sock in waiting:
+                assert sock.recv(12) == b"HTTP/1.1 202"
+    assert intake.items == [b"1"] * 50
 
 
 async def test_a_reader_that_does_not_read_its_answers_is_let_go(intake):

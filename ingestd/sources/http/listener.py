@@ -3,7 +3,9 @@
 A connection is wrapped here, after it was accepted, because then the context can be another one for
 every connection (that is how certificates are renewed without closing the socket), and because a
 handshake in progress can be counted, and bounded, like a connection. And whoever stops listening
-here has not accepted anybody whom nobody will serve: a socket that was passed to us goes on.
+here has not accepted anybody whom nobody will serve: a socket that was passed to us goes on, and
+one of our own is emptied first, because the kernel resets whom it finds in the queue of a socket
+that is closed.
 """
 
 from __future__ import annotations
@@ -34,13 +36,21 @@ class Listener:
         server: makes the protocols.
         sockets: bound and listening; they are closed with it, and not shut down.
         context: for the connections that come from now on, `None` for no TLS; may be replaced.
+        backlog: how many may wait in the queue of each and are let in when it closes; 0 for
+            sockets that others have as well, whose queue goes on.
     """
 
     def __init__(
-        self, server: Server, sockets: list[socket.socket], context: ssl.SSLContext | None
+        self,
+        server: Server,
+        sockets: list[socket.socket],
+        context: ssl.SSLContext | None,
+        *,
+        backlog: int = 0,
     ) -> None:
         self.sockets = sockets
         self.context = context
+        self._backlog = backlog
         self._server = server
         self._loop = asyncio.get_running_loop()
         self._handshakes: set[asyncio.Task[None]] = set()
@@ -54,7 +64,7 @@ class Listener:
         return self._serving
 
     def close(self) -> None:
-        """Nobody is accepted any more; connections and handshakes go on."""
+        """Who waits is let in, and nobody after that; connections and handshakes go on."""
         if not self._serving:
             return
         self._serving = False
@@ -62,7 +72,15 @@ class Listener:
             pause.cancel()
         for sock in self.sockets:
             self._loop.remove_reader(sock)
+            self._empty(sock)
             sock.close()
+
+    def _empty(self, listening: socket.socket) -> None:
+        """Lets in who is in the queue; bounded, because more may come all the time."""
+        with contextlib.suppress(OSError):
+            for _ in range(self._backlog):
+                if not self._let_in(listening):
+                    return
 
     async def wait_closed(self) -> None:
         """Ends handshakes, too."""
@@ -78,16 +96,26 @@ class Listener:
         yes and ours.
         """
         try:
-            sock, _ = listening.accept()
-        except (BlockingIOError, InterruptedError, ConnectionError):
-            return  # it went before we came, or another process was faster
+            self._let_in(listening)
         except OSError as error:
             log.error("accept_failed", error=error.strerror)  # noqa: TRY400  known
             self._loop.remove_reader(listening)
             self._pauses[listening] = self._loop.call_later(
                 _RETRY_SECONDS, self._loop.add_reader, listening, self._accept, listening
             )
-            return
+
+    def _let_in(self, listening: socket.socket) -> bool:
+        """Whether there was somebody.
+
+        Raises:
+            OSError: nobody can be let in, for want of descriptors or memory.
+        """
+        try:
+            sock, _ = listening.accept()
+        except BlockingIOError:
+            return False  # another process was faster
+        except (InterruptedError, ConnectionError):
+            return True  # it went before we came
         if self._server.has_room_to_say_no():
             sock.setblocking(False)
             task = self._loop.create_task(self._greet(sock), name="http-greeting")
@@ -95,6 +123,7 @@ class Listener:
             task.add_done_callback(self._handshakes.discard)
         else:
             sock.close()
+        return True
 
     async def _greet(self, sock: socket.socket) -> None:
         """One handshake; it takes the place of a connection as long as it lasts."""
@@ -117,8 +146,14 @@ class Listener:
                 log.exception("handshake_failed")
 
 
-async def bind(host: str, port: int, backlog: int) -> list[socket.socket]:
+async def bind(host: str, port: int, backlog: int, *, shared: bool = False) -> list[socket.socket]:
     """Listening sockets on every address of a host; of every interface if it is empty.
+
+    Args:
+        host: a name or an address.
+        port: 0 is any free one.
+        backlog: how many connections may wait to be accepted, for each socket.
+        shared: other processes of this user may listen on the same port, if they say so too.
 
     Raises:
         OSError: one of them can't be had.
@@ -136,6 +171,8 @@ async def bind(host: str, port: int, backlog: int) -> list[socket.socket]:
             sockets.append(sock)
             sock.setblocking(False)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if shared:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             if family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             sock.bind(address)

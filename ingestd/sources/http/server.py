@@ -161,6 +161,7 @@ class Server(web.Server):
         """
         try:
             async with async_timeout.timeout(seconds):
+                await asyncio.sleep(0)  # who was let in last is greeted in a turn of the loop
                 while self._welcomed or self._silent:
                     self._spoken.clear()
                     await self._spoken.wait()

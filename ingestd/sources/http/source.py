@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from typing import TYPE_CHECKING
 
 import structlog
 
 from ingestd.base.access import demands_proof
 from ingestd.base.address import split_address
-from ingestd.base.errors import AddressError
+from ingestd.base.errors import AddressError, ConfigError
 from ingestd.base.passed import show_socket
 from ingestd.sources.http.access import check_exposure, read_access
 from ingestd.sources.http.body import Bounds
@@ -36,6 +37,10 @@ log = structlog.get_logger(__name__)
 _BACKLOG = 1024
 _SHUTDOWN_SECONDS = 1.0
 _HEAR_SECONDS = 1.0
+_HOW_TO_SHARE = {
+    False: "; daemons share a port if each has http.reuse_port = true",
+    True: "; who has it must have http.reuse_port = true as well, and be of the same user",
+}
 
 
 class HttpSource:
@@ -70,6 +75,13 @@ class HttpSource:
         self._default = default
         self._on_request = on_request
         self._sockets = list(sockets)
+        if settings.reuse_port and self._sockets:
+            # It is one queue for all who have the socket: nothing there is shared out.
+            passed = ", ".join(map(show_socket, self._sockets))
+            raise ConfigError(
+                problem=f"http.reuse_port: the socket {passed} was passed; one that is shared has"
+                " to be opened by each daemon itself, at http.listen"
+            )
         check_exposure(settings, self._sockets)
         access = read_access(settings)
         _tell(access)
@@ -101,16 +113,21 @@ class HttpSource:
             keepalive_timeout=settings.keepalive_timeout,
         )
         try:
-            sockets = self._sockets or await bind(*split_address(settings.listen), _BACKLOG)
+            sockets = self._sockets or await bind(
+                *split_address(settings.listen), _BACKLOG, shared=settings.reuse_port
+            )
         except (OSError, ValueError) as error:
             self._door.close()
             what = getattr(error, "strerror", None) or str(error)
+            if getattr(error, "errno", None) == errno.EADDRINUSE:
+                what += _HOW_TO_SHARE[settings.reuse_port]
             raise AddressError(
                 address=settings.listen, setting="http.listen", problem=what
             ) from error
         self.addresses = [show_socket(sock) for sock in sockets]
         self._publish(settings, self._gate.access)
-        self._listener = Listener(self._server, sockets, self._gate.access.context)
+        backlog = 0 if self._sockets else _BACKLOG
+        self._listener = Listener(self._server, sockets, self._gate.access.context, backlog=backlog)
 
     def _publish(self, settings: HttpSettings, access: Access) -> None:
         """Everything that can be asked for, by its path, in place of what there was."""
@@ -171,16 +188,18 @@ class HttpSource:
         await asyncio.get_running_loop().create_future()
 
     async def stop_taking(self, deadline: float) -> None:
-        """New requests get 503, new connections are refused; those in progress are finished.
+        """New connections are refused, new requests get 503; those in progress are finished.
+
+        Who was let in before the door was closed is no new one: its first request is served. So
+        where daemons share a port, one that leaves is not felt by who connects for each request.
 
         Args:
             deadline: when it stops waiting for them, in the loop's time.
         """
         self._listener.close()
-        # Who was let in before the door was closed gets an answer, too.
         left = deadline - asyncio.get_running_loop().time()
-        self._door.begin_to_drain()
         await self._server.hear_out(min(_HEAR_SECONDS, left))
+        self._door.begin_to_drain()
         await self._door.drain(deadline)
 
     async def close(self) -> None:
