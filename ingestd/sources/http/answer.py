@@ -1,7 +1,7 @@
-"""An HTTP answer as one write: head and body together, ready before aiohttp sees it.
+"""An HTTP answer as one write: head and body together.
 
 aiohttp builds a header map, a writer and several coroutines for each answer; for small requests
-that is half of the work. An `Answer` is what `finish_response` needs and nothing more.
+that is half of the work.
 """
 
 from __future__ import annotations
@@ -9,22 +9,17 @@ from __future__ import annotations
 import time
 from email.utils import formatdate
 from http import HTTPStatus
-from typing import TYPE_CHECKING
-
-import async_timeout
-from aiohttp import HttpVersion10, web
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-    from aiohttp.abc import AbstractStreamWriter
 
 _STATUS_LINES = {
     status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\nServer: ingestd\r\nDate: ".encode()
     for status in HTTPStatus
 }
-_CLOSE = b"Connection: close\r\n"
-_KEEP = b"Connection: keep-alive\r\n"
+CLOSE = b"Connection: close\r\n"
+KEEP = b"Connection: keep-alive\r\n"
 JSON = b"application/json"
 PROBLEM = b"application/problem+json"
 HTML = b"text/html; charset=utf-8"
@@ -76,63 +71,21 @@ def encode(
     )
 
 
-class Answer(web.StreamResponse):
+class Answer(NamedTuple):
     """What the handler of a request gives back.
 
-    Args:
+    Attributes:
         status: of the answer.
-        content_type: of the body.
+        content_type: of the body; empty where there can't be one (204, 304).
         body: the whole.
         headers: more of them; ASCII without CR and LF.
         close: the connection ends with this answer.
         write_timeout: seconds that a client may leave its answers unread.
     """
 
-    def __init__(
-        self,
-        status: int,
-        content_type: bytes,
-        body: bytes,
-        *,
-        headers: Mapping[str, str] | None = None,
-        close: bool = False,
-        write_timeout: float = 30.0,
-    ) -> None:
-        # Not the base's: it makes what is saved here.
-        self._set_status(status, None)
-        self._keep_alive = not close
-        self._parts = (content_type, body, headers)
-        self._write_timeout = write_timeout
-
-    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
-        """Writes all of it."""
-        transport = request.transport
-        if transport is None or transport.is_closing():
-            raise ConnectionResetError
-        is_last = getattr(request.protocol, "is_last", False)
-        self._keep_alive = bool(self._keep_alive) and request.keep_alive and not is_last
-        connection = b"" if self._keep_alive else _CLOSE
-        if self._keep_alive and request.version == HttpVersion10:
-            connection = _KEEP
-        content_type, body, headers = self._parts
-        transport.write(
-            encode(
-                self.status,
-                content_type,
-                body,
-                headers=headers,
-                connection=connection,
-                bodiless=request.method == "HEAD",
-            )
-        )
-        if request.protocol.writing_paused:
-            try:
-                async with async_timeout.timeout(self._write_timeout):
-                    await request.writer.drain()
-            except TimeoutError:
-                transport.abort()
-                raise ConnectionResetError from None
-        return None
-
-    async def write_eof(self, data: bytes = b"") -> None:
-        """Nothing is left to write."""
+    status: int
+    content_type: bytes
+    body: bytes
+    headers: Mapping[str, str] = {}
+    close: bool = False
+    write_timeout: float = 30.0

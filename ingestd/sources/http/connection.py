@@ -1,17 +1,23 @@
-"""One connection: aiohttp's, with deadlines, bounds and strictness that it does not have."""
+"""One connection: aiohttp's, with deadlines, bounds and strictness that it does not have.
+
+What comes goes through `data_received`, which sees to it that it is a request as it should be;
+`start` answers one request after the other.
+"""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+import async_timeout
 import structlog
-from aiohttp import web
+from aiohttp import HttpVersion10, web
 from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
-from aiohttp.web_protocol import RequestPayloadError, _ErrInfo
+from aiohttp.web_protocol import ERROR, RequestPayloadError, _ErrInfo
+from structlog.contextvars import clear_contextvars
 
 from ingestd.sources.http import problem
-from ingestd.sources.http.answer import PROBLEM, Answer
+from ingestd.sources.http.answer import CLOSE, KEEP, PROBLEM, Answer, encode
 from ingestd.sources.http.clients import client_of
 from ingestd.sources.http.pace import LATE_SECONDS
 from ingestd.sources.http.problem import Problem
@@ -20,6 +26,8 @@ from ingestd.sources.http.strict import fault
 if TYPE_CHECKING:
     import asyncio
 
+    from aiohttp.abc import AbstractStreamWriter
+    from aiohttp.http import RawRequestMessage
     from aiohttp.streams import StreamReader
 
     from ingestd.sources.http.server import Server
@@ -32,6 +40,8 @@ FRAMING_BYTES_FREE = 64 * 1024
 """What the framing of a chunked body may take beyond as many bytes as the body has so far."""
 CHUNK_BYTES_MIN = 4
 """Many thousand chunks that are smaller than this on average are too many."""
+LINGER_SECONDS = 2.0
+"""How long what is left of a refused body is read, so that the client gets to see its answer."""
 WRITE_BUFFER_BYTES = 16 * 1024
 """From here on a client has to read its answers before its next request is looked at."""
 
@@ -41,6 +51,8 @@ READ_BYTES = 128 * 1024
 _CHUNKS_MAX = READ_BYTES // 16
 _CHUNK_BYTES = 64
 _CHUNKED_END = b"\r\n0\r\n\r\n"
+_NO_WRITER = cast("AbstractStreamWriter", None)
+"""Answers are written without one."""
 
 
 class Connection(web.RequestHandler):
@@ -263,21 +275,122 @@ class Connection(web.RequestHandler):
         """Whether something is held for real; `held` may be what was."""
         return bool(self._messages or self._head_bytes)
 
-    def handle_error(
-        self,
-        request: web.BaseRequest,  # noqa: ARG002 - it is aiohttp's stand-in
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,  # noqa: ARG002 - quotes what came
-    ) -> web.StreamResponse:
+    # -- what goes -----------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Answers one request after the other, in the connection's own task.
+
+        aiohttp's own makes a task for each, whose context variables end with it. A task costs as
+        much as a small request's records, and the one variable that we set is set anew each time.
+        """
+        while not self._force_close:
+            if not self._messages:
+                try:
+                    self._waiter = self._loop.create_future()
+                    await self._waiter
+                finally:
+                    self._waiter = None
+            message, body = self._messages.popleft()
+            if self._parser is not None:
+                self._parser.message_consumed()
+            if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:
+                self._resume_reading_if_drained()
+            try:
+                goes_on = await self._respond(message, body)
+            except Exception:
+                log.exception("connection_failed")
+                self.force_close()
+                return
+            if not goes_on or self._close or self._force_close:
+                break
+            self._await_next()
+        if not self._force_close:
+            self._task_handler = None
+            if self.transport is not None:
+                self.transport.close()
+
+    async def _respond(self, message: RawRequestMessage | _ErrInfo, body: StreamReader) -> bool:
+        """Whether another request may follow."""
+        self._request_in_progress = True
+        try:
+            if isinstance(message, _ErrInfo):
+                clear_contextvars()  # it is none of those before it
+                answer, message = self._explain(message), ERROR
+            else:
+                request = web.BaseRequest(
+                    message, body, self, _NO_WRITER, self._task_handler, self._loop  # type: ignore[arg-type]
+                )  # fmt: skip
+                self._current_request = request
+                try:
+                    answer = await self._manager.answer(request)
+                finally:
+                    self._current_request = None
+            goes_on = await self._send(answer, message)
+            if goes_on and not body.is_eof():
+                goes_on = await self._linger(body)
+            return goes_on
+        finally:
+            self._request_in_progress = False
+            if self._handler_waiter is not None:
+                self._handler_waiter.set_result(None)
+
+    async def _send(self, answer: Answer, message: RawRequestMessage) -> bool:
+        """Writes an answer; whether the connection is to be kept open after it."""
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return False
+        keeps = not (answer.close or message.should_close or self.is_last)
+        connection = b"" if keeps else CLOSE
+        if keeps and message.version == HttpVersion10:
+            connection = KEEP
+        transport.write(
+            encode(
+                answer.status,
+                answer.content_type,
+                answer.body,
+                headers=answer.headers,
+                connection=connection,
+                bodiless=message.method == "HEAD",
+            )
+        )
+        if self._paused:
+            try:
+                async with async_timeout.timeout(answer.write_timeout):
+                    await self._drain_helper()
+            except (TimeoutError, ConnectionError):
+                transport.abort()
+                return False
+        return keeps
+
+    async def _linger(self, body: StreamReader) -> bool:
+        """Reads what is left of a body for a while; whether that was all of it."""
+        try:
+            async with async_timeout.timeout(LINGER_SECONDS):
+                while not body.is_eof():
+                    await body.readany()
+        except TimeoutError:
+            return False
+        except RequestPayloadError:
+            return False  # not what it should be, or the client has gone
+        return True
+
+    def _await_next(self) -> None:
+        """The connection is idle from now on, and may be for a while."""
+        self._keepalive = True
+        self._next_keepalive_close_time = due = self._loop.time() + self._keepalive_timeout
+        if self._keepalive_handle is None:
+            self._keepalive_handle = self._loop.call_at(due, self._process_keepalive)
+
+    def _explain(self, error: _ErrInfo) -> Answer:
         """What is answered where no handler is asked: what came is not HTTP."""
+        exc = error.exc
         if isinstance(exc, Problem):
             found = exc
         elif isinstance(exc, LineTooLong):
             found = Problem(problem.HEADERS_TOO_LARGE, "a line of the head is too long")
         elif isinstance(exc, BadHttpMessage) and exc.message.startswith("Too many headers"):
             found = Problem(problem.HEADERS_TOO_LARGE, "the head has too many lines")
-        elif status == 400:
+        elif error.status == 400:
             found = Problem(problem.BAD_REQUEST, "it can't be read as HTTP/1.1")
         else:
             found = Problem(problem.INTERNAL, "see the log")

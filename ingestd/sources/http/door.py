@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import async_timeout
 import structlog
-from structlog.contextvars import bind_contextvars
+from structlog.contextvars import bind_contextvars, unbind_contextvars
 
 from ingestd.base.errors import Draining
 from ingestd.base.watch import Watch
@@ -151,10 +151,11 @@ class Door:
         """Turns whatever becomes of a request into its answer; never raises."""
         started = self._loop.time()
         request_id = self._name(request)
-        bind_contextvars(request_id=request_id)
+        bind_contextvars(request_id=request_id)  # until the connection's next request
+        trace = {}
         if tracing.HEADER in request.headers:
-            # Each request has a task, and so a context, of its own: nothing has to be undone.
-            bind_contextvars(**tracing.read_trace(request.headers.getall(tracing.HEADER)))
+            trace = tracing.read_trace(request.headers.getall(tracing.HEADER))
+            bind_contextvars(**trace)
         outcome: Taken | Document | Problem | None
         self._active += 1
         try:
@@ -185,6 +186,8 @@ class Door:
             slug = outcome.kind.slug if isinstance(outcome, Problem) else ""
             name = resource.what.intake.name if resource and type(resource.what) is Route else ""
             self._on_request(name, status, self._loop.time() - started, slug)
+        if trace:
+            unbind_contextvars(*trace)
         return answer
 
     def _write(

@@ -19,10 +19,10 @@ from ingestd.sources.http.problem import Problem
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
+    from ingestd.sources.http.answer import Answer
+
 log = structlog.get_logger(__name__)
 
-LINGER_SECONDS = 2.0
-"""How long what is left of a refused body is read, so that the client gets to see its answer."""
 HELD_BYTES_MAX = 16 * 1024 * 1024
 """Parts of heads and requests that wait behind others, of all connections together."""
 
@@ -43,14 +43,14 @@ class Server(web.Server):
 
     def __init__(
         self,
-        handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
+        handler: Callable[[web.BaseRequest], Awaitable[Answer]],
         *,
         connections_max: int,
         per_client_max: int = 0,
         head_timeout: float = 10.0,
         keepalive_timeout: float,
     ) -> None:
-        super().__init__(self._listen_to)
+        super().__init__(handler)  # type: ignore[arg-type]  # the base's connections want another
         self._answer = handler
         self._connections_max = connections_max
         self._clients = Clients(per_client_max)
@@ -97,7 +97,6 @@ class Server(web.Server):
             access_log=None,  # aiohttp's way to say: no access log
             auto_decompress=False,
             read_bufsize=READ_BYTES,
-            lingering_time=LINGER_SECONDS,
         )
 
     def let_in(self, connection: Connection, transport: asyncio.Transport) -> bool:
@@ -143,9 +142,11 @@ class Server(web.Server):
             log.debug("connection_ended", held=size)
             connection.transport.abort()
 
-    async def _listen_to(self, request: web.BaseRequest) -> web.StreamResponse:
+    def answer(self, request: web.BaseRequest) -> Awaitable[Answer]:
+        """What a connection asks for each request."""
         self.spoke(request.protocol)
-        return await self._answer(request)
+        self.requests_count += 1
+        return self._answer(request)
 
     def spoke(self, handler: web.RequestHandler) -> None:
         """A connection's first request has come, or it has gone."""
