@@ -51,6 +51,11 @@ class Life:
         self.sealed.append(batch)
         self.write(sealed=[batch], cursor=cursor)
 
+    def rush(self, chunks: int) -> None:
+        """The next chunks, whole."""
+        for _ in range(chunks):
+            self.seal(3)
+
     def settle(self) -> None:
         """The oldest batch; its chunk goes with its last record, as nothing is settled twice."""
         if not self.sealed:
@@ -75,6 +80,7 @@ class Life:
 MOVES = st.one_of(
     st.tuples(st.just("append"), st.integers(1, 9)),
     st.tuples(st.just("seal"), st.integers(1, 3)),
+    st.tuples(st.just("rush"), st.integers(1, 30)),
     st.tuples(st.just("settle")),
     st.tuples(st.just("step")),
 )
