@@ -11,7 +11,7 @@ import pytest
 
 from ingestd.base.errors import JournalFailed
 from ingestd.base.record import Records, Span
-from ingestd.journal import audit, sqlite, store
+from ingestd.journal import audit, sqlite, store, verify
 from ingestd.journal.interface import Cursor, Sealed, Settlement
 from tests.backlog import fill
 from tests.peak import peak
@@ -296,3 +296,16 @@ async def test_a_move_that_was_interrupted_is_made_at_the_next_start(
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db:
         assert "chunk_bytes" not in str(db.execute("SELECT sql FROM sqlite_schema").fetchall())
     assert (await opened()).journal.bytes == 6
+
+
+async def test_verify_compares_the_sum_of_bytes(opened, tmp_path: Path) -> None:
+    earlier(tmp_path / "journal.db")
+    with closing(sqlite3.connect(tmp_path / "journal.db")) as db:
+        assert list(verify.findings(db)) == []  # nothing to compare with
+    await (await opened()).journal.close()
+    with closing(sqlite3.connect(tmp_path / "journal.db", isolation_level=None)) as db:
+        assert list(verify.findings(db)) == []
+        db.execute("UPDATE meta SET chunk_bytes = 7")
+        assert [found.text for found in verify.findings(db)] == [
+            "the chunks' bytes are summed up as 7, they are 6"
+        ]
