@@ -203,6 +203,9 @@ class Pipeline:
                 attempts=sealed.attempts,
                 accepted_at=sealed.accepted_at,
             )
+            if not sealed.due_at:
+                self.line.resume(batch)
+                continue
             # Before it was accepted? The clock was set back: what is due by the old one is due.
             wait = max(0.0, sealed.due_at - now) if now >= sealed.accepted_at else 0.0
             self.line.park(batch, self._loop.time() + wait)

@@ -79,6 +79,15 @@ class Line(Generic[T]):
         self._new.append(batch)
         self._changed.set()
 
+    def resume(self, batch: T) -> None:
+        """A batch that an earlier life sealed and never tried; in order, before any new one.
+
+        It counts as one: otherwise each life that ends before its handler does anything would seal
+        another `AHEAD_MAX`, and the next start would have as many more to take up.
+        """
+        self._new.append(batch)
+        self._changed.set()
+
     def park(self, batch: T, due: float) -> None:
         """A batch to be tried again at `due`, loop time."""
         heapq.heappush(self._waiting, (due, next(self._serial), batch))

@@ -176,7 +176,6 @@ class Committer:
         self._closing = threading.Event()
         self._poison: Exception | None = None
         self._keys_ttl = keys_ttl
-        self._keys_left = store.stored_keys().count
         self._keys_came = 0
         self._swept_at = 0.0
         self.busy = False
@@ -274,7 +273,7 @@ class Committer:
             + sum(len(letter.payload) for letter in write.refused)
             + (4 + len(write.claims) + len(write.bookmarks)) * PAGE_BYTES
         )
-        self._count_keys(write, gone)
+        self._count_keys(write)
         self._report(
             Committed(
                 ops,
@@ -291,15 +290,14 @@ class Committer:
             )
         )
 
-    def _count_keys(self, write: Write, gone: KeyChange) -> None:
-        self._keys_left += len(write.claims) - gone.count
+    def _count_keys(self, write: Write) -> None:
         self._keys_came = len(write.claims) + (0 if write.sweep else self._keys_came)
         if write.sweep:
             self._swept_at = write.at
 
     def _sweep(self, ops: Sequence[Op], now: float) -> int:
         """How many of the oldest idempotency keys this commit looks at: usually none."""
-        if not self._keys_left:
+        if not self._store.keys.count:
             return 0
         due = abs(now - self._swept_at) >= SWEEP_SECONDS or any(type(op) is Sweep for op in ops)
         return SWEEP_ROWS + 2 * self._keys_came if due else 0

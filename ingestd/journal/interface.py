@@ -309,10 +309,13 @@ class Journal(Protocol):
         ...
 
     async def audit(self) -> int | None:
-        """Pending records by the counters less those by the rows; `None` if not counted now.
+        """One step of counting: pending records by the counters less those by the rows.
+
+        `None` until all are counted. Where that took more than the start had time for, the first
+        count is the start's, and what it finds is damage.
 
         Raises:
-            JournalFailed: the rows can't be read.
+            JournalFailed: the rows can't be read, or the first count found a difference.
         """
         ...
 

@@ -240,7 +240,7 @@ class MemoryJournal:
 
     async def audit(self) -> int | None:
         """See `Journal.audit`; there are no rows to count."""
-        return None
+        return 0
 
     async def close(self, deadline: float | None = None) -> Closed:  # noqa: ARG002
         """See `Journal.close`; there are no rows to count."""

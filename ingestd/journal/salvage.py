@@ -3,10 +3,10 @@
 SQLite stops at the first page that makes no sense, wherever a statement meets it: at the start, or
 weeks later when a batch is settled. So that neither keeps the daemon from starting for ever:
 
-* Damage that shows at the start (which reads every row, and counts the pending records against
-  the ledger) is repaired at once.
-* Damage that shows later ends the daemon with 75, and leaves a mark (`journal.db-damaged`) that
-  makes the next start repair the file.
+* Damage that shows at the start (which reads everything but chunks beyond a bound, and counts their
+  records and bytes against the ledger) is repaired at once.
+* Damage that shows later, to the rest of that count above all, ends the daemon with 75, and leaves
+  a mark (`journal.db-damaged`) that makes the next start repair the file.
 
 To repair means: every row that can be read and whose checksum fits goes into a new file under the
 same journal id, sealed batches under their numbers; what is missing from the ledger becomes one

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import random
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from ingestd.base.liveness import Stage
 from ingestd.base.rate import Rate, wait_for_room
 from ingestd.base.record import Records, Refused, Span, join
 from ingestd.journal import bookmarks, salvage
-from ingestd.journal.audit import difference
+from ingestd.journal.audit import Count, Difference
 from ingestd.journal.checkpoint import Checkpointer
 from ingestd.journal.committer import (
     Append,
@@ -47,7 +48,7 @@ from ingestd.journal.interface import (
     Settlement,
 )
 from ingestd.journal.letters import letter_bytes, look
-from ingestd.journal.store import Store, connect, count_pending, find_key, read_chunks, read_some
+from ingestd.journal.store import Store, connect, find_key, read_chunks, read_some
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -130,19 +131,21 @@ class SqliteJournal:
 
     def _open(self) -> Recovered:
         set_aside = ""
+        self._count, self._adds_up = Count(), False
         try:
             salvage.finish(self.path)
             try:
-                store, recovered = _open_store(self.path)
+                store, recovered = self._open_store()
             except Exception as error:
                 if not salvage.is_damage(error):
                     raise
                 set_aside = salvage.repair(self.path, self._clock.now())
-                store, recovered = _open_store(self.path)
+                self._count = Count()
+                store, recovered = self._open_store()
             self.id, self.ledger, self.bytes = store.id, store.meta.ledger, store.stored_bytes()
             self._dead_are(store.dead)
             self._bookmarks = store.bookmarks
-            self.keys.count = store.stored_keys().count
+            self.keys.count = store.keys.count
             if self.space is not None:
                 self.space.reusable = store.reusable_bytes()
             self._reading = connect(self.path)
@@ -156,6 +159,34 @@ class SqliteJournal:
             store, self._checkpointer, self._report, self._clock, self.keys.rule.ttl
         )
         return recovered._replace(set_aside=set_aside)
+
+    def _open_store(self) -> tuple[Store, Recovered]:
+        """Opens it, and reads as much as tells whether it is whole.
+
+        Of the chunks that is one step of the count: all of them if they are few. `audit` goes on
+        with it, so a long backlog does not keep anybody waiting for the start.
+        """
+        if salvage.marked(self.path):
+            raise sqlite3.DatabaseError("damage was met in an earlier life")
+        store = Store(self.path)
+        try:
+            recovered = store.recovered()
+            _check_numbers(store, recovered)
+            self._step(store.connection)
+        except BaseException:
+            store.close()
+            raise
+        return store, recovered
+
+    def _step(self, db: sqlite3.Connection) -> int | None:
+        """One step of the count; the first one that comes to its end must find nothing."""
+        found = self._count.step(db)
+        if found is None:
+            return None
+        if not self._adds_up and found != Difference(0, 0):
+            raise sqlite3.DatabaseError("the rows do not add up to the ledger")
+        self._adds_up = True
+        return found.records
 
     def stage(self) -> Stage:
         """See `Journal.stage`."""
@@ -275,7 +306,7 @@ class SqliteJournal:
 
     async def audit(self) -> int | None:
         """See `Journal.audit`."""
-        return await self._read(difference, self._reading)
+        return await self._read(self._step, self._reading)
 
     async def _read(self, function: Callable[..., T], *args: object) -> T:
         try:
@@ -364,7 +395,7 @@ class SqliteJournal:
     async def close(self, deadline: float | None = None) -> Closed:
         """See `Journal.close`."""
         self._written, self._counted = False, None
-        closing = self._loop.run_in_executor(self._reader, self._close)
+        closing = self._loop.run_in_executor(self._reader, self._close, deadline)
         left = None if deadline is None else max(0.0, deadline - self._loop.time())
         done, _ = await asyncio.wait({closing}, timeout=left)
         self._reader.shutdown(wait=bool(done))
@@ -373,13 +404,13 @@ class SqliteJournal:
         # What the committer reported last came before this call's own result.
         return Closed(self.ledger, self._counted, self._written, bool(done))
 
-    def _close(self) -> None:
+    def _close(self, deadline: float | None) -> None:
         self._committer.stop()
         self._written = True
         self._checkpointer.stop()
         try:
-            self._counted = count_pending(self._reading)
-        except sqlite3.Error:
+            self._counted = self._count_at_last(deadline)
+        except (sqlite3.Error, TypeError):
             pass  # a poisoned journal may not even be readable
         self._reading.close()
         try:
@@ -388,6 +419,16 @@ class SqliteJournal:
             pass  # the WAL is recovered at the next start
         self._store.close()
         self._checkpointer.close()
+
+    def _count_at_last(self, deadline: float | None) -> int | None:
+        """Pending records by the rows, if half of the time that is left is enough for that."""
+        now = self._loop.time()
+        until = math.inf if deadline is None else now + (deadline - now) / 2
+        count = Count()
+        while (found := count.step(self._reading)) is None:
+            if self._loop.time() > until:
+                return None
+        return self._store.meta.ledger.pending - found.records
 
 
 def _size(records: Records, refused: Sequence[Refused]) -> int:
@@ -398,30 +439,18 @@ def _refused_size(refused: Sequence[Refused]) -> int:
     return sum(letter_bytes(letter.payload, letter.detail) for letter in refused)
 
 
-def _open_store(path: Path) -> tuple[Store, Recovered]:
-    """Opens it, and reads as much as tells whether it is whole."""
-    if salvage.marked(path):
-        raise sqlite3.DatabaseError("damage was met in an earlier life")
-    store = Store(path)
-    try:
-        recovered = store.recovered()
-        store.stored_bytes()
-        counted = count_pending(store.connection)
-    except BaseException:
-        store.close()
-        raise
+def _check_numbers(store: Store, recovered: Recovered) -> None:
+    """What damage in the one row that everything hangs on looks like."""
     numbers: tuple[int, ...] = (
         *store.meta.ledger,
         *store.meta.cursor,
         *store.meta[2:],
         *store.dead,
+        store.stored_bytes(),
     )
     numbers += tuple(batch.count - 1 for batch in recovered.batches)
-    odd = any(type(number) is not int or number < 0 for number in numbers)
-    if odd or counted != store.meta.ledger.pending:
-        store.close()
-        raise sqlite3.DatabaseError("the rows do not add up to the ledger")
-    return store, recovered
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise sqlite3.DatabaseError("a number of the journal is none, or negative")
 
 
 def _is_passing(error: Exception) -> bool:

@@ -35,7 +35,7 @@ from ingestd.journal.interface import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
     from ingestd.base.bookmark import Bookmark
@@ -48,6 +48,8 @@ WRITER_CACHE_KIB = 12 * 1024
 """Deleting a chunk reads its pages again; of those that went in lately they are here."""
 READER_CACHE_KIB = 2 * 1024
 """Chunks are read back once each, and who copies pages back has the system's cache."""
+READ_CHUNKS = 4096
+"""Most chunks that one read brings into memory."""
 
 _SCHEMA = """
 CREATE TABLE chunks(
@@ -70,6 +72,18 @@ CREATE TABLE meta(
     refused INTEGER NOT NULL, cursor_chunk INTEGER NOT NULL, cursor_record INTEGER NOT NULL,
     last_chunk INTEGER NOT NULL, next_batch INTEGER NOT NULL) STRICT;
 """
+
+# Not part of the tables: journals of this version that an earlier ingestd made get it at a start.
+# Triggers keep the sum, as they do for dead letters: it is exact after every commit, whichever
+# process or version of ingestd made that, and the row that it is in is written anyway.
+_CHUNK_BYTES = (
+    "ALTER TABLE meta ADD COLUMN chunk_bytes INTEGER NOT NULL DEFAULT 0",
+    "UPDATE meta SET chunk_bytes = (SELECT coalesce(sum(bytes), 0) FROM chunks)",
+    """CREATE TRIGGER chunk_came AFTER INSERT ON chunks BEGIN
+    UPDATE meta SET chunk_bytes = chunk_bytes + new.bytes; END""",
+    """CREATE TRIGGER chunk_went AFTER DELETE ON chunks BEGIN
+    UPDATE meta SET chunk_bytes = chunk_bytes - old.bytes; END""",
+)
 
 _spans_decoder = msgspec.msgpack.Decoder(tuple[Span, ...])
 _spans_encode = msgspec.msgpack.Encoder().encode
@@ -145,6 +159,7 @@ class Store:
         dead: the dead letters after it.
         moved: what it did to dead letters that were there before.
         bookmarks: what there is of them after it.
+        keys: the idempotency keys that are there after it, expired ones included.
     """
 
     def __init__(self, path: Path) -> None:
@@ -156,6 +171,7 @@ class Store:
             self.id, self.meta = self._open()
             self.dead, self.moved = letters.totals(self.connection), Moved()
             self.bookmarks = bookmarks.totals(self.connection)
+            self.keys = _key_totals(self.connection)
         except BaseException:
             self.connection.close()
             raise
@@ -175,6 +191,8 @@ class Store:
                 problem=f"it has version {version}, this ingestd reads version {VERSION}",
             )
         db.execute(bookmarks.SCHEMA)
+        if "chunk_bytes" not in {column[1] for column in db.execute("PRAGMA table_info(meta)")}:
+            self._sum_chunk_bytes()
         row = db.execute(
             "SELECT journal, accepted, processed, dead, refused,"
             " cursor_chunk, cursor_record, last_chunk, next_batch FROM meta"
@@ -194,6 +212,8 @@ class Store:
         for statement in letters.SCHEMA:
             db.execute(statement)
         db.execute("INSERT INTO meta VALUES(1, ?, 0, 0, 0, 0, 1, 0, 0, 1)", (secrets.token_hex(6),))
+        for statement in _CHUNK_BYTES:
+            db.execute(statement)
         db.execute(f"PRAGMA application_id={APPLICATION_ID}")
         db.execute(f"PRAGMA user_version={VERSION}")
         db.execute("COMMIT")
@@ -203,6 +223,19 @@ class Store:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+    def _sum_chunk_bytes(self) -> None:
+        """Reads all chunks' rows, once in the life of a journal that an earlier ingestd made."""
+        db = self.connection
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            for statement in _CHUNK_BYTES:
+                db.execute(statement)
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
 
     def write(self, write: Write) -> KeyChange:
         """Applies everything in one transaction and returns once it is synced.
@@ -238,6 +271,10 @@ class Store:
                 db.execute("ROLLBACK")
             raise
         self.meta, self.dead, self.moved, self.bookmarks = meta, dead, moved, marked
+        self.keys = KeyChange(
+            self.keys.count + len(write.claims) - gone.count,
+            self.keys.bytes + sum(size_of(claim) for claim in write.claims) - gone.bytes,
+        )
         return gone
 
     def recovered(self) -> Recovered:
@@ -251,23 +288,23 @@ class Store:
             )
         ]
         sizes: dict[int, int] = {}
-        for chunk in {span.chunk for batch in batches for span in batch.spans}:
-            row = db.execute("SELECT bytes FROM chunks WHERE id=?", (chunk,)).fetchone()
-            if row is not None:
-                sizes[chunk] = row[0]
+        for first, last in _runs({span.chunk for batch in batches for span in batch.spans}):
+            rows = db.execute(
+                "SELECT id, bytes FROM chunks WHERE id BETWEEN ? AND ?", (first, last)
+            )
+            sizes.update(rows.fetchall())
         meta = self.meta
         return Recovered(batches, meta.cursor, meta.last_chunk, meta.next_batch, sizes)
 
     def stored_bytes(self) -> int:
         """Bytes of everything but dead letters (see `dead`), for the journal's bound."""
-        (chunks,) = self.connection.execute("SELECT total(bytes) FROM chunks").fetchone()
         (damaged,) = self.connection.execute("SELECT total(bytes) FROM damaged").fetchone()
-        return int(chunks + damaged) + self.stored_keys().bytes + self.bookmarks.bytes
+        return self.chunk_bytes() + int(damaged) + self.keys.bytes + self.bookmarks.bytes
 
-    def stored_keys(self) -> KeyChange:
-        """The idempotency keys that are there, expired ones included."""
-        row = self.connection.execute("SELECT count(*), total(bytes) FROM keys").fetchone()
-        return KeyChange(row[0], int(row[1]))
+    def chunk_bytes(self) -> int:
+        """Bytes of the chunks that are there, as triggers keep it: no chunk's row is read."""
+        (chunks,) = self.connection.execute("SELECT chunk_bytes FROM meta").fetchone()
+        return chunks  # type: ignore[no-any-return]
 
     def reusable_bytes(self) -> int:
         """Pages of the file that are free: what comes next goes there first."""
@@ -302,6 +339,21 @@ class Store:
         if self._probe >= 0:
             os.close(self._probe)
             self._probe = -1
+
+
+def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Numbers as runs of neighbours, first and last: batches name thousands of small chunks."""
+    ordered = sorted(numbers)
+    first = 0
+    for i, number in enumerate(ordered):
+        if i + 1 == len(ordered) or ordered[i + 1] != number + 1:
+            yield ordered[first], number
+            first = i + 1
+
+
+def _key_totals(db: sqlite3.Connection) -> KeyChange:
+    count, size = db.execute("SELECT count(*), total(bytes) FROM keys").fetchone()
+    return KeyChange(count, int(size))
 
 
 def _move_letters(db: sqlite3.Connection, meta: Meta, write: Write) -> tuple[Write, Moved]:
@@ -435,9 +487,13 @@ def _chunk(row: tuple[int, float, int, int, int, bytes, bytes]) -> Chunk:
 
 
 def read_chunks(db: sqlite3.Connection, first: int, bytes_max: int) -> list[Chunk]:
-    """Chunks from id `first` on: one, then more as long as their bytes stay within the bound."""
+    """Chunks from id `first` on: one, then more as long as their bytes stay within the bound.
+
+    At most `READ_CHUNKS`: of small ones more lies beside the payload than in it.
+    """
     chunks, size = [], 0
-    for row in db.execute(f"{_CHUNK} WHERE id >= ? ORDER BY id", (first,)):
+    query = f"{_CHUNK} WHERE id >= ? ORDER BY id LIMIT {READ_CHUNKS}"
+    for row in db.execute(query, (first,)):
         chunks.append(_chunk(row))
         size += len(row[6]) + len(row[5])
         if size >= bytes_max:
@@ -453,25 +509,3 @@ def read_some(db: sqlite3.Connection, ids: Iterable[int]) -> dict[int, Chunk]:
         if row is not None:
             found[number] = _chunk(row)
     return found
-
-
-def count_pending(db: sqlite3.Connection) -> int:
-    """Accepted records that are not settled, counted from the rows in one snapshot."""
-    db.execute("BEGIN")
-    try:
-        return count_rows(db)
-    finally:
-        db.execute("COMMIT")
-
-
-def count_rows(db: sqlite3.Connection) -> int:
-    """What `count_pending` counts, in a transaction of the caller's."""
-    cursor_chunk, cursor_record = db.execute(
-        "SELECT cursor_chunk, cursor_record FROM meta"
-    ).fetchone()
-    (sealed,) = db.execute("SELECT coalesce(sum(count), 0) FROM batches").fetchone()
-    (waiting,) = db.execute(
-        "SELECT coalesce(sum(count), 0) FROM chunks WHERE id >= ?", (cursor_chunk,)
-    ).fetchone()
-    straddles = db.execute("SELECT 1 FROM chunks WHERE id = ?", (cursor_chunk,)).fetchone()
-    return int(sealed) + int(waiting) - (cursor_record if straddles else 0)

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 READ_BYTES = 4 << 20
 """How much one read brings back from disk."""
+FRESH_MAX = 4096
+"""Most chunks that are kept in memory here: `Room` counts payloads, and small ones take more."""
 
 
 class Room:
@@ -84,7 +86,8 @@ class Tail:
         """A chunk that has just become durable; on the loop, in order."""
         contiguous = self._fresh[-1].id if self._fresh else self._next - 1
         size = len(chunk.records.payload)
-        if contiguous == chunk.id - 1 and self._room.has(size):
+        fits = len(self._fresh) < FRESH_MAX and self._room.has(size)
+        if contiguous == chunk.id - 1 and fits:
             self._room.take(size)
             self._fresh.append(chunk)
         self._last = chunk.id

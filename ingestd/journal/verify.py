@@ -142,11 +142,16 @@ def _places(db: sqlite3.Connection) -> Iterator[Finding]:
     db.execute("BEGIN")
     try:
         meta = _row(db, "SELECT * FROM meta")
-        counts = dict(db.execute("SELECT id, count FROM chunks"))
         batches = [
             (number, count, _spans.decode(spans))
             for number, count, spans in db.execute("SELECT number, count, spans FROM batches")
         ]
+        # Only of those that something names: of all there may be millions.
+        named = {span.chunk for _, _, spans in batches for span in spans} | {meta["cursor_chunk"]}
+        counts = {chunk: count for chunk in named for count in _count(db, chunk)}
+        last, size = db.execute(
+            "SELECT coalesce(max(id), 0), coalesce(sum(bytes), 0) FROM chunks"
+        ).fetchone()
         (pending,) = db.execute(_PENDING).fetchone()
         dead = db.execute("SELECT count(*), coalesce(sum(bytes), 0) FROM dead").fetchone()
         totals = letters.totals(db)
@@ -156,7 +161,6 @@ def _places(db: sqlite3.Connection) -> Iterator[Finding]:
     finally:
         db.execute("COMMIT")
     yield from _batches(meta, counts, batches)
-    last = max(counts, default=0)
     if last > meta["last_chunk"]:
         yield Finding(f"chunk {last} is newer than the last one that was written down")
     if meta["cursor_record"] > counts.get(meta["cursor_chunk"], meta["cursor_record"]):
@@ -164,10 +168,18 @@ def _places(db: sqlite3.Connection) -> Iterator[Finding]:
     by_ledger = meta["accepted"] - meta["processed"] - meta["dead"]
     if pending != by_ledger:
         yield Finding(f"the ledger says {by_ledger} pending, the rows say {pending}")
+    # A journal that was last open in an older ingestd keeps no sum.
+    if meta.get("chunk_bytes", size) != size:
+        yield Finding(f"the chunks' bytes are summed up as {meta['chunk_bytes']}, they are {size}")
     if tuple(dead) != (totals.letters, totals.bytes):
         yield Finding(f"{totals.letters} dead letters are counted, there are {dead[0]}")
     if given_up > meta["dead"]:
         yield Finding(f"dead letters of {given_up} records, the ledger says {meta['dead']}")
+
+
+def _count(db: sqlite3.Connection, chunk: int) -> Iterator[int]:
+    for (count,) in db.execute("SELECT count FROM chunks WHERE id = ?", (chunk,)):
+        yield count
 
 
 def _batches(

@@ -82,3 +82,16 @@ async def test_the_line_is_bounded() -> None:
     assert await made.next() == "0"
     await asyncio.wait_for(task, 10)
     assert made.ahead == AHEAD_MAX
+
+
+async def test_batches_of_an_earlier_life_count_as_new_ones() -> None:
+    made, _ = line()
+    for n in range(AHEAD_MAX):
+        made.resume(f"old-{n}")
+    assert made.is_long
+    waiting = asyncio.ensure_future(made.put("new"))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    assert await soon(made) == "old-0"
+    await waiting
+    assert made.ahead == AHEAD_MAX

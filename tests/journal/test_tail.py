@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ingestd.base.clock import SystemClock
 from ingestd.base.record import Records
 from ingestd.journal.memory import MemoryJournal
-from ingestd.journal.tail import Room, Tail
+from ingestd.journal.tail import FRESH_MAX, Room, Tail
 
 
 async def _journal(tails: list[Tail]) -> MemoryJournal:
@@ -82,6 +82,18 @@ def test_whatever_the_order_every_chunk_comes_once(steps: list[str], bound: int)
         await asyncio.wait_for(tail.emptied(), 5)
 
     asyncio.run(scenario())
+
+
+async def test_small_chunks_in_memory_are_bounded_by_their_number() -> None:
+    tails: list[Tail] = []
+    journal = await _journal(tails)
+    tail = Tail(journal, Room(1 << 30), first=1, last=0)
+    tails.append(tail)
+    for _ in range(FRESH_MAX + 10):
+        await journal.append(Records.lines([b"1"]), ())
+    assert len(tail._fresh) == FRESH_MAX
+    ids = [(await tail.next()).id for _ in range(FRESH_MAX + 10)]
+    assert ids == list(range(1, FRESH_MAX + 11))
 
 
 async def test_room_lets_one_oversized_thing_in() -> None:
