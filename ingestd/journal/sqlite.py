@@ -23,6 +23,7 @@ from ingestd.journal import bookmarks, salvage
 from ingestd.journal.audit import Count, Difference
 from ingestd.journal.checkpoint import Checkpointer
 from ingestd.journal.committer import (
+    JOIN_BYTES,
     Append,
     Committed,
     Committer,
@@ -100,6 +101,7 @@ class SqliteJournal:
         self._bookmarks = bookmarks.Totals()
         self._refusing = 0  # bytes of letters that are on their way
         self._commits = 0
+        self._gathered: list[Op] = []
         self._clock = clock
         self._on_commit = on_commit
         self.keys = Keys(keys, clock, find=self._find_key, sweep=self._sweep)
@@ -220,10 +222,27 @@ class SqliteJournal:
         self.bytes += size
         self._refusing += letters
         future: asyncio.Future[Place] = self._loop.create_future()
-        self._committer.submit(Append(future, records, refused, claim, bookmark))
+        self._submit(Append(future, records, refused, claim, bookmark))
+        if size >= JOIN_BYTES:
+            self._hand_over()  # worth a commit by itself
         if claim is not None:
             claim.submitted = True
         return future
+
+    def _submit(self, op: Op) -> None:
+        """Hands an operation to the committer, with all others of this turn of the loop.
+
+        Each hand-over wakes its thread, which wants the interpreter from the loop's and may commit
+        what little there is: more time goes into that than into small appends themselves.
+        """
+        if not self._gathered:
+            self._loop.call_soon(self._hand_over)
+        self._gathered.append(op)
+
+    def _hand_over(self) -> None:
+        gathered, self._gathered = self._gathered, []
+        for op in gathered:
+            self._committer.submit(op)
 
     def _full(self, what: str, used: float, bound: float) -> Overloaded:
         rate = self._drained.per_second(self._clock.monotonic())
@@ -232,19 +251,19 @@ class SqliteJournal:
     def seal(self, batch: Sealed, cursor: Cursor) -> asyncio.Future[None]:
         """See `Journal.seal`."""
         future: asyncio.Future[None] = self._loop.create_future()
-        self._committer.submit(Seal(future, batch, cursor))
+        self._submit(Seal(future, batch, cursor))
         return future
 
     def settle(self, settlement: Settlement) -> asyncio.Future[None]:
         """See `Journal.settle`."""
         future: asyncio.Future[None] = self._loop.create_future()
-        self._committer.submit(Settle(future, settlement))
+        self._submit(Settle(future, settlement))
         return future
 
     def postpone(self, batch: Sealed) -> asyncio.Future[None]:
         """See `Journal.postpone`."""
         future: asyncio.Future[None] = self._loop.create_future()
-        self._committer.submit(Postpone(future, batch))
+        self._submit(Postpone(future, batch))
         return future
 
     def _dead_are(self, totals: DeadTotals) -> None:
@@ -268,13 +287,13 @@ class SqliteJournal:
     def revive(self) -> asyncio.Future[Moved]:
         """See `Journal.revive`."""
         future: asyncio.Future[Moved] = self._loop.create_future()
-        self._committer.submit(Revive(future))
+        self._submit(Revive(future))
         return future
 
     def expire(self, before: float) -> asyncio.Future[Moved]:
         """See `Journal.expire`."""
         future: asyncio.Future[Moved] = self._loop.create_future()
-        self._committer.submit(Expire(future, before))
+        self._submit(Expire(future, before))
         return future
 
     async def bookmark(self, key: str) -> Bookmark | None:
@@ -289,7 +308,7 @@ class SqliteJournal:
         if self._sweeping is None or self._sweeping.done():
             self._sweeping = self._loop.create_future()
             self._sweeping.add_done_callback(lambda future: future.exception())
-            self._committer.submit(Sweep(self._sweeping))
+            self._submit(Sweep(self._sweeping))
 
     async def read(self, first: int, bytes_max: int) -> list[Chunk]:
         """See `Journal.read`."""
@@ -394,6 +413,7 @@ class SqliteJournal:
 
     async def close(self, deadline: float | None = None) -> Closed:
         """See `Journal.close`."""
+        self._hand_over()
         self._written, self._counted = False, None
         closing = self._loop.run_in_executor(self._reader, self._close, deadline)
         left = None if deadline is None else max(0.0, deadline - self._loop.time())
