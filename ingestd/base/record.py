@@ -92,17 +92,34 @@ class Records(NamedTuple):
             return [end + i for i, end in enumerate(accumulate(map(len, lines)), 1)]
         return list(accumulate(unpack_sizes(self.sizes)))
 
-    def part(self, first: int, count: int, ends: Sequence[int] | None = None) -> Records:
+    def skip(self, start: int, count: int) -> int:
+        """The offset behind `count` more records from the offset `start` on; `LINES` only.
+
+        Only these are looked at, where `ends` looks at all.
+
+        Raises:
+            ValueError: there are not as many.
+        """
+        size = count * (len(self.payload) // self.count + 1)
+        while True:
+            size += size // 4 + 1
+            piece = self.payload[start : start + size]
+            parts = piece.split(b"\n", count)
+            if len(parts) > count:
+                return start + len(piece) - len(parts[-1])
+            if len(piece) < size:
+                raise ValueError(f"fewer than {count} records from {start} on")
+
+    def part(self, first: int, count: int) -> Records:
         """Records `first` to `first + count - 1`.
 
         Args:
             first: from 0.
             count: at least 1, at most what there is behind `first`.
-            ends: what `ends()` gave, for callers that cut the same run many times.
         """
         if count == self.count:
             return self
-        ends = self.ends() if ends is None else ends
+        ends = self.ends()
         start = ends[first - 1] if first else 0
         payload = self.payload[start : ends[first + count - 1]]
         return Records(self.layout, count, payload, self.sizes[4 * first : 4 * (first + count)])

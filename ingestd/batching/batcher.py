@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import NamedTuple
 
-from ingestd.base.record import Records, Span, join
+from ingestd.base.record import Layout, Records, Span, join
 
 
 class Cut(NamedTuple):
@@ -33,38 +33,59 @@ class Cut(NamedTuple):
 class _Rest:
     """A chunk that is being cut: what is left of it."""
 
-    __slots__ = ("accepted_at", "chunk", "ends", "first", "records")
+    __slots__ = ("_ends", "accepted_at", "chunk", "first", "records", "start")
 
     def __init__(self, chunk: int, records: Records, first: int, accepted_at: float) -> None:
         self.chunk = chunk
         self.records = records
         self.first = first
         self.accepted_at = accepted_at
-        # Needed only if the chunk has to be cut; most chunks go whole.
-        self.ends: list[int] | None = records.ends() if first else None
+        # Needed only where batches end by their bytes; most chunks go whole, or are cut by count.
+        self._ends: list[int] | None = None
+        self.start = self._all_ends()[first - 1] if first else 0
 
     @property
     def count(self) -> int:
         return self.records.count - self.first
 
-    def size(self) -> int:
-        start = self.ends[self.first - 1] if self.ends and self.first else 0
-        return len(self.records.payload) - start
+    def fitting(self, records_max: int, bytes_max: int) -> tuple[int, int]:
+        """How many of the next records fit into both bounds, maybe 0, and where they end."""
+        count = min(records_max, self.count)
+        end = self._end(count)
+        if end - self.start <= bytes_max:
+            return count, end
+        ends = self._all_ends()
+        upto = bisect_right(ends, self.start + bytes_max, lo=self.first)
+        count = min(upto - self.first, count)
+        return count, self._end(count)
 
-    def fitting(self, records_max: int, bytes_max: int) -> int:
-        """How many of the next records fit into both bounds; may be 0."""
-        if self.count <= records_max and self.size() <= bytes_max:
-            return self.count
-        if self.ends is None:
-            self.ends = self.records.ends()
-        start = self.ends[self.first - 1] if self.first else 0
-        upto = bisect_right(self.ends, start + bytes_max, lo=self.first)
-        return min(upto - self.first, records_max, self.count)
+    def one(self) -> tuple[int, int]:
+        """One record, however large."""
+        return 1, self._end(1)
 
-    def cut(self, count: int) -> tuple[Span, Records]:
-        span = Span(self.chunk, self.first, count)
-        part = self.records.part(self.first, count, self.ends)
+    def _end(self, count: int) -> int:
+        """The offset behind the next records."""
+        if count == self.count:
+            return len(self.records.payload)
+        if not count:
+            return self.start
+        if self._ends is None and self.records.layout is Layout.LINES:
+            return self.records.skip(self.start, count)
+        return self._all_ends()[self.first + count - 1]
+
+    def _all_ends(self) -> list[int]:
+        if self._ends is None:
+            self._ends = self.records.ends()
+        return self._ends
+
+    def cut(self, count: int, end: int) -> tuple[Span, Records]:
+        """The next records, which end at this offset."""
+        span, part = Span(self.chunk, self.first, count), self.records
+        if count < part.count:
+            sizes = part.sizes[4 * self.first : 4 * (self.first + count)]
+            part = Records(part.layout, count, part.payload[self.start : end], sizes)
         self.first += count
+        self.start = end
         return span, part
 
 
@@ -118,11 +139,12 @@ class Batcher:
         while rest is not None and rest.count:
             if self._count and self._full():
                 return self.close()  # the bounds are other ones than when it was filled
-            fitting = rest.fitting(self.records_max - self._count, self.bytes_max - self._bytes)
+            room = self.records_max - self._count, self.bytes_max - self._bytes
+            fitting, end = rest.fitting(*room)
             if fitting == 0 and not self._count:
-                fitting = 1
+                fitting, end = rest.one()
             if fitting:
-                self._put(rest, fitting)
+                self._put(rest, fitting, end)
             if not fitting or self._full():
                 return self.close()
         self._rest = None
@@ -140,10 +162,10 @@ class Batcher:
     def _full(self) -> bool:
         return self._count >= self.records_max or self._bytes >= self.bytes_max
 
-    def _put(self, rest: _Rest, count: int) -> None:
+    def _put(self, rest: _Rest, count: int, end: int) -> None:
         if not self._count:
             self._accepted_at = rest.accepted_at
-        span, part = rest.cut(count)
+        span, part = rest.cut(count, end)
         self._spans.append(span)
         self._parts.append(part)
         self._count += count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -39,6 +40,20 @@ def test_a_part_is_a_slice(items: list[bytes], sized: bool, data: st.DataObject)
     assert part.count == count
     assert part.layout is records.layout
     assert part.items() == items[first : first + count]
+
+
+uneven = st.lists(st.sampled_from([b"", b"1", b"2" * 50, b"3" * 5000]), min_size=1, max_size=30)
+
+
+@given(items=uneven, data=st.data())
+def test_skipping_comes_to_the_same_ends(items: list[bytes], data: st.DataObject) -> None:
+    records = Records.lines(items)
+    ends = [0, *records.ends()]
+    first = data.draw(st.integers(0, len(items) - 1))
+    count = data.draw(st.integers(1, len(items) - first))
+    assert records.skip(ends[first], count) == ends[first + count]
+    with pytest.raises(ValueError, match="fewer"):
+        records.skip(ends[first], len(items) - first + 1)
 
 
 @given(runs=st.lists(st.tuples(st.booleans(), no_lf), min_size=1, max_size=5))

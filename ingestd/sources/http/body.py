@@ -137,8 +137,13 @@ def parse_quickly(body: bytes, reading: Reading, form: Format, bounds: Bounds) -
     Raises:
         Problem: see `parse_body`.
     """
-    single = reading in {Reading.WHOLE, Reading.VALUE}
-    if len(body) < QUICK_BYTES or single or form != "json":
+    if form != "json" or reading is Reading.WHOLE or reading is Reading.VALUE:
+        return parse_body(body, reading, form, bounds)
+    if reading is Reading.LINES and len(body) < QUICK_BYTES and body[-1:] == b"\n":
+        parsed = parse_canonical(body, bounds.record_bytes_max, bounds.depth_max)
+        if parsed is not None and parsed.records.count <= bounds.records_max:
+            return parsed
+    if len(body) < QUICK_BYTES:
         return parse_body(body, reading, form, bounds)
     if reading is Reading.DOCUMENT:
         few = body.count(b",") < _ELEMENTS_FEW

@@ -87,19 +87,18 @@ async def read_whole(request: web.BaseRequest, hold: Hold, settings: HttpSetting
         ClientGone: in the middle of it.
     """
     content = request.content
-    with in_our_words(request):
-        if content.is_eof():  # all of it came with the head
-            body = content.read_nowait()
-            _check(len(body), settings)
-            _hold(len(body), hold)
-            return body
-        # Closed in any case: an error keeps this frame until the next collection.
-        with BytesIO() as sink, _deadline(request, sink.tell, settings):
-            while block := await content.readany():
-                sink.write(block)
-                _check(sink.tell(), settings)
-                _hold(sink.tell(), hold)
-            return sink.getvalue()
+    if content.is_eof() and content.exception() is None:  # all of it came with the head
+        body = content.read_nowait()
+        _check(len(body), settings)
+        _hold(len(body), hold)
+        return body
+    # The sink is closed in any case: an error keeps this frame until the next collection.
+    with in_our_words(request), BytesIO() as sink, _deadline(request, sink.tell, settings):
+        while block := await content.readany():
+            sink.write(block)
+            _check(sink.tell(), settings)
+            _hold(sink.tell(), hold)
+        return sink.getvalue()
 
 
 def _deadline(
