@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measures ingestd beside its peers; prints tables in Markdown.",
     )
     parser.add_argument("--rounds", type=_count, default=3, help="how often [3]")
-    parser.add_argument("--seconds", type=_seconds, default=3.0, help="of load a run [3]")
+    parser.add_argument("--seconds", type=_seconds, default=2.0, help="of load a run [2]")
     parser.add_argument("--lines", type=_count, default=2_000_000, help="of stdin [2000000]")
     parser.add_argument(
         "--only",
