@@ -1,9 +1,9 @@
--- POSTs the files that are its arguments, in turn; prints what came back as one line of JSON.
+-- POSTs the files that are its arguments, in turn, as the type that is the first; prints what came back as one line of JSON.
 local requests, turn = {}, 0
 
 function init(args)
   wrk.method = "POST"
-  wrk.headers["Content-Type"] = "application/x-ndjson"
+  wrk.headers["Content-Type"] = table.remove(args, 1)
   for number, path in ipairs(args) do
     local file = assert(io.open(path, "rb"))
     wrk.body = file:read("*a")

@@ -1,7 +1,8 @@
 """Load: 64 connections, each sends its next request when the last one was answered.
 
 `wrk` where it is installed, because it leaves the most CPU to the server. Otherwise this module as
-a process of its own: `python -m benchmarks.load PORT SECONDS BODY…`. Both print the same line.
+a process of its own: `python -m benchmarks.load PORT SECONDS PATH TYPE BODY…`. Both print the
+same line.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from benchmarks.processes import Failed, last_words, output_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from benchmarks.peers.base import Service
 
 CONNECTIONS = 64
 START_SECONDS = 30.0
@@ -48,12 +51,12 @@ def wrk_fits(seconds: float) -> bool:
     return shutil.which("wrk") is not None and float(seconds).is_integer()
 
 
-def send(tool: str, port: int, bodies: Sequence[Path], seconds: float, folder: Path) -> Load:
-    """Sends bodies to `/v1/records` for some seconds.
+def send(tool: str, service: Service, bodies: Sequence[Path], seconds: float, folder: Path) -> Load:
+    """Sends bodies for some seconds.
 
     Args:
         tool: `wrk` or `python`.
-        port: on 127.0.0.1.
+        service: to whom.
         bodies: files, sent in turn.
         seconds: how long; whole ones for wrk.
         folder: an empty one for the tool.
@@ -64,11 +67,12 @@ def send(tool: str, port: int, bodies: Sequence[Path], seconds: float, folder: P
     files = [str(path) for path in bodies]
     if tool == "wrk":
         script = str(Path(__file__).with_name("body.lua"))
-        url = f"http://127.0.0.1:{port}/v1/records"
+        url = f"http://127.0.0.1:{service.port}{service.path}"
         options = ["-t1", f"-c{CONNECTIONS}", f"-d{seconds:.0f}s", "--timeout", "30s"]
-        command = ["wrk", *options, "-s", script, url, "--", *files]
+        command = ["wrk", *options, "-s", script, url, "--", service.content_type, *files]
     else:
-        command = [sys.executable, "-m", "benchmarks.load", str(port), str(seconds), *files]
+        where = [str(service.port), str(seconds), service.path, service.content_type]
+        command = [sys.executable, "-m", "benchmarks.load", *where, *files]
     printed = output_of(command, folder, seconds + START_SECONDS)
     load = Load(**json.loads(printed.splitlines()[-1]))
     if not load.answers:
@@ -76,20 +80,27 @@ def send(tool: str, port: int, bodies: Sequence[Path], seconds: float, folder: P
     return load
 
 
-class _Client(asyncio.Protocol):
-    """One connection: sends, reads an answer, sends the next."""
+class Client(asyncio.Protocol):
+    """One connection: reads an answer to each request, tells whether it was a yes."""
 
-    def __init__(self, sender: _Sender) -> None:
-        self._sender = sender
+    def __init__(self) -> None:
         self._received = b""
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Ready to send."""
         self._transport = cast("asyncio.Transport", transport)  # what TCP gives
-        self._sender.transports.append(self._transport)
-        self._transport.write(next(self._sender.requests))
+
+    def send(self, request: bytes) -> None:
+        """The next request; the last one was answered."""
+        self._transport.write(request)
+
+    def abort(self) -> None:
+        """Closes at once."""
+        self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
+        """A piece of an answer; knows only answers with a length, and only one at a time."""
         self._received += data
         end = self._received.find(END_OF_HEAD)
         if end < 0:
@@ -99,10 +110,30 @@ class _Client(asyncio.Protocol):
         if len(self._received) < end + len(END_OF_HEAD) + length:
             return
         self._received = b""
+        self.answered(yes=head.startswith(b"http/1.1 2"))
+
+    def answered(self, *, yes: bool) -> None:
+        """The request was answered; what comes next is up to who made this."""
+        raise NotImplementedError
+
+
+class _Closed(Client):
+    """A closed loop: sends the next request as soon as the last one was answered."""
+
+    def __init__(self, sender: _Sender) -> None:
+        super().__init__()
+        self._sender = sender
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._sender.clients.append(self)
+        self.send(next(self._sender.requests))
+
+    def answered(self, *, yes: bool) -> None:
         self._sender.answers += 1
-        self._sender.refused += not head.startswith(b"http/1.1 2")
+        self._sender.refused += not yes
         if self._sender.open:
-            self._transport.write(next(self._sender.requests))
+            self.send(next(self._sender.requests))
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         self._sender.broken += self._sender.open
@@ -111,9 +142,9 @@ class _Client(asyncio.Protocol):
 class _Sender:
     """All connections, and what they count."""
 
-    def __init__(self, bodies: Sequence[bytes]) -> None:
-        self.requests: Iterator[bytes] = itertools.cycle([_request(body) for body in bodies])
-        self.transports: list[asyncio.Transport] = []
+    def __init__(self, requests: Sequence[bytes]) -> None:
+        self.requests: Iterator[bytes] = itertools.cycle(requests)
+        self.clients: list[Client] = []
         self.open = True
         self.answers = self.refused = self.broken = 0
 
@@ -121,24 +152,25 @@ class _Sender:
         loop = asyncio.get_running_loop()
         began = time.perf_counter()
         for _ in range(CONNECTIONS):
-            await loop.create_connection(lambda: _Client(self), "127.0.0.1", port)
+            await loop.create_connection(lambda: _Closed(self), "127.0.0.1", port)
         await asyncio.sleep(max(0.0, began + seconds - time.perf_counter()))
         self.open = False
         load = Load(self.answers, self.refused, self.broken, time.perf_counter() - began)
-        for transport in self.transports:
-            transport.abort()
+        for client in self.clients:
+            client.abort()
         return load
 
 
-def _request(body: bytes) -> bytes:
+def request(path: str, content_type: str, body: bytes) -> bytes:
+    """A POST, as it goes over the wire."""
     return (
-        b"POST /v1/records HTTP/1.1\r\nHost: 127.0.0.1\r\n"
-        b"Content-Type: application/x-ndjson\r\nContent-Length: %d\r\n\r\n%b"
-    ) % (len(body), body)
+        b"POST %b HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n%b"
+    ) % (path.encode(), content_type.encode(), len(body), body)
 
 
 if __name__ == "__main__":
-    sender = _Sender([Path(path).read_bytes() for path in sys.argv[3:]])
+    target, kind, *names = sys.argv[3:]
+    sender = _Sender([request(target, kind, Path(name).read_bytes()) for name in names])
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
         load = runner.run(sender.run(int(sys.argv[1]), float(sys.argv[2])))
     print(json.dumps(load._asdict()))

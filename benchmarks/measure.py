@@ -6,8 +6,6 @@ A measurement counts only if everything that was accepted was also processed in 
 from __future__ import annotations
 
 import contextlib
-import http.client
-import json
 import os
 import subprocess
 import time
@@ -15,23 +13,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from benchmarks.load import send
-from benchmarks.loop import RECORDS_MAX
-from benchmarks.processes import Failed, finish, last_words, running
+from benchmarks.processes import Failed, finish, running
 from benchmarks.records import write_bodies
+from benchmarks.service import serving, wait_processed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from benchmarks.peers import Counts, Peer, Service
+    from benchmarks.peers.base import Counts, Peer
 
-START_SECONDS = 30.0
-"""A peer takes records after this, or has failed."""
-DRAIN_SECONDS = 180.0
-"""A peer has processed what it accepted after this, or has failed."""
 READ_SECONDS = 900.0
 """A command has read its standard input after this, or has failed."""
-ASK_AGAIN_SECONDS = 0.02
 WARM_UP_SECONDS = 1.0
 
 
@@ -131,18 +124,17 @@ def measure(peer: Peer, scenario: Scenario, plan: Plan, folder: Path) -> Run:
 def _measure_http(peer: Peer, scenario: Scenario, plan: Plan, folder: Path) -> Run:
     bodies = write_bodies(folder, scenario.records)
     service = peer.service(folder / "peer", plan.age)
-    with running(service.command, folder / "peer") as child:
-        _wait_ready(service, child, folder / "peer")
+    with serving(service):
         warm_up = min(WARM_UP_SECONDS, plan.seconds)
-        warm = send(plan.tool, service.port, bodies, warm_up, folder / "load")
-        before = _wait_processed(peer, service, folder / "peer", open_batch=True)
+        warm = send(plan.tool, service, bodies, warm_up, folder / "load")
+        before = wait_processed(peer, service, open_batch=True)
 
-        load = send(plan.tool, service.port, bodies, plan.seconds, folder / "load")
+        load = send(plan.tool, service, bodies, plan.seconds, folder / "load")
         load_ended = time.perf_counter()
-        after = _wait_processed(peer, service, folder / "peer", open_batch=True)
+        after = wait_processed(peer, service, open_batch=True)
         drain_seconds = time.perf_counter() - load_ended
 
-        last = _wait_processed(peer, service, folder / "peer", open_batch=False)
+        last = wait_processed(peer, service, open_batch=False)
     accepted = (load.answers - load.refused) * scenario.records
     check(last, accepted + (warm.answers - warm.refused) * scenario.records)
     if load.broken:
@@ -156,49 +148,6 @@ def _measure_http(peer: Peer, scenario: Scenario, plan: Plan, folder: Path) -> R
     )
 
 
-def _wait_ready(service: Service, child: subprocess.Popen[bytes], folder: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        if child.poll() is not None:
-            raise Failed(f"did not start: {last_words(folder)}")
-        with contextlib.suppress(OSError, http.client.HTTPException):
-            if _get(service, service.ready)[0] == http.HTTPStatus.OK:
-                return
-        time.sleep(ASK_AGAIN_SECONDS)
-    raise Failed(f"not ready after {START_SECONDS:.0f} s: {last_words(folder)}")
-
-
-def _wait_processed(peer: Peer, service: Service, folder: Path, *, open_batch: bool) -> Counts:
-    """Asks until everything that was accepted was processed.
-
-    Args:
-        peer: who.
-        service: where.
-        folder: in which it runs.
-        open_batch: less than one batch may be left: it is not full and waits to be old enough,
-            at every peer, and that wait says nothing about speed.
-    """
-    left = RECORDS_MAX - 1 if open_batch else 0
-    deadline = time.monotonic() + DRAIN_SECONDS
-    while time.monotonic() < deadline:
-        try:
-            counts = peer.counts(json.loads(_get(service, service.status)[1]))
-        except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
-            raise Failed(f"stopped answering: {error!r}; {last_words(folder)}") from error
-        if counts.accepted - counts.processed - counts.dead <= left:
-            return counts
-        time.sleep(ASK_AGAIN_SECONDS)
-    raise Failed(f"backlog not processed after {DRAIN_SECONDS:.0f} s: {counts}")
-
-
-def _get(service: Service, path: str) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", service.status_port, timeout=60.0)
-    with contextlib.closing(connection):
-        connection.request("GET", path)
-        response = connection.getresponse()
-        return response.status, response.read()
-
-
 # -- stdin -------------------------------------------------------------------------------------
 
 
@@ -206,7 +155,7 @@ def _measure_stdin(peer: Peer, scenario: Scenario, plan: Plan, folder: Path) -> 
     command = peer.reader(folder, plan.age)
     with _standard_input(plan.input, pipe=scenario.pipe) as stdin:
         began = time.perf_counter()
-        with running(command, folder, stdin) as child:
+        with running(command.argv, folder, stdin, command.environment) as child:
             finish(child, folder, READ_SECONDS)
         seconds = time.perf_counter() - began
     check(peer.counted(folder), plan.lines)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout."""
@@ -25,7 +26,10 @@ class Failed(Exception):  # noqa: N818  reads as what happened
 
 @contextlib.contextmanager
 def running(
-    command: Sequence[str], folder: Path, stdin: int = subprocess.DEVNULL
+    command: Sequence[str],
+    folder: Path,
+    stdin: int = subprocess.DEVNULL,
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A child in a folder, where `stdout` and `stderr` are files; ended when this is left.
 
@@ -33,12 +37,13 @@ def running(
         command: what to run; modules of the checkout can be imported.
         folder: its current folder.
         stdin: a file descriptor.
+        environment: beside what every child has.
     """
     with (folder / "stdout").open("wb") as stdout, (folder / "stderr").open("wb") as stderr:
         child = subprocess.Popen(
             command,
             cwd=folder,
-            env=_environment(),
+            env=_environment() | dict(environment or {}),
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,
@@ -51,12 +56,13 @@ def running(
 
 
 def end(child: subprocess.Popen[bytes]) -> None:
-    """Asks the child to leave; kills it if it does not."""
+    """Asks the child to leave; kills it, and what it started, if it does not."""
     child.terminate()
     try:
         child.wait(END_SECONDS)
     except subprocess.TimeoutExpired:
-        child.kill()
+        # It is the first of a session of its own, and until we wait for it its number is its own.
+        os.killpg(child.pid, signal.SIGKILL)
         child.wait()
 
 

@@ -3,96 +3,44 @@
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.probes import PROBES
+from benchmarks.results import FIRST, figure, in_order, rates, ratio, spread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from benchmarks.measure import Run
+    from benchmarks.bars import Verdict
+    from benchmarks.probes import Probe
+    from benchmarks.results import Result
 
-FIRST = "ingestd"
-T = TypeVar("T")
 
+def rate_table(results: Sequence[Result], durable: Sequence[str] = (FIRST,)) -> str:
+    """One line a cell: how fast, and how many times as fast ingestd is.
 
-@dataclass(frozen=True)
-class Result:
-    """One run of the plan.
-
-    Attributes:
-        round: from 1.
-        scenario: its name.
-        peer: its name.
-        run: what was measured; `None` if it does not count.
-        problem: why it does not count.
+    Args:
+        results: scenarios, and probes, which are left out.
+        durable: the names of the peers whose yes means that the record is on disk.
     """
-
-    round: int
-    scenario: str
-    peer: str
-    run: Run | None
-    problem: str = ""
-
-
-class Spread(NamedTuple):
-    """Numbers of several rounds."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, numbers: Sequence[float]) -> Spread:
-        """At least one number."""
-        return cls(statistics.median(numbers), min(numbers), max(numbers))
-
-    def __str__(self) -> str:
-        if self.low == self.high:
-            return f"{self.median:,.0f}"
-        return f"{self.median:,.0f} ({self.low:,.0f} to {self.high:,.0f})"
-
-
-def rates(results: Iterable[Result], scenario: str, peer: str) -> dict[int, Run]:
-    """The runs of one cell that count, by round."""
-    return {
-        result.round: result.run
-        for result in results
-        if (result.scenario, result.peer) == (scenario, peer) and result.run is not None
-    }
-
-
-def spread(runs: Mapping[int, Run], number: Callable[[Run], float]) -> Spread | None:
-    """One number of each run; nothing without runs."""
-    return Spread.of([number(run) for run in runs.values()]) if runs else None
-
-
-def ratio(runs: Mapping[int, Run], others: Mapping[int, Run]) -> float | None:
-    """How many times as fast: the median over rounds that both have, each round by itself."""
-    common = runs.keys() & others.keys()
-    if not common:
-        return None
-    return statistics.median(runs[number].rate / others[number].rate for number in common)
-
-
-def rate_table(results: Sequence[Result]) -> str:
-    """Scenarios down, peers across, then how many times as fast as each baseline."""
-    peers = _in_order(result.peer for result in results)
-    baselines = [peer for peer in peers if peer != FIRST] if FIRST in peers else []
-    head = ["records/s", *peers, *(f"{FIRST} ÷ {baseline}" for baseline in baselines)]
+    head = ["scenario", "peer", "on disk before the yes", "records/s", f"{FIRST} ÷ it"]
     rows = []
-    for scenario in _in_order(result.scenario for result in results):
-        runs = {peer: rates(results, scenario, peer) for peer in peers}
-        ratios = [ratio(runs[FIRST], runs[baseline]) for baseline in baselines]
-        row = [_text(spread(runs[peer], lambda run: run.rate)) for peer in peers]
-        rows.append([scenario, *row, *("" if r is None else f"{r:.2f}" for r in ratios)])
-    return _table(head, rows)
+    for scenario, peer in in_order((r.scenario, r.peer) for r in _of_scenarios(results)):
+        runs = rates(results, scenario, peer)
+        versus = ratio(rates(results, scenario, FIRST), runs) if peer != FIRST else None
+        rate = spread(runs, lambda run: run.rate)
+        on_disk = "yes" if peer in durable else "no"
+        times = "" if versus is None else f"{versus.median:.2f}"
+        rows.append([scenario, peer, on_disk, _text(rate), times])
+    return table(head, rows)
 
 
 def detail_table(results: Sequence[Result]) -> str:
     """What the first table is the lower of, one line a cell; medians."""
     head = ["scenario", "peer", "accepted/s", "processed/s", "drained after", "refused", "runs"]
     rows = []
-    for scenario, peer in _in_order((result.scenario, result.peer) for result in results):
+    for scenario, peer in in_order((r.scenario, r.peer) for r in _of_scenarios(results)):
         runs = rates(results, scenario, peer)
         tried = sum((result.scenario, result.peer) == (scenario, peer) for result in results)
         cells = ["", "", "", ""]
@@ -105,16 +53,37 @@ def detail_table(results: Sequence[Result]) -> str:
                 f"{sum(run.refused for run in runs.values()):,}",
             ]
         rows.append([scenario, peer, *cells, f"{len(runs)} of {tried}"])
-    return _table(head, rows)
+    return table(head, rows)
 
 
-def problems(results: Iterable[Result]) -> list[str]:
-    """One line for each run that does not count."""
+def probe_table(results: Sequence[Result], probe: Probe) -> str:
+    """Peers down, figures across."""
+    titles = [f"{f.title} ({f.unit})" if f.unit else f.title for f in probe.figures.values()]
+    rows = []
+    for peer in in_order(r.peer for r in results if r.scenario == probe.name):
+        spreads = [figure(results, probe.name, peer, name) for name in probe.figures]
+        digits = [one.digits for one in probe.figures.values()]
+        rows.append(
+            [peer, *("" if s is None else s.text(d) for s, d in zip(spreads, digits, strict=True))]
+        )
+    return table([probe.name, *titles], rows)
+
+
+def probe_sections(results: Sequence[Result]) -> list[str]:
+    """A sentence and a table for each probe that was measured."""
+    measured = {result.scenario for result in results}
     return [
-        f"round {result.round}, {result.scenario}, {result.peer}: {result.problem}"
-        for result in results
-        if result.run is None
+        f"`{probe.name}`: {probe.about}.\n\n{probe_table(results, probe)}"
+        for probe in PROBES
+        if probe.name in measured
     ]
+
+
+def bar_table(verdicts: Sequence[Verdict]) -> str:
+    """What ingestd has to reach, and whether it does."""
+    head = ["bar", "wanted", "measured", "met"]
+    rows = [[v.bar, v.wanted, v.measured or "not measured", v.met_text] for v in verdicts]
+    return table(head, rows)
 
 
 def facts_list(groups: Mapping[str, Mapping[str, str]]) -> str:
@@ -127,10 +96,26 @@ def facts_list(groups: Mapping[str, Mapping[str, str]]) -> str:
     return "\n".join(lines[:-1])
 
 
-def as_json(results: Sequence[Result], facts: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+def as_json(
+    results: Sequence[Result],
+    facts: Mapping[str, Mapping[str, str]],
+    verdicts: Sequence[Verdict] = (),
+) -> dict[str, Any]:
     """Everything, for programs."""
+    return {
+        **facts,
+        "summary": _summary(results),
+        "bars": [verdict.as_json() for verdict in verdicts],
+        "runs": [
+            {**asdict(result), "rate": result.run.rate if result.run else None}
+            for result in results
+        ],
+    }
+
+
+def _summary(results: Sequence[Result]) -> list[dict[str, Any]]:
     summary = []
-    for scenario, peer in _in_order((result.scenario, result.peer) for result in results):
+    for scenario, peer in in_order((r.scenario, r.peer) for r in _of_scenarios(results)):
         runs = rates(results, scenario, peer)
         rate = spread(runs, lambda run: run.rate)
         versus = ratio(rates(results, scenario, FIRST), runs)
@@ -140,28 +125,23 @@ def as_json(results: Sequence[Result], facts: Mapping[str, Mapping[str, str]]) -
                 "peer": peer,
                 "runs": len(runs),
                 "rate": rate._asdict() if rate else None,
-                f"{FIRST}_times_as_fast": None if peer == FIRST else versus,
+                f"{FIRST}_times_as_fast": versus.median if versus and peer != FIRST else None,
             }
         )
-    return {
-        **facts,
-        "summary": summary,
-        "runs": [
-            {**asdict(result), "rate": result.run.rate if result.run else None}
-            for result in results
-        ],
-    }
+    return summary
 
 
-def _in_order(items: Iterable[T]) -> list[T]:
-    return list(dict.fromkeys(items))
+def _of_scenarios(results: Sequence[Result]) -> list[Result]:
+    """Those that are no probes: records a second."""
+    probes = {probe.name for probe in PROBES}
+    return [result for result in results if result.scenario not in probes]
 
 
 def _text(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table; numbers to the right."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     right = [any(_is_number(row[i]) for row in rows) for i in range(len(head))]

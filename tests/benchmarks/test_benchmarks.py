@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.__main__ import choose, main, rotated
+from benchmarks.__main__ import main
+from benchmarks.cells import choose, rotated
 from benchmarks.measure import Run, check
-from benchmarks.peers import Counts
+from benchmarks.peers.base import Counts
 from benchmarks.processes import ROOT, Failed
-from benchmarks.report import Result, as_json, problems, rate_table
+from benchmarks.report import as_json, rate_table
+from benchmarks.results import Result, problems
 
 QUICK = ("--rounds", "1", "--age", "0.1", "--lines", "3000")
 
@@ -27,10 +29,11 @@ def quick(tmp_path: Path, *arguments: str) -> int:
     return main([*QUICK, "--directory", str(tmp_path / "disk"), *arguments])
 
 
-def rows(table: str) -> dict[str, list[str]]:
-    """First cell to the others, of the table that starts with this text."""
+def rows(table: str) -> dict[tuple[str, str], list[str]]:
+    """The first two cells to the others, of a table's lines."""
     lines = [line[1:-1].split("|") for line in table.splitlines() if line.startswith("|")]
-    return {cells[0].strip(): [cell.strip() for cell in cells[1:]] for cells in lines}
+    cells = [[cell.strip() for cell in line] for line in lines]
+    return {(first, second): others for first, second, *others in cells}
 
 
 @pytest.mark.slow
@@ -40,25 +43,49 @@ def test_a_run_prints_its_tables_and_writes_them(
     pytest.importorskip("fastapi", reason="a baseline needs fastapi")
     pytest.importorskip("uvicorn", reason="a baseline needs uvicorn")
     written = tmp_path / "out.json"
-    only = ("--only", "http-100", "--only", "stdin-*")
+    picture = tmp_path / "out.svg"
+    peers = ("ingestd", "loop", "fastapi")
+    only = [f"--only={scenario}/{peer}" for scenario in ("http-100", "stdin-*") for peer in peers]
+    only += ["--only=start", "--only=journal", f"--picture={picture}"]
     code = quick(tmp_path, "--seconds", "0.2", "--load", "python", "--json", str(written), *only)
     out = capsys.readouterr().out
     assert code == 0, out
 
     table = rows(out.partition("\n\n")[0])
-    head = ["ingestd", "loop", "fastapi", "ingestd ÷ loop", "ingestd ÷ fastapi"]
-    assert table["records/s"] == head
-    assert all(re.fullmatch(r"[\d,.]+", cell) for cell in table["http-100"])
-    for source in ("stdin-file", "stdin-pipe"):
-        assert [bool(cell) for cell in table[source]] == [True, True, False, True, False]
+    head = ["on disk before the yes", "records/s", "ingestd ÷ it"]
+    assert table.pop(("scenario", "peer")) == head
+    del table[("-" * len("stdin-file"), "-" * len("fastapi"))]
+    measured = [("http-100", peer) for peer in peers]
+    measured += [(source, p) for source in ("stdin-file", "stdin-pipe") for p in peers[:2]]
+    assert list(table) == measured
+    for (_, peer), (on_disk, rate, times) in table.items():
+        assert on_disk == ("yes" if peer == "ingestd" else "no")
+        assert re.fullmatch(r"[\d,]+", rate)
+        assert re.fullmatch(r"[\d.]+", times) if peer != "ingestd" else not times
     for fact in ("CPU", "kernel", "file system", "Python", "SQLite", "aiohttp", "stdin"):
         assert f"- {fact}: " in out
 
     result = json.loads(written.read_text())
-    assert set(result) == {"machine", "versions", "settings", "summary", "runs"}
-    assert len(result["summary"]) == len(result["runs"]) == 3 + 2 + 2
-    for one in result["runs"]:
-        assert not one["problem"]
+    assert set(result) == {"machine", "versions", "settings", "summary", "bars", "runs"}
+    assert len(result["summary"]) == 3 + 2 + 2
+    assert all(not one["problem"] for one in result["runs"])
+    assert picture.read_text().startswith("<svg ")
+    starts = [one["figures"]["ready"] for one in result["runs"] if one["scenario"] == "start"]
+    assert len(starts) >= len(peers)
+    assert all(0 < seconds < 30 for seconds in starts)
+    (journal,) = [one["figures"] for one in result["runs"] if one["scenario"] == "journal"]
+    assert journal["share"] == pytest.approx(journal["journal"] / journal["plain"])
+    judged = {bar["bar"]: bar for bar in result["bars"]}
+    assert isinstance(judged["exec to ready"]["met"], bool)
+    assert judged["single records ÷ fastapi"] == {
+        "bar": "single records ÷ fastapi",
+        "wanted": "≥ 2 \N{MULTIPLICATION SIGN}",
+        "median": None,
+        "met": None,
+    }
+    runs = [one for one in result["runs"] if one["run"]]
+    assert len(runs) == 3 + 2 + 2
+    for one in runs:
         assert one["rate"] == min(one["run"]["accepted"], one["run"]["processed"]) > 0
         assert one["run"]["refused"] == 0
     assert list((tmp_path / "disk").iterdir()) == []
@@ -146,7 +173,8 @@ def test_the_tables_give_medians_and_ratios_round_by_round() -> None:
     results.append(Result(4, "http-1", "ingestd", None, "exit code 1"))
     results.append(Result(4, "http-1", "loop", run(1)))
     table = rows(rate_table(results))
-    assert table["http-1"] == ["200 (100 to 300)", "55 (1 to 100)", "3.00"]
+    assert table["http-1", "ingestd"] == ["yes", "200 (100 to 300)", ""]
+    assert table["http-1", "loop"] == ["no", "55 (1 to 100)", "3.00"]
     assert problems(results) == ["round 4, http-1, ingestd: exit code 1"]
     ours, theirs = as_json(results, {})["summary"]
     assert ours["runs"] == 3
