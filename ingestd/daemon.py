@@ -78,7 +78,7 @@ def serve(
     Returns:
         The exit code. If a worker's thread could not be ended, the process leaves from here.
     """
-    settle_interpreter()
+    settle_interpreter(for_strangers=settings.source.kind == "http")
     writer = start_logging(settings.log)
     passed = passed or Passed([], [])
     daemon = Daemon(settings, writer, again=again, notifier=notifier or Notifier(), passed=passed)

@@ -16,16 +16,21 @@ every 20 requests, and a seventh of what a small one costs."""
 
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
-_MMAP_BYTES = 128 * 1024
+_LARGE_BYTES = 128 * 1024
+_STREAM_BYTES = 1024 * 1024
 _ARENAS = 2
 
 
-def settle_interpreter() -> None:
+def settle_interpreter(*, for_strangers: bool) -> None:
     """Large blocks of memory go back to the system once they are free; waits are short, cycles few.
 
     glibc raises the size from which it asks the system for memory up to 32 MiB as soon as blocks
     that large come and go, and keeps them in an arena a thread then: after some large bodies a
     process stays several times as large as what is in it.
+
+    Args:
+        for_strangers: what comes may be of any size, from many at once. Otherwise pieces of the
+            usual sizes may stay: to get them anew each time is a sixth of a stream's CPU.
     """
     sys.setswitchinterval(SWITCH_SECONDS)
     gc.set_threshold(GARBAGE_MAX)
@@ -33,5 +38,5 @@ def settle_interpreter() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return  # another C library
-    mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
+    mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES if for_strangers else _STREAM_BYTES)
     mallopt(_M_ARENA_MAX, _ARENAS)
