@@ -658,3 +658,22 @@ async def test_curl(intake, tmp_path, arguments):
     assert curl.returncode == 0, out
     assert set(intake.items) == {b'{"n":1}'}
     assert json.loads(out)["accepted"] == len(intake.items)
+
+
+async def test_who_is_refused_in_the_middle_of_a_body_gets_to_see_why() -> None:
+    """To close with the body unread would reset the connection, and the answer with it."""
+
+    def send(port: int) -> bytes:
+        with socket.create_connection(("127.0.0.1", port), 10) as client:
+            client.sendall(b"POST /v1/records/none HTTP/1.1\r\nHost: x\r\n")
+            client.sendall(b"Content-Length: %d\r\n\r\n" % 8_000_000)
+            for _ in range(80):
+                client.sendall(b"1" * 100_000)
+                time.sleep(0.002)
+            return b"".join(iter(lambda: client.recv(65536), b""))
+
+    async with serving(MemoryIntake()) as source:
+        port = int(source.addresses[0].rpartition(":")[2])
+        answer = await asyncio.to_thread(send, port)
+    assert answer.startswith(b"HTTP/1.1 404")
+    assert b"Connection: close" in answer

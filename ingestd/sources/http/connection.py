@@ -326,8 +326,10 @@ class Connection(web.RequestHandler):
                 finally:
                     self._current_request = None
             goes_on = await self._send(answer, message)
-            if goes_on and not body.is_eof():
-                goes_on = await self._linger(body)
+            transport = self.transport
+            if not body.is_eof() and transport is not None and not transport.is_closing():
+                # To close now, with the body unread, would take the answer from the client.
+                goes_on = await self._linger(body) and goes_on
             return goes_on
         finally:
             self._request_in_progress = False
@@ -366,7 +368,7 @@ class Connection(web.RequestHandler):
         """Reads what is left of a body for a while; whether that was all of it."""
         try:
             async with async_timeout.timeout(LINGER_SECONDS):
-                while not body.is_eof():
+                while not (body.is_eof() or self._force_close):
                     await body.readany()
         except TimeoutError:
             return False
