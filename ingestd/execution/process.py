@@ -102,7 +102,7 @@ class Child:
         """
         return wire.decode_result(self._exchange(self._slot.pack(job), timeout))
 
-    def _exchange(self, message: bytes, timeout: float) -> bytes:
+    def _exchange(self, message: bytes, timeout: float) -> bytes | bytearray:
         if timeout != self._timeout:
             wire.set_timeout(self._sock, timeout)
             self._timeout = timeout

@@ -108,7 +108,7 @@ class Slot:
         self._map[:size] = payload
         return encode(Order(_with_payload(job, b""), size))
 
-    def unpack(self, message: bytes) -> Job:
+    def unpack(self, message: bytes | bytearray) -> Job:
         """The job of a message, complete."""
         order = _decode_order(message)
         if not order.shared or self._map is None:
@@ -152,7 +152,7 @@ def send(sock: socket.socket, message: bytes) -> None:
         sock.sendall(memoryview(message)[sent - len(head) :])
 
 
-def receive(sock: socket.socket) -> bytes | None:
+def receive(sock: socket.socket) -> bytes | bytearray | None:
     """Receives one message; `None` when the other side has gone.
 
     Raises:
@@ -176,4 +176,4 @@ def receive(sock: socket.socket) -> bytes | None:
         if got == 0:
             return None
         have += got
-    return bytes(buffer)
+    return buffer

@@ -139,21 +139,16 @@ def parse_quickly(body: bytes, reading: Reading, form: Format, bounds: Bounds) -
     """
     if form != "json" or reading is Reading.WHOLE or reading is Reading.VALUE:
         return parse_body(body, reading, form, bounds)
-    if reading is Reading.LINES and len(body) < QUICK_BYTES and body[-1:] == b"\n":
-        parsed = parse_canonical(body, bounds.record_bytes_max, bounds.depth_max)
-        if parsed is not None and parsed.records.count <= bounds.records_max:
-            return parsed
-    if len(body) < QUICK_BYTES:
-        return parse_body(body, reading, form, bounds)
+    small = len(body) < QUICK_BYTES
     if reading is Reading.DOCUMENT:
-        few = body.count(b",") < _ELEMENTS_FEW
-        return parse_body(body, reading, form, bounds) if few else None
+        quick = small or body.count(b",") < _ELEMENTS_FEW
+        return parse_body(body, reading, form, bounds) if quick else None
     block = body if body[-1:] == b"\n" else body + b"\n"
     count = 0
     for piece in _pieces(block) if len(block) > PIECE_BYTES else (block,):
         parsed = parse_canonical(piece, bounds.record_bytes_max, bounds.depth_max)
         if parsed is None:
-            return None
+            return parse_body(body, reading, form, bounds) if small else None
         count += parsed.total
     if count > bounds.records_max:
         raise _too_many(bounds)

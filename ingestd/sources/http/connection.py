@@ -19,7 +19,7 @@ from structlog.contextvars import clear_contextvars
 from ingestd.sources.http import problem
 from ingestd.sources.http.answer import CLOSE, KEEP, PROBLEM, Answer, encode
 from ingestd.sources.http.clients import client_of
-from ingestd.sources.http.pace import LATE_SECONDS
+from ingestd.sources.http.pace import LATE_SECONDS, is_late
 from ingestd.sources.http.problem import Problem
 from ingestd.sources.http.strict import fault
 
@@ -113,14 +113,12 @@ class Connection(web.RequestHandler):
         if self._head_timer is not None:
             self._keepalive_handle = None  # not idle: a head is on its way, with its own deadline
             return
-        if self._is_late(self._next_keepalive_close_time):
-            self._next_keepalive_close_time = again = self._loop.time() + LATE_SECONDS
+        now = self._loop.time()
+        if is_late(self._next_keepalive_close_time, now):
+            self._next_keepalive_close_time = again = now + LATE_SECONDS
             self._keepalive_handle = self._loop.call_at(again, self._process_keepalive)
             return
         super()._process_keepalive()
-
-    def _is_late(self, due: float) -> bool:
-        return self._loop.time() > due + LATE_SECONDS
 
     def _start_head_timer(self) -> None:
         seconds = self._manager.head_timeout
@@ -133,7 +131,7 @@ class Connection(web.RequestHandler):
 
     def _end_head(self) -> None:
         """The head of a request was not there in time."""
-        if self._head_timer is not None and self._is_late(self._head_timer.when()):
+        if self._head_timer is not None and is_late(self._head_timer.when(), self._loop.time()):
             self._head_timer = self._loop.call_later(LATE_SECONDS, self._end_head)
             return
         self._head_timer = None

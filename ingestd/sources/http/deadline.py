@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Self
 
-from ingestd.sources.http.pace import LATE_SECONDS, Pace
+from ingestd.sources.http.pace import LATE_SECONDS, Pace, is_late
 
 if TYPE_CHECKING:
     import asyncio
@@ -70,7 +70,7 @@ class Deadline:
 
     def _look(self) -> None:
         now = self._loop.time()
-        if now > self._end + LATE_SECONDS:
+        if is_late(self._end, now):
             self._end = now + LATE_SECONDS
             self._wait()
             return

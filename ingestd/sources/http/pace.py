@@ -11,6 +11,11 @@ or had no time), not about its client: what that sent meanwhile may not have bee
 as long once more."""
 
 
+def is_late(due: float, now: float) -> bool:
+    """Whether what was due is looked at late."""
+    return now >= due + LATE_SECONDS
+
+
 class Pace:
     """Decides, a window at a time, whether bytes come too slowly.
 
@@ -37,7 +42,7 @@ class Pace:
             total: bytes that have come so far.
             now: at or after `due`.
         """
-        slow = total - self._bytes < self._bytes_min and now < self.due + LATE_SECONDS
+        slow = total - self._bytes < self._bytes_min and not is_late(self.due, now)
         self._bytes = total
         self.due = now + GRACE_SECONDS
         return slow

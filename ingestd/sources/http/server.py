@@ -145,7 +145,6 @@ class Server(web.Server):
     def answer(self, request: web.BaseRequest) -> Awaitable[Answer]:
         """What a connection asks for each request."""
         self.spoke(request.protocol)
-        self.requests_count += 1
         return self._answer(request)
 
     def spoke(self, handler: web.RequestHandler) -> None:
