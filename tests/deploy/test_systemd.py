@@ -182,16 +182,22 @@ def test_what_hangs_is_killed_and_started_again_and_nothing_is_lost(machine: Mac
     assert sorted(machine.written()) == records()
 
 
-def test_clients_wait_while_it_is_restarted(machine: Machine, tmp_path: Path) -> None:
-    machine.sh(block("Restarts without a refused connection"))
-    accepted = tmp_path / "accepted"
+def answers_over(machine: Machine, folder: Path, restart: str) -> dict[str, int]:
+    """What a client that goes on and on is answered over three restarts, each at work."""
+    accepted = folder / "accepted"
     accepted.touch()
     client = machine.client("loop", str(accepted))
     for _ in range(3):
         before = accepted.stat().st_size
         until(lambda: accepted.stat().st_size > before + 20)  # noqa: B023
-        machine.systemctl("restart", "ingestd.service")
-    answers = json.loads(client.communicate("over\n", timeout=60)[0])
+        machine.sh(restart)
+    answers: dict[str, int] = json.loads(client.communicate("over\n", timeout=60)[0])
+    return answers
+
+
+def test_clients_wait_while_it_is_restarted(machine: Machine, tmp_path: Path) -> None:
+    machine.sh(block("Restarts without a refused connection"))
+    answers = answers_over(machine, tmp_path, "systemctl restart ingestd.service")
     assert set(answers) <= {"202", "503"}
     assert answers["202"] > 60
     machine.systemctl("stop", "ingestd.socket", "ingestd.service")
@@ -271,14 +277,7 @@ def test_two_instances_share_a_port(two: Machine) -> None:
 def test_instances_on_one_port_start_anew_one_after_the_other(two: Machine, tmp_path: Path) -> None:
     two.sh(block("Several on one port", 3))
     assert two.sh("cat /proc/sys/net/ipv4/tcp_migrate_req") == "1"
-    accepted = tmp_path / "accepted"
-    accepted.touch()
-    client = two.client("loop", str(accepted))
-    for _ in range(3):
-        before = accepted.stat().st_size
-        until(lambda: accepted.stat().st_size > before + 20)  # noqa: B023
-        two.sh(block("Several on one port", 2))
-    answers = json.loads(client.communicate("over\n", timeout=60)[0])
+    answers = answers_over(two, tmp_path, block("Several on one port", 2))
     two.systemctl("stop", "ingestd@1.service", "ingestd@2.service")
     assert set(answers) == {"202"}
     numbers = [line for line in both(two) if line.isdigit()]
