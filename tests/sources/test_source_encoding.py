@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ingestd.sources.http.encoding import name_encoding
 from ingestd.sources.http.problem import Problem
-from ingestd.sources.inflate import Corrupt, Inflater, TooMuch
+from ingestd.sources.inflate import Corrupt, Inflater, TooMuch, WindowTooLarge
 from tests.peak import peak
 from tests.real_input import real_input
 
@@ -123,7 +123,7 @@ def test_a_zstd_window_beyond_the_rfc_is_refused():
     options = {zstd.CompressionParameter.window_log: 27}
     stream = zstd.ZstdCompressor(options=options)  # not knowing the size, it declares the window
     wire = stream.compress(bytes(1000)) + stream.flush()
-    assert refusal("zstd", [wire]) is Corrupt
+    assert refusal("zstd", [wire]) is WindowTooLarge
 
 
 @pytest.mark.parametrize("name", ["apache.log", "nginxplus.ndjson"])
