@@ -26,6 +26,9 @@ KEPT_BYTES = 64 * 1024
 
 _JSON = msgspec.json.Decoder(msgspec.Raw)
 _BLANKS = re.compile(rb"\n{2,}")
+_ESCAPES = re.compile(rb"\\(?:u([0-9A-Fa-f]{0,4})|.)", re.DOTALL)
+_DIGITS = 4
+_TRUNCATED = "Input data was truncated"
 
 
 class Parsed(NamedTuple):
@@ -98,12 +101,27 @@ def json_fault(value: bytes, depth_max: int = DEPTH_MAX) -> str:
         if not value.isascii():
             value.decode()
     except msgspec.DecodeError as error:
-        return str(error)
+        return _explain(str(error), value)
     except UnicodeDecodeError as error:
         return f"not UTF-8 (byte {error.start})"
     except RecursionError:
         return too_deep(depth_max)
     return too_deep(depth_max) if is_deeper(value, depth_max) else ""
+
+
+def _explain(fault: str, value: bytes) -> str:
+    """The words of msgspec for a fault, or the right ones where it takes an escape for a cut."""
+    if fault != _TRUNCATED:
+        return fault
+    for escape in _ESCAPES.finditer(value):
+        digits, rest = escape[1], value[escape.end() : escape.end() + 2]
+        if digits is None or not rest:
+            continue
+        if len(digits) < _DIGITS:
+            return f"JSON is malformed: \\u without four digits (byte {escape.start()})"
+        if digits[:1] in b"dD" and digits[1:2] in b"89abAB" and rest not in (b"\\u", b"\\"):
+            return f"JSON is malformed: lone surrogate \\u{digits.decode()} (byte {escape.start()})"
+    return fault
 
 
 def too_deep(depth_max: int) -> str:

@@ -95,14 +95,24 @@ def reading_of(content_type: str, form: Format) -> Reading:
     message["Content-Type"] = content_type
     said = content_type.partition(";")[0].strip().lower()
     reading = _TYPES[form].get(said)
+    if reading is None and form == "json" and is_json(said):
+        reading = Reading.DOCUMENT
     if reading is None:
         takes = ", ".join(kind for kind in _TYPES[form] if kind not in _UNSAID)
+        takes += ", application/*+json" if form == "json" else ""
         detail = f"{said[:80]!r} sent to a {form} pipeline, which takes {takes}"
         raise Problem(problem.MEDIA_TYPE, detail, headers={"Accept": takes})
     charset = str(message.get_param("charset", "")).lower()
     if reading is not Reading.WHOLE and charset not in _CHARSETS:
         raise Problem(problem.MEDIA_TYPE, f"charset {charset[:40]!r}; only utf-8 is read")
     return reading
+
+
+def is_json(media_type: str) -> bool:
+    """Whether a media type, in small letters and without parameters, is JSON (RFC 6839, 3.1)."""
+    return media_type == "application/json" or (
+        media_type.startswith("application/") and media_type.endswith("+json")
+    )
 
 
 def parse_body(body: bytes, reading: Reading, form: Format, bounds: Bounds) -> Parsed:

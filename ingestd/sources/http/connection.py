@@ -21,7 +21,7 @@ from ingestd.sources.http.answer import CLOSE, KEEP, PROBLEM, Answer, encode
 from ingestd.sources.http.clients import client_of
 from ingestd.sources.http.pace import LATE_SECONDS, is_late
 from ingestd.sources.http.problem import Problem
-from ingestd.sources.http.strict import fault
+from ingestd.sources.http.strict import fault, line_is_spaced
 
 if TYPE_CHECKING:
     import asyncio
@@ -51,6 +51,9 @@ READ_BYTES = 128 * 1024
 _CHUNKS_MAX = READ_BYTES // 16
 _CHUNK_BYTES = 64
 _CHUNKED_END = b"\r\n0\r\n\r\n"
+_HEAD_TOO_LARGE = Problem(
+    problem.HEADERS_TOO_LARGE, f"the head of the request has more than {HEAD_BYTES_MAX} bytes"
+)
 _NO_WRITER = cast("AbstractStreamWriter", None)
 """Answers are written without one."""
 
@@ -69,6 +72,7 @@ class Connection(web.RequestHandler):
         "_end",
         "_head_bytes",
         "_head_timer",
+        "_line",
         "_paused_at",
         "_wire_bytes",
         "client",
@@ -89,6 +93,7 @@ class Connection(web.RequestHandler):
         self._wire_bytes = 0
         self._paused_at = 0
         self._head_bytes = 0
+        self._line = b""
         self._head_timer: asyncio.TimerHandle | None = None
 
     # -- its life ------------------------------------------------------------------------------
@@ -156,19 +161,20 @@ class Connection(web.RequestHandler):
         # Of what came with the last line of a head, too: the body's end may lie on both sides.
         self._end = data[-7:] if len(data) > 6 else (self._end + data)[-7:]
         if self._chunked or len(self._messages) != before:
-            self._see_messages(before)
+            self._see_messages(before, data)
         elif data and not in_body:
-            self._see_part_of_a_head(len(data))
+            self._see_part_of_a_head(data)
         if len(self._messages) > 1 or self._head_bytes or self.held:
             self._manager.hold(self, self._count_held(len(data)))
 
-    def _see_part_of_a_head(self, size: int) -> None:
+    def _see_part_of_a_head(self, data: bytes) -> None:
         if self._head_timer is None:
             self._start_head_timer()
-        self._head_bytes += size
+        if b"\n" not in self._line:
+            self._line += data
+        self._head_bytes += len(data)
         if self._head_bytes > HEAD_BYTES_MAX:
-            detail = f"the head of the request has more than {HEAD_BYTES_MAX} bytes"
-            self._refuse(Problem(problem.HEADERS_TOO_LARGE, detail))
+            self._refuse(_HEAD_TOO_LARGE)
 
     def _see_chunks(self, size: int) -> None:
         """Bounds what is not the body in a chunked body: sizes, extensions, trailers.
@@ -188,13 +194,16 @@ class Connection(web.RequestHandler):
         self._end_after(0)
         self._chunked = False
 
-    def _see_messages(self, before: int) -> None:
+    def _see_messages(self, before: int, data: bytes) -> None:
         """Looks at what has become whole: heads, or the end of a chunked body."""
         messages = self._messages
         if self._chunked and self._body.is_eof():
             self._chunked = False
             if len(messages) != before or not self._ended_as_most():
                 self._end_after(before)
+        large = self._head_bytes + len(data) > HEAD_BYTES_MAX  # one of the heads may be
+        if self._line:
+            self._line, data = b"", self._line + data
         for index in range(before, len(messages)):
             self._stop_head_timer()
             self._head_bytes = 0
@@ -203,9 +212,12 @@ class Connection(web.RequestHandler):
                 self.last = True
                 self._break_body()
                 return
-            if detail := fault(message):
+            detail = fault(message)
+            if not detail and index == before and line_is_spaced(data, message):
+                detail = "the request line has more than one space between its words"
+            if detail or (large and _head_size(message) > HEAD_BYTES_MAX):
                 self._end_after(index)
-                self._refuse(Problem(problem.BAD_REQUEST, detail))
+                self._refuse(Problem(problem.BAD_REQUEST, detail) if detail else _HEAD_TOO_LARGE)
                 return
             self._body = body
             self._chunked = message.chunked and not body.is_eof()
@@ -397,3 +409,9 @@ class Connection(web.RequestHandler):
             log.error("request_failed", exc_info=exc)
         log.debug("request_unreadable", kind=found.kind.slug, error=type(exc).__name__)
         return Answer(found.kind.status, PROBLEM, found.body(), close=True)
+
+
+def _head_size(message: RawRequestMessage) -> int:
+    """Bytes of a head, without the white space that may stand around values."""
+    lines = sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
+    return len(message.method) + len(message.path) + len(" HTTP/1.1\r\n\r\n") + 1 + lines

@@ -58,6 +58,16 @@ def parse_prefer(values: Sequence[str], wait_max: float) -> Preferences:
             if value[at : at + 1] != ",":
                 break
             at += 1
-    wait = known.get("wait", "")
-    seconds = min(int(wait), int(wait_max)) if wait.isascii() and wait.isdigit() else None
-    return Preferences(seconds if wait_max else None, known.get("handling") == "strict")
+    seconds = _seconds(known.get("wait", ""), int(wait_max)) if wait_max else None
+    return Preferences(seconds, known.get("handling") == "strict")
+
+
+def _seconds(digits: str, longest: int) -> int | None:
+    """A delta-seconds, at most `longest`; nothing if it is none. Any number of digits is read."""
+    if not (digits.isascii() and digits.isdigit()):
+        return None
+    significant = digits.lstrip("0")
+    # Python refuses to convert thousands of digits, and longer is larger anyway.
+    return (
+        longest if len(significant) > len(str(longest)) else min(int(significant or "0"), longest)
+    )

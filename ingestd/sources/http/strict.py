@@ -17,13 +17,21 @@ if TYPE_CHECKING:
 _VERSIONS = (HttpVersion11, HttpVersion10)
 # RFC 3986: what may stand in host and port; without the comma, which joins two of them.
 _HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+;=%:\[\]-]*")
+# RFC 9112, 3.2.2 and RFC 9110, 4.2.4: http and https alone, and no user information.
+_ABSOLUTE = re.compile(r"https?://([A-Za-z0-9._~!$&'()*+;=%:\[\]-]+)(?:[/?].*)?", re.IGNORECASE)
+LENGTH_DIGITS_MAX = 20
+"""Digits of a `Content-Length`. More of them are leading zeros or more than 64 bits."""
 
 
 def fault(message: RawRequestMessage) -> str:
     """Why a head is not taken, in a few words that quote nothing; empty if it is."""
     if message.version not in _VERSIONS:
         return "only HTTP/1.1 and HTTP/1.0 are spoken"
+    if detail := _target_fault(message):
+        return detail
     headers = message.headers
+    if len(headers.get("Content-Length", "")) > LENGTH_DIGITS_MAX:
+        return "Content-Length has too many digits"
     coding = headers.get("Transfer-Encoding")
     if coding is not None:
         if message.version < HttpVersion11:
@@ -35,3 +43,43 @@ def fault(message: RawRequestMessage) -> str:
     if not _HOST.fullmatch(headers.get("Host", "")):
         return "Host is not a host"
     return ""
+
+
+def _target_fault(message: RawRequestMessage) -> str:
+    """Why the target of a request is none of the four forms that RFC 9112, 3.2 has."""
+    target = message.path
+    if "#" in target:
+        return "the request's target has a fragment"
+    if target[:1] == "/" or target == "*" or message.method == "CONNECT":
+        return ""
+    return "" if _ABSOLUTE.fullmatch(target) else "the request's target is no http URL"
+
+
+def host_of(target: str, host: str) -> str:
+    """The authority that a request is for (RFC 9112, 3.3).
+
+    Args:
+        target: as the request line has it; the authority in a whole URL counts more than `Host`.
+        host: the value of `Host`; empty if there is none.
+    """
+    if target[:1] == "/":
+        return host
+    absolute = _ABSOLUTE.fullmatch(target)
+    return absolute[1] if absolute else host
+
+
+def line_is_spaced(data: bytes, message: RawRequestMessage) -> bool:
+    """Whether more than one space parts the words of a request line (RFC 9112, 3).
+
+    Args:
+        data: begins with the request line, or with something else.
+        message: the request.
+    """
+    if data[:1] in (b"\r", b"\n"):
+        data = data.lstrip(b"\r\n")
+    end = data.find(b"\n")
+    if data.find(b"  ", 0, end) < 0:
+        return False
+    words = data[:end].rstrip(b"\r").split(b" ")
+    line = f"{message.method} {message.path}".encode("utf-8", "surrogateescape")
+    return b" ".join(filter(None, words[:-1])) == line

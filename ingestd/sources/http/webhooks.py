@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from ingestd.sources.http import problem
+from ingestd.sources.http.body import is_json
 from ingestd.sources.http.files import read_lines
 from ingestd.sources.http.idempotency import take_fingerprint
 from ingestd.sources.http.problem import Problem
@@ -131,7 +132,7 @@ def check_type(content_type: str) -> None:
         Problem: 415.
     """
     said = content_type.partition(";")[0].strip().lower()
-    if said == "application/json" or (said.startswith("application/") and said.endswith("+json")):
+    if is_json(said):
         return
     detail = f"{said[:80]!r}; set the content type of the webhook to application/json at its sender"
     raise Problem(problem.MEDIA_TYPE, detail, headers={"Accept": "application/json"})
