@@ -236,6 +236,12 @@ class FetchSettings(Section):
     bytes_max: Size = Field(
         256 * _GIB, ge=1, le=1024 * _TIB, description="largest body after decompression"
     )
+    window_max: Size = Field(
+        8 * _MIB,
+        ge=1024,
+        le=2 * _GIB,
+        description="largest window of a zstd file; --long and --ultra -22 make 128MiB",
+    )
     connect_timeout: Seconds = Field(
         10.0, gt=0, le=3600, description="a connection has to be there after this, TLS included"
     )

@@ -49,7 +49,7 @@ class WindowTooLarge(Corrupt):
 
     def __init__(self, window: int, window_max: int) -> None:
         super().__init__(
-            f"the zstd body needs a window of {_mib(window)}, more than {_mib(window_max)}"
+            f"the zstd body needs a window of {mib(window)}, more than {mib(window_max)}"
         )
         self.window = window
 
@@ -292,5 +292,6 @@ def zstd_window(head: bytes) -> int | None:
     return size + 256 if width == 2 else size
 
 
-def _mib(size: int) -> str:
+def mib(size: int) -> str:
+    """A size as errors show it."""
     return f"{size / 1024**2:g} MiB"

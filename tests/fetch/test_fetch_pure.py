@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from multidict import CIMultiDict
 
 from ingestd.base.backoff import backoff
@@ -144,6 +145,8 @@ def test_what_is_asked_for() -> None:
     assert ask(Position(etag='W/"a"', offset=100)) == packed
     assert ask(Position(etag='"a"', strong='"a"', offset=100, encoding="gzip")) == packed
     assert ask(DONE) == {**packed, "If-None-Match": '"a"', "If-Modified-Since": "m"}
+    assert headers_for(Position(), url=URL, ranges=True, endless=True) == {
+        "Accept-Encoding": "gzip"}  # fmt: skip
     assert ask(Position(event_id="7")) == {**packed, "Last-Event-ID": "7"}
 
 
@@ -179,25 +182,84 @@ def test_something_that_was_done() -> None:
 
 
 def test_no_content_writes_nothing_down() -> None:
-    for position in (Position(), Position(event_id="7"), BEGUN):
+    for position in (Position(), Position(event_id="7"), DONE):
         assert judged(204, position) == Finished(position)
 
 
+@pytest.mark.parametrize("status", [204, 205])
+def test_no_content_is_not_the_rest(status: int) -> None:
+    with pytest.raises(Again, match=f"{status} in place of the rest"):
+        judged(status, BEGUN)
+
+
 def test_a_part() -> None:
-    assert judged(206, BEGUN, Content_Range="bytes 100-199/200") == Take(BEGUN)
-    assert judged(206, BEGUN, Content_Range="bytes 100-199/*") == Take(BEGUN)
-    assert judged(206, BEGUN, Content_Range="bytes 100-149/200") == Take(BEGUN, whole=False)
-    for wrong in (
+    def part(place: str, position: Position = BEGUN, tag: str = '"a"', **more: str) -> Any:
+        return judged(206, position, Content_Range=place, ETag=tag, **more)
+
+    assert part("bytes 100-199/200") == Take(BEGUN, length=100)
+    assert part("bytes 100-199/200", Content_Length="100") == Take(BEGUN, length=100)
+    assert part("bytes 100-149/200") == Take(BEGUN, length=50, whole=False)
+    # Whether anything follows is not said, and not taken for a no.
+    assert part("bytes 100-199/*") == Take(BEGUN, length=100, whole=False)
+
+
+SIZED = replace(BEGUN, size=200)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
         {"Content_Range": "bytes 99-199/200"},
+        {"Content_Range": "bytes 101-199/200"},
+        {"Content_Range": "bytes 100-99/200"},
+        {"Content_Range": "bytes 100-200/200"},
+        {"Content_Range": "bytes 100-199/200", "Content_Length": "99"},
+        {"Content_Range": "bytes 100-199/200", "Content_Length": "101"},
         {"Content_Range": "bytes 100-199/200", "ETag": '"b"'},
+        {"Content_Range": "bytes 100-199/200", "ETag": 'W/"a"'},
         {"Content_Range": "bytes 100-199/200", "Content_Encoding": "gzip"},
+        {"Content_Range": "bytes 100-199/200", "Content_Type": "multipart/byteranges; boundary=x"},
+        {"Content_Range": "bytes 100-249/250"},
+        {"Content_Range": "bytes 100-149/150", "ETag": ""},
+        {"Content_Range": "bytes 100-199/*", "ETag": ""},
         {"Content_Range": "lines 100-199/200"},
+        {"Content_Range": "bytes 100-199"},
         {},
-    ):
-        with pytest.raises(Changed):
-            judged(206, BEGUN, **wrong)
+    ],
+)
+def test_a_part_that_is_not_the_rest_that_was_asked_for(head: dict[str, str]) -> None:
+    with pytest.raises(Changed):
+        judged(206, SIZED, **{"ETag": '"a"', **head})
+
+
+def test_a_part_without_validators_is_told_by_the_size() -> None:
+    """RFC 9110 wants the tag to be repeated; a server that forgot it may have forgotten more."""
+    place = "bytes 100-199/200"
+    assert judged(206, SIZED, Content_Range=place) == Take(SIZED, length=100)
+    with pytest.raises(Changed):
+        judged(206, BEGUN, Content_Range=place)
+    dated = Position(modified="m", strong="m", offset=100)
+    assert judged(206, dated, Content_Range=place, Last_Modified="m") == Take(dated, length=100)
+
+
+def test_a_part_that_nobody_asked_for() -> None:
     with pytest.raises(GivenUp, match="206"):
         judged(206, Position(), Content_Range="bytes 0-1/2")
+
+
+def test_the_length_that_a_body_has_to_have() -> None:
+    for length, headers in (
+        (7, {"Content_Length": "7"}),
+        (0, {"Content_Length": "0"}),
+        (None, {}),
+        (None, {"Content_Length": "7", "Transfer_Encoding": "chunked"}),
+        (7, {"Content_Length": "7", "Content_Encoding": "gzip"}),
+    ):
+        taken = judged(200, Position(), **headers)  # type: ignore[arg-type]
+        assert isinstance(taken, Take)
+        assert (taken.length, taken.whole) == (length, True)
+        is_plain = "Content_Encoding" not in headers
+        assert taken.position.size == (length or 0 if is_plain else 0)
 
 
 def test_nothing_behind_what_was_accepted() -> None:
@@ -208,6 +270,8 @@ def test_nothing_behind_what_was_accepted() -> None:
                                                         "ETag": '"b"'}):  # fmt: skip
         with pytest.raises(Changed):
             judged(416, BEGUN, **wrong)
+    with pytest.raises(Changed):  # it was longer when it was begun
+        judged(416, SIZED, Content_Range="bytes */100")
     with pytest.raises(GivenUp):
         judged(416, Position())
 

@@ -307,7 +307,13 @@ async def test_cut_behind_the_last_line() -> None:
 
     async def handle(request: web.Request) -> web.StreamResponse:
         if "Range" not in request.headers:
-            return await send_part(request, BODY, len(BODY), total=len(BODY) + 1, **TAGGED)
+            response = web.StreamResponse(headers=TAGGED)
+            response.enable_chunked_encoding()
+            await response.prepare(request)
+            await response.write(BODY)
+            assert request.transport is not None
+            request.transport.close()
+            return response
         return web.Response(status=416, headers={"Content-Range": f"bytes */{len(BODY)}"})
 
     async with serving(handle) as server:

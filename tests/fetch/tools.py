@@ -124,6 +124,54 @@ async def serving(
         await runner.cleanup()
 
 
+class Raw:
+    """A server that sends bytes as they are, and closes.
+
+    Attributes:
+        url: its own, without a path.
+        asked: the requests so far.
+    """
+
+    def __init__(self, answer: Callable[[Asked], bytes]) -> None:
+        self._answer = answer
+        self.asked: list[Asked] = []
+        self.url = ""
+
+    async def speak(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+            method, path, _ = head[0].split()
+            assert method == "GET"
+            headers = dict(line.lower().split(": ", 1) for line in head[1:] if line)
+            self.asked.append(Asked(path, headers))
+            writer.write(self._answer(self.asked[-1]))
+            await writer.drain()
+        writer.close()
+
+
+@contextlib.asynccontextmanager
+async def speaking(answer: Callable[[Asked], bytes]) -> AsyncIterator[Raw]:
+    """A server that answers each request with the bytes that a function gives."""
+    raw = Raw(answer)
+    server = await asyncio.start_server(raw.speak, "127.0.0.1", 0)
+    raw.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server:
+        yield raw
+
+
+def reply(body: bytes = b"", status: str = "200 OK", **headers: str | int) -> bytes:
+    """An answer, with nothing in its head but what is said."""
+    head = [f"HTTP/1.1 {status}"]
+    head += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*head, "", ""]).encode() + body
+
+
+def chunked(*parts: bytes, ended: bool = True) -> bytes:
+    """A body in chunks; the last one is the end, or missing."""
+    chunks = [b"%x\r\n%s\r\n" % (len(part), part) for part in parts if part]
+    return b"".join(chunks) + (b"0\r\n\r\n" if ended else b"")
+
+
 def answers(*bodies: bytes, **headers: str) -> Handler:
     """A handler that gives the bodies in turn, the last one for ever."""
     left = list(bodies)

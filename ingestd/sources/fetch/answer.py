@@ -27,6 +27,7 @@ _BY_TYPE = {
 }
 _MAGIC = (b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd")
 EVENT_STREAM = "text/event-stream"
+_SEVERAL_PARTS = "multipart/byteranges"
 _RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
 _UNSATISFIED = re.compile(r"bytes \*/(\d{1,19})", re.ASCII)
 _AGAIN = frozenset({408, 421, 425, 429})
@@ -39,12 +40,14 @@ class Take(NamedTuple):
     Attributes:
         position: where its first byte that is taken lies.
         skip: bytes after decompression that come before it.
+        length: of the body as it is sent, if its head says so.
         whole: the body reaches to the end of the resource.
         changed: it is a new version of something that was accepted before, or begun.
     """
 
     position: Position
     skip: int = 0
+    length: int | None = None
     whole: bool = True
     changed: bool = False
 
@@ -55,16 +58,21 @@ class Finished(NamedTuple):
     position: Position
 
 
-def headers_for(position: Position, *, url: URL, ranges: bool) -> dict[str, str]:
+def headers_for(
+    position: Position, *, url: URL, ranges: bool, endless: bool = False
+) -> dict[str, str]:
     """What to ask for.
 
     Args:
         position: where the URL stands.
         url: what is asked for.
         ranges: the rest alone may be asked for.
+        endless: it is a stream. It would hold the window that zstd needs for as long as it lasts.
     """
     is_packed = _by_name(url) is not None
-    headers = {"Accept-Encoding": "identity" if is_packed else "gzip, zstd"}
+    headers = {"Accept-Encoding": "gzip" if endless else "gzip, zstd"}
+    if is_packed:
+        headers["Accept-Encoding"] = "identity"
     if position.event_id:
         headers["Last-Event-ID"] = position.event_id
     if position.done:
@@ -104,39 +112,70 @@ def judge(
     here = start_of(headers, encoding)
     ranged = "Range" in asked
     if status == HTTPStatus.OK:
-        return _whole(here, position)
+        return _whole(here, position, content_length(headers))
     if status == HTTPStatus.PARTIAL_CONTENT and ranged:
         return _part(headers, here, position)
     if status == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and ranged:
-        found = _UNSATISFIED.fullmatch(headers.get("Content-Range", ""))
-        if found and int(found[1]) == position.offset and position.same_version(here) is not False:
+        if _is_at_the_end(headers, here, position):
             return Finished(replace(position, done=True))
         raise Changed
     if status == HTTPStatus.NOT_MODIFIED and position.done:
         return Finished(position)
     if status in (HTTPStatus.NO_CONTENT, HTTPStatus.RESET_CONTENT):
+        if position.offset and not position.done:
+            raise Again(f"the server answered {status} in place of the rest")
         return Finished(position)  # a stream of events ends like this; nothing is written down
     raise _refusal(status)
 
 
-def _whole(here: Position, position: Position) -> Take | Finished:
+def _whole(here: Position, position: Position, length: int | None) -> Take | Finished:
     same = position.same_version(here)
+    if here.encoding == "identity" and length:
+        here = replace(here, size=length)
     if position.done:
-        return Finished(position) if same else Take(here, changed=same is False)
+        return Finished(position) if same else Take(here, length=length, changed=same is False)
     if not position.offset:
-        return Take(replace(here, event_id=position.event_id, records=position.records))
+        here = replace(here, event_id=position.event_id, records=position.records)
+        return Take(here, length=length)
     if same is False:
-        return Take(here, changed=True)
+        return Take(here, length=length, changed=True)
     begun = replace(here, offset=position.offset, crc=position.crc, records=position.records)
-    return Take(begun, skip=position.offset)
+    return Take(begun, skip=position.offset, length=length)
 
 
 def _part(headers: Mapping[str, str], here: Position, position: Position) -> Take:
     found = _RANGE.fullmatch(headers.get("Content-Range", ""))
-    fits = found is not None and int(found[1]) == position.offset
-    if not found or not fits or here.encoding != "identity" or position.same_version(here) is False:
+    if not found or here.encoding != "identity" or media_type(headers) == _SEVERAL_PARTS:
         raise Changed
-    return Take(position, whole=found[3] in ("*", str(int(found[2]) + 1)))
+    first, last = int(found[1]), int(found[2])
+    total = None if found[3] == "*" else int(found[3])
+    length = last - first + 1
+    fits = first == position.offset and length > 0 and (total is None or last < total)
+    # A head that contradicts itself says nothing about the end of its body.
+    if not fits or content_length(headers) not in (None, length):
+        raise Changed
+    if not _continues(position, here, total):
+        raise Changed
+    return Take(position, length=length, whole=total == last + 1)
+
+
+def _continues(position: Position, here: Position, total: int | None) -> bool:
+    """Whether a part is of the version that was begun: RFC 9110, 15.3.7.3, and the size."""
+    if position.etag and here.etag:
+        same: bool | None = position.etag == here.etag
+    else:
+        same = position.same_version(here)
+    if same is False or (total and position.size and total != position.size):
+        return False
+    return same is True or (total is not None and total == position.size)
+
+
+def _is_at_the_end(headers: Mapping[str, str], here: Position, position: Position) -> bool:
+    """Whether a 416 says that nothing comes behind what was accepted."""
+    found = _UNSATISFIED.fullmatch(headers.get("Content-Range", ""))
+    if not found or position.same_version(here) is False:
+        return False
+    return int(found[1]) == position.offset and position.size in (0, position.offset)
 
 
 def _refusal(status: int) -> Again | GivenUp:
@@ -181,10 +220,20 @@ def is_compressed(head: bytes) -> bool:
     return head.startswith(_MAGIC)
 
 
+def content_length(headers: Mapping[str, str]) -> int | None:
+    """How long a body is as it is sent; `None` if its head does not say so."""
+    text = headers.get("Content-Length", "").strip()
+    is_number = text.isascii() and text.isdigit()
+    return int(text) if is_number and not _is_chunked(headers) else None
+
+
 def ends_by_itself(headers: Mapping[str, str]) -> bool:
     """Whether the end of a body can be told from a connection that broke."""
-    chunked = "chunked" in headers.get("Transfer-Encoding", "").lower()
-    return chunked or "Content-Length" in headers
+    return _is_chunked(headers) or content_length(headers) is not None
+
+
+def _is_chunked(headers: Mapping[str, str]) -> bool:
+    return "chunked" in headers.get("Transfer-Encoding", "").lower()
 
 
 def _by_name(url: URL) -> str | None:

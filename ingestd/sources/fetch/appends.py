@@ -19,44 +19,13 @@ if TYPE_CHECKING:
 
     from ingestd.base.bookmark import Bookmark
     from ingestd.base.record import Records, Refused
+    from ingestd.sources.fetch.budget import Budget
     from ingestd.sources.intake import Intake
     from ingestd.sources.lines import Parsed
 
 APPEND_BYTES = 4 * 1024**2
 """No further run is joined to an append beyond this."""
 _REFUSED_BYTES = 256  # what a refused record costs beside its payload, about
-
-
-class Budget:
-    """Bytes that are read and not committed, of all URLs together.
-
-    Args:
-        bytes_max: `fetch.inflight_bytes_max`; one run of each URL may go beyond it.
-    """
-
-    def __init__(self, bytes_max: int) -> None:
-        self._bytes_max = bytes_max
-        self._used = 0
-        self._moved = asyncio.Event()
-
-    def has(self, size: int) -> bool:
-        """Whether so many more fit."""
-        return self._used + size <= self._bytes_max
-
-    def take(self, size: int) -> None:
-        """So many come, or go if it is less than none."""
-        self._used += size
-        if size < 0:
-            self.wake()
-
-    def wake(self) -> None:
-        """Has everybody who waits look again."""
-        self._moved.set()
-
-    async def freed(self) -> None:
-        """Waits until some have gone."""
-        self._moved.clear()
-        await self._moved.wait()
 
 
 class _Run(NamedTuple):

@@ -1,21 +1,42 @@
-"""A body as it comes: bounded, decompressed in pieces, and never silent for long."""
+"""A body as it comes: bounded, decompressed in pieces, never silent for long, and whole.
+
+A body is whole if its length agrees, if its chunks ended properly, or if what is compressed in it
+ended. Only where its head announces none of these may the end of the connection be its end: then
+some of it must have come, and what came is all that can be known.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import aiohttp
 import async_timeout
 
-from ingestd.sources.fetch.failure import Again, GivenUp, explain
-from ingestd.sources.inflate import Corrupt, Inflater, TooMuch
+from ingestd.sources.fetch.failure import Again, GivenUp, Misfit, explain
+from ingestd.sources.inflate import Corrupt, Inflater, TooMuch, WindowTooLarge, mib
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
     from ingestd.base.settings import FetchSettings
+    from ingestd.sources.fetch.budget import Budget
 
 _NO_BOUND = 1 << 62
+_WINDOW_MIN = 64 * 1024
+
+
+class Ending(NamedTuple):
+    """How the end of a body can be told.
+
+    Attributes:
+        length: bytes as they are sent, if its head or its range says so.
+        framed: its head announces its end: by a length, or by chunks.
+        endless: it is a stream, which may end anywhere, and whose bytes are not bounded.
+    """
+
+    length: int | None
+    framed: bool
+    endless: bool = False
 
 
 async def pieces(
@@ -23,7 +44,8 @@ async def pieces(
     encoding: str,
     settings: FetchSettings,
     *,
-    endless: bool,
+    ending: Ending,
+    windows: Budget,
     read: Callable[[int], None],
 ) -> AsyncGenerator[bytes, None]:
     """What is in a body, a piece at a time; each is there as soon as it came.
@@ -32,7 +54,8 @@ async def pieces(
         content: the body, unread.
         encoding: `identity`, or how it is compressed.
         settings: the bounds.
-        endless: it is a stream, whose bytes are not bounded.
+        ending: how its end can be told.
+        windows: the memory for zstd windows.
         read: called with the size of each read.
 
     Raises:
@@ -41,29 +64,99 @@ async def pieces(
     """
     inflater = None
     if encoding != "identity":
-        inflater = Inflater(encoding, _NO_BOUND if endless else settings.bytes_max)
-    bytes_max = settings.wire_bytes_max
-    if inflater is None:
-        bytes_max = min(bytes_max, settings.bytes_max)
+        bytes_max = _NO_BOUND if ending.endless else settings.bytes_max
+        inflater = Inflater(encoding, bytes_max, window_max=0)
+    window = _Window(windows, settings.window_max, waits=not ending.endless)
     total = 0
     try:
         while wire := await _read(content, settings.silence_timeout):
             total += len(wire)
             read(len(wire))
-            if total > bytes_max and not endless:
-                name = "bytes_max" if bytes_max < settings.wire_bytes_max else "wire_bytes_max"
-                raise GivenUp(f"it is larger than fetch.{name}")
+            _check_size(total, ending, settings, packed=inflater is not None)
             if inflater is None:
                 yield wire
-            else:
-                for piece in inflater.feed(wire):
-                    yield piece
+                continue
+            more: bytes | None = wire
+            while more is not None:
+                try:
+                    for piece in inflater.feed(more):
+                        yield piece
+                    more = None
+                except WindowTooLarge as large:
+                    inflater.window_max = await window.grow(large.window)
+                    more = b""
+        if not ending.endless:
+            _check_end(total, ending)
         if inflater is not None and total:
             inflater.finish()
     except Corrupt as error:
         raise Again(str(error)) from None
     except TooMuch:
         raise GivenUp("it is larger than fetch.bytes_max") from None
+    finally:
+        window.close()
+
+
+def _check_size(total: int, ending: Ending, settings: FetchSettings, *, packed: bool) -> None:
+    """Raises if more came than may come."""
+    if ending.endless:
+        return
+    if ending.length is not None and total > ending.length:
+        raise Misfit("more came than its Content-Range says")
+    if total > settings.wire_bytes_max:
+        raise GivenUp("it is larger than fetch.wire_bytes_max")
+    if total > settings.bytes_max and not packed:
+        raise GivenUp("it is larger than fetch.bytes_max")
+
+
+def _check_end(total: int, ending: Ending) -> None:
+    """Raises if less came than has to come; see the module."""
+    if ending.length is not None and total < ending.length:
+        raise Again(f"the body was cut short: {total} of {ending.length} bytes came")
+    if not total and not ending.framed:
+        raise Again("the connection was closed behind the head, which gives no length")
+
+
+class _Window:
+    """The memory that one body has for its zstd window.
+
+    Args:
+        budget: what all bodies may hold.
+        bytes_max: what one may.
+        waits: for what others hold; a stream may never give it back.
+    """
+
+    def __init__(self, budget: Budget, bytes_max: int, *, waits: bool) -> None:
+        self._budget = budget
+        self._bytes_max = bytes_max
+        self._waits = waits
+        self._held = 0
+
+    async def grow(self, size: int) -> int:
+        """Takes memory for a window; what is held for the frame before it is given back first.
+
+        Returns:
+            How large a window may be now, bytes.
+        """
+        if size > self._bytes_max:
+            raise GivenUp(
+                f"it needs a zstd window of {mib(size)}, more than "
+                f"fetch.window_max = {mib(self._bytes_max)}"
+            )
+        self.close()
+        size = max(size, _WINDOW_MIN)
+        while self._budget.used and not self._budget.has(size):
+            if not self._waits:
+                raise Again("there is no memory left for its zstd window (see fetch.window_max)")
+            await self._budget.freed()
+        self._budget.take(size)
+        self._held = size
+        return size
+
+    def close(self) -> None:
+        """Gives the memory back."""
+        held, self._held = self._held, 0
+        self._budget.take(-held)
 
 
 async def _read(content: aiohttp.StreamReader, silence: float) -> bytes:

@@ -11,7 +11,7 @@ import async_timeout
 from aiohttp import ClientTimeout, DummyCookieJar, TCPConnector
 
 from ingestd import __version__
-from ingestd.sources.fetch.failure import Again, GivenUp, explain
+from ingestd.sources.fetch.failure import HEADER_BYTES_MAX, Again, GivenUp, explain
 from ingestd.sources.fetch.safety import Resolver, is_public, open_socket
 from ingestd.sources.fetch.urls import as_url
 
@@ -74,6 +74,8 @@ class Client:
             timeout=ClientTimeout(total=None, connect=self._settings.connect_timeout),
             auto_decompress=False,
             read_bufsize=READ_BYTES,
+            max_line_size=HEADER_BYTES_MAX,
+            max_field_size=HEADER_BYTES_MAX,
             trust_env=False,  # which would send credentials from ~/.netrc, too
             skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding"),
         )

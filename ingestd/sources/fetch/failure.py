@@ -10,11 +10,16 @@ import socket
 from typing import TYPE_CHECKING
 
 import aiohttp
+from aiohttp.http_exceptions import LineTooLong
 
 from ingestd.sources.fetch.safety import Forbidden
 
 if TYPE_CHECKING:
     import ssl
+
+
+HEADER_BYTES_MAX = 64 * 1024
+"""The longest header of an answer. Servers bound their own: 8 to 64 KiB are usual."""
 
 
 class Again(Exception):  # noqa: N818 - what it means
@@ -29,6 +34,10 @@ class Again(Exception):  # noqa: N818 - what it means
         super().__init__(reason)
         self.reason = reason
         self.after = after
+
+
+class Misfit(Again):
+    """The rest alone did not come as it was asked for: all of it has to be."""
 
 
 class GivenUp(Exception):  # noqa: N818
@@ -71,6 +80,8 @@ def explain(error: Exception) -> Again | GivenUp:
         return Again("the body was cut short")
     if isinstance(error, aiohttp.ClientHttpProxyError):
         return Again(f"the proxy answered {error.status}")
+    if _is_too_long(error):
+        return GivenUp(f"a header of its answer is longer than {HEADER_BYTES_MAX} bytes")
     if isinstance(error, aiohttp.ClientResponseError):
         return Again("the answer is not HTTP as it should be")
     if isinstance(error, aiohttp.InvalidURL):
@@ -78,6 +89,12 @@ def explain(error: Exception) -> Again | GivenUp:
     if isinstance(error, OSError):
         return Again(f"the connection broke: {_words(error)}")
     return Again("the connection broke")
+
+
+def _is_too_long(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, LineTooLong):
+        error = error.__cause__
+    return error is not None
 
 
 def _not_connected(error: aiohttp.ClientConnectorError) -> Again | GivenUp:

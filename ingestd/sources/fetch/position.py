@@ -33,6 +33,7 @@ class Position(msgspec.Struct, frozen=True, omit_defaults=True):
         modified: its `Last-Modified`; empty if there was none.
         strong: what `If-Range` may say; empty if nothing is strong enough.
         encoding: how the body came: `identity`, or compressed.
+        size: of the whole resource, bytes, where it comes as it is; 0 if that is not known.
         offset: bytes after decompression that are accepted, whole lines.
         crc: CRC-32 of these bytes.
         records: how many records they held, refused ones too.
@@ -44,6 +45,7 @@ class Position(msgspec.Struct, frozen=True, omit_defaults=True):
     modified: str = ""
     strong: str = ""
     encoding: str = "identity"
+    size: int = 0
     offset: int = 0
     crc: int = 0
     records: int = 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TextIO
 import structlog
 
 from ingestd.base.errors import InputIncomplete
-from ingestd.sources.fetch.appends import Budget
+from ingestd.sources.fetch.budget import Budget, Memory, memory_for
 from ingestd.sources.fetch.client import Client
 from ingestd.sources.fetch.download import Download
 from ingestd.sources.fetch.slots import Slots
@@ -86,9 +86,9 @@ class FetchSource:
         await self._client.start()
         self.tally = Tally(len(links))
         slots = Slots(settings.concurrency, settings.concurrency_per_host)
-        budget = Budget(settings.inflight_bytes_max)
+        budget, memory = Budget(settings.inflight_bytes_max), memory_for(settings)
         self._downloads = [
-            Download(link, settings, self._tries(link, budget), slots) for link in links
+            Download(link, settings, self._tries(link, budget, memory), slots) for link in links
         ]
         self._tasks = [
             asyncio.create_task(self._run(download), name="fetch-url")
@@ -96,13 +96,14 @@ class FetchSource:
         ]
         log.info("fetch_started", urls=len(links))
 
-    def _tries(self, link: Link, budget: Budget) -> Tries:
+    def _tries(self, link: Link, budget: Budget, memory: Memory) -> Tries:
         return Tries(
             link,
             self._settings,
             self._intake,
             client=self._client,
             budget=budget,
+            memory=memory,
             tally=self.tally,
             clock=self._clock,
         )

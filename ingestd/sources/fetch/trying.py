@@ -20,8 +20,8 @@ from ingestd.sources.fetch.answer import (
     media_type,
 )
 from ingestd.sources.fetch.appends import Appends
-from ingestd.sources.fetch.body import pieces
-from ingestd.sources.fetch.failure import Again, Changed, Reconnect
+from ingestd.sources.fetch.body import Ending, pieces
+from ingestd.sources.fetch.failure import Again, Changed, Misfit, Reconnect
 from ingestd.sources.fetch.position import Position, as_bookmark, from_bookmark
 from ingestd.sources.fetch.taking import NOTHING, Events, Lines
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ingestd.base.bookmark import Bookmark
     from ingestd.base.clock import Clock
     from ingestd.base.settings import FetchSettings
-    from ingestd.sources.fetch.appends import Budget
+    from ingestd.sources.fetch.budget import Budget, Memory
     from ingestd.sources.fetch.client import Client
     from ingestd.sources.fetch.slots import Lease
     from ingestd.sources.fetch.tally import Tally
@@ -50,6 +50,7 @@ class Tries:
         intake: the pipeline.
         client: makes the requests.
         budget: how much all URLs may hold together.
+        memory: what their zstd windows may take.
         tally: what is counted of all of them.
         clock: where time comes from.
 
@@ -68,6 +69,7 @@ class Tries:
         *,
         client: Client,
         budget: Budget,
+        memory: Memory,
         tally: Tally,
         clock: Clock,
     ) -> None:
@@ -80,7 +82,9 @@ class Tries:
         self._intake = intake
         self._client = client
         self._clock = clock
+        self._memory = memory
         self._ranges = True
+        self._endless = settings.follow
 
     async def load(self) -> None:
         """Finds where the URL was left."""
@@ -104,7 +108,7 @@ class Tries:
         """
         self.alive = False
         position = Position() if self._settings.follow else self.position
-        asked = headers_for(position, url=self.link.url, ranges=self._ranges)
+        asked = headers_for(position, url=self.link.url, ranges=self._ranges, endless=self._endless)
         async with self._client.get(self.link, asked) as response:
             try:
                 encoding = "identity"
@@ -118,9 +122,7 @@ class Tries:
                     encoding=encoding,
                 )
             except Changed:
-                # A whole body tells by its validators and its beginning what has changed.
-                self._ranges = False
-                raise Again("the rest alone did not come as it was asked for") from None
+                raise self._misfit("the rest alone did not come as it was asked for") from None
             except Again as failure:
                 failure.after = waits.retry_after(
                     response.headers.get("Retry-After"),
@@ -140,12 +142,18 @@ class Tries:
             else:
                 await self._read(response, verdict)
 
+    def _misfit(self, reason: str) -> Misfit:
+        """A whole body tells by its length, its validators and its beginning how it stands."""
+        self._ranges = False
+        return Misfit(reason)
+
     async def _finish(self, position: Position) -> None:
         """All of it is accepted already."""
         if position != self.position:
             self.position = position
             await self.appends.put(NOTHING, self._bookmark())
         await self.appends.flushed()
+        self._ranges = True
         log.info("url_done", url=self.link.shown, records=position.records)
 
     async def _read(self, response: ClientResponse, verdict: Take) -> None:
@@ -160,12 +168,15 @@ class Tries:
             verdict.skip,
             depth_max=intake.json_depth_max,
         )
-        self.progress.expect(response.content_length)
+        begun = verdict.position.offset
+        framed = verdict.length is not None or ends_by_itself(response.headers)
+        self.progress.expect(verdict.length)
         stream = pieces(
             response.content,
             verdict.position.encoding,
             settings,
-            endless=False,
+            ending=Ending(verdict.length, framed),
+            windows=self._memory.downloads,
             read=self.progress.read,
         )
         try:
@@ -177,16 +188,26 @@ class Tries:
                         await self.appends.put(parsed, self._bookmark())
                     # A server that is faster than we are must not keep others from running.
                     await asyncio.sleep(0)
+        except Misfit as failure:
+            raise self._misfit(failure.reason) from None
         finally:
             self.progress.unexpect()
         if not verdict.whole:
-            raise Again("the server sent only a part")
-        certain = taker.position.encoding != "identity" or ends_by_itself(response.headers)
+            reason = "the server sent only a part, or did not say that it was all"
+            raise Again(reason) if self.position.offset > begun else self._misfit(reason)
+        certain = framed or taker.position.encoding != "identity"
         parsed = taker.end(certain=certain)
         self.position = taker.position
         await self.appends.put(parsed or NOTHING, self._bookmark())
         await self.appends.flushed()
-        log.info("url_done", url=self.link.shown, records=self.position.records)
+        self._ranges = True
+        log.info(
+            "url_done",
+            url=self.link.shown,
+            records=self.position.records,
+            # Else nothing but the end of the connection said that this was all.
+            **({} if certain else {"end_announced": False}),
+        )
 
     # -- streams -------------------------------------------------------------------------------
 
@@ -222,8 +243,14 @@ class Tries:
     async def _follow(self, response: ClientResponse, encoding: str, taker: Events | Lines) -> None:
         """Takes what comes, until the stream ends."""
         log.info("stream_opened", url=self.link.shown)
+        self._endless = True
         stream = pieces(
-            response.content, encoding, self._settings, endless=True, read=self.progress.read
+            response.content,
+            encoding,
+            self._settings,
+            ending=Ending(None, framed=False, endless=True),
+            windows=self._memory.streams,
+            read=self.progress.read,
         )
         async with aclosing(stream):
             async for piece in stream:
