@@ -255,7 +255,7 @@ CUTS = {
 }  # fmt: skip
 
 
-# Nothing tells of plain lines that they were cut, if the head or the framing says that they end there.
+# Where the head or the framing says that plain lines end there, nothing tells that they were cut.
 ENDS = ("the end of the connection", "chunks that end", "a length that agrees")
 
 
