@@ -32,6 +32,7 @@ from ingestd.base.passed import Passed
 from ingestd.base.reloading import Change, plan
 from ingestd.base.signals import Signals
 from ingestd.base.telemetry import start_logging
+from ingestd.handlers.runner import CLOSE_SECONDS
 from ingestd.journal.idempotency import KeyRule
 from ingestd.overview import status_of
 from ingestd.pipeline import Pipeline, Report
@@ -52,8 +53,6 @@ log = structlog.get_logger(__name__)
 
 LAG_SECONDS = 0.5
 """How often the loop's lag is measured."""
-CLOSE_SECONDS = 5.0
-"""How long an idle worker may take to close its handler."""
 JOURNAL_SECONDS = 5.0
 """How long, beyond the drain's own deadline, a disk may take to write what is left and tidy up."""
 LEAVING = CLOSE_SECONDS + 2 * JOURNAL_SECONDS
@@ -250,7 +249,8 @@ class Daemon:
         )
 
     async def _close_pipeline(self, pipeline: Pipeline) -> None:
-        report = await pipeline.close(self._in(CLOSE_SECONDS), self._in(JOURNAL_SECONDS))
+        await pipeline.end_workers(self._in(CLOSE_SECONDS))
+        report = await pipeline.close_journal(self._in(JOURNAL_SECONDS))
         self.stuck = self.stuck or not (report.workers_gone and report.journal_gone)
 
     def _build_source(self) -> Source:
@@ -417,11 +417,14 @@ class Daemon:
         self._leave_by = max(self._in(0.0), self._deadline) + LEAVING
         await self.source.close()
         grace = 0.0 if self._signals.urged.is_set() else CLOSE_SECONDS
-        # One after the other, but one deadline for all: they may well lie on the same disk.
+        # All at once, and one deadline for all.
+        closing = self._in(grace)
+        await asyncio.gather(*(one.end_workers(closing) for one in self.pipelines.values()))
+        # One after the other, but one deadline for all: they may well lie on the same disk. It
+        # counts from here: the time that a handler takes to close is not the disk's.
         give_up = max(self._in(JOURNAL_SECONDS), self._deadline)
         reports = {
-            name: await pipeline.close(self._in(grace), give_up)
-            for name, pipeline in self.pipelines.items()
+            name: await pipeline.close_journal(give_up) for name, pipeline in self.pipelines.items()
         }
         if self._progress is not None:
             await self._progress.stop()

@@ -145,6 +145,7 @@ class Pipeline:
         self._dispatched = 0
         self._leaving = False
         self._closing = False
+        self._gone = True  # the workers
         self._timer: asyncio.Timeout | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._moved = asyncio.Event()
@@ -567,22 +568,38 @@ class Pipeline:
         return due > deadline
 
     async def close(self, deadline: float, give_up: float | None = None) -> Report:
-        """Cancels the tasks that feed the workers, ends the workers, closes the journal.
+        """Ends the workers, then closes the journal; see `end_workers` and `close_journal`."""
+        await self.end_workers(deadline)
+        return await self.close_journal(give_up)
+
+    async def end_workers(self, deadline: float) -> None:
+        """Cancels the tasks that feed the workers, and ends the workers.
 
         Args:
             deadline: loop time until which an idle worker may take to close its handler.
+        """
+        self._closing = True
+        await _cancel(self._turning)
+        self._gone = await self.pool.close(deadline if not self.running else self._loop.time())
+        await _cancel(self._tasks)  # whose worker is gone, or was left behind
+
+    async def close_journal(self, give_up: float | None = None) -> Report:
+        """Closes the journal; the workers have ended.
+
+        Args:
             give_up: loop time at which a journal whose disk does not answer is left as it is.
 
         Returns:
             The last numbers.
         """
-        self._closing = True
-        await _cancel(self._turning)
-        gone = await self.pool.close(deadline if not self.running else self._loop.time())
-        await _cancel(self._tasks)  # whose worker is gone, or was left behind
         closed = await self.journal.close(give_up)
         return Report(
-            closed.ledger, closed.counted, gone, self.journal.durable, closed.written, closed.gone
+            closed.ledger,
+            closed.counted,
+            self._gone,
+            self.journal.durable,
+            closed.written,
+            closed.gone,
         )
 
     # -- what others may know ------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+import structlog
+
 from ingestd.execution.coroutine import CoroutineLane
 from ingestd.execution.pool import TaskPool, ThreadedPool
 from ingestd.execution.process import ProcessLane
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ingestd.base.settings import PipelineSettings
+
+log = structlog.get_logger(__name__)
 
 
 def build_pool(
@@ -41,5 +45,11 @@ def build_pool(
             [ProcessLane(lane, hello, timeout=timeout, on_restart=on_restart) for lane in names]
         )
     if executor.kind == "thread":
-        return ThreadedPool([ThreadLane(lane, Runner(wanted)) for lane in names], overrun=timeout)
-    return TaskPool([CoroutineLane(lane, Runner(wanted), timeout=timeout) for lane in names])
+        return ThreadedPool(
+            [ThreadLane(lane, _runner(wanted, lane)) for lane in names], overrun=timeout
+        )
+    return TaskPool([CoroutineLane(lane, _runner(wanted, lane), timeout=timeout) for lane in names])
+
+
+def _runner(wanted: Wanted, lane: str) -> Runner:
+    return Runner(wanted, lambda error: log.warning("handler_close_failed", lane=lane, error=error))

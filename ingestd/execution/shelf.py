@@ -64,12 +64,15 @@ class Shelf:
         self._waiting.put(ticket)
         return ticket
 
-    def serve(self, function: Callable[[Job], Result], lane: str) -> None:
+    def serve(
+        self, function: Callable[[Job], Result], lane: str, after: Callable[[], None] | None = None
+    ) -> None:
         """Runs one job after the other until the shelf is closed; on a lane's thread.
 
         Args:
             function: runs one job, and never raises.
             lane: the name of the lane.
+            after: called when a job's result is on its way; never raises.
         """
         while (ticket := self._waiting.get()) is not None and not self._closed:
             try:
@@ -84,6 +87,8 @@ class Shelf:
                     self._loop.call_soon_threadsafe(self._tell)
                 except RuntimeError:
                     return  # the loop is gone, and with it who asked
+            if after is not None:
+                after()
 
     def _tell(self) -> None:
         self._told = False

@@ -39,7 +39,7 @@ class ThreadLane:
 
     def serve(self, shelf: Shelf) -> None:
         """See `ThreadedLane.serve`."""
-        self._thread.submit(shelf.serve, self._runner.run, self._name)
+        self._thread.submit(shelf.serve, self._runner.run, self._name, self._runner.renew)
 
     def _close(self) -> None:
         failed = self._runner.close()

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar, cast, overload
 import msgspec
 
 from ingestd.base.record import Records, Span
-from ingestd.handlers.failure import one_line
 from ingestd.handlers.outcome import Job, Rejection, Retry
+from ingestd.handlers.text import plain
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -136,7 +136,7 @@ class Batch(Sequence[T_co], Generic[T_co]):
             IndexError: there is no record `i`.
         """
         place = self._place(i)
-        self._said[place] = Rejection(place, "rejected", one_line(str(why)))
+        self._said[place] = Rejection(place, "rejected", plain(why))
 
     def retry(self, i: int, after: float | timedelta | None = None, why: str = "") -> None:
         """Let record `i` come again, in a later batch.
@@ -156,11 +156,11 @@ class Batch(Sequence[T_co], Generic[T_co]):
             seconds = float(seconds)
             if not (math.isfinite(seconds) and seconds >= 0):
                 raise ValueError(f"after: {after!r} is not a time to wait")
-        self._said[place] = Retry(place, seconds, one_line(str(why)))
+        self._said[place] = Retry(place, seconds, plain(why))
 
     def reject_all(self, why: str = "") -> None:
         """Give every record up; those rejected before keep their own `why`."""
-        line = one_line(str(why))
+        line = plain(why)
         for place in self._places:
             if not isinstance(self._said.get(place), Rejection):
                 self._said[place] = Rejection(place, "rejected", line)

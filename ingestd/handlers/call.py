@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
-import time
+import types
+from time import perf_counter  # by name: a handler may freeze or replace the module's
 from typing import TYPE_CHECKING, Any
 
 from ingestd.handlers.batch import Batch, Reject
 from ingestd.handlers.failure import failure_of
+from ingestd.handlers.forked import ParentOnly
 from ingestd.handlers.outcome import Failure, Job, Result
+from ingestd.handlers.text import definer_of, message_of, name_of
 
 if TYPE_CHECKING:
     from asyncio import Task
@@ -22,12 +24,13 @@ def call(spec: HandlerSpec, handler: Callable[[Any], Any], job: Job) -> Result:
     batch = _batch(spec, job)
     if not isinstance(batch, Batch):
         return batch
-    started = time.perf_counter()
+    started = perf_counter()
     try:
-        returned = handler(_argument(spec, batch))
+        with ParentOnly():
+            returned = handler(_argument(spec, batch))
     except BaseException as exc:  # noqa: BLE001  SystemExit and KeyboardInterrupt are the batch's
-        return _after(batch, time.perf_counter() - started, exc)
-    return _after(batch, time.perf_counter() - started, None, returned)
+        return _after(batch, perf_counter() - started, exc)
+    return _after(batch, perf_counter() - started, None, returned)
 
 
 async def call_async(spec: HandlerSpec, handler: Callable[[Any], Any], job: Job) -> Result:
@@ -42,18 +45,19 @@ async def call_async(spec: HandlerSpec, handler: Callable[[Any], Any], job: Job)
     batch = _batch(spec, job)
     if not isinstance(batch, Batch):
         return batch
-    started = time.perf_counter()
+    started = perf_counter()
     try:
-        returned = handler(_argument(spec, batch))
-        if inspect.isawaitable(returned):
-            returned = await returned
+        with ParentOnly():
+            returned = handler(_argument(spec, batch))
+            if _is_awaitable(returned):
+                returned = await returned
     except asyncio.CancelledError as exc:
         if _is_cancelled(asyncio.current_task()):
             raise
-        return _after(batch, time.perf_counter() - started, exc)
+        return _after(batch, perf_counter() - started, exc)
     except BaseException as exc:  # noqa: BLE001
-        return _after(batch, time.perf_counter() - started, exc)
-    return _after(batch, time.perf_counter() - started, None, returned)
+        return _after(batch, perf_counter() - started, exc)
+    return _after(batch, perf_counter() - started, None, returned)
 
 
 def close(spec: HandlerSpec, handler: object) -> Failure | None:
@@ -63,7 +67,8 @@ def close(spec: HandlerSpec, handler: object) -> Failure | None:
     """
     try:
         shut = getattr(handler, "close", None) if spec.is_class else None
-        return _not_run(shut()) if callable(shut) else None
+        with ParentOnly():
+            return _not_run(shut()) if callable(shut) else None
     except BaseException as exc:  # noqa: BLE001
         return failure_of(exc)
 
@@ -78,8 +83,8 @@ async def close_async(spec: HandlerSpec, handler: object) -> Failure | None:
 
     try:
         shut = getattr(handler, "close", None) if spec.is_class else None
-        returned = shut() if callable(shut) else None
-        if inspect.isawaitable(returned):
+        returned: Any = shut() if callable(shut) else None
+        if _is_awaitable(returned):
             await returned
     except asyncio.CancelledError as exc:
         if _is_cancelled(asyncio.current_task()):
@@ -112,29 +117,55 @@ def _argument(spec: HandlerSpec, batch: Batch[Any]) -> Any:
 
 
 def _after(
-    batch: Batch[Any], seconds: float, raised: BaseException | None, returned: object = None
+    batch: Batch[Any], seconds: float, raised: BaseException | None, returned: Any = None
 ) -> Result:
-    if isinstance(raised, Reject):
-        batch.reject_all(raised.why)
-    elif raised is not None:
-        return Result(failure=failure_of(raised), seconds=seconds)
-    elif failure := _not_run(returned):
-        return Result(failure=failure, seconds=seconds)
-    return Result(batch.rejections, batch.retries, None, seconds)
+    """The result of a call; what goes wrong in finding out is the batch's failure as well."""
+    try:
+        # By its type: `isinstance` would ask the exception, which may lie, or raise.
+        if issubclass(type(raised), Reject):
+            batch.reject_all(_why(raised))
+        elif failure := _not_run(returned) if raised is None else failure_of(raised):
+            return Result(failure=failure, seconds=seconds)
+        return Result(batch.rejections, batch.retries, None, seconds)
+    except BaseException as exc:  # noqa: BLE001  a thread of the handler's still says something
+        return Result(failure=failure_of(exc), seconds=seconds)
 
 
-def _not_run(returned: object) -> Failure | None:
+def _why(raised: Any) -> Any:
+    """The reason of a `Reject`, also of a subclass that does not call our constructor."""
+    try:
+        return raised.why
+    except BaseException:  # noqa: BLE001
+        return message_of(raised, 4000)
+
+
+_GENERATORS = (types.GeneratorType, types.AsyncGeneratorType)
+
+
+def _not_run(returned: Any) -> Failure | None:
     """A returned coroutine or generator has not done anything yet: that is no success."""
-    if inspect.iscoroutine(returned):
+    # By its type: what is returned may be an object whose class answers for another one.
+    kind = type(returned)
+    if issubclass(kind, types.CoroutineType):
         returned.close()  # it would warn that it was never awaited
-    elif inspect.isgenerator(returned) or inspect.isasyncgen(returned):
+    elif issubclass(kind, _GENERATORS):
         problem = "a generator, so none of it ran: a handler must not yield"
         return Failure("raised", f"the handler returned {problem}")
-    elif not inspect.isawaitable(returned):
+    elif not _is_awaitable(returned):
         return None
-    kind = type(returned).__name__
     return Failure(
         "raised",
-        f"the handler returned a {kind} that nobody awaits:"
+        f"the handler returned a {name_of(kind)} that nobody awaits:"
         ' declare it async def and set executor.kind = "async"',
     )
+
+
+def _is_awaitable(returned: Any) -> bool:
+    """`inspect.isawaitable`, without asking the object."""
+    kind = type(returned)
+    if issubclass(kind, types.GeneratorType):
+        return bool(returned.gi_code.co_flags & _ITERABLE_COROUTINE)
+    return definer_of(kind, "__await__") is not None
+
+
+_ITERABLE_COROUTINE = 0x100  # inspect.CO_ITERABLE_COROUTINE: @types.coroutine

@@ -17,8 +17,8 @@ import msgspec
 import msgspec.inspect
 
 from ingestd.base.record import Layout, Records
-from ingestd.handlers.failure import one_line
 from ingestd.handlers.outcome import Rejection
+from ingestd.handlers.text import one_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

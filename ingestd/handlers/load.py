@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ingestd.handlers.context import Context
 from ingestd.handlers.decode import CannotDecode, Decoder, decoder_for
-from ingestd.handlers.failure import describe
+from ingestd.handlers.forked import ParentOnly
 from ingestd.handlers.signature import NotAHandler, Shape, resolve, shape_of
 from ingestd.handlers.target import find, refuse, where_raised
+from ingestd.handlers.text import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -64,7 +65,8 @@ class HandlerSpec(NamedTuple):
         if not self.is_class:
             return self.found
         try:
-            instance: Callable[[Any], Any] = self.found(**arguments)
+            with ParentOnly():
+                instance: Callable[[Any], Any] = self.found(**arguments)
         except KeyboardInterrupt:
             raise
         except BaseException as exc:  # noqa: BLE001  it is the user's code

@@ -6,6 +6,8 @@ everything, so a result always comes back unless the worker itself died.
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from ingestd.base.record import Records, Span  # noqa: TC001  msgspec reads the annotations
@@ -57,6 +59,12 @@ class Retry(msgspec.Struct, frozen=True, array_like=True):
     error: str
 
 
+REJECTED = frozenset({"undecodable", "rejected"})
+"""Reasons of a `Rejection`."""
+ERROR_CHARS_MAX = 4096
+"""Longest `error` of anything here."""
+
+
 class Failure(msgspec.Struct, frozen=True, array_like=True):
     """The call as a whole did not succeed: nothing else in the result counts.
 
@@ -85,3 +93,30 @@ class Result(msgspec.Struct, frozen=True):
     retries: list[Retry] = []
     failure: Failure | None = None
     seconds: float = 0.0
+
+
+def flaw_of(result: Result, records: int) -> str:
+    """The first thing that makes a result impossible for a job of so many records; or nothing.
+
+    The pipeline takes indices, times and reasons as they are. A worker's answer, or a batch that
+    its handler reached into, is looked at here once, where it is no turn of the event loop.
+    """
+    if not (math.isfinite(result.seconds) and result.seconds >= 0):
+        return f"it ran for {result.seconds!r} s"
+    seen: set[int] = set()
+    every: list[Rejection | Retry] = [*result.rejections, *result.retries]
+    for said in every:
+        if not 0 <= said.index < records:
+            return f"it names record {said.index} of {records}"
+        if said.index in seen:
+            return f"it names record {said.index} twice"
+        if len(said.error) > ERROR_CHARS_MAX:
+            return f"its error for record {said.index} is {len(said.error)} characters long"
+        seen.add(said.index)
+    for rejection in result.rejections:
+        if rejection.reason not in REJECTED:
+            return f"its reason for record {rejection.index} is none of ours"
+    for retry in result.retries:
+        if retry.after is not None and not (math.isfinite(retry.after) and retry.after >= 0):
+            return f"it wants record {retry.index} again after {retry.after!r} s"
+    return ""

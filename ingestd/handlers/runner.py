@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -9,14 +11,18 @@ import msgspec
 from ingestd.base.errors import HandlerLoadError
 from ingestd.handlers.call import call, call_async, close, close_async
 from ingestd.handlers.failure import failure_of
+from ingestd.handlers.forked import ParentOnly
 from ingestd.handlers.load import load
-from ingestd.handlers.outcome import Result
+from ingestd.handlers.outcome import Failure, Result, flaw_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ingestd.handlers.load import HandlerSpec
-    from ingestd.handlers.outcome import Failure, Job
+    from ingestd.handlers.outcome import Job
+
+CLOSE_SECONDS = 5.0
+"""How long a handler may take to close itself."""
 
 
 class Wanted(msgspec.Struct, frozen=True):
@@ -43,13 +49,20 @@ class Runner:
     """What one worker holds. Not for use by two threads at once.
 
     A handler class whose constructor fails (its database is down, say) does not stop the daemon:
-    each job tries to create it again, and fails like any other job until that succeeds.
+    each job tries to create it again, and fails like any other job until that succeeds. An instance
+    whose call raised is closed, and the next job gets a new one: its connection may be broken.
+
+    Args:
+        wanted: the handler.
+        report: gets one line when an instance that is replaced did not close as it should.
     """
 
-    def __init__(self, wanted: Wanted) -> None:
+    def __init__(self, wanted: Wanted, report: Callable[[str], None] = lambda _: None) -> None:
         self._wanted = wanted
+        self._report = report
         self._spec: HandlerSpec | None = None
         self._handler: Callable[[Any], Any] | None = None
+        self._spoiled = False
 
     def prepare(self) -> str:
         """Loads the handler and tries to create it.
@@ -61,10 +74,11 @@ class Runner:
             HandlerLoadError: it can't be loaded, or does not take its options.
         """
         wanted = self._wanted
-        spec = load(wanted.target, record_format=wanted.record_format, executor=wanted.executor)
-        spec.check_options(wanted.options)
-        self._spec = spec
-        _, failure = self._made()
+        with ParentOnly():
+            spec = load(wanted.target, record_format=wanted.record_format, executor=wanted.executor)
+            spec.check_options(wanted.options)
+            self._spec = spec
+            _, failure = self._made()
         return failure.error if failure else ""
 
     def _made(self) -> tuple[tuple[HandlerSpec, Callable[[Any], Any]] | None, Failure | None]:
@@ -74,7 +88,10 @@ class Runner:
             wanted = self._wanted
             try:
                 self._handler = self._spec.create(
-                    wanted.options, pipeline=wanted.pipeline, data_dir=wanted.data_dir
+                    # A copy: an instance may change its options, and the next one gets them too.
+                    copy.deepcopy(wanted.options),
+                    pipeline=wanted.pipeline,
+                    data_dir=wanted.data_dir,
                 )
             except HandlerLoadError as error:
                 return None, failure_of(error.__cause__ or error)
@@ -84,13 +101,76 @@ class Runner:
 
     def run(self, job: Job) -> Result:
         """Calls the handler; never raises."""
-        made, failure = self._made()
-        return call(*made, job) if made else Result(failure=failure)
+        self.renew()
+        try:
+            with ParentOnly():
+                made, failure = self._made()
+                result = call(*made, job) if made else Result(failure=failure)
+        except BaseException as error:  # noqa: BLE001
+            result = Result(failure=failure_of(error))
+        return self._looked_at(result, job)
 
     async def run_async(self, job: Job) -> Result:
         """Calls an `async def` handler; raises only `asyncio.CancelledError`."""
-        made, failure = self._made()
-        return await call_async(*made, job) if made else Result(failure=failure)
+        from asyncio import CancelledError  # noqa: PLC0415  other workers do without
+
+        await self.renew_async()
+        try:
+            with ParentOnly():
+                made, failure = self._made()
+                result = await call_async(*made, job) if made else Result(failure=failure)
+        except CancelledError:
+            self._spoil()
+            raise
+        except BaseException as error:  # noqa: BLE001
+            result = Result(failure=failure_of(error))
+        return self._looked_at(result, job)
+
+    def _looked_at(self, result: Result, job: Job) -> Result:
+        if flaw := flaw_of(result, job.records.count):
+            error = f"the handler reached into its batch: {flaw}"
+            result = Result(failure=Failure("raised", error))
+        if result.failure is not None:
+            self._spoil()
+        return result
+
+    def _spoil(self) -> None:
+        # A function stays, and so does an object of the module's: neither was made by us.
+        self._spoiled = self._handler is not None and self._spec is not None and self._spec.is_class
+
+    def renew(self) -> None:
+        """Closes an instance whose call raised; the next job creates another one.
+
+        `run` does it when nobody did so before: the sooner, the sooner its connection is closed.
+        """
+        if not self._spoiled:
+            return
+        overran = threading.Timer(CLOSE_SECONDS, self._report, (_OVERRAN,))
+        overran.daemon = True
+        overran.start()
+        try:
+            failed = self.close()
+        finally:
+            overran.cancel()
+        self._forget(failed)
+
+    async def renew_async(self) -> None:
+        """`renew` for an `async def` handler; one that takes too long is given up."""
+        import asyncio  # noqa: PLC0415
+
+        if not self._spoiled:
+            return
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                failed = await self.close_async()
+        except TimeoutError:
+            failed = _OVERRAN
+        self._forget(failed)
+
+    def _forget(self, failed: str) -> None:
+        self._handler, self._spoiled = None, False
+        if failed:
+            self._report(failed)
 
     def close(self) -> str:
         """Calls the handler's `close()`, if it has one; one line if that failed."""
@@ -105,3 +185,6 @@ class Runner:
             return ""
         failure = await close_async(self._spec, self._handler)
         return failure.error if failure else ""
+
+
+_OVERRAN = f"it was not done after {CLOSE_SECONDS:g} s"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ingestd.base.errors import HandlerLoadError
-from ingestd.handlers.failure import describe, one_line
+from ingestd.handlers.text import describe, one_line
 
 GROUP = "ingestd.handlers"
 # Ours by heart: they work from a checkout without an installation, and nobody can take the name.

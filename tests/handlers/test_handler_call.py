@@ -11,9 +11,9 @@ import msgspec
 import pytest
 
 from ingestd.handlers.call import call, call_async, close, close_async
-from ingestd.handlers.failure import TRACEBACK_BYTES_MAX
 from ingestd.handlers.load import HandlerSpec, load
 from ingestd.handlers.outcome import Failure, Rejection, Result, Retry
+from ingestd.handlers.trace import TRACEBACK_BYTES_MAX
 
 CODE = """
 from __future__ import annotations
