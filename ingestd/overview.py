@@ -49,6 +49,7 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
         dead_letters=DeadLettersStatus(
             kept=state.letters, bytes=state.letters_bytes, bytes_max=state.letters_bytes_max
         ),
+        executor=pipeline.executor,
         oldest_pending_seconds=round(state.oldest_pending_seconds, 3),
         bounds_near=bounds_near(
             {

@@ -22,7 +22,7 @@ from ingestd.base.metrics import PipelineState
 from ingestd.base.record import Records, Span, without
 from ingestd.batching.batch import Batch
 from ingestd.batching.batcher import Batcher, Cut
-from ingestd.execution.build import build_pool
+from ingestd.execution.build import start_pool
 from ingestd.execution.line import Line
 from ingestd.execution.retry import Postponed, RetryRule, Settled, decide
 from ingestd.handlers.outcome import Job, Result
@@ -95,6 +95,9 @@ class Pipeline:
         metrics: what it counts.
         clock: where time comes from.
         keys: how long idempotency keys are kept, and how many.
+
+    Attributes:
+        executor: what the handler runs in, `process`, `thread` or `async`; empty before `open`.
     """
 
     def __init__(
@@ -129,9 +132,8 @@ class Pipeline:
             records_max=settings.batch.records_max, bytes_max=settings.batch.bytes_max
         )
         self.line: Line[Batch] = Line(waiting_max=settings.retry.waiting_max, on_empty=self._retime)
-        self.pool: Pool[Any] = build_pool(
-            name, settings, data_dir=data_dir, on_restart=metrics.worker_restarted
-        )
+        self.executor = ""
+        self._data_dir = data_dir
         self.outstanding = Outstanding()
         self.isolation = Isolation()
         self.watches = Watches()
@@ -162,7 +164,13 @@ class Pipeline:
         """
         self._loop = asyncio.get_running_loop()
         self.broken: asyncio.Future[None] = self._loop.create_future()
-        await self.pool.start()
+        self.pool: Pool[Any]
+        self.pool, self.executor = await start_pool(
+            self.name,
+            self.settings,
+            data_dir=self._data_dir,
+            on_restart=self._metrics.worker_restarted,
+        )
         try:
             recovered = await self.journal.open(self._durable)
         except BaseException:

@@ -86,6 +86,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
         oldest_pending_seconds: age of the oldest pending record; 0 if there is none.
         bounds_near: the settings whose bound is near or reached (`journal.bytes_max`, …).
         dead_letters: those that are kept.
+        executor: what the handler runs in: `process`, `thread` or `async`.
     """
 
     accepted: int
@@ -100,6 +101,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
     oldest_pending_seconds: float
     bounds_near: list[str]
     dead_letters: DeadLettersStatus = DeadLettersStatus()
+    executor: str = ""
 
 
 class Status(msgspec.Struct, frozen=True):

@@ -318,8 +318,9 @@ class HandlerSettings(Section):
 class ExecutorSettings(Section):
     """`[executor]`: what the handler runs in."""
 
-    kind: Literal["thread", "process", "async"] = Field(
-        "thread", description="what the handler runs in"
+    kind: Literal["auto", "process", "thread", "async"] = Field(
+        "auto",
+        description="auto: process for your function, async for your coroutine, thread for a sink",
     )
     workers: Count = Field(4, ge=1, le=1024, description="most batches that are handled at once")
     timeout: Seconds = Field(60.0, gt=0, le=30 * _DAY, description="one call may take this long")

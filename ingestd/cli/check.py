@@ -59,16 +59,21 @@ def _check_access(settings: Settings) -> int:
 
 
 def _resolve(pipeline: PipelineSettings) -> str:
-    """The handler's full name.
+    """The handler's full name, and what it will run in.
 
     Raises:
         HandlerLoadError: it can't be imported, or does not fit its pipeline or its options.
     """
     from ingestd.handlers.load import load  # noqa: PLC0415  only now the user's code is needed
+    from ingestd.handlers.target import is_ours  # noqa: PLC0415
 
     handler = pipeline.handler
     spec = load(handler.target, record_format=pipeline.format, executor=pipeline.executor.kind)
     spec.check_options(handler.options)
     found = spec.found
     module = getattr(found, "__module__", type(found).__module__)
-    return f"{module}:{getattr(found, '__qualname__', type(found).__qualname__)}"
+    kind = pipeline.executor.kind
+    if kind == "auto":
+        kind = "thread" if is_ours(handler.target) else "async" if spec.is_async else "process"
+    qualified = getattr(found, "__qualname__", type(found).__qualname__)
+    return f"{module}:{qualified} (executor: {kind})"

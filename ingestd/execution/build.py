@@ -1,7 +1,14 @@
-"""From settings to a pool."""
+"""From settings to a pool that is ready.
+
+The executor `auto` is decided here. A sink of ours runs in threads: it is known to come back and to
+leave the process as it is. The user's handler runs in processes, and its module is never imported
+by the daemon; the first children say whether it is async. If it is, they end, and it runs on an
+event loop in a thread of the daemon's.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import TYPE_CHECKING
 
@@ -12,6 +19,7 @@ from ingestd.execution.pool import TaskPool, ThreadedPool
 from ingestd.execution.process import ProcessLane
 from ingestd.execution.thread import ThreadLane
 from ingestd.handlers.runner import Runner, Wanted
+from ingestd.handlers.target import is_ours
 from ingestd.handlers.wire import Hello
 
 if TYPE_CHECKING:
@@ -22,33 +30,66 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger(__name__)
 
+_CLOSE_SECONDS = 5.0
 
-def build_pool(
+
+async def start_pool(
     name: str, settings: PipelineSettings, *, data_dir: Path, on_restart: Callable[[str], None]
-) -> TaskPool | ThreadedPool:
-    """One lane a worker, of the kind that the settings name. Nothing is started yet."""
+) -> tuple[TaskPool | ThreadedPool, str]:
+    """One lane a worker, of the kind that the settings name, started.
+
+    Returns:
+        The pool, and the kind that it is: `process`, `thread` or `async`.
+
+    Raises:
+        HandlerLoadError: the handler can't be loaded.
+    """
     executor = settings.executor
+    kind = executor.kind
+    if kind == "auto" and is_ours(settings.handler.target):
+        kind = "thread"
     wanted = Wanted(
         target=settings.handler.target,
         options=dict(settings.handler.options),
         record_format=settings.format,
-        executor=executor.kind,
+        executor=kind,
         pipeline=name,
         data_dir=str(data_dir),
     )
-
-    names = [f"{name}-worker-{number}" for number in range(executor.workers)]
-    timeout = executor.timeout
-    if executor.kind == "process":
+    lanes = [f"{name}-worker-{number}" for number in range(executor.workers)]
+    if kind in {"auto", "process"}:
         hello = Hello(wanted, os.getpid())
-        return ThreadedPool(
-            [ProcessLane(lane, hello, timeout=timeout, on_restart=on_restart) for lane in names]
-        )
-    if executor.kind == "thread":
-        return ThreadedPool(
-            [ThreadLane(lane, _runner(wanted, lane)) for lane in names], overrun=timeout
-        )
-    return TaskPool([CoroutineLane(lane, _runner(wanted, lane), timeout=timeout) for lane in names])
+        processes = [
+            ProcessLane(lane, hello, timeout=executor.timeout, on_restart=on_restart)
+            for lane in lanes
+        ]
+        pool = ThreadedPool(processes)
+        await pool.start()
+        if not any(lane.is_async for lane in processes):
+            return pool, "process"
+        await pool.close(asyncio.get_running_loop().time() + _CLOSE_SECONDS)
+        wanted, kind = _async(wanted), "async"
+    if kind == "thread":
+        threads = [ThreadLane(lane, _runner(wanted, lane)) for lane in lanes]
+        pool = ThreadedPool(threads, overrun=executor.timeout)
+        await pool.start()
+        return pool, kind
+    coroutines = TaskPool(
+        [CoroutineLane(lane, _runner(wanted, lane), timeout=executor.timeout) for lane in lanes]
+    )
+    await coroutines.start()
+    return coroutines, kind
+
+
+def _async(wanted: Wanted) -> Wanted:
+    return Wanted(
+        target=wanted.target,
+        options=wanted.options,
+        record_format=wanted.record_format,
+        executor="async",
+        pipeline=wanted.pipeline,
+        data_dir=wanted.data_dir,
+    )
 
 
 def _runner(wanted: Wanted, lane: str) -> Runner:

@@ -85,14 +85,14 @@ class Child:
             if memory >= 0:
                 os.close(memory)
         self._timeout = 0.0
-        self.not_ready = self._greet(hello)
+        self.ready = self._greet(hello)
 
-    def _greet(self, hello: wire.Hello) -> str:
+    def _greet(self, hello: wire.Hello) -> wire.Ready:
         ready = wire.decode_ready(self._exchange(wire.encode(hello), START_TIMEOUT))
         if ready.load_error:
             self.kill()
             raise HandlerLoadError(target=hello.handler.target, problem=ready.load_error)
-        return ready.not_ready
+        return ready
 
     def run(self, job: Job, timeout: float) -> Result:
         """One job.
@@ -163,6 +163,9 @@ class ProcessLane:
         timeout: seconds after which a job's child is killed.
         on_restart: called with `crashed` or `timeout`, on the lane's thread, each time a child
             has to be replaced.
+
+    Attributes:
+        is_async: with the executor `auto`, the handler has to be awaited; known after the start.
     """
 
     def __init__(
@@ -172,6 +175,7 @@ class ProcessLane:
         self._hello = hello
         self._timeout = timeout
         self._on_restart = on_restart
+        self.is_async = False
         self._child: Child | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
 
@@ -189,8 +193,9 @@ class ProcessLane:
         child = Child(self._hello)
         self._child = child
         log.debug("worker_started", lane=self._name, pid=child.process.pid)
-        if child.not_ready:
-            log.warning("handler_not_ready", lane=self._name, error=child.not_ready)
+        self.is_async = child.ready.is_async
+        if child.ready.not_ready:
+            log.warning("handler_not_ready", lane=self._name, error=child.ready.not_ready)
         return child
 
     def serve(self, shelf: Shelf) -> None:

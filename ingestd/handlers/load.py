@@ -137,7 +137,7 @@ def load(target: str, *, record_format: str, executor: str) -> HandlerSpec:
     Args:
         target: `module:name`, or a registered name like `jsonl`.
         record_format: `json`, `text` or `bytes`.
-        executor: `thread`, `process` or `async`.
+        executor: `thread`, `process` or `async`; `auto` takes every handler.
 
     Raises:
         HandlerLoadError: one line that says what is wrong and what to do.
@@ -156,10 +156,12 @@ def load(target: str, *, record_format: str, executor: str) -> HandlerSpec:
 
 
 def _check_executor(target: str, shape: Shape, executor: str) -> None:
+    if executor == "auto":
+        return
     if shape.is_async and executor != "async":
-        refuse(target, f'is async; set executor.kind = "async" (it is "{executor}")')
+        refuse(target, f'is async; set executor.kind = "auto" or "async" (it is "{executor}")')
     if executor == "async" and not shape.is_async:
         refuse(
             target,
-            'is not async; set executor.kind = "thread" or "process", or make it async def',
+            'is not async; set executor.kind = "auto", "process" or "thread", or make it async def',
         )

@@ -32,7 +32,8 @@ class Wanted(msgspec.Struct, frozen=True):
         target: `module:name` or a registered name.
         options: the handler's options.
         record_format: json, text or bytes.
-        executor: thread, process or async.
+        executor: thread, process or async; auto while it is not known whether the handler is
+            async.
         pipeline: its name.
         data_dir: the daemon's data directory.
     """
@@ -64,8 +65,15 @@ class Runner:
         self._handler: Callable[[Any], Any] | None = None
         self._spoiled = False
 
+    @property
+    def is_async(self) -> bool:
+        """Whether calls have to be awaited; `prepare` comes first."""
+        return self._spec is not None and self._spec.is_async
+
     def prepare(self) -> str:
         """Loads the handler and tries to create it.
+
+        With the executor `auto` one that is async is not created: it will run elsewhere.
 
         Returns:
             One line about a constructor that failed, or nothing.
@@ -78,6 +86,8 @@ class Runner:
             spec = load(wanted.target, record_format=wanted.record_format, executor=wanted.executor)
             spec.check_options(wanted.options)
             self._spec = spec
+            if spec.is_async and wanted.executor == "auto":
+                return ""
             _, failure = self._made()
         return failure.error if failure else ""
 

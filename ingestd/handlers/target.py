@@ -30,6 +30,11 @@ _INSTALLED = tuple(
 )
 
 
+def is_ours(target: str) -> bool:
+    """Whether a target is a sink that comes with ingestd; any other handler is the user's."""
+    return target in BUILT_IN or target in BUILT_IN.values()
+
+
 def find(target: str) -> object:
     """The object a target names; imports its module, with the current folder on the path.
 

@@ -48,10 +48,12 @@ class Ready(msgspec.Struct, frozen=True):
     Attributes:
         load_error: the handler can't be loaded; the child leaves.
         not_ready: the handler's constructor failed; it is tried again with each job.
+        is_async: with the executor `auto`, calls have to be awaited: a process is not its place.
     """
 
     load_error: str = ""
     not_ready: str = ""
+    is_async: bool = False
 
 
 class Order(msgspec.Struct, frozen=True):

@@ -56,7 +56,7 @@ def _serve(sock: socket.socket, slot: wire.Slot) -> None:
     except HandlerLoadError as error:
         wire.send(sock, wire.encode(wire.Ready(load_error=str(error.facts["problem"]))))
         return
-    wire.send(sock, wire.encode(wire.Ready(not_ready=not_ready)))
+    wire.send(sock, wire.encode(wire.Ready(not_ready=not_ready, is_async=runner.is_async)))
     while (message := wire.receive(sock)) is not None:
         wire.send(sock, wire.encode(runner.run(slot.unpack(message))))
     failed = runner.close()

@@ -190,9 +190,9 @@ def __getattr__(name):
         ("dicts", {"record_format": "bytes"}, "not dict"),
         ("yields", {}, "contains yield"),
         ("ayields", {"executor": "async"}, "contains yield"),
-        ("later", {}, 'is async; set executor.kind = "async" (it is "thread")'),
+        ("later", {}, 'is async; set executor.kind = "auto" or "async" (it is "thread")'),
         ("later", {"executor": "process"}, '(it is "process")'),
-        ("store", {"executor": "async"}, 'set executor.kind = "thread" or "process"'),
+        ("store", {"executor": "async"}, 'set executor.kind = "auto", "process" or "thread"'),
         ("", {}, "written module:name"),
     ],
 )

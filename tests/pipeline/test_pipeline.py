@@ -208,7 +208,7 @@ async def test_a_restart_feeds_sealed_batches_under_their_ids_and_then_the_rest(
 ) -> None:
     options = {"folder": str(tmp_path)}
     common = {"options": options, "batch": {"records_max": 4, "age_max": "1h"}}
-    first = await start(HANDLER + "Gate", executor={"workers": 1}, **common)
+    first = await start(HANDLER + "Gate", executor={"kind": "thread", "workers": 1}, **common)
     await first.accept(numbers(0, 10))
     await until(lambda: recording.calls(tmp_path) and first.running == 2)
     (before,) = recording.calls(tmp_path)

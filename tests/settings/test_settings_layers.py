@@ -271,7 +271,7 @@ def test_what_kubernetes_tells_of_a_service_called_ingestd_is_no_setting(world: 
         ("batch.bytes_max", '"17GiB"', "should be at most 16GiB"),
         ("executor.workers", "0", "should be at least 1"),
         ("executor.timeout", "0", "should be more than 0s"),
-        ("executor.kind", '"fork"', "should be 'thread', 'process' or 'async'"),
+        ("executor.kind", '"fork"', "should be 'auto', 'process', 'thread' or 'async'"),
         ("format", "7", "should be 'json', 'text' or 'bytes'"),
         ("http.listen", '"8080"', "HOST:PORT"),
         ("http.listen", "8080", "should be text"),
