@@ -259,6 +259,9 @@ class Pipeline:
         claim: Claim | None = None,
         watch: Watch | None = None,
         bookmark: Bookmark | None = None,
+        *,
+        principal: str = "",
+        unkept: int = 0,
     ) -> None:
         """Returns once all of it is durable; all or nothing.
 
@@ -266,7 +269,7 @@ class Pipeline:
             Overloaded: the journal is at its bound, or its disk.
             JournalFailed: it is poisoned.
         """
-        place = await self.journal.append(records, refused, claim, bookmark)
+        place = await self.journal.append(records, refused, claim, bookmark, principal)
         if watch is not None:
             # In time: a record is sealed, in a commit of its own, before anything becomes of it.
             self.watches.add(place, watch)
@@ -274,6 +277,8 @@ class Pipeline:
         for reason in {letter.reason for letter in refused}:
             sizes = [len(letter.payload) for letter in refused if letter.reason == reason]
             self._metrics.refused(reason, len(sizes), sum(sizes))
+        if unkept:
+            self._metrics.unkept(unkept)
 
     def _durable(self, chunk: Chunk) -> None:
         """The journal's word that a chunk is durable; comes just before its append resolves."""

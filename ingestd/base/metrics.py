@@ -189,6 +189,9 @@ class _Families:
         self.requests_refused = count(
             "requests_refused_total", "Whole requests turned away at a bound.", *_BY_REASON
         )
+        self.unkept = count(
+            "records_unkept_total", "Invalid records that only their sender was told of."
+        )
         self.dead_letters = count(
             "dead_letters_total", "Dead letters since the start, refused ones too.", *_BY_REASON
         )
@@ -257,6 +260,7 @@ class PipelineMetrics:
         "_requests_refused",
         "_restarts",
         "_retried",
+        "_unkept",
     )
 
     def __init__(self, name: str, families: _Families) -> None:
@@ -264,6 +268,7 @@ class PipelineMetrics:
         self._dead_letters = _Reasons(families.dead_letters, name)
         self._refused_bytes = _Reasons(families.refused_bytes, name)
         self._requests_refused = _Reasons(families.requests_refused, name)
+        self._unkept = families.unkept.labels(name)
         self._commit_seconds = families.commit_seconds.labels(name)
         self._commit_bytes = families.commit_bytes.labels(name)
         self._appends = families.appends.labels(name)
@@ -283,6 +288,10 @@ class PipelineMetrics:
         """The door refused records and keeps them as dead letters: once a request and reason."""
         self._dead_letters.inc(reason, records)
         self._refused_bytes.inc(reason, size)
+
+    def unkept(self, records: int) -> None:
+        """Invalid records were listed or counted in an answer, and not kept as dead letters."""
+        self._unkept.inc(records)
 
     def request_refused(self, reason: str) -> None:
         """A whole request was turned away and may be sent again: which bound, in one word."""

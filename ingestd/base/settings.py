@@ -123,6 +123,12 @@ class HttpSettings(Section):
         32 * _MIB, ge=1, le=_TIB, description="largest body after decompression"
     )
     records_max: Count = Field(100_000, ge=1, le=10**9, description="most records in one request")
+    invalid_kept: Count = Field(
+        10,
+        ge=0,
+        le=100,
+        description="invalid records of one request that are kept as dead letters",
+    )
     inflight_bytes_max: Size = Field(
         48 * _MIB,
         ge=1,

@@ -8,6 +8,9 @@ from typing import NamedTuple
 FAILED_MAX = 100
 """So many failed records are named one by one; the others are counted."""
 
+ERROR_CHARACTERS_MAX = 500
+"""What is told of an error: a hundred of any size are an answer of any size."""
+
 
 class Failed(NamedTuple):
     """A record that became a dead letter.
@@ -54,4 +57,4 @@ class Watch:
         """Records from `index` on became one dead letter. Comes before they count as settled."""
         self.dead += records
         if len(self.failed) < FAILED_MAX:
-            self.failed.append(Failed(index, reason, error))
+            self.failed.append(Failed(index, reason, error[:ERROR_CHARACTERS_MAX]))

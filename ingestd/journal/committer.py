@@ -69,6 +69,7 @@ class Append(NamedTuple):
     refused: Sequence[Refused]
     claim: Claim | None = None
     bookmark: Bookmark | None = None
+    principal: str = ""
 
 
 class Seal(NamedTuple):

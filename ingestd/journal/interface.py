@@ -243,6 +243,7 @@ class Journal(Protocol):
         refused: Sequence[Refused],
         claim: Claim | None = None,
         bookmark: Bookmark | None = None,
+        principal: str = "",
     ) -> Future[Place]:
         """Accepts records; resolved with where they are once they are durable.
 
@@ -251,6 +252,7 @@ class Journal(Protocol):
             refused: become dead letters.
             claim: its key and answer are put down in the same commit, and it ends with it.
             bookmark: put down in the same commit, in place of the one of that key.
+            principal: whose refused records these are.
 
         Raises:
             Overloaded: the journal's bound, the dead letters', or the disk's.

@@ -103,6 +103,7 @@ class MemoryJournal:
         refused: Sequence[Refused],
         claim: Claim | None = None,
         bookmark: Bookmark | None = None,
+        principal: str = "",  # noqa: ARG002 - its letters end with the process
     ) -> asyncio.Future[Place]:
         """See `Journal.append`."""
         size = len(records.payload) + len(records.sizes)

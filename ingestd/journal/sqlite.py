@@ -200,6 +200,7 @@ class SqliteJournal:
         refused: Sequence[Refused],
         claim: Claim | None = None,
         bookmark: Bookmark | None = None,
+        principal: str = "",
     ) -> asyncio.Future[Place]:
         """See `Journal.append`."""
         if self.failed.done():
@@ -222,7 +223,7 @@ class SqliteJournal:
         self.bytes += size
         self._refusing += letters
         future: asyncio.Future[Place] = self._loop.create_future()
-        self._submit(Append(future, records, refused, claim, bookmark))
+        self._submit(Append(future, records, refused, claim, bookmark, principal))
         if size >= JOIN_BYTES:
             self._hand_over()  # worth a commit by itself
         if claim is not None:

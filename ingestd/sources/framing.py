@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from ingestd.base.record import Records, Refused
@@ -24,6 +25,7 @@ class Framer:
         depth_max: `json` that is nested deeper is refused.
         begun: the stream was begun before: no byte order mark comes.
         index: of the first record.
+        listed_max: see `parse_lines`.
 
     Attributes:
         index: of the next record.
@@ -37,16 +39,23 @@ class Framer:
         *,
         begun: bool = False,
         index: int = 0,
+        listed_max: int = sys.maxsize,
     ) -> None:
         self._form = form
         self._record_bytes_max = record_bytes_max
         self._depth_max = depth_max
+        self._listed_max = listed_max
         self.index = index
         self._tail = bytearray()
         self._bom = BOM if form != "bytes" and not begun else b""
         # Of a line that is too long already: how long, and whether a CR was its last byte.
         self._over = 0
         self._over_cr = False
+
+    @property
+    def held(self) -> int:
+        """Bytes of the unfinished line."""
+        return len(self._tail)
 
     def feed(self, data: bytes) -> Parsed | None:
         """The records that `data` completes; nothing if it completes none."""
@@ -89,11 +98,16 @@ class Framer:
     def _parse(self, block: bytes, refused: list[Refused]) -> Parsed | None:
         if block:
             parsed = parse_lines(
-                block, self._form, self._record_bytes_max, self.index, self._depth_max
+                block,
+                self._form,
+                self._record_bytes_max,
+                self.index,
+                self._depth_max,
+                listed_max=self._listed_max,
             )
             self.index += parsed.total
             if refused:
-                parsed = Parsed(parsed.records, refused + parsed.refused)
+                parsed = parsed._replace(refused=refused + parsed.refused)
         else:
             parsed = _only(refused)
         return parsed if parsed.total else None

@@ -74,6 +74,9 @@ class Intake(Protocol):
         claim: Claim | None = None,
         watch: Watch | None = None,
         bookmark: Bookmark | None = None,
+        *,
+        principal: str = "",
+        unkept: int = 0,
     ) -> None:
         """Returns once all of it is durable; all or nothing.
 
@@ -83,6 +86,8 @@ class Intake(Protocol):
             claim: its key and answer become durable together with the records.
             watch: is told what becomes of `records`, from now until `unwatch`.
             bookmark: becomes durable together with the records, in place of the one of its key.
+            principal: who sent them: a token, a certificate, a webhook, else an address.
+            unkept: how many more records were refused and are not kept; they are counted.
 
         Raises:
             Overloaded: at a bound; nothing was taken.

@@ -10,6 +10,7 @@ not canonical then goes line by line.
 from __future__ import annotations
 
 import re
+import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -36,16 +37,23 @@ class Parsed(NamedTuple):
 
     Attributes:
         records: the good ones; may be none.
-        refused: the others, in order.
+        refused: the others, in order; the first ones alone where a bound says so.
+        unlisted: how many more were refused.
     """
 
     records: Records
     refused: list[Refused]
+    unlisted: int = 0
+
+    @property
+    def invalid(self) -> int:
+        """All refused records, listed or not."""
+        return len(self.refused) + self.unlisted
 
     @property
     def total(self) -> int:
         """Good and refused records together."""
-        return self.records.count + len(self.refused)
+        return self.records.count + len(self.refused) + self.unlisted
 
 
 def parse_lines(
@@ -54,6 +62,8 @@ def parse_lines(
     record_bytes_max: int,
     first: int = 0,
     depth_max: int = DEPTH_MAX,
+    *,
+    listed_max: int = sys.maxsize,
 ) -> Parsed:
     """One record a line.
 
@@ -67,11 +77,13 @@ def parse_lines(
         record_bytes_max: a longer record is refused.
         first: the index of the first record.
         depth_max: `json` that is nested deeper is refused.
+        listed_max: this many refused records are listed, the others are only counted: as an object
+            a line of one byte takes some hundred.
     """
     if block[-1:] != b"\n":
         block += b"\n"
     if form == "json":
-        return _parse_json(block, record_bytes_max, first, depth_max)
+        return _parse_json(block, record_bytes_max, first, depth_max, listed_max)
     lines = block.split(b"\n")
     lines.pop()
     if form == "text" and (b"\r" in block or b"" in lines):
@@ -80,7 +92,7 @@ def parse_lines(
         lines.pop()
     if len(block) <= record_bytes_max + 1 or max(map(len, lines), default=0) <= record_bytes_max:
         return Parsed(Records(Layout.LINES, len(lines), block), [])
-    return _sort_out(block, None, record_bytes_max, first)
+    return _sort_out(block, None, record_bytes_max, first, listed_max)
 
 
 def parse_canonical(
@@ -144,14 +156,16 @@ def squeeze(block: bytes) -> bytes:
     return block[1:] if block[:1] == b"\n" else block
 
 
-def _parse_json(block: bytes, record_bytes_max: int, first: int, depth_max: int) -> Parsed:
+def _parse_json(
+    block: bytes, record_bytes_max: int, first: int, depth_max: int, listed_max: int
+) -> Parsed:
     parsed = parse_canonical(block, record_bytes_max, depth_max)
     if parsed is None:
         squeezed = squeeze(block)
         if squeezed is not block:
             block = squeezed
             parsed = parse_canonical(block, record_bytes_max, depth_max)
-    return parsed or _sort_out(block, depth_max, record_bytes_max, first)
+    return parsed or _sort_out(block, depth_max, record_bytes_max, first, listed_max)
 
 
 def _count_json(block: bytes, record_bytes_max: int, depth_max: int) -> int:
@@ -173,27 +187,37 @@ def _count_json(block: bytes, record_bytes_max: int, depth_max: int) -> int:
     return count if fits else 0
 
 
-def _sort_out(block: bytes, depth_max: int | None, record_bytes_max: int, first: int) -> Parsed:
+def _sort_out(
+    block: bytes, depth_max: int | None, record_bytes_max: int, first: int, listed_max: int
+) -> Parsed:
     """Line by line; with a depth they are JSON, without one they are anything."""
     good: list[bytes] = []
     refused: list[Refused] = []
+    unlisted = 0
     details: dict[str, str] = {}  # many lines have the same fault; it is kept once
     lines = block.split(b"\n")
     lines.pop()
     for line in lines:
-        index = first + len(good) + len(refused)
         if len(line) > record_bytes_max:
-            refused.append(too_large(index, len(line), record_bytes_max, line))
+            detail = ""
         elif depth_max is None:
             good.append(line)
+            continue
         elif not line.strip(b" \t\r"):
             continue
-        elif detail := json_fault(line, depth_max):
+        elif not (detail := json_fault(line, depth_max)):
+            good.append(line)
+            continue
+        if len(refused) >= listed_max:
+            unlisted += 1
+            continue
+        index = first + len(good) + len(refused)
+        if detail:
             detail = details.setdefault(detail, detail)
             refused.append(Refused(index, "malformed", detail, line))
         else:
-            good.append(line)
-    return Parsed(Records.lines(good), refused)
+            refused.append(too_large(index, len(line), record_bytes_max, line))
+    return Parsed(Records.lines(good), refused, unlisted)
 
 
 _NOTHING = msgspec.Raw(b"")

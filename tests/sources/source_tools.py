@@ -27,6 +27,8 @@ class MemoryIntake:
         self.json_depth_max: int = more.get("json_depth_max", 128)
         self.runs: list[Records] = []
         self.refused: list[Refused] = []
+        self.principals: list[str] = []
+        self.unkept = 0
         self.gate = asyncio.Event()
         self.gate.set()
         self.asked = asyncio.Event()
@@ -40,7 +42,11 @@ class MemoryIntake:
         refused: Sequence[Refused] = (),
         claim: Any = None,
         watch: Any = None,
+        principal: str = "",
+        unkept: int = 0,
     ) -> None:
+        self.principals.append(principal)
+        self.unkept += unkept
         self.asked.set()
         if self.errors:
             raise self.errors.pop(0)

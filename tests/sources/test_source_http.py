@@ -87,8 +87,45 @@ async def test_bad_lines_beside_good_ones_are_kept_and_listed(intake):
     assert len(reply.json["errors"]) == 100
     assert reply.json["errors"][0].keys() == {"index", "reason", "detail"}
     assert reply.json["errors"][0]["index"] == 1
-    assert len(intake.refused) == 151
+    assert len(intake.refused) == 10  # http.invalid_kept
+    assert intake.unkept == 141
     assert intake.refused[0].payload == b"bad"
+    assert intake.principals == ["127.0.0.1"]
+
+
+@pytest.mark.parametrize("kept", [0, 3, 100])
+async def test_so_many_invalid_records_of_a_request_are_kept(intake, kept):
+    async with serving(intake, invalid_kept=kept) as source:
+        reply = await ask(source, b"1\n" + b"x\n" * 120)
+    assert reply.json["rejected"] == 120
+    assert [one.index for one in intake.refused] == list(range(1, kept + 1))
+    assert intake.unkept == 120 - kept
+
+
+@pytest.mark.parametrize(
+    ("good", "invalid", "status"),
+    [(1, 200, 202), (1, 201, 400), (200, 201, 400), (201, 201, 202), (5000, 5000, 202)],
+)
+async def test_a_body_that_is_mostly_invalid_is_refused_whole(intake, good, invalid, status):
+    for lines in (b"1\n" * good + b"x\n" * invalid, b"x\n" * invalid + b"1\n" * good):
+        async with serving(intake) as source:
+            reply = await ask(source, lines)
+        assert reply.status == status
+        if status == 400:
+            assert reply.slug == "mostly-invalid"
+            assert len(reply.json["errors"]) == 100
+            assert not intake.asked.is_set()
+        else:
+            assert (reply.json["accepted"], reply.json["rejected"]) == (good, invalid)
+            assert len(intake.items) == good
+            intake.runs.clear()
+
+
+async def test_a_large_body_that_is_mostly_invalid_is_refused_before_its_end(intake):
+    async with serving(intake) as source:
+        reply = await ask(source, b"1\n" + b"x\n" * 99_000)
+    assert (reply.status, reply.slug) == (400, "mostly-invalid")
+    assert not intake.asked.is_set()
 
 
 async def test_nothing_acceptable_is_not_stored(intake):
@@ -450,7 +487,7 @@ async def test_keepalive_can_be_switched_off(intake):
 
 async def test_request_ids(intake):
     class Noting(MemoryIntake):
-        async def accept(self, records, refused=(), claim=None):
+        async def accept(self, records, refused=(), claim=None, watch=None, **more):
             ids.append(structlog.contextvars.get_contextvars()["request_id"])
 
     ids = []

@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import itertools
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +17,7 @@ from ingestd.sources.http import stream as module
 from ingestd.sources.http.body import Bounds, Reading, parse_body
 from ingestd.sources.http.gate import Caller
 from ingestd.sources.http.problem import Problem
+from ingestd.sources.http.room import Room
 from ingestd.sources.http.stream import HELD_BYTES, PIECE_BYTES, Stream
 from tests.sources.source_tools import MemoryIntake, Reply, ask, connected, serving, until
 
@@ -69,7 +71,7 @@ async def test_a_stream_that_turns_into_noise_is_ended():
         await until(lambda: intake.items)
         client.send(chunk(b"bad\n" * 500))
         reply = await client.reply()
-        assert (reply.status, reply.slug) == (400, "malformed")
+        assert (reply.status, reply.slug) == (400, "mostly-invalid")
         assert (reply.json["accepted"], reply.json["rejected"]) == (1, 0)
     assert not intake.refused
 
@@ -297,14 +299,18 @@ async def test_any_division_gives_the_records_of_the_whole(body, cuts, form):
         piece = next(left, None)
         return (b"", True) if piece is None else (piece, False)
 
-    one = Stream(
-        read, intake, Caller(), encoding="identity", ratio_max=0, silence=10.0, gone=lambda: False
-    )
+    room = Room(10**7, requests_max=1, share=1, streams_max=1)
     problem = None
-    try:
-        answer = Reply(202, {}, await one.run(pieces[0])).json
-    except Problem as found:
-        problem = found
+    with ThreadPoolExecutor(1) as thread, room.enter("somebody") as hold:
+        one = Stream(
+            read, intake, Caller(), hold, thread, invalid_kept=100,
+            encoding="identity", ratio_max=0, silence=10.0, gone=lambda: False,
+        )  # fmt: skip
+        try:
+            answer = Reply(202, {}, await one.run(pieces[0])).json
+        except Problem as found:
+            problem = found
+    assert room.bytes == 0
     if problem is not None:
         # What its first piece holds decides; as a whole it may hold something good later on.
         assert problem.refused

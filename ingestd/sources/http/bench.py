@@ -41,17 +41,21 @@ class Bench:
 
     Args:
         settings: the bounds.
+
+    Attributes:
+        stream_thread: the one for pieces of streams, which come at any rate.
     """
 
     def __init__(self, settings: HttpSettings) -> None:
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="http-body")
+        self.stream_thread = ThreadPoolExecutor(1, thread_name_prefix="http-stream")
         self._large = ThreadPoolExecutor(1, thread_name_prefix="http-large")
 
     def close(self) -> None:
         """Ends the threads; what they are at is finished and thrown away."""
-        for thread in (self._thread, self._large):
+        for thread in (self._thread, self.stream_thread, self._large):
             thread.shutdown(wait=False, cancel_futures=True)
 
     async def parse(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from email.message import Message
+import re
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,7 +13,7 @@ from ingestd.base.record import Layout, Records, Refused, pack_sizes
 from ingestd.sources.depth import DEPTH_MAX, is_deeper
 from ingestd.sources.http import problem
 from ingestd.sources.http.elements import holds_more
-from ingestd.sources.http.problem import Problem
+from ingestd.sources.http.problem import ERRORS_MAX, Problem
 from ingestd.sources.lines import (
     BOM,
     KEPT_BYTES,
@@ -37,6 +37,12 @@ PIECE_BYTES = 128 * 1024
 QUICK_BYTES = 16 * 1024
 """A body of this size is parsed quickly whatever is in it."""
 
+INVALID_FREE = 200
+"""So many records of a request may be invalid before they have to be no more than the good ones."""
+
+INVALID_KEPT = 10
+"""The default of `http.invalid_kept`."""
+
 _ELEMENTS_SURE = 200_000
 _ELEMENTS_FEW = 20_000
 _ELEMENTS = msgspec.json.Decoder(list[msgspec.Raw])
@@ -59,11 +65,13 @@ class Bounds(NamedTuple):
         records_max: most records in a body.
         record_bytes_max: a longer record is refused.
         depth_max: JSON that is nested deeper is refused.
+        invalid_kept: so many refused records are kept as dead letters.
     """
 
     records_max: int
     record_bytes_max: int
     depth_max: int = DEPTH_MAX
+    invalid_kept: int = INVALID_KEPT
 
 
 _NDJSON = (
@@ -82,18 +90,27 @@ _TYPES: dict[Format, dict[str, Reading]] = {
     "bytes": dict.fromkeys(("application/octet-stream", *_UNSAID), Reading.WHOLE),
 }
 _CHARSETS = ("", "utf-8", "utf8", "us-ascii")
+_CHARSET = re.compile(r';[ \t]*charset[ \t]*=[ \t]*("[^"]*"|[^;\s]*)', re.IGNORECASE)
+_TYPE_CHARACTERS_MAX = 1024
 
 
-@lru_cache(maxsize=256)
 def reading_of(content_type: str, form: Format) -> Reading:
     """What a `Content-Type` (empty if there is none) means to a pipeline of a format.
 
     Raises:
         Problem: 415.
     """
-    message = Message()
-    message["Content-Type"] = content_type
-    said = content_type.partition(";")[0].strip().lower()
+    if len(content_type) > _TYPE_CHARACTERS_MAX:
+        raise Problem(
+            problem.MEDIA_TYPE, f"Content-Type has more than {_TYPE_CHARACTERS_MAX} characters"
+        )
+    return _reading_of(content_type, form)
+
+
+@lru_cache(maxsize=256)
+def _reading_of(content_type: str, form: Format) -> Reading:
+    said, _, parameters = content_type.partition(";")
+    said = said.strip().lower()
     reading = _TYPES[form].get(said)
     if reading is None and form == "json" and is_json(said):
         reading = Reading.DOCUMENT
@@ -102,7 +119,8 @@ def reading_of(content_type: str, form: Format) -> Reading:
         takes += ", application/*+json" if form == "json" else ""
         detail = f"{said[:80]!r} sent to a {form} pipeline, which takes {takes}"
         raise Problem(problem.MEDIA_TYPE, detail, headers={"Accept": takes})
-    charset = str(message.get_param("charset", "")).lower()
+    found = _CHARSET.search(";" + parameters)
+    charset = found[1].strip('"').lower() if found else ""
     if reading is not Reading.WHOLE and charset not in _CHARSETS:
         raise Problem(problem.MEDIA_TYPE, f"charset {charset[:40]!r}; only utf-8 is read")
     return reading
@@ -134,8 +152,18 @@ def parse_body(body: bytes, reading: Reading, form: Format, bounds: Bounds) -> P
     if parsed.total > bounds.records_max:
         raise _too_many(bounds)
     if not parsed.records.count:
-        raise nothing_good(parsed.refused)
+        raise nothing_good(parsed.refused, parsed.unlisted)
+    if is_mostly_invalid(parsed.records.count, parsed.invalid):
+        raise mostly_invalid(parsed.refused)
     return parsed
+
+
+def is_mostly_invalid(good: int, invalid: int) -> bool:
+    """Whether a request is refused whole because of what is in it beside good records.
+
+    Each invalid record costs as much as many good ones, and its sender has to look anyway.
+    """
+    return invalid > INVALID_FREE and invalid > good
 
 
 def parse_quickly(body: bytes, reading: Reading, form: Format, bounds: Bounds) -> Parsed | None:
@@ -173,26 +201,45 @@ def _parse_all_lines(body: bytes, form: Format, bounds: Bounds) -> Parsed:
     if body[-1:] != b"\n":
         body += b"\n"
     if len(body) <= PIECE_BYTES:
-        return parse_lines(body, form, bounds.record_bytes_max, 0, bounds.depth_max)
-    if body.count(b"\n") > bounds.records_max:
+        return parse_lines(
+            body, form, bounds.record_bytes_max, 0, bounds.depth_max, listed_max=ERRORS_MAX
+        )
+    lines_max = body.count(b"\n")
+    if lines_max > bounds.records_max:
         # Only lines that are not empty count; more of them than records are not taken apart.
         body = squeeze(body)
-        if body.count(b"\n") > bounds.records_max:
+        lines_max = body.count(b"\n")
+        if lines_max > bounds.records_max:
             raise _too_many(bounds)
+    return _parse_pieces(body, form, bounds, lines_max)
+
+
+def _parse_pieces(body: bytes, form: Format, bounds: Bounds, lines_max: int) -> Parsed:
+    """Lines, a piece at a time; there are at most `lines_max` of them."""
     good: list[bytes] = []  # stays empty as long as all of the body is good as it is
     refused: list[Refused] = []
-    count = end = 0
+    count = invalid = end = 0
     for piece in _pieces(body):
-        first = count + len(refused)
-        part = parse_lines(piece, form, bounds.record_bytes_max, first, bounds.depth_max)
+        part = parse_lines(
+            piece,
+            form,
+            bounds.record_bytes_max,
+            count + invalid,
+            bounds.depth_max,
+            listed_max=ERRORS_MAX - len(refused),
+        )
         if part.records.payload is not piece and not good:
             good.append(body[:end])
         if good:
             good.append(part.records.payload)
         count += part.records.count
+        invalid += part.invalid
         refused += part.refused
         end += len(piece)
-    return Parsed(Records(Layout.LINES, count, b"".join(good) if good else body), refused)
+        if count and is_mostly_invalid(lines_max - invalid, invalid):  # whatever may follow
+            raise mostly_invalid(refused)
+    payload = b"".join(good) if good else body
+    return Parsed(Records(Layout.LINES, count, payload), refused, invalid - len(refused))
 
 
 def _pieces(body: bytes) -> Iterator[bytes]:
@@ -288,15 +335,23 @@ def _malformed(value: bytes, detail: str) -> Problem:
     return nothing_good([Refused(0, "malformed", detail, value[:KEPT_BYTES])])
 
 
-def nothing_good(refused: list[Refused]) -> Problem:
+def nothing_good(refused: list[Refused], unlisted: int = 0) -> Problem:
     """The problem of a body in which no record can be accepted; `refused` is not empty."""
     if all(one.reason == "too_large" for one in refused):
         detail = f"too large: {refused[0].detail}"
         return Problem(problem.RECORD_TOO_LARGE, detail, refused=refused)
     detail = f"record {refused[0].index}: {refused[0].detail}"
-    if len(refused) > 1:
-        detail += f" (and {len(refused) - 1} more)"
+    if len(refused) + unlisted > 1:
+        detail += f" (and {len(refused) + unlisted - 1} more)"
     return Problem(problem.MALFORMED, detail, refused=refused)
+
+
+def mostly_invalid(refused: list[Refused]) -> Problem:
+    """The problem of a request with more invalid records than good ones."""
+    detail = f"more than {INVALID_FREE} records are invalid, and more than are good"
+    if refused:
+        detail += f"; record {refused[0].index}: {refused[0].detail}"
+    return Problem(problem.MOSTLY_INVALID, detail, refused=refused)
 
 
 def _too_many(bounds: Bounds) -> Problem:

@@ -6,6 +6,7 @@ What comes goes through `data_received`, which sees to it that it is a request a
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, cast
 
 import async_timeout
@@ -25,6 +26,7 @@ from ingestd.sources.http.strict import fault, line_is_spaced
 
 if TYPE_CHECKING:
     import asyncio
+    from collections.abc import Callable, Iterator
 
     from aiohttp.abc import AbstractStreamWriter
     from aiohttp.http import RawRequestMessage
@@ -67,6 +69,7 @@ class Connection(web.RequestHandler):
     """
 
     __slots__ = (
+        "_at_end",
         "_body",
         "_chunked",
         "_end",
@@ -87,6 +90,7 @@ class Connection(web.RequestHandler):
         self.client = ""
         self.last = False
         self.held = 0
+        self._at_end: Callable[[], None] | None = None
         self._body: StreamReader = EMPTY_PAYLOAD
         self._chunked = False
         self._end = b""
@@ -110,9 +114,22 @@ class Connection(web.RequestHandler):
         self._start_head_timer()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Ends its timer."""
+        """Ends its timer, and what waits for an answer that nobody would read."""
         self._stop_head_timer()
+        if self._at_end is not None:
+            self._at_end()
         super().connection_lost(exc)
+
+    @contextlib.contextmanager
+    def at_end(self, call: Callable[[], None]) -> Iterator[None]:
+        """Calls this if the connection ends within the block, or has ended."""
+        if self.transport is None:
+            call()
+        self._at_end = call
+        try:
+            yield
+        finally:
+            self._at_end = None
 
     def _process_keepalive(self) -> None:
         if self._head_timer is not None:

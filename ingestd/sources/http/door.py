@@ -12,7 +12,7 @@ import itertools
 import re
 import secrets
 from io import BytesIO
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import async_timeout
 import structlog
@@ -42,7 +42,7 @@ from ingestd.sources.http.reading import (
 )
 from ingestd.sources.http.room import Room
 from ingestd.sources.http.routes import Resource, find
-from ingestd.sources.http.stream import HELD_BYTES, Stream, read_piece
+from ingestd.sources.http.stream import Stream, read_piece
 from ingestd.sources.http.taken import Taken, accepted_body, processed_body
 from ingestd.sources.http.webhooks import check_type
 
@@ -52,7 +52,9 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from ingestd.base.once import Claim
+    from ingestd.base.record import Refused
     from ingestd.base.settings import HttpSettings
+    from ingestd.sources.http.connection import Connection
     from ingestd.sources.http.gate import Caller, Gate
     from ingestd.sources.http.prefer import Preferences
     from ingestd.sources.http.room import Hold
@@ -76,6 +78,26 @@ class Route(NamedTuple):
     bounds: Bounds
     webhook: Webhook | None = None
     caller: Caller | None = None
+
+
+class _Durable(NamedTuple):
+    """A request whose records are accepted, and whose client waits for what becomes of them.
+
+    Attributes:
+        body: of its 202.
+        intake: where they went.
+        watch: of these records.
+        refused: the first ones of the others, without their payloads.
+        invalid: how many others there were.
+        prefer: what the client prefers.
+    """
+
+    body: bytes
+    intake: Intake
+    watch: Watch
+    refused: list[Refused]
+    invalid: int
+    prefer: Preferences
 
 
 class Door:
@@ -109,6 +131,7 @@ class Door:
             settings.inflight_bytes_max,
             requests_max=settings.requests_max,
             share=settings.client_share,
+            streams_max=settings.streams_max,
         )
         self._bench = Bench(settings)
         self._loop = asyncio.get_running_loop()
@@ -236,11 +259,13 @@ class Door:
             raise self.gate.explain_unknown(request)
         caller = route.caller or self.gate.admit(request, route.intake.name)
         with self._room.enter(caller.name or peer_of(request)) as hold:
-            return await self._take_body(request, route, caller, hold)
+            taken = await self._take_body(request, route, caller, hold)
+            # Nothing holds the body any more, however long this takes.
+            return await self._wait(request, taken) if isinstance(taken, _Durable) else taken
 
     async def _take_body(
         self, request: web.BaseRequest, route: Route, caller: Caller, hold: Hold
-    ) -> Taken:
+    ) -> Taken | _Durable:
         headers, settings = request.headers, self._settings
         content_type = headers.get("Content-Type", "")
         reading = _reading(route, content_type)
@@ -256,12 +281,15 @@ class Door:
         if "Expect" in headers:
             say_continue(request)
         streams = length is None and reading is Reading.LINES and key is None
-        if streams and not prefer.strict and len(self._streams) < settings.streams_max:
-            wire, ended = await read_first(request, hold, settings, encoding=encoding)
-            if not ended:
-                return await self._stream(
-                    request, route.intake, caller, hold, encoding=encoding, begun=wire
-                )
+        if streams and not prefer.strict and hold.begin_stream():
+            try:
+                wire, ended = await read_first(request, hold, settings, encoding=encoding)
+                if not ended:
+                    return await self._stream(
+                        request, route.intake, caller, hold, encoding=encoding, begun=wire
+                    )
+            finally:
+                hold.end_stream()
         else:
             wire = await read_whole(request, hold, settings)
         fingerprint = b""
@@ -281,7 +309,7 @@ class Door:
             )  # fmt: skip
             del wire
             caller.charge(parsed.total, len(parsed.records.payload))
-            return await self._accept(parsed, route.intake, prefer, hold, claim)
+            return await self._accept(parsed, route, prefer, hold, claim)
         finally:
             if claim is not None:
                 route.intake.forget(claim)
@@ -289,42 +317,56 @@ class Door:
     async def _accept(
         self,
         parsed: Parsed,
-        intake: Intake,
+        route: Route,
         prefer: Preferences,
         hold: Hold,
         claim: Claim | None,
-    ) -> Taken:
-        """Makes records durable, and waits for what becomes of them where that is preferred."""
+    ) -> Taken | _Durable:
+        """Makes records durable."""
         if prefer.strict and parsed.refused:
-            detail = f"{len(parsed.refused)} of {parsed.total} records; nothing was stored"
+            detail = f"{parsed.invalid} of {parsed.total} records; nothing was stored"
             raise Problem(problem.NOT_STRICT, detail, refused=parsed.refused)
         body = accepted_body(parsed)
         if claim is not None:
             claim.answer = body
-        if not prefer.wait:
-            await intake.accept(parsed.records, parsed.refused, claim)
-            return Taken(body, headers=prefer.applied())
-        watch = Watch(parsed.records.count)
+        kept = parsed.refused[: route.bounds.invalid_kept]
+        watch = Watch(parsed.records.count) if prefer.wait else None
         try:
-            await intake.accept(parsed.records, parsed.refused, claim, watch)
-            hold.give_back()
-            await self._wait(watch, prefer.wait)
-        finally:
-            intake.unwatch(watch)
-        if watch.left:
+            await route.intake.accept(
+                parsed.records,
+                kept,
+                claim,
+                watch,
+                principal=hold.client,
+                unkept=parsed.invalid - len(kept),
+            )
+        except BaseException:
+            if watch is not None:
+                route.intake.unwatch(watch)
+            raise
+        if watch is None:
             return Taken(body, headers=prefer.applied())
-        return Taken(processed_body(parsed, watch), 200, prefer.applied())
+        hold.give_back()
+        told = [one._replace(payload=b"") for one in parsed.refused]
+        return _Durable(body, route.intake, watch, told, parsed.invalid, prefer)
 
-    async def _wait(self, watch: Watch, seconds: float) -> None:
-        """Until all of its records have their outcome, the time is up, or the daemon drains."""
+    async def _wait(self, request: web.BaseRequest, durable: _Durable) -> Taken:
+        """Until all records have their outcome, the time is up, or nobody is there to be told."""
+        watch, prefer = durable.watch, durable.prefer
+        connection = cast("Connection", request.protocol)
         self._waiting.add(watch)
         try:
-            async with async_timeout.timeout(seconds):
-                await watch.done.wait()
+            with connection.at_end(watch.done.set):
+                async with async_timeout.timeout(prefer.wait):
+                    await watch.done.wait()
         except TimeoutError:
             pass
         finally:
             self._waiting.discard(watch)
+            durable.intake.unwatch(watch)
+        if watch.left:
+            return Taken(durable.body, headers=prefer.applied())
+        return Taken(processed_body(durable.refused, durable.invalid, watch), 200, prefer.applied())
 
     async def _stream(
         self,
@@ -337,18 +379,19 @@ class Door:
         begun: bytes,
     ) -> Taken:
         """A body that goes on: its pieces are accepted one by one."""
-        hold.give_back()
-        hold.grow(HELD_BYTES)
 
         async def read() -> tuple[bytes, bool]:
             with in_our_words(request), BytesIO() as sink:
-                ended = await read_piece(request.content, sink)
+                ended = await read_piece(request.content, sink, stream.grow)
                 return sink.getvalue(), ended
 
         stream = Stream(
             read,
             intake,
             caller,
+            hold,
+            self._bench.stream_thread,
+            invalid_kept=self._settings.invalid_kept,
             encoding=encoding,
             ratio_max=self._settings.inflate_ratio_max,
             silence=self._settings.stream_silence_max,

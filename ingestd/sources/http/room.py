@@ -5,6 +5,13 @@ flight, or was turned away lately, no client gets beyond its share: it is told s
 gives back is there for the others. A client is a token's name, or without one a peer's address (see
 `clients.py`), so everybody behind one proxy is one client. Its only request is never refused for
 its share, or it could never be sent at all.
+
+A client that fills a bound does not keep others out until its requests end: an eighth more is there
+for the first request, and the first `EXPECTED_BYTES`, of each client.
+
+Streams have no end. What one keeps between two pieces (a decompression window, an unfinished line)
+is held to half of the bytes, and so is the number of streams to a share for each client, also
+while that client is alone: nobody would get it back.
 """
 
 from __future__ import annotations
@@ -28,16 +35,20 @@ if TYPE_CHECKING:
 EXPECTED_BYTES = 64 * 1024
 """What a body that was announced takes at once."""
 
+_SPARE = 8
+
 
 class _Client:
     """What one client holds."""
 
-    __slots__ = ("address", "bytes", "requests")
+    __slots__ = ("address", "bytes", "lasting", "requests", "streams")
 
     def __init__(self, address: str) -> None:
         self.address = address
         self.requests = 0
+        self.streams = 0
         self.bytes = 0
+        self.lasting = 0
 
 
 class Room:
@@ -47,6 +58,7 @@ class Room:
         bytes_max: `http.inflight_bytes_max`.
         requests_max: `http.requests_max`.
         share: `http.client_share`, more than 0, at most 1.
+        streams_max: `http.streams_max`.
         monotonic: seconds that do not go back.
     """
 
@@ -56,12 +68,21 @@ class Room:
         *,
         requests_max: int,
         share: float,
+        streams_max: int = 0,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self.bytes_max = bytes_max
         self.requests_max = requests_max
+        self.streams_max = streams_max
         self.bytes = 0
         self.requests = 0
+        self.streams = 0
+        self._lasting = 0
+        # In whole MiB: a small bound is what it says.
+        self._bytes_spare = bytes_max // _SPARE >> 20 << 20
+        self._requests_spare = requests_max // _SPARE
+        self._streams_share = max(1.0, streams_max * share)
+        self._lasting_share = bytes_max * share / 2
         self._bytes_share = bytes_max * share
         self._requests_share = requests_max * share
         self._clients: dict[str, _Client] = {}
@@ -92,7 +113,8 @@ class Room:
         with self._lock:
             if over_share and self._is_contended(address):
                 raise self._refusal(problem.OVER_SHARE, "this client's share of http.requests_max")
-            if self.requests >= self.requests_max:
+            spare = 0 if address in self._clients else self._requests_spare
+            if self.requests >= self.requests_max + spare:
                 self._turn_away(address)
                 raise self._refusal(problem.BUSY, "http.requests_max")
 
@@ -112,7 +134,8 @@ class Room:
                     client.bytes + size,
                     self._bytes_share,
                 )
-            if self.bytes + size <= self.bytes_max:
+            spare = self._bytes_spare if client.bytes + size <= EXPECTED_BYTES else 0
+            if self.bytes + size <= self.bytes_max + spare:
                 self.bytes += size
                 client.bytes += size
                 return
@@ -123,6 +146,39 @@ class Room:
                 )
         detail = f"more than http.inflight_bytes_max = {self.bytes_max} in one request"
         raise Problem(problem.BODY_TOO_LARGE, detail)
+
+    def keep(self, size: int, client: _Client, own: int) -> None:
+        """Counts bytes as those of a stream between its pieces, of which it has `own` already.
+
+        Args:
+            size: how many more; fewer if it is less than 0.
+            client: whose they are.
+            own: of the same stream.
+
+        Raises:
+            Problem: 503 if other streams have them, 429 if the client has too many.
+        """
+        with self._lock:
+            if size > 0 and client.lasting > own and client.lasting + size > self._lasting_share:
+                what = "this client's share of what streams may keep of http.inflight_bytes_max"
+                raise self._refusal(problem.OVER_SHARE, what)
+            if size > 0 and self._lasting > own and self._lasting + size > self.bytes_max / 2:
+                raise self._refusal(problem.BUSY, "half of http.inflight_bytes_max")
+            self._lasting += size
+            client.lasting += size
+
+    def begin_stream(self, client: _Client) -> bool:
+        """Counts a stream in, unless there are too many, or too many of its client's."""
+        if self.streams >= self.streams_max or client.streams >= self._streams_share:
+            return False
+        self.streams += 1
+        client.streams += 1
+        return True
+
+    def end_stream(self, client: _Client) -> None:
+        """Counts one out that was counted in."""
+        self.streams -= 1
+        client.streams -= 1
 
     def give(self, size: int, client: _Client) -> None:
         """Takes back what a request asked for and does not hold yet."""
@@ -168,12 +224,18 @@ class Room:
 class Hold:
     """What one request has taken."""
 
-    __slots__ = ("_client", "_room", "bytes")
+    __slots__ = ("_client", "_lasting", "_room", "bytes")
 
     def __init__(self, room: Room, client: _Client) -> None:
         self._room = room
         self._client = client
+        self._lasting = 0
         self.bytes = 0
+
+    @property
+    def client(self) -> str:
+        """The name that its bytes count under."""
+        return self._client.address
 
     def grow(self, size: int) -> None:
         """Takes more bytes.
@@ -188,6 +250,37 @@ class Hold:
         """The bytes are not held any more; the request's place still is."""
         self._room.give_back(self._client, self.bytes)
         self.bytes = 0
+
+    def set(self, size: int) -> None:
+        """Takes more bytes, or gives some back, so that it is so many.
+
+        Raises:
+            Problem: see `Room.take`; it has as many as before.
+        """
+        if size > self.bytes:
+            self.grow(size - self.bytes)
+        elif size < self.bytes:
+            self._room.give_back(self._client, self.bytes - size)
+            self.bytes = size
+
+    def keep(self, size: int) -> None:
+        """Of its bytes so many are there for as long as the stream is.
+
+        Raises:
+            Problem: see `Room.keep`.
+        """
+        if size != self._lasting:
+            self._room.keep(size - self._lasting, self._client, self._lasting)
+            self._lasting = size
+
+    def begin_stream(self) -> bool:
+        """Whether the request may go on as a stream; if so, `end_stream` comes after it."""
+        return self._room.begin_stream(self._client)
+
+    def end_stream(self) -> None:
+        """The stream is over, and so is what it kept."""
+        self.keep(0)
+        self._room.end_stream(self._client)
 
     def expect(self, size: int) -> None:
         """Asks for room for a body that was announced, and takes the first `EXPECTED_BYTES` of it.

@@ -89,7 +89,12 @@ class HttpSource:
         self._routes = {
             name: Route(
                 intake,
-                Bounds(settings.records_max, intake.record_bytes_max, intake.json_depth_max),
+                Bounds(
+                    settings.records_max,
+                    intake.record_bytes_max,
+                    intake.json_depth_max,
+                    settings.invalid_kept,
+                ),
             )
             for name, intake in intakes.items()
         }

@@ -19,20 +19,23 @@ import structlog
 from ingestd.base.errors import Draining, IngestdError, Overloaded
 from ingestd.sources.framing import Framer
 from ingestd.sources.http import problem
-from ingestd.sources.http.body import nothing_good
+from ingestd.sources.http.body import is_mostly_invalid, mostly_invalid, nothing_good
 from ingestd.sources.http.problem import ERRORS_MAX, EXPLAINED, Explained, Problem, explain
 from ingestd.sources.http.taken import count_body
+from ingestd.sources.inflate import PIECE_BYTES as INFLATED_PIECE_BYTES
 from ingestd.sources.inflate import Corrupt, Inflater, TooMuch
 from ingestd.sources.overload import again_after
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
+    from concurrent.futures import Executor
     from io import BytesIO
 
     from aiohttp import StreamReader
 
     from ingestd.base.record import Refused
     from ingestd.sources.http.gate import Caller
+    from ingestd.sources.http.room import Hold
     from ingestd.sources.intake import Intake
     from ingestd.sources.lines import Parsed
 
@@ -43,11 +46,19 @@ PIECE_BYTES = 256 * 1024
 PIECE_SECONDS = 0.5
 """or this long after its first byte."""
 HELD_BYTES = 4 * PIECE_BYTES
-"""What a stream counts for in `http.inflight_bytes_max`: a piece that arrives, what it was
-decompressed to, and one that waits for its commit."""
+"""What a stream counts for in `http.inflight_bytes_max` at most, beside what it keeps between its
+pieces: a piece that arrives, its lines, and those that wait for their commit."""
+BLOCK_BYTES = 64 * 1024
+"""What is read of a stream at once, before it is counted."""
+THREAD_BYTES = 16 * 1024
+"""From this size on lines are a thread's work: one that has to be looked at by itself takes 50
+times as long as one among many good ones, and may have two bytes."""
+ROOM_SECONDS = 0.1
+"""How long a stream waits before it asks for room again."""
+_COPIES = 2
+_INFLATED_BYTES = 2 * INFLATED_PIECE_BYTES
+_LINE_FREE = 4 * 1024
 _NO_BOUND = 2**63
-REFUSED_FREE = 200
-"""So many records may be refused before they have to be fewer than those that are accepted."""
 
 
 class Stream:
@@ -57,6 +68,9 @@ class Stream:
         read: the next piece, and whether the body ended with it.
         intake: where its records go.
         caller: who sends it; at its limits it is not read, until it may send again.
+        hold: what it counts as.
+        thread: where large pieces are parsed.
+        invalid_kept: `http.invalid_kept`.
         encoding: its `Content-Encoding`.
         ratio_max: `http.inflate_ratio_max`.
         silence: seconds without a byte after which it is ended.
@@ -64,7 +78,7 @@ class Stream:
 
     Attributes:
         accepted: records that are durable.
-        rejected: records that were kept as dead letters.
+        rejected: records that were not, some of them kept as dead letters.
     """
 
     def __init__(
@@ -72,7 +86,10 @@ class Stream:
         read: Callable[[], Awaitable[tuple[bytes, bool]]],
         intake: Intake,
         caller: Caller,
+        hold: Hold,
+        thread: Executor,
         *,
+        invalid_kept: int,
         encoding: str,
         ratio_max: int,
         silence: float,
@@ -83,10 +100,18 @@ class Stream:
         self._caller = caller
         self._silence = silence
         self._gone = gone
-        self._framer = Framer(intake.format, intake.record_bytes_max, intake.json_depth_max)
-        self._inflater = (
-            Inflater(encoding, _NO_BOUND, ratio_max) if encoding != "identity" else None
+        self._hold = hold
+        self._thread = thread
+        self._invalid_kept = invalid_kept
+        self._framer = Framer(
+            intake.format, intake.record_bytes_max, intake.json_depth_max, listed_max=ERRORS_MAX
         )
+        self._inflater = (
+            Inflater(encoding, _NO_BOUND, ratio_max, self._keep) if encoding != "identity" else None
+        )
+        self._passing = 0  # bytes of a piece that is read and parsed
+        self._committing = 0  # of one that waits for its commit
+        self._lasting = 0  # between pieces
         self._errors: list[Refused] = []
         self._waiting: asyncio.Task[None] | None = None
         self._timer: asyncio.Timeout | None = None
@@ -131,9 +156,13 @@ class Stream:
     async def _take(self, wire: bytes) -> None:
         ended = False
         while True:
+            await self._make_room(len(wire))
             for data in self._inflated(wire):
-                if parsed := self._framer.feed(data):
+                if parsed := await self._feed(data):
                     await self._commit(parsed)
+            self._keep()
+            self._passing = 0
+            self._count()
             if ended:
                 break
             wire, ended = await self._next()
@@ -142,6 +171,59 @@ class Stream:
         if parsed := self._framer.end():
             await self._commit(parsed)
         await self._committed()
+
+    async def _feed(self, data: bytes) -> Parsed | None:
+        if len(data) < THREAD_BYTES:
+            return self._framer.feed(data)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._framer.feed, data)
+
+    # -- what it holds -------------------------------------------------------------------------
+
+    async def _make_room(self, size: int) -> None:
+        """Waits until a piece of this size is counted: until then nothing more is read.
+
+        All that it will need is counted at once, so that streams do not wait for each other.
+        """
+        passing = _COPIES * size + (_INFLATED_BYTES if self._inflater is not None else 0)
+        while passing > self._passing:
+            try:
+                self._hold.set(self._lasting + self._committing + passing)
+            except Problem as found:
+                if not self._stored or found.kind is problem.BODY_TOO_LARGE:
+                    raise
+                if self._leaving.is_set() or self._gone():
+                    raise Draining from None
+                await self._pause(ROOM_SECONDS)
+            else:
+                self._passing = passing
+
+    def grow(self, size: int) -> bool:
+        """Whether a piece that has been read so far may still grow; on the way to `_make_room`."""
+        passing = _COPIES * size + (_INFLATED_BYTES if self._inflater is not None else 0)
+        try:
+            self._hold.set(self._lasting + self._committing + passing)
+        except Problem:
+            return False
+        self._passing = passing
+        return True
+
+    def _keep(self, window: int = 0) -> None:
+        """Counts what it holds between its pieces."""
+        if self._inflater is not None:
+            window = max(window, self._inflater.window)
+        line = self._framer.held
+        lasting = window + (line if line > _LINE_FREE else 0)
+        if lasting == self._lasting:
+            return
+        self._hold.keep(lasting)
+        self._hold.set(lasting + self._committing + self._passing)
+        self._lasting = lasting
+
+    def _count(self) -> None:
+        """Gives back what it does not hold any more."""
+        held = self._lasting + self._committing + self._passing
+        self._hold.set(min(held, self._hold.bytes))
 
     def _inflated(self, wire: bytes) -> Iterator[bytes]:
         if self._inflater is None:
@@ -171,13 +253,13 @@ class Stream:
     async def _commit(self, parsed: Parsed) -> None:
         """Makes a piece durable while the next one arrives, one at a time and in order."""
         await self._committed()
-        if not (self._stored or parsed.records.count):
-            raise nothing_good(parsed.refused)  # as for any body that begins like this and ends
-        refused = self.rejected + len(parsed.refused)
-        if refused > REFUSED_FREE + self.accepted + parsed.records.count:
-            # Noise without end: each line of it would be a dead letter.
-            detail = "more records were refused than accepted"
-            raise Problem(problem.MALFORMED, detail, refused=parsed.refused)
+        good, invalid = parsed.records.count, parsed.invalid
+        if not (self._stored or good):
+            # As for any body that begins like this and ends.
+            raise nothing_good(parsed.refused, parsed.unlisted)
+        if is_mostly_invalid(self.accepted + good, self.rejected + invalid):
+            raise mostly_invalid(parsed.refused)  # noise without end
+        self._committing = len(parsed.records.payload)
         self._waiting = asyncio.create_task(self._accept(parsed), name="stream-accept")
         self._waiting.add_done_callback(self._notice)
         if not self._stored:
@@ -195,9 +277,16 @@ class Stream:
 
     async def _accept(self, parsed: Parsed) -> None:
         await self._pause(self._caller.wait())
+        kept = parsed.refused[: self._invalid_kept]
+        self._invalid_kept -= len(kept)
         while True:
             try:
-                await self._intake.accept(parsed.records, parsed.refused)
+                await self._intake.accept(
+                    parsed.records,
+                    kept,
+                    principal=self._hold.client,
+                    unkept=parsed.invalid - len(kept),
+                )
                 break
             except Overloaded as overloaded:
                 if not self._stored:
@@ -207,7 +296,9 @@ class Stream:
                 await self._pause(again_after(overloaded))
         self._caller.charge(parsed.total, len(parsed.records.payload))
         self.accepted += parsed.records.count
-        self.rejected += len(parsed.refused)
+        self.rejected += parsed.invalid
+        self._committing = 0
+        self._count()
         self._errors += parsed.refused[: ERRORS_MAX - len(self._errors)]
 
     async def _pause(self, seconds: float) -> None:
@@ -233,24 +324,27 @@ class Stream:
             await self._committed()
 
 
-async def read_piece(content: StreamReader, sink: BytesIO) -> bool:
+async def read_piece(
+    content: StreamReader, sink: BytesIO, grow: Callable[[int], bool] | None = None
+) -> bool:
     """What arrives until the piece is full or old enough; waits for its first byte.
 
     Args:
         content: the body.
         sink: gets it, also if this is cancelled.
+        grow: asked with the size so far; the piece is full when it says no.
 
     Returns:
         Whether the body ended with it.
     """
-    size = sink.tell() + PIECE_BYTES
-    if not (block := await content.readany()):
+    begun = sink.tell()
+    if not (block := await content.read(BLOCK_BYTES)):
         return True
     sink.write(block)
     try:
         async with async_timeout.timeout(PIECE_SECONDS):
-            while sink.tell() < size:
-                if not (block := await content.readany()):
+            while (size := sink.tell() - begun) < PIECE_BYTES and (grow is None or grow(size)):
+                if not (block := await content.read(BLOCK_BYTES)):
                     return True
                 sink.write(block)
     except TimeoutError:

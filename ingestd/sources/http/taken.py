@@ -36,7 +36,7 @@ class Taken(NamedTuple):
 
 def accepted_body(parsed: Parsed) -> bytes:
     """The body of a 202."""
-    return count_body(parsed.records.count, len(parsed.refused), parsed.refused)
+    return count_body(parsed.records.count, parsed.invalid, parsed.refused)
 
 
 def count_body(accepted: int, rejected: int, refused: Sequence[Refused]) -> bytes:
@@ -48,14 +48,21 @@ def count_body(accepted: int, rejected: int, refused: Sequence[Refused]) -> byte
     )
 
 
-def processed_body(parsed: Parsed, watch: Watch) -> bytes:
-    """The body of a 200: what became of each record, where it was not done."""
-    errors = [*list_errors(parsed.refused), *_failures(watch.failed, parsed.refused)]
+def processed_body(refused: Sequence[Refused], invalid: int, watch: Watch) -> bytes:
+    """The body of a 200: what became of each record, where it was not done.
+
+    Args:
+        refused: the others in the body; at least the first `ERRORS_MAX`.
+        invalid: how many there were.
+        watch: of those that were accepted.
+    """
+    # Behind the last one that is listed the place of a failure is not known, and not told either.
+    errors = [*list_errors(refused), *_failures(watch.failed, refused)]
     errors.sort(key=lambda error: error["index"])
     return msgspec.json.encode(
         {
             "accepted": watch.count,
-            "rejected": len(parsed.refused),
+            "rejected": invalid,
             "processed": watch.count - watch.dead,
             "dead": watch.dead,
             "errors": errors[:ERRORS_MAX],
