@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingestd.base.record import Layout
+from ingestd.sources.http import problem
 from ingestd.sources.http.body import Bounds, Reading, parse_body, reading_of
 from ingestd.sources.http.problem import Problem
 from ingestd.sources.lines import KEPT_BYTES, parse_lines

@@ -23,7 +23,7 @@ from ingestd.sources.http.body import is_mostly_invalid, mostly_invalid, nothing
 from ingestd.sources.http.problem import ERRORS_MAX, EXPLAINED, Explained, Problem, explain
 from ingestd.sources.http.taken import count_body
 from ingestd.sources.inflate import PIECE_BYTES as INFLATED_PIECE_BYTES
-from ingestd.sources.inflate import Corrupt, Inflater, TooMuch
+from ingestd.sources.inflate import WINDOW_MAX, Corrupt, Inflater, TooMuch, WindowTooLarge
 from ingestd.sources.overload import again_after
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ times as long as one among many good ones, and may have two bytes."""
 ROOM_SECONDS = 0.1
 """How long a stream waits before it asks for room again."""
 _COPIES = 2
+_INFLATER_BYTES = 64 * 1024
+"""What a decompressor holds beside a zstd window: tables, a window of zlib's."""
 _INFLATED_BYTES = 2 * INFLATED_PIECE_BYTES
 _LINE_FREE = 4 * 1024
 _NO_BOUND = 2**63
@@ -107,7 +109,9 @@ class Stream:
             intake.format, intake.record_bytes_max, intake.json_depth_max, listed_max=ERRORS_MAX
         )
         self._inflater = (
-            Inflater(encoding, _NO_BOUND, ratio_max, self._keep) if encoding != "identity" else None
+            Inflater(encoding, _NO_BOUND, ratio_max, window_max=0)
+            if encoding != "identity"
+            else None
         )
         self._passing = 0  # bytes of a piece that is read and parsed
         self._committing = 0  # of one that waits for its commit
@@ -157,9 +161,7 @@ class Stream:
         ended = False
         while True:
             await self._make_room(len(wire))
-            for data in self._inflated(wire):
-                if parsed := await self._feed(data):
-                    await self._commit(parsed)
+            await self._take_piece(wire)
             self._keep()
             self._passing = 0
             self._count()
@@ -171,6 +173,23 @@ class Stream:
         if parsed := self._framer.end():
             await self._commit(parsed)
         await self._committed()
+
+    async def _take_piece(self, wire: bytes) -> None:
+        while True:
+            try:
+                for data in self._inflated(wire):
+                    if parsed := await self._feed(data):
+                        await self._commit(parsed)
+            except WindowTooLarge as found:
+                inflater = self._inflater
+                if inflater is None or inflater.window_max == WINDOW_MAX:
+                    raise
+                window = min(found.window, WINDOW_MAX)
+                self._keep(window)  # before it is allocated
+                inflater.window_max = window
+                wire = b""  # it goes on where it stopped
+            else:
+                return
 
     async def _feed(self, data: bytes) -> Parsed | None:
         if len(data) < THREAD_BYTES:
@@ -209,11 +228,11 @@ class Stream:
         return True
 
     def _keep(self, window: int = 0) -> None:
-        """Counts what it holds between its pieces."""
-        if self._inflater is not None:
-            window = max(window, self._inflater.window)
+        """Counts what it holds between its pieces; `window` is one that it is about to hold."""
         line = self._framer.held
-        lasting = window + (line if line > _LINE_FREE else 0)
+        lasting = line if line > _LINE_FREE else 0
+        if self._inflater is not None:
+            lasting += _INFLATER_BYTES + max(window, self._inflater.window_max)
         if lasting == self._lasting:
             return
         self._hold.keep(lasting)
