@@ -21,6 +21,7 @@ import structlog
 from ingestd import __version__
 from ingestd.admin.server import AdminServer
 from ingestd.admin.view import Status
+from ingestd.base.access import has_one_principal, signatures_valid
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import ConfigError, Exit, IngestdError, InputIncomplete, JournalFailed
 from ingestd.base.interpreter import settle_interpreter
@@ -44,7 +45,7 @@ from ingestd.sources.stdin.source import StdinSource
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
-    from ingestd.base.settings import Settings
+    from ingestd.base.settings import HttpSettings, Settings
     from ingestd.base.telemetry import LogWriter
     from ingestd.sources.fetch.tally import Tally
     from ingestd.sources.intake import Source
@@ -222,7 +223,7 @@ class Daemon:
                     data_dir=data_dir.path,
                     metrics=self._metrics.pipeline(name),
                     clock=self._clock,
-                    keys=KeyRule(http.idempotency_ttl, http.idempotency_keys_max),
+                    keys=_key_rule(http),
                 )
                 await pipeline.open()
                 opened.append(partial(self._close_pipeline, pipeline))
@@ -366,6 +367,7 @@ class Daemon:
         self._writer.set_level(settings.log.level)
         for name, pipeline in settings.pipeline_settings().items():
             self.pipelines[name].bound(pipeline.batch)
+            self.pipelines[name].journal.keys.rule = _key_rule(settings.http)
         return change
 
     # -- drain ---------------------------------------------------------------------------------
@@ -514,6 +516,15 @@ class Daemon:
 
     def _in(self, seconds: float) -> float:
         return asyncio.get_running_loop().time() + seconds
+
+
+def _key_rule(http: HttpSettings) -> KeyRule:
+    return KeyRule(
+        http.idempotency_ttl,
+        http.idempotency_keys_max,
+        signed_ttl=signatures_valid(http),
+        shared=not has_one_principal(http),
+    )
 
 
 def _log_report(name: str, report: Report) -> None:

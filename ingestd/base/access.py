@@ -20,6 +20,8 @@ ALL = "*"
 """In a list of pipelines: every one."""
 
 _DAY = 86400.0
+_CLOCK_STEP = 60.0
+"""Seconds by which this machine's clock may be set back without a delivery being taken twice."""
 _UNSET = SecretStr("")
 
 
@@ -140,6 +142,24 @@ def at_large(http: HttpSettings, *, local: bool) -> str:
 def demands_proof(http: HttpSettings) -> bool:
     """Whether anything says who may come in; then nobody else may, on loopback neither."""
     return bool(http.tokens or http.webhooks or http.tls.client_ca)
+
+
+def has_one_principal(http: HttpSettings) -> bool:
+    """Whether all requests are of one principal, whoever sends them."""
+    if http.tls.client_ca and not http.tokens:
+        return False
+    anonymous = http.allow_anonymous or not demands_proof(http)
+    return len(http.tokens) + len(http.webhooks) + anonymous == 1
+
+
+def signatures_valid(http: HttpSettings) -> float:
+    """Seconds for which a signed delivery that was accepted could be accepted again at most.
+
+    One of a sender whose clock is ahead is valid from `tolerance` before its time until
+    `tolerance` after it.
+    """
+    timed = [hook.tolerance for hook in http.webhooks.values() if hook.kind != "github"]
+    return 2 * max(timed) + _CLOCK_STEP if timed else 0.0
 
 
 def _of_tls(http: HttpSettings) -> Iterator[tuple[str, str]]:

@@ -17,11 +17,17 @@ HASH_FORM = "sha256: and 64 hexadecimal digits, as `ingestd token --hash` prints
 
 _TOKEN = re.compile(r"[!-~]{16,512}", re.ASCII)
 _HASH = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
+_OF_NOTHING = frozenset(hashlib.sha256(text).digest() for text in (b"", b"\n"))
 
 
 def make_token() -> str:
     """A new one; its prefix tells scanners of source code what they have found."""
     return PREFIX + secrets.token_urlsafe(RANDOM_BYTES)
+
+
+def is_token(shown: str) -> bool:
+    """Whether a text has the form of a token at all."""
+    return _TOKEN.fullmatch(shown) is not None
 
 
 def digest_of(token: str) -> bytes:
@@ -51,6 +57,8 @@ def read_hash(written: str) -> str:
     lower = written.strip().lower()
     if not _HASH.fullmatch(lower):
         raise ValueError(f"should be {HASH_FORM}")
+    if digest_in(lower) in _OF_NOTHING:
+        raise ValueError("is the hash of no token at all: the text that was hashed was empty")
     return lower
 
 

@@ -153,7 +153,7 @@ class Committer:
         checkpointer: told what was written; says when the WAL should be started over.
         report: called on the thread with each `Committed`; must only hand it to the loop.
         clock: gives `accepted_at`.
-        keys_ttl: seconds that an idempotency key is kept.
+        keys_kept: tells how many seconds an idempotency key is kept.
 
     Attributes:
         busy: the thread is at a commit, or at starting the WAL over.
@@ -166,7 +166,7 @@ class Committer:
         checkpointer: checkpoint.Checkpointer,
         report: Callable[[Committed], None],
         clock: Clock,
-        keys_ttl: float,
+        keys_kept: Callable[[], float],
     ) -> None:
         self._store = store
         self._checkpointer = checkpointer
@@ -176,7 +176,7 @@ class Committer:
         self._again: list[Op] = []
         self._closing = threading.Event()
         self._poison: Exception | None = None
-        self._keys_ttl = keys_ttl
+        self._keys_kept = keys_kept
         self._keys_came = 0
         self._swept_at = 0.0
         self.busy = False
@@ -323,7 +323,7 @@ class Committer:
             bookmarks=[op.bookmark for op in appends if op.bookmark is not None],
             at=now,
             sweep=sweep,
-            keys_before=now - self._keys_ttl,
+            keys_before=now - self._keys_kept(),
         )
         return write, places
 

@@ -3,19 +3,25 @@
 A key is put down in the same commit as the records that came with it, so neither is ever there
 without the other. Before that it is claimed (`Keys.begin`), so two requests with one key can't both
 be accepted; the claim ends when its append resolves, or when its holder gives it up (`forget`).
+
+A key belongs to its principal. Where there are several of them, each may hold at most as many keys
+as are free for the others (the dynamic thresholds of A. K. Choudhury and E. L. Hahne, 1998): one
+alone gets half of the table, and nobody can fill it. A key that is remembered is never dropped for
+a new one before its time, or a request that is sent again would be accepted twice; so at its share
+a principal is refused.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base.errors import KeyInFlight, KeyReused, Overloaded
-from ingestd.base.once import Claim
+from ingestd.base.once import WEBHOOK, Claim, principal_of
 from ingestd.base.rate import STALLED
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Mapping
 
     from ingestd.base.clock import Clock
 
@@ -30,10 +36,25 @@ SWEEP_ROWS = 200
 
 
 class KeyRule(NamedTuple):
-    """`http.idempotency_ttl` (seconds) and `http.idempotency_keys_max` (keys)."""
+    """How long keys are remembered, and how many.
+
+    Attributes:
+        ttl: `http.idempotency_ttl`, seconds.
+        keys_max: `http.idempotency_keys_max`.
+        signed_ttl: ids of signed deliveries are remembered at least as long as their signatures
+            are valid, seconds.
+        shared: there can be several principals; each has a share of the table.
+    """
 
     ttl: float = 86400.0
     keys_max: int = 1_000_000
+    signed_ttl: float = 0.0
+    shared: bool = False
+
+    @property
+    def kept(self) -> float:
+        """Seconds after which any key goes from the table."""
+        return max(self.ttl, self.signed_ttl)
 
 
 class Kept(NamedTuple):
@@ -67,7 +88,9 @@ class Keys:
         sweep: asks for expired keys to be deleted; may do it at once.
 
     Attributes:
+        rule: may be replaced.
         count: keys in the store, expired ones that are still there included.
+        owners: how many of them each principal has.
     """
 
     def __init__(
@@ -80,6 +103,8 @@ class Keys:
     ) -> None:
         self.rule = rule
         self.count = 0
+        self.owners: Counter[str] = Counter()
+        self._claimed: Counter[str] = Counter()
         self._clock = clock
         self._find = find
         self._sweep = sweep
@@ -100,23 +125,39 @@ class Keys:
         if other is not None:
             raise KeyInFlight() if other.fingerprint == fingerprint else KeyReused()
         kept = self._recent.get(key)
-        if kept is not None and self._lives(kept):
+        if kept is not None and self._lives(key, kept):
             self._recent.move_to_end(key)
             return _same(kept, fingerprint)
         claim = self._claims[key] = Claim(key, fingerprint)
+        self._claimed[principal_of(key)] += 1
         try:
             kept = await self._find(key)
-            if kept is not None and self._lives(kept):
+            if kept is None or not self._lives(key, kept):
+                kept = await self._find_unscoped(key, fingerprint)
+            if kept is not None:
                 self._remember(key, kept)
                 answer = _same(kept, fingerprint)
             else:
-                self._check_room()
+                self._check_room(principal_of(key))
                 return claim
         except BaseException:
             self.forget(claim)
             raise
         self.forget(claim)
         return answer
+
+    async def _find_unscoped(self, key: str, fingerprint: bytes) -> Kept | None:
+        """What a journal has that was written before keys belonged to principals.
+
+        Whose such a key is nobody knows; only the very same request is answered from it.
+        """
+        principal, _, bare = key.rpartition(" ")
+        if not principal or not self.owners[""] or principal.startswith(WEBHOOK):
+            return None
+        kept = await self._find(bare)
+        if kept is None or kept.fingerprint != fingerprint or not self._lives(bare, kept):
+            return None
+        return kept
 
     def forget(self, claim: Claim) -> None:
         """Ends a claim that no append carries; with one under way, its end is the journal's."""
@@ -133,14 +174,34 @@ class Keys:
         """
         self._release(claim)
         if applied:
+            self.count += 1
+            self.owners[principal_of(claim.key)] += 1
             self._remember(claim.key, Kept(claim.fingerprint, claim.answer, at))
+
+    def opened(self, owners: Mapping[str, int]) -> None:
+        """The store has these keys, by principal."""
+        self.owners = Counter(owners)
+        self.count = self.owners.total()
+
+    def gone(self, owners: Mapping[str, int]) -> None:
+        """So many keys went from the store, by principal."""
+        for principal, number in owners.items():
+            self.count -= number
+            self.owners[principal] -= number
+            if self.owners[principal] <= 0:
+                del self.owners[principal]
 
     def _release(self, claim: Claim) -> None:
         if self._claims.get(claim.key) is claim:
             del self._claims[claim.key]
+            principal = principal_of(claim.key)
+            self._claimed[principal] -= 1
+            if not self._claimed[principal]:
+                del self._claimed[principal]
 
-    def _lives(self, kept: Kept) -> bool:
-        return self._clock.now() < kept.at + self.rule.ttl
+    def _lives(self, key: str, kept: Kept) -> bool:
+        signed = key.startswith(f"{WEBHOOK} ")
+        return self._clock.now() < kept.at + (self.rule.kept if signed else self.rule.ttl)
 
     def _remember(self, key: str, kept: Kept) -> None:
         if len(kept.answer) > RECENT_BYTES:
@@ -151,16 +212,22 @@ class Keys:
         if len(self._recent) > RECENT_MAX:
             self._recent.popitem(last=False)
 
-    def _check_room(self) -> None:
-        if not self._full():
+    def _check_room(self, principal: str) -> None:
+        if not self._bound(principal):
             return
         self._sweep()
-        if self._full():
-            what = "the table of idempotency keys (http.idempotency_keys_max)"
-            raise Overloaded(what=what, retry_after=STALLED)
+        if what := self._bound(principal):
+            raise Overloaded(
+                what=f"{what} idempotency keys (http.idempotency_keys_max)", retry_after=STALLED
+            )
 
-    def _full(self) -> bool:
-        return self.count + len(self._claims) > self.rule.keys_max
+    def _bound(self, principal: str) -> str:
+        """What a principal that has just claimed one more key finds full; empty if nothing is."""
+        free = self.rule.keys_max - self.count - len(self._claims)
+        if free < 0:
+            return "the table of"
+        mine = self.owners[principal] + self._claimed[principal]
+        return "this client's share of the table of" if self.rule.shared and mine > free + 1 else ""
 
 
 def _same(kept: Kept, fingerprint: bytes) -> bytes:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ingestd.base.errors import NeverFits, Overloaded
 from ingestd.base.liveness import Stage
+from ingestd.base.once import principal_of
 from ingestd.base.rate import Rate, wait_for_room
 from ingestd.base.record import Records, Refused, Span, join
 from ingestd.journal import bookmarks
@@ -141,7 +142,6 @@ class MemoryJournal:
         size = size_of(claim)
         self._kept[claim.key] = Kept(claim.fingerprint, claim.answer, now), size
         self.bytes += size
-        self.keys.count = len(self._kept)
         claim.submitted = True
         self.keys.resolved(claim, at=now, applied=True)
 
@@ -162,7 +162,7 @@ class MemoryJournal:
 
     def _sweep(self) -> None:
         """The oldest keys that have expired go, a bounded number."""
-        before = self._clock.now() - self.keys.rule.ttl
+        before = self._clock.now() - self.keys.rule.kept
         for key in list(itertools.islice(self._kept, SWEEP_EACH)):
             if self._kept[key][0].at > before:
                 break
@@ -172,7 +172,7 @@ class MemoryJournal:
         gone = self._kept.pop(key, None)
         if gone is not None:
             self.bytes -= gone[1]
-            self.keys.count = len(self._kept)
+            self.keys.gone({principal_of(key): 1})
 
     def seal(self, batch: Sealed, cursor: Cursor) -> asyncio.Future[None]:  # noqa: ARG002
         """See `Journal.seal`."""

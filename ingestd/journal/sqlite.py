@@ -49,7 +49,7 @@ from ingestd.journal.interface import (
     Settlement,
 )
 from ingestd.journal.letters import letter_bytes, look
-from ingestd.journal.store import Store, connect, find_key, read_chunks, read_some
+from ingestd.journal.store import Store, connect, find_key, key_owners, read_chunks, read_some
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -147,7 +147,7 @@ class SqliteJournal:
             self.id, self.ledger, self.bytes = store.id, store.meta.ledger, store.stored_bytes()
             self._dead_are(store.dead)
             self._bookmarks = store.bookmarks
-            self.keys.count = store.keys.count
+            self.keys.opened(key_owners(store.connection))
             if self.space is not None:
                 self.space.reusable = store.reusable_bytes()
             self._reading = connect(self.path)
@@ -158,7 +158,7 @@ class SqliteJournal:
         self._store = store
         self._checkpointer = Checkpointer(self.path)
         self._committer = Committer(
-            store, self._checkpointer, self._report, self._clock, self.keys.rule.ttl
+            store, self._checkpointer, self._report, self._clock, lambda: self.keys.rule.kept
         )
         return recovered._replace(set_aside=set_aside)
 
@@ -387,14 +387,12 @@ class SqliteJournal:
 
     def _claim_ended(self, claim: Claim, committed: Committed) -> None:
         applied = committed.error is None
-        if applied:
-            self.keys.count += 1
-        else:
+        if not applied:
             self.bytes -= size_of(claim)
         self.keys.resolved(claim, at=committed.at, applied=applied)
 
     def _tables_changed(self, committed: Committed) -> None:
-        self.keys.count -= committed.keys_gone.count
+        self.keys.gone(committed.keys_gone.owners)
         self.bytes -= committed.keys_gone.bytes
         if committed.bookmarks is not None:
             self.bytes += committed.bookmarks.bytes - self._bookmarks.bytes

@@ -15,11 +15,14 @@ import os
 import secrets
 import sqlite3
 import zlib
+from collections import Counter
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from ingestd.base.errors import JournalUnreadable
+from ingestd.base.once import principal_of
 from ingestd.base.record import Layout, Records, Span
 from ingestd.journal import bookmarks, letters
 from ingestd.journal.idempotency import Kept, size_of
@@ -35,7 +38,7 @@ from ingestd.journal.interface import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from ingestd.base.bookmark import Bookmark
@@ -99,10 +102,17 @@ class Meta(NamedTuple):
 
 
 class KeyChange(NamedTuple):
-    """How many idempotency keys, and bytes of them, a commit removed or there are."""
+    """How many idempotency keys, and bytes of them, a commit removed or there are.
+
+    Attributes:
+        count: keys.
+        bytes: of them.
+        owners: how many of those that were removed each principal had.
+    """
 
     count: int = 0  # type: ignore[assignment]  # hides tuple.count
     bytes: int = 0
+    owners: Mapping[str, int] = MappingProxyType({})
 
 
 class Write(NamedTuple):
@@ -437,7 +447,12 @@ def _change_keys(db: sqlite3.Connection, write: Write) -> KeyChange:
         )
     for claim in write.claims:
         replaced = _delete_keys(db, "key = ?", (claim.key,))
-        gone = KeyChange(gone.count + replaced.count, gone.bytes + replaced.bytes)
+        if replaced.count:
+            gone = KeyChange(
+                gone.count + replaced.count,
+                gone.bytes + replaced.bytes,
+                Counter(gone.owners) + Counter(replaced.owners),
+            )
     db.executemany(
         "INSERT INTO keys(key, at, bytes, fingerprint, answer) VALUES(?,?,?,?,?)",
         [(c.key, write.at, size_of(c), c.fingerprint, c.answer) for c in write.claims],
@@ -446,8 +461,15 @@ def _change_keys(db: sqlite3.Connection, write: Write) -> KeyChange:
 
 
 def _delete_keys(db: sqlite3.Connection, where: str, parameters: tuple[object, ...]) -> KeyChange:
-    rows = db.execute(f"DELETE FROM keys WHERE {where} RETURNING bytes", parameters).fetchall()  # noqa: S608
-    return KeyChange(len(rows), sum(row[0] for row in rows))
+    query = f"DELETE FROM keys WHERE {where} RETURNING bytes, key"  # noqa: S608
+    rows = db.execute(query, parameters).fetchall()
+    owners = Counter(principal_of(row[1]) for row in rows)
+    return KeyChange(len(rows), sum(row[0] for row in rows), owners)
+
+
+def key_owners(db: sqlite3.Connection) -> Counter[str]:
+    """How many idempotency keys each principal has; reads the index of keys alone."""
+    return Counter(principal_of(key) for (key,) in db.execute("SELECT key FROM keys"))
 
 
 def find_key(db: sqlite3.Connection, key: str) -> Kept | None:

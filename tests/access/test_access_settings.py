@@ -37,7 +37,7 @@ def ingestd(*arguments: str, cwd: Path, stdin: str = "", **environ: str) -> Any:
 def test_each_layer_has_a_way_to_write_a_token_and_check_masks_all(tmp_path: Path) -> None:
     (tmp_path / "ingestd.toml").write_text(
         f'http.tokens.file.token = "{SHOP}"\n'
-        'http.webhooks.hub = {kind = "github", secret = "hunter2 hunter2"}\n'
+        'http.webhooks.hub = {kind = "github", secret = "hunter2 hunter2 hunter2"}\n'
         "[pipelines.logs]\n"
     )
     credentials = tmp_path / "credentials"

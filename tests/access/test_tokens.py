@@ -131,7 +131,7 @@ async def test_without_tokens_everybody_may(intakes: Any) -> None:
 
 
 async def test_where_webhooks_are_the_only_way_in_records_are_closed(intakes: Any) -> None:
-    hook = {"hub": {"kind": "github", "secret": "x"}}
+    hook = {"hub": {"kind": "github", "secret": "an-example-of-a-secret"}}
     async with serving(*intakes, webhooks=hook) as source:
         assert await code(source) == UNAUTHORIZED
     async with serving(*intakes, webhooks=hook, allow_anonymous=True) as source:

@@ -171,7 +171,7 @@ def test_everything_that_can_change_changes_at_once(tmp_path: Path) -> None:
         configure(
             tmp_path,
             http__tokens__shop={"token": SHOP},
-            http__webhooks__hub={"kind": "github", "secret": "a secret"},
+            http__webhooks__hub={"kind": "github", "secret": "a secret of the tests"},
             http__tls={"certificate": files.server()},
         )
         assert "http.tls.certificate" in hang_up(one, "reloaded")["changed"]

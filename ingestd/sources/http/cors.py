@@ -28,6 +28,7 @@ _SENT = (
     "Prefer",
     "traceparent",
     "tracestate",
+    "X-API-Key",
     "X-Request-Id",
 )
 _SHOWN = (

@@ -19,6 +19,7 @@ import structlog
 from structlog.contextvars import bind_contextvars, unbind_contextvars
 
 from ingestd.base.errors import Draining
+from ingestd.base.once import scoped
 from ingestd.base.watch import Watch
 from ingestd.sources.http import problem, tracing
 from ingestd.sources.http.answer import JSON, PROBLEM, Answer
@@ -273,7 +274,7 @@ class Door:
         length = length_of(request, settings)
         key = None
         if HEADER in headers and route.webhook is None:
-            key = parse_key(headers.getall(HEADER))
+            key = scoped(caller.principal, parse_key(headers.getall(HEADER)))
         prefer = NOTHING
         if PREFER in headers:
             prefer = parse_prefer(headers.getall(PREFER), settings.wait_max)

@@ -1,6 +1,7 @@
 """Who is this, and may it go there? Asked before anything of a body is read.
 
-Whoever shows a token is who the token says. Whoever shows none but has a verified certificate is
+Whoever shows a token is who the token says: as a bearer token, with HTTP Basic, or in `X-API-Key`
+where there is no `Authorization`. Whoever shows none but has a verified certificate is
 who `client_certificate` says; if there are no tokens at all, every certificate is good for
 everything. Nobody else comes in, unless nothing in the settings says who may.
 """
@@ -19,9 +20,10 @@ from ingestd.sources.http import problem
 from ingestd.sources.http.limits import Limits
 from ingestd.sources.http.peer import peer_of
 from ingestd.sources.http.problem import Problem
+from ingestd.sources.http.tokens import has_expired, principal_of_certificate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from aiohttp import web
 
@@ -33,6 +35,9 @@ log = structlog.get_logger(__name__)
 
 DENIED_SECONDS = 10.0
 """Who was turned away is said once in so many seconds: nobody shall fill the log from outside."""
+ANONYMOUS = "anonymous"
+"""The principal of all who show nothing."""
+API_KEY = "X-API-Key"
 _CHALLENGE = 'Bearer realm="ingestd"{}, Basic realm="ingestd", charset="UTF-8"'
 
 
@@ -44,9 +49,10 @@ class Caller:
         pipelines: where it may send to; `None` for everywhere.
         limits: shared by all requests of this name.
         monotonic: seconds that do not go back.
+        principal: whose requests these are, for what is kept apart: keys, and what is held.
     """
 
-    __slots__ = ("_limits", "_monotonic", "name", "pipelines")
+    __slots__ = ("_limits", "_monotonic", "name", "pipelines", "principal")
 
     def __init__(
         self,
@@ -54,8 +60,10 @@ class Caller:
         pipelines: frozenset[str] | None = None,
         limits: Limits | None = None,
         monotonic: Callable[[], float] = time.monotonic,
+        principal: str = ANONYMOUS,
     ) -> None:
         self.name = name
+        self.principal = principal
         self.pipelines = pipelines
         self._limits = limits
         self._monotonic = monotonic
@@ -95,6 +103,7 @@ class Gate:
         access: what the files that they name say.
         before: the one whose place it takes: what a token owes it goes on owing.
         monotonic: seconds that do not go back.
+        now: seconds since the epoch.
     """
 
     def __init__(
@@ -104,9 +113,11 @@ class Gate:
         *,
         before: Gate | None = None,
         monotonic: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
     ) -> None:
         self.access = access
         self._monotonic = monotonic
+        self._now = now
         owed = before.limits if before is not None else {}
         self.limits: dict[tuple[str, int, int], Limits] = {
             (name, *_rates(token)): owed.get((name, *_rates(token)))
@@ -120,6 +131,7 @@ class Gate:
                 None if ALL in token.pipelines else frozenset(token.pipelines),
                 self.limits.get((name, *_rates(token))),
                 monotonic,
+                f"token {name}",
             )
             for name, token in settings.tokens.items()
         }
@@ -127,7 +139,7 @@ class Gate:
         self._anybody = Caller() if unsaid else None
         # Who signs certificates decides who comes in, if nobody says it more exactly.
         certified = bool(settings.tls.client_ca) and not settings.tokens
-        self._certified = Caller() if certified else None
+        self._takes_certificates = certified
         self._denied = 0
         self._say_denied_at = 0.0
 
@@ -157,21 +169,35 @@ class Gate:
     def _who(self, request: web.BaseRequest) -> Caller:
         if self._anybody is not None:
             return self._anybody
-        shown = request.headers.getall("Authorization", ())
-        if shown:
-            owner = self._owner_of(shown[0]) if len(shown) == 1 else None
-            if owner is None:
-                raise self._deny(request, "it is not known here", ', error="invalid_token"')
-            return self._callers[owner]
+        headers = request.headers
+        if "Authorization" in headers:
+            owner = self._only(headers.getall("Authorization"), self._owner_of)
+        elif API_KEY in headers:
+            owner = self._only(headers.getall(API_KEY), self.access.tokens.owner_of)
+        else:
+            return self._certified(request)
+        if owner is None:
+            raise self._deny(request, "it is not known here", ', error="invalid_token"')
+        return self._callers[owner]
+
+    def _only(self, shown: Sequence[str], owner_of: Callable[[str], str | None]) -> str | None:
+        return owner_of(shown[0]) if len(shown) == 1 else None
+
+    def _certified(self, request: web.BaseRequest) -> Caller:
+        """Who a request without a token is, by the certificate of its connection."""
         transport = request.transport
         certificate = transport.get_extra_info("peercert") if transport is not None else None
-        if certificate:
-            owner = self.access.tokens.owner_of_certificate(certificate)
-            if owner is not None:
-                return self._callers[owner]
-            if self._certified is not None:
-                return self._certified
-        raise self._deny(request, "there is none", "")
+        if not certificate:
+            raise self._deny(request, "there is none", "")
+        if has_expired(certificate, self._now()):
+            raise self._deny(request, "the certificate has expired", "")
+        owner = self.access.tokens.owner_of_certificate(certificate)
+        if owner is not None:
+            return self._callers[owner]
+        if not self._takes_certificates:
+            raise self._deny(request, "there is none", "")
+        principal = principal_of_certificate(certificate)
+        return Caller(principal, principal=principal)
 
     def _owner_of(self, authorization: str) -> str | None:
         scheme, _, rest = authorization.partition(" ")
@@ -181,9 +207,11 @@ class Gate:
         if scheme.lower() != "basic":
             return None
         try:
-            user, _, token = base64.b64decode(rest, validate=True).decode().partition(":")
+            user, colon, token = base64.b64decode(rest, validate=True).decode().partition(":")
         except (binascii.Error, ValueError):
             return None
+        if colon and not token:
+            return self.access.tokens.owner_of(user)  # as many clients send a key: `-u KEY:`
         owner = self.access.tokens.owner_of(token)
         return owner if owner == user else None
 

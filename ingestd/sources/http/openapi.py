@@ -58,7 +58,7 @@ def describe(
     else:
         del parts["parameters"]["Webhook"], bodies["delivery"]
     if not public_names:
-        send["security"] = [{"bearer": []}, {"basic": []}]
+        send["security"] = [{"bearer": []}, {"basic": []}, {"key": []}]
         path = {"parameters": [_ref("parameters/Pipeline")], "post": _send_to(send, "any")}
         paths[f"{RECORDS}/{{pipeline}}"] = path
         return msgspec.json.encode(document)

@@ -11,6 +11,7 @@ import structlog
 from ingestd.base.access import demands_proof
 from ingestd.base.address import split_address
 from ingestd.base.errors import AddressError, ConfigError
+from ingestd.base.once import WEBHOOK
 from ingestd.base.passed import show_socket
 from ingestd.sources.http.access import check_exposure, read_access
 from ingestd.sources.http.body import Bounds
@@ -146,7 +147,7 @@ class HttpSource:
             to = self._routes[webhook.pipeline or self._default]
             route = to._replace(
                 webhook=Webhook(name, webhook, access.webhooks[name]),
-                caller=Caller(f"webhook {name}"),
+                caller=Caller(f"{WEBHOOK} {name}", principal=f"{WEBHOOK} {name}"),
             )
             found[f"{WEBHOOKS}/{name}"] = Resource(WRITE, route)
         found |= published(

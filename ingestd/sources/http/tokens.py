@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
+import math
+import ssl
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from ingestd.base.tokens import FORM, digest_in, digest_of, hash_of, read_hash
+from ingestd.base.tokens import FORM, digest_in, digest_of, hash_of, is_token, read_hash
 from ingestd.sources.http.files import read_lines
 
 if TYPE_CHECKING:
@@ -33,6 +37,8 @@ class Tokens:
 
     def owner_of(self, token: str) -> str | None:
         """The name that a token belongs to. How long this takes says nothing about which."""
+        if not is_token(token):
+            return None
         shown = digest_of(token)
         owner = None
         for name, digest in self._digests:
@@ -51,6 +57,30 @@ class Tokens:
             if owner is not None:
                 return owner
         return None
+
+
+@lru_cache(maxsize=1024)
+def _fingerprint(name: object) -> str:
+    return hashlib.blake2b(repr(name).encode("utf-8", "replace"), digest_size=12).hexdigest()
+
+
+def principal_of_certificate(certificate: Mapping[str, Any]) -> str:
+    """Whose requests those with a certificate are that no token names: its subject's.
+
+    It stays the same when the certificate is renewed.
+    """
+    name = certificate.get("subject") or next(iter(certificate.get("subjectAltName", ())), "")
+    return f"certificate {_fingerprint(name)}"
+
+
+def has_expired(certificate: Mapping[str, Any], now: float) -> bool:
+    """Whether a certificate that was good at its handshake is no more, at seconds of the epoch."""
+    return now > _until(str(certificate.get("notAfter", "")))
+
+
+@lru_cache(maxsize=1024)
+def _until(not_after: str) -> float:
+    return ssl.cert_time_to_seconds(not_after) if not_after else math.inf
 
 
 def names_in(certificate: Mapping[str, Any]) -> Iterable[str]:
@@ -95,13 +125,15 @@ def _digests(key: str, token: TokenSettings, problems: list[str]) -> Iterable[tu
         for number, line in read_lines(token.file, f"{key}.file", problems):
             try:
                 yield f"{key}.file", digest_in(_hash(line))
-            except ValueError:
+            except ValueError as error:
                 where = f"{key}.file: line {number} of {token.file}"
-                problems.append(f"{where} is neither a token ({FORM}) nor the hash of one")
+                problems.append(f"{where} {error}")
 
 
 def _hash(line: str) -> str:
-    try:
+    if line.lower().startswith("sha256:"):
         return read_hash(line)
-    except ValueError:
+    try:
         return hash_of(line)
+    except ValueError:
+        raise ValueError(f"is neither a token ({FORM}) nor the hash of one") from None

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from ingestd.base.once import WEBHOOK, scoped
 from ingestd.sources.http import problem
 from ingestd.sources.http.body import is_json
 from ingestd.sources.http.files import read_lines
@@ -34,6 +35,8 @@ _ID = re.compile(r"[!-~]{1,255}", re.ASCII)
 _SECONDS = re.compile(r"[0-9]{1,12}", re.ASCII)
 _WHSEC = "whsec_"
 _SIGNATURES_MAX = 20
+SECRET_BYTES_MIN = 16
+"""Of a secret, decoded; Standard Webhooks asks for 24, GitHub and Stripe make longer ones."""
 
 
 class Delivery(NamedTuple):
@@ -98,7 +101,7 @@ class Webhook:
         if signed.at is not None:
             self._check_time(float(signed.at), now)
         delivery_id = signed.id or _id_in(wire)
-        key = f"webhook {self.name} {delivery_id}"
+        key = scoped(f"{WEBHOOK} {self.name}", delivery_id)
         if self._kind == "github":
             # Its id is not signed: another body under the same id is somebody else's.
             return Delivery(key, take_fingerprint(wire, "", ""))
@@ -159,13 +162,32 @@ def _keys(name: str, webhook: WebhookSettings, problems: list[str]) -> Iterable[
         lines = read_lines(webhook.file, f"{key}.file", problems)
         written += [(f"{key}.file: line {number}", line) for number, line in lines]
     for where, secret in written:
-        if webhook.kind != "standard":
-            yield secret.encode()
-            continue
         try:
-            yield base64.b64decode(secret.removeprefix(_WHSEC), validate=True)
+            decoded = _decode(secret, webhook.kind)
+        except ValueError as error:
+            problems.append(f"{where}: {error}")
+        else:
+            yield decoded
+
+
+def _decode(secret: str, kind: str) -> bytes:
+    """A secret as HMAC takes it.
+
+    Raises:
+        ValueError: it is none; the message does not quote it.
+    """
+    decoded = secret.encode()
+    if kind == "standard":
+        try:
+            decoded = base64.b64decode(secret.removeprefix(_WHSEC), validate=True)
         except (binascii.Error, ValueError):
-            problems.append(f"{where}: should be {_WHSEC} and base64")
+            raise ValueError(f"should be {_WHSEC} and base64") from None
+    if len(decoded) < SECRET_BYTES_MIN:
+        # The empty one above all, which a variable that is not set leaves behind its prefix.
+        raise ValueError(
+            f"{len(decoded)} bytes, fewer than {SECRET_BYTES_MIN}: anybody could find it and sign"
+        )
+    return decoded
 
 
 # -- what the headers say ----------------------------------------------------------------------
