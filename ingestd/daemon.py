@@ -23,7 +23,14 @@ from ingestd.admin.server import AdminServer
 from ingestd.admin.view import Status
 from ingestd.base.access import has_one_principal, signatures_valid
 from ingestd.base.clock import SystemClock
-from ingestd.base.errors import ConfigError, Exit, IngestdError, InputIncomplete, JournalFailed
+from ingestd.base.errors import (
+    ConfigError,
+    Exit,
+    IngestdError,
+    InputIncomplete,
+    InputUnreadable,
+    JournalFailed,
+)
 from ingestd.base.interpreter import settle_interpreter
 from ingestd.base.liveness import Liveness
 from ingestd.base.lock import DataDir
@@ -146,6 +153,7 @@ class Daemon:
         self._metrics = Metrics(__version__)
         self._failure: BaseException | None = None
         self._incomplete: InputIncomplete | None = None
+        self._input_ended = False
         self._progress: Progress | None = None
         self._deadline = 0.0  # of the drain, loop time
         self._route = self._metrics.route("/v1/records")
@@ -237,6 +245,7 @@ class Daemon:
         self._state = "running"
         self._herald.ready()
         if self._progress is not None:
+            self._writer.above_live = self._progress.is_live
             self._progress.start()
         log.info(
             "daemon_started",
@@ -292,7 +301,8 @@ class Daemon:
                 bytes=read.bytes,
                 accepted=now.accepted - before.accepted,
                 processed=now.processed - before.processed,
-                dead=now.dead + now.refused - before.dead - before.refused,
+                invalid=read.refused,
+                dead=now.dead - before.dead,
                 pending=now.pending,
             )
             if isinstance(read, StdinSource):
@@ -376,16 +386,20 @@ class Daemon:
         """Not ready; serve on for the delay; stop taking; finish what was taken."""
         self._state = "draining"
         self._herald.stopping()
-        log.info("drain_started", reason=reason)
-        if reason == "failure":
-            return
-        if reason == "end of input":
+        self._input_ended = reason == "end of input"
+        if self._input_ended:
             # Everything was accepted; a signal gives the work its usual deadline.
+            pending = sum(p.journal.ledger.pending for p in self.pipelines.values())
+            log.info("input_ended", pending=pending, waits="until all is settled, without deadline")
             work = asyncio.gather(*(p.drain(None) for p in self.pipelines.values()))
             await self._race(work, self._signals.asked)
             if not self._signals.asked.is_set():
                 return
-        elif self.settings.drain.delay:
+            reason = self._signals.name
+        log.info("drain_started", reason=reason, timeout=self._drain_timeout())
+        if reason == "failure":
+            return
+        if self.settings.drain.delay and not self._input_ended:
             self._leave_by = self._in(self.settings.drain.delay + self._drain_timeout() + LEAVING)
             await self._race(asyncio.sleep(self.settings.drain.delay), self._signals.urged)
         timeouts = {n: s.drain.timeout for n, s in self.settings.pipeline_settings().items()}
@@ -429,13 +443,14 @@ class Daemon:
         reports = {
             name: await pipeline.close_journal(give_up) for name, pipeline in self.pipelines.items()
         }
-        if self._progress is not None:
-            await self._progress.stop()
+        last = await self._progress.stop() if self._progress is not None else None
+        if isinstance(self.source, StdinSource):
+            self.source.report()
         await self.admin.close()
         self.stuck = not all(r.workers_gone and r.journal_gone for r in reports.values())
         for name, report in reports.items():
             _log_report(name, report)
-        code = self._exit_code(reports)
+        code = self._exit_code(reports) or self._input_code(last)
         log.info("daemon_left", code=int(code))
         return int(code)
 
@@ -450,7 +465,19 @@ class Daemon:
             lost = report.ledger.pending and not report.durable
             if lost or not (report.balanced and report.written):
                 return Exit.LOST
-        return self._incomplete.exit_code if self._incomplete else Exit.OK
+        return Exit.OK
+
+    def _input_code(self, last: ProgressSnapshot | None) -> Exit:
+        """What an input that was read to its end came to."""
+        if not self._input_ended or last is None:
+            return Exit.OK
+        unread = isinstance(self._incomplete, InputUnreadable)
+        if self._incomplete is not None and not (unread and last.lines == last.invalid):
+            return self._incomplete.exit_code
+        if not unread and not last.is_fruitless:
+            return Exit.OK
+        log.error("nothing_processed", lines=last.lines, invalid=last.invalid, dead=last.dead)
+        return Exit.DATA
 
     # -- what others may know ------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ class Exit(enum.IntEnum):
     OK = 0
     UNEXPECTED = 1
     USAGE = 2
+    DATA = 65
     LOST = 75
     CONFIG = 78
 
@@ -75,6 +76,10 @@ class NeverFits(IngestdError):
 
 class InputIncomplete(IngestdError):
     """{given_up} of {total} {what} were given up"""
+
+
+class InputUnreadable(InputIncomplete):
+    """standard input could not be read to its end: {problem}"""
 
 
 class KeyInFlight(IngestdError):

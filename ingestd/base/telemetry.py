@@ -45,6 +45,7 @@ LINE_BYTES_MAX = 64 * 1024
 
 _WRITE_BYTES = 64 * 1024
 _POLL_MS = 200
+_ERASE = b"\r\x1b[K"
 _LF = 0x0A
 _LEVELS = {
     "debug": logging.DEBUG,
@@ -60,9 +61,13 @@ class LogWriter:
     Args:
         fd: where to; the writer owns it and closes it. -1 writes nowhere: every line is dropped.
         report: the line that says how many lines were dropped.
+
+    Attributes:
+        above_live: somebody draws a live line on the same terminal; it is erased before each write.
     """
 
     def __init__(self, fd: int, report: Callable[[int], bytes]) -> None:
+        self.above_live = False
         self._fd = fd
         self._report = report
         self._queue: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -157,7 +162,7 @@ class LogWriter:
     def _put_out(self, lines: list[bytes]) -> int:
         """How many of the lines got out whole, from the first one on; the rest is given up."""
         # What a failed write left of a line must not run into the next one.
-        mend = b"\n" if self._torn else b""
+        mend = (_ERASE if self.above_live else b"") + (b"\n" if self._torn else b"")
         text = mend + b"".join(lines)
         sent = self._send(text)
         if sent:

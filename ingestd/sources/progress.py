@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+from collections import deque
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import structlog
@@ -22,6 +23,9 @@ LIVE_SECONDS = 0.1
 LOG_SECONDS = 10.0
 """How often a log line says the same where there is no terminal."""
 
+RATE_SECONDS = 5.0
+"""The live line's rate is that of so long."""
+
 _KIB = 1024.0
 
 
@@ -29,11 +33,12 @@ class ProgressSnapshot(NamedTuple):
     """Where things stand, in this run.
 
     Attributes:
-        lines: records read, good and refused.
+        lines: records read, also those that were not accepted.
         bytes: read.
         accepted: made durable.
+        invalid: never accepted, because they can't be records.
         processed: done.
-        dead: dead letters, refused records among them.
+        dead: accepted and given up.
         pending: accepted and not settled.
         urls_done: of the source `fetch`.
         urls_total: of the source `fetch`.
@@ -43,6 +48,7 @@ class ProgressSnapshot(NamedTuple):
     lines: int
     bytes: int
     accepted: int
+    invalid: int
     processed: int
     dead: int
     pending: int
@@ -53,6 +59,13 @@ class ProgressSnapshot(NamedTuple):
     def facts(self) -> dict[str, int | float]:
         """What is known, for a log line."""
         return {key: value for key, value in self._asdict().items() if value is not None}
+
+    @property
+    def is_fruitless(self) -> bool:
+        """Something was read, and nothing of it was processed or is still to be."""
+        if not self.lines:
+            return False
+        return self.lines == self.invalid or not (self.processed or self.pending)
 
 
 class Progress:
@@ -80,45 +93,59 @@ class Progress:
         self._clock = clock or SystemClock()
         self._live = stream.isatty()
         self._every = live_seconds if self._live else log_seconds
+        # A rate over a short time jumps about: batches are done one at a time.
+        looks = round(RATE_SECONDS / live_seconds) if self._live else 1
+        self._seen: deque[tuple[float, ProgressSnapshot]] = deque(maxlen=max(looks, 1) + 1)
         self._task: asyncio.Task[None] | None = None
+
+    @property
+    def is_live(self) -> bool:
+        """It draws on a terminal."""
+        return self._live
 
     def start(self) -> None:
         """Begins; the rate counts from here."""
-        self._began = self._seen_at = self._clock.monotonic()
-        self._first = self._seen = self._snapshot()
+        self._began = self._clock.monotonic()
+        self._first = self._logged = self._snapshot()
+        self._seen = deque([(self._began, self._first)], maxlen=self._seen.maxlen)
         self._task = asyncio.create_task(self._run(), name="progress")
 
-    async def stop(self) -> None:
-        """Ends, with the summary. Does nothing if it is not running."""
+    async def stop(self) -> ProgressSnapshot | None:
+        """Ends, with the summary. Does nothing if it is not running.
+
+        Returns:
+            Where things stand at the end.
+        """
         task, self._task = self._task, None
         if task is None:
-            return
+            return None
         task.cancel()
         await asyncio.wait([task])
         now, seconds = self._snapshot(), self._clock.monotonic() - self._began
-        rate = (now.lines - self._first.lines) / seconds if seconds > 0 else 0.0
+        rate = (now.processed - self._first.processed) / seconds if seconds > 0 else 0.0
         if self._live:
             # In full: this line stays.
             self._draw(f"\r\x1b[K{describe(now, rate)}, {seconds:.1f} s\n")
         else:
             log.info("input_summed_up", seconds=round(seconds, 3), rate=round(rate), **now.facts())
+        return now
 
     async def _run(self) -> None:
         while True:
             await asyncio.sleep(self._every)
             now, at = self._snapshot(), self._clock.monotonic()
-            elapsed = at - self._seen_at
-            rate = (now.lines - self._seen.lines) / elapsed if elapsed > 0 else 0.0
-            left = seconds_left(now, self._seen, elapsed)
+            self._seen.append((at, now))
+            before_at, before = self._seen[0]
+            elapsed = at - before_at
+            rate = (now.processed - before.processed) / elapsed if elapsed > 0 else 0.0
             if self._live:
                 # The last column stays free: writing into it makes some terminals wrap.
                 width = max(shutil.get_terminal_size().columns - 1, 1)
-                self._draw(f"\r\x1b[K{describe(now, rate, left)[:width]}")
-                if elapsed < 1.0:
-                    continue  # a rate over less than a second jumps about
-            elif now != self._seen:  # a source that only waits has nothing to say
+                left = seconds_left(now, before, elapsed)
+                self._draw(f"\r\x1b[K{describe(now, rate, left, width=width)}")
+            elif now != self._logged:  # a source that only waits has nothing to say
                 log.info("input_progressed", rate=round(rate), **now.facts())
-            self._seen, self._seen_at = now, at
+                self._logged = now
 
     def _draw(self, text: str) -> None:
         try:
@@ -136,18 +163,56 @@ def seconds_left(now: ProgressSnapshot, before: ProgressSnapshot, elapsed: float
     return now.bytes_left * elapsed / came
 
 
-def describe(snapshot: ProgressSnapshot, rate: float, left: float | None = None) -> str:
-    """One line; the most important comes first, because a terminal may be narrow."""
-    urls = ""
-    if snapshot.urls_total is not None:
-        urls = f"{snapshot.urls_done:,}/{snapshot.urls_total:,} URLs, "
+def describe(
+    snapshot: ProgressSnapshot, rate: float, left: float | None = None, *, width: int | None = None
+) -> str:
+    """One line.
+
+    Args:
+        snapshot: where things stand.
+        rate: records that are processed in a second.
+        left: how long it takes until all is read, about, seconds.
+        width: columns there are; numbers get shorter, and what matters least goes, until it fits.
+    """
+    full = ", ".join(_parts(snapshot, rate, left, _exact))
+    if width is None or len(full) <= width:
+        return full
+    parts = _parts(snapshot, rate, left, _short)
+    while len(parts) > 1 and len(", ".join(parts)) > width:
+        parts.pop()
+    return ", ".join(parts)[:width]
+
+
+def _parts(
+    now: ProgressSnapshot, rate: float, left: float | None, number: Callable[[float], str]
+) -> list[str]:
+    """What a line says, the most important first; what is none is left out."""
+    parts = []
+    if now.urls_total is not None:
+        parts.append(f"{number(now.urls_done or 0)}/{number(now.urls_total)} URLs")
         if left is not None:
-            urls += f"about {left:,.0f} s left, "
-    return urls + (
-        f"{snapshot.lines:,} lines, {rate:,.0f}/s, {_size(snapshot.bytes)}: "
-        f"{snapshot.processed:,} processed, {snapshot.pending:,} pending, {snapshot.dead:,} dead, "
-        f"{snapshot.accepted:,} accepted"
-    )
+            parts.append(f"{number(left)} s left")
+    parts.append(f"{number(now.lines)} lines")
+    parts.append(f"{number(now.processed)} processed ({number(rate)}/s)")
+    parts.append(f"{number(now.pending)} pending")
+    parts += [f"{number(now.dead)} dead"] if now.dead else []
+    parts += [f"{number(now.invalid)} invalid"] if now.invalid else []
+    parts.append(_size(now.bytes))
+    return parts
+
+
+def _exact(count: float) -> str:
+    return f"{count:,.0f}"
+
+
+def _short(count: float) -> str:
+    """Four characters or five."""
+    for unit in ("", "k", "M", "G"):
+        if count < 999.5:
+            digits = 0 if not unit or count >= 99.95 else 1
+            return f"{count:.{digits}f}{unit}"
+        count /= 1000
+    return f"{count:,.0f}T"
 
 
 def _size(count: float) -> str:

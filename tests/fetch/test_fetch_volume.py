@@ -111,7 +111,7 @@ def test_two_gigabytes_and_three_kills_are_every_line_exactly_once(
     assert rows(sink) < LINES
     with daemon(*arguments, cwd=tmp_path) as one:
         while one.process.poll() is None and not any(
-            event["event"] == "drain_started" for event in one.events
+            event["event"] == "input_ended" for event in one.events
         ):
             time.sleep(0.02)
         peaks.append(memory(one.process.pid, "VmHWM"))

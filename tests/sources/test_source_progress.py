@@ -12,7 +12,13 @@ import re
 import pytest
 import structlog
 
-from ingestd.sources.progress import Progress, ProgressSnapshot, describe, seconds_left
+from ingestd.sources.progress import (
+    Progress,
+    ProgressSnapshot,
+    _short,
+    describe,
+    seconds_left,
+)
 from tests.sources.source_tools import until
 
 
@@ -25,7 +31,7 @@ class Counter:
     def __call__(self) -> ProgressSnapshot:
         self.asked += 1
         n = self.asked
-        return ProgressSnapshot(n * 1000, n * 100_000, n * 900, n * 800, n * 100, n * 100)
+        return ProgressSnapshot(n * 1000, n * 100_000, n * 900, n * 100, n * 800, n * 50, n * 50)
 
 
 @pytest.fixture
@@ -60,8 +66,8 @@ async def test_on_a_terminal(terminal, monkeypatch):
     assert len(lines) >= 5
     assert all(len(line) <= 39 and "\n" not in line for line in lines[1:-1])
     assert re.fullmatch(
-        r"[\d,]+ lines, [\d,]+/s, \d+\.\d KiB: [\d,]+ processed, [\d,]+ pending, [\d,]+ dead, "
-        r"[\d,]+ accepted, \d+\.\d s\n",
+        r"[\d,]+ lines, [\d,]+ processed \([\d,]+/s\), [\d,]+ pending, [\d,]+ dead, "
+        r"[\d,]+ invalid, \d+\.\d [KM]iB, \d+\.\d s\n",
         lines[-1],
     )
     assert not logs
@@ -117,7 +123,7 @@ async def test_a_terminal_that_goes_away_stops_nothing():
     ],
 )
 def test_sizes(size, text):
-    assert f", {text}:" in describe(ProgressSnapshot(1, size, 0, 0, 0, 0), 0.0)
+    assert describe(ProgressSnapshot(1, size, 0, 0, 0, 0, 0), 0.0).endswith(f", {text}")
 
 
 async def test_it_sleeps_between():
@@ -131,17 +137,17 @@ async def test_it_sleeps_between():
 
 
 def test_downloads_show_their_urls_and_the_time_that_is_left():
-    before = ProgressSnapshot(0, 1000, 0, 0, 0, 0, 1, 20, 9000)
-    now = ProgressSnapshot(5, 2000, 0, 0, 0, 0, 2, 20, 8000)
+    before = ProgressSnapshot(0, 1000, 0, 0, 0, 0, 0, 1, 20, 9000)
+    now = ProgressSnapshot(5, 2000, 0, 0, 0, 0, 0, 2, 20, 8000)
     assert seconds_left(now, before, 0.5) == 4.0
     assert seconds_left(now, now, 0.5) is None
     assert seconds_left(now._replace(bytes_left=None), before, 0.5) is None
-    assert describe(now, 10.0, 4.2).startswith("2/20 URLs, about 4 s left, 5 lines, 10/s, 2.0 KiB:")
+    assert describe(now, 10.0, 4.2).startswith("2/20 URLs, 4 s left, 5 lines, 0 processed (10/s)")
     assert describe(now, 10.0).startswith("2/20 URLs, 5 lines")
 
 
 async def test_nothing_new_is_nothing_to_log():
-    same = ProgressSnapshot(1, 2, 3, 4, 5, 6)
+    same = ProgressSnapshot(1, 2, 3, 4, 5, 6, 7)
     asked = []
     progress = Progress(lambda: asked.append(1) or same, io.StringIO(), log_seconds=0.001)
     with structlog.testing.capture_logs() as logs:
@@ -151,3 +157,85 @@ async def test_nothing_new_is_nothing_to_log():
     (last,) = logs
     assert last["event"] == "input_summed_up"
     assert "urls_total" not in last
+
+
+LARGE = ProgressSnapshot(
+    lines=12_345_678, bytes=5 * 1024**3, accepted=12_345_000, invalid=678, processed=11_999_000,
+    dead=1_000, pending=345_000,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("urls", [None, 12])
+def test_the_line_fits_into_80_columns_with_every_number_that_matters(urls):
+    now = LARGE._replace(urls_done=urls, urls_total=urls)
+    line = describe(now, 574_529.4, 1234.5, width=79)
+    assert len(line) <= 79
+    ends = "345k pending" if urls else "345k pending, 1.0k dead, 678 invalid"
+    assert line.endswith("12.3M lines, 12.0M processed (575k/s), " + ends)
+
+
+def test_the_line_fits_into_any_width_and_keeps_what_matters():
+    for width in range(1, 200):
+        line = describe(LARGE, 574_529.4, width=width)
+        assert len(line) <= width
+        assert not line.endswith(",") or width < 12
+    assert (
+        describe(LARGE, 574_529.4, width=200)
+        == describe(LARGE, 574_529.4)
+        == (
+            "12,345,678 lines, 11,999,000 processed (574,529/s), 345,000 pending, 1,000 dead, "
+            "678 invalid, 5.0 GiB"
+        )
+    )
+    assert describe(LARGE, 1.0, width=20) == "12.3M lines"
+    few = LARGE._replace(lines=3, processed=3, pending=0, dead=0, invalid=0, bytes=30)
+    assert describe(few, 1.0, width=79) == "3 lines, 3 processed (1/s), 0 pending, 30 B"
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0"), (999, "999"), (999.6, "1.0k"), (1000, "1.0k"), (99_940, "99.9k"),
+        (99_960, "100k"), (999_499, "999k"), (999_600, "1.0M"), (12_345_678, "12.3M"),
+        (10**12, "1T"), (10**16, "10,000T"),
+    ],
+)  # fmt: skip
+def test_short_numbers(count, text):
+    assert _short(count) == text
+
+
+async def test_the_rate_is_that_of_what_is_processed_also_when_all_is_read():
+    """A run whose input has ended works off the rest: nothing is read, and the rate is not 0."""
+
+    class Ticks:
+        seconds = 0.0
+
+        def monotonic(self):
+            self.seconds += 1.0
+            return self.seconds
+
+    done = 0
+
+    def backlog():
+        nonlocal done
+        done += 500
+        return ProgressSnapshot(9000, 9000, 9000, 0, done, 0, 9000 - done)
+
+    progress = Progress(backlog, io.StringIO(), clock=Ticks(), log_seconds=0.001)
+    with structlog.testing.capture_logs() as logs:
+        progress.start()
+        await until(lambda: len(logs) >= 5)
+        last = await progress.stop()
+    assert {line["rate"] for line in logs} == {500}
+    assert last.processed == done
+
+
+def test_when_nothing_came_of_an_input():
+    none = ProgressSnapshot(4, 9, 0, 4, 0, 0, 0)
+    assert none.is_fruitless
+    assert none._replace(processed=70).is_fruitless  # records of an earlier life
+    all_dead = ProgressSnapshot(4, 9, 3, 1, 0, 3, 0)
+    assert all_dead.is_fruitless
+    assert not all_dead._replace(pending=1).is_fruitless
+    assert not all_dead._replace(processed=1).is_fruitless
+    assert not ProgressSnapshot(0, 9, 0, 0, 0, 0, 0).is_fruitless

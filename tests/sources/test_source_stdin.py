@@ -23,7 +23,7 @@ import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ingestd.base.errors import JournalFailed, Overloaded
+from ingestd.base.errors import InputUnreadable, JournalFailed, Overloaded
 from ingestd.base.record import Records
 from ingestd.base.settings import StdinSettings
 from ingestd.sources.framing import Framer
@@ -204,9 +204,10 @@ def test_dev_null_and_a_closed_descriptor_are_empty(run):
 def test_a_folder_is_said_to_be_unreadable(run, tmp_path):
     fd = os.open(tmp_path, os.O_RDONLY)
     try:
-        with structlog.testing.capture_logs() as logs:
-            assert run(read_all(fd)).runs == []
+        with structlog.testing.capture_logs() as logs, pytest.raises(InputUnreadable) as caught:
+            run(read_all(fd))
         assert [line["event"] for line in logs] == ["stdin_failed"]
+        assert str(caught.value).endswith("could not be read to its end: Is a directory")
     finally:
         os.close(fd)
 

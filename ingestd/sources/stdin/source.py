@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
+import stat
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import structlog
 
-from ingestd.base.errors import Overloaded
+from ingestd.base.errors import InputUnreadable, Overloaded
 from ingestd.sources.framing import Framer
 from ingestd.sources.overload import again_after
+from ingestd.sources.sniff import HEAD_BYTES, guess
+from ingestd.sources.stdin.prefix import Prefix
 from ingestd.sources.stdin.reader import open_reader
 
 if TYPE_CHECKING:
+    from ingestd.base.record import Refused
     from ingestd.base.settings import StdinSettings
     from ingestd.sources.intake import Intake
     from ingestd.sources.lines import Parsed
+    from ingestd.sources.stdin.prefix import Part
     from ingestd.sources.stdin.reader import Reader
 
 log = structlog.get_logger(__name__)
@@ -42,7 +49,8 @@ class StdinSource:
     Attributes:
         bytes: read so far.
         records: made durable so far.
-        refused: kept as dead letters so far.
+        refused: invalid ones, which were never accepted, so far.
+        ended: it was read to its end, and all of it was accepted or refused.
     """
 
     def __init__(
@@ -63,12 +71,18 @@ class StdinSource:
         self._moved = asyncio.Event()
         self._again = asyncio.Lock()
         self._error: BaseException | None = None
+        self._unreadable: InputUnreadable | None = None
+        self._head: bytes | None = b""  # until it was looked at
+        self._lines = 0  # that were read to their LF
+        self._prefix = Prefix()
+        self._has_ended = self._has_refused = self._was_cancelled = False
         self.bytes = 0
         self.records = 0
         self.refused = 0
 
     async def start(self) -> None:
         """Begins to read."""
+        self._name = _name_of(self._fd)
         self._reader: Reader = open_reader(self._fd)
         if os.isatty(self._fd):
             print(_HINT, end="", file=self._stderr or sys.stderr, flush=True)
@@ -78,11 +92,30 @@ class StdinSource:
         """Returns when the input is at its end, or left, and all of it is accepted.
 
         Raises:
+            InputUnreadable: it can't be read to its end; what was read is accepted.
             IngestdError: the pipeline can't take records any more.
         """
         await asyncio.wait([self._task])
-        if self._error is not None:
-            raise self._error
+        if error := self._error or self._unreadable:
+            raise error
+
+    @property
+    def ended(self) -> bool:  # noqa: D102 - see the class
+        return self._has_ended and self._prefix.is_whole
+
+    def report(self) -> None:
+        """Says where to go on, if the input was left before its end."""
+        if self.ended or self._name is None or not self.bytes:
+            return
+        line, behind = self._prefix.lines + 1, self._prefix.behind
+        log.warning(
+            "input_left",
+            line=line,  # the first one that was not accepted
+            go_on=_way_on(self._name, line),
+            # With several appends under way, some may be accepted behind one that is not.
+            **({"accepted_behind": behind} if behind else {}),
+            **({"exact": False} if self._was_cancelled else {}),
+        )
 
     async def stop_taking(self, deadline: float) -> None:
         """Stops reading; a line that was begun is refused as `unfinished`."""
@@ -94,6 +127,8 @@ class StdinSource:
         """Ends the reading. What is not accepted by now is given up, and said so."""
         self._reader.stop()
         tasks = {self._task, *self._appends}
+        # Whether they still become durable is decided without them.
+        self._was_cancelled = bool(self._appends)
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks)
@@ -115,32 +150,58 @@ class StdinSource:
         try:
             while data := await self._reader.read():
                 self.bytes += len(data)
-                if parsed := self._framer.feed(data):
+                if self._head is not None:
+                    self._look_at(data)
+                parsed = self._framer.feed(data)
+                self._lines += data.count(b"\n")
+                if parsed:
                     await self._append(parsed)
         except OSError as error:
             log.error("stdin_failed", error=error.strerror)  # noqa: TRY400 - one line says it all
+            self._unreadable = InputUnreadable(problem=error.strerror)
             data = None
-        last = self._framer.cut() if data is None else self._framer.end()
+        if data is None:
+            last = self._framer.cut()  # not a line that was accepted
+        else:
+            self._look_at(b"")
+            last = self._framer.end()
+            self._has_ended = True
         if last:
             await self._append(last)
 
+    def _look_at(self, data: bytes) -> None:
+        """Says what the input seems to be, once enough of it is there, if it is nothing to read."""
+        if self._head is None:
+            return
+        self._head += data[:HEAD_BYTES]
+        if len(self._head) < HEAD_BYTES and data:
+            return
+        found, self._head = guess(self._head, self._intake.format), None
+        if found is not None:
+            log.warning("input_unsuitable", problem=f"it is {found.what}", advice=found.advice)
+
     async def _append(self, parsed: Parsed) -> None:
         """Begins an append, as soon as there is room for it."""
+        part = self._prefix.begin(self._lines, parsed.total)
         kept = sum(len(one.payload) + _REFUSED_BYTES for one in parsed.refused)
         size = len(parsed.records.payload) + kept
+        if parsed.refused and not self._has_refused:
+            self._has_refused = True
+            self._look_at(b"")
+            _warn_of(parsed.refused[0])
         while self._error is None and self._inflight and self._inflight + size > self._bytes_max:
             self._moved.clear()
             await self._moved.wait()
         self._inflight += size
         if self._error is not None:
             return
-        task = asyncio.create_task(self._accept(parsed, size), name="stdin-append")
+        task = asyncio.create_task(self._accept(parsed, size, part), name="stdin-append")
         self._appends.add(task)
         task.add_done_callback(self._appends.discard)
         # An input that always has more must not keep everybody else from running.
         await asyncio.sleep(0)
 
-    async def _accept(self, parsed: Parsed, size: int) -> None:
+    async def _accept(self, parsed: Parsed, size: int, part: Part) -> None:
         try:
             try:
                 await self._intake.accept(parsed.records, parsed.refused)
@@ -150,6 +211,7 @@ class StdinSource:
             self._fail(error)
         else:
             self._inflight -= size
+            self._prefix.accept(part)
             self.records += parsed.records.count
             self.refused += len(parsed.refused)
             self._moved.set()
@@ -172,3 +234,33 @@ class StdinSource:
             self._error = error
         self._reader.stop()
         self._moved.set()
+
+
+def _warn_of(refused: Refused) -> None:
+    """The first one alone: the summary counts them."""
+    if refused.reason == "unfinished":
+        return  # where reading stopped: `report` says how to go on
+    log.warning(
+        "input_invalid", record=refused.index + 1, reason=refused.reason, detail=refused.detail
+    )
+
+
+def _name_of(fd: int) -> str | None:
+    """The path of a file that is read from its beginning; empty for a pipe, `None` for a terminal.
+
+    Of a pipe and of a file that is read from elsewhere, lines count from where reading began.
+    """
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISREG(mode) and os.lseek(fd, 0, os.SEEK_CUR) == 0:
+            return str(Path(f"/proc/self/fd/{fd}").readlink())
+    except OSError:
+        return ""
+    return None if stat.S_ISCHR(mode) else ""
+
+
+def _way_on(name: str, line: int) -> str:
+    """The beginning of the command that goes on with a line."""
+    if name:
+        return f"tail -n +{line} {shlex.quote(name)} |"
+    return f"… | tail -n +{line} |"

@@ -1,0 +1,233 @@
+"""The real daemon on standard input: its summary, exit codes, and the way on after Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import gzip
+import os
+import pty
+import re
+import select
+import signal
+import sqlite3
+import struct
+import subprocess
+import sys
+import termios
+import time
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.daemon.harness import ROOT, daemon
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+HANDLER = """
+import time
+
+import ingestd
+
+def picky(batch: ingestd.Batch[dict]) -> None:
+    for place, record in enumerate(batch):
+        if record.get("bad"):
+            batch.reject(place, "bad")
+
+def slow(batch: list[dict]) -> None:
+    time.sleep(0.2)
+"""
+
+
+def run(cwd: Path, data: bytes, *args: str, handler: str = "sqlite") -> tuple[int, dict[str, Any]]:
+    """The exit code of a daemon that gets `data`, and its events by name."""
+    (cwd / "app.py").write_text(HANDLER)
+    path = cwd / "input"
+    path.write_bytes(data)
+    with path.open("rb") as file:
+        arguments = (handler, "--source", "stdin", "--executor.kind", "thread", *args)
+        with daemon(*arguments, cwd=cwd, stdin=file) as one:
+            code = one.wait()
+            return code, {event["event"]: event for event in one.events}
+
+
+def numbers(cwd: Path) -> list[int]:
+    with closing(sqlite3.connect(cwd / "ingestd-data" / "out.db")) as db:
+        return [row[0] for row in db.execute("SELECT n FROM records ORDER BY n")]
+
+
+# -- the summary and the exit code -----------------------------------------------------------------
+
+
+def test_invalid_records_are_not_counted_with_the_dead(tmp_path: Path) -> None:
+    lines = b'{"n": 1}\n{"bad": 1}\n{"n":\n{"n": 2}\n{"bad": 2}\n'
+    code, events = run(tmp_path, lines, handler="app:picky")
+    assert code == 0
+    summary = events["input_summed_up"]
+    found = {key: summary[key] for key in ("lines", "accepted", "invalid", "processed", "dead")}
+    assert found == {"lines": 5, "accepted": 4, "invalid": 1, "processed": 2, "dead": 2}
+    assert events["input_ended"]["waits"] == "until all is settled, without deadline"
+    assert "drain_started" not in events
+    assert "input_left" not in events
+
+
+def test_the_end_of_input_waits_for_all_of_it(tmp_path: Path) -> None:
+    """`drain.timeout` is for signals."""
+    code, events = run(
+        tmp_path, b"{}\n" * 6, "--drain.timeout", "50ms", "--batch.records_max", "1",
+        "--executor.workers", "1", handler="app:slow",
+    )  # fmt: skip
+    assert code == 0
+    assert events["drained"]["processed"] == 6
+
+
+@pytest.mark.parametrize(
+    ("data", "expected", "problem"),
+    [
+        (b"", 0, None),
+        pytest.param(b"\n\n", 0, None, marks=pytest.mark.slow),
+        pytest.param(b'{"n": 1}', 0, None, marks=pytest.mark.slow),
+        (b'{"n": 1}\nx\n', 0, None),
+        (b"x\ny\n", 65, None),
+        ('{"n": 1}\n'.encode("utf-16"), 65, "it is UTF-16 text"),
+        pytest.param(
+            gzip.compress(b'{"n": 1}\n' * 99), 65, "it is compressed (gzip)", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            b"\x7fELF\0\0\0\0\n\0\0\0\0\n",
+            65,
+            "it is not text: there are zero bytes in it",
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["empty", "blank", "no last LF", "some", "none", "UTF-16", "gzip", "binary"],
+)
+def test_an_input_of_which_nothing_could_be_accepted_is_65(
+    data: bytes, expected: int, problem: str | None, tmp_path: Path
+) -> None:
+    code, events = run(tmp_path, data)
+    assert code == expected
+    assert ("nothing_processed" in events) == (expected == 65)
+    assert events.get("input_unsuitable", {}).get("problem") == problem
+    if expected == 65:
+        assert events["nothing_processed"]["level"] == "error"
+        assert events["input_invalid"]["level"] == "warning"
+
+
+def test_an_input_whose_records_are_all_dead_is_65(tmp_path: Path) -> None:
+    code, events = run(tmp_path, b'{"bad": 1}\n' * 3 + b"x\n", handler="app:picky")
+    assert code == 65
+    found = events["nothing_processed"]
+    assert (found["lines"], found["dead"], found["invalid"]) == (4, 3, 1)
+
+
+# -- leaving ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_ctrl_c_says_where_to_go_on_and_there_each_line_comes_once(
+    kind: str, tmp_path: Path
+) -> None:
+    """The line that it names is the first one that was not accepted, whatever was under way."""
+    lines = [b'{"n": %d, "text": "%s"}\n' % (n, b"x" * (n % 90)) for n in range(30_000)]
+    path = tmp_path / "in.ndjson"
+    path.write_bytes(b"".join(lines))
+    first = 1
+    arguments = ("sqlite", "--source", "stdin", "--stdin.inflight_bytes_max", "256KiB",
+                 "--batch.records_max", "10000")  # fmt: skip
+    for _ in range(3):
+        command = ["tail", "-n", f"+{first}", str(path)]
+        with contextlib.ExitStack() as stack:
+            if kind == "file" and first == 1:
+                stdin: Any = stack.enter_context(path.open("rb"))
+            else:
+                feed = stack.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE))
+                stdin = feed.stdout
+            with daemon(*arguments, cwd=tmp_path, stdin=stdin) as one:
+                deadline = time.monotonic() + 20
+                while time.monotonic() < deadline and one.process.poll() is None:
+                    with contextlib.suppress(OSError, AssertionError):
+                        if one.status()["pipelines"]["default"]["accepted"] >= first + 2000:
+                            break
+                one.terminate(signal.SIGINT)
+                assert one.wait() == 0
+                left = [event for event in one.events if event["event"] == "input_left"]
+        if not left:
+            break
+        shown = str(path) if kind == "file" and first == 1 else ""
+        way = f"tail -n +{left[0]['line']} {shown} |" if shown else (
+            f"… | tail -n +{left[0]['line']} |")  # fmt: skip
+        assert left[0]["go_on"] == way
+        first += left[0]["line"] - 1
+    else:
+        command = ["tail", "-n", f"+{first}", str(path)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as feed, daemon(
+            *arguments, cwd=tmp_path, stdin=feed.stdout
+        ) as one:  # fmt: skip
+            assert one.wait() == 0
+    assert first > 1, "it was never left before its end"
+    assert numbers(tmp_path) == list(range(30_000))
+
+
+# -- on a terminal ---------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def terminal(columns: int) -> Iterator[tuple[int, int]]:
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    try:
+        yield ours, theirs
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def shown_by(ours: int, process: subprocess.Popen[bytes]) -> str:
+    """All that a process wrote, until it ended."""
+    text, deadline = b"", time.monotonic() + 30
+    while time.monotonic() < deadline:
+        ready, _, _ = select.select([ours], [], [], 0.05)
+        if ready:
+            text += os.read(ours, 65536)
+        elif process.poll() is not None:
+            return text.decode()
+    raise AssertionError(text)
+
+
+def test_the_live_line_fits_and_log_lines_do_not_run_into_it(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text(HANDLER)
+    with terminal(80) as (ours, theirs):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ingestd", "run", "app:slow", "--source", "stdin",
+             "--admin.listen", "", "--batch.records_max", "500", "--executor.workers", "1"],
+            cwd=tmp_path, stdin=subprocess.PIPE, stderr=theirs,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "NO_COLOR": "1", "TERM": "xterm"},
+        )  # fmt: skip
+        assert process.stdin is not None
+        process.stdin.write(b"{}\n" * 3000)
+        process.stdin.close()
+        shown = shown_by(ours, process)
+        assert process.wait(10) == 0
+    live = [part for part in shown.split("\r\x1b[K") if re.match(r"[\d,.kM]+ lines", part)]
+    assert len(live) > 5
+    for line in live[:-1]:
+        assert len(line) < 80, line
+        assert "\n" not in line  # nothing was written behind it before it was erased
+        assert line.count("lines") == 1
+    rates = [re.search(r"\(([\d,]+)/s\)", line) for line in live[:-1]]
+    worked_off = [
+        rate for line, rate in zip(live, rates, strict=False) if " 0 processed" not in line
+    ]
+    assert worked_off
+    assert all(rate and rate[1] != "0" for rate in worked_off), live
+    assert re.fullmatch(
+        r"3,000 lines, 3,000 processed \([\d,]+/s\), 0 pending, 8.8 KiB, [\d.]+ s\r\n",
+        live[-1].partition("\n")[0] + "\n",
+    )
+    for event in ("input_ended", "drained", "daemon_left"):
+        (line,) = [line for line in shown.split("\n") if event in line]
+        assert re.fullmatch(r"(.*\x1b\[K)?\d{4}-\d\d-\d\dT[\d:.]+Z \[.*", line.rstrip("\r")), line
