@@ -7,6 +7,7 @@ import traceback
 from typing import TYPE_CHECKING, Protocol
 
 from ingestd.base.errors import Exit, IngestdError
+from ingestd.base.leaving import end_process
 from ingestd.cli import check, dead, healthcheck, journal, prove, run, token
 from ingestd.cli.arguments import Parser, add_settings, handler_from
 from ingestd.cli.output import discard_stdout, fail, say
@@ -43,7 +44,17 @@ TOOLS: dict[str, Tool] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; its exit code. Problems are lines on stderr."""
+    """Runs one command; its exit code. Problems are lines on stderr.
+
+    Without `argv`, that is as a program, it ends the process.
+    """
+    code = _main(argv)
+    if argv is None:
+        end_process(code)
+    return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
     try:
         return _execute(sys.argv[1:] if argv is None else argv)
     except IngestdError as error:

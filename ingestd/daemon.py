@@ -10,13 +10,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
-import sys
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import async_timeout
-import structlog
 
 from ingestd import __version__
 from ingestd.admin.server import AdminServer
@@ -39,7 +37,8 @@ from ingestd.base.notify import Notifier
 from ingestd.base.passed import Passed
 from ingestd.base.reloading import Change, plan
 from ingestd.base.signals import Signals
-from ingestd.base.telemetry import start_logging
+from ingestd.base.streams import own_stderr
+from ingestd.base.telemetry import get_logger, start_logging
 from ingestd.handlers.runner import CLOSE_SECONDS
 from ingestd.journal.idempotency import KeyRule
 from ingestd.overview import status_of
@@ -57,7 +56,7 @@ if TYPE_CHECKING:
     from ingestd.sources.fetch.tally import Tally
     from ingestd.sources.intake import Source
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 LAG_SECONDS = 0.5
 """How often the loop's lag is measured."""
@@ -73,6 +72,7 @@ def serve(
     again: Callable[[], Settings] | None = None,
     notifier: Notifier | None = None,
     passed: Passed | None = None,
+    input_fd: int = 0,
 ) -> int:
     """Runs a daemon until it has left.
 
@@ -81,30 +81,29 @@ def serve(
         again: loads them again, for a reload.
         notifier: the service manager, if there is one.
         passed: sockets that it has opened.
+        input_fd: standard input, for the sources that read it.
 
     Returns:
-        The exit code. If a worker's thread could not be ended, the process leaves from here.
+        The exit code. The caller ends the process, see `base/leaving.py`: threads may still run.
     """
     settle_interpreter(for_strangers=settings.source.kind == "http")
     writer = start_logging(settings.log)
     passed = passed or Passed([], [])
-    daemon = Daemon(settings, writer, again=again, notifier=notifier or Notifier(), passed=passed)
+    daemon = Daemon(
+        settings,
+        writer,
+        again=again,
+        notifier=notifier or Notifier(),
+        passed=passed,
+        input_fd=input_fd,
+    )
+    # Not closed: that waits for threads which may hang, on a disk for example.
+    runner = asyncio.Runner(loop_factory=_loop_factory())
     try:
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            code = runner.run(daemon.run())
-    except IngestdError as error:
-        if not daemon.stuck:
-            raise
-        log.error("start_failed", error=str(error))  # noqa: TRY400 - as `main` would say it
-        code = int(error.exit_code)
+        return runner.run(daemon.run())
     finally:
         passed.close()
         writer.close(1.0)
-    if daemon.stuck:
-        # A thread that hangs, in a handler or on a disk, would keep the interpreter for ever.
-        sys.stdout.flush()
-        os._exit(code)
-    return code
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
@@ -124,9 +123,7 @@ class Daemon:
         again: loads the settings again.
         notifier: the service manager.
         passed: sockets that it has opened; the servers close them.
-
-    Attributes:
-        stuck: a worker's thread could not be ended, or a journal's; the process must be.
+        input_fd: standard input, for the sources that read it.
     """
 
     def __init__(
@@ -137,9 +134,11 @@ class Daemon:
         again: Callable[[], Settings] | None,
         notifier: Notifier,
         passed: Passed,
+        input_fd: int = 0,
     ) -> None:
         self.settings = settings
-        self.stuck = False
+        self._input_fd = input_fd
+        self._stderr = own_stderr()
         self._writer = writer
         self._again = again
         self._passed = passed
@@ -172,6 +171,7 @@ class Daemon:
         """
         self._signals = Signals()
         self._signals.install()
+        asyncio.get_running_loop().set_exception_handler(_callback_failed)
         data_dir = DataDir(self.settings.data_dir)
         watch = asyncio.ensure_future(self._watch())
         try:
@@ -261,15 +261,19 @@ class Daemon:
 
     async def _close_pipeline(self, pipeline: Pipeline) -> None:
         await pipeline.end_workers(self._in(CLOSE_SECONDS))
-        report = await pipeline.close_journal(self._in(JOURNAL_SECONDS))
-        self.stuck = self.stuck or not (report.workers_gone and report.journal_gone)
+        await pipeline.close_journal(self._in(JOURNAL_SECONDS))
 
     def _build_source(self) -> Source:
         kind, default = self.settings.source.kind, self.settings.source.pipeline
         if kind == "stdin":
             if self._passed.records:
                 raise ConfigError(problem="a socket for records was passed; source.kind is stdin")
-            source = StdinSource(self.settings.stdin, self.pipelines[default])
+            source = StdinSource(
+                self.settings.stdin,
+                self.pipelines[default],
+                fd=self._input_fd,
+                stderr=self._stderr,
+            )
             self._progress = self._build_progress(lambda: source, self.pipelines[default])
             return source
         if kind == "fetch":
@@ -277,7 +281,13 @@ class Daemon:
                 FetchSource,
             )
 
-            fetch = FetchSource(self.settings.fetch, self.pipelines[default], clock=self._clock)
+            fetch = FetchSource(
+                self.settings.fetch,
+                self.pipelines[default],
+                clock=self._clock,
+                fd=self._input_fd,
+                stderr=self._stderr,
+            )
             self._progress = self._build_progress(lambda: fetch.tally, self.pipelines[default])
             return fetch
         return HttpSource(
@@ -311,7 +321,7 @@ class Daemon:
                 urls_done=read.done, urls_total=read.total, bytes_left=read.left
             )
 
-        return Progress(snapshot_now, sys.stderr, clock=self._clock)
+        return Progress(snapshot_now, self._stderr, clock=self._clock)
 
     # -- serve ---------------------------------------------------------------------------------
 
@@ -447,7 +457,6 @@ class Daemon:
         if isinstance(self.source, StdinSource):
             self.source.report()
         await self.admin.close()
-        self.stuck = not all(r.workers_gone and r.journal_gone for r in reports.values())
         for name, report in reports.items():
             _log_report(name, report)
         code = self._exit_code(reports) or self._input_code(last)
@@ -552,6 +561,12 @@ def _key_rule(http: HttpSettings) -> KeyRule:
         signed_ttl=signatures_valid(http),
         shared=not has_one_principal(http),
     )
+
+
+def _callback_failed(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What the loop has to say, without the way through `logging`."""
+    error = context.get("exception")
+    log.error("callback_failed", message=str(context.get("message")), exc_info=error or False)
 
 
 def _log_report(name: str, report: Report) -> None:

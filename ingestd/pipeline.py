@@ -13,13 +13,13 @@ import random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import async_timeout
-import structlog
 from structlog.contextvars import bind_contextvars
 
 from ingestd.base.errors import JournalFailed
 from ingestd.base.liveness import Stage
 from ingestd.base.metrics import PipelineState
 from ingestd.base.record import Records, Span, without
+from ingestd.base.telemetry import get_logger
 from ingestd.batching.batch import Batch
 from ingestd.batching.batcher import Batcher, Cut
 from ingestd.execution.build import start_pool
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from ingestd.base.watch import Watch
     from ingestd.execution.pool import Pool
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 
 class Report(NamedTuple):
@@ -682,11 +682,11 @@ class Pipeline:
         self._tasks.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is not None and not self.broken.done():
+            self.broken.set_exception(error)
             if not isinstance(error, JournalFailed):
                 log.error(
                     "pipeline_broke", pipeline=self.name, task=task.get_name(), exc_info=error
                 )
-            self.broken.set_exception(error)
 
     def _journal_failed(self, failed: asyncio.Future[None]) -> None:
         error = None if failed.cancelled() else failed.exception()

@@ -13,12 +13,12 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
-import structlog
 from aiohttp import web
 
 from ingestd.base.address import parse_listen
 from ingestd.base.errors import AddressError
 from ingestd.base.passed import show_socket
+from ingestd.base.telemetry import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ SETTING = "admin.listen"
 # Without a name of ours aiohttp would tell everybody its version and Python's.
 _HEADERS = {"Cache-Control": "no-store", "Server": "ingestd"}
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 
 class _Page(NamedTuple):

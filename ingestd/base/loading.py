@@ -44,10 +44,12 @@ class Loaded:
         settings: checked, pipelines filled in.
         origins: dotted key of everything in effect to `default`, `flag --x`, `env X`, `secret F`,
             `file F`, or `as KEY` for what a pipeline takes from the top level.
+        file: the configuration file that was read, if there was one.
     """
 
     settings: Settings
     origins: Mapping[str, str]
+    file: Path | None = None
 
 
 def load(
@@ -58,6 +60,7 @@ def load(
     config: str | None = None,
     secrets: Path = SECRETS,
     system_config: Path = SYSTEM_CONFIG,
+    before: Loaded | None = None,
 ) -> Loaded:
     """Flags over environment over secrets files over the TOML file over defaults.
 
@@ -68,11 +71,16 @@ def load(
         config: the file that `--config` names; it has to be there.
         secrets: the second folder of secrets.
         system_config: the file that is read when there is no other.
+        before: what was loaded earlier in this life: its file has to be there again, and secrets
+            where there were some. Without them everything that they say would silently be undone.
 
     Raises:
         ConfigError: with one line for everything that is wrong.
     """
     problems: list[str] = []
+    if before is not None:
+        config = str(before.file) if before.file else config
+        problems.extend(_lost_secrets(before))
     written, origins = _gather(
         flags,
         problems,
@@ -88,7 +96,20 @@ def load(
         problems.extend(_explain(error, origins))
     if problems:
         raise ConfigError(problem="\n".join(dict.fromkeys(problems)))
-    return Loaded(settings, _all_origins(settings, origins))
+    named = config if config is not None else environ.get(CONFIG_VARIABLE) or None
+    return Loaded(settings, _all_origins(settings, origins), find_config(named, cwd, system_config))
+
+
+def _lost_secrets(before: Loaded) -> Iterator[str]:
+    """Folders of secrets that had some and have none of them any more."""
+    folders: dict[Path, list[Path]] = {}
+    for origin in before.origins.values():
+        if origin.startswith("secret "):
+            file = Path(origin.removeprefix("secret "))
+            folders.setdefault(file.parent, []).append(file)
+    for folder, files in folders.items():
+        if not any(_is_there(file) for file in files):
+            yield f"the secrets in {folder} are gone"
 
 
 def glance(

@@ -50,4 +50,10 @@ def _path(value: str) -> str:
 
 
 Secret = Annotated[SecretStr, AfterValidator(_no_mask)]
-FilePath = Annotated[str, AfterValidator(_path)]
+
+
+class AFile:
+    """Rides on a setting's type: its text is a path, which is made absolute at the start."""
+
+
+FilePath = Annotated[str, AfterValidator(_path), AFile()]

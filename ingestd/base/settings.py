@@ -23,7 +23,7 @@ from ingestd.base.access import (
 from ingestd.base.address import split_address
 from ingestd.base.contradictions import ContradictionError, contradictions
 from ingestd.base.origins import check_origins
-from ingestd.base.section import Section, own_name
+from ingestd.base.section import FilePath, Section, own_name
 from ingestd.base.units import (  # noqa: TC001  pydantic reads them
     Count,
     Seconds,
@@ -216,7 +216,9 @@ class FetchSettings(Section):
     urls: Annotated[tuple[str, ...], BeforeValidator(split_urls)] = Field(
         (), description="what to download: http and https URLs"
     )
-    file: str = Field("", description="a file of URLs, one a line, # comments; - is standard input")
+    file: FilePath = Field(
+        "", description="a file of URLs, one a line, # comments; - is standard input"
+    )
     follow: Switch = Field(
         False, description="the URLs are streams without an end: connect again when one ends"
     )

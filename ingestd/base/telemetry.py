@@ -5,6 +5,10 @@ stalls, a full disk or a closed stderr therefore costs log lines, which are coun
 (`log_lines_dropped`), and never a record or a moment of the event loop.
 
 Events are past-tense nouns with fields; a payload is never a field.
+
+What our own code logs with (`get_logger`) does not pass through structlog's or logging's global
+configuration, which a handler in a thread may change in good faith, and never raises: nothing of
+the daemon's depends on a line.
 """
 
 from __future__ import annotations
@@ -47,6 +51,7 @@ _WRITE_BYTES = 64 * 1024
 _POLL_MS = 200
 _ERASE = b"\r\x1b[K"
 _LF = 0x0A
+_LIBRARIES = ("aiohttp", "asyncio")
 _LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -190,11 +195,73 @@ class LogWriter:
         poll.poll(_POLL_MS)
 
 
-def start_logging(settings: LogSettings, stream: TextIO | None = None) -> LogWriter:
-    """Sends what structlog and the standard library's logging say to a stream's descriptor.
+class Log:
+    """Logs events of our own code; each method takes the event's name and its fields.
 
-    Once a process, before the first line; the caller closes what it gets. Loggers are
-    `structlog.get_logger()`; `request_id` and `batch_id` come from `structlog.contextvars`.
+    Before `start_logging` and after the writer's end lines go the way that structlog has them go.
+    """
+
+    __slots__ = ()
+
+    def debug(self, event: str, **fields: object) -> None:
+        """Logs what only helps to find a fault."""
+        _say("debug", event, fields)
+
+    def info(self, event: str, **fields: object) -> None:
+        """Logs what is as it should be."""
+        _say("info", event, fields)
+
+    def warning(self, event: str, **fields: object) -> None:
+        """Logs what somebody should look at some day."""
+        _say("warning", event, fields)
+
+    def error(self, event: str, **fields: object) -> None:
+        """Logs what somebody should look at now."""
+        _say("error", event, fields)
+
+    def exception(self, event: str, **fields: object) -> None:
+        """`error` with the exception that is being handled."""
+        _say("error", event, {"exc_info": True, **fields})
+
+
+def get_logger() -> Log:
+    """The logger of a module of ours."""
+    return _LOG
+
+
+class _Own:
+    """How our own lines are made and written while logging is started."""
+
+    __slots__ = ("chain", "level", "write")
+
+    def __init__(self, chain: list[Processor], level: int, write: Callable[[bytes], None]) -> None:
+        self.chain = chain
+        self.level = level
+        self.write = write
+
+
+_LOG = Log()
+_own: list[_Own] = []
+"""The one that is started last counts."""
+
+
+def _say(level: str, event: str, fields: dict[str, object]) -> None:
+    try:
+        if not _own:
+            getattr(structlog.get_logger(), level)(event, **fields)
+        elif _LEVELS[level] >= _own[-1].level:
+            own = _own[-1]
+            own.write(_line(own.chain, level, {**fields, "event": event}))
+    except Exception:  # noqa: BLE001, S110  nothing that is done depends on a line
+        pass
+
+
+def start_logging(settings: LogSettings, stream: TextIO | None = None) -> LogWriter:
+    """Sends what we, structlog and the standard library's logging say to a stream's descriptor.
+
+    Once a process, before the first line; the caller closes what it gets. Our own loggers are
+    `get_logger()`, a handler's `structlog.get_logger()`; `request_id` and `batch_id` come from
+    `structlog.contextvars`.
 
     Args:
         settings: level and format.
@@ -214,7 +281,10 @@ def start_logging(settings: LogSettings, stream: TextIO | None = None) -> LogWri
     writer = LogWriter(fd, lambda lines: _line(chain, "warning", _dropped_event(lines)))
     # Loggers are cached, so that a level that changes has to change in their class.
     logger = type("Logger", (structlog.make_filtering_bound_logger(level),), {})
-    writer.obey(partial(_change_level, logger))
+    own = _Own(chain, level, writer.write)
+    _own.append(own)
+    writer.undo(partial(_own.remove, own))
+    writer.obey(partial(_change_level, logger, own))
     structlog.configure(
         processors=chain,
         wrapper_class=logger,
@@ -225,7 +295,8 @@ def start_logging(settings: LogSettings, stream: TextIO | None = None) -> LogWri
     return writer
 
 
-def _change_level(logger: type[object], level: str) -> None:
+def _change_level(logger: type[object], own: _Own, level: str) -> None:
+    own.level = _LEVELS[level]
     made = structlog.make_filtering_bound_logger(_LEVELS[level])
     for name, method in vars(made).items():
         if not name.startswith("__"):
@@ -369,5 +440,13 @@ def _take_over_library_logs(writer: LogWriter, chain: list[Processor], level: in
     root.setLevel(max(level, logging.INFO))
     writer.undo(partial(root.removeHandler, handler))
     root.addHandler(handler)
+    # What the libraries of the daemon say does not pass handlers that somebody else has put there:
+    # they may block, and the event loop with them.
+    for name in _LIBRARIES:
+        library = logging.getLogger(name)
+        writer.undo(partial(setattr, library, "propagate", library.propagate))
+        writer.undo(partial(library.removeHandler, handler))
+        library.propagate = False
+        library.addHandler(handler)
     writer.undo(partial(logging.captureWarnings, False))
     logging.captureWarnings(capture=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ingestd.base.anchoring import anchored
 from ingestd.base.errors import ConfigError
 from ingestd.base.loading import Loaded, load
 
@@ -15,12 +17,50 @@ if TYPE_CHECKING:
 
 
 def configured(arguments: argparse.Namespace) -> Loaded:
-    """The settings of this process.
+    """The settings of this process, every path in them absolute.
 
     Raises:
         ConfigError: with one line for everything that is wrong.
     """
-    return load(arguments.flags, environ=os.environ, cwd=here(), config=arguments.config)
+    return Configuration(arguments).load()
+
+
+class Configuration:
+    """What this process was told at its start; a reload reads the same places again.
+
+    The current folder and the environment are those of now: a handler in a thread of the daemon may
+    change both.
+
+    Args:
+        arguments: of the command line.
+
+    Raises:
+        ConfigError: the current folder is gone.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self._arguments = arguments
+        self._environ = dict(os.environ)
+        self._cwd = here()
+        self._before: Loaded | None = None
+
+    def load(self) -> Loaded:
+        """The settings as they are written now, every path in them absolute.
+
+        Raises:
+            ConfigError: with one line for everything that is wrong.
+        """
+        from ingestd.handlers.target import PATH_OPTIONS  # noqa: PLC0415  not for --help
+
+        loaded = load(
+            self._arguments.flags,
+            environ=self._environ,
+            cwd=self._cwd,
+            config=self._arguments.config,
+            before=self._before,
+        )
+        self._before = loaded
+        return replace(loaded, settings=anchored(loaded.settings, self._cwd, PATH_OPTIONS))
 
 
 def make_importable() -> None:

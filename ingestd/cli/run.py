@@ -9,8 +9,8 @@ from ingestd.base.init import split_off
 from ingestd.base.notify import Notifier
 from ingestd.base.passed import take_sockets
 from ingestd.base.signals import ignore_hangups
-from ingestd.base.streams import occupy_standard_streams
-from ingestd.cli.configured import configured, make_importable
+from ingestd.base.streams import move_input, occupy_standard_streams
+from ingestd.cli.configured import Configuration, make_importable
 
 if TYPE_CHECKING:
     import argparse
@@ -35,11 +35,20 @@ def execute(arguments: argparse.Namespace) -> int:
     split_off()
     ignore_hangups()
     occupy_standard_streams()
-    settings = configured(arguments).settings
+    configuration = Configuration(arguments)
+    settings = configuration.load().settings
     make_importable()
     from ingestd.daemon import serve  # noqa: PLC0415  help and check need none of it
 
     def again() -> Settings:
-        return configured(arguments).settings
+        return configuration.load().settings
 
-    return serve(settings, again=again, notifier=notifier, passed=passed)
+    input_fd = move_input() if _reads_input(settings) else 0
+    return serve(settings, again=again, notifier=notifier, passed=passed, input_fd=input_fd)
+
+
+def _reads_input(settings: Settings) -> bool:
+    """Whether standard input is the daemon's; else a handler in a thread may have it."""
+    if settings.source.kind == "fetch":
+        return settings.fetch.file == "-"
+    return settings.source.kind == "stdin"

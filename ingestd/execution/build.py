@@ -12,8 +12,7 @@ import asyncio
 import os
 from typing import TYPE_CHECKING
 
-import structlog
-
+from ingestd.base.telemetry import get_logger
 from ingestd.execution.coroutine import CoroutineLane
 from ingestd.execution.pool import TaskPool, ThreadedPool
 from ingestd.execution.process import ProcessLane
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 
     from ingestd.base.settings import PipelineSettings
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 _CLOSE_SECONDS = 5.0
 

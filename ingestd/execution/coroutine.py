@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-import structlog
-
+from ingestd.base.telemetry import get_logger
 from ingestd.handlers.outcome import Failure, Result
 
 if TYPE_CHECKING:
     from ingestd.handlers.outcome import Job
     from ingestd.handlers.runner import Runner
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 
 class CoroutineLane:

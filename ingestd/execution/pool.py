@@ -6,8 +6,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-import structlog
-
+from ingestd.base.telemetry import get_logger
 from ingestd.execution.ahead import Ahead
 from ingestd.execution.lane import Lane, TaskLane, ThreadedLane
 from ingestd.execution.shelf import Shelf
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from ingestd.execution.shelf import Ticket
     from ingestd.handlers.outcome import Job, Result
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 L = TypeVar("L", bound=Lane)
 

@@ -19,9 +19,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-import structlog
-
 from ingestd.base.errors import HandlerLoadError
+from ingestd.base.telemetry import get_logger
 from ingestd.handlers import wire
 from ingestd.handlers.outcome import Failure, Result
 
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from ingestd.execution.shelf import Shelf
     from ingestd.handlers.outcome import Job
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 START_TIMEOUT = 120.0
 """Seconds for a child to import the handler; some load models."""

@@ -6,13 +6,13 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-import structlog
+from ingestd.base.telemetry import get_logger
 
 if TYPE_CHECKING:
     from ingestd.execution.shelf import Shelf
     from ingestd.handlers.runner import Runner
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 
 class ThreadLane:

@@ -25,6 +25,8 @@ BUILT_IN = {
     "jsonl": "ingestd.sinks.jsonl:JsonlSink",
     "sqlite": "ingestd.sinks.sqlite:SqliteSink",
 }
+PATH_OPTIONS = dict.fromkeys((*BUILT_IN, *BUILT_IN.values()), ("path",))
+"""The options of our sinks that are paths."""
 _INSTALLED = tuple(
     path + os.sep for path in {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")}
 )

@@ -18,6 +18,7 @@ import sys
 import threading
 
 from ingestd.base.errors import HandlerLoadError
+from ingestd.base.leaving import end_process
 from ingestd.handlers import wire
 from ingestd.handlers.runner import Runner
 
@@ -39,9 +40,7 @@ def main(socket_fd: int, lifeline_fd: int, memory_fd: int) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, wire.SOCKET_BYTES)
         _serve(sock, slot)
     # The handler may have left threads behind that would keep the process.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    end_process(0)
 
 
 def _serve(sock: socket.socket, slot: wire.Slot) -> None:

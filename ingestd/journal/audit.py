@@ -11,14 +11,14 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, NamedTuple
 
-import structlog
+from ingestd.base.telemetry import get_logger
 
 if TYPE_CHECKING:
     import sqlite3
 
     from ingestd.journal.interface import Journal
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 AUDIT_SECONDS = 60.0
 """Between the end of a count and the next one."""

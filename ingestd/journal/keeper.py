@@ -10,16 +10,15 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-import structlog
-
 from ingestd.base.errors import Overloaded
+from ingestd.base.telemetry import get_logger
 
 if TYPE_CHECKING:
     from ingestd.base.clock import Clock
     from ingestd.base.settings import DeadSettings
     from ingestd.journal.interface import Journal
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 LOOK_SECONDS = 1.0
 """How often it looks."""

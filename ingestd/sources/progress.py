@@ -7,16 +7,15 @@ import shutil
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
-import structlog
-
 from ingestd.base.clock import SystemClock
+from ingestd.base.telemetry import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ingestd.base.clock import Clock
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 LIVE_SECONDS = 0.1
 """How often the live line is drawn."""

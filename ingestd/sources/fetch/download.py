@@ -10,9 +10,8 @@ import asyncio
 import random
 from typing import TYPE_CHECKING
 
-import structlog
-
 from ingestd.base.backoff import backoff
+from ingestd.base.telemetry import get_logger
 from ingestd.sources.fetch.failure import Again, Changed, GivenUp, Reconnect
 from ingestd.sources.fetch.position import Position
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from ingestd.sources.fetch.trying import Tries
     from ingestd.sources.fetch.urls import Link
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 
 class Download:

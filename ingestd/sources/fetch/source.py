@@ -10,9 +10,8 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, TextIO
 
-import structlog
-
 from ingestd.base.errors import InputIncomplete
+from ingestd.base.telemetry import get_logger
 from ingestd.sources.fetch.budget import Budget, Memory, memory_for
 from ingestd.sources.fetch.client import Client
 from ingestd.sources.fetch.download import Download
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from ingestd.sources.fetch.urls import Link
     from ingestd.sources.intake import Intake
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 LISTED_MAX = 100
 """So many of the URLs that were given up are named in the last line about them."""

@@ -6,8 +6,7 @@ import asyncio
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-import structlog
-
+from ingestd.base.telemetry import get_logger
 from ingestd.sources.fetch import waits
 from ingestd.sources.fetch.answer import (
     EVENT_STREAM,
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from ingestd.sources.fetch.urls import Link
     from ingestd.sources.intake import Intake
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 
 class Tries:

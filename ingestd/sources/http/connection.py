@@ -10,13 +10,13 @@ import contextlib
 from typing import TYPE_CHECKING, cast
 
 import async_timeout
-import structlog
 from aiohttp import HttpVersion10, web
 from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import ERROR, RequestPayloadError, _ErrInfo
 from structlog.contextvars import clear_contextvars
 
+from ingestd.base.telemetry import get_logger
 from ingestd.sources.http import problem
 from ingestd.sources.http.answer import CLOSE, KEEP, PROBLEM, Answer, encode
 from ingestd.sources.http.clients import client_of
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from ingestd.sources.http.server import Server
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 HEAD_BYTES_MAX = 32 * 1024
 """The head of one request, all lines together."""

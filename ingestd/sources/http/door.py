@@ -15,11 +15,11 @@ from io import BytesIO
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import async_timeout
-import structlog
 from structlog.contextvars import bind_contextvars, unbind_contextvars
 
 from ingestd.base.errors import Draining
 from ingestd.base.once import scoped
+from ingestd.base.telemetry import get_logger
 from ingestd.base.watch import Watch
 from ingestd.sources.http import problem, tracing
 from ingestd.sources.http.answer import JSON, PROBLEM, Answer
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     OnRequest = Callable[[str, int, float, str], None]
     Resources = Mapping[str, Resource["Route | Document | None"]]
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 _CLIENT_GONE = 499
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")

@@ -13,9 +13,8 @@ import binascii
 import time
 from typing import TYPE_CHECKING
 
-import structlog
-
 from ingestd.base.access import ALL, demands_proof
+from ingestd.base.telemetry import get_logger
 from ingestd.sources.http import problem
 from ingestd.sources.http.limits import Limits
 from ingestd.sources.http.peer import peer_of
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
     from ingestd.base.settings import HttpSettings
     from ingestd.sources.http.access import Access
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 DENIED_SECONDS = 10.0
 """Who was turned away is said once in so many seconds: nobody shall fill the log from outside."""

@@ -16,12 +16,12 @@ import socket
 import ssl
 from typing import TYPE_CHECKING
 
-import structlog
+from ingestd.base.telemetry import get_logger
 
 if TYPE_CHECKING:
     from ingestd.sources.http.server import Server
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 HANDSHAKE_SECONDS = 10.0
 SHUTDOWN_SECONDS = 2.0

@@ -7,9 +7,9 @@ import contextlib
 from typing import TYPE_CHECKING, Any, cast
 
 import async_timeout
-import structlog
 from aiohttp import web
 
+from ingestd.base.telemetry import get_logger
 from ingestd.sources.http import problem
 from ingestd.sources.http.answer import PROBLEM, encode
 from ingestd.sources.http.clients import Clients
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ingestd.sources.http.answer import Answer
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 HELD_BYTES_MAX = 16 * 1024 * 1024
 """Parts of heads and requests that wait behind others, of all connections together."""

@@ -6,13 +6,12 @@ import asyncio
 import errno
 from typing import TYPE_CHECKING
 
-import structlog
-
 from ingestd.base.access import demands_proof
 from ingestd.base.address import split_address
 from ingestd.base.errors import AddressError, ConfigError
 from ingestd.base.once import WEBHOOK
 from ingestd.base.passed import show_socket
+from ingestd.base.telemetry import get_logger
 from ingestd.sources.http.access import check_exposure, read_access
 from ingestd.sources.http.body import Bounds
 from ingestd.sources.http.door import Door, Route
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from ingestd.sources.http.door import OnRequest
     from ingestd.sources.intake import Intake
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 _BACKLOG = 1024
 _SHUTDOWN_SECONDS = 1.0

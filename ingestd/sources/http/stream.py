@@ -14,9 +14,9 @@ import contextlib
 from typing import TYPE_CHECKING
 
 import async_timeout
-import structlog
 
 from ingestd.base.errors import Draining, IngestdError, Overloaded
+from ingestd.base.telemetry import get_logger
 from ingestd.sources.framing import Framer
 from ingestd.sources.http import problem
 from ingestd.sources.http.body import is_mostly_invalid, mostly_invalid, nothing_good
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from ingestd.sources.intake import Intake
     from ingestd.sources.lines import Parsed
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 PIECE_BYTES = 256 * 1024
 """A piece is accepted when it is this large on the wire,"""

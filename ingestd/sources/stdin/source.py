@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-import structlog
-
 from ingestd.base.errors import InputUnreadable, Overloaded
+from ingestd.base.telemetry import get_logger
 from ingestd.sources.framing import Framer
 from ingestd.sources.overload import again_after
 from ingestd.sources.sniff import HEAD_BYTES, guess
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
     from ingestd.sources.stdin.prefix import Part
     from ingestd.sources.stdin.reader import Reader
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 _HINT = "reading records from the terminal, one a line; end with Ctrl-D\n"
 _REFUSED_BYTES = 256  # what a refused record costs beside its payload, about
