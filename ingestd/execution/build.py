@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ingestd.base.telemetry import get_logger
-from ingestd.execution.coroutine import CoroutineLane
+from ingestd.execution.coroutine import CoroutineLane, CoroutinePool
+from ingestd.execution.loops import HandlerLoops
 from ingestd.execution.pool import TaskPool, ThreadedPool
 from ingestd.execution.process import ProcessLane
 from ingestd.execution.thread import ThreadLane
@@ -73,8 +75,13 @@ async def start_pool(
         pool = ThreadedPool(threads, overrun=executor.timeout)
         await pool.start()
         return pool, kind
-    coroutines = TaskPool(
-        [CoroutineLane(lane, _runner(wanted, lane), timeout=executor.timeout) for lane in lanes]
+    loops = HandlerLoops(name)
+    coroutines = CoroutinePool(
+        [
+            CoroutineLane(lane, partial(_runner, wanted, lane), loops, timeout=executor.timeout)
+            for lane in lanes
+        ],
+        loops,
     )
     await coroutines.start()
     return coroutines, kind

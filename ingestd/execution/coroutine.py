@@ -1,62 +1,146 @@
-"""A lane that is a coroutine on the daemon's own loop, for `async def` handlers."""
+"""Lanes that are coroutines, for `async def` handlers; their loop is not the daemon's.
+
+A call that overruns `executor.timeout` is cancelled. One that has not ended after that, for as long
+again but `GRACE_SECONDS` at most, is given up (see `loops.py`): its batch is free, with the reason
+`timeout`, the log says so, and the lane goes on with a new instance of the handler.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING
 
+from ingestd.base.errors import HandlerLoadError
 from ingestd.base.telemetry import get_logger
+from ingestd.execution.pool import TaskPool
 from ingestd.handlers.outcome import Failure, Result
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ingestd.execution.loops import Call, HandlerLoops
     from ingestd.handlers.outcome import Job
     from ingestd.handlers.runner import Runner
 
 log = get_logger()
 
+GRACE_SECONDS = 5.0
+"""How long a call may take to end after it was cancelled."""
+
 
 class CoroutineLane:
-    """One job at a time on the event loop; a job that overruns is cancelled.
+    """One job at a time on the handlers' loop.
 
     Args:
         name: for the log.
-        runner: loads and calls the handler.
+        runners: makes what loads and calls the handler.
+        loops: of its pool.
         timeout: seconds after which a job is cancelled.
     """
 
-    def __init__(self, name: str, runner: Runner, *, timeout: float) -> None:
+    def __init__(
+        self, name: str, runners: Callable[[], Runner], loops: HandlerLoops, *, timeout: float
+    ) -> None:
         self._name = name
-        self._runner = runner
+        self._runners = runners
+        self._runner = runners()
+        self._loops = loops
         self._timeout = timeout
+        self._grace = min(timeout, GRACE_SECONDS)
+        self._prepared = False
         self._idle = asyncio.Event()
         self._idle.set()
 
     async def start(self) -> None:
         """See `Lane.start`."""
-        error = self._runner.prepare()
+        error = await self._loops.current.call(partial(_prepare, self._runner)).done
+        self._prepared = True
         if error:
             log.warning("handler_not_ready", lane=self._name, error=error)
 
     async def run(self, job: Job) -> Result:
         """See `Lane.run`."""
         self._idle.clear()
+        call = self._loops.current.call(partial(self._called, self._runner, job))
         try:
-            async with asyncio.timeout(self._timeout):
-                return await self._runner.run_async(job)
-        except TimeoutError:
-            error = f"the handler was cancelled after {self._timeout:g} s"
-            return Result(failure=Failure("timeout", error), seconds=self._timeout)
+            if not await call.ended_within(self._timeout):
+                return await self._overrun(call)
+        except asyncio.CancelledError:
+            call.cancel()
+            raise
         finally:
             self._idle.set()
+        if call.done.cancelled():  # by itself: a handler can cancel its own task
+            return Result(failure=Failure("raised", "the handler cancelled its own task"))
+        return call.done.result()
+
+    async def _called(self, runner: Runner, job: Job) -> Result:
+        if not self._prepared:  # after the one before was given up
+            try:
+                runner.prepare()
+            except HandlerLoadError as error:
+                return Result(failure=Failure("crashed", f"no worker could be started: {error}"))
+            self._prepared = True
+        return await runner.run_async(job)
+
+    async def _overrun(self, call: Call[Result]) -> Result:
+        call.cancel()
+        if await call.ended_within(self._grace):
+            # One that caught it and returned has done its work after all.
+            if not call.done.cancelled() and call.done.result().failure is None:
+                return call.done.result()
+            return self._timed_out("was cancelled")
+        if await self._loops.give_up(call, self._grace):
+            log.error("handler_abandoned", lane=self._name, timeout=self._timeout)
+            self._replace(call)
+            return self._timed_out("did not end when it was cancelled; it is left behind")
+        log.error("handler_not_abandoned", lane=self._name, left_behind=self._loops.left_behind)
+        await call.ended_within(None)
+        return self._timed_out("did not end when it was cancelled")
+
+    def _timed_out(self, what: str) -> Result:
+        error = f"the handler {what} after {self._timeout:g} s"
+        return Result(failure=Failure("timeout", error), seconds=self._timeout)
+
+    def _replace(self, call: Call[Result]) -> None:
+        """A new instance: the old one is still in use, and is closed when its call has ended."""
+        old, self._runner, self._prepared = self._runner, self._runners(), False
+        call.done.add_done_callback(lambda _: call.loop.call(old.close_async))
 
     async def close(self, deadline: float) -> bool:
         """See `Lane.close`."""
         try:
             async with asyncio.timeout_at(deadline):
                 await self._idle.wait()
-                failed = await self._runner.close_async()
         except TimeoutError:
             return False
-        if failed:
-            log.warning("handler_close_failed", lane=self._name, error=failed)
+        call = self._loops.current.call(self._runner.close_async)
+        if not await call.ended_within(max(0.0, deadline - asyncio.get_running_loop().time())):
+            call.cancel()
+            return False
+        if not call.done.cancelled() and call.done.result():
+            log.warning("handler_close_failed", lane=self._name, error=call.done.result())
         return True
+
+
+class CoroutinePool(TaskPool):
+    """Lanes that share a loop of their own.
+
+    Args:
+        lanes: one for each worker.
+        loops: theirs.
+    """
+
+    def __init__(self, lanes: Sequence[CoroutineLane], loops: HandlerLoops) -> None:
+        super().__init__(lanes)
+        self._loops = loops
+
+    async def close(self, deadline: float) -> bool:
+        """See `Pool.close`."""
+        gone = await super().close(deadline)
+        return await self._loops.end(deadline) and gone
+
+
+async def _prepare(runner: Runner) -> str:
+    return runner.prepare()

@@ -1,0 +1,182 @@
+"""Async handlers that do not come back: deadlines hold, and the daemon's own loop turns."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ingestd.base.record import Records, Span
+from ingestd.base.settings import Settings
+from ingestd.execution import loops
+from ingestd.execution.build import start_pool
+from ingestd.handlers.outcome import Job
+from tests.daemon.harness import daemon
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
+
+THEIRS = """\
+import asyncio, threading, time
+
+GO = threading.Event()   # what hangs goes on
+
+async def swallows(batch: list[int]) -> None:
+    while batch[0] and not GO.is_set():
+        try:
+            await asyncio.sleep(0.02 if GO.is_set() else 3600)
+        except asyncio.CancelledError:
+            pass
+        await asyncio.sleep(0.02)
+
+async def ignores(batch: list[int]) -> None:
+    while batch[0] and not GO.is_set():
+        try:
+            await asyncio.sleep(0.05)
+        except asyncio.CancelledError:
+            pass
+
+async def waits(batch: list[int]) -> None:
+    try:
+        if batch[0]:
+            await asyncio.sleep(3600)
+    finally:
+        while batch[0] and not GO.is_set():
+            await asyncio.sleep(0.02)
+
+async def blocks(batch: list[int]) -> None:
+    if batch[0]:
+        GO.wait()
+
+async def delegates(batch: list[int]) -> None:
+    if batch[0]:
+        await asyncio.to_thread(GO.wait)
+
+async def leaves(batch: list[int]) -> None:
+    async def leave():
+        raise SystemExit(3)
+    task = asyncio.get_running_loop().create_task(leave())
+    await asyncio.wait([task])
+
+async def finishes(batch: list[int]) -> None:
+    try:
+        await asyncio.sleep(3600)
+    except asyncio.CancelledError:
+        pass
+
+async def where(batch: list[int]) -> None:
+    raise OSError(threading.current_thread() is threading.main_thread())
+"""
+HANGS = ["ignores", "waits", "blocks", "delegates"]
+
+
+def job(value: int) -> Job:
+    return Job("j-1", 1, Records.sized([b"%d" % value]), [Span(1, 0, 1)], "j")
+
+
+@pytest.fixture
+async def opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Callable[..., Any]]:
+    pools: list[Any] = []
+    modules: list[Any] = []
+
+    async def open_(name: str, *, workers: int = 2, within: str = "100ms") -> Any:
+        module = f"coroutines_{tmp_path.name}"
+        (tmp_path / f"{module}.py").write_text(THEIRS)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        settings = Settings(
+            handler={"target": f"{module}:{name}"},
+            executor={"kind": "async", "workers": workers, "timeout": within},
+        )
+        pool, _ = await start_pool(
+            "default",
+            settings.pipeline_settings()["default"],
+            data_dir=tmp_path,
+            on_restart=lambda _: None,
+        )
+        pools.append(pool)
+        modules.append(__import__(module))
+        return pool, modules[-1].GO
+
+    yield open_
+    for module in modules:
+        module.GO.set()
+    for pool in pools:
+        await pool.close(asyncio.get_running_loop().time() + 5)
+    deadline = time.monotonic() + 20
+    while [one for one in threading.enumerate() if one.name.startswith("default-loop")]:
+        assert time.monotonic() < deadline, "what was left behind does not end"
+        await asyncio.sleep(0.02)
+
+
+@pytest.mark.parametrize("name", HANGS)
+async def test_a_call_that_does_not_come_back_frees_its_batch(opened, name: str) -> None:
+    pool, _ = await opened(name)
+    result = await asyncio.wait_for(pool.run(job(1)), 20)
+    assert result.failure is not None
+    assert result.failure.reason == "timeout"
+    again = await asyncio.wait_for(pool.run(job(0)), 20)
+    assert again.failure is None
+
+
+async def test_work_that_was_finished_after_all_counts(opened) -> None:
+    pool, _ = await opened("finishes")
+    assert (await asyncio.wait_for(pool.run(job(1)), 20)).failure is None
+
+
+async def test_a_task_that_leaves_with_system_exit_does_not_end_the_loop(opened) -> None:
+    pool, _ = await opened("leaves", within="20s")
+    assert (await asyncio.wait_for(pool.run(job(1)), 20)).failure is None
+    assert (await asyncio.wait_for(pool.run(job(1)), 20)).failure is None
+
+
+@pytest.mark.parametrize(
+    ("name", "bound"), [("ignores", "ABANDONED_MAX"), ("blocks", "RETIRED_MAX")]
+)
+async def test_what_is_left_behind_is_bounded(
+    opened, monkeypatch: pytest.MonkeyPatch, name: str, bound: str
+) -> None:
+    monkeypatch.setattr(loops, bound, 2)
+    pool, go = await opened(name, workers=1, within="20ms")
+    for _ in range(2):
+        assert (await asyncio.wait_for(pool.run(job(1)), 20)).failure.reason == "timeout"
+    third = asyncio.ensure_future(pool.run(job(1)))
+    done, _ = await asyncio.wait({third}, timeout=1.0)
+    assert not done
+    go.set()
+    assert (await asyncio.wait_for(third, 20)).failure.reason == "timeout"
+    assert (await asyncio.wait_for(pool.run(job(0)), 20)).failure is None
+
+
+@pytest.mark.parametrize("name", HANGS)
+def test_signals_and_deadlines_hold(tmp_path: Path, name: str) -> None:
+    """The first one drains until `drain.timeout`; the admin server answers meanwhile."""
+    (tmp_path / "theirs.py").write_text(THEIRS)
+    arguments = ("--executor.timeout", "1h", "--drain.timeout", "500ms")
+    with daemon(f"theirs:{name}", *arguments, cwd=tmp_path) as one:
+        assert one.post(b"1")[0] == 202
+        while not one.status()["pipelines"]["default"]["batches"]["running"]:
+            time.sleep(0.01)
+        assert one.request("GET", "/livez", admin=True)[0] == 200
+        one.terminate()
+        assert one.wait(30) == 0
+        assert one.event("drained_partly")["pending"] == 1
+
+
+def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
+    (tmp_path / "theirs.py").write_text(THEIRS)
+    arguments = ("--executor.timeout", "1h", "--drain.timeout", "1h")
+    with daemon("theirs:blocks", *arguments, cwd=tmp_path) as one:
+        assert one.post(b"1")[0] == 202
+        while not one.status()["pipelines"]["default"]["batches"]["running"]:
+            time.sleep(0.01)
+        one.terminate()
+        one.event("drain_started")
+        one.terminate(signal.SIGINT)
+        assert one.wait(30) == 0
