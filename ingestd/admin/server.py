@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
 
 from ingestd.base.address import parse_listen
 from ingestd.base.errors import AddressError
@@ -22,8 +23,6 @@ from ingestd.base.telemetry import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-
-    from aiohttp.web_protocol import RequestHandler
 
     from ingestd.admin.view import AdminView
     from ingestd.base.metrics import Metrics
@@ -169,12 +168,30 @@ class AdminServer:
         return _Page(msgspec.json.encode(self._view.status()) + b"\n", "application/json")
 
 
+class _Connection(RequestHandler):
+    """A connection whose client may end its own direction before it has its answer."""
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # aiohttp never keeps one open
+        """Whether something was asked that has no answer yet."""
+        # aiohttp waits for a request, has one in its queue, or is at one.
+        return bool(self._messages) or (self._waiter is None and self._request_count > 0)
+
+
 class _Door(web.Server):
     """Lets few connections in, each for a while."""
 
     def __init__(self, answer: Callable[[web.BaseRequest], Any]) -> None:
-        super().__init__(answer, access_log=None, lingering_time=CLOSE_SECONDS)
+        super().__init__(answer)
         self._inside: dict[RequestHandler, tuple[asyncio.Transport, asyncio.TimerHandle]] = {}
+
+    def __call__(self) -> RequestHandler:
+        """A protocol for a connection that has just been accepted."""
+        return _Connection(
+            self,
+            loop=self._loop,
+            access_log=None,  # type: ignore[arg-type]  # aiohttp's way to say: no access log
+            lingering_time=CLOSE_SECONDS,
+        )
 
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
         """Starts the connection's clock, or hangs up if there are too many."""

@@ -155,7 +155,7 @@ async def test_without_tokens_every_certificate_of_ours_is_good(
 
 
 @on_both_loops
-async def test_a_new_certificate_and_a_new_authority_without_a_closed_connection(
+async def test_a_new_certificate_and_a_new_authority_without_a_refused_connection(
     files: Files, intake: MemoryIntake, tmp_path: Path
 ) -> None:
     ca = tmp_path / "ca.pem"
@@ -168,11 +168,16 @@ async def test_a_new_certificate_and_a_new_authority_without_a_closed_connection
     async with serving(intake, tls=tls) as source:
         first = ssl.DER_cert_to_PEM_cert(await _certificate(source, ours))
         async with connected(source, ours) as before:
-            ca.write_text(Path(theirs.ca).read_text())
+            ca.write_text(Path(theirs.ca).read_text() + Path(files.ca).read_text())
             files.server()
             await source.reload()
             before.post(b"1")
             assert (await before.reply()).status == 202
+            assert await status(source, new) == 202
+            assert await status(source, ours) == 202
+            ca.write_text(Path(theirs.ca).read_text())
+            await source.reload()
+            assert await before.closed()
         assert ssl.DER_cert_to_PEM_cert(await _certificate(source, new)) != first
         assert await status(source, new) == 202
         assert await status(source, ours) == "refused"

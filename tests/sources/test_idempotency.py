@@ -58,9 +58,8 @@ class Door:
         self.http = more.pop("http", {})
 
     async def __aenter__(self) -> Self:
-        settings = Settings(
-            handler={"target": "tests.sources.test_idempotency:nothing"}, **self.more
-        )
+        self.more.setdefault("handler", {"target": "tests.sources.test_idempotency:nothing"})
+        settings = Settings(**self.more)
         self.pipelines = {}
         for name in self.names:
             folder = self.folder / name

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ingestd.base.access import at_large
 from ingestd.base.errors import ConfigError
 from ingestd.base.passed import is_local, show_socket
-from ingestd.sources.http.tls import make_context
+from ingestd.sources.http.tls import make_context, read_authorities
 from ingestd.sources.http.tokens import Tokens, read_tokens
 from ingestd.sources.http.webhooks import read_webhooks
 
@@ -26,12 +26,14 @@ class Access(NamedTuple):
         tokens: who shows what.
         webhooks: the secrets of each, by name.
         context: what connections are encrypted with; `None` without TLS.
+        authorities: digests of the certificates of those who sign clients' certificates.
         doubts: what should be seen to and is no reason to refuse.
     """
 
     tokens: Tokens
     webhooks: Mapping[str, Sequence[bytes]]
     context: ssl.SSLContext | None
+    authorities: frozenset[bytes]
     doubts: Sequence[str]
 
 
@@ -47,6 +49,7 @@ def read_access(settings: HttpSettings) -> Access:
         read_tokens(settings.tokens, problems),
         read_webhooks(settings.webhooks, problems),
         make_context(settings.tls, problems, doubts),
+        read_authorities(settings.tls),
         doubts,
     )
     if problems:

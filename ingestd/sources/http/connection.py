@@ -22,6 +22,7 @@ from ingestd.sources.http.answer import CLOSE, KEEP, PROBLEM, Answer, encode
 from ingestd.sources.http.clients import client_of
 from ingestd.sources.http.pace import LATE_SECONDS, is_late
 from ingestd.sources.http.problem import Problem
+from ingestd.sources.http.secured import Secured
 from ingestd.sources.http.strict import fault, line_is_spaced
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ class Connection(web.RequestHandler):
     Attributes:
         last: nothing that comes after the requests that are here already is read.
         held: bytes that wait here for more, or for their turn; the server bounds all of them.
+        ending: it ends with the answer that comes next.
+        half_closed: the client sends nothing more.
+        authorities: see `Access`; those of its handshake.
     """
 
     __slots__ = (
@@ -78,7 +82,10 @@ class Connection(web.RequestHandler):
         "_line",
         "_paused_at",
         "_wire_bytes",
+        "authorities",
         "client",
+        "ending",
+        "half_closed",
         "held",
         "last",
     )
@@ -89,6 +96,9 @@ class Connection(web.RequestHandler):
         super().__init__(server, **settings)  # type: ignore[arg-type]
         self.client = ""
         self.last = False
+        self.ending = False
+        self.half_closed = False
+        self.authorities: frozenset[bytes] = frozenset()
         self.held = 0
         self._at_end: Callable[[], None] | None = None
         self._body: StreamReader = EMPTY_PAYLOAD
@@ -110,6 +120,10 @@ class Connection(web.RequestHandler):
         if not self._manager.let_in(self, transport):
             return
         transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+        self.authorities = self._manager.authorities
+        secured = transport.get_extra_info("ssl_object")
+        if isinstance(secured, Secured):
+            secured.at_end = self._secured_end
         super().connection_made(transport)
         self._start_head_timer()
 
@@ -122,8 +136,11 @@ class Connection(web.RequestHandler):
 
     @contextlib.contextmanager
     def at_end(self, call: Callable[[], None]) -> Iterator[None]:
-        """Calls this if the connection ends within the block, or has ended."""
-        if self.transport is None:
+        """Calls this if the client goes within the block, or has gone: half a connection, too.
+
+        Whoever closes and whoever sends nothing more looks the same from here.
+        """
+        if self.transport is None or self.half_closed:
             call()
         self._at_end = call
         try:
@@ -164,7 +181,41 @@ class Connection(web.RequestHandler):
             # Nothing was asked: an answer could be taken for that to the first request.
             self.force_close()
 
+    @property
+    def has_certificate(self) -> bool:
+        """Whether its client showed a certificate."""
+        return self.transport is not None and bool(self.transport.get_extra_info("peercert"))
+
+    def end_soon(self) -> None:
+        """Ends it now if nothing is asked, else with the answer that comes next."""
+        self.ending = True
+        idle = not (self._messages or self._request_in_progress or self._head_bytes)
+        if idle:
+            self.force_close()
+
     # -- what comes ----------------------------------------------------------------------------
+
+    def eof_received(self) -> bool:  # type: ignore[override]  # aiohttp never keeps one open
+        """The client sends nothing more (`nc -N`): what it has asked whole is answered.
+
+        Returns:
+            Whether the connection is still needed.
+        """
+        waiting = len(self._messages) + self._request_in_progress
+        if not self._body.is_eof():
+            waiting -= 1
+            if waiting:
+                self._break_body()
+        self.half_closed = self.last = True
+        self._stop_head_timer()
+        if self._at_end is not None:
+            self._at_end()
+        return waiting > 0
+
+    def _secured_end(self) -> None:
+        """The same under TLS, whose transport does not know half of a connection."""
+        if not (self.half_closed or self.eof_received()) and self.transport is not None:
+            self.transport.close()
 
     def data_received(self, data: bytes) -> None:
         """Parses what came, and sees to what the parser does not."""
@@ -328,7 +379,7 @@ class Connection(web.RequestHandler):
                 log.exception("connection_failed")
                 self.force_close()
                 return
-            if not goes_on or self._close or self._force_close:
+            if not goes_on or self._close or self._force_close or self.is_last:
                 break
             self._await_next()
         if not self._force_close:
@@ -368,7 +419,7 @@ class Connection(web.RequestHandler):
         transport = self.transport
         if transport is None or transport.is_closing():
             return False
-        keeps = not (answer.close or message.should_close or self.is_last)
+        keeps = not (answer.close or message.should_close or self.is_last or self.ending)
         connection = b"" if keeps else CLOSE
         if keeps and message.version == HttpVersion10:
             connection = KEEP

@@ -28,8 +28,9 @@ class Deadline:
         loop: the running one.
         content: the body.
         total: tells how many bytes have come.
-        timeout: `http.body_timeout`.
+        timeout: seconds that it may take.
         rate_min: `http.body_rate_min`.
+        detail: what is said when the time is up; empty for that of `http.body_timeout`.
     """
 
     def __init__(
@@ -40,12 +41,14 @@ class Deadline:
         *,
         timeout: float,
         rate_min: int,
+        detail: str = "",
     ) -> None:
         now = loop.time()
         self._loop = loop
         self._content = content
         self._total = total
-        self._timeout = timeout
+        self._detail = detail or f"not complete after http.body_timeout = {timeout:g} s"
+        self._error: Exception | None = None
         self._rate_min = rate_min
         self._end = now + timeout
         self._pace = Pace(rate_min, now)
@@ -61,9 +64,14 @@ class Deadline:
         traceback: TracebackType | None,
     ) -> None:
         self._timer.cancel()
-        if isinstance(error, Late):
+        if error is not None and error is self._error:
             # What still comes is read for a while, so that the client gets to see its answer.
             self._content.set_exception(None)  # type: ignore[arg-type]
+
+    def end(self, error: Exception) -> None:
+        """Raises this where the body is read."""
+        self._error = error
+        self._content.set_exception(error)
 
     def _wait(self) -> None:
         self._timer = self._loop.call_at(min(self._end, self._pace.due), self._look)
@@ -75,10 +83,10 @@ class Deadline:
             self._wait()
             return
         if now >= self._end:
-            limit = f"not complete after http.body_timeout = {self._timeout:g} s"
+            limit = self._detail
         elif self._pace.is_slow(self._total(), now):
             limit = f"slower than http.body_rate_min = {self._rate_min} bytes a second"
         else:
             self._wait()
             return
-        self._content.set_exception(Late(limit))
+        self.end(Late(limit))

@@ -26,6 +26,7 @@ from ingestd.sources.http.answer import JSON, PROBLEM, Answer
 from ingestd.sources.http.bench import Bench
 from ingestd.sources.http.body import Bounds, Reading, reading_of
 from ingestd.sources.http.cors import Cors, tell_options
+from ingestd.sources.http.deadline import Deadline
 from ingestd.sources.http.document import Document, unless_known
 from ingestd.sources.http.encoding import name_encoding
 from ingestd.sources.http.idempotency import HEADER, REPLAYED, parse_key
@@ -42,8 +43,8 @@ from ingestd.sources.http.reading import (
     say_continue,
 )
 from ingestd.sources.http.room import Room
-from ingestd.sources.http.routes import Resource, find
-from ingestd.sources.http.stream import Stream, read_piece
+from ingestd.sources.http.routes import WEBHOOKS, Resource, find
+from ingestd.sources.http.stream import BLOCK_BYTES, Stream, read_piece
 from ingestd.sources.http.taken import Taken, accepted_body, processed_body
 from ingestd.sources.http.webhooks import check_type
 
@@ -139,7 +140,8 @@ class Door:
         self._ids = _make_ids()
         self._active = 0
         self._streams: set[Stream] = set()
-        self._waiting: set[Watch] = set()
+        self._waiting: dict[Watch, tuple[web.BaseRequest, Route]] = {}
+        self._quiet: dict[Deadline, tuple[web.BaseRequest, Route]] = {}
         self._idle = asyncio.Event()
 
     def begin_to_drain(self) -> None:
@@ -149,6 +151,36 @@ class Door:
             stream.leave()
         for watch in self._waiting:
             watch.done.set()
+        for deadline in self._quiet:
+            deadline.end(Draining())
+
+    def look_again(self) -> None:
+        """Who may come in has changed: ends what goes on and is not allowed any more."""
+        for stream in tuple(self._streams):
+            stream.look_again()
+        for watch, (request, route) in self._waiting.items():
+            try:
+                self._allowed(request, route)
+            except Problem:
+                watch.done.set()  # its records are accepted, and the answer says so
+        for deadline, (request, route) in self._quiet.items():
+            try:
+                self._allowed(request, route)
+            except Problem as found:
+                deadline.end(found.with_traceback(None))
+
+    def _allowed(self, request: web.BaseRequest, route: Route) -> Caller:
+        """Who sends a request that was let in before, if that is still so.
+
+        Raises:
+            Problem: 401, 403 or 404 if it is not.
+        """
+        if route.webhook is None:
+            return self.gate.identify(request, route.intake.name)
+        resource = self._resources.get(f"{WEBHOOKS}/{route.webhook.name}")
+        if resource is None or not isinstance(resource.what, Route) or not resource.what.caller:
+            raise Problem(problem.NOT_FOUND, "the webhook is there no more")
+        return resource.what.caller
 
     async def drain(self, deadline: float) -> None:
         """Returns when the requests in progress have their answers.
@@ -262,7 +294,7 @@ class Door:
         with self._room.enter(caller.name or peer_of(request)) as hold:
             taken = await self._take_body(request, route, caller, hold)
             # Nothing holds the body any more, however long this takes.
-            return await self._wait(request, taken) if isinstance(taken, _Durable) else taken
+            return await self._wait(request, route, taken) if isinstance(taken, _Durable) else taken
 
     async def _take_body(
         self, request: web.BaseRequest, route: Route, caller: Caller, hold: Hold
@@ -284,10 +316,13 @@ class Door:
         streams = length is None and reading is Reading.LINES and key is None
         if streams and not prefer.strict and hold.begin_stream():
             try:
-                wire, ended = await read_first(request, hold, settings, encoding=encoding)
+                first = await self._first_bytes(request, route)
+                wire, ended = await read_first(
+                    request, hold, settings, encoding=encoding, first=first
+                )
                 if not ended:
                     return await self._stream(
-                        request, route.intake, caller, hold, encoding=encoding, begun=wire
+                        request, route, caller, hold, encoding=encoding, begun=wire
                     )
             finally:
                 hold.end_stream()
@@ -351,11 +386,11 @@ class Door:
         told = [one._replace(payload=b"") for one in parsed.refused]
         return _Durable(body, route.intake, watch, told, parsed.invalid, prefer)
 
-    async def _wait(self, request: web.BaseRequest, durable: _Durable) -> Taken:
+    async def _wait(self, request: web.BaseRequest, route: Route, durable: _Durable) -> Taken:
         """Until all records have their outcome, the time is up, or nobody is there to be told."""
         watch, prefer = durable.watch, durable.prefer
         connection = cast("Connection", request.protocol)
-        self._waiting.add(watch)
+        self._waiting[watch] = request, route
         try:
             with connection.at_end(watch.done.set):
                 async with async_timeout.timeout(prefer.wait):
@@ -363,16 +398,33 @@ class Door:
         except TimeoutError:
             pass
         finally:
-            self._waiting.discard(watch)
+            del self._waiting[watch]
             durable.intake.unwatch(watch)
         if watch.left:
             return Taken(durable.body, headers=prefer.applied())
         return Taken(processed_body(durable.refused, durable.invalid, watch), 200, prefer.applied())
 
+    async def _first_bytes(self, request: web.BaseRequest, route: Route) -> bytes:
+        """What comes first of a body that may be a stream; nothing if that is its end.
+
+        The first line of a stream may come as late as any other.
+        """
+        silence = self._settings.stream_silence_max
+        detail = f"nothing came for http.stream_silence_max = {silence:g} s"
+        deadline = Deadline(
+            self._loop, request.content, lambda: 0, timeout=silence, rate_min=0, detail=detail
+        )
+        self._quiet[deadline] = request, route
+        try:
+            with in_our_words(request), deadline:
+                return await request.content.read(BLOCK_BYTES)
+        finally:
+            del self._quiet[deadline]
+
     async def _stream(
         self,
         request: web.BaseRequest,
-        intake: Intake,
+        route: Route,
         caller: Caller,
         hold: Hold,
         *,
@@ -380,6 +432,7 @@ class Door:
         begun: bytes,
     ) -> Taken:
         """A body that goes on: its pieces are accepted one by one."""
+        connection = cast("Connection", request.protocol)
 
         async def read() -> tuple[bytes, bool]:
             with in_our_words(request), BytesIO() as sink:
@@ -388,7 +441,7 @@ class Door:
 
         stream = Stream(
             read,
-            intake,
+            route.intake,
             caller,
             hold,
             self._bench.stream_thread,
@@ -396,7 +449,8 @@ class Door:
             encoding=encoding,
             ratio_max=self._settings.inflate_ratio_max,
             silence=self._settings.stream_silence_max,
-            gone=lambda: request.transport is None,
+            gone=lambda: request.transport is None or connection.half_closed,
+            allowed=lambda: self._allowed(request, route),
         )
         self._streams.add(stream)
         try:

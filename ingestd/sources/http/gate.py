@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ingestd.base.access import ALL, demands_proof
 from ingestd.base.telemetry import get_logger
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ingestd.base.access import TokenSettings
     from ingestd.base.settings import HttpSettings
     from ingestd.sources.http.access import Access
+    from ingestd.sources.http.connection import Connection
 
 log = get_logger()
 
@@ -149,10 +150,19 @@ class Gate:
             Problem: 401 if that can't be told, 403 if it may not send to the pipeline, 429 if it
                 has sent too much.
         """
+        caller = self.identify(request, pipeline)
+        caller.check()
+        return caller
+
+    def identify(self, request: web.BaseRequest, pipeline: str) -> Caller:
+        """Who sends this, however much it has sent.
+
+        Raises:
+            Problem: 401 if that can't be told, 403 if it may not send to the pipeline.
+        """
         caller = self._who(request)
         if caller.pipelines is not None and pipeline not in caller.pipelines:
             raise self._forbid(request, caller)
-        caller.check()
         return caller
 
     def explain_unknown(self, request: web.BaseRequest) -> Problem:
@@ -190,6 +200,9 @@ class Gate:
             raise self._deny(request, "there is none", "")
         if has_expired(certificate, self._now()):
             raise self._deny(request, "the certificate has expired", "")
+        if not cast("Connection", request.protocol).authorities <= self.access.authorities:
+            why = "an authority has gone since the certificate was verified; connect anew"
+            raise self._deny(request, why, "")
         owner = self.access.tokens.owner_of_certificate(certificate)
         if owner is not None:
             return self._callers[owner]

@@ -57,18 +57,28 @@ def say_continue(request: web.BaseRequest) -> None:
 
 
 async def read_first(
-    request: web.BaseRequest, hold: Hold, settings: HttpSettings, *, encoding: str
+    request: web.BaseRequest, hold: Hold, settings: HttpSettings, *, encoding: str, first: bytes
 ) -> tuple[bytes, bool]:
     """A body of unknown length as far as its first lines, and whether that is all of it.
+
+    Args:
+        request: whose body it is.
+        hold: what it counts as.
+        settings: the bounds.
+        encoding: its `Content-Encoding`.
+        first: what came of it first; nothing if it is empty.
 
     Raises:
         Problem: 400, 408, 413, or what `Hold.grow` raises.
         ClientGone: in the middle of it.
     """
+    if not first:
+        return first, True
     with in_our_words(request), BytesIO() as sink, _deadline(request, sink.tell, settings):
         while True:
             begun = sink.tell()
-            ended = await read_piece(request.content, sink)
+            ended = await read_piece(request.content, sink, first=first)
+            first = b""
             _hold(sink.tell(), hold)
             has_line = b"\n" in bytes(sink.getbuffer()[begun:])
             # What goes on has no bound as a whole: only what is held at a time counts.

@@ -39,6 +39,10 @@ class Server(web.Server):
         per_client_max: the same (429) for connections of one client; 0 for any number.
         head_timeout: seconds that the head of a request may take.
         keepalive_timeout: seconds until an idle connection is closed; 0 if none is kept open.
+
+    Attributes:
+        authorities: see `Access`; for the handshakes that come.
+        open: connections.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Server(web.Server):
         self._spoken = asyncio.Event()
         self._held = 0
         self.head_timeout = head_timeout
+        self.authorities: frozenset[bytes] = frozenset()
         self.open = 0
 
     @property
@@ -146,6 +151,13 @@ class Server(web.Server):
         """What a connection asks for each request."""
         self.spoke(request.protocol)
         return self._answer(request)
+
+    def end_certified(self) -> None:
+        """Connections that showed a certificate end, each after the request that it is at."""
+        for connection in self.connections:
+            assert isinstance(connection, Connection)  # noqa: S101 - see __call__
+            if connection.has_certificate:
+                connection.end_soon()
 
     def spoke(self, handler: web.RequestHandler) -> None:
         """A connection's first request has come, or it has gone."""

@@ -117,6 +117,7 @@ class HttpSource:
             head_timeout=settings.head_timeout,
             keepalive_timeout=settings.keepalive_timeout,
         )
+        self._server.authorities = self._gate.access.authorities
         try:
             sockets = self._sockets or await bind(
                 *split_address(settings.listen), _BACKLOG, shared=settings.reuse_port
@@ -167,7 +168,8 @@ class HttpSource:
             settings: of them the tables of who may come in count; the rest is as at the start.
 
         Returns:
-            What makes it so: connections stay, and none is refused.
+            What makes it so: connections stay, and none is refused; what goes on and is not
+            allowed any more comes to an end.
 
         Raises:
             ConfigError: something is wrong with them.
@@ -178,9 +180,14 @@ class HttpSource:
 
         def change() -> None:
             _tell(access)
+            fewer = not self._gate.access.authorities <= access.authorities
             self._gate = self._door.gate = Gate(settings, access, before=self._gate)
             self._publish(settings, access)
             self._listener.context = access.context
+            self._server.authorities = access.authorities
+            self._door.look_again()
+            if fewer:
+                self._server.end_certified()
 
         return change
 

@@ -77,6 +77,8 @@ class Stream:
         ratio_max: `http.inflate_ratio_max`.
         silence: seconds without a byte after which it is ended.
         gone: whether its client has left.
+        allowed: who sends it, asked again before each piece; raises a `Problem` when its client
+            may not send here any more.
 
     Attributes:
         accepted: records that are durable.
@@ -96,7 +98,9 @@ class Stream:
         ratio_max: int,
         silence: float,
         gone: Callable[[], bool],
+        allowed: Callable[[], Caller] | None = None,
     ) -> None:
+        self._allowed = allowed or (lambda: caller)
         self._read = read
         self._intake = intake
         self._caller = caller
@@ -120,6 +124,7 @@ class Stream:
         self._waiting: asyncio.Task[None] | None = None
         self._timer: asyncio.Timeout | None = None
         self._leaving = asyncio.Event()
+        self._why: Exception = Draining()
         self.accepted = 0
         self.rejected = 0
 
@@ -147,6 +152,14 @@ class Stream:
         """Ends it at the last line that has arrived: the daemon drains."""
         self._leaving.set()
         self._wake()
+
+    def look_again(self) -> None:
+        """Ends it if its client may not send here any more; what was accepted stays accepted."""
+        try:
+            self._caller = self._allowed()
+        except Problem as found:
+            self._why = found.with_traceback(None)
+            self.leave()
 
     def _notice(self, accepting: asyncio.Task[None]) -> None:
         """A piece that can't be stored ends the stream, even if nothing more ever comes."""
@@ -212,7 +225,7 @@ class Stream:
                 if not self._stored or found.kind is problem.BODY_TOO_LARGE:
                     raise
                 if self._leaving.is_set() or self._gone():
-                    raise Draining from None
+                    raise self._why from None
                 await self._pause(ROOM_SECONDS)
             else:
                 self._passing = passing
@@ -254,7 +267,7 @@ class Stream:
         if self._waiting is not None and self._waiting.done():
             await self._committed()
         if self._leaving.is_set():
-            raise Draining
+            raise self._why
         self._timer = async_timeout.timeout(self._silence)
         try:
             async with self._timer:
@@ -263,7 +276,7 @@ class Stream:
             if self._waiting is not None and self._waiting.done():
                 await self._committed()
             if self._leaving.is_set():
-                raise Draining from None
+                raise self._why from None
             detail = f"nothing came for http.stream_silence_max = {self._silence:g} s"
             raise Problem(problem.TIMEOUT, detail) from None
         finally:
@@ -299,6 +312,7 @@ class Stream:
         kept = parsed.refused[: self._invalid_kept]
         self._invalid_kept -= len(kept)
         while True:
+            self._caller = self._allowed()
             try:
                 await self._intake.accept(
                     parsed.records,
@@ -311,7 +325,7 @@ class Stream:
                 if not self._stored:
                     raise
                 if self._leaving.is_set() or self._gone():
-                    raise Draining from None
+                    raise self._why from None
                 await self._pause(again_after(overloaded))
         self._caller.charge(parsed.total, len(parsed.records.payload))
         self.accepted += parsed.records.count
@@ -344,7 +358,11 @@ class Stream:
 
 
 async def read_piece(
-    content: StreamReader, sink: BytesIO, grow: Callable[[int], bool] | None = None
+    content: StreamReader,
+    sink: BytesIO,
+    grow: Callable[[int], bool] | None = None,
+    *,
+    first: bytes = b"",
 ) -> bool:
     """What arrives until the piece is full or old enough; waits for its first byte.
 
@@ -352,12 +370,13 @@ async def read_piece(
         content: the body.
         sink: gets it, also if this is cancelled.
         grow: asked with the size so far; the piece is full when it says no.
+        first: what of it has been read already.
 
     Returns:
         Whether the body ended with it.
     """
     begun = sink.tell()
-    if not (block := await content.read(BLOCK_BYTES)):
+    if not (block := first or await content.read(BLOCK_BYTES)):
         return True
     sink.write(block)
     try:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from ingestd.sources.http.secured import Secured
 
 if TYPE_CHECKING:
     from ingestd.base.access import TlsSettings
 
 _STEPS_MAX = 10
+_CERTIFICATE = re.compile(rb"-----BEGIN [A-Z0-9 ]*CERTIFICATE-----([^-]*)-----END ")
 
 
 def make_context(
@@ -32,6 +37,7 @@ def make_context(
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
+    context.sslobject_class = Secured
     wrong = _load_chain(context, settings) or _load_client_ca(context, settings)
     if wrong:
         problems.append(wrong)
@@ -40,6 +46,16 @@ def make_context(
     if doubt:
         doubts.append(f"http.tls.certificate: {settings.certificate}: {doubt}")
     return context
+
+
+def read_authorities(settings: TlsSettings) -> frozenset[bytes]:
+    """Digests of the certificates in the file of `http.tls.client_ca`; none without one."""
+    try:
+        content = Path(settings.client_ca).read_bytes()
+    except OSError:
+        return frozenset()  # no file; or `make_context` has said so
+    blocks = _CERTIFICATE.findall(content)
+    return frozenset(hashlib.sha256(b"".join(block.split())).digest() for block in blocks)
 
 
 def _unreadable(path: str, key: str) -> str | None:
