@@ -19,8 +19,9 @@ def store(batch: ingestd.Batch[dict]) -> None:
             batch.reject(index, "no id")
 ```
 
-`raise ingestd.Reject("why")` gives a whole batch up without another try. The daemon itself starts
-with `ingestd run module:name`; read `ingestd/daemon.py` first.
+`raise ingestd.Reject("why")` gives a whole batch up without another try, and `raise
+ingestd.Retry("why", after=30)` says "not now": it comes again, and no attempt is spent. The daemon
+itself starts with `ingestd run module:name`; read `ingestd/daemon.py` first.
 
 Names are resolved when they are asked for: every worker imports this package and has to start
 fast, so nothing is imported here that it does not need.
@@ -31,15 +32,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ingestd.handlers.batch import Batch, Reject
+    from ingestd.handlers.batch import Batch, Reject, Retry
 
     __version__: str
 
-__all__ = ["Batch", "Reject", "__version__"]
+__all__ = ["Batch", "Reject", "Retry", "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    if name in {"Batch", "Reject"}:
+    if name in {"Batch", "Reject", "Retry"}:
         from ingestd.handlers import batch  # noqa: PLC0415
 
         value: object = getattr(batch, name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from ingestd.admin.view import (
     BatchesStatus,
     DeadLettersStatus,
+    HandlerStatus,
     JournalStatus,
     PipelineStatus,
     QueueStatus,
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 def status_of(pipeline: Pipeline) -> PipelineStatus:
     """Where a pipeline stands now."""
     state, settings = pipeline.state(), pipeline.settings
+    load = pipeline.line.waiting_load
     space = pipeline.journal.space
     if space is not None:
         space.check()
@@ -45,7 +48,10 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
             sealed=pipeline.line.ahead,
             running=state.lanes_busy,
             waiting_retry=state.batches_waiting,
+            waiting_records=load.records,
+            waiting_bytes=load.bytes,
         ),
+        handler=_handler(pipeline),
         dead_letters=DeadLettersStatus(
             kept=state.letters, bytes=state.letters_bytes, bytes_max=state.letters_bytes_max
         ),
@@ -58,7 +64,16 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
                 "journal.free_min": (space.free_min, space.free) if space else (0, 1),
                 "queue.bytes_max": (state.queue_bytes, settings.queue.bytes_max),
                 "queue.chunks_max": (state.queue_chunks, settings.queue.chunks_max),
-                "retry.waiting_max": (state.batches_waiting, settings.retry.waiting_max),
+                "retry.waiting_records_max": (load.records, settings.retry.waiting_records_max),
+                "retry.waiting_bytes_max": (load.bytes, settings.retry.waiting_bytes_max),
             }
         ),
     )
+
+
+def _handler(pipeline: Pipeline) -> HandlerStatus:
+    since = pipeline.failures.down_since
+    if not since:
+        return HandlerStatus()
+    at = datetime.fromtimestamp(since, UTC).isoformat(timespec="seconds")
+    return HandlerStatus("down", at.replace("+00:00", "Z"), pipeline.failures.last_error)

@@ -9,6 +9,7 @@ so (`broken`); nothing waits for ever on a consumer that is dead.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,9 +24,11 @@ from ingestd.base.telemetry import get_logger
 from ingestd.batching.batch import Batch
 from ingestd.batching.batcher import Batcher, Cut
 from ingestd.execution.build import start_pool
-from ingestd.execution.line import Line
-from ingestd.execution.retry import Postponed, RetryRule, Settled, decide
-from ingestd.handlers.outcome import Job, Result
+from ingestd.execution.line import Line, Load
+from ingestd.execution.outage import Outage
+from ingestd.execution.retry import Postponed, RetryRule, Settled, decide, spends_try
+from ingestd.failing import FailureLog
+from ingestd.handlers.outcome import Job
 from ingestd.isolation import Isolation
 from ingestd.journal.audit import Auditor
 from ingestd.journal.build import build_journal
@@ -38,8 +41,10 @@ from ingestd.settling import (
     as_sealed,
     damage_letters,
     dead_letters,
+    outcome,
     remainder,
     replacements,
+    resumed,
 )
 from ingestd.watching import Watches
 
@@ -57,6 +62,9 @@ if TYPE_CHECKING:
     from ingestd.execution.pool import Pool
 
 log = get_logger()
+
+BATCH_BYTES = 1024
+"""Memory that a batch takes while it waits; its payload is on disk."""
 
 
 class Report(NamedTuple):
@@ -131,15 +139,22 @@ class Pipeline:
         self.batcher = Batcher(
             records_max=settings.batch.records_max, bytes_max=settings.batch.bytes_max
         )
-        self.line: Line[Batch] = Line(waiting_max=settings.retry.waiting_max, on_empty=self._retime)
+        retry = settings.retry
+        self.outage = Outage(retry.backoff_max, random.random)
+        self.line: Line[Batch] = Line(
+            waiting_max=Load(retry.waiting_records_max, retry.waiting_bytes_max),
+            outage=self.outage,
+            on_empty=self._retime,
+        )
         self.executor = ""
         self._data_dir = data_dir
         self.outstanding = Outstanding()
-        self.isolation = Isolation()
+        self.isolation = Isolation(self.outage, retry.attempts_max)
+        self.failures = FailureLog(name, self.outage, clock, lambda: self.journal.ledger.pending)
         self.watches = Watches()
         self.running = 0
         self._rule = RetryRule(
-            settings.retry.attempts_max, settings.retry.backoff, settings.retry.backoff_max
+            retry.attempts_max, retry.backoff, retry.backoff_max, retry.give_up_after
         )
         self._metrics = metrics
         self._clock = clock
@@ -184,6 +199,7 @@ class Pipeline:
             self._own(self._dispatch(), name=f"{self.name}-dispatch"),
             self._own(self.keeper.run(), name=f"{self.name}-keeper"),
             self._own(self.auditor.run(), name=f"{self.name}-auditor"),
+            self._own(self.failures.run(), name=f"{self.name}-failures"),
         ]
         # What a person asked for while nothing ran comes back before anything new is taken.
         looked = self._loop.create_task(self.keeper.looked.wait())
@@ -205,19 +221,13 @@ class Pipeline:
                 self.outstanding.add(
                     span.chunk, span.count, size=size, accepted_at=sealed.accepted_at
                 )
-            batch = Batch(
-                sealed.number,
-                sealed.spans,
-                sealed.count,
-                attempts=sealed.attempts,
-                accepted_at=sealed.accepted_at,
-            )
+            batch = resumed(sealed, recovered.sizes, self._loop.time())
             if not sealed.due_at:
                 self.line.resume(batch)
                 continue
             # Before it was accepted? The clock was set back: what is due by the old one is due.
             wait = max(0.0, sealed.due_at - now) if now >= sealed.accepted_at else 0.0
-            self.line.park(batch, self._loop.time() + wait)
+            self._park(batch, wait)
         if recovered.set_aside:
             log.error("journal_set_aside", pipeline=self.name, moved_to=recovered.set_aside)
         if self.journal.ledger.pending:
@@ -388,6 +398,7 @@ class Pipeline:
             self._has_lane = True
             batch = await self.line.next()
             self._has_lane = False
+            self.outage.started(batch.number, self._loop.time())
             self.running += 1
             self._dispatched += 1
             if batch.sealed is not None:
@@ -413,16 +424,22 @@ class Pipeline:
             self._retime()
         if self._closing and result is not None and result.failure is not None:
             return  # its worker was ended under it: that is not the batch's fault
-        batch.attempts += 1
         if result is None or records is None:
             await self._set_aside(batch)
             return
-        standing = self.isolation.standing(batch, result, self._loop.time())
+        batch.attempts += spends_try(result)
+        now = self._loop.time()
+        standing = self.isolation.standing(batch, result, now)
+        if self.failures.ended(result.failure, now, attempts=batch.attempts, records=batch.count):
+            self.line.wake(now)
         verdict = decide(result, standing, rule=self._rule, random=random.random)
+        self._metrics.batch_tried(
+            outcome(batch.count, result, verdict), batch.count, batch.size, result.seconds
+        )
         if isinstance(verdict, Postponed):
-            await self._postpone(batch, verdict, result.seconds)
+            await self._postpone(batch, verdict)
         else:
-            await self._settle(batch, records, verdict, result)
+            await self._settle(batch, records, verdict, split=result.failure is not None)
 
     async def _load(self, batch: Batch) -> None:
         """Brings a batch's payload back from the journal."""
@@ -442,39 +459,32 @@ class Pipeline:
 
     # -- 7. settle: done, retry, dead letter ---------------------------------------------------
 
-    async def _postpone(self, batch: Batch, verdict: Postponed, seconds: float) -> None:
-        log.warning(
-            "batch_postponed",
-            attempts=batch.attempts,
-            after=round(verdict.after, 3),
-            reason=verdict.failure.reason,
-            error=verdict.failure.error,
-        )
-        self._metrics.batch_retried(seconds)
+    async def _postpone(self, batch: Batch, verdict: Postponed) -> None:
+        log.debug("batch_postponed", attempts=batch.attempts, after=round(verdict.after, 3))
         self._forget_payload(batch)
         # Parked before the commit, so that the line counts it when the next batch is asked for.
-        self.line.park(batch, self._loop.time() + verdict.after)
-        await self.journal.postpone(as_sealed(batch, self._clock.now() + verdict.after))
+        self._park(batch, verdict.after, asked=verdict.asked)
+        due_at = self._clock.now() + verdict.after
+        await self.journal.postpone(as_sealed(batch, due_at, self._loop.time()))
         self._moved.set()
 
+    def _park(self, batch: Batch, after: float, *, asked: bool = False) -> None:
+        load = Load(batch.count, batch.bytes + BATCH_BYTES)
+        self.line.park(batch, self._loop.time() + after, load, asked=asked)
+
     async def _settle(
-        self, batch: Batch, records: Records, verdict: Settled, result: Result
+        self, batch: Batch, records: Records, verdict: Settled, *, split: bool
     ) -> None:
         now = self._clock.now()
         dead = dead_letters(batch, records, verdict.given_up, origin=self.journal.id, now=now)
         successors = replacements(batch, verdict.again, first_number=self._next_batch)
         self._next_batch += len(successors)
-        if result.failure is not None and successors:
+        if split and successors:
             self.isolation.split(batch, [successor for successor, _ in successors])
-            log.warning("batch_split", records=batch.count, error=result.failure.error)
-        size = len(records.payload)
+            log.info("batch_split", records=batch.count)
         await self._write_down(batch, dead, successors)
         for successor, after in successors:
-            self.line.park(successor, self._loop.time() + after)
-        if len(dead) == batch.count:
-            self._metrics.batch_failed(batch.count, size, result.seconds)
-        else:
-            self._metrics.batch_done(batch.count, size, result.seconds)
+            self._park(successor, after, asked=not split)
 
     async def _set_aside(self, batch: Batch) -> None:
         """A batch that can't be read any more: only what lies in damaged chunks is given up."""
@@ -487,7 +497,7 @@ class Pipeline:
             self._next_batch += 1
         await self._write_down(batch, letters, successors, damaged=[span.chunk for span in lost])
         for successor, _ in successors:
-            self.line.park(successor, self._loop.time())
+            self._park(successor, 0.0)
 
     async def _write_down(
         self,
@@ -501,13 +511,13 @@ class Pipeline:
         settled = without(batch.spans, remaining)
         finished, freed = self.outstanding.settle(settled)
         self._forget_payload(batch)
-        now = self._clock.now()
+        now, loop_now = self._clock.now(), self._loop.time()
         given_up = sum(letter.records for letter in dead)
         settlement = Settlement(
             batch=batch.number,
             processed=batch.count - given_up - sum(span.count for span in remaining),
             dead=dead,
-            successors=[as_sealed(successor, now + after) for successor, after in successors],
+            successors=[as_sealed(one, now + after, loop_now) for one, after in successors],
             finished=finished,
             finished_bytes=0 if damaged else freed,
             damaged=damaged,
@@ -574,11 +584,10 @@ class Pipeline:
             await self._moved.wait()
 
     def _only_waits_beyond(self, deadline: float | None) -> bool:
-        due = self.line.first_due
-        busy = self.running or self.tail.waiting or not self.queue.empty()
-        if busy or self.batcher.open or not self.line.empty or due is None or deadline is None:
+        fed = self.tail.waiting or not self.queue.empty() or self.batcher.open
+        if deadline is None or self.running or (fed and not self.outage.paused):
             return False
-        return due > deadline
+        return deadline < self.line.ready_at < math.inf
 
     async def close(self, deadline: float, give_up: float | None = None) -> Report:
         """Ends the workers, then closes the journal; see `end_workers` and `close_journal`."""
@@ -643,6 +652,7 @@ class Pipeline:
             expired=letters.expired,
             purged=letters.purged,
             unaccounted=self.auditor.difference,
+            down_since=self.failures.down_since,
         )
 
     def stages(self) -> tuple[Stage, ...]:

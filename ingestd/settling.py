@@ -6,20 +6,75 @@ from typing import TYPE_CHECKING
 
 from ingestd.base.record import select
 from ingestd.batching.batch import Batch
-from ingestd.journal.interface import DeadLetter, Sealed
+from ingestd.execution.retry import Postponed
+from ingestd.journal.interface import DeadLetter, Failing, Sealed
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from ingestd.base.metrics import Tried
     from ingestd.base.record import Records, Span
-    from ingestd.execution.retry import Again, GivenUp
+    from ingestd.execution.retry import Again, GivenUp, Settled
+    from ingestd.handlers.outcome import Result
 
 DAMAGED = "the journal's copy is damaged: its checksum does not fit"
 
 
-def as_sealed(batch: Batch, due_at: float) -> Sealed:
-    """A batch as the journal keeps it; `due_at` in seconds since the epoch, 0 for at once."""
-    return Sealed(batch.number, batch.spans, batch.count, batch.attempts, due_at, batch.accepted_at)
+def as_sealed(batch: Batch, due_at: float, now: float = 0.0) -> Sealed:
+    """A batch as the journal keeps it.
+
+    Args:
+        batch: the batch.
+        due_at: seconds since the epoch, 0 for at once.
+        now: loop time, for how long it has been failing.
+    """
+    failing = Failing()
+    if batch.failing_since is not None:
+        failing = Failing(max(0.0, now - batch.failing_since), batch.counted)
+    return Sealed(
+        batch.number,
+        batch.spans,
+        batch.count,
+        batch.attempts,
+        due_at,
+        batch.accepted_at,
+        failing,
+    )
+
+
+def resumed(sealed: Sealed, sizes: Mapping[int, int], now: float) -> Batch:
+    """A batch of an earlier life.
+
+    Args:
+        sealed: as the journal kept it.
+        sizes: bytes of each chunk.
+        now: loop time.
+    """
+    batch = Batch(
+        sealed.number,
+        sealed.spans,
+        sealed.count,
+        attempts=sealed.attempts,
+        accepted_at=sealed.accepted_at,
+    )
+    batch.bytes = sum(sizes.get(chunk, 0) for chunk in {span.chunk for span in sealed.spans})
+    batch.counted = batch.counted_before = sealed.failing.counted
+    if sealed.attempts:
+        batch.failing_since = now - sealed.failing.seconds
+        batch.first_failed = 0
+    return batch
+
+
+def outcome(count: int, result: Result, verdict: Settled | Postponed) -> Tried:
+    """How a try counts, for the metrics."""
+    if isinstance(verdict, Postponed):
+        return "retry"
+    if result.failure is not None and verdict.again:
+        return "split"
+    again = sum(len(one.indices) for one in verdict.again)
+    if len(verdict.given_up) + again < count:
+        return "done"
+    return "retry" if again else "failed"
 
 
 def replacements(
@@ -28,13 +83,7 @@ def replacements(
     """The batches that replace some of a batch's records, and the seconds until each is due."""
     return [
         (
-            Batch(
-                number,
-                select(batch.spans, one.indices),
-                len(one.indices),
-                attempts=batch.attempts,
-                accepted_at=batch.accepted_at,
-            ),
+            batch.part(number, select(batch.spans, one.indices), len(one.indices)),
             one.after,
         )
         for number, one in enumerate(again, first_number)
@@ -74,10 +123,7 @@ def dead_letters(
 
 def remainder(batch: Batch, spans: Sequence[Span], *, number: int) -> Batch:
     """What is left of a batch, as a batch of its own."""
-    count = sum(span.count for span in spans)
-    return Batch(
-        number, tuple(spans), count, attempts=batch.attempts, accepted_at=batch.accepted_at
-    )
+    return batch.part(number, tuple(spans), sum(span.count for span in spans))
 
 
 def damage_letters(

@@ -47,12 +47,30 @@ class BatchesStatus(msgspec.Struct, frozen=True):
     Attributes:
         sealed: written down, and not yet with a worker.
         running: with a worker.
-        waiting_retry: in their backoff.
+        waiting_retry: waiting for a retry.
+        waiting_records: what these hold.
+        waiting_bytes: of the journal, with what they take in memory.
     """
 
     sealed: int
     running: int
     waiting_retry: int
+    waiting_records: int = 0
+    waiting_bytes: int = 0
+
+
+class HandlerStatus(msgspec.Struct, frozen=True):
+    """Whether the handler works.
+
+    Attributes:
+        state: `down` when it has failed for everything lately.
+        down_since: when that began, UTC.
+        error: the newest failure in one line.
+    """
+
+    state: Literal["up", "down"] = "up"
+    down_since: str | None = None
+    error: str = ""
 
 
 class DeadLettersStatus(msgspec.Struct, frozen=True):
@@ -87,6 +105,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
         bounds_near: the settings whose bound is near or reached (`journal.bytes_max`, …).
         dead_letters: those that are kept.
         executor: what the handler runs in: `process`, `thread` or `async`.
+        handler: whether it works.
     """
 
     accepted: int
@@ -102,6 +121,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
     bounds_near: list[str]
     dead_letters: DeadLettersStatus = DeadLettersStatus()
     executor: str = ""
+    handler: HandlerStatus = HandlerStatus()
 
 
 class Status(msgspec.Struct, frozen=True):

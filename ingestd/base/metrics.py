@@ -13,7 +13,7 @@ Names follow https://prometheus.io/docs/practices/naming/: base units, `_total` 
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 REASONS_MAX = 32
 """Values that one `reason` label may take in one pipeline; what comes later counts as `other`."""
+
+Tried = Literal["done", "retry", "split", "failed"]
+"""How a try of a batch ended; see `_Families.batches`."""
 
 _BY_PIPELINE = ("pipeline",)
 _BY_REASON = ("pipeline", "reason")
@@ -55,7 +58,7 @@ class PipelineState(NamedTuple):
         queue_chunks: in memory.
         queue_bytes: in memory.
         lanes_busy: batches that are with a worker.
-        batches_waiting: batches in their backoff.
+        batches_waiting: batches that wait for a retry.
         oldest_pending_seconds: age of the oldest record that is not settled; 0 if there is none.
         letters: dead letters that are kept.
         letters_bytes: what they take.
@@ -65,6 +68,8 @@ class PipelineState(NamedTuple):
         expired: dead letters that became too old.
         purged: dead letters that a person deleted.
         unaccounted: pending by the counters less pending by the journal's rows; not 0 is an error.
+        down_since: since when the handler has failed for everyone, seconds since the epoch; 0 while
+            it works.
     """
 
     accepted: int
@@ -87,6 +92,7 @@ class PipelineState(NamedTuple):
     expired: int = 0
     purged: int = 0
     unaccounted: int = 0
+    down_since: float = 0.0
 
     @property
     def dead_ever(self) -> int:
@@ -121,6 +127,7 @@ _STATE = (
     ("queue_bytes", "queue_bytes", "Bytes of the chunks held in memory."),
     ("lanes_busy", "lanes_busy", "Batches that are with a worker."),
     ("batches_waiting", "batches_waiting", "Batches that wait for their next try."),
+    ("down_since", "handler_down_since_seconds", "Unix time since when all tries fail; 0 if not."),
     ("oldest_pending_seconds", "oldest_pending_seconds", "Age of the oldest unsettled record."),
 )
 
@@ -202,6 +209,8 @@ class _Families:
         self.appends = observe("journal_commit_appends", "Appends sharing one commit.", _APPENDS)
         self.commit_bytes = count("journal_committed_bytes_total", "Bytes committed.")
         # batches
+        # done: something was processed. retry: nothing, and all or some of it comes again. split:
+        # it failed, and its halves come in its place. failed: all of it was given up.
         self.batches = count("batches_total", "Tries of batches.", "pipeline", "outcome")
         self.batch_records = observe("batch_records", "Records in a batch.", _RECORDS)
         self.batch_bytes = observe("batch_bytes", "Payload bytes in a batch.", _BYTES)
@@ -250,16 +259,14 @@ class PipelineMetrics:
         "_appends",
         "_batch_bytes",
         "_batch_records",
+        "_batches",
         "_commit_bytes",
         "_commit_seconds",
         "_dead_letters",
-        "_done",
-        "_failed",
         "_handler_seconds",
         "_refused_bytes",
         "_requests_refused",
         "_restarts",
-        "_retried",
         "_unkept",
     )
 
@@ -275,9 +282,7 @@ class PipelineMetrics:
         self._batch_records = families.batch_records.labels(name)
         self._batch_bytes = families.batch_bytes.labels(name)
         self._handler_seconds = families.handler_seconds.labels(name)
-        self._done = families.batches.labels(name, "done")
-        self._retried = families.batches.labels(name, "retry")
-        self._failed = families.batches.labels(name, "failed")
+        self._batches = {one: families.batches.labels(name, one) for one in get_args(Tried)}
         self._restarts = _Reasons(families.worker_restarts, name)
 
     def accepted(self, size: int) -> None:
@@ -303,24 +308,14 @@ class PipelineMetrics:
         self._commit_bytes.inc(size)
         self._appends.observe(appends)
 
-    def batch_done(self, records: int, size: int, seconds: float) -> None:
-        """A batch is settled; its handler ran for `seconds`."""
-        self._done.inc()
-        self._batch_records.observe(records)
-        self._batch_bytes.observe(size)
-        self._handler_seconds.observe(seconds)
-
-    def batch_retried(self, seconds: float) -> None:
-        """A try of a batch failed after `seconds` and will be made again."""
-        self._retried.inc()
-        self._handler_seconds.observe(seconds)
-
-    def batch_failed(self, records: int, size: int, seconds: float) -> None:
-        """A batch was given up or split; its last try took `seconds`."""
-        self._failed.inc()
-        self._batch_records.observe(records)
-        self._batch_bytes.observe(size)
-        self._handler_seconds.observe(seconds)
+    def batch_tried(self, outcome: Tried, records: int, size: int, seconds: float) -> None:
+        """A try of a batch has ended; its handler ran for `seconds`, 0 if it was not called."""
+        self._batches[outcome].inc()
+        if seconds > 0:
+            self._handler_seconds.observe(seconds)
+        if outcome in {"done", "failed"}:  # of the others all or some comes again
+            self._batch_records.observe(records)
+            self._batch_bytes.observe(size)
 
     def died(self, reason: str, records: int) -> None:
         """Accepted records became dead letters: once a batch and reason."""

@@ -342,8 +342,14 @@ class RetrySettings(Section):
         0.5, ge=0, le=_DAY, description="wait before the second try; doubles with each"
     )
     backoff_max: Seconds = Field(60.0, ge=0, le=30 * _DAY, description="longest wait")
-    waiting_max: Count = Field(
-        64, ge=1, le=10**6, description="batches that may wait; then nothing new is batched"
+    waiting_records_max: Count = Field(
+        50_000, ge=1, le=10**9, description="records that may wait; then nothing new is tried"
+    )
+    waiting_bytes_max: Size = Field(
+        256 * _MIB, ge=1, le=1024 * _TIB, description="what these may take in the journal"
+    )
+    give_up_after: Seconds = Field(
+        _DAY, ge=0, le=3650 * _DAY, description="a record fails so long while nothing succeeds"
     )
 
 

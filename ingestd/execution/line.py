@@ -1,20 +1,28 @@
 """The line: sealed batches that stand before the workers.
 
-Due retries go first, then new batches in the order in which they were sealed. When too many
-batches wait for a retry, no new one is given: a sink that is down then stops its pipeline, and
-the rest stays in the journal instead of being used up in attempts.
+Due retries go first, then new batches in the order in which they were sealed. What waits holds no
+payload in memory, and is bounded by its records and their bytes in the journal; at the bound no new
+batch is given.
+
+While the handler is paused (see `outage.py`) one batch is given at a time, as a probe: by turns a
+new one and the one that would be due first, so that neither bad batches nor new ones are all that
+is tried. Whether such a batch is due does not matter then. A wait that the handler asked for
+(`raise Retry(after=…)`, `batch.retry(i, after=…)`) is kept all the same.
 """
 
 from __future__ import annotations
 
 import asyncio
 import heapq
+import math
 from collections import deque
 from itertools import count
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from ingestd.execution.outage import Outage
 
 T = TypeVar("T")
 
@@ -22,20 +30,39 @@ AHEAD_MAX = 128
 """Batches that may be sealed ahead of the workers; as many can share one commit."""
 
 
+class Load(NamedTuple):
+    """Records, and the bytes that they take in the journal."""
+
+    records: int
+    bytes: int
+
+
+class _Waiting(NamedTuple, Generic[T]):
+    due: float
+    serial: int
+    load: Load
+    batch: T
+
+
 class Line(Generic[T]):
     """Holds batches of any type; all methods on the event loop.
 
     Args:
-        waiting_max: batches that may wait for a retry before no new ones are given.
+        waiting_max: what may wait for a retry before no new batch is given.
+        outage: says whether the handler is paused.
         on_empty: called when the last new batch has been given.
     """
 
-    def __init__(self, *, waiting_max: int, on_empty: Callable[[], None]) -> None:
+    def __init__(self, *, waiting_max: Load, outage: Outage, on_empty: Callable[[], None]) -> None:
         self._waiting_max = waiting_max
+        self._outage = outage
         self._on_empty = on_empty
         self._new: deque[T] = deque()
-        self._waiting: list[tuple[float, int, T]] = []
+        self._failed: list[_Waiting[T]] = []  # in a backoff of ours; heaps
+        self._asked: list[_Waiting[T]] = []  # as long as the handler wants
+        self._load = Load(0, 0)
         self._serial = count()
+        self._new_is_next = True
         self._changed = asyncio.Event()
         self._shorter = asyncio.Event()
 
@@ -52,24 +79,37 @@ class Line(Generic[T]):
     @property
     def waiting(self) -> int:
         """Batches that wait for a retry."""
-        return len(self._waiting)
+        return len(self._failed) + len(self._asked)
 
     @property
-    def first_due(self) -> float | None:
-        """When the next retry is due, loop time."""
-        return self._waiting[0][0] if self._waiting else None
+    def waiting_load(self) -> Load:
+        """What they hold."""
+        return self._load
 
     @property
     def is_long(self) -> bool:
         """Whether `put` waits."""
         return len(self._new) >= AHEAD_MAX
 
+    @property
+    def ready_at(self) -> float:
+        """When `next` gives a batch, loop time; infinite if there is none to give."""
+        asked = self._asked[0].due if self._asked else math.inf
+        paused_until = self._outage.next_at
+        if paused_until is not None:
+            return paused_until if self._has_new() or self._failed else max(paused_until, asked)
+        if self._has_new():
+            return 0.0
+        return min(asked, self._failed[0].due if self._failed else math.inf)
+
     def could_give(self, now: float) -> bool:
         """Whether `next` would give a batch at `now`, loop time."""
-        due = self.first_due
-        return (due is not None and due <= now) or (
-            bool(self._new) and len(self._waiting) < self._waiting_max
-        )
+        return self.ready_at <= now
+
+    def _has_new(self) -> bool:
+        """Whether a new batch may be given; not while too much waits."""
+        load, most = self._load, self._waiting_max
+        return bool(self._new) and load.records < most.records and load.bytes < most.bytes
 
     async def put(self, batch: T) -> None:
         """A new batch; waits while the line is long."""
@@ -88,27 +128,49 @@ class Line(Generic[T]):
         self._new.append(batch)
         self._changed.set()
 
-    def park(self, batch: T, due: float) -> None:
-        """A batch to be tried again at `due`, loop time."""
-        heapq.heappush(self._waiting, (due, next(self._serial), batch))
+    def park(self, batch: T, due: float, load: Load, *, asked: bool = False) -> None:
+        """A batch to be tried again at `due`, loop time; not earlier if the handler asked so."""
+        where = self._asked if asked else self._failed
+        heapq.heappush(where, _Waiting(due, next(self._serial), load, batch))
+        self._load = Load(self._load.records + load.records, self._load.bytes + load.bytes)
+        self._changed.set()
+
+    def wake(self, now: float) -> None:
+        """The handler works again: what waits for nothing else is due, in the order it had."""
+        self._failed = [one._replace(due=min(one.due, now)) for one in self._failed]
+        heapq.heapify(self._failed)
         self._changed.set()
 
     async def next(self) -> T:
         """The next batch to run."""
         loop = asyncio.get_running_loop()
         while True:
-            now = loop.time()
-            if self._waiting and self._waiting[0][0] <= now:
-                return heapq.heappop(self._waiting)[2]
-            if self._new and len(self._waiting) < self._waiting_max:
-                return self._pop_new()
+            now, ready_at = loop.time(), self.ready_at
+            if ready_at <= now:
+                return self._pop(now)
             self._changed.clear()
-            alarm = loop.call_at(self._waiting[0][0], self._changed.set) if self._waiting else None
+            alarm = None if ready_at == math.inf else loop.call_at(ready_at, self._changed.set)
             try:
                 await self._changed.wait()
             finally:
                 if alarm is not None:
                     alarm.cancel()
+
+    def _pop(self, now: float) -> T:
+        if self._asked and self._asked[0].due <= now:
+            return self._pop_waiting(self._asked)
+        if self._outage.paused:
+            failed = bool(self._failed) and not (self._new_is_next and self._has_new())
+        else:
+            failed = bool(self._failed) and self._failed[0].due <= now
+        self._new_is_next = failed
+        return self._pop_waiting(self._failed) if failed else self._pop_new()
+
+    def _pop_waiting(self, where: list[_Waiting[T]]) -> T:
+        one = heapq.heappop(where)
+        load = self._load
+        self._load = Load(load.records - one.load.records, load.bytes - one.load.bytes)
+        return one.batch
 
     def _pop_new(self) -> T:
         batch = self._new.popleft()

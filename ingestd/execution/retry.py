@@ -1,26 +1,40 @@
-"""What a result means: settle, try again, split, or give up. Pure.
+"""Decides what a result means: settle, try again, split, or give up. Pure.
 
 A batch that failed `attempts_max` times is split into halves, and those again when they fail, until
-the guilty records stand alone and become dead letters: O(bad * log n) calls. Splitting proves
-nothing while the handler fails for everyone (its database is down), so without evidence that it
-works, which is a success since the batch first failed, two things are different: only one batch of
-a pipeline is split at a time, and a record is given up only after `attempts_max` tries alone. An
-outage then costs the dead letters of one batch, slowly, and everything else waits in the journal;
-a poison record in an otherwise idle pipeline still comes to its end.
+the guilty records stand alone and become dead letters: O(bad * log n) calls.
+
+A record is given up only if something else of its pipeline has succeeded since it first failed (it
+is *proven* that the handler works), or after `give_up_after` seconds of failing. Without such
+evidence a failure may be the handler's own (its database is down), and the batch waits. Then
+
+* one batch of a pipeline is split all the same, and of its parts only the smallest: a bad record in
+  an otherwise idle pipeline is found because its neighbours succeed, which is the evidence, and an
+  outage makes few parts;
+* tries count up to a few less than `attempts_max`, so that a batch which has waited through an
+  outage alone has some left when there is evidence at last (`counted_when_proven`);
+* tries in an outage (see `outage.py`) do not count at all.
+
+`raise Retry` is neither: it spends no try. It is bounded by `give_up_after` alone.
 
 The backoff is exponential with full jitter, see `ingestd/base/backoff.py`.
 """
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base import backoff as base
+from ingestd.handlers.outcome import POSTPONED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ingestd.handlers.outcome import Failure, Result
+
+LEFT_WHEN_PROVEN = 3
+"""Tries that a batch has left when there is evidence, however often it failed before."""
+_STEPS = 8  # of an octave, to which waits are rounded
 
 
 class RetryRule(NamedTuple):
@@ -30,11 +44,13 @@ class RetryRule(NamedTuple):
         attempts_max: tries in all, the first included.
         backoff: seconds; the bound of the first wait.
         backoff_max: seconds; the bound of every wait.
+        give_up_after: seconds of failing after which a record is given up without evidence.
     """
 
     attempts_max: int
     backoff: float
     backoff_max: float
+    give_up_after: float = math.inf
 
 
 class Standing(NamedTuple):
@@ -43,15 +59,19 @@ class Standing(NamedTuple):
     Attributes:
         count: its records.
         attempts: tries made, this one included; at least 1.
-        alone: of these, tries in which its one record stood alone; 0 for more records.
-        proven: the handler has succeeded with something since this batch first failed.
-        may_split: no other batch of the pipeline is being split without such evidence.
+        counted: of these, tries that count against it.
+        age: seconds since it first failed.
+        proven: something else has succeeded since then.
+        outage: the handler fails for everyone at the moment.
+        may_split: it may be split without evidence.
     """
 
     count: int  # type: ignore[assignment]  # hides tuple.count
     attempts: int
-    alone: int = 0
+    counted: int
+    age: float = 0.0
     proven: bool = True
+    outage: bool = False
     may_split: bool = True
 
 
@@ -72,10 +92,11 @@ class Again(NamedTuple):
 
 
 class Postponed(NamedTuple):
-    """The whole batch again, unchanged, after some seconds."""
+    """The whole batch again, unchanged, after some seconds; `asked` for by the handler or not."""
 
     after: float
     failure: Failure
+    asked: bool = False
 
 
 class Settled(NamedTuple):
@@ -90,6 +111,24 @@ def backoff(attempts: int, rule: RetryRule, random: Callable[[], float]) -> floa
     return base.backoff(attempts, rule.backoff, rule.backoff_max, random)
 
 
+def spends_try(result: Result) -> bool:
+    """Whether the try counts as one; `raise Retry` does not."""
+    return result.failure is None or result.failure.reason != POSTPONED
+
+
+def counted_when_proven(counted: int, attempts_max: int) -> int:
+    """The tries that still count when there is evidence for the first time."""
+    return min(counted, max(1, attempts_max - LEFT_WHEN_PROVEN))
+
+
+def rounded(after: float) -> float:
+    """A wait, rounded up by at most an eighth: records that wait about as long share a batch."""
+    if after <= 0:
+        return 0.0
+    step = 2.0 ** (math.frexp(max(after, 1.0))[1] - 1) / _STEPS
+    return math.ceil(after / step) * step
+
+
 def decide(
     result: Result, standing: Standing, *, rule: RetryRule, random: Callable[[], float]
 ) -> Settled | Postponed:
@@ -101,32 +140,59 @@ def decide(
         rule: the settings.
         random: gives numbers in [0, 1).
     """
-    attempts = standing.attempts
+    usual = _usual(standing, rule, random)
     if result.failure is not None:
-        return _failed(result.failure, standing, rule, random)
+        return _failed(result.failure, standing, rule, usual)
     given_up = [GivenUp(r.index, r.reason, r.error) for r in result.rejections]
     waits: dict[float, list[int]] = {}
-    usual = backoff(attempts, rule, random)
+    is_over = _is_too_old(standing, rule) or _is_guilty(standing, rule)
     for retry in result.retries:
-        if attempts >= rule.attempts_max:
+        if is_over:
             given_up.append(GivenUp(retry.index, "failed", retry.error))
-        else:
-            after = usual if retry.after is None else retry.after
-            waits.setdefault(after, []).append(retry.index)
+            continue
+        after = usual if retry.after is None else rounded(retry.after)
+        if standing.attempts >= rule.attempts_max:
+            after = max(after, usual)  # or a handler that never wants them would turn for ever
+        waits.setdefault(after, []).append(retry.index)
     again = tuple(Again(tuple(indices), after) for after, indices in waits.items())
     return Settled(tuple(given_up), again)
 
 
+def _usual(standing: Standing, rule: RetryRule, random: Callable[[], float]) -> float:
+    # What is counted starts over with evidence, and so do the waits; without any they grow on.
+    tries = standing.counted if standing.proven else standing.attempts
+    return backoff(max(1, tries), rule, random)
+
+
+def _is_guilty(standing: Standing, rule: RetryRule) -> bool:
+    return standing.proven and not standing.outage and standing.counted >= rule.attempts_max
+
+
+def _is_too_old(standing: Standing, rule: RetryRule) -> bool:
+    return standing.age >= rule.give_up_after
+
+
 def _failed(
-    failure: Failure, standing: Standing, rule: RetryRule, random: Callable[[], float]
+    failure: Failure, standing: Standing, rule: RetryRule, usual: float
 ) -> Settled | Postponed:
-    if standing.attempts >= rule.attempts_max:
-        if standing.count > 1 and (standing.proven or standing.may_split):
+    asked = failure.reason == POSTPONED
+    guilty = not asked and _is_guilty(standing, rule)
+    if standing.count > 1 and not asked:
+        spent = standing.attempts >= rule.attempts_max and standing.may_split
+        if guilty or (spent and not _is_too_old(standing, rule)):
             return _halves(standing.count)
-        if standing.count == 1 and (standing.proven or standing.alone >= rule.attempts_max):
-            reason = "failed" if failure.reason == "raised" else failure.reason
-            return Settled((GivenUp(0, reason, failure.error, failure.traceback),), ())
-    return Postponed(backoff(standing.attempts, rule, random), failure)
+    if guilty or _is_too_old(standing, rule):
+        reason = "failed" if failure.reason in {"raised", POSTPONED} else failure.reason
+        return Settled(
+            tuple(
+                GivenUp(index, reason, failure.error, failure.traceback)
+                for index in range(standing.count)
+            ),
+            (),
+        )
+    if asked and failure.after is not None:
+        return Postponed(failure.after, failure, asked=True)
+    return Postponed(usual, failure)
 
 
 def _halves(count: int) -> Settled:

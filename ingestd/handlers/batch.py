@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar, cast, overload
 import msgspec
 
 from ingestd.base.record import Records, Span
-from ingestd.handlers.outcome import Job, Rejection, Retry
+from ingestd.handlers.outcome import Job, Rejection
+from ingestd.handlers.outcome import Retry as RetryMark
 from ingestd.handlers.text import plain
 
 if TYPE_CHECKING:
@@ -32,12 +33,46 @@ class Reject(Exception):  # noqa: N818  it is an answer, not an error
         self.why = why
 
 
+class Retry(Exception):  # noqa: N818  it is an answer, not an error
+    """Raised by a handler: not now. The batch comes again as it is, and no attempt is spent.
+
+    It also tells that the sink may be down: when batches that were not known to fail end like this,
+    one after the other, only one at a time is tried until something succeeds.
+
+    Attributes:
+        why: one line for people.
+        after: seconds that this batch waits at least; `None` for the usual backoff.
+
+    Raises:
+        ValueError: `after` is negative or not finite.
+    """
+
+    def __init__(self, why: str = "", after: float | timedelta | None = None) -> None:
+        super().__init__(why)
+        self.why = why
+        self.after = seconds_of(after)
+
+
+def seconds_of(after: float | timedelta | None) -> float | None:
+    """A time to wait in seconds.
+
+    Raises:
+        ValueError: it is negative or not finite.
+    """
+    if after is None:
+        return None
+    seconds = float(after.total_seconds() if isinstance(after, timedelta) else after)
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise ValueError(f"after: {after!r} is not a time to wait")
+    return seconds
+
+
 class Batch(Sequence[T_co], Generic[T_co]):
     """The decoded records of one call, in order, with the batch's name and a say for each record.
 
     A record that nothing is said about is done when the handler returns. What is said counts only
-    if the handler returns, or raises `Reject`; after any other exception the whole batch comes
-    again. When both `reject` and `retry` are said of a record, the last one counts.
+    if the handler returns, or raises `Reject`; after any other exception, `Retry` too, the whole
+    batch comes again. When both `reject` and `retry` are said of a record, the last one counts.
 
     Places (`i`) are those of this sequence, and may be negative, as everywhere in Python.
     """
@@ -54,7 +89,7 @@ class Batch(Sequence[T_co], Generic[T_co]):
         self._records = records
         self._job = job
         self._undecodable = undecodable
-        self._said: dict[int, Rejection | Retry] = {}
+        self._said: dict[int, Rejection | RetryMark] = {}
         self._ids: list[str] | None = None
         self._places: Sequence[int] = range(job.records.count)
         if undecodable:
@@ -124,9 +159,9 @@ class Batch(Sequence[T_co], Generic[T_co]):
         return sorted([*self._undecodable, *said], key=lambda what: what.index)
 
     @property
-    def retries(self) -> list[Retry]:
+    def retries(self) -> list[RetryMark]:
         """What shall come again so far, by place in the whole batch."""
-        said = [what for what in self._said.values() if isinstance(what, Retry)]
+        said = [what for what in self._said.values() if isinstance(what, RetryMark)]
         return sorted(said, key=lambda what: what.index)
 
     def reject(self, i: int, why: str = "") -> None:
@@ -139,11 +174,12 @@ class Batch(Sequence[T_co], Generic[T_co]):
         self._said[place] = Rejection(place, "rejected", plain(why))
 
     def retry(self, i: int, after: float | timedelta | None = None, why: str = "") -> None:
-        """Let record `i` come again, in a later batch.
+        """Let record `i` come again, in a later batch; this spends one of its attempts.
 
         Args:
             i: the record's place.
-            after: seconds (or a timedelta) to wait at least; `None` for the usual backoff.
+            after: seconds (or a timedelta) to wait at least, and at most an eighth more, so that
+                records which wait about as long share a batch; `None` for the usual backoff.
             why: one line for people.
 
         Raises:
@@ -151,12 +187,7 @@ class Batch(Sequence[T_co], Generic[T_co]):
             ValueError: `after` is negative or not finite.
         """
         place = self._place(i)
-        seconds = after.total_seconds() if isinstance(after, timedelta) else after
-        if seconds is not None:
-            seconds = float(seconds)
-            if not (math.isfinite(seconds) and seconds >= 0):
-                raise ValueError(f"after: {after!r} is not a time to wait")
-        self._said[place] = Retry(place, seconds, plain(why))
+        self._said[place] = RetryMark(place, seconds_of(after), plain(why))
 
     def reject_all(self, why: str = "") -> None:
         """Give every record up; those rejected before keep their own `why`."""

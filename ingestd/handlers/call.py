@@ -6,11 +6,11 @@ import types
 from time import perf_counter  # by name: a handler may freeze or replace the module's
 from typing import TYPE_CHECKING, Any
 
-from ingestd.handlers.batch import Batch, Reject
+from ingestd.handlers.batch import Batch, Reject, Retry, seconds_of
 from ingestd.handlers.failure import failure_of
 from ingestd.handlers.forked import ParentOnly
-from ingestd.handlers.outcome import Failure, Job, Result
-from ingestd.handlers.text import definer_of, message_of, name_of
+from ingestd.handlers.outcome import POSTPONED, Failure, Job, Result
+from ingestd.handlers.text import definer_of, message_of, name_of, plain
 
 if TYPE_CHECKING:
     from asyncio import Task
@@ -124,7 +124,7 @@ def _after(
         # By its type: `isinstance` would ask the exception, which may lie, or raise.
         if issubclass(type(raised), Reject):
             batch.reject_all(_why(raised))
-        elif failure := _not_run(returned) if raised is None else failure_of(raised):
+        elif failure := _not_run(returned) if raised is None else failure_from(raised):
             return Result(failure=failure, seconds=seconds)
         return Result(batch.rejections, batch.retries, None, seconds)
     except BaseException as exc:  # noqa: BLE001  a thread of the handler's still says something
@@ -132,11 +132,23 @@ def _after(
 
 
 def _why(raised: Any) -> Any:
-    """The reason of a `Reject`, also of a subclass that does not call our constructor."""
+    """The reason of a `Reject` or `Retry`, also if its subclass does not call our constructor."""
     try:
         return raised.why
     except BaseException:  # noqa: BLE001
         return message_of(raised, 4000)
+
+
+def failure_from(raised: Any) -> Failure:
+    """The failure that an exception of the handler's leaves, with what `Retry` asks for."""
+    if not issubclass(type(raised), Retry):
+        return failure_of(raised)
+    try:  # a subclass need not call our constructor
+        after = raised.after
+    except AttributeError:
+        after = None
+    why = plain(_why(raised)) or "the handler asked to wait"
+    return Failure(POSTPONED, why, "", seconds_of(after))
 
 
 _GENERATORS = (types.GeneratorType, types.AsyncGeneratorType)

@@ -63,20 +63,24 @@ REJECTED = frozenset({"undecodable", "rejected"})
 """Reasons of a `Rejection`."""
 ERROR_CHARS_MAX = 4096
 """Longest `error` of anything here."""
+POSTPONED = "postponed"
+"""The reason of a failure that the handler asked for with `raise Retry`."""
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):
     """The call as a whole did not succeed: nothing else in the result counts.
 
     Attributes:
-        reason: `raised`, `timeout` or `crashed`.
+        reason: `raised`, `timeout`, `crashed` or `postponed`.
         error: one line: the exception's type and message, or how the worker died.
         traceback: as Python prints it, bounded; empty where there is none.
+        after: with `postponed`, seconds that the batch shall wait; `None` for the usual backoff.
     """
 
     reason: str
     error: str
     traceback: str = ""
+    after: float | None = None
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -119,4 +123,7 @@ def flaw_of(result: Result, records: int) -> str:
     for retry in result.retries:
         if retry.after is not None and not (math.isfinite(retry.after) and retry.after >= 0):
             return f"it wants record {retry.index} again after {retry.after!r} s"
+    after = result.failure.after if result.failure else None
+    if after is not None and not (math.isfinite(after) and after >= 0):
+        return f"it wants the batch again after {after!r} s"
     return ""

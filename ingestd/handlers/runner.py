@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ingestd.base.errors import HandlerLoadError
-from ingestd.handlers.call import call, call_async, close, close_async
+from ingestd.handlers.call import call, call_async, close, close_async, failure_from
 from ingestd.handlers.failure import failure_of
 from ingestd.handlers.forked import ParentOnly
 from ingestd.handlers.load import load
-from ingestd.handlers.outcome import Failure, Result, flaw_of
+from ingestd.handlers.outcome import POSTPONED, Failure, Result, flaw_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -106,7 +106,7 @@ class Runner:
             except HandlerLoadError as error:
                 return None, failure_of(error.__cause__ or error)
             except BaseException as error:  # noqa: BLE001  a worker catches everything
-                return None, failure_of(error)
+                return None, failure_from(error)
         return (self._spec, self._handler), None
 
     def run(self, job: Job) -> Result:
@@ -140,7 +140,7 @@ class Runner:
         if flaw := flaw_of(result, job.records.count):
             error = f"the handler reached into its batch: {flaw}"
             result = Result(failure=Failure("raised", error))
-        if result.failure is not None:
+        if result.failure is not None and result.failure.reason != POSTPONED:
             self._spoil()
         return result
 

@@ -51,6 +51,18 @@ class Cursor(NamedTuple):
     record: int
 
 
+class Failing(NamedTuple):
+    """How a sealed batch has been failing.
+
+    Attributes:
+        seconds: for how long; only time in which the daemon ran.
+        counted: tries that count against it.
+    """
+
+    seconds: float = 0.0
+    counted: int = 0
+
+
 class Sealed(NamedTuple):
     """A sealed batch, without its payload.
 
@@ -61,6 +73,7 @@ class Sealed(NamedTuple):
         attempts: tries that have been made.
         due_at: not to be tried before this, seconds since the epoch; 0 for at once.
         accepted_at: when its oldest record was accepted.
+        failing: how it has been failing.
     """
 
     number: int
@@ -69,6 +82,7 @@ class Sealed(NamedTuple):
     attempts: int = 0
     due_at: float = 0.0
     accepted_at: float = 0.0
+    failing: Failing = Failing()
 
 
 class DeadLetter(NamedTuple):

@@ -164,7 +164,7 @@ def _fill(store: Store, path: Path, now: float) -> None:
         db.execute("BEGIN IMMEDIATE")
         found = _Found(*_meta(old), dict(_copy_chunks(old, db)), [])
         found.batches.extend(_copy_batches(old, db, found.chunks))
-        for table in ("dead", "damaged", "keys"):
+        for table in ("dead", "damaged", "keys", "failing"):
             _copy_rows(old, db, table)
         _copy_bookmarks(old, db)
         _copy_dead_totals(old, db)

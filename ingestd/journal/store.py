@@ -30,6 +30,7 @@ from ingestd.journal.interface import (
     Chunk,
     Cursor,
     DeadLetter,
+    Failing,
     Ledger,
     Moved,
     Recovered,
@@ -87,6 +88,11 @@ _CHUNK_BYTES = (
     """CREATE TRIGGER chunk_went AFTER DELETE ON chunks BEGIN
     UPDATE meta SET chunk_bytes = chunk_bytes - old.bytes; END""",
 )
+
+# Beside the batches: an ingestd of before, which may open the journal again, writes its own columns
+# of those. What it leaves here goes at the next start.
+_FAILING = """CREATE TABLE IF NOT EXISTS failing(
+    number INTEGER PRIMARY KEY, seconds REAL NOT NULL, counted INTEGER NOT NULL) STRICT"""
 
 _spans_decoder = msgspec.msgpack.Decoder(tuple[Span, ...])
 _spans_encode = msgspec.msgpack.Encoder().encode
@@ -201,6 +207,8 @@ class Store:
                 problem=f"it has version {version}, this ingestd reads version {VERSION}",
             )
         db.execute(bookmarks.SCHEMA)
+        db.execute(_FAILING)
+        db.execute("DELETE FROM failing WHERE number NOT IN (SELECT number FROM batches)")
         if "chunk_bytes" not in {column[1] for column in db.execute("PRAGMA table_info(meta)")}:
             self._sum_chunk_bytes()
         row = db.execute(
@@ -290,8 +298,20 @@ class Store:
     def recovered(self) -> Recovered:
         """What is there to be done, for the start."""
         db = self.connection
+        failing = {
+            number: Failing(seconds, counted)
+            for number, seconds, counted in db.execute("SELECT * FROM failing")
+        }
         batches = [
-            Sealed(number, _spans_decoder.decode(spans), count, attempts, due_at, accepted_at)
+            Sealed(
+                number,
+                _spans_decoder.decode(spans),
+                count,
+                attempts,
+                due_at,
+                accepted_at,
+                failing.get(number, Failing()),
+            )
             for number, count, attempts, due_at, accepted_at, spans in db.execute(
                 "SELECT number, count, attempts, due_at, accepted_at, spans"
                 " FROM batches ORDER BY number"
@@ -414,6 +434,12 @@ def _insert(db: sqlite3.Connection, write: Write) -> None:
     sealed = [*write.sealed, *(batch for s in write.settled for batch in s.successors)]
     if sealed:
         db.executemany("INSERT INTO batches VALUES(?,?,?,?,?,?)", [batch_row(b) for b in sealed])
+    failing = [b for b in (*sealed, *write.postponed) if b.failing.seconds or b.failing.counted]
+    if failing:
+        db.executemany(
+            "INSERT OR REPLACE INTO failing VALUES(?,?,?)",
+            [(b.number, *b.failing) for b in failing],
+        )
     dead = [*write.refused, *(letter for s in write.settled for letter in s.dead)]
     if dead:
         letters.insert(db, dead)
@@ -426,7 +452,9 @@ def _remove(db: sqlite3.Connection, write: Write) -> None:
             [(b.attempts, b.due_at, b.number) for b in write.postponed],
         )
     if write.settled:
-        db.executemany("DELETE FROM batches WHERE number=?", [(s.batch,) for s in write.settled])
+        numbers = [(s.batch,) for s in write.settled]
+        db.executemany("DELETE FROM batches WHERE number=?", numbers)
+        db.executemany("DELETE FROM failing WHERE number=?", numbers)
         damaged = [(chunk,) for s in write.settled for chunk in s.damaged]
         if damaged:
             db.executemany("INSERT OR IGNORE INTO damaged SELECT * FROM chunks WHERE id=?", damaged)

@@ -51,9 +51,11 @@ def metrics() -> Metrics:
     pipeline.refused("malformed", 2, 30)
     pipeline.request_refused("journal")
     pipeline.committed(0.004, 3, 500)
-    pipeline.batch_done(1000, 65536, 0.2)
-    pipeline.batch_retried(0.1)
-    pipeline.batch_failed(10, 640, 0.3)
+    pipeline.batch_tried("done", 1000, 65536, 0.2)
+    pipeline.batch_tried("retry", 1000, 65536, 0.1)
+    pipeline.batch_tried("split", 1000, 65536, 0.1)
+    pipeline.batch_tried("failed", 10, 640, 0.3)
+    pipeline.batch_tried("failed", 0, 0, 0.0)  # nothing fits the annotation: it was not called
     pipeline.died("failed", 10)
     pipeline.worker_restarted("crashed")
     made.loop_lag.set(0.02)
@@ -103,9 +105,10 @@ def test_what_happens_is_counted(metrics: Metrics) -> None:
     assert of("journal_committed_bytes_total") == 500
     assert of("batch_records_sum") == 1010
     assert of("batch_bytes_sum") == 65536 + 640
-    assert of("handler_duration_seconds_count") == 3
+    assert of("handler_duration_seconds_count") == 4
     assert of("worker_restarts_total", reason="crashed") == 1
-    assert [of("batches_total", outcome=o) for o in ("done", "retry", "failed")] == [1, 1, 1]
+    outcomes = ("done", "retry", "split", "failed")
+    assert [of("batches_total", outcome=o) for o in outcomes] == [1, 1, 1, 2]
     assert of("oldest_pending_seconds") == 1.5
     assert page["ingestd_log_lines_dropped_total", ()] == 17
     assert page["ingestd_loop_lag_seconds", ()] == 0.02

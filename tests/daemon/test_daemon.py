@@ -269,9 +269,10 @@ def test_logs_are_json_lines_without_payloads(tmp_path: Path) -> None:
         one.until_settled()
         one.terminate()
         assert one.wait() == 0
-        postponed = one.event("batch_postponed")
-    assert postponed["error"] == "RuntimeError: attempt 1 fails"
-    assert postponed["batch_id"].endswith("-1")
+        failed = one.event("batch_failed")
+    assert failed["error"] == "RuntimeError: attempt 1 fails"
+    assert "recording.py" in failed["exception"]
+    assert failed["batch_id"].endswith("-1")
     assert "a-secret-payload" not in json.dumps(one.events)
     assert one.other == []
 

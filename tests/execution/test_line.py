@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import asyncio
 
-from ingestd.execution.line import AHEAD_MAX, Line
+from ingestd.execution.line import AHEAD_MAX, Line, Load
+from ingestd.execution.outage import Outage
+
+ONE = Load(1, 10)
 
 
-def line(waiting_max: int = 3) -> tuple[Line[str], list[str]]:
+def line(
+    waiting_max: int = 3, *, bytes_max: int = 10**6, outage: Outage | None = None
+) -> tuple[Line[str], list[str]]:
     emptied: list[str] = []
-    made: Line[str] = Line(waiting_max=waiting_max, on_empty=lambda: emptied.append("empty"))
+    made: Line[str] = Line(
+        waiting_max=Load(waiting_max, bytes_max),
+        outage=outage or Outage(60.0, lambda: 0.5),
+        on_empty=lambda: emptied.append("empty"),
+    )
     return made, emptied
 
 
@@ -41,9 +50,9 @@ async def test_a_due_retry_goes_first_and_an_early_one_waits() -> None:
     made, _ = line()
     now = asyncio.get_running_loop().time()
     await made.put("new")
-    made.park("late", now + 3600)
-    made.park("due", now - 1)
-    assert made.first_due == now - 1
+    made.park("late", now + 3600, ONE)
+    made.park("due", now - 1, ONE)
+    assert made.could_give(now)
     assert await soon(made) == "due"
     assert await soon(made) == "new"
     assert await soon(made) is None
@@ -54,7 +63,7 @@ async def test_a_retry_wakes_who_waits_when_it_is_due() -> None:
     made, _ = line()
     task = asyncio.ensure_future(made.next())
     await asyncio.sleep(0)
-    made.park("later", asyncio.get_running_loop().time() + 0.02)
+    made.park("later", asyncio.get_running_loop().time() + 0.02, ONE)
     assert await asyncio.wait_for(task, 10) == "later"
 
 
@@ -62,12 +71,12 @@ async def test_too_many_waiting_hold_new_ones_back() -> None:
     made, _ = line(waiting_max=2)
     now = asyncio.get_running_loop().time()
     await made.put("new")
-    made.park("x", now + 3600)
+    made.park("x", now + 3600, ONE)
     assert await soon(made) == "new"
     await made.put("newer")
-    made.park("y", now + 3600)
+    made.park("y", now + 3600, ONE)
     assert await soon(made) is None
-    made.park("z", now - 1)
+    made.park("z", now - 1, ONE)
     assert await soon(made) == "z"
     assert await soon(made) is None
 

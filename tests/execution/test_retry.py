@@ -14,10 +14,16 @@ from ingestd.execution.retry import (
     Standing,
     backoff,
     decide,
+    rounded,
 )
-from ingestd.handlers.outcome import Failure, Rejection, Result, Retry
+from ingestd.handlers.outcome import POSTPONED, Failure, Rejection, Result, Retry
 
-RULE = RetryRule(attempts_max=3, backoff=0.5, backoff_max=60.0)
+RULE = RetryRule(attempts_max=3, backoff=0.5, backoff_max=60.0, give_up_after=3600.0)
+
+
+def tried(count: int, attempts: int) -> Standing:
+    """A batch all of whose tries count."""
+    return Standing(count, attempts, attempts)
 
 
 def half() -> float:
@@ -31,40 +37,86 @@ def test_full_jitter_doubles_up_to_its_bound() -> None:
 
 
 def test_all_done_settles_with_nothing_left() -> None:
-    assert decide(Result(), Standing(5, 1), rule=RULE, random=half) == Settled((), ())
+    assert decide(Result(), tried(5, 1), rule=RULE, random=half) == Settled((), ())
 
 
 def test_a_failure_is_postponed_until_the_last_attempt() -> None:
     failure = Failure("raised", "ValueError: no", "Traceback")
     result = Result(failure=failure)
-    assert decide(result, Standing(1, 2), rule=RULE, random=half) == Postponed(0.5, failure)
-    over = decide(result, Standing(1, 3), rule=RULE, random=half)
+    assert decide(result, tried(1, 2), rule=RULE, random=half) == Postponed(0.5, failure)
+    over = decide(result, tried(1, 3), rule=RULE, random=half)
     assert over == Settled((GivenUp(0, "failed", "ValueError: no", "Traceback"),), ())
 
 
 def test_a_batch_at_its_end_is_split_into_halves() -> None:
     result = Result(failure=Failure("crashed", "SIGSEGV"))
-    assert decide(result, Standing(5, 3), rule=RULE, random=half) == Settled(
+    assert decide(result, tried(5, 3), rule=RULE, random=half) == Settled(
         (), (Again((0, 1), 0.0), Again((2, 3, 4), 0.0))
     )
 
 
-def test_without_evidence_only_one_batch_is_split_and_records_have_tries_of_their_own() -> None:
+def test_without_evidence_a_batch_is_split_only_if_it_may_and_no_record_is_given_up() -> None:
     failure = Failure("raised", "down")
     result = Result(failure=failure)
-    other = Standing(5, 9, proven=False, may_split=False)
+    other = Standing(5, 9, 9, proven=False, may_split=False)
     assert decide(result, other, rule=RULE, random=half) == Postponed(30.0, failure)
-    first = Standing(5, 9, proven=False, may_split=True)
+    first = Standing(5, 9, 9, proven=False, may_split=True)
     assert isinstance(decide(result, first, rule=RULE, random=half), Settled)
-    young = Standing(1, 9, alone=2, proven=False)
-    assert isinstance(decide(result, young, rule=RULE, random=half), Postponed)
-    old = Standing(1, 9, alone=3, proven=False)
-    assert isinstance(decide(result, old, rule=RULE, random=half), Settled)
+    alone = Standing(1, 999, 999, proven=False)
+    assert decide(result, alone, rule=RULE, random=half) == Postponed(30.0, failure)
+
+
+def test_in_an_outage_no_record_is_given_up_whatever_was_proven_before() -> None:
+    failure = Failure("raised", "down")
+    known = Standing(1, 9, 9, proven=True, outage=True)
+    assert isinstance(decide(Result(failure=failure), known, rule=RULE, random=half), Postponed)
+    marked = Result([], [Retry(0, None, "503")])
+    assert decide(marked, known, rule=RULE, random=half) == Settled((), (Again((0,), 30.0),))
+
+
+def test_in_the_end_all_of_a_batch_is_given_up() -> None:
+    result = Result(failure=Failure("timeout", "too slow"))
+    old = Standing(2, 9, 0, age=3600.0, proven=False, outage=True)
+    assert decide(result, old, rule=RULE, random=half) == Settled(
+        (GivenUp(0, "timeout", "too slow"), GivenUp(1, "timeout", "too slow")), ()
+    )
+    # Where others succeed the guilty one can be found.
+    guilty = Standing(2, 9, 9, age=3600.0)
+    assert isinstance(decide(result, guilty, rule=RULE, random=half), Settled)
+    assert decide(result, guilty, rule=RULE, random=half).given_up == ()  # type: ignore[union-attr]
+
+
+def test_not_now_waits_as_long_as_it_says_and_ends_only_by_its_age() -> None:
+    failure = Failure(POSTPONED, "rate limit", "", 90.0)
+    result = Result(failure=failure)
+    for standing in (tried(1, 99), tried(5, 99)):
+        verdict = decide(result, standing, rule=RULE, random=half)
+        assert verdict == Postponed(90.0, failure, asked=True)
+    whenever = Result(failure=Failure(POSTPONED, "not now"))
+    assert decide(whenever, tried(1, 1), rule=RULE, random=half).after == 0.25  # type: ignore[union-attr]
+    old = Standing(1, 1, 0, age=3600.0)
+    assert decide(result, old, rule=RULE, random=half) == Settled(
+        (GivenUp(0, "failed", "rate limit"),), ()
+    )
+
+
+def test_waits_are_rounded_up_by_an_eighth_at_most_so_that_few_batches_come_of_them() -> None:
+    waits = {rounded(n * 20.0 / 70) for n in range(70)}
+    assert len(waits) <= 40
+    assert rounded(0.0) == 0.0
+    assert [rounded(n) for n in (1.0, 9.0, 60.0, 61.0)] == [1.0, 9.0, 60.0, 64.0]
+    hour = {rounded(n / 10) for n in range(36_000)}
+    assert len(hour) <= 8 * 13
+
+
+@given(st.floats(0, 30 * 86400))
+def test_no_wait_is_shorter_than_what_was_asked_for(after: float) -> None:
+    assert after <= rounded(after) <= max(after * 1.125, after + 0.125)
 
 
 def test_a_failure_hides_what_the_handler_marked_before_it_raised() -> None:
     result = Result([Rejection(0, "rejected", "x")], [], Failure("raised", "e"))
-    assert isinstance(decide(result, Standing(2, 1), rule=RULE, random=half), Postponed)
+    assert isinstance(decide(result, tried(2, 1), rule=RULE, random=half), Postponed)
 
 
 def test_records_to_be_tried_again_go_together_by_their_wait() -> None:
@@ -72,7 +124,7 @@ def test_records_to_be_tried_again_go_together_by_their_wait() -> None:
         [Rejection(4, "rejected", "no")],
         [Retry(0, None, ""), Retry(1, 9.0, ""), Retry(2, None, ""), Retry(3, 9.0, "")],
     )
-    verdict = decide(result, Standing(6, 1), rule=RULE, random=half)
+    verdict = decide(result, tried(6, 1), rule=RULE, random=half)
     assert verdict == Settled(
         (GivenUp(4, "rejected", "no"),), (Again((0, 2), 0.25), Again((1, 3), 9.0))
     )
@@ -80,7 +132,7 @@ def test_records_to_be_tried_again_go_together_by_their_wait() -> None:
 
 def test_a_record_is_not_tried_beyond_the_last_attempt() -> None:
     result = Result([], [Retry(1, 5.0, "busy")])
-    verdict = decide(result, Standing(2, 3), rule=RULE, random=half)
+    verdict = decide(result, tried(2, 3), rule=RULE, random=half)
     assert verdict == Settled((GivenUp(1, "failed", "busy"),), ())
 
 
@@ -93,7 +145,7 @@ def test_every_record_has_exactly_one_outcome(marks: list[str], attempts: int) -
         [Rejection(i, "rejected", "") for i, mark in enumerate(marks) if mark == "reject"],
         [Retry(i, None, "") for i, mark in enumerate(marks) if mark == "retry"],
     )
-    verdict = decide(result, Standing(len(marks), attempts), rule=RULE, random=half)
+    verdict = decide(result, tried(len(marks), attempts), rule=RULE, random=half)
     assert isinstance(verdict, Settled)
     touched = [one.index for one in verdict.given_up]
     touched += [i for again in verdict.again for i in again.indices]

@@ -197,7 +197,7 @@ def test_the_clock_jumps_a_year(tmp_path: Path, jump: int) -> None:
         until(lambda: 1 in seen(tmp_path))
         (tmp_path / "down").touch()
         assert one.post(b"2\n")[0] == 202
-        one.event("batch_postponed")
+        one.event("batch_failed")
         assert one.post(b"3\n")[0] == 202  # open when the clock jumps
         offset.write_text(f"{jump:+d}")
         (tmp_path / "down").unlink()
@@ -222,7 +222,7 @@ def test_the_clock_jumps_between_two_lives(tmp_path: Path, jump: int) -> None:
     arguments = into(tmp_path, "Fails", **more)
     with daemon(*arguments, cwd=tmp_path, environ=_faked(offset)) as one:
         assert one.post(b"1\n")[0] == 202
-        one.event("batch_postponed")
+        one.event("batch_failed")
         one.terminate()
         assert one.wait() == 0
     (tmp_path / "down").unlink()

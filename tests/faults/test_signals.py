@@ -67,7 +67,7 @@ def test_sigterm_in_the_middle_of_a_retry(tmp_path: Path) -> None:
     slow = {"retry__backoff": "1d", "retry__backoff_max": "1d", "drain__timeout": "20s"}
     with daemon(*into(tmp_path, "Fails", **slow), cwd=tmp_path) as one:
         assert one.post(b"1\n")[0] == 202
-        one.event("batch_postponed")
+        one.event("batch_failed")
         began = time.monotonic()
         one.terminate()
         assert one.wait() == 0

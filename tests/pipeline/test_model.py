@@ -146,15 +146,22 @@ class PipelineAgainstModel(RuleBasedStateMachine):
             ),
             which,
         )
-        given_up = rejected + (again if job.attempt >= ATTEMPTS else [])
         for i, value in enumerate(values):
-            if i in given_up:
+            if i in rejected:
                 self.pending.remove(value)
                 self.dead.add(value)
             elif i not in again:
                 self.pending.remove(value)
                 self.done.add(value)
         self.settle_down()
+        # What shall come again is given up all together, or not at all: the ledger says which.
+        died = self.pipeline.journal.ledger.dead - len(self.dead)
+        assert died in (0, len(again))
+        if died:
+            assert job.attempt >= ATTEMPTS
+            assert self.done  # never while nothing has succeeded
+            self.dead |= {values[i] for i in again}
+            self.pending -= self.dead
 
     @precondition(lambda self: self.jobs)
     @rule(which=st.integers(0, 1))
@@ -169,6 +176,7 @@ class PipelineAgainstModel(RuleBasedStateMachine):
         if died:
             assert len(values) == 1
             assert job.attempt >= ATTEMPTS
+            assert self.done  # never while nothing has succeeded
             self.pending.remove(values[0])
             self.dead.add(values[0])
 

@@ -135,7 +135,12 @@ async def test_behind_a_dead_sink_everything_rests(start, tmp_path: Path) -> Non
     pipeline = await start(
         HANDLER + "Fails",
         options={"folder": str(tmp_path), "times": 1000},
-        retry={"backoff": "1d", "backoff_max": "30d", "waiting_max": 2, "attempts_max": 1000},
+        retry={
+            "backoff": "1d",
+            "backoff_max": "30d",
+            "waiting_records_max": 2,
+            "attempts_max": 1000,
+        },
         **SMALL,
     )
     await fill(pipeline)

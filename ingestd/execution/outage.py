@@ -1,0 +1,141 @@
+"""Decides whether the handler works at all, and when it may be tried while it does not. Pure.
+
+What is known of a handler is what became of the tries since its last success. A failure is *fresh*
+if its batch had not failed before that success: a batch that failed while others succeeded says
+something about itself, a fresh failure may say something about the sink.
+
+* **up**: fewer than two families have failed freshly (a family is a batch and, once it is split,
+  its parts). Everything may start, so a bad batch holds nobody up.
+* **paused**: two families or more have. One try at a time starts, the *probe*, and the next one
+  after a wait that grows with the outage. All else waits without a try.
+* **down**: at least `DOWN_TRIES` fresh tries have failed over at least `DOWN_SECONDS`. This is what
+  is reported. Down and paused together are an *outage*: its tries are not counted against batches.
+
+Invariants, each with a test:
+
+1. A success leads to up at once, from every state.
+2. While paused a try starts only when the wait is over, and none starts while the probe runs,
+   unless that has not come back for `retry.backoff_max` (a call that hangs must not keep a handler
+   down that has come back).
+3. A wait is never longer than `retry.backoff_max`, nor than an eighth of the outage so far (and
+   10 ms): a sink that is back is noticed within an eighth of the time for which it was down.
+4. Without a fresh failure nothing is paused, and nothing is down.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DOWN_TRIES = 3
+DOWN_SECONDS = 1.0
+WAIT_MIN = 0.01
+"""Seconds; the bound of the first waits, when an outage has lasted for no time yet."""
+PROBE_SECONDS = 10.0
+"""A probe that has run for so long, and for `retry.backoff_max`, does not keep others waiting."""
+_PART = 8  # of the outage so far
+
+
+def wait(elapsed: float, longest: float, random: Callable[[], float]) -> float:
+    """Seconds until the next probe: half of the bound, and up to all of it.
+
+    Args:
+        elapsed: seconds for which nothing has succeeded.
+        longest: `retry.backoff_max`, seconds.
+        random: gives numbers in [0, 1).
+    """
+    return min(longest, max(WAIT_MIN, elapsed / _PART)) * (0.5 + 0.5 * random())
+
+
+class Outage:
+    """One pipeline's handler. Times are those of one clock that only goes forward, in seconds.
+
+    Args:
+        longest: `retry.backoff_max`.
+        random: gives numbers in [0, 1).
+
+    Attributes:
+        successes: how many there have been; says what came before what.
+    """
+
+    def __init__(self, longest: float, random: Callable[[], float]) -> None:
+        self.successes = 0
+        self._longest = longest
+        self._random = random
+        self._up()
+
+    def _up(self) -> None:
+        self._families: set[int] = set()
+        self._tries = 0
+        self._since = 0.0
+        self._is_down = False
+        self._probe: int | None = None
+        self._next_at = 0.0
+
+    @property
+    def paused(self) -> bool:
+        """Whether only probes may start."""
+        return len(self._families) > 1
+
+    @property
+    def down_since(self) -> float | None:
+        """When the first fresh failure came, while the handler is down; else nothing."""
+        return self._since if self._is_down else None
+
+    @property
+    def is_outage(self) -> bool:
+        """Whether what fails now says nothing about the batch that fails."""
+        return self._is_down and self.paused
+
+    @property
+    def next_at(self) -> float | None:
+        """When the next try may start while paused; nothing while everything may."""
+        return self._next_at if self.paused else None
+
+    def started(self, batch: int, now: float) -> None:
+        """A try of a batch starts; while paused it is the probe."""
+        if self.paused:
+            self._probe = batch
+            self._next_at = now + max(self._longest, PROBE_SECONDS)
+
+    def succeeded(self) -> None:
+        """A record was processed."""
+        self.successes += 1
+        self._up()
+
+    def failed(
+        self, batch: int, family: int, now: float, *, fresh: bool, after: float | None = None
+    ) -> None:
+        """A try failed.
+
+        Args:
+            batch: its number.
+            family: the number of the batch that it is a part of, or its own.
+            now: the time.
+            fresh: the batch had not failed before the last success.
+            after: seconds that the handler asked to be left alone.
+        """
+        if fresh:
+            self._since = self._since if self._tries else now
+            self._tries += 1
+            if not self.paused:
+                self._families.add(family)
+            if self._tries >= DOWN_TRIES and now - self._since >= DOWN_SECONDS:
+                self._is_down = True
+        if self.paused and self._probe in (None, batch):
+            self._probe = None
+            seconds = wait(now - self._since, self._longest, self._random)
+            self._next_at = now + max(seconds, min(after or 0.0, self._longest))
+
+    def answered(self, batch: int) -> None:
+        """A try ended without telling anything: all its records were rejected, or wait."""
+        if self._probe == batch:
+            self._probe = None
+            self._next_at = 0.0
+
+    def nothing_fails(self) -> None:
+        """No batch that has failed is left; whether the handler works is not known."""
+        self._families.clear()
+        self._probe = None

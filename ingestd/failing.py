@@ -1,0 +1,123 @@
+"""Tells people that a handler fails: the first failure of a kind whole, then few lines.
+
+A sink that is down fails hundreds of batches for the same reason. The log has one line for each
+kind of failure, one when the handler goes down and one when it is back, and once a minute what came
+again meanwhile. Each try is there on the level `debug`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+import structlog
+
+from ingestd.execution.kinds import FailureKinds
+from ingestd.handlers.outcome import POSTPONED
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ingestd.base.clock import Clock
+    from ingestd.execution.outage import Outage
+    from ingestd.handlers.outcome import Failure
+
+log = structlog.get_logger(__name__)
+
+MINUTE = 60.0
+KINDS_LOGGED_MAX = 5
+"""Kinds of failures that a minute's lines name."""
+
+
+class FailureLog:
+    """One pipeline's.
+
+    Args:
+        pipeline: its name.
+        outage: whether the handler works.
+        clock: for the time of day.
+        pending: how many records wait.
+    """
+
+    def __init__(
+        self, pipeline: str, outage: Outage, clock: Clock, pending: Callable[[], int]
+    ) -> None:
+        self._pipeline = pipeline
+        self._outage = outage
+        self._clock = clock
+        self._pending = pending
+        self._kinds = FailureKinds()
+        self._down_since: float | None = None
+        self.down_since = 0.0
+        """Seconds since the epoch; 0 while the handler works."""
+        self.last_error = ""
+        """The newest failure in one line, while it is down."""
+
+    def ended(self, failure: Failure | None, now: float, **facts: object) -> bool:
+        """A try has ended, at `now` (loop time), and the outage knows of it.
+
+        Returns:
+            Whether the handler was down until now.
+        """
+        if failure is not None:
+            self._failed(failure, now, **facts)
+        since, self._down_since = self._down_since, self._outage.down_since
+        if since is None and self._down_since is not None and failure is not None:
+            self.down_since = self._clock.now() - (now - self._down_since)
+            log.error(
+                "handler_went_down",
+                pipeline=self._pipeline,
+                reason=failure.reason,
+                error=failure.error,
+                exception=failure.traceback,
+                pending=self._pending(),
+            )
+        if since is None or self._down_since is not None:
+            return False
+        self.down_since, self.last_error = 0.0, ""
+        log.warning(
+            "handler_came_back",
+            pipeline=self._pipeline,
+            down_seconds=round(now - since, 1),
+            pending=self._pending(),
+        )
+        return True
+
+    def _failed(self, failure: Failure, now: float, **facts: object) -> None:
+        self.last_error = failure.error
+        write = log.debug
+        if self._kinds.note(failure, now):
+            write = log.info if failure.reason == POSTPONED else log.warning
+            if failure.traceback:
+                facts["exception"] = failure.traceback
+        write("batch_failed", reason=failure.reason, error=failure.error, **facts)
+
+    async def run(self) -> None:
+        """Writes once a minute what came again, for as long as the pipeline lives."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(MINUTE)
+            self.sum_up(loop.time())
+
+    def sum_up(self, now: float) -> None:
+        """Writes what came again since the last time; `now` is loop time."""
+        repeated = self._kinds.repeated()
+        if self._down_since is not None:
+            log.warning(
+                "handler_stayed_down",
+                pipeline=self._pipeline,
+                down_seconds=round(now - self._down_since, 1),
+                tries=sum(one.times for one in repeated),
+                error=self.last_error,
+                pending=self._pending(),
+            )
+            return
+        for one in repeated[:KINDS_LOGGED_MAX]:
+            log.warning(
+                "failures_repeated",
+                pipeline=self._pipeline,
+                reason=one.kind.reason,
+                where=one.kind.where,
+                error=one.error,
+                times=one.times,
+            )
