@@ -1,8 +1,12 @@
 """A lane that is a child process, with a thread of the daemon that speaks to it.
 
 The child is started with exec, not forked: a fork would inherit the daemon's locks in whatever
-state its other threads left them, and its sockets. It leads a process group of its own, so a Ctrl-C
-on the terminal does not reach it, and a kill reaches what the handler started.
+state its other threads left them, and its sockets. It leads a session of its own, so a Ctrl-C on
+the terminal does not reach it, and it is killed with what it started (`descendants.py`).
+
+Nothing that comes from a child is believed. An answer that does not fit the job, bytes that are no
+answer, a connection that ends: the child is killed, the job failed as `crashed`, and the next job
+gets a new child. What is found between two jobs costs no job an attempt.
 """
 
 from __future__ import annotations
@@ -17,12 +21,17 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+import msgspec
 
 from ingestd.base.errors import HandlerLoadError
 from ingestd.base.telemetry import get_logger
+from ingestd.execution import descendants
+from ingestd.execution.monitor import Monitor
 from ingestd.handlers import wire
-from ingestd.handlers.outcome import Failure, Result
+from ingestd.handlers.outcome import Failure, Result, flaw_of
+from ingestd.handlers.runner import CLOSE_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,8 +41,12 @@ if TYPE_CHECKING:
 
 log = get_logger()
 
+T = TypeVar("T")
+
 START_TIMEOUT = 120.0
 """Seconds for a child to import the handler; some load models."""
+_IDLE_SECONDS = 0.01
+"""A child that was without a job for so long is looked at before it gets one."""
 _BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
     "from ingestd.handlers.worker import main; main(*map(int, sys.argv[2:]))"
@@ -53,26 +66,29 @@ class Child:
 
     Args:
         hello: what it is told first.
+        name: of its lane.
 
     Raises:
         HandlerLoadError: the child can't load the handler.
         _WorkerDiedError: it did not come up.
     """
 
-    def __init__(self, hello: wire.Hello) -> None:
+    def __init__(self, hello: wire.Hello, name: str) -> None:
+        self._mark = descendants.new_mark()
         ours, theirs = socket.socketpair()
         lifeline_theirs, self._lifeline = os.pipe()
         memory = wire.Slot.make()
         self._sock = ours
         try:
-            self._slot = wire.Slot(memory)
+            self._slot = wire.Slot(memory, ours=True)
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wire.SOCKET_BYTES)
             fds = (theirs.fileno(), lifeline_theirs, memory)
             self.process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-c", _BOOT, json.dumps(sys.path), *map(str, fds)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[fd for fd in fds if fd >= 0],
-                process_group=0,
+                env={**os.environ, descendants.MARK: self._mark},
+                start_new_session=True,
             )
         except BaseException:
             ours.close()
@@ -84,10 +100,16 @@ class Child:
             if memory >= 0:
                 os.close(memory)
         self._timeout = 0.0
+        self._number = 0
+        self._closed_by: float | None = None  # when the handler's close() has to be done
+        self._gone = False
+        self._answered = time.monotonic()
+        self._monitor = Monitor(self.process.pid, ours, f"{name}-monitor")
         self.ready = self._greet(hello)
 
     def _greet(self, hello: wire.Hello) -> wire.Ready:
-        ready = wire.decode_ready(self._exchange(wire.encode(hello), START_TIMEOUT))
+        body = self._exchange(wire.encode(hello), START_TIMEOUT, wire.ANSWER_BYTES_MAX)
+        ready = self._decoded(wire.decode_ready, body)
         if ready.load_error:
             self.kill()
             raise HandlerLoadError(target=hello.handler.target, problem=ready.load_error)
@@ -97,36 +119,109 @@ class Child:
         """One job.
 
         Raises:
-            _WorkerDiedError: the child died, or overran and was killed.
+            _WorkerDiedError: the child died, overran and was killed, or did not answer the job.
         """
-        return wire.decode_result(self._exchange(self._slot.pack(job), timeout))
+        self._number += 1
+        limit = wire.answer_bytes_max(job.records.count)
+        body = self._exchange(self._slot.pack(job), timeout, limit)
+        answer = self._decoded(wire.decode_answer, body)
+        if flaw := flaw_of(answer.result, job.records.count):
+            raise self._misfit(flaw)
+        if answer.closing:
+            self._closed_by = time.monotonic() + CLOSE_SECONDS
+        return answer.result
 
-    def _exchange(self, message: bytes, timeout: float) -> bytes | bytearray:
+    def await_closed(self) -> str:
+        """Waits until the handler whose call raised last is closed, if it is not yet.
+
+        Returns:
+            One line if its `close()` failed.
+
+        Raises:
+            _WorkerDiedError: it took too long, or the child died over it.
+        """
+        if self._closed_by is None:
+            return ""
+        deadline, self._closed_by = self._closed_by, None
+        body = self._receive(max(deadline - time.monotonic(), 0.001), wire.ANSWER_BYTES_MAX)
+        return self._decoded(wire.decode_closed, body).error
+
+    def flaw(self) -> str:
+        """What is wrong with the child before it gets a job, or nothing."""
+        if self._monitor.ended:
+            return "the worker died"
+        if time.monotonic() - self._answered < _IDLE_SECONDS:
+            return ""  # each call lets the daemon's other threads go first
+        try:
+            stray = self._sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return ""
+        except OSError:
+            stray = b""
+        return "the worker wrote to its connection" if stray else "the worker died"
+
+    def _exchange(self, message: bytes, timeout: float, limit: int) -> bytes | bytearray:
+        self._wait_at_most(timeout)
+        try:
+            wire.send(self._sock, message, worker=self.process.pid, number=self._number)
+        except BlockingIOError:
+            raise self._overran(timeout) from None
+        except OSError:
+            raise _WorkerDiedError("crashed", self._obituary()) from None
+        return self._receive(timeout, limit)
+
+    def _receive(self, timeout: float, limit: int) -> bytes | bytearray:
+        deadline = time.monotonic() + timeout
+        self._wait_at_most(timeout)
+        try:
+            message = wire.receive(
+                self._sock,
+                worker=self.process.pid,
+                limit=limit,
+                # One byte a second would never be too late otherwise.
+                before_more=lambda: self._wait_at_most(deadline - time.monotonic()),
+            )
+        except BlockingIOError:
+            raise self._overran(timeout) from None
+        except (wire.Misfit, MemoryError) as error:
+            raise self._misfit(str(error)) from None
+        except OSError:
+            message = None
+        if message is None:
+            raise _WorkerDiedError("crashed", self._obituary())
+        if message.number != self._number:
+            raise self._misfit(f"it is about job {message.number}, not {self._number}")
+        self._answered = time.monotonic()
+        return message.body
+
+    def _decoded(self, decode: Callable[[bytes | bytearray], T], body: bytes | bytearray) -> T:
+        try:
+            return decode(body)
+        except (msgspec.MsgspecError, ValueError, RecursionError, MemoryError) as error:
+            raise self._misfit(str(error)) from None
+
+    def _wait_at_most(self, timeout: float) -> None:
+        if timeout <= 0:
+            raise BlockingIOError
         if timeout != self._timeout:
             wire.set_timeout(self._sock, timeout)
             self._timeout = timeout
-        try:
-            wire.send(self._sock, message)
-            answer = wire.receive(self._sock)
-        except BlockingIOError:
-            self.kill()
-            raise _WorkerDiedError(
-                "timeout", f"the worker was killed after {timeout:g} s"
-            ) from None
-        except OSError:
-            answer = None
-        if answer is None:
-            raise _WorkerDiedError("crashed", self._obituary())
-        return answer
+
+    def _overran(self, timeout: float) -> _WorkerDiedError:
+        self.kill()
+        return _WorkerDiedError("timeout", f"the worker was killed after {timeout:g} s")
+
+    def _misfit(self, flaw: str) -> _WorkerDiedError:
+        self.kill()
+        return _WorkerDiedError("crashed", f"the worker was killed for its answer: {flaw}")
 
     def _obituary(self) -> str:
-        """How the child died; it has closed its socket, so it is dead or about to be."""
-        try:
-            code = self.process.wait(1.0)
-        except subprocess.TimeoutExpired:
-            self.kill()
-            return "the worker closed its connection and was killed"
+        """How the child died; its connection is closed, so it is dead or about to be."""
+        by_itself = self._monitor.wait(1.0)
         self.kill()
+        code = self.process.returncode
+        if not by_itself:
+            return "the worker closed its connection and was killed"
         if code >= 0:
             return f"the worker exited with code {code}"
         with contextlib.suppress(ValueError):
@@ -137,20 +232,26 @@ class Child:
         """Lets the idle child end by itself, so that the handler's `close()` runs; else kills."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_WR)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(max(0.0, timeout))
+        self._monitor.wait(timeout)
         self.kill()
 
+    def kill_at_once(self) -> None:
+        """Ends a wait for the child; `kill` has to follow. From any thread."""
+        if self.process.returncode is None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
     def kill(self) -> None:
-        """Ends the child and everything in its process group, and reaps it. May be repeated."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """Ends the child and everything that it started, and reaps it. May be repeated."""
+        if self._gone:
+            return
+        self._gone = True
+        descendants.end_all(self.process.pid, self._mark)
+        self._monitor.finish()
         self.process.wait()
         self._sock.close()
         self._slot.close()
-        if self._lifeline >= 0:
-            os.close(self._lifeline)
-            self._lifeline = -1
+        os.close(self._lifeline)
 
 
 class ProcessLane:
@@ -189,7 +290,7 @@ class ProcessLane:
             raise HandlerLoadError(target=self._hello.handler.target, problem=str(died)) from None
 
     def _spawn(self) -> Child:
-        child = Child(self._hello)
+        child = Child(self._hello, self._name)
         self._child = child
         log.debug("worker_started", lane=self._name, pid=child.process.pid)
         self.is_async = child.ready.is_async
@@ -204,16 +305,39 @@ class ProcessLane:
     def _run(self, job: Job) -> Result:
         started = time.monotonic()
         try:
-            child = self._child or self._spawn()
-            return child.run(job, self._timeout)
+            return self._usable().run(job, self._timeout)
         except _WorkerDiedError as died:
-            log.warning("worker_died", lane=self._name, error=died.failure.error)
             failure = died.failure
-        except (HandlerLoadError, OSError) as error:
+        except (HandlerLoadError, OSError, RuntimeError, MemoryError) as error:
             failure = Failure("crashed", f"no worker could be started: {error}")
+        self._bury(failure)
+        return Result(failure=failure, seconds=time.monotonic() - started)
+
+    def _usable(self) -> Child:
+        """A child that is ready for a job; what happened to the last one is no job's fault."""
+        child = self._child
+        if child is None:
+            return self._spawn()
+        try:
+            failed = child.await_closed()
+        except _WorkerDiedError as died:
+            overran = died.failure.reason == "timeout"
+            error = f"it was not done after {CLOSE_SECONDS:g} s" if overran else str(died)
+            log.warning("handler_close_failed", lane=self._name, error=error)
+            self._bury(died.failure)
+            return self._spawn()
+        if failed:
+            log.warning("handler_close_failed", lane=self._name, error=failed)
+        if flaw := child.flaw():
+            child.kill()
+            self._bury(Failure("crashed", f"between two jobs {flaw}"))
+            return self._spawn()
+        return child
+
+    def _bury(self, failure: Failure) -> None:
+        log.warning("worker_died", lane=self._name, error=failure.error)
         self._child = None
         self._on_restart(failure.reason)
-        return Result(failure=failure, seconds=time.monotonic() - started)
 
     def _stop(self, timeout: float) -> None:
         if self._child is not None:
@@ -227,7 +351,6 @@ class ProcessLane:
         done, _ = await asyncio.wait({closing}, timeout=max(0.0, deadline - loop.time()))
         if not done and self._child is not None:
             # The lane's thread waits for its job: killing the child is what ends both.
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._child.process.pid, signal.SIGKILL)
+            self._child.kill_at_once()
             await asyncio.wait({closing}, timeout=5.0)
         return closing.done()

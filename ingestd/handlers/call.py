@@ -156,6 +156,8 @@ _GENERATORS = (types.GeneratorType, types.AsyncGeneratorType)
 
 def _not_run(returned: Any) -> Failure | None:
     """A returned coroutine or generator has not done anything yet: that is no success."""
+    if returned is None:
+        return None
     # By its type: what is returned may be an object whose class answers for another one.
     kind = type(returned)
     if issubclass(kind, types.CoroutineType):

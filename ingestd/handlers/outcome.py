@@ -107,6 +107,11 @@ def flaw_of(result: Result, records: int) -> str:
     """
     if not (math.isfinite(result.seconds) and result.seconds >= 0):
         return f"it ran for {result.seconds!r} s"
+    failure = result.failure
+    if failure is not None and not _is_wait(failure.after):
+        return f"it wants the batch again after {failure.after!r} s"
+    if not (result.rejections or result.retries):
+        return ""
     seen: set[int] = set()
     every: list[Rejection | Retry] = [*result.rejections, *result.retries]
     for said in every:
@@ -121,9 +126,10 @@ def flaw_of(result: Result, records: int) -> str:
         if rejection.reason not in REJECTED:
             return f"its reason for record {rejection.index} is none of ours"
     for retry in result.retries:
-        if retry.after is not None and not (math.isfinite(retry.after) and retry.after >= 0):
+        if not _is_wait(retry.after):
             return f"it wants record {retry.index} again after {retry.after!r} s"
-    after = result.failure.after if result.failure else None
-    if after is not None and not (math.isfinite(after) and after >= 0):
-        return f"it wants the batch again after {after!r} s"
     return ""
+
+
+def _is_wait(after: float | None) -> bool:
+    return after is None or (math.isfinite(after) and after >= 0)

@@ -144,6 +144,11 @@ class Runner:
             self._spoil()
         return result
 
+    @property
+    def spoiled(self) -> bool:
+        """Whether an instance waits for `renew`."""
+        return self._spoiled
+
     def _spoil(self) -> None:
         # A function stays, and so does an object of the module's: neither was made by us.
         self._spoiled = self._handler is not None and self._spec is not None and self._spec.is_class

@@ -1,33 +1,47 @@
-"""Messages between a process lane and its child: a length, then MessagePack, over a socket.
+"""Messages between a process lane and its child: a head, then MessagePack, over a socket.
 
-One side speaks and the other one answers, so there is never more than one message on its way.
+One side speaks and the other one answers, so there is never more than one message on its way. A
+head says whose message it is: the child's process id and the number of the job. Whatever does not
+fit (bytes that a handler wrote to every descriptor it found, an answer from a process that the
+worker forked) is a `Misfit`: nothing that comes after it on this connection can be believed.
 
 The payload of a job usually lies in memory that both sides share (`Slot`) and only its size is in
 the message: copied in once and out once, where the socket would need several copies and let other
 threads of the daemon in between them. The child's copy is its own, so nothing that a handler keeps
-changes under it.
+changes under it; and the child can't write to that memory, nor make it shorter.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import mmap
 import os
 import socket
 import struct
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from ingestd.handlers.outcome import Job, Result
+from ingestd.handlers.outcome import ERROR_CHARS_MAX, Job, Result
 from ingestd.handlers.runner import Wanted  # noqa: TC001  msgspec reads the annotation
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SOCKET_BYTES = 1 << 20
 """Send buffer asked for: a batch that is too large for the slot then leaves in few goes."""
 SLOT_BYTES = 1 << 20
 """A payload beyond this goes over the socket."""
+ANSWER_BYTES_MAX = 256 * 1024
+"""Largest answer beside what it says of single records."""
 
-_LENGTH = struct.Struct("<Q")
+_MAGIC = b"igd\x01"
+_HEAD = struct.Struct("<4sIQQ")  # magic, the child's process id, number of the job, length
 _TIMEVAL = struct.Struct("ll")
 _BUFFER_BYTES = 64 * 1024
+_STEP_BYTES = 4 << 20
+_F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1; not in `fcntl` yet
 
 
 class Hello(msgspec.Struct, frozen=True):
@@ -68,11 +82,55 @@ class Order(msgspec.Struct, frozen=True):
     shared: int = 0
 
 
+class Answer(msgspec.Struct, frozen=True, array_like=True):
+    """What the child sends for a job.
+
+    Attributes:
+        result: what became of it.
+        closing: the handler is being closed, and a `Closed` follows before the next job is read.
+    """
+
+    result: Result
+    closing: bool = False
+
+
+class Closed(msgspec.Struct, frozen=True):
+    """The handler whose call raised is closed; the next job gets a new one.
+
+    Attributes:
+        error: one line if its `close()` failed.
+    """
+
+    error: str = ""
+
+
+class Message(NamedTuple):
+    """A message as it came.
+
+    Attributes:
+        number: of the job that it belongs to.
+        body: MessagePack.
+    """
+
+    number: int
+    body: bytes | bytearray
+
+
+class Misfit(Exception):  # noqa: N818  the message says what it is
+    """What came is no message of this worker's, or not about this job."""
+
+
 encode = msgspec.msgpack.Encoder().encode
 decode_hello = msgspec.msgpack.Decoder(Hello).decode
 decode_ready = msgspec.msgpack.Decoder(Ready).decode
-decode_result = msgspec.msgpack.Decoder(Result).decode
+decode_answer = msgspec.msgpack.Decoder(Answer).decode
+decode_closed = msgspec.msgpack.Decoder(Closed).decode
 _decode_order = msgspec.msgpack.Decoder(Order).decode
+
+
+def answer_bytes_max(records: int) -> int:
+    """Largest answer to a job of so many records."""
+    return ANSWER_BYTES_MAX + records * (4 * ERROR_CHARS_MAX + 64)
 
 
 class Slot:
@@ -80,10 +138,14 @@ class Slot:
 
     Args:
         fd: the memory's descriptor; stays the caller's, -1 for none: then nothing ever fits.
+        ours: whether this is the lane's side, the only one that writes.
     """
 
-    def __init__(self, fd: int) -> None:
-        self._map = mmap.mmap(fd, SLOT_BYTES) if fd >= 0 else None
+    def __init__(self, fd: int, *, ours: bool) -> None:
+        access = mmap.ACCESS_WRITE if ours else mmap.ACCESS_READ
+        self._map = mmap.mmap(fd, SLOT_BYTES, access=access) if fd >= 0 else None
+        if fd >= 0 and ours:
+            _seal(fd)
 
     @staticmethod
     def make() -> int:
@@ -91,7 +153,7 @@ class Slot:
         if not hasattr(os, "memfd_create"):
             return -1
         try:
-            fd = os.memfd_create("ingestd-job")
+            fd = os.memfd_create("ingestd-job", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError:
             return -1
         try:
@@ -123,6 +185,15 @@ class Slot:
             self._map.close()
 
 
+def _seal(fd: int) -> None:
+    """From now on nobody shortens the memory, which would kill who writes to it, or writes anew."""
+    lasting = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+    for seals in (lasting | _F_SEAL_FUTURE_WRITE, lasting):
+        with contextlib.suppress(OSError):  # a kernel that does not know the newer one
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+            return
+
+
 def _with_payload(job: Job, payload: bytes) -> Job:
     return Job(job.batch, job.attempt, job.records._replace(payload=payload), job.spans, job.origin)
 
@@ -139,13 +210,19 @@ def set_timeout(sock: socket.socket, seconds: float) -> None:
         sock.setsockopt(socket.SOL_SOCKET, option, value)
 
 
-def send(sock: socket.socket, message: bytes) -> None:
+def send(sock: socket.socket, message: bytes, *, worker: int, number: int) -> None:
     """Sends one message.
+
+    Args:
+        sock: where to.
+        message: its body.
+        worker: the child's process id.
+        number: of the job.
 
     Raises:
         OSError: the other side is gone, or the socket's timeout passed.
     """
-    head = _LENGTH.pack(len(message))
+    head = _HEAD.pack(_MAGIC, worker, number, len(message))
     sent = sock.sendmsg([head, message])
     if sent < len(head):
         sock.sendall(head[sent:])
@@ -154,28 +231,61 @@ def send(sock: socket.socket, message: bytes) -> None:
         sock.sendall(memoryview(message)[sent - len(head) :])
 
 
-def receive(sock: socket.socket) -> bytes | bytearray | None:
+def receive(
+    sock: socket.socket,
+    *,
+    worker: int,
+    limit: int,
+    before_more: Callable[[], None] = lambda: None,
+) -> Message | None:
     """Receives one message; `None` when the other side has gone.
 
+    Args:
+        sock: where from.
+        worker: the child's process id.
+        limit: most bytes of a body.
+        before_more: called before each piece but the first; may raise.
+
     Raises:
+        Misfit: it is no message, or not this child's, or too large.
         OSError: the connection broke, or the socket's timeout passed.
     """
     begun = sock.recv(_BUFFER_BYTES)  # usually all of it
-    while len(begun) < _LENGTH.size:
+    while len(begun) < _HEAD.size:
+        if not _MAGIC.startswith(begun[: len(_MAGIC)]):
+            break
+        before_more()
         more = sock.recv(_BUFFER_BYTES) if begun else b""
         if not more:
             return None
         begun += more
-    (length,) = _LENGTH.unpack_from(begun)
-    if len(begun) == _LENGTH.size + length:
-        return begun[_LENGTH.size :]
-    buffer = bytearray(length)
-    have = len(begun) - _LENGTH.size
-    buffer[:have] = memoryview(begun)[_LENGTH.size :]
-    view = memoryview(buffer)
+    number, length = _read_head(begun, worker, limit)
+    have = len(begun) - _HEAD.size
+    if have > length:
+        raise Misfit("there are bytes behind it")
+    if have == length:
+        return Message(number, begun[_HEAD.size :])
+    # Not at once: what came so far is all that is known to be there.
+    buffer = bytearray(min(length, max(_STEP_BYTES, have)))
+    buffer[:have] = memoryview(begun)[_HEAD.size :]
     while have < length:
-        got = sock.recv_into(view[have:])
+        if have == len(buffer):
+            buffer.extend(bytes(min(length, 2 * have) - have))
+        before_more()
+        with memoryview(buffer)[have:] as free:
+            got = sock.recv_into(free)
         if got == 0:
             return None
         have += got
-    return buffer
+    return Message(number, buffer)
+
+
+def _read_head(begun: bytes, worker: int, limit: int) -> tuple[int, int]:
+    if not begun.startswith(_MAGIC):
+        raise Misfit("it does not begin like a message")
+    _, sender, number, length = _HEAD.unpack_from(begun)
+    if sender != worker:
+        raise Misfit(f"it is from process {sender}")
+    if length > limit:
+        raise Misfit(f"it is said to be {length} bytes long")
+    return number, length

@@ -1,10 +1,14 @@
-"""What runs in a child process: say hello, then job after job until the daemon goes.
+"""The life of a child process: say hello, then job after job until the daemon goes.
 
 The child dies with its parent, three times over: an idle child reads the end of its socket, a busy
 one has a thread that waits for the end of the lifeline, and on Linux the kernel kills one whose C
 code holds the interpreter (`PR_SET_PDEATHSIG`). It leaves SIGINT, SIGTERM and SIGHUP to
 the daemon: a terminal and systemd send them to everyone, and only the daemon knows what is still to
 be done.
+
+The descriptors of the connection are the worker's alone. They are closed in every process that it
+forks and in every program that it starts, and before one is used it is looked at: a handler that
+closes descriptors may have got the same number for something of its own.
 """
 
 from __future__ import annotations
@@ -16,57 +20,130 @@ import signal
 import socket
 import sys
 import threading
+import traceback
+from typing import TYPE_CHECKING
 
 from ingestd.base.errors import HandlerLoadError
 from ingestd.base.leaving import end_process
 from ingestd.handlers import wire
 from ingestd.handlers.runner import Runner
 
+if TYPE_CHECKING:
+    from ingestd.handlers.outcome import Job
+
 _PR_SET_PDEATHSIG = 1
+_JOB_BYTES_MAX = 1 << 40
+
+
+class _Connection:
+    """The worker's end of the socket, the lifeline and the memory."""
+
+    def __init__(self, socket_fd: int, lifeline_fd: int, memory_fd: int) -> None:
+        for fd in (socket_fd, lifeline_fd):
+            os.set_inheritable(fd, False)
+        self._sock = socket.socket(fileno=socket_fd)
+        with contextlib.suppress(OSError):
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, wire.SOCKET_BYTES)
+        self._lifeline = lifeline_fd
+        self._slot = wire.Slot(memory_fd, ours=False)
+        if memory_fd >= 0:
+            os.close(memory_fd)
+        self._is = {fd: _identity(fd) for fd in (socket_fd, lifeline_fd)}
+        self._worker = os.getpid()
+        self.number = 0
+        os.register_at_fork(after_in_child=self._leave_to_parent)
+
+    def receive(self) -> bytes | bytearray | None:
+        """The next message for this worker; `None` when the daemon has gone."""
+        self._look(self._sock.fileno())
+        # By the number of this process: a child of the worker's gets nothing.
+        message = wire.receive(self._sock, worker=os.getpid(), limit=_JOB_BYTES_MAX)
+        if message is None:
+            return None
+        self.number = message.number
+        return message.body
+
+    def job(self, message: bytes | bytearray) -> Job:
+        """The job of a message."""
+        return self._slot.unpack(message)
+
+    def send(self, message: bytes) -> None:
+        """Answers the message that was received last."""
+        self._look(self._sock.fileno())
+        wire.send(self._sock, message, worker=os.getpid(), number=self.number)
+
+    def watch_lifeline(self) -> None:
+        """Waits until the daemon is gone, and takes along what the worker started."""
+        with contextlib.suppress(OSError):
+            os.read(self._lifeline, 1)
+            self._look(self._lifeline)
+            os.killpg(self._worker, signal.SIGKILL)
+        os._exit(1)
+
+    def _look(self, fd: int) -> None:
+        if _identity(fd) != self._is[fd]:
+            raise OSError("a descriptor of the worker's was taken")
+
+    def _leave_to_parent(self) -> None:
+        """In a forked child: these are the parent's, and it answers alone."""
+        fd = self._sock.detach()
+        for one in (fd, self._lifeline):
+            with contextlib.suppress(OSError):
+                if _identity(one) == self._is[one]:
+                    os.close(one)
+        self._slot.close()
 
 
 def main(socket_fd: int, lifeline_fd: int, memory_fd: int) -> None:
     """The child's whole life."""
-    for fd in (socket_fd, lifeline_fd):
-        os.set_inheritable(fd, False)
-    slot = wire.Slot(memory_fd)
-    if memory_fd >= 0:
-        os.close(memory_fd)
+    connection = _Connection(socket_fd, lifeline_fd, memory_fd)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # Not SIG_IGN: that would be inherited by what the handler starts.
         signal.signal(number, lambda *_: None)
-    threading.Thread(target=_watch, args=(lifeline_fd,), name="lifeline", daemon=True).start()
-    with socket.socket(fileno=socket_fd) as sock, contextlib.suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, wire.SOCKET_BYTES)
-        _serve(sock, slot)
+    threading.Thread(target=connection.watch_lifeline, name="lifeline", daemon=True).start()
+    code = 1
+    try:
+        _serve(connection)
+        code = 0
+    except OSError:
+        pass  # the daemon is gone, or the handler closed the connection
+    except BaseException:  # noqa: BLE001  no memory for a message, say: this worker is no use
+        with contextlib.suppress(BaseException):
+            traceback.print_exc()
     # The handler may have left threads behind that would keep the process.
-    end_process(0)
+    end_process(code)
 
 
-def _serve(sock: socket.socket, slot: wire.Slot) -> None:
-    message = wire.receive(sock)
+def _serve(connection: _Connection) -> None:
+    message = connection.receive()
     if message is None:
         return
     hello = wire.decode_hello(message)
     _die_with(hello.parent)
-    runner = Runner(hello.handler)
+    close_errors: list[str] = []
+    runner = Runner(hello.handler, close_errors.append)
     try:
         not_ready = runner.prepare()
     except HandlerLoadError as error:
-        wire.send(sock, wire.encode(wire.Ready(load_error=str(error.facts["problem"]))))
+        connection.send(wire.encode(wire.Ready(load_error=str(error.facts["problem"]))))
         return
-    wire.send(sock, wire.encode(wire.Ready(not_ready=not_ready, is_async=runner.is_async)))
-    while (message := wire.receive(sock)) is not None:
-        wire.send(sock, wire.encode(runner.run(slot.unpack(message))))
+    connection.send(wire.encode(wire.Ready(not_ready=not_ready, is_async=runner.is_async)))
+    while (message := connection.receive()) is not None:
+        result = runner.run(connection.job(message))
+        closing = runner.spoiled
+        connection.send(wire.encode(wire.Answer(result, closing)))
+        if closing:
+            runner.renew()
+            connection.send(wire.encode(wire.Closed("; ".join(close_errors))))
+            close_errors.clear()
     failed = runner.close()
     if failed:
         print(f"ingestd: the handler's close() failed: {failed}", file=sys.stderr)  # noqa: T201
 
 
-def _watch(lifeline_fd: int) -> None:
-    with contextlib.suppress(OSError):
-        os.read(lifeline_fd, 1)
-    os._exit(1)
+def _identity(fd: int) -> tuple[int, int]:
+    found = os.fstat(fd)
+    return found.st_dev, found.st_ino
 
 
 def _die_with(parent: int) -> None:

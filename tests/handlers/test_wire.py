@@ -32,11 +32,20 @@ def slots() -> Iterator[tuple[wire.Slot, wire.Slot]]:
     fd = wire.Slot.make()
     if fd < 0:
         pytest.skip("there is no memfd_create here")
-    ours, theirs = wire.Slot(fd), wire.Slot(fd)
+    ours, theirs = wire.Slot(fd, ours=True), wire.Slot(fd, ours=False)
     os.close(fd)
     yield ours, theirs
     ours.close()
     theirs.close()
+
+
+ME = {"worker": 4711, "number": 5}
+
+
+def receive(sock: socket.socket, limit: int = 1 << 30) -> bytes | bytearray | None:
+    message = wire.receive(sock, worker=4711, limit=limit)
+    assert message is None or message.number == 5
+    return None if message is None else message.body
 
 
 def job(records: Records) -> Job:
@@ -74,28 +83,28 @@ def test_what_does_not_fit_goes_over_the_socket(
     slots: tuple[wire.Slot, wire.Slot], pair: Pair
 ) -> None:
     large = job(Records.lines([b"1" * 3 * wire.SLOT_BYTES, b"2"]))
-    sender = threading.Thread(target=wire.send, args=(pair[0], slots[0].pack(large)))
+    sender = threading.Thread(target=wire.send, args=(pair[0], slots[0].pack(large)), kwargs=ME)
     sender.start()
-    message = wire.receive(pair[1])
+    message = receive(pair[1])
     sender.join()
     assert message is not None
     assert slots[1].unpack(message) == large
 
 
 def test_without_shared_memory_everything_does() -> None:
-    none = wire.Slot(-1)
+    none = wire.Slot(-1, ours=True)
     assert none.unpack(none.pack(job(Records.lines([b"1"])))) == job(Records.lines([b"1"]))
     none.close()
 
 
 def test_a_message_comes_in_any_pieces(pair: Pair) -> None:
     result = wire.encode(Result(seconds=0.5))
-    wire.send(pair[0], result)
+    wire.send(pair[0], result, **ME)
     whole = pair[1].recv(1000)
     for piece in range(1, len(whole) + 1):
         sender = threading.Thread(target=_send_in, args=(pair[0], whole, piece))
         sender.start()
-        assert wire.receive(pair[1]) == result
+        assert receive(pair[1]) == result
         sender.join()
 
 
@@ -104,18 +113,53 @@ def _send_in(sock: socket.socket, whole: bytes, size: int) -> None:
         sock.sendall(whole[start : start + size])
 
 
-@pytest.mark.parametrize("size", [0, 3, 8, 20])
+@pytest.mark.parametrize("size", [0, 3, 8, 24, 50])
 def test_the_end_in_the_middle_is_the_end(pair: Pair, size: int) -> None:
-    whole = len(b"x" * 100).to_bytes(8, "little") + b"x" * 100
+    wire.send(pair[0], b"x" * 100, **ME)
+    whole = pair[1].recv(1000)
     pair[0].sendall(whole[:size])
     pair[0].close()
-    assert wire.receive(pair[1]) is None
+    assert receive(pair[1]) is None
 
 
 @pytest.mark.parametrize("seconds", [0.05, 1e-9])
 def test_waits_end(pair: Pair, seconds: float) -> None:
     wire.set_timeout(pair[0], seconds)
     with pytest.raises(BlockingIOError):
-        wire.receive(pair[0])
+        receive(pair[0])
     with pytest.raises(BlockingIOError):  # nobody reads
-        wire.send(pair[0], bytes(64 << 20))
+        wire.send(pair[0], bytes(64 << 20), **ME)
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"g", "does not begin"),
+        (b"garbage", "does not begin"),
+        (b"igd\0" + bytes(20), "does not begin"),
+        (wire._HEAD.pack(b"igd\x01", 4712, 5, 1) + b"x", "from process 4712"),
+        (wire._HEAD.pack(b"igd\x01", 4711, 5, 1 << 60), f"said to be {1 << 60} bytes"),
+        (wire._HEAD.pack(b"igd\x01", 4711, 5, 101), "said to be 101 bytes"),
+        (wire._HEAD.pack(b"igd\x01", 4711, 5, 1) + b"xx", "bytes behind"),
+    ],
+)
+def test_what_is_no_message_of_this_worker_is_a_misfit(pair: Pair, raw: bytes, says: str) -> None:
+    pair[0].sendall(raw)
+    with pytest.raises(wire.Misfit, match=says):
+        receive(pair[1], limit=100)
+
+
+def test_a_child_can_neither_write_to_the_memory_nor_make_it_shorter() -> None:
+    fd = wire.Slot.make()
+    if fd < 0:
+        pytest.skip("there is no memfd_create here")
+    ours = wire.Slot(fd, ours=True)
+    with pytest.raises(PermissionError):
+        os.ftruncate(fd, 0)
+    with pytest.raises(PermissionError):
+        os.pwrite(fd, b"spoilt", 0)
+    theirs = wire.Slot(fd, ours=False)
+    assert theirs.unpack(ours.pack(job(Records.lines([b"1"])))) == job(Records.lines([b"1"]))
+    os.close(fd)
+    ours.close()
+    theirs.close()

@@ -1,0 +1,302 @@
+"""A worker's connection is not believed, and a worker is ended with everything it started."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import textwrap
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from ingestd.base.record import Records, Span
+from ingestd.execution.pool import ThreadedPool
+from ingestd.execution.process import ProcessLane
+from ingestd.handlers.outcome import Failure, Job, Result
+from ingestd.handlers.runner import Wanted
+from ingestd.handlers.wire import Hello
+
+HANDLERS = """
+import os, signal, socket, subprocess, sys, threading, time
+from pathlib import Path
+from ingestd.handlers import wire
+from ingestd.handlers.outcome import Rejection
+
+def fds():
+    return [int(name) for name in os.listdir("/proc/self/fd")]
+def first(batch): return batch.attempt == 1
+def link(fd):
+    try: return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError: return ""
+def links(begin): return [fd for fd in fds() if link(fd).startswith(begin)]
+def sockets(): return links("socket:")
+
+class Does:
+    def __init__(self, how, folder=""): self.how, self.folder = getattr(self, how), Path(folder)
+    def __call__(self, batch: "Batch"):
+        if batch.attempt == 1: return self.how(batch)
+    def child_returns(self, batch):
+        if os.fork() == 0: return None  # and now there are two
+        os.wait()
+        raise ValueError("the parent raises")
+    def child_exits(self, batch):
+        if os.fork() == 0: sys.exit(0)
+        os.wait()
+        raise ValueError("the parent raises")
+    def child_raises(self, batch):
+        if os.fork() == 0: raise ValueError("the child raises")
+        os.wait()
+    def garbage(self, batch):
+        for fd in fds():
+            if fd > 2:
+                try: os.write(fd, b"garbage" * 100)
+                except OSError: pass
+    def huge_length(self, batch):
+        for fd in sockets(): os.write(fd, wire._HEAD.pack(wire._MAGIC, os.getpid(), 1, 1 << 60))
+    def says(self, number, body):
+        head = wire._HEAD.pack(wire._MAGIC, os.getpid(), number, len(body))
+        for fd in sockets(): os.write(fd, head + body)
+    def other_job(self, batch): self.says(7, wire.encode(wire.Answer(wire.Result())))
+    def no_answer(self, batch): self.says(1, b"abc")
+    def impossible_answer(self, batch):
+        self.says(1, wire.encode(wire.Answer(wire.Result([Rejection(99, "rejected", "x")]))))
+    def slow_drip(self, batch):
+        head = wire._HEAD.pack(wire._MAGIC, os.getpid(), 1, 1000)
+        for fd in sockets(): os.write(fd, head)
+        while True:
+            for fd in sockets(): os.write(fd, b"x")
+            time.sleep(0.05)
+    def closes(self, batch): os.closerange(3, 4096)
+    def takes_number(self, batch):
+        for fd in sockets():
+            file = os.open(self.folder / "own", os.O_RDWR | os.O_CREAT)
+            os.dup2(file, fd)
+    def spoils_memory(self, batch):
+        for fd in links("/memfd:"):
+            for spoil in (lambda: os.ftruncate(fd, 0), lambda: os.pwrite(fd, b"xxxx", 0)):
+                try: spoil()
+                except OSError: pass
+    def killed_beside_a_child(self, batch):
+        if os.fork() == 0: time.sleep(600)
+        os.kill(os.getpid(), signal.SIGKILL)
+    def killed_beside_an_old_fork(self, batch):
+        import ctypes
+        if ctypes.PyDLL(None).fork() == 0:  # no hook of Python's runs: it keeps every descriptor
+            ctypes.PyDLL(None).sleep(600)
+        os.kill(os.getpid(), signal.SIGKILL)
+    def stops_itself(self, batch): os.kill(os.getpid(), signal.SIGSTOP)
+    def hangs_with_company(self, batch):
+        self.note(subprocess.Popen(["sleep", "600"]).pid)
+        self.note(subprocess.Popen(["sleep", "600"], process_group=0).pid)
+        self.note(subprocess.Popen(["sleep", "600"], start_new_session=True).pid)
+        self.note(subprocess.Popen(["sleep", "600"], start_new_session=True, env={}).pid)
+        if os.fork() == 0:
+            os.setsid()
+            if os.fork() == 0:
+                self.note(os.getpid())
+                time.sleep(600)
+            os._exit(0)
+        os.wait()
+        time.sleep(600)
+    def note(self, pid):
+        with open(self.folder / "pids", "a") as file: file.write(f"{pid}\\n")
+    def lists(self, batch):
+        def mine(): return sorted(map(link, fds()))
+        (self.folder / "parent").write_text("\\n".join(mine()))
+        if os.fork() == 0:
+            (self.folder / "forked").write_text("\\n".join(mine()))
+            os._exit(0)
+        os.wait()
+        out = subprocess.run(
+            ["ls", "-l", "/proc/self/fd"], capture_output=True, text=True, close_fds=False)
+        (self.folder / "executed").write_text(out.stdout)
+    def dies_later(self, batch):
+        threading.Timer(0.1, os._exit, (5,)).start()
+    def writes_later(self, batch):
+        threading.Timer(0.1, lambda: [os.write(fd, b"late") for fd in sockets()]).start()
+    def maps_memory(self, batch):
+        (self.folder / "map").write_text(Path("/proc/self/maps").read_text())
+    def no_memory(self, batch):
+        import resource
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+        resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 20),) * 2)
+
+from ingestd import Batch
+
+class CloseHangs:
+    def __call__(self, batch: Batch):
+        if batch.attempt == 1: raise ValueError("raised")
+    def close(self): time.sleep(600)
+"""
+
+Run = Callable[..., Awaitable[Result]]
+
+
+def job(attempt: int = 1, payload: bytes = b"1") -> Job:
+    return Job("j-1", attempt, Records.lines([payload]), [Span(1, 0, 1)], "j")
+
+
+class Lanes:
+    """A pool of one process lane, started for a handler."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+        self.restarts: list[str] = []
+        self.pool: ThreadedPool | None = None
+
+    async def start(self, name: str, seconds: float = 30.0, **options: str) -> None:
+        wanted = Wanted(f"{self.module}:{name}", options, "json", "process", "default", "data")
+        hello = Hello(wanted, os.getpid())
+        lane = ProcessLane(
+            "default-worker-0", hello, timeout=seconds, on_restart=self.restarts.append
+        )
+        self.pool = ThreadedPool([lane])
+        await self.pool.start()
+
+    async def run(self, one: Job) -> Result:
+        assert self.pool is not None
+        await self.pool.acquire()
+        try:
+            return await asyncio.wait_for(self.pool.run(one), 60)
+        finally:
+            self.pool.release()
+
+
+@pytest.fixture
+async def lanes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lanes]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("lane_handlers.py").write_text(textwrap.dedent(HANDLERS))
+    made = Lanes("lane_handlers")
+    yield made
+    if made.pool is not None:
+        loop = asyncio.get_running_loop()
+        assert await asyncio.wait_for(made.pool.close(loop.time() + 5), 30)
+
+
+def failure_of(result: Result) -> Failure:
+    assert result.failure is not None
+    return result.failure
+
+
+@pytest.mark.parametrize("how", ["child_returns", "child_exits"])
+async def test_a_forked_child_does_not_answer(lanes: Lanes, how: str) -> None:
+    """The parent raised, so the batch failed; and each later answer is that of its job."""
+    await lanes.start("Does", how=how)
+    for _ in range(3):
+        assert failure_of(await lanes.run(job())).error == "ValueError: the parent raises"
+        assert (await lanes.run(job(2))).failure is None
+    assert lanes.restarts == []
+
+
+async def test_a_forked_child_that_raises_is_not_the_batchs_failure(lanes: Lanes) -> None:
+    await lanes.start("Does", how="child_raises")
+    assert (await lanes.run(job())).failure is None
+    assert lanes.restarts == []
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("garbage", "killed for its answer: it does not begin like a message"),
+        ("huge_length", "killed for its answer: it is said to be 1152921504606846976 bytes long"),
+        ("other_job", "killed for its answer: "),
+        ("no_answer", "killed for its answer: "),
+        ("impossible_answer", "killed for its answer: "),
+        ("closes", "the worker exited with code 1"),
+        ("takes_number", "the worker exited with code 1"),
+        ("killed_beside_a_child", "the worker was killed by SIGKILL"),
+        ("killed_beside_an_old_fork", "the worker was killed by SIGKILL"),
+    ],
+)
+async def test_what_does_not_fit_is_the_batchs_crash(
+    lanes: Lanes, tmp_path: Path, how: str, says: str
+) -> None:
+    await lanes.start("Does", how=how, folder=str(tmp_path))
+    failure = failure_of(await lanes.run(job()))
+    assert failure.reason == "crashed"
+    assert says in failure.error
+    assert (await lanes.run(job(2))).failure is None
+    assert lanes.restarts == ["crashed"]
+    own = tmp_path / "own"
+    assert not own.exists() or own.read_bytes() == b""  # no answer went into the handler's file
+
+
+@pytest.mark.parametrize("how", ["slow_drip", "stops_itself"])
+async def test_a_worker_that_does_not_come_back_is_killed(lanes: Lanes, how: str) -> None:
+    await lanes.start("Does", seconds=0.5, how=how)
+    began = time.monotonic()
+    assert failure_of(await lanes.run(job())).reason == "timeout"
+    assert time.monotonic() - began < 20
+    assert (await lanes.run(job(2))).failure is None
+    assert lanes.restarts == ["timeout"]
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("how", ["hangs_with_company"])
+async def test_what_a_worker_started_ends_with_it(lanes: Lanes, tmp_path: Path, how: str) -> None:
+    """In its group, in another one, in another session, with no environment, as an orphan."""
+    await lanes.start("Does", seconds=1.5, how=how, folder=str(tmp_path))
+    assert failure_of(await lanes.run(job())).reason == "timeout"
+    pids = [int(line) for line in (tmp_path / "pids").read_text().split()]
+    assert len(pids) == 5
+    assert [pid for pid in pids if lives(pid)] == []
+
+
+async def test_the_connection_is_not_inherited(lanes: Lanes, tmp_path: Path) -> None:
+    await lanes.start("Does", how="lists", folder=str(tmp_path))
+    assert (await lanes.run(job())).failure is None
+    assert "memfd:ingestd-job" in (tmp_path / "parent").read_text()
+    for name in ("forked", "executed"):
+        listed = (tmp_path / name).read_text()
+        assert listed
+        assert "memfd:ingestd-job" not in listed
+    parent = (tmp_path / "parent").read_text().split("\n")
+    wires = {one for one in parent if one.startswith("socket:")}
+    forked = set((tmp_path / "forked").read_text().split("\n"))
+    assert wires - forked
+    executed = (tmp_path / "executed").read_text()
+    assert not [one for one in wires if one in executed]
+
+
+async def test_the_memory_of_jobs_can_not_be_spoilt(lanes: Lanes) -> None:
+    """A handler that shortens or overwrites every descriptor: the daemon lives, jobs are whole."""
+    await lanes.start("Does", how="spoils_memory")
+    for _ in range(2):
+        assert (await lanes.run(job())).failure is None
+        assert (await lanes.run(job(2, b"2" * 5000))).failure is None
+    assert lanes.restarts == []
+
+
+@pytest.mark.parametrize("how", ["dies_later", "writes_later"])
+async def test_what_happens_between_two_jobs_is_no_jobs_fault(lanes: Lanes, how: str) -> None:
+    await lanes.start("Does", how=how)
+    assert (await lanes.run(job())).failure is None
+    await asyncio.sleep(0.5)  # the worker is idle, and dies or writes meanwhile
+    assert (await lanes.run(job(2))).failure is None
+    assert lanes.restarts == ["crashed"]
+
+
+async def test_no_memory_for_a_job_is_a_crash(lanes: Lanes) -> None:
+    await lanes.start("Does", how="no_memory")
+    assert (await lanes.run(job())).failure is None
+    large = job(2, b'"' + b"x" * 50_000_000 + b'"')
+    failure = failure_of(await lanes.run(large))
+    assert (failure.reason, failure.error) == ("crashed", "the worker exited with code 1")
+    assert (await lanes.run(large)).failure is None
+
+
+@pytest.mark.slow
+async def test_a_close_that_hangs_costs_no_job(lanes: Lanes) -> None:
+    await lanes.start("CloseHangs", seconds=2.0)
+    assert failure_of(await lanes.run(job())).reason == "raised"
+    assert (await lanes.run(job(2))).failure is None
+    assert lanes.restarts == ["timeout"]
