@@ -29,6 +29,7 @@ from ingestd.base.errors import (
     InputUnreadable,
     JournalFailed,
 )
+from ingestd.base.forks import Forks
 from ingestd.base.interpreter import settle_interpreter
 from ingestd.base.liveness import Liveness
 from ingestd.base.lock import DataDir
@@ -173,6 +174,8 @@ class Daemon:
         self._signals.install()
         asyncio.get_running_loop().set_exception_handler(_callback_failed)
         data_dir = DataDir(self.settings.data_dir)
+        forks = Forks(self.settings.data_dir, [self._input_fd] if self._input_fd else [])
+        forks.listen(self._addresses)
         watch = asyncio.ensure_future(self._watch())
         try:
             await self._start_unless_urged(data_dir)
@@ -182,6 +185,14 @@ class Daemon:
         finally:
             watch.cancel()
             data_dir.close()
+            forks.forget()
+
+    def _addresses(self) -> list[str]:
+        """Where it listens."""
+        return [
+            *((getattr(self, "admin", None) and self.admin.addresses) or ()),
+            *getattr(getattr(self, "source", None), "addresses", ()),
+        ]
 
     # -- start ---------------------------------------------------------------------------------
 

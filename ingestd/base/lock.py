@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import DataDirError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Iterator
 
 LOCK_NAME = "lock"
 
@@ -37,9 +38,9 @@ class DataDir:
             os.pwrite(self._fd, b"%d\n" % os.getpid(), 0)
         except BlockingIOError:
             holder = os.pread(self._fd, 32, 0).decode("ascii", "replace").strip()
+            problem = _held_by(holder, self._fd)
             os.close(self._fd)
-            by = f" (process {holder})" if holder.isdigit() else ""
-            raise DataDirError(path=path, problem=f"another ingestd{by} uses it") from None
+            raise DataDirError(path=path, problem=problem) from None
         except OSError as error:
             os.close(self._fd)
             raise DataDirError(path=path, problem=_why(error)) from error
@@ -62,6 +63,34 @@ class DataDir:
     def close(self) -> None:
         """Lets go; the file stays, because removing it would race with the next daemon."""
         os.close(self._fd)
+
+
+def _held_by(holder: str, fd: int) -> str:
+    """Which process has the lock: the one that took it, or one that was forked from it."""
+    if holder.isdigit() and Path("/proc", holder).exists():
+        return f"another ingestd (process {holder}) uses it"
+    heirs = [str(pid) for pid in _that_have_open(fd)]
+    if not heirs:
+        return "another ingestd uses it"
+    return (
+        f"an ingestd that has ended left a process behind that still has it open:"
+        f" end process {' and '.join(heirs)}"
+    )
+
+
+def _that_have_open(fd: int) -> Iterator[int]:
+    """Other processes that have the same file open, as far as we may look."""
+    wanted = os.fstat(fd)
+    for folder in Path("/proc").glob("[0-9]*"):
+        if int(folder.name) == os.getpid():
+            continue
+        try:
+            for link in (folder / "fd").iterdir():
+                if os.path.samestat(link.stat(), wanted):
+                    yield int(folder.name)
+                    break
+        except OSError:
+            continue  # it has ended, or is another user's
 
 
 def _why(error: OSError) -> str:

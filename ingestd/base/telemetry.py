@@ -24,6 +24,7 @@ import select
 import sys
 import threading
 import time
+import weakref
 from bisect import bisect_right
 from functools import partial
 from itertools import accumulate
@@ -60,6 +61,17 @@ _LEVELS = {
 }
 
 
+_writers: weakref.WeakSet[LogWriter] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for writer in _writers:
+        writer.write_at_once()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 class LogWriter:
     """A bounded queue of lines and the thread that writes them to a file descriptor.
 
@@ -85,6 +97,8 @@ class LogWriter:
         self._torn = False
         self._closed = False
         self._deadline: float | None = None
+        self._forked = False
+        _writers.add(self)
         self._levels: Callable[[str], None] = lambda _: None
         self._restore = contextlib.ExitStack()
         self._thread = threading.Thread(target=self._run, name="log-writer", daemon=True)
@@ -97,6 +111,9 @@ class LogWriter:
 
     def write(self, line: bytes) -> None:
         """Takes a line with its LF, or drops it if there is no room. Never blocks or raises."""
+        if self._forked:
+            self._send(line)
+            return
         with self._lock:
             if self._closed or self._lines >= LINES_MAX or self._bytes + len(line) > BYTES_MAX:
                 self._dropped += 1
@@ -132,6 +149,10 @@ class LogWriter:
     def undo(self, step: Callable[[], object]) -> None:
         """Has `close` call `step`; the last one added is the first one called."""
         self._restore.callback(step)
+
+    def write_at_once(self) -> None:
+        """From now on without the thread and the lock, which a forked child does not have."""
+        self._forked = True
 
     def _run(self) -> None:
         last = False
