@@ -16,9 +16,11 @@ import msgspec
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from ingestd.base.address import parse_listen
+from ingestd.base.address import is_loopback, parse_listen
 from ingestd.base.errors import AddressError
-from ingestd.base.passed import show_socket
+from ingestd.base.hosts import Hosts, authority_of
+from ingestd.base.origins import is_foreign
+from ingestd.base.passed import is_local, show_socket
 from ingestd.base.telemetry import get_logger
 
 if TYPE_CHECKING:
@@ -84,6 +86,10 @@ class AdminServer:
             "/v1/status": self._status,
         }
         self._sockets = list(sockets)
+        self._local = all(map(is_local, self._sockets))
+        if not self._sockets and settings.listen:
+            self._local = is_loopback(settings.listen)
+        self._hosts = Hosts(settings.hosts) if self._local or settings.hosts else None
         self._listeners: list[asyncio.Server] = []
         self._door: _Door | None = None
         self.addresses: list[str] = []
@@ -135,6 +141,8 @@ class AdminServer:
         return response
 
     def _page(self, request: web.BaseRequest) -> _Page:
+        if self._hosts is not None and (refusal := self._refusal(request, self._hosts)):
+            return refusal
         page = self._pages.get(request.path)
         if page is None:
             return _problem_page(404, "Not Found", f"pages: {' '.join(self._pages)}")
@@ -147,6 +155,26 @@ class AdminServer:
         except Exception:  # one page that fails must not look like a dead daemon
             log.exception("admin_page_failed", page=request.path)
             return _problem_page(500, "Internal Server Error", "the log says why")
+
+    def _refusal(self, request: web.BaseRequest, hosts: Hosts) -> _Page | None:
+        """Nothing but for a request that a page of anybody may have sent from a browser here."""
+        headers = request.headers
+        authority = authority_of(request.raw_path, headers.get("Host", ""))
+        if not hosts.know(authority) and not self._is_unix(request):
+            detail = "Host is neither an IP address nor localhost nor one of admin.hosts"
+            return _problem_page(421, "Misdirected Request", detail)
+        # A link may be followed from anywhere: no page sees what its reader gets to see.
+        site = headers.get("Sec-Fetch-Site", "")
+        if headers.get("Sec-Fetch-Mode") == "navigate":
+            site = ""
+        if self._local and is_foreign(headers.get("Origin", ""), site, authority):
+            return _problem_page(403, "Forbidden", "pages of other origins may not read this")
+        return None
+
+    @staticmethod
+    def _is_unix(request: web.BaseRequest) -> bool:
+        sock = request.transport.get_extra_info("socket") if request.transport else None
+        return sock is not None and sock.family == socket.AF_UNIX
 
     def _livez(self, _: web.BaseRequest) -> _Page:
         """Who gets an answer at all knows that the loop turns; the rest is the watchdog's word."""

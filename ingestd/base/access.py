@@ -144,6 +144,14 @@ def demands_proof(http: HttpSettings) -> bool:
     return bool(http.tokens or http.webhooks or http.tls.client_ca)
 
 
+def demands_signatures_alone(http: HttpSettings) -> bool:
+    """Whether there is no way in but signed deliveries: whoever set them up meant the network.
+
+    It holds on loopback too, where a proxy or a tunnel brings them, and would bring records.
+    """
+    return bool(http.webhooks) and not (http.tokens or http.tls.client_ca or http.allow_anonymous)
+
+
 def has_one_principal(http: HttpSettings) -> bool:
     """Whether all requests are of one principal, whoever sends them."""
     if http.tls.client_ca and not http.tokens:

@@ -34,3 +34,16 @@ def check_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
 
 def _usual_port(origin: str) -> str:
     return _USUAL_PORTS.get(origin.partition(":")[0], "//")
+
+
+def is_foreign(origin: str, site: str, authority: str) -> bool:
+    """Whether a browser sends a request for a page of another origin.
+
+    Args:
+        origin: `Origin`; empty if there is none.
+        site: `Sec-Fetch-Site`; empty if there is none.
+        authority: host and port that the request is for.
+    """
+    if origin:
+        return origin.partition("://")[2].lower() != authority.lower()
+    return site in ("cross-site", "same-site")

@@ -22,6 +22,7 @@ from ingestd.base.access import (
 )
 from ingestd.base.address import split_address
 from ingestd.base.contradictions import ContradictionError, contradictions
+from ingestd.base.hosts import check_hosts
 from ingestd.base.origins import check_origins
 from ingestd.base.section import FilePath, Section, own_name
 from ingestd.base.units import (  # noqa: TC001  pydantic reads them
@@ -190,6 +191,11 @@ class HttpSettings(Section):
     cors_origins: Annotated[Words, AfterValidator(check_origins)] = Field(
         (), max_length=1000, description="origins whose pages may read the answers; * is every one"
     )
+    hosts: Annotated[Words, AfterValidator(check_hosts)] = Field(
+        (),
+        max_length=1000,
+        description="names it is asked for, beside IP addresses and localhost; * is every one",
+    )
     allow_anonymous: bool = Field(
         False, description="who says nothing may send everything, also on a public address"
     )
@@ -281,6 +287,11 @@ class AdminSettings(Section):
     listen: Annotated[str, AfterValidator(_address_or_off)] = Field(
         "127.0.0.1:8081",
         description='address for health, metrics and status, HOST:PORT; "" switches it off',
+    )
+    hosts: Annotated[Words, AfterValidator(check_hosts)] = Field(
+        (),
+        max_length=1000,
+        description="names it is asked for, beside IP addresses and localhost; * is every one",
     )
 
 

@@ -101,7 +101,7 @@ async def test_only_who_may_see_all_learns_which_pipelines_exist(intakes: Any) -
         assert await code(source, paths[2], **bearer(SHOP)) == (404, "unknown-pipeline")
         async with connected(source) as client:
             for path in paths:
-                client.send(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                client.send(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
                 assert (await client.reply()).status == 405
     for replies in (strange, foreign):
         assert len({(reply.status, reply.body) for reply in replies}) == 1

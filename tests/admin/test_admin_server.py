@@ -221,7 +221,7 @@ async def test_a_connection_that_says_nothing_is_hung_up_on(
 
 async def test_one_request_a_connection(admin: Admin) -> None:
     reader, writer = await admin.connect()
-    writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n" * 2)
+    writer.write(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2)
     text = await hung_up(reader)
     assert text.count(b"HTTP/1.1 200") == 1
     assert b"Connection: close" in text
@@ -237,7 +237,7 @@ async def test_connections_are_bounded_and_room_comes_back(
     assert await hung_up(reader) == b""
     writer.close()
     for reader, writer in inside:
-        writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        writer.write(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert b" 200 " in await hung_up(reader)
         writer.close()
     deadline = time.monotonic() + DEADLINE
@@ -314,7 +314,7 @@ async def test_close_does_not_wait_for_a_reader_who_takes_no_answer() -> None:
     reader, writer = await admin.connect()
     assert isinstance(reader, asyncio.StreamReader)
     writer.transport.pause_reading()  # type: ignore[attr-defined]
-    writer.write(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+    writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
     await writer.drain()
     assert (await admin.ask("/livez"))[0] == 200
     start = time.monotonic()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-HOST = b"Host: x\r\n"
+HOST = b"Host: localhost\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n"
 LINE = b"POST /v1/records HTTP/1.1\r\n"
 SMUGGLED = (
-    b"POST /v1/records HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n"
+    b"POST /v1/records HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10\r\n\r\n"
     b'"smuggled"'
 )  # fmt: skip
 
@@ -71,7 +71,7 @@ REFUSED: dict[str, bytes] = {
     },
     # -- line ends
     "bare LF, everywhere": head(b"Content-Length: 1\r\n").replace(b"\r\n", b"\n"),
-    "bare LF after a header": with_length(LINE, b"Host: x\n"),
+    "bare LF after a header": with_length(LINE, b"Host: localhost\n"),
     "bare LF after the request line": with_length(LINE.replace(b"\r\n", b"\n"), HOST),
     "bare LF at the end": LINE + HOST + b"Content-Length: 1\r\n\n1",
     "bare CR in a value": head(b"X: a\rb\r\nContent-Length: 1\r\n"),
@@ -100,7 +100,7 @@ REFUSED: dict[str, bytes] = {
     "space before the other colon": head(b"Transfer-Encoding : chunked\r\nContent-Length: 1\r\n"),
     "tab before the colon": head(b"Transfer-Encoding\t: chunked\r\nContent-Length: 1\r\n"),
     "space before the first header": with_length(LINE + b" X: a\r\n", HOST),
-    "space before the host": with_length(LINE, b" Host: x\r\n"),
+    "space before the host": with_length(LINE, b" Host: localhost\r\n"),
     **{
         f"header {value!r}": head(value + b"\r\nContent-Length: 1\r\n")
         for value in (b"X\0: 1", b"X\xff: 1", b"X(: 1", b": 1", b"X", b"X: a\0b", b"X: a\x01b",
@@ -134,7 +134,7 @@ REFUSED: dict[str, bytes] = {
 """Each is answered 400, and its connection is closed."""
 
 REFUSED_OTHERWISE: dict[str, tuple[int, bytes]] = {
-    "CONNECT": (404, b"CONNECT x:80 HTTP/1.1\r\nHost: x:80\r\n\r\n"),
+    "CONNECT": (404, b"CONNECT x:80 HTTP/1.1\r\nHost: localhost:80\r\n\r\n"),
     "CONNECT with a path": (405, b"CONNECT /v1/records HTTP/1.1\r\n" + HOST + b"\r\n"),
     "Upgrade": (
         405,

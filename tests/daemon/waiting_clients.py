@@ -7,9 +7,8 @@ import json
 import socket
 import sys
 
-REQUEST = (
-    b"POST /v1/records HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
-)
+HEAD = b"POST /v1/records HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+REQUEST = HEAD + b"Content-Length: %d\r\n\r\n%s"
 
 
 def send(port: int, number: int) -> socket.socket:

@@ -285,7 +285,7 @@ def test_out_of_file_descriptors(tmp_path: Path) -> None:
             with socket.create_connection(("127.0.0.1", one.port), 5) as sock:
                 sock.settimeout(0.5)
                 sock.sendall(
-                    b"POST /v1/records HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n2\n"
+                    b"POST /v1/records HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n2\n"
                 )
                 try:
                     answer = sock.recv(4096)

@@ -19,7 +19,7 @@ from tests.faults.tools import HANDLER, check_names, into, notes, seen, until
 from tests.pipeline.test_pipeline import drained, numbers
 from tests.pipeline.test_pipeline import until as awaited
 
-HEAD = b"POST /v1/records HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n"
+HEAD = b"POST /v1/records HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\n"
 
 
 def _connected(one: Daemon, address: str = "") -> socket.socket:

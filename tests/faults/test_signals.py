@@ -30,7 +30,9 @@ def test_sigterm_in_the_middle_of_a_body(tmp_path: Path) -> None:
     """SIGTERM while a body is coming in: it is taken or refused, never half, and answered."""
     with daemon(*into(tmp_path, drain__timeout="5s"), cwd=tmp_path) as one:
         with socket.create_connection(("127.0.0.1", one.port), 20) as sock:
-            sock.sendall(b"POST /v1/records HTTP/1.1\r\nHost: x\r\nContent-Length: 4\r\n\r\n1\n")
+            sock.sendall(
+                b"POST /v1/records HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\n1\n"
+            )
             until(lambda: one.status()["state"] == "running")
             one.terminate()
             one.event("drain_started")
@@ -149,7 +151,7 @@ def test_what_came_while_it_was_stopped_is_answered(tmp_path: Path, sent: int) -
     """The deadlines for the next request passed meanwhile, but its client kept them."""
     deadlines = ("keepalive_timeout", "head_timeout", "body_timeout")
     limits = {f"http__{name}": "1s" for name in deadlines}
-    request = b"POST /v1/records HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n1\n"
+    request = b"POST /v1/records HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n1\n"
     with daemon(*into(tmp_path, **limits), cwd=tmp_path) as one:
         with socket.create_connection(("127.0.0.1", one.port), timeout=10) as client:
             client.sendall(request)

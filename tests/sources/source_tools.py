@@ -99,7 +99,7 @@ class Client:
         self.writer.write(data)
 
     def post(self, body: bytes, path: str = "/v1/records", **headers: str) -> None:
-        head = [f"POST {path} HTTP/1.1", "Host: x"]
+        head = [f"POST {path} HTTP/1.1", "Host: localhost"]
         if "Transfer_Encoding" not in headers:
             headers.setdefault("Content_Length", str(len(body)))
         head += [f"{k.replace('_', '-')}: {v}" for k, v in headers.items()]

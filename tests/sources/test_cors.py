@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.access.tools import SHOP, bearer
 from tests.sources.source_tools import MemoryIntake, ask, connected, serving, until
 
 APP = "https://app.example"
@@ -12,7 +13,7 @@ ASKS = f"Origin: {APP}\r\nAccess-Control-Request-Method: POST"
 
 async def options(source, *lines: str, target: str = "/v1/records"):
     async with connected(source) as client:
-        head = "\r\n".join([f"OPTIONS {target} HTTP/1.1", "Host: x", *lines, "", ""])
+        head = "\r\n".join([f"OPTIONS {target} HTTP/1.1", "Host: localhost", *lines, "", ""])
         client.send(head.encode())
         return await client.reply()
 
@@ -26,8 +27,8 @@ def about_cors(reply) -> dict[str, str]:
 
 
 async def test_off_by_default() -> None:
-    async with serving(MemoryIntake()) as source:
-        reply = await ask(source, b"1", Origin=APP)
+    async with serving(MemoryIntake(), tokens={"shop": {"token": SHOP}}) as source:
+        reply = await ask(source, b"1", Origin=APP, **bearer(SHOP))
         assert (reply.status, about_cors(reply)) == (202, {})  # CORS is no access control
         reply = await options(source, ASKS)
         assert (reply.status, about_cors(reply)) == (204, {})
@@ -64,14 +65,17 @@ async def test_a_preflight() -> None:
         "*",
     ],
 )
-async def test_another_origin_is_told_nothing_and_served_all_the_same(origin: str) -> None:
+async def test_another_origin_is_told_nothing_and_served_if_it_shows_a_token(origin: str) -> None:
     intake = MemoryIntake()
-    async with serving(intake, cors_origins=[APP]) as source:
-        reply = await options(source, f"Origin: {origin}", "Access-Control-Request-Method: POST")
-        assert (reply.status, about_cors(reply)) == (204, {"vary": "Origin"})
-        reply = await ask(source, b"1", Origin=origin)
-        assert (reply.status, about_cors(reply)) == (202, {"vary": "Origin"})
-    assert intake.items == [b"1"]
+    for tokens in ({}, {"shop": {"token": SHOP}}):
+        async with serving(intake, cors_origins=[APP], tokens=tokens) as source:
+            asked = (f"Origin: {origin}", "Access-Control-Request-Method: POST")
+            reply = await options(source, *asked)
+            assert (reply.status, about_cors(reply)) == (204, {"vary": "Origin"})
+            reply = await ask(source, b"1", Origin=origin, **bearer(SHOP))
+            served = 202 if tokens or not origin else 403
+            assert (reply.status, about_cors(reply)) == (served, {"vary": "Origin"})
+    assert intake.items == [b"1"] * (1 if origin else 2)
 
 
 async def test_every_answer_says_it_whatever_became_of_the_request() -> None:
@@ -98,7 +102,7 @@ async def test_every_answer_says_it_whatever_became_of_the_request() -> None:
             intake.gate.set()
             assert {(await first.reply()).status, (await second.reply()).status} == {202}
         async with connected(source) as client:
-            client.send(f"GET / HTTP/1.1\r\nHost: x\r\nOrigin: {APP}\r\n\r\n".encode())
+            client.send(f"GET / HTTP/1.1\r\nHost: localhost\r\nOrigin: {APP}\r\n\r\n".encode())
             check_shown(await client.reply())
 
 

@@ -124,7 +124,7 @@ def test_an_address_that_is_not_this_machines_own_is_not_shown() -> None:
 async def test_the_real_one() -> None:
     async with serving(MemoryIntake(), MemoryIntake("text", "logs")) as source:
         async with connected(source) as client:
-            client.send(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            client.send(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
             reply = await client.reply()
         assert reply.headers["content-type"] == "text/html; charset=utf-8"
         assert reply.headers["x-content-type-options"] == "nosniff"

@@ -83,12 +83,12 @@ def test_what_is_written_in_the_target_is_not_interpreted() -> None:
     assert path_of("http://h//x", "GET") == "//x"
 
 
-@pytest.mark.parametrize("path", ["/", "/openapi.json", "/?x=1", "http://elsewhere/"])
+@pytest.mark.parametrize("path", ["/", "/openapi.json", "/?x=1", "http://localhost/"])
 async def test_head_is_get_without_the_body(path: str) -> None:
     async with serving(MemoryIntake()) as source, connected(source) as client:
         replies = {}
         for method in ("GET", "HEAD"):
-            client.send(f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            client.send(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             replies[method] = await client.reply(bodiless=method == "HEAD")
         client.post(b"1")  # the connection goes on
         assert (await client.reply()).status == 202
@@ -118,7 +118,7 @@ async def test_options(target: str, allow: str) -> None:
         serving(MemoryIntake(), on_request=lambda *what: told.append(what)) as source,
         connected(source) as client,
     ):
-        client.send(f"OPTIONS {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        client.send(f"OPTIONS {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         reply = await client.reply()
         assert (reply.status, reply.headers["allow"]) == (204, allow)
         assert not {"content-length", "content-type", "vary"} & set(reply.headers)
@@ -131,7 +131,7 @@ async def test_options(target: str, allow: str) -> None:
 @pytest.mark.parametrize("path", ["/", "/openapi.json"])
 async def test_what_there_is_to_read_is_only_read(method: str, path: str) -> None:
     async with serving(MemoryIntake()) as source, connected(source) as client:
-        client.send(f"{method} {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        client.send(f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         reply = await client.reply()
         assert (reply.status, reply.slug) == (405, "method-not-allowed")
         assert reply.headers["allow"] == "GET, HEAD, OPTIONS"
@@ -139,7 +139,7 @@ async def test_what_there_is_to_read_is_only_read(method: str, path: str) -> Non
 
 async def test_a_body_that_nobody_wants_ends_the_connection() -> None:
     async with serving(MemoryIntake()) as source, connected(source) as client:
-        client.send(b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n")
+        client.send(b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n")
         reply = await client.reply()
         assert (reply.status, reply.headers["connection"]) == (200, "close")
         assert await client.closed()
@@ -150,7 +150,7 @@ async def test_what_is_read_is_there_while_the_daemon_drains() -> None:
         client.post(b"1")
         assert (await client.reply()).status == 202
         await source.stop_taking(0)
-        client.send(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n")
+        client.send(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n")
         reply = await client.reply()
         assert (reply.status, reply.headers["connection"]) == (200, "close")
 
@@ -158,10 +158,10 @@ async def test_what_is_read_is_there_while_the_daemon_drains() -> None:
 async def test_a_known_etag_is_304() -> None:
     async with serving(MemoryIntake()) as source, connected(source) as client:
         for path in ("/", "/openapi.json"):
-            client.send(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            client.send(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             tag = (await client.reply()).headers["etag"]
             for known in (tag, f'"x", W/{tag} ', "*", '"x"', "", tag.strip('"')):
-                head = f"GET {path} HTTP/1.1\r\nHost: x\r\nIf-None-Match: {known}\r\n\r\n"
+                head = f"GET {path} HTTP/1.1\r\nHost: localhost\r\nIf-None-Match: {known}\r\n\r\n"
                 client.send(head.encode())
                 reply = await client.reply()
                 assert reply.headers["etag"] == tag
@@ -194,7 +194,11 @@ async def test_nothing_of_a_request_is_reflected() -> None:
         reply = await ask(source, b"1", "/?<script>evil", X_Forwarded_Host="evil", Host="evil")
         assert b"evil" not in reply.body
         async with connected(source) as client:
-            client.send(b"GET /?<b>evil HTTP/1.1\r\nHost: evil.example\r\nReferer: evil\r\n\r\n")
+            client.send(b"GET /?<b>evil HTTP/1.1\r\nHost: localhost\r\nReferer: evil\r\n\r\n")
             reply = await client.reply()
             assert reply.status == 200
+            assert b"evil" not in reply.body
+            client.send(b"GET / HTTP/1.1\r\nHost: evil.example\r\nReferer: evil\r\n\r\n")
+            reply = await client.reply()
+            assert reply.status == 421
             assert b"evil" not in reply.body

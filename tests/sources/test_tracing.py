@@ -69,9 +69,8 @@ async def test_it_belongs_to_one_request_of_a_connection() -> None:
 
 def test_the_logs_lines_carry_it(tmp_path: Path) -> None:
     with daemon("--log.level", "debug", cwd=tmp_path) as one:
-        head = (
-            f"POST /v1/records HTTP/1.1\r\nHost: x\r\ntraceparent: {VALUE}\r\nX-Request-Id: r-1\r\n"
-        )
+        head = "POST /v1/records HTTP/1.1\r\nHost: localhost\r\n"
+        head += f"traceparent: {VALUE}\r\nX-Request-Id: r-1\r\n"
         with socket.create_connection(("127.0.0.1", one.port), 10) as client:
             client.sendall(f"{head}Content-Length: 100\r\n\r\n{{}}".encode())
         line = one.event("request_abandoned")

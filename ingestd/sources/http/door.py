@@ -285,6 +285,7 @@ class Door:
         if request.method == "OPTIONS":
             return Document(204, headers=tell_options(resource, headers, self._cors))
         if isinstance(route, Document):
+            self.gate.check_host(request)
             return unless_known(route, headers.get("If-None-Match", ""))
         if self.draining:
             raise explain(Draining())

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import socket
 import time
 from typing import TYPE_CHECKING, cast
 
-from ingestd.base.access import ALL, demands_proof
+from ingestd.base.access import ALL, demands_proof, demands_signatures_alone
+from ingestd.base.hosts import Hosts, authority_of
+from ingestd.base.origins import ANY, is_foreign
 from ingestd.base.telemetry import get_logger
 from ingestd.sources.http import problem
 from ingestd.sources.http.limits import Limits
@@ -38,6 +41,10 @@ DENIED_SECONDS = 10.0
 ANONYMOUS = "anonymous"
 """The principal of all who show nothing."""
 API_KEY = "X-API-Key"
+ONLY_DELIVERIES = (
+    "there are webhooks and no tokens, so only signed deliveries are taken; to take records too,"
+    " set a token (http.tokens.NAME.hash) or http.allow_anonymous = true"
+)
 _CHALLENGE = 'Bearer realm="ingestd"{}, Basic realm="ingestd", charset="UTF-8"'
 
 
@@ -91,6 +98,12 @@ class Caller:
             self._limits.charge(records, size, self._monotonic())
 
 
+def _is_unix(request: web.BaseRequest) -> bool:
+    """Whether it came over a Unix socket, which no browser reaches."""
+    sock = request.transport.get_extra_info("socket") if request.transport is not None else None
+    return sock is not None and sock.family == socket.AF_UNIX
+
+
 def _rates(token: TokenSettings) -> tuple[int, int]:
     return token.records_per_second, token.bytes_per_second
 
@@ -101,6 +114,8 @@ class Gate:
     Args:
         settings: of the http source.
         access: what the files that they name say.
+        local: whether only this machine can reach it. Who shows nothing there may still be a page
+            of anybody in a browser, so `Host` and `Origin` are looked at.
         before: the one whose place it takes: what a token owes it goes on owing.
         monotonic: seconds that do not go back.
         now: seconds since the epoch.
@@ -111,6 +126,7 @@ class Gate:
         settings: HttpSettings,
         access: Access,
         *,
+        local: bool = True,
         before: Gate | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         now: Callable[[], float] = time.time,
@@ -137,6 +153,12 @@ class Gate:
         }
         unsaid = settings.allow_anonymous or not demands_proof(settings)
         self._anybody = Caller() if unsaid else None
+        self._shields = unsaid and local
+        self._origins = frozenset(settings.cors_origins)
+        self._hosts = Hosts(settings.hosts) if self._shields or settings.hosts else None
+        self._missing = "there is none"
+        if demands_signatures_alone(settings):
+            self._missing = ONLY_DELIVERIES
         # Who signs certificates decides who comes in, if nobody says it more exactly.
         certified = bool(settings.tls.client_ca) and not settings.tokens
         self._takes_certificates = certified
@@ -175,8 +197,38 @@ class Gate:
             return self._forbid(request, caller)
         return Problem(problem.UNKNOWN_PIPELINE, "no pipeline has this name")
 
+    def check_host(self, request: web.BaseRequest) -> None:
+        """Whether it is asked for by a name of its own.
+
+        Raises:
+            Problem: 421.
+        """
+        if self._hosts is None:
+            return
+        authority = authority_of(request.raw_path, request.headers.get("Host", ""))
+        if self._hosts.know(authority) or _is_unix(request):
+            return
+        detail = "Host is neither an IP address nor localhost nor one of http.hosts"
+        raise Problem(problem.MISDIRECTED, detail)
+
+    def _check_origin(self, request: web.BaseRequest) -> None:
+        """Whether it is sent by a page of another origin, which anybody may have written.
+
+        Raises:
+            Problem: 403.
+        """
+        headers = request.headers
+        origin, site = headers.get("Origin", ""), headers.get("Sec-Fetch-Site", "")
+        if not (origin or site) or ANY in self._origins or origin in self._origins:
+            return
+        if is_foreign(origin, site, authority_of(request.raw_path, headers.get("Host", ""))):
+            raise Problem(problem.FOREIGN_ORIGIN, "it is not among http.cors_origins")
+
     def _who(self, request: web.BaseRequest) -> Caller:
+        self.check_host(request)
         if self._anybody is not None:
+            if self._shields:
+                self._check_origin(request)
             return self._anybody
         headers = request.headers
         if "Authorization" in headers:
@@ -197,7 +249,7 @@ class Gate:
         transport = request.transport
         certificate = transport.get_extra_info("peercert") if transport is not None else None
         if not certificate:
-            raise self._deny(request, "there is none", "")
+            raise self._deny(request, self._missing, "")
         if has_expired(certificate, self._now()):
             raise self._deny(request, "the certificate has expired", "")
         if not cast("Connection", request.protocol).authorities <= self.access.authorities:
@@ -207,7 +259,7 @@ class Gate:
         if owner is not None:
             return self._callers[owner]
         if not self._takes_certificates:
-            raise self._deny(request, "there is none", "")
+            raise self._deny(request, self._missing, "")
         principal = principal_of_certificate(certificate)
         return Caller(principal, principal=principal)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ingestd.sources.http.problem import KINDS
+from ingestd.sources.http.problem import FORBIDDEN, FOREIGN_ORIGIN, KINDS, Kind
 from ingestd.sources.http.routes import RECORDS, WEBHOOKS
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ def describe(
     document: dict[str, Any] = json.loads(text)
     document["info"]["version"] = version
     parts = document["components"]
-    _fill_problems(parts["responses"])
+    # Where nobody is asked who they are, pages are asked where they are from.
+    _fill_problems(parts["responses"], without=FORBIDDEN if public_names else FOREIGN_ORIGIN)
     bodies = parts["requestBodies"]
     bodies["any"] = _any_of({name: body for name, body in bodies.items() if name != "delivery"})
     paths, send = document["paths"], document["paths"][RECORDS]["post"]
@@ -63,7 +64,7 @@ def describe(
         paths[f"{RECORDS}/{{pipeline}}"] = path
         return msgspec.json.encode(document)
     del bodies["any"], parts["parameters"]["Pipeline"], parts["securitySchemes"]
-    del send["responses"]["401"], send["responses"]["403"], parts["responses"]["Problem403"]
+    del send["responses"]["401"]
     if webhooks:
         del paths[f"{WEBHOOKS}/{{webhook}}"]["post"]["responses"]["403"]
     else:
@@ -73,10 +74,11 @@ def describe(
     return msgspec.json.encode(document)
 
 
-def _fill_problems(responses: dict[str, Any]) -> None:
+def _fill_problems(responses: dict[str, Any], *, without: Kind) -> None:
     """What a problem of each status looks like; `openapi.json` says what it means."""
-    for status in sorted({kind.status for kind in KINDS}):
-        types = [f"urn:ingestd:problem:{kind.slug}" for kind in KINDS if kind.status == status]
+    kinds = [kind for kind in KINDS if kind is not without]
+    for status in sorted({kind.status for kind in kinds}):
+        types = [f"urn:ingestd:problem:{kind.slug}" for kind in kinds if kind.status == status]
         schema = {
             "allOf": [_ref("schemas/Problem")],
             "properties": {"type": {"enum": types}, "status": {"const": status}},

@@ -6,16 +6,16 @@ import asyncio
 import errno
 from typing import TYPE_CHECKING
 
-from ingestd.base.access import demands_proof
-from ingestd.base.address import split_address
+from ingestd.base.access import demands_proof, demands_signatures_alone
+from ingestd.base.address import is_loopback, split_address
 from ingestd.base.errors import AddressError, ConfigError
 from ingestd.base.once import WEBHOOK
-from ingestd.base.passed import show_socket
+from ingestd.base.passed import is_local, show_socket
 from ingestd.base.telemetry import get_logger
 from ingestd.sources.http.access import check_exposure, read_access
 from ingestd.sources.http.body import Bounds
 from ingestd.sources.http.door import Door, Route
-from ingestd.sources.http.gate import Caller, Gate
+from ingestd.sources.http.gate import ONLY_DELIVERIES, Caller, Gate
 from ingestd.sources.http.listener import Listener, bind
 from ingestd.sources.http.published import published
 from ingestd.sources.http.routes import ANY_PIPELINE, RECORDS, WEBHOOKS, WRITE, Resource
@@ -85,7 +85,12 @@ class HttpSource:
         check_exposure(settings, self._sockets)
         access = read_access(settings)
         _tell(access)
-        self._gate = Gate(settings, access)
+        self._local = (
+            all(map(is_local, self._sockets)) if self._sockets else is_loopback(settings.listen)
+        )
+        self._gate = Gate(settings, access, local=self._local)
+        if demands_signatures_alone(settings):
+            log.warning("records_refused", reason=ONLY_DELIVERIES)
         self._routes = {
             name: Route(
                 intake,
@@ -181,7 +186,9 @@ class HttpSource:
         def change() -> None:
             _tell(access)
             fewer = not self._gate.access.authorities <= access.authorities
-            self._gate = self._door.gate = Gate(settings, access, before=self._gate)
+            self._gate = self._door.gate = Gate(
+                settings, access, local=self._local, before=self._gate
+            )
             self._publish(settings, access)
             self._listener.context = access.context
             self._server.authorities = access.authorities

@@ -18,7 +18,7 @@ _VERSIONS = (HttpVersion11, HttpVersion10)
 # RFC 3986: what may stand in host and port; without the comma, which joins two of them.
 _HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+;=%:\[\]-]*")
 # RFC 9112, 3.2.2 and RFC 9110, 4.2.4: http and https alone, and no user information.
-_ABSOLUTE = re.compile(r"https?://([A-Za-z0-9._~!$&'()*+;=%:\[\]-]+)(?:[/?].*)?", re.IGNORECASE)
+_ABSOLUTE = re.compile(r"https?://[A-Za-z0-9._~!$&'()*+;=%:\[\]-]+(?:[/?].*)?", re.IGNORECASE)
 LENGTH_DIGITS_MAX = 20
 """Digits of a `Content-Length`. More of them are leading zeros or more than 64 bits."""
 
@@ -53,19 +53,6 @@ def _target_fault(message: RawRequestMessage) -> str:
     if target[:1] == "/" or target == "*" or message.method == "CONNECT":
         return ""
     return "" if _ABSOLUTE.fullmatch(target) else "the request's target is no http URL"
-
-
-def host_of(target: str, host: str) -> str:
-    """The authority that a request is for (RFC 9112, 3.3).
-
-    Args:
-        target: as the request line has it; the authority in a whole URL counts more than `Host`.
-        host: the value of `Host`; empty if there is none.
-    """
-    if target[:1] == "/":
-        return host
-    absolute = _ABSOLUTE.fullmatch(target)
-    return absolute[1] if absolute else host
 
 
 def line_is_spaced(data: bytes, message: RawRequestMessage) -> bool:
