@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# First of all: with `python -m` the current folder comes before the standard library.
+from ingestd.base import first  # noqa: F401  isort: skip
+
 import sys
 import traceback
 from typing import TYPE_CHECKING, Protocol

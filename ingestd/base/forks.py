@@ -55,7 +55,7 @@ class Forks:
             return
         self._active = False
         # At its exit the child would wait for the threads of pools: for the one that it is.
-        thread._threads_queues.clear()  # noqa: SLF001
+        thread._threads_queues = {}  # noqa: SLF001
         signal.set_wakeup_fd(-1)
         for number in (*LEAVE, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import ConfigError, Exit, HandlerLoadError
-from ingestd.cli.configured import configured, make_importable
+from ingestd.cli.configured import configured
 from ingestd.cli.effective import effective
 from ingestd.cli.output import fail, say
 
@@ -31,7 +31,6 @@ def execute(arguments: argparse.Namespace) -> int:
     """
     loaded = configured(arguments)
     say("\n".join(effective(loaded)))
-    make_importable()
     say("\n# handlers")
     code = 0
     for name, pipeline in loaded.settings.pipeline_settings().items():

@@ -1,9 +1,8 @@
-"""What `run` and `check` have in common: flags to settings, and a folder to import from."""
+"""What `run` and `check` have in common: flags to settings."""
 
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -61,13 +60,6 @@ class Configuration:
         )
         self._before = loaded
         return replace(loaded, settings=anchored(loaded.settings, self._cwd, PATH_OPTIONS))
-
-
-def make_importable() -> None:
-    """Puts the current folder first, where `python -m ingestd` has it and the script does not."""
-    folder = str(here())
-    if sys.path[:1] not in ([folder], [""]):
-        sys.path.insert(0, folder)
 
 
 def here() -> Path:

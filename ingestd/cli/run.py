@@ -10,7 +10,7 @@ from ingestd.base.notify import Notifier
 from ingestd.base.passed import take_sockets
 from ingestd.base.signals import ignore_hangups
 from ingestd.base.streams import move_input, occupy_standard_streams
-from ingestd.cli.configured import Configuration, make_importable
+from ingestd.cli.configured import Configuration
 
 if TYPE_CHECKING:
     import argparse
@@ -37,7 +37,6 @@ def execute(arguments: argparse.Namespace) -> int:
     occupy_standard_streams()
     configuration = Configuration(arguments)
     settings = configuration.load().settings
-    make_importable()
     from ingestd.daemon import serve  # noqa: PLC0415  help and check need none of it
 
     def again() -> Settings:

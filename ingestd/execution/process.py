@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import socket
@@ -48,7 +47,8 @@ START_TIMEOUT = 120.0
 _IDLE_SECONDS = 0.01
 """A child that was without a job for so long is looked at before it gets one."""
 _BOOT = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]);"
+    # Without an import: the user's folder may be the first place where one is looked for.
+    "import sys; sys.path[:] = eval(sys.argv[1]);"
     "from ingestd.handlers.worker import main; main(*map(int, sys.argv[2:]))"
 )
 
@@ -84,7 +84,7 @@ class Child:
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wire.SOCKET_BYTES)
             fds = (theirs.fileno(), lifeline_theirs, memory)
             self.process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-c", _BOOT, json.dumps(sys.path), *map(str, fds)],
+                [sys.executable, "-c", _BOOT, repr([*map(str, sys.path)]), *map(str, fds)],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[fd for fd in fds if fd >= 0],
                 env={**os.environ, descendants.MARK: self._mark},

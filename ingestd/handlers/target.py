@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ingestd.base.errors import HandlerLoadError
+from ingestd.base.path import put_behind_library
 from ingestd.handlers.text import describe, one_line
 
 GROUP = "ingestd.handlers"
@@ -27,6 +28,7 @@ BUILT_IN = {
 }
 PATH_OPTIONS = dict.fromkeys((*BUILT_IN, *BUILT_IN.values()), ("path",))
 """The options of our sinks that are paths."""
+_LIBRARY_FILES = {f"{name}.py" for name in sys.stdlib_module_names}
 _INSTALLED = tuple(
     path + os.sep for path in {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")}
 )
@@ -88,24 +90,40 @@ def _registered_names() -> set[str]:
 def _module(target: str, name: str) -> object:
     if "/" in name or name.startswith("."):
         refuse(target, _no_module(name))
-    # In front, as `python -m` has it: a worker and the daemon must find the same module.
-    here = str(Path.cwd())
-    if here not in sys.path and "" not in sys.path:
-        sys.path.insert(0, here)
+    here = Path.cwd()
+    top = name.partition(".")[0]
+    put_behind_library(str(here))
+    if top in sys.stdlib_module_names and (own := _own_file(here, top)):
+        refuse(target, f"{own} has the name of a module of Python's own, which hides it: rename it")
     try:
         return importlib.import_module(name)
     except KeyboardInterrupt:
         raise
     except ModuleNotFoundError as exc:
         if exc.name is None or not f"{name}.".startswith(f"{exc.name}."):
-            where = where_raised(exc)
+            where = where_raised(exc) + _hidden(here)
             refuse(target, f"module {name!r} imports {exc.name!r}, which is not there{where}", exc)
         refuse(target, _no_module(name), exc)
     except SyntaxError as exc:
         place = f" ({_short(exc.filename)}:{exc.lineno})" if exc.filename else ""
         refuse(target, f"{type(exc).__name__}: {exc.msg}{place}", exc)
     except BaseException as exc:  # noqa: BLE001  a module may do anything, sys.exit() too
-        refuse(target, f"importing {name!r} raised {describe(exc, 500)}{where_raised(exc)}", exc)
+        where = where_raised(exc)
+        if isinstance(exc, ImportError | AttributeError):
+            where += _hidden(here)
+        refuse(target, f"importing {name!r} raised {describe(exc, 500)}{where}", exc)
+
+
+def _own_file(here: Path, top: str) -> Path | None:
+    """The user's file of a module, or its folder."""
+    places = (here / f"{top}.py", here / top / "__init__.py")
+    return next((place for place in places if place.is_file()), None)
+
+
+def _hidden(here: Path) -> str:
+    """The user's files that were probably meant, and that Python's own modules hide."""
+    names = sorted({path.name for path in here.glob("*.py")} & _LIBRARY_FILES)
+    return f"; Python's own modules hide {', '.join(names[:5])}: rename it" if names else ""
 
 
 def _file(name: str) -> Path:
