@@ -284,6 +284,7 @@ class Daemon:
                 self.pipelines[default],
                 fd=self._input_fd,
                 stderr=self._stderr,
+                is_interrupted=self._signals.asked.is_set,
             )
             self._progress = self._build_progress(lambda: source, self.pipelines[default])
             return source

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gzip
+import json
 import os
 import pty
 import re
@@ -170,6 +171,69 @@ def test_ctrl_c_says_where_to_go_on_and_there_each_line_comes_once(
             assert one.wait() == 0
     assert first > 1, "it was never left before its end"
     assert numbers(tmp_path) == list(range(30_000))
+
+
+CTRL_C = b"\x03"
+
+
+FEED = """
+import sys, time
+for n in range(5000):
+    sys.stdout.write('{"n": %d}\\n' % n)
+sys.stdout.write('{"n": 5000, "text": "be')
+sys.stdout.flush()
+time.sleep(60)
+"""
+
+
+def test_ctrl_c_of_a_terminal_ends_whoever_feeds_the_pipe_too(tmp_path: Path) -> None:
+    """Then the end of the pipe is not the end of the input, and its last line is torn."""
+    (tmp_path / "feed.py").write_text(FEED)
+    ours, theirs = pty.openpty()
+    line = (
+        f"{sys.executable} feed.py | exec {sys.executable} -m ingestd run sqlite --source stdin"
+        " --log.format json --admin.listen ''"
+    )
+    pid = os.fork()
+    if not pid:
+        _login(theirs)
+        os.chdir(tmp_path)
+        os.environ["PYTHONPATH"] = str(ROOT)
+        os.execvp("bash", ["bash", "-c", line])
+    os.close(theirs)
+    said, status, asked = b"", None, False
+    try:
+        deadline = time.monotonic() + 40
+        while status is None and time.monotonic() < deadline:
+            if select.select([ours], [], [], 0.05)[0]:
+                with contextlib.suppress(OSError):
+                    said += os.read(ours, 65536)
+            if not asked and re.search(rb"5,000 processed", said):
+                os.write(ours, CTRL_C)
+                asked = True
+            done, found = os.waitpid(pid, os.WNOHANG)
+            status = found if done else None
+        with contextlib.suppress(OSError):
+            while more := os.read(ours, 65536):
+                said += more
+    finally:
+        os.close(ours)
+        if status is None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    assert status is not None, said[-2000:]
+    (left,) = re.findall(rb"\{[^{}]*\"input_left\"[^{}]*\}", said)
+    first = json.loads(left)["line"]
+    assert b"input_ended" not in said
+    assert first == 5001
+    assert numbers(tmp_path) == list(range(5000))
+
+
+def _login(fd: int) -> None:
+    os.setsid()
+    fcntl.ioctl(fd, termios.TIOCSCTTY, 0)
+    for standard in (0, 1, 2):
+        os.dup2(fd, standard)
 
 
 # -- on a terminal ---------------------------------------------------------------------------------

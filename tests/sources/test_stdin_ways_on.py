@@ -70,8 +70,8 @@ class Picky(MemoryIntake):
 
 
 @contextlib.asynccontextmanager
-async def reading(fd: int, intake: MemoryIntake) -> AsyncIterator[StdinSource]:
-    source = StdinSource(StdinSettings(), intake, fd=fd, stderr=io.StringIO())
+async def reading(fd: int, intake: MemoryIntake, **more: Any) -> AsyncIterator[StdinSource]:
+    source = StdinSource(StdinSettings(), intake, fd=fd, stderr=io.StringIO(), **more)
     await source.start()
     try:
         yield source
@@ -155,6 +155,38 @@ async def test_what_is_read_from_the_middle_counts_from_there(tmp_path: Path) ->
     finally:
         os.close(fd)
     assert found["go_on"] == f"… | tail -n +{len(intake.items) + 1} |"
+
+
+async def test_the_end_of_a_pipe_whose_other_side_ended_by_the_same_signal_is_not_the_end() -> None:
+    """Ctrl-C of a terminal goes to both: the last line is torn, and there may have been more."""
+    fd, into = os.pipe()
+    os.write(into, b'1\n2\n{"half":')
+    os.close(into)
+    signals = iter([True])  # it is asked for once the end was seen
+    intake = MemoryIntake()
+    try:
+        async with reading(fd, intake, is_interrupted=lambda: next(signals)) as source:
+            await source.wait_finished()
+            assert not source.ended
+            assert left(source)["line"] == 3
+    finally:
+        os.close(fd)
+    assert intake.items == [b"1", b"2"]
+    assert [one.reason for one in intake.refused] == ["unfinished"]
+
+
+async def test_the_end_of_a_file_is_the_end_whatever_signal_comes(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(b"1\n2")
+    fd = os.open(path, os.O_RDONLY)
+    intake = MemoryIntake()
+    try:
+        async with reading(fd, intake, is_interrupted=lambda: True) as source:
+            await source.wait_finished()
+            assert source.ended
+    finally:
+        os.close(fd)
+    assert intake.items == [b"1", b"2"]
 
 
 @pytest.mark.parametrize("data", [b"", b"1\n2\n", b"1\n2", b"1\n\n\n"])

@@ -19,6 +19,8 @@ from ingestd.sources.stdin.prefix import Prefix
 from ingestd.sources.stdin.reader import open_reader
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from ingestd.base.record import Refused
     from ingestd.base.settings import StdinSettings
     from ingestd.sources.intake import Intake
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 log = get_logger()
 
 _HINT = "reading records from the terminal, one a line; end with Ctrl-D\n"
+_SIGNAL_SECONDS = 0.02
 _REFUSED_BYTES = 256  # what a refused record costs beside its payload, about
 
 
@@ -44,6 +47,7 @@ class StdinSource:
         intake: the pipeline.
         fd: the descriptor; it stays open.
         stderr: where the hint for a terminal goes.
+        is_interrupted: whether a signal has asked the process to leave.
 
     Attributes:
         bytes: read so far.
@@ -59,7 +63,9 @@ class StdinSource:
         *,
         fd: int = 0,
         stderr: TextIO | None = None,
+        is_interrupted: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._is_interrupted = is_interrupted
         self._bytes_max = settings.inflight_bytes_max
         self._intake = intake
         self._fd = fd
@@ -81,7 +87,7 @@ class StdinSource:
 
     async def start(self) -> None:
         """Begins to read."""
-        self._name = _name_of(self._fd)
+        self._name, self._is_fed = _name_of(self._fd), _is_fed(self._fd)
         self._reader: Reader = open_reader(self._fd)
         if os.isatty(self._fd):
             print(_HINT, end="", file=self._stderr or sys.stderr, flush=True)
@@ -159,6 +165,8 @@ class StdinSource:
             log.error("stdin_failed", error=error.strerror)  # noqa: TRY400 - one line says it all
             self._unreadable = InputUnreadable(problem=error.strerror)
             data = None
+        if data is not None and self._is_fed and await self._was_torn():
+            data = None
         if data is None:
             last = self._framer.cut()  # not a line that was accepted
         else:
@@ -167,6 +175,14 @@ class StdinSource:
             self._has_ended = True
         if last:
             await self._append(last)
+
+    async def _was_torn(self) -> bool:
+        """Whether the end of a pipe is where somebody ended its other side.
+
+        A terminal's Ctrl-C goes to both, and the pipe's end may be seen first.
+        """
+        await asyncio.sleep(_SIGNAL_SECONDS)
+        return self._is_interrupted()
 
     def _look_at(self, data: bytes) -> None:
         """Says what the input seems to be, once enough of it is there, if it is nothing to read."""
@@ -256,6 +272,15 @@ def _name_of(fd: int) -> str | None:
     except OSError:
         return ""
     return None if stat.S_ISCHR(mode) else ""
+
+
+def _is_fed(fd: int) -> bool:
+    """Whether another process writes what is read, and may end before its end."""
+    try:
+        mode = os.fstat(fd).st_mode
+    except OSError:
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
 
 
 def _way_on(name: str, line: int) -> str:
