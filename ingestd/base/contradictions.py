@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 _BLOCKS = {"stdin": 1024**2, "fetch": 4 * 1024**2}
 
 
+STORED_BYTES_MAX = 900 * 1024**2
+"""Of what is one row of a journal. SQLite's bound is 10^9 bytes (SQLITE_MAX_LENGTH), and what
+stands beside the records is in it: a block of input before a long record, or lengths."""
+
+
 class ContradictionError(ValueError):
     """Settings that cannot work together.
 
@@ -69,7 +74,21 @@ def _at_the_door(settings: Settings) -> list[tuple[str, str]]:
         room, body = show_size(http.inflight_bytes_max), show_size(http.body_bytes_max)
         text = f"{room} has no room for one body of http.body_bytes_max ({body})"
         problems.append(("http.inflight_bytes_max", text))
+    if any(one.journal.kind == "sqlite" for one in settings.pipeline_settings().values()):
+        problems += [
+            (f"http.{key}", text)
+            for key in ("wire_bytes_max", "body_bytes_max")
+            if (text := _beyond_a_row(getattr(http, key)))
+        ]
     return problems
+
+
+def _beyond_a_row(size: int) -> str:
+    """Why nothing of that size can be stored; empty if it can."""
+    if size <= STORED_BYTES_MAX:
+        return ""
+    bound = show_size(STORED_BYTES_MAX)
+    return f"{show_size(size)} is more than SQLite stores at once: at most {bound}"
 
 
 def _without_sharing(listen: str) -> Iterator[str]:
@@ -103,4 +122,9 @@ def _in_a_pipeline(pipeline: PipelineSettings) -> list[tuple[str, str]]:
         room, batch = show_size(pipeline.queue.bytes_max), show_size(pipeline.batch.bytes_max)
         text = f"{room} has no room for one batch of batch.bytes_max ({batch})"
         problems.append(("queue.bytes_max", text))
+    if pipeline.journal.kind == "sqlite":
+        # A record is stored whole, and so are the dead letters of a batch.
+        sizes = {"record_bytes_max": pipeline.record_bytes_max}
+        sizes["batch.bytes_max"] = pipeline.batch.bytes_max
+        problems += [(key, text) for key, size in sizes.items() if (text := _beyond_a_row(size))]
     return problems

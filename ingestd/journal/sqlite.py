@@ -49,7 +49,15 @@ from ingestd.journal.interface import (
     Settlement,
 )
 from ingestd.journal.letters import letter_bytes, look
-from ingestd.journal.store import Store, connect, find_key, key_owners, read_chunks, read_some
+from ingestd.journal.store import (
+    Store,
+    connect,
+    find_key,
+    key_owners,
+    read_chunks,
+    read_some,
+    row_bytes_max,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -145,6 +153,7 @@ class SqliteJournal:
                 self._count = Count()
                 store, recovered = self._open_store()
             self.id, self.ledger, self.bytes = store.id, store.meta.ledger, store.stored_bytes()
+            self._row_bytes_max = row_bytes_max(store.connection)
             self._dead_are(store.dead)
             self._bookmarks = store.bookmarks
             self.keys.opened(key_owners(store.connection))
@@ -211,6 +220,9 @@ class SqliteJournal:
         whole = size + bookmarks.size_of(bookmark)
         if whole > self.bytes_max:
             raise NeverFits(size=whole, what="journal.bytes_max", bound=self.bytes_max)
+        if len(records.payload) + len(records.sizes) > self._row_bytes_max:
+            # SQLite would refuse the commit with all that is in it, each time it is tried.
+            raise NeverFits(size=size, what="a row of the journal", bound=self._row_bytes_max)
         if self.bytes + whole > self.bytes_max:
             raise self._full("the journal", self.bytes + whole, self.bytes_max)
         if self.space is not None and self.space.low(self._clock.monotonic()):

@@ -167,6 +167,11 @@ def connect(path: Path, *, cache_kib: int = READER_CACHE_KIB) -> sqlite3.Connect
     return connection
 
 
+def row_bytes_max(db: sqlite3.Connection) -> int:
+    """Bytes of records that a row takes: one append is one row, at most."""
+    return db.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) - PAGE_BYTES
+
+
 class Store:
     """The writer's side: owns the writing connection and the state that moves with each commit.
 

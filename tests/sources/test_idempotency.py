@@ -59,6 +59,7 @@ class Door:
 
     async def __aenter__(self) -> Self:
         self.more.setdefault("handler", {"target": "tests.sources.test_idempotency:nothing"})
+        self.more.setdefault("executor", {"kind": "thread"})
         settings = Settings(**self.more)
         self.pipelines = {}
         for name in self.names:
