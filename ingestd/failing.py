@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-import structlog
-
+from ingestd.base.telemetry import get_logger
 from ingestd.execution.kinds import FailureKinds
 from ingestd.handlers.outcome import POSTPONED
 
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
     from ingestd.execution.outage import Outage
     from ingestd.handlers.outcome import Failure
 
-log = structlog.get_logger(__name__)
+log = get_logger()
 
 MINUTE = 60.0
 KINDS_LOGGED_MAX = 5

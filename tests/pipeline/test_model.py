@@ -80,8 +80,15 @@ class PipelineAgainstModel(RuleBasedStateMachine):
             metrics=Metrics("test").pipeline("default"),
             clock=SystemClock(),
         )
-        self.pipeline.pool = TaskPool([Desk(self.jobs), Desk(self.jobs)])
-        self.loop.run_until_complete(self.pipeline.open())
+
+        async def start_pool(*_: object, **__: object) -> tuple[TaskPool, str]:
+            pool = TaskPool([Desk(self.jobs), Desk(self.jobs)])
+            await pool.start()
+            return pool, "thread"
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ingestd.pipeline.start_pool", start_pool)
+            self.loop.run_until_complete(self.pipeline.open())
         self.settle_down()
 
     def settle_down(self) -> None:
