@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 HEAD_BYTES = 64
 """So many bytes are enough."""
+MARK_BYTES = 10
+"""So many are, where there is a mark."""
 
 _NUL_SHARE = 4  # one byte of so many; text has none
 
@@ -26,7 +28,7 @@ _COMPRESSED = (
     (b"\x1f\x8b", Guess("compressed (gzip)", "zcat FILE |")),
     (b"\x28\xb5\x2f\xfd", Guess("compressed (zstd)", "zstdcat FILE |")),
     (b"\xfd7zXZ\0", Guess("compressed (xz)", "xzcat FILE |")),
-    (b"BZh", Guess("compressed (bzip2)", "bzcat FILE |")),
+    (b"BZh91AY&SY", Guess("compressed (bzip2)", "bzcat FILE |")),
     (b"PK\x03\x04", Guess("compressed (zip)", "unzip -p FILE |")),
 )
 _ENCODED = (
@@ -50,15 +52,20 @@ def guess(head: bytes, form: str) -> Guess | None:
     """
     if form == "bytes":
         return None
-    for magic, found in (*_COMPRESSED, *_ENCODED):
-        if head.startswith(magic):
-            return found
+    if found := marked(head):
+        return found
     if head.count(0) * _NUL_SHARE > len(head):
         return _wide(head) or _BINARY
     line, end, _ = head.partition(b"\n")
     if form == "json" and end and line.strip(b"\xef\xbb\xbf \t\r") in _OPENED:
         return _DOCUMENT
     return None
+
+
+def marked(head: bytes) -> Guess | None:
+    """What an input is that begins with the mark of a compressed file or of another encoding."""
+    tables = (*_COMPRESSED, *_ENCODED)
+    return next((found for mark, found in tables if head.startswith(mark)), None)
 
 
 def _wide(head: bytes) -> Guess | None:

@@ -430,6 +430,18 @@ def test_a_line_whose_end_may_be_missing_is_not_taken_for_a_whole_one() -> None:
 def test_what_nobody_said_is_compressed(encoding: str) -> None:
     with pytest.raises(GivenUp, match="compressed"):
         Lines("text", MAX, Position()).feed(packed(lines(0, 9), encoding))
+    taker = Lines("text", MAX, Position())
+    first, rest = packed(lines(0, 9), encoding)[:1], packed(lines(0, 9), encoding)[1:]
+    assert taker.feed(first) is None
+    with pytest.raises(GivenUp, match=rf"compressed \({encoding}\)"):
+        taker.feed(rest)
+    Lines("bytes", MAX, Position()).feed(packed(lines(0, 9), encoding))
+
+
+@pytest.mark.parametrize("encoding", ["UTF-16", "UTF-32"])
+def test_what_is_not_utf_8_by_its_mark(encoding: str) -> None:
+    with pytest.raises(GivenUp, match=f"it is {encoding} text, not UTF-8"):
+        Lines("json", MAX, Position()).feed(lines(0, 9).decode().encode(encoding))
 
 
 # -- lists of URLs ---------------------------------------------------------------------------------
@@ -545,7 +557,12 @@ async def test_a_file_that_is_no_list(content: bytes, says: str, tmp_path: Path)
     assert "hunter2" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["nowhere.txt", ".", "a\0b"])
+def test_a_file_that_can_have_no_name() -> None:
+    with pytest.raises(ValueError, match="should be the path"):
+        FetchSettings(file="a\0b")
+
+
+@pytest.mark.parametrize("name", ["nowhere.txt", "."])
 async def test_a_file_that_is_not_there(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"fetch\.file: cannot read"):
         await read_links(FetchSettings(file=str(tmp_path / name)))

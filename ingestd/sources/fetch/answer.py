@@ -25,7 +25,6 @@ _BY_TYPE = {
     "application/zstd": "zstd",
     "application/x-zstd": "zstd",
 }
-_MAGIC = (b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd")
 EVENT_STREAM = "text/event-stream"
 _SEVERAL_PARTS = "multipart/byteranges"
 _RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
@@ -213,11 +212,6 @@ def encoding_of(headers: Mapping[str, str], *urls: URL) -> str:
 def media_type(headers: Mapping[str, str]) -> str:
     """`Content-Type` without its parameters."""
     return headers.get("Content-Type", "").partition(";")[0].strip().lower()
-
-
-def is_compressed(head: bytes) -> bool:
-    """Whether bytes that should be lines are a gzip or zstd file."""
-    return head.startswith(_MAGIC)
 
 
 def content_length(headers: Mapping[str, str]) -> int | None:

@@ -9,11 +9,11 @@ from msgspec.structs import replace
 
 from ingestd.base.record import Records
 from ingestd.sources.depth import DEPTH_MAX
-from ingestd.sources.fetch.answer import is_compressed
 from ingestd.sources.fetch.events import EventParser, records_of
 from ingestd.sources.fetch.failure import Again, Changed, GivenUp
 from ingestd.sources.framing import Framer
 from ingestd.sources.lines import Parsed
+from ingestd.sources.sniff import MARK_BYTES, marked
 
 if TYPE_CHECKING:
     from ingestd.sources.fetch.position import Position
@@ -69,7 +69,7 @@ class Lines:
         self.position = position
         self._skip = skip
         self._crc = 0 if skip else position.crc
-        self._head = position.offset == 0 and form != "bytes"
+        self._head: bytes | None = b"" if position.offset == 0 and form != "bytes" else None
         self._end = position.offset  # of everything that was fed
         begun = position.offset > 0
         self._framer = Framer(
@@ -81,16 +81,14 @@ class Lines:
 
         Raises:
             Changed: it does not begin with what was accepted.
-            GivenUp: it is compressed, and nothing said so.
+            GivenUp: it is compressed and nothing said so, or it is UTF-16 or UTF-32.
         """
         if self._skip:
             piece = self._pass_over(piece)
         if not piece:
             return None
-        if self._head:
-            self._head = False
-            if is_compressed(piece):
-                raise GivenUp("it is compressed, although neither its headers nor its name say so")
+        if self._head is not None:
+            self._look_at(piece)
         parsed = self._framer.feed(piece)
         end = piece.rfind(b"\n") + 1
         if end:
@@ -99,6 +97,16 @@ class Lines:
         self._crc = zlib.crc32(memoryview(piece)[end:], self._crc)
         self._end += len(piece)
         return parsed
+
+    def _look_at(self, piece: bytes) -> None:
+        """Nothing but dead letters would come of it."""
+        head = self._head = (self._head or b"") + piece[:MARK_BYTES]
+        if found := marked(head):
+            unsaid = "compressed" in found.what
+            more = ", although neither its headers nor its name say so" if unsaid else ", not UTF-8"
+            raise GivenUp(f"it is {found.what}{more}")
+        if len(head) >= MARK_BYTES:
+            self._head = None
 
     def _pass_over(self, piece: bytes) -> bytes:
         head = piece[: self._skip]
