@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
+import os
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
@@ -26,6 +26,8 @@ RATE_SECONDS = 5.0
 """The live line's rate is that of so long."""
 
 _KIB = 1024.0
+_SHORT_MIN = 10_000  # what is less has its digits in the narrowest line
+_COLUMNS = 80  # of a terminal that does not say
 
 
 class ProgressSnapshot(NamedTuple):
@@ -123,8 +125,7 @@ class Progress:
         now, seconds = self._snapshot(), self._clock.monotonic() - self._began
         rate = (now.processed - self._first.processed) / seconds if seconds > 0 else 0.0
         if self._live:
-            # In full: this line stays.
-            self._draw(f"\r\x1b[K{describe(now, rate)}, {seconds:.1f} s\n")
+            self._draw(f"\r\x1b[K{_summary(now, rate, seconds, self._width())}\n")
         else:
             log.info("input_summed_up", seconds=round(seconds, 3), rate=round(rate), **now.facts())
         return now
@@ -138,13 +139,22 @@ class Progress:
             elapsed = at - before_at
             rate = (now.processed - before.processed) / elapsed if elapsed > 0 else 0.0
             if self._live:
-                # The last column stays free: writing into it makes some terminals wrap.
-                width = max(shutil.get_terminal_size().columns - 1, 1)
                 left = seconds_left(now, before, elapsed)
-                self._draw(f"\r\x1b[K{describe(now, rate, left, width=width)}")
+                self._draw(f"\r\x1b[K{describe(now, rate, left, width=self._width())}")
             elif now != self._logged:  # a source that only waits has nothing to say
                 log.info("input_progressed", rate=round(rate), **now.facts())
                 self._logged = now
+
+    def _width(self) -> int:
+        """Columns that may be written into: the last one makes some terminals wrap."""
+        columns = os.environ.get("COLUMNS", "")
+        if columns.isascii() and columns.isdigit() and int(columns):
+            return max(int(columns) - 1, 1)
+        try:
+            # Of the terminal that is drawn on: standard output may be a file.
+            return max((os.get_terminal_size(self._stream.fileno()).columns or _COLUMNS) - 1, 1)
+        except (OSError, ValueError):
+            return _COLUMNS - 1
 
     def _draw(self, text: str) -> None:
         try:
@@ -182,6 +192,13 @@ def describe(
     return ", ".join(parts)[:width]
 
 
+def _summary(now: ProgressSnapshot, rate: float, seconds: float, width: int) -> str:
+    """The line that stays, with exact numbers; only the size goes if it does not fit."""
+    *parts, size = _parts(now, rate, None, _exact)
+    full = ", ".join([*parts, size, f"{seconds:.1f} s"])
+    return full if len(full) <= width else ", ".join([*parts, f"{seconds:.1f} s"])
+
+
 def _parts(
     now: ProgressSnapshot, rate: float, left: float | None, number: Callable[[float], str]
 ) -> list[str]:
@@ -205,13 +222,14 @@ def _exact(count: float) -> str:
 
 
 def _short(count: float) -> str:
-    """Four characters or five."""
-    for unit in ("", "k", "M", "G"):
-        if count < 999.5:
-            digits = 0 if not unit or count >= 99.95 else 1
-            return f"{count:.{digits}f}{unit}"
+    """Five characters at most, up to a great many."""
+    if count < _SHORT_MIN - 0.5:
+        return _exact(count)
+    for unit in ("k", "M", "G"):
         count /= 1000
-    return f"{count:,.0f}T"
+        if count < 999.5:
+            return f"{count:.{0 if count >= 99.95 else 1}f}{unit}"
+    return f"{count / 1000:,.0f}T"
 
 
 def _size(count: float) -> str:

@@ -16,6 +16,7 @@ from ingestd.sources.progress import (
     Progress,
     ProgressSnapshot,
     _short,
+    _summary,
     describe,
     seconds_left,
 )
@@ -67,7 +68,7 @@ async def test_on_a_terminal(terminal, monkeypatch):
     assert all(len(line) <= 39 and "\n" not in line for line in lines[1:-1])
     assert re.fullmatch(
         r"[\d,]+ lines, [\d,]+ processed \([\d,]+/s\), [\d,]+ pending, [\d,]+ dead, "
-        r"[\d,]+ invalid, \d+\.\d [KM]iB, \d+\.\d s\n",
+        r"[\d,]+ invalid, \d+\.\d s\n",  # the size does not fit into 40 columns
         lines[-1],
     )
     assert not logs
@@ -170,7 +171,7 @@ def test_the_line_fits_into_80_columns_with_every_number_that_matters(urls):
     now = LARGE._replace(urls_done=urls, urls_total=urls)
     line = describe(now, 574_529.4, 1234.5, width=79)
     assert len(line) <= 79
-    ends = "345k pending" if urls else "345k pending, 1.0k dead, 678 invalid"
+    ends = "345k pending" if urls else "345k pending, 1,000 dead, 678 invalid"
     assert line.endswith("12.3M lines, 12.0M processed (575k/s), " + ends)
 
 
@@ -192,10 +193,17 @@ def test_the_line_fits_into_any_width_and_keeps_what_matters():
     assert describe(few, 1.0, width=79) == "3 lines, 3 processed (1/s), 0 pending, 30 B"
 
 
+def test_the_summary_fits_into_80_columns_if_its_exact_numbers_do():
+    now = ProgressSnapshot(284_055, 8_200_000, 284_054, 1, 284_054, 0, 0)
+    fits = "284,055 lines, 284,054 processed (130,716/s), 0 pending, 1 invalid"
+    assert _summary(now, 130_716, 2.2, 79) == f"{fits}, 2.2 s"
+    assert _summary(now, 130_716, 2.2, 99) == f"{fits}, 7.8 MiB, 2.2 s"
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [
-        (0, "0"), (999, "999"), (999.6, "1.0k"), (1000, "1.0k"), (99_940, "99.9k"),
+        (0, "0"), (999, "999"), (9_999, "9,999"), (9_999.6, "10.0k"), (99_940, "99.9k"),
         (99_960, "100k"), (999_499, "999k"), (999_600, "1.0M"), (12_345_678, "12.3M"),
         (10**12, "1T"), (10**16, "10,000T"),
     ],
