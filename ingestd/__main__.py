@@ -5,6 +5,7 @@ from __future__ import annotations
 # First of all: with `python -m` the current folder comes before the standard library.
 from ingestd.base import first  # noqa: F401  isort: skip
 
+import io
 import sys
 import traceback
 from typing import TYPE_CHECKING, Protocol
@@ -58,6 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # What the locale has no character for is still said.
+            stream.reconfigure(errors="backslashreplace")
     try:
         return _execute(sys.argv[1:] if argv is None else argv)
     except IngestdError as error:

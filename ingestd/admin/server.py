@@ -7,6 +7,7 @@ that happens here, and nothing that happens at the door of the records, can lock
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import socket
 import sys
@@ -267,4 +268,10 @@ def _problem(error: OSError | UnicodeError) -> str:
         return "not a host name"
     if isinstance(error, socket.gaierror) or not error.errno:
         return str(error.strerror or error)
-    return os.strerror(error.errno).lower()
+    what = os.strerror(error.errno).lower()
+    if error.errno == errno.EADDRINUSE:
+        what += (
+            '; another program has it: choose another address, like "127.0.0.1:0" for any port that'
+            ' is free, or "" for none'
+        )
+    return what

@@ -1,9 +1,9 @@
-"""Errors. One root; a class's docstring is its message, its facts are fields."""
+"""Errors. One root; a class's message is a field with places for its facts."""
 
 from __future__ import annotations
 
 import enum
-import inspect
+from typing import ClassVar
 
 
 class Exit(enum.IntEnum):
@@ -20,12 +20,13 @@ class Exit(enum.IntEnum):
 class IngestdError(Exception):
     """Something went wrong."""
 
+    message: ClassVar[str] = "something went wrong"
+
     exit_code = Exit.UNEXPECTED
 
     def __init__(self, **facts: object) -> None:
         self.facts = facts
-        template = inspect.cleandoc(type(self).__doc__ or "")
-        super().__init__(template.format(**facts))
+        super().__init__(self.message.format(**facts))
 
     def __reduce__(self) -> tuple[object, ...]:
         """Pickle by facts: the default would pass the message to a keyword-only constructor."""
@@ -37,31 +38,43 @@ def _rebuild(kind: type[IngestdError], facts: dict[str, object]) -> IngestdError
 
 
 class ConfigError(IngestdError):
-    """{problem}"""
+    """The configuration is wrong."""
+
+    message = "{problem}"
 
     exit_code = Exit.CONFIG
 
 
 class UsageError(IngestdError):
-    """{problem}"""
+    """The command line is wrong."""
+
+    message = "{problem}"
 
     exit_code = Exit.USAGE
 
 
 class HandlerLoadError(ConfigError):
-    """handler {target!r}: {problem}"""
+    """A handler can't be loaded, or does not fit its pipeline or its options."""
+
+    message = "handler {target!r}: {problem}"
 
 
 class AddressError(ConfigError):
-    """cannot listen on {address} ({setting}): {problem}"""
+    """An address can't be listened on."""
+
+    message = "cannot listen on {address} ({setting}): {problem}"
 
 
 class DataDirError(ConfigError):
-    """data directory {path}: {problem}"""
+    """The data directory can't be used."""
+
+    message = "data directory {path}: {problem}"
 
 
 class Overloaded(IngestdError):
-    """{what} is full"""
+    """A bound is reached; a later try may succeed."""
+
+    message = "{what} is full"
 
     @property
     def retry_after(self) -> float:
@@ -71,34 +84,50 @@ class Overloaded(IngestdError):
 
 
 class NeverFits(IngestdError):
-    """{size} bytes, more than {what} = {bound}"""
+    """Records are larger than a bound: no later try can succeed."""
+
+    message = "{size} bytes, more than {what} = {bound}"
 
 
 class InputIncomplete(IngestdError):
-    """{given_up} of {total} {what} were given up"""
+    """A part of the input was given up."""
+
+    message = "{given_up} of {total} {what} were given up"
 
 
 class InputUnreadable(InputIncomplete):
-    """standard input could not be read to its end: {problem}"""
+    """Standard input could not be read to its end."""
+
+    message = "standard input could not be read to its end: {problem}"
 
 
 class KeyInFlight(IngestdError):
-    """a request with this Idempotency-Key is in progress"""
+    """A request with the same Idempotency-Key is in progress."""
+
+    message = "a request with this Idempotency-Key is in progress"
 
 
 class KeyReused(IngestdError):
-    """this Idempotency-Key came with another body, Content-Type or Content-Encoding"""
+    """An Idempotency-Key came with another request."""
+
+    message = "this Idempotency-Key came with another body, Content-Type or Content-Encoding"
 
 
 class Draining(IngestdError):
-    """this daemon is draining"""
+    """The daemon takes nothing any more."""
+
+    message = "this daemon is draining"
 
 
 class JournalFailed(IngestdError):
-    """journal {path} failed: {problem}"""
+    """A journal can't be written; the next start recovers it."""
+
+    message = "journal {path} failed: {problem}"
 
     exit_code = Exit.LOST
 
 
 class JournalUnreadable(ConfigError):
-    """journal {path}: {problem}"""
+    """A journal can't be opened."""
+
+    message = "journal {path}: {problem}"

@@ -7,6 +7,7 @@ pass, and cannot say where a value came from; hence these.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
 import tomllib
@@ -23,11 +24,13 @@ CONFIG_VARIABLE = "INGESTD_CONFIG"
 SECRET_PREFIX = "ingestd_"  # noqa: S105  the name of a file
 SECRET_BYTES_MAX = 1024**2
 
-# Kubernetes tells every pod of the services beside it. One that is called "ingestd" or
-# "ingestd-admin" would otherwise look like a misspelt setting.
-_SERVICE_LINK = re.compile(
-    r"INGESTD_([A-Z0-9]+_)*(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?"
-    r"|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+# Kubernetes tells every pod of the services beside it, and Docker of linked containers. What it
+# says of one called "ingestd" or "ingestd-admin" would look like misspelt settings. Values tell
+# them apart: INGESTD_PORT=8080 is a mistake, INGESTD_PORT=tcp://10.0.0.1:8080 is a service's.
+_PORT_OF_A_SERVICE = re.compile(r"(tcp|udp|sctp)://\S+", re.IGNORECASE)
+_LINK = (
+    "{}_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?"
+    "|PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
 )
 
 
@@ -63,14 +66,35 @@ def from_flags(flags: Iterable[Flag], problems: list[str]) -> Iterator[Entry]:
 
 def from_environment(environ: Mapping[str, str], problems: list[str]) -> Iterator[Entry]:
     """`INGESTD_BATCH__RECORDS_MAX`; case does not matter behind the prefix."""
-    in_kubernetes = "KUBERNETES_SERVICE_HOST" in environ
+    links = _links(environ)
     for name in sorted(environ):
         if not name.startswith(PREFIX) or name == CONFIG_VARIABLE:
             continue
-        if in_kubernetes and _SERVICE_LINK.fullmatch(name):
+        if any(link.fullmatch(name) for link in links):
             continue
         path = tuple(name.removeprefix(PREFIX).lower().split("__"))
         yield from _from_text(path, environ[name], f"env {name}", _variable_name, problems)
+
+
+def _links(environ: Mapping[str, str]) -> list[re.Pattern[str]]:
+    """The variables of each service whose address is in the environment."""
+    services = set()
+    for name, value in environ.items():
+        if not name.startswith(PREFIX):
+            continue
+        if name.endswith("_SERVICE_HOST") and _is_ip(value):
+            services.add(name.removesuffix("_SERVICE_HOST"))
+        elif name.endswith("_PORT") and _PORT_OF_A_SERVICE.fullmatch(value):
+            services.add(name.removesuffix("_PORT"))
+    return [re.compile(_LINK.format(re.escape(service))) for service in services]
+
+
+def _is_ip(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def from_secrets(folder: Path, problems: list[str]) -> Iterator[Entry]:
@@ -110,7 +134,7 @@ def from_file(file: Path, problems: list[str]) -> Iterator[Entry]:
     """A TOML file that has to be there."""
     try:
         with file.open("rb") as opened:
-            table = tomllib.load(opened)
+            table = tomllib.loads(opened.read().decode("utf-8-sig"))  # editors put a BOM there
     except FileNotFoundError:
         problems.append(f"there is no configuration file {file}")
     except OSError as error:

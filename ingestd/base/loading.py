@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from ingestd.base.anchoring import absolute
 from ingestd.base.contradictions import ContradictionError
 from ingestd.base.errors import ConfigError
 from ingestd.base.keys import PIPELINES, dotted, field_at, shown, values_of
@@ -172,7 +173,7 @@ def _gather(
 def find_config(named: str | None, cwd: Path, system_config: Path) -> Path | None:
     """The one file that is read: a named one, else `./ingestd.toml`, else the system's."""
     if named is not None:
-        return cwd / named
+        return absolute(named, cwd, "--config")
     return next((file for file in (cwd / LOCAL_CONFIG, system_config) if _is_there(file)), None)
 
 

@@ -58,7 +58,13 @@ def _plain_data(value: object, depth: int) -> object:
         return {_name(key): _plain_data(item, depth - 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain_data(item, depth - 1) for item in value]
-    if isinstance(value, str | int | float):
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("should be UTF-8 text") from None
+        return value
+    if isinstance(value, int | float):
         return value
     raise ValueError("should be text, a number, a boolean, a list or a table")
 

@@ -32,6 +32,7 @@ _SECONDS = {
     "us": Fraction(1, 1_000_000),
 }
 
+_AMBIGUOUS = frozenset("kKmMgGtT")
 _NUMBER = r"[0-9]+(?:\.[0-9]+)?"
 _SIZE = re.compile(rf"({_NUMBER})\s*([A-Za-z]*)", re.ASCII)
 _TIME = re.compile(rf"({_NUMBER})\s*([a-z]*)", re.ASCII)
@@ -78,6 +79,14 @@ def parse_size(written: object) -> int:
             size = Fraction(match[1]) * factor
             if size.denominator == 1:
                 return int(size)
+        if match and match[2] in _AMBIGUOUS:
+            unit = match[2].upper()
+            raise NotUnderstoodError(
+                written,
+                f"a size: {match[2]} alone is 1000 to some and 1024 to others, write"
+                f" {'k' if unit == 'K' else unit}B ({_BYTES[f'{unit}b'.lower()]:,} bytes)"
+                f" or {'K' if unit == 'K' else unit}iB ({_BYTES[f'{unit}ib'.lower()]:,} bytes)",
+            )
     raise NotUnderstoodError(written, SIZE_FORMS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from urllib.parse import urlsplit
 
@@ -39,9 +40,18 @@ def split_urls(value: object) -> object:
     Raises:
         ValueError: not a list, or one of them is not a URL.
     """
-    urls = [one for one in _BETWEEN.split(value) if one] if isinstance(value, str) else value
+    urls = value
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            urls = json.loads(value)  # as a variable or a flag has an array
+        except (ValueError, RecursionError):
+            urls = None
+    elif isinstance(value, str):
+        urls = [one for one in _BETWEEN.split(value) if one]
     if not isinstance(urls, list | tuple) or not all(isinstance(url, str) for url in urls):
-        raise ValueError("should be a list of URLs, or text with spaces between them")
+        raise ValueError(
+            "should be a list of URLs: an array of text, or text with spaces between them"
+        )
     for url in urls:
         check_url(url)
     return tuple(urls)

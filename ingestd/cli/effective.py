@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ingestd.base.keys import dotted, field_at, quoted, shown, values_of
 from ingestd.base.section import MASK
 from ingestd.base.urls import show_url
+from ingestd.handlers.target import is_ours
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -17,9 +18,7 @@ if TYPE_CHECKING:
 _SECRET_NAME = re.compile(
     r"pass|pwd|token|secret|key|dsn|credential|auth|private|cookie|signature", re.IGNORECASE
 )
-_SECRET_VALUE = re.compile(
-    r"://[^/\s]*@|-----BEGIN|(password|pwd|secret|token|key|signature)\s*=", re.IGNORECASE
-)
+_PLAIN = re.compile(r"|true|false|-?[0-9]{1,9}(\.[0-9]{1,9})?", re.IGNORECASE)
 _WIDTH_MAX = 48
 
 
@@ -37,8 +36,10 @@ def effective(loaded: Loaded) -> Iterator[str]:
 
 def _visible(path: Sequence[str], value: object, origin: str, loaded: Loaded) -> object:
     source = loaded.origins.get(origin.removeprefix("as "), "") if "as " in origin[:3] else origin
-    if source.startswith("secret ") or ("options" in path and is_secret(path, value)):
+    if source.startswith("secret "):
         return MASK
+    if "options" in path:
+        return _option(path, value, _harmless(path, loaded))
     if path[:2] == ("fetch", "headers") and value != {}:
         return MASK
     if isinstance(value, tuple) and tuple(path) == ("fetch", "urls"):
@@ -46,16 +47,25 @@ def _visible(path: Sequence[str], value: object, origin: str, loaded: Loaded) ->
     return shown(field_at(path), value)
 
 
-def is_secret(path: Sequence[str], value: object) -> bool:
-    """Whether an option looks like nobody else should see it, by its name or by its value."""
+def _harmless(path: Sequence[str], loaded: Loaded) -> bool:
+    """Whether an option is one of our sinks', which have no secrets."""
+    settings: Any = loaded.settings
+    handler = settings.handler if path[0] == "handler" else settings.pipelines[path[1]].handler
+    return is_ours(handler.target)
+
+
+def _option(path: Sequence[str], value: object, harmless: bool) -> object:
+    """An option as it may be shown: text may be a secret, whatever it is called."""
     names = path[path.index("options") + 1 :]
     if any(_SECRET_NAME.search(name) for name in names):
-        return True
+        return MASK
     if isinstance(value, dict):
-        return any(is_secret((*path, key), inner) for key, inner in value.items())
+        return {key: _option((*path, key), inner, harmless) for key, inner in value.items()}
     if isinstance(value, list):
-        return any(is_secret(path, inner) for inner in value)
-    return isinstance(value, str) and bool(_SECRET_VALUE.search(value))
+        return [_option(path, inner, harmless) for inner in value]
+    if isinstance(value, str) and not (harmless or _PLAIN.fullmatch(value)):
+        return MASK
+    return value
 
 
 def _toml(value: object) -> str:

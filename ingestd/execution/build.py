@@ -55,7 +55,7 @@ async def start_pool(
         record_format=settings.format,
         executor=kind,
         pipeline=name,
-        data_dir=str(data_dir),
+        data_dir=os.fsencode(data_dir),
     )
     lanes = [f"{name}-worker-{number}" for number in range(executor.workers)]
     if kind in {"auto", "process"}:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ class Wanted(msgspec.Struct, frozen=True):
         executor: thread, process or async; auto while it is not known whether the handler is
             async.
         pipeline: its name.
-        data_dir: the daemon's data directory.
+        data_dir: the daemon's data directory; its name need not be UTF-8.
     """
 
     target: str
@@ -43,7 +44,7 @@ class Wanted(msgspec.Struct, frozen=True):
     record_format: str
     executor: str
     pipeline: str
-    data_dir: str
+    data_dir: bytes
 
 
 class Runner:
@@ -101,7 +102,7 @@ class Runner:
                     # A copy: an instance may change its options, and the next one gets them too.
                     copy.deepcopy(wanted.options),
                     pipeline=wanted.pipeline,
-                    data_dir=wanted.data_dir,
+                    data_dir=os.fsdecode(wanted.data_dir),
                 )
             except HandlerLoadError as error:
                 return None, failure_of(error.__cause__ or error)

@@ -29,7 +29,9 @@ _LOOK_SECONDS = 0.1
 
 
 class ClientFailed(IngestdError):  # noqa: N818  reads as what happened
-    """a client can't go on: {problem}"""  # noqa: D415  it is the message
+    """A client can't go on."""
+
+    message = "a client can't go on: {problem}"
 
 
 class Task(NamedTuple):

@@ -35,7 +35,9 @@ _NOT_PASSED = {"CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG_USEC"}
 
 
 class VictimDied(IngestdError):  # noqa: N818  reads as what happened
-    """the daemon {what}; its last lines: {lines}"""  # noqa: D415  it is the message
+    """The daemon ended, or did not come up."""
+
+    message = "the daemon {what}; its last lines: {lines}"
 
 
 class Ready(NamedTuple):

@@ -77,7 +77,7 @@ def test_check_says_what_is_in_effect_and_where_it_came_from(here: Path) -> None
         '["https://a.example", "https://b.example"]', "flag --http.cors_origins",
     )  # fmt: skip
     assert lines["handler.target"] == ('"shop:Store"', "argument HANDLER")
-    assert lines["handler.options.table"] == ('"t"', "flag --handler.options.table")
+    assert lines["handler.options.table"] == ('"***"', "flag --handler.options.table")
     assert lines["queue.bytes_max"] == ('"100MiB"', "env INGESTD_QUEUE__BYTES_MAX")
     assert lines["batch.age_max"] == ('"2s"', f"file {here}/ingestd.toml")
     assert lines["drain.timeout"] == ('"30s"', "default")
@@ -100,6 +100,9 @@ def test_what_check_prints_is_a_configuration_with_the_same_effect(here: Path) -
     assert first.returncode == 0
     effective = tomllib.loads(first.stdout)
     written = tomllib.loads((here / "ingestd.toml").read_text())
+    # Text is masked: nobody but the handler knows what it is.
+    options = written["handler"]["options"]
+    options["l"][1] = options["odd.name"] = "***"
     assert effective["handler"] == written["handler"]
     assert effective["data_dir"] == str(here / written["data_dir"])
     (here / "again.toml").write_text(first.stdout)
@@ -145,7 +148,7 @@ def test_check_masks_what_looks_secret_and_what_came_from_a_secret(here: Path) -
         '"***"', f"secret {here}/credentials/ingestd_handler__options__table",
     )  # fmt: skip
     assert lines["pipelines.clicks.handler.options.table"][0] == '"***"'
-    assert lines["handler.options.database.host"][0] == '"visible"'
+    assert lines["handler.options.database.host"][0] == '"***"'
 
 
 @pytest.mark.parametrize(
@@ -238,12 +241,12 @@ def test_a_handler_may_stand_before_between_and_behind_the_flags(here: Path) -> 
 
 def test_values_may_look_like_anything(here: Path) -> None:
     run = ingestd(
-        "check", "shop:Store", "--handler.options.n", "-5", "--handler.options.text=--x=y%s {}",
+        "check", "sqlite", "--handler.options.columns", "-5", "--handler.options.table=--x=y%s {}",
         cwd=here,
     )  # fmt: skip
     lines = lines_of(run.stdout)
-    assert lines["handler.options.n"][0] == '"-5"'
-    assert lines["handler.options.text"][0] == '"--x=y%s {}"'
+    assert lines["handler.options.columns"][0] == '"-5"'
+    assert lines["handler.options.table"][0] == '"--x=y%s {}"'
 
 
 @pytest.mark.parametrize("command", ["run", "check"])
@@ -345,3 +348,70 @@ def test_the_public_names() -> None:
     assert set(package.__all__) <= set(dir(package))
     with pytest.raises(AttributeError, match="nonsense"):
         package.nonsense  # noqa: B018
+
+
+SECRETS = {
+    "hook": "https://hooks.slack.example/services/T0/B0/hunter",
+    "sas": "https://x.blob.example/c?sv=1&sig=hunter",
+    "headers": '{"Authorization": "Bearer hunter"}',
+    "bearer": "Bearer hunter",
+    "odd": "my+scheme:me:hunter@host",
+    "plain": "hunter",
+}
+
+
+def test_options_are_masked_unless_they_are_known_to_be_harmless(here: Path) -> None:
+    (here / "open.py").write_text(
+        "class Open:\n"
+        "    def __init__(self, **options): pass\n"
+        "    def __call__(self, batch): pass\n"
+    )
+    flags = [part for key, value in SECRETS.items() for part in (f"--handler.options.{key}", value)]
+    run = ingestd("check", "open:Open", "--handler.options.size", "50", *flags, cwd=here)
+    assert run.returncode == 0
+    assert "hunter" not in run.stdout + run.stderr
+    assert lines_of(run.stdout)["handler.options.size"][0] == '"50"'
+
+
+def test_what_a_sink_of_ours_is_told_is_shown(here: Path) -> None:
+    run = ingestd("check", "sqlite", "--handler.options.table", "clicks", cwd=here)
+    assert lines_of(run.stdout)["handler.options.table"][0] == '"clicks"'
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"PYTHONIOENCODING": "latin-1"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+)
+@pytest.mark.parametrize("arguments", [["run", "--help"], ["--help"], ["prove", "--help"]])
+def test_help_needs_no_utf_8(here: Path, arguments: list[str], environ: dict[str, str]) -> None:
+    run = ingestd(*arguments, cwd=here, environ=environ)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "usage" in run.stdout
+
+
+@pytest.mark.parametrize("level", ["0", "2"])
+def test_messages_do_not_vanish_with_the_docstrings(here: Path, level: str) -> None:
+    run = ingestd("check", "nothing:here", cwd=here, environ={"PYTHONOPTIMIZE": level})
+    assert run.returncode == 78
+    assert "no module named 'nothing'" in run.stderr
+    run = ingestd("check", "--batch", "1", cwd=here, environ={"PYTHONOPTIMIZE": level})
+    assert run.returncode == 2
+    assert "unknown flag --batch" in run.stderr
+
+
+def test_a_tilde_is_the_home_folder(here: Path) -> None:
+    home = here / "home"
+    run = ingestd(
+        "check", "sqlite", "--data-dir", "~/x", "--handler.options.path", "~/y.db",
+        "--fetch.file", "~/urls", cwd=here, environ={"HOME": str(home)},
+    )  # fmt: skip
+    lines = lines_of(run.stdout)
+    assert lines["data_dir"][0] == f'"{home}/x"'
+    assert lines["handler.options.path"][0] == f'"{home}/y.db"'
+    assert lines["fetch.file"][0] == f'"{home}/urls"'
+    run = ingestd("check", "--data-dir", "~nobody-here/x", cwd=here)
+    assert run.returncode == 78
+    assert "data_dir: there is no home folder for '~nobody-here/x'" in run.stderr

@@ -119,3 +119,48 @@ def test_a_journal_of_another_program(tmp_path: Path) -> None:
     done = run(*LISTEN, cwd=tmp_path)
     assert done.returncode == 78
     assert "not a journal of ingestd" in one_line(done)
+
+
+def test_an_admin_port_in_use_names_a_way_out(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        done = run("--listen", "127.0.0.1:0", "--admin.listen", address, cwd=tmp_path)
+    assert done.returncode == 78
+    assert "(admin.listen): address already in use; another program has it" in one_line(done)
+
+
+@pytest.mark.parametrize("kind", ["process", "thread"])
+def test_a_data_directory_may_have_any_name(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "app.py").write_text(
+        "from ingestd.handlers.context import Context\n"
+        "class Store:\n"
+        "    def __init__(self, context: Context) -> None:\n"
+        "        open(context.data_dir + '/made', 'w').close()\n"
+        "    def __call__(self, batch: list[int]) -> None: pass\n"
+    )
+    name = os.fsdecode(b"d\xff")
+    arguments = ("app:Store", "--executor.kind", kind, "--data-dir", name)
+    with daemon(*arguments, cwd=tmp_path) as one:
+        assert one.post(b"1")[0] == 202
+        one.until_settled()
+        one.terminate()
+        assert one.wait() == 0
+    assert (tmp_path / name / "made").exists()
+    for tool in (("dead", "list"), ("journal", "stat")):
+        done = subprocess.run(
+            [sys.executable, "-m", "ingestd", *tool, "--data-dir", name], cwd=tmp_path,
+            capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_without_docstrings_the_daemon_does_its_work(tmp_path: Path) -> None:
+    with daemon(cwd=tmp_path, environ={"PYTHONOPTIMIZE": "2"}) as one:
+        status, answer = one.post(b"{]")
+        assert status == 400
+        assert answer["detail"]
+        assert one.post(b"{}")[0] == 202
+        one.until_settled()
+        one.terminate()
+        assert one.wait() == 0

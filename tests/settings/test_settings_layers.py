@@ -249,11 +249,62 @@ def test_what_kubernetes_tells_of_a_service_called_ingestd_is_no_setting(world: 
         "INGESTD_ADMIN_PORT_8081_TCP_ADDR": "10.0.0.2",
     }
     world.environ |= links
-    assert len(world.problems()) == len(links)
-    world.environ["KUBERNETES_SERVICE_HOST"] = "10.0.0.0"
     assert world.load().settings == Settings()
     world.environ["INGESTD_BATCH_RECORDS_MAX"] = "5"
     assert "INGESTD_BATCH__RECORDS_MAX" in world.problem()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("INGESTD_PORT", "8080"),
+        ("INGESTD_HTTP_PORT", "8080"),
+        ("INGESTD_SERVICE_PORT", "8080"),
+        ("INGESTD_SERVICE_HOST", "name"),
+    ],
+)
+def test_what_only_looks_like_a_service_is_a_mistake(
+    world: World, name: str, value: str, inside: bool
+) -> None:
+    if inside:
+        world.environ["KUBERNETES_SERVICE_HOST"] = "10.0.0.0"
+    world.environ[name] = value
+    assert f"unknown variable {name}" in world.problem()
+
+
+def test_what_docker_tells_of_a_link_called_ingestd_is_no_setting(world: World) -> None:
+    world.environ |= {
+        "INGESTD_PORT": "tcp://172.17.0.5:8080",
+        "INGESTD_PORT_8080_TCP": "tcp://172.17.0.5:8080",
+        "INGESTD_PORT_8080_TCP_PORT": "8080",
+    }
+    assert world.load().settings == Settings()
+
+
+def test_urls_come_as_an_array_in_a_variable(world: World) -> None:
+    world.environ["INGESTD_FETCH__URLS"] = '["https://a.example/x", "https://b.example/y"]'
+    assert world.load().settings.fetch.urls == ("https://a.example/x", "https://b.example/y")
+    world.environ["INGESTD_FETCH__URLS"] = '["https://a.example/x"'
+    assert "should be a list of URLs" in world.problem()
+
+
+def test_a_byte_order_mark_is_no_part_of_the_file(world: World) -> None:
+    (world.root / "cwd" / "ingestd.toml").write_bytes(b"\xef\xbb\xbfformat = 'text'\r\n")
+    assert world.load().settings.format == "text"
+
+
+@pytest.mark.parametrize(
+    ("size", "says"),
+    [
+        ("4M", "write MB (1,000,000 bytes) or MiB (1,048,576 bytes)"),
+        ("4k", "write kB (1,000 bytes) or KiB (1,024 bytes)"),
+        ("4G", "write GB (1,000,000,000 bytes) or GiB (1,073,741,824 bytes)"),
+    ],
+)
+def test_a_letter_alone_is_told_both_units(world: World, size: str, says: str) -> None:
+    world.environ["INGESTD_BATCH__BYTES_MAX"] = size
+    assert says in world.problem()
 
 
 @pytest.mark.parametrize(

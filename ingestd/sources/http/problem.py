@@ -88,7 +88,9 @@ KINDS = tuple(kind for kind in list(globals().values()) if isinstance(kind, Kind
 
 
 class Problem(IngestdError):  # noqa: N818 - the RFC's word
-    """{detail}"""  # noqa: D415 - the docstring is the message
+    """A request is answered with a problem document."""
+
+    message = "{detail}"
 
     def __init__(
         self,
