@@ -10,7 +10,7 @@ import contextlib
 from typing import TYPE_CHECKING, cast
 
 import async_timeout
-from aiohttp import HttpVersion10, web
+from aiohttp import HttpVersion10, web, web_protocol
 from aiohttp.http_exceptions import BadHttpMessage, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD
 from aiohttp.web_protocol import ERROR, RequestPayloadError, _ErrInfo
@@ -27,7 +27,7 @@ from ingestd.sources.http.strict import fault, line_is_spaced
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from aiohttp.abc import AbstractStreamWriter
     from aiohttp.http import RawRequestMessage
@@ -51,6 +51,15 @@ WRITE_BUFFER_BYTES = 16 * 1024
 READ_BYTES = 128 * 1024
 """aiohttp's read buffer of a body: it stops reading at twice that, or at a sixteenth in chunks."""
 
+READ_AHEAD_MAX = 4
+"""Requests that are read ahead of their answers. aiohttp's 32 are a MiB of objects, if their heads
+are many small lines."""
+
+HEADER_BYTES = 400
+"""What a line of a head takes beside its own bytes, of which there are three copies."""
+
+web_protocol.MAX_MSG_QUEUE_SIZE = READ_AHEAD_MAX  # no argument says it
+
 _CHUNKS_MAX = READ_BYTES // 16
 _CHUNK_BYTES = 64
 _CHUNKED_END = b"\r\n0\r\n\r\n"
@@ -59,6 +68,13 @@ _HEAD_TOO_LARGE = Problem(
 )
 _NO_WRITER = cast("AbstractStreamWriter", None)
 """Answers are written without one."""
+
+
+def size_of_head(headers: Sequence[tuple[bytes, bytes]]) -> int:
+    """What a head takes: as it came, decoded, and as a map."""
+    return 3 * sum([len(name) + len(value) for name, value in headers]) + HEADER_BYTES * len(
+        headers
+    )
 
 
 class Connection(web.RequestHandler):
@@ -78,9 +94,11 @@ class Connection(web.RequestHandler):
         "_chunked",
         "_end",
         "_head_bytes",
+        "_head_lines",
         "_head_timer",
         "_line",
         "_paused_at",
+        "_unread",
         "_wire_bytes",
         "authorities",
         "client",
@@ -107,6 +125,8 @@ class Connection(web.RequestHandler):
         self._wire_bytes = 0
         self._paused_at = 0
         self._head_bytes = 0
+        self._head_lines = 0
+        self._unread = 0
         self._line = b""
         self._head_timer: asyncio.TimerHandle | None = None
 
@@ -241,6 +261,7 @@ class Connection(web.RequestHandler):
         if b"\n" not in self._line:
             self._line += data
         self._head_bytes += len(data)
+        self._head_lines += data.count(b"\n")
         if self._head_bytes > HEAD_BYTES_MAX:
             self._refuse(_HEAD_TOO_LARGE)
 
@@ -274,7 +295,7 @@ class Connection(web.RequestHandler):
             self._line, data = b"", self._line + data
         for index in range(before, len(messages)):
             self._stop_head_timer()
-            self._head_bytes = 0
+            self._head_bytes = self._head_lines = 0
             message, body = messages[index]
             if isinstance(message, _ErrInfo):
                 self.last = True
@@ -320,12 +341,15 @@ class Connection(web.RequestHandler):
             self._body.feed_eof()
 
     def _count_held(self, size: int) -> int:
-        """What waits here at most: a part of a head, or requests behind another one."""
+        """What waits here at most: a part of a head, requests behind another one, an answer."""
         if not self._messages:
-            return self._head_bytes
-        bodies = 0
+            return self._unread + 3 * self._head_bytes + HEADER_BYTES * self._head_lines
+        bodies = self._unread
         for message, body in self._messages:
-            if not isinstance(message, _ErrInfo) and body is not EMPTY_PAYLOAD:
+            if isinstance(message, _ErrInfo):
+                continue
+            bodies += size_of_head(message.raw_headers)
+            if body is not EMPTY_PAYLOAD:
                 bodies += body.total_bytes
                 if message.chunked:  # each chunk is an object or two
                     bodies += min(body.total_bytes, _CHUNKS_MAX) * _CHUNK_BYTES
@@ -351,7 +375,7 @@ class Connection(web.RequestHandler):
     @property
     def is_waiting(self) -> bool:
         """Whether something is held for real; `held` may be what was."""
-        return bool(self._messages or self._head_bytes)
+        return bool(self._messages or self._head_bytes or self._unread)
 
     # -- what goes -----------------------------------------------------------------------------
 
@@ -434,13 +458,25 @@ class Connection(web.RequestHandler):
             )
         )
         if self._paused:
-            try:
-                async with async_timeout.timeout(answer.write_timeout):
-                    await self._drain_helper()
-            except (TimeoutError, ConnectionError):
-                transport.abort()
-                return False
+            return await self._sent(transport, answer.write_timeout) and keeps
         return keeps
+
+    async def _sent(self, transport: asyncio.Transport, seconds: float) -> bool:
+        """Waits until the client has read its answers, and reads nothing of it meanwhile."""
+        self._pause_reading_for_buffer()
+        self._unread = transport.get_write_buffer_size()
+        self._manager.hold(self, self._count_held(0))
+        try:
+            async with async_timeout.timeout(seconds):
+                await self._drain_helper()
+        except (TimeoutError, ConnectionError):
+            transport.abort()
+            return False
+        finally:
+            self._unread = 0
+        if len(self._messages) <= self._msg_queue_resume_size:
+            self._resume_reading_if_drained()
+        return True
 
     async def _linger(self, body: StreamReader) -> bool:
         """Reads what is left of a body for a while; whether that was all of it."""

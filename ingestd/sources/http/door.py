@@ -25,6 +25,7 @@ from ingestd.sources.http import problem, tracing
 from ingestd.sources.http.answer import JSON, PROBLEM, Answer
 from ingestd.sources.http.bench import Bench
 from ingestd.sources.http.body import Bounds, Reading, reading_of
+from ingestd.sources.http.connection import size_of_head
 from ingestd.sources.http.cors import Cors, tell_options
 from ingestd.sources.http.deadline import Deadline
 from ingestd.sources.http.document import Document, unless_known
@@ -68,6 +69,9 @@ if TYPE_CHECKING:
     Resources = Mapping[str, Resource["Route | Document | None"]]
 
 log = get_logger()
+
+HEAD_BYTES_FREE = 8 * 1024
+"""A head that takes more counts as held while its request is answered."""
 
 _CLIENT_GONE = 499
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
@@ -293,6 +297,8 @@ class Door:
             raise self.gate.explain_unknown(request)
         caller = route.caller or self.gate.admit(request, route.intake.name)
         with self._room.enter(caller.name or peer_of(request)) as hold:
+            if (head := size_of_head(request.raw_headers)) > HEAD_BYTES_FREE:
+                hold.add_base(head)
             taken = await self._take_body(request, route, caller, hold)
             # Nothing holds the body any more, however long this takes.
             return await self._wait(request, route, taken) if isinstance(taken, _Durable) else taken

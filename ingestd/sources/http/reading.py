@@ -145,8 +145,8 @@ def _check(total: int, settings: HttpSettings) -> None:
 
 
 def _hold(total: int, hold: Hold) -> None:
-    if total > hold.bytes:
-        hold.grow(total - hold.bytes)
+    if total + hold.base > hold.bytes:
+        hold.grow(total + hold.base - hold.bytes)
 
 
 def _too_large(settings: HttpSettings) -> Problem:

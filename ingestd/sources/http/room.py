@@ -222,14 +222,20 @@ class Room:
 
 
 class Hold:
-    """What one request has taken."""
+    """What one request has taken.
 
-    __slots__ = ("_client", "_lasting", "_room", "bytes")
+    Attributes:
+        base: bytes that are no part of its body.
+        bytes: all of them.
+    """
+
+    __slots__ = ("_client", "_lasting", "_room", "base", "bytes")
 
     def __init__(self, room: Room, client: _Client) -> None:
         self._room = room
         self._client = client
         self._lasting = 0
+        self.base = 0
         self.bytes = 0
 
     @property
@@ -248,15 +254,24 @@ class Hold:
 
     def give_back(self) -> None:
         """The bytes are not held any more; the request's place still is."""
-        self._room.give_back(self._client, self.bytes)
-        self.bytes = 0
+        self.set(0)
+
+    def add_base(self, size: int) -> None:
+        """Takes bytes that are held to the end, and count as no part of the body.
+
+        Raises:
+            Problem: see `Room.take`.
+        """
+        self.grow(size)
+        self.base += size
 
     def set(self, size: int) -> None:
-        """Takes more bytes, or gives some back, so that it is so many.
+        """Takes more bytes, or gives some back, so that it is so many of the body.
 
         Raises:
             Problem: see `Room.take`; it has as many as before.
         """
+        size += self.base
         if size > self.bytes:
             self.grow(size - self.bytes)
         elif size < self.bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 from typing import TYPE_CHECKING, Any, cast
 
 import async_timeout
@@ -25,6 +26,9 @@ log = get_logger()
 
 HELD_BYTES_MAX = 16 * 1024 * 1024
 """Parts of heads and requests that wait behind others, of all connections together."""
+
+CLIENT_HELD_MAX = HELD_BYTES_MAX // 2
+"""The same for the connections of one client."""
 
 _HELD_BYTES_FREE = 4 * 1024
 _TURNED_AWAY_MAX = 256
@@ -64,6 +68,7 @@ class Server(web.Server):
         self._silent: set[web.RequestHandler] = set()
         self._spoken = asyncio.Event()
         self._held = 0
+        self._held_by: Counter[str] = Counter()
         self.head_timeout = head_timeout
         self.authorities: frozenset[bytes] = frozenset()
         self.open = 0
@@ -128,24 +133,33 @@ class Server(web.Server):
         assert isinstance(handler, Connection)  # noqa: S101 - see __call__
         self.open -= 1
         self._clients.leave(handler.client)
-        self._held -= handler.held
+        self._hold(handler, 0)
+        if not self._held_by[handler.client]:
+            del self._held_by[handler.client]
         self.spoke(handler)
         super().connection_lost(handler, exc)
 
     def hold(self, connection: Connection, size: int) -> None:
         """A connection holds that many bytes now; if all of them hold too many, it is ended."""
-        self._held += size - connection.held
-        connection.held = size
-        if self._held <= HELD_BYTES_MAX or size <= _HELD_BYTES_FREE:
+        self._hold(connection, size)
+        if size <= _HELD_BYTES_FREE:
+            return
+        if self._held <= HELD_BYTES_MAX and self._held_by[connection.client] <= CLIENT_HELD_MAX:
             return
         for other in self.connections:
             assert isinstance(other, Connection)  # noqa: S101
             if not other.is_waiting:
-                self._held -= other.held
-                other.held = 0
-        if self._held > HELD_BYTES_MAX and connection.transport is not None:
+                self._hold(other, 0)
+        over = self._held > HELD_BYTES_MAX or self._held_by[connection.client] > CLIENT_HELD_MAX
+        if over and connection.transport is not None:
             log.debug("connection_ended", held=size)
             connection.transport.abort()
+
+    def _hold(self, connection: Connection, size: int) -> None:
+        more = size - connection.held
+        self._held += more
+        self._held_by[connection.client] += more
+        connection.held = size
 
     def answer(self, request: web.BaseRequest) -> Awaitable[Answer]:
         """What a connection asks for each request."""

@@ -255,7 +255,7 @@ class Stream:
     def _count(self) -> None:
         """Gives back what it does not hold any more."""
         held = self._lasting + self._committing + self._passing
-        self._hold.set(min(held, self._hold.bytes))
+        self._hold.set(min(held, self._hold.bytes - self._hold.base))
 
     def _inflated(self, wire: bytes) -> Iterator[bytes]:
         if self._inflater is None:
