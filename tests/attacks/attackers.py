@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from tests.attacks.holders import holding
 from tests.attacks.smuggling import CHUNKED, HOST, LINE, REFUSED, SMUGGLED, TAKEN_ALONE, head
 
 if sys.version_info >= (3, 14):
@@ -40,8 +41,13 @@ class Attack:
 
     def __init__(self, port: int, seconds: float) -> None:
         self.port = port
+        self.done = done
         self.end = time.monotonic() + seconds
         self.random = random.Random(4)
+
+    @property
+    def left(self) -> float:
+        return max(0.1, self.end - time.monotonic())
 
     @property
     def goes_on(self) -> bool:
@@ -255,6 +261,7 @@ def plan(attack: Attack) -> dict[str, list[Coroutine[None, None, None]]]:
         "resets": [reset(attack)],
         "endless bodies": [endless(attack, "endless bodies", 15, b"", noise)],
         "endless chunk lines": [endless(attack, "endless chunk lines", 16, b"1;", b"x" * 1000)],
+        **holding(attack),
     }
 
 
