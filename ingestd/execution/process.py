@@ -101,6 +101,7 @@ class Child:
                 os.close(memory)
         self._timeout = 0.0
         self._number = 0
+        self._rest = b""  # of the connection's bytes
         self._closed_by: float | None = None  # when the handler's close() has to be done
         self._gone = False
         self._answered = time.monotonic()
@@ -109,6 +110,7 @@ class Child:
 
     def _greet(self, hello: wire.Hello) -> wire.Ready:
         body = self._exchange(wire.encode(hello), START_TIMEOUT, wire.ANSWER_BYTES_MAX)
+        self._check_end()
         ready = self._decoded(wire.decode_ready, body)
         if ready.load_error:
             self.kill()
@@ -128,7 +130,10 @@ class Child:
         if flaw := flaw_of(answer.result, job.records.count):
             raise self._misfit(flaw)
         if answer.closing:
+            # What says that it is closed may have come in one piece with the answer.
             self._closed_by = time.monotonic() + CLOSE_SECONDS
+        else:
+            self._check_end()
         return answer.result
 
     def await_closed(self) -> str:
@@ -144,7 +149,12 @@ class Child:
             return ""
         deadline, self._closed_by = self._closed_by, None
         body = self._receive(max(deadline - time.monotonic(), 0.001), wire.ANSWER_BYTES_MAX)
+        self._check_end()
         return self._decoded(wire.decode_closed, body).error
+
+    def _check_end(self) -> None:
+        if self._rest:
+            raise self._misfit(wire.TRAILING)
 
     def flaw(self) -> str:
         """What is wrong with the child before it gets a job, or nothing."""
@@ -178,6 +188,8 @@ class Child:
                 self._sock,
                 worker=self.process.pid,
                 limit=limit,
+                begun=self._rest,
+                may_follow=True,
                 # One byte a second would never be too late otherwise.
                 before_more=lambda: self._wait_at_most(deadline - time.monotonic()),
             )
@@ -189,6 +201,7 @@ class Child:
             message = None
         if message is None:
             raise _WorkerDiedError("crashed", self._obituary())
+        self._rest = message.rest
         if message.number != self._number:
             raise self._misfit(f"it is about job {message.number}, not {self._number}")
         self._answered = time.monotonic()

@@ -110,15 +110,19 @@ class Message(NamedTuple):
     Attributes:
         number: of the job that it belongs to.
         body: MessagePack.
+        rest: what came behind it.
     """
 
     number: int
     body: bytes | bytearray
+    rest: bytes = b""
 
 
 class Misfit(Exception):  # noqa: N818  the message says what it is
     """What came is no message of this worker's, or not about this job."""
 
+
+TRAILING = "there are bytes behind it"
 
 encode = msgspec.msgpack.Encoder().encode
 decode_hello = msgspec.msgpack.Decoder(Hello).decode
@@ -237,11 +241,15 @@ def receive(
     worker: int,
     limit: int,
     before_more: Callable[[], None] = lambda: None,
+    begun: bytes = b"",
+    may_follow: bool = False,
 ) -> Message | None:
     """Receives one message; `None` when the other side has gone.
 
     Args:
         sock: where from.
+        begun: the `rest` of the message before, which is the beginning of this one.
+        may_follow: bytes behind the message are its `rest`.
         worker: the child's process id.
         limit: most bytes of a body.
         before_more: called before each piece but the first; may raise.
@@ -250,7 +258,7 @@ def receive(
         Misfit: it is no message, or not this child's, or too large.
         OSError: the connection broke, or the socket's timeout passed.
     """
-    begun = sock.recv(_BUFFER_BYTES)  # usually all of it
+    begun = begun or sock.recv(_BUFFER_BYTES)  # usually all of it
     while len(begun) < _HEAD.size:
         if not _MAGIC.startswith(begun[: len(_MAGIC)]):
             break
@@ -262,7 +270,10 @@ def receive(
     number, length = _read_head(begun, worker, limit)
     have = len(begun) - _HEAD.size
     if have > length:
-        raise Misfit("there are bytes behind it")
+        if not may_follow:
+            raise Misfit(TRAILING)
+        end = _HEAD.size + length
+        return Message(number, begun[_HEAD.size : end], begun[end:])
     if have == length:
         return Message(number, begun[_HEAD.size :])
     # Not at once: what came so far is all that is known to be there.

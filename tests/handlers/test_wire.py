@@ -163,3 +163,17 @@ def test_a_child_can_neither_write_to_the_memory_nor_make_it_shorter() -> None:
     os.close(fd)
     ours.close()
     theirs.close()
+
+
+@pytest.mark.parametrize("split", [0, 1, 6, 10, 29, 30])
+def test_an_answer_and_what_follows_it_may_come_in_one_piece(pair: Pair, split: int) -> None:
+    for body in (b"the answer", b"closed"):
+        wire.send(pair[0], body, **ME)
+    whole = pair[1].recv(1000)
+    pair[0].sendall(whole[: len(whole) - split])
+    first = wire.receive(pair[1], worker=ME["worker"], limit=100, may_follow=True)
+    assert first is not None
+    pair[0].sendall(whole[len(whole) - split :])
+    second = wire.receive(pair[1], worker=ME["worker"], limit=100, begun=first.rest)
+    assert second is not None
+    assert (first.body, second.body, second.rest) == (b"the answer", b"closed", b"")
