@@ -25,6 +25,7 @@ HANDLER is module:name (the current folder is importable) or the name of a sink;
 records go to files in the data directory (the sink jsonl).
 
 exit codes: 0 drained, or the rest is safe in the journal; 1 unexpected; 2 usage;
+65 of an input that was read to its end nothing was accepted, or nothing processed;
 75 accepted records were lost or the journal failed; 78 configuration"""
 
 

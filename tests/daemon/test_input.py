@@ -160,7 +160,7 @@ def test_ctrl_c_says_where_to_go_on_and_there_each_line_comes_once(
             break
         shown = str(path) if kind == "file" and first == 1 else ""
         way = f"tail -n +{left[0]['line']} {shown} |" if shown else (
-            f"… | tail -n +{left[0]['line']} |")  # fmt: skip
+            f"... | tail -n +{left[0]['line']} |")  # fmt: skip
         assert left[0]["go_on"] == way
         first += left[0]["line"] - 1
     else:

@@ -112,7 +112,7 @@ async def test_a_pipe_goes_on_at_the_first_line_that_was_not_accepted(held: tupl
     assert found["event"] == "input_left"
     assert found["log_level"] == "warning"
     assert found["line"] == line
-    assert found["go_on"] == f"… | tail -n +{line} |"
+    assert found["go_on"] == f"... | tail -n +{line} |"
     behind = sum(2 for n in range(5) if n > min((*held, 5)) and n not in held)
     if not held:
         assert "accepted_behind" not in found
@@ -154,7 +154,7 @@ async def test_what_is_read_from_the_middle_counts_from_there(tmp_path: Path) ->
             found = left(source)
     finally:
         os.close(fd)
-    assert found["go_on"] == f"… | tail -n +{len(intake.items) + 1} |"
+    assert found["go_on"] == f"... | tail -n +{len(intake.items) + 1} |"
 
 
 async def test_the_end_of_a_pipe_whose_other_side_ended_by_the_same_signal_is_not_the_end() -> None:

@@ -287,4 +287,4 @@ def _way_on(name: str, line: int) -> str:
     """The beginning of the command that goes on with a line."""
     if name:
         return f"tail -n +{line} {shlex.quote(name)} |"
-    return f"… | tail -n +{line} |"
+    return f"... | tail -n +{line} |"
