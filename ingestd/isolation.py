@@ -72,7 +72,7 @@ class Isolation:
             counted=batch.counted,
             age=0.0 if batch.failing_since is None else now - batch.failing_since,
             proven=batch.first_failed is not None and outage.successes > batch.first_failed,
-            outage=outage.is_outage,
+            paused=outage.paused,
             may_split=self._may_split(batch),
         )
 

@@ -12,7 +12,8 @@ evidence a failure may be the handler's own (its database is down), and the batc
   outage makes few parts;
 * tries count up to a few less than `attempts_max`, so that a batch which has waited through an
   outage alone has some left when there is evidence at last (`counted_when_proven`);
-* tries in an outage (see `outage.py`) do not count at all.
+* tries in an outage (see `outage.py`) do not count at all, and while the handler is paused no batch
+  is judged: what was proven before may not be true any more.
 
 `raise Retry` is neither: it spends no try. It is bounded by `give_up_after` alone.
 
@@ -62,7 +63,7 @@ class Standing(NamedTuple):
         counted: of these, tries that count against it.
         age: seconds since it first failed.
         proven: something else has succeeded since then.
-        outage: the handler fails for everyone at the moment.
+        paused: the handler seems to fail for everyone at the moment.
         may_split: it may be split without evidence.
     """
 
@@ -71,7 +72,7 @@ class Standing(NamedTuple):
     counted: int
     age: float = 0.0
     proven: bool = True
-    outage: bool = False
+    paused: bool = False
     may_split: bool = True
 
 
@@ -165,7 +166,7 @@ def _usual(standing: Standing, rule: RetryRule, random: Callable[[], float]) -> 
 
 
 def _is_guilty(standing: Standing, rule: RetryRule) -> bool:
-    return standing.proven and not standing.outage and standing.counted >= rule.attempts_max
+    return standing.proven and not standing.paused and standing.counted >= rule.attempts_max
 
 
 def _is_too_old(standing: Standing, rule: RetryRule) -> bool:

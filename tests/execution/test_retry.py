@@ -66,9 +66,9 @@ def test_without_evidence_a_batch_is_split_only_if_it_may_and_no_record_is_given
     assert decide(result, alone, rule=RULE, random=half) == Postponed(30.0, failure)
 
 
-def test_in_an_outage_no_record_is_given_up_whatever_was_proven_before() -> None:
+def test_in_a_pause_no_record_is_given_up_whatever_was_proven_before() -> None:
     failure = Failure("raised", "down")
-    known = Standing(1, 9, 9, proven=True, outage=True)
+    known = Standing(1, 9, 9, proven=True, paused=True)
     assert isinstance(decide(Result(failure=failure), known, rule=RULE, random=half), Postponed)
     marked = Result([], [Retry(0, None, "503")])
     assert decide(marked, known, rule=RULE, random=half) == Settled((), (Again((0,), 30.0),))
@@ -76,7 +76,7 @@ def test_in_an_outage_no_record_is_given_up_whatever_was_proven_before() -> None
 
 def test_in_the_end_all_of_a_batch_is_given_up() -> None:
     result = Result(failure=Failure("timeout", "too slow"))
-    old = Standing(2, 9, 0, age=3600.0, proven=False, outage=True)
+    old = Standing(2, 9, 0, age=3600.0, proven=False, paused=True)
     assert decide(result, old, rule=RULE, random=half) == Settled(
         (GivenUp(0, "timeout", "too slow"), GivenUp(1, "timeout", "too slow")), ()
     )

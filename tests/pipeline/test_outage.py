@@ -1,0 +1,307 @@
+"""A sink that is down, with the real pipeline: nothing is given up, and all comes in later."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from structlog.testing import capture_logs
+
+import ingestd
+from ingestd.overview import status_of
+from tests.pipeline import recording
+from tests.pipeline.test_pipeline import HANDLER, dead, drained, numbers, records_of, until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+HERE = "tests.pipeline.test_outage:"
+# Waits that would keep what was tried from coming in within the time of a test.
+PATIENT = {"attempts_max": 2, "backoff": "1h", "backoff_max": "1h"}
+
+
+class Flagged(recording.Note):
+    """Raises in the way that `how` says while the file `down` is there; counts its calls."""
+
+    def __init__(self, folder: str, how: str = "raise") -> None:
+        super().__init__(folder)
+        self.how = how
+
+    def __call__(self, batch: ingestd.Batch[Any]) -> None:
+        with Path(self.folder, "tries").open("a") as tries:
+            tries.write("x")
+        if Path(self.folder, "down").exists():
+            if self.how == "retry":
+                raise ingestd.Retry("not now")
+            raise ConnectionError(f"no answer for {batch.id}")
+        super().__call__(batch)
+
+
+class AsksToWait(recording.Note):
+    """Says "not now" to each batch with a negative number, for as long as that says."""
+
+    def __call__(self, batch: ingestd.Batch[Any]) -> None:
+        super().__call__(batch)
+        waits = [-n for n in batch if n < 0]
+        if waits and not Path(self.folder, "up").exists():
+            raise ingestd.Retry("a rate limit", after=max(waits))
+
+
+def each_waits(batch: ingestd.Batch[Any]) -> None:
+    """Asks for each record of the first batch again, each after another time."""
+    for i, number in enumerate(batch):
+        if number < 70 and batch.attempt == 1:
+            batch.retry(i, after=3600 + number * 20)
+
+
+def tries(folder: Path) -> int:
+    path = folder / "tries"
+    return path.stat().st_size if path.exists() else 0
+
+
+@pytest.fixture
+def logs() -> Iterator[list[dict[str, Any]]]:
+    with capture_logs() as lines:
+        yield lines
+
+
+def events(lines: list[Any], name: str) -> list[Any]:
+    return [line for line in lines if line["event"] == name]
+
+
+@pytest.mark.parametrize("how", ["raise", "retry"])
+async def test_all_that_waits_comes_in_when_the_sink_is_back(start, tmp_path, how) -> None:
+    """The waits of each batch are an hour: the first success ends them all."""
+    (tmp_path / "down").touch()
+    pipeline = await start(
+        HERE + "Flagged",
+        retry=PATIENT | {"backoff_max": "1h", "backoff": "1h"},
+        batch={"records_max": 100},
+        executor={"kind": "thread", "workers": 2},
+        options={"folder": str(tmp_path), "how": how},
+    )
+    for n in range(30):
+        await pipeline.accept(numbers(n * 1000, 1000))
+    await until(lambda: pipeline.failures.down_since)
+    waiting = pipeline.line.waiting
+    assert waiting >= 3
+    (tmp_path / "down").unlink()
+    async with asyncio.timeout(20):
+        report = await drained(pipeline)
+    assert report.ledger[:3] == (30_000, 30_000, 0)
+    assert sorted(records_of(tmp_path)) == list(range(30_000))
+    assert tries(tmp_path) - len(recording.calls(tmp_path)) < 100  # of 300 batches
+
+
+async def test_little_is_tried_and_little_is_said_while_it_is_down(start, tmp_path, logs) -> None:
+    (tmp_path / "down").touch()
+    pipeline = await start(
+        HERE + "Flagged",
+        retry={"attempts_max": 2, "backoff": "1ms", "backoff_max": "1s"},
+        batch={"records_max": 1},
+        executor={"kind": "thread", "workers": 2},
+        options={"folder": str(tmp_path)},
+    )
+    await pipeline.accept(numbers(0, 1000))
+    await until(lambda: pipeline.failures.down_since)
+    pipeline.failures.sum_up(asyncio.get_running_loop().time())
+    await until(lambda: tries(tmp_path) > 60)
+    status = status_of(pipeline)
+    assert status.handler.state == "down"
+    assert status.handler.down_since.endswith("Z")
+    assert status.handler.error.startswith("ConnectionError: no answer")
+    assert pipeline.state().down_since == pytest.approx(pipeline._clock.now(), abs=60)
+    (tmp_path / "down").unlink()
+    report = await drained(pipeline)
+    assert report.ledger[:3] == (1000, 1000, 0)
+    assert status_of(pipeline).handler.state == "up"
+    assert pipeline.state().down_since == 0
+    loud = [line for line in logs if line["log_level"] != "debug" and line["event"] != "journal"]
+    first, down, stayed, back = (
+        events(loud, name)
+        for name in (
+            "batch_failed",
+            "handler_went_down",
+            "handler_stayed_down",
+            "handler_came_back",
+        )
+    )
+    assert [len(one) for one in (first, down, stayed, back)] == [1, 1, 1, 1]
+    assert len(loud) < 10
+    for line in (first[0], down[0]):
+        assert line["error"].startswith("ConnectionError: no answer for")
+        assert "in __call__" in line["exception"]
+    assert stayed[0]["pending"] == 1000
+    assert back[0]["down_seconds"] >= 1
+    assert back[0]["pending"] >= 900
+
+
+async def test_a_bad_record_does_not_keep_a_new_one_waiting(start, tmp_path) -> None:
+    """One record now and then: what fails alone is no outage, whatever its backoff has become."""
+    pipeline = await start(
+        HANDLER + "Poison",
+        retry={"attempts_max": 3, "backoff": "1ms", "backoff_max": "20ms"},
+        options={"folder": str(tmp_path), "bad": [0]},
+        batch={"records_max": 1},
+    )
+    await pipeline.accept(numbers(0, 1))
+    await until(lambda: len(recording.calls(tmp_path)) > 5)
+    for n in range(1, 10):
+        await pipeline.accept(numbers(n, 1))
+        await until(lambda n=n: pipeline.journal.ledger.processed == n)
+    report = await drained(pipeline)
+    assert report.ledger[:3] == (10, 9, 1)
+
+
+async def test_two_bad_records_that_are_left_over_come_to_their_end(start, tmp_path) -> None:
+    """Nothing new comes, as at the end of standard input: what succeeded before is evidence."""
+    pipeline = await start(
+        HANDLER + "Poison",
+        retry={"attempts_max": 4, "backoff": "200ms", "backoff_max": "400ms"},
+        options={"folder": str(tmp_path), "bad": [0, 1, 2]},
+        batch={"records_max": 1},
+        executor={"workers": 1},
+    )
+    await pipeline.accept(numbers(0, 20))
+    report = await drained(pipeline)
+    assert report.ledger[:3] == (20, 17, 3)
+
+
+async def test_an_outage_does_not_count_against_what_failed_before_it(start, tmp_path) -> None:
+    """A record that has failed beside successes, and then waits through an outage, is not dead."""
+    pipeline = await start(
+        HERE + "Flagged",
+        retry={"attempts_max": 8, "backoff": "100ms", "backoff_max": "1s"},
+        batch={"records_max": 1},
+        executor={"kind": "thread", "workers": 2},
+        options={"folder": str(tmp_path)},
+    )
+    for life in range(3):
+        (tmp_path / "down").touch()
+        await pipeline.accept(numbers(life * 50, 50))
+        await until(lambda: pipeline.failures.down_since)
+        (tmp_path / "down").unlink()
+        await until(lambda life=life: pipeline.journal.ledger.processed >= life * 50 + 20)
+    report = await drained(pipeline)
+    assert report.ledger[:3] == (150, 150, 0)
+
+
+async def test_not_now_spends_no_attempt_and_is_kept(start, tmp_path) -> None:
+    pipeline = await start(
+        HERE + "AsksToWait",
+        retry={"attempts_max": 1, "backoff": "1ms", "backoff_max": "2ms"},
+        options={"folder": str(tmp_path)},
+        batch={"records_max": 1},
+    )
+    await pipeline.accept(numbers(-3600, 1))
+    await until(lambda: pipeline.line.waiting == 1)
+    await pipeline.accept(numbers(1, 5))  # others go on, and their success does not end the wait
+    await until(lambda: pipeline.journal.ledger.processed == 5)
+    assert pipeline.line.ready_at - asyncio.get_running_loop().time() > 3000
+    assert pipeline.line.waiting == 1
+    report = await pipeline.close()
+    assert report.ledger[:3] == (6, 5, 0)
+    with sqlite3.connect(tmp_path / "journal.db") as db:
+        assert db.execute("SELECT attempts FROM batches").fetchall() == [(0,)]
+    db.close()
+
+
+async def test_not_now_comes_again_under_the_same_attempt(start, tmp_path) -> None:
+    pipeline = await start(
+        HERE + "AsksToWait",
+        retry={"attempts_max": 1, "backoff": "1ms", "backoff_max": "2ms"},
+        options={"folder": str(tmp_path)},
+        batch={"records_max": 1},
+    )
+    await pipeline.accept(numbers(0, 3))
+    await until(lambda: pipeline.journal.ledger.processed == 3)
+    (tmp_path / "calls.ndjson").unlink()
+
+    await pipeline.accept(numbers(-1, 1))  # in a second
+    await until(lambda: len(recording.calls(tmp_path)) >= 2)
+    (tmp_path / "up").touch()
+    report = await drained(pipeline)
+    calls = recording.calls(tmp_path)
+    assert {call["attempt"] for call in calls} == {1}
+    assert len({call["id"] for call in calls}) == 1
+    assert report.ledger[:3] == (4, 4, 0)
+
+
+async def test_seventy_records_with_waits_of_their_own_stop_nobody(start, tmp_path) -> None:
+    pipeline = await start(
+        HERE + "each_waits", batch={"records_max": 70, "age_max": "20ms"}, executor={"workers": 1}
+    )
+    await pipeline.accept(numbers(0, 70))
+    await until(lambda: pipeline.line.waiting_load.records == 70)
+    assert pipeline.line.waiting <= 10  # they share batches
+    assert pipeline.room.bytes == 0  # and hold no payload
+    await pipeline.accept(numbers(100, 1000))
+    await until(lambda: pipeline.journal.ledger.processed == 1000)
+    assert pipeline.line.waiting_load.records == 70
+    await pipeline.close()
+
+
+async def test_how_long_it_has_been_failing_survives_a_restart(start, tmp_path) -> None:
+    (tmp_path / "down").touch()
+    retry = {"attempts_max": 2, "backoff": "1ms", "backoff_max": "10ms", "give_up_after": "1s"}
+    common = {"retry": retry, "options": {"folder": str(tmp_path)}, "batch": {"records_max": 1}}
+    first = await start(HERE + "Flagged", **common)
+    began = asyncio.get_running_loop().time()
+    await first.accept(numbers(0, 1))
+    await until(lambda: asyncio.get_running_loop().time() - began > 0.7)
+    assert first.journal.ledger.dead == 0
+    await first.close()
+    with sqlite3.connect(tmp_path / "journal.db") as db:
+        ((seconds, _),) = db.execute("SELECT seconds, counted FROM failing").fetchall()
+    db.close()
+    assert 0.3 < seconds < 1
+    retry["give_up_after"] = f"{seconds + 0.05:.3f}s"
+    second = await start(HERE + "Flagged", **common)
+    report = await drained(second)
+    assert report.ledger[:3] == (1, 0, 1)
+    assert dead(tmp_path)[0][0] == "failed"
+    with sqlite3.connect(tmp_path / "journal.db") as db:
+        assert db.execute("SELECT count(*) FROM failing").fetchall() == [(0,)]
+    db.close()
+
+
+async def test_a_drain_does_not_wait_for_a_probe_beyond_its_deadline(start, tmp_path) -> None:
+    (tmp_path / "down").touch()
+    pipeline = await start(
+        HERE + "Flagged",
+        retry=PATIENT,
+        batch={"records_max": 1},
+        executor={"kind": "thread", "workers": 2},
+        options={"folder": str(tmp_path)},
+    )
+    await pipeline.accept(numbers(0, 500))
+    await until(lambda: pipeline.failures.down_since)
+    pipeline.outage._next_at += 3600
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + 30
+    async with asyncio.timeout_at(deadline - 10):
+        await pipeline.drain(deadline)
+    report = await pipeline.close()
+    assert report.ledger[:3] == (500, 0, 0)
+    assert report.balanced
+
+
+async def test_tries_are_counted_as_what_they_were(start, tmp_path) -> None:
+    pipeline = await start(
+        HANDLER + "Poison",
+        retry={"attempts_max": 2, "backoff": "1ms", "backoff_max": "2ms"},
+        batch={"records_max": 64},
+        options={"folder": str(tmp_path), "bad": [5]},
+    )
+    await pipeline.accept(numbers(0, 64))
+    report = await drained(pipeline)
+    assert report.ledger[:3] == (64, 63, 1)
+    counted = {name: child._value.get() for name, child in pipeline._metrics._batches.items()}
+    calls = recording.calls(tmp_path)
+    assert counted["done"] == len([call for call in calls if 5 not in call["records"]])
+    assert counted["split"] == 6  # 64, 32, 16, 8, 4, 2
+    assert counted["failed"] == 1
+    assert sum(counted.values()) == len(calls)
