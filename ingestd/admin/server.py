@@ -168,7 +168,7 @@ class AdminServer:
         site = headers.get("Sec-Fetch-Site", "")
         if headers.get("Sec-Fetch-Mode") == "navigate":
             site = ""
-        if self._local and is_foreign(headers.get("Origin", ""), site, authority):
+        if self._local and is_foreign(", ".join(headers.getall("Origin", ())), site, authority):
             return _problem_page(403, "Forbidden", "pages of other origins may not read this")
         return None
 

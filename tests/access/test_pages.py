@@ -69,6 +69,7 @@ async def test_a_rebound_name_reads_and_sends_nothing(host: str) -> None:
 PAGES = [
     ("Origin: https://evil.example",),
     ("Origin: null",),
+    ("Origin: http://127.0.0.1:8080", "Origin: https://evil.example"),
     ("Origin: http://localhost:3000",),
     ("Origin: http://127.0.0.1:8081",),
     ("Sec-Fetch-Site: cross-site",),

@@ -27,6 +27,7 @@ _BY_TYPE = {
 }
 EVENT_STREAM = "text/event-stream"
 _SEVERAL_PARTS = "multipart/byteranges"
+_LENGTH_DIGITS_MAX = 19
 _RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.ASCII)
 _UNSATISFIED = re.compile(r"bytes \*/(\d{1,19})", re.ASCII)
 _AGAIN = frozenset({408, 421, 425, 429})
@@ -217,7 +218,7 @@ def media_type(headers: Mapping[str, str]) -> str:
 def content_length(headers: Mapping[str, str]) -> int | None:
     """How long a body is as it is sent; `None` if its head does not say so."""
     text = headers.get("Content-Length", "").strip()
-    is_number = text.isascii() and text.isdigit()
+    is_number = text.isascii() and text.isdigit() and len(text) <= _LENGTH_DIGITS_MAX
     return int(text) if is_number and not _is_chunked(headers) else None
 
 

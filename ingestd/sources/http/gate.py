@@ -218,7 +218,8 @@ class Gate:
             Problem: 403.
         """
         headers = request.headers
-        origin, site = headers.get("Origin", ""), headers.get("Sec-Fetch-Site", "")
+        origin = ", ".join(headers.getall("Origin", ()))  # no browser sends two
+        site = headers.get("Sec-Fetch-Site", "")
         if not (origin or site) or ANY in self._origins or origin in self._origins:
             return
         if is_foreign(origin, site, authority_of(request.raw_path, headers.get("Host", ""))):
