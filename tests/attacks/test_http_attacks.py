@@ -213,7 +213,7 @@ async def test_pipelining_without_reading_holds_little(intake):
         await intake.asked.wait()
         connection = next(iter(source._server.connections))
         await until(lambda: connection.held)
-        assert len(connection._messages) <= 32
+        assert len(connection._messages) <= 4
         assert connection.held <= 1024 * 1024
         intake.gate.set()
         for _ in range(1000):

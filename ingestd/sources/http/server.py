@@ -154,6 +154,7 @@ class Server(web.Server):
         if over and connection.transport is not None:
             log.debug("connection_ended", held=size)
             connection.transport.abort()
+            self._hold(connection, 0)  # or those that come in this turn would be cut as well
 
     def _hold(self, connection: Connection, size: int) -> None:
         more = size - connection.held
