@@ -436,6 +436,44 @@ async def test_the_memory_of_all_windows_is_bounded() -> None:
 # -- heads -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (reply(BODY[:WHOLE], Content_Length=WHOLE, Content_Range=f"bytes 0-{WHOLE - 1}/99999"),
+         "200 with a Content-Range"),
+        (reply(BODY, Content_Length=100), "not HTTP as it should be"),
+        (reply(GZIP, Content_Length=100, Content_Encoding="gzip"), "not HTTP as it should be"),
+        (reply(BODY, Content_Length="9, 10"), "not HTTP as it should be"),
+        (reply(chunked(BODY), Content_Length=5, Transfer_Encoding="chunked"), "not HTTP as it"),
+        (reply(b"zz\r\n" + BODY, Transfer_Encoding="chunked"), "not HTTP as it should be"),
+        (reply(GZIP, Transfer_Encoding="gzip"), "it is compressed"),
+        (reply(b"").replace(b"1.1", b"1.0"), "closed behind the head"),
+    ],
+)  # fmt: skip
+async def test_a_head_that_contradicts_its_body(answer: bytes, says: str) -> None:
+    intake = Intake()
+    async with speaking(lambda _: answer) as server:
+        assert says in await reason_of(intake, server.url)
+    assert intake.items == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        reply(BODY).replace(b"1.1", b"1.0"),
+        reply(GZIP, Content_Encoding="gzip").replace(b"1.1", b"1.0"),
+        reply(BODY, Connection="keep-alive"),
+        reply(b"", "100 Continue") + reply(BODY, Content_Length=len(BODY)),
+        reply(b"", "103 Early Hints", Link="x") + reply(BODY, Content_Length=len(BODY)),
+    ],
+)
+async def test_heads_that_are_old_or_come_in_two(answer: bytes) -> None:
+    intake = Intake()
+    async with speaking(lambda _: answer) as server:
+        await fetch(intake, server.url)
+    assert intake.items == ITEMS
+
+
 async def test_a_long_header_is_read_and_a_longer_one_is_named() -> None:
     size = 20_000
 

@@ -242,6 +242,14 @@ def test_a_part_without_validators_is_told_by_the_size() -> None:
     assert judged(206, dated, Content_Range=place, Last_Modified="m") == Take(dated, length=100)
 
 
+def test_a_whole_that_says_it_is_a_part() -> None:
+    for place in ("bytes 0-99/200", "bytes 1-199/200", "bytes 0-99/*"):
+        for position in (Position(), BEGUN, DONE):
+            with pytest.raises(Again, match="200 with a Content-Range"):
+                judged(200, position, Content_Range=place)
+    assert judged(200, Position(), Content_Range="bytes 0-199/200") == Take(Position())
+
+
 def test_a_part_that_nobody_asked_for() -> None:
     with pytest.raises(GivenUp, match="206"):
         judged(206, Position(), Content_Range="bytes 0-1/2")

@@ -112,6 +112,8 @@ def judge(
     here = start_of(headers, encoding)
     ranged = "Range" in asked
     if status == HTTPStatus.OK:
+        if _names_a_part(headers):
+            raise Again("the server answered 200 with a Content-Range that is not the whole")
         return _whole(here, position, content_length(headers))
     if status == HTTPStatus.PARTIAL_CONTENT and ranged:
         return _part(headers, here, position)
@@ -141,6 +143,12 @@ def _whole(here: Position, position: Position, length: int | None) -> Take | Fin
         return Take(here, length=length, changed=True)
     begun = replace(here, offset=position.offset, crc=position.crc, records=position.records)
     return Take(begun, skip=position.offset, length=length)
+
+
+def _names_a_part(headers: Mapping[str, str]) -> bool:
+    """Whether a `Content-Range`, which has no meaning in a 200, contradicts it."""
+    found = _RANGE.fullmatch(headers.get("Content-Range", ""))
+    return found is not None and (int(found[1]) > 0 or found[3] != str(int(found[2]) + 1))
 
 
 def _part(headers: Mapping[str, str], here: Position, position: Position) -> Take:
