@@ -218,9 +218,11 @@ class Gate:
             Problem: 403.
         """
         headers = request.headers
+        if "Origin" not in headers and "Sec-Fetch-Site" not in headers:
+            return
         origin = ", ".join(headers.getall("Origin", ()))  # no browser sends two
         site = headers.get("Sec-Fetch-Site", "")
-        if not (origin or site) or ANY in self._origins or origin in self._origins:
+        if ANY in self._origins or origin in self._origins:
             return
         if is_foreign(origin, site, authority_of(request.raw_path, headers.get("Host", ""))):
             raise Problem(problem.FOREIGN_ORIGIN, "it is not among http.cors_origins")
