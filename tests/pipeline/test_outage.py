@@ -294,6 +294,7 @@ async def test_tries_are_counted_as_what_they_were(start, tmp_path) -> None:
         HANDLER + "Poison",
         retry={"attempts_max": 2, "backoff": "1ms", "backoff_max": "2ms"},
         batch={"records_max": 64},
+        executor={"kind": "thread", "workers": 1},
         options={"folder": str(tmp_path), "bad": [5]},
     )
     await pipeline.accept(numbers(0, 64))
