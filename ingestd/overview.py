@@ -53,9 +53,16 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
         ),
         handler=_handler(pipeline),
         dead_letters=DeadLettersStatus(
-            kept=state.letters, bytes=state.letters_bytes, bytes_max=state.letters_bytes_max
+            kept=state.letters,
+            bytes=state.letters_bytes,
+            bytes_max=state.letters_bytes_max,
+            invalid_kept=state.letters_invalid,
+            invalid_bytes=state.letters_invalid_bytes,
+            invalid_bytes_max=settings.dead.invalid_bytes_max,
+            dropped=state.dropped,
         ),
         executor=pipeline.executor,
+        dispatch_stopped=pipeline.stopped,
         oldest_pending_seconds=round(state.oldest_pending_seconds, 3),
         bounds_near=bounds_near(
             {

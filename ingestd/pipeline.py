@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import async_timeout
@@ -35,6 +36,7 @@ from ingestd.journal.build import build_journal
 from ingestd.journal.idempotency import KeyRule
 from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Recovered, Settlement
 from ingestd.journal.keeper import Keeper
+from ingestd.journal.letters import Courtesy
 from ingestd.journal.outstanding import Outstanding
 from ingestd.journal.tail import Room, Tail
 from ingestd.settling import (
@@ -46,6 +48,7 @@ from ingestd.settling import (
     replacements,
     resumed,
 )
+from ingestd.sources.lines import record_fault
 from ingestd.watching import Watches
 
 if TYPE_CHECKING:
@@ -131,6 +134,15 @@ class Pipeline:
             on_commit=metrics.committed,
             dead_bytes_max=settings.dead.bytes_max,
             keys=keys,
+            courtesy=Courtesy(
+                settings.dead.invalid_bytes_max,
+                partial(
+                    record_fault,
+                    form=settings.format,
+                    record_bytes_max=settings.record_bytes_max,
+                    depth_max=settings.json_depth_max,
+                ),
+            ),
         )
         self.keeper = Keeper(name, self.journal, settings.dead, clock)
         self.auditor = Auditor(name, self.journal)
@@ -160,6 +172,7 @@ class Pipeline:
         self._clock = clock
         self._has_lane = self._sealing = False  # the dispatcher
         self._dispatched = 0
+        self.stopped = ""  # why no batch is given out, for people
         self._leaving = False
         self._closing = False
         self._gone = True  # the workers
@@ -227,7 +240,7 @@ class Pipeline:
                 continue
             # Before it was accepted? The clock was set back: what is due by the old one is due.
             wait = max(0.0, sealed.due_at - now) if now >= sealed.accepted_at else 0.0
-            self._park(batch, wait)
+            self._park(batch, min(wait, recovered.waits.get(sealed.number, wait)))
         if recovered.set_aside:
             log.error("journal_set_aside", pipeline=self.name, moved_to=recovered.set_aside)
         if self.journal.ledger.pending:
@@ -394,6 +407,8 @@ class Pipeline:
 
     async def _dispatch(self) -> None:
         while True:
+            if self.journal.letters_full:
+                await self._wait_for_letters()
             await self.pool.acquire()
             self._has_lane = True
             batch = await self.line.next()
@@ -406,6 +421,17 @@ class Pipeline:
                 await batch.sealed
                 self._sealing = False
             self._own(self._run(batch), name=f"{self.name}-batch-{batch.number}")
+
+    async def _wait_for_letters(self) -> None:
+        """Stops while dead letters of accepted records are at their bound: more would come."""
+        facts = {"pipeline": self.name, "bytes_max": self.journal.dead_bytes_max}
+        self.stopped = "the dead letters are at dead.bytes_max: purge some or have them fed again"
+        log.error("dispatch_stopped", reason="dead.bytes_max", **facts)
+        self._moved.set()  # a drain does not wait for what will not come
+        while self.journal.letters_full:
+            await self.keeper.looks.wait()
+        self.stopped = ""
+        log.info("dispatch_resumed", **facts)
 
     # -- 6. run: one try of one batch ----------------------------------------------------------
 
@@ -564,6 +590,8 @@ class Pipeline:
                 left = None if deadline is None else deadline - self._loop.time()
                 if left is not None and (left <= 0 or self._only_waits_beyond(deadline)):
                     return
+                if self.stopped and not self.running:
+                    return
                 self._moved.clear()
                 moved = self._loop.create_task(self._moved.wait())
                 ends: set[asyncio.Future[Any]] = {joined, self.broken, moved}
@@ -645,8 +673,12 @@ class Pipeline:
             batches_waiting=self.line.waiting,
             oldest_pending_seconds=max(0.0, self._clock.now() - oldest) if oldest else 0.0,
             letters=letters.letters,
-            letters_bytes=letters.bytes,
+            letters_bytes=letters.accepted_bytes,
             letters_bytes_max=self.journal.dead_bytes_max,
+            letters_invalid=letters.invalid,
+            letters_invalid_bytes=letters.invalid_bytes,
+            dropped=letters.dropped,
+            dispatch_stopped=int(bool(self.stopped)),
             revived=letters.revived,
             readmitted=letters.readmitted,
             expired=letters.expired,
@@ -666,7 +698,9 @@ class Pipeline:
             not self.queue.empty() or (self.batcher.open and self._overdue())
         )
         free = self._has_lane or self.pool.has_free
-        handing_out = free and not self._sealing and self.line.could_give(self._loop.time())
+        handing_out = (
+            free and not (self._sealing or self.stopped) and self.line.could_give(self._loop.time())
+        )
         consumed = self._next_batch + self.batcher.chunks
         stages = (
             Stage("pump", self.tail.could_give and not self.queue.full(), self.tail.given),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ingestd.base.record import select
 from ingestd.batching.batch import Batch
 from ingestd.execution.retry import Postponed
-from ingestd.journal.interface import DeadLetter, Failing, Sealed
+from ingestd.journal.interface import DeadLetter, Failing, Place, Sealed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -105,10 +105,12 @@ def dead_letters(
     if not given_up:
         return []
     payloads = records.items()
-    places = [(span.chunk, span.first + i) for span in batch.spans for i in range(span.count)]
+    places = [Place(span.chunk, span.first + i) for span in batch.spans for i in range(span.count)]
+    names = records.names
     return [
         DeadLetter(
-            record="{}.{}.{}".format(origin, *places[one.index]),
+            record=(names and names[one.index])
+            or "{}.{}.{}".format(origin, *places[one.index][:2]),
             reason=one.reason,
             error=one.error,
             traceback=one.traceback,
@@ -116,6 +118,7 @@ def dead_letters(
             attempts=batch.attempts,
             first_at=batch.accepted_at,
             last_at=now,
+            place=places[one.index],
         )
         for one in given_up
     ]
@@ -141,6 +144,7 @@ def damage_letters(
             first_at=batch.accepted_at,
             last_at=now,
             records=span.count,
+            place=Place(span.chunk, span.first),
         )
         for span in lost
     ]

@@ -14,9 +14,17 @@ if TYPE_CHECKING:
 
 
 class _Placed(NamedTuple):
-    """A watch, and where the records of its append begin in their chunk."""
+    """A watch, and which of its records lie in a chunk.
+
+    Attributes:
+        first: where they begin in the chunk.
+        count: how many.
+        before: how many of its records lie in the chunks before.
+    """
 
     first: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
+    before: int
     watch: Watch
 
 
@@ -29,22 +37,27 @@ class Watches:
 
     def __init__(self) -> None:
         self._chunks: dict[int, list[_Placed]] = {}
-        self._homes: dict[Watch, int] = {}
+        self._homes: dict[Watch, range] = {}
 
     def __len__(self) -> int:
         return len(self._homes)
 
     def add(self, place: Place, watch: Watch) -> None:
         """From now on `watch` hears of its records; they are at `place`, and none is settled."""
-        self._homes[watch] = place.chunk
-        insort(self._chunks.setdefault(place.chunk, []), _Placed(place.first, watch), key=_first)
+        counts = place.counts or (watch.count,)
+        self._homes[watch] = range(place.chunk, place.chunk + len(counts))
+        first, before = place.first, 0
+        for chunk, count in enumerate(counts, place.chunk):
+            placed = self._chunks.setdefault(chunk, [])
+            insort(placed, _Placed(first, count, before, watch), key=_first)
+            first, before = 0, before + count
 
     def remove(self, watch: Watch) -> None:
         """Nobody waits any more; does nothing if nobody did."""
-        chunk = self._homes.pop(watch, 0)
-        placed = [one for one in self._chunks.pop(chunk, []) if one.watch is not watch]
-        if placed:
-            self._chunks[chunk] = placed
+        for chunk in self._homes.pop(watch, ()):
+            placed = [one for one in self._chunks.pop(chunk, []) if one.watch is not watch]
+            if placed:
+                self._chunks[chunk] = placed
 
     def settled(self, spans: Sequence[Span], dead: Sequence[DeadLetter]) -> None:
         """Tells what became of some records.
@@ -56,9 +69,12 @@ class Watches:
         if not self._chunks:
             return
         for letter in dead:
-            _, chunk, first = letter.record.rsplit(".", 2)
-            for placed, start, count in self._among(int(chunk), int(first), letter.records):
-                placed.watch.died(start - placed.first, count, letter.reason, letter.error)
+            if letter.place is None:
+                continue
+            chunk, first, _ = letter.place
+            for placed, start, count in self._among(chunk, first, letter.records):
+                index = placed.before + start - placed.first
+                placed.watch.died(index, count, letter.reason, letter.error)
         for span in spans:
             for placed, _, count in self._among(span.chunk, span.first, span.count):
                 placed.watch.settled(count)
@@ -71,7 +87,7 @@ class Watches:
         while at < len(placed) and placed[at].first < end:
             one = placed[at]
             start = max(first, one.first)
-            own = min(end, one.first + one.watch.count) - start
+            own = min(end, one.first + one.count) - start
             if own > 0:
                 yield one, start, own
             at += 1

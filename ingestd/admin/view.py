@@ -77,14 +77,22 @@ class DeadLettersStatus(msgspec.Struct, frozen=True):
     """The dead letters that are kept: what `ingestd dead` shows.
 
     Attributes:
-        kept: how many.
-        bytes: what they take, with their errors and tracebacks.
+        kept: how many, all of them.
+        bytes: what those of accepted records take, with their errors and tracebacks.
         bytes_max: `dead.bytes_max`.
+        invalid_kept: of `kept`, those of records that were never accepted.
+        invalid_bytes: what these take.
+        invalid_bytes_max: `dead.invalid_bytes_max`.
+        dropped: of these, how many went because there were too many, over the life of the journal.
     """
 
     kept: int = 0
     bytes: int = 0
     bytes_max: int = 0
+    invalid_kept: int = 0
+    invalid_bytes: int = 0
+    invalid_bytes_max: int = 0
+    dropped: int = 0
 
 
 class PipelineStatus(msgspec.Struct, frozen=True):
@@ -106,6 +114,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
         dead_letters: those that are kept.
         executor: what the handler runs in: `process`, `thread` or `async`.
         handler: whether it works.
+        dispatch_stopped: why no batch is given to the handler; empty while batches are.
     """
 
     accepted: int
@@ -122,6 +131,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
     dead_letters: DeadLettersStatus = DeadLettersStatus()
     executor: str = ""
     handler: HandlerStatus = HandlerStatus()
+    dispatch_stopped: str = ""
 
 
 class Status(msgspec.Struct, frozen=True):

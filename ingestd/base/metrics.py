@@ -61,12 +61,17 @@ class PipelineState(NamedTuple):
         batches_waiting: batches that wait for a retry.
         oldest_pending_seconds: age of the oldest record that is not settled; 0 if there is none.
         letters: dead letters that are kept.
-        letters_bytes: what they take.
+        letters_bytes: what those of accepted records take.
         letters_bytes_max: the bound.
+        letters_invalid: of `letters`, those of records that were never accepted.
+        letters_invalid_bytes: what these take.
         revived: records that were dead and are fed again.
         readmitted: records that were refused and then accepted after all.
         expired: dead letters that became too old.
         purged: dead letters that a person deleted.
+        dropped: dead letters of records never accepted that went because there were too many.
+        dispatch_stopped: 1 while no batch is given to the handler, because `letters_bytes` is at
+            its bound.
         unaccounted: pending by the counters less pending by the journal's rows; not 0 is an error.
         down_since: since when the handler has failed for everyone, seconds since the epoch; 0 while
             it works.
@@ -91,6 +96,10 @@ class PipelineState(NamedTuple):
     readmitted: int = 0
     expired: int = 0
     purged: int = 0
+    letters_invalid: int = 0
+    letters_invalid_bytes: int = 0
+    dropped: int = 0
+    dispatch_stopped: int = 0
     unaccounted: int = 0
     down_since: float = 0.0
 
@@ -116,9 +125,13 @@ _STATE = (
     ("readmitted", "records_readmitted_total", "Records refused, then accepted" + _LIFE),
     ("expired", "letters_expired_total", "Dead letters that became too old" + _LIFE),
     ("purged", "letters_purged_total", "Dead letters that a person deleted" + _LIFE),
+    ("dropped", "letters_dropped_total", "Letters of invalid records, dropped for newer" + _LIFE),
     ("letters", "letters_kept", "Dead letters that are kept."),
-    ("letters_bytes", "letters_bytes", "Bytes of the dead letters that are kept."),
-    ("letters_bytes_max", "letters_limit_bytes", "Bytes that dead letters may take."),
+    ("letters_bytes", "letters_bytes", "Bytes of the dead letters of accepted records."),
+    ("letters_bytes_max", "letters_limit_bytes", "Bytes that these dead letters may take."),
+    ("letters_invalid", "letters_invalid", "Dead letters of records that were never accepted."),
+    ("letters_invalid_bytes", "letters_invalid_bytes", "Bytes of the letters of invalid records."),
+    ("dispatch_stopped", "dispatch_stopped", "1 while dead letters at their bound stop batches."),
     ("pending", "records_pending", "Records accepted and not settled."),
     ("unaccounted", "records_unaccounted", "Pending by the counters less by the rows; 0 is right."),
     ("journal_bytes", "journal_bytes", "Bytes of the journal in use."),

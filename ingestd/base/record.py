@@ -14,6 +14,7 @@ from __future__ import annotations
 import enum
 import sys
 from array import array
+from bisect import bisect_right
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -53,12 +54,15 @@ class Records(NamedTuple):
         count: how many they are; never negative.
         payload: the bytes.
         sizes: `SIZED` only: one little-endian u32 a record; empty for `LINES`.
+        names: the ids of records that got theirs in another place, one a record, and an empty one
+            where the place is the name; empty as long as all are where they were accepted.
     """
 
     layout: Layout
     count: int  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
     payload: bytes
     sizes: bytes = b""
+    names: tuple[str, ...] = ()
 
     @classmethod
     def lines(cls, records: Sequence[bytes]) -> Records:
@@ -122,11 +126,43 @@ class Records(NamedTuple):
         ends = self.ends()
         start = ends[first - 1] if first else 0
         payload = self.payload[start : ends[first + count - 1]]
-        return Records(self.layout, count, payload, self.sizes[4 * first : 4 * (first + count)])
+        sizes = self.sizes[4 * first : 4 * (first + count)]
+        return Records(self.layout, count, payload, sizes, self.names[first : first + count])
+
+    def pieces(self, bytes_max: int) -> list[Records]:
+        """The same records in runs of at most so many bytes, or of one record that is larger."""
+        if len(self.payload) <= bytes_max or self.count <= 1:
+            return [self]
+        if self.layout is Layout.SIZED:
+            return self._sized_pieces(bytes_max)
+        pieces, start, first = [], 0, 0
+        while start < len(self.payload):
+            end = start + bytes_max
+            if end >= len(self.payload):
+                end = len(self.payload)
+            else:
+                end = self.payload.rfind(b"\n", start, end) + 1 or self.payload.find(b"\n", end) + 1
+            count = self.payload.count(b"\n", start, end)
+            names = self.names[first : first + count]
+            pieces.append(Records(Layout.LINES, count, self.payload[start:end], names=names))
+            start, first = end, first + count
+        return pieces
+
+    def _sized_pieces(self, bytes_max: int) -> list[Records]:
+        ends, pieces, start, first = self.ends(), [], 0, 0
+        while first < self.count:
+            upto = max(first + 1, bisect_right(ends, start + bytes_max, lo=first))
+            sizes, names = self.sizes[4 * first : 4 * upto], self.names[first:upto]
+            payload = self.payload[start : ends[upto - 1]]
+            pieces.append(Records(Layout.SIZED, upto - first, payload, sizes, names))
+            start, first = ends[upto - 1], upto
+        return pieces
 
     def as_sized(self) -> Records:
         """The same records in the layout that holds any record."""
-        return self if self.layout is Layout.SIZED else Records.sized(self.items())
+        if self.layout is Layout.SIZED:
+            return self
+        return Records.sized(self.items())._replace(names=self.names)
 
 
 def join(runs: Sequence[Records]) -> Records:
@@ -134,14 +170,19 @@ def join(runs: Sequence[Records]) -> Records:
     if len(runs) == 1:
         return runs[0]
     count = sum(run.count for run in runs)
+    names: tuple[str, ...] = ()
+    if any(run.names for run in runs):
+        names = tuple(name for run in runs for name in run.names or ("",) * run.count)
     if all(run.layout is Layout.LINES for run in runs):
-        return Records(Layout.LINES, count, b"".join([run.payload for run in runs]))
+        payload = b"".join([run.payload for run in runs])
+        return Records(Layout.LINES, count, payload, names=names)
     runs = [run.as_sized() for run in runs]
     return Records(
         Layout.SIZED,
         count,
         b"".join([run.payload for run in runs]),
         b"".join([run.sizes for run in runs]),
+        names,
     )
 
 

@@ -391,7 +391,16 @@ class DeadSettings(Section):
     """`[dead]`: the records that were given up."""
 
     bytes_max: Size = Field(
-        _GIB, ge=1, le=1024 * _TIB, description="at this size new records are refused (503)"
+        _GIB,
+        ge=1,
+        le=1024 * _TIB,
+        description="at this size no further batch goes to the handler; records are accepted on",
+    )
+    invalid_bytes_max: Size = Field(
+        64 * _MIB,
+        ge=1,
+        le=_TIB,
+        description="of records that were never accepted so much is kept; a sender has a quarter",
     )
     age_max: Seconds = Field(
         0.0,

@@ -83,7 +83,8 @@ class _Rest:
         span, part = Span(self.chunk, self.first, count), self.records
         if count < part.count:
             sizes = part.sizes[4 * self.first : 4 * (self.first + count)]
-            part = Records(part.layout, count, part.payload[self.start : end], sizes)
+            names = part.names[self.first : self.first + count]
+            part = Records(part.layout, count, part.payload[self.start : end], sizes, names)
         self.first += count
         self.start = end
         return span, part

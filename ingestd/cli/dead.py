@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ingestd.base.errors import ConfigError, Exit, UsageError
@@ -15,10 +16,13 @@ from ingestd.cli.moments import moment
 from ingestd.cli.output import say
 from ingestd.journal import dead
 from ingestd.journal.beside import journals, opened
+from ingestd.sources.lines import record_fault
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from ingestd.base.settings import Settings
 
 HELP = "list, show, retry, purge or export the records that were given up"
 DESCRIPTION = """\
@@ -38,9 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     one = _action(actions, "list", _list, "a line for each letter")
     _add_filter(one)
     one.add_argument("--json", action="store_true", help="JSON lines, without payloads")
-    one = _action(actions, "show", _show, "all that is known of one letter, with its payload")
-    one.add_argument("id", type=int, metavar="ID", help="its number in the list")
-    one.add_argument("--json", action="store_true", help="as one JSON line")
+    one = _action(actions, "show", _show, "all that is known of letters, with their payloads")
+    _add_ids(one)
+    one.add_argument("--json", action="store_true", help="a JSON line for each")
     one = _action(actions, "retry", _retry, "have letters fed again (all, or what a filter says)")
     _add_filter(one)
     one.add_argument("--all", action="store_true", help="every letter; the same as no filter")
@@ -69,18 +73,35 @@ def _action(
 
 
 def _add_filter(parser: Parser) -> None:
+    _add_ids(parser)
     group = parser.add_argument_group("which letters")
-    for flag, kind, metavar, text in (
-        ("--reason", str, "WORD", "given up for this reason; repeatable"),
-        ("--id", int, "ID", "this one; repeatable"),
-    ):
-        group.add_argument(flag, type=kind, action="append", default=[], metavar=metavar, help=text)
+    group.add_argument(
+        "--reason", type=_reason, action="append", default=[], metavar="WORD",
+        help=f"given up for this reason; repeatable: {', '.join(dead.REASONS)}",
+    )  # fmt: skip
     when = "2026-05-01T12:00:00Z (UTC if nothing is said), or 2h for two hours ago"
     group.add_argument(
         "--since", type=moment, metavar="WHEN", help=f"given up then or later: {when}"
     )
     group.add_argument("--until", type=moment, metavar="WHEN", help="given up before")
     group.add_argument("--limit", type=_positive, metavar="N", help="only the N oldest of these")
+
+
+def _add_ids(parser: Parser) -> None:
+    """Numbers of letters, in the same two forms for every action."""
+    parser.add_argument(
+        "ids", type=_positive, nargs="*", default=[], metavar="ID", help="its number in the list"
+    )
+    parser.add_argument(
+        "--id", type=_positive, action="append", default=[], metavar="ID", help="the same"
+    )
+
+
+def _reason(written: str) -> str:
+    if written not in dead.REASONS:
+        known = ", ".join(dead.REASONS)
+        raise argparse.ArgumentTypeError(f"{written!r} is no reason; there are {known}")
+    return written
 
 
 def _positive(written: str) -> int:
@@ -96,12 +117,38 @@ def execute(arguments: argparse.Namespace) -> int:
     Raises:
         IngestdError: with one line that says why not.
     """
-    data_dir = configured(arguments).settings.data_dir
-    found = journals(data_dir, arguments.pipeline)
-    if getattr(arguments, "id", None) and isinstance(arguments.id, list) and len(found) > 1:
-        raise UsageError(problem=f"--id: of which --pipeline, {' or '.join(found)}?")
+    settings = configured(arguments).settings
+    found = journals(settings.data_dir, arguments.pipeline)
+    arguments.id = list(dict.fromkeys([*arguments.ids, *arguments.id]))
+    if arguments.id:
+        found = _holding(found, arguments.id)
+    arguments.settings = settings
     run: Callable[[argparse.Namespace, dict[str, Path]], int] = arguments.run
     return run(arguments, found)
+
+
+def _holding(found: dict[str, Path], ids: list[int]) -> dict[str, Path]:
+    """The journals that hold the letters of some numbers.
+
+    Raises:
+        UsageError: there is no letter of one of them, or more than one.
+    """
+    holders: dict[int, list[str]] = {number: [] for number in ids}
+    for name, path in found.items():
+        with opened(path) as db:
+            absent = set(dead.missing(db, ids))
+        for number in ids:
+            if number not in absent:
+                holders[number].append(name)
+    unknown = [str(number) for number, names in holders.items() if not names]
+    if unknown:
+        raise UsageError(problem=f"there is no dead letter {', '.join(unknown)}")
+    for number, names in holders.items():
+        if len(names) > 1:
+            which = " or ".join(names)
+            raise UsageError(problem=f"there is more than one letter {number}: --pipeline {which}?")
+    named = {name for names in holders.values() for name in names}
+    return {name: path for name, path in found.items() if name in named}
 
 
 def _filter(arguments: argparse.Namespace) -> dead.Filter:
@@ -157,20 +204,13 @@ def _count(path: Path, chosen: dead.Filter) -> dead.Counted:
 
 
 def _show(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
-    chosen = dead.Filter(ids=(arguments.id,))
-    letters = list(_letters(found, chosen, whole=True))
-    if not letters:
-        raise UsageError(problem=f"there is no dead letter {arguments.id}")
-    if len(letters) > 1:
-        names = " or ".join(name for name, _ in letters)
-        raise UsageError(
-            problem=f"there is more than one letter {arguments.id}: --pipeline {names}?"
-        )
-    ((name, kept),) = letters
-    if arguments.json:
-        write_lines([as_line(name, kept, whole=True)])
-    else:
-        say(as_page(name, kept))
+    if not arguments.id:
+        raise UsageError(problem="which letter? its number (see ingestd dead list)")
+    for name, kept in _letters(found, dead.Filter(ids=tuple(arguments.id)), whole=True):
+        if arguments.json:
+            write_lines([as_line(name, kept, whole=True)])
+        else:
+            say(as_page(name, kept))
     return int(Exit.OK)
 
 
@@ -206,12 +246,29 @@ def _retry(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
         totals["before"] += counted.marked
         if counted.letters > counted.marked + counted.incomplete:
             with opened(found[name], write=True) as db:
-                totals["marked"] += dead.mark(db, chosen, counted.last)
+                marked = dead.mark(db, chosen, counted.last, _check(arguments.settings, name))
+            totals["marked"] += marked.letters
+            totals["invalid"] += marked.invalid
     say(f"{totals['marked']} letters will be fed again" + _before(totals["before"]))
     if totals["incomplete"]:
         text = "hold no record, or only its beginning (damaged, too_large, unfinished): they stay"
         print(f"{totals['incomplete']} letters {text}", file=sys.stderr)
+    if totals["invalid"]:
+        text = "were never accepted and are still no records of their pipeline: they stay"
+        print(f"{totals['invalid']} letters {text}", file=sys.stderr)
     return int(Exit.OK)
+
+
+def _check(settings: Settings, pipeline: str) -> Callable[[bytes], str]:
+    """What is wrong with bytes as a record of a pipeline, as the daemon will ask it, too."""
+    every = settings.pipeline_settings()
+    own = every.get(pipeline, every["default"])
+    return partial(
+        record_fault,
+        form=own.format,
+        record_bytes_max=own.record_bytes_max,
+        depth_max=own.json_depth_max,
+    )
 
 
 def _before(marked: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,8 @@ import msgspec
 
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import ConfigError, DataDirError, Exit
-from ingestd.base.lock import DataDir
+from ingestd.base.lock import DataDir, FileLock
+from ingestd.base.private import create_new, make_folder
 from ingestd.cli.arguments import add_data_dir
 from ingestd.cli.configured import configured
 from ingestd.cli.moments import shown
@@ -110,7 +111,7 @@ def _table(facts: dict[str, Any]) -> str:
 
 def _verify(arguments: argparse.Namespace, data_dir: Path, found: dict[str, Path]) -> int:
     if arguments.repair:
-        with _held(data_dir):
+        with _held(data_dir, found):
             left = sum([_repair(name, path) for name, path in found.items()])
             _export(arguments.output, found)
         return int(Exit.UNEXPECTED if left else Exit.OK)
@@ -122,17 +123,19 @@ def _verify(arguments: argparse.Namespace, data_dir: Path, found: dict[str, Path
 
 
 @contextmanager
-def _held(data_dir: Path) -> Iterator[None]:
-    """No daemon runs on the data directory, and none can be started.
+def _held(data_dir: Path, found: dict[str, Path]) -> Iterator[None]:
+    """No daemon runs on these journals, and none can be started.
 
     Raises:
         DataDirError: one runs.
     """
-    lock = DataDir(data_dir)
-    try:
+    with ExitStack() as held:
+        lock = DataDir(data_dir)
+        held.callback(lock.close)
+        for name, path in found.items():
+            lock.folder(name)
+            held.callback(FileLock(path, of=path).close)
         yield
-    finally:
-        lock.close()
 
 
 def _find(name: str, path: Path) -> list[verify.Finding]:
@@ -178,7 +181,7 @@ def _export(folder: str | None, found: dict[str, Path]) -> None:
         return
     try:
         target = Path(folder)
-        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(target)
         for name, path in found.items():
             with opened(path) as db:
                 (journal,) = db.execute("SELECT journal FROM meta").fetchone()
@@ -194,7 +197,7 @@ def _export(folder: str | None, found: dict[str, Path]) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
+    with os.fdopen(create_new(path), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

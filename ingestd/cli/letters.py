@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from ingestd.base.private import create_new, sync_folder
 from ingestd.cli.moments import shown
 from ingestd.cli.output import discard_stdout
 
@@ -45,7 +46,7 @@ def as_page(pipeline: str, kept: Kept) -> str:
     letter = kept.letter
     lines = [
         f"letter    {kept.id} of pipeline {pipeline}",
-        f"record    {letter.record or '(refused at the door, never accepted)'}",
+        f"record    {letter.record or '(never accepted)'}",
         f"records   {letter.records}",
         f"reason    {letter.reason}",
         f"error     {_one_line(letter.error)}",
@@ -93,7 +94,9 @@ def as_line(pipeline: str, kept: Kept, *, whole: bool) -> bytes:
 
 
 def write_lines(lines: Iterable[bytes], path: str | None = None) -> int:
-    """Writes lines to a file, synced and under its name only once it is whole, or to stdout.
+    """Writes lines to a private file, synced and under its name once it is whole, or to stdout.
+
+    No link is followed: neither at its name nor where it is written first.
 
     Returns:
         How many. A reader of stdout that has gone ends it early and is no error.
@@ -111,16 +114,12 @@ def write_lines(lines: Iterable[bytes], path: str | None = None) -> int:
         return count
     target = Path(path)
     part = target.with_name(f"{target.name}.part")
-    with part.open("wb") as file:
+    with os.fdopen(create_new(part), "wb") as file:
         count = _write(lines, file)
         file.flush()
         os.fsync(file.fileno())
     part.replace(target)
-    folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    sync_folder(target.parent)
     return count
 
 

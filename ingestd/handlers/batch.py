@@ -131,7 +131,7 @@ class Batch(Sequence[T_co], Generic[T_co]):
 
     @property
     def ids(self) -> list[str]:
-        """`journal.chunk.index` for each record of this sequence: its name for ever."""
+        """`journal.chunk.index` for each record here: where it was accepted, its name for ever."""
         if self._ids is None:
             origin = self._job.origin
             every = [
@@ -139,6 +139,8 @@ class Batch(Sequence[T_co], Generic[T_co]):
                 for chunk, first, count in self._job.spans
                 for index in range(first, first + count)
             ]
+            if names := self._job.records.names:
+                every = [name or place for name, place in zip(names, every, strict=True)]
             self._ids = [every[place] for place in self._places] if self._undecodable else every
         return self._ids
 

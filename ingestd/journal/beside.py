@@ -6,13 +6,16 @@ because SQLite's lock is not fair: a daemon that waits for it must find it free 
 
 from __future__ import annotations
 
+import contextlib
 import sqlite3
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import DataDirError, JournalUnreadable, UsageError
-from ingestd.journal.store import APPLICATION_ID, VERSION
+from ingestd.base.lock import DataDir
+from ingestd.journal.schema import APPLICATION_ID, VERSION, carry_over
+from ingestd.journal.store import connect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -55,6 +58,7 @@ def opened(path: Path, *, write: bool = False) -> Iterator[sqlite3.Connection]:
         DataDirError: it can't be opened, read or written, inside of the block too.
     """
     mode = "rw" if write else "ro"
+    _carry_over(path)
     try:
         connection = sqlite3.connect(
             f"{path.absolute().as_uri()}?mode={mode}",
@@ -69,6 +73,35 @@ def opened(path: Path, *, write: bool = False) -> Iterator[sqlite3.Connection]:
             connection.close()
     except (sqlite3.Error, OSError) as error:
         raise DataDirError(path=path, problem=str(error)) from error
+
+
+def _carry_over(path: Path) -> None:
+    """Makes a journal of an earlier version one of this version, as the daemon does at its start.
+
+    Raises:
+        DataDirError: an earlier ingestd runs on it, or it can't be written.
+    """
+    try:
+        with contextlib.closing(
+            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        ) as db:
+            (application,) = db.execute("PRAGMA application_id").fetchone()
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+        if application != APPLICATION_ID or version != 1:
+            return
+    except sqlite3.Error:
+        return  # whoever opens it says why
+    folder = path.absolute().parent
+    if folder.parent.name == "pipelines":
+        folder = folder.parent.parent
+    lock = DataDir(folder)
+    try:
+        with contextlib.closing(connect(path)) as db:
+            carry_over(db)
+    except sqlite3.Error as error:
+        raise DataDirError(path=path, problem=str(error)) from error
+    finally:
+        lock.close()
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:

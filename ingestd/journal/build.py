@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ingestd.base.settings import JournalSettings
     from ingestd.journal.idempotency import KeyRule
     from ingestd.journal.interface import Journal
+    from ingestd.journal.letters import Courtesy
 
 
 def build_journal(
@@ -26,6 +27,7 @@ def build_journal(
     on_commit: Callable[[float, int, int], None],
     dead_bytes_max: int,
     keys: KeyRule,
+    courtesy: Courtesy,
 ) -> Journal:
     """The journal that the settings name, not opened yet.
 
@@ -34,8 +36,9 @@ def build_journal(
         folder: where `journal.db` lies; exists.
         clock: where time comes from.
         on_commit: called after each commit with (seconds, appends, bytes).
-        dead_bytes_max: bound on what dead letters take.
+        dead_bytes_max: bound on what dead letters of accepted records take.
         keys: how long idempotency keys are kept, and how many.
+        courtesy: what letters of records that were never accepted may take.
     """
     if settings.kind == "memory":
         return MemoryJournal(
@@ -49,4 +52,5 @@ def build_journal(
         dead_bytes_max=dead_bytes_max,
         keys=keys,
         space=Space(folder, settings.free_min),
+        courtesy=courtesy,
     )

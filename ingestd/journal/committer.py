@@ -40,6 +40,7 @@ from ingestd.journal.interface import (
     Settlement,
     refused_letter,
 )
+from ingestd.journal.letters import CHUNK_BYTES
 from ingestd.journal.store import PAGE_BYTES, KeyChange, Store, Write
 
 if TYPE_CHECKING:
@@ -54,7 +55,6 @@ COMMIT_BYTES = 16 << 20
 """A transaction takes no further append beyond this, so a sync stays short."""
 JOIN_BYTES = 64 << 10
 """Appends smaller than this are joined into one chunk, up to `CHUNK_BYTES`."""
-CHUNK_BYTES = 1 << 20
 FULL_PAUSE = 0.25
 """Seconds between two tries when the disk is full."""
 _NO_SPACE = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE})
@@ -107,9 +107,10 @@ class Revive(NamedTuple):
 
 
 class Expire(NamedTuple):
-    """Dead letters that were given up before this time go, as many as one transaction takes."""
+    """Dead letters that were given up between two times go, as many as one transaction takes."""
 
     future: asyncio.Future[Moved]
+    since: float
     before: float
 
 
@@ -268,7 +269,7 @@ class Committer:
             return
         seconds = time.perf_counter() - started
         moved = self._store.moved
-        chunks = [*write.chunks, moved.chunk] if moved.chunk else write.chunks
+        chunks = [*write.chunks, *moved.chunks]
         self._checkpointer.wrote(
             sum(len(c.records.payload) for c in chunks)
             + sum(len(letter.payload) for letter in write.refused)
@@ -312,13 +313,17 @@ class Committer:
         runs, places = _joined([op.records for op in appends], next_chunk)
         write = Write(
             chunks=[Chunk(number, now, run) for number, run in enumerate(runs, next_chunk)],
-            refused=[refused_letter(refused, now) for op in appends for refused in op.refused],
+            refused=[
+                refused_letter(refused, now, op.principal)
+                for op in appends
+                for refused in op.refused
+            ],
             sealed=[op.batch for op in seals],
             postponed=[op.batch for op in ops if type(op) is Postpone],
             settled=[op.settlement for op in ops if type(op) is Settle],
             cursor=seals[-1].cursor if seals else None,
             revive_at=now if any(type(op) is Revive for op in ops) else None,
-            expire_before=max((op.before for op in ops if type(op) is Expire), default=None),
+            expire=max(((op.since, op.before) for op in ops if type(op) is Expire), default=None),
             claims=[op.claim for op in appends if op.claim is not None],
             bookmarks=[op.bookmark for op in appends if op.bookmark is not None],
             at=now,
@@ -357,7 +362,7 @@ class Committer:
 
 
 def _joined(runs: Sequence[Records], number: int) -> tuple[list[Records], list[Place]]:
-    """Small neighbours as one run, everything in the order in which it came.
+    """Small neighbours as one run, large ones in pieces, everything in the order it came in.
 
     Returns:
         The runs, and where each of those that came is if they are the chunks from `number` on.
@@ -374,13 +379,16 @@ def _joined(runs: Sequence[Records], number: int) -> tuple[list[Records], list[P
         if group and (not small or size + len(run.payload) > CHUNK_BYTES):
             chunks.append(join(group))
             group, size, first = [], 0, 0
-        places.append(Place(number + len(chunks), first))
         if small:
+            places.append(Place(number + len(chunks), first))
             group.append(run)
             size += len(run.payload)
             first += run.count
-        else:
-            chunks.append(run)
+            continue
+        pieces = run.pieces(CHUNK_BYTES)
+        counts = tuple(piece.count for piece in pieces) if len(pieces) > 1 else ()
+        places.append(Place(number + len(chunks), 0, counts))
+        chunks += pieces
     if group:
         chunks.append(join(group))
     return chunks, places

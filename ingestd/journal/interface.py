@@ -38,10 +38,17 @@ class Chunk(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the records of one append lie: from record `first` of chunk `chunk` on."""
+    """Where the records of one append lie: from record `first` of chunk `chunk` on.
+
+    Attributes:
+        chunk: the first one.
+        first: counts from 0.
+        counts: how many lie in each chunk from `chunk` on, if there are more than one.
+    """
 
     chunk: int
     first: int
+    counts: tuple[int, ...] = ()
 
 
 class Cursor(NamedTuple):
@@ -99,6 +106,8 @@ class DeadLetter(NamedTuple):
         first_at: when it was accepted, seconds since the epoch.
         last_at: when it was given up.
         records: how many records it stands for: 1, or all of a damaged chunk.
+        principal: who sent it, of one that was never accepted.
+        place: where its record lies in the journal, for who waits for it; not kept.
     """
 
     record: str
@@ -110,11 +119,15 @@ class DeadLetter(NamedTuple):
     first_at: float
     last_at: float
     records: int = 1
+    principal: str = ""
+    place: Place | None = None
 
 
-def refused_letter(refused: Refused, now: float) -> DeadLetter:
-    """The dead letter of a record that was refused at the door at `now`."""
-    return DeadLetter("", refused.reason, refused.detail, "", refused.payload, 0, now, now)
+def refused_letter(refused: Refused, now: float, principal: str = "") -> DeadLetter:
+    """The dead letter of a record that was never accepted, refused at `now`."""
+    return DeadLetter(
+        "", refused.reason, refused.detail, "", refused.payload, 0, now, now, principal=principal
+    )
 
 
 class Settlement(NamedTuple):
@@ -149,6 +162,9 @@ class DeadTotals(NamedTuple):
         readmitted: records refused at the door and then accepted after all.
         expired: went because they were older than `dead.age_max`.
         purged: a person deleted them.
+        dropped: never accepted, and went because there were too many of those.
+        invalid: of `letters`, those whose record was never accepted.
+        invalid_bytes: of `bytes`, what those take.
     """
 
     letters: int = 0
@@ -157,22 +173,34 @@ class DeadTotals(NamedTuple):
     readmitted: int = 0
     expired: int = 0
     purged: int = 0
+    dropped: int = 0
+    invalid: int = 0
+    invalid_bytes: int = 0
+
+    @property
+    def accepted_bytes(self) -> int:
+        """What the letters of accepted records take: `dead.bytes_max` bounds it."""
+        return self.bytes - self.invalid_bytes
 
 
 class Moved(NamedTuple):
     """What one commit did to the dead letters that were there.
 
     Attributes:
-        chunk: the marked ones that are records again, if there were any.
+        chunks: the marked ones that are records again, if there were any.
         revived: of these, how many had been accepted: they go from dead to pending.
         readmitted: the others, refused at the door once: accepted for the first time.
         expired: letters that were too old.
+        unfit: marked ones that can't be accepted now either: they stay, and are not marked.
+        dropped: letters of records that were never accepted, of which there were too many.
     """
 
-    chunk: Chunk | None = None
+    chunks: tuple[Chunk, ...] = ()
     revived: int = 0
     readmitted: int = 0
     expired: int = 0
+    unfit: int = 0
+    dropped: int = 0
 
 
 class Ledger(NamedTuple):
@@ -202,6 +230,8 @@ class Recovered(NamedTuple):
         last_chunk: the newest chunk's id; 0 in a new journal.
         next_batch: the first batch number that is free.
         sizes: bytes of each chunk that `batches` name and that is still there.
+        waits: by number, seconds until `due_at` when that was written down: it is never longer,
+            whatever the clock says now.
         set_aside: where an unreadable journal was moved to, if that happened.
     """
 
@@ -210,6 +240,7 @@ class Recovered(NamedTuple):
     last_chunk: int
     next_batch: int
     sizes: dict[int, int]
+    waits: dict[int, float]
     set_aside: str = ""
 
 
@@ -243,6 +274,11 @@ class Journal(Protocol):
     keys: Keys
     space: Space | None
 
+    @property
+    def letters_full(self) -> bool:
+        """Whether the dead letters of accepted records are at their bound."""
+        ...
+
     async def open(self, on_chunk: Callable[[Chunk], None]) -> Recovered:
         """Opens and recovers; from now on each new chunk is announced once it is durable."""
         ...
@@ -269,7 +305,7 @@ class Journal(Protocol):
             principal: whose refused records these are.
 
         Raises:
-            Overloaded: the journal's bound, the dead letters', or the disk's.
+            Overloaded: the journal's bound, or the disk's.
             NeverFits: it alone is more than the journal may hold.
             JournalFailed: it is poisoned.
         """
@@ -296,7 +332,7 @@ class Journal(Protocol):
         ...
 
     def revive(self) -> Future[Moved]:
-        """Takes some of the marked dead letters back, as a chunk like any other.
+        """Takes some of the marked dead letters back, as chunks like any other.
 
         Raises:
             Overloaded: the disk is full.
@@ -304,8 +340,8 @@ class Journal(Protocol):
         """
         ...
 
-    def expire(self, before: float) -> Future[Moved]:
-        """Deletes some of the letters given up before `before`, seconds since the epoch.
+    def expire(self, before: float, since: float = 0.0) -> Future[Moved]:
+        """Deletes some of the letters given up from `since` to `before`, seconds since the epoch.
 
         Raises:
             Overloaded: the disk is full.

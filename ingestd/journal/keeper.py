@@ -35,6 +35,7 @@ class Keeper:
 
     Attributes:
         looked: set after the first look, when everything that was marked before is back.
+        looks: set for a moment after each look.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Keeper:
         self._clock = clock
         self._stopped = False
         self.looked = asyncio.Event()
+        self.looks = asyncio.Event()
 
     def stop(self) -> None:
         """From now on nothing is taken back: the pipeline is leaving."""
@@ -63,6 +65,8 @@ class Keeper:
             except Overloaded:
                 pass  # the disk is full; the marks stay, and the next look finds them
             self.looked.set()
+            self.looks.set()  # wakes who waits now
+            self.looks.clear()
             await asyncio.sleep(LOOK_SECONDS)
 
     async def look(self) -> None:
@@ -79,12 +83,18 @@ class Keeper:
             await self._expire(self._clock.now() - self._age_max)
 
     async def _revive(self) -> None:
-        revived = readmitted = 0
+        revived = readmitted = unfit = 0
         try:
-            while not self._stopped and (moved := await self._journal.revive()).chunk is not None:
+            while not self._stopped:
+                moved = await self._journal.revive()
+                if not moved.chunks and not moved.unfit:
+                    break
                 revived += moved.revived
                 readmitted += moved.readmitted
+                unfit += moved.unfit
         finally:
+            if unfit:
+                log.warning("dead_letters_still_invalid", pipeline=self._pipeline, letters=unfit)
             if revived or readmitted:
                 log.info(
                     "dead_letters_revived",

@@ -2,80 +2,83 @@
 
 A person marks letters (`retry = 1`) with `ingestd dead retry`, from another process, which never
 touches the ledger. The daemon's committer takes the marked ones back: in one transaction they
-become a chunk, their rows go and the ledger moves. So there is no moment at which a record is in
-both places or in neither, whoever crashes.
+become chunks, their rows go and the ledger moves. So there is no moment at which a record is in
+both places or in neither, whoever crashes. Their ids go with them (`Records.names`).
 
-`dead_totals` is kept by triggers, because two processes delete letters: it is exact after every
-commit, and reading it costs nothing.
+Letters of records that were never accepted are a courtesy. They have a bound of their own, each
+principal has a share of it, and beyond either the oldest ones go.
+
+`dead_totals` and `invalid` are kept by triggers, because two processes delete letters: they are
+exact after every commit, and reading them costs nothing.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base.record import Records
-from ingestd.journal.interface import Chunk, DeadLetter, DeadTotals, Moved
+from ingestd.journal.interface import Chunk, DeadTotals, Moved
+from ingestd.journal.rows import COLUMNS, ROW_BYTES, Row, letter_bytes, packed, split, taken_apart
 
 if TYPE_CHECKING:
     import sqlite3
+    from collections.abc import Callable, Collection, Iterable, Sequence
+
+    from ingestd.journal.interface import DeadLetter
+
+__all__ = ["INCOMPLETE", "Courtesy", "letter_bytes"]
 
 REVIVE_RECORDS = 1000
-"""How many letters one transaction takes back, or lets expire."""
+"""How many letters one transaction takes back, about; or how many rows it lets expire."""
 REVIVE_BYTES = 4 << 20
-"""No further letter is taken back in a transaction beyond this."""
-LETTER_BYTES = 128
-"""What a letter takes beside its texts, about: its row, and its place in the index."""
+"""No further row is taken back in a transaction beyond this."""
+CHUNK_BYTES = 256 << 10
+"""The size of a chunk, about: a batch that is tried again reads the chunks that it lies in."""
+EXPIRE_BYTES = 64 << 20
+"""No further row expires in a transaction beyond this."""
+SHARES = 4
+"""The part of the courtesy's bound that one principal may take."""
+DROP_ROWS = 1000
+"""Most rows that one look for old letters to drop reads."""
 
 INCOMPLETE = ("damaged", "too_large", "unfinished")
 """Reasons of letters that hold no record or only its beginning: these can't be fed again."""
 
-SCHEMA = (
-    """CREATE TABLE dead(
-    id INTEGER PRIMARY KEY AUTOINCREMENT, record TEXT NOT NULL, records INTEGER NOT NULL,
-    reason TEXT NOT NULL, error TEXT NOT NULL, traceback TEXT NOT NULL,
-    attempts INTEGER NOT NULL, first_at REAL NOT NULL, last_at REAL NOT NULL,
-    retry INTEGER NOT NULL DEFAULT 0, bytes INTEGER NOT NULL, payload BLOB NOT NULL) STRICT""",
-    "CREATE INDEX dead_retry ON dead(id) WHERE retry = 1",
-    """CREATE TABLE dead_totals(
-    one INTEGER PRIMARY KEY CHECK (one = 1), letters INTEGER NOT NULL, bytes INTEGER NOT NULL,
-    revived INTEGER NOT NULL, readmitted INTEGER NOT NULL, expired INTEGER NOT NULL,
-    purged INTEGER NOT NULL) STRICT""",
-    "INSERT INTO dead_totals VALUES(1, 0, 0, 0, 0, 0, 0)",
-    """CREATE TRIGGER dead_came AFTER INSERT ON dead BEGIN
-    UPDATE dead_totals SET letters = letters + 1, bytes = bytes + new.bytes; END""",
-    """CREATE TRIGGER dead_went AFTER DELETE ON dead BEGIN
-    UPDATE dead_totals SET letters = letters - 1, bytes = bytes - old.bytes; END""",
-)
-_INSERT = (
-    "INSERT INTO dead(record, records, reason, error, traceback, attempts, first_at, last_at,"
-    " bytes, payload) VALUES(?,?,?,?,?,?,?,?,?,?)"
-)
+_TOTALS = ", ".join(DeadTotals._fields)
+_ROW = f"SELECT {', '.join(COLUMNS)} FROM dead"  # noqa: S608
+_INSERT = f"INSERT INTO dead({', '.join(COLUMNS)}) VALUES({','.join('?' * len(COLUMNS))})"
 
 
-def letter_bytes(payload: bytes, error: str, traceback: str = "") -> int:
-    """What a letter counts for: a bound that counted payloads only could be passed by errors."""
-    return LETTER_BYTES + len(payload) + len(error) + len(traceback)
+class Courtesy(NamedTuple):
+    """What letters of records that were never accepted may take.
+
+    Attributes:
+        bytes_max: of all of them together; each principal may take a quarter of it.
+        check: what is wrong with a payload as a record, in one line; empty if nothing is. A letter
+            that is to be fed again is looked at with it, because nobody accepted its record yet.
+    """
+
+    bytes_max: int = 64 << 20
+    check: Callable[[bytes], str] = lambda _: ""
 
 
-def insert(db: sqlite3.Connection, letters: list[DeadLetter]) -> None:
-    """Adds letters, in the transaction that is open."""
-    db.executemany(_INSERT, [_row(letter) for letter in letters])
+def insert(
+    db: sqlite3.Connection, letters: Iterable[DeadLetter], *, row_bytes: int = ROW_BYTES
+) -> None:
+    """Adds letters, in the transaction that is open; what belongs together lies in one row.
 
-
-def _row(letter: DeadLetter) -> tuple[object, ...]:
-    size = letter_bytes(letter.payload, letter.error, letter.traceback)
-    return (
-        letter.record, letter.records, letter.reason, letter.error, letter.traceback,
-        letter.attempts, letter.first_at, letter.last_at, size, letter.payload,
-    )  # fmt: skip
+    Args:
+        db: the connection of the journal's writer.
+        letters: of one settlement, or the refused ones of one commit.
+        row_bytes: no row takes a further payload beyond this.
+    """
+    row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'dead'").fetchone()
+    db.executemany(_INSERT, packed(letters, 0 if row is None else row[0], row_bytes=row_bytes))
 
 
 def totals(db: sqlite3.Connection) -> DeadTotals:
     """What there is, and what has gone over the life of the journal."""
-    row = db.execute(
-        "SELECT letters, bytes, revived, readmitted, expired, purged FROM dead_totals"
-    ).fetchone()
-    return DeadTotals(*row)
+    return DeadTotals(*db.execute(f"SELECT {_TOTALS} FROM dead_totals").fetchone())  # noqa: S608
 
 
 def look(db: sqlite3.Connection) -> tuple[DeadTotals, bool]:
@@ -84,56 +87,130 @@ def look(db: sqlite3.Connection) -> tuple[DeadTotals, bool]:
     return totals(db), bool(marked)
 
 
-def revive(db: sqlite3.Connection, chunk: int, now: float) -> Moved:
+def replace(db: sqlite3.Connection, row: Row, parts: Sequence[Row]) -> None:
+    """Puts the parts of a row in its place, in the transaction that is open."""
+    db.execute("DELETE FROM dead WHERE id = ?", (row.id,))
+    db.executemany(_INSERT, parts)
+
+
+def row_of(db: sqlite3.Connection, number: int) -> Row | None:
+    """The row that holds the letter of a number."""
+    found = db.execute(f"{_ROW} WHERE id >= ? ORDER BY id LIMIT 1", (number,)).fetchone()
+    row = None if found is None else Row(*found)
+    return row if row is not None and number in row.numbers else None
+
+
+def revive(db: sqlite3.Connection, chunk: int, now: float, check: Callable[[bytes], str]) -> Moved:
     """Takes marked letters out, oldest first, in the transaction that is open.
+
+    A letter whose record was never accepted, and still can't be, stays and is not marked any more.
 
     Args:
         db: the connection of the journal's writer.
-        chunk: the id that their chunk gets.
-        now: when they are accepted, seconds since the epoch: nothing of their past stays.
+        chunk: the id that the first of their chunks gets.
+        now: when they are accepted, seconds since the epoch: of their past only the ids stay.
+        check: see `Courtesy`.
 
     Returns:
-        Their chunk, which the caller writes, and how the ledger moves.
+        Their chunks, which the caller writes, and how the ledger moves.
     """
-    ids, payloads, accepted, size = [], [], 0, 0
-    rows = db.execute(
-        "SELECT id, record != '', payload FROM dead WHERE retry = 1 ORDER BY id LIMIT ?",
-        (REVIVE_RECORDS,),
-    )
-    for number, was_accepted, payload in rows:
-        ids.append((number,))
-        payloads.append(payload)
-        accepted += was_accepted
-        size += len(payload)
-        if size >= REVIVE_BYTES:
+    names, payloads, size, unfit = list[str](), list[bytes](), 0, 0
+    rows = []
+    found = db.execute(f"{_ROW} WHERE retry = 1 ORDER BY id LIMIT ?", (REVIVE_RECORDS,))
+    for values in found:
+        row = Row(*values)
+        letters = taken_apart(row)
+        bad = {n for n, _, letter in letters if not letter.record and check(letter.payload)}
+        rows.append((row, bad))
+        unfit += len(bad)
+        names += [letter.record for n, _, letter in letters if n not in bad]
+        payloads += [letter.payload for n, _, letter in letters if n not in bad]
+        size += len(row.payload)
+        if size >= REVIVE_BYTES or len(payloads) >= REVIVE_RECORDS:
             break
-    rows.close()
-    if not ids:
-        return Moved()
-    db.executemany("DELETE FROM dead WHERE id = ?", ids)
-    readmitted = len(ids) - accepted
+    found.close()
+    for row, bad in rows:
+        replace(db, row, [part._replace(retry=0) for part in split(row, bad)[0]])
+    if not payloads:
+        return Moved(unfit=unfit)
+    revived = sum(1 for name in names if name)
+    readmitted = len(names) - revived
     db.execute(
         "UPDATE dead_totals SET revived = revived + ?, readmitted = readmitted + ?",
-        (accepted, readmitted),
+        (revived, readmitted),
     )
-    return Moved(Chunk(chunk, now, Records.sized(payloads)), accepted, readmitted)
+    records = Records.sized(payloads)._replace(names=tuple(names) if revived else ())
+    chunks = [Chunk(n, now, part) for n, part in enumerate(records.pieces(CHUNK_BYTES), chunk)]
+    return Moved(tuple(chunks), revived, readmitted, unfit=unfit)
 
 
-def expire(db: sqlite3.Connection, before: float) -> int:
+def expire(db: sqlite3.Connection, since: float, before: float) -> int:
     """Deletes the oldest letters that were given up before `before`, and says how many.
 
     Ids grow with time, so it looks no further than the first letter that is young enough. What a
-    person has marked to be fed again stays.
+    person has marked to be fed again stays, and so does what was given up before `since`, when
+    the clock was wrong.
     """
-    old = []
-    rows = db.execute("SELECT id, last_at, retry FROM dead ORDER BY id LIMIT ?", (REVIVE_RECORDS,))
-    for number, last_at, marked in rows:
-        if last_at >= before:
+    old, letters, size = [], 0, 0
+    rows = db.execute(
+        "SELECT id, last_at, retry, letters, bytes FROM dead ORDER BY id LIMIT ?",
+        (REVIVE_RECORDS,),
+    )
+    for number, last_at, marked, count, row_bytes in rows:
+        if last_at >= before or size >= EXPIRE_BYTES:
             break
-        if not marked:
+        if not marked and last_at >= since:
             old.append((number,))
+            letters += count
+            size += row_bytes
     rows.close()
     if old:
         db.executemany("DELETE FROM dead WHERE id = ?", old)
-        db.execute("UPDATE dead_totals SET expired = expired + ?", (len(old),))
-    return len(old)
+        db.execute("UPDATE dead_totals SET expired = expired + ?", (letters,))
+    return letters
+
+
+def keep_within(db: sqlite3.Connection, principals: Collection[str], bytes_max: int) -> int:
+    """Drops letters that were never accepted until each share and their bound are kept.
+
+    Args:
+        db: the connection of the journal's writer, in a transaction.
+        principals: whose letters have become more.
+        bytes_max: of all of them.
+
+    Returns:
+        How many letters went, the oldest ones first.
+    """
+    dropped = 0
+    for principal in principals:
+        row = db.execute("SELECT bytes FROM invalid WHERE principal = ?", (principal,)).fetchone()
+        if row is not None and row[0] > bytes_max // SHARES:
+            dropped += _drop(db, principal, row[0] - bytes_max // SHARES)
+    for _ in range(1 + len(principals)):
+        over = totals(db).invalid_bytes - bytes_max
+        if over <= 0:
+            break
+        most = db.execute("SELECT principal FROM invalid ORDER BY bytes DESC LIMIT 1").fetchone()
+        dropped += _drop(db, most[0], over)
+    if dropped:
+        db.execute("UPDATE dead_totals SET dropped = dropped + ?", (dropped,))
+    return dropped
+
+
+def _drop(db: sqlite3.Connection, principal: str, size: int) -> int:
+    """Deletes the oldest letters of a principal, of so many bytes; marked ones stay."""
+    gone, letters = [], 0
+    rows = db.execute(
+        "SELECT id, bytes, letters FROM dead WHERE record = '' AND principal = ? AND retry = 0"
+        " ORDER BY id LIMIT ?",
+        (principal, DROP_ROWS),
+    )
+    for number, row_bytes, count in rows:
+        if size <= 0:
+            break
+        gone.append((number,))
+        size -= row_bytes
+        letters += count
+    rows.close()
+    db.executemany("DELETE FROM dead WHERE id = ?", gone)
+    return letters

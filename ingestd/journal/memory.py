@@ -34,7 +34,7 @@ from ingestd.journal.interface import (
     Settlement,
     refused_letter,
 )
-from ingestd.journal.letters import letter_bytes
+from ingestd.journal.rows import letter_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -63,6 +63,8 @@ class MemoryJournal:
 
     durable = False
     space: Space | None = None
+    letters_full = False
+    """Older letters go first, so that newer ones fit."""
 
     def __init__(
         self,
@@ -92,7 +94,7 @@ class MemoryJournal:
         self._loop = asyncio.get_running_loop()
         self.failed: asyncio.Future[None] = self._loop.create_future()
         self._on_chunk = on_chunk
-        return Recovered([], Cursor(1, 0), 0, 1, {})
+        return Recovered([], Cursor(1, 0), 0, 1, {}, {})
 
     def stage(self) -> Stage:
         """See `Journal.stage`: it has no thread."""
@@ -104,7 +106,7 @@ class MemoryJournal:
         refused: Sequence[Refused],
         claim: Claim | None = None,
         bookmark: Bookmark | None = None,
-        principal: str = "",  # noqa: ARG002 - its letters end with the process
+        principal: str = "",
     ) -> asyncio.Future[Place]:
         """See `Journal.append`."""
         size = len(records.payload) + len(records.sizes)
@@ -121,7 +123,7 @@ class MemoryJournal:
             self._keep_key(claim, now)
         if bookmark is not None:
             self._keep_bookmark(bookmark)
-        self._keep_letters([refused_letter(one, now) for one in refused])
+        self._keep_letters([refused_letter(one, now, principal) for one in refused])
         self.ledger = self.ledger._replace(
             accepted=self.ledger.accepted + records.count,
             refused=self.ledger.refused + len(refused),
@@ -215,7 +217,7 @@ class MemoryJournal:
         """See `Journal.revive`."""
         return self._nothing_moved()
 
-    def expire(self, before: float) -> asyncio.Future[Moved]:  # noqa: ARG002
+    def expire(self, before: float, since: float = 0.0) -> asyncio.Future[Moved]:  # noqa: ARG002
         """See `Journal.expire`; the bounds in `_keep_letters` do it."""
         return self._nothing_moved()
 

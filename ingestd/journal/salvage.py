@@ -16,7 +16,7 @@ dead letter, `damaged`, that stands for so many records; and the old file is set
 from __future__ import annotations
 
 import contextlib
-import os
+import re
 import sqlite3
 import sys
 import time
@@ -25,24 +25,29 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from ingestd.base.bookmark import Bookmark
+from ingestd.base.private import make_private, sync_folder, tighten
 from ingestd.base.record import Span
-from ingestd.journal import bookmarks, letters
-from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Sealed
+from ingestd.journal import bookmarks, letters, rows, schema
+from ingestd.journal.interface import Cursor, DeadLetter, Ledger, Sealed
 from ingestd.journal.store import (
     Meta,
     Store,
     batch_row,
     chunk_row,
     connect,
-    read_some,
+    read_one,
+    write_meta,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
     from pathlib import Path
 
 PROBES_MAX = 20_000
 """Keys tried one by one between the rows that a walk from either end reaches."""
+JUMP = 1_000_000
+"""How far numbers jump where it is not known which ones were used."""
+_ID = re.compile(r"[0-9a-f]{12}")
 _NOT_DAMAGE = frozenset(
     {
         sqlite3.SQLITE_IOERR,
@@ -79,7 +84,7 @@ def is_damage(error: BaseException) -> bool:
 def mark(path: Path) -> None:
     """Has the next start repair the journal; without space for that it finds the damage again."""
     with contextlib.suppress(OSError):
-        _mark_of(path).touch(mode=0o600)
+        make_private(_mark_of(path))
 
 
 def marked(path: Path) -> bool:
@@ -123,33 +128,43 @@ def finish(path: Path) -> str:
     """Moves a repaired journal in, the old one out; goes on where a crash ended it."""
     target = ""
     for repaired in sorted(path.parent.glob(f"{path.name}.repaired-*")):
-        _sync(path.parent)
-        target = str(repaired).replace(".repaired-", ".damaged-")
+        sync_folder(path.parent)
+        stamp = repaired.name.removeprefix(f"{path.name}.repaired-")
+        aside = path.with_name(f"{path.name}.damaged-{stamp}")
+        while path.exists() and aside.exists():  # nothing that was set aside is written over
+            aside = aside.with_name(f"{aside.name}+")
         for suffix in ("-wal", "-shm", ""):
             with contextlib.suppress(FileNotFoundError):
-                path.with_name(path.name + suffix).rename(f"{target}{suffix}")
+                path.with_name(path.name + suffix).rename(f"{aside}{suffix}")
+            tighten(aside.with_name(aside.name + suffix))
         _mark_of(path).unlink(missing_ok=True)
         repaired.rename(path)
-        _sync(path.parent)
+        sync_folder(path.parent)
+        target = str(aside)
     return target
-
-
-def _sync(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 # -- what can be read ----------------------------------------------------------------------------
 
 
 class _Found(NamedTuple):
+    """What could be read.
+
+    Attributes:
+        journal: its id; empty if no copy of it can be read.
+        counters: those of `schema.COUNTERS` that are numbers.
+        sound: the checksum over them fits, or their version has none and all are numbers.
+        chunks: the records of each chunk.
+        batches: what is sealed.
+        holes: the tables of chunks and batches of which not every row can be read.
+    """
+
     journal: str
-    meta: Meta | None
+    counters: dict[str, int]
+    sound: bool
     chunks: dict[int, int]
     batches: list[Sealed]
+    holes: set[str]
 
 
 def _fill(store: Store, path: Path, now: float) -> None:
@@ -162,31 +177,57 @@ def _fill(store: Store, path: Path, now: float) -> None:
             return  # no journal at all: the new one is empty
         db = store.connection
         db.execute("BEGIN IMMEDIATE")
-        found = _Found(*_meta(old), dict(_copy_chunks(old, db)), [])
-        found.batches.extend(_copy_batches(old, db, found.chunks))
-        for table in ("dead", "damaged", "keys", "failing"):
+        version = _version(old)
+        holes: set[str] = set()
+        chunks = dict(_copy_chunks(old, db, version, holes))
+        found = _Found(*_meta(old, version), chunks, [], holes)
+        found.batches.extend(_copy_batches(old, db, found.chunks, holes))
+        _copy_letters(old, db)
+        for table in ("damaged", "keys", "failing"):
             _copy_rows(old, db, table)
         _copy_bookmarks(old, db)
         _copy_dead_totals(old, db)
-        _settle_meta(db, found, now)
+        _settle_meta(db, found, store.id, now)
         db.execute("COMMIT")
 
 
-def _meta(old: sqlite3.Connection) -> tuple[str, Meta | None]:
-    try:
-        row = old.execute(
-            "SELECT journal, accepted, processed, dead, refused,"
-            " cursor_chunk, cursor_record, last_chunk, next_batch FROM meta"
-        ).fetchone()
-        if row and type(row[0]) is str and all(type(n) is int and n >= 0 for n in row[1:]):
-            return row[0], Meta(Ledger(*row[1:5]), Cursor(*row[5:7]), row[7], row[8])
-    except _UNREADABLE:
-        pass
-    return "", None
+def _version(old: sqlite3.Connection) -> int:
+    """Of the tables, as far as they tell."""
+    with contextlib.suppress(*_UNREADABLE):
+        return 1 if "names" not in schema.columns(old, "chunks") else schema.VERSION
+    return schema.VERSION
 
 
-def _keys(old: sqlite3.Connection, table: str) -> Iterator[int]:
-    """The rowids that can be reached: up from the first, down from the last, then between."""
+def _meta(old: sqlite3.Connection, version: int) -> tuple[str, dict[str, int], bool]:
+    """The journal's id, from either of its places, the counters that are some, and their word."""
+    row: dict[str, Any] = {}
+    for column in ("journal", "crc", *schema.COUNTERS):  # one that can't be read takes none along
+        with contextlib.suppress(*_UNREADABLE):
+            found = old.execute(f"SELECT {column} FROM meta").fetchone()  # noqa: S608
+            row |= {} if found is None else {column: found[0]}
+    counters = {
+        name: row[name] for name in schema.COUNTERS if type(row.get(name)) is int and row[name] >= 0
+    }
+    journal = row.get("journal", "")
+    sound = len(counters) == len(schema.COUNTERS)
+    if version > 1 and sound:
+        sound = schema.meta_checksum(str(journal), list(counters.values())) == row.get("crc")
+    second = ""
+    with contextlib.suppress(*_UNREADABLE):
+        second = schema.read_identity(old)
+    if second or (type(journal) is str and _ID.fullmatch(journal)):
+        return second or journal, counters, sound
+    return "", counters, sound
+
+
+def _keys(old: sqlite3.Connection, table: str, holes: set[str]) -> Iterator[int]:
+    """The rowids that can be reached: up from the first, down from the last, then between.
+
+    Args:
+        old: the damaged journal.
+        table: one of its tables.
+        holes: gets the name of the table if not all of it can be reached.
+    """
     ends: list[int | None] = []
     for order, beyond in (("ASC", ">"), ("DESC", "<")):
         last: int | None = None
@@ -204,6 +245,7 @@ def _keys(old: sqlite3.Connection, table: str) -> Iterator[int]:
                 last = row[0]
                 yield row[0]
         except _UNREADABLE:
+            holes.add(table)
             ends.append(last)
     low, high = ends
     if low is not None:
@@ -212,34 +254,42 @@ def _keys(old: sqlite3.Connection, table: str) -> Iterator[int]:
         yield from range(max(1, high - PROBES_MAX), high)
 
 
-def _rows(old: sqlite3.Connection, table: str, columns: str = "*") -> Iterator[tuple[Any, ...]]:
+def _rows(
+    old: sqlite3.Connection, table: str, columns: str, holes: set[str] | None = None
+) -> Iterator[tuple[Any, ...]]:
     query = f"SELECT {columns} FROM {table} WHERE rowid = ?"  # noqa: S608
-    for key in _keys(old, table):
+    holes = set() if holes is None else holes
+    for key in _keys(old, table, holes):
         try:
             row = old.execute(query, (key,)).fetchone()
         except _UNREADABLE:
+            holes.add(table)
             continue
         if row is not None:
             yield row
 
 
-def _copy_chunks(old: sqlite3.Connection, db: sqlite3.Connection) -> Iterator[tuple[int, int]]:
-    for key in _keys(old, "chunks"):
+def _copy_chunks(
+    old: sqlite3.Connection, db: sqlite3.Connection, version: int, holes: set[str]
+) -> Iterator[tuple[int, int]]:
+    for key in _keys(old, "chunks", holes):
         try:
-            chunk: Chunk = read_some(old, [key])[key]
-            if not chunk.damaged and chunk.records.count > 0:
-                db.execute("INSERT INTO chunks VALUES(?,?,?,?,?,?,?,?)", chunk_row(chunk))
+            chunk = read_one(old, key, version=version)
+            if chunk is not None and not chunk.damaged and chunk.records.count > 0:
+                db.execute("INSERT INTO chunks VALUES(?,?,?,?,?,?,?,?,?)", chunk_row(chunk))
                 yield key, chunk.records.count
+            elif chunk is not None:
+                holes.add("chunks")
         except _UNREADABLE:
-            continue
+            holes.add("chunks")
 
 
 def _copy_batches(
-    old: sqlite3.Connection, db: sqlite3.Connection, chunks: dict[int, int]
+    old: sqlite3.Connection, db: sqlite3.Connection, chunks: dict[int, int], holes: set[str]
 ) -> Iterator[Sealed]:
     """Sealed batches keep their numbers, without the records that are lost."""
     columns = "number, count, attempts, due_at, accepted_at, spans"
-    for number, _, attempts, due_at, accepted_at, spans in _rows(old, "batches", columns):
+    for number, said, attempts, due_at, accepted_at, spans in _rows(old, "batches", columns, holes):
         try:
             left = tuple(
                 span
@@ -248,21 +298,45 @@ def _copy_batches(
             )
             count = sum(span.count for span in left)
             batch = Sealed(number, left, count, max(0, attempts), due_at, accepted_at)
+            if count != said:
+                holes.add("batches")
             if left:
-                db.execute("INSERT INTO batches VALUES(?,?,?,?,?,?)", batch_row(batch))
+                row = batch_row(batch, time.time())
+                db.execute("INSERT INTO batches VALUES(?,?,?,?,?,?,?)", row)
                 yield batch
         except _UNREADABLE:
-            continue
+            holes.add("batches")
 
 
 def _copy_rows(old: sqlite3.Connection, db: sqlite3.Connection, table: str) -> None:
-    names = [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
-    if not names:
-        return
+    """A table's rows as they are; columns that an earlier version had not get their defaults."""
+    names = schema.columns(db, table)
+    with contextlib.suppress(*_UNREADABLE):
+        there = schema.columns(old, table)
+        names = [name for name in names if name in there] or names
     places = ",".join("?" * len(names))
+    into = f"INSERT INTO {table}({','.join(names)}) VALUES({places})"
     for row in _rows(old, table, ",".join(names)):
         with contextlib.suppress(*_UNREADABLE):
-            db.execute(f"INSERT INTO {table} VALUES({places})", row)
+            db.execute(into, row)
+
+
+def _copy_letters(old: sqlite3.Connection, db: sqlite3.Connection) -> None:
+    """Dead letters; of a row that does not tell any more what is in it, the bytes are kept."""
+    _copy_rows(old, db, "dead")
+    query = f"SELECT {', '.join(rows.COLUMNS)} FROM dead WHERE letters > 1"  # noqa: S608
+    for values in db.execute(query).fetchall():
+        row = rows.Row(*values)
+        try:
+            rows.taken_apart(row, whole=False)
+        except _UNREADABLE:
+            db.execute(
+                "UPDATE dead SET letters = 1, facts = x'', reason = 'damaged', retry = 0,"
+                " error = 'what was known of these records is damaged; their bytes are kept'"
+                " WHERE id = ?",
+                (row.id,),
+            )
+            db.execute("UPDATE dead_totals SET letters = letters - ?", (row.letters - 1,))
 
 
 def _copy_bookmarks(old: sqlite3.Connection, db: sqlite3.Connection) -> None:
@@ -276,43 +350,108 @@ def _copy_bookmarks(old: sqlite3.Connection, db: sqlite3.Connection) -> None:
 
 def _copy_dead_totals(old: sqlite3.Connection, db: sqlite3.Connection) -> None:
     """Over the life; how many there are now was counted by the trigger as they were copied."""
-    with contextlib.suppress(*_UNREADABLE):
-        totals = letters.totals(old)
+    for name in ("revived", "readmitted", "expired", "purged", "dropped"):
+        with contextlib.suppress(*_UNREADABLE):
+            (number,) = old.execute(f"SELECT {name} FROM dead_totals").fetchone()  # noqa: S608
+            if type(number) is int and number >= 0:
+                db.execute(f"UPDATE dead_totals SET {name} = ?", (number,))  # noqa: S608
+    with contextlib.suppress(*_UNREADABLE):  # a letter's number is never given again
+        (last,) = old.execute("SELECT seq FROM sqlite_sequence WHERE name = 'dead'").fetchone()
         db.execute(
-            "UPDATE dead_totals SET revived=?, readmitted=?, expired=?, purged=?", totals[2:]
+            "INSERT INTO sqlite_sequence SELECT 'dead', 0 WHERE NOT EXISTS"
+            " (SELECT 1 FROM sqlite_sequence WHERE name = 'dead')"
         )
+        db.execute("UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = 'dead'", (last,))
 
 
 # -- the numbers add up again --------------------------------------------------------------------
 
 
-def _settle_meta(db: sqlite3.Connection, found: _Found, now: float) -> None:
-    last = max(found.chunks, default=0)
-    ends = [(span.chunk, span.first + span.count) for b in found.batches for span in b.spans]
-    cursor = Cursor(*max(ends)) if ends else Cursor(min(found.chunks, default=1), 0)
-    ledger, next_batch = Ledger(), 1
-    if found.meta is not None:
-        ledger, cursor, next_batch = found.meta.ledger, found.meta.cursor, found.meta.next_batch
-        last = max(last, found.meta.last_chunk)
-    if not 0 <= cursor.record < found.chunks.get(cursor.chunk, 0):
-        cursor = Cursor(cursor.chunk + (1 if cursor.record else 0), 0)
-    next_batch = max([next_batch, *(batch.number + 1 for batch in found.batches)])
+def _settle_meta(db: sqlite3.Connection, found: _Found, journal: str, now: float) -> None:
+    counters = found.counters
+    ledger = Ledger(*(counters.get(name, 0) for name in schema.COUNTERS[:4]))
+    cursor = _cursor(found, ledger)
     _drop_done(db, found, cursor)
-    pending = sum(batch.count for batch in found.batches) - cursor.record
-    pending += sum(count for chunk, count in found.chunks.items() if chunk >= cursor.chunk)
+    pending = _pending(found, cursor)
     missing = ledger.pending - pending
-    if missing > 0:
-        letters.insert(db, [_letter(found.journal, missing, now)])
+    if missing > 0 and (found.sound or found.holes or _lacks(found, cursor)):
+        letters.insert(db, [_letter(found.journal or journal, missing, now)])
         ledger = ledger._replace(dead=ledger.dead + missing)
     else:  # the counters were what was damaged
-        ledger = ledger._replace(accepted=ledger.accepted - missing)
-    db.execute(
-        "UPDATE meta SET accepted=?, processed=?, dead=?, refused=?,"
-        " cursor_chunk=?, cursor_record=?, last_chunk=?, next_batch=?",
-        (*ledger, *cursor, last, next_batch),
-    )
+        ledger = _balanced(ledger, pending, counters)
+    last, next_batch = _numbers(found, cursor, now)
     if found.journal:
-        db.execute("UPDATE meta SET journal=?", (found.journal,))
+        journal = found.journal
+        db.execute("UPDATE meta SET journal=?", (journal,))
+        schema.write_identity(db, journal)
+    write_meta(db, journal, Meta(ledger, cursor, last, next_batch))
+
+
+def _balanced(ledger: Ledger, pending: int, known: Collection[str]) -> Ledger:
+    """The ledger with one number corrected: one that is not known, else the accepted ones."""
+    for name in ("processed", "dead"):
+        others = sum(getattr(ledger, other) for other in ("processed", "dead") if other != name)
+        if name not in known and "accepted" in known and ledger.accepted >= others + pending:
+            return ledger._replace(**{name: ledger.accepted - others - pending})
+    return ledger._replace(accepted=ledger.processed + ledger.dead + pending)
+
+
+def _cursor(found: _Found, ledger: Ledger) -> Cursor:
+    """Where the unsealed records begin, by the counter or by what is sealed.
+
+    A chunk that no batch names is done before the cursor, and such a one is deleted with the commit
+    that ends it: so what is there and is not named lies behind it.
+    """
+    ends = [(span.chunk, span.first + span.count) for b in found.batches for span in b.spans]
+    derived = Cursor(*max(ends)) if ends else Cursor(min(found.chunks, default=1), 0)
+    candidates = [_normal(found, derived)]
+    if {"cursor_chunk", "cursor_record"} <= found.counters.keys():
+        written = Cursor(found.counters["cursor_chunk"], found.counters["cursor_record"])
+        if found.sound:
+            return _normal(found, written)
+        if written >= derived and written.chunk <= max(found.chunks, default=written.chunk) + 1:
+            candidates.insert(0, _normal(found, written))
+    for candidate in candidates:
+        if _pending(found, candidate) == ledger.pending:
+            return candidate
+    return candidates[0]
+
+
+def _normal(found: _Found, cursor: Cursor) -> Cursor:
+    if 0 <= cursor.record < found.chunks.get(cursor.chunk, 0):
+        return cursor
+    return Cursor(cursor.chunk + (1 if cursor.record else 0), 0)
+
+
+def _pending(found: _Found, cursor: Cursor) -> int:
+    pending = sum(batch.count for batch in found.batches) - cursor.record
+    return pending + sum(count for chunk, count in found.chunks.items() if chunk >= cursor.chunk)
+
+
+def _lacks(found: _Found, cursor: Cursor) -> bool:
+    """Whether chunks that should be there are not: their ids have no gap behind the cursor."""
+    behind = sum(1 for chunk in found.chunks if chunk >= cursor.chunk)
+    last = found.counters.get("last_chunk", 0)
+    return cursor.chunk + behind - 1 < last <= cursor.chunk + behind + PROBES_MAX
+
+
+def _numbers(found: _Found, cursor: Cursor, now: float) -> tuple[int, int]:
+    """The last chunk and the next batch; far beyond what can have been used if that is not known.
+
+    Ids that come twice would name other records the second time. Both counters grow by less than
+    one in a millisecond over a life, so the time is a number that was never reached.
+    """
+    last = max([cursor.chunk - 1, *found.chunks])
+    next_batch = max([1, *(batch.number + 1 for batch in found.batches)])
+    if found.sound:
+        return (
+            max(last, found.counters["last_chunk"]),
+            max(next_batch, found.counters["next_batch"]),
+        )
+    # Chunks are looked for from the newest one down, so a gap must not be wide while some wait.
+    waits = any(chunk >= cursor.chunk for chunk in found.chunks)
+    last = last + JUMP if waits else max(last + JUMP, int(now * 1000))
+    return last, max(next_batch + JUMP, int(now * 1000))
 
 
 def _drop_done(db: sqlite3.Connection, found: _Found, cursor: Cursor) -> None:

@@ -7,6 +7,7 @@ the checkpointer tidies, the reader brings back what is not in memory.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import math
 import random
@@ -17,8 +18,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ingestd.base.errors import DataDirError, JournalFailed, NeverFits, Overloaded
 from ingestd.base.liveness import Stage
+from ingestd.base.lock import FileLock
+from ingestd.base.private import tighten
 from ingestd.base.rate import Rate, wait_for_room
-from ingestd.base.record import Records, Refused, Span, join
 from ingestd.journal import bookmarks, salvage
 from ingestd.journal.audit import Count, Difference
 from ingestd.journal.checkpoint import Checkpointer
@@ -48,14 +50,14 @@ from ingestd.journal.interface import (
     Sealed,
     Settlement,
 )
-from ingestd.journal.letters import letter_bytes, look
+from ingestd.journal.letters import Courtesy, look
 from ingestd.journal.store import (
     Store,
     connect,
     find_key,
     key_owners,
     read_chunks,
-    read_some,
+    read_spans,
     row_bytes_max,
 )
 
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from ingestd.base.bookmark import Bookmark
     from ingestd.base.clock import Clock
     from ingestd.base.once import Claim
+    from ingestd.base.record import Records, Refused, Span
     from ingestd.journal.space import Space
 
 
@@ -77,13 +80,14 @@ class SqliteJournal:
     """See `ingestd.journal.interface.Journal`.
 
     Args:
-        path: the file; its directory exists and is locked.
-        bytes_max: bound on the bytes of chunks and dead letters.
+        path: the file; its directory exists and is locked, and it is locked itself while open.
+        bytes_max: bound on the bytes of chunks and of accepted records' dead letters.
         clock: gives `accepted_at`.
         on_commit: called on the loop after each commit with (seconds, operations, bytes).
-        dead_bytes_max: bound on the bytes of dead letters alone; `None` for `bytes_max`.
+        dead_bytes_max: bound on the bytes of these dead letters; `None` for `bytes_max`.
         keys: how long idempotency keys are kept, and how many.
         space: watches the disk; without one only a failed commit tells that it is full.
+        courtesy: what letters of records that were never accepted may take.
     """
 
     durable = True
@@ -98,8 +102,11 @@ class SqliteJournal:
         dead_bytes_max: int | None = None,
         keys: KeyRule = KeyRule(),  # noqa: B008  immutable
         space: Space | None = None,
+        courtesy: Courtesy = Courtesy(),  # noqa: B008  immutable
     ) -> None:
         self.path = path
+        self._courtesy = courtesy
+        self._locks = contextlib.ExitStack()
         self.bytes_max = bytes_max
         self.dead_bytes_max = bytes_max if dead_bytes_max is None else dead_bytes_max
         self.id = ""
@@ -107,7 +114,6 @@ class SqliteJournal:
         self.bytes = 0
         self.dead_totals = DeadTotals()
         self._bookmarks = bookmarks.Totals()
-        self._refusing = 0  # bytes of letters that are on their way
         self._commits = 0
         self._gathered: list[Op] = []
         self._clock = clock
@@ -135,6 +141,7 @@ class SqliteJournal:
             recovered = await self._loop.run_in_executor(self._reader, self._open)
         except BaseException:
             self._reader.shutdown()
+            self._locks.close()
             raise
         self._committer.start()
         return recovered
@@ -144,6 +151,7 @@ class SqliteJournal:
         self._count, self._adds_up = Count(), False
         try:
             salvage.finish(self.path)
+            self._lock()
             try:
                 store, recovered = self._open_store()
             except Exception as error:
@@ -151,6 +159,7 @@ class SqliteJournal:
                     raise
                 set_aside = salvage.repair(self.path, self._clock.now())
                 self._count = Count()
+                self._lock()  # the new file; the old one's is kept until the end
                 store, recovered = self._open_store()
             self.id, self.ledger, self.bytes = store.id, store.meta.ledger, store.stored_bytes()
             self._row_bytes_max = row_bytes_max(store.connection)
@@ -171,6 +180,16 @@ class SqliteJournal:
         )
         return recovered._replace(set_aside=set_aside)
 
+    def _lock(self) -> None:
+        """Holds the file, under whichever name another daemon finds it.
+
+        Raises:
+            DataDirError: another one does.
+        """
+        for suffix in ("-wal", "-shm"):
+            tighten(self.path.with_name(self.path.name + suffix))
+        self._locks.callback(FileLock(self.path, of=self.path).close)
+
     def _open_store(self) -> tuple[Store, Recovered]:
         """Opens it, and reads as much as tells whether it is whole.
 
@@ -179,7 +198,7 @@ class SqliteJournal:
         """
         if salvage.marked(self.path):
             raise sqlite3.DatabaseError("damage was met in an earlier life")
-        store = Store(self.path)
+        store = Store(self.path, self._courtesy)
         try:
             recovered = store.recovered()
             _check_numbers(store, recovered)
@@ -214,7 +233,7 @@ class SqliteJournal:
         """See `Journal.append`."""
         if self.failed.done():
             raise JournalFailed(path=self.path, problem="an earlier commit failed")
-        size = _size(records, refused)
+        size = _size(records)
         if claim is not None:
             size += size_of(claim)
         whole = size + bookmarks.size_of(bookmark)
@@ -228,12 +247,7 @@ class SqliteJournal:
         if self.space is not None and self.space.low(self._clock.monotonic()):
             missing = self.space.free_min - self.space.free
             raise self._full("the disk of the journal", missing, 0)
-        letters = _refused_size(refused)
-        if not self._has_room_for_letters(letters):
-            # Room comes only when a person purges some or has them fed again.
-            raise Overloaded(what="the room for the dead letters", retry_after=30.0)
         self.bytes += size
-        self._refusing += letters
         future: asyncio.Future[Place] = self._loop.create_future()
         self._submit(Append(future, records, refused, claim, bookmark, principal))
         if size >= JOIN_BYTES:
@@ -279,15 +293,15 @@ class SqliteJournal:
         self._submit(Postpone(future, batch))
         return future
 
+    @property
+    def letters_full(self) -> bool:
+        """See `Journal.letters_full`."""
+        return self.dead_totals.accepted_bytes >= self.dead_bytes_max
+
     def _dead_are(self, totals: DeadTotals) -> None:
         """The dead letters after some commit, ours or another process's."""
-        self.bytes += totals.bytes - self.dead_totals.bytes
+        self.bytes += totals.accepted_bytes - self.dead_totals.accepted_bytes
         self.dead_totals = totals
-
-    def _has_room_for_letters(self, size: int) -> bool:
-        """Whether an append with so many bytes of letters fits; any fits where there are none."""
-        used = self.dead_totals.bytes + self._refusing
-        return not used or (used < self.dead_bytes_max and used + size <= self.dead_bytes_max)
 
     async def look(self) -> bool:
         """See `Journal.look`."""
@@ -303,10 +317,10 @@ class SqliteJournal:
         self._submit(Revive(future))
         return future
 
-    def expire(self, before: float) -> asyncio.Future[Moved]:
+    def expire(self, before: float, since: float = 0.0) -> asyncio.Future[Moved]:
         """See `Journal.expire`."""
         future: asyncio.Future[Moved] = self._loop.create_future()
-        self._submit(Expire(future, before))
+        self._submit(Expire(future, since, before))
         return future
 
     async def bookmark(self, key: str) -> Bookmark | None:
@@ -329,12 +343,7 @@ class SqliteJournal:
 
     async def load(self, spans: Sequence[Span]) -> Records | None:
         """See `Journal.load`."""
-        chunks = await self._read(read_some, self._reading, {span.chunk for span in spans})
-        if any(s.chunk not in chunks or chunks[s.chunk].damaged for s in spans):
-            return None
-        if any(s.first + s.count > chunks[s.chunk].records.count for s in spans):
-            return None
-        return join([chunks[s.chunk].records.part(s.first, s.count) for s in spans])
+        return await self._read(read_spans, self._reading, spans)
 
     async def audit(self) -> int | None:
         """See `Journal.audit`."""
@@ -370,8 +379,8 @@ class SqliteJournal:
                 self._claim_ended(op.claim, committed)
         if committed.dead is not None:
             self._dead_are(committed.dead)
-        if committed.moved.chunk is not None:
-            self.bytes += _size(committed.moved.chunk.records, ())
+        for chunk in committed.moved.chunks:
+            self.bytes += _size(chunk.records)
         for chunk in committed.chunks:
             self._on_chunk(chunk)
         self._resolve(committed)
@@ -414,10 +423,8 @@ class SqliteJournal:
 
     def _account(self, op: Op, *, applied: bool) -> None:
         """Without dead letters that are there now: `_dead_are` counts those."""
-        if type(op) is Append:
-            letters = _refused_size(op.refused)
-            self._refusing -= letters
-            self.bytes -= letters if applied else _size(op.records, op.refused)
+        if type(op) is Append and not applied:
+            self.bytes -= _size(op.records)
         elif type(op) is Settle and applied:
             self.bytes -= op.settlement.finished_bytes
             self._drained.add(op.settlement.finished_bytes, self._clock.monotonic())
@@ -450,6 +457,7 @@ class SqliteJournal:
             pass  # the WAL is recovered at the next start
         self._store.close()
         self._checkpointer.close()
+        self._locks.close()
 
     def _count_at_last(self, deadline: float | None) -> int | None:
         """Pending records by the rows, if half of the time that is left is enough for that."""
@@ -462,12 +470,8 @@ class SqliteJournal:
         return self._store.meta.ledger.pending - found.records
 
 
-def _size(records: Records, refused: Sequence[Refused]) -> int:
-    return len(records.payload) + len(records.sizes) + _refused_size(refused)
-
-
-def _refused_size(refused: Sequence[Refused]) -> int:
-    return sum(letter_bytes(letter.payload, letter.detail) for letter in refused)
+def _size(records: Records) -> int:
+    return len(records.payload) + len(records.sizes)
 
 
 def _check_numbers(store: Store, recovered: Recovered) -> None:

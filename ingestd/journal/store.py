@@ -23,8 +23,9 @@ import msgspec
 
 from ingestd.base.errors import JournalUnreadable
 from ingestd.base.once import principal_of
-from ingestd.base.record import Layout, Records, Span
-from ingestd.journal import bookmarks, letters
+from ingestd.base.private import make_private, sync_folder
+from ingestd.base.record import Layout, Records, Span, join
+from ingestd.journal import bookmarks, letters, schema
 from ingestd.journal.idempotency import Kept, size_of
 from ingestd.journal.interface import (
     Chunk,
@@ -45,8 +46,6 @@ if TYPE_CHECKING:
     from ingestd.base.bookmark import Bookmark
     from ingestd.base.once import Claim
 
-APPLICATION_ID = 0x696E6764  # "ingd"
-VERSION = 1
 PAGE_BYTES = 16384
 WRITER_CACHE_KIB = 12 * 1024
 """Deleting a chunk reads its pages again; of those that went in lately they are here."""
@@ -54,45 +53,6 @@ READER_CACHE_KIB = 2 * 1024
 """Chunks are read back once each, and who copies pages back has the system's cache."""
 READ_CHUNKS = 4096
 """Most chunks that one read brings into memory."""
-
-_SCHEMA = """
-CREATE TABLE chunks(
-    id INTEGER PRIMARY KEY, accepted_at REAL NOT NULL, count INTEGER NOT NULL,
-    bytes INTEGER NOT NULL, layout INTEGER NOT NULL, crc INTEGER NOT NULL,
-    sizes BLOB NOT NULL, payload BLOB NOT NULL) STRICT;
-CREATE TABLE batches(
-    number INTEGER PRIMARY KEY, count INTEGER NOT NULL, attempts INTEGER NOT NULL,
-    due_at REAL NOT NULL, accepted_at REAL NOT NULL, spans BLOB NOT NULL) STRICT;
-CREATE TABLE damaged(
-    id INTEGER PRIMARY KEY, accepted_at REAL NOT NULL, count INTEGER NOT NULL,
-    bytes INTEGER NOT NULL, layout INTEGER NOT NULL, crc INTEGER NOT NULL,
-    sizes BLOB NOT NULL, payload BLOB NOT NULL) STRICT;
-CREATE TABLE keys(
-    id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, at REAL NOT NULL, bytes INTEGER NOT NULL,
-    fingerprint BLOB NOT NULL, answer BLOB NOT NULL) STRICT;
-CREATE TABLE meta(
-    one INTEGER PRIMARY KEY CHECK (one = 1), journal TEXT NOT NULL,
-    accepted INTEGER NOT NULL, processed INTEGER NOT NULL, dead INTEGER NOT NULL,
-    refused INTEGER NOT NULL, cursor_chunk INTEGER NOT NULL, cursor_record INTEGER NOT NULL,
-    last_chunk INTEGER NOT NULL, next_batch INTEGER NOT NULL) STRICT;
-"""
-
-# Not part of the tables: journals of this version that an earlier ingestd made get it at a start.
-# Triggers keep the sum, as they do for dead letters: it is exact after every commit, whichever
-# process or version of ingestd made that, and the row that it is in is written anyway.
-_CHUNK_BYTES = (
-    "ALTER TABLE meta ADD COLUMN chunk_bytes INTEGER NOT NULL DEFAULT 0",
-    "UPDATE meta SET chunk_bytes = (SELECT coalesce(sum(bytes), 0) FROM chunks)",
-    """CREATE TRIGGER chunk_came AFTER INSERT ON chunks BEGIN
-    UPDATE meta SET chunk_bytes = chunk_bytes + new.bytes; END""",
-    """CREATE TRIGGER chunk_went AFTER DELETE ON chunks BEGIN
-    UPDATE meta SET chunk_bytes = chunk_bytes - old.bytes; END""",
-)
-
-# Beside the batches: an ingestd of before, which may open the journal again, writes its own columns
-# of those. What it leaves here goes at the next start.
-_FAILING = """CREATE TABLE IF NOT EXISTS failing(
-    number INTEGER PRIMARY KEY, seconds REAL NOT NULL, counted INTEGER NOT NULL) STRICT"""
 
 _spans_decoder = msgspec.msgpack.Decoder(tuple[Span, ...])
 _spans_encode = msgspec.msgpack.Encoder().encode
@@ -126,7 +86,7 @@ class Write(NamedTuple):
 
     Attributes:
         revive_at: marked dead letters are taken back, accepted at this time.
-        expire_before: dead letters that were given up before this time go.
+        expire: dead letters that were given up from the first of these times to the other go.
         claims: idempotency keys that come, accepted at `at`; an expired one of the same name goes.
         bookmarks: in the order of their appends; the last one of a key counts.
         sweep: at most so many of the oldest keys go, as far as they came before `keys_before`.
@@ -144,12 +104,14 @@ class Write(NamedTuple):
     sweep: int = 0
     keys_before: float = 0.0
     revive_at: float | None = None
-    expire_before: float | None = None
+    expire: tuple[float, float] | None = None
 
 
 def checksum(chunk: int, records: Records) -> int:
     """CRC-32 over a chunk's identity, shape and bytes: SQLite's pages carry none."""
     head = b"%d %d %d " % (chunk, records.count, records.layout)
+    if records.names:
+        head += "\n".join(records.names).encode()
     return zlib.crc32(records.payload, zlib.crc32(records.sizes, zlib.crc32(head)))
 
 
@@ -175,6 +137,10 @@ def row_bytes_max(db: sqlite3.Connection) -> int:
 class Store:
     """The writer's side: owns the writing connection and the state that moves with each commit.
 
+    Args:
+        path: the file; made if it is not there, private in any case.
+        courtesy: what letters of records that were never accepted may take.
+
     Attributes:
         meta: the moving row after the last commit.
         dead: the dead letters after it.
@@ -183,10 +149,12 @@ class Store:
         keys: the idempotency keys that are there after it, expired ones included.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, courtesy: letters.Courtesy = letters.Courtesy()) -> None:  # noqa: B008  immutable
         self.path = path
+        self._courtesy = courtesy
         self._probe = -1
         self._files: list[tuple[int, int] | None] = []
+        make_private(path)  # SQLite gives its other files the same mode
         self.connection = connect(path, cache_kib=WRITER_CACHE_KIB)
         try:
             self.id, self.meta = self._open()
@@ -204,61 +172,36 @@ class Store:
         (tables,) = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
         if tables == 0:
             self._create()
-        elif application != APPLICATION_ID:
+        elif application != schema.APPLICATION_ID:
             raise JournalUnreadable(path=self.path, problem="this is not a journal of ingestd")
-        elif version != VERSION:
+        elif version == 1:
+            schema.carry_over(db)
+        elif version != schema.VERSION:
             raise JournalUnreadable(
                 path=self.path,
-                problem=f"it has version {version}, this ingestd reads version {VERSION}",
+                problem=f"it has version {version}, this ingestd reads version {schema.VERSION}",
             )
-        db.execute(bookmarks.SCHEMA)
-        db.execute(_FAILING)
         db.execute("DELETE FROM failing WHERE number NOT IN (SELECT number FROM batches)")
-        if "chunk_bytes" not in {column[1] for column in db.execute("PRAGMA table_info(meta)")}:
-            self._sum_chunk_bytes()
-        row = db.execute(
-            "SELECT journal, accepted, processed, dead, refused,"
-            " cursor_chunk, cursor_record, last_chunk, next_batch FROM meta"
-        ).fetchone()
+        counters = ", ".join(schema.COUNTERS)
+        row = db.execute(f"SELECT crc, journal, {counters} FROM meta").fetchone()  # noqa: S608
         if row is None:
             raise sqlite3.DatabaseError("the meta row is missing")
-        return row[0], Meta(Ledger(*row[1:5]), Cursor(*row[5:7]), row[7], row[8])
+        crc, journal, *counters_now = row
+        if schema.meta_checksum(journal, counters_now) != crc:
+            raise sqlite3.DatabaseError("the checksum of the ledger does not fit")
+        if schema.read_identity(db) != journal:
+            raise sqlite3.DatabaseError("the journal's id is damaged")
+        return journal, meta_of(counters_now)
 
     def _create(self) -> None:
         db = self.connection
         db.execute(f"PRAGMA page_size={PAGE_BYTES}")
         db.execute("PRAGMA journal_mode=WAL")
         db.execute("BEGIN IMMEDIATE")
-        for statement in _SCHEMA.split(";"):
-            if statement.strip():
-                db.execute(statement)
-        for statement in letters.SCHEMA:
-            db.execute(statement)
-        db.execute("INSERT INTO meta VALUES(1, ?, 0, 0, 0, 0, 1, 0, 0, 1)", (secrets.token_hex(6),))
-        for statement in _CHUNK_BYTES:
-            db.execute(statement)
-        db.execute(f"PRAGMA application_id={APPLICATION_ID}")
-        db.execute(f"PRAGMA user_version={VERSION}")
+        schema.create(db, secrets.token_hex(6))
         db.execute("COMMIT")
         # The file's name must survive a power cut as surely as its content.
-        fd = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-    def _sum_chunk_bytes(self) -> None:
-        """Reads all chunks' rows, once in the life of a journal that an earlier ingestd made."""
-        db = self.connection
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            for statement in _CHUNK_BYTES:
-                db.execute(statement)
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
+        sync_folder(self.path.parent)
 
     def write(self, write: Write) -> KeyChange:
         """Applies everything in one transaction and returns once it is synced.
@@ -273,20 +216,18 @@ class Store:
         gone = KeyChange()
         db.execute("BEGIN IMMEDIATE")
         try:
-            write, moved = _move_letters(db, self.meta, write)
+            write, moved = _move_letters(db, self.meta, write, self._courtesy)
             meta = _advance(self.meta, write, moved)
             _insert(db, write)
+            if write.refused:
+                moved = _insert_refused(db, write.refused, moved, self._courtesy.bytes_max)
             _remove(db, write)
             if write.claims or write.sweep:
                 gone = _change_keys(db, write)
             marked = self.bookmarks
             if write.bookmarks:
                 marked = bookmarks.put(db, write.bookmarks, marked)
-            db.execute(
-                "UPDATE meta SET accepted=?, processed=?, dead=?, refused=?,"
-                " cursor_chunk=?, cursor_record=?, last_chunk=?, next_batch=?",
-                (*meta.ledger, *meta.cursor, meta.last_chunk, meta.next_batch),
-            )
+            write_meta(db, self.id, meta)
             dead = letters.totals(db)
             db.execute("COMMIT")
         except BaseException:
@@ -307,21 +248,24 @@ class Store:
             number: Failing(seconds, counted)
             for number, seconds, counted in db.execute("SELECT * FROM failing")
         }
-        batches = [
-            Sealed(
-                number,
-                _spans_decoder.decode(spans),
-                count,
-                attempts,
-                due_at,
-                accepted_at,
-                failing.get(number, Failing()),
+        batches, waits = [], {}
+        for number, count, attempts, due_at, accepted_at, spans, wait in db.execute(
+            "SELECT number, count, attempts, due_at, accepted_at, spans, wait"
+            " FROM batches ORDER BY number"
+        ):
+            batches.append(
+                Sealed(
+                    number,
+                    _spans_decoder.decode(spans),
+                    count,
+                    attempts,
+                    due_at,
+                    accepted_at,
+                    failing.get(number, Failing()),
+                )
             )
-            for number, count, attempts, due_at, accepted_at, spans in db.execute(
-                "SELECT number, count, attempts, due_at, accepted_at, spans"
-                " FROM batches ORDER BY number"
-            )
-        ]
+            if due_at:
+                waits[number] = wait
         sizes: dict[int, int] = {}
         for first, last in _runs({span.chunk for batch in batches for span in batch.spans}):
             rows = db.execute(
@@ -329,7 +273,7 @@ class Store:
             )
             sizes.update(rows.fetchall())
         meta = self.meta
-        return Recovered(batches, meta.cursor, meta.last_chunk, meta.next_batch, sizes)
+        return Recovered(batches, meta.cursor, meta.last_chunk, meta.next_batch, sizes, waits)
 
     def stored_bytes(self) -> int:
         """Bytes of everything but dead letters (see `dead`), for the journal's bound."""
@@ -391,17 +335,43 @@ def _key_totals(db: sqlite3.Connection) -> KeyChange:
     return KeyChange(count, int(size))
 
 
-def _move_letters(db: sqlite3.Connection, meta: Meta, write: Write) -> tuple[Write, Moved]:
-    """Marked dead letters become the last chunk of this commit; old ones go."""
+def _move_letters(
+    db: sqlite3.Connection, meta: Meta, write: Write, courtesy: letters.Courtesy
+) -> tuple[Write, Moved]:
+    """Marked dead letters become the last chunks of this commit; old ones go."""
     moved = Moved()
     if write.revive_at is not None:
         last = write.chunks[-1].id if write.chunks else meta.last_chunk
-        moved = letters.revive(db, last + 1, write.revive_at)
-    if write.expire_before is not None:
-        moved = moved._replace(expired=letters.expire(db, write.expire_before))
-    if moved.chunk is not None:
-        write = write._replace(chunks=[*write.chunks, moved.chunk])
+        moved = letters.revive(db, last + 1, write.revive_at, courtesy.check)
+    if write.expire is not None:
+        moved = moved._replace(expired=letters.expire(db, *write.expire))
+    if moved.chunks:
+        write = write._replace(chunks=[*write.chunks, *moved.chunks])
     return write, moved
+
+
+def _insert_refused(
+    db: sqlite3.Connection, refused: Sequence[DeadLetter], moved: Moved, bytes_max: int
+) -> Moved:
+    """Letters of records that were never accepted come, and old ones of them go."""
+    letters.insert(db, refused, row_bytes=bytes_max // (4 * letters.SHARES))
+    principals = {letter.principal for letter in refused}
+    return moved._replace(dropped=letters.keep_within(db, principals, bytes_max))
+
+
+def meta_of(counters: Sequence[int]) -> Meta:
+    """The moving row from its columns, in the order of `schema.COUNTERS`."""
+    return Meta(Ledger(*counters[:4]), Cursor(*counters[4:6]), counters[6], counters[7])
+
+
+def write_meta(db: sqlite3.Connection, journal: str, meta: Meta) -> None:
+    """Writes the one moving row, with its checksum."""
+    counters = (*meta.ledger, *meta.cursor, meta.last_chunk, meta.next_batch)
+    db.execute(
+        "UPDATE meta SET accepted=?, processed=?, dead=?, refused=?,"
+        " cursor_chunk=?, cursor_record=?, last_chunk=?, next_batch=?, crc=?",
+        (*counters, schema.meta_checksum(journal, counters)),
+    )
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -434,27 +404,28 @@ def _advance(meta: Meta, write: Write, moved: Moved) -> Meta:
 def _insert(db: sqlite3.Connection, write: Write) -> None:
     if write.chunks:
         db.executemany(
-            "INSERT INTO chunks VALUES(?,?,?,?,?,?,?,?)", [chunk_row(c) for c in write.chunks]
+            "INSERT INTO chunks VALUES(?,?,?,?,?,?,?,?,?)", [chunk_row(c) for c in write.chunks]
         )
     sealed = [*write.sealed, *(batch for s in write.settled for batch in s.successors)]
     if sealed:
-        db.executemany("INSERT INTO batches VALUES(?,?,?,?,?,?)", [batch_row(b) for b in sealed])
+        rows = [batch_row(b, write.at) for b in sealed]
+        db.executemany("INSERT INTO batches VALUES(?,?,?,?,?,?,?)", rows)
     failing = [b for b in (*sealed, *write.postponed) if b.failing.seconds or b.failing.counted]
     if failing:
         db.executemany(
             "INSERT OR REPLACE INTO failing VALUES(?,?,?)",
             [(b.number, *b.failing) for b in failing],
         )
-    dead = [*write.refused, *(letter for s in write.settled for letter in s.dead)]
-    if dead:
-        letters.insert(db, dead)
+    for settlement in write.settled:
+        if settlement.dead:
+            letters.insert(db, settlement.dead)
 
 
 def _remove(db: sqlite3.Connection, write: Write) -> None:
     if write.postponed:
         db.executemany(
-            "UPDATE batches SET attempts=?, due_at=? WHERE number=?",
-            [(b.attempts, b.due_at, b.number) for b in write.postponed],
+            "UPDATE batches SET attempts=?, due_at=?, wait=? WHERE number=?",
+            [(b.attempts, b.due_at, _wait(b, write.at), b.number) for b in write.postponed],
         )
     if write.settled:
         numbers = [(s.batch,) for s in write.settled]
@@ -516,27 +487,39 @@ def chunk_row(chunk: Chunk) -> tuple[object, ...]:
     records = chunk.records
     size = len(records.payload) + len(records.sizes)
     crc = checksum(chunk.id, records)
+    names = "\n".join(records.names).encode() if records.names else b""
     return (
         chunk.id, chunk.accepted_at, records.count, size, int(records.layout), crc,
-        records.sizes, records.payload,
+        records.sizes, records.payload, names,
     )  # fmt: skip
 
 
-def batch_row(batch: Sealed) -> tuple[object, ...]:
-    """A sealed batch as its table has it."""
+def batch_row(batch: Sealed, now: float) -> tuple[object, ...]:
+    """A sealed batch as its table has it, written down at `now`."""
     spans = _spans_encode(batch.spans)
-    return (batch.number, batch.count, batch.attempts, batch.due_at, batch.accepted_at, spans)
+    return (
+        batch.number, batch.count, batch.attempts, batch.due_at, batch.accepted_at, spans,
+        _wait(batch, now),
+    )  # fmt: skip
 
 
-_CHUNK = "SELECT id, accepted_at, count, layout, crc, sizes, payload FROM chunks"
+def _wait(batch: Sealed, now: float) -> float:
+    """Seconds until it is due, for a start after which the clock says something else."""
+    return max(0.0, batch.due_at - now) if batch.due_at else 0.0
 
 
-def _chunk(row: tuple[int, float, int, int, int, bytes, bytes]) -> Chunk:
-    number, accepted_at, count, layout, crc, sizes, payload = row
+_CHUNK = "SELECT id, accepted_at, count, layout, crc, sizes, payload, {} FROM chunks"
+_WITH_NAMES = _CHUNK.format("names")
+_WITHOUT_NAMES = _CHUNK.format("x''")
+
+
+def _chunk(row: tuple[int, float, int, int, int, bytes, bytes, bytes]) -> Chunk:
+    number, accepted_at, count, layout, crc, sizes, payload, packed = row
     try:
-        records = Records(Layout(layout), count, payload, sizes)
+        names = tuple(packed.decode().split("\n")) if packed else ()
+        records = Records(Layout(layout), count, payload, sizes, names)
         whole = checksum(number, records) == crc
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, AttributeError):
         records, whole = Records(Layout.SIZED, count, payload, sizes), False
     return Chunk(number, accepted_at, records, damaged=not whole)
 
@@ -547,7 +530,7 @@ def read_chunks(db: sqlite3.Connection, first: int, bytes_max: int) -> list[Chun
     At most `READ_CHUNKS`: of small ones more lies beside the payload than in it.
     """
     chunks, size = [], 0
-    query = f"{_CHUNK} WHERE id >= ? ORDER BY id LIMIT {READ_CHUNKS}"
+    query = f"{_WITH_NAMES} WHERE id >= ? ORDER BY id LIMIT {READ_CHUNKS}"
     for row in db.execute(query, (first,)):
         chunks.append(_chunk(row))
         size += len(row[6]) + len(row[5])
@@ -556,11 +539,25 @@ def read_chunks(db: sqlite3.Connection, first: int, bytes_max: int) -> list[Chun
     return chunks
 
 
-def read_some(db: sqlite3.Connection, ids: Iterable[int]) -> dict[int, Chunk]:
-    """Chunks by id; those that are gone are left out."""
-    found = {}
-    for number in ids:
-        row = db.execute(f"{_CHUNK} WHERE id = ?", (number,)).fetchone()
-        if row is not None:
-            found[number] = _chunk(row)
-    return found
+def read_one(db: sqlite3.Connection, number: int, *, version: int = schema.VERSION) -> Chunk | None:
+    """The chunk of an id, of a journal of this version or an earlier one; `None` if it is gone."""
+    select = _WITHOUT_NAMES if version == 1 else _WITH_NAMES
+    row = db.execute(f"{select} WHERE id = ?", (number,)).fetchone()
+    return None if row is None else _chunk(row)
+
+
+def read_spans(db: sqlite3.Connection, spans: Iterable[Span]) -> Records | None:
+    """The records of a batch; `None` if one of its chunks is damaged or gone.
+
+    One chunk is in memory at a time, and of it only what is wanted is kept: a batch may take a
+    record out of each of very many chunks.
+    """
+    parts: list[Records] = []
+    chunk: Chunk | None = None
+    for span in spans:
+        if chunk is None or chunk.id != span.chunk:
+            chunk = read_one(db, span.chunk)
+        if chunk is None or chunk.damaged or span.first + span.count > chunk.records.count:
+            return None
+        parts.append(chunk.records.part(span.first, span.count))
+    return join(parts)

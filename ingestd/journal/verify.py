@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from ingestd.base.record import Span
-from ingestd.journal import bookmarks, letters
+from ingestd.journal import bookmarks, letters, schema
 from ingestd.journal.beside import transaction
 from ingestd.journal.interface import DeadLetter
-from ingestd.journal.store import read_chunks
+from ingestd.journal.store import meta_of, read_chunks, write_meta
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,7 +59,9 @@ def stat(db: sqlite3.Connection) -> dict[str, Any]:
             db, "SELECT count(*) AS rows, coalesce(sum(count), 0) AS records FROM batches"
         )
         dead = _row(db, "SELECT * FROM dead_totals")
-        (marked,) = db.execute("SELECT count(*) FROM dead WHERE retry = 1").fetchone()
+        (marked,) = db.execute(
+            "SELECT coalesce(sum(letters), 0) FROM dead WHERE retry = 1"
+        ).fetchone()
         (oldest,) = db.execute(
             "SELECT min(at) FROM (SELECT min(accepted_at) AS at FROM batches UNION ALL"
             " SELECT accepted_at FROM (SELECT accepted_at FROM chunks, meta"
@@ -81,7 +83,11 @@ def stat(db: sqlite3.Connection) -> dict[str, Any]:
             "rows": dead["letters"],
             "bytes": dead["bytes"],
             "marked": marked,
-            **{name: dead[name] for name in ("revived", "readmitted", "expired", "purged")},
+            "never_accepted": {"rows": dead["invalid"], "bytes": dead["invalid_bytes"]},
+            **{
+                name: dead[name]
+                for name in ("revived", "readmitted", "expired", "purged", "dropped")
+            },
         },
         "damaged": damaged,
         "bookmarks": {"rows": marks.count, "bytes": marks.bytes},
@@ -153,13 +159,18 @@ def _places(db: sqlite3.Connection) -> Iterator[Finding]:
             "SELECT coalesce(max(id), 0), coalesce(sum(bytes), 0) FROM chunks"
         ).fetchone()
         (pending,) = db.execute(_PENDING).fetchone()
-        dead = db.execute("SELECT count(*), coalesce(sum(bytes), 0) FROM dead").fetchone()
+        dead = db.execute(
+            "SELECT coalesce(sum(letters), 0), coalesce(sum(bytes), 0),"
+            " coalesce(sum(letters) FILTER (WHERE record = ''), 0) FROM dead"
+        ).fetchone()
         totals = letters.totals(db)
+        journal = schema.read_identity(db)
         (given_up,) = db.execute(
             "SELECT coalesce(sum(records), 0) FROM dead WHERE record != ''"
         ).fetchone()
     finally:
         db.execute("COMMIT")
+    yield from _identity(meta, journal)
     yield from _batches(meta, counts, batches)
     if last > meta["last_chunk"]:
         yield Finding(f"chunk {last} is newer than the last one that was written down")
@@ -171,10 +182,18 @@ def _places(db: sqlite3.Connection) -> Iterator[Finding]:
     # A journal that was last open in an older ingestd keeps no sum.
     if meta.get("chunk_bytes", size) != size:
         yield Finding(f"the chunks' bytes are summed up as {meta['chunk_bytes']}, they are {size}")
-    if tuple(dead) != (totals.letters, totals.bytes):
+    if tuple(dead) != (totals.letters, totals.bytes, totals.invalid):
         yield Finding(f"{totals.letters} dead letters are counted, there are {dead[0]}")
     if given_up > meta["dead"]:
         yield Finding(f"dead letters of {given_up} records, the ledger says {meta['dead']}")
+
+
+def _identity(meta: dict[str, Any], journal: str) -> Iterator[Finding]:
+    counters = [meta[name] for name in schema.COUNTERS]
+    if schema.meta_checksum(str(meta["journal"]), counters) != meta["crc"]:
+        yield Finding("the ledger is damaged: its checksum does not fit")
+    if journal != meta["journal"]:
+        yield Finding(f"the journal's id is {meta['journal']} in one place, {journal} in another")
 
 
 def _count(db: sqlite3.Connection, chunk: int) -> Iterator[int]:
@@ -233,8 +252,6 @@ def set_aside(db: sqlite3.Connection, chunk: int, now: float) -> int:
             first = meta["cursor_record"] if chunk == meta["cursor_chunk"] else 0
             if first < count:
                 lost.append((Span(chunk, first, count - first), 0))
-            if chunk == meta["cursor_chunk"]:
-                db.execute("UPDATE meta SET cursor_chunk = ?, cursor_record = 0", (chunk + 1,))
         records = sum(span.count for span, _ in lost)
         letters.insert(
             db,
@@ -246,7 +263,11 @@ def set_aside(db: sqlite3.Connection, chunk: int, now: float) -> int:
                 for span, attempts in lost
             ],
         )  # fmt: skip
-        db.execute("UPDATE meta SET dead = dead + ?", (records,))
+        counters = {name: meta[name] for name in schema.COUNTERS}
+        if chunk == meta["cursor_chunk"]:
+            counters |= {"cursor_chunk": chunk + 1, "cursor_record": 0}
+        counters["dead"] += records
+        write_meta(db, meta["journal"], meta_of(list(counters.values())))
         db.execute("INSERT OR IGNORE INTO damaged SELECT * FROM chunks WHERE id = ?", (chunk,))
         db.execute("DELETE FROM chunks WHERE id = ?", (chunk,))
     return records
@@ -276,4 +297,5 @@ def all_set_aside(db: sqlite3.Connection) -> Iterator[tuple[dict[str, Any], byte
     """What has been set aside: the facts of each chunk, and its payload as it is."""
     for (chunk,) in db.execute("SELECT id FROM damaged ORDER BY id").fetchall():
         facts = _row(db, f"SELECT * FROM damaged WHERE id = {int(chunk)}")  # noqa: S608
+        facts["names"] = bytes(facts["names"]).decode(errors="replace").split()
         yield facts, facts.pop("payload")

@@ -19,13 +19,14 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
-from ingestd.sinks.folder import NAME, cut_torn_tail, hour_of, is_same, set_aside, sync_folder
+from ingestd.base.private import open_private, sync_folder
+from ingestd.sinks.folder import NAME, cut_torn_tail, hour_of, is_same, set_aside
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from pathlib import Path
 
 _LOG = logging.getLogger(__name__)
 _BLOCK = 1024 * 1024
@@ -164,12 +165,12 @@ def _retire(file: Path) -> Path | None:
 
 
 def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+    return open_private(Path(path), flags)
 
 
 @contextmanager
 def _folder_lock(path: Path) -> Iterator[bool]:
-    fd = os.open(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fd = open_private(path / _LOCK_FILE, os.O_RDWR | os.O_CREAT)
     try:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)

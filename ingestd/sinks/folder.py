@@ -24,6 +24,8 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ingestd.base.private import make_folder, open_private, sync_folder
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
@@ -101,7 +103,7 @@ class Folder:
             self.close()
             self._set_aside()
         make_folder(self.path)
-        self._fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._fd = open_private(file, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         self._file = file
         # Whoever made the file may not have synced its name yet, and we are about to promise.
         sync_folder(self.path)
@@ -136,29 +138,6 @@ class Folder:
             except OSError:  # then the next one to lock the file finds the torn tail
                 pass
             raise
-
-
-def make_folder(path: Path) -> None:
-    """Make the folder and what is missing above it, mode 0700, with their names synced."""
-    if path.is_dir():
-        return
-    if path.parent != path:
-        make_folder(path.parent)
-    try:
-        path.mkdir(mode=0o700)
-    except FileExistsError:
-        if not path.is_dir():
-            raise
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Put the names in a folder on disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def is_same(file: Path, fd: int) -> bool:

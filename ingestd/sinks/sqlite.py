@@ -15,10 +15,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ingestd.base.private import make_folder, tighten
 from ingestd.handlers.batch import Batch  # noqa: TC001  the loader reads the annotations
 from ingestd.handlers.context import Context
 from ingestd.handlers.decode import decoder_for
-from ingestd.sinks.folder import make_folder
 from ingestd.sinks.rows import EXTRA, ID, RECORD, has_extra, keys_of, new_columns, rows_of
 
 if TYPE_CHECKING:
@@ -211,6 +211,8 @@ class SqliteSink:
             with suppress(FileExistsError):
                 # Not opened and closed: that would end all locks this process has on the file.
                 os.mknod(self._path, 0o600)
+            for suffix in ("", "-wal", "-shm"):
+                tighten(self._path.with_name(self._path.name + suffix))
             file = self._path.stat()
             db = sqlite3.connect(
                 self._path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False

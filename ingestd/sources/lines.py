@@ -136,6 +136,20 @@ def _explain(fault: str, value: bytes) -> str:
     return fault
 
 
+def record_fault(
+    value: bytes, form: Format, record_bytes_max: int, depth_max: int = DEPTH_MAX
+) -> str:
+    """What keeps some bytes from being a record of a pipeline, in one line; empty if nothing does.
+
+    For records that were refused once and are to be accepted after all.
+    """
+    if len(value) > record_bytes_max:
+        return f"{len(value)} bytes, more than record_bytes_max = {record_bytes_max}"
+    if form == "json":
+        return json_fault(value, depth_max)
+    return "more than one line" if form == "text" and b"\n" in value else ""
+
+
 def too_deep(depth_max: int) -> str:
     """What is said of a record that is nested too deeply."""
     return f"nested deeper than json_depth_max = {depth_max}"

@@ -96,15 +96,16 @@ def test_retry_beside_the_daemon_feeds_each_record_once(folder: Path) -> None:
     with daemon("app:store", cwd=folder) as running:
         give_up(folder, running, 2500)
         assert running.post(b"{\n7\n")[0] == 202
-        assert cli("dead", "retry", cwd=folder).stdout.startswith("2501 ")
-        # The malformed one is accepted now, and then can't be decoded.
-        until(lambda: status(running)["processed"] == 2501, "they did not come back")
-        now = until(lambda: (s := status(running))["dead"] == 1 and s, "no undecodable")
-        assert (now["accepted"], now["refused"], now["pending"]) == (2502, 0, 0)
+        done = cli("dead", "retry", cwd=folder)
+        assert done.stdout.startswith("2500 ")
+        # The malformed one was never accepted, and is no better now.
+        assert "1 letters were never accepted and are still no records" in done.stderr
+        now = until(lambda: (s := status(running))["processed"] == 2501 and s, "they stay away")
+        assert (now["accepted"], now["refused"], now["pending"]) == (2501, 1, 0)
         (letter,) = lines(cli("dead", "list", "--json", cwd=folder))
-        assert (letter["reason"], letter["attempts"]) == ("undecodable", 1)
+        assert (letter["reason"], letter["retry"]) == ("malformed", False)
         _, _, page = running.request("GET", "/metrics", admin=True)
-        assert b'ingestd_records_dead_total{pipeline="default"} 2501.0' in page
+        assert b'ingestd_records_dead_total{pipeline="default"} 2500.0' in page
         assert b'ingestd_records_refused_total{pipeline="default"} 1.0' in page
         running.terminate()
         assert running.wait() == 0
@@ -113,7 +114,7 @@ def test_retry_beside_the_daemon_feeds_each_record_once(folder: Path) -> None:
     (stat,) = lines(cli("journal", "stat", "--json", cwd=folder))
     assert stat["balanced"]
     assert stat["dead_letters"]["revived"] == 2500
-    assert stat["dead_letters"]["readmitted"] == 1
+    assert stat["dead_letters"]["readmitted"] == 0
 
 
 @pytest.mark.parametrize("how", ["stopped", "killed"])
@@ -188,22 +189,38 @@ def test_purging_while_the_daemon_writes(folder: Path) -> None:
     assert stat["dead_letters"]["purged"] == purged
 
 
-def test_the_bound_refuses_until_somebody_makes_room(folder: Path) -> None:
-    with daemon("app:store", "--dead.bytes_max", "20kB", cwd=folder) as running:
-        code, answer = 202, None
-        for _ in range(200):
-            code, answer = running.post(b"{\n" * 10 + b"1\n")
-            if code != 202:
-                break
-        assert code == 503
-        assert "the dead letters" in answer["detail"]
-        assert "dead.bytes_max" in status(running)["bounds_near"]
-        kept = status(running)["dead_letters"]
-        assert 17_000 < kept["bytes"] <= 20_000
-        assert len(lines(cli("dead", "list", "--json", cwd=folder))) == kept["kept"]
-        cli("dead", "purge", "--all", "--yes", cwd=folder)
-        until(lambda: running.post(b"{\n1\n")[0] == 202, "still full")
-        assert "dead.bytes_max" not in status(running)["bounds_near"]
+def test_at_the_bound_dispatch_stops_until_somebody_makes_room(folder: Path) -> None:
+    """Records are accepted on, nothing more is given up, and a drain does not wait for it."""
+    flags = ("--dead.bytes_max", "3kB", "--batch.records_max", "100", "--batch.age_max", "10ms")
+    (folder / "bad").touch()
+    with daemon("app:store", *flags, cwd=folder) as running:
+        for _ in range(60):
+            assert running.post(numbers(100))[0] == 202
+        now = until(lambda: (s := status(running))["dispatch_stopped"] and s, "it did not stop")
+        assert "dead.bytes_max" in now["dispatch_stopped"]
+        assert "dead.bytes_max" in now["bounds_near"]
+        stopped = running.event("dispatch_stopped")
+        assert stopped["reason"] == "dead.bytes_max"
+        now = until(lambda: (s := status(running))["batches"]["running"] == 0 and s, "busy")
+        assert now["pending"] > 2000
+        assert running.post(b"{\n" * 3 + b"1\n2\n3\n4\n")[0] == 202
+        (folder / "bad").unlink()
+        _, _, page = running.request("GET", "/metrics", admin=True)
+        assert b'ingestd_dispatch_stopped{pipeline="default"} 1.0' in page
+        # What is fed again makes room as well as what is purged.
+        cli("dead", "retry", "--reason", "rejected", cwd=folder)
+        until(lambda: status(running)["processed"] == 6004, "it did not go on")
+        now = status(running)
+        assert (now["dispatch_stopped"], now["dead"], now["pending"]) == ("", 0, 0)
+        running.event("dispatch_resumed")
+        (folder / "bad").touch()
+        for _ in range(60):
+            assert running.post(numbers(100))[0] == 202
+        until(lambda: status(running)["dispatch_stopped"], "it did not stop again")
+        running.terminate()
+        assert running.wait() == 0
+        assert running.event("drained")["pending"] > 0
+    assert len(set(got(folder))) == 100
 
 
 def test_old_letters_expire_and_are_counted(folder: Path) -> None:

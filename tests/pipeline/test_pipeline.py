@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import sqlite3
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from ingestd.base.record import Records, Refused
+from ingestd.journal.beside import opened as opened_beside
+from ingestd.journal.dead import Filter
+from ingestd.journal.dead import letters as letters_of
 from tests.pipeline import recording
 
 if TYPE_CHECKING:
@@ -40,12 +42,11 @@ def records_of(folder: Path) -> list[Any]:
 
 
 def dead(folder: Path) -> list[tuple[Any, ...]]:
-    with sqlite3.connect(folder / "journal.db") as db:
-        rows = db.execute(
-            "SELECT reason, payload, attempts, error FROM dead ORDER BY payload"
-        ).fetchall()
-    db.close()
-    return rows
+    with opened_beside(folder / "journal.db") as db:
+        kept = [one.letter for one in letters_of(db, Filter(), whole=True)]
+    return sorted(
+        ((one.reason, one.payload, one.attempts, one.error) for one in kept), key=lambda row: row[1]
+    )
 
 
 KINDS = [("thread", "Note"), ("process", "Note"), ("async", "AsyncNote")]

@@ -1,0 +1,102 @@
+"""Files and folders that only their owner reads, whatever the umask and the folder they lie in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FILE_MODE = 0o600
+FOLDER_MODE = 0o700
+_OTHERS = 0o077
+
+
+def open_private(path: Path, flags: int) -> int:
+    """Opens a file of ours: a new one is private, and an old one that others may read becomes so.
+
+    Args:
+        path: its name.
+        flags: as `os.open` takes them; close-on-exec is added.
+
+    Raises:
+        OSError: as `os.open`.
+    """
+    fd = os.open(path, flags | os.O_CLOEXEC, FILE_MODE)
+    found = os.fstat(fd)
+    if found.st_mode & _OTHERS and stat.S_ISREG(found.st_mode):
+        with contextlib.suppress(OSError):  # somebody else's: it stays as open as they made it
+            os.fchmod(fd, FILE_MODE)
+    return fd
+
+
+def tighten(path: Path) -> None:
+    """Makes a file private that others may read; without opening it, which would drop its locks."""
+    with contextlib.suppress(OSError):
+        found = path.lstat()
+        if found.st_mode & _OTHERS and stat.S_ISREG(found.st_mode):
+            path.chmod(FILE_MODE)
+
+
+def make_private(path: Path) -> None:
+    """Makes an empty private file if there is none, else makes the one that is there private.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))
+    except FileExistsError:
+        tighten(path)
+
+
+def create_new(path: Path) -> int:
+    """Opens a new private file for writing in place of one of that name; follows no link.
+
+    Raises:
+        OSError: it can't be made, or somebody else made it meanwhile.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(path, flags, FILE_MODE)
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder and what is missing above it, private, with their names synced.
+
+    Raises:
+        OSError: one of them can't be made.
+    """
+    if path.is_dir():
+        return
+    if path.parent != path:
+        make_folder(path.parent)
+    try:
+        path.mkdir(mode=FOLDER_MODE)
+    except FileExistsError:
+        if not path.is_dir():
+            raise
+    with contextlib.suppress(PermissionError):  # it may be written to, and not be read
+        sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Puts the names in a folder on disk.
+
+    Raises:
+        OSError: it can't be opened or synced.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def open_to_others(path: Path) -> bool:
+    """Whether others than its owner may look into a folder."""
+    return bool(path.stat().st_mode & _OTHERS)
