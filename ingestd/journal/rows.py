@@ -27,8 +27,9 @@ ROW_BYTES = 4 << 20
 """No further letter goes into a row beyond these."""
 FACTS_BYTES = 48 << 10
 """What the texts of the letters of one insertion may take together, beside half their payloads."""
-_SHORTER = (None, 400, 100, 24)
-"""To how many characters each text is cut, one after the other, until they fit."""
+_SHORTER = (None, 400, 100, 24, 0)
+"""To how many characters each text is cut, one after the other, until they fit; the last is one
+text for all of them."""
 
 COLUMNS = (
     "id", "record", "records", "reason", "error", "traceback", "attempts", "first_at", "last_at",
@@ -150,7 +151,7 @@ def _row(group: Sequence[DeadLetter], last: int, *, retry: int, room: int) -> Ro
 
 def _pack(group: Sequence[DeadLetter], room: int) -> bytes:
     sizes = pack_sizes([len(letter.payload) for letter in group])
-    runs = _runs([letter.record for letter in group])
+    runs = _runs([letter.record for letter in group if letter.record])
     for longest in _SHORTER:
         texts: dict[tuple[str, str], int] = {}
         which = [
@@ -167,7 +168,9 @@ def _pack(group: Sequence[DeadLetter], room: int) -> bytes:
 
 
 def _cut(text: str, longest: int | None) -> str:
-    return text if longest is None or len(text) <= longest else f"{text[: longest - 1]}…"
+    if longest is None or len(text) <= longest:
+        return text
+    return f"{text[: longest - 1]}…" if longest else "(there were too many different texts)"
 
 
 def _runs(records: Sequence[str]) -> list[tuple[str, int, int]]:

@@ -219,16 +219,19 @@ def test_at_the_bound_dispatch_stops_until_somebody_makes_room(folder: Path) -> 
         until(lambda: status(running)["dispatch_stopped"], "it did not stop again")
         running.terminate()
         assert running.wait() == 0
-        assert running.event("drained")["pending"] > 0
+        assert running.event("drained_partly")["pending"] > 0
     assert len(set(got(folder))) == 100
 
 
 def test_old_letters_expire_and_are_counted(folder: Path) -> None:
     with daemon("app:store", "--dead.age_max", "1ms", cwd=folder) as running:
-        assert running.post(b"{\n" * 2100 + b"1\n")[0] == 202
+        (folder / "bad").touch()
+        assert running.post(numbers(2090))[0] == 202
+        assert running.post(b"{\n" * 10 + numbers(10))[0] == 202
+        until(lambda: status(running)["dead"] == 2100, "they did not die")
         until(lambda: status(running)["dead_letters"]["kept"] == 0, "they stay")
         _, _, page = running.request("GET", "/metrics", admin=True)
-        assert b'ingestd_letters_expired_total{pipeline="default"} 2100.0' in page
+        assert b'ingestd_letters_expired_total{pipeline="default"} 2110.0' in page
         running.event("dead_letters_expired")
 
 

@@ -1,0 +1,158 @@
+"""A journal of version 1, made by the ingestd that had it, is carried over in place."""
+
+from __future__ import annotations
+
+import gzip
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from ingestd.base.errors import DataDirError, KeyReused
+from ingestd.base.lock import DataDir
+from ingestd.base.record import Span
+from ingestd.journal import dead, schema, verify
+from ingestd.journal.beside import opened as opened_beside
+from ingestd.journal.interface import Ledger
+from ingestd.journal.salvage import repair
+
+MADE = Path(__file__).with_name("version-1.db.gz")
+ID = "15c8523a3962"
+TABLES = "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%' ORDER BY name"
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    path = tmp_path / "journal.db"
+    path.write_bytes(gzip.decompress(MADE.read_bytes()))
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (1,)
+    return path
+
+
+async def check(j) -> None:
+    """All that was in it is in it."""
+    assert not j.recovered.set_aside
+    assert j.journal.id == ID
+    assert j.journal.ledger == Ledger(accepted=8, processed=1, dead=2, refused=3)
+    (batch,) = j.recovered.batches
+    assert (batch.number, batch.attempts, batch.spans) == (2, 3, (Span(1, 3, 1), Span(2, 0, 1)))
+    assert (await j.journal.load(batch.spans)).items() == [b"4", b"5"]
+    chunks = await j.journal.read(2, 1 << 20)
+    assert [chunk.records.items() for chunk in chunks] == [[b"5", b"6"], [b'{\n"a":1}', b"8"]]
+    assert (await j.journal.bookmark("file")).state == b"state"
+    assert await j.journal.keys.begin("key-1", b"f" * 32) == b'{"accepted":4}'
+    with pytest.raises(KeyReused):
+        await j.journal.keys.begin("key-1", b"g" * 32)
+    totals = j.journal.dead_totals
+    assert (totals.letters, totals.invalid) == (5, 3)
+    assert await j.journal.look()  # two are marked
+
+
+async def test_nothing_changes_but_the_version(opened, earlier: Path) -> None:
+    j = await opened()
+    await check(j)
+    moved = await j.journal.revive()
+    assert (moved.revived, moved.readmitted) == (1, 1)
+    assert j.chunks[-1].records.items() == [b"7", b"1"]
+    assert j.chunks[-1].records.names == ("", f"{ID}.1.0")
+    assert (await j.journal.close()).counted == 7
+    with opened_beside(earlier) as db:
+        assert list(verify.findings(db)) == []
+        assert [one.letter.reason for one in dead.letters(db, dead.Filter(), whole=True)] == [
+            "malformed", "too_large", "rejected",
+        ]  # fmt: skip
+
+
+async def test_its_tables_are_those_of_a_new_one(opened, earlier: Path, tmp_path: Path) -> None:
+    await (await opened()).journal.close()
+    with closing(sqlite3.connect(earlier)) as db:
+        carried = db.execute(TABLES).fetchall()
+    earlier.unlink()
+    await (await opened()).journal.close()
+    with closing(sqlite3.connect(tmp_path / "journal.db")) as db:
+        assert db.execute(TABLES).fetchall() == carried
+        assert db.execute("PRAGMA user_version").fetchone() == (schema.VERSION,)
+
+
+async def test_the_commands_open_it_too_unless_an_earlier_daemon_runs(
+    opened, earlier: Path
+) -> None:
+    held = DataDir(earlier.parent)
+    with pytest.raises(DataDirError, match="another ingestd"), opened_beside(earlier):
+        pass
+    held.close()
+    with opened_beside(earlier) as db:
+        assert dead.count(db, dead.Filter()).letters == 5
+    await check(await opened())
+
+
+CARRY = """
+import os, signal, sqlite3, sys
+from ingestd.journal import store
+steps = int(sys.argv[2])
+connect = store.connect
+def counted(path, **options):
+    db = connect(path, **options)
+    def tick():
+        global steps
+        steps -= 1
+        if steps == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+    db.set_progress_handler(tick, 40)
+    return db
+store.connect = counted
+store.Store(__import__("pathlib").Path(sys.argv[1])).close()
+"""
+
+
+async def test_a_kill_at_any_point_leaves_one_version_or_the_other(
+    opened, earlier: Path, tmp_path: Path
+) -> None:
+    """Killed within SQLite's own steps, until one run comes through; the file is whole."""
+    copy = tmp_path / "copies"
+    copy.mkdir()
+    killed, steps = 0, 1
+    while True:
+        for path in copy.iterdir():
+            path.unlink()
+        shutil.copy(earlier, copy / "journal.db")
+        done = subprocess.run(  # noqa: ASYNC221  nothing else turns
+            [sys.executable, "-c", CARRY, str(copy / "journal.db"), str(steps)], timeout=30
+        )
+        with closing(sqlite3.connect(copy / "journal.db")) as db:
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+            assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            columns = schema.columns(db, "dead")
+            assert ("facts" in columns) is (version == 2)
+            assert db.execute("SELECT count(*) FROM dead").fetchone() == (5,)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL
+        killed += 1
+        steps = steps * 2 + 1
+    assert killed >= 4
+    for path in copy.iterdir():
+        shutil.copy(path, tmp_path / path.name)
+    await check(await opened())
+
+
+async def test_a_damaged_one_is_rebuilt_in_this_version(opened, earlier: Path) -> None:
+    with closing(sqlite3.connect(earlier)) as db, db:
+        db.execute("UPDATE meta SET next_batch = -3")
+    aside = repair(earlier, 2e9)
+    assert Path(aside).exists()
+    j = await opened()
+    assert not j.recovered.set_aside
+    assert j.journal.id == ID
+    assert j.journal.ledger == Ledger(accepted=8, processed=1, dead=2, refused=3)
+    assert j.recovered.next_batch > 1_000_000
+    assert [batch.number for batch in j.recovered.batches] == [2]
+    assert j.journal.dead_totals.letters == 5
+    assert (await j.journal.close()).counted == 5
