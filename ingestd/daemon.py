@@ -176,6 +176,9 @@ class Daemon:
         data_dir = DataDir(self.settings.data_dir)
         forks = Forks(self.settings.data_dir, [self._input_fd] if self._input_fd else [])
         forks.listen(self._addresses)
+        if data_dir.is_open:
+            # It was there before, and may be shared on purpose; what is in it is private.
+            log.warning("data_directory_readable", path=str(data_dir.path), should_be="mode 0700")
         watch = asyncio.ensure_future(self._watch())
         try:
             await self._start_unless_urged(data_dir)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import DataDirError
-from ingestd.base.private import make_folder, open_private, open_to_others
+from ingestd.base.private import make_folder, open_private, open_to_others, tighten_folder
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -113,6 +113,8 @@ class DataDir:
         folder = self.path / "pipelines" / pipeline
         try:
             make_folder(folder)
+            tighten_folder(folder.parent)
+            tighten_folder(folder)
         except OSError as error:
             raise DataDirError(path=folder, problem=_why(error)) from error
         self._locks.append(FileLock(folder / LOCK_NAME, of=folder, signed=True))

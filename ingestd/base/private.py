@@ -84,6 +84,14 @@ def make_folder(path: Path) -> None:
         sync_folder(path.parent)
 
 
+def tighten_folder(path: Path) -> None:
+    """Makes a folder that we made private, if an earlier ingestd left it open; no linked one."""
+    with contextlib.suppress(OSError):
+        found = path.lstat()
+        if found.st_mode & _OTHERS and stat.S_ISDIR(found.st_mode):
+            path.chmod(FOLDER_MODE)
+
+
 def sync_folder(path: Path) -> None:
     """Puts the names in a folder on disk.
 

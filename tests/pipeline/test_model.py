@@ -1,4 +1,4 @@
-"""The whole pipeline against a plain model: append, seal, done, retry, reject, split, crash.
+"""The whole pipeline against a model: append, seal, done, retry, reject, split, fed again, crash.
 
 A hypothesis state machine drives the real journal, tail, batcher, line and settlements; only the
 worker is the test's own, so that it decides each outcome. A crash is what a SIGKILL leaves: the
@@ -24,8 +24,12 @@ from ingestd.base.metrics import Metrics
 from ingestd.base.record import Records, Refused
 from ingestd.base.settings import Settings
 from ingestd.execution.pool import TaskPool
+from ingestd.handlers.batch import Batch
 from ingestd.handlers.outcome import Failure, Job, Rejection, Result, Retry
+from ingestd.journal.beside import opened
+from ingestd.journal.dead import Filter, letters, mark
 from ingestd.pipeline import Pipeline
+from ingestd.sources.lines import json_fault
 
 ATTEMPTS = 2
 
@@ -62,7 +66,7 @@ class PipelineAgainstModel(RuleBasedStateMachine):
         self.done: set[int] = set()
         self.dead: set[int] = set()
         self.batches: dict[str, list[bytes]] = {}
-        self.places: dict[str, bytes] = {}
+        self.names: dict[bytes, str] = {}
         self.start()
 
     def start(self) -> None:
@@ -187,6 +191,25 @@ class PipelineAgainstModel(RuleBasedStateMachine):
             self.pending.remove(values[0])
             self.dead.add(values[0])
 
+    @precondition(lambda self: self.dead)
+    @rule(data=st.data())
+    def feed_again(self, data: st.DataObject) -> None:
+        """Some dead letters, by their numbers, as a person marks them; refused ones are no JSON."""
+        path = self.folder / "journal.db"
+        with opened(path) as db:
+            kept = {one.id: one.letter for one in letters(db, Filter(), whole=True)}
+        records = {int(one.payload): one.record for one in kept.values() if one.record}
+        assert records == {value: self.names[b"%d" % value] for value in self.dead}
+        ids = data.draw(st.sets(st.sampled_from(sorted(kept)), min_size=1))
+        with opened(path, write=True) as db:
+            marked = mark(db, Filter(ids=tuple(ids)), max(ids), json_fault)
+        again = {int(kept[number].payload) for number in ids if kept[number].record}
+        assert marked == (len(again), len(ids) - len(again))
+        self.loop.run_until_complete(self.pipeline.keeper.look())
+        self.dead -= again
+        self.pending |= again
+        self.settle_down()
+
     @rule()
     def crash(self) -> None:
         """The files as they are, under a new name; the old life is thrown away."""
@@ -224,10 +247,8 @@ class PipelineAgainstModel(RuleBasedStateMachine):
             items = job.records.items()
             assert self.batches.setdefault(job.batch, items) == items
             assert 1 <= len(items) <= 3
-            places = [(s.chunk, s.first + i) for s in job.spans for i in range(s.count)]
-            for (chunk, index), item in zip(places, items, strict=True):
-                name = f"{job.origin}.{chunk}.{index}"
-                assert self.places.setdefault(name, item) == item
+            for name, item in zip(Batch[bytes](None, job).ids, items, strict=True):
+                assert self.names.setdefault(item, name) == name
             on_desk += [int(item) for item in items]
         assert len(on_desk) == len(set(on_desk))
         assert set(on_desk) <= self.pending
@@ -257,6 +278,7 @@ class PipelineAgainstModel(RuleBasedStateMachine):
         assert report.balanced
         assert self.done | self.dead == set(range(self.next))
         assert not self.done & self.dead
+        assert len(set(self.names.values())) == len(self.names)
         shutil.rmtree(self.folder)
         self.loop.close()
 

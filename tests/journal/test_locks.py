@@ -1,0 +1,154 @@
+"""A journal is one daemon's, under whichever name it is found, and nobody else's to read."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ingestd.base.errors import DataDirError
+from ingestd.base.lock import DataDir, FileLock
+from tests.daemon.harness import ROOT, daemon
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def modes(folder: Path) -> dict[str, int]:
+    return {
+        path.name: stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def start(cwd: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """A daemon that should not come up."""
+    return subprocess.run(
+        [sys.executable, "-m", "ingestd", "run", "--listen", "127.0.0.1:0", "--admin.listen", "",
+         *flags],
+        cwd=cwd, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+PIPELINES = '[pipelines.clicks]\n[pipelines.clicks.handler]\ntarget = "jsonl"\n'
+
+
+def refused(done: subprocess.CompletedProcess[str]) -> None:
+    assert done.returncode == 78, done.stderr
+    assert "another ingestd (process" in done.stderr
+
+
+def test_a_data_directory_within_another_ones_pipeline_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "ingestd.toml").write_text(PIPELINES)
+    with daemon(cwd=tmp_path) as running:
+        inside = tmp_path / "ingestd-data" / "pipelines" / "clicks"
+        assert running.post(b"1\n", "/v1/records/clicks")[0] == 202
+        refused(start(tmp_path, "--data-dir", str(inside), "--config", "/dev/null"))
+        around = f"{tmp_path}/ingestd-data/pipelines/../pipelines/clicks"
+        refused(start(tmp_path, "--data-dir", around, "--config", "/dev/null"))
+
+
+def test_a_pipeline_folder_that_is_a_link_to_another_ones_is_refused(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for folder in (one, other):
+        folder.mkdir()
+        (folder / "ingestd.toml").write_text(PIPELINES)
+    with daemon(cwd=one):
+        pipelines = other / "ingestd-data" / "pipelines"
+        pipelines.mkdir(parents=True)
+        (pipelines / "clicks").symlink_to(one / "ingestd-data" / "pipelines" / "clicks")
+        refused(start(other))
+
+
+def test_a_journal_under_a_second_name_is_refused(tmp_path: Path) -> None:
+    """A hard link, as a file that is mounted by itself would be."""
+    with daemon(cwd=tmp_path) as running:
+        other = tmp_path / "other"
+        other.mkdir()
+        os.link(tmp_path / "ingestd-data" / "journal.db", other / "journal.db")
+        done = start(tmp_path, "--data-dir", str(other))
+        refused(done)
+        assert f"process {running.process.pid}" in done.stderr
+        assert running.post(b"1\n")[0] == 202
+        running.process.send_signal(signal.SIGKILL)
+        running.wait()
+    with daemon(cwd=tmp_path) as again:
+        assert again.post(b"1\n")[0] == 202
+
+
+def test_two_pipelines_of_one_daemon_cannot_share_a_folder(tmp_path: Path) -> None:
+    data = DataDir(tmp_path / "data")
+    folder = data.folder("a")
+    (folder.parent / "b").symlink_to(folder)
+    with pytest.raises(DataDirError, match="another ingestd"):
+        data.folder("b")
+    data.close()
+    DataDir(folder).close()
+
+
+def test_a_child_that_is_forked_holds_no_lock(tmp_path: Path) -> None:
+    lock = FileLock(tmp_path / "x", of=tmp_path)
+    ours, theirs = socket.socketpair()
+    child = os.fork()
+    if not child:
+        ours.close()
+        theirs.send(b"here")
+        theirs.recv(1)
+        os._exit(0)
+    theirs.close()
+    assert ours.recv(4) == b"here"
+    lock.close()
+    FileLock(tmp_path / "x", of=tmp_path).close()
+    ours.close()
+    os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022])
+def test_every_file_is_private_in_a_folder_that_was_there(tmp_path: Path, umask: int) -> None:
+    data = tmp_path / "ingestd-data"
+    data.mkdir(mode=0o755)
+    data.chmod(0o755)
+    before = os.umask(umask)
+    try:
+        with daemon("--batch.age_max", "1ms", cwd=tmp_path) as running:
+            assert running.post(b"{\n1\n2\n")[0] == 202
+            running.event("data_directory_readable")
+            while running.status()["pipelines"]["default"]["pending"]:
+                pass
+            found = modes(data)
+            assert {"journal.db", "journal.db-wal", "journal.db-shm", "lock"} <= found.keys()
+            assert any(name.endswith(".jsonl") for name in found)
+            assert set(found.values()) == {0o600}
+            folders = {
+                p.name: stat.S_IMODE(p.stat().st_mode) for p in data.rglob("*") if p.is_dir()
+            }
+            assert set(folders.values()) == {0o700}
+            running.process.kill()
+            running.wait()
+        for path in data.rglob("*"):
+            if path.is_file():
+                path.chmod(0o664)
+        (tmp_path / "letters").symlink_to("/dev/full")
+        victim = tmp_path / "victim"
+        victim.write_text("keep")
+        (tmp_path / "export.part").symlink_to(victim)
+        with daemon("--batch.age_max", "1ms", cwd=tmp_path) as running:
+            assert running.post(b"3\n")[0] == 202
+            while running.status()["pipelines"]["default"]["pending"]:
+                pass
+            assert set(modes(data).values()) == {0o600}
+            done = subprocess.run(
+                [sys.executable, "-m", "ingestd", "dead", "export", "-o", "export"],
+                cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60, check=True,
+            )  # fmt: skip
+            assert done.returncode == 0
+        assert victim.read_text() == "keep"
+        assert stat.S_IMODE((tmp_path / "export").stat().st_mode) == 0o600
+    finally:
+        os.umask(before)
