@@ -58,6 +58,7 @@ _LEVELS = {
     "info": logging.INFO,
     "warning": logging.WARNING,
     "error": logging.ERROR,
+    "critical": logging.CRITICAL,
 }
 
 
@@ -275,6 +276,16 @@ def _say(level: str, event: str, fields: dict[str, object]) -> None:
             own.write(_line(own.chain, level, {**fields, "event": event}))
     except Exception:  # noqa: BLE001, S110  nothing that is done depends on a line
         pass
+
+
+def say_for(level: str, event: str, fields: dict[str, object]) -> None:
+    """Logs an event of a worker process, at the level that it has there. Never raises."""
+    _say(level if level in _LEVELS else "info", event, fields)
+
+
+def lowest_level() -> int:
+    """The level, as `logging` numbers them, below which no line is written."""
+    return _own[-1].level if _own else logging.DEBUG
 
 
 def start_logging(settings: LogSettings, stream: TextIO | None = None) -> LogWriter:

@@ -1,8 +1,11 @@
-"""Watching a child process: its end is seen from the process, not from its connection.
+"""Watching a child process: its end, and what it logs.
 
-A child that a handler forked may hold the worker's end of the socket open long after the worker is
-gone. A thread for each child waits for the process itself, and then closes the connection for the
-lane that waits for an answer on it.
+The end is seen from the process, not from its connection: a child that a handler forked may hold
+the worker's end of the socket open long after the worker is gone. A thread for each child waits for
+the process itself, and then closes the connection for the lane that waits for an answer on it.
+
+The same thread reads what the child logs. After each look it rests for a moment: text that belongs
+together comes together, and a flood is read no faster than a bounded amount a second.
 """
 
 from __future__ import annotations
@@ -12,9 +15,31 @@ import os
 import select
 import socket
 import threading
+from typing import TYPE_CHECKING, NamedTuple
+
+from ingestd.handlers import log_line
+
+if TYPE_CHECKING:
+    from ingestd.execution.worker_log import WorkerLog
 
 _POLL_MS = 50
 """How often a process is looked at where the kernel has no descriptor for it."""
+_REST_SECONDS = 0.02
+_PACKETS_A_LOOK = 500
+_BYTES_A_LOOK = 64 * 1024
+_BYTES_AT_END = 1 << 20
+
+
+class Outputs(NamedTuple):
+    """What a child's lines come from; the monitor owns both and closes them.
+
+    Attributes:
+        packets: the packet socket.
+        text: the descriptor of a pipe that is the child's descriptor 2.
+    """
+
+    packets: socket.socket
+    text: int
 
 
 class Monitor:
@@ -23,13 +48,33 @@ class Monitor:
     Args:
         pid: a child of this process that nobody else reaps before `finish`.
         connection: shut down when it has ended, so that no wait on it goes on.
+        outputs: what it logs comes from here.
+        worker_log: takes it.
         name: of the thread.
+
+    Attributes:
+        batch: id of the batch that the child has; set by its lane.
     """
 
-    def __init__(self, pid: int, connection: socket.socket, name: str) -> None:
+    def __init__(
+        self,
+        pid: int,
+        connection: socket.socket,
+        outputs: Outputs,
+        worker_log: WorkerLog,
+        *,
+        name: str,
+    ) -> None:
+        self.batch = ""
         self._pid = pid
         self._connection = connection
+        self._outputs = outputs
+        self._log = worker_log
         self._ended = threading.Event()
+        self._finished = threading.Event()
+        self._over: set[int] = set()  # descriptors whose other end nobody has any more
+        outputs.packets.setblocking(False)
+        os.set_blocking(outputs.text, False)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -43,28 +88,82 @@ class Monitor:
         return self._ended.wait(max(0.0, timeout))
 
     def finish(self) -> None:
-        """Waits for the thread; the process has been killed."""
+        """Writes what is there, and waits for the thread; the process has been killed."""
+        self._finished.set()
         self._thread.join()
 
     def _run(self) -> None:
-        self._wait_for_end()
-        self._ended.set()
-        with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
-
-    def _wait_for_end(self) -> None:
+        handle = _handle_of(self._pid)
         try:
-            handle = os.pidfd_open(self._pid)
-        except (OSError, AttributeError):  # an old kernel, or none of its kind
-            while not _is_over(self._pid):
-                self._ended.wait(_POLL_MS / 1000)
-            return
-        try:
-            poll = select.poll()
-            poll.register(handle, select.POLLIN)
-            poll.poll()
+            while not self._look(handle):
+                pass
+            self._ended.set()
+            with contextlib.suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
+            while not self._finished.wait(_REST_SECONDS):
+                self._read()
+                self._log.flush()
+            left = _BYTES_AT_END
+            while left > 0 and (got := self._read()):
+                left -= got
+            self._log.flush(last=True)
         finally:
-            os.close(handle)
+            self._ended.set()
+            self._outputs.packets.close()
+            os.close(self._outputs.text)
+            if handle >= 0:
+                os.close(handle)
+
+    def _look(self, handle: int) -> bool:
+        """Waits for something, and takes what there is; whether the process has ended."""
+        poll = select.poll()
+        for fd in (handle, self._outputs.packets.fileno(), self._outputs.text):
+            if fd >= 0 and fd not in self._over:
+                poll.register(fd, select.POLLIN)
+        wait = None if handle >= 0 else _POLL_MS
+        if self._log.holds:
+            wait = _POLL_MS
+        ready = [fd for fd, _ in poll.poll(wait)]
+        if handle in ready or (handle < 0 and _is_over(self._pid)):
+            return True
+        if ready:
+            self._read()
+            self._ended.wait(_REST_SECONDS)
+            self._read()
+        self._log.flush()
+        return False
+
+    def _read(self) -> int:
+        """Takes what is there, and no more than a bound; how many bytes that was."""
+        got = 0
+        for _ in range(_PACKETS_A_LOOK):
+            try:
+                packet = self._outputs.packets.recv(log_line.LINE_BYTES_MAX)
+            except BlockingIOError:
+                break
+            except OSError:
+                packet = b""
+            if not packet:
+                self._over.add(self._outputs.packets.fileno())
+                break
+            got += len(packet)
+            self._log.packet(packet)
+        with contextlib.suppress(BlockingIOError):
+            text = os.read(self._outputs.text, _BYTES_A_LOOK)
+            if text:
+                self._log.raw(text, self.batch)
+                got += len(text)
+            else:
+                self._over.add(self._outputs.text)
+        return got
+
+
+def _handle_of(pid: int) -> int:
+    """A descriptor of a process, or -1 on an old kernel, or another kind of one."""
+    try:
+        return os.pidfd_open(pid)
+    except (OSError, AttributeError):
+        return -1
 
 
 def _is_over(pid: int) -> bool:

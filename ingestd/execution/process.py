@@ -25,9 +25,10 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from ingestd.base.errors import HandlerLoadError
-from ingestd.base.telemetry import get_logger
+from ingestd.base.telemetry import get_logger, lowest_level
 from ingestd.execution import descendants
-from ingestd.execution.monitor import Monitor
+from ingestd.execution.monitor import Monitor, Outputs
+from ingestd.execution.worker_log import WorkerLog
 from ingestd.handlers import wire
 from ingestd.handlers.outcome import Failure, Result, flaw_of
 from ingestd.handlers.runner import CLOSE_SECONDS
@@ -46,6 +47,7 @@ START_TIMEOUT = 120.0
 """Seconds for a child to import the handler; some load models."""
 _IDLE_SECONDS = 0.01
 """A child that was without a job for so long is looked at before it gets one."""
+_PACKETS = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_DGRAM)
 _BOOT = (
     # Without an import: the user's folder may be the first place where one is looked for.
     "import sys; sys.path[:] = eval(sys.argv[1]);"
@@ -75,37 +77,46 @@ class Child:
 
     def __init__(self, hello: wire.Hello, name: str) -> None:
         self._mark = descendants.new_mark()
-        ours, theirs = socket.socketpair()
-        lifeline_theirs, self._lifeline = os.pipe()
-        memory = wire.Slot.make()
-        self._sock = ours
-        try:
+        with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
+            self._sock, sock = _both(socket.socketpair(), ours, theirs)
+            packets, log_sock = _both(socket.socketpair(type=_PACKETS), ours, theirs)
+            lifeline, self._lifeline = os.pipe()
+            theirs.callback(os.close, lifeline)
+            ours.callback(os.close, self._lifeline)
+            text, stderr = os.pipe()
+            theirs.callback(os.close, stderr)
+            ours.callback(os.close, text)
+            memory = wire.Slot.make()
+            if memory >= 0:
+                theirs.callback(os.close, memory)
             self._slot = wire.Slot(memory, ours=True)
-            ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wire.SOCKET_BYTES)
-            fds = (theirs.fileno(), lifeline_theirs, memory)
+            ours.callback(self._slot.close)
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wire.SOCKET_BYTES)
+            log_sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wire.SOCKET_BYTES)
+            fds = (sock.fileno(), lifeline, memory, log_sock.fileno())
             self.process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-c", _BOOT, repr([*map(str, sys.path)]), *map(str, fds)],
+                [sys.executable, "-c", _BOOT, repr([*map(str, sys.path)]),
+                 *map(str, fds), str(lowest_level())],
                 stdin=subprocess.DEVNULL,
+                stderr=stderr,
                 pass_fds=[fd for fd in fds if fd >= 0],
                 env={**os.environ, descendants.MARK: self._mark},
                 start_new_session=True,
-            )
-        except BaseException:
-            ours.close()
-            os.close(self._lifeline)
-            raise
-        finally:
-            theirs.close()
-            os.close(lifeline_theirs)
-            if memory >= 0:
-                os.close(memory)
+            )  # fmt: skip
+            ours.pop_all()
         self._timeout = 0.0
         self._number = 0
         self._rest = b""  # of the connection's bytes
         self._closed_by: float | None = None  # when the handler's close() has to be done
         self._gone = False
         self._answered = time.monotonic()
-        self._monitor = Monitor(self.process.pid, ours, f"{name}-monitor")
+        self._monitor = Monitor(
+            self.process.pid,
+            self._sock,
+            Outputs(packets, text),
+            WorkerLog(hello.handler.pipeline, name),
+            name=f"{name}-monitor",
+        )
         self.ready = self._greet(hello)
 
     def _greet(self, hello: wire.Hello) -> wire.Ready:
@@ -124,6 +135,7 @@ class Child:
             _WorkerDiedError: the child died, overran and was killed, or did not answer the job.
         """
         self._number += 1
+        self._monitor.batch = job.batch
         limit = wire.answer_bytes_max(job.records.count)
         body = self._exchange(self._slot.pack(job), timeout, limit)
         answer = self._decoded(wire.decode_answer, body)
@@ -265,6 +277,17 @@ class Child:
         self._sock.close()
         self._slot.close()
         os.close(self._lifeline)
+
+
+def _both(
+    pair: tuple[socket.socket, socket.socket],
+    ours: contextlib.ExitStack,
+    theirs: contextlib.ExitStack,
+) -> tuple[socket.socket, socket.socket]:
+    """A pair of sockets, each of them closed with its side's others."""
+    ours.callback(pair[0].close)
+    theirs.callback(pair[1].close)
+    return pair
 
 
 class ProcessLane:

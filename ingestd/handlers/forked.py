@@ -8,6 +8,7 @@ close the parent's journal. It ends here, with the exit code that a Python progr
 
 from __future__ import annotations
 
+import signal
 import sys
 from os import _exit, getpid
 from typing import TYPE_CHECKING, NoReturn, Self
@@ -16,6 +17,9 @@ from ingestd.handlers.trace import trace_of
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+_SECONDS = 5
+"""How long a child may take to say its last words."""
 
 
 class ParentOnly:
@@ -41,6 +45,9 @@ def end_child(raised: BaseException | None) -> NoReturn:
     """Ends this process, which was forked, without anything that its parent has to do."""
     code = 0
     try:
+        # A lock that another thread held when it was forked is held for ever in here.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(_SECONDS)
         code = _code_of(raised)
         sys.stdout.flush()
         sys.stderr.flush()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -26,6 +27,7 @@ from typing import TYPE_CHECKING
 from ingestd.base.errors import HandlerLoadError
 from ingestd.base.leaving import end_process
 from ingestd.handlers import wire
+from ingestd.handlers.log_relay import Relay
 from ingestd.handlers.runner import Runner
 
 if TYPE_CHECKING:
@@ -94,16 +96,18 @@ class _Connection:
         self._slot.close()
 
 
-def main(socket_fd: int, lifeline_fd: int, memory_fd: int) -> None:
+def main(socket_fd: int, lifeline_fd: int, memory_fd: int, log_fd: int, level: int) -> None:
     """The child's whole life."""
     connection = _Connection(socket_fd, lifeline_fd, memory_fd)
+    relay = Relay(log_fd, level)
+    relay.install()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         # Not SIG_IGN: that would be inherited by what the handler starts.
         signal.signal(number, lambda *_: None)
     threading.Thread(target=connection.watch_lifeline, name="lifeline", daemon=True).start()
     code = 1
     try:
-        _serve(connection)
+        _serve(connection, relay)
         code = 0
     except OSError:
         pass  # the daemon is gone, or the handler closed the connection
@@ -114,7 +118,7 @@ def main(socket_fd: int, lifeline_fd: int, memory_fd: int) -> None:
     end_process(code)
 
 
-def _serve(connection: _Connection) -> None:
+def _serve(connection: _Connection, relay: Relay) -> None:
     message = connection.receive()
     if message is None:
         return
@@ -124,12 +128,17 @@ def _serve(connection: _Connection) -> None:
     runner = Runner(hello.handler, close_errors.append)
     try:
         not_ready = runner.prepare()
+        relay.adopt_structlog()
     except HandlerLoadError as error:
         connection.send(wire.encode(wire.Ready(load_error=str(error.facts["problem"]))))
         return
     connection.send(wire.encode(wire.Ready(not_ready=not_ready, is_async=runner.is_async)))
     while (message := connection.receive()) is not None:
-        result = runner.run(connection.job(message))
+        job = connection.job(message)
+        relay.batch = job.batch
+        relay.adopt_structlog()
+        result = runner.run(job)
+        relay.done()
         closing = runner.spoiled
         connection.send(wire.encode(wire.Answer(result, closing)))
         if closing:
@@ -138,7 +147,7 @@ def _serve(connection: _Connection) -> None:
             close_errors.clear()
     failed = runner.close()
     if failed:
-        print(f"ingestd: the handler's close() failed: {failed}", file=sys.stderr)  # noqa: T201
+        relay.event(logging.WARNING, "handler_close_failed", {"error": failed})
 
 
 def _identity(fd: int) -> tuple[int, int]:

@@ -1,0 +1,104 @@
+"""Handlers that misbehave by the dice: the daemon goes on, and each record ends exactly once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.attacks.misbehaving import FATAL, POISON, WEIRD
+from tests.daemon.harness import ROOT, daemon
+
+SEED = int(os.environ.get("FAULTS_SEED", "1"))
+EXECUTORS = [
+    ("Misbehaves", "thread", ""),
+    ("Misbehaves", "process", "all"),
+    ("Misbehaves", "auto", "all"),
+    ("MisbehavesAsync", "async", ""),
+]
+
+
+def lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run(folder: Path, handler: str, kind: str, fatal: str, *, seed: int, records: int) -> None:
+    """One daemon, `records` good records and three that never succeed; all of them end."""
+    poison = [POISON + number for number in range(3)]
+    wanted = list(range(records)) + poison
+    arguments = (
+        f"tests.attacks.misbehaving:{handler}",
+        "--executor.kind", kind, "--executor.workers", "3", "--executor.timeout", "1s",
+        "--batch.records_max", "4", "--batch.age_max", "5ms",
+        "--retry.attempts_max", "3", "--retry.backoff", "5ms", "--retry.backoff_max", "20ms",
+        "--handler.options.folder", str(folder), "--handler.options.seed", str(seed),
+    )  # fmt: skip
+    if fatal:
+        arguments += ("--handler.options.fatal", fatal)
+    environ = {"PYTHONPATH": str(ROOT)}
+    with daemon(*arguments, cwd=folder, environ=environ) as one:
+        for first in range(0, len(wanted), 8):
+            body = b"".join(b"%d\n" % number for number in wanted[first : first + 8])
+            assert one.post(body)[0] == 202, (one.events[-5:], one.other[-20:])
+        status = one.until_settled(timeout=240)
+        assert status["accepted"] == len(wanted)
+        # It goes on: one more record goes through.
+        assert one.post(b"%d\n" % records)[0] == 202
+        status = one.until_settled(timeout=60)
+        one.terminate()
+        assert one.wait() == 0, (one.events[-5:], one.other[-20:])
+        report = one.event("drained")
+    wanted.append(records)
+    assert report["balanced"]
+    assert report["accepted"] == report["processed"] + report["dead"] == len(wanted)
+    dead = exported(folder, environ)
+    stored = {record for batch in lines(folder / "stored") for record in batch}
+    assert len(dead) == len(set(dead)) == report["dead"]
+    assert set(poison) <= set(dead)
+    assert not stored & set(poison)
+    # Each record that is no dead letter was processed, once, and its handler said so.
+    processed = set(wanted) - set(dead)
+    assert len(processed) == report["processed"]
+    assert processed <= stored
+
+
+def exported(folder: Path, environ: dict[str, str]) -> list[int]:
+    """The records of the dead letters."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ingestd", "dead", "export"],
+        cwd=folder, env={**os.environ, **environ}, capture_output=True, check=True,
+    )  # fmt: skip
+    letters = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for letter in letters for line in letter["payload"].splitlines()]
+
+
+@pytest.mark.parametrize(("handler", "kind", "fatal"), EXECUTORS)
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(SEED, SEED + 3))
+def test_long(tmp_path: Path, handler: str, kind: str, fatal: str, seed: int) -> None:
+    run(tmp_path, handler, kind, fatal, seed=seed, records=300)
+
+
+@pytest.mark.parametrize(("handler", "kind", "fatal"), EXECUTORS)
+def test_short(tmp_path: Path, handler: str, kind: str, fatal: str) -> None:
+    run(tmp_path, handler, kind, fatal, seed=SEED, records=24)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*WEIRD, *FATAL])
+def test_each_in_a_process(tmp_path: Path, name: str) -> None:
+    run(tmp_path, "Misbehaves", "process", name, seed=SEED, records=12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", WEIRD)
+@pytest.mark.parametrize(
+    ("handler", "kind"), [("Misbehaves", "thread"), ("MisbehavesAsync", "async")]
+)
+def test_each_in_the_daemon(tmp_path: Path, handler: str, kind: str, name: str) -> None:
+    run(tmp_path, handler, kind, name, seed=SEED, records=12)
