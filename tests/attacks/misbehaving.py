@@ -22,7 +22,7 @@ from typing import Any
 
 import ingestd
 
-POISON = 1000
+POISON = 100_000
 """A record from here on never succeeds."""
 
 
@@ -103,7 +103,7 @@ async def _nothing() -> None:
 
 
 def _descriptors() -> list[int]:
-    return [int(name) for name in os.listdir("/proc/self/fd")]
+    return [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]
 
 
 def _write_everywhere() -> None:
@@ -188,7 +188,7 @@ WEIRD: dict[str, Any] = {
     "log": _log,
     "hang": lambda: time.sleep(1.2),
     "returns odd": _Odd,
-    "returns coroutine": lambda: _nothing(),
+    "returns coroutine": _nothing,
     "returns generator": lambda: (i for i in [1]),
     "garbage": lambda: gc.collect() and None,
     "print": lambda: print("x" * 10_000, file=sys.stderr),
