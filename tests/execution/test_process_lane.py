@@ -147,7 +147,7 @@ class Lanes:
         self.pool: ThreadedPool | None = None
 
     async def start(self, name: str, seconds: float = 30.0, **options: str) -> None:
-        wanted = Wanted(f"{self.module}:{name}", options, "json", "process", "default", "data")
+        wanted = Wanted(f"{self.module}:{name}", options, "json", "process", "default", b"data")
         hello = Hello(wanted, os.getpid())
         lane = ProcessLane(
             "default-worker-0", hello, timeout=seconds, on_restart=self.restarts.append

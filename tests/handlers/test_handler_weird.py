@@ -247,7 +247,7 @@ def test_results_that_can_not_be(result: Result, flaw: str) -> None:
 
 
 def wanted(target: str, executor: str = "thread", **options: Any) -> Wanted:
-    return Wanted(target, options, "json", executor, "default", "data")
+    return Wanted(target, options, "json", executor, "default", b"data")
 
 
 def test_a_batch_that_its_handler_reached_into_failed(write, job) -> None:
@@ -275,7 +275,7 @@ def test_a_huge_message_costs_no_copy(write) -> None:
         from ingestd.handlers.outcome import Job
         from ingestd.handlers.runner import Runner, Wanted
         job = Job("j-1", 1, Records.lines([b"1"]), [Span(1, 0, 1)], "j")
-        runners = [Runner(Wanted(f"{name}:{{how}}", {{}}, "json", "thread", "default", "d"))
+        runners = [Runner(Wanted(f"{name}:{{how}}", {{}}, "json", "thread", "default", b"d"))
                    for how in ("one", "two", "own")]
         for runner in runners: runner.prepare()
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
