@@ -30,8 +30,9 @@ from ingestd.execution import descendants
 from ingestd.execution.monitor import Monitor, Outputs
 from ingestd.execution.worker_log import WorkerLog
 from ingestd.handlers import wire
-from ingestd.handlers.outcome import Failure, Result, flaw_of
+from ingestd.handlers.outcome import POSTPONED, Failure, Result, flaw_of
 from ingestd.handlers.runner import CLOSE_SECONDS
+from ingestd.handlers.text import describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,6 +46,8 @@ T = TypeVar("T")
 
 START_TIMEOUT = 120.0
 """Seconds for a child to import the handler; some load models."""
+START_AGAIN_SECONDS = 2.0
+"""How long a batch waits at least when no child could be started for it."""
 _IDLE_SECONDS = 0.01
 """A child that was without a job for so long is looked at before it gets one."""
 _PACKETS = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_DGRAM)
@@ -345,7 +348,11 @@ class ProcessLane:
         except _WorkerDiedError as died:
             failure = died.failure
         except (HandlerLoadError, OSError, RuntimeError, MemoryError) as error:
-            failure = Failure("crashed", f"no worker could be started: {error}")
+            # Not the batch's fault: it waits, and no try of it is spent.
+            why = str(error) if isinstance(error, HandlerLoadError) else describe(error)
+            failure = Failure(
+                POSTPONED, f"no worker could be started: {why}", "", START_AGAIN_SECONDS
+            )
         self._bury(failure)
         return Result(failure=failure, seconds=time.monotonic() - started)
 
@@ -373,7 +380,7 @@ class ProcessLane:
     def _bury(self, failure: Failure) -> None:
         log.warning("worker_died", lane=self._name, error=failure.error)
         self._child = None
-        self._on_restart(failure.reason)
+        self._on_restart("timeout" if failure.reason == "timeout" else "crashed")
 
     def _stop(self, timeout: float) -> None:
         if self._child is not None:

@@ -13,8 +13,8 @@ import pytest
 
 from ingestd.base.record import Records, Span
 from ingestd.execution.pool import ThreadedPool
-from ingestd.execution.process import ProcessLane
-from ingestd.handlers.outcome import Failure, Job, Result
+from ingestd.execution.process import START_AGAIN_SECONDS, ProcessLane
+from ingestd.handlers.outcome import POSTPONED, Failure, Job, Result
 from ingestd.handlers.runner import Wanted
 from ingestd.handlers.wire import Hello
 
@@ -292,6 +292,19 @@ async def test_no_memory_for_a_job_is_a_crash(lanes: Lanes) -> None:
     failure = failure_of(await lanes.run(large))
     assert (failure.reason, failure.error) == ("crashed", "the worker exited with code 1")
     assert (await lanes.run(large)).failure is None
+
+
+async def test_a_worker_that_can_not_be_started_costs_no_try(lanes: Lanes) -> None:
+    """The module is broken while a new worker is needed, as in the middle of a deployment."""
+    await lanes.start("Does", how="closes")
+    good = Path("lane_handlers.py").read_text()
+    assert failure_of(await lanes.run(job())).reason == "crashed"
+    Path("lane_handlers.py").write_text("def (")
+    failure = failure_of(await lanes.run(job(2)))
+    assert (failure.reason, failure.after) == (POSTPONED, START_AGAIN_SECONDS)
+    assert "no worker could be started: handler 'lane_handlers:Does': SyntaxError" in failure.error
+    Path("lane_handlers.py").write_text(good)
+    assert (await lanes.run(job(2))).failure is None
 
 
 @pytest.mark.slow
