@@ -115,7 +115,7 @@ def test_a_hangup_during_the_start_and_the_drain_does_no_harm(tmp_path: Path) ->
         "def store(batch: list[int]) -> None:\n"
         "    os.kill(os.getpid(), signal.SIGHUP); time.sleep(0.2)\n"
     )
-    with daemon("app:store", cwd=tmp_path) as door:
+    with daemon("app:store", "--executor.kind", "thread", cwd=tmp_path) as door:
         reloads(door, 1)
         assert door.post(b"1")[0] == 202
         door.terminate()
