@@ -105,7 +105,7 @@ class Runner:
                     data_dir=os.fsdecode(wanted.data_dir),
                 )
             except HandlerLoadError as error:
-                return None, failure_of(error.__cause__ or error)
+                return None, failure_from(error.__cause__ or error)
             except BaseException as error:  # noqa: BLE001  a worker catches everything
                 return None, failure_from(error)
         return (self._spec, self._handler), None
