@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 PROBES_MAX = 20_000
 """Keys tried one by one between the rows that a walk from either end reaches."""
-JUMP = 1_000_000
+JUMP = 100_000
 """How far numbers jump where it is not known which ones were used."""
 _ID = re.compile(r"[0-9a-f]{12}")
 _NOT_DAMAGE = frozenset(
@@ -380,6 +380,8 @@ def _settle_meta(db: sqlite3.Connection, found: _Found, journal: str, now: float
     else:  # the counters were what was damaged
         ledger = _balanced(ledger, pending, counters)
     last, next_batch = _numbers(found, cursor, now)
+    if not any(chunk >= cursor.chunk for chunk in found.chunks):
+        cursor = Cursor(last + 1, 0)
     if found.journal:
         journal = found.journal
         db.execute("UPDATE meta SET journal=?", (journal,))
@@ -451,7 +453,7 @@ def _numbers(found: _Found, cursor: Cursor, now: float) -> tuple[int, int]:
     # Chunks are looked for from the newest one down, so a gap must not be wide while some wait.
     waits = any(chunk >= cursor.chunk for chunk in found.chunks)
     last = last + JUMP if waits else max(last + JUMP, int(now * 1000))
-    return last, max(next_batch + JUMP, int(now * 1000))
+    return last, max(next_batch + JUMP, int(now * 1000))  # no number of a batch is looked for
 
 
 def _drop_done(db: sqlite3.Connection, found: _Found, cursor: Cursor) -> None:

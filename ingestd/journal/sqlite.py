@@ -165,7 +165,7 @@ class SqliteJournal:
             self._row_bytes_max = row_bytes_max(store.connection)
             self._dead_are(store.dead)
             self._bookmarks = store.bookmarks
-            self.keys.opened(key_owners(store.connection))
+            self.keys.opened(self._key_owners)
             if self.space is not None:
                 self.space.reusable = store.reusable_bytes()
             self._reading = connect(self.path)
@@ -202,6 +202,7 @@ class SqliteJournal:
         try:
             recovered = store.recovered()
             _check_numbers(store, recovered)
+            self._key_owners = key_owners(store.connection)
             self._step(store.connection)
         except BaseException:
             store.close()
