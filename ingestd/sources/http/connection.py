@@ -48,7 +48,7 @@ LINGER_SECONDS = 2.0
 WRITE_BUFFER_BYTES = 16 * 1024
 """From here on a client has to read its answers before its next request is looked at."""
 
-READ_BYTES = 128 * 1024
+READ_BYTES = 64 * 1024
 """aiohttp's read buffer of a body: it stops reading at twice that, or at a sixteenth in chunks."""
 
 READ_AHEAD_MAX = 4
@@ -75,6 +75,18 @@ def size_of_head(headers: Sequence[tuple[bytes, bytes]]) -> int:
     return 3 * sum([len(name) + len(value) for name, value in headers]) + HEADER_BYTES * len(
         headers
     )
+
+
+def _let_go(body: StreamReader) -> None:
+    """Frees what nobody reads any more of a body that broke.
+
+    Its error was raised in frames that hold the request, which holds the body, which holds the
+    error: all of that would last until the next collection of old cycles.
+    """
+    error = body.exception()
+    if error is not None:
+        error.__traceback__ = error.__context__ = None
+        body._buffer.clear()  # noqa: SLF001
 
 
 class Connection(web.RequestHandler):
@@ -435,6 +447,7 @@ class Connection(web.RequestHandler):
             return goes_on
         finally:
             self._request_in_progress = False
+            _let_go(body)
             if self._handler_waiter is not None:
                 self._handler_waiter.set_result(None)
 
