@@ -48,7 +48,7 @@ LINGER_SECONDS = 2.0
 WRITE_BUFFER_BYTES = 16 * 1024
 """From here on a client has to read its answers before its next request is looked at."""
 
-READ_BYTES = 64 * 1024
+READ_BYTES = 128 * 1024
 """aiohttp's read buffer of a body: it stops reading at twice that, or at a sixteenth in chunks."""
 
 READ_AHEAD_MAX = 4
@@ -59,6 +59,10 @@ HEADER_BYTES = 400
 """What a line of a head takes beside its own bytes, of which there are three copies."""
 
 web_protocol.MAX_MSG_QUEUE_SIZE = READ_AHEAD_MAX  # no argument says it
+
+READ_LOW_BYTES = 32 * 1024
+READ_HIGH_BYTES = 64 * 1024
+"""From here on a body is not read before its reader has taken some of it."""
 
 _CHUNKS_MAX = READ_BYTES // 16
 _CHUNK_BYTES = 64
@@ -321,6 +325,10 @@ class Connection(web.RequestHandler):
                 self._refuse(Problem(problem.BAD_REQUEST, detail) if detail else _HEAD_TOO_LARGE)
                 return
             self._body = body
+            if not body.is_eof():
+                # The number of chunks goes by READ_BYTES; of bytes it need not be as much.
+                body._low_water = READ_LOW_BYTES  # noqa: SLF001
+                body._high_water = READ_HIGH_BYTES  # noqa: SLF001
             self._chunked = message.chunked and not body.is_eof()
             self._wire_bytes = self._paused_at = 0
             if message.upgrade:  # CONNECT too; answered like any other, and then it is over
