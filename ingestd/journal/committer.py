@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from ingestd.base.clock import Clock
     from ingestd.base.once import Claim
 
-COMMIT_BYTES = 16 << 20
+COMMIT_BYTES = 8 << 20
 """A transaction takes no further append beyond this, so a sync stays short."""
 JOIN_BYTES = 64 << 10
 """Appends smaller than this are joined into one chunk, up to `CHUNK_BYTES`."""
