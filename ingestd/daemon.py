@@ -512,6 +512,9 @@ class Daemon:
         for name, pipeline in self.pipelines.items():
             if pipeline.broken.done():
                 return False, f"pipeline {name} is broken"
+            space = pipeline.journal.space
+            if space is not None and space.low(time.monotonic()):
+                return False, f"pipeline {name} takes no records: {space.shortage}"
         return True, "ready"
 
     def alive(self) -> tuple[bool, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ingestd.journal.memory import MemoryJournal
-from ingestd.journal.space import Space
+from ingestd.journal.space import Space, scaled
 from ingestd.journal.sqlite import SqliteJournal
 
 if TYPE_CHECKING:
@@ -51,6 +51,6 @@ def build_journal(
         on_commit=on_commit,
         dead_bytes_max=dead_bytes_max,
         keys=keys,
-        space=Space(folder, settings.free_min),
+        space=Space(folder, scaled(settings.free_min, folder)),
         courtesy=courtesy,
     )

@@ -12,10 +12,27 @@ if TYPE_CHECKING:
 CHECK_SECONDS = 0.25
 
 
+PART = 10
+SCALED_MAX = 256 << 20
+"""The default of `journal.free_min`: of a smaller disk a tenth is kept free. More than the default
+is kept as it was set."""
+
+
 def free_bytes(folder: Path) -> int:
     """What an unprivileged process may still write there."""
     space = os.statvfs(folder)
     return space.f_bavail * space.f_frsize
+
+
+def scaled(free_min: int, folder: Path) -> int:
+    """`journal.free_min` on the disk of a folder."""
+    if free_min > SCALED_MAX:
+        return free_min
+    try:
+        space = os.statvfs(folder)
+    except OSError:
+        return free_min
+    return min(free_min, space.f_blocks * space.f_frsize // PART)
 
 
 class Space:
@@ -48,6 +65,11 @@ class Space:
     def free(self) -> int:
         """What counts as free, by the last check."""
         return self._outside + min(self.reusable, self.free_min // 2)
+
+    @property
+    def shortage(self) -> str:
+        """How much is free and how much should be, in a few words."""
+        return f"its disk has {self.free} bytes free, journal.free_min is {self.free_min}"
 
     def check(self) -> None:
         """Asks the disk now."""

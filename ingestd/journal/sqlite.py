@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
+import structlog
+
 from ingestd.base.errors import DataDirError, JournalFailed, NeverFits, Overloaded
 from ingestd.base.liveness import Stage
 from ingestd.base.lock import FileLock
@@ -72,6 +74,8 @@ if TYPE_CHECKING:
     from ingestd.journal.space import Space
 
 
+log = structlog.get_logger(__name__)
+
 T = TypeVar("T")
 _NOWHERE = Place(0, 0)
 
@@ -115,6 +119,7 @@ class SqliteJournal:
         self.dead_totals = DeadTotals()
         self._bookmarks = bookmarks.Totals()
         self._commits = 0
+        self.refusing = ""
         self._gathered: list[Op] = []
         self._clock = clock
         self._on_commit = on_commit
@@ -168,6 +173,9 @@ class SqliteJournal:
             self.keys.opened(self._key_owners)
             if self.space is not None:
                 self.space.reusable = store.reusable_bytes()
+                if self.space.low(self._clock.monotonic()):
+                    free, free_min = self.space.free, self.space.free_min
+                    self._refusing("journal.free_min", free=free, free_min=free_min)
             self._reading = connect(self.path)
         except (sqlite3.Error, OSError) as error:
             if _is_passing(error):
@@ -244,10 +252,16 @@ class SqliteJournal:
             # SQLite would refuse the commit with all that is in it, each time it is tried.
             raise NeverFits(size=size, what="a row of the journal", bound=self._row_bytes_max)
         if self.bytes + whole > self.bytes_max:
+            self._refusing("journal.bytes_max", used=self.bytes, bytes_max=self.bytes_max)
             raise self._full("the journal", self.bytes + whole, self.bytes_max)
         if self.space is not None and self.space.low(self._clock.monotonic()):
-            missing = self.space.free_min - self.space.free
-            raise self._full("the disk of the journal", missing, 0)
+            free, free_min = self.space.free, self.space.free_min
+            self._refusing("journal.free_min", free=free, free_min=free_min)
+            what = f"the disk of the journal ({self.space.shortage})"
+            raise self._full(what, free_min - free, 0)
+        if self.refusing:
+            log.info("records_taken_again", path=str(self.path), after=self.refusing)
+            self.refusing = ""
         self.bytes += size
         future: asyncio.Future[Place] = self._loop.create_future()
         self._submit(Append(future, records, refused, claim, bookmark, principal))
@@ -256,6 +270,12 @@ class SqliteJournal:
         if claim is not None:
             claim.submitted = True
         return future
+
+    def _refusing(self, bound: str, **facts: int) -> None:
+        """Says once that a bound is reached, until something is taken again."""
+        if self.refusing != bound:
+            self.refusing = bound
+            log.warning("records_refused", path=str(self.path), bound=bound, **facts)
 
     def _submit(self, op: Op) -> None:
         """Hands an operation to the committer, with all others of this turn of the loop.
