@@ -1,12 +1,12 @@
 """What a worker started, and ending all of it.
 
-A worker leads a session of its own, and one kill of its process group ends what stayed in it. What
-moved to another group or session is found through `/proc` by three signs: its parents lead to the
-worker, its session or group is the worker's, or the environment that it was started with has the
-worker's mark. The last sign is also that of orphans.
+A worker leads a process group of its own, and one kill of it ends what stayed in it. What moved to
+another group or session is found through `/proc` by two more signs: its parents lead to the worker,
+or the environment that it was started with has the worker's mark. The last sign is also that of
+orphans.
 
-Out of reach, for a daemon without privileges: what became another user's, what left the session
-with an emptied environment and lost its parent, and what another service was asked to start.
+Out of reach, for a daemon without privileges: what became another user's, what left the group with
+an emptied environment and lost its parent, and what another service was asked to start.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ class _Process(NamedTuple):
     pid: int
     parent: int
     group: int
-    session: int
     started: int  # clock ticks since the machine's start
 
 
@@ -39,10 +38,10 @@ def new_mark() -> str:
 
 
 def end_all(pid: int, mark: str) -> None:
-    """Kills a process, a leader of its session, and what it started.
+    """Kills a process, a leader of its group, and what it started.
 
     Call it while the process is not reaped, dead or alive: until then its number is not given to
-    anybody else, and neither is that of its session.
+    anybody else, and neither is that of its group.
     """
     began = _process(pid)
     # Before its end: afterwards its children have another parent.
@@ -69,7 +68,7 @@ def _started_by(pid: int, mark: str, began: _Process | None) -> list[_Process]:
 
 
 def _belongs(one: _Process, pid: int, mark: str, every: dict[int, _Process]) -> bool:
-    if pid in {one.session, one.group}:
+    if one.group == pid:
         return True
     here: _Process | None = one
     for _ in range(len(every)):
@@ -108,8 +107,8 @@ def _process(pid: int) -> _Process | None:
     except OSError:
         return None
     over = fields[0].decode() in _OVER
-    parent, group, session = map(int, fields[1:4])
-    return _Process(0 if over else pid, parent, group, session, int(fields[19]))
+    parent, group = map(int, fields[1:3])
+    return _Process(0 if over else pid, parent, group, int(fields[19]))
 
 
 def _kill(one: _Process) -> None:

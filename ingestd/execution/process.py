@@ -1,8 +1,8 @@
 """A lane that is a child process, with a thread of the daemon that speaks to it.
 
 The child is started with exec, not forked: a fork would inherit the daemon's locks in whatever
-state its other threads left them, and its sockets. It leads a session of its own, so a Ctrl-C on
-the terminal does not reach it, and it is killed with what it started (`descendants.py`).
+state its other threads left them, and its sockets. It leads a process group of its own, so a Ctrl-C
+on the terminal does not reach it, and it is killed with what it started (`descendants.py`).
 
 Nothing that comes from a child is believed. An answer that does not fit the job, bytes that are no
 answer, a connection that ends: the child is killed, the job failed as `crashed`, and the next job
@@ -104,7 +104,9 @@ class Child:
                 stderr=stderr,
                 pass_fds=[fd for fd in fds if fd >= 0],
                 env={**os.environ, descendants.MARK: self._mark},
-                start_new_session=True,
+                # Not a session: Linux would schedule it apart from the daemon, and each answer
+                # would come late on a busy machine.
+                process_group=0,
             )  # fmt: skip
             ours.pop_all()
         self._timeout = 0.0

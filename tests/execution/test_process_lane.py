@@ -244,7 +244,7 @@ def lives(pid: int) -> bool:
 @pytest.mark.parametrize("how", ["hangs_with_company"])
 async def test_what_a_worker_started_ends_with_it(lanes: Lanes, tmp_path: Path, how: str) -> None:
     """In its group, in another one, in another session, with no environment, as an orphan."""
-    await lanes.start("Does", seconds=1.5, how=how, folder=str(tmp_path))
+    await lanes.start("Does", seconds=4, how=how, folder=str(tmp_path))
     assert failure_of(await lanes.run(job())).reason == "timeout"
     pids = [int(line) for line in (tmp_path / "pids").read_text().split()]
     assert len(pids) == 5
