@@ -257,7 +257,9 @@ async def test_a_taken_port_is_named_with_its_setting(admin: Admin) -> None:
     with pytest.raises(AddressError) as caught:
         await other.start()
     assert str(caught.value) == (
-        f"cannot listen on 127.0.0.1:{port} (admin.listen): address already in use"
+        f"cannot listen on 127.0.0.1:{port} (admin.listen): address already in use; another program"
+        ' has it: choose another address, like "127.0.0.1:0" for any port that is free, or "" for'
+        " none"
     )
     assert caught.value.exit_code == Exit.CONFIG
     await other.close()
@@ -332,7 +334,7 @@ def test_it_serves_on_the_loop_that_the_daemon_uses() -> None:
         other = AdminServer(
             AdminSettings(listen=f"127.0.0.1:{admin.address[1]}"), admin.view, admin.metrics
         )
-        with pytest.raises(AddressError, match=r": address already in use$"):
+        with pytest.raises(AddressError, match=r": address already in use; another program has it"):
             await other.start()
         await admin.server.close()
         assert await hung_up(idle) == b""
