@@ -154,7 +154,7 @@ class Committer:
         checkpointer: told what was written; says when the WAL should be started over.
         report: called on the thread with each `Committed`; must only hand it to the loop.
         clock: gives `accepted_at`.
-        keys_kept: tells how many seconds an idempotency key is kept.
+        keys_before: tells before which time idempotency keys go.
 
     Attributes:
         busy: the thread is at a commit, or at starting the WAL over.
@@ -167,7 +167,7 @@ class Committer:
         checkpointer: checkpoint.Checkpointer,
         report: Callable[[Committed], None],
         clock: Clock,
-        keys_kept: Callable[[], float],
+        keys_before: Callable[[], float],
     ) -> None:
         self._store = store
         self._checkpointer = checkpointer
@@ -177,7 +177,7 @@ class Committer:
         self._again: list[Op] = []
         self._closing = threading.Event()
         self._poison: Exception | None = None
-        self._keys_kept = keys_kept
+        self._keys_before = keys_before
         self._keys_came = 0
         self._swept_at = 0.0
         self.busy = False
@@ -328,7 +328,7 @@ class Committer:
             bookmarks=[op.bookmark for op in appends if op.bookmark is not None],
             at=now,
             sweep=sweep,
-            keys_before=now - self._keys_kept(),
+            keys_before=self._keys_before() if sweep else 0.0,
         )
         return write, places
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
+from ingestd.base.ages import Ages
 from ingestd.base.errors import KeyInFlight, KeyReused, Overloaded
 from ingestd.base.once import WEBHOOK, Claim, principal_of
 from ingestd.base.rate import STALLED
@@ -105,7 +106,7 @@ class Keys:
         self.count = 0
         self.owners: Counter[str] = Counter()
         self._claimed: Counter[str] = Counter()
-        self._clock = clock
+        self.ages = Ages(clock)
         self._find = find
         self._sweep = sweep
         self._claims: dict[str, Claim] = {}
@@ -201,7 +202,7 @@ class Keys:
 
     def _lives(self, key: str, kept: Kept) -> bool:
         signed = key.startswith(f"{WEBHOOK} ")
-        return self._clock.now() < kept.at + (self.rule.kept if signed else self.rule.ttl)
+        return kept.at > self.ages.before(self.rule.kept if signed else self.rule.ttl)
 
     def _remember(self, key: str, kept: Kept) -> None:
         if len(kept.answer) > RECENT_BYTES:

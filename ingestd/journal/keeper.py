@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from ingestd.base.ages import Ages
 from ingestd.base.errors import Overloaded
 from ingestd.base.telemetry import get_logger
 
@@ -44,7 +45,7 @@ class Keeper:
         self._pipeline = pipeline
         self._journal = journal
         self._age_max = settings.age_max
-        self._clock = clock
+        self._ages = Ages(clock)
         self._stopped = False
         self.looked = asyncio.Event()
         self.looks = asyncio.Event()
@@ -76,11 +77,12 @@ class Keeper:
             Overloaded: the disk is full.
             JournalFailed: the journal is poisoned.
         """
+        self._ages.observe()
         marked = await self._journal.look()
         if marked and not self._stopped:
             await self._revive()
         if self._age_max and self._journal.dead_totals.letters:
-            await self._expire(self._clock.now() - self._age_max)
+            await self._expire()
 
     async def _revive(self) -> None:
         revived = readmitted = unfit = 0
@@ -103,10 +105,11 @@ class Keeper:
                     readmitted=readmitted,
                 )
 
-    async def _expire(self, before: float) -> None:
+    async def _expire(self) -> None:
+        before, since = self._ages.before(self._age_max), self._ages.since(self._age_max)
         expired = 0
         try:
-            while gone := (await self._journal.expire(before)).expired:
+            while gone := (await self._journal.expire(before, since)).expired:
                 expired += gone
         finally:
             if expired:

@@ -164,7 +164,7 @@ class MemoryJournal:
 
     def _sweep(self) -> None:
         """The oldest keys that have expired go, a bounded number."""
-        before = self._clock.now() - self.keys.rule.kept
+        before = self.keys.ages.before(self.keys.rule.kept)
         for key in list(itertools.islice(self._kept, SWEEP_EACH)):
             if self._kept[key][0].at > before:
                 break

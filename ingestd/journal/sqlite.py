@@ -78,6 +78,8 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 _NOWHERE = Place(0, 0)
+SHRINK_SECONDS = 1.0
+"""How long making the file smaller may take when it is closed."""
 
 
 class SqliteJournal:
@@ -184,7 +186,7 @@ class SqliteJournal:
         self._store = store
         self._checkpointer = Checkpointer(self.path)
         self._committer = Committer(
-            store, self._checkpointer, self._report, self._clock, lambda: self.keys.rule.kept
+            store, self._checkpointer, self._report, self._clock, self._keys_before
         )
         return recovered._replace(set_aside=set_aside)
 
@@ -197,6 +199,10 @@ class SqliteJournal:
         for suffix in ("-wal", "-shm"):
             tighten(self.path.with_name(self.path.name + suffix))
         self._locks.callback(FileLock(self.path, of=self.path).close)
+
+    def _keys_before(self) -> float:
+        """Idempotency keys from before this time go."""
+        return self.keys.ages.before(self.keys.rule.kept)
 
     def _open_store(self) -> tuple[Store, Recovered]:
         """Opens it, and reads as much as tells whether it is whole.
@@ -474,8 +480,9 @@ class SqliteJournal:
         self._reading.close()
         try:
             self._store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._store.shrink(SHRINK_SECONDS)
         except sqlite3.Error:
-            pass  # the WAL is recovered at the next start
+            pass  # the WAL is recovered at the next start, and a file may be large
         self._store.close()
         self._checkpointer.close()
         self._locks.close()

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import secrets
 import sqlite3
+import time
 import zlib
 from collections import Counter
 from types import MappingProxyType
@@ -51,6 +52,8 @@ WRITER_CACHE_KIB = 12 * 1024
 """Deleting a chunk reads its pages again; of those that went in lately they are here."""
 READER_CACHE_KIB = 2 * 1024
 """Chunks are read back once each, and who copies pages back has the system's cache."""
+SHRINK_BYTES = 16 << 20
+"""A file with more free pages than this, and less else, is made smaller when it is closed."""
 READ_CHUNKS = 4096
 """Most chunks that one read brings into memory."""
 
@@ -311,6 +314,28 @@ class Store:
             self._probe = os.open(wal, os.O_WRONLY | os.O_CLOEXEC)
         os.pwrite(self._probe, b"", 0)
         return True
+
+    def shrink(self, seconds: float) -> None:
+        """Gives the file's free pages back to the disk, if what is left in it is little.
+
+        It is written anew within SQLite, in one transaction, which ends after `seconds` as if
+        nothing had been; a crash changes nothing either. Call when this is the only connection.
+
+        Raises:
+            sqlite3.Error: it could not be done; the file is as it was.
+        """
+        db = self.connection
+        (pages,) = db.execute("PRAGMA page_count").fetchone()
+        free = self.reusable_bytes()
+        if free < SHRINK_BYTES or int(pages) * PAGE_BYTES - free > SHRINK_BYTES:
+            return
+        until = time.monotonic() + seconds
+        db.set_progress_handler(lambda: time.monotonic() > until, 1000)
+        try:
+            db.execute("VACUUM")
+        finally:
+            db.set_progress_handler(None, 0)
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
     def close(self) -> None:
         """Leaves one tidy file where that is possible."""

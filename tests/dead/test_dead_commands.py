@@ -35,7 +35,15 @@ def store(batch: ingestd.Batch[object]) -> None:
     with open("got", "a") as got:
         got.writelines(f"{record}\\n" for record in batch)
 """
-PENDING = ("app:store", "--batch.age_max", "1ms", "--drain.timeout", "0s")
+PENDING = (
+    "app:store",
+    "--batch.age_max",
+    "1ms",
+    "--drain.timeout",
+    "0s",
+    "--retry.backoff_max",
+    "1s",
+)
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ingestd.base.record import Records, Span
+from ingestd.journal.interface import Cursor, Sealed, Settlement
 from ingestd.journal.space import scaled
 from tests.daemon.harness import daemon
 from tests.faults.tools import mounted, needs
@@ -36,3 +38,25 @@ def test_a_small_disk_takes_records_with_the_defaults(tmp_path: Path) -> None:
                 pass
             running.event("records_taken_again")
             assert [one["event"] for one in running.events].count("records_refused") == 1
+
+
+async def test_a_drained_journal_is_small_again(opened, tmp_path: Path) -> None:
+    j = await opened()
+    file = tmp_path / "journal.db"
+    await j.journal.append(Records.lines([b"x" * 1000] * 60_000), ())
+    counts = [chunk.records.count for chunk in j.chunks]
+    assert len(counts) > 200  # and each is read by itself
+    await j.journal.append(Records.lines([b"kept"]), ())
+    spans = tuple(Span(chunk.id, 0, chunk.records.count) for chunk in j.chunks[:-1])
+    last = j.chunks[-1].id
+    await j.journal.seal(Sealed(1, spans, sum(counts)), Cursor(last, 0))
+    assert (await j.journal.load([Span(2, 1, 2)])).count == 2
+    size = sum(len(chunk.records.payload) for chunk in j.chunks[:-1])
+    done = Settlement(1, sum(counts), [], [], [span.chunk for span in spans], size)
+    await j.journal.settle(done)
+    assert (await j.journal.close()).counted == 1
+    assert file.stat().st_size < 1 << 20
+    again = await opened()
+    (chunk,) = await again.journal.read(last, 1 << 20)
+    assert chunk.records.items() == [b"kept"]
+    assert not again.recovered.set_aside
