@@ -367,3 +367,28 @@ def test_verify_says_what_does_not_add_up_and_repair_builds_it_anew(folder: Path
     (stat,) = lines(cli("journal", "stat", "--json", cwd=folder))
     assert stat["accepted"] == stat["processed"] + stat["dead"] == 3
     assert list((folder / "ingestd-data").glob("journal.db.damaged-*"))
+
+
+def test_the_same_forms_everywhere_and_what_is_not_there_is_said(folder: Path) -> None:
+    with daemon("app:store", cwd=folder) as running:
+        give_up(folder, running, 5)
+        one = lines(cli("dead", "show", "2", "--json", cwd=folder))
+        assert lines(cli("dead", "export", "2", cwd=folder)) == one
+        assert lines(cli("dead", "export", "--id", "2", cwd=folder)) == one
+        assert [
+            letter["id"] for letter in lines(cli("dead", "list", "2", "4", "--json", cwd=folder))
+        ] == [2, 4]
+        for action in ("list", "show", "retry", "export", "purge"):
+            done = cli("dead", action, "3", "99", cwd=folder, code=2)
+            assert "there is no dead letter 99" in done.stderr
+            if action != "show":
+                done = cli("dead", action, "--reason", "unheard", cwd=folder, code=2)
+                assert "'unheard' is no reason" in done.stderr
+        assert cli("dead", "purge", "3", "--yes", cwd=folder).stdout.startswith("1 letters")
+        assert cli("dead", "retry", "1", "5", cwd=folder).stdout.startswith("2 letters")
+        until(lambda: status(running)["processed"] == 2, "they did not come back")
+        left = lines(cli("dead", "list", "--json", cwd=folder))
+        assert [(letter["id"], letter["record"]) for letter in left] == [
+            (2, one[0]["record"]), (4, one[0]["record"][:-1] + "3"),
+        ]  # fmt: skip
+    assert sorted(got(folder)) == ["0", "4"]
