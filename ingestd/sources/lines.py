@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from ingestd.base.bursts import let_loop_go_first
 from ingestd.base.record import Layout, Records, Refused
 from ingestd.sources.depth import DEPTH_MAX, holds_deeper, is_deeper
 
@@ -29,6 +30,7 @@ _JSON = msgspec.json.Decoder(msgspec.Raw)
 _BLANKS = re.compile(rb"\n{2,}")
 _ESCAPES = re.compile(rb"\\(?:u([0-9A-Fa-f]{0,4})|.)", re.DOTALL)
 _DIGITS = 4
+_LINES_TOGETHER = 256
 _TRUNCATED = "Input data was truncated"
 
 
@@ -211,7 +213,9 @@ def _sort_out(
     details: dict[str, str] = {}  # many lines have the same fault; it is kept once
     lines = block.split(b"\n")
     lines.pop()
-    for line in lines:
+    for number, line in enumerate(lines):
+        if not number % _LINES_TOGETHER:
+            let_loop_go_first()
         if len(line) > record_bytes_max:
             detail = ""
         elif depth_max is None:

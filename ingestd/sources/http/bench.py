@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
+from ingestd.base.bursts import compute_beside
 from ingestd.sources.http.body import parse_body, parse_quickly
 from ingestd.sources.http.encoding import inflate, inflate_short
 from ingestd.sources.http.idempotency import take_fingerprint
@@ -49,9 +50,14 @@ class Bench:
     def __init__(self, settings: HttpSettings) -> None:
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="http-body")
-        self.stream_thread = ThreadPoolExecutor(1, thread_name_prefix="http-stream")
-        self._large = ThreadPoolExecutor(1, thread_name_prefix="http-large")
+        self._thread = self._make_thread("http-body")
+        self.stream_thread = self._make_thread("http-stream")
+        self._large = self._make_thread("http-large")
+
+    def _make_thread(self, name: str) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(
+            1, thread_name_prefix=name, initializer=compute_beside, initargs=(self._loop,)
+        )
 
     def close(self) -> None:
         """Ends the threads; what they are at is finished and thrown away."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from ingestd.base.bursts import let_loop_go_first
 from ingestd.base.record import Layout, Records, Refused, pack_sizes
 from ingestd.sources.depth import DEPTH_MAX, is_deeper
 from ingestd.sources.http import problem
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 PIECE_BYTES = 128 * 1024
 """Lines are checked this many bytes at a time, so that nobody waits long for the interpreter."""
 
-QUICK_BYTES = 16 * 1024
+QUICK_BYTES = 4 * 1024
 """A body of this size is parsed quickly whatever is in it."""
 
 INVALID_FREE = 200
@@ -220,6 +221,7 @@ def _parse_pieces(body: bytes, form: Format, bounds: Bounds, lines_max: int) -> 
     refused: list[Refused] = []
     count = invalid = end = 0
     for piece in _pieces(body):
+        let_loop_go_first()
         part = parse_lines(
             piece,
             form,

@@ -412,7 +412,10 @@ class Connection(web.RequestHandler):
                     await self._waiter
                 finally:
                     self._waiter = None
+            await self._manager.turns.take(self.client)
             message, body = self._messages.popleft()
+            if self.held and not self.is_waiting:
+                self._manager.let_go(self)
             if self._parser is not None:
                 self._parser.message_consumed()
             if self._buffer_paused and len(self._messages) <= self._msg_queue_resume_size:

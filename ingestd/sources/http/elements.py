@@ -5,6 +5,9 @@ from __future__ import annotations
 import codecs
 import json
 
+from ingestd.base.bursts import let_loop_go_first
+
+_ELEMENTS_TOGETHER = 1024
 _PREFIX_BYTES = 1024 * 1024
 
 
@@ -32,7 +35,9 @@ def _look(body: bytes, size: int, number: int) -> bool | None:
     text = codecs.utf_8_decode(body[:size], "strict", size >= len(body))[0]
     try:
         at = skip(text, 0).end() + 1
-        for _ in range(number + 1):
+        for at_element in range(number + 1):
+            if not at_element % _ELEMENTS_TOGETHER:
+                let_loop_go_first()
             at = scan(text, skip(text, at).end())[1]
             at = skip(text, at).end()
             if text[at] != ",":

@@ -16,6 +16,7 @@ from ingestd.sources.http.answer import PROBLEM, encode
 from ingestd.sources.http.clients import Clients
 from ingestd.sources.http.connection import READ_BYTES, Connection
 from ingestd.sources.http.problem import Problem
+from ingestd.sources.http.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -47,6 +48,7 @@ class Server(web.Server):
     Attributes:
         authorities: see `Access`; for the handshakes that come.
         open: connections.
+        turns: whose request is next.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Server(web.Server):
         self.head_timeout = head_timeout
         self.authorities: frozenset[bytes] = frozenset()
         self.open = 0
+        self.turns = Turns(self._loop)
 
     @property
     def _greetings(self) -> int:
@@ -146,15 +149,14 @@ class Server(web.Server):
             return
         if self._held <= HELD_BYTES_MAX and self._held_by[connection.client] <= CLIENT_HELD_MAX:
             return
-        for other in self.connections:
-            assert isinstance(other, Connection)  # noqa: S101
-            if not other.is_waiting:
-                self._hold(other, 0)
-        over = self._held > HELD_BYTES_MAX or self._held_by[connection.client] > CLIENT_HELD_MAX
-        if over and connection.transport is not None:
+        if connection.transport is not None:
             log.debug("connection_ended", held=size)
             connection.transport.abort()
             self._hold(connection, 0)  # or those that come in this turn would be cut as well
+
+    def let_go(self, connection: Connection) -> None:
+        """A connection holds nothing any more."""
+        self._hold(connection, 0)
 
     def _hold(self, connection: Connection, size: int) -> None:
         more = size - connection.held

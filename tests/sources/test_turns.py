@@ -1,0 +1,82 @@
+"""Requests of many connections: clients in rotation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from ingestd.sources.http.turns import REQUESTS_A_TURN, TURN_SECONDS, Turns
+from tests.sources.source_tools import MemoryIntake, serving
+
+MANY = 4000
+
+
+def test_one_request_of_another_client_is_not_behind_hundreds() -> None:
+    order: list[str] = []
+
+    async def one(turns: Turns, client: str) -> None:
+        await turns.take(client)
+        order.append(client)
+        end = time.monotonic() + TURN_SECONDS / 4
+        while time.monotonic() < end:
+            pass
+
+    async def run() -> None:
+        turns = Turns(asyncio.get_running_loop())
+        many = [asyncio.create_task(one(turns, "many")) for _ in range(100)]
+        other = asyncio.create_task(one(turns, "other"))
+        await asyncio.gather(other, *many)
+
+    asyncio.run(run())
+    assert len(order) == 101
+    assert order.index("other") <= 2 * REQUESTS_A_TURN
+
+
+def test_who_has_gone_keeps_no_place() -> None:
+    async def run() -> None:
+        turns = Turns(asyncio.get_running_loop())
+        await turns.take("a")
+        time.sleep(TURN_SECONDS)  # noqa: ASYNC251  the turn's time is over
+        waiting = [asyncio.create_task(turns.take("a")) for _ in range(50)]
+        await asyncio.sleep(0)
+        for task in waiting[:49]:
+            task.cancel()
+        await asyncio.wait_for(waiting[49], 5)
+
+    asyncio.run(run())
+
+
+def test_pipelined_requests_leave_the_loop_its_turns() -> None:
+    """One connection with thousands of requests in its buffer, which need nothing but the loop."""
+    request = b"GET /v1/nothing HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    answered = 0
+    a_turn = [0]
+
+    def count(*_: object) -> None:
+        nonlocal answered
+        answered += 1
+
+    async def run() -> None:
+        loop = asyncio.get_running_loop()
+
+        def turn(before: int) -> None:
+            a_turn.append(answered - before)
+            loop.call_soon(turn, answered)
+
+        async with serving(MemoryIntake(), on_request=count) as source:
+            reader, writer = await asyncio.open_connection(
+                "127.0.0.1", source.addresses[0].rpartition(":")[2]
+            )
+            turn(0)
+            writer.write(request * MANY)
+            left = MANY
+            while left:
+                data = await reader.read(65536)
+                assert data
+                left -= data.count(b"HTTP/1.1 404")
+            writer.close()
+
+    asyncio.run(run())
+    assert answered == MANY
+    print(max(a_turn))
+    assert max(a_turn) < MANY / 8
