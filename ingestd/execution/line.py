@@ -64,6 +64,7 @@ class Line(Generic[T]):
         self._serial = count()
         self._new_is_next = True
         self._changed = asyncio.Event()
+        outage.on_change = self._changed.set
         self._shorter = asyncio.Event()
 
     @property

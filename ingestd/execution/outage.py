@@ -58,10 +58,12 @@ class Outage:
 
     Attributes:
         successes: how many there have been; says what came before what.
+        on_change: called when a try may start earlier than `next_at` said before.
     """
 
     def __init__(self, longest: float, random: Callable[[], float]) -> None:
         self.successes = 0
+        self.on_change: Callable[[], object] = lambda: None
         self._longest = longest
         self._random = random
         self._up()
@@ -103,7 +105,10 @@ class Outage:
     def succeeded(self) -> None:
         """A record was processed."""
         self.successes += 1
+        paused = self.paused
         self._up()
+        if paused:
+            self.on_change()
 
     def failed(
         self, batch: int, family: int, now: float, *, fresh: bool, after: float | None = None
@@ -128,14 +133,19 @@ class Outage:
             self._probe = None
             seconds = wait(now - self._since, self._longest, self._random)
             self._next_at = now + max(seconds, min(after or 0.0, self._longest))
+            self.on_change()
 
     def answered(self, batch: int) -> None:
         """A try ended without telling anything: all its records were rejected, or wait."""
         if self._probe == batch:
             self._probe = None
             self._next_at = 0.0
+            self.on_change()
 
     def nothing_fails(self) -> None:
         """No batch that has failed is left; whether the handler works is not known."""
+        paused = self.paused
         self._families.clear()
         self._probe = None
+        if paused:
+            self.on_change()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from ingestd.execution.line import AHEAD_MAX, Line, Load
 from ingestd.execution.outage import Outage
 
@@ -104,3 +106,29 @@ async def test_batches_of_an_earlier_life_count_as_new_ones() -> None:
     assert await soon(made) == "old-0"
     await waiting
     assert made.ahead == AHEAD_MAX
+
+
+@pytest.mark.parametrize("end", ["succeeded", "failed", "answered", "nothing_fails"])
+async def test_a_wait_for_a_probe_ends_with_the_probe(end: str) -> None:
+    """Nothing else happens to the line: a success parks no batch, and adds none."""
+    outage = Outage(60.0, lambda: 0.5)
+    made, _ = line(outage=outage)
+    now = asyncio.get_running_loop().time()
+    for batch in (1, 2):
+        outage.failed(batch, batch, now, fresh=True)
+    outage.started(1, now)
+    await made.put("new")
+    asked = asyncio.ensure_future(made.next())
+    await asyncio.sleep(0)
+    assert not asked.done()
+    match end:
+        case "succeeded":
+            outage.succeeded()
+        case "failed":
+            outage.failed(1, 1, now, fresh=True)
+        case "answered":
+            outage.answered(1)
+        case _:
+            outage.nothing_fails()
+    async with asyncio.timeout(5):  # the probe's own time is longer
+        assert await asked == "new"
