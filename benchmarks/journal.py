@@ -92,13 +92,16 @@ async def journal_loop(path: Path, chunk: Records, seconds: float, numbers: Iter
     written = 0
 
     async def append() -> None:
-        """One client after another, each lets its chunk be processed to the end."""
+        """Appends, and processes to the end as many chunks as are there by then.
+
+        Not necessarily its own: one append may become several chunks, or share one.
+        """
         nonlocal written
         while time.perf_counter() < began + seconds:
             await journal.append(chunk, ())
             written += len(chunk.payload)
-            # Not necessarily its own: as many come as there are appends, in the order of commits.
-            await _process(journal, await arrived.get(), next(numbers))
+            while not arrived.empty():
+                await _process(journal, arrived.get_nowait(), next(numbers))
 
     try:
         async with asyncio.TaskGroup() as group:

@@ -110,7 +110,7 @@ def test_settings_that_are_wrong(tmp_path: Path, toml: str, flags, code: int) ->
 
 
 def test_a_journal_of_another_program(tmp_path: Path) -> None:
-    (tmp_path / "ingestd-data").mkdir()
+    (tmp_path / "ingestd-data").mkdir(mode=0o700)
     import sqlite3
 
     with sqlite3.connect(tmp_path / "ingestd-data" / "journal.db") as db:
