@@ -35,13 +35,16 @@ class Cursor(contextlib.closing):
     def executemany(self, sql, rows): self.db.executemany(sql.replace("%s", "?"), rows)
 
 class connect:
-    def __init__(self, dsn):
+    closed = False
+    def __init__(self, dsn, connect_timeout):
         self.db = sqlite3.connect(dsn, check_same_thread=False)
         self.db.execute("CREATE TABLE IF NOT EXISTS batches (id text PRIMARY KEY)")
         self.db.execute("CREATE TABLE IF NOT EXISTS clicks (id text PRIMARY KEY, usr text)")
     def transaction(self): return self.db
     def cursor(self): return Cursor(self.db)
-    def close(self): self.db.close()
+    def close(self):
+        self.closed = True
+        self.db.close()
 """
 
 

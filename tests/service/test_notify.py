@@ -73,7 +73,8 @@ def test_a_pipeline_that_hangs_is_not_fed_and_not_alive(tmp_path: Path) -> None:
     )
     with Manager(f"{tmp_path}/notify") as manager:
         environ = {"NOTIFY_SOCKET": manager.address, "WATCHDOG_USEC": "400000"}
-        with daemon("app:store", cwd=tmp_path, environ=environ) as one:
+        in_daemon = ("--executor.kind", "thread")
+        with daemon("app:store", *in_daemon, cwd=tmp_path, environ=environ) as one:
             assert one.post(b"1\n")[0] == 202
             one.until_settled()
             assert one.request("GET", "/livez", admin=True)[0] == 200

@@ -249,7 +249,8 @@ async def test_watches_are_told_of_exactly_their_own(data):
     for place in order:
         letters = []
         if place in dead:
-            letters = [DeadLetter(f"j.7.{place}", "failed", str(place), "", b"", 1, 0.0, 0.0)]
+            letter = DeadLetter(f"j.7.{place}", "failed", str(place), "", b"", 1, 0.0, 0.0)
+            letters = [letter._replace(place=Place(7, place))]
         watches.settled([ingestd.base.record.Span(7, place, 1)], letters)
     for start, watch, _ in told:
         mine = sorted(d - start for d in dead if start <= d < start + watch.count)

@@ -109,6 +109,7 @@ class Connection(web.RequestHandler):
         "_body",
         "_chunked",
         "_end",
+        "_end_waits",
         "_head_bytes",
         "_head_lines",
         "_head_timer",
@@ -135,6 +136,7 @@ class Connection(web.RequestHandler):
         self.authorities: frozenset[bytes] = frozenset()
         self.held = 0
         self._at_end: Callable[[], None] | None = None
+        self._end_waits = False  # under TLS, for what the parser still holds
         self._body: StreamReader = EMPTY_PAYLOAD
         self._chunked = False
         self._end = b""
@@ -250,8 +252,17 @@ class Connection(web.RequestHandler):
 
     def _secured_end(self) -> None:
         """The same under TLS, whose transport does not know half of a connection."""
-        if not (self.half_closed or self.eof_received()) and self.transport is not None:
+        if self._reading_paused:
+            self._end_waits = True  # a body that came with it is not read yet
+        elif not (self.half_closed or self.eof_received()) and self.transport is not None:
             self.transport.close()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Goes on with what the parser holds, and with the end that came behind it."""
+        super().resume_reading(resume_parser)
+        if self._end_waits and not self._reading_paused:
+            self._end_waits = False
+            self._secured_end()
 
     def data_received(self, data: bytes) -> None:
         """Parses what came, and sees to what the parser does not."""
