@@ -30,7 +30,7 @@ from ingestd.base.errors import (
     JournalFailed,
 )
 from ingestd.base.forks import Forks
-from ingestd.base.interpreter import settle_interpreter
+from ingestd.base.interpreter import keep_settled, settle_interpreter
 from ingestd.base.liveness import Liveness
 from ingestd.base.lock import DataDir
 from ingestd.base.metrics import Metrics
@@ -39,6 +39,7 @@ from ingestd.base.passed import Passed
 from ingestd.base.reloading import Change, plan
 from ingestd.base.signals import Signals
 from ingestd.base.streams import own_stderr
+from ingestd.base.surroundings import Surroundings
 from ingestd.base.telemetry import get_logger, start_logging
 from ingestd.handlers.runner import CLOSE_SECONDS
 from ingestd.journal.idempotency import KeyRule
@@ -139,6 +140,7 @@ class Daemon:
     ) -> None:
         self.settings = settings
         self._input_fd = input_fd
+        self._surroundings = Surroundings.now()
         self._stderr = own_stderr()
         self._writer = writer
         self._again = again
@@ -246,6 +248,7 @@ class Daemon:
                     metrics=self._metrics.pipeline(name),
                     clock=self._clock,
                     keys=_key_rule(http),
+                    surroundings=self._surroundings,
                 )
                 await pipeline.open()
                 opened.append(partial(self._close_pipeline, pipeline))
@@ -547,6 +550,8 @@ class Daemon:
             if self._hung and not hung:
                 log.error("pipeline_hung", problem=self._hung)
             self._herald.turn(self._standing(), now)
+            self._signals.keep()
+            keep_settled()
             await asyncio.sleep(self._herald.period)
 
     def _standing(self) -> Standing:

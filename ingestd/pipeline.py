@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from ingestd.base.once import Claim
     from ingestd.base.record import Refused
     from ingestd.base.settings import BatchSettings, PipelineSettings
+    from ingestd.base.surroundings import Surroundings
     from ingestd.base.watch import Watch
     from ingestd.execution.pool import Pool
 
@@ -106,6 +107,7 @@ class Pipeline:
         metrics: what it counts.
         clock: where time comes from.
         keys: how long idempotency keys are kept, and how many.
+        surroundings: what worker processes are started with; those of `open` if not given.
 
     Attributes:
         executor: what the handler runs in, `process`, `thread` or `async`; empty before `open`.
@@ -121,6 +123,7 @@ class Pipeline:
         metrics: PipelineMetrics,
         clock: Clock,
         keys: KeyRule = KeyRule(),  # noqa: B008  immutable
+        surroundings: Surroundings | None = None,
     ) -> None:
         self.name = name
         self.format = settings.format
@@ -160,6 +163,7 @@ class Pipeline:
         )
         self.executor = ""
         self._data_dir = data_dir
+        self._surroundings = surroundings
         self.outstanding = Outstanding()
         self.isolation = Isolation(self.outage, retry.attempts_max)
         self.failures = FailureLog(name, self.outage, clock, lambda: self.journal.ledger.pending)
@@ -198,6 +202,7 @@ class Pipeline:
             self.settings,
             data_dir=self._data_dir,
             on_restart=self._metrics.worker_restarted,
+            surroundings=self._surroundings,
         )
         try:
             recovered = await self.journal.open(self._durable)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ingestd.base.passed import show_socket
-from ingestd.base.signals import LEAVE
+from ingestd.base.signals import ALL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -57,7 +57,7 @@ class Forks:
         # At its exit the child would wait for the threads of pools: for the one that it is.
         thread._threads_queues = {}  # noqa: SLF001
         signal.set_wakeup_fd(-1)
-        for number in (*LEAVE, signal.SIGHUP):
+        for number in ALL:
             signal.signal(number, signal.SIG_DFL)
         # Put in place of what is taken: with a number that is free again SQLite, whose objects are
         # still there, would sooner or later write into somebody else's file.

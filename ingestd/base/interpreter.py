@@ -32,11 +32,39 @@ def settle_interpreter(*, for_strangers: bool) -> None:
         for_strangers: what comes may be of any size, from many at once. Otherwise pieces of the
             usual sizes may stay: to get them anew each time is a sixth of a stream's CPU.
     """
-    sys.setswitchinterval(SWITCH_SECONDS)
-    gc.set_threshold(GARBAGE_MAX)
+    keep_settled()
+    _bound_recursion()
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return  # another C library
     mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES if for_strangers else _STREAM_BYTES)
     mallopt(_M_ARENA_MAX, _ARENAS)
+
+
+def keep_settled() -> None:
+    """Sets again what a handler in a thread may have changed; call it now and then.
+
+    Without collections the memory of cycles is never free again; with another interval one thread
+    that computes keeps all others waiting.
+    """
+    if not gc.isenabled():
+        gc.enable()
+    if gc.get_threshold()[0] != GARBAGE_MAX:
+        gc.set_threshold(GARBAGE_MAX)
+    if sys.getswitchinterval() > SWITCH_SECONDS:
+        sys.setswitchinterval(SWITCH_SECONDS)
+
+
+def _bound_recursion() -> None:
+    """From now on the limit of recursion can't be set below the one of now.
+
+    It counts for all threads, and the event loop could not make another call with a small one.
+    """
+    least, change = sys.getrecursionlimit(), sys.setrecursionlimit
+
+    def setrecursionlimit(limit: int, /) -> None:
+        """As Python's own, but a limit below the daemon's is raised to it."""
+        change(max(limit, least))
+
+    sys.setrecursionlimit = setrecursionlimit

@@ -7,11 +7,14 @@ Nothing is imported here that Python has not imported already.
 
 from __future__ import annotations
 
+import _thread
 import os
 import sys
 
 _FOLDER = os.path.dirname(os.__file__)  # noqa: PTH120
 _PREFIX = os.path.dirname(_FOLDER)  # noqa: PTH120
+_changing = _thread.allocate_lock()
+_put: set[str] = set()
 
 
 def put_last(folder: str) -> None:
@@ -22,11 +25,19 @@ def put_last(folder: str) -> None:
 
 
 def put_behind_library(folder: str) -> None:
-    """Puts a folder behind the standard library and before everything that is installed."""
-    others = _without(folder)
-    behind = [place for place, entry in enumerate(others, 1) if _is_library(entry)]
-    others.insert(max(behind, default=0), folder)
-    sys.path[:] = others
+    """Puts a folder behind the standard library and before everything that is installed.
+
+    Once: each thread that loads a handler calls this, and meanwhile the handler's module, which the
+    first of them imports, may add places of its own.
+    """
+    with _changing:
+        if folder in _put and folder in sys.path:
+            return
+        _put.add(folder)
+        others = _without(folder)
+        behind = [place for place, entry in enumerate(others, 1) if _is_library(entry)]
+        others.insert(max(behind, default=0), folder)
+        sys.path[:] = others
 
 
 def _without(folder: str) -> list[str]:

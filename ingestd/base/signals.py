@@ -1,4 +1,8 @@
-"""Signals as events: the first asks to drain, the second to leave at once; SIGHUP to reload."""
+"""Signals as events: the first asks to drain, the second to leave at once; SIGHUP to reload.
+
+A timer's signal, or one that means nothing to us, would end the process: a handler in a thread can
+set an alarm, and somebody may send what another program writes its state for. Those do nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,15 @@ import asyncio
 import signal
 
 LEAVE = (signal.SIGTERM, signal.SIGINT)
+WITHOUT_MEANING = (
+    signal.SIGALRM,
+    signal.SIGVTALRM,
+    signal.SIGPROF,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+ALL = (*LEAVE, signal.SIGHUP, *WITHOUT_MEANING)
+"""What the daemon receives, and a process that is forked from it must not."""
 
 
 def ignore_hangups() -> None:
@@ -28,9 +41,24 @@ class Signals:
         self.asked = asyncio.Event()
         self.urged = asyncio.Event()
         self.name = ""
+        self._installed = False
 
     def install(self) -> None:
         """From now on signals arrive here; on the running loop."""
+        self._installed = True
+        self.keep()
+        for number in WITHOUT_MEANING:
+            # Not SIG_IGN: that would be inherited by what a handler starts.
+            asyncio.get_running_loop().add_signal_handler(number, _nothing)
+
+    def keep(self) -> None:
+        """Installs those that mean something again, while they are: call it now and then.
+
+        A handler in a thread can put another function in their place for the operating system
+        (`faulthandler.register`), and Python would know nothing of it.
+        """
+        if not self._installed:
+            return
         loop = asyncio.get_running_loop()
         for number in LEAVE:
             loop.add_signal_handler(number, self._arrived, number)
@@ -38,8 +66,9 @@ class Signals:
 
     def remove(self) -> None:
         """Ignores them from now on: there is nothing left that a signal could hurry."""
+        self._installed = False
         loop = asyncio.get_running_loop()
-        for number in (*LEAVE, signal.SIGHUP):
+        for number in ALL:
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
 
@@ -49,3 +78,7 @@ class Signals:
         else:
             self.name = number.name
             self.asked.set()
+
+
+def _nothing() -> None:
+    pass

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ingestd.base.settings import PipelineSettings
+    from ingestd.base.surroundings import Surroundings
 
 log = get_logger()
 
@@ -35,9 +36,21 @@ _CLOSE_SECONDS = 5.0
 
 
 async def start_pool(
-    name: str, settings: PipelineSettings, *, data_dir: Path, on_restart: Callable[[str], None]
+    name: str,
+    settings: PipelineSettings,
+    *,
+    data_dir: Path,
+    on_restart: Callable[[str], None],
+    surroundings: Surroundings | None = None,
 ) -> tuple[TaskPool | ThreadedPool, str]:
     """One lane a worker, of the kind that the settings name, started.
+
+    Args:
+        name: of the pipeline.
+        settings: of the pipeline.
+        data_dir: the daemon's, for the handler.
+        on_restart: called with `crashed` or `timeout` each time a process has to be replaced.
+        surroundings: what processes are started with; those of now if not given.
 
     Returns:
         The pool, and the kind that it is: `process`, `thread` or `async`.
@@ -61,7 +74,13 @@ async def start_pool(
     if kind in {"auto", "process"}:
         hello = Hello(wanted, os.getpid())
         processes = [
-            ProcessLane(lane, hello, timeout=executor.timeout, on_restart=on_restart)
+            ProcessLane(
+                lane,
+                hello,
+                timeout=executor.timeout,
+                on_restart=on_restart,
+                surroundings=surroundings,
+            )
             for lane in lanes
         ]
         pool = ThreadedPool(processes)

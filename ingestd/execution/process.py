@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from ingestd.base.errors import HandlerLoadError
+from ingestd.base.surroundings import Surroundings
 from ingestd.base.telemetry import get_logger, lowest_level
 from ingestd.execution import descendants
 from ingestd.execution.monitor import Monitor, Outputs
@@ -48,6 +49,11 @@ START_TIMEOUT = 120.0
 """Seconds for a child to import the handler; some load models."""
 START_AGAIN_SECONDS = 2.0
 """How long a batch waits at least when no child could be started for it."""
+FAILING_TRIES = 5
+FAILING_SECONDS = 10.0
+"""A child whose last jobs all raised, so many of them and for so long, is replaced: it may have run
+out of descriptors, say. The time doubles with each one that did no better."""
+FAILING_SECONDS_MAX = 3600.0
 _IDLE_SECONDS = 0.01
 """A child that was without a job for so long is looked at before it gets one."""
 _PACKETS = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_DGRAM)
@@ -72,13 +78,14 @@ class Child:
     Args:
         hello: what it is told first.
         name: of its lane.
+        surroundings: what it is started with.
 
     Raises:
         HandlerLoadError: the child can't load the handler.
         _WorkerDiedError: it did not come up.
     """
 
-    def __init__(self, hello: wire.Hello, name: str) -> None:
+    def __init__(self, hello: wire.Hello, name: str, surroundings: Surroundings) -> None:
         self._mark = descendants.new_mark()
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             self._sock, sock = _both(socket.socketpair(), ours, theirs)
@@ -98,12 +105,14 @@ class Child:
             log_sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wire.SOCKET_BYTES)
             fds = (sock.fileno(), lifeline, memory, log_sock.fileno())
             self.process = subprocess.Popen(  # noqa: S603
-                [sys.executable, "-c", _BOOT, repr([*map(str, sys.path)]),
+                [sys.executable, "-c", _BOOT, repr(surroundings.path),
                  *map(str, fds), str(lowest_level())],
                 stdin=subprocess.DEVNULL,
                 stderr=stderr,
                 pass_fds=[fd for fd in fds if fd >= 0],
-                env={**os.environ, descendants.MARK: self._mark},
+                cwd=surroundings.folder,
+                env={**surroundings.environ, descendants.MARK: self._mark},
+                umask=surroundings.umask,
                 # Not a session: Linux would schedule it apart from the daemon, and each answer
                 # would come late on a busy machine.
                 process_group=0,
@@ -304,20 +313,31 @@ class ProcessLane:
         timeout: seconds after which a job's child is killed.
         on_restart: called with `crashed` or `timeout`, on the lane's thread, each time a child
             has to be replaced.
+        surroundings: what each child is started with; those of now if not given.
 
     Attributes:
         is_async: with the executor `auto`, the handler has to be awaited; known after the start.
     """
 
     def __init__(
-        self, name: str, hello: wire.Hello, *, timeout: float, on_restart: Callable[[str], None]
+        self,
+        name: str,
+        hello: wire.Hello,
+        *,
+        timeout: float,
+        on_restart: Callable[[str], None],
+        surroundings: Surroundings | None = None,
     ) -> None:
         self._name = name
         self._hello = hello
         self._timeout = timeout
         self._on_restart = on_restart
+        self._surroundings = surroundings or Surroundings.now()
         self.is_async = False
         self._child: Child | None = None
+        self._failed = 0  # jobs that raised since one did not
+        self._failing_since = 0.0
+        self._patience = FAILING_SECONDS
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
 
     async def start(self) -> None:
@@ -331,8 +351,8 @@ class ProcessLane:
             raise HandlerLoadError(target=self._hello.handler.target, problem=str(died)) from None
 
     def _spawn(self) -> Child:
-        child = Child(self._hello, self._name)
-        self._child = child
+        child = Child(self._hello, self._name, self._surroundings)
+        self._child, self._failed = child, 0
         log.debug("worker_started", lane=self._name, pid=child.process.pid)
         self.is_async = child.ready.is_async
         if child.ready.not_ready:
@@ -346,7 +366,7 @@ class ProcessLane:
     def _run(self, job: Job) -> Result:
         started = time.monotonic()
         try:
-            return self._usable().run(job, self._timeout)
+            return self._noted(self._usable().run(job, self._timeout))
         except _WorkerDiedError as died:
             failure = died.failure
         except (HandlerLoadError, OSError, RuntimeError, MemoryError) as error:
@@ -357,6 +377,20 @@ class ProcessLane:
             )
         self._bury(failure)
         return Result(failure=failure, seconds=time.monotonic() - started)
+
+    def _noted(self, result: Result) -> Result:
+        if result.failure is None:
+            self._failed, self._patience = 0, FAILING_SECONDS
+        elif result.failure.reason != POSTPONED:
+            self._failed += 1
+            if self._failed == 1:
+                self._failing_since = time.monotonic()
+        return result
+
+    def _is_no_use(self) -> bool:
+        """Whether only failures came from the child for so long that another may do better."""
+        failing = time.monotonic() - self._failing_since
+        return self._failed >= FAILING_TRIES and failing >= self._patience
 
     def _usable(self) -> Child:
         """A child that is ready for a job; what happened to the last one is no job's fault."""
@@ -376,6 +410,12 @@ class ProcessLane:
         if flaw := child.flaw():
             child.kill()
             self._bury(Failure("crashed", f"between two jobs {flaw}"))
+            return self._spawn()
+        if self._is_no_use():
+            log.warning("worker_replaced", lane=self._name, failures=self._failed)
+            self._patience = min(2 * self._patience, FAILING_SECONDS_MAX)
+            self._child = None
+            child.stop(CLOSE_SECONDS)
             return self._spawn()
         return child
 

@@ -108,8 +108,8 @@ def flaw_of(result: Result, records: int) -> str:
     if not (math.isfinite(result.seconds) and result.seconds >= 0):
         return f"it ran for {result.seconds!r} s"
     failure = result.failure
-    if failure is not None and not _is_wait(failure.after):
-        return f"it wants the batch again after {failure.after!r} s"
+    if failure is not None and (flaw := _flaw_of_failure(failure)):
+        return flaw
     if not (result.rejections or result.retries):
         return ""
     seen: set[int] = set()
@@ -128,6 +128,17 @@ def flaw_of(result: Result, records: int) -> str:
     for retry in result.retries:
         if not _is_wait(retry.after):
             return f"it wants record {retry.index} again after {retry.after!r} s"
+    return ""
+
+
+def _flaw_of_failure(failure: Failure) -> str:
+    # How a worker died is said by who watches it, never by the worker.
+    if failure.reason not in {"raised", POSTPONED}:
+        return "its reason for the failure is none of ours"
+    if len(failure.error) > ERROR_CHARS_MAX:
+        return f"its error is {len(failure.error)} characters long"
+    if not _is_wait(failure.after):
+        return f"it wants the batch again after {failure.after!r} s"
     return ""
 
 

@@ -91,3 +91,17 @@ def test_a_helper_of_such_a_name_is_named(tmp_path: Path) -> None:
     done = ingestd("check", "app:store", cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert done.returncode == 78
     assert "hide token.py: rename it" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["process", "thread"])
+def test_python_m_with_a_safe_path(crowded: Path, kind: str) -> None:
+    """Without `-P` Python itself takes `types.py` for its own, before any line of ours runs."""
+    for command in (("check",), ("run", "--source", "stdin")):
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "ingestd", command[0], "app:store", *command[1:],
+             "--executor.kind", kind, "--admin.listen", ""],
+            cwd=crowded, input="1\n", capture_output=True, text=True, timeout=60,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    assert (crowded / "notes").read_text() == "[1]"

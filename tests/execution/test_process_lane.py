@@ -13,7 +13,7 @@ import pytest
 
 from ingestd.base.record import Records, Span
 from ingestd.execution.pool import ThreadedPool
-from ingestd.execution.process import START_AGAIN_SECONDS, ProcessLane
+from ingestd.execution.process import FAILING_TRIES, START_AGAIN_SECONDS, ProcessLane
 from ingestd.handlers.outcome import POSTPONED, Failure, Job, Result
 from ingestd.handlers.runner import Wanted
 from ingestd.handlers.wire import Hello
@@ -22,7 +22,7 @@ HANDLERS = """
 import os, signal, socket, subprocess, sys, threading, time
 from pathlib import Path
 from ingestd.handlers import wire
-from ingestd.handlers.outcome import Rejection
+from ingestd.handlers.outcome import Failure, Rejection
 
 def fds():
     return [int(name) for name in os.listdir("/proc/self/fd")]
@@ -62,6 +62,8 @@ class Does:
     def no_answer(self, batch): self.says(1, b"abc")
     def impossible_answer(self, batch):
         self.says(1, wire.encode(wire.Answer(wire.Result([Rejection(99, "rejected", "x")]))))
+    def impossible_reason(self, batch):
+        self.says(1, wire.encode(wire.Answer(wire.Result(failure=Failure("because", "x")))))
     def slow_drip(self, batch):
         head = wire._HEAD.pack(wire._MAGIC, os.getpid(), 1, 1000)
         for fd in sockets(): os.write(fd, head)
@@ -124,6 +126,12 @@ class Does:
         resource.setrlimit(resource.RLIMIT_AS, (used + (2 << 20),) * 2)
 
 from ingestd import Batch
+
+class NoDescriptors:
+    def __call__(self, batch: Batch):
+        import resource
+        if batch.attempt == 1: resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+        os.close(os.open("/dev/null", os.O_RDONLY))
 
 class CloseHangs:
     def __call__(self, batch: Batch):
@@ -205,6 +213,7 @@ async def test_a_forked_child_that_raises_is_not_the_batchs_failure(lanes: Lanes
         ("other_job", "killed for its answer: "),
         ("no_answer", "killed for its answer: "),
         ("impossible_answer", "killed for its answer: "),
+        ("impossible_reason", "killed for its answer: its reason for the failure is none of ours"),
         ("closes", "the worker exited with code 1"),
         ("takes_number", "the worker exited with code 1"),
         ("killed_beside_a_child", "the worker was killed by SIGKILL"),
@@ -313,3 +322,15 @@ async def test_a_close_that_hangs_costs_no_job(lanes: Lanes) -> None:
     assert failure_of(await lanes.run(job())).reason == "raised"
     assert (await lanes.run(job(2))).failure is None
     assert lanes.restarts == ["timeout"]
+
+
+async def test_a_worker_of_which_only_failures_come_is_replaced(
+    lanes: Lanes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has no descriptor left fails for every batch, and would do so for ever."""
+    monkeypatch.setattr("ingestd.execution.process.FAILING_SECONDS", 0.0)
+    await lanes.start("NoDescriptors")
+    for attempt in range(1, FAILING_TRIES + 1):
+        assert failure_of(await lanes.run(job(attempt))).reason == "raised"
+    assert (await lanes.run(job(FAILING_TRIES + 1))).failure is None
+    assert lanes.restarts == []

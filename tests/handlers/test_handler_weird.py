@@ -16,7 +16,7 @@ import pytest
 
 from ingestd.handlers.call import call, call_async
 from ingestd.handlers.load import load
-from ingestd.handlers.outcome import Job, Rejection, Result, Retry, flaw_of
+from ingestd.handlers.outcome import Failure, Job, Rejection, Result, Retry, flaw_of
 from ingestd.handlers.runner import Runner, Wanted
 from ingestd.handlers.trace import TRACEBACK_BYTES_MAX
 
@@ -239,6 +239,10 @@ def test_reasons_of_any_kind_are_text(run: Run) -> None:
         (Result([Rejection(1, "because", "")]), "none of ours"),
         (Result([], [Retry(1, float("inf"), "")]), "again after inf s"),
         (Result([], [Retry(1, -1.0, "")]), "again after -1.0 s"),
+        (Result(failure=Failure("raised", "ValueError: x")), ""),
+        (Result(failure=Failure("because", "")), "reason for the failure is none of ours"),
+        (Result(failure=Failure("timeout", "")), "reason for the failure is none of ours"),
+        (Result(failure=Failure("raised", "x" * 5000)), "5000 characters"),
     ],
 )
 def test_results_that_can_not_be(result: Result, flaw: str) -> None:
