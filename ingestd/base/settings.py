@@ -326,7 +326,7 @@ class QueueSettings(Section):
     """`[queue]`: what of the journal is kept in memory; beyond it records wait on disk."""
 
     chunks_max: Count = Field(1024, ge=1, le=10**6, description="most chunks in memory")
-    bytes_max: Size = Field(32 * _MIB, ge=1, le=_TIB, description="most bytes in memory")
+    bytes_max: Size = Field(16 * _MIB, ge=1, le=_TIB, description="most bytes in memory")
 
 
 class HandlerSettings(Section):

@@ -115,6 +115,7 @@ class Connection(web.RequestHandler):
         "_head_timer",
         "_line",
         "_paused_at",
+        "_turn",
         "_unread",
         "_wire_bytes",
         "authorities",
@@ -147,6 +148,7 @@ class Connection(web.RequestHandler):
         self._unread = 0
         self._line = b""
         self._head_timer: asyncio.TimerHandle | None = None
+        self._turn: asyncio.Future[None] | None = None
 
     # -- its life ------------------------------------------------------------------------------
 
@@ -171,6 +173,13 @@ class Connection(web.RequestHandler):
         if self._at_end is not None:
             self._at_end()
         super().connection_lost(exc)
+        # What nobody will answer is freed now, and not in the next collection of old cycles.
+        self._messages.clear()
+        self._line = b""
+        if not self._request_in_progress:
+            self._body = EMPTY_PAYLOAD
+        if self._turn is not None and not self._turn.done():
+            self._turn.set_result(None)
 
     @contextlib.contextmanager
     def at_end(self, call: Callable[[], None]) -> Iterator[None]:
@@ -423,7 +432,13 @@ class Connection(web.RequestHandler):
                     await self._waiter
                 finally:
                     self._waiter = None
-            await self._manager.turns.take(self.client)
+            turn = self._manager.turns.take(self.client)
+            if turn is not None:
+                self._turn = turn
+                await turn
+                self._turn = None
+                if self.transport is None:
+                    return
             message, body = self._messages.popleft()
             if self.held and not self.is_waiting:
                 self._manager.let_go(self)

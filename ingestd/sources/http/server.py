@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = get_logger()
 
-HELD_BYTES_MAX = 16 * 1024 * 1024
+HELD_BYTES_MAX = 8 * 1024 * 1024
 """Parts of heads and requests that wait behind others, of all connections together."""
 
 CLIENT_HELD_MAX = HELD_BYTES_MAX // 2

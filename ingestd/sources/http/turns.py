@@ -34,20 +34,21 @@ class Turns:
         self._end = 0.0
         self._begun = False
 
-    async def take(self, client: str) -> None:
-        """Returns when a request of this client may be answered."""
+    def take(self, client: str) -> asyncio.Future[None] | None:
+        """Asks for a request of this client to be answered: now, or when the future is done.
+
+        Who does not want it any more ends the future.
+        """
         now = self._loop.time()
         if not self._begun:
             self._begun = True
             self._end = now + TURN_SECONDS
             self._loop.call_soon(self._next)
         elif now >= self._end or client in self._waiting:
-            await self._wait(client)
-
-    async def _wait(self, client: str) -> None:
-        waiter = self._loop.create_future()
-        self._waiting.setdefault(client, deque()).append(waiter)
-        await waiter
+            waiter = self._loop.create_future()
+            self._waiting.setdefault(client, deque()).append(waiter)
+            return waiter
+        return None
 
     def _next(self) -> None:
         """A new turn begins."""
