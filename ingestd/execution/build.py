@@ -2,8 +2,8 @@
 
 The executor `auto` is decided here. A sink of ours runs in threads: it is known to come back and to
 leave the process as it is. The user's handler runs in processes, and its module is never imported
-by the daemon; the first children say whether it is async. If it is, they end, and it runs on an
-event loop in a thread of the daemon's.
+by the daemon; the first child says whether it is async. If it is, the child ends, and it runs on an
+event loop in a thread of the daemon's. The other children start while the daemon is ready already.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import asyncio
 import os
 from functools import partial
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from ingestd.base.telemetry import get_logger
 from ingestd.execution.coroutine import CoroutineLane, CoroutinePool
@@ -83,12 +85,18 @@ async def start_pool(
             )
             for lane in lanes
         ]
-        pool = ThreadedPool(processes)
-        await pool.start()
-        if not any(lane.is_async for lane in processes):
+        loop, first = asyncio.get_running_loop(), processes[0]
+        try:
+            await first.start()
+        except BaseException:
+            await first.close(loop.time())
+            raise
+        if not first.is_async:
+            pool = ThreadedPool(processes, first=0)
+            await pool.start()
             return pool, "process"
-        await pool.close(asyncio.get_running_loop().time() + _CLOSE_SECONDS)
-        wanted, kind = _async(wanted), "async"
+        await first.close(loop.time() + _CLOSE_SECONDS)
+        wanted, kind = msgspec.structs.replace(wanted, executor="async"), "async"
     if kind == "thread":
         threads = [ThreadLane(lane, _runner(wanted, lane)) for lane in lanes]
         pool = ThreadedPool(threads, overrun=executor.timeout)
@@ -104,17 +112,6 @@ async def start_pool(
     )
     await coroutines.start()
     return coroutines, kind
-
-
-def _async(wanted: Wanted) -> Wanted:
-    return Wanted(
-        target=wanted.target,
-        options=wanted.options,
-        record_format=wanted.record_format,
-        executor="async",
-        pipeline=wanted.pipeline,
-        data_dir=wanted.data_dir,
-    )
 
 
 def _runner(wanted: Wanted, lane: str) -> Runner:

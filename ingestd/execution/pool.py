@@ -40,9 +40,10 @@ class Pool(Generic[L]):
         Raises:
             HandlerLoadError: the handler can't be loaded. Lanes that started are closed.
         """
-        started = await asyncio.gather(
-            *(lane.start() for lane in self.lanes), return_exceptions=True
-        )
+        await self._start(self.lanes)
+
+    async def _start(self, lanes: Sequence[L]) -> None:
+        started = await asyncio.gather(*(lane.start() for lane in lanes), return_exceptions=True)
         errors = [error for error in started if error is not None]
         if errors:
             await self.close(asyncio.get_running_loop().time() + 5.0)
@@ -109,17 +110,26 @@ class ThreadedPool(Pool[ThreadedLane]):
         lanes: one for each worker.
         overrun: seconds after which a job is reported as overrunning; `None` where the lanes end
             such a job themselves.
+        first: so many lanes are started before `start` returns, and say whether the handler can be
+            loaded; the others start in their own threads. `None` for all.
     """
 
-    def __init__(self, lanes: Sequence[ThreadedLane], *, overrun: float | None = None) -> None:
+    def __init__(
+        self,
+        lanes: Sequence[ThreadedLane],
+        *,
+        overrun: float | None = None,
+        first: int | None = None,
+    ) -> None:
         super().__init__(lanes)
+        self._first = first
         self._overrun = overrun
         self._ahead = Ahead(len(lanes))
 
     async def start(self) -> None:
         """See `Pool.start`."""
         self._shelf = Shelf()
-        await super().start()
+        await self._start(self.lanes[: self._first])
         for lane in self.lanes:
             lane.serve(self._shelf)
 

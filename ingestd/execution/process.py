@@ -72,6 +72,10 @@ class _WorkerDiedError(Exception):
         self.failure = Failure(reason, error)
 
 
+_NO_WORKER = (HandlerLoadError, OSError, RuntimeError, MemoryError)
+"""What starting a child raises where it is not the child that dies."""
+
+
 class Child:
     """One child process. Blocking; used by one thread.
 
@@ -80,9 +84,8 @@ class Child:
         name: of its lane.
         surroundings: what it is started with.
 
-    Raises:
-        HandlerLoadError: the child can't load the handler.
-        _WorkerDiedError: it did not come up.
+    Attributes:
+        is_ready: it has loaded the handler.
     """
 
     def __init__(self, hello: wire.Hello, name: str, surroundings: Surroundings) -> None:
@@ -131,15 +134,24 @@ class Child:
             WorkerLog(hello.handler.pipeline, name),
             name=f"{name}-monitor",
         )
-        self.ready = self._greet(hello)
+        self._hello = hello
+        self.is_ready = False
 
-    def _greet(self, hello: wire.Hello) -> wire.Ready:
+    def greet(self) -> wire.Ready:
+        """Waits until the child has loaded the handler; comes before the first job.
+
+        Raises:
+            HandlerLoadError: the child can't load the handler.
+            _WorkerDiedError: it did not come up.
+        """
+        hello = self._hello
         body = self._exchange(wire.encode(hello), START_TIMEOUT, wire.ANSWER_BYTES_MAX)
         self._check_end()
         ready = self._decoded(wire.decode_ready, body)
         if ready.load_error:
             self.kill()
             raise HandlerLoadError(target=hello.handler.target, problem=ready.load_error)
+        self.is_ready = True
         return ready
 
     def run(self, job: Job, timeout: float) -> Result:
@@ -352,16 +364,30 @@ class ProcessLane:
 
     def _spawn(self) -> Child:
         child = Child(self._hello, self._name, self._surroundings)
-        self._child, self._failed = child, 0
+        self._child, self._failed = child, 0  # from now on `close` can end it
+        try:
+            ready = child.greet()
+        except BaseException:
+            self._child = None
+            child.kill()
+            raise
         log.debug("worker_started", lane=self._name, pid=child.process.pid)
-        self.is_async = child.ready.is_async
-        if child.ready.not_ready:
-            log.warning("handler_not_ready", lane=self._name, error=child.ready.not_ready)
+        self.is_async = ready.is_async
+        if ready.not_ready:
+            log.warning("handler_not_ready", lane=self._name, error=ready.not_ready)
         return child
 
     def serve(self, shelf: Shelf) -> None:
         """See `ThreadedLane.serve`."""
-        self._thread.submit(shelf.serve, self._run, self._name)
+        self._thread.submit(self._serve, shelf)
+
+    def _serve(self, shelf: Shelf) -> None:
+        if self._child is None:
+            try:
+                self._spawn()
+            except (_WorkerDiedError, *_NO_WORKER) as error:
+                log.warning("worker_not_started", lane=self._name, error=describe(error))
+        shelf.serve(self._run, self._name)
 
     def _run(self, job: Job) -> Result:
         started = time.monotonic()
@@ -369,7 +395,7 @@ class ProcessLane:
             return self._noted(self._usable().run(job, self._timeout))
         except _WorkerDiedError as died:
             failure = died.failure
-        except (HandlerLoadError, OSError, RuntimeError, MemoryError) as error:
+        except _NO_WORKER as error:
             # Not the batch's fault: it waits, and no try of it is spent.
             why = str(error) if isinstance(error, HandlerLoadError) else describe(error)
             failure = Failure(
@@ -431,6 +457,8 @@ class ProcessLane:
     async def close(self, deadline: float) -> bool:
         """See `Lane.close`."""
         loop = asyncio.get_running_loop()
+        if self._child is not None and not self._child.is_ready:
+            self._child.kill_at_once()  # it has nothing to close yet
         closing = loop.run_in_executor(self._thread, self._stop, deadline - loop.time())
         self._thread.shutdown(wait=False)
         done, _ = await asyncio.wait({closing}, timeout=max(0.0, deadline - loop.time()))
