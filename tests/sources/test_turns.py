@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 import time
 
 from ingestd.sources.http.turns import REQUESTS_A_TURN, TURN_SECONDS, Turns
@@ -103,6 +105,9 @@ def test_what_waits_with_a_connection_goes_with_it() -> None:
             (connection,) = server.connections
             await until(lambda: len(connection._messages) == 3)
             task = connection._task_handler
+            reset = struct.pack("ii", 1, 0)
+            sock = writer.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
             writer.transport.abort()
             await until(task.done)
             assert not connection._messages
