@@ -1,4 +1,8 @@
-"""Attacks on a daemon with its defaults, all at once and each alone, beside a polite client."""
+"""Attacks on a daemon with its defaults, all at once and each alone, beside a polite client.
+
+The attackers share the machine's cores with the daemon and the polite client, so they are niced;
+nothing else is taken from them. On a machine that does something else the latencies say little.
+"""
 
 from __future__ import annotations
 

@@ -262,3 +262,25 @@ async def test_a_wait_of_thousands_of_digits_is_a_long_wait():
     async with serving(intake, wait_max="10ms") as source:
         reply = await ask(source, b"1", Prefer="wait=" + "9" * 5000)
     assert reply.status == 202
+
+
+async def test_who_was_cut_waits_with_new_connections_and_others_do_not(monkeypatch):
+    monkeypatch.setattr("ingestd.sources.http.server.CLIENT_HELD_MAX", 100_000)
+    intake = MemoryIntake()
+    intake.gate.clear()
+    lines = b"".join(b"h%d: v\r\n" % n for n in range(90))
+    request = LINE + HOST + lines + b"Content-Length: 1\r\n\r\n1"
+    async with serving(intake) as source, contextlib.AsyncExitStack() as stack:
+        cut = await stack.enter_async_context(at(source, ONE))
+        cut.send(request * 8)
+        await until(lambda: source._server.rest_of(ONE) > 0)
+        assert not source._server.rest_of(OTHER)
+        intake.gate.set()
+        again = await stack.enter_async_context(at(source, ONE))
+        again.post(b"1")
+        late = asyncio.create_task(again.reply())
+        other = await stack.enter_async_context(at(source, OTHER))
+        other.post(b"1")
+        assert (await other.reply()).status == 202
+        assert not late.done()
+        assert (await late).status == 202

@@ -166,6 +166,18 @@ class Connection(web.RequestHandler):
             secured.at_end = self._secured_end
         super().connection_made(transport)
         self._start_head_timer()
+        if rest := self._manager.rest_of(self.client):
+            self._loop.call_soon(self._rest, rest)  # reading begins after this
+
+    def _rest(self, seconds: float) -> None:
+        """Reads nothing for a while."""
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.pause_reading()
+            self._loop.call_later(seconds, self._end_rest)
+
+    def _end_rest(self) -> None:
+        if self.transport is not None and not self.transport.is_closing():
+            self.transport.resume_reading()
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """Ends its timer, and what waits for an answer that nobody would read."""

@@ -31,6 +31,11 @@ HELD_BYTES_MAX = 8 * 1024 * 1024
 CLIENT_HELD_MAX = HELD_BYTES_MAX // 2
 """The same for the connections of one client."""
 
+CUT_SECONDS = 1.0
+"""A client with a connection that was ended for what it held has to wait so long with new ones: to
+read until it is too much again costs more than to connect."""
+
+_CUT_MAX = 1024
 _HELD_BYTES_FREE = 4 * 1024
 _TURNED_AWAY_MAX = 256
 
@@ -71,6 +76,7 @@ class Server(web.Server):
         self._spoken = asyncio.Event()
         self._held = 0
         self._held_by: Counter[str] = Counter()
+        self._cut_until: dict[str, float] = {}
         self.head_timeout = head_timeout
         self.authorities: frozenset[bytes] = frozenset()
         self.open = 0
@@ -151,8 +157,21 @@ class Server(web.Server):
             return
         if connection.transport is not None:
             log.debug("connection_ended", held=size)
+            self._cut(connection.client)
             connection.transport.abort()
             self._hold(connection, 0)  # or those that come in this turn would be cut as well
+
+    def _cut(self, client: str) -> None:
+        self._cut_until.pop(client, None)
+        self._cut_until[client] = self._loop.time() + CUT_SECONDS
+        if len(self._cut_until) > _CUT_MAX:
+            del self._cut_until[next(iter(self._cut_until))]
+
+    def rest_of(self, client: str) -> float:
+        """Seconds for which nothing is read of a new connection: its client was cut before."""
+        if client not in self._cut_until:
+            return 0.0
+        return max(0.0, self._cut_until[client] - self._loop.time())
 
     def let_go(self, connection: Connection) -> None:
         """A connection holds nothing any more."""
