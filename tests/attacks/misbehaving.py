@@ -225,21 +225,29 @@ class Misbehaves:
     Args:
         folder: for the notes.
         seed: of the dice.
-        fatal: also do what only a process of its own survives.
+        fatal: also do what only a process of its own survives, if it is `all`; else the names of
+            what to do, with commas, one after the other.
     """
 
     def __init__(self, folder: str, seed: int = 1, fatal: str = "") -> None:
         self.folder = folder
         self.seed = int(seed)
         self.names = [*WEIRD, *(FATAL if fatal else {})]
-        if fatal not in {"", "all"}:
+        self.in_turn = fatal not in {"", "all"}
+        if self.in_turn:
             self.names = fatal.split(",")
 
     def _call(self, batch: ingestd.Batch[int]) -> Any:
         dice = random.Random(f"{self.seed} {batch.id} {batch.attempt}")
         poisoned = any(record >= POISON for record in batch)
-        if poisoned or (batch.attempt <= 2 and dice.random() < 0.6):
-            name = "ValueError" if poisoned and batch.attempt > 2 else dice.choice(self.names)
+        turns = self._turns()
+        more = turns < len(self.names) if self.in_turn else False
+        if poisoned or (batch.attempt <= 2 and (more or dice.random() < 0.6)):
+            name = self.names[turns % len(self.names)] if self.in_turn else dice.choice(self.names)
+            if poisoned and batch.attempt > 2:
+                name = "ValueError"
+            else:
+                self._note("turns", [name])
             self._note("tried", [name])
             returned = (WEIRD | FATAL)[name]()
             if returned is not None and not poisoned:
@@ -252,6 +260,10 @@ class Misbehaves:
 
     def __call__(self, batch: ingestd.Batch[int]) -> Any:
         return self._call(batch)
+
+    def _turns(self) -> int:
+        turns = Path(self.folder, "turns")
+        return len(turns.read_text().splitlines()) if self.in_turn and turns.exists() else 0
 
     def _note(self, name: str, values: list[Any]) -> None:
         fd = os.open(Path(self.folder, name), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
