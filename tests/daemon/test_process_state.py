@@ -67,7 +67,7 @@ def test_a_small_recursion_limit_is_not_the_daemons(tmp_path: Path) -> None:
     target = app(
         tmp_path,
         "if batch == ['low']:\n"
-        "    sys.setrecursionlimit(50)\n"
+        "    for limit in (50, 40, 30, 20, 12): sys.setrecursionlimit(limit)\n"
         "    while not os.path.exists(NOTES + '-go'): time.sleep(0.01)",
         "import sys, time",
     )

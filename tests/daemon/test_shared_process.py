@@ -132,17 +132,31 @@ def feed(folder: Path, lines: int, *args: str, timeout: float = 60) -> tuple[int
 
 @pytest.mark.parametrize("kind", ["thread", "process", "async"])
 def test_a_handler_that_reads_standard_input_gets_none_of_ours(tmp_path: Path, kind: str) -> None:
+    """While more of it is still to come."""
+    called = tmp_path / "called"
     (tmp_path / "app.py").write_text(
         "import subprocess, sys\n"
         f"NOTES = {str(tmp_path / 'notes')!r}\n"
         f"{'async ' if kind == 'async' else ''}def store(batch: list[str]) -> None:\n"
+        f"    open({str(called)!r}, 'w').close()\n"
         "    assert subprocess.run(['cat'], capture_output=True).stdout == b''\n"
         "    assert sys.stdin.read() == ''\n"
         "    with open(NOTES, 'a') as notes:\n"
         "        notes.writelines(line + '\\n' for line in batch)\n"
     )
-    code, _ = feed(tmp_path, 20_000, "app:store", "--executor.kind", kind)
-    assert code == 0
+    with subprocess.Popen(
+        [sys.executable, "-m", "ingestd", "run", "app:store", "--executor.kind", kind,
+         "--source", "stdin", "--format", "text", "--admin.listen", ""],
+        cwd=tmp_path, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as process:  # fmt: skip
+        assert process.stdin is not None
+        process.stdin.write("line 0\n")
+        process.stdin.flush()
+        until(called.exists)
+        process.stdin.write("".join(f"line {i}\n" for i in range(1, 20_000)))
+        process.stdin.close()
+        assert process.wait(60) == 0
     assert sorted(notes(tmp_path)) == sorted(f"line {i}" for i in range(20_000))
 
 
