@@ -347,6 +347,7 @@ class ProcessLane:
         self._surroundings = surroundings or Surroundings.now()
         self.is_async = False
         self._child: Child | None = None
+        self._leaving = False
         self._failed = 0  # jobs that raised since one did not
         self._failing_since = 0.0
         self._patience = FAILING_SECONDS
@@ -386,6 +387,8 @@ class ProcessLane:
             try:
                 self._spawn()
             except (_WorkerDiedError, *_NO_WORKER) as error:
+                if self._leaving:
+                    return
                 log.warning("worker_not_started", lane=self._name, error=describe(error))
         shelf.serve(self._run, self._name)
 
@@ -440,8 +443,8 @@ class ProcessLane:
         if self._is_no_use():
             log.warning("worker_replaced", lane=self._name, failures=self._failed)
             self._patience = min(2 * self._patience, FAILING_SECONDS_MAX)
+            child.stop(CLOSE_SECONDS)  # `close` can still end it
             self._child = None
-            child.stop(CLOSE_SECONDS)
             return self._spawn()
         return child
 
@@ -457,6 +460,7 @@ class ProcessLane:
     async def close(self, deadline: float) -> bool:
         """See `Lane.close`."""
         loop = asyncio.get_running_loop()
+        self._leaving = True
         if self._child is not None and not self._child.is_ready:
             self._child.kill_at_once()  # it has nothing to close yet
         closing = loop.run_in_executor(self._thread, self._stop, deadline - loop.time())
