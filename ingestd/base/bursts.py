@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import asyncio
 
-BURST_SECONDS = 0.002
+BURST_SECONDS = 0.005
 """How long a thread computes before the loop takes its turn. Asking for it takes about 0.1 ms."""
 TURN_SECONDS_MAX = 0.25
 """How long a thread waits for that turn: a loop that has stopped takes none."""
@@ -22,7 +22,7 @@ TURN_SECONDS_MAX = 0.25
 
 class _Burst(threading.local):
     loop: asyncio.AbstractEventLoop | None = None
-    end = 0.0
+    end = BURST_SECONDS
 
 
 _burst = _Burst()
@@ -40,7 +40,7 @@ def let_loop_go_first() -> None:
     then.
     """
     loop = _burst.loop
-    if loop is None or time.monotonic() < _burst.end:
+    if loop is None or time.thread_time() < _burst.end:
         return
     turn = threading.Event()
     try:
@@ -49,4 +49,4 @@ def let_loop_go_first() -> None:
     except RuntimeError:
         return  # it is closed
     turn.wait(TURN_SECONDS_MAX)
-    _burst.end = time.monotonic() + BURST_SECONDS
+    _burst.end = time.thread_time() + BURST_SECONDS
