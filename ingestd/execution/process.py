@@ -170,8 +170,8 @@ class Child:
         if answer.closing:
             # What says that it is closed may have come in one piece with the answer.
             self._closed_by = time.monotonic() + CLOSE_SECONDS
-        else:
-            self._check_end()
+        elif self._rest:
+            raise self._misfit(wire.TRAILING)
         return answer.result
 
     def await_closed(self) -> str:

@@ -259,6 +259,15 @@ def receive(
         OSError: the connection broke, or the socket's timeout passed.
     """
     begun = begun or sock.recv(_BUFFER_BYTES)  # usually all of it
+    if len(begun) >= _HEAD.size:  # the common case at once; the rest of this looks closer
+        magic, sender, number, length = _HEAD.unpack_from(begun)
+        if (
+            magic == _MAGIC
+            and sender == worker
+            and len(begun) == _HEAD.size + length
+            and length <= limit
+        ):
+            return Message(number, begun[_HEAD.size :])
     while len(begun) < _HEAD.size:
         if not _MAGIC.startswith(begun[: len(_MAGIC)]):
             break

@@ -57,7 +57,7 @@ class _Connection:
 
     def receive(self) -> bytes | bytearray | None:
         """The next message for this worker; `None` when the daemon has gone."""
-        self._look(self._sock.fileno())
+        # No look here: it is read right after something was sent, which looks.
         # By the number of this process: a child of the worker's gets nothing.
         message = wire.receive(self._sock, worker=os.getpid(), limit=_JOB_BYTES_MAX)
         if message is None:
