@@ -83,6 +83,8 @@ def test_the_end_of_input_waits_for_all_of_it(tmp_path: Path) -> None:
     )  # fmt: skip
     assert code == 0
     assert events["drained"]["processed"] == 6
+    assert events["input_ended"]["waits"] == "until all is settled, without deadline"
+    assert "drain_started" not in events
 
 
 @pytest.mark.parametrize(

@@ -423,6 +423,25 @@ async def test_a_dead_consumer_ends_the_wait(start, tmp_path) -> None:
     assert report.counted == 3
 
 
+async def test_a_pipeline_is_broken_also_if_nothing_can_be_logged(
+    start, tmp_path, monkeypatch
+) -> None:
+    class Mute:
+        def __getattr__(self, level: str) -> Any:
+            raise OSError(f"no {level}")
+
+    pipeline = await start(
+        HANDLER + "Note", batch={"age_max": "1h"}, options={"folder": str(tmp_path)}
+    )
+    await pipeline.accept(numbers(0, 3))
+    await until(lambda: pipeline.batcher.open)
+    monkeypatch.setattr("ingestd.pipeline.log", Mute())
+    pipeline.batcher.close = None
+    async with asyncio.timeout(10):
+        await pipeline.drain(None)
+    assert isinstance(pipeline.broken.exception(), TypeError)
+
+
 async def test_memory_journal_goes_the_same_way(start, tmp_path) -> None:
     pipeline = await start(
         HANDLER + "Note", journal={"kind": "memory"}, options={"folder": str(tmp_path)}
