@@ -366,6 +366,8 @@ class ProcessLane:
     def _spawn(self) -> Child:
         child = Child(self._hello, self._name, self._surroundings)
         self._child, self._failed = child, 0  # from now on `close` can end it
+        if self._leaving:
+            child.kill_at_once()  # `close` came before there was anything to end
         try:
             ready = child.greet()
         except BaseException:
