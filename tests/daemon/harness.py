@@ -38,6 +38,8 @@ class Daemon:
             command += ["--listen", "127.0.0.1:0"]
         command += ["--admin.listen", "127.0.0.1:0"]
         env = {k: v for k, v in os.environ.items() if not k.startswith("INGESTD_")}
+        # Each is a process of its own, whose start costs as much as the daemon's.
+        env["INGESTD_EXECUTOR__WORKERS"] = "2"
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
         env.update(environ or {})
         self.process = subprocess.Popen(

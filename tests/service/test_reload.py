@@ -153,11 +153,11 @@ def test_everything_that_can_change_changes_at_once(tmp_path: Path) -> None:
             tmp_path,
             batch={"records_max": 10, "age_max": "1ms"},
             log={"level": "debug"},
-            executor={"workers": 7},
+            executor={"timeout": "7s"},
         )
         said = hang_up(one, "reloaded")
         assert set(said["changed"]) == {"batch.records_max", "batch.age_max", "log.level"}
-        assert said["needs_restart"] == ["executor.workers"]
+        assert said["needs_restart"] == ["executor.timeout"]
         assert one.post(b"1\n" * 25)[0] == 202
         one.until_settled()
         sizes = [int(line) for line in (tmp_path / "sizes").read_text().split()]
