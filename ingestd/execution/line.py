@@ -4,6 +4,9 @@ Due retries go first, then new batches in the order in which they were sealed. W
 payload in memory, and is bounded by its records and their bytes in the journal; at the bound no new
 batch is given.
 
+A batch whose handler asked for its wait spends no try, so it may come due for ever and as often as
+it likes: such batches and all others are given by turns, or the others would never be.
+
 While the handler is paused (see `outage.py`) one batch is given at a time, as a probe: by turns a
 new one and the one that would be due first, so that neither bad batches nor new ones are all that
 is tried. Whether such a batch is due does not matter then. A wait that the handler asked for
@@ -63,6 +66,7 @@ class Line(Generic[T]):
         self._load = Load(0, 0)
         self._serial = count()
         self._new_is_next = True
+        self._others_are_next = False
         self._changed = asyncio.Event()
         outage.on_change = self._changed.set
         self._shorter = asyncio.Event()
@@ -159,13 +163,21 @@ class Line(Generic[T]):
 
     def _pop(self, now: float) -> T:
         if self._asked and self._asked[0].due <= now:
-            return self._pop_waiting(self._asked)
+            self._others_are_next = not (self._others_are_next and self._have_others(now))
+            if self._others_are_next:
+                return self._pop_waiting(self._asked)
         if self._outage.paused:
             failed = bool(self._failed) and not (self._new_is_next and self._has_new())
         else:
             failed = bool(self._failed) and self._failed[0].due <= now
         self._new_is_next = failed
         return self._pop_waiting(self._failed) if failed else self._pop_new()
+
+    def _have_others(self, now: float) -> bool:
+        """Whether a batch may be given whose wait, if it has one, is of our making."""
+        if self._has_new():
+            return True
+        return bool(self._failed) and (self._outage.paused or self._failed[0].due <= now)
 
     def _pop_waiting(self, where: list[_Waiting[T]]) -> T:
         one = heapq.heappop(where)

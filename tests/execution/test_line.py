@@ -61,6 +61,27 @@ async def test_a_due_retry_goes_first_and_an_early_one_waits() -> None:
     assert made.waiting == 1
 
 
+@pytest.mark.parametrize("paused", [False, True])
+@pytest.mark.parametrize("other", ["new", "failed"])
+async def test_what_is_always_due_and_all_else_are_given_by_turns(other: str, paused: bool) -> None:
+    """Batches that ask to be tried again at once, each time, for ever."""
+    outage = Outage(60.0, lambda: 0.5)
+    made, _ = line(waiting_max=100, outage=outage)
+    now = asyncio.get_running_loop().time()
+    for batch in (1, 2) if paused else ():
+        outage.failed(batch, batch, now - 1, fresh=True)
+    for n in range(3):
+        if other == "new":
+            await made.put(f"other-{n}")
+        else:
+            made.park(f"other-{n}", now - 1 + n / 10, ONE)
+    given = []
+    for n in range(8):
+        made.park(f"asked-{n}", now - 2, ONE, asked=True)
+        given.append((await soon(made) or "nothing").partition("-")[0])
+    assert given == ["asked", "other"] * 3 + ["asked", "asked"]
+
+
 async def test_a_retry_wakes_who_waits_when_it_is_due() -> None:
     made, _ = line()
     task = asyncio.ensure_future(made.next())
