@@ -16,6 +16,7 @@ from concurrent.futures import thread
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ingestd.base.held import HeldSignals
 from ingestd.base.passed import show_socket
 from ingestd.base.signals import ALL
 
@@ -39,8 +40,8 @@ class Forks:
         self._folder = f"{data_dir.resolve()}{os.sep}"
         self._fds = tuple(fds)
         self._addresses: Callable[[], Collection[str]] = tuple
-        os.register_at_fork(after_in_child=self._after)
         self._active = True
+        HeldSignals(ALL, self._after)
 
     def listen(self, addresses: Callable[[], Collection[str]]) -> None:
         """Where the daemon listens: sockets there, and connections to them, are its own."""

@@ -4,7 +4,7 @@ The child dies with its parent, three times over: an idle child reads the end of
 one has a thread that waits for the end of the lifeline, and on Linux the kernel kills one whose C
 code holds the interpreter (`PR_SET_PDEATHSIG`). It leaves SIGINT, SIGTERM and SIGHUP to
 the daemon: a terminal and systemd send them to everyone, and only the daemon knows what is still to
-be done.
+be done. What it forks does not: `multiprocessing` ends its children with SIGTERM.
 
 The descriptors of the connection are the worker's alone. They are closed in every process that it
 forks and in every program that it starts, and before one is used it is looked at: a handler that
@@ -25,15 +25,19 @@ import traceback
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import HandlerLoadError
+from ingestd.base.held import HeldSignals
 from ingestd.base.leaving import end_process
 from ingestd.handlers import wire
 from ingestd.handlers.log_relay import Relay
 from ingestd.handlers.runner import Runner
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from ingestd.handlers.outcome import Job
 
 _PR_SET_PDEATHSIG = 1
+_LEFT_TO_DAEMON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _JOB_BYTES_MAX = 1 << 40
 
 
@@ -101,9 +105,10 @@ def main(socket_fd: int, lifeline_fd: int, memory_fd: int, log_fd: int, level: i
     connection = _Connection(socket_fd, lifeline_fd, memory_fd)
     relay = Relay(log_fd, level)
     relay.install()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _LEFT_TO_DAEMON:
         # Not SIG_IGN: that would be inherited by what the handler starts.
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, _leave_to_daemon)
+    HeldSignals(_LEFT_TO_DAEMON, _take_from_daemon)
     threading.Thread(target=connection.watch_lifeline, name="lifeline", daemon=True).start()
     code = 1
     try:
@@ -116,6 +121,17 @@ def main(socket_fd: int, lifeline_fd: int, memory_fd: int, log_fd: int, level: i
             traceback.print_exc()
     # The handler may have left threads behind that would keep the process.
     end_process(code)
+
+
+def _leave_to_daemon(_number: int, _frame: FrameType | None) -> None:
+    pass
+
+
+def _take_from_daemon() -> None:
+    """In a forked child: it ends when it is told to, unless the handler wants something else."""
+    for number in _LEFT_TO_DAEMON:
+        if signal.getsignal(number) is _leave_to_daemon:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _serve(connection: _Connection, relay: Relay) -> None:

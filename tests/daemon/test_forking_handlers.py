@@ -47,6 +47,15 @@ def terminates(batch: list[int]) -> None:
     child.join()
     assert child.exitcode == -15, child.exitcode
 
+def terminates_at_once(batch: list[int]) -> None:
+    for _ in range(200):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        os.kill(child, 15)
+        assert os.waitpid(child, 0)[1] == 15
+
 def logs_all(number):
     import logging
     logging.getLogger("theirs").warning("from child %d", number)
@@ -96,9 +105,10 @@ def test_an_orphan_keeps_neither_lock_nor_port_nor_journal(tmp_path: Path, name:
             os.kill(child, signal.SIGKILL)
 
 
-def test_a_signal_to_a_child_is_not_the_daemons(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["terminates", "terminates_at_once"])
+def test_a_signal_to_a_child_is_not_the_daemons(tmp_path: Path, name: str) -> None:
     (tmp_path / "theirs.py").write_text(FORKS)
-    with daemon("theirs:terminates", *THREAD, cwd=tmp_path) as one:
+    with daemon(f"theirs:{name}", *THREAD, cwd=tmp_path) as one:
         assert one.post(b"1")[0] == 202
         assert one.until_settled()["processed"] == 1, one.events
         assert one.post(b"1")[0] == 202

@@ -19,7 +19,7 @@ from ingestd.handlers.runner import Wanted
 from ingestd.handlers.wire import Hello
 
 HANDLERS = """
-import os, signal, socket, subprocess, sys, threading, time
+import multiprocessing, os, signal, socket, subprocess, sys, threading, time
 from pathlib import Path
 from ingestd.handlers import wire
 from ingestd.handlers.outcome import Failure, Rejection
@@ -48,6 +48,26 @@ class Does:
     def child_raises(self, batch):
         if os.fork() == 0: raise ValueError("the child raises")
         os.wait()
+    def pools(self, batch):
+        for _ in range(40):
+            with multiprocessing.Pool(2) as pool: assert pool.map(abs, [-1, 2]) == [1, 2]
+    def ends_child(self, batch):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP) * 50:
+            child = os.fork()
+            if child == 0:
+                time.sleep(60)
+                os._exit(0)
+            os.kill(child, number)
+            assert os.WTERMSIG(os.waitpid(child, 0)[1]) == number
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    def child_of_its_own(self, batch):
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(7))
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     def garbage(self, batch):
         for fd in fds():
             if fd > 2:
@@ -196,6 +216,14 @@ async def test_a_forked_child_does_not_answer(lanes: Lanes, how: str) -> None:
     for _ in range(3):
         assert failure_of(await lanes.run(job())).error == "ValueError: the parent raises"
         assert (await lanes.run(job(2))).failure is None
+    assert lanes.restarts == []
+
+
+@pytest.mark.parametrize("how", ["pools", "ends_child", "child_of_its_own"])
+async def test_a_forked_child_ends_by_a_signal(lanes: Lanes, how: str) -> None:
+    """Also by one that it gets just after the fork; a handler's own ways of ending stay."""
+    await lanes.start("Does", how=how)
+    assert (await lanes.run(job())).failure is None
     assert lanes.restarts == []
 
 
