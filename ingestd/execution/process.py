@@ -291,6 +291,8 @@ class Child:
         if self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(self.process.pid, signal.SIGKILL)  # it may have left its group
 
     def kill(self) -> None:
         """Ends the child and everything that it started, and reaps it. May be repeated."""

@@ -116,3 +116,40 @@ def test_millions_pending(folder: Path, chunks: int, records: int) -> None:
         assert two.event("drained")["balanced"]
     # What went left free pages, and what came meanwhile went there.
     assert path.stat().st_size < size * 1.05 + (64 << 20)
+
+
+@pytest.mark.slow
+def test_a_retry_reads_its_records_and_not_the_body_that_they_came_with(folder: Path) -> None:
+    """Four bodies of 13 MB and a handler that fails: 1,000 records a try, again and again."""
+    (folder / "app.py").write_text(
+        "def fail(batch: list[str]) -> None:\n"
+        "    with open('tries', 'a') as tries:\n"
+        "        tries.write('x')\n"
+        "    raise OSError('down')\n"
+    )
+    tries = folder / "tries"
+    body = b"%0199d\n" % 0 * 65_000
+    flags = ("--format", "text", "--retry.backoff", "50ms", "--retry.backoff_max", "100ms")
+    with daemon("app:fail", *flags, cwd=folder) as one:
+        for _ in range(4):
+            answer = one.request("POST", "/v1/records", body, {"Content-Type": "text/plain"})
+            assert answer[0] == 202
+        one.event("handler_went_down")
+
+        def read() -> tuple[int, int]:
+            """Bytes that were read from files so far, cached or not, and tries."""
+            counts = Path(f"/proc/{one.pid}/io").read_text()
+            return int(counts.split("rchar: ")[1].split()[0]), tries.stat().st_size
+
+        first = last = read()
+        deadline = time.monotonic() + 60
+        while last[1] < first[1] + 20:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+            last = read()
+        a_try = (last[0] - first[0]) / (last[1] - first[1])
+        print(f"{a_try / 1e6:.2f} MB a try, at most {memory(one, 'VmHWM') / 1e6:.0f} MB held")
+        assert a_try < 2_000_000
+        assert memory(one, "VmHWM") < BOUND
+        one.process.kill()
+        one.wait()

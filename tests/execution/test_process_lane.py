@@ -109,6 +109,11 @@ class Does:
             ctypes.PyDLL(None).sleep(600)
         os.kill(os.getpid(), signal.SIGKILL)
     def stops_itself(self, batch): os.kill(os.getpid(), signal.SIGSTOP)
+    def leaves_its_group(self, batch):
+        other = subprocess.Popen(["sleep", "600"], process_group=0)
+        os.setpgid(0, other.pid)
+        self.note(os.getpid())
+        time.sleep(600)
     def hangs_with_company(self, batch):
         self.note(subprocess.Popen(["sleep", "600"]).pid)
         self.note(subprocess.Popen(["sleep", "600"], process_group=0).pid)
@@ -261,9 +266,11 @@ async def test_what_does_not_fit_is_the_batchs_crash(
     assert not own.exists() or own.read_bytes() == b""  # no answer went into the handler's file
 
 
-@pytest.mark.parametrize("how", ["slow_drip", "stops_itself"])
-async def test_a_worker_that_does_not_come_back_is_killed(lanes: Lanes, how: str) -> None:
-    await lanes.start("Does", seconds=0.5, how=how)
+@pytest.mark.parametrize("how", ["slow_drip", "stops_itself", "leaves_its_group"])
+async def test_a_worker_that_does_not_come_back_is_killed(
+    lanes: Lanes, tmp_path: Path, how: str
+) -> None:
+    await lanes.start("Does", seconds=0.5, how=how, folder=str(tmp_path))
     began = time.monotonic()
     assert failure_of(await lanes.run(job())).reason == "timeout"
     assert time.monotonic() - began < 20
@@ -286,6 +293,22 @@ async def test_what_a_worker_started_ends_with_it(lanes: Lanes, tmp_path: Path, 
     pids = [int(line) for line in (tmp_path / "pids").read_text().split()]
     assert len(pids) == 5
     assert [pid for pid in pids if lives(pid)] == []
+
+
+async def test_a_worker_in_another_group_is_killed_when_the_daemon_leaves(
+    lanes: Lanes, tmp_path: Path
+) -> None:
+    await lanes.start("Does", seconds=600, how="leaves_its_group", folder=str(tmp_path))
+    running = asyncio.create_task(lanes.run(job()))
+    pids = tmp_path / "pids"
+    while not (pids.exists() and pids.read_text()):
+        await asyncio.sleep(0.01)
+    assert lanes.pool is not None
+    loop = asyncio.get_running_loop()
+    assert await asyncio.wait_for(lanes.pool.close(loop.time() + 0.1), 30)
+    assert failure_of(await asyncio.wait_for(running, 30)).reason == "crashed"
+    lanes.pool = None
+    assert not lives(int(pids.read_text()))
 
 
 async def test_the_connection_is_not_inherited(lanes: Lanes, tmp_path: Path) -> None:
