@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import sys
 import zlib
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -12,6 +13,7 @@ from ingestd.sources import inflate
 from ingestd.sources.http.body import Bounds, Reading, parse_body
 from ingestd.sources.http.problem import Problem
 from ingestd.sources.inflate import RATIO_FREE_BYTES, Corrupt, Inflater, TooDense, TooMuch
+from tests.daemon.harness import daemon
 from tests.peak import peak
 from tests.sources.source_tools import MemoryIntake, ask, serving
 
@@ -19,6 +21,9 @@ if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MIB = 1024**2
 LINES = b'{"a":1}\n' * (4 * MIB)  # 32 MiB
@@ -141,3 +146,24 @@ def test_lines_that_are_very_many(line):
     with peak() as most, pytest.raises(Problem):
         parse_body(body, Reading.LINES, "json", Bounds(100_000, 1024))
     assert most.bytes < 2.2 * len(body) + 24 * MIB
+
+
+def test_a_body_of_good_json_that_fits_no_handler_leaves_little(tmp_path: Path) -> None:
+    """Its dead letters lie together; once each of them was a row with a text of its own."""
+    (tmp_path / "app.py").write_text(
+        "import msgspec\n"
+        "class Click(msgspec.Struct):\n"
+        "    user: str\n"
+        "def store(batch: list[Click]) -> None:\n"
+        "    pass\n"
+    )
+    body = gzip.compress(b"1\n" * 20_000)
+    with daemon("app:store", cwd=tmp_path) as one:
+        headers = {"Content-Type": "application/x-ndjson", "Content-Encoding": "gzip"}
+        assert one.request("POST", "/v1/records", body, headers)[0] == 202
+        settled = one.until_settled(timeout=60)
+        assert settled["dead"] == settled["dead_letters"]["kept"] == 20_000
+        batches = len([line for line in one.events if line["event"] == "records_given_up"])
+        assert settled["dead_letters"]["bytes"] <= 2 * 20_000 + batches * (64 << 10)
+        one.terminate()
+        assert one.wait() == 0
