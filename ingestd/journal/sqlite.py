@@ -55,6 +55,7 @@ from ingestd.journal.interface import (
 from ingestd.journal.letters import Courtesy, look
 from ingestd.journal.store import (
     Store,
+    check_pages,
     connect,
     find_key,
     key_owners,
@@ -214,6 +215,7 @@ class SqliteJournal:
             raise sqlite3.DatabaseError("damage was met in an earlier life")
         store = Store(self.path, self._courtesy)
         try:
+            check_pages(store.connection, self.path)
             recovered = store.recovered()
             _check_numbers(store, recovered)
             self._key_owners = key_owners(store.connection)

@@ -199,7 +199,9 @@ def test_sigstop_for_a_minute(tmp_path: Path) -> None:
 def test_a_thread_that_never_returns(tmp_path: Path) -> None:
     """A handler's thread that hangs at SIGTERM: leaves at the deadline with 0, its batch stays."""
     (tmp_path / "hang").touch()
-    with daemon(*into(tmp_path, "Hangs", drain__timeout="500ms"), cwd=tmp_path) as one:
+    with daemon(
+        *into(tmp_path, "Hangs", drain__timeout="500ms", executor__kind="thread"), cwd=tmp_path
+    ) as one:
         assert one.post(b"1\n2\n")[0] == 202
         until(lambda: notes(tmp_path))
         began = time.monotonic()
