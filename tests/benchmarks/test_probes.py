@@ -70,6 +70,7 @@ def body(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_every_request_that_a_stall_would_have_held_up_counts(tmp_path: Path, body: Path) -> None:
     """A closed loop of 64 connections would see 64 slow answers; at this rate 120 were due."""
     with server(stall_at=20) as service:
@@ -82,6 +83,7 @@ def test_every_request_that_a_stall_would_have_held_up_counts(tmp_path: Path, bo
     assert seen.p50 < STALL_SECONDS
 
 
+@pytest.mark.slow
 def test_a_refusal_is_seen(tmp_path: Path, body: Path) -> None:
     with server(status=503) as service:
         seen = pace(service, [body], RATE, 0.2, tmp_path)

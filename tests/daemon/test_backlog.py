@@ -50,6 +50,7 @@ def until_sealed(one: Daemon, batches: int) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_lives_that_settle_nothing_do_not_seal_more_and_more(folder: Path) -> None:
     fill(journal_of(folder), chunks=1_000)
     for _ in range(3):
@@ -63,6 +64,7 @@ def test_lives_that_settle_nothing_do_not_seal_more_and_more(folder: Path) -> No
     assert AHEAD_MAX <= batches <= AHEAD_MAX + 20
 
 
+@pytest.mark.slow
 def test_a_long_backlog_that_does_not_add_up_ends_one_life_and_is_repaired_by_the_next(
     folder: Path,
 ) -> None:

@@ -125,6 +125,7 @@ def test_one_goes_and_the_other_serves_on(port: int, homes: list[Path]) -> None:
         assert two.until_settled()["processed"] == 50
 
 
+@pytest.mark.slow
 def test_they_start_anew_one_after_the_other(port: int, homes: list[Path]) -> None:
     """Only who is on the way in at the moment of closing can be reset; the rest is served."""
     running: list[Daemon] = []

@@ -267,6 +267,7 @@ def test_show_and_export(folder: Path) -> None:
         assert "there is no dead letter 9" in cli("dead", "show", "9", cwd=folder, code=2).stderr
 
 
+@pytest.mark.slow
 def test_what_is_no_whole_record_can_not_be_fed_again(folder: Path) -> None:
     with daemon("app:store", "--record_bytes_max", "10", cwd=folder) as running:
         assert running.post(b'"much too long"\n1\n')[0] == 202
@@ -316,6 +317,7 @@ def damage(folder: Path, chunk: int) -> bytes:
     return flipped
 
 
+@pytest.mark.slow
 def test_verify_finds_a_flipped_bit_and_repair_sets_it_aside(folder: Path) -> None:
     (folder / "down").touch()
     with daemon(*PENDING, cwd=folder) as running:
@@ -350,6 +352,7 @@ def test_verify_finds_a_flipped_bit_and_repair_sets_it_aside(folder: Path) -> No
     }
 
 
+@pytest.mark.slow
 def test_verify_says_what_does_not_add_up_and_repair_builds_it_anew(folder: Path) -> None:
     (folder / "down").touch()
     with daemon(*PENDING, cwd=folder) as running:
@@ -369,6 +372,7 @@ def test_verify_says_what_does_not_add_up_and_repair_builds_it_anew(folder: Path
     assert list((folder / "ingestd-data").glob("journal.db.damaged-*"))
 
 
+@pytest.mark.slow
 def test_the_same_forms_everywhere_and_what_is_not_there_is_said(folder: Path) -> None:
     with daemon("app:store", cwd=folder) as running:
         give_up(folder, running, 5)

@@ -78,6 +78,7 @@ def ended(process: subprocess.Popen[str]) -> dict[str, Any]:
     return {one["event"]: one for one in events}
 
 
+@pytest.mark.slow
 def test_the_pipe(folder: Path) -> None:
     summary = ended(shell(line_with("--source stdin"), folder))["input_summed_up"]
     assert (summary["accepted"], summary["processed"], summary["dead"]) == (100, 100, 0)

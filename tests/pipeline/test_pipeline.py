@@ -81,6 +81,10 @@ async def test_a_class_is_made_once_a_worker_and_closed(start, tmp_path, kind) -
         batch={"records_max": 1},
         options={"folder": str(tmp_path)},
     )
+    while kind == "process" and not all(  # the first one is enough for a pipeline to be open
+        lane._child and lane._child.is_ready for lane in pipeline.pool.lanes
+    ):
+        await asyncio.sleep(0.01)
     await pipeline.accept(numbers(0, 60))
     await drained(pipeline)
     made = {call["made"] for call in recording.calls(tmp_path)}
