@@ -169,7 +169,7 @@ def test_what_hangs_is_killed_and_started_again_and_nothing_is_lost(machine: Mac
         "[Service]\nWatchdogSec=2\nRestartSec=100ms\n",
     )
     # What is accepted is still pending when it stops.
-    machine.write(CONFIG, '[batch]\nage_max = "1h"\nrecords_max = 1000000\nbytes_max = "30MiB"\n')
+    machine.write(CONFIG, '[batch]\nage_max = "1h"\nrecords_max = 1000000\nbytes_max = "15MiB"\n')
     machine.systemctl("daemon-reload")
     machine.systemctl("restart", "ingestd.service")
     assert machine.post(LOG) == "202"
