@@ -1,0 +1,13 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Names gzip data by its kind: the time of its making is in it, and ids have to stay the same.
+
+    Processes that share the tests among them compare the ids that each has collected.
+    """
+    if isinstance(val, bytes) and val.startswith(b"\x1f\x8b"):
+        return "gzip"
+    return None
