@@ -33,6 +33,7 @@ class Isolation:
         self._attempts_max = attempts_max
         self._families: dict[int, dict[int, int]] = {}  # parts of each: records by number
         self._failing: dict[int, Batch] = {}
+        self._begun = 0  # successes when a whole batch was split last
 
     @property
     def families(self) -> int:
@@ -74,6 +75,7 @@ class Isolation:
             proven=batch.first_failed is not None and outage.successes > batch.first_failed,
             paused=outage.paused,
             may_split=self._may_split(batch),
+            is_part=batch.family is not None,
         )
 
     def _count(self, batch: Batch, now: float, *, spent: bool) -> None:
@@ -97,17 +99,21 @@ class Isolation:
                 batch.counted = batch.counted_before
 
     def _may_split(self, batch: Batch) -> bool:
-        """Only one family, and of that only its smallest part: an outage should make few."""
-        if not self._families:
-            return True
-        parts = self._families.get(-1 if batch.family is None else batch.family)
-        if parts is None or len(self._families) > 1:
-            return False
-        return batch.count <= min((n for n in parts.values() if n > 1), default=batch.count)
+        """The smallest part that there is; without one, one whole batch after each success.
+
+        An outage makes few parts. A part of one record can't be split: it may be a bad one, for
+        which the evidence has to come from other batches.
+        """
+        parts = [n for family in self._families.values() for n in family.values() if n > 1]
+        if batch.family is not None:
+            return batch.count <= min(parts, default=batch.count)
+        return not parts and (not self._families or self._begun < self._outage.successes)
 
     def split(self, batch: Batch, parts: Iterable[Batch]) -> None:
         """A batch is being replaced by its parts; `settled(batch)` follows."""
         family = batch.number if batch.family is None else batch.family
+        if batch.family is None:
+            self._begun = self._outage.successes
         for part in parts:
             part.family = family
             self._families.setdefault(family, {})[part.number] = part.count

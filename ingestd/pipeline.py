@@ -27,7 +27,7 @@ from ingestd.batching.batcher import Batcher, Cut
 from ingestd.execution.build import start_pool
 from ingestd.execution.line import Line, Load
 from ingestd.execution.outage import Outage
-from ingestd.execution.retry import Postponed, RetryRule, Settled, decide, spends_try
+from ingestd.execution.retry import Postponed, RetryRule, Settled, decide, rank, spends_try
 from ingestd.failing import FailureLog
 from ingestd.handlers.outcome import Job
 from ingestd.isolation import Isolation
@@ -501,7 +501,8 @@ class Pipeline:
 
     def _park(self, batch: Batch, after: float, *, asked: bool = False) -> None:
         load = Load(batch.count, batch.bytes + BATCH_BYTES)
-        self.line.park(batch, self._loop.time() + after, load, asked=asked)
+        place = rank(batch.count, batch.attempts, is_part=batch.family is not None)
+        self.line.park(batch, self._loop.time() + after, load, asked=asked, rank=place)
 
     async def _settle(
         self, batch: Batch, records: Records, verdict: Settled, *, split: bool

@@ -8,9 +8,9 @@ A batch whose handler asked for its wait spends no try, so it may come due for e
 it likes: such batches and all others are given by turns, or the others would never be.
 
 While the handler is paused (see `outage.py`) one batch is given at a time, as a probe: by turns a
-new one and the one that would be due first, so that neither bad batches nor new ones are all that
-is tried. Whether such a batch is due does not matter then. A wait that the handler asked for
-(`raise Retry(after=…)`, `batch.retry(i, after=…)`) is kept all the same.
+new one and one of those that wait, so that neither bad batches nor new ones are all that is tried.
+Which of those that wait is a matter of their rank then, and not of whether they are due. A wait
+that the handler asked for (`raise Retry(after=…)`, `batch.retry(i, after=…)`) is kept all the same.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class _Waiting(NamedTuple, Generic[T]):
     serial: int
     load: Load
     batch: T
+    rank: int
 
 
 class Line(Generic[T]):
@@ -133,10 +134,18 @@ class Line(Generic[T]):
         self._new.append(batch)
         self._changed.set()
 
-    def park(self, batch: T, due: float, load: Load, *, asked: bool = False) -> None:
-        """A batch to be tried again at `due`, loop time; not earlier if the handler asked so."""
+    def park(self, batch: T, due: float, load: Load, *, asked: bool = False, rank: int = 0) -> None:
+        """Keeps a batch that is to be tried again.
+
+        Args:
+            batch: the batch.
+            due: loop time; it is not given earlier if the handler `asked` for that.
+            load: what it holds.
+            asked: the wait is the handler's.
+            rank: while paused the lowest one is tried first, of equals the one that is due first.
+        """
         where = self._asked if asked else self._failed
-        heapq.heappush(where, _Waiting(due, next(self._serial), load, batch))
+        heapq.heappush(where, _Waiting(due, next(self._serial), load, batch, rank))
         self._load = Load(self._load.records + load.records, self._load.bytes + load.bytes)
         self._changed.set()
 
@@ -171,7 +180,15 @@ class Line(Generic[T]):
         else:
             failed = bool(self._failed) and self._failed[0].due <= now
         self._new_is_next = failed
-        return self._pop_waiting(self._failed) if failed else self._pop_new()
+        if not failed:
+            return self._pop_new()
+        if self._outage.paused:
+            # All that waits is looked through, but there are few probes: one in 5 ms at most.
+            first = min(self._failed, key=lambda one: (one.rank, one.due, one.serial))
+            self._failed.remove(first)
+            self._failed.append(first._replace(due=-math.inf))
+            heapq.heapify(self._failed)
+        return self._pop_waiting(self._failed)
 
     def _have_others(self, now: float) -> bool:
         """Whether a batch may be given whose wait, if it has one, is of our making."""

@@ -7,9 +7,10 @@ A record is given up only if something else of its pipeline has succeeded since 
 is *proven* that the handler works), or after `give_up_after` seconds of failing. Without such
 evidence a failure may be the handler's own (its database is down), and the batch waits. Then
 
-* one batch of a pipeline is split all the same, and of its parts only the smallest: a bad record in
-  an otherwise idle pipeline is found because its neighbours succeed, which is the evidence, and an
-  outage makes few parts;
+* one batch of a pipeline at a time is split all the same, and of its parts only the smallest: a bad
+  record in an otherwise idle pipeline is found because its neighbours succeed, which is the
+  evidence, and an outage makes few parts. While the handler is paused `TRIES_WHEN_PAUSED` are
+  enough for that: where every batch has a bad record, nothing else will succeed;
 * tries count up to a few less than `attempts_max`, so that a batch which has waited through an
   outage alone has some left when there is evidence at last (`counted_when_proven`);
 * tries in an outage (see `outage.py`) do not count at all, and while the handler is paused no batch
@@ -35,6 +36,9 @@ if TYPE_CHECKING:
 
 LEFT_WHEN_PROVEN = 3
 """Tries that a batch has left when there is evidence, however often it failed before."""
+TRIES_WHEN_PAUSED = 3
+"""Tries after which a batch may be split for evidence while nothing succeeds."""
+_OTHERS = TRIES_WHEN_PAUSED + 1
 _STEPS = 8  # of an octave, to which waits are rounded
 
 
@@ -65,6 +69,7 @@ class Standing(NamedTuple):
         proven: something else has succeeded since then.
         paused: the handler seems to fail for everyone at the moment.
         may_split: it may be split without evidence.
+        is_part: another batch was split for it, in search of evidence or of a bad record.
     """
 
     count: int  # type: ignore[assignment]  # hides tuple.count
@@ -74,6 +79,7 @@ class Standing(NamedTuple):
     proven: bool = True
     paused: bool = False
     may_split: bool = True
+    is_part: bool = False
 
 
 class GivenUp(NamedTuple):
@@ -115,6 +121,17 @@ def backoff(attempts: int, rule: RetryRule, random: Callable[[], float]) -> floa
 def spends_try(result: Result) -> bool:
     """Whether the try counts as one; `raise Retry` does not."""
     return result.failure is None or result.failure.reason != POSTPONED
+
+
+def rank(count: int, attempts: int, *, is_part: bool) -> int:
+    """The place of a waiting batch among those that are tried while the handler is paused.
+
+    First the parts of a batch that can be split further, because one of them may succeed; then the
+    batch that is nearest to be split; then all others, which take turns by the time they are due.
+    """
+    if is_part:
+        return 0 if count > 1 else _OTHERS
+    return _OTHERS if attempts >= TRIES_WHEN_PAUSED else TRIES_WHEN_PAUSED - attempts
 
 
 def counted_when_proven(counted: int, attempts_max: int) -> int:
@@ -179,7 +196,9 @@ def _failed(
     asked = failure.reason == POSTPONED
     guilty = not asked and _is_guilty(standing, rule)
     if standing.count > 1 and not asked:
-        spent = standing.attempts >= rule.attempts_max and standing.may_split
+        early = standing.paused or standing.is_part
+        most = min(rule.attempts_max, TRIES_WHEN_PAUSED) if early else rule.attempts_max
+        spent = standing.attempts >= most and standing.may_split
         if guilty or (spent and not _is_too_old(standing, rule)):
             return _halves(standing.count)
     if guilty or _is_too_old(standing, rule):

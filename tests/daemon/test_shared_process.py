@@ -241,6 +241,7 @@ socket.setdefaulttimeout(0.01)""",
 
 
 @pytest.mark.parametrize("what", MEDDLING)
+@pytest.mark.slow
 def test_the_daemons_log_and_life_are_out_of_reach(tmp_path: Path, what: str) -> None:
     target = app(tmp_path, f"if batch == ['bad']: raise OSError('this is it')\n{MEDDLING[what]}")
     arguments = ("--format", "text", "--retry.backoff", "1ms", "--retry.attempts_max", "1")

@@ -153,3 +153,18 @@ async def test_a_wait_for_a_probe_ends_with_the_probe(end: str) -> None:
             outage.nothing_fails()
     async with asyncio.timeout(5):  # the probe's own time is longer
         assert await asked == "new"
+
+
+async def test_while_paused_the_lowest_rank_of_those_that_wait_is_tried_first() -> None:
+    outage = Outage(60.0, lambda: 0.5)
+    made, _ = line(10, outage=outage)
+    now = asyncio.get_running_loop().time()
+    for batch in (1, 2):
+        outage.failed(batch, batch, now - 3600, fresh=True)
+    made.park("due first", now, ONE, rank=4)
+    made.park("due later", now + 60, ONE, rank=4)
+    made.park("nearest to be split", now + 70, ONE, rank=1)
+    made.park("a part", now + 80, ONE, rank=0)
+    order = [await soon(made) for _ in range(4)]
+    assert order == ["a part", "nearest to be split", "due first", "due later"]
+    assert made.waiting_load == Load(0, 0)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingestd.execution.retry import (
+    TRIES_WHEN_PAUSED,
     Again,
     GivenUp,
     Postponed,
@@ -150,3 +151,18 @@ def test_every_record_has_exactly_one_outcome(marks: list[str], attempts: int) -
     touched = [one.index for one in verdict.given_up]
     touched += [i for again in verdict.again for i in again.indices]
     assert sorted(touched) == [i for i, mark in enumerate(marks) if mark != "done"]
+
+
+def test_while_nothing_succeeds_a_batch_is_split_for_evidence_after_fewer_tries() -> None:
+    whole = Standing(4, TRIES_WHEN_PAUSED, 0, proven=False, paused=True)
+    halves = (Again((0, 1), 0.0), Again((2, 3), 0.0))
+    rule = RetryRule(8, 0.5, 60.0)
+    raised = Result(failure=Failure("raised", "no", ""))
+    for early in (whole, whole._replace(paused=False, is_part=True)):
+        assert decide(raised, early, rule=rule, random=lambda: 0.5) == Settled((), halves)
+    for late in (
+        whole._replace(attempts=TRIES_WHEN_PAUSED - 1),
+        whole._replace(may_split=False),
+        whole._replace(paused=False),
+    ):
+        assert isinstance(decide(raised, late, rule=rule, random=lambda: 0.5), Postponed)

@@ -59,6 +59,19 @@ async def test_poison_among_5000(start, tmp_path, bad: set[int]) -> None:
     assert calls <= 2 * QUICK["attempts_max"] + 2 * len(bad) * (math.ceil(math.log2(5000)) + 1)
 
 
+@pytest.mark.slow
+async def test_a_bad_record_in_each_batch_is_no_outage(start, tmp_path) -> None:
+    """No batch succeeds as it is; with the default waits a part of one soon does."""
+    pipeline = await start(
+        HANDLER + "Poison",
+        batch={"records_max": 20},
+        retry={"attempts_max": 8, "backoff": "500ms", "backoff_max": "60s"},
+        options={"folder": str(tmp_path), "bad": list(range(7, 1200, 20))},
+    )
+    await pipeline.accept(numbers(0, 1200))
+    await until(lambda: pipeline.journal.ledger.processed >= 600, 90)
+
+
 async def test_poison_alone_comes_to_an_end_when_something_else_succeeds(start, tmp_path) -> None:
     pipeline = await start(
         HANDLER + "Poison", retry=QUICK, options={"folder": str(tmp_path), "bad": [1]}
