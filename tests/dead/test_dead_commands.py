@@ -100,6 +100,7 @@ def give_up(folder: Path, running: Daemon, count: int) -> None:
     (folder / "bad").unlink()
 
 
+@pytest.mark.slow
 def test_retry_beside_the_daemon_feeds_each_record_once(folder: Path) -> None:
     with daemon("app:store", cwd=folder) as running:
         give_up(folder, running, 2500)

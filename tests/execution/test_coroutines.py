@@ -155,6 +155,7 @@ async def test_what_is_left_behind_is_bounded(
 
 
 @pytest.mark.parametrize("name", HANGS)
+@pytest.mark.slow
 def test_signals_and_deadlines_hold(tmp_path: Path, name: str) -> None:
     """The first one drains until `drain.timeout`; the admin server answers meanwhile."""
     (tmp_path / "theirs.py").write_text(THEIRS)

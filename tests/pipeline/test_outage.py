@@ -96,6 +96,7 @@ async def test_all_that_waits_comes_in_when_the_sink_is_back(start, tmp_path, ho
     assert tries(tmp_path) - len(recording.calls(tmp_path)) < 100  # of 300 batches
 
 
+@pytest.mark.slow
 async def test_little_is_tried_and_little_is_said_while_it_is_down(start, tmp_path, logs) -> None:
     (tmp_path / "down").touch()
     pipeline = await start(
