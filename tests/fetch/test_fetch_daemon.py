@@ -284,7 +284,7 @@ def test_no_secret_is_in_a_log_a_journal_or_what_check_prints(tmp_path: Path) ->
     [
         ([], "fetch.urls (default): no URL: say some here, or name a file of them in fetch.file"),
         (["--fetch.urls", "ftp://u:hunter2@a/x"], "'ftp://a/x' is not http or https"),
-        (["--fetch.file", "nowhere.txt"], "cannot read nowhere.txt: No such file or directory"),
+        (["--fetch.file", "nowhere.txt"], "nowhere.txt: No such file or directory"),
         (["--fetch.file", "-"], "there is no URL in standard input"),
         (["--fetch.urls", "http://a/", "--fetch.follow", "maybe"], "'maybe' is not true or false"),
         (["--fetch.urls", "http://a/", "--fetch.follow", "true", "--fetch.every", "5m"],
@@ -299,6 +299,7 @@ def test_a_mistake_is_one_line(tmp_path: Path, arguments: list[str], says: str) 
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert says in line
+    assert "nowhere.txt" not in says or f"cannot read {tmp_path}/nowhere.txt" in line
     assert "hunter2" not in line
     if "fetch.file" not in says and "--fetch.file" not in arguments:
         assert not (tmp_path / "ingestd-data").exists()
