@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,19 +41,43 @@ def running(
         environment: beside what every child has.
     """
     with (folder / "stdout").open("wb") as stdout, (folder / "stderr").open("wb") as stderr:
-        child = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=_environment() | dict(environment or {}),
-            stdin=stdin,
-            stdout=stdout,
-            stderr=stderr,
-            start_new_session=True,  # Ctrl-C is for the benchmark, which then ends its children
-        )
+        child = None
         try:
+            # A signal unwinds the benchmark: amid the start it would leave a child without owner.
+            with _signals_wait():
+                child = subprocess.Popen(
+                    command,
+                    cwd=folder,
+                    env=_environment() | dict(environment or {}),
+                    stdin=stdin,
+                    stdout=stdout,
+                    stderr=stderr,
+                    start_new_session=True,  # Ctrl-C is for the benchmark; it ends its children
+                )
             yield child
         finally:
-            end(child)
+            if child is not None:
+                end(child)
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """SIGINT and SIGTERM that come meanwhile are handled at the end of this."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python runs handlers of signals in the main thread only
+        return
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: came.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number in came:
+        signal.raise_signal(number)
 
 
 def end(child: subprocess.Popen[bytes]) -> None:
