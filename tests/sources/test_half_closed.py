@@ -134,12 +134,14 @@ async def test_the_admin_server_too() -> None:
 class Tls:
     """A client that says goodbye and goes on listening, as TLS 1.3 has it."""
 
-    def __init__(self, context: ssl.SSLContext, address: str) -> None:
+    def __init__(self, context: ssl.SSLContext, address: str, *, with_fin: bool = False) -> None:
+        self.with_fin = with_fin
         self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = context.wrap_bio(self.incoming, self.outgoing, server_hostname="localhost")
         self.address = split_address(address)
 
     async def _do(self, call: Any) -> Any:
+        """What it gives; what is to be sent then waits for more."""
         while True:
             try:
                 return call()
@@ -147,12 +149,11 @@ class Tls:
                 await self._flush()
                 data = await self.reader.read(65536)
                 self.incoming.write(data) if data else self.incoming.write_eof()
-            finally:
-                await self._flush()
 
     async def _flush(self) -> None:
-        self.writer.write(self.outgoing.read())
-        await self.writer.drain()
+        if data := self.outgoing.read():
+            self.writer.write(data)
+            await self.writer.drain()
 
     async def ask(self, data: bytes) -> bytes:
         self.reader, self.writer = await asyncio.open_connection(*self.address)
@@ -160,10 +161,13 @@ class Tls:
             await self._do(self.tls.do_handshake)
             for start in range(0, len(data), 16384):
                 self.tls.write(data[start : start + 16384])
-                await self._flush()
+                if not self.with_fin:
+                    await self._flush()
             with contextlib.suppress(ssl.SSLWantReadError):
                 self.tls.unwrap()
-            await self._flush()
+            await self._flush()  # the end of the handshake, request, goodbye and FIN at once
+            if self.with_fin:
+                self.writer.write_eof()
             answer = b""
             with contextlib.suppress(ssl.SSLError):
                 while more := await self._do(lambda: self.tls.read(65536)):
@@ -172,8 +176,9 @@ class Tls:
         return answer
 
 
+@pytest.mark.parametrize("with_fin", [False, True], ids=["goodbye", "goodbye and FIN"])
 @pytest.mark.parametrize("body", [b"1", LARGE], ids=["small", "large"])
-def test_under_tls(tmp_path: Path, body: bytes) -> None:
+def test_under_tls(tmp_path: Path, body: bytes, with_fin: bool) -> None:
     files = Files(tmp_path)
     context = ssl.create_default_context(cafile=files.ca)
 
@@ -182,7 +187,8 @@ def test_under_tls(tmp_path: Path, body: bytes) -> None:
         tls = {"certificate": files.server()}
         async with serving(intake, tls=tls, records_max=10**6) as source:
             for data, number in ((request(body), 1), (request(b"1") * 3, 3), (b"", 0)):
-                answer = await Tls(context, source.addresses[0]).ask(data)
+                client = Tls(context, source.addresses[0], with_fin=with_fin)
+                answer = await client.ask(data)
                 assert answer.count(b"HTTP/1.1 202 ") == number
             await until(lambda: source._server.open == 0)
         assert len(intake.runs) == 4
@@ -193,3 +199,28 @@ def test_under_tls(tmp_path: Path, body: bytes) -> None:
 
     for factory in test.pytestmark[0].args[1]:  # type: ignore[attr-defined]
         test(factory)
+
+
+@on_both_loops
+async def test_an_end_without_a_goodbye_ends_a_connection(tmp_path: Path) -> None:
+    """Under TLS it may be somebody else's word: before, in, and after the handshake."""
+    files = Files(tmp_path)
+    context = ssl.create_default_context(cafile=files.ca)
+    async with serving(MemoryIntake(), tls={"certificate": files.server()}) as source:
+        for sent in ("nothing", "hello", "handshake", "request", "half"):
+            client = Tls(context, source.addresses[0])
+            client.reader, client.writer = await asyncio.open_connection(*client.address)
+            if sent in ("nothing", "hello"):
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    client.tls.do_handshake()
+                client.writer.write(client.outgoing.read() if sent == "hello" else b"")
+            else:
+                await client._do(client.tls.do_handshake)
+                if sent != "handshake":
+                    client.tls.write(request(b"12")[: -1 if sent == "half" else None])
+                await client._flush()
+            client.writer.write_eof()
+            async with asyncio.timeout(5):
+                await client.reader.read()
+            client.writer.close()
+        await until(lambda: source._server.open == source._server._greetings == 0)

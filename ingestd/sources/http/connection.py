@@ -163,7 +163,7 @@ class Connection(web.RequestHandler):
         self.authorities = self._manager.authorities
         secured = transport.get_extra_info("ssl_object")
         if isinstance(secured, Secured):
-            secured.at_end = self._secured_end
+            secured.tell(self._secured_end)
         super().connection_made(transport)
         self._start_head_timer()
         if rest := self._manager.rest_of(self.client):

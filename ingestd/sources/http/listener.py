@@ -17,6 +17,7 @@ import ssl
 from typing import TYPE_CHECKING
 
 from ingestd.base.telemetry import get_logger
+from ingestd.sources.http.secured import secure
 
 if TYPE_CHECKING:
     from ingestd.sources.http.server import Server
@@ -132,16 +133,18 @@ class Listener:
     async def _greet(self, sock: socket.socket) -> None:
         """One handshake; it takes the place of a connection as long as it lasts."""
         context = self.context
-        shake, leave = (HANDSHAKE_SECONDS, SHUTDOWN_SECONDS) if context else (None, None)
         with self._server.greeting() as protocol:
             try:
-                await self._loop.connect_accepted_socket(
-                    lambda: protocol,
-                    sock,
-                    ssl=context,
-                    ssl_handshake_timeout=shake,
-                    ssl_shutdown_timeout=leave,
-                )
+                if context is None:
+                    await self._loop.connect_accepted_socket(lambda: protocol, sock)
+                else:
+                    await secure(
+                        sock,
+                        protocol,
+                        context,
+                        handshake=HANDSHAKE_SECONDS,
+                        shutdown=SHUTDOWN_SECONDS,
+                    )
             except (OSError, ssl.SSLError) as error:
                 log.debug("handshake_failed", error=type(error).__name__)
                 with contextlib.suppress(OSError):

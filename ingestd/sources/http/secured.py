@@ -1,38 +1,172 @@
 """TLS that lets a client end its own direction alone, and take its answer.
 
-asyncio and uvloop end both directions as soon as the other side has said goodbye (`close_notify`).
-TLS 1.3 does not ask for that (RFC 8446, 6.1), so here the goodbye is kept from the transport and
-told to whoever wants to know. A transport that sees the connection itself end closes all the same.
+asyncio and uvloop end both directions as soon as the other side has said goodbye (`close_notify`),
+and as soon as its packets end (FIN). TLS 1.3 does not ask for that (RFC 8446, 6.1), so here the
+goodbye, and the FIN that comes with it or later, are kept from the TLS of the loop, and told to the
+connection. Without a goodbye the end may be somebody else's (a truncation): it ends everything.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ssl
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Callable
 
 
 class Secured(ssl.SSLObject):
-    """What a context makes that has it as its `sslobject_class`.
+    """The TLS of one connection.
 
     Attributes:
-        at_end: called once, in a turn of the loop of its own, when nothing more will come; without
-            it the transport ends the connection, as ever.
+        incoming: bytes that were not looked at yet.
+        ended: the goodbye was read.
+        at_cut: called once, in a turn of the loop of its own, if no goodbye lies in `incoming`.
     """
 
-    at_end: Callable[[], None] | None = None
-    _told = False
+    incoming: ssl.MemoryBIO
+    ended = False
+    at_cut: Callable[[], None] | None = None
+    _at_end: Callable[[], None] | None = None
+
+    def tell(self, at_end: Callable[[], None]) -> None:
+        """Calls this once, in a turn of the loop of its own, when nothing more will come."""
+        self._at_end = at_end
+        if self.ended:
+            asyncio.get_running_loop().call_soon(at_end)
 
     def read(self, len: int = 1024, buffer: Any = None) -> Any:  # noqa: A002 - the base's name
         """Reads, and says that more may come where it was the end."""
-        data = super().read(len, buffer)
-        if data or self.at_end is None:
+        try:
+            data = super().read(len, buffer)
+        except ssl.SSLWantReadError:
+            if self.at_cut is not None and not self.ended:
+                asyncio.get_running_loop().call_soon(self.at_cut)
+                self.at_cut = None
+            raise
+        if data:
             return data
-        if not self._told:
-            self._told = True
-            # What came before it in the same packets goes to the protocol first.
-            asyncio.get_running_loop().call_soon(self.at_end)
+        if not self.ended:
+            self.ended = True
+            if self._at_end is not None:
+                # What came before it in the same packets goes to the protocol first.
+                asyncio.get_running_loop().call_soon(self._at_end)
         raise ssl.SSLWantReadError
+
+
+class SecuredContext(ssl.SSLContext):
+    """A context whose connections are `Secured`."""
+
+    sslobject_class = Secured
+
+    def wrap_bio(self, incoming: ssl.MemoryBIO, *args: Any, **more: Any) -> Secured:
+        """See `ssl.SSLContext`."""
+        secured = cast("Secured", super().wrap_bio(incoming, *args, **more))
+        secured.incoming = incoming
+        return secured
+
+
+class _Early(asyncio.Protocol):
+    """Keeps what comes before somebody is there for it."""
+
+    def __init__(self) -> None:
+        self.came = b""
+        self.ended = False
+
+    def data_received(self, data: bytes) -> None:
+        self.came += data
+
+    def eof_received(self) -> bool:
+        self.ended = True
+        return True
+
+
+class _Packets(asyncio.BufferedProtocol):
+    """Stands before the TLS of a loop, and keeps a FIN from it that comes with a goodbye."""
+
+    def __init__(self, inner: Any, transport: asyncio.Transport) -> None:
+        # Nothing is called in between where nothing is to be done.
+        self.get_buffer = inner.get_buffer  # type: ignore[method-assign]
+        self.buffer_updated = inner.buffer_updated  # type: ignore[method-assign]
+        self.pause_writing = inner.pause_writing  # type: ignore[method-assign]
+        self.resume_writing = inner.resume_writing  # type: ignore[method-assign]
+        self.connection_lost = inner.connection_lost  # type: ignore[method-assign]
+        self._inner = inner
+        self._transport = transport
+        self.secured: Secured | None = None
+
+    def eof_received(self) -> bool:
+        # A handshake that is through is known in the next turn.
+        asyncio.get_running_loop().call_soon(self._decide)
+        return True
+
+    def _decide(self) -> None:
+        secured = self.secured
+        if secured is not None and (secured.ended or secured.at_cut is not None):
+            return
+        if secured is not None and (secured.incoming.pending or secured.pending()):
+            secured.at_cut = self._cut  # the goodbye may be in what nobody has read yet
+        else:
+            self._cut()
+
+    def _cut(self) -> None:
+        if not self._inner.eof_received():
+            self._transport.close()
+
+
+async def secure(
+    sock: socket.socket,
+    protocol: asyncio.BaseProtocol,
+    context: ssl.SSLContext,
+    *,
+    handshake: float,
+    shutdown: float,
+) -> None:
+    """Makes a connection out of an accepted socket.
+
+    Args:
+        sock: not blocking.
+        protocol: gets the connection once the handshake is through.
+        context: a `SecuredContext`.
+        handshake: seconds that the handshake may take.
+        shutdown: seconds that the other side may take to say goodbye.
+
+    Raises:
+        OSError: the handshake failed.
+    """
+    loop = asyncio.get_running_loop()
+    hello, early = _Early(), _Early()
+    raw, _ = await loop.connect_accepted_socket(lambda: hello, sock)
+    packets: list[_Packets] = []
+
+    def stand_before() -> None:
+        inner = cast("asyncio.BufferedProtocol", raw.get_protocol())
+        packets.append(_Packets(inner, raw))
+        raw.set_protocol(packets[0])
+        if hello.came:
+            memoryview(inner.get_buffer(len(hello.came)))[: len(hello.came)] = hello.came
+            inner.buffer_updated(len(hello.came))
+        if hello.ended:
+            packets[0].eof_received()
+
+    # After `start_tls` has put its protocol there, and before the handshake begins.
+    standing = loop.call_soon(stand_before)
+    try:
+        transport = await loop.start_tls(
+            raw, early, context, server_side=True,
+            ssl_handshake_timeout=handshake, ssl_shutdown_timeout=shutdown,
+        )  # fmt: skip
+    except BaseException:
+        standing.cancel()
+        raw.abort()
+        raise
+    if transport is None or transport.is_closing():
+        raw.abort()
+        return
+    packets[0].secured = transport.get_extra_info("ssl_object")
+    transport.set_protocol(protocol)
+    cast("asyncio.Protocol", protocol).connection_made(transport)
+    if early.came:
+        cast("asyncio.Protocol", transport.get_protocol()).data_received(early.came)

@@ -8,7 +8,7 @@ import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ingestd.sources.http.secured import Secured
+from ingestd.sources.http.secured import SecuredContext
 
 if TYPE_CHECKING:
     from ingestd.base.access import TlsSettings
@@ -34,10 +34,9 @@ def make_context(
     if any(bad):
         problems += [line for line in bad if line]
         return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context = SecuredContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    context.sslobject_class = Secured
     wrong = _load_chain(context, settings) or _load_client_ca(context, settings)
     if wrong:
         problems.append(wrong)
