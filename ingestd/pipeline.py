@@ -501,7 +501,8 @@ class Pipeline:
 
     def _park(self, batch: Batch, after: float, *, asked: bool = False) -> None:
         load = Load(batch.count, batch.bytes + BATCH_BYTES)
-        place = rank(batch.count, batch.attempts, is_part=batch.family is not None)
+        is_part = batch.family is not None
+        place = rank(batch.count, batch.attempts, self._rule.attempts_max, is_part=is_part)
         self.line.park(batch, self._loop.time() + after, load, asked=asked, rank=place)
 
     async def _settle(

@@ -9,8 +9,8 @@ evidence a failure may be the handler's own (its database is down), and the batc
 
 * one batch of a pipeline at a time is split all the same, and of its parts only the smallest: a bad
   record in an otherwise idle pipeline is found because its neighbours succeed, which is the
-  evidence, and an outage makes few parts. While the handler is paused `TRIES_WHEN_PAUSED` are
-  enough for that: where every batch has a bad record, nothing else will succeed;
+  evidence, and an outage makes few parts. A whole batch is split after `attempts_max` tries and
+  never earlier, because its parts have other ids; a part after `PART_TRIES`;
 * tries count up to a few less than `attempts_max`, so that a batch which has waited through an
   outage alone has some left when there is evidence at last (`counted_when_proven`);
 * tries in an outage (see `outage.py`) do not count at all, and while the handler is paused no batch
@@ -36,9 +36,8 @@ if TYPE_CHECKING:
 
 LEFT_WHEN_PROVEN = 3
 """Tries that a batch has left when there is evidence, however often it failed before."""
-TRIES_WHEN_PAUSED = 3
-"""Tries after which a batch may be split for evidence while nothing succeeds."""
-_OTHERS = TRIES_WHEN_PAUSED + 1
+PART_TRIES = 3
+"""Tries after which a part of a batch may be split further while nothing succeeds."""
 _STEPS = 8  # of an octave, to which waits are rounded
 
 
@@ -123,15 +122,16 @@ def spends_try(result: Result) -> bool:
     return result.failure is None or result.failure.reason != POSTPONED
 
 
-def rank(count: int, attempts: int, *, is_part: bool) -> int:
+def rank(count: int, attempts: int, attempts_max: int, *, is_part: bool) -> int:
     """The place of a waiting batch among those that are tried while the handler is paused.
 
     First the parts of a batch that can be split further, because one of them may succeed; then the
     batch that is nearest to be split; then all others, which take turns by the time they are due.
     """
-    if is_part:
-        return 0 if count > 1 else _OTHERS
-    return _OTHERS if attempts >= TRIES_WHEN_PAUSED else TRIES_WHEN_PAUSED - attempts
+    if is_part and count > 1:
+        return 0
+    others = attempts_max + 1
+    return others if is_part or attempts >= attempts_max else attempts_max - attempts
 
 
 def counted_when_proven(counted: int, attempts_max: int) -> int:
@@ -196,8 +196,7 @@ def _failed(
     asked = failure.reason == POSTPONED
     guilty = not asked and _is_guilty(standing, rule)
     if standing.count > 1 and not asked:
-        early = standing.paused or standing.is_part
-        most = min(rule.attempts_max, TRIES_WHEN_PAUSED) if early else rule.attempts_max
+        most = min(rule.attempts_max, PART_TRIES) if standing.is_part else rule.attempts_max
         spent = standing.attempts >= most and standing.may_split
         if guilty or (spent and not _is_too_old(standing, rule)):
             return _halves(standing.count)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingestd.execution.retry import (
-    TRIES_WHEN_PAUSED,
+    PART_TRIES,
     Again,
     GivenUp,
     Postponed,
@@ -15,6 +15,7 @@ from ingestd.execution.retry import (
     Standing,
     backoff,
     decide,
+    rank,
     rounded,
 )
 from ingestd.handlers.outcome import POSTPONED, Failure, Rejection, Result, Retry
@@ -153,16 +154,30 @@ def test_every_record_has_exactly_one_outcome(marks: list[str], attempts: int) -
     assert sorted(touched) == [i for i, mark in enumerate(marks) if mark != "done"]
 
 
-def test_while_nothing_succeeds_a_batch_is_split_for_evidence_after_fewer_tries() -> None:
-    whole = Standing(4, TRIES_WHEN_PAUSED, 0, proven=False, paused=True)
+def test_while_nothing_succeeds_a_part_is_split_after_fewer_tries_and_a_batch_is_not() -> None:
+    part = Standing(4, PART_TRIES, 0, proven=False, paused=True, is_part=True)
     halves = (Again((0, 1), 0.0), Again((2, 3), 0.0))
     rule = RetryRule(8, 0.5, 60.0)
     raised = Result(failure=Failure("raised", "no", ""))
-    for early in (whole, whole._replace(paused=False, is_part=True)):
-        assert decide(raised, early, rule=rule, random=lambda: 0.5) == Settled((), halves)
-    for late in (
-        whole._replace(attempts=TRIES_WHEN_PAUSED - 1),
+    whole = part._replace(attempts=8, is_part=False)
+    for now in (part, part._replace(paused=False), whole, whole._replace(paused=False)):
+        assert decide(raised, now, rule=rule, random=lambda: 0.5) == Settled((), halves)
+    for later in (
+        part._replace(attempts=PART_TRIES - 1),
+        part._replace(may_split=False),
+        whole._replace(attempts=7),
         whole._replace(may_split=False),
-        whole._replace(paused=False),
     ):
-        assert isinstance(decide(raised, late, rule=rule, random=lambda: 0.5), Postponed)
+        assert isinstance(decide(raised, later, rule=rule, random=lambda: 0.5), Postponed)
+
+
+def test_while_paused_parts_come_first_and_then_the_batch_that_is_nearest_to_be_split() -> None:
+    places = [
+        rank(2, 1, 8, is_part=True),
+        rank(9, 7, 8, is_part=False),
+        rank(9, 1, 8, is_part=False),
+        rank(9, 8, 8, is_part=False),
+    ]
+    assert places == sorted(places)
+    assert len(set(places)) == len(places)
+    assert rank(1, 1, 8, is_part=True) == places[-1]

@@ -94,9 +94,10 @@ def test_it_is_nobody_and_can_write_its_state_and_nothing_else(
 def test_process_1_reaps_what_handlers_orphan(served: tuple[Container, Path]) -> None:
     one, _ = served
     assert one.exec("sh", "-c", "tr '\\0' ' ' < /proc/1/cmdline").startswith("tini -s -- ingestd")
-    orphan = one.exec("sh", "-c", "sleep 0.3 >/dev/null 2>&1 & echo $!")
-    parent = f"cut -d' ' -f3,4 /proc/{orphan}/stat"
-    assert one.exec("sh", "-c", parent).split()[1] == "1"
+    left = "sleep 1 >/dev/null 2>&1 & echo $!"
+    looked = f"orphan=$(sh -c '{left}'); echo $orphan; cut -d' ' -f4 /proc/$orphan/stat"
+    orphan, parent = one.exec("sh", "-c", looked).split()
+    assert parent == "1"
     wait(lambda: one.engine.start("exec", one.name, "test", "-e", f"/proc/{orphan}").returncode)
 
 
