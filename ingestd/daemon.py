@@ -269,7 +269,7 @@ class Daemon:
             version=__version__,
             pid=os.getpid(),
             source=self.settings.source.kind,
-            listening=getattr(self.source, "addresses", []),
+            **self.source.facts(),
             admin=self.admin.addresses,
             data_dir=str(self.settings.data_dir),
             pipelines=list(self.pipelines),
@@ -602,7 +602,7 @@ def _log_report(name: str, report: Report) -> None:
         processed=report.ledger.processed,
         dead=report.ledger.dead,
         pending=report.ledger.pending,
-        refused=report.ledger.refused,
+        invalid=report.ledger.refused,  # kept without being accepted
         balanced=report.balanced,
         workers_gone=report.workers_gone,
     )

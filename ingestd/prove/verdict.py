@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ingestd.prove.progress import Sent, State
 
-_LEDGER = ("accepted", "processed", "dead", "pending", "refused", "balanced")
+_LEDGER = ("accepted", "processed", "dead", "pending", "invalid", "balanced")
 
 
 class Found(msgspec.Struct, frozen=True):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from ingestd.base.record import Records, Refused
 from ingestd.sources.depth import DEPTH_MAX
-from ingestd.sources.lines import BOM, KEPT_BYTES, Parsed, parse_lines, too_large
+from ingestd.sources.lines import BOM, KEPT_BYTES, LISTED_MAX, Parsed, parse_lines, too_large
 
 if TYPE_CHECKING:
     from ingestd.sources.intake import Format
@@ -39,7 +38,7 @@ class Framer:
         *,
         begun: bool = False,
         index: int = 0,
-        listed_max: int = sys.maxsize,
+        listed_max: int = LISTED_MAX,
     ) -> None:
         self._form = form
         self._record_bytes_max = record_bytes_max

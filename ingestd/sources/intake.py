@@ -109,6 +109,10 @@ class Source(Protocol):
         """
         ...
 
+    def facts(self) -> dict[str, object]:
+        """Where records come from, for the log line of a start; after `start`."""
+        ...
+
     async def wait_finished(self) -> None:
         """Returns when there is no more input and all of it is accepted; never for a server.
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 BOM = b"\xef\xbb\xbf"
 KEPT_BYTES = 64 * 1024
 """What is kept of a record that was too large."""
+LISTED_MAX = 10_000
+"""Refused records of one piece of an input that are listed, and kept; the others are counted."""
 
 _JSON = msgspec.json.Decoder(msgspec.Raw)
 _BLANKS = re.compile(rb"\n{2,}")

@@ -170,5 +170,5 @@ def test_from_standard_input(tmp_path):
     with file.open("rb") as stdin, daemon("--source", "stdin", cwd=tmp_path, stdin=stdin) as one:
         assert one.wait() == 0
         report = one.event("drained")
-    assert (report["processed"], report["refused"]) == (2, 1)
+    assert (report["processed"], report["invalid"]) == (2, 1)
     assert sorted(written(tmp_path)) == [b"1", arrays(DEPTH_MAX)]

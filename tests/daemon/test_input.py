@@ -70,6 +70,9 @@ def test_invalid_records_are_not_counted_with_the_dead(tmp_path: Path) -> None:
     summary = events["input_summed_up"]
     found = {key: summary[key] for key in ("lines", "accepted", "invalid", "processed", "dead")}
     assert found == {"lines": 5, "accepted": 4, "invalid": 1, "processed": 2, "dead": 2}
+    assert events["drained"]["invalid"] == 1
+    assert events["daemon_started"]["input"] == str(tmp_path / "input")
+    assert "listening" not in events["daemon_started"]
     assert events["input_ended"]["waits"] == "until all is settled, without deadline"
     assert "drain_started" not in events
     assert "input_left" not in events

@@ -210,7 +210,7 @@ def test_sigterm_keeps_the_position_of_the_last_accepted_line(tmp_path: Path) ->
             one.terminate()
             assert one.wait() == 0
             report = one.event("drained")
-            assert report["pending"] == report["dead"] == report["refused"] == 0
+            assert report["pending"] == report["dead"] == report["invalid"] == 0
         nginx.kill()
         nginx.rate = "0"
         nginx.start()

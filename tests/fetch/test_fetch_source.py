@@ -70,6 +70,16 @@ async def test_a_download(path: str, headers: dict[str, str], encoding: str | No
     assert (source.tally.done, source.tally.bytes, source.tally.left) == (1, len(body), 0)
 
 
+async def test_so_many_bad_lines_are_counted_and_some_of_them_kept() -> None:
+    intake = Intake()
+    async with serving(answers(b"1\n" + b"x\n" * 100_000)) as server:
+        source = await fetch(intake, server.url)
+    assert (source.tally.records, source.tally.refused) == (1, 100_000)
+    assert intake.items == [b"1"]
+    assert len(intake.refused) < 50_000
+    assert len(intake.refused) + intake.unkept == 100_000
+
+
 async def test_bad_lines_are_kept_and_the_last_one_needs_no_lf() -> None:
     intake = Intake(record_bytes_max=50)
     async with serving(answers(b'\xef\xbb\xbf1\r\n\n{\n"%s"\n2' % (b"x" * 60))) as server:

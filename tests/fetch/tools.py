@@ -42,6 +42,7 @@ class Intake:
         self.gate = asyncio.Event()
         self.gate.set()
         self.asked = 0
+        self.unkept = 0
 
     async def accept(
         self,
@@ -49,7 +50,10 @@ class Intake:
         refused: Sequence[Refused] = (),
         claim: None = None,
         bookmark: Bookmark | None = None,
+        *,
+        unkept: int = 0,
     ) -> None:
+        self.unkept += unkept
         self.asked += 1
         if self.errors:
             raise self.errors.pop(0)

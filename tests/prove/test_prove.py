@@ -297,7 +297,7 @@ def test_what_is_there_held_against_what_was_sent(rows, expected) -> None:
         "processed": 6,
         "dead": 0,
         "pending": 0,
-        "refused": 0,
+        "invalid": 0,
         "balanced": True,
     }
     result = report(State(1, 3, SENT, killed=3, starts=[0.5, 0.7, 0.6]), found, drained, 0)

@@ -218,3 +218,42 @@ def test_wrong_settings_are_refused_as_a_whole(tmp_path: Path) -> None:
         assert not [line for line in one.events if line["level"] == "debug"]
         configure(tmp_path, http__tokens__shop={"token": SHOP})
         assert hang_up(one, "reloaded")["changed"] == []
+
+
+def test_no_value_of_an_option_is_ever_logged(tmp_path: Path) -> None:
+    """At the start, at a failure with its traceback, at reloads, at the end, and at a bad start."""
+    (tmp_path / "app.py").write_text(
+        "class Store:\n"
+        "    def __init__(self, dsn, headers=None):\n"
+        "        self.dsn, self.headers = dsn, headers\n"
+        "    def __call__(self, batch: list[dict]) -> None:\n"
+        "        dsn = self.dsn\n"
+        "        if batch[0].get('bad'):\n"
+        "            raise RuntimeError('no')\n"
+    )
+    hidden = ["hunter1", "hunter2", "hunter3", "hunter4"]
+
+    def options(*values: str, more: str = "") -> None:
+        (tmp_path / "ingestd.toml").write_text(
+            'log.level = "debug"\ndrain.timeout = "10ms"\nexecutor.kind = "thread"\n'
+            'handler.target = "app:Store"\n'
+            f'[handler.options]\ndsn = "odd://{values[0]}"\nheaders = {{x = "{values[1]}"}}\n{more}'
+        )
+
+    options("hunter1", "hunter2")
+    with daemon(cwd=tmp_path) as one:
+        one.post(b'{"bad": 1}\n')
+        one.event("batch_failed")
+        options("hunter3", "hunter2")
+        assert hang_up(one, "reloaded")["needs_restart"] == ["handler.options.dsn"]
+        options("hunter3", "hunter2", more='y = "hunter4\n')
+        hang_up(one, "reload_refused")
+        one.terminate()
+        one.wait()
+        said = repr(one.events) + repr(one.other)
+    options("hunter1", "hunter2", more='y = "hunter4"\n')
+    with Daemon(cwd=tmp_path) as two:
+        assert two.wait() == 78
+        said += repr(two.events) + repr(two.other)
+    assert "y" in two.other[-1]
+    assert not [one for one in hidden if one in said]

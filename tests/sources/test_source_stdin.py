@@ -27,7 +27,7 @@ from ingestd.base.errors import InputUnreadable, JournalFailed, Overloaded
 from ingestd.base.record import Records
 from ingestd.base.settings import StdinSettings
 from ingestd.sources.framing import Framer
-from ingestd.sources.lines import Parsed
+from ingestd.sources.lines import LISTED_MAX, Parsed
 from ingestd.sources.stdin.reader import READ_BYTES, ReadyReader, ThreadReader
 from ingestd.sources.stdin.source import StdinSource
 from tests.real_input import real_input
@@ -329,6 +329,21 @@ def test_bad_lines_are_refused_with_their_place(run):
     ]
 
 
+def test_so_many_bad_lines_are_counted_and_some_of_them_kept(run):
+    async def read(fd):
+        intake = MemoryIntake("json")
+        async with reading(fd, intake) as source:
+            await source.wait_finished()
+            assert (source.records, source.refused) == (1, 100_000)
+        return intake
+
+    with fed(b"1\n" + b"x\n" * 100_000, "pipe") as fd:
+        intake = run(read(fd))
+    assert intake.items == [b"1"]
+    assert LISTED_MAX <= len(intake.refused) < 50_000
+    assert len(intake.refused) + intake.unkept == 100_000
+
+
 @pytest.mark.parametrize(
     ("form", "items"),
     [("text", [b"a", b"\xff\x00", b" ", b"b"]), ("bytes", [b"a\r", b"", b"\xff\x00", b" ", b"b"])],
@@ -506,7 +521,7 @@ def test_as_a_real_process_with_standard_input_closed(tmp_path):
         "from ingestd.sources.stdin.source import StdinSource\n"
         "class In:\n"
         "    name, format, record_bytes_max, json_depth_max = 'default', 'json', 1024, 128\n"
-        "    async def accept(self, records, refused=()):\n"
+        "    async def accept(self, records, refused=(), *, unkept=0):\n"
         "        print(records.items())\n"
         "async def main():\n"
         "    source = StdinSource(StdinSettings(), In())\n"

@@ -31,6 +31,7 @@ _REFUSED_BYTES = 256  # what a refused record costs beside its payload, about
 class _Run(NamedTuple):
     records: Records
     refused: list[Refused]
+    unkept: int
     bookmark: Bookmark | None
     size: int
 
@@ -70,7 +71,7 @@ class Appends:
     def put_now(self, parsed: Parsed, bookmark: Bookmark | None) -> None:
         """The same without waiting, for the last ones."""
         size = _size(parsed)
-        self._waiting.append(_Run(parsed.records, parsed.refused, bookmark, size))
+        self._waiting.append(_Run(parsed.records, parsed.refused, parsed.unlisted, bookmark, size))
         self._hold(size)
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="fetch-append")
@@ -115,7 +116,7 @@ class Appends:
             except BaseException:
                 self._budget.wake()  # whoever waits for room sees that it does not come
                 raise
-            self._accepted(run.records.count, len(run.refused))
+            self._accepted(run.records.count, len(run.refused) + run.unkept)
             self._hold(-run.size)
         self._task = None
 
@@ -132,6 +133,7 @@ class Appends:
         return _Run(
             join(records) if records else runs[0].records,
             [one for run in runs for one in run.refused],
+            sum(run.unkept for run in runs),
             next((run.bookmark for run in reversed(runs) if run.bookmark is not None), None),
             size,
         )
@@ -140,7 +142,9 @@ class Appends:
         """Tries until there is room."""
         while True:
             try:
-                await self._intake.accept(run.records, run.refused, bookmark=run.bookmark)
+                await self._intake.accept(
+                    run.records, run.refused, bookmark=run.bookmark, unkept=run.unkept
+                )
             except Overloaded as overloaded:
                 await asyncio.sleep(again_after(overloaded))
             else:

@@ -124,6 +124,10 @@ class FetchSource:
             if task is not asyncio.current_task():
                 task.cancel()
 
+    def facts(self) -> dict[str, object]:
+        """See `Source`."""
+        return {"urls": self.tally.total}
+
     async def wait_finished(self) -> None:
         """Returns when every URL is done and all of it is accepted.
 

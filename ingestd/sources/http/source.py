@@ -202,6 +202,10 @@ class HttpSource:
         """Prepares and changes; with the settings of the start if there are no others."""
         (await self.prepare(settings or self._settings))()
 
+    def facts(self) -> dict[str, object]:
+        """See `Source`."""
+        return {"listening": self.addresses}
+
     async def wait_finished(self) -> None:
         """Never returns: a server has no end of input."""
         await asyncio.get_running_loop().create_future()

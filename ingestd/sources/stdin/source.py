@@ -93,6 +93,10 @@ class StdinSource:
             print(_HINT, end="", file=self._stderr or sys.stderr, flush=True)
         self._task = asyncio.create_task(self._run(), name="stdin")
 
+    def facts(self) -> dict[str, object]:
+        """See `Source`."""
+        return {"input": self._name or ("terminal" if os.isatty(self._fd) else "stream")}
+
     async def wait_finished(self) -> None:
         """Returns when the input is at its end, or left, and all of it is accepted.
 
@@ -219,7 +223,7 @@ class StdinSource:
     async def _accept(self, parsed: Parsed, size: int, part: Part) -> None:
         try:
             try:
-                await self._intake.accept(parsed.records, parsed.refused)
+                await self._take(parsed)
             except Overloaded as overloaded:
                 await self._accept_later(parsed, overloaded)
         except Exception as error:  # noqa: BLE001 - see `_run`
@@ -228,8 +232,11 @@ class StdinSource:
             self._inflight -= size
             self._prefix.accept(part)
             self.records += parsed.records.count
-            self.refused += len(parsed.refused)
+            self.refused += parsed.invalid
             self._moved.set()
+
+    async def _take(self, parsed: Parsed) -> None:
+        await self._intake.accept(parsed.records, parsed.refused, unkept=parsed.unlisted)
 
     async def _accept_later(self, parsed: Parsed, overloaded: Overloaded) -> None:
         """Tries until there is room. One append at a time does this, in their order."""
@@ -237,7 +244,7 @@ class StdinSource:
             while True:
                 await asyncio.sleep(again_after(overloaded))
                 try:
-                    await self._intake.accept(parsed.records, parsed.refused)
+                    await self._take(parsed)
                 except Overloaded as still:
                     overloaded = still
                 else:
