@@ -2,7 +2,8 @@
 
 A sink that is down fails hundreds of batches for the same reason. The log has one line for each
 kind of failure, one when the handler goes down and one when it is back, and once a minute what came
-again meanwhile. Each try is there on the level `debug`.
+again meanwhile. Each try is there on the level `debug`. Records that are given up are told alike:
+the first ones of a reason at once, and once a minute the sum of those that came after them.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class FailureLog:
         self._clock = clock
         self._pending = pending
         self._kinds = FailureKinds()
+        self._given_up: dict[str, tuple[int, str]] = {}  # since the last line about each reason
         self._down_since: float | None = None
         self.down_since = 0.0
         """Seconds since the epoch; 0 while the handler works."""
@@ -91,12 +93,32 @@ class FailureLog:
                 facts["exception"] = failure.traceback
         write("batch_failed", reason=failure.reason, error=failure.error, **facts)
 
+    def given_up(self, reason: str, records: int, error: str) -> None:
+        """Some records of a batch have become dead letters."""
+        facts = {"reason": reason, "records": records, "error": error}
+        if reason not in self._given_up:
+            self._given_up[reason] = 0, ""
+            log.warning("records_given_up", **facts)
+            return
+        self._given_up[reason] = self._given_up[reason][0] + records, error
+        log.debug("records_given_up", **facts)
+
+    def sum_up_given_up(self) -> None:
+        """Writes how many more records were given up since the last time."""
+        given_up, self._given_up = self._given_up, {}
+        for reason, (records, error) in given_up.items():
+            if records:
+                self._given_up[reason] = 0, ""
+                facts = {"reason": reason, "records": records, "error": error}
+                log.warning("records_given_up", pipeline=self._pipeline, **facts)
+
     async def run(self) -> None:
         """Writes once a minute what came again, for as long as the pipeline lives."""
         loop = asyncio.get_running_loop()
         while True:
             await asyncio.sleep(MINUTE)
             self.sum_up(loop.time())
+            self.sum_up_given_up()
 
     def sum_up(self, now: float) -> None:
         """Writes what came again since the last time; `now` is loop time."""

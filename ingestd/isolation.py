@@ -65,6 +65,8 @@ class Isolation:
                 self._forgive()
         elif len(result.rejections) + len(result.retries) < batch.count:
             outage.succeeded()
+        elif self._shows_recovery(batch, result):
+            outage.recovered()
         else:
             outage.answered(batch.number)
         return Standing(
@@ -77,6 +79,15 @@ class Isolation:
             may_split=self._may_split(batch),
             is_part=batch.family is not None,
         )
+
+    def _shows_recovery(self, batch: Batch, result: Result) -> bool:
+        """Whether an answer that processed nothing ends an outage; `execution.outage` says when."""
+        if result.retries or all(one.reason != "rejected" for one in result.rejections):
+            return False
+        failed = batch.number in self._failing
+        if len(self._failing) == failed:
+            return True
+        return failed and batch.family is None and batch.last_failed == self._outage.successes
 
     def _count(self, batch: Batch, now: float, *, spent: bool) -> None:
         successes = self._outage.successes

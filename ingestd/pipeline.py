@@ -237,7 +237,7 @@ class Pipeline:
             for span in sealed.spans:
                 size = recovered.sizes.get(span.chunk, 0)
                 self.outstanding.add(
-                    span.chunk, span.count, size=size, accepted_at=sealed.accepted_at
+                    span.chunk, span.count, size=size, since=self._since(sealed.accepted_at)
                 )
             batch = resumed(sealed, recovered.sizes, self._loop.time())
             if not sealed.due_at:
@@ -322,9 +322,13 @@ class Pipeline:
                 chunk.id,
                 records.count - self._first_of(chunk),
                 size=len(records.payload) + len(records.sizes),
-                accepted_at=chunk.accepted_at,
+                since=self._since(chunk.accepted_at),
             )
             await self.queue.put(chunk)
+
+    def _since(self, accepted_at: float) -> float:
+        """The loop time of an acceptance: from here on no clock that is set moves it."""
+        return self._loop.time() - max(0.0, self._clock.now() - accepted_at)
 
     def _first_of(self, chunk: Chunk) -> int:
         """The first record that is not sealed; not 0 only for the recovered cursor's chunk."""
@@ -456,6 +460,7 @@ class Pipeline:
         if self._closing and result is not None and result.failure is not None:
             return  # its worker was ended under it: that is not the batch's fault
         if result is None or records is None:
+            self.outage.answered(batch.number)
             await self._set_aside(batch)
             return
         batch.attempts += spends_try(result)
@@ -514,7 +519,7 @@ class Pipeline:
         self._next_batch += len(successors)
         if split and successors:
             self.isolation.split(batch, [successor for successor, _ in successors])
-            log.info("batch_split", records=batch.count)
+            log.debug("batch_split", records=batch.count)
         await self._write_down(batch, dead, successors)
         for successor, after in successors:
             self._park(successor, after, asked=not split)
@@ -569,12 +574,7 @@ class Pipeline:
             letters = [letter for letter in dead if letter.reason == reason]
             records = sum(letter.records for letter in letters)
             self._metrics.died(reason, records)
-            log.warning(
-                "records_given_up",
-                reason=reason,
-                records=records,
-                error=letters[0].error,
-            )
+            self.failures.given_up(reason, records, letters[0].error)
 
     def _forget_payload(self, batch: Batch) -> None:
         self.room.free(batch.size)
@@ -650,6 +650,7 @@ class Pipeline:
             The last numbers.
         """
         closed = await self.journal.close(give_up)
+        self.failures.sum_up_given_up()
         return Report(
             closed.ledger,
             closed.counted,
@@ -678,7 +679,7 @@ class Pipeline:
             # What runs beyond that lies ready before the lanes.
             lanes_busy=min(self.running, self.settings.executor.workers),
             batches_waiting=self.line.waiting,
-            oldest_pending_seconds=max(0.0, self._clock.now() - oldest) if oldest else 0.0,
+            oldest_pending_seconds=0.0 if oldest is None else self._loop.time() - oldest,
             letters=letters.letters,
             letters_bytes=letters.accepted_bytes,
             letters_bytes_max=self.journal.dead_bytes_max,

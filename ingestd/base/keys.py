@@ -152,6 +152,10 @@ def quoted(name: str) -> str:
 def nearest(path: Sequence[str]) -> tuple[str, ...] | None:
     """The key that was probably meant by one that does not exist; `None` if none is near."""
     known = _candidates(path)
+    words = set(path[-1].split("_"))
+    for found in known.values():  # a word was left out: the first one that is longer
+        if found[:-1] == tuple(path[:-1]) and words < set(found[-1].split("_")):
+            return found
     same_end = {key: found for key, found in known.items() if found[-1] == path[-1]}
     in_pipelines = {
         key: found for key, found in same_end.items() if found[0] in PipelineSettings.model_fields

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ingestd.base.errors import HandlerLoadError
 from ingestd.base.telemetry import get_logger
+from ingestd.execution.lane import not_started
 from ingestd.execution.pool import TaskPool
 from ingestd.handlers.outcome import Failure, Result
 
@@ -80,7 +81,7 @@ class CoroutineLane:
             try:
                 runner.prepare()
             except HandlerLoadError as error:
-                return Result(failure=Failure("crashed", f"no worker could be started: {error}"))
+                return Result(failure=not_started(str(error)))
             self._prepared = True
         return await runner.run_async(job)
 

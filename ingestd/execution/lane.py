@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from ingestd.handlers.outcome import POSTPONED, Failure
+
 if TYPE_CHECKING:
     from ingestd.execution.shelf import Shelf
     from ingestd.handlers.outcome import Job, Result
+
+START_AGAIN_SECONDS = 2.0
+"""How long a batch waits at least when no worker could be started for it."""
+
+
+def not_started(why: str) -> Failure:
+    """The failure of a job for which there is no worker: it waits, and spends no try."""
+    return Failure(POSTPONED, f"no worker could be started: {why}", "", START_AGAIN_SECONDS)
 
 
 class Lane(Protocol):

@@ -11,9 +11,20 @@ something about itself, a fresh failure may say something about the sink.
 * **down**: at least `DOWN_TRIES` fresh tries have failed over at least `DOWN_SECONDS`. This is what
   is reported. Down and paused together are an *outage*: its tries are not counted against batches.
 
+The answers that lead to up:
+
+* a record was processed. This alone is evidence against batches that fail (`successes`);
+* the handler rejected all records of a batch, and either that same batch had failed since the last
+  success, so the call came further than before, or no batch that has failed is left. Any other
+  rejection may be one that the handler makes before it asks its sink, and a part of a batch may
+  hold just the records that are rejected like that.
+
+Records that do not fit the annotation tell nothing, for the handler is not called with them; nor
+do records that shall come again (`batch.retry`), for a handler may say so of a sink that is down.
+
 Invariants, each with a test:
 
-1. A success leads to up at once, from every state.
+1. Such an answer leads to up at once, from every state.
 2. While paused a try starts only when the wait is over, and none starts while the probe runs,
    unless that has not come back for `retry.backoff_max` (a call that hangs must not keep a handler
    down that has come back).
@@ -105,6 +116,10 @@ class Outage:
     def succeeded(self) -> None:
         """A record was processed."""
         self.successes += 1
+        self.recovered()
+
+    def recovered(self) -> None:
+        """The handler works again, although nothing is known to be processed."""
         paused = self.paused
         self._up()
         if paused:
@@ -136,7 +151,7 @@ class Outage:
             self.on_change()
 
     def answered(self, batch: int) -> None:
-        """A try ended without telling anything: all its records were rejected, or wait."""
+        """A try ended without telling anything about the handler."""
         if self._probe == batch:
             self._probe = None
             self._next_at = 0.0

@@ -28,6 +28,7 @@ from ingestd.base.errors import HandlerLoadError
 from ingestd.base.surroundings import Surroundings
 from ingestd.base.telemetry import get_logger, lowest_level
 from ingestd.execution import descendants
+from ingestd.execution.lane import not_started
 from ingestd.execution.monitor import Monitor, Outputs
 from ingestd.execution.worker_log import WorkerLog
 from ingestd.handlers import wire
@@ -47,8 +48,6 @@ T = TypeVar("T")
 
 START_TIMEOUT = 120.0
 """Seconds for a child to import the handler; some load models."""
-START_AGAIN_SECONDS = 2.0
-"""How long a batch waits at least when no child could be started for it."""
 FAILING_TRIES = 5
 FAILING_SECONDS = 10.0
 """A child whose last jobs all raised, so many of them and for so long, is replaced: it may have run
@@ -403,11 +402,8 @@ class ProcessLane:
         except _WorkerDiedError as died:
             failure = died.failure
         except _NO_WORKER as error:
-            # Not the batch's fault: it waits, and no try of it is spent.
             why = str(error) if isinstance(error, HandlerLoadError) else describe(error)
-            failure = Failure(
-                POSTPONED, f"no worker could be started: {why}", "", START_AGAIN_SECONDS
-            )
+            failure = not_started(why)
         self._bury(failure)
         return Result(failure=failure, seconds=time.monotonic() - started)
 

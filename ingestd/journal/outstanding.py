@@ -25,16 +25,16 @@ class Outstanding:
 
     @property
     def oldest(self) -> float | None:
-        """When the chunk that entered first was accepted, seconds since the epoch."""
-        for _, _, accepted_at in self._chunks.values():
-            return accepted_at
+        """When the chunk that entered first was accepted, loop time."""
+        for _, _, since in self._chunks.values():
+            return since
         return None
 
-    def add(self, chunk: int, count: int, *, size: int, accepted_at: float) -> None:
+    def add(self, chunk: int, count: int, *, size: int, since: float) -> None:
         """`count` more unsettled records of a chunk that takes `size` bytes in the journal."""
         known = self._chunks.get(chunk)
         self._chunks[chunk] = (
-            (count, size, accepted_at) if known is None else (known[0] + count, *known[1:])
+            (count, size, since) if known is None else (known[0] + count, *known[1:])
         )
 
     def settle(self, spans: Iterable[Span]) -> tuple[list[int], int]:
@@ -45,9 +45,9 @@ class Outstanding:
         """
         finished, freed = [], 0
         for span in spans:
-            count, size, accepted_at = self._chunks[span.chunk]
+            count, size, since = self._chunks[span.chunk]
             if count > span.count:
-                self._chunks[span.chunk] = (count - span.count, size, accepted_at)
+                self._chunks[span.chunk] = (count - span.count, size, since)
             else:
                 del self._chunks[span.chunk]
                 finished.append(span.chunk)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,8 @@ from ingestd.base.record import Records, Span
 from ingestd.base.settings import Settings
 from ingestd.execution import loops
 from ingestd.execution.build import start_pool
-from ingestd.handlers.outcome import Job
+from ingestd.execution.lane import START_AGAIN_SECONDS
+from ingestd.handlers.outcome import POSTPONED, Job
 from tests.daemon.harness import daemon
 
 if TYPE_CHECKING:
@@ -123,6 +125,20 @@ async def test_a_call_that_does_not_come_back_frees_its_batch(opened, name: str)
     assert result.failure.reason == "timeout"
     again = await asyncio.wait_for(pool.run(job(0)), 20)
     assert again.failure is None
+
+
+async def test_a_module_that_cannot_be_loaded_any_more_costs_a_batch_no_try(
+    opened, tmp_path: Path
+) -> None:
+    pool, _ = await opened("ignores", workers=1)
+    (module,) = tmp_path.glob("coroutines_*.py")
+    assert (await asyncio.wait_for(pool.run(job(1)), 20)).failure.reason == "timeout"
+    sys.modules.pop(module.stem)
+    module.write_text("broken(")
+    failure = (await asyncio.wait_for(pool.run(job(0)), 20)).failure
+    assert (failure.reason, failure.after) == (POSTPONED, START_AGAIN_SECONDS)
+    module.write_text(THEIRS)
+    assert (await asyncio.wait_for(pool.run(job(0)), 20)).failure is None
 
 
 async def test_work_that_was_finished_after_all_counts(opened) -> None:

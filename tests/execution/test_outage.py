@@ -116,7 +116,7 @@ def test_an_outage_of_eight_minutes_costs_few_probes() -> None:
 
 
 class Outages(RuleBasedStateMachine):
-    """Tries start and end in any order; the model remembers what came since the last success."""
+    """Tries start and end in any order; the model remembers what came since it worked last."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -163,20 +163,23 @@ class Outages(RuleBasedStateMachine):
         self.note()
 
     @precondition(lambda self: self.running)
-    @rule(data=st.data(), done=st.booleans())
-    def end(self, data: st.DataObject, done: bool) -> None:
+    @rule(data=st.data(), how=st.sampled_from(["done", "rejected", "nothing"]))
+    def end(self, data: st.DataObject, how: str) -> None:
         number = data.draw(st.sampled_from(sorted(self.running)))
         del self.running[number]
-        if done:
-            self.outage.succeeded()
+        if how != "nothing":
+            successes = self.outage.successes
+            (self.outage.succeeded if how == "done" else self.outage.recovered)()
+            assert self.outage.successes - successes == (how == "done")
             self.fresh.clear()
             assert not self.outage.paused
+            assert self.outage.down_since is None
         else:
             self.outage.answered(number)
         self.note()
 
     @invariant()
-    def it_is_what_came_since_the_last_success(self) -> None:
+    def it_is_what_came_since_it_worked(self) -> None:
         assert self.outage.paused == (len({family for _, family in self.fresh}) > 1)
         if self.outage.down_since is not None:
             assert self.outage.down_since == self.fresh[0][0]

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from ingestd.base.record import Records, Span
+from ingestd.execution.lane import START_AGAIN_SECONDS
 from ingestd.execution.pool import ThreadedPool
-from ingestd.execution.process import FAILING_TRIES, START_AGAIN_SECONDS, ProcessLane
+from ingestd.execution.process import FAILING_TRIES, ProcessLane
 from ingestd.handlers.outcome import POSTPONED, Failure, Job, Result
 from ingestd.handlers.runner import Wanted
 from ingestd.handlers.wire import Hello

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,12 @@ import pytest
 from structlog.testing import capture_logs
 
 import ingestd
+from ingestd.base.clock import SystemClock
+from ingestd.base.record import Span
+from ingestd.batching.batch import Batch
+from ingestd.execution.outage import Outage
+from ingestd.handlers.outcome import Failure, Rejection, Result, Retry
+from ingestd.isolation import Isolation
 from ingestd.overview import status_of
 from tests.pipeline import recording
 from tests.pipeline.test_pipeline import HANDLER, dead, drained, numbers, records_of, until
@@ -50,11 +57,29 @@ class AsksToWait(recording.Note):
             raise ingestd.Retry("a rate limit", after=max(waits))
 
 
+class SetClock(SystemClock):
+    offset = 0.0
+
+    def now(self) -> float:
+        return super().now() + self.offset
+
+
 def each_waits(batch: ingestd.Batch[Any]) -> None:
     """Asks for each record of the first batch again, each after another time."""
     for i, number in enumerate(batch):
         if number < 70 and batch.attempt == 1:
             batch.retry(i, after=3600 + number * 20)
+
+
+class Picky(Flagged):
+    """Rejects negative numbers by itself, and while `no` is there all others, too."""
+
+    def __call__(self, batch: ingestd.Batch[Any]) -> None:
+        if all(number < 0 for number in batch):
+            raise ingestd.Reject("negative")
+        super().__call__(batch)
+        if Path(self.folder, "no").exists():
+            raise ingestd.Reject("the table is gone")
 
 
 def tries(folder: Path) -> int:
@@ -138,6 +163,147 @@ async def test_little_is_tried_and_little_is_said_while_it_is_down(start, tmp_pa
     assert stayed[0]["pending"] == 1000
     assert back[0]["down_seconds"] >= 1
     assert back[0]["pending"] >= 900
+
+
+ONE_BY_ONE: dict[str, Any] = {
+    "batch": {"records_max": 1},
+    "executor": {"kind": "thread", "workers": 2},
+}
+
+
+async def test_a_sink_that_is_back_and_rejects_everything_is_up(start, tmp_path, logs) -> None:
+    (tmp_path / "down").touch()
+    pipeline = await start(
+        HERE + "Picky", retry=PATIENT, options={"folder": str(tmp_path)}, **ONE_BY_ONE
+    )
+    await pipeline.accept(numbers(0, 30))
+    await until(lambda: pipeline.failures.down_since)
+    (tmp_path / "no").touch()
+    (tmp_path / "down").unlink()
+    report = await drained(pipeline)
+    assert report.ledger[:3] == (30, 0, 30)
+    assert {row[0] for row in dead(tmp_path)} == {"rejected"}
+    assert status_of(pipeline).handler.state == "up"
+    assert len(events(logs, "handler_came_back")) == 1
+    assert pipeline.outage.successes == 0  # no evidence against anything that fails
+
+
+async def test_what_is_rejected_before_the_sink_is_asked_ends_no_outage(start, tmp_path) -> None:
+    (tmp_path / "down").touch()
+    pipeline = await start(
+        HERE + "Picky", retry=PATIENT, options={"folder": str(tmp_path)}, **ONE_BY_ONE
+    )
+    await pipeline.accept(numbers(0, 5))
+    await until(lambda: pipeline.failures.down_since)
+    since = pipeline.failures.down_since
+    await pipeline.accept(numbers(-3, 3))
+    await until(lambda: pipeline.journal.ledger.dead == 3)
+    assert pipeline.failures.down_since == since
+    (tmp_path / "down").unlink()
+    report = await drained(pipeline)
+    assert report.ledger[:3] == (8, 5, 3)
+    assert status_of(pipeline).handler.state == "up"
+
+
+async def test_when_all_that_failed_is_given_up_a_rejection_says_that_it_works(
+    start, tmp_path
+) -> None:
+    (tmp_path / "down").touch()
+    pipeline = await start(
+        HERE + "Picky",
+        retry={"backoff": "100ms", "backoff_max": "100ms", "give_up_after": "1200ms"},
+        options={"folder": str(tmp_path)},
+        **ONE_BY_ONE,
+    )
+    await pipeline.accept(numbers(0, 3))
+    await until(lambda: pipeline.journal.ledger.dead == 3)
+    assert status_of(pipeline).handler.state == "down"
+    await pipeline.accept(numbers(-1, 1))
+    await until(lambda: pipeline.journal.ledger.dead == 4)
+    assert status_of(pipeline).handler.state == "up"
+
+
+@pytest.mark.parametrize("how", ["part", "retried", "undecodable"])
+def test_what_may_be_said_without_the_sink_ends_no_outage(how: str) -> None:
+    outage = Outage(60.0, lambda: 0.5)
+    isolation = Isolation(outage, 8)
+    batches = [Batch(number, (Span(number, 0, 2),), 2, accepted_at=1.0) for number in range(4)]
+    for now, batch in enumerate(batches):
+        isolation.standing(batch, Result(failure=Failure("raised", "no")), float(now))
+    assert outage.is_outage
+    first = batches[0]
+    result = Result([Rejection(i, "rejected", "no") for i in range(2)])
+    if how == "part":
+        part = first.part(9, (Span(0, 0, 1),), 1)
+        isolation.split(first, [part])
+        isolation.settled(first)
+        first, result = part, Result([Rejection(0, "rejected", "no")])
+    elif how == "retried":
+        result = Result([Rejection(0, "rejected", "no")], [Retry(1, None, "")])
+    else:
+        result = Result([Rejection(i, "undecodable", "no") for i in range(2)])
+    isolation.standing(first, result, 5.0)
+    assert outage.is_outage
+    isolation.standing(batches[1], Result([Rejection(i, "rejected", "") for i in range(2)]), 6.0)
+    assert outage.down_since is None
+
+
+async def test_a_probe_that_turns_out_damaged_keeps_nobody_waiting(start, tmp_path) -> None:
+    (tmp_path / "down").touch()
+    pipeline = await start(
+        HERE + "Flagged", retry=PATIENT, options={"folder": str(tmp_path)}, **ONE_BY_ONE
+    )
+    for number in range(40):
+        await pipeline.accept(numbers(number, 1))
+    await until(lambda: pipeline.failures.down_since)
+    pipeline.outage._next_at += 3600  # until all that waits is damaged
+    await until(lambda: not pipeline.running)
+    waiting = pipeline.line.waiting
+    with closing(sqlite3.connect(tmp_path / "journal.db")) as db, db:
+        db.execute(
+            "UPDATE chunks SET payload = x'00' WHERE id IN"
+            " (SELECT id FROM chunks ORDER BY id LIMIT ?)",
+            (waiting,),
+        )
+    pipeline.outage._next_at = 0.0
+    pipeline.outage.on_change()
+    await until(lambda: pipeline.journal.ledger.dead)
+    (tmp_path / "down").unlink()
+    async with asyncio.timeout(20):
+        report = await drained(pipeline)
+    assert report.ledger[:3] == (40, 40 - waiting, waiting)
+    assert {row[0] for row in dead(tmp_path)} == {"damaged"}
+
+
+async def test_what_is_given_up_is_told_once_and_summed_up(start, tmp_path, logs) -> None:
+    (tmp_path / "no").touch()
+    pipeline = await start(HERE + "Picky", options={"folder": str(tmp_path)}, **ONE_BY_ONE)
+    await pipeline.accept(numbers(0, 50))
+    await until(lambda: pipeline.journal.ledger.dead == 50)
+
+    def told() -> list[int]:
+        lines = events(logs, "records_given_up")
+        return [line["records"] for line in lines if line["log_level"] != "debug"]
+
+    assert told() == [1]
+    pipeline.failures.sum_up_given_up()
+    assert told() == [1, 49]
+    pipeline.failures.sum_up_given_up()  # nothing came: the next one is told at once again
+    await pipeline.accept(numbers(50, 2))
+    report = await drained(pipeline)
+    assert told() == [1, 49, 1, 1]
+    assert report.ledger[:3] == (52, 0, 52)
+
+
+async def test_the_age_of_the_oldest_follows_no_clock_that_is_set(start, tmp_path) -> None:
+    pipeline = await start(HERE + "Flagged", options={"folder": str(tmp_path)}, **ONE_BY_ONE)
+    (tmp_path / "down").touch()
+    clock = pipeline._clock = SetClock()
+    await pipeline.accept(numbers(0, 2))
+    await until(lambda: len(pipeline.outstanding))
+    for step in (-7200, 3600, -1e9):
+        clock.offset = step
+        assert 0 <= status_of(pipeline).oldest_pending_seconds < 1800
 
 
 async def test_a_bad_record_does_not_keep_a_new_one_waiting(start, tmp_path) -> None:

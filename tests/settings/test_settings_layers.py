@@ -175,6 +175,8 @@ def test_a_folder_as_configuration_file_is_one_line(world: World) -> None:
         ("records_max", "batch.records_max"),
         ("batch.record_max", "batch.records_max"),
         ("bacth.records_max", "batch.records_max"),
+        ("retry.waiting_max", "retry.waiting_records_max"),
+        ("batch.max", "batch.records_max"),
         ("executor.worker", "executor.workers"),
         ("handler.option.dsn", "handler.options"),
         ("batch.records_max.more", "batch.records_max"),

@@ -159,6 +159,11 @@ def test_the_dashboard_shows_the_way_of_a_record_from_left_to_right() -> None:
     ]  # fmt: skip
 
 
+def test_what_an_alert_is_about_can_be_looked_at() -> None:
+    shown = {name for text in QUERIES for name in metrics_in(text)}
+    assert {name for rule in RULES for name in metrics_in(rule["expr"])} - OWN <= shown
+
+
 def test_grafana_is_told_where_everything_is() -> None:
     compose = yaml.safe_load((DOCKER / "compose.yaml").read_text())
     mounts = dict(part.split(":")[:2] for part in compose["services"]["grafana"]["volumes"])
