@@ -54,6 +54,7 @@ class Monitor:
 
     Attributes:
         batch: id of the batch that the child has; set by its lane.
+        ended: the process is gone.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class Monitor:
         name: str,
     ) -> None:
         self.batch = ""
+        self.ended = False
         self._pid = pid
         self._connection = connection
         self._outputs = outputs
@@ -77,11 +79,6 @@ class Monitor:
         os.set_blocking(outputs.text, False)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
-
-    @property
-    def ended(self) -> bool:
-        """Whether the process is gone."""
-        return self._ended.is_set()
 
     def wait(self, timeout: float) -> bool:
         """Waits until the process is gone, for `timeout` seconds at most; whether it is."""
@@ -97,7 +94,7 @@ class Monitor:
         try:
             while not self._look(handle):
                 pass
-            self._ended.set()
+            self._end()
             with contextlib.suppress(OSError):
                 self._connection.shutdown(socket.SHUT_RDWR)
             while not self._finished.wait(_REST_SECONDS):
@@ -108,11 +105,15 @@ class Monitor:
                 left -= got
             self._log.flush(last=True)
         finally:
-            self._ended.set()
+            self._end()
             self._outputs.packets.close()
             os.close(self._outputs.text)
             if handle >= 0:
                 os.close(handle)
+
+    def _end(self) -> None:
+        self.ended = True  # without a call for whoever asks before each job
+        self._ended.set()
 
     def _look(self, handle: int) -> bool:
         """Waits for something, and takes what there is; whether the process has ended."""

@@ -85,6 +85,7 @@ class Child:
 
     Attributes:
         is_ready: it has loaded the handler.
+        is_closing: its handler's call raised, and is not known to be closed yet.
     """
 
     def __init__(self, hello: wire.Hello, name: str, surroundings: Surroundings) -> None:
@@ -123,7 +124,8 @@ class Child:
         self._timeout = 0.0
         self._number = 0
         self._rest = b""  # of the connection's bytes
-        self._closed_by: float | None = None  # when the handler's close() has to be done
+        self._deadline = 0.0  # of the answer that is waited for
+        self._closed_by = 0.0  # when the handler's close() has to be done
         self._gone = False
         self._answered = time.monotonic()
         self._monitor = Monitor(
@@ -135,6 +137,7 @@ class Child:
         )
         self._hello = hello
         self.is_ready = False
+        self.is_closing = False
 
     def greet(self) -> wire.Ready:
         """Waits until the child has loaded the handler; comes before the first job.
@@ -168,13 +171,14 @@ class Child:
             raise self._misfit(flaw)
         if answer.closing:
             # What says that it is closed may have come in one piece with the answer.
-            self._closed_by = time.monotonic() + CLOSE_SECONDS
+            self.is_closing = True
+            self._closed_by = self._answered + CLOSE_SECONDS
         elif self._rest:
             raise self._misfit(wire.TRAILING)
         return answer.result
 
     def await_closed(self) -> str:
-        """Waits until the handler whose call raised last is closed, if it is not yet.
+        """Waits until the handler whose call raised last is closed; only if it `is_closing`.
 
         Returns:
             One line if its `close()` failed.
@@ -182,10 +186,9 @@ class Child:
         Raises:
             _WorkerDiedError: it took too long, or the child died over it.
         """
-        if self._closed_by is None:
-            return ""
-        deadline, self._closed_by = self._closed_by, None
-        body = self._receive(max(deadline - time.monotonic(), 0.001), wire.ANSWER_BYTES_MAX)
+        self.is_closing = False
+        left = self._closed_by - time.monotonic()
+        body = self._receive(max(left, 0.001), wire.ANSWER_BYTES_MAX)
         self._check_end()
         return self._decoded(wire.decode_closed, body).error
 
@@ -218,7 +221,7 @@ class Child:
         return self._receive(timeout, limit)
 
     def _receive(self, timeout: float, limit: int) -> bytes | bytearray:
-        deadline = time.monotonic() + timeout
+        self._deadline = time.monotonic() + timeout
         self._wait_at_most(timeout)
         try:
             message = wire.receive(
@@ -227,8 +230,7 @@ class Child:
                 limit=limit,
                 begun=self._rest,
                 may_follow=True,
-                # One byte a second would never be too late otherwise.
-                before_more=lambda: self._wait_at_most(deadline - time.monotonic()),
+                before_more=self._wait_until_deadline,
             )
         except BlockingIOError:
             raise self._overran(timeout) from None
@@ -256,6 +258,10 @@ class Child:
         if timeout != self._timeout:
             wire.set_timeout(self._sock, timeout)
             self._timeout = timeout
+
+    def _wait_until_deadline(self) -> None:
+        # One byte a second would never be too late otherwise.
+        self._wait_at_most(self._deadline - time.monotonic())
 
     def _overran(self, timeout: float) -> _WorkerDiedError:
         self.kill()
@@ -418,24 +424,26 @@ class ProcessLane:
 
     def _is_no_use(self) -> bool:
         """Whether only failures came from the child for so long that another may do better."""
-        failing = time.monotonic() - self._failing_since
-        return self._failed >= FAILING_TRIES and failing >= self._patience
+        if self._failed < FAILING_TRIES:
+            return False
+        return time.monotonic() - self._failing_since >= self._patience
 
     def _usable(self) -> Child:
         """A child that is ready for a job; what happened to the last one is no job's fault."""
         child = self._child
         if child is None:
             return self._spawn()
-        try:
-            failed = child.await_closed()
-        except _WorkerDiedError as died:
-            overran = died.failure.reason == "timeout"
-            error = f"it was not done after {CLOSE_SECONDS:g} s" if overran else str(died)
-            log.warning("handler_close_failed", lane=self._name, error=error)
-            self._bury(died.failure)
-            return self._spawn()
-        if failed:
-            log.warning("handler_close_failed", lane=self._name, error=failed)
+        if child.is_closing:
+            try:
+                failed = child.await_closed()
+            except _WorkerDiedError as died:
+                overran = died.failure.reason == "timeout"
+                error = f"it was not done after {CLOSE_SECONDS:g} s" if overran else str(died)
+                log.warning("handler_close_failed", lane=self._name, error=error)
+                self._bury(died.failure)
+                return self._spawn()
+            if failed:
+                log.warning("handler_close_failed", lane=self._name, error=failed)
         if flaw := child.flaw():
             child.kill()
             self._bury(Failure("crashed", f"between two jobs {flaw}"))

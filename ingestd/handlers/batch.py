@@ -157,12 +157,16 @@ class Batch(Sequence[T_co], Generic[T_co]):
     @property
     def rejections(self) -> list[Rejection]:
         """What was rejected so far, by place in the whole batch; undecodable records included."""
+        if not self._said:
+            return list(self._undecodable)
         said = [what for what in self._said.values() if isinstance(what, Rejection)]
         return sorted([*self._undecodable, *said], key=lambda what: what.index)
 
     @property
     def retries(self) -> list[RetryMark]:
         """What shall come again so far, by place in the whole batch."""
+        if not self._said:
+            return []
         said = [what for what in self._said.values() if isinstance(what, RetryMark)]
         return sorted(said, key=lambda what: what.index)
 

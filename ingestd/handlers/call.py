@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import types
-from time import perf_counter  # by name: a handler may freeze or replace the module's
+
+# By name: a handler may freeze or replace the module's.
+from os import getpid
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from ingestd.handlers.batch import Batch, Reject, Retry, seconds_of
 from ingestd.handlers.failure import failure_of
-from ingestd.handlers.forked import ParentOnly
+from ingestd.handlers.forked import ParentOnly, end_child
 from ingestd.handlers.outcome import POSTPONED, Failure, Job, Result
 from ingestd.handlers.text import definer_of, message_of, name_of, plain
 
@@ -21,16 +24,23 @@ if TYPE_CHECKING:
 
 def call(spec: HandlerSpec, handler: Callable[[Any], Any], job: Job) -> Result:
     """Call a handler that is not async, in this thread. Raises nothing, whatever it raises."""
-    batch = _batch(spec, job)
-    if not isinstance(batch, Batch):
-        return batch
+    process = getpid()
+    prepared = _prepared(spec, job)
+    if isinstance(prepared, Result):
+        return prepared
+    batch, argument = prepared
     started = perf_counter()
     try:
-        with ParentOnly():
-            returned = handler(_argument(spec, batch))
+        returned = handler(argument)
     except BaseException as exc:  # noqa: BLE001  SystemExit and KeyboardInterrupt are the batch's
-        return _after(batch, perf_counter() - started, exc)
-    return _after(batch, perf_counter() - started, None, returned)
+        seconds = perf_counter() - started
+        if getpid() != process:  # as `ParentOnly`, which costs a batch of one record too much
+            end_child(exc)
+        return _after(batch, seconds, exc)
+    seconds = perf_counter() - started
+    if getpid() != process:
+        end_child(None)
+    return _after(batch, seconds, None, returned)
 
 
 async def call_async(spec: HandlerSpec, handler: Callable[[Any], Any], job: Job) -> Result:
@@ -42,13 +52,14 @@ async def call_async(spec: HandlerSpec, handler: Callable[[Any], Any], job: Job)
     """
     import asyncio  # noqa: PLC0415  thread and process workers do without
 
-    batch = _batch(spec, job)
-    if not isinstance(batch, Batch):
-        return batch
+    prepared = _prepared(spec, job)
+    if isinstance(prepared, Result):
+        return prepared
+    batch, argument = prepared
     started = perf_counter()
     try:
         with ParentOnly():
-            returned = handler(_argument(spec, batch))
+            returned = handler(argument)
             if _is_awaitable(returned):
                 returned = await returned
     except asyncio.CancelledError as exc:
@@ -100,20 +111,20 @@ def _is_cancelled(task: Task[Any] | None) -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def _batch(spec: HandlerSpec, job: Job) -> Batch[Any] | Result:
-    """The decoded batch, or the result at once if there is nothing to call the handler with."""
+def _prepared(spec: HandlerSpec, job: Job) -> tuple[Batch[Any], Any] | Result:
+    """The decoded batch and what the handler is called with, or the result if there is nothing."""
     if spec.wants_batch and spec.decoder.one is None and job.records.count:
-        return Batch(None, job)  # a sink that writes the payload as it is needs nothing else
+        batch: Batch[Any] = Batch(None, job)
+        return batch, batch  # a sink that writes the payload as it is needs nothing else
     try:
         values, undecodable = spec.decoder.decode(job.records)
-        return Batch(values, job, undecodable) if values else Result(undecodable)
+        if not values:
+            return Result(undecodable)
+        batch = Batch(values, job, undecodable)
     except BaseException as exc:  # noqa: BLE001  a validator of the user's may raise anything
         return Result(failure=failure_of(exc))
-
-
-def _argument(spec: HandlerSpec, batch: Batch[Any]) -> Any:
-    # A list of its own: the handler may pop from it, and the batch still knows its records.
-    return batch if spec.wants_batch else list(batch)
+    # Who gets the list may pop from it: nobody else looks at the values again.
+    return batch, batch if spec.wants_batch else values
 
 
 def _after(

@@ -221,8 +221,9 @@ class _Stderr(io.TextIOBase):
 
     def flush(self) -> None:
         """Sends also what has no line end."""
-        rest, self._held.text = getattr(self._held, "text", ""), ""
+        rest = getattr(self._held, "text", "")
         if rest:
+            self._held.text = ""
             self._relay.text(rest)
 
     def writable(self) -> bool:

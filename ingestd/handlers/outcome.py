@@ -13,7 +13,7 @@ import msgspec
 from ingestd.base.record import Records, Span  # noqa: TC001  msgspec reads the annotations
 
 
-class Job(msgspec.Struct, frozen=True):
+class Job(msgspec.Struct, frozen=True, array_like=True):
     """One call of the handler.
 
     Attributes:
@@ -83,7 +83,7 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
     after: float | None = None
 
 
-class Result(msgspec.Struct, frozen=True):
+class Result(msgspec.Struct, frozen=True, array_like=True):
     """What became of a job. Records in neither list are done, unless `failure` is set.
 
     Attributes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
+from os import getpid
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -12,7 +13,7 @@ import msgspec
 from ingestd.base.errors import HandlerLoadError
 from ingestd.handlers.call import call, call_async, close, close_async, failure_from
 from ingestd.handlers.failure import failure_of
-from ingestd.handlers.forked import ParentOnly
+from ingestd.handlers.forked import ParentOnly, end_child
 from ingestd.handlers.load import load
 from ingestd.handlers.outcome import POSTPONED, Failure, Result, flaw_of
 
@@ -112,14 +113,20 @@ class Runner:
 
     def run(self, job: Job) -> Result:
         """Calls the handler; never raises."""
-        self.renew()
+        if self._spoiled:
+            self.renew()
+        process = getpid()
         try:
-            with ParentOnly():
-                made, failure = self._made()
-                result = call(*made, job) if made else Result(failure=failure)
+            made, failure = self._made()
+            result = call(*made, job) if made else Result(failure=failure)
         except BaseException as error:  # noqa: BLE001
+            if getpid() != process:
+                end_child(error)
             result = Result(failure=failure_of(error))
-        return self._looked_at(result, job)
+        result = self._looked_at(result, job)
+        if getpid() != process:  # as `ParentOnly`, which costs a batch of one record too much
+            end_child(None)
+        return result
 
     async def run_async(self, job: Job) -> Result:
         """Calls an `async def` handler; raises only `asyncio.CancelledError`."""

@@ -19,10 +19,11 @@ import mmap
 import os
 import socket
 import struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from ingestd.base.record import Records
 from ingestd.handlers.outcome import ERROR_CHARS_MAX, Job, Result
 from ingestd.handlers.runner import Wanted  # noqa: TC001  msgspec reads the annotation
 
@@ -70,7 +71,7 @@ class Ready(msgspec.Struct, frozen=True):
     is_async: bool = False
 
 
-class Order(msgspec.Struct, frozen=True):
+class Order(msgspec.Struct, frozen=True, array_like=True):
     """A job as it is sent.
 
     Attributes:
@@ -104,7 +105,7 @@ class Closed(msgspec.Struct, frozen=True):
     error: str = ""
 
 
-class Message(NamedTuple):
+class Message(msgspec.Struct, frozen=True):
     """A message as it came.
 
     Attributes:
@@ -199,7 +200,9 @@ def _seal(fd: int) -> None:
 
 
 def _with_payload(job: Job, payload: bytes) -> Job:
-    return Job(job.batch, job.attempt, job.records._replace(payload=payload), job.spans, job.origin)
+    layout, count, _, sizes, names = job.records
+    records = Records(layout, count, payload, sizes, names)
+    return Job(job.batch, job.attempt, records, job.spans, job.origin)
 
 
 def set_timeout(sock: socket.socket, seconds: float) -> None:

@@ -87,7 +87,8 @@ class _Connection:
         os._exit(1)
 
     def _look(self, fd: int) -> None:
-        if _identity(fd) != self._is[fd]:
+        found = os.fstat(fd)
+        if (found.st_dev, found.st_ino) != self._is[fd]:
             raise OSError("a descriptor of the worker's was taken")
 
     def _leave_to_parent(self) -> None:
