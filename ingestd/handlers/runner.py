@@ -58,6 +58,9 @@ class Runner:
     Args:
         wanted: the handler.
         report: gets one line when an instance that is replaced did not close as it should.
+
+    Attributes:
+        spoiled: an instance waits for `renew`.
     """
 
     def __init__(self, wanted: Wanted, report: Callable[[str], None] = lambda _: None) -> None:
@@ -65,7 +68,7 @@ class Runner:
         self._report = report
         self._spec: HandlerSpec | None = None
         self._handler: Callable[[Any], Any] | None = None
-        self._spoiled = False
+        self.spoiled = False
 
     @property
     def is_async(self) -> bool:
@@ -113,7 +116,7 @@ class Runner:
 
     def run(self, job: Job) -> Result:
         """Calls the handler; never raises."""
-        if self._spoiled:
+        if self.spoiled:
             self.renew()
         process = getpid()
         try:
@@ -145,6 +148,8 @@ class Runner:
         return self._looked_at(result, job)
 
     def _looked_at(self, result: Result, job: Job) -> Result:
+        if result.failure is None and not (result.rejections or result.retries):
+            return result  # all is done
         if flaw := flaw_of(result, job.records.count):
             error = f"the handler reached into its batch: {flaw}"
             result = Result(failure=Failure("raised", error))
@@ -152,21 +157,16 @@ class Runner:
             self._spoil()
         return result
 
-    @property
-    def spoiled(self) -> bool:
-        """Whether an instance waits for `renew`."""
-        return self._spoiled
-
     def _spoil(self) -> None:
         # A function stays, and so does an object of the module's: neither was made by us.
-        self._spoiled = self._handler is not None and self._spec is not None and self._spec.is_class
+        self.spoiled = self._handler is not None and self._spec is not None and self._spec.is_class
 
     def renew(self) -> None:
         """Closes an instance whose call raised; the next job creates another one.
 
         `run` does it when nobody did so before: the sooner, the sooner its connection is closed.
         """
-        if not self._spoiled:
+        if not self.spoiled:
             return
         overran = threading.Timer(CLOSE_SECONDS, self._report, (_OVERRAN,))
         overran.daemon = True
@@ -181,7 +181,7 @@ class Runner:
         """`renew` for an `async def` handler; one that takes too long is given up."""
         import asyncio  # noqa: PLC0415
 
-        if not self._spoiled:
+        if not self.spoiled:
             return
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
@@ -191,7 +191,7 @@ class Runner:
         self._forget(failed)
 
     def _forget(self, failed: str) -> None:
-        self._handler, self._spoiled = None, False
+        self._handler, self.spoiled = None, False
         if failed:
             self._report(failed)
 

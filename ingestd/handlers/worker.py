@@ -34,15 +34,18 @@ from ingestd.handlers.runner import Runner
 if TYPE_CHECKING:
     from types import FrameType
 
-    from ingestd.handlers.outcome import Job
-
 _PR_SET_PDEATHSIG = 1
 _LEFT_TO_DAEMON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _JOB_BYTES_MAX = 1 << 40
 
 
 class _Connection:
-    """The worker's end of the socket, the lifeline and the memory."""
+    """The worker's end of the socket, the lifeline and the memory.
+
+    Attributes:
+        number: of the job that was received last.
+        job: gives the job of a message.
+    """
 
     def __init__(self, socket_fd: int, lifeline_fd: int, memory_fd: int) -> None:
         for fd in (socket_fd, lifeline_fd):
@@ -57,6 +60,7 @@ class _Connection:
         self._is = {fd: _identity(fd) for fd in (socket_fd, lifeline_fd)}
         self._worker = os.getpid()
         self.number = 0
+        self.job = self._slot.unpack
         os.register_at_fork(after_in_child=self._leave_to_parent)
 
     def receive(self) -> bytes | bytearray | None:
@@ -68,10 +72,6 @@ class _Connection:
             return None
         self.number = message.number
         return message.body
-
-    def job(self, message: bytes | bytearray) -> Job:
-        """The job of a message."""
-        return self._slot.unpack(message)
 
     def send(self, message: bytes) -> None:
         """Answers the message that was received last."""
