@@ -156,7 +156,7 @@ def _filter(arguments: argparse.Namespace) -> dead.Filter:
         reasons=tuple(arguments.reason),
         since=arguments.since,
         until=arguments.until,
-        ids=tuple(arguments.id),
+        ids=frozenset(arguments.id),
         limit=arguments.limit,
     )
 
@@ -206,7 +206,7 @@ def _count(path: Path, chosen: dead.Filter) -> dead.Counted:
 def _show(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
     if not arguments.id:
         raise UsageError(problem="which letter? its number (see ingestd dead list)")
-    for name, kept in _letters(found, dead.Filter(ids=tuple(arguments.id)), whole=True):
+    for name, kept in _letters(found, dead.Filter(ids=frozenset(arguments.id)), whole=True):
         if arguments.json:
             write_lines([as_line(name, kept, whole=True)])
         else:

@@ -355,7 +355,7 @@ class Committer:
             self._report(Committed((), (), self._store.meta.ledger, 0.0, self._poison))
 
     def _poisoned(self, error: Exception) -> None:
-        if isinstance(error, sqlite3.Error) and salvage.is_damage(error):
+        if salvage.is_damage(error):
             salvage.mark(self._store.path)
         problem = f"{type(error).__name__}: {error}"
         self._poison = JournalFailed(path=self._store.path, problem=problem)

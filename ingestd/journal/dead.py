@@ -2,18 +2,19 @@
 
 Nothing here touches the ledger: whoever purges deletes rows, whoever wants records fed again marks
 them, and the daemon does the rest (see `letters.py`). Every step reads without a lock that anybody
-waits for, and then writes a bounded number of rows in one transaction. A row that is meant in part
-is taken apart first; its letters keep their numbers.
+waits for, and then writes a bounded number of rows in one transaction: of those letters what is
+there by then. A row that is meant in part is taken apart first; its letters keep their numbers.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.journal.beside import transaction
 from ingestd.journal.letters import INCOMPLETE, replace, row_of
-from ingestd.journal.rows import COLUMNS, Row, split, taken_apart
+from ingestd.journal.rows import COLUMNS, Row, readable, split, taken_apart
 
 if TYPE_CHECKING:
     import sqlite3
@@ -46,13 +47,13 @@ class Filter(NamedTuple):
     reasons: tuple[str, ...] = ()
     since: float | None = None
     until: float | None = None
-    ids: tuple[int, ...] = ()
+    ids: Collection[int] = ()
     limit: int | None = None
 
     @property
     def is_open(self) -> bool:
         """Whether every letter is meant."""
-        return self == Filter()
+        return not self.ids and self == Filter(ids=self.ids)
 
     def where(self, db: sqlite3.Connection) -> tuple[str, list[object]]:
         """The condition on rows in SQL and its parameters, without the limit."""
@@ -61,9 +62,8 @@ class Filter(NamedTuple):
             parts.append(f"reason IN ({','.join('?' * len(self.reasons))})")
             values.extend(self.reasons)
         if self.ids:
-            found = {row.id for number in self.ids if (row := row_of(db, number)) is not None}
             parts.append("id IN (SELECT value FROM json_each(?))")
-            values.append(json.dumps(sorted(found)))
+            values.append(json.dumps(_found(db, self.ids)[0]))
         for condition, moment in (("last_at >= ?", self.since), ("last_at < ?", self.until)):
             if moment is not None:
                 parts.append(condition)
@@ -127,7 +127,7 @@ def _rows(
         step, count, size = list[tuple[Row, int]](), 0, 0
         rows = db.execute(query, (*values, at, last, last, STEP))
         for payload_bytes, *found in rows:
-            row = Row(*found)
+            row = readable(Row(*found))
             step.append((row, payload_bytes))
             count += row.letters
             size += payload_bytes if whole else 0
@@ -191,7 +191,24 @@ def _count_all(db: sqlite3.Connection, chosen: Filter) -> Counted:
 
 def missing(db: sqlite3.Connection, ids: Sequence[int]) -> list[int]:
     """Those of some numbers that no letter has."""
-    return [number for number in ids if row_of(db, number) is None]
+    return _found(db, ids)[1]
+
+
+def _found(db: sqlite3.Connection, ids: Iterable[int]) -> tuple[list[int], list[int]]:
+    """The rows that hold the letters of some numbers, and the numbers that no letter has."""
+    rows, absent = list[int](), list[int]()
+    first, last = 1, 0
+    for number in sorted(ids):
+        if number > last:
+            query = "SELECT id, letters FROM dead WHERE id >= ? ORDER BY id LIMIT 1"
+            found = None if number > sys.maxsize else db.execute(query, (number,)).fetchone()
+            last, letters = found or (number, 0)
+            first = last - letters + 1
+        if number < first:
+            absent.append(number)
+        elif rows[-1:] != [last]:
+            rows.append(last)
+    return rows, absent
 
 
 class Marked(NamedTuple):
@@ -218,7 +235,7 @@ def mark(
         check: what is wrong with a payload as a record of the pipeline; empty if nothing is. It is
             asked about records that were never accepted.
     """
-    marked = invalid = 0
+    invalid = 0
     also = f"retry = 0 AND reason NOT IN ({', '.join(repr(reason) for reason in INCOMPLETE)})"
 
     def wanted() -> Iterator[_Part]:
@@ -231,37 +248,41 @@ def mark(
                 invalid += len(letters) - len(meant)
             yield _Part(row, size, meant)
 
-    for step in _in_steps(wanted()):
-        with transaction(db):
-            marked += sum(_mark(db, part) for part in step)
+    marked = sum(_change(db, wanted(), mark=True))
     return Marked(marked, invalid)
 
 
 def purge(db: sqlite3.Connection, chosen: Filter, last: int) -> int:
     """Deletes letters for good, up to the number `last`; marked ones stay. How many it were."""
     rows = _rows(db, chosen, whole=False, also="retry = 0", last=last)
-    gone = 0
-    for step in _in_steps(_Part(row, size, set(chosen.meant(row, last))) for row, size in rows):
-        with transaction(db):
-            deleted = sum(_purge(db, part) for part in step)
-            db.execute("UPDATE dead_totals SET purged = purged + ?", (deleted,))
-        gone += deleted
-    return gone
+    parts = (_Part(row, size, set(chosen.meant(row, last))) for row, size in rows)
+    return sum(_change(db, parts, mark=False))
 
 
 class _Part(NamedTuple):
     """A row without its payload, the bytes of that, and the numbers of the letters that are meant.
 
-    The daemon may have taken the row away meanwhile, or taken it apart: then nothing is done.
+    Numbers are never used again, so they mean the same letters when the row has gone meanwhile, or
+    has been taken apart by the daemon or another command.
     """
 
     row: Row
     size: int
     meant: Collection[int]
 
-    @property
-    def is_whole(self) -> bool:
-        return len(self.meant) == self.row.letters
+
+def _change(db: sqlite3.Connection, parts: Iterable[_Part], *, mark: bool) -> Iterator[int]:
+    """Marks letters, or deletes them, in steps of a transaction each; those that are marked stay.
+
+    Yields:
+        How many each step has changed.
+    """
+    for step in _in_steps(parts):
+        with transaction(db):
+            done = sum(_change_part(db, part, mark=mark) for part in step)
+            if not mark:
+                db.execute("UPDATE dead_totals SET purged = purged + ?", (done,))
+        yield done
 
 
 def _in_steps(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
@@ -279,32 +300,19 @@ def _in_steps(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
         yield step
 
 
-def _mark(db: sqlite3.Connection, part: _Part) -> int:
-    if part.is_whole:
-        query = "UPDATE dead SET retry = 1 WHERE id = ? AND letters = ? AND retry = 0"
-        done = db.execute(query, (part.row.id, part.row.letters)).rowcount
-        return part.row.letters if done else 0
-    row = _unchanged(db, part)
-    if row is None:
-        return 0
-    chosen, rest = split(row, part.meant)
-    replace(db, row, [*(one._replace(retry=1) for one in chosen), *rest])
-    return len(part.meant)
-
-
-def _purge(db: sqlite3.Connection, part: _Part) -> int:
-    if part.is_whole:
-        query = "DELETE FROM dead WHERE id = ? AND letters = ? AND retry = 0"
-        done = db.execute(query, (part.row.id, part.row.letters)).rowcount
-        return part.row.letters if done else 0
-    row = _unchanged(db, part)
-    if row is None:
-        return 0
-    replace(db, row, split(row, part.meant)[1])
-    return len(part.meant)
-
-
-def _unchanged(db: sqlite3.Connection, part: _Part) -> Row | None:
-    row = row_of(db, part.row.id)
-    same = row is not None and row._replace(payload=b"") == part.row._replace(payload=b"")
-    return row if same else None
+def _change_part(db: sqlite3.Connection, part: _Part, *, mark: bool) -> int:
+    """What is there now of a part, in the transaction that is open; how many letters it were."""
+    numbers = part.row.numbers
+    query = "SELECT id, letters FROM dead WHERE id BETWEEN ? AND ? AND retry = 0"
+    done = 0
+    for last, letters in db.execute(query, (numbers[0], numbers[-1])).fetchall():
+        meant = [number for number in range(last - letters + 1, last + 1) if number in part.meant]
+        if len(meant) == letters:
+            change = "UPDATE dead SET retry = 1" if mark else "DELETE FROM dead"
+            db.execute(f"{change} WHERE id = ?", (last,))
+        elif meant and (row := row_of(db, last)) is not None:
+            chosen, rest = split(row, meant)
+            kept = [one._replace(retry=1) for one in chosen] if mark else []
+            replace(db, row, [*kept, *rest])
+        done += len(meant)
+    return done

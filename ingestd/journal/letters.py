@@ -18,11 +18,20 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base.record import Records
 from ingestd.journal.interface import Chunk, DeadTotals, Moved
-from ingestd.journal.rows import COLUMNS, ROW_BYTES, Row, letter_bytes, packed, split, taken_apart
+from ingestd.journal.rows import (
+    COLUMNS,
+    ROW_BYTES,
+    Row,
+    letter_bytes,
+    packed,
+    readable,
+    split,
+    taken_apart,
+)
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Callable, Collection, Iterable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
     from ingestd.journal.interface import DeadLetter
 
@@ -94,10 +103,19 @@ def replace(db: sqlite3.Connection, row: Row, parts: Sequence[Row]) -> None:
 
 
 def row_of(db: sqlite3.Connection, number: int) -> Row | None:
-    """The row that holds the letter of a number."""
-    found = db.execute(f"{_ROW} WHERE id >= ? ORDER BY id LIMIT 1", (number,)).fetchone()
-    row = None if found is None else Row(*found)
-    return row if row is not None and number in row.numbers else None
+    """The row whose last letter has a number."""
+    found = db.execute(f"{_ROW} WHERE id = ?", (number,)).fetchone()
+    return None if found is None else readable(Row(*found))
+
+
+def groups(db: sqlite3.Connection) -> Iterator[Row]:
+    """The rows that hold several letters, each in a read of its own; damaged ones as they are."""
+    last = 0
+    query = f"{_ROW} WHERE id > ? AND letters > 1 ORDER BY id LIMIT 1"
+    while found := db.execute(query, (last,)).fetchone():
+        row = Row(*found)
+        yield row
+        last = row.id
 
 
 def revive(db: sqlite3.Connection, chunk: int, now: float, check: Callable[[bytes], str]) -> Moved:
@@ -115,13 +133,17 @@ def revive(db: sqlite3.Connection, chunk: int, now: float, check: Callable[[byte
         Their chunks, which the caller writes, and how the ledger moves.
     """
     names, payloads, size, unfit = list[str](), list[bytes](), 0, 0
-    rows = []
+    rows = list[tuple[Row, list[Row]]]()
     found = db.execute(f"{_ROW} WHERE retry = 1 ORDER BY id LIMIT ?", (REVIVE_RECORDS,))
     for values in found:
         row = Row(*values)
+        if (damaged := readable(row)) is not row:
+            rows.append((row, [damaged]))
+            unfit += 1
+            continue
         letters = taken_apart(row)
         bad = {n for n, _, letter in letters if not letter.record and check(letter.payload)}
-        rows.append((row, bad))
+        rows.append((row, [part._replace(retry=0) for part in split(row, bad)[0]]))
         unfit += len(bad)
         names += [letter.record for n, _, letter in letters if n not in bad]
         payloads += [letter.payload for n, _, letter in letters if n not in bad]
@@ -129,8 +151,8 @@ def revive(db: sqlite3.Connection, chunk: int, now: float, check: Callable[[byte
         if size >= REVIVE_BYTES or len(payloads) >= REVIVE_RECORDS:
             break
     found.close()
-    for row, bad in rows:
-        replace(db, row, [part._replace(retry=0) for part in split(row, bad)[0]])
+    for row, stay in rows:
+        replace(db, row, stay)
     if not payloads:
         return Moved(unfit=unfit)
     revived = sum(1 for name in names if name)

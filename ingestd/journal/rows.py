@@ -88,6 +88,10 @@ class _Facts(msgspec.Struct, array_like=True):
     which: bytes
 
 
+UNREADABLE = (ValueError, TypeError, LookupError, OverflowError, msgspec.MsgspecError)
+"""What `taken_apart` raises about a row that is damaged."""
+DAMAGED = "what was known of these records is damaged; their bytes are kept"
+
 _decode = msgspec.msgpack.Decoder(_Facts).decode
 _encode = msgspec.msgpack.Encoder().encode
 
@@ -204,7 +208,7 @@ def taken_apart(row: Row, *, whole: bool = True) -> list[tuple[int, int, DeadLet
         whole: with payloads and tracebacks.
 
     Raises:
-        ValueError, msgspec.MsgspecError: the row is damaged.
+        ValueError, TypeError, LookupError, msgspec.MsgspecError: the row is damaged (`readable`).
     """
     if row.letters == 1:
         size = len(row.payload)
@@ -226,6 +230,17 @@ def taken_apart(row: Row, *, whole: bool = True) -> list[tuple[int, int, DeadLet
         letter = _letter(row, record, error, traceback if whole else "", payload)
         found.append((number, size, letter))
     return found
+
+
+def readable(row: Row) -> Row:
+    """The row itself, or one letter in its place if it does not tell any more what is in it."""
+    try:
+        taken_apart(row, whole=False)
+    except UNREADABLE:
+        return row._replace(
+            letters=1, facts=b"", reason="damaged", error=DAMAGED, traceback="", retry=0
+        )
+    return row
 
 
 def _letter(row: Row, record: str, error: str, traceback: str, payload: bytes) -> DeadLetter:

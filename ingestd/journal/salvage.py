@@ -324,19 +324,9 @@ def _copy_rows(old: sqlite3.Connection, db: sqlite3.Connection, table: str) -> N
 def _copy_letters(old: sqlite3.Connection, db: sqlite3.Connection) -> None:
     """Dead letters; of a row that does not tell any more what is in it, the bytes are kept."""
     _copy_rows(old, db, "dead")
-    query = f"SELECT {', '.join(rows.COLUMNS)} FROM dead WHERE letters > 1"  # noqa: S608
-    for values in db.execute(query).fetchall():
-        row = rows.Row(*values)
-        try:
-            rows.taken_apart(row, whole=False)
-        except _UNREADABLE:
-            db.execute(
-                "UPDATE dead SET letters = 1, facts = x'', reason = 'damaged', retry = 0,"
-                " error = 'what was known of these records is damaged; their bytes are kept'"
-                " WHERE id = ?",
-                (row.id,),
-            )
-            db.execute("UPDATE dead_totals SET letters = letters - ?", (row.letters - 1,))
+    for row in letters.groups(db):
+        if (damaged := rows.readable(row)) is not row:
+            letters.replace(db, row, [damaged])
 
 
 def _copy_bookmarks(old: sqlite3.Connection, db: sqlite3.Connection) -> None:

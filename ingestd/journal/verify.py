@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from ingestd.base.record import Span
-from ingestd.journal import bookmarks, letters, schema
+from ingestd.journal import bookmarks, letters, rows, schema
 from ingestd.journal.beside import transaction
 from ingestd.journal.interface import DeadLetter
 from ingestd.journal.store import meta_of, read_chunks, write_meta
@@ -106,7 +106,7 @@ def _row(db: sqlite3.Connection, query: str) -> dict[str, Any]:
 
 def findings(db: sqlite3.Connection) -> Iterator[Finding]:
     """Everything that is wrong; nothing for a journal that is well."""
-    for check in (_file, _places, _checksums, _bookmarks):
+    for check in (_file, _places, _checksums, _bookmarks, _letters):
         try:
             yield from check(db)
         except (sqlite3.DatabaseError, msgspec.MsgspecError, TypeError) as error:
@@ -141,6 +141,14 @@ def _bookmarks(db: sqlite3.Connection) -> Iterator[Finding]:
     if bookmarks.exist(db):
         for key in bookmarks.damaged(db):
             yield Finding(f"bookmark {key} is damaged: its checksum does not fit")
+
+
+def _letters(db: sqlite3.Connection) -> Iterator[Finding]:
+    """Each row that holds several dead letters, read one by one."""
+    for row in letters.groups(db):
+        if rows.readable(row) is not row:
+            numbers = f"{row.numbers[0]} to {row.numbers[-1]}"
+            yield Finding(f"the dead letters {numbers} can't be told apart any more")
 
 
 def _places(db: sqlite3.Connection) -> Iterator[Finding]:

@@ -7,9 +7,13 @@ import sqlite3
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+import pytest
+
 from ingestd.base.clock import SystemClock
+from ingestd.base.errors import JournalFailed
 from ingestd.base.record import Records, Refused, Span
-from ingestd.journal import verify
+from ingestd.journal import dead, verify
+from ingestd.journal.beside import opened as opened_beside
 from ingestd.journal.interface import Cursor, DeadLetter, Ledger, Moved, Sealed, Settlement
 from ingestd.journal.letters import REVIVE_RECORDS, Courtesy, letter_bytes
 from ingestd.journal.memory import MemoryJournal
@@ -146,3 +150,114 @@ async def test_the_memory_journal_keeps_the_newest_within_the_bound() -> None:
     assert [letter.payload for letter in journal.dead] == [b"2", b"3"]
     assert journal.dead_totals.expired == 1
     assert journal.dead_totals.bytes == 2 * one
+
+
+async def group(j, count: int = 10) -> None:
+    """The letters 1 to `count`, in one row."""
+    await j.append(Records.lines([b"%d" % n for n in range(1, count + 1)]), ())
+    await j.seal(Sealed(1, (Span(1, 0, count),), count), Cursor(2, 0))
+    letters = [
+        DeadLetter(f"{j.id}.1.{n}", "rejected", f"no {n}", "", b"%d" % (n + 1), 1, 1.0, 2.0)
+        for n in range(count)
+    ]
+    await j.settle(Settlement(1, 0, letters, [], [1], 0))
+
+
+def kept(db: sqlite3.Connection) -> dict[int, tuple[bytes, bool]]:
+    letters = dead.letters(db, dead.Filter(), whole=True)
+    return {one.id: (one.letter.payload, one.marked) for one in letters}
+
+
+async def test_commands_that_take_the_same_row_apart_at_once_each_do_their_part(
+    opened, tmp_path: Path, monkeypatch
+) -> None:
+    """Each has read the row whole when the other one takes it apart."""
+    j = (await opened()).journal
+    await group(j)
+    await j.close()
+    path = tmp_path / "journal.db"
+    came: list[object] = []
+    change = dead._change_part
+
+    def overtaken(db: sqlite3.Connection, part, *, mark: bool) -> int:
+        if not came:
+            came.append(part)
+            db.execute("COMMIT")
+            with opened_beside(path, write=True) as other:
+                assert dead.purge(other, dead.Filter(ids=(2, 7)), 10) == 2
+                assert dead.mark(other, dead.Filter(ids=(1, 3)), 10, lambda _: "").letters == 2
+            db.execute("BEGIN IMMEDIATE")
+        return change(db, part, mark=mark)
+
+    monkeypatch.setattr(dead, "_change_part", overtaken)
+    with opened_beside(path, write=True) as db:
+        assert dead.mark(db, dead.Filter(ids=(3, 4, 5, 7)), 10, lambda _: "").letters == 2
+        marked = {number for number, (_, is_marked) in kept(db).items() if is_marked}
+        assert marked == {1, 3, 4, 5}
+        assert dead.purge(db, dead.Filter(), 10) == 4
+        assert kept(db) == {n: (b"%d" % n, True) for n in (1, 3, 4, 5)}
+        assert list(verify.findings(db)) == []
+    j = await opened()
+    assert (await j.journal.revive()).revived == 4
+    assert j.chunks[-1].records.items() == [b"1", b"3", b"4", b"5"]
+
+
+async def test_numbers_of_a_row_are_found_with_one_look(opened, tmp_path: Path) -> None:
+    j = (await opened()).journal
+    await group(j)
+    await j.append(Records.lines([]), refused(b"a", b"b"))
+    with opened_beside(tmp_path / "journal.db", write=True) as db:
+        looks: list[str] = []
+        db.set_trace_callback(looks.append)
+        assert dead.missing(db, [12, 3, 1, 10, 13, 2**64, 5]) == [13, 2**64]
+        assert len(looks) == 3
+        db.set_trace_callback(None)
+        assert dead.count(db, dead.Filter(ids=(3, 12, 13))).letters == 2
+        assert dead.purge(db, dead.Filter(ids=range(2, 12)), 12) == 10
+        assert dead.missing(db, range(14)) == [0, *range(2, 12), 13]
+
+
+async def test_a_row_that_does_not_tell_what_is_in_it_is_one_damaged_letter(
+    opened, tmp_path: Path
+) -> None:
+    """Seen by the commands, found by verify; it is not fed again, and nothing ends by it."""
+    j = (await opened()).journal
+    await group(j)
+    await j.append(Records.lines([b"11"]), ())
+    with closing(sqlite3.connect(tmp_path / "journal.db")) as db, db:
+        db.execute("UPDATE dead SET facts = zeroblob(length(facts)), retry = 1")
+    with opened_beside(tmp_path / "journal.db", write=True) as db:
+        (one,) = dead.letters(db, dead.Filter(), whole=True)
+        assert (one.id, one.letter.reason, one.letter.records) == (10, "damaged", 10)
+        assert one.letter.payload == b"12345678910"
+        (finding,) = verify.findings(db)
+        assert finding.text == "the dead letters 1 to 10 can't be told apart any more"
+    assert await j.look()
+    moved = await j.revive()
+    assert (moved.revived, moved.unfit) == (0, 1)
+    assert not await j.look()
+    assert j.ledger == Ledger(accepted=11, dead=10)
+    with opened_beside(tmp_path / "journal.db", write=True) as db:
+        assert list(verify.findings(db)) == []
+        assert dead.purge(db, dead.Filter(ids=(10,)), 10) == 1
+        assert kept(db) == {}
+
+
+async def test_a_letter_that_breaks_a_commit_is_repaired_by_the_next_start(
+    opened, tmp_path: Path
+) -> None:
+    j = (await opened()).journal
+    await j.append(Records.lines([b"1"]), refused(b"2", b"3"))
+    with closing(sqlite3.connect(tmp_path / "journal.db")) as db, db:
+        db.execute("PRAGMA writable_schema=ON")
+        db.execute("UPDATE sqlite_schema SET sql = replace(sql, 'STRICT', '') WHERE name = 'dead'")
+    with closing(sqlite3.connect(tmp_path / "journal.db")) as db, db:
+        db.execute("UPDATE dead SET payload = 'text', retry = 1")
+    with pytest.raises(JournalFailed):
+        await j.revive()
+    await j.close()
+    again = await opened()
+    assert again.recovered.set_aside
+    assert [chunk.records.items() for chunk in await again.journal.read(1, 1 << 20)] == [[b"1"]]
+    await again.journal.revive()
+    assert not again.journal.failed.done()
