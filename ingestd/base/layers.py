@@ -14,6 +14,7 @@ import tomllib
 from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base.keys import Kind, dotted, example_in, locate, nearest, wrong_name
+from ingestd.base.read_file import read_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -117,11 +118,7 @@ def from_secrets(folder: Path, problems: list[str]) -> Iterator[Entry]:
 
 def _read_secret(file: Path, problems: list[str]) -> str | None:
     try:
-        with file.open("rb") as opened:
-            content = opened.read(SECRET_BYTES_MAX + 1)
-        if len(content) > SECRET_BYTES_MAX:
-            problems.append(f"secrets file {file} is larger than {SECRET_BYTES_MAX} bytes")
-            return None
+        content = read_file(file, SECRET_BYTES_MAX)
         return content.decode().removesuffix("\n").removesuffix("\r")
     except OSError as error:
         problems.append(f"cannot read secrets file {file}: {error.strerror}")
@@ -130,11 +127,11 @@ def _read_secret(file: Path, problems: list[str]) -> str | None:
     return None
 
 
-def from_file(file: Path, problems: list[str]) -> Iterator[Entry]:
-    """A TOML file that has to be there."""
+def from_file(file: Path, problems: list[str], *, may_wait: bool = False) -> Iterator[Entry]:
+    """A TOML file that has to be there; `may_wait`: it may be a pipe, which can be read once."""
     try:
-        with file.open("rb") as opened:
-            table = tomllib.loads(opened.read().decode("utf-8-sig"))  # editors put a BOM there
+        content = read_file(file, may_wait=may_wait)
+        table = tomllib.loads(content.decode("utf-8-sig"))  # editors put a BOM there
     except FileNotFoundError:
         problems.append(f"there is no configuration file {file}")
     except OSError as error:

@@ -90,6 +90,7 @@ def load(
         config=config,
         secrets=secrets,
         system_config=system_config,
+        at_start=before is None,
     )
     try:
         settings = Settings(**written)
@@ -154,13 +155,14 @@ def _gather(
     config: str | None,
     secrets: Path,
     system_config: Path,
+    at_start: bool = False,
 ) -> tuple[dict[str, Any], _Origins]:
     """What is written, the least important place first; see `merge`."""
     layers: list[list[Entry]] = []
     named = config if config is not None else environ.get(CONFIG_VARIABLE) or None
     file = find_config(named, cwd, system_config)
     if file is not None:
-        layers.append(list(from_file(file, problems)))
+        layers.append(list(from_file(file, problems, may_wait=at_start)))
     layers.append(list(from_secrets(secrets, problems)))
     credentials = environ.get("CREDENTIALS_DIRECTORY")
     if credentials and Path(credentials) != secrets:

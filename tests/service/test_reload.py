@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import ssl
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,9 +19,6 @@ from ingestd.sources.http.gate import Gate
 from tests.access.tools import LOGS, SHOP, Files, bearer
 from tests.daemon.harness import Daemon, daemon
 from tests.service.tools import until
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 TOKEN = {"shop": {"token": SHOP}}
 
@@ -257,3 +256,41 @@ def test_no_value_of_an_option_is_ever_logged(tmp_path: Path) -> None:
         said += repr(two.events) + repr(two.other)
     assert "y" in two.other[-1]
     assert not [one for one in hidden if one in said]
+
+
+def test_settings_that_came_through_a_pipe_are_not_read_again(tmp_path: Path) -> None:
+    """It is empty then, and without tokens anybody may send."""
+    reading, writing = os.pipe()
+    os.write(writing, f'[http.tokens.shop]\ntoken = "{SHOP}"\n'.encode())
+    os.close(writing)
+    with daemon("--config", f"/dev/fd/{reading}", cwd=tmp_path, fds=(reading,)) as one:
+        os.close(reading)
+        assert "no regular file" in hang_up(one, "reload_refused")["error"]
+        assert one.post(b"1\n")[0] == 401
+        assert one.post(b"1\n", **bearer(SHOP))[0] == 202
+
+
+def test_a_reload_waits_for_no_file_and_reads_none_without_end(tmp_path: Path) -> None:
+    fifo, token, config = (tmp_path / name for name in ("fifo", "token", "ingestd.toml"))
+    os.mkfifo(fifo)
+    token.write_text(SHOP)
+    tables = {"http__tokens__shop": {"file": str(token)}}
+    configure(tmp_path, **tables)
+    with daemon(cwd=tmp_path) as one:
+        for place in (fifo, Path("/dev/zero"), tmp_path):
+            config.unlink()
+            config.symlink_to(place)
+            assert str(config) in hang_up(one, "reload_refused")["error"]
+            config.unlink()
+            for table in ({"certificate": str(place)}, {"client_ca": str(place)}):
+                configure(tmp_path, **tables, http__tls=table)
+                assert "http.tls" in hang_up(one, "reload_refused")["error"]
+            configure(tmp_path, **tables)
+            token.unlink()
+            token.symlink_to(place)
+            assert "http.tokens.shop.file" in hang_up(one, "reload_refused")["error"]
+            token.unlink()
+            token.write_text(SHOP)
+            hang_up(one, "reloaded")
+        assert one.post(b"1\n")[0] == 401
+        assert one.post(b"1\n", **bearer(SHOP))[0] == 202

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ingestd.base.read_file import read_file
+
 BYTES_MAX = 1024**2
 
 
@@ -16,12 +18,7 @@ def read_lines(path: str, key: str, problems: list[str]) -> list[tuple[int, str]
         problems: gets a line if it can't be read, or if there is nothing in it.
     """
     try:
-        with Path(path).open("rb") as opened:
-            content = opened.read(BYTES_MAX + 1)
-        if len(content) > BYTES_MAX:
-            problems.append(f"{key}: {path} is larger than {BYTES_MAX} bytes")
-            return []
-        text = content.decode()
+        text = read_file(Path(path), BYTES_MAX).decode()
     except OSError as error:
         problems.append(f"{key}: cannot read {path}: {error.strerror}")
         return []

@@ -8,6 +8,7 @@ import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ingestd.base.read_file import read_file
 from ingestd.sources.http.secured import SecuredContext
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def make_context(
 def read_authorities(settings: TlsSettings) -> frozenset[bytes]:
     """Digests of the certificates in the file of `http.tls.client_ca`; none without one."""
     try:
-        content = Path(settings.client_ca).read_bytes()
+        content = read_file(Path(settings.client_ca))
     except OSError:
         return frozenset()  # no file; or `make_context` has said so
     blocks = _CERTIFICATE.findall(content)
@@ -61,7 +62,7 @@ def _unreadable(path: str, key: str) -> str | None:
     if not path:
         return None
     try:
-        content = Path(path).read_bytes()
+        content = read_file(Path(path))
     except OSError as error:
         return f"{key}: cannot read {path}: {error.strerror}"
     if b"-----BEGIN " not in content:
@@ -91,7 +92,7 @@ def _load_chain(context: ssl.SSLContext, settings: TlsSettings) -> str | None:
             return f"http.tls.key_password: does not open {key}"
         if reason == "KEY_VALUES_MISMATCH":
             return f"{setting}: {key} is not the key of {settings.certificate}"
-        if b"PRIVATE KEY-----" not in Path(key).read_bytes():
+        if b"PRIVATE KEY-----" not in read_file(Path(key)):
             return f"{setting}: there is no private key in {key}"
         return f"http.tls.certificate: {settings.certificate} can't be used ({_words(reason)})"
     return None
