@@ -15,6 +15,7 @@ from ingestd.base.errors import HandlerLoadError
 from ingestd.base.telemetry import get_logger
 from ingestd.execution.lane import not_started
 from ingestd.execution.pool import TaskPool
+from ingestd.handlers.failure import failure_of
 from ingestd.handlers.outcome import Failure, Result
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ class CoroutineLane:
 
     async def start(self) -> None:
         """See `Lane.start`."""
-        error = await self._loops.current.call(partial(_prepare, self._runner)).done
+        call = self._loops.current.call(partial(_prepare, self._runner))
+        await call.ended_within(None)
+        error = _CANCELLED if call.done.cancelled() else call.done.result()
         self._prepared = True
         if error:
             log.warning("handler_not_ready", lane=self._name, error=error)
@@ -72,9 +75,7 @@ class CoroutineLane:
             raise
         finally:
             self._idle.set()
-        if call.done.cancelled():  # by itself: a handler can cancel its own task
-            return Result(failure=Failure("raised", "the handler cancelled its own task"))
-        return call.done.result()
+        return _result_of(call)
 
     async def _called(self, runner: Runner, job: Job) -> Result:
         if not self._prepared:  # after the one before was given up
@@ -89,8 +90,9 @@ class CoroutineLane:
         call.cancel()
         if await call.ended_within(self._grace):
             # One that caught it and returned has done its work after all.
-            if not call.done.cancelled() and call.done.result().failure is None:
-                return call.done.result()
+            result = _result_of(call)
+            if result.failure is None:
+                return result
             return self._timed_out("was cancelled")
         if await self._loops.give_up(call, self._grace):
             log.error("handler_abandoned", lane=self._name, timeout=self._timeout)
@@ -141,6 +143,18 @@ class CoroutinePool(TaskPool):
         """See `Pool.close`."""
         gone = await super().close(deadline)
         return await self._loops.end(deadline) and gone
+
+
+_CANCELLED = "the handler cancelled its own task, or closed its loop"
+
+
+def _result_of(call: Call[Result]) -> Result:
+    """The result of a call that has ended, however it did."""
+    if call.done.cancelled():
+        return Result(failure=Failure("raised", _CANCELLED))
+    if error := call.done.exception():
+        return Result(failure=failure_of(error))
+    return call.done.result()
 
 
 async def _prepare(runner: Runner) -> str:

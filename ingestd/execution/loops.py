@@ -6,6 +6,7 @@ clients of the user's belong to a loop. What does not come back is given up, and
 
 - A call that goes on after its cancellation is **abandoned**: it keeps running on its loop, which
   goes on to serve the others. At most `ABANDONED_MAX` calls of a pool are abandoned at a time.
+- A loop that a handler has closed ends with all of its calls, and the next call gets a new one.
 - A loop that does not answer is **retired**: the next call gets a new loop in a new thread. The old
   one cancels what is on it as soon as it turns again, and ends. There are at most `RETIRED_MAX`.
 
@@ -22,6 +23,8 @@ from contextvars import copy_context
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ingestd.base.telemetry import get_logger
+from ingestd.execution.kinds import FailureKinds
+from ingestd.handlers.failure import failure_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -110,7 +113,10 @@ class HandlerLoop:
         self.ended = asyncio.Event()
         self._on_end = on_end
         self._loop = _new_loop()
+        self._loop.set_exception_handler(self._callback_failed)
+        self._calls: set[Call[Any]] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._kinds = FailureKinds()
         self._ending = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -118,6 +124,8 @@ class HandlerLoop:
     def call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> Call[T]:
         """Begins a coroutine; on the daemon's loop."""
         call = Call(self, make)
+        self._calls.add(call)
+        call.done.add_done_callback(lambda _: self._calls.discard(call))
         self.soon(call.begin)
         return call
 
@@ -161,17 +169,33 @@ class HandlerLoop:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self._loop)
-        while not self._ending or self._tasks:
+        while not (self._loop.is_closed() or (self._ending and not self._tasks)):
             try:
                 self._loop.run_forever()
-            except BaseException:
-                log.exception("handler_task_failed")
+            except BaseException as error:  # noqa: BLE001
+                self._report(error)
         with contextlib.suppress(Exception):
             self._loop.close()
         with contextlib.suppress(RuntimeError):
             self.home.call_soon_threadsafe(self._ended)
 
+    def _callback_failed(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if error is None:
+            log.error("handler_task_failed", error=str(context.get("message")))
+        else:
+            self._report(error)
+
+    def _report(self, error: BaseException) -> None:
+        """Logs what nobody awaits, each kind once; no code of the user's may end this thread."""
+        failure = failure_of(error)
+        new = self._kinds.note(failure, self.home.time())
+        write = log.error if new else log.debug
+        write("handler_task_failed", error=failure.error, exception=failure.traceback)
+
     def _ended(self) -> None:
+        for call in list(self._calls):  # they never end any more: a handler has closed the loop
+            call.done.cancel()
         self.ended.set()
         self._on_end(self)
 
@@ -192,7 +216,7 @@ class HandlerLoops:
     @property
     def current(self) -> HandlerLoop:
         """The loop for new calls."""
-        if self._current is None:
+        if self._current is None or self._current.ended.is_set():
             self._current = HandlerLoop(f"{self._name}-loop", self._retired.discard)
         return self._current
 

@@ -10,6 +10,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from structlog.testing import capture_logs
 
 from ingestd.base.record import Records, Span
 from ingestd.base.settings import Settings
@@ -64,6 +65,37 @@ async def leaves(batch: list[int]) -> None:
         raise SystemExit(3)
     task = asyncio.get_running_loop().create_task(leave())
     await asyncio.wait([task])
+
+class Ugly(SystemExit):
+    def __str__(self):
+        raise SystemExit("not even this")
+
+class Closes(SystemExit):
+    def __str__(self):
+        self.args[0].close()   # it does not turn at the moment
+        return "closed"
+
+def throw(error):
+    raise error
+
+async def ugly(batch: list[int]) -> None:
+    loop = asyncio.get_running_loop()
+    for error in (Ugly(), BaseException(), Ugly()):
+        loop.call_soon(throw, error)
+        await asyncio.sleep(0.01)
+
+async def closes(batch: list[int]) -> None:
+    if batch[0]:
+        loop = asyncio.get_running_loop()
+        loop.call_soon(throw, Closes(loop))
+        await asyncio.sleep(3600)
+
+class CancelsAll:
+    def __init__(self):
+        for task in asyncio.all_tasks():
+            task.cancel()
+    async def __call__(self, batch: list[int]) -> None:
+        pass
 
 async def finishes(batch: list[int]) -> None:
     try:
@@ -150,6 +182,29 @@ async def test_a_task_that_leaves_with_system_exit_does_not_end_the_loop(opened)
     pool, _ = await opened("leaves", within="20s")
     assert (await asyncio.wait_for(pool.run(job(1)), 20)).failure is None
     assert (await asyncio.wait_for(pool.run(job(1)), 20)).failure is None
+
+
+async def test_what_nobody_awaits_may_be_anything(opened) -> None:
+    pool, _ = await opened("ugly", within="20s")
+    with capture_logs() as lines:
+        assert (await asyncio.wait_for(pool.run(job(1)), 10)).failure is None
+    told = [line["error"] for line in lines if line["log_level"] == "error"]
+    assert [error.partition(":")[0].rpartition(".")[2] for error in told] == [
+        "Ugly",
+        "BaseException",
+    ]  # each once
+
+
+async def test_a_loop_that_was_closed_ends_its_calls_and_is_replaced(opened) -> None:
+    pool, _ = await opened("closes", within="1h")
+    failure = (await asyncio.wait_for(pool.run(job(1)), 10)).failure
+    assert failure.error == "the handler cancelled its own task, or closed its loop"
+    assert (await asyncio.wait_for(pool.run(job(0)), 10)).failure is None
+
+
+async def test_a_constructor_that_cancels_its_own_task_is_like_one_that_fails(opened) -> None:
+    pool, _ = await opened("CancelsAll")
+    assert (await asyncio.wait_for(pool.run(job(1)), 10)).failure is None
 
 
 @pytest.mark.parametrize(
