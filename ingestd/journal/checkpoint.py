@@ -21,16 +21,25 @@ if TYPE_CHECKING:
 
 WAL_BYTES = 64 << 20
 """How much goes into the WAL before it is started over."""
+WAL_PART = 16
+"""Of a small disk not more than this part: what is kept free of it is a tenth, and a WAL that took
+so much would keep records out although nothing is pending."""
 _ROUNDS_MAX = 4
 _FEW_PAGES = 256
 """What is left to the writer at most, where rounds of copying get ahead of it."""
 
 
 class Checkpointer:
-    """Owns the checkpoint thread. `wrote` and `ripe` are the writer's; both are cheap."""
+    """Owns the checkpoint thread. `wrote`, `full` and `ripe` are the writer's, and cheap.
+
+    Args:
+        path: the journal's file.
+    """
 
     def __init__(self, path: Path) -> None:
         self._connection = connect(path)
+        disk = os.statvfs(path)
+        self._wal_bytes = min(WAL_BYTES, disk.f_blocks * disk.f_frsize // WAL_PART)
         # POSIX drops every lock that a process has on a file when it closes *any* descriptor of
         # it, so this one lives as long as the connections do (see `close`).
         self._fd = os.open(path, os.O_RDONLY)
@@ -44,9 +53,13 @@ class Checkpointer:
     def wrote(self, size: int) -> None:
         """Counts what a commit put into the WAL."""
         self._written += size
-        if self._written >= WAL_BYTES:
-            self._written = 0
-            self._wanted.set()
+        if self._written >= self._wal_bytes:
+            self.full()
+
+    def full(self) -> None:
+        """Has the WAL started over soon: a disk without space has room for more commits in it."""
+        self._written = 0
+        self._wanted.set()
 
     def ripe(self) -> bool:
         """Whether the writer should start the WAL over now; true once for each round."""

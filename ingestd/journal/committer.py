@@ -339,6 +339,7 @@ class Committer:
             if refused:
                 self._refuse(refused)
             self._again = [op for op in ops if type(op) not in _TRIED_ONCE]
+            self._checkpointer.full()
             if not (self._again and self._closing.is_set()):
                 return
             ops, self._again = self._again, []

@@ -42,6 +42,22 @@ def test_a_small_disk_takes_records_with_the_defaults(tmp_path: Path) -> None:
             assert [one["event"] for one in running.events].count("records_refused") == 1
 
 
+@needs("mount", root=True)
+def test_what_went_through_a_small_disk_does_not_fill_it(tmp_path: Path) -> None:
+    """Twice as much as it holds: the log of commits is started over."""
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=16m", "tmpfs") as disk:
+        (tmp_path / "app.py").write_text("def store(batch):\n    pass\n")
+        flags = ("app:store", "--executor.kind", "thread", "--batch.age_max", "1ms")
+        with daemon(*flags, "--data-dir", str(disk / "data"), cwd=tmp_path) as running:
+            body = b"".join(b"%06d%s\n" % (n, b"0" * 1000) for n in range(100_000, 100_640))
+            for sent in range(50):
+                code, answer = running.post(body)
+                assert code == 202, (sent, answer)
+            running.until_settled()
+            running.terminate()
+            assert running.wait() == 0
+
+
 async def test_a_drained_journal_is_small_again(opened, tmp_path: Path) -> None:
     j = await opened()
     file = tmp_path / "journal.db"
