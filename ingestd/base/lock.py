@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import DataDirError
-from ingestd.base.private import make_folder, open_private, open_to_others, tighten_folder
+from ingestd.base.private import (
+    make_folder,
+    make_private,
+    open_private,
+    open_to_others,
+    tighten,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,7 +50,8 @@ class FileLock:
     Args:
         path: the file; made private if it is not there.
         of: what is locked by it, for the error.
-        signed: this process's number is written into it, for the error of the next one.
+        signed: this process's number is written into it, for the error of the next one; so it must
+            be no link.
 
     Raises:
         DataDirError: it can't be opened, or another daemon holds it.
@@ -52,7 +59,8 @@ class FileLock:
 
     def __init__(self, path: Path, *, of: Path, signed: bool = False) -> None:
         try:
-            fd = open_private(path, os.O_RDWR | os.O_CREAT)
+            make_private(path)
+            fd = open_private(path, os.O_RDWR | (os.O_NOFOLLOW if signed else 0))
         except OSError as error:
             raise DataDirError(path=of, problem=_why(error)) from error
         try:
@@ -113,8 +121,8 @@ class DataDir:
         folder = self.path / "pipelines" / pipeline
         try:
             make_folder(folder)
-            tighten_folder(folder.parent)
-            tighten_folder(folder)
+            tighten(folder.parent)
+            tighten(folder)
         except OSError as error:
             raise DataDirError(path=folder, problem=_why(error)) from error
         self._locks.append(FileLock(folder / LOCK_NAME, of=folder, signed=True))

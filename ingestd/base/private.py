@@ -34,23 +34,36 @@ def open_private(path: Path, flags: int) -> int:
 
 
 def tighten(path: Path) -> None:
-    """Makes a file private that others may read; without opening it, which would drop its locks."""
+    """Makes a file or folder private that others may look into, but no linked one.
+
+    It is not opened: closing a file drops the locks that the process has on it.
+    """
     with contextlib.suppress(OSError):
-        found = path.lstat()
-        if found.st_mode & _OTHERS and stat.S_ISREG(found.st_mode):
-            path.chmod(FILE_MODE)
+        mode = path.lstat().st_mode
+        if mode & _OTHERS and (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            path.chmod(FOLDER_MODE if stat.S_ISDIR(mode) else FILE_MODE)
 
 
 def make_private(path: Path) -> None:
     """Makes an empty private file if there is none, else makes the one that is there private.
 
+    What root makes in a folder of another user's belongs to that user, whose daemon has to open it:
+    SQLite does the same with its files.
+
     Raises:
         OSError: it can't be made.
     """
     try:
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE)
     except FileExistsError:
         tighten(path)
+        return
+    try:
+        if os.geteuid() == 0:
+            owner = path.parent.stat()
+            os.fchown(fd, owner.st_uid, owner.st_gid)
+    finally:
+        os.close(fd)
 
 
 def create_new(path: Path) -> int:
@@ -82,14 +95,6 @@ def make_folder(path: Path) -> None:
             raise
     with contextlib.suppress(PermissionError):  # it may be written to, and not be read
         sync_folder(path.parent)
-
-
-def tighten_folder(path: Path) -> None:
-    """Makes a folder that we made private, if an earlier ingestd left it open; no linked one."""
-    with contextlib.suppress(OSError):
-        found = path.lstat()
-        if found.st_mode & _OTHERS and stat.S_ISDIR(found.st_mode):
-            path.chmod(FOLDER_MODE)
 
 
 def sync_folder(path: Path) -> None:

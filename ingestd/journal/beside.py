@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import DataDirError, JournalUnreadable, UsageError
-from ingestd.base.lock import DataDir
+from ingestd.base.lock import LOCK_NAME, FileLock
 from ingestd.journal.schema import APPLICATION_ID, VERSION, carry_over
 from ingestd.journal.store import connect
 
@@ -46,7 +46,7 @@ def journals(data_dir: Path, only: Sequence[str] = ()) -> dict[str, Path]:
         if name not in found:
             known = ", ".join(found)
             raise UsageError(problem=f"pipeline {name!r} has no journal in {data_dir}, but {known}")
-    return {name: path for name, path in found.items() if not only or name in only}
+    return {name: path.resolve() for name, path in found.items() if not only or name in only}
 
 
 @contextmanager
@@ -92,16 +92,16 @@ def _carry_over(path: Path) -> None:
     except sqlite3.Error:
         return  # whoever opens it says why
     folder = path.absolute().parent
-    if folder.parent.name == "pipelines":
-        folder = folder.parent.parent
-    lock = DataDir(folder)
-    try:
-        with contextlib.closing(connect(path)) as db:
-            carry_over(db)
-    except sqlite3.Error as error:
-        raise DataDirError(path=path, problem=str(error)) from error
-    finally:
-        lock.close()
+    places = [folder, *([folder.parent.parent] if folder.parent.name == "pipelines" else [])]
+    with contextlib.ExitStack() as held:
+        for place in places:  # an earlier daemon has locked the data directory, whichever that is
+            if (place / LOCK_NAME).is_file():
+                held.callback(FileLock(place / LOCK_NAME, of=place).close)
+        try:
+            with contextlib.closing(connect(path)) as db:
+                carry_over(db)
+        except sqlite3.Error as error:
+            raise DataDirError(path=path, problem=str(error)) from error
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:

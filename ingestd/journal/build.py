@@ -44,13 +44,14 @@ def build_journal(
         return MemoryJournal(
             bytes_max=settings.bytes_max, dead_bytes_max=dead_bytes_max, clock=clock, keys=keys
         )
+    path = (folder / "journal.db").resolve()  # SQLite's other files lie beside what a link names
     return SqliteJournal(
-        folder / "journal.db",
+        path,
         bytes_max=settings.bytes_max,
         clock=clock,
         on_commit=on_commit,
         dead_bytes_max=dead_bytes_max,
         keys=keys,
-        space=Space(folder, scaled(settings.free_min, folder)),
+        space=Space(path.parent, scaled(settings.free_min, path.parent)),
         courtesy=courtesy,
     )

@@ -109,19 +109,24 @@ def repair(path: Path, now: float) -> str:
         sqlite3.Error, OSError: the new file can't be written; the old one is in place.
     """
     building = path.with_name(f"{path.name}.building")
-    for suffix in ("", "-wal", "-shm"):
-        building.with_name(building.name + suffix).unlink(missing_ok=True)
-    store = Store(building)
+    _unlink(building)
     try:
-        _fill(store, path, now)
-        store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-    finally:
-        store.close()
+        with contextlib.closing(Store(building)) as store:
+            _fill(store, path, now)
+            store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    except BaseException:
+        _unlink(building)  # a half of it would keep the space that the next try needs
+        raise
     stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime(now))
     while path.with_name(f"{path.name}.damaged-{stamp}").exists():
         stamp += "+"
     building.rename(path.with_name(f"{path.name}.repaired-{stamp}"))
     return finish(path)
+
+
+def _unlink(building: Path) -> None:
+    for suffix in ("", "-wal", "-shm"):
+        building.with_name(building.name + suffix).unlink(missing_ok=True)
 
 
 def finish(path: Path) -> str:

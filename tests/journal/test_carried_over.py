@@ -92,6 +92,21 @@ async def test_the_commands_open_it_too_unless_an_earlier_daemon_runs(
     await check(await opened())
 
 
+async def test_the_lock_is_that_of_the_folder_whatever_its_name(earlier: Path) -> None:
+    """A data directory may lie in a folder that is called like ours of the named pipelines."""
+    folder = earlier.parent / "pipelines" / "clicks"
+    folder.mkdir(parents=True)
+    path = earlier.rename(folder / "journal.db")
+    held = DataDir(folder)
+    with pytest.raises(DataDirError, match="another ingestd"), opened_beside(path):
+        pass
+    held.close()
+    (earlier.parent / "lock").write_text("of something else")
+    with opened_beside(path) as db:
+        assert dead.count(db, dead.Filter()).letters == 5
+    assert (earlier.parent / "lock").read_text() == "of something else"
+
+
 CARRY = """
 import os, signal, sqlite3, sys
 from ingestd.journal import store

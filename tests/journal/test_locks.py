@@ -14,6 +14,8 @@ import pytest
 
 from ingestd.base.errors import DataDirError
 from ingestd.base.lock import DataDir, FileLock
+from ingestd.journal import salvage
+from ingestd.journal.store import Store
 from tests.daemon.harness import ROOT, daemon
 
 if TYPE_CHECKING:
@@ -152,3 +154,45 @@ def test_every_file_is_private_in_a_folder_that_was_there(tmp_path: Path, umask:
         assert stat.S_IMODE((tmp_path / "export").stat().st_mode) == 0o600
     finally:
         os.umask(before)
+
+
+def test_a_journal_that_is_a_link_lies_on_another_disk(tmp_path: Path) -> None:
+    """Its write-ahead log lies beside what the link names; the commands find it, too."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "ingestd-data").mkdir()
+    (tmp_path / "ingestd-data" / "journal.db").symlink_to(tmp_path / "disk" / "journal.db")
+    with daemon("--batch.age_max", "1ms", cwd=tmp_path) as running:
+        assert running.post(b"1\n{\n")[0] == 202
+        running.until_settled()
+        assert {"journal.db", "journal.db-wal"} <= modes(tmp_path / "disk").keys()
+        running.process.kill()
+        running.wait()
+    done = subprocess.run(
+        [sys.executable, "-m", "ingestd", "dead", "list", "--json"], capture_output=True,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60, check=True,
+    )  # fmt: skip
+    assert b"malformed" in done.stdout
+
+
+def test_a_lock_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("theirs")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "lock").symlink_to(tmp_path / "other")
+    with pytest.raises(DataDirError, match="symbolic links"):
+        DataDir(tmp_path / "data")
+    assert (tmp_path / "other").read_text() == "theirs"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_what_root_makes_in_the_folder_of_another_user_is_that_users(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    Store(folder / "journal.db").close()
+    for path in (folder, folder / "journal.db"):
+        os.chown(path, 65534, 65534)
+    data = DataDir(folder)
+    salvage.repair(folder / "journal.db", 2e9)
+    data.close()
+    assert {path.name: path.stat().st_uid for path in folder.iterdir()} == {
+        "lock": 65534, "journal.db": 65534, "journal.db.damaged-20330518T033320Z": 65534,
+    }  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
+import subprocess
 from contextlib import closing
 from pathlib import Path
 
@@ -12,8 +14,10 @@ from ingestd.base.clock import SystemClock
 from ingestd.base.record import Records, Span
 from ingestd.journal import salvage, schema, verify
 from ingestd.journal.beside import opened as opened_beside
-from ingestd.journal.interface import Cursor, DeadLetter, Ledger, Sealed, Settlement
+from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Sealed, Settlement
 from ingestd.journal.sqlite import SqliteJournal
+from ingestd.journal.store import Store, Write
+from tests.faults.tools import mounted, needs
 
 
 async def work(j) -> None:
@@ -93,3 +97,18 @@ async def test_what_was_set_aside_before_is_not_written_over(opened, tmp_path: P
     (tmp_path / "journal.db.repaired-19700101T000001Z").write_bytes(path.read_bytes())
     assert salvage.finish(path) == f"{aside}+"
     assert aside.read_bytes() == first
+
+
+@needs("mount", root=True)
+def test_a_repair_without_space_leaves_what_space_there_was(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=3m", "tmpfs") as disk:
+        with closing(Store(tmp_path / "journal.db")) as store:
+            chunks = [Chunk(n, 1.0, Records.lines([b"0" * 60_000])) for n in range(1, 31)]
+            store.write(Write(chunks, (), (), (), (), None))
+        path = Path(shutil.copy(tmp_path / "journal.db", disk))
+        before = {one.name: one.stat().st_size for one in disk.iterdir()}
+        with pytest.raises(sqlite3.OperationalError, match="full"):
+            salvage.repair(path, 2e9)
+        assert {one.name: one.stat().st_size for one in disk.iterdir()} == before
+        subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
+        assert Path(salvage.repair(path, 2e9)).stat().st_size == before["journal.db"]
