@@ -32,7 +32,10 @@ def read_file(path: Path, bytes_max: int = BYTES_MAX, *, may_wait: bool = False)
     # Without O_NONBLOCK the opening of a FIFO that nobody writes to waits already.
     flags = os.O_CLOEXEC | os.O_NOCTTY | (0 if may_wait else os.O_NONBLOCK)
     with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as opened:
-        mode = os.fstat(opened.fileno()).st_mode
+        found = os.fstat(opened.fileno())
+        mode = found.st_mode
+        if os.path.samestat(found, os.stat(os.devnull)):  # noqa: PTH116  it is always empty
+            return b""
         if not (stat.S_ISREG(mode) or (may_wait and stat.S_ISFIFO(mode))):
             raise OSError(errno.EINVAL, "it is no regular file")
         content = opened.read(bytes_max + 1)
