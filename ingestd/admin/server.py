@@ -11,7 +11,7 @@ import errno
 import os
 import socket
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import msgspec
 from aiohttp import web
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ingestd.base.settings import AdminSettings
 
 CONNECTIONS_MAX = 64
-"""Connections at one time; one more is hung up on."""
+"""Connections at one time; for one more one of those that ask nothing is hung up on."""
 CONNECTION_SECONDS = 10.0
 """A connection's whole life: to send its request and to take its answer."""
 CLOSE_SECONDS = 1.0
@@ -53,6 +53,13 @@ class _Page(NamedTuple):
     content_type: str = "text/plain; charset=utf-8"
     status: int = 200
     headers: dict[str, str] = {}  # noqa: RUF012 - never written to
+
+    def response(self) -> web.Response:
+        """As HTTP, the last one of its connection."""
+        headers = {**_HEADERS, "Content-Type": self.content_type, **self.headers}
+        response = web.Response(body=self.body, status=self.status, headers=headers)
+        response.force_close()
+        return response
 
 
 class AdminServer:
@@ -132,14 +139,7 @@ class AdminServer:
         self.addresses = []
 
     async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        page = self._page(request)
-        response = web.Response(
-            body=page.body,
-            status=page.status,
-            headers={**_HEADERS, "Content-Type": page.content_type, **page.headers},
-        )
-        response.force_close()
-        return response
+        return self._page(request).response()
 
     def _page(self, request: web.BaseRequest) -> _Page:
         if self._hosts is not None and (refusal := self._refusal(request, self._hosts)):
@@ -200,6 +200,28 @@ class AdminServer:
 class _Connection(RequestHandler):
     """A connection whose client may end its own direction before it has its answer."""
 
+    async def start(self) -> None:
+        """Answers, unless it was hung up on before."""
+        if self.transport is not None:
+            await super().start()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Tells a sender of what is no HTTP so, and not the log, which anybody could fill."""
+        if status >= 500:
+            return super().handle_error(request, status, exc, message)
+        return _problem_page(status, "Bad Request", "it can't be read as HTTP/1.1").response()
+
+    @property
+    def asks(self) -> bool:
+        """Whether a request has come."""
+        return self._request_count > 0
+
     def eof_received(self) -> bool:  # type: ignore[override]  # aiohttp never keeps one open
         """Whether something was asked that has no answer yet."""
         # aiohttp waits for a request, has one in its queue, or is at one.
@@ -223,11 +245,17 @@ class _Door(web.Server):
         )
 
     def connection_made(self, handler: RequestHandler, transport: asyncio.Transport) -> None:
-        """Starts the connection's clock, or hangs up if there are too many."""
+        """Starts the connection's clock, and hangs up on the first idle one of too many.
+
+        Whoever holds connections and asks nothing must not keep a probe from its answer: a service
+        manager ends what does not give one.
+        """
         super().connection_made(handler, transport)
         if len(self._inside) >= CONNECTIONS_MAX:
-            transport.abort()
-            return
+            idle = (one for one in self._inside if not cast("_Connection", one).asks)
+            given_up, timer = self._inside.pop(next(idle, next(iter(self._inside))))
+            timer.cancel()
+            given_up.abort()
         # `abort`, not `close`: that would wait for a reader who takes no answer.
         end = asyncio.get_running_loop().call_later(CONNECTION_SECONDS, transport.abort)
         self._inside[handler] = transport, end

@@ -219,6 +219,30 @@ async def test_a_connection_that_says_nothing_is_hung_up_on(
     assert (await admin.ask("/livez"))[0] == 200
 
 
+async def test_who_holds_connections_keeps_no_probe_from_its_answer(admin: Admin) -> None:
+    held = [await admin.connect() for _ in range(3 * admin_server.CONNECTIONS_MAX)]
+    assert (await admin.ask("/livez"))[0] == 200
+    assert len(admin.server._door._inside) <= admin_server.CONNECTIONS_MAX
+    for _, writer in held:
+        writer.close()
+
+
+async def test_who_sends_what_is_no_http_does_not_fill_the_log(
+    admin: Admin, caplog: pytest.LogCaptureFixture
+) -> None:
+    for data in (
+        b"BREW",
+        b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 10_000,
+        b"PRI * HTTP/2.0\r\nHost: localhost\r\n\r\n",
+        b"POST / HTTP/1.1\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    ):
+        reader, writer = await admin.connect()
+        writer.write(data + b"\r\n\r\n")
+        assert b" 400 " in (await hung_up(reader)).split(b"\r\n")[0]
+        writer.close()
+    assert not [one for one in caplog.records if one.levelname not in ("DEBUG", "INFO")]
+
+
 async def test_one_request_a_connection(admin: Admin) -> None:
     reader, writer = await admin.connect()
     writer.write(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n" * 2)
@@ -232,8 +256,9 @@ async def test_connections_are_bounded_and_room_comes_back(
     monkeypatch: pytest.MonkeyPatch, admin: Admin
 ) -> None:
     monkeypatch.setattr(admin_server, "CONNECTIONS_MAX", 3)
-    inside = [await admin.connect() for _ in range(3)]
-    reader, writer = await admin.connect()
+    inside = [await admin.connect() for _ in range(4)]
+    # The first one that asks nothing has to go.
+    reader, writer = inside.pop(0)
     assert await hung_up(reader) == b""
     writer.close()
     for reader, writer in inside:

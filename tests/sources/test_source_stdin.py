@@ -212,6 +212,16 @@ def test_a_folder_is_said_to_be_unreadable(run, tmp_path):
         os.close(fd)
 
 
+def test_the_end_of_a_pipe_that_is_written_to_is_said_to_be_unreadable(run):
+    reading, writing = os.pipe()
+    try:
+        with pytest.raises(InputUnreadable, match="Bad file descriptor"):
+            run(read_all(writing))
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
 def test_a_terminal(run):
     async def work():
         intake = MemoryIntake()

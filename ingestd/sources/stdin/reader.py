@@ -108,9 +108,11 @@ def _open_anew(fd: int) -> tuple[int, Callable[[], None]]:
     O_NONBLOCK belongs to the open file, which other processes may share: opening the pipe once
     more gives one of our own. Where that is not allowed the flag is set, and restored at the end.
     """
-    with contextlib.suppress(OSError):
-        own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        return own, lambda: os.close(own)
+    # The end that is written to, opened anew, would be one that is read, and would never end.
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_WRONLY:
+        with contextlib.suppress(OSError):
+            own = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            return own, lambda: os.close(own)
     dup = os.dup(fd)
     blocking = os.get_blocking(dup)
     os.set_blocking(dup, False)
