@@ -4,7 +4,8 @@ A batch that failed `attempts_max` times is split into halves, and those again w
 the guilty records stand alone and become dead letters: O(bad * log n) calls.
 
 A record is given up only if something else of its pipeline has succeeded since it first failed (it
-is *proven* that the handler works), or after `give_up_after` seconds of failing. Without such
+is *proven* that the handler works), or after `give_up_after` seconds of failing without that; a
+batch that is so old is split, too, unless the handler is paused. Without such
 evidence a failure may be the handler's own (its database is down), and the batch waits. Then
 
 * one batch of a pipeline at a time is split all the same, and of its parts only the smallest: a bad
@@ -186,8 +187,10 @@ def _is_guilty(standing: Standing, rule: RetryRule) -> bool:
     return standing.proven and not standing.paused and standing.counted >= rule.attempts_max
 
 
-def _is_too_old(standing: Standing, rule: RetryRule) -> bool:
-    return standing.age >= rule.give_up_after
+def _is_too_old(standing: Standing, rule: RetryRule, *, asked: bool = False) -> bool:
+    # Beside successes it is the tries that decide, but for `raise Retry`, which spends none.
+    nothing_succeeds = standing.paused or not standing.proven
+    return standing.age >= rule.give_up_after and (nothing_succeeds or asked)
 
 
 def _failed(
@@ -195,12 +198,14 @@ def _failed(
 ) -> Settled | Postponed:
     asked = failure.reason == POSTPONED
     guilty = not asked and _is_guilty(standing, rule)
+    too_old = _is_too_old(standing, rule, asked=asked)
     if standing.count > 1 and not asked:
         most = min(rule.attempts_max, PART_TRIES) if standing.is_part else rule.attempts_max
         spent = standing.attempts >= most and standing.may_split
-        if guilty or (spent and not _is_too_old(standing, rule)):
+        # Alone in failing, an old one may be bad in a single record.
+        if guilty or (not standing.paused if too_old else spent):
             return _halves(standing.count)
-    if guilty or _is_too_old(standing, rule):
+    if guilty or too_old:
         reason = "failed" if failure.reason in {"raised", POSTPONED} else failure.reason
         return Settled(
             tuple(

@@ -88,6 +88,21 @@ def test_in_the_end_all_of_a_batch_is_given_up() -> None:
     assert decide(result, guilty, rule=RULE, random=half).given_up == ()  # type: ignore[union-attr]
 
 
+def test_beside_successes_tries_decide_and_the_age_does_not() -> None:
+    failure = Failure("raised", "no")
+    old = Standing(1, 2, 2, age=9999.0)
+    assert decide(Result(failure=failure), old, rule=RULE, random=half) == Postponed(0.5, failure)
+    marked = Result([], [Retry(0, 7200.0, "tomorrow")])
+    assert decide(marked, old, rule=RULE, random=half) == Settled((), (Again((0,), 7680.0),))
+
+
+def test_an_old_batch_that_fails_alone_is_split_and_not_given_up() -> None:
+    result = Result(failure=Failure("raised", "no"))
+    alone = Standing(4, 1, 1, age=3600.0, proven=False, may_split=False)
+    verdict = decide(result, alone, rule=RULE, random=half)
+    assert verdict == Settled((), (Again((0, 1), 0.0), Again((2, 3), 0.0)))
+
+
 def test_not_now_waits_as_long_as_it_says_and_ends_only_by_its_age() -> None:
     failure = Failure(POSTPONED, "rate limit", "", 90.0)
     result = Result(failure=failure)

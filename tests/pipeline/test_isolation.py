@@ -96,6 +96,18 @@ async def test_poison_alone_comes_to_an_end_when_its_time_is_over(start, tmp_pat
     assert len(recording.calls(tmp_path)) > 2
 
 
+@pytest.mark.parametrize("bad", [[7], [1, 98]])
+async def test_poison_costs_no_neighbour_when_nothing_is_waited_for(start, tmp_path, bad) -> None:
+    pipeline = await start(
+        HANDLER + "Poison",
+        retry=QUICK | {"give_up_after": 0},
+        options={"folder": str(tmp_path), "bad": bad},
+    )
+    await pipeline.accept(numbers(0, 100))
+    report = await drained(pipeline)
+    assert report.ledger[:3] == (100, 100 - len(bad), len(bad))
+
+
 async def test_nothing_but_poison_comes_to_an_end(start, tmp_path) -> None:
     pipeline = await start(
         HANDLER + "Poison",
