@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from datetime import timedelta
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar, cast, overload
 import msgspec
 
 from ingestd.base.record import Records, Span
-from ingestd.handlers.outcome import Job, Rejection
+from ingestd.handlers.outcome import AFTER_MAX, Job, Rejection
 from ingestd.handlers.outcome import Retry as RetryMark
 from ingestd.handlers.text import plain
 
@@ -44,7 +43,7 @@ class Retry(Exception):  # noqa: N818  it is an answer, not an error
         after: seconds that this batch waits at least; `None` for the usual backoff.
 
     Raises:
-        ValueError: `after` is negative or not finite.
+        ValueError: `after` is negative, not a number, or longer than ten years.
     """
 
     def __init__(self, why: str = "", after: float | timedelta | None = None) -> None:
@@ -57,12 +56,12 @@ def seconds_of(after: float | timedelta | None) -> float | None:
     """A time to wait in seconds.
 
     Raises:
-        ValueError: it is negative or not finite.
+        ValueError: it is negative, not a number, or longer than ten years.
     """
     if after is None:
         return None
     seconds = float(after.total_seconds() if isinstance(after, timedelta) else after)
-    if not (math.isfinite(seconds) and seconds >= 0):
+    if not 0 <= seconds <= AFTER_MAX:
         raise ValueError(f"after: {after!r} is not a time to wait")
     return seconds
 
@@ -190,7 +189,7 @@ class Batch(Sequence[T_co], Generic[T_co]):
 
         Raises:
             IndexError: there is no record `i`.
-            ValueError: `after` is negative or not finite.
+            ValueError: `after` is negative, not a number, or longer than ten years.
         """
         place = self._place(i)
         self._said[place] = RetryMark(place, seconds_of(after), plain(why))

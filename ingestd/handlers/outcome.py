@@ -63,6 +63,8 @@ REJECTED = frozenset({"undecodable", "rejected"})
 """Reasons of a `Rejection`."""
 ERROR_CHARS_MAX = 4096
 """Longest `error` of anything here."""
+AFTER_MAX = 3650 * 86400.0
+"""Seconds; the longest wait that a handler may ask for. A time of day in its place is longer."""
 POSTPONED = "postponed"
 """The reason of a failure that the handler asked for with `raise Retry`."""
 
@@ -143,4 +145,4 @@ def _flaw_of_failure(failure: Failure) -> str:
 
 
 def _is_wait(after: float | None) -> bool:
-    return after is None or (math.isfinite(after) and after >= 0)
+    return after is None or 0 <= after <= AFTER_MAX

@@ -62,7 +62,7 @@ def test_a_place_that_is_not_there(i: int) -> None:
     assert (batch.rejections, batch.retries) == ([], [])
 
 
-@pytest.mark.parametrize("after", [-1, float("nan"), float("inf"), timedelta(seconds=-1)])
+@pytest.mark.parametrize("after", [-1, float("nan"), float("inf"), 1.8e9, timedelta(seconds=-1)])
 def test_a_wait_that_is_none(after: float | timedelta) -> None:
     with pytest.raises(ValueError, match="after"):
         Batch(list("abcd"), JOB).retry(0, after)

@@ -74,7 +74,12 @@ def test_a_constructor_may_say_it_too() -> None:
     assert result.failure == Failure(POSTPONED, "the database is being upgraded", "", 5.0)
 
 
-@pytest.mark.parametrize("after", [-1, math.nan, math.inf, "soon", timedelta(seconds=-1)])
+EPOCH = 1.8e9  # a time of day, as many rate limits give it
+
+
+@pytest.mark.parametrize(
+    "after", [-1, math.nan, math.inf, "soon", timedelta(seconds=-1), timedelta.max, EPOCH]
+)
 def test_a_wait_that_is_none_is_an_error_of_the_handler(after: Any) -> None:
     with pytest.raises((ValueError, TypeError)):
         ingestd.Retry("x", after=after)
@@ -90,7 +95,7 @@ def test_a_subclass_need_not_call_our_constructor(raised: Any, after: float | No
     assert failure.error
 
 
-@pytest.mark.parametrize("raised", [Says("soon"), Says(-1), Says(math.nan), Trap()])
+@pytest.mark.parametrize("raised", [Says("soon"), Says(-1), Says(math.nan), Says(EPOCH), Trap()])
 def test_a_subclass_that_can_not_say_when_ends_nothing(raised: Any) -> None:
     try:
         failure = failure_from(raised)
@@ -102,5 +107,5 @@ def test_a_subclass_that_can_not_say_when_ends_nothing(raised: Any) -> None:
 
 def test_a_workers_answer_is_looked_at() -> None:
     assert flaw_of(Result(failure=Failure(POSTPONED, "x", "", 3.0)), 2) == ""
-    for after in (-1.0, math.nan, math.inf):
+    for after in (-1.0, math.nan, math.inf, EPOCH):
         assert "after" in flaw_of(Result(failure=Failure(POSTPONED, "x", "", after)), 2)
