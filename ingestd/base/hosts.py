@@ -53,19 +53,22 @@ class Hosts:
 
     Args:
         names: beside IP addresses and `localhost`; with `*` every name is good.
+
+    Attributes:
+        known: authorities that were found to be good, some of them.
     """
 
     def __init__(self, names: Iterable[str]) -> None:
         self._names = frozenset(name.lower() for name in names)
-        self._known: set[str] = {""}  # no browser leaves Host out
+        self.known: set[str] = {""}  # no browser leaves Host out
 
     def know(self, authority: str) -> bool:
         """Whether a host, with or without a port, is one of them."""
-        if authority in self._known:
+        if authority in self.known:
             return True
         good = ANY in self._names or self._is_good(authority)
-        if good and len(self._known) < _KNOWN_MAX:
-            self._known.add(authority)
+        if good and len(self.known) < _KNOWN_MAX:
+            self.known.add(authority)
         return good
 
     def _is_good(self, authority: str) -> bool:

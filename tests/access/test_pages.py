@@ -153,7 +153,7 @@ def test_names_as_settings_write_them() -> None:
     for number in range(1000):
         assert hosts.know(f"a.example:{number}")
         assert not hosts.know(f"b.example:{number}")
-    assert len(hosts._known) <= 256
+    assert len(hosts.known) <= 256
 
 
 # -- webhooks alone ------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ What comes goes through `data_received`, which sees to it that it is a request a
 from __future__ import annotations
 
 import contextlib
+from itertools import chain
 from typing import TYPE_CHECKING, cast
 
 import async_timeout
@@ -76,9 +77,7 @@ _NO_WRITER = cast("AbstractStreamWriter", None)
 
 def size_of_head(headers: Sequence[tuple[bytes, bytes]]) -> int:
     """What a head takes: as it came, decoded, and as a map."""
-    return 3 * sum([len(name) + len(value) for name, value in headers]) + HEADER_BYTES * len(
-        headers
-    )
+    return 3 * sum(map(len, chain.from_iterable(headers))) + HEADER_BYTES * len(headers)
 
 
 def _let_go(body: StreamReader) -> None:
@@ -280,7 +279,7 @@ class Connection(web.RequestHandler):
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         """Goes on with what the parser holds, and with the end that came behind it."""
-        super().resume_reading(resume_parser)
+        web.RequestHandler.resume_reading(self, resume_parser)  # `super()` costs as much again
         if self._end_waits and not self._reading_paused:
             self._end_waits = False
             self._secured_end()
@@ -357,16 +356,17 @@ class Connection(web.RequestHandler):
                 self._refuse(Problem(problem.BAD_REQUEST, detail) if detail else _HEAD_TOO_LARGE)
                 return
             self._body = body
-            if not body.is_eof():
+            whole = body.is_eof()
+            if not whole:
                 # The number of chunks goes by READ_BYTES; of bytes it need not be as much.
                 body._low_water = READ_LOW_BYTES  # noqa: SLF001
                 body._high_water = READ_HIGH_BYTES  # noqa: SLF001
-            self._chunked = message.chunked and not body.is_eof()
+            self._chunked = message.chunked and not whole
             self._wire_bytes = self._paused_at = 0
             if message.upgrade:  # CONNECT too; answered like any other, and then it is over
                 messages[index] = (message._replace(should_close=True), body)
             more = index + 1 < len(messages)
-            if message.chunked and body.is_eof() and (more or not self._ended_as_most()):
+            if message.chunked and whole and (more or not self._ended_as_most()):
                 self._end_after(index + 1)
                 return
 
@@ -496,7 +496,9 @@ class Connection(web.RequestHandler):
             return goes_on
         finally:
             self._request_in_progress = False
-            _let_go(body)
+            # Looked at without a call: it is for each request.
+            if body is not EMPTY_PAYLOAD and body._exception is not None:  # noqa: SLF001
+                _let_go(body)
             if self._handler_waiter is not None:
                 self._handler_waiter.set_result(None)
 

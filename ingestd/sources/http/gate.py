@@ -203,10 +203,14 @@ class Gate:
         Raises:
             Problem: 421.
         """
-        if self._hosts is None:
+        hosts, target = self._hosts, request.raw_path
+        if hosts is None:
             return
-        authority = authority_of(request.raw_path, request.headers.get("Host", ""))
-        if self._hosts.know(authority) or _is_unix(request):
+        host = request.headers.get("Host", "")
+        if host in hosts.known and target[:1] == "/":
+            return  # as nearly always, without further calls
+        authority = authority_of(target, host)
+        if hosts.know(authority) or _is_unix(request):
             return
         detail = "Host is neither an IP address nor localhost nor one of http.hosts"
         raise Problem(problem.MISDIRECTED, detail)
@@ -218,8 +222,6 @@ class Gate:
             Problem: 403.
         """
         headers = request.headers
-        if "Origin" not in headers and "Sec-Fetch-Site" not in headers:
-            return
         origin = ", ".join(headers.getall("Origin", ()))  # no browser sends two
         site = headers.get("Sec-Fetch-Site", "")
         if ANY in self._origins or origin in self._origins:
@@ -229,11 +231,11 @@ class Gate:
 
     def _who(self, request: web.BaseRequest) -> Caller:
         self.check_host(request)
+        headers = request.headers
         if self._anybody is not None:
-            if self._shields:
+            if self._shields and ("Origin" in headers or "Sec-Fetch-Site" in headers):
                 self._check_origin(request)
             return self._anybody
-        headers = request.headers
         if "Authorization" in headers:
             owner = self._only(headers.getall("Authorization"), self._owner_of)
         elif API_KEY in headers:

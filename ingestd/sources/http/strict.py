@@ -27,7 +27,9 @@ def fault(message: RawRequestMessage) -> str:
     """Why a head is not taken, in a few words that quote nothing; empty if it is."""
     if message.version not in _VERSIONS:
         return "only HTTP/1.1 and HTTP/1.0 are spoken"
-    if detail := _target_fault(message):
+    target = message.path
+    usual = target[:1] == "/" and "#" not in target
+    if not usual and (detail := _target_fault(message)):
         return detail
     headers = message.headers
     if len(headers.get("Content-Length", "")) > LENGTH_DIGITS_MAX:
