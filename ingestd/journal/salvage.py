@@ -27,9 +27,10 @@ import msgspec
 from ingestd.base.bookmark import Bookmark
 from ingestd.base.private import make_private, sync_folder, tighten
 from ingestd.base.record import Span
-from ingestd.journal import bookmarks, letters, rows, schema
+from ingestd.journal import bookmarks, first_page, letters, rows, schema
 from ingestd.journal.interface import Cursor, DeadLetter, Ledger, Sealed
 from ingestd.journal.store import (
+    PAGE_BYTES,
     Meta,
     Store,
     batch_row,
@@ -175,6 +176,7 @@ class _Found(NamedTuple):
 def _fill(store: Store, path: Path, now: float) -> None:
     """Copies everything that can be read, in one transaction."""
     with contextlib.ExitStack() as opened:
+        opened.enter_context(first_page.mended(path, PAGE_BYTES))
         try:
             old = opened.enter_context(contextlib.closing(connect(path)))
             old.execute("PRAGMA writable_schema=ON")  # do not stop at the first odd table

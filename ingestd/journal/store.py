@@ -26,7 +26,7 @@ from ingestd.base.errors import JournalUnreadable
 from ingestd.base.once import principal_of
 from ingestd.base.private import make_private, sync_folder
 from ingestd.base.record import Layout, Records, Span, join
-from ingestd.journal import bookmarks, letters, schema
+from ingestd.journal import bookmarks, first_page, letters, schema
 from ingestd.journal.idempotency import Kept, size_of
 from ingestd.journal.interface import (
     Chunk,
@@ -160,6 +160,7 @@ class Store:
         self._probe = -1
         self._files: list[tuple[int, int] | None] = []
         make_private(path)  # SQLite gives its other files the same mode
+        first_page.check(path)
         self.connection = connect(path, cache_kib=WRITER_CACHE_KIB)
         try:
             self.id, self.meta = self._open()
@@ -180,13 +181,19 @@ class Store:
         elif application != schema.APPLICATION_ID:
             raise JournalUnreadable(path=self.path, problem="this is not a journal of ingestd")
         elif version == 1:
+            check_pages(db, self.path)
             schema.carry_over(db)
         elif version != schema.VERSION:
             raise JournalUnreadable(
                 path=self.path,
                 problem=f"it has version {version}, this ingestd reads version {schema.VERSION}",
             )
+        (mode,) = db.execute("PRAGMA journal_mode=WAL").fetchone()  # not so in some kinds of backup
+        if mode != "wal":
+            raise sqlite3.OperationalError("this file system can't have a database with a WAL")
         db.execute("DELETE FROM failing WHERE number NOT IN (SELECT number FROM batches)")
+        db.execute(first_page.SCHEMA)
+        first_page.keep(db)
         counters = ", ".join(schema.COUNTERS)
         row = db.execute(f"SELECT crc, journal, {counters} FROM meta").fetchone()  # noqa: S608
         if row is None:
@@ -337,6 +344,7 @@ class Store:
             db.execute("VACUUM")
         finally:
             db.set_progress_handler(None, 0)
+        first_page.keep(db)
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
     def close(self) -> None:

@@ -220,7 +220,9 @@ async def test_an_unreadable_file_is_set_aside_and_it_starts(opened, tmp_path, d
     path.write_bytes(broken)
     again = await opened()
     assert again.recovered.set_aside
-    assert await again.journal.read(1, 1 << 20) == []
+    # Everything but the header is there: where the tables begin is written in the file once more.
+    kept = [b"x" * 200_000 + b"\n"] if damage == "empty header" else []
+    assert [chunk.records.payload for chunk in await again.journal.read(1, 1 << 20)] == kept
     await again.journal.append(lines(b"1"), ())
     assert (tmp_path / again.recovered.set_aside).read_bytes() == broken
 
