@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from ingestd.base.errors import HandlerLoadError
 from ingestd.base.telemetry import get_logger
 from ingestd.execution.coroutine import CoroutineLane, CoroutinePool
+from ingestd.execution.lane import START_TIMEOUT
 from ingestd.execution.loops import HandlerLoops
 from ingestd.execution.pool import TaskPool, ThreadedPool
 from ingestd.execution.process import ProcessLane
@@ -100,7 +102,7 @@ async def start_pool(
     if kind == "thread":
         threads = [ThreadLane(lane, _runner(wanted, lane)) for lane in lanes]
         pool = ThreadedPool(threads, overrun=executor.timeout)
-        await pool.start()
+        await _start(pool, wanted.target)
         return pool, kind
     loops = HandlerLoops(name)
     coroutines = CoroutinePool(
@@ -110,8 +112,19 @@ async def start_pool(
         ],
         loops,
     )
-    await coroutines.start()
+    await _start(coroutines, wanted.target)
     return coroutines, kind
+
+
+async def _start(pool: CoroutinePool | ThreadedPool, target: str) -> None:
+    """Starts workers that nobody can kill; one that hangs ends the start all the same."""
+    try:
+        async with asyncio.timeout(START_TIMEOUT):
+            await pool.start()
+    except TimeoutError:
+        await pool.close(asyncio.get_running_loop().time())
+        problem = f"it was not loaded within {START_TIMEOUT:g} s"
+        raise HandlerLoadError(target=target, problem=problem) from None
 
 
 def _runner(wanted: Wanted, lane: str) -> Runner:

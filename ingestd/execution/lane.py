@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from ingestd.execution.shelf import Shelf
     from ingestd.handlers.outcome import Job, Result
 
+START_TIMEOUT = 120.0
+"""Seconds for a worker to load the handler; some load models."""
 START_AGAIN_SECONDS = 2.0
 """How long a batch waits at least when no worker could be started for it."""
 

@@ -28,7 +28,7 @@ from ingestd.base.errors import HandlerLoadError
 from ingestd.base.surroundings import Surroundings
 from ingestd.base.telemetry import get_logger, lowest_level
 from ingestd.execution import descendants
-from ingestd.execution.lane import not_started
+from ingestd.execution.lane import START_TIMEOUT, not_started
 from ingestd.execution.monitor import Monitor, Outputs
 from ingestd.execution.worker_log import WorkerLog
 from ingestd.handlers import wire
@@ -46,8 +46,6 @@ log = get_logger()
 
 T = TypeVar("T")
 
-START_TIMEOUT = 120.0
-"""Seconds for a child to import the handler; some load models."""
 FAILING_TRIES = 5
 FAILING_SECONDS = 10.0
 """A child whose last jobs all raised, so many of them and for so long, is replaced: it may have run

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from structlog.testing import capture_logs
 
+from ingestd.base.errors import HandlerLoadError
 from ingestd.base.record import Records, Span
 from ingestd.base.settings import Settings
-from ingestd.execution import loops
+from ingestd.execution import build, loops
 from ingestd.execution.build import start_pool
 from ingestd.execution.lane import START_AGAIN_SECONDS
 from ingestd.handlers.outcome import POSTPONED, Job
@@ -90,6 +91,16 @@ async def closes(batch: list[int]) -> None:
         loop.call_soon(throw, Closes(loop))
         await asyncio.sleep(3600)
 
+class Hangs:
+    def __init__(self):
+        GO.wait()
+    def __call__(self, batch: list[int]) -> None:
+        pass
+
+class HangsAsync(Hangs):
+    async def __call__(self, batch: list[int]) -> None:
+        pass
+
 class CancelsAll:
     def __init__(self):
         for task in asyncio.all_tasks():
@@ -120,14 +131,17 @@ async def opened(
     pools: list[Any] = []
     modules: list[Any] = []
 
-    async def open_(name: str, *, workers: int = 2, within: str = "100ms") -> Any:
+    async def open_(
+        name: str, *, workers: int = 2, within: str = "100ms", kind: str = "async"
+    ) -> Any:
         module = f"coroutines_{tmp_path.name}"
         (tmp_path / f"{module}.py").write_text(THEIRS)
         monkeypatch.syspath_prepend(str(tmp_path))
         settings = Settings(
             handler={"target": f"{module}:{name}"},
-            executor={"kind": "async", "workers": workers, "timeout": within},
+            executor={"kind": kind, "workers": workers, "timeout": within},
         )
+        modules.append(__import__(module))
         pool, _ = await start_pool(
             "default",
             settings.pipeline_settings()["default"],
@@ -135,7 +149,6 @@ async def opened(
             on_restart=lambda _: None,
         )
         pools.append(pool)
-        modules.append(__import__(module))
         return pool, modules[-1].GO
 
     yield open_
@@ -205,6 +218,15 @@ async def test_a_loop_that_was_closed_ends_its_calls_and_is_replaced(opened) -> 
 async def test_a_constructor_that_cancels_its_own_task_is_like_one_that_fails(opened) -> None:
     pool, _ = await opened("CancelsAll")
     assert (await asyncio.wait_for(pool.run(job(1)), 10)).failure is None
+
+
+@pytest.mark.parametrize(("kind", "name"), [("thread", "Hangs"), ("async", "HangsAsync")])
+async def test_a_constructor_that_hangs_ends_the_start(
+    opened, monkeypatch: pytest.MonkeyPatch, kind: str, name: str
+) -> None:
+    monkeypatch.setattr(build, "START_TIMEOUT", 0.05)
+    with pytest.raises(HandlerLoadError, match="not loaded within"):
+        await asyncio.wait_for(opened(name, kind=kind), 10)
 
 
 @pytest.mark.parametrize(
