@@ -127,10 +127,23 @@ def _read_secret(file: Path, problems: list[str]) -> str | None:
     return None
 
 
-def from_file(file: Path, problems: list[str], *, may_wait: bool = False) -> Iterator[Entry]:
-    """A TOML file that has to be there; `may_wait`: it may be a pipe, which can be read once."""
+def from_file(
+    file: Path, problems: list[str], *, may_wait: bool = False, may_be_empty: bool = True
+) -> Iterator[Entry]:
+    """A TOML file that has to be there.
+
+    Args:
+        file: its path.
+        problems: gets a line for everything that is wrong.
+        may_wait: it may be a pipe, which can be read once.
+        may_be_empty: there may be nothing in it, as there is while it is written anew.
+    """
     try:
         content = read_file(file, may_wait=may_wait)
+        if not (content or may_be_empty):
+            problems.append(
+                f"configuration file {file} is empty; a comment in it takes back all that it said"
+            )
         table = tomllib.loads(content.decode("utf-8-sig"))  # editors put a BOM there
     except FileNotFoundError:
         problems.append(f"there is no configuration file {file}")

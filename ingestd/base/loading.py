@@ -72,8 +72,9 @@ def load(
         config: the file that `--config` names; it has to be there.
         secrets: the second folder of secrets.
         system_config: the file that is read when there is no other.
-        before: what was loaded earlier in this life: its file has to be there again, and secrets
-            where there were some. Without them everything that they say would silently be undone.
+        before: what was loaded earlier in this life: its file has to be there again, not empty if
+            it was not, and secrets where there were some. Without them everything that they say
+            would silently be undone.
 
     Raises:
         ConfigError: with one line for everything that is wrong.
@@ -91,6 +92,7 @@ def load(
         secrets=secrets,
         system_config=system_config,
         at_start=before is None,
+        may_be_empty=before is None or not _said_something(before),
     )
     try:
         settings = Settings(**written)
@@ -100,6 +102,10 @@ def load(
         raise ConfigError(problem="\n".join(dict.fromkeys(problems)))
     named = config if config is not None else environ.get(CONFIG_VARIABLE) or None
     return Loaded(settings, _all_origins(settings, origins), find_config(named, cwd, system_config))
+
+
+def _said_something(before: Loaded) -> bool:
+    return any(origin.startswith("file ") for origin in before.origins.values())
 
 
 def _lost_secrets(before: Loaded) -> Iterator[str]:
@@ -156,13 +162,14 @@ def _gather(
     secrets: Path,
     system_config: Path,
     at_start: bool = False,
+    may_be_empty: bool = True,
 ) -> tuple[dict[str, Any], _Origins]:
     """What is written, the least important place first; see `merge`."""
     layers: list[list[Entry]] = []
     named = config if config is not None else environ.get(CONFIG_VARIABLE) or None
     file = find_config(named, cwd, system_config)
     if file is not None:
-        layers.append(list(from_file(file, problems, may_wait=at_start)))
+        layers.append(list(from_file(file, problems, may_wait=at_start, may_be_empty=may_be_empty)))
     layers.append(list(from_secrets(secrets, problems)))
     credentials = environ.get("CREDENTIALS_DIRECTORY")
     if credentials and Path(credentials) != secrets:

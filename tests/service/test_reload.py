@@ -125,7 +125,7 @@ def hang_up(one: Daemon, event: str) -> dict[str, Any]:
 
 def configure(folder: Path, **tables: dict[str, Any]) -> None:
     """Writes `ingestd.toml`."""
-    text = ""
+    text = "# settings\n"
     for name, table in tables.items():
         text += f"[{name.replace('__', '.')}]\n"
         text += "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
@@ -209,6 +209,8 @@ def test_wrong_settings_are_refused_as_a_whole(tmp_path: Path) -> None:
         said = hang_up(one, "reload_refused")["error"]
         assert "batch.records_max" in said
         assert "batch.byte_max" in said
+        (tmp_path / "ingestd.toml").write_text("")  # as while it is written anew
+        assert "is empty" in hang_up(one, "reload_refused")["error"]
         (tmp_path / "ingestd.toml").write_text("[batch\n")
         assert "is not TOML" in hang_up(one, "reload_refused")["error"]
         # All is as it was.
