@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ingestd.base.errors import DataDirError, JournalUnreadable, UsageError
 from ingestd.base.lock import LOCK_NAME, FileLock
 from ingestd.journal.schema import APPLICATION_ID, VERSION, carry_over
-from ingestd.journal.store import connect
+from ingestd.journal.store import connect, why
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 BUSY_SECONDS = 30.0
 """How long to wait for the daemon's commit; one takes milliseconds unless the disk hangs."""
 FILE = "journal.db"
+_ERRORS = (sqlite3.Error, OSError, UnicodeDecodeError)
+"""The last one: SQLite's words about a damaged file quote it."""
 
 
 def journals(data_dir: Path, only: Sequence[str] = ()) -> dict[str, Path]:
@@ -71,8 +73,8 @@ def opened(path: Path, *, write: bool = False) -> Iterator[sqlite3.Connection]:
             yield connection
         finally:
             connection.close()
-    except (sqlite3.Error, OSError) as error:
-        raise DataDirError(path=path, problem=str(error)) from error
+    except _ERRORS as error:
+        raise DataDirError(path=path, problem=why(error)) from error
 
 
 def _carry_over(path: Path) -> None:
@@ -89,7 +91,7 @@ def _carry_over(path: Path) -> None:
             (version,) = db.execute("PRAGMA user_version").fetchone()
         if application != APPLICATION_ID or version != 1:
             return
-    except sqlite3.Error:
+    except _ERRORS:
         return  # whoever opens it says why
     folder = path.absolute().parent
     places = [folder, *([folder.parent.parent] if folder.parent.name == "pipelines" else [])]
@@ -100,8 +102,8 @@ def _carry_over(path: Path) -> None:
         try:
             with contextlib.closing(connect(path)) as db:
                 carry_over(db)
-        except sqlite3.Error as error:
-            raise DataDirError(path=path, problem=str(error)) from error
+        except _ERRORS as error:
+            raise DataDirError(path=path, problem=why(error)) from error
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:

@@ -180,7 +180,7 @@ def _fill(store: Store, path: Path, now: float) -> None:
         try:
             old = opened.enter_context(contextlib.closing(connect(path)))
             old.execute("PRAGMA writable_schema=ON")  # do not stop at the first odd table
-        except sqlite3.Error:
+        except _UNREADABLE:
             return  # no journal at all: the new one is empty
         db = store.connection
         db.execute("BEGIN IMMEDIATE")

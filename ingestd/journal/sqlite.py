@@ -62,6 +62,7 @@ from ingestd.journal.store import (
     read_chunks,
     read_spans,
     row_bytes_max,
+    why,
 )
 
 if TYPE_CHECKING:
@@ -182,8 +183,8 @@ class SqliteJournal:
             self._reading = connect(self.path)
         except (sqlite3.Error, OSError) as error:
             if _is_passing(error):
-                raise JournalFailed(path=self.path, problem=str(error)) from error
-            raise DataDirError(path=self.path, problem=str(error)) from error
+                raise JournalFailed(path=self.path, problem=why(error)) from error
+            raise DataDirError(path=self.path, problem=why(error)) from error
         self._store = store
         self._checkpointer = Checkpointer(self.path)
         self._committer = Committer(

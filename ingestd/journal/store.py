@@ -134,6 +134,12 @@ def connect(path: Path, *, cache_kib: int = READER_CACHE_KIB) -> sqlite3.Connect
     return connection
 
 
+def why(error: Exception) -> str:
+    """What went wrong; SQLite calls it an I/O error where a full disk has no room for its index."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return "the disk is full" if code == sqlite3.SQLITE_IOERR_SHMSIZE else str(error)
+
+
 def row_bytes_max(db: sqlite3.Connection) -> int:
     """Bytes of records that a row takes: one append is one row, at most."""
     return db.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) - PAGE_BYTES

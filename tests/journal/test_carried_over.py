@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from ingestd.__main__ import main
 from ingestd.base.errors import DataDirError, KeyReused
 from ingestd.base.lock import DataDir
-from ingestd.base.record import Span
+from ingestd.base.record import Records, Span
 from ingestd.journal import dead, schema, verify
 from ingestd.journal.beside import opened as opened_beside
 from ingestd.journal.interface import Ledger
@@ -171,3 +172,19 @@ async def test_a_damaged_one_is_rebuilt_in_this_version(opened, earlier: Path) -
     assert [batch.number for batch in j.recovered.batches] == [2]
     assert j.journal.dead_totals.letters == 5
     assert (await j.journal.close()).counted == 5
+
+
+async def test_tables_that_can_not_even_be_named_are_damage(
+    opened, earlier: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SQLite quotes what it found there, and that is no UTF-8."""
+    raw = earlier.read_bytes()
+    at = raw.index(b"CREATE TABLE chunks")
+    earlier.write_bytes(raw[:at] + b"CREATE \xc1\xc1BLE" + raw[at + 12 :])
+    with pytest.raises(DataDirError), opened_beside(earlier):
+        pass
+    assert main(["journal", "verify", "--data-dir", str(earlier.parent)]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+    j = await opened()
+    assert j.recovered.set_aside
+    await j.journal.append(Records.lines([b"1"]), ())

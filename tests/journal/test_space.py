@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import pytest
+
+from ingestd.base.errors import DataDirError
 from ingestd.base.record import Records, Span
+from ingestd.journal.beside import opened as opened_beside
 from ingestd.journal.interface import Cursor, Sealed, Settlement
 from ingestd.journal.space import scaled
+from ingestd.journal.store import Store
 from tests.daemon.harness import daemon
 from tests.faults.tools import mounted, needs
 
@@ -78,3 +84,16 @@ async def test_a_drained_journal_is_small_again(opened, tmp_path: Path) -> None:
     (chunk,) = await again.journal.read(last, 1 << 20)
     assert chunk.records.items() == [b"kept"]
     assert not again.recovered.set_aside
+
+
+@needs("mount", root=True)
+def test_a_full_disk_is_called_one(tmp_path: Path) -> None:
+    """Without room for the index of the WAL SQLite speaks of an I/O error."""
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=1m", "tmpfs") as disk:
+        path = disk / "journal.db"
+        Store(path).close()
+        with (disk / "filler").open("wb", buffering=0) as filler, suppress(OSError):
+            while True:
+                filler.write(bytes(4096))
+        with pytest.raises(DataDirError, match="the disk is full"), opened_beside(path):
+            pass
