@@ -219,6 +219,75 @@ FATAL: dict[str, Any] = {
 """Survivable where the process is not the daemon's."""
 
 
+def _loop() -> asyncio.AbstractEventLoop:
+    return asyncio.get_running_loop()
+
+
+async def _stays() -> None:
+    while True:
+        with contextlib.suppress(BaseException):
+            await asyncio.sleep(3600)
+
+
+def _raises_in(callback: Any) -> None:
+    _loop().call_soon(callback)
+
+
+def _inner_loop() -> None:
+    inner = _nothing()
+    try:
+        asyncio.run(inner)
+    finally:
+        inner.close()
+
+
+def _closes_loop() -> None:
+    class Closes(SystemExit):
+        def __str__(self) -> str:
+            self.args[0].close()
+            return "closed"
+
+    closes = Closes(_loop())
+    _raises_in(lambda: _raise(closes))
+
+
+def _deaf(*_: Any) -> None:
+    raise SystemExit("deaf")
+
+
+def _task_group() -> Any:
+    async def group() -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(asyncio.sleep(3600))
+            tasks.create_task(asyncio.wait_for(asyncio.sleep(3600), 0.01))
+
+    return _loop().create_task(group()) and None
+
+
+ASYNC: dict[str, Any] = {
+    "stop": lambda: _loop().stop(),
+    "close": lambda: _loop().close(),
+    "close at rest": _closes_loop,
+    "run": _inner_loop,
+    "run here": lambda: _loop().run_until_complete(_loop().create_future()),
+    "leak": lambda: [_loop().create_task(_stays()) for _ in range(50)] and None,
+    "cancel all": lambda: [task.cancel() for task in asyncio.all_tasks()] and None,
+    "cancel later": lambda: _loop().call_later(0.01, asyncio.current_task().cancel) and None,
+    "callback exits": lambda: _raises_in(lambda: sys.exit(3)),
+    "callback is ugly": lambda: _raises_in(lambda: _raise(_UglyError())),
+    "task is ugly": lambda: _loop().create_task(_fails()) and gc.collect() and None,
+    "deaf": lambda: _loop().set_exception_handler(_deaf),
+    "group of tasks": _task_group,
+    "no loop": lambda: asyncio.set_event_loop(None),
+    "many callbacks": lambda: [_loop().call_soon(int) for _ in range(100_000)] and None,
+}
+"""Survivable where the loop is not the daemon's."""
+
+
+async def _fails() -> None:
+    raise _UglyError
+
+
 class Misbehaves:
     """Misbehaves on the first attempts of a batch, and for ever with poison in it.
 
@@ -249,7 +318,7 @@ class Misbehaves:
             else:
                 self._note("turns", [name])
             self._note("tried", [name])
-            returned = (WEIRD | FATAL)[name]()
+            returned = (WEIRD | FATAL | ASYNC)[name]()
             if returned is not None and not poisoned:
                 self._note("stored", list(batch))  # what is odd need not be a failure
                 return returned

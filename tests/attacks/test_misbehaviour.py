@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.attacks.misbehaving import FATAL, POISON, WEIRD
+from tests.attacks.misbehaving import ASYNC, FATAL, POISON, WEIRD
 from tests.daemon.harness import ROOT, Daemon, daemon
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ EXECUTORS = [
     ("Misbehaves", "auto", "all"),
     ("MisbehavesAsync", "async", ""),
 ]
+LOOPS = [list(ASYNC)[first : first + 5] for first in range(0, len(ASYNC), 5)]
 GROUPS = [list(WEIRD)[first : first + 6] for first in range(0, len(WEIRD), 6)]
 
 
@@ -116,6 +117,12 @@ def each(folder: Path, handler: str, kind: str, names: list[str]) -> None:
 @pytest.mark.parametrize("name", FATAL)
 def test_each_in_a_process(tmp_path: Path, name: str) -> None:
     each(tmp_path, "Misbehaves", "process", [name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", LOOPS, ids=lambda names: names[0])
+def test_each_on_a_loop(tmp_path: Path, names: list[str]) -> None:
+    each(tmp_path, "MisbehavesAsync", "async", names)
 
 
 @pytest.mark.slow
