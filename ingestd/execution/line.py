@@ -2,7 +2,8 @@
 
 Due retries go first, then new batches in the order in which they were sealed. What waits holds no
 payload in memory, and is bounded by its records and their bytes in the journal; at the bound no new
-batch is given.
+batch is given. While the handler is paused new ones are still probes, for all that waits may be bad
+and what stands behind it good; then the number of batches that wait is the bound.
 
 A batch whose handler asked for its wait spends no try, so it may come due for ever and as often as
 it likes: such batches and all others are given by turns, or the others would never be.
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+PROBED_MAX = 10_000
+"""Batches that may wait, each about a KiB, while new ones are given beyond the bounds as probes."""
 AHEAD_MAX = 128
 """Batches that may be sealed ahead of the workers; as many can share one commit."""
 
@@ -52,7 +55,7 @@ class Line(Generic[T]):
     """Holds batches of any type; all methods on the event loop.
 
     Args:
-        waiting_max: what may wait for a retry before no new batch is given.
+        waiting_max: what may wait for a retry before no new batch is given, but as a probe.
         outage: says whether the handler is paused.
         on_empty: called when the last new batch has been given.
     """
@@ -115,7 +118,8 @@ class Line(Generic[T]):
     def _has_new(self) -> bool:
         """Whether a new batch may be given; not while too much waits."""
         load, most = self._load, self._waiting_max
-        return bool(self._new) and load.records < most.records and load.bytes < most.bytes
+        within = load.records < most.records and load.bytes < most.bytes
+        return bool(self._new) and (within or (self._outage.paused and self.waiting < PROBED_MAX))
 
     async def put(self, batch: T) -> None:
         """A new batch; waits while the line is long."""

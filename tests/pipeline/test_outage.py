@@ -323,6 +323,18 @@ async def test_a_bad_record_does_not_keep_a_new_one_waiting(start, tmp_path) -> 
     assert report.ledger[:3] == (10, 9, 1)
 
 
+async def test_what_stands_behind_more_bad_records_than_may_wait_is_found(start, tmp_path) -> None:
+    pipeline = await start(
+        HANDLER + "Poison",
+        retry={"attempts_max": 3, "backoff": "1ms", "backoff_max": "5ms", "waiting_records_max": 5},
+        options={"folder": str(tmp_path), "bad": list(range(20))},
+        **ONE_BY_ONE,
+    )
+    await pipeline.accept(numbers(0, 40))
+    report = await drained(pipeline)
+    assert report.ledger[:3] == (40, 20, 20)
+
+
 async def test_two_bad_records_that_are_left_over_come_to_their_end(start, tmp_path) -> None:
     """Nothing new comes, as at the end of standard input: what succeeded before is evidence."""
     pipeline = await start(
