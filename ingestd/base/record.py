@@ -138,11 +138,12 @@ class Records(NamedTuple):
         pieces, start, first = [], 0, 0
         while start < len(self.payload):
             end = start + bytes_max
-            if end >= len(self.payload):
-                end = len(self.payload)
-            else:
+            if end < len(self.payload):
                 end = self.payload.rfind(b"\n", start, end) + 1 or self.payload.find(b"\n", end) + 1
-            count = self.payload.count(b"\n", start, end)
+            if end >= len(self.payload):
+                end, count = len(self.payload), self.count - first
+            else:
+                count = self.payload.count(b"\n", start, end)
             names = self.names[first : first + count]
             pieces.append(Records(Layout.LINES, count, self.payload[start:end], names=names))
             start, first = end, first + count

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gzip
 import io
+import itertools
 import os
 import pty
 import socket
@@ -19,9 +20,11 @@ from hypothesis import strategies as st
 
 from ingestd.base.errors import InputUnreadable, JournalFailed, Overloaded
 from ingestd.base.settings import StdinSettings
+from ingestd.sources.framing import Framer
+from ingestd.sources.lines import BOM
 from ingestd.sources.sniff import guess
 from ingestd.sources.stdin.prefix import Prefix
-from ingestd.sources.stdin.source import StdinSource
+from ingestd.sources.stdin.source import StdinSource, _lines_of
 from tests.sources.source_tools import MemoryIntake, until
 
 if TYPE_CHECKING:
@@ -87,6 +90,23 @@ def left(source: StdinSource) -> dict[str, Any]:
 
 async def stop(source: StdinSource, seconds: float = 10) -> None:
     await source.stop_taking(asyncio.get_running_loop().time() + seconds)
+
+
+@given(
+    st.lists(st.sampled_from([b"1\n", b"\n", b"{\n", b'"' + b"x" * 60 + b'"\n', b" 2\r\n", BOM])),
+    st.lists(st.integers(0, 400), max_size=8),
+    st.sampled_from(["json", "text", "bytes"]),
+)
+def test_lines_are_counted_as_they_are_in_the_input(
+    parts: list[bytes], cuts: list[int], form: Any
+) -> None:
+    data, framer, lines = b"".join(parts), Framer(form, 50), 0
+    places = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})
+    for start, end in itertools.pairwise(places):
+        piece, held = data[start:end], framer.held
+        parsed = framer.feed(piece)
+        lines += _lines_of(piece, parsed, held + len(piece) - framer.held)
+        assert lines == data.count(b"\n", 0, end)
 
 
 @pytest.mark.parametrize("held", [(), (0,), (2,), (1, 4), (0, 1, 2, 3, 4)])

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-READ_BYTES = 512 * 1024
-"""The most that one read takes."""
+READ_BYTES = 240 * 1024
+"""The most that one read takes: with a line that was begun before still one chunk to the journal."""
 _PIPE_BYTES = 1024 * 1024  # what Linux lets anybody ask for (fs.pipe-max-size)
 _JOIN_SECONDS = 1.0
 

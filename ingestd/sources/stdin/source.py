@@ -161,8 +161,9 @@ class StdinSource:
                 self.bytes += len(data)
                 if self._head is not None:
                     self._look_at(data)
+                held = self._framer.held
                 parsed = self._framer.feed(data)
-                self._lines += data.count(b"\n")
+                self._lines += _lines_of(data, parsed, held + len(data) - self._framer.held)
                 if parsed:
                     await self._append(parsed)
         except OSError as error:
@@ -256,6 +257,19 @@ class StdinSource:
             self._error = error
         self._reader.stop()
         self._moved.set()
+
+
+def _lines_of(data: bytes, parsed: Parsed | None, size: int) -> int:
+    """How many lines ended in a piece of the input.
+
+    Args:
+        data: the piece.
+        parsed: what it completed.
+        size: bytes of that as they came.
+    """
+    if parsed is not None and len(parsed.records.payload) == size and not parsed.invalid:
+        return parsed.records.count  # nothing was left out; counting reads every byte once more
+    return data.count(b"\n")
 
 
 def _warn_of(refused: Refused) -> None:
