@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 READ_BYTES = 240 * 1024
-"""The most that one read takes: with a line that was begun before still one chunk to the journal."""
+"""The most that one read takes: with a line that was begun before still one chunk of a journal."""
 _PIPE_BYTES = 1024 * 1024  # what Linux lets anybody ask for (fs.pipe-max-size)
 _JOIN_SECONDS = 1.0
 
