@@ -114,11 +114,15 @@ def write_lines(lines: Iterable[bytes], path: str | None = None) -> int:
         return count
     target = Path(path)
     part = target.with_name(f"{target.name}.part")
-    with os.fdopen(create_new(part), "wb") as file:
-        count = _write(lines, file)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(target)
+    try:
+        with os.fdopen(create_new(part), "wb") as file:
+            count = _write(lines, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(target)
+    except BaseException:
+        part.unlink(missing_ok=True)  # it may be what fills the disk
+        raise
     sync_folder(target.parent)
     return count
 

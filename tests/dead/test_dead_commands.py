@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ingestd.cli.letters import write_lines
 from tests.daemon.harness import ROOT, Daemon, daemon
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 APP = """
@@ -398,3 +399,18 @@ def test_the_same_forms_everywhere_and_what_is_not_there_is_said(folder: Path) -
             (2, one[0]["record"]), (4, one[0]["record"][:-1] + "3"),
         ]  # fmt: skip
     assert sorted(got(folder)) == ["0", "4"]
+
+
+@pytest.mark.parametrize("error", [OSError("full"), MemoryError()])
+def test_an_export_that_does_not_end_leaves_nothing_behind(
+    tmp_path: Path, error: BaseException
+) -> None:
+    def letters() -> Iterator[bytes]:
+        yield b"1\n"
+        raise error
+
+    (tmp_path / "letters").write_bytes(b"of before")
+    with pytest.raises(type(error)):
+        write_lines(letters(), str(tmp_path / "letters"))
+    assert [path.name for path in tmp_path.iterdir()] == ["letters"]
+    assert (tmp_path / "letters").read_bytes() == b"of before"
