@@ -19,7 +19,6 @@ import async_timeout
 from ingestd import __version__
 from ingestd.admin.server import AdminServer
 from ingestd.admin.view import Status
-from ingestd.base.access import has_one_principal, signatures_valid
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import (
     ConfigError,
@@ -36,16 +35,18 @@ from ingestd.base.lock import DataDir
 from ingestd.base.metrics import Metrics
 from ingestd.base.notify import Notifier
 from ingestd.base.passed import Passed
-from ingestd.base.reloading import Change, plan
 from ingestd.base.signals import Signals
 from ingestd.base.streams import own_stderr
 from ingestd.base.surroundings import Surroundings
 from ingestd.base.telemetry import get_logger, start_logging
+from ingestd.config.reload import Change, plan
 from ingestd.handlers.runner import CLOSE_SECONDS
+from ingestd.http.settings import has_one_principal, signatures_valid
 from ingestd.journal.idempotency import KeyRule
 from ingestd.overview import status_of
 from ingestd.pipeline import Pipeline, Report
 from ingestd.service import Herald, Standing
+from ingestd.settings import validation_errors
 from ingestd.sources.http.source import HttpSource
 from ingestd.sources.progress import Progress, ProgressSnapshot
 from ingestd.sources.stdin.source import StdinSource
@@ -53,8 +54,9 @@ from ingestd.sources.stdin.source import StdinSource
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
-    from ingestd.base.settings import HttpSettings, Settings
     from ingestd.base.telemetry import LogWriter
+    from ingestd.http.settings import HttpSettings
+    from ingestd.settings import Settings
     from ingestd.sources.fetch.tally import Tally
     from ingestd.sources.intake import Source
 
@@ -89,7 +91,7 @@ def serve(
         The exit code. The caller ends the process, see `base/leaving.py`: threads may still run.
     """
     settle_interpreter(for_strangers=settings.source.kind == "http")
-    writer = start_logging(settings.log)
+    writer = start_logging(settings.log.level, settings.log.format)
     passed = passed or Passed([], [])
     daemon = Daemon(
         settings,
@@ -295,9 +297,7 @@ class Daemon:
             self._progress = self._build_progress(lambda: source, self.pipelines[default])
             return source
         if kind == "fetch":
-            from ingestd.sources.fetch.source import (  # noqa: PLC0415  only who downloads needs it
-                FetchSource,
-            )
+            from ingestd.sources.fetch.source import FetchSource  # noqa: PLC0415  only who downloads needs it
 
             fetch = FetchSource(
                 self.settings.fetch,
@@ -387,16 +387,17 @@ class Daemon:
             finally:
                 self._herald.ready()
 
-    async def _reload(self) -> Change:
+    async def _reload(self) -> Change[Settings]:
         """Reads the settings anew, and the files that they name; takes of them what can change.
 
         Raises:
             IngestdError: something is wrong with any of it, and everything stays as it is.
         """
-        change = Change(self.settings, [], [])
+        change: Change[Settings] = Change(self.settings, [], [])
         if self._again is not None:
             loop = asyncio.get_running_loop()
-            change = plan(self.settings, await loop.run_in_executor(None, self._again))
+            new = await loop.run_in_executor(None, self._again)
+            change = plan(self.settings, new, validation_errors)
         settings = change.settings
         if isinstance(self.source, HttpSource):
             (await self.source.prepare(settings.http))()

@@ -60,10 +60,10 @@ if TYPE_CHECKING:
     from ingestd.base.metrics import PipelineMetrics
     from ingestd.base.once import Claim
     from ingestd.base.record import Refused
-    from ingestd.base.settings import BatchSettings, PipelineSettings
     from ingestd.base.surroundings import Surroundings
     from ingestd.base.watch import Watch
     from ingestd.execution.pool import Pool
+    from ingestd.settings import BatchSettings, PipelineSettings
 
 log = get_logger()
 
@@ -199,7 +199,9 @@ class Pipeline:
         self.pool: Pool[Any]
         self.pool, self.executor = await start_pool(
             self.name,
-            self.settings,
+            self.settings.executor,
+            self.settings.handler,
+            self.settings.format,
             data_dir=self._data_dir,
             on_restart=self._metrics.worker_restarted,
             surroundings=self._surroundings,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.peers.base import Command, Counts, Page, Peer, Service, free_ports
 from benchmarks.processes import Failed, last_words
-from ingestd.base.settings import HttpSettings
+from ingestd.http.settings import HttpSettings
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -17,19 +17,17 @@ import msgspec
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from ingestd.base.address import is_loopback, parse_listen
 from ingestd.base.errors import AddressError
-from ingestd.base.hosts import Hosts, authority_of
-from ingestd.base.origins import is_foreign
 from ingestd.base.passed import is_local, show_socket
 from ingestd.base.telemetry import get_logger
+from ingestd.config.network import Hosts, authority_of, is_foreign, is_loopback, parse_listen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from ingestd.admin.view import AdminView
     from ingestd.base.metrics import Metrics
-    from ingestd.base.settings import AdminSettings
+    from ingestd.settings import AdminSettings
 
 CONNECTIONS_MAX = 64
 """Connections at one time; for one more one of those that ask nothing is hung up on."""

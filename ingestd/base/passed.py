@@ -11,8 +11,8 @@ import os
 import socket
 from typing import TYPE_CHECKING, NamedTuple
 
-from ingestd.base.address import is_loopback_ip, show_address
 from ingestd.base.errors import ConfigError
+from ingestd.config.network import is_loopback_ip, show_address
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping

@@ -16,10 +16,14 @@ import sys
 from array import array
 from bisect import bisect_right
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+
+Format = Literal["json", "text", "bytes"]
+"""The records of a pipeline: JSON values, lines of text, or bytes."""
 
 
 class Layout(enum.IntEnum):

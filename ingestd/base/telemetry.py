@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 
     from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
-    from ingestd.base.settings import LogSettings
 
 LINES_MAX = 10_000
 """Lines that may wait for the writer."""
@@ -288,7 +287,9 @@ def lowest_level() -> int:
     return _own[-1].level if _own else logging.DEBUG
 
 
-def start_logging(settings: LogSettings, stream: TextIO | None = None) -> LogWriter:
+def start_logging(
+    level: str = "info", form: str = "auto", stream: TextIO | None = None
+) -> LogWriter:
     """Sends what we, structlog and the standard library's logging say to a stream's descriptor.
 
     Once a process, before the first line; the caller closes what it gets. Our own loggers are
@@ -296,12 +297,13 @@ def start_logging(settings: LogSettings, stream: TextIO | None = None) -> LogWri
     `structlog.contextvars`.
 
     Args:
-        settings: level and format.
+        level: the least important lines that are written: `debug`, `info`, `warning`, `error`.
+        form: `json`, `console`, or `auto`: console on a terminal.
         stream: `sys.stderr` if not given. Without a usable descriptor every line is dropped.
     """
     fd = _own_descriptor(sys.stderr if stream is None else stream)
     terminal = fd >= 0 and os.isatty(fd)
-    console = settings.format == "console" or (settings.format == "auto" and terminal)
+    console = form == "console" or (form == "auto" and terminal)
     render = _Console(colors=terminal and not os.environ.get("NO_COLOR")) if console else _Json()
     chain: list[Processor] = [
         structlog.contextvars.merge_contextvars,
@@ -309,11 +311,11 @@ def start_logging(settings: LogSettings, stream: TextIO | None = None) -> LogWri
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         render,
     ]
-    level = _LEVELS[settings.level]
+    least = _LEVELS[level]
     writer = LogWriter(fd, lambda lines: _line(chain, "warning", _dropped_event(lines)))
     # Loggers are cached, so that a level that changes has to change in their class.
-    logger = type("Logger", (structlog.make_filtering_bound_logger(level),), {})
-    own = _Own(chain, level, writer.write)
+    logger = type("Logger", (structlog.make_filtering_bound_logger(least),), {})
+    own = _Own(chain, least, writer.write)
     _own.append(own)
     writer.undo(partial(_own.remove, own))
     writer.obey(partial(_change_level, logger, own))
@@ -323,7 +325,7 @@ def start_logging(settings: LogSettings, stream: TextIO | None = None) -> LogWri
         logger_factory=lambda *_: _Sink(writer.write),
         cache_logger_on_first_use=True,
     )
-    _take_over_library_logs(writer, chain, level)
+    _take_over_library_logs(writer, chain, least)
     return writer
 
 

@@ -11,9 +11,9 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from ingestd.base.errors import UsageError
-from ingestd.base.keys import dotted, locate, nearest, settings_of, shown, unit_of
-from ingestd.base.layers import Flag
-from ingestd.base.settings import Settings
+from ingestd.config.keys import dotted, settings_of, shown, unit_of
+from ingestd.config.layers import Flag
+from ingestd.settings import SCHEMA, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,7 +140,7 @@ def _add(
 def _own_names(argv: Sequence[str]) -> list[str]:
     flags = {word.split("=", 1)[0] for word in argv if word.startswith(_WITH_OWN_NAMES)}
     flags -= {f"{table}{rest}" for table in _WITH_OWN_NAMES for rest in ("NAME", "NAME.KEY")}
-    return sorted(flag for flag in flags if locate(flag.removeprefix("--").split(".")))
+    return sorted(flag for flag in flags if SCHEMA.locate(flag.removeprefix("--").split(".")))
 
 
 def _metavar(field: FieldInfo) -> str:
@@ -182,6 +182,6 @@ def _unknown_flag(flag: str, known: argparse.ArgumentParser) -> str:
     close = get_close_matches(flag, known._option_string_actions, n=1)  # noqa: SLF001
     meant = close[0] if close else None
     if meant is None or flag.startswith(_WITH_OWN_NAMES):
-        key = nearest(path)
+        key = SCHEMA.nearest(path)
         meant = "--" + ".".join(key) if key else None
     return f"unknown flag {flag}" + (f", did you mean {meant}?" if meant else "")

@@ -12,7 +12,7 @@ from ingestd.cli.output import fail, say
 if TYPE_CHECKING:
     import argparse
 
-    from ingestd.base.settings import PipelineSettings, Settings
+    from ingestd.settings import PipelineSettings, Settings
 
 HELP = "check the configuration and the handler, print the effective settings"
 DESCRIPTION = """\

@@ -7,15 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ingestd.base.anchoring import anchored
 from ingestd.base.errors import ConfigError
-from ingestd.base.loading import Loaded, load
+from ingestd.config.loader import Loaded, anchored, load
+from ingestd.settings import Settings
 
 if TYPE_CHECKING:
     import argparse
 
 
-def configured(arguments: argparse.Namespace) -> Loaded:
+def configured(arguments: argparse.Namespace) -> Loaded[Settings]:
     """The settings of this process, every path in them absolute.
 
     Raises:
@@ -41,9 +41,9 @@ class Configuration:
         self._arguments = arguments
         self._environ = dict(os.environ)
         self._cwd = here()
-        self._before: Loaded | None = None
+        self._before: Loaded[Settings] | None = None
 
-    def load(self) -> Loaded:
+    def load(self) -> Loaded[Settings]:
         """The settings as they are written now, every path in them absolute.
 
         Raises:
@@ -52,6 +52,7 @@ class Configuration:
         from ingestd.handlers.target import PATH_OPTIONS  # noqa: PLC0415  not for --help
 
         loaded = load(
+            Settings,
             self._arguments.flags,
             environ=self._environ,
             cwd=self._cwd,

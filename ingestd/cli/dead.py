@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    from ingestd.base.settings import Settings
+    from ingestd.settings import Settings
 
 HELP = "list, show, retry, purge or export the records that were given up"
 DESCRIPTION = """\

@@ -5,15 +5,17 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from ingestd.base.keys import dotted, field_at, quoted, shown, values_of
-from ingestd.base.section import MASK
-from ingestd.base.urls import show_url
+from ingestd.config.keys import dotted, quoted, shown
+from ingestd.config.network import show_url
+from ingestd.config.sections import MASK
 from ingestd.handlers.target import is_ours
+from ingestd.settings import SCHEMA
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from ingestd.base.loading import Loaded
+    from ingestd.config.loader import Loaded
+    from ingestd.settings import Settings
 
 _SECRET_NAME = re.compile(
     r"pass|pwd|token|secret|key|dsn|credential|auth|private|cookie|signature", re.IGNORECASE
@@ -22,10 +24,10 @@ _PLAIN = re.compile(r"|true|false|-?[0-9]{1,9}(\.[0-9]{1,9})?", re.IGNORECASE)
 _WIDTH_MAX = 48
 
 
-def effective(loaded: Loaded) -> Iterator[str]:
+def effective(loaded: Loaded[Settings]) -> Iterator[str]:
     """One line a setting: `batch.records_max = 500   # flag --batch.records_max`."""
     lines = []
-    for path, value in values_of(loaded.settings):
+    for path, value in SCHEMA.values_of(loaded.settings):
         origin = loaded.origins[dotted(path)]
         text = f"{dotted(path)} = {_toml(_visible(path, value, origin, loaded))}"
         lines.append((text, origin))
@@ -34,7 +36,7 @@ def effective(loaded: Loaded) -> Iterator[str]:
         yield f"{text:<{width}}  # {_one_line(origin)}"
 
 
-def _visible(path: Sequence[str], value: object, origin: str, loaded: Loaded) -> object:
+def _visible(path: Sequence[str], value: object, origin: str, loaded: Loaded[Settings]) -> object:
     source = loaded.origins.get(origin.removeprefix("as "), "") if "as " in origin[:3] else origin
     if source.startswith("secret "):
         return MASK
@@ -44,10 +46,10 @@ def _visible(path: Sequence[str], value: object, origin: str, loaded: Loaded) ->
         return MASK
     if isinstance(value, tuple) and tuple(path) == ("fetch", "urls"):
         return [show_url(url) for url in value]
-    return shown(field_at(path), value)
+    return shown(SCHEMA.field_at(path), value)
 
 
-def _harmless(path: Sequence[str], loaded: Loaded) -> bool:
+def _harmless(path: Sequence[str], loaded: Loaded[Settings]) -> bool:
     """Whether an option is one of our sinks', which have no secrets."""
     settings: Any = loaded.settings
     handler = settings.handler if path[0] == "handler" else settings.pipelines[path[1]].handler

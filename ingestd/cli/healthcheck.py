@@ -8,14 +8,14 @@ import ipaddress
 import json
 import os
 
-from ingestd.base.address import split_address
 from ingestd.base.errors import Exit
-from ingestd.base.loading import glance
-from ingestd.base.settings import AdminSettings
-from ingestd.base.units import parse_seconds
 from ingestd.cli.arguments import add_admin
 from ingestd.cli.configured import here
 from ingestd.cli.output import fail
+from ingestd.config.loader import peek
+from ingestd.config.network import split_address
+from ingestd.config.units import parse_seconds
+from ingestd.settings import AdminSettings, Settings
 
 HELP = "ask the daemon on this machine whether it is well"
 DESCRIPTION = """\
@@ -61,7 +61,8 @@ def execute(arguments: argparse.Namespace) -> int:
 def _ask(arguments: argparse.Namespace) -> str:
     """What is wrong; empty if nothing is."""
     # Only this setting counts: a file that somebody is editing does not make a daemon ill.
-    written = glance(
+    written = peek(
+        Settings,
         ("admin", "listen"),
         arguments.flags,
         environ=os.environ,

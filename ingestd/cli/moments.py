@@ -6,7 +6,7 @@ from argparse import ArgumentTypeError
 from datetime import UTC, datetime
 
 from ingestd.base.clock import SystemClock
-from ingestd.base.units import NotUnderstoodError, parse_seconds
+from ingestd.config.units import NotUnderstoodError, parse_seconds
 
 
 def moment(written: str) -> float:

@@ -11,19 +11,14 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ingestd.base.access import TlsSettings
 from ingestd.base.errors import ConfigError, Exit, IngestdError, UsageError
-from ingestd.base.keys import dotted, field_at, quoted, shown, values_of
-from ingestd.base.settings import (
-    DrainSettings,
-    HandlerSettings,
-    LogSettings,
-    Settings,
-    SourceSettings,
-)
-from ingestd.base.units import parse_seconds
 from ingestd.cli.configured import configured
 from ingestd.cli.output import fail, say
+from ingestd.config.keys import dotted, quoted, shown
+from ingestd.config.units import parse_seconds
+from ingestd.execution.settings import HandlerSettings
+from ingestd.http.settings import TlsSettings
+from ingestd.settings import SCHEMA, DrainSettings, LogSettings, Settings, SourceSettings
 
 if TYPE_CHECKING:
     import argparse
@@ -129,7 +124,7 @@ def _begin(arguments: argparse.Namespace) -> tuple[Path, Settings, State]:
 
 
 def _resume(arguments: argparse.Namespace) -> tuple[Path, Settings, State]:
-    from ingestd.base.loading import load  # noqa: PLC0415
+    from ingestd.config.loader import load  # noqa: PLC0415
     from ingestd.prove.progress import resumed  # noqa: PLC0415
 
     fixed = ("kills", "clients", "seed", "scratch", "config")
@@ -140,7 +135,7 @@ def _resume(arguments: argparse.Namespace) -> tuple[Path, Settings, State]:
     folder = Path(arguments.resume).absolute()
     state = resumed(folder)
     settings = load(
-        environ={}, cwd=folder, config=_SETTINGS, secrets=folder / "no secrets"
+        Settings, environ={}, cwd=folder, config=_SETTINGS, secrets=folder / "no secrets"
     ).settings
     return folder, settings, state
 
@@ -166,10 +161,10 @@ def _settings(theirs: Settings, folder: Path) -> Settings:
 
 def _toml(settings: Settings) -> list[str]:
     lines = []
-    for path, value in values_of(settings):
+    for path, value in SCHEMA.values_of(settings):
         if path[0] == "fetch":
             continue  # nothing is downloaded, and headers may be secret
-        text = shown(field_at(path), value)
+        text = shown(SCHEMA.field_at(path), value)
         if isinstance(text, bool):
             written = "true" if text else "false"
         else:

@@ -15,7 +15,7 @@ from ingestd.cli.configured import Configuration
 if TYPE_CHECKING:
     import argparse
 
-    from ingestd.base.settings import Settings
+    from ingestd.settings import Settings
 
 HELP = "take records in, hand them to HANDLER in batches"
 DESCRIPTION = """\

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from ingestd.base.settings import PipelineSettings
+    from ingestd.base.record import Format
     from ingestd.base.surroundings import Surroundings
+    from ingestd.execution.settings import ExecutorSettings, HandlerSettings
 
 log = get_logger()
 
@@ -41,7 +42,9 @@ _CLOSE_SECONDS = 5.0
 
 async def start_pool(
     name: str,
-    settings: PipelineSettings,
+    executor: ExecutorSettings,
+    handler: HandlerSettings,
+    record_format: Format,
     *,
     data_dir: Path,
     on_restart: Callable[[str], None],
@@ -51,7 +54,9 @@ async def start_pool(
 
     Args:
         name: of the pipeline.
-        settings: of the pipeline.
+        executor: `[executor]`.
+        handler: `[handler]`.
+        record_format: of the pipeline.
         data_dir: the daemon's, for the handler.
         on_restart: called with `crashed` or `timeout` each time a process has to be replaced.
         surroundings: what processes are started with; those of now if not given.
@@ -62,14 +67,13 @@ async def start_pool(
     Raises:
         HandlerLoadError: the handler can't be loaded.
     """
-    executor = settings.executor
     kind = executor.kind
-    if kind == "auto" and is_ours(settings.handler.target):
+    if kind == "auto" and is_ours(handler.target):
         kind = "thread"
     wanted = Wanted(
-        target=settings.handler.target,
-        options=dict(settings.handler.options),
-        record_format=settings.format,
+        target=handler.target,
+        options=dict(handler.options),
+        record_format=record_format,
         executor=kind,
         pipeline=name,
         data_dir=os.fsencode(data_dir),

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ingestd.base.clock import Clock
-    from ingestd.base.settings import JournalSettings
     from ingestd.journal.idempotency import KeyRule
     from ingestd.journal.interface import Journal
     from ingestd.journal.letters import Courtesy
+    from ingestd.journal.settings import JournalSettings
 
 
 def build_journal(

@@ -16,8 +16,8 @@ from ingestd.base.telemetry import get_logger
 
 if TYPE_CHECKING:
     from ingestd.base.clock import Clock
-    from ingestd.base.settings import DeadSettings
     from ingestd.journal.interface import Journal
+    from ingestd.journal.settings import DeadSettings
 
 log = get_logger()
 

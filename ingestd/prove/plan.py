@@ -11,7 +11,7 @@ import random
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from ingestd.base.settings import Settings
+    from ingestd.settings import Settings
 
 SERVING_SECONDS_MAX = 1.5
 """A daemon that is ready lives no longer."""

@@ -108,7 +108,7 @@ def _folder(path: object, context: Context) -> Path:
 def _size(written: object) -> int:
     if isinstance(written, str):
         # Only here: it brings pydantic, which a worker with the default does without.
-        from ingestd.base.units import parse_size  # noqa: PLC0415
+        from ingestd.config.units import parse_size  # noqa: PLC0415
 
         try:
             written = parse_size(written)

@@ -9,7 +9,7 @@ from ingestd.sources.depth import DEPTH_MAX
 from ingestd.sources.lines import BOM, KEPT_BYTES, LISTED_MAX, Parsed, parse_lines, too_large
 
 if TYPE_CHECKING:
-    from ingestd.sources.intake import Format
+    from ingestd.base.record import Format
 
 
 class Framer:

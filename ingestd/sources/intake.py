@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ingestd.base.bookmark import Bookmark
     from ingestd.base.once import Claim
-    from ingestd.base.record import Records, Refused
+    from ingestd.base.record import Format, Records, Refused
     from ingestd.base.watch import Watch
-
-Format = Literal["json", "text", "bytes"]
-"""What the records of a pipeline are."""
 
 
 class Intake(Protocol):

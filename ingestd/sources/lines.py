@@ -20,7 +20,7 @@ from ingestd.base.record import Layout, Records, Refused
 from ingestd.sources.depth import DEPTH_MAX, holds_deeper, is_deeper
 
 if TYPE_CHECKING:
-    from ingestd.sources.intake import Format
+    from ingestd.base.record import Format
 
 BOM = b"\xef\xbb\xbf"
 KEPT_BYTES = 64 * 1024

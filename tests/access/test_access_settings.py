@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from ingestd.base.address import is_loopback
-from ingestd.base.settings import HttpSettings, Settings
 from ingestd.base.tokens import hash_of, make_token
+from ingestd.config.network import is_loopback
+from ingestd.http.settings import HttpSettings
+from ingestd.settings import Settings
 from tests.access.tools import LOGS, NEXT, SHOP, Files
 from tests.daemon.harness import daemon
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ingestd.admin.server import AdminServer
-from ingestd.base.address import split_address
-from ingestd.base.hosts import Hosts, check_hosts
 from ingestd.base.metrics import Metrics
-from ingestd.base.settings import AdminSettings, HttpSettings
+from ingestd.config.network import Hosts, check_hosts, split_address
+from ingestd.http.settings import HttpSettings
+from ingestd.settings import AdminSettings
 from ingestd.sources.http.source import HttpSource
 from tests.access.tools import SHOP, bearer
 from tests.admin.test_admin_server import View

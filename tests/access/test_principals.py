@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ingestd.base.access import WebhookSettings, has_one_principal, signatures_valid
 from ingestd.base.record import Records
-from ingestd.base.settings import HttpSettings
 from ingestd.base.tokens import hash_of
+from ingestd.http.settings import HttpSettings, WebhookSettings, has_one_principal, signatures_valid
 from ingestd.journal.idempotency import KeyRule
 from ingestd.journal.sqlite import SqliteJournal
 from ingestd.sources.http.idempotency import take_fingerprint

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ingestd.base.settings import HttpSettings
+from ingestd.http.settings import HttpSettings
 from tests.access.tools import LOGS, NEXT, SHOP, Files, bearer, on_both_loops
 from tests.daemon.harness import daemon
 from tests.sources.source_tools import Client, MemoryIntake, connected, serving, until

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ingestd.base.access import TlsSettings
 from ingestd.base.errors import AddressError, ConfigError
+from ingestd.http.settings import TlsSettings
 from ingestd.sources.http import listener
 from ingestd.sources.http.tls import make_context
 from tests.access.tools import (

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ingestd.base.access import WebhookSettings
+from ingestd.http.settings import WebhookSettings
 from ingestd.sources.http.problem import Problem
 from ingestd.sources.http.webhooks import Webhook, read_webhooks
 from tests.daemon.harness import Daemon, daemon, written

@@ -23,10 +23,10 @@ from ingestd.admin.view import (
     Status,
     bounds_near,
 )
-from ingestd.base.address import split_address
 from ingestd.base.errors import AddressError, Exit
 from ingestd.base.metrics import Metrics, PipelineState
-from ingestd.base.settings import AdminSettings
+from ingestd.config.network import split_address
+from ingestd.settings import AdminSettings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from ingestd.base.address import parse_listen
 from ingestd.base.errors import ConfigError
+from ingestd.config.network import parse_listen
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,6 @@ import pytest
 import structlog
 
 from ingestd.base import telemetry
-from ingestd.base.settings import LogSettings
 from ingestd.base.telemetry import LogWriter, start_logging
 
 if TYPE_CHECKING:
@@ -95,7 +94,7 @@ def writer_to(pipe: Pipe) -> LogWriter:
 
 
 def test_a_line_is_one_json_object(pipe: Pipe) -> None:
-    writer = start_logging(LogSettings(), pipe.stream)
+    writer = start_logging(stream=pipe.stream)
     structlog.get_logger().info("batch_sealed", records=3, path=Path("/x"), text="a\nb\x1b[0m")
     assert writer.close(DEADLINE)
     [event] = pipe.events()
@@ -111,7 +110,7 @@ def test_a_line_is_one_json_object(pipe: Pipe) -> None:
 
 
 def test_the_level_changes_for_loggers_that_are_there(pipe: Pipe) -> None:
-    writer = start_logging(LogSettings(level="warning"), pipe.stream)
+    writer = start_logging(level="warning", stream=pipe.stream)
     log = structlog.get_logger()
     log.info("one_written")
     writer.set_level("debug")
@@ -139,7 +138,7 @@ def test_the_level_changes_for_loggers_that_are_there(pipe: Pipe) -> None:
     ],
 )
 def test_the_level_filters(pipe: Pipe, level: Any, seen: list[str]) -> None:
-    writer = start_logging(LogSettings(level=level), pipe.stream)
+    writer = start_logging(level=level, stream=pipe.stream)
     log = structlog.get_logger()
     for name in ("debug", "info", "warning", "error", "critical"):
         getattr(log, name)("chunk_accepted")
@@ -148,7 +147,7 @@ def test_the_level_filters(pipe: Pipe, level: Any, seen: list[str]) -> None:
 
 
 async def test_ids_come_from_the_context(pipe: Pipe) -> None:
-    writer = start_logging(LogSettings(), pipe.stream)
+    writer = start_logging(stream=pipe.stream)
     log = structlog.get_logger()
 
     async def request(number: int) -> None:
@@ -168,7 +167,7 @@ async def test_ids_come_from_the_context(pipe: Pipe) -> None:
 
 
 def test_an_exception_is_a_field_without_the_locals_of_its_frames(pipe: Pipe) -> None:
-    writer = start_logging(LogSettings(), pipe.stream)
+    writer = start_logging(stream=pipe.stream)
     payload = "a-secret-record"
     try:
         int("x" * len(payload))
@@ -212,7 +211,7 @@ NESTED.append(NESTED)
     ids=["surrogate", "huge", "odd-key", "nan", "object", "unprintable", "endless", "set", "bytes"],
 )
 def test_no_value_fails_the_caller(pipe: Pipe, fmt: Any, value: object) -> None:
-    writer = start_logging(LogSettings(format=fmt), pipe.stream)
+    writer = start_logging(form=fmt, stream=pipe.stream)
     structlog.get_logger().info("chunk_accepted", value=value)
     assert writer.close(DEADLINE)
     [line] = pipe.read_to_end().splitlines()
@@ -223,7 +222,7 @@ def test_no_value_fails_the_caller(pipe: Pipe, fmt: Any, value: object) -> None:
 
 @pytest.mark.parametrize("fmt", ["json", "console"])
 def test_a_line_is_bounded(pipe: Pipe, fmt: Any) -> None:
-    writer = start_logging(LogSettings(format=fmt), pipe.stream)
+    writer = start_logging(form=fmt, stream=pipe.stream)
     size = telemetry.LINE_BYTES_MAX + 1
     structlog.get_logger().info("chunk_accepted", request_id="r1", value="x" * size)
     writer.close(DEADLINE)
@@ -235,7 +234,7 @@ def test_a_line_is_bounded(pipe: Pipe, fmt: Any) -> None:
 
 
 def test_console_lines_cannot_move_the_cursor(pipe: Pipe) -> None:
-    writer = start_logging(LogSettings(format="console"), pipe.stream)
+    writer = start_logging(form="console", stream=pipe.stream)
     try:
         fail("\x1b[2J")
     except ValueError:
@@ -249,7 +248,7 @@ def test_auto_is_console_on_a_terminal(monkeypatch: pytest.MonkeyPatch, no_color
     monkeypatch.setenv("NO_COLOR", no_color)
     master, slave = pty.openpty()
     with os.fdopen(slave, "w") as stream, os.fdopen(master, "rb", buffering=0) as terminal:
-        writer = start_logging(LogSettings(), stream)
+        writer = start_logging(stream=stream)
         structlog.get_logger().info("batch_sealed", records=3)
         assert writer.close(DEADLINE)
         text = terminal.read(4096)
@@ -263,7 +262,7 @@ def test_auto_is_console_on_a_terminal(monkeypatch: pytest.MonkeyPatch, no_color
 
 def test_library_logs_and_warnings_take_the_same_way(pipe: Pipe) -> None:
     before = logging.getLogger().handlers[:]
-    writer = start_logging(LogSettings(level="debug"), pipe.stream)
+    writer = start_logging(level="debug", stream=pipe.stream)
     logging.getLogger("aiohttp.server").error("failed: %s", "x", exc_info=ValueError("y"))
     logging.getLogger("asyncio").debug("Using selector")
     odd = logging.LogRecord("asyncio", logging.WARNING, "", 0, "broken %d", ("x",), None)
@@ -302,7 +301,7 @@ def fill(fd: int) -> int:
 def test_a_stalled_reader_costs_lines_and_learns_how_many(pipe: Pipe, blocking: bool) -> None:
     filled = fill(pipe.stream.fileno())
     os.set_blocking(pipe.stream.fileno(), blocking)
-    writer = start_logging(LogSettings(), pipe.stream)
+    writer = start_logging(stream=pipe.stream)
     log = structlog.get_logger()
     total = 2 * telemetry.LINES_MAX
     slowest = 0.0
@@ -382,7 +381,7 @@ def test_close_gives_up_on_a_stalled_descriptor_that_does_not_block(pipe: Pipe) 
 
 
 def test_a_reader_that_left_costs_lines_only(pipe: Pipe) -> None:
-    writer = start_logging(LogSettings(), pipe.stream)
+    writer = start_logging(stream=pipe.stream)
     pipe.hang_up()
     log = structlog.get_logger()
     for _ in range(3):
@@ -401,7 +400,7 @@ def test_no_stderr_is_no_reason_to_fail(
         stream = (tmp_path / "log").open("w")
         stream.close()
     monkeypatch.setattr(sys, "stderr", stream)
-    writer = start_logging(LogSettings())
+    writer = start_logging()
     structlog.get_logger().info("chunk_accepted")
     assert writer.close(DEADLINE)
     assert writer.lines_lost == 1
@@ -410,10 +409,9 @@ def test_no_stderr_is_no_reason_to_fail(
 def test_a_process_started_with_closed_streams_writes_no_log_into_its_files(tmp_path: Path) -> None:
     program = """
 import structlog, sys
-from ingestd.base.settings import LogSettings
 from ingestd.base.telemetry import start_logging
 files = [open(f"file{n}", "w") for n in range(4)]
-writer = start_logging(LogSettings())
+writer = start_logging()
 structlog.get_logger().error("chunk_accepted")
 closed = writer.close(10)
 sys.exit(0 if closed and writer.lines_lost == 1 else 1)
@@ -431,9 +429,8 @@ sys.exit(0 if closed and writer.lines_lost == 1 else 1)
 def test_the_log_does_not_pose_as_a_standard_stream() -> None:
     program = """
 import os
-from ingestd.base.settings import LogSettings
 from ingestd.base.telemetry import start_logging
-start_logging(LogSettings())
+start_logging()
 os.fstat(0)
 """
     done = subprocess.run(
@@ -448,7 +445,7 @@ os.fstat(0)
 def test_a_stream_that_is_closed_later_does_not_give_its_number_away(
     pipe: Pipe, tmp_path: Path
 ) -> None:
-    writer = start_logging(LogSettings(), pipe.stream)
+    writer = start_logging(stream=pipe.stream)
     number = pipe.stream.fileno()
     pipe.stream.close()
     with (tmp_path / "journal").open("wb") as journal:
@@ -503,7 +500,7 @@ def test_a_real_full_device() -> None:
 def test_a_line_is_cheap_and_a_filtered_one_is_cheaper(pipe: Pipe) -> None:
     """Bounds are some twenty times what was measured: this finds a mistake, not a slow machine."""
     pipe.hang_up()
-    writer = start_logging(LogSettings(), pipe.stream)
+    writer = start_logging(stream=pipe.stream)
     log = structlog.get_logger()
 
     def fastest(call: Callable[[], object]) -> float:

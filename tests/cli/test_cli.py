@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ingestd.base.keys import dotted, settings_of
-from ingestd.base.settings import Settings
+from ingestd.config.keys import dotted, settings_of
+from ingestd.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 

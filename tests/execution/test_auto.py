@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ingestd.base.record import Records, Span
-from ingestd.base.settings import Settings
 from ingestd.execution.build import start_pool
 from ingestd.handlers.outcome import Job
+from ingestd.settings import Settings
 from tests.daemon.harness import daemon
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ingestd.base.settings import PipelineSettings
+    from ingestd.base.record import Format
+    from ingestd.execution.settings import ExecutorSettings, HandlerSettings
 
 THEIRS = """\
 import os
@@ -56,9 +57,9 @@ def pids(folder: Path, name: str) -> set[int]:
     return {int(line) for line in (folder / name).read_text().split()}
 
 
-def settings_for(target: str) -> PipelineSettings:
+def settings_for(target: str) -> tuple[ExecutorSettings, HandlerSettings, Format]:
     settings = Settings(handler={"target": target}, executor={"workers": 2})
-    return settings.pipeline_settings()["default"]
+    return settings.executor, settings.handler, settings.format
 
 
 @pytest.mark.parametrize(
@@ -77,7 +78,7 @@ async def test_what_a_handler_of_the_users_runs_in(
     (tmp_path / f"{module}.py").write_text(THEIRS)
     monkeypatch.syspath_prepend(str(tmp_path))
     pool, kind = await start_pool(
-        "default", settings_for(f"{module}:{name}"), data_dir=tmp_path, on_restart=lambda _: None
+        "default", *settings_for(f"{module}:{name}"), data_dir=tmp_path, on_restart=lambda _: None
     )
     try:
         assert kind == expected
@@ -97,7 +98,7 @@ async def test_what_a_handler_of_the_users_runs_in(
 @pytest.mark.parametrize("target", ["jsonl", "ingestd.sinks.jsonl:JsonlSink"])
 async def test_a_sink_that_comes_with_us_runs_in_threads(tmp_path: Path, target: str) -> None:
     pool, kind = await start_pool(
-        "default", settings_for(target), data_dir=tmp_path, on_restart=lambda _: None
+        "default", *settings_for(target), data_dir=tmp_path, on_restart=lambda _: None
     )
     assert await pool.close(asyncio.get_running_loop().time() + 5)
     assert kind == "thread"

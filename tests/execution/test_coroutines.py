@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from ingestd.base.errors import HandlerLoadError
 from ingestd.base.record import Records, Span
-from ingestd.base.settings import Settings
+from ingestd.settings import Settings
 from ingestd.execution import build, loops
 from ingestd.execution.build import start_pool
 from ingestd.execution.lane import START_AGAIN_SECONDS
@@ -144,7 +144,9 @@ async def opened(
         modules.append(__import__(module))
         pool, _ = await start_pool(
             "default",
-            settings.pipeline_settings()["default"],
+            settings.executor,
+            settings.handler,
+            settings.format,
             data_dir=tmp_path,
             on_restart=lambda _: None,
         )

@@ -15,10 +15,10 @@ import structlog
 from backports import zstd
 
 from ingestd.base.errors import InputIncomplete
-from ingestd.base.settings import FetchSettings
 from ingestd.sources.fetch.body import _Window
 from ingestd.sources.fetch.budget import Budget, memory_for
 from ingestd.sources.fetch.failure import Again, GivenUp
+from ingestd.sources.fetch.settings import FetchSettings
 from tests.fetch.tools import (
     Asked,
     Intake,

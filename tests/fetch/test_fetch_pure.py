@@ -15,8 +15,7 @@ from multidict import CIMultiDict
 from ingestd.base.backoff import backoff
 from ingestd.base.bookmark import STATE_BYTES_MAX, Bookmark
 from ingestd.base.errors import ConfigError
-from ingestd.base.settings import FetchSettings
-from ingestd.base.urls import show_url, split_urls
+from ingestd.config.network import show_url, split_urls
 from ingestd.sources.fetch import waits
 from ingestd.sources.fetch.answer import (
     Finished,
@@ -28,6 +27,7 @@ from ingestd.sources.fetch.answer import (
 )
 from ingestd.sources.fetch.failure import Again, Changed, GivenUp
 from ingestd.sources.fetch.position import Position, as_bookmark, from_bookmark, start_of
+from ingestd.sources.fetch.settings import FetchSettings
 from ingestd.sources.fetch.taking import Lines
 from ingestd.sources.fetch.urls import as_url, read_links
 from ingestd.sources.inflate import Inflater

@@ -12,8 +12,8 @@ from aiohttp import web
 from backports import zstd
 
 from ingestd.base.clock import SystemClock
-from ingestd.base.settings import FetchSettings
 from ingestd.sources.fetch.position import Position, from_bookmark
+from ingestd.sources.fetch.settings import FetchSettings
 from ingestd.sources.fetch.source import FetchSource
 from tests.sources.source_tools import check
 
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from ingestd.base.bookmark import Bookmark
-    from ingestd.base.record import Records, Refused
-    from ingestd.sources.intake import Format
+    from ingestd.base.record import Format, Records, Refused
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -15,8 +15,9 @@ from ingestd.base.record import Records, Refused, Span
 from ingestd.journal import dead, verify
 from ingestd.journal.beside import opened as opened_beside
 from ingestd.journal.interface import Cursor, DeadLetter, Ledger, Moved, Sealed, Settlement
-from ingestd.journal.letters import REVIVE_RECORDS, Courtesy, letter_bytes
+from ingestd.journal.letters import REVIVE_RECORDS, Courtesy
 from ingestd.journal.memory import MemoryJournal
+from ingestd.journal.rows import letter_bytes
 from ingestd.journal.sqlite import SqliteJournal
 
 if TYPE_CHECKING:

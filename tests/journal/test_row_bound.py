@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ingestd.base.contradictions import STORED_BYTES_MAX
-from ingestd.base.settings import Settings
 from ingestd.journal import store
+from ingestd.journal.settings import STORED_BYTES_MAX
+from ingestd.settings import Settings
 from tests.sources.source_tools import ask
 from tests.sources.test_idempotency import Door
 

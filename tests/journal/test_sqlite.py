@@ -11,7 +11,7 @@ import pytest
 from ingestd.base.errors import JournalFailed, JournalUnreadable, Overloaded
 from ingestd.base.record import Layout, Records, Refused, Span
 from ingestd.journal.interface import Cursor, DeadLetter, Ledger, Sealed, Settlement
-from ingestd.journal.letters import letter_bytes
+from ingestd.journal.rows import letter_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -7,8 +7,8 @@ import pytest
 
 from ingestd.base.clock import SystemClock
 from ingestd.base.metrics import Metrics
-from ingestd.base.settings import Settings
 from ingestd.pipeline import Pipeline
+from ingestd.settings import Settings
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from ingestd.base.errors import Overloaded
 from ingestd.base.rate import LONGEST, SHORTEST, STALLED, Rate, wait_for_room
 from ingestd.base.record import Layout, Records, Span
-from ingestd.base.settings import HttpSettings, StdinSettings
+from ingestd.http.settings import HttpSettings
 from ingestd.journal.interface import Cursor, Sealed, Settlement
 from ingestd.journal.space import CHECK_SECONDS, Space
 from ingestd.journal.sqlite import SqliteJournal
 from ingestd.overview import status_of
 from ingestd.sources.http.source import HttpSource
+from ingestd.sources.stdin.settings import StdinSettings
 from ingestd.sources.stdin.source import StdinSource
 from tests.pipeline import recording
 from tests.pipeline.test_pipeline import drained, numbers, until

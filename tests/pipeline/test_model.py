@@ -22,13 +22,13 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from ingestd.base.clock import SystemClock
 from ingestd.base.metrics import Metrics
 from ingestd.base.record import Records, Refused
-from ingestd.base.settings import Settings
 from ingestd.execution.pool import TaskPool
 from ingestd.handlers.batch import Batch
 from ingestd.handlers.outcome import Failure, Job, Rejection, Result, Retry
 from ingestd.journal.beside import opened
 from ingestd.journal.dead import Filter, letters, mark
 from ingestd.pipeline import Pipeline
+from ingestd.settings import Settings
 from ingestd.sources.lines import json_fault
 
 ATTEMPTS = 2

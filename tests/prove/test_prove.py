@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 
 from ingestd.base.errors import ConfigError
-from ingestd.base.settings import HttpSettings, Settings
+from ingestd.http.settings import HttpSettings
 from ingestd.prove.plan import SERVING_SECONDS_MAX, Bounds, body_at, bounds_of, kill_at
 from ingestd.prove.progress import RESERVED, STATE, Progress, Sent, State, resumed
 from ingestd.prove.verdict import compare, lines, report, rows_in
+from ingestd.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 

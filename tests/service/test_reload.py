@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from ingestd.base.errors import ConfigError
-from ingestd.base.reloading import plan
-from ingestd.base.settings import Settings
+from ingestd.config.reload import plan
+from ingestd.settings import Settings, validation_errors
 from ingestd.sources.http.access import read_access
 from ingestd.sources.http.gate import Gate
 from tests.access.tools import LOGS, SHOP, Files, bearer
@@ -25,7 +25,8 @@ TOKEN = {"shop": {"token": SHOP}}
 
 def test_what_is_the_same_changes_nothing() -> None:
     settings = Settings(http={"tokens": TOKEN}, pipelines={"clicks": {}})
-    change = plan(settings, Settings(http={"tokens": TOKEN}, pipelines={"clicks": {}}))
+    same = Settings(http={"tokens": TOKEN}, pipelines={"clicks": {}})
+    change = plan(settings, same, validation_errors)
     assert (change.changed, change.needs_restart) == ([], [])
     assert change.settings == settings
 
@@ -44,6 +45,7 @@ def test_what_can_change_and_what_can_not() -> None:
                 "new": {},
             },
         ),
+        validation_errors,
     )
     token = "token hash file client_certificate pipelines records_per_second bytes_per_second"
     assert set(change.changed) == {
@@ -95,7 +97,7 @@ def test_what_goes_only_with_a_restart_is_refused(
     before: dict[str, Any], after: dict[str, Any], about: str
 ) -> None:
     with pytest.raises(ConfigError, match="needs a restart") as refused:
-        plan(Settings(**before), Settings(**after))
+        plan(Settings(**before), Settings(**after), validation_errors)
     assert str(refused.value).startswith(f"{about}: ")
 
 

@@ -5,15 +5,10 @@ import socket
 import pytest
 from pydantic import ValidationError
 
-from ingestd.base.keys import settings_of, unit_of
-from ingestd.base.settings import (
-    BatchSettings,
-    DrainSettings,
-    HandlerSettings,
-    PipelineSettings,
-    Section,
-    Settings,
-)
+from ingestd.config.keys import settings_of, unit_of
+from ingestd.config.sections import Section
+from ingestd.execution.settings import HandlerSettings
+from ingestd.settings import BatchSettings, DrainSettings, PipelineSettings, Settings
 
 
 def test_settings_made_in_code_see_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from ingestd.base.access import TokenSettings, WebhookSettings
-from ingestd.base.keys import dotted, settings_of, shown, unit_of
-from ingestd.base.loading import load
-from ingestd.base.settings import Settings
+from ingestd.config.keys import dotted, settings_of, shown, unit_of
+from ingestd.config.loader import load
+from ingestd.http.settings import TokenSettings, WebhookSettings
+from ingestd.settings import Settings
 
 FILE = Path(__file__).parents[2] / "config" / "ingestd.toml"
 TEXT = FILE.read_text()
@@ -37,7 +37,7 @@ def test_every_key_is_there_with_its_default_as_people_write_it() -> None:
 
 
 def test_the_file_loads_and_changes_nothing(tmp_path: Path) -> None:
-    loaded = load(environ={}, cwd=tmp_path, config=str(FILE), secrets=tmp_path / "none")
+    loaded = load(Settings, environ={}, cwd=tmp_path, config=str(FILE), secrets=tmp_path / "none")
     assert loaded.settings == Settings()
     assert set(loaded.origins.values()) == {f"file {FILE}"}
 
@@ -46,7 +46,7 @@ def test_the_example_of_a_pipeline_works_when_its_comment_signs_are_gone(tmp_pat
     example = TEXT[TEXT.index("# [pipelines.") :]
     text = re.sub(r"(?m)^# ?", "", example)
     (tmp_path / "ingestd.toml").write_text(TEXT.replace(example, text))
-    loaded = load(environ={}, cwd=tmp_path, secrets=tmp_path / "none")
+    loaded = load(Settings, environ={}, cwd=tmp_path, secrets=tmp_path / "none")
     clicks = loaded.settings.pipelines["clicks"]
     assert clicks.batch.age_max == 0.25
     assert clicks.handler.options == {"table": "clicks"}
@@ -61,7 +61,7 @@ def test_the_examples_of_a_token_and_a_webhook_name_every_key(tmp_path: Path) ->
         if "=" in line or line.startswith("# [")
     ).replace("client_certificate", "# client_certificate")
     (tmp_path / "ingestd.toml").write_text(example)
-    settings = load(environ={}, cwd=tmp_path, secrets=tmp_path / "none").settings
+    settings = load(Settings, environ={}, cwd=tmp_path, secrets=tmp_path / "none").settings
     token, webhook = settings.http.tokens["shop"], settings.http.webhooks["github"]
     assert token.model_fields_set | {"client_certificate"} == set(TokenSettings.model_fields)
     assert webhook.model_fields_set == set(WebhookSettings.model_fields)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ingestd.base.errors import ConfigError
-from ingestd.base.layers import Flag
-from ingestd.base.loading import Loaded, load
-from ingestd.base.settings import Settings
+from ingestd.config.layers import Flag
+from ingestd.config.loader import Loaded, load
+from ingestd.settings import Settings
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,8 +43,9 @@ class World:
     def flag(self, key: str, value: str) -> None:
         self.flags.append(Flag(key, value, f"--{key}"))
 
-    def load(self) -> Loaded:
+    def load(self) -> Loaded[Settings]:
         return load(
+            Settings,
             self.flags,
             environ=self.environ,
             cwd=self.root / "cwd",

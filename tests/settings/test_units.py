@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ingestd.base.address import split_address
-from ingestd.base.units import (
+from ingestd.config.network import split_address
+from ingestd.config.units import (
     NotUnderstoodError,
     parse_count,
     parse_seconds,

@@ -7,14 +7,13 @@ import contextlib
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ingestd.base.settings import HttpSettings
+from ingestd.http.settings import HttpSettings
 from ingestd.sources.http.source import HttpSource
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from ingestd.base.record import Records, Refused
-    from ingestd.sources.intake import Format
+    from ingestd.base.record import Format, Records, Refused
 
 
 class MemoryIntake:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ingestd.admin.server import AdminServer
-from ingestd.base.address import split_address
 from ingestd.base.metrics import Metrics
-from ingestd.base.settings import AdminSettings
+from ingestd.config.network import split_address
+from ingestd.settings import AdminSettings
 from tests.access.tools import Files, on_both_loops
 from tests.admin.test_admin_server import View
 from tests.sources.source_tools import MemoryIntake, connected, serving, until

@@ -22,10 +22,11 @@ from ingestd.base.errors import KeyInFlight, KeyReused, Overloaded
 from ingestd.base.metrics import Metrics
 from ingestd.base.once import Claim
 from ingestd.base.record import Records
-from ingestd.base.settings import HttpSettings, Settings
+from ingestd.http.settings import HttpSettings
 from ingestd.journal.idempotency import KeyRule
 from ingestd.journal.sqlite import SqliteJournal
 from ingestd.pipeline import Pipeline
+from ingestd.settings import Settings
 from ingestd.sources.http.idempotency import parse_key
 from ingestd.sources.http.problem import Problem
 from ingestd.sources.http.source import HttpSource

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 import ingestd
 from ingestd.base.clock import SystemClock
 from ingestd.base.metrics import Metrics
-from ingestd.base.settings import HttpSettings, Settings
 from ingestd.base.watch import Watch
+from ingestd.http.settings import HttpSettings
 from ingestd.journal.interface import DeadLetter, Place
 from ingestd.pipeline import Pipeline
+from ingestd.settings import Settings
 from ingestd.sources.http.prefer import NOTHING, Preferences, parse_prefer
 from ingestd.sources.http.source import HttpSource
 from ingestd.watching import Watches

@@ -19,11 +19,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingestd.base.errors import InputUnreadable, JournalFailed, Overloaded
-from ingestd.base.settings import StdinSettings
 from ingestd.sources.framing import Framer
 from ingestd.sources.lines import BOM
 from ingestd.sources.sniff import guess
 from ingestd.sources.stdin.prefix import Prefix
+from ingestd.sources.stdin.settings import StdinSettings
 from ingestd.sources.stdin.source import StdinSource, _lines_of
 from tests.sources.source_tools import MemoryIntake, until
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psycopg
 
-from ingestd import Batch
+from ingestd.handlers.batch import Batch
 
 
 class Store:

@@ -18,8 +18,8 @@ from ingestd.sources.inflate import Corrupt, Inflater, TooMuch, WindowTooLarge, 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
-    from ingestd.base.settings import FetchSettings
     from ingestd.sources.fetch.budget import Budget
+    from ingestd.sources.fetch.settings import FetchSettings
 
 _NO_BOUND = 1 << 62
 _WINDOW_MIN = 64 * 1024

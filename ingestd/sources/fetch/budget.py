@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ingestd.sources.inflate import WINDOW_MAX
 
 if TYPE_CHECKING:
-    from ingestd.base.settings import FetchSettings
+    from ingestd.sources.fetch.settings import FetchSettings
 
 DOWNLOADS_AT_ONCE = 4
 """So many downloads may have the window that any zstd body may need; others wait for theirs."""

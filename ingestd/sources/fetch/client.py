@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from aiohttp.abc import AbstractResolver
     from yarl import URL
 
-    from ingestd.base.settings import FetchSettings
+    from ingestd.sources.fetch.settings import FetchSettings
     from ingestd.sources.fetch.urls import Link
 
 READ_BYTES = 256 * 1024

@@ -16,7 +16,7 @@ from ingestd.sources.fetch.failure import Again, Changed, GivenUp, Reconnect
 from ingestd.sources.fetch.position import Position
 
 if TYPE_CHECKING:
-    from ingestd.base.settings import FetchSettings
+    from ingestd.sources.fetch.settings import FetchSettings
     from ingestd.sources.fetch.slots import Slots
     from ingestd.sources.fetch.trying import Tries
     from ingestd.sources.fetch.urls import Link

@@ -10,7 +10,7 @@ from ingestd.sources.depth import DEPTH_MAX
 from ingestd.sources.lines import BOM, KEPT_BYTES, Parsed, json_fault, too_large
 
 if TYPE_CHECKING:
-    from ingestd.sources.intake import Format
+    from ingestd.base.record import Format
 
 ID_CHARS_MAX = 1024
 """A longer id is not used: it has to be kept, and sent as a header."""

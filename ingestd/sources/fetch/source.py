@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from aiohttp.abc import AbstractResolver
 
     from ingestd.base.clock import Clock
-    from ingestd.base.settings import FetchSettings
+    from ingestd.sources.fetch.settings import FetchSettings
     from ingestd.sources.fetch.urls import Link
     from ingestd.sources.intake import Intake
 

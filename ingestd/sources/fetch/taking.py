@@ -16,8 +16,8 @@ from ingestd.sources.lines import Parsed
 from ingestd.sources.sniff import MARK_BYTES, marked
 
 if TYPE_CHECKING:
+    from ingestd.base.record import Format
     from ingestd.sources.fetch.position import Position
-    from ingestd.sources.intake import Format
 
 
 class Taker(Protocol):

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     from ingestd.base.bookmark import Bookmark
     from ingestd.base.clock import Clock
-    from ingestd.base.settings import FetchSettings
     from ingestd.sources.fetch.budget import Budget, Memory
     from ingestd.sources.fetch.client import Client
+    from ingestd.sources.fetch.settings import FetchSettings
     from ingestd.sources.fetch.slots import Lease
     from ingestd.sources.fetch.tally import Tally
     from ingestd.sources.fetch.urls import Link

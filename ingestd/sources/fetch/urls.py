@@ -14,14 +14,14 @@ from urllib.parse import unquote
 from yarl import URL
 
 from ingestd.base.errors import ConfigError
-from ingestd.base.urls import check_url, show_url
+from ingestd.config.network import check_url, show_url
 from ingestd.sources.fetch.position import key_of
 from ingestd.sources.stdin.reader import open_reader
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from ingestd.base.settings import FetchSettings
+    from ingestd.sources.fetch.settings import FetchSettings
 
 URLS_MAX = 10_000
 LIST_BYTES_MAX = 16 * 1024**2

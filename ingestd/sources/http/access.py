@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from ingestd.base.access import at_large
 from ingestd.base.errors import ConfigError
 from ingestd.base.passed import is_local, show_socket
+from ingestd.http.settings import at_large
 from ingestd.sources.http.tls import make_context, read_authorities
 from ingestd.sources.http.tokens import Tokens, read_tokens
 from ingestd.sources.http.webhooks import read_webhooks
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import Mapping, Sequence
 
-    from ingestd.base.settings import HttpSettings
+    from ingestd.http.settings import HttpSettings
 
 
 class Access(NamedTuple):

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
-    from ingestd.base.settings import HttpSettings
+    from ingestd.base.record import Format
+    from ingestd.http.settings import HttpSettings
     from ingestd.sources.http.body import Bounds, Reading
     from ingestd.sources.http.room import Hold
     from ingestd.sources.http.webhooks import Delivery, Webhook
-    from ingestd.sources.intake import Format
     from ingestd.sources.lines import Parsed
 
 THREAD_BYTES = 256 * 1024

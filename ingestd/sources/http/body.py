@@ -30,7 +30,7 @@ from ingestd.sources.lines import too_large as refuse_too_large
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from ingestd.sources.intake import Format
+    from ingestd.base.record import Format
 
 PIECE_BYTES = 128 * 1024
 """Lines are checked this many bytes at a time, so that nobody waits long for the interpreter."""

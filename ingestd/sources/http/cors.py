@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ingestd.base.origins import ANY
+from ingestd.config.network import ANY_ORIGIN
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -53,7 +53,7 @@ class Cors:
 
     def __init__(self, origins: Sequence[str]) -> None:
         shown = {"Access-Control-Expose-Headers": ", ".join(_SHOWN)}
-        self._any = ANY in origins
+        self._any = ANY_ORIGIN in origins
         self._allowed = {
             origin: {"Access-Control-Allow-Origin": origin, **shown, "Vary": "Origin"}
             for origin in origins
@@ -61,7 +61,7 @@ class Cors:
         # A cache must not give the answer for one origin, or for none, to another.
         self._others = {"Vary": "Origin"}
         if self._any:
-            self._others = {"Access-Control-Allow-Origin": ANY, **shown}
+            self._others = {"Access-Control-Allow-Origin": ANY_ORIGIN, **shown}
 
     def headers(self, origin: str) -> dict[str, str]:
         """For any answer to a request from an origin (empty if it says none)."""

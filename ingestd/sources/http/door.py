@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
     from ingestd.base.once import Claim
     from ingestd.base.record import Refused
-    from ingestd.base.settings import HttpSettings
+    from ingestd.http.settings import HttpSettings
     from ingestd.sources.http.connection import Connection
     from ingestd.sources.http.gate import Caller, Gate
     from ingestd.sources.http.prefer import Preferences

@@ -14,10 +14,9 @@ import socket
 import time
 from typing import TYPE_CHECKING, cast
 
-from ingestd.base.access import ALL, demands_proof, demands_signatures_alone
-from ingestd.base.hosts import Hosts, authority_of
-from ingestd.base.origins import ANY, is_foreign
 from ingestd.base.telemetry import get_logger
+from ingestd.config.network import ANY_ORIGIN, Hosts, authority_of, is_foreign
+from ingestd.http.settings import ALL, demands_proof, demands_signatures_alone
 from ingestd.sources.http import problem
 from ingestd.sources.http.limits import Limits
 from ingestd.sources.http.peer import peer_of
@@ -29,8 +28,7 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
-    from ingestd.base.access import TokenSettings
-    from ingestd.base.settings import HttpSettings
+    from ingestd.http.settings import HttpSettings, TokenSettings
     from ingestd.sources.http.access import Access
     from ingestd.sources.http.connection import Connection
 
@@ -224,7 +222,7 @@ class Gate:
         headers = request.headers
         origin = ", ".join(headers.getall("Origin", ()))  # no browser sends two
         site = headers.get("Sec-Fetch-Site", "")
-        if ANY in self._origins or origin in self._origins:
+        if ANY_ORIGIN in self._origins or origin in self._origins:
             return
         if is_foreign(origin, site, authority_of(request.raw_path, headers.get("Host", ""))):
             raise Problem(problem.FOREIGN_ORIGIN, "it is not among http.cors_origins")

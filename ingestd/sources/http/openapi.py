@@ -20,7 +20,7 @@ from ingestd.sources.http.routes import RECORDS, WEBHOOKS
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ingestd.sources.intake import Format
+    from ingestd.base.record import Format
 
 PROBLEM_TYPE = "application/problem+json"
 

@@ -10,13 +10,13 @@ from importlib.resources import files
 from string import Template
 from typing import TYPE_CHECKING, NamedTuple
 
-from ingestd.base.address import is_loopback
+from ingestd.config.network import is_loopback
 from ingestd.sources.http.routes import RECORDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ingestd.sources.intake import Format
+    from ingestd.base.record import Format
 
 _EXAMPLES: dict[Format, tuple[tuple[str, str], ...]] = {
     "json": (

@@ -14,7 +14,7 @@ from ingestd.sources.http.routes import ASK, READ, SERVER, Resource
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from ingestd.sources.intake import Format
+    from ingestd.base.record import Format
 
 
 def published(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
-    from ingestd.base.settings import HttpSettings
+    from ingestd.http.settings import HttpSettings
     from ingestd.sources.http.room import Hold
 
 

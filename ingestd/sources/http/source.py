@@ -6,12 +6,12 @@ import asyncio
 import errno
 from typing import TYPE_CHECKING
 
-from ingestd.base.access import demands_proof, demands_signatures_alone
-from ingestd.base.address import is_loopback, split_address
 from ingestd.base.errors import AddressError, ConfigError
 from ingestd.base.once import WEBHOOK
 from ingestd.base.passed import is_local, show_socket
 from ingestd.base.telemetry import get_logger
+from ingestd.config.network import is_loopback, split_address
+from ingestd.http.settings import demands_proof, demands_signatures_alone
 from ingestd.sources.http.access import check_exposure, read_access
 from ingestd.sources.http.body import Bounds
 from ingestd.sources.http.door import Door, Route
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Mapping, Sequence
 
-    from ingestd.base.settings import HttpSettings
+    from ingestd.http.settings import HttpSettings
     from ingestd.sources.http.access import Access
     from ingestd.sources.http.document import Document
     from ingestd.sources.http.door import OnRequest

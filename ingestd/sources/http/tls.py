@@ -12,7 +12,7 @@ from ingestd.base.read_file import read_file
 from ingestd.sources.http.secured import SecuredContext
 
 if TYPE_CHECKING:
-    from ingestd.base.access import TlsSettings
+    from ingestd.http.settings import TlsSettings
 
 _STEPS_MAX = 10
 _CERTIFICATE = re.compile(rb"-----BEGIN [A-Z0-9 ]*CERTIFICATE-----([^-]*)-----END ")

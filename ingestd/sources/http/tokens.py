@@ -15,7 +15,7 @@ from ingestd.sources.http.files import read_lines
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from ingestd.base.access import TokenSettings
+    from ingestd.http.settings import TokenSettings
 
 DIGESTS_MAX = 2000
 """Tokens, all names together: each request is compared with all of them, 0.1 µs each."""

@@ -29,7 +29,7 @@ from ingestd.sources.http.problem import Problem
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from ingestd.base.access import WebhookSettings
+    from ingestd.http.settings import WebhookSettings
 
 _ID = re.compile(r"[!-~]{1,255}", re.ASCII)
 _SECONDS = re.compile(r"[0-9]{1,12}", re.ASCII)

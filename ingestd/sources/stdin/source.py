@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ingestd.base.record import Refused
-    from ingestd.base.settings import StdinSettings
     from ingestd.sources.intake import Intake
     from ingestd.sources.lines import Parsed
     from ingestd.sources.stdin.prefix import Part
     from ingestd.sources.stdin.reader import Reader
+    from ingestd.sources.stdin.settings import StdinSettings
 
 log = get_logger()
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from ingestd.base.settings import Settings
-from ingestd.base.units import parse_seconds
+from ingestd.config.units import parse_seconds
+from ingestd.settings import Settings
 from tests.deploy.base import ROOT
 from tests.deploy.containers.container import Spoken, free_port
 from tests.deploy.containers.engine import RUN, tool

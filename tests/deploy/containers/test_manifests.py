@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 import ingestd
-from ingestd.base.settings import Settings
-from ingestd.base.units import parse_seconds
+from ingestd.config.units import parse_seconds
+from ingestd.settings import Settings
 from tests.deploy.base import ROOT
 from tests.deploy.containers import manifests
 from tests.deploy.containers.engine import run, tool

@@ -1,25 +1,42 @@
-"""Settings: who may come in at the http source. Files are read in `sources/http/access.py`."""
+"""Settings of the HTTP source: its address, its bounds, TLS, and who may send."""
 
 from __future__ import annotations
 
+import socket
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field, SecretStr
 
-from ingestd.base.address import is_loopback
-from ingestd.base.section import FilePath, Secret, Section, own_name
 from ingestd.base.tokens import hash_of, read_hash
-from ingestd.base.units import Count, Seconds, Size, Words  # noqa: TC001  pydantic reads them
+from ingestd.config.network import (
+    check_address,
+    check_hosts,
+    check_origins,
+    is_loopback,
+    split_address,
+)
+from ingestd.config.sections import FilePath, Reloadable, Secret, Section, own_name
+from ingestd.config.units import (
+    Count,
+    Seconds,
+    Share,
+    Size,
+    Switch,
+    Words,
+    show_size,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from ingestd.base.settings import HttpSettings, PipelineSettings, Settings
 
 ALL = "*"
 """In a list of pipelines: every one."""
 
 _DAY = 86400.0
+_MIB = 1024**2
+_GIB = 1024**3
+_TIB = 1024**4
 _CLOCK_STEP = 60.0
 """Seconds by which this machine's clock may be set back without a delivery being taken twice."""
 _UNSET = SecretStr("")
@@ -67,6 +84,8 @@ class TokenSettings(Section):
     At least one of the first four; whoever has any of them is NAME.
     """
 
+    EXAMPLE = ("shop", ("file",))
+
     token: Annotated[Secret, AfterValidator(_hashed)] = Field(
         _UNSET, description="the token itself; only its hash is kept"
     )
@@ -89,6 +108,8 @@ class TokenSettings(Section):
 class WebhookSettings(Section):
     """`[http.webhooks.NAME]`: signed deliveries to `POST /v1/webhooks/NAME`."""
 
+    EXAMPLE = ("github", ("secret",))
+
     kind: Literal["standard", "github", "stripe"] = Field(description="how it is signed")
     secret: Secret = Field(_UNSET, description="the secret that it is signed with")
     file: FilePath = Field("", description="file of secrets, one a line; each is good")
@@ -98,29 +119,150 @@ class WebhookSettings(Section):
     )
 
 
-def access_contradictions(settings: Settings) -> Iterator[tuple[str, str]]:
-    """(dotted key, problem) for each; see `base/contradictions.py`."""
-    if settings.source.kind != "http":
-        return
-    http, pipelines = settings.http, settings.pipeline_settings()
+class HttpSettings(Section):
+    """`[http]`: the door for records, and its bounds."""
+
+    listen: Annotated[str, AfterValidator(check_address)] = Field(
+        "127.0.0.1:8080", description="address for records, HOST:PORT"
+    )
+    reuse_port: Switch = Field(
+        False, description="other daemons may listen on the same port, and share what comes"
+    )
+    wire_bytes_max: Size = Field(
+        16 * _MIB, ge=1, le=_TIB, description="largest body as it is sent, before decompression"
+    )
+    body_bytes_max: Size = Field(
+        32 * _MIB, ge=1, le=_TIB, description="largest body after decompression"
+    )
+    records_max: Count = Field(100_000, ge=1, le=10**9, description="most records in one request")
+    invalid_kept: Count = Field(
+        10,
+        ge=0,
+        le=100,
+        description="invalid records of one request that are kept as dead letters",
+    )
+    inflight_bytes_max: Size = Field(
+        48 * _MIB,
+        ge=1,
+        le=_TIB,
+        description="bodies being read or waiting for their commit, all requests together",
+    )
+    connections_max: Count = Field(4096, ge=1, le=1_000_000, description="most open connections")
+    connections_per_client_max: Count = Field(
+        1024, ge=0, le=1_000_000, description="most open connections of one client; 0: no bound"
+    )
+    head_timeout: Seconds = Field(
+        10.0, gt=0, le=_DAY, description="the head of a request has to be there after this"
+    )
+    body_rate_min: Size = Field(
+        1024, ge=0, le=_GIB, description="a body that comes slower, a second, is ended; 0: no bound"
+    )
+    inflate_ratio_max: Count = Field(
+        200,
+        ge=0,
+        le=1_000_000,
+        description="a body that grows more when decompressed is refused; 0: no bound",
+    )
+    body_timeout: Seconds = Field(
+        30.0, gt=0, le=_DAY, description="a body has to be there after this"
+    )
+    keepalive_timeout: Seconds = Field(
+        15.0, ge=0, le=_DAY, description="an idle connection is closed after this"
+    )
+    requests_max: Count = Field(
+        1024, ge=1, le=1_000_000, description="most requests in progress; then 503"
+    )
+    client_share: Share = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="what one client may hold of requests and bytes in flight while others wait",
+    )
+    wait_max: Seconds = Field(
+        60.0,
+        ge=0,
+        le=3600,
+        description="longest that Prefer: wait makes an answer wait; 0s ignores it",
+    )
+    streams_max: Count = Field(
+        64,
+        ge=0,
+        le=100_000,
+        description="most chunked bodies of lines that are accepted in pieces at once",
+    )
+    stream_silence_max: Seconds = Field(
+        300.0, gt=0, le=_DAY, description="a stream that sends nothing for so long is ended"
+    )
+    idempotency_ttl: Seconds = Field(
+        _DAY, gt=0, le=366 * _DAY, description="an Idempotency-Key is remembered this long"
+    )
+    idempotency_keys_max: Count = Field(
+        1_000_000, ge=1, le=10**9, description="most Idempotency-Keys remembered, a pipeline"
+    )
+    cors_origins: Annotated[Words, AfterValidator(check_origins)] = Field(
+        (), max_length=1000, description="origins whose pages may read the answers; * is every one"
+    )
+    hosts: Annotated[Words, AfterValidator(check_hosts)] = Field(
+        (),
+        max_length=1000,
+        description="names it is asked for, beside IP addresses and localhost; * is every one",
+    )
+    allow_anonymous: Annotated[bool, Reloadable()] = Field(
+        False, description="who says nothing may send everything, also on a public address"
+    )
+    tls: Annotated[TlsSettings, Reloadable()] = TlsSettings()
+    tokens: Annotated[dict[TokenName, TokenSettings], Reloadable()] = Field(
+        default_factory=dict, max_length=1000, description="clients that prove who they are"
+    )
+    webhooks: Annotated[dict[WebhookName, WebhookSettings], Reloadable()] = Field(
+        default_factory=dict, max_length=1000, description="signed deliveries, by name"
+    )
+
+
+def problems_of(
+    http: HttpSettings, formats: Mapping[str, str], default: str
+) -> Iterator[tuple[str, str]]:
+    """Finds settings that cannot work together: (key below `http`, what is wrong) for each.
+
+    Args:
+        http: the section.
+        formats: of the records of each pipeline.
+        default: the pipeline of requests that name none.
+    """
+    if http.reuse_port:
+        for text in _without_sharing(http.listen):
+            yield "reuse_port", text
+    if http.inflight_bytes_max < http.body_bytes_max:
+        room, body = show_size(http.inflight_bytes_max), show_size(http.body_bytes_max)
+        yield (
+            "inflight_bytes_max",
+            f"{room} has no room for one body of http.body_bytes_max ({body})",
+        )
     yield from _at_large(http)
     yield from _of_tls(http)
     for name, token in http.tokens.items():
-        yield from _of_a_token(f"http.tokens.{name}", token, pipelines)
+        yield from _of_a_token(f"tokens.{name}", token, formats)
         if token.client_certificate and not http.tls.client_ca:
-            yield f"http.tokens.{name}.client_certificate", "needs http.tls.client_ca"
+            yield f"tokens.{name}.client_certificate", "needs http.tls.client_ca"
     for name, webhook in http.webhooks.items():
-        to = webhook.pipeline or settings.source.pipeline
-        yield from _of_a_webhook(f"http.webhooks.{name}", webhook, to, pipelines)
+        yield from _of_a_webhook(f"webhooks.{name}", webhook, webhook.pipeline or default, formats)
+
+
+def _without_sharing(listen: str) -> Iterator[str]:
+    """Why a port can't be shared."""
+    if not hasattr(socket, "SO_REUSEPORT"):
+        yield "this platform has no SO_REUSEPORT"
+    if split_address(listen)[1] == 0:
+        yield f"http.listen is {listen}: port 0 is another one for each daemon, say which to share"
 
 
 def _at_large(http: HttpSettings) -> Iterator[tuple[str, str]]:
     """Nobody shall be open to everybody without having said so."""
     if http.allow_anonymous and (http.tokens or http.tls.client_ca):
         text = "who shows no token would get in without limits; take out this or the tokens"
-        yield "http.allow_anonymous", text
+        yield "allow_anonymous", text
     if text := at_large(http, local=is_loopback(http.listen)):
-        yield "http.listen", f"{http.listen} {text}"
+        yield "listen", f"{http.listen} {text}"
 
 
 def at_large(http: HttpSettings, *, local: bool) -> str:
@@ -174,31 +316,31 @@ def _of_tls(http: HttpSettings) -> Iterator[tuple[str, str]]:
     tls = http.tls
     for key in ("key", "client_ca"):
         if getattr(tls, key) and not tls.certificate:
-            yield f"http.tls.{key}", "needs http.tls.certificate, which switches TLS on"
+            yield f"tls.{key}", "needs http.tls.certificate, which switches TLS on"
     if tls.client_required and not tls.client_ca:
-        yield "http.tls.client_required", "needs http.tls.client_ca"
+        yield "tls.client_required", "needs http.tls.client_ca"
 
 
 def _of_a_token(
-    key: str, token: TokenSettings, pipelines: Mapping[str, PipelineSettings]
+    key: str, token: TokenSettings, formats: Mapping[str, str]
 ) -> Iterator[tuple[str, str]]:
     proofs = (token.token.get_secret_value(), token.hash, token.file, token.client_certificate)
     if not any(proofs):
         yield key, "needs one of token, hash, file and client_certificate"
     for name in token.pipelines:
-        if name != ALL and name not in pipelines:
+        if name != ALL and name not in formats:
             yield f"{key}.pipelines", f"there is no pipeline {name!r}"
 
 
 def _of_a_webhook(
-    key: str, webhook: WebhookSettings, to: str, pipelines: Mapping[str, PipelineSettings]
+    key: str, webhook: WebhookSettings, to: str, formats: Mapping[str, str]
 ) -> Iterator[tuple[str, str]]:
     if not (webhook.secret.get_secret_value() or webhook.file):
         yield key, "needs one of secret and file"
-    if to not in pipelines:
+    if to not in formats:
         yield f"{key}.pipeline", f"there is no pipeline {to!r}"
-    elif pipelines[to].format != "json":
+    elif formats[to] != "json":
         yield (
             f"{key}.pipeline",
-            f"{to!r} has the format {pipelines[to].format}; deliveries are json",
+            f"{to!r} has the format {formats[to]}; deliveries are json",
         )

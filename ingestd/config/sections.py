@@ -1,11 +1,14 @@
-"""What all sections of the settings have in common, and types that several of them use."""
+"""Sections of the settings: their base class, marks on their fields, and types that several use."""
 
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, SecretStr
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
 
 MASK = "***"
 """What is shown instead of a secret."""
@@ -14,9 +17,38 @@ OWN_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}", re.ASCII)
 
 
 class Section(BaseModel):
-    """Frozen, and nothing unknown gets in."""
+    """A table of settings: frozen, and nothing unknown gets in.
+
+    Attributes:
+        EXAMPLE: of a section that the user names: a name, and the path of a setting in it.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    EXAMPLE: ClassVar[tuple[str, tuple[str, ...]]] = ("", ())
+
+    def path_options(self, known: Mapping[str, Collection[str]]) -> Collection[str]:  # noqa: ARG002
+        """The keys of this section's table of options that are paths.
+
+        Args:
+            known: the options that are paths, for each handler that is known to have some.
+        """
+        return ()
+
+
+class ValidationProblems(ValueError):  # noqa: N818  several errors in one
+    """Settings that are right in their parts and cannot work together.
+
+    Attributes:
+        problems: (dotted key, what is wrong with it), at least one.
+    """
+
+    def __init__(self, problems: list[tuple[str, str]]) -> None:
+        self.problems = problems
+        super().__init__("; ".join(f"{key}: {problem}" for key, problem in problems))
+
+
+class Reloadable:
+    """Marks a field that a reload (SIGHUP) changes; without it a change needs a restart."""
 
 
 def own_name(value: str, what: str = "it") -> str:

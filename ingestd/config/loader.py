@@ -1,33 +1,31 @@
-"""Layers into settings: who wins, what is wrong, and where each value came from."""
+"""Loading settings: flags over environment over secrets files over a TOML file over defaults.
+
+Every path is made absolute once, because a handler that runs in the daemon's process may change
+the current folder in good faith.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from ingestd.base.anchoring import absolute
-from ingestd.base.contradictions import ContradictionError
 from ingestd.base.errors import ConfigError
-from ingestd.base.keys import PIPELINES, dotted, field_at, shown, values_of
-from ingestd.base.layers import (
-    CONFIG_VARIABLE,
-    Entry,
-    Flag,
-    from_environment,
-    from_file,
-    from_flags,
-    from_secrets,
-)
-from ingestd.base.settings import Settings
-from ingestd.base.units import NotUnderstoodError
+from ingestd.config.keys import PIPELINES, Schema, dotted, shown
+from ingestd.config.layers import CONFIG_VARIABLE, Entry, Flag, LayerReader
+from ingestd.config.sections import AFile, Section, ValidationProblems
+from ingestd.config.units import NotUnderstoodError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
+    from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
+
+
+S = TypeVar("S", bound=BaseModel)
 
 DEFAULT = "default"
 SECRETS = Path("/run/secrets")
@@ -35,10 +33,11 @@ SYSTEM_CONFIG = Path("/etc/ingestd/ingestd.toml")
 LOCAL_CONFIG = "ingestd.toml"
 
 _Origins = dict[tuple[str, ...], str]
+_NO_PATHS = ("", "-")  # nothing, and standard input
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(Generic[S]):
     """Settings, and where each value came from.
 
     Attributes:
@@ -48,12 +47,13 @@ class Loaded:
         file: the configuration file that was read, if there was one.
     """
 
-    settings: Settings
+    settings: S
     origins: Mapping[str, str]
     file: Path | None = None
 
 
 def load(
+    model: type[S],
     flags: Sequence[Flag] = (),
     *,
     environ: Mapping[str, str],
@@ -61,11 +61,12 @@ def load(
     config: str | None = None,
     secrets: Path = SECRETS,
     system_config: Path = SYSTEM_CONFIG,
-    before: Loaded | None = None,
-) -> Loaded:
+    before: Loaded[S] | None = None,
+) -> Loaded[S]:
     """Flags over environment over secrets files over the TOML file over defaults.
 
     Args:
+        model: of all settings.
         flags: settings from the command line; what comes later wins.
         environ: the environment; `CREDENTIALS_DIRECTORY` names a first folder of secrets.
         cwd: where `ingestd.toml` is looked for and `config` starts from.
@@ -80,12 +81,13 @@ def load(
         ConfigError: with one line for everything that is wrong.
     """
     problems: list[str] = []
+    schema = Schema(model)
     if before is not None:
         config = str(before.file) if before.file else config
         problems.extend(_lost_secrets(before))
     written, origins = _gather(
         flags,
-        problems,
+        LayerReader(schema, problems),
         environ=environ,
         cwd=cwd,
         config=config,
@@ -95,20 +97,22 @@ def load(
         may_be_empty=before is None or not _said_something(before),
     )
     try:
-        settings = Settings(**written)
+        settings = model(**written)
     except ValidationError as error:
-        problems.extend(_explain(error, origins))
+        problems.extend(_explain(error, origins, schema))
     if problems:
         raise ConfigError(problem="\n".join(dict.fromkeys(problems)))
     named = config if config is not None else environ.get(CONFIG_VARIABLE) or None
-    return Loaded(settings, _all_origins(settings, origins), find_config(named, cwd, system_config))
+    return Loaded(
+        settings, _all_origins(settings, origins, schema), find_config(named, cwd, system_config)
+    )
 
 
-def _said_something(before: Loaded) -> bool:
+def _said_something(before: Loaded[S]) -> bool:
     return any(origin.startswith("file ") for origin in before.origins.values())
 
 
-def _lost_secrets(before: Loaded) -> Iterator[str]:
+def _lost_secrets(before: Loaded[S]) -> Iterator[str]:
     """Folders of secrets that had some and have none of them any more."""
     folders: dict[Path, list[Path]] = {}
     for origin in before.origins.values():
@@ -120,7 +124,8 @@ def _lost_secrets(before: Loaded) -> Iterator[str]:
             yield f"the secrets in {folder} are gone"
 
 
-def glance(
+def peek(
+    model: type[BaseModel],
     path: Sequence[str],
     flags: Sequence[Flag] = (),
     *,
@@ -131,6 +136,7 @@ def glance(
     """One value as it is written, `None` if it is not; whatever may be wrong with the rest.
 
     Args:
+        model: of all settings.
         path: of the setting.
         flags: as for `load`, like everything after it.
         environ: the environment.
@@ -140,7 +146,7 @@ def glance(
     value: object
     value, _ = _gather(
         flags,
-        [],
+        LayerReader(Schema(model), []),
         environ=environ,
         cwd=cwd,
         config=config,
@@ -154,7 +160,7 @@ def glance(
 
 def _gather(
     flags: Sequence[Flag],
-    problems: list[str],
+    reader: LayerReader,
     *,
     environ: Mapping[str, str],
     cwd: Path,
@@ -169,13 +175,13 @@ def _gather(
     named = config if config is not None else environ.get(CONFIG_VARIABLE) or None
     file = find_config(named, cwd, system_config)
     if file is not None:
-        layers.append(list(from_file(file, problems, may_wait=at_start, may_be_empty=may_be_empty)))
-    layers.append(list(from_secrets(secrets, problems)))
+        layers.append(list(reader.from_file(file, may_wait=at_start, may_be_empty=may_be_empty)))
+    layers.append(list(reader.from_secrets(secrets)))
     credentials = environ.get("CREDENTIALS_DIRECTORY")
     if credentials and Path(credentials) != secrets:
-        layers.append(list(from_secrets(Path(credentials), problems)))
-    layers.append(list(from_environment(environ, problems)))
-    layers.append(list(from_flags(flags, problems)))
+        layers.append(list(reader.from_secrets(Path(credentials))))
+    layers.append(list(reader.from_environment(environ)))
+    layers.append(list(reader.from_flags(flags)))
     return merge(entry for layer in layers for entry in layer)
 
 
@@ -219,8 +225,8 @@ def _forget(origins: _Origins, path: tuple[str, ...]) -> None:
         del origins[known]
 
 
-def _all_origins(settings: Settings, origins: _Origins) -> dict[str, str]:
-    return {dotted(path): _origin(path, origins) for path, _ in values_of(settings)}
+def _all_origins(settings: BaseModel, origins: _Origins, schema: Schema) -> dict[str, str]:
+    return {dotted(path): _origin(path, origins) for path, _ in schema.values_of(settings)}
 
 
 def _origin(path: tuple[str, ...], origins: _Origins) -> str:
@@ -243,11 +249,11 @@ def _own(path: tuple[str, ...], origins: _Origins) -> str | None:
     return next((origin for key, origin in origins.items() if key[: len(path)] == path), None)
 
 
-def _explain(error: ValidationError, origins: _Origins) -> list[str]:
+def _explain(error: ValidationError, origins: _Origins, schema: Schema) -> list[str]:
     lines = []
     for detail in error.errors(include_url=False):
         cause = detail.get("ctx", {}).get("error")
-        if isinstance(cause, ContradictionError):
+        if isinstance(cause, ValidationProblems):
             lines += [
                 _contradiction(key, text, _whence(tuple(key.split(".")), origins))
                 for key, text in _without_inherited(cause.problems)
@@ -258,7 +264,8 @@ def _explain(error: ValidationError, origins: _Origins) -> list[str]:
         if origin is None and path[:1] == (PIPELINES,):
             continue  # taken from the top level, where the same is said
         secret = (origin or "").startswith("secret ")
-        lines.append(f"{dotted(path)} ({origin or DEFAULT}): {_problem(detail, path, secret)}")
+        text = _problem(detail, schema.field_at(path), secret)
+        lines.append(f"{dotted(path)} ({origin or DEFAULT}): {text}")
     return lines
 
 
@@ -275,10 +282,9 @@ def _without_inherited(problems: list[tuple[str, str]]) -> Iterator[tuple[str, s
             yield key, text
 
 
-def _problem(detail: ErrorDetails, path: tuple[str, ...], secret: bool) -> str:
+def _problem(detail: ErrorDetails, field: FieldInfo | None, secret: bool) -> str:
     """What is wrong with one value; without the value if it is a secret, or may be one."""
     cause, context, kind = detail.get("ctx", {}).get("error"), detail.get("ctx", {}), detail["type"]
-    field = field_at(path)
     if isinstance(cause, NotUnderstoodError):
         return f"is not {cause.expected}" if secret else str(cause)
     if cause is not None:
@@ -306,3 +312,73 @@ _PLAIN = {
     "bool_parsing": "should be true or false",
     "list_type": "should be a list",
 }
+
+
+def anchored(settings: S, cwd: Path, sink_paths: Mapping[str, Collection[str]] = {}) -> S:
+    """The settings with every path absolute, and with the user's folder for a leading `~`.
+
+    Args:
+        settings: as they were written.
+        cwd: what a relative path starts from.
+        sink_paths: the options that are paths, for each handler that is known to have some.
+
+    Raises:
+        ConfigError: there is no such user's folder; names the setting.
+    """
+    return settings.model_copy(update=dict(_changes(settings, cwd, sink_paths, ())))
+
+
+def absolute(path: str | Path, cwd: Path, key: str) -> Path:
+    """One path; `key` is what an error names.
+
+    Raises:
+        ConfigError: it starts with `~`, and there is no such user's folder.
+    """
+    try:
+        return cwd / Path(path).expanduser()
+    except RuntimeError:
+        raise ConfigError(
+            problem=f"{key}: there is no home folder for {str(path)!r}; write the whole path,"
+            f" or ./{path} for a folder of that name"
+        ) from None
+
+
+def _changes(
+    model: BaseModel,
+    cwd: Path,
+    sink_paths: Mapping[str, Collection[str]],
+    above: tuple[str, ...],
+) -> Iterator[tuple[str, Any]]:
+    options = model.path_options(sink_paths) if isinstance(model, Section) else ()
+    for name, field in type(model).model_fields.items():
+        value, path = getattr(model, name), (*above, name)
+        if _names_a_file(field, value):
+            yield name, type(value)(absolute(value, cwd, dotted(path)))
+        elif isinstance(value, BaseModel):
+            changed = dict(_changes(value, cwd, sink_paths, path))
+            yield name, value.model_copy(update=changed)
+        elif isinstance(value, dict) and any(isinstance(one, BaseModel) for one in value.values()):
+            yield (
+                name,
+                {
+                    key: one.model_copy(update=dict(_changes(one, cwd, sink_paths, (*path, key))))
+                    for key, one in value.items()
+                },
+            )
+        elif isinstance(value, dict) and any(_is_path(value.get(key)) for key in options):
+            made = {
+                key: str(absolute(value[key], cwd, dotted((*path, key))))
+                for key in options
+                if _is_path(value.get(key))
+            }
+            yield name, {**value, **made}
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and value not in _NO_PATHS
+
+
+def _names_a_file(field: FieldInfo, value: object) -> bool:
+    if isinstance(value, Path):
+        return True
+    return _is_path(value) and any(isinstance(mark, AFile) for mark in field.metadata)

@@ -1,0 +1,100 @@
+"""Settings of the handler, of the executor that runs it, and of retries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from ingestd.config.sections import Section
+from ingestd.config.units import Count, Seconds, Size, show_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+OPTIONS_DEPTH_MAX = 16
+
+_MIB = 1024**2
+_TIB = 1024**4
+_DAY = 86400.0
+
+
+def _options(value: object) -> object:
+    return _plain_data(value, OPTIONS_DEPTH_MAX)
+
+
+def _plain_data(value: object, depth: int) -> object:
+    """Only what crosses to worker processes as it is."""
+    if depth < 0:
+        raise ValueError(f"is nested deeper than {OPTIONS_DEPTH_MAX}")
+    if isinstance(value, dict):
+        return {_name(key): _plain_data(item, depth - 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_data(item, depth - 1) for item in value]
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("should be UTF-8 text") from None
+        return value
+    if isinstance(value, int | float):
+        return value
+    raise ValueError("should be text, a number, a boolean, a list or a table")
+
+
+def _name(key: object) -> str:
+    if not isinstance(key, str) or not key:
+        raise ValueError("should have text as keys")
+    return key
+
+
+class HandlerSettings(Section):
+    """`[handler]`: who gets the batches."""
+
+    target: str = Field(
+        "jsonl", min_length=1, description="module:name of your function or class, or a sink"
+    )
+    options: Annotated[dict[str, Any], BeforeValidator(_options)] = Field(
+        default_factory=dict, description="keyword arguments for a handler class or a sink"
+    )
+
+    def path_options(self, known: Mapping[str, Collection[str]]) -> Collection[str]:
+        """See `Section`."""
+        return known.get(self.target, ())
+
+
+class ExecutorSettings(Section):
+    """`[executor]`: what the handler runs in."""
+
+    kind: Literal["auto", "process", "thread", "async"] = Field(
+        "auto",
+        description="auto: process for your function, async for your coroutine, thread for a sink",
+    )
+    workers: Count = Field(4, ge=1, le=1024, description="most batches that are handled at once")
+    timeout: Seconds = Field(60.0, gt=0, le=30 * _DAY, description="one call may take this long")
+
+
+class RetrySettings(Section):
+    """`[retry]`: what happens when the handler raises."""
+
+    attempts_max: Count = Field(8, ge=1, le=10**6, description="tries, the first one counted")
+    backoff: Seconds = Field(
+        0.5, ge=0, le=_DAY, description="wait before the second try; doubles with each"
+    )
+    backoff_max: Seconds = Field(60.0, ge=0, le=30 * _DAY, description="longest wait")
+    waiting_records_max: Count = Field(
+        50_000, ge=1, le=10**9, description="records that may wait; then nothing new is tried"
+    )
+    waiting_bytes_max: Size = Field(
+        256 * _MIB, ge=1, le=1024 * _TIB, description="what these may take in the journal"
+    )
+    give_up_after: Seconds = Field(
+        _DAY, ge=0, le=3650 * _DAY, description="a record fails so long while nothing succeeds"
+    )
+
+
+def problems_of(retry: RetrySettings) -> Iterator[tuple[str, str]]:
+    """Finds settings that cannot work together: (key below `retry`, what is wrong) for each."""
+    if retry.backoff_max < retry.backoff:
+        longest, first = show_seconds(retry.backoff_max), show_seconds(retry.backoff)
+        yield "backoff_max", f"{longest} is shorter than retry.backoff ({first})"

@@ -1,0 +1,67 @@
+"""Settings of the journal and of its dead letters."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from ingestd.config.sections import Section
+from ingestd.config.units import Seconds, Size, show_size
+
+_MIB = 1024**2
+_GIB = 1024**3
+_TIB = 1024**4
+_DAY = 86400.0
+
+STORED_BYTES_MAX = 900 * _MIB
+"""Of what is one row of a journal. SQLite's bound is 10^9 bytes (SQLITE_MAX_LENGTH), and what
+stands beside the records is in it: a block of input before a long record, or lengths."""
+
+
+class JournalSettings(Section):
+    """`[journal]`: the durable store of what is accepted and not yet done."""
+
+    kind: Literal["sqlite", "memory"] = Field(
+        "sqlite", description="memory is fast and loses what it holds with the process"
+    )
+    bytes_max: Size = Field(
+        8 * _GIB, ge=1, le=1024 * _TIB, description="at this size new records are refused (503)"
+    )
+    free_min: Size = Field(
+        256 * _MIB,
+        ge=0,
+        le=1024 * _TIB,
+        description="with less free on its disk new records are refused (503)",
+    )
+
+
+class DeadSettings(Section):
+    """`[dead]`: the records that were given up."""
+
+    bytes_max: Size = Field(
+        _GIB,
+        ge=1,
+        le=1024 * _TIB,
+        description="at this size no further batch goes to the handler; records are accepted on",
+    )
+    invalid_bytes_max: Size = Field(
+        64 * _MIB,
+        ge=1,
+        le=_TIB,
+        description="of records that were never accepted so much is kept; a sender has a quarter",
+    )
+    age_max: Seconds = Field(
+        0.0,
+        ge=0,
+        le=36500 * _DAY,
+        description="older dead letters go; 0s keeps them until a person purges them",
+    )
+
+
+def beyond_a_row(size: int) -> str:
+    """Explains why nothing of a size, in bytes, can be stored; empty if it can."""
+    if size <= STORED_BYTES_MAX:
+        return ""
+    bound = show_size(STORED_BYTES_MAX)
+    return f"{show_size(size)} is more than SQLite stores at once: at most {bound}"

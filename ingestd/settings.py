@@ -1,0 +1,308 @@
+"""Settings: one frozen model a section, checked at start; a stage sees only its own.
+
+Sizes are `int` bytes and times `float` seconds once they are here. `Settings(...)` takes exactly
+the values that its caller gives; flags, environment, secrets and files are read in `config/`.
+A component's section is in its own folder; here are those of the daemon and of a pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from ingestd.base.record import Format  # noqa: TC001  pydantic reads it
+from ingestd.config.keys import Schema
+from ingestd.config.network import check_address, check_hosts, split_address
+from ingestd.config.sections import Reloadable, Section, ValidationProblems, own_name
+from ingestd.config.units import Count, Seconds, Size, Words, show_size
+from ingestd.execution.settings import ExecutorSettings, HandlerSettings, RetrySettings
+from ingestd.execution.settings import problems_of as retry_problems
+from ingestd.http.settings import HttpSettings
+from ingestd.http.settings import problems_of as http_problems
+from ingestd.journal.settings import DeadSettings, JournalSettings, beyond_a_row
+from ingestd.sources.fetch.settings import FetchSettings
+from ingestd.sources.fetch.settings import problems_of as fetch_problems
+from ingestd.sources.stdin.settings import StdinSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DEFAULT_PIPELINE = "default"
+
+_MIB = 1024**2
+_GIB = 1024**3
+_TIB = 1024**4
+_DAY = 86400.0
+
+# Bytes that a source which reads a stream appends at once, beside a record.
+_BLOCKS = {"stdin": 1024**2, "fetch": 4 * 1024**2}
+
+
+def _path(value: object) -> object:
+    if value == "" or (isinstance(value, str) and "\0" in value):
+        raise ValueError("should be the path of a folder")
+    return value
+
+
+def _address_or_off(value: str) -> str:
+    return check_address(value) if value else value
+
+
+def pipeline_name(value: str) -> str:
+    """The name of a pipeline beside `default`, as it is.
+
+    Raises:
+        ValueError: it is none; the message says why.
+    """
+    own_name(value, "a pipeline")
+    if value == DEFAULT_PIPELINE:
+        raise ValueError(f"the pipeline {DEFAULT_PIPELINE!r} is set at the top level")
+    return value
+
+
+PipelineName = Annotated[str, AfterValidator(pipeline_name)]
+
+
+class SourceSettings(Section):
+    """`[source]`: where records come in."""
+
+    kind: Literal["http", "stdin", "fetch"] = Field("http", description="where records come in")
+    pipeline: str = Field(
+        DEFAULT_PIPELINE, description="the pipeline that records without a named one go to"
+    )
+
+
+class AdminSettings(Section):
+    """`[admin]`: health, metrics and status."""
+
+    listen: Annotated[str, AfterValidator(_address_or_off)] = Field(
+        "127.0.0.1:8081",
+        description='address for health, metrics and status, HOST:PORT; "" switches it off',
+    )
+    hosts: Annotated[Words, AfterValidator(check_hosts)] = Field(
+        (),
+        max_length=1000,
+        description="names it is asked for, beside IP addresses and localhost; * is every one",
+    )
+
+
+class LogSettings(Section):
+    """`[log]`: lines on stderr."""
+
+    level: Annotated[Literal["debug", "info", "warning", "error"], Reloadable()] = Field(
+        "info", description="the least important lines that are written"
+    )
+    format: Literal["auto", "json", "console"] = Field(
+        "auto", description="auto is console on a terminal, else json"
+    )
+
+
+class BatchSettings(Section):
+    """`[batch]`: a batch is closed by whichever bound it meets first."""
+
+    records_max: Count = Field(1000, ge=1, le=10**7, description="most records in a batch")
+    bytes_max: Size = Field(4 * _MIB, ge=1, le=16 * _GIB, description="most bytes in a batch")
+    age_max: Seconds = Field(
+        1.0, ge=0, le=_DAY, description="a batch goes when its oldest record is this old"
+    )
+
+
+class QueueSettings(Section):
+    """`[queue]`: what of the journal is kept in memory; beyond it records wait on disk."""
+
+    chunks_max: Count = Field(1024, ge=1, le=10**6, description="most chunks in memory")
+    bytes_max: Size = Field(16 * _MIB, ge=1, le=_TIB, description="most bytes in memory")
+
+
+class PipelineDrainSettings(Section):
+    """`[pipelines.NAME.drain]`: how a pipeline leaves."""
+
+    timeout: Seconds = Field(
+        30.0, ge=0, le=_DAY, description="what is not done then stays in the journal"
+    )
+
+
+class DrainSettings(PipelineDrainSettings):
+    """`[drain]`: how the daemon leaves."""
+
+    delay: Seconds = Field(
+        0.0, ge=0, le=3600, description="go on serving this long after SIGTERM, not ready any more"
+    )
+
+
+class PipelineSettings(Section):
+    """One pipeline, everything filled in. The daemon gets these from `pipeline_settings()`."""
+
+    EXAMPLE = ("clicks", ("handler", "target"))
+
+    format: Format = Field("json", description="what a record is")
+    record_bytes_max: Size = Field(_MIB, ge=1, le=_GIB, description="largest record")
+    json_depth_max: Count = Field(128, ge=1, le=512, description="deepest nesting of a JSON record")
+    batch: Annotated[BatchSettings, Reloadable()] = BatchSettings()
+    queue: QueueSettings = QueueSettings()
+    handler: HandlerSettings = HandlerSettings()
+    executor: ExecutorSettings = ExecutorSettings()
+    retry: RetrySettings = RetrySettings()
+    journal: JournalSettings = JournalSettings()
+    dead: DeadSettings = DeadSettings()
+    drain: PipelineDrainSettings = PipelineDrainSettings()
+
+
+class Settings(BaseSettings):
+    """Everything, at top level for the pipeline `default`; `pipelines` come filled in.
+
+    A table under `pipelines` takes what it leaves out, key by key, from the top level; a `handler`
+    table is taken whole, because options belong to their target.
+    """
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid")
+
+    data_dir: Annotated[Path, BeforeValidator(_path)] = Field(
+        Path("ingestd-data"), description="folder of the journals and of what sinks write"
+    )
+    format: Format = Field("json", description="what a record is")
+    record_bytes_max: Size = Field(_MIB, ge=1, le=_GIB, description="largest record")
+    json_depth_max: Count = Field(128, ge=1, le=512, description="deepest nesting of a JSON record")
+    source: SourceSettings = SourceSettings()
+    http: HttpSettings = HttpSettings()
+    stdin: StdinSettings = StdinSettings()
+    fetch: FetchSettings = FetchSettings()
+    admin: AdminSettings = AdminSettings()
+    log: LogSettings = LogSettings()
+    batch: Annotated[BatchSettings, Reloadable()] = BatchSettings()
+    queue: QueueSettings = QueueSettings()
+    handler: HandlerSettings = HandlerSettings()
+    executor: ExecutorSettings = ExecutorSettings()
+    retry: RetrySettings = RetrySettings()
+    journal: JournalSettings = JournalSettings()
+    dead: DeadSettings = DeadSettings()
+    drain: DrainSettings = DrainSettings()
+    pipelines: dict[PipelineName, PipelineSettings] = Field(
+        default_factory=dict, max_length=1000, description="more pipelines, by name"
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what the caller passes: the other sources let unknown names and lost files pass."""
+        return (init_settings,)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_pipelines(cls, values: dict[str, Any]) -> dict[str, Any]:
+        named = values.get("pipelines")
+        if not isinstance(named, Mapping):
+            return values
+        filled = {name: inherit(values, _plain(table)) for name, table in named.items()}
+        return {**values, "pipelines": filled}
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Settings:
+        problems = validation_errors(self)
+        if problems:
+            raise ValidationProblems(problems)
+        return self
+
+    def pipeline_settings(self) -> dict[str, PipelineSettings]:
+        """All pipelines by name, `default` first, everything filled in."""
+        default = PipelineSettings(
+            **{key: getattr(self, key) for key in PipelineSettings.model_fields}
+        )
+        return {DEFAULT_PIPELINE: default, **self.pipelines}
+
+
+def _plain(value: Any) -> Any:
+    """A model as the table that was written for it; anything else as it is."""
+    return value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
+
+
+def inherit(top: Mapping[str, Any], table: Any) -> Any:
+    """A pipeline's table with what it leaves out from the top level, before any checking."""
+    if not isinstance(table, Mapping):
+        return table
+    filled = dict(table)
+    for key, field in PipelineSettings.model_fields.items():
+        if key not in top or (key == "handler" and key in table):
+            continue
+        above, own = _plain(top[key]), _plain(table.get(key, {}))
+        section = field.annotation
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            filled.setdefault(key, above)
+        elif isinstance(above, Mapping) and isinstance(own, Mapping):
+            known = {name: value for name, value in above.items() if name in section.model_fields}
+            filled[key] = {**known, **own}
+    return filled
+
+
+def validation_errors(settings: Settings) -> list[tuple[str, str]]:
+    """(dotted key, problem) for each; the key is the one that is most likely to be changed."""
+    pipelines = settings.pipeline_settings()
+    problems = [*_of_sources(settings, pipelines)]
+    if settings.source.pipeline not in pipelines:
+        problems.append(("source.pipeline", f"there is no pipeline {settings.source.pipeline!r}"))
+    for name, pipeline in pipelines.items():
+        prefix = "" if name == DEFAULT_PIPELINE else f"pipelines.{name}."
+        problems.extend((prefix + key, text) for key, text in _in_a_pipeline(pipeline))
+        if text := _without_room(settings, pipeline):
+            problems.append((f"{prefix}journal.bytes_max", text))
+    return problems
+
+
+def _of_sources(
+    settings: Settings, pipelines: Mapping[str, PipelineSettings]
+) -> Iterator[tuple[str, str]]:
+    http, kind = settings.http, settings.source.kind
+    if kind == "http":
+        if http.listen == settings.admin.listen and split_address(http.listen)[1] != 0:
+            yield "admin.listen", f"http.listen is {http.listen} too"
+        formats = {name: pipeline.format for name, pipeline in pipelines.items()}
+        for key, text in http_problems(http, formats, settings.source.pipeline):
+            yield f"http.{key}", text
+        if any(pipeline.journal.kind == "sqlite" for pipeline in pipelines.values()):
+            for key in ("wire_bytes_max", "body_bytes_max"):
+                if text := beyond_a_row(getattr(http, key)):
+                    yield f"http.{key}", text
+    for key, text in fetch_problems(settings.fetch, runs=kind == "fetch"):
+        yield f"fetch.{key}", text
+
+
+def _without_room(settings: Settings, pipeline: PipelineSettings) -> str:
+    """What one append may bring beyond the journal's bound: it would be tried for ever.
+
+    A client gets 413 for that; a stream that is read has nobody to tell.
+    """
+    block = pipeline.record_bytes_max + _BLOCKS.get(settings.source.kind, 0)
+    if settings.source.kind == "http" or pipeline.journal.bytes_max >= 2 * block:
+        return ""
+    bound = show_size(pipeline.journal.bytes_max)
+    return f"{bound} has no room for two blocks of input ({show_size(block)})"
+
+
+def _in_a_pipeline(pipeline: PipelineSettings) -> Iterator[tuple[str, str]]:
+    for key, text in retry_problems(pipeline.retry):
+        yield f"retry.{key}", text
+    if pipeline.queue.bytes_max < pipeline.batch.bytes_max:
+        room, batch = show_size(pipeline.queue.bytes_max), show_size(pipeline.batch.bytes_max)
+        text = f"{room} has no room for one batch of batch.bytes_max ({batch})"
+        yield "queue.bytes_max", text
+    if pipeline.journal.kind == "sqlite":
+        # A record is stored whole, and so are the dead letters of a batch.
+        sizes = {"record_bytes_max": pipeline.record_bytes_max}
+        sizes["batch.bytes_max"] = pipeline.batch.bytes_max
+        for key, size in sizes.items():
+            if text := beyond_a_row(size):
+                yield key, text
+
+
+SCHEMA = Schema(Settings)
+"""The keys of all settings."""
