@@ -28,24 +28,20 @@ from ingestd.base.errors import (
     InputUnreadable,
     JournalFailed,
 )
-from ingestd.base.forks import Forks
-from ingestd.base.interpreter import keep_settled, settle_interpreter
 from ingestd.base.liveness import Liveness
-from ingestd.base.lock import DataDir
 from ingestd.base.metrics import Metrics
-from ingestd.base.notify import Notifier
-from ingestd.base.passed import Passed
-from ingestd.base.signals import Signals
-from ingestd.base.streams import own_stderr
-from ingestd.base.surroundings import Surroundings
 from ingestd.base.telemetry import get_logger, start_logging
 from ingestd.config.reload import Change, plan
 from ingestd.handlers.runner import CLOSE_SECONDS
+from ingestd.host.data_dir import DataDir
+from ingestd.host.process import Forks, Surroundings, keep_settled, own_stderr, settle_interpreter
+from ingestd.host.signals import Signals
+from ingestd.host.sockets import ListenFds
+from ingestd.host.systemd import Notifier, ServiceNotifier, ServiceState
 from ingestd.http.settings import has_one_principal, signatures_valid
 from ingestd.journal.idempotency import KeyRule
 from ingestd.overview import status_of
 from ingestd.pipeline import Pipeline, Report
-from ingestd.service import Herald, Standing
 from ingestd.settings import validation_errors
 from ingestd.sources.http.source import HttpSource
 from ingestd.sources.progress import Progress, ProgressSnapshot
@@ -75,7 +71,7 @@ def serve(
     *,
     again: Callable[[], Settings] | None = None,
     notifier: Notifier | None = None,
-    passed: Passed | None = None,
+    passed: ListenFds | None = None,
     input_fd: int = 0,
 ) -> int:
     """Runs a daemon until it has left.
@@ -92,7 +88,7 @@ def serve(
     """
     settle_interpreter(for_strangers=settings.source.kind == "http")
     writer = start_logging(settings.log.level, settings.log.format)
-    passed = passed or Passed([], [])
+    passed = passed or ListenFds([], [])
     daemon = Daemon(
         settings,
         writer,
@@ -137,7 +133,7 @@ class Daemon:
         *,
         again: Callable[[], Settings] | None,
         notifier: Notifier,
-        passed: Passed,
+        passed: ListenFds,
         input_fd: int = 0,
     ) -> None:
         self.settings = settings
@@ -147,7 +143,7 @@ class Daemon:
         self._writer = writer
         self._again = again
         self._passed = passed
-        self._herald = Herald(notifier)
+        self._herald = ServiceNotifier(notifier)
         self._liveness = Liveness()
         self._hung = ""
         self._leave_by: float | None = None  # loop time
@@ -555,9 +551,9 @@ class Daemon:
             keep_settled()
             await asyncio.sleep(self._herald.period)
 
-    def _standing(self) -> Standing:
+    def _standing(self) -> ServiceState:
         ledgers = [pipeline.journal.ledger for pipeline in self.pipelines.values()]
-        return Standing(
+        return ServiceState(
             self._state,
             self._hung,
             self._leave_by,

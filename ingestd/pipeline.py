@@ -60,9 +60,9 @@ if TYPE_CHECKING:
     from ingestd.base.metrics import PipelineMetrics
     from ingestd.base.once import Claim
     from ingestd.base.record import Refused
-    from ingestd.base.surroundings import Surroundings
     from ingestd.base.watch import Watch
     from ingestd.execution.pool import Pool
+    from ingestd.host.process import Surroundings
     from ingestd.settings import BatchSettings, PipelineSettings
 
 log = get_logger()

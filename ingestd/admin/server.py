@@ -18,9 +18,9 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from ingestd.base.errors import AddressError
-from ingestd.base.passed import is_local, show_socket
 from ingestd.base.telemetry import get_logger
 from ingestd.config.network import Hosts, authority_of, is_foreign, is_loopback, parse_listen
+from ingestd.host.sockets import is_local, show_socket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

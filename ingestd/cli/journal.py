@@ -12,12 +12,12 @@ import msgspec
 
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import ConfigError, DataDirError, Exit
-from ingestd.base.lock import DataDir, FileLock
 from ingestd.base.private import create_new, make_folder
 from ingestd.cli.arguments import add_data_dir
 from ingestd.cli.configured import configured
 from ingestd.cli.moments import shown
 from ingestd.cli.output import say
+from ingestd.host.data_dir import DataDir, FileLock
 from ingestd.journal import salvage, verify
 from ingestd.journal.beside import journals, opened
 

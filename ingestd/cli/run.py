@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from ingestd.base.init import split_off
-from ingestd.base.notify import Notifier
-from ingestd.base.passed import take_sockets
-from ingestd.base.signals import ignore_hangups
-from ingestd.base.streams import move_input, occupy_standard_streams
 from ingestd.cli.configured import Configuration
+from ingestd.host.pid1 import split_off
+from ingestd.host.process import move_input, occupy_standard_streams
+from ingestd.host.signals import ignore_hangups
+from ingestd.host.sockets import take_sockets
+from ingestd.host.systemd import Notifier
 
 if TYPE_CHECKING:
     import argparse

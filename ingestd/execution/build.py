@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ingestd.base.record import Format
-    from ingestd.base.surroundings import Surroundings
     from ingestd.execution.settings import ExecutorSettings, HandlerSettings
+    from ingestd.host.process import Surroundings
 
 log = get_logger()
 

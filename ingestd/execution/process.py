@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from ingestd.base.errors import HandlerLoadError
-from ingestd.base.surroundings import Surroundings
 from ingestd.base.telemetry import get_logger, lowest_level
 from ingestd.execution import descendants
 from ingestd.execution.lane import START_TIMEOUT, not_started
@@ -35,6 +34,7 @@ from ingestd.handlers import wire
 from ingestd.handlers.outcome import POSTPONED, Failure, Result, flaw_of
 from ingestd.handlers.runner import CLOSE_SECONDS
 from ingestd.handlers.text import describe
+from ingestd.host.process import Surroundings
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -16,15 +16,7 @@ from ingestd.config.network import (
     split_address,
 )
 from ingestd.config.sections import FilePath, Reloadable, Secret, Section, own_name
-from ingestd.config.units import (
-    Count,
-    Seconds,
-    Share,
-    Size,
-    Switch,
-    Words,
-    show_size,
-)
+from ingestd.config.units import Count, Seconds, Share, Size, Switch, Words, show_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

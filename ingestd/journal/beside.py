@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import DataDirError, JournalUnreadable, UsageError
-from ingestd.base.lock import LOCK_NAME, FileLock
+from ingestd.host.data_dir import LOCK_NAME, FileLock
 from ingestd.journal.schema import APPLICATION_ID, VERSION, carry_over
 from ingestd.journal.store import connect, why
 

@@ -20,9 +20,9 @@ import structlog
 
 from ingestd.base.errors import DataDirError, JournalFailed, NeverFits, Overloaded
 from ingestd.base.liveness import Stage
-from ingestd.base.lock import FileLock
 from ingestd.base.private import tighten
 from ingestd.base.rate import Rate, wait_for_room
+from ingestd.host.data_dir import FileLock
 from ingestd.journal import bookmarks, salvage
 from ingestd.journal.audit import Count, Difference
 from ingestd.journal.checkpoint import Checkpointer

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ingestd.base.path import put_behind_library
-from ingestd.base.surroundings import Surroundings
+from ingestd.host.process import Surroundings
 
 if TYPE_CHECKING:
     from pathlib import Path

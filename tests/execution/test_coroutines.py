@@ -14,11 +14,11 @@ from structlog.testing import capture_logs
 
 from ingestd.base.errors import HandlerLoadError
 from ingestd.base.record import Records, Span
-from ingestd.settings import Settings
 from ingestd.execution import build, loops
 from ingestd.execution.build import start_pool
 from ingestd.execution.lane import START_AGAIN_SECONDS
 from ingestd.handlers.outcome import POSTPONED, Job
+from ingestd.settings import Settings
 from tests.daemon.harness import daemon
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import pytest
 
 from ingestd.__main__ import main
 from ingestd.base.errors import DataDirError, KeyReused
-from ingestd.base.lock import DataDir
+from ingestd.host.data_dir import DataDir
 from ingestd.base.record import Records, Span
 from ingestd.journal import dead, schema, verify
 from ingestd.journal.beside import opened as opened_beside

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ingestd.base.errors import DataDirError
-from ingestd.base.lock import DataDir, FileLock
+from ingestd.host.data_dir import DataDir, FileLock
 from ingestd.journal import salvage
 from ingestd.journal.store import Store
 from tests.daemon.harness import ROOT, daemon

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ingestd.base.notify import Notifier
-from ingestd.service import Effort, Herald, Standing
+from ingestd.host.systemd import Effort, Notifier, ServiceNotifier, ServiceState
 from tests.daemon.harness import Daemon, daemon
 from tests.service.tools import Manager, until
 
@@ -146,7 +145,7 @@ class Told:
         self.effort = Effort(0.0, 0)
         notifier = Notifier(f"{tmp_path}/notify", watchdog)
         notifier.tell = lambda *lines: self.said.extend(lines)  # type: ignore[method-assign]
-        self.herald = Herald(notifier, lambda: self.effort)
+        self.herald = ServiceNotifier(notifier, lambda: self.effort)
 
     def turn(self, at: float, **facts: object) -> list[str]:
         self.said.clear()
@@ -154,7 +153,7 @@ class Told:
             "state": "running", "hung": "", "leave_by": None,
             "accepted": 0, "processed": 0, "pending": 0,
         }  # fmt: skip
-        self.herald.turn(Standing(**{**standing, **facts}), at)  # type: ignore[arg-type]
+        self.herald.turn(ServiceState(**{**standing, **facts}), at)  # type: ignore[arg-type]
         return self.said
 
 

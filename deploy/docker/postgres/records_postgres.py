@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psycopg
 
-from ingestd.handlers.batch import Batch
+from ingestd import Batch
 
 
 class Store:

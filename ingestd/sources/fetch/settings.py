@@ -8,13 +8,7 @@ from pydantic import BeforeValidator, Field
 
 from ingestd.config.network import check_headers, split_urls
 from ingestd.config.sections import FilePath, Section
-from ingestd.config.units import (
-    Count,
-    Seconds,
-    Size,
-    Switch,
-    show_seconds,
-)
+from ingestd.config.units import Count, Seconds, Size, Switch, show_seconds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

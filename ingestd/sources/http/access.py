@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base.errors import ConfigError
-from ingestd.base.passed import is_local, show_socket
+from ingestd.host.sockets import is_local, show_socket
 from ingestd.http.settings import at_large
 from ingestd.sources.http.tls import make_context, read_authorities
 from ingestd.sources.http.tokens import Tokens, read_tokens

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from ingestd.base.errors import AddressError, ConfigError
 from ingestd.base.once import WEBHOOK
-from ingestd.base.passed import is_local, show_socket
 from ingestd.base.telemetry import get_logger
 from ingestd.config.network import is_loopback, split_address
+from ingestd.host.sockets import is_local, show_socket
 from ingestd.http.settings import demands_proof, demands_signatures_alone
 from ingestd.sources.http.access import check_exposure, read_access
 from ingestd.sources.http.body import Bounds

@@ -1,18 +1,85 @@
-"""What the service manager hears of the daemon, from its start to its end; see `base/notify.py`."""
+"""The service manager (systemd): what it is told of the daemon, from its start to its end.
+
+`Notifier` speaks sd_notify(3), a datagram of `KEY=value` lines. The receiver is in the environment
+(`NOTIFY_SOCKET`), and so is the interval in which it expects a sign of life (`WATCHDOG_USEC`,
+`WATCHDOG_PID`). Without them nothing is sent. `ServiceNotifier` decides what is sent and when.
+"""
 
 from __future__ import annotations
 
+import os
+import socket
 import time
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ingestd.base.liveness import LOOK_SECONDS
-from ingestd.base.notify import monotonic_usec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, MutableMapping
 
-    from ingestd.base.notify import Notifier
+
+_VARIABLES = ("NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID")
+_UNSENT_MAX = 16
+
+
+class Notifier:
+    """Sends what it is told, never waits, and never fails: nobody's daemon ends for a status line.
+
+    Args:
+        address: a path, or a name in the abstract namespace after `@`; empty for nobody.
+        watchdog: seconds within which `WATCHDOG=1` is expected again and again; 0 if it is not.
+    """
+
+    def __init__(self, address: str = "", watchdog: float = 0.0) -> None:
+        self.watchdog = watchdog if address else 0.0
+        self._address = f"\0{address[1:]}" if address[:1] == "@" else address
+        self._unsent: deque[bytes] = deque(maxlen=_UNSENT_MAX)
+
+    @classmethod
+    def take(cls, environ: MutableMapping[str, str]) -> Notifier:
+        """What the environment says. It is taken out: what handlers start is not this service."""
+        address, usec, pid = (environ.pop(name, "") for name in _VARIABLES)
+        if address[:1] not in ("/", "@"):
+            return cls()  # nobody, or on a kind of socket that is not for processes like us
+        ours = pid in ("", str(os.getpid()))
+        return cls(address, int(usec) / 1e6 if ours and usec.isascii() and usec.isdigit() else 0.0)
+
+    @property
+    def listened_to(self) -> bool:
+        """Whether anybody hears it."""
+        return bool(self._address)
+
+    def tell(self, *lines: str) -> None:
+        """Sends lines of one message; those before it that could not be sent go first.
+
+        A change of state must arrive: what finds no room is kept for the next call.
+        """
+        if self._address:
+            self._unsent.append("\n".join(lines).encode())
+            self._send()
+
+    def _send(self) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+            while self._unsent:
+                try:
+                    sock.sendto(self._unsent[0], self._address)
+                except BlockingIOError:
+                    return  # he is busy
+                except OSError:
+                    pass  # he is gone, and may come back at the same address
+                self._unsent.popleft()
+
+
+def monotonic_usec() -> str:
+    """The line that says when a reload began, which has to be the kernel's own time."""
+    return f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}"
+
+
+# -- what the service manager hears of the daemon --------------------------------------------------
+#
+# What the service manager hears of the daemon, from its start to its end; see `host/systemd.py`.
 
 STATUS_SECONDS = 5.0
 EXTENSION_SECONDS = 20.0
@@ -22,7 +89,7 @@ _CPU_SHARE = 0.01
 _IO_BYTES = 4096
 
 
-class Standing(NamedTuple):
+class ServiceState(NamedTuple):
     """How the daemon is doing.
 
     Attributes:
@@ -58,7 +125,7 @@ def effort() -> Effort:
     return Effort(time.process_time(), io)
 
 
-class Herald:
+class ServiceNotifier:
     """Decides what is to be said, and says it.
 
     Args:
@@ -77,7 +144,7 @@ class Herald:
         self.period = min(LOOK_SECONDS, watchdog / 2) if watchdog else LOOK_SECONDS
         self._fed: float | None = None
         self._said_at: float | None = None
-        self._said: Standing | None = None
+        self._said: ServiceState | None = None
 
     def ready(self) -> None:
         """It takes records in; also the end of a reload."""
@@ -91,7 +158,7 @@ class Herald:
         """It drains."""
         self._notifier.tell("STOPPING=1")
 
-    def turn(self, standing: Standing, now: float) -> None:
+    def turn(self, standing: ServiceState, now: float) -> None:
         """Says what is due.
 
         Args:
@@ -120,7 +187,7 @@ class Herald:
     def _is_due(self, said_at: float, now: float) -> bool:
         return now - said_at + self.period > STATUS_SECONDS
 
-    def _may_take_longer(self, standing: Standing, now: float) -> bool:
+    def _may_take_longer(self, standing: ServiceState, now: float) -> bool:
         """Whether it is worth waiting for a start that recovers, or for a drain."""
         if standing.state == "draining":
             return not standing.hung and (standing.leave_by is None or now < standing.leave_by)
@@ -131,7 +198,7 @@ class Herald:
         return worked or self._before.io - before.io > _IO_BYTES
 
 
-def _status(now: Standing, before: Standing | None, seconds: float) -> str:
+def _status(now: ServiceState, before: ServiceState | None, seconds: float) -> str:
     if now.state == "starting":
         return "starting: handlers are loaded, journals recovered"
     text = f"{now.state}: {now.pending} pending"

@@ -23,7 +23,7 @@ _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 _HOW = "FileDescriptorName=records or FileDescriptorName=admin"
 
 
-class Passed(NamedTuple):
+class ListenFds(NamedTuple):
     """Listening sockets, by whom they are for; the owner closes them.
 
     Attributes:
@@ -40,14 +40,14 @@ class Passed(NamedTuple):
             sock.close()
 
 
-def take_sockets(environ: MutableMapping[str, str]) -> Passed:
+def take_sockets(environ: MutableMapping[str, str]) -> ListenFds:
     """What was passed to this process. The variables are taken out of the environment.
 
     Raises:
         ConfigError: something was passed that is no listening stream socket, or has no name.
     """
     pid, count, names, _ = (environ.pop(name, "") for name in _VARIABLES)
-    passed = Passed([], [])
+    passed = ListenFds([], [])
     if pid != str(os.getpid()) or count in ("", "0"):
         return passed  # nothing, or it is meant for somebody who started us
     if not (count.isascii() and count.isdigit()):
