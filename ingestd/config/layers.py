@@ -107,7 +107,7 @@ class LayerReader:
                 yield from self._from_text(path, text, f"secret {file}", _secret_name)
 
     def from_file(self, file: Path, *, may_wait: bool = False) -> Iterator[Entry]:
-        """A TOML file that has to be there; `may_wait`: it may be a pipe, which can be read once."""
+        """A TOML file that has to be there; with `may_wait` a pipe too, which can be read once."""
         try:
             content = read_file(file, may_wait=may_wait)
             table = tomllib.loads(content.decode("utf-8-sig"))  # editors put a BOM there

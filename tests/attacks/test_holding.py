@@ -31,7 +31,7 @@ ONE, OTHER = "127.0.0.3", "127.0.0.4"
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
     """A piece is old after 20 ms here, and room is asked for again at once."""
-    monkeypatch.setattr("ingestd.sources.http.stream.PIECE_SECONDS", 0.02)
+    monkeypatch.setattr("ingestd.sources.http.reading.PIECE_SECONDS", 0.02)
     monkeypatch.setattr("ingestd.sources.http.stream.ROOM_SECONDS", 0.01)
 
 

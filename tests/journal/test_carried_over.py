@@ -36,7 +36,7 @@ def earlier(tmp_path: Path) -> Path:
     return path
 
 
-async def check(j) -> None:
+async def check_all(j) -> None:
     """All that was in it is in it."""
     assert not j.recovered.set_aside
     assert j.journal.id == ID
@@ -57,7 +57,7 @@ async def check(j) -> None:
 
 async def test_nothing_changes_but_the_version(opened, earlier: Path) -> None:
     j = await opened()
-    await check(j)
+    await check_all(j)
     moved = await j.journal.revive()
     assert (moved.revived, moved.readmitted) == (1, 1)
     assert j.chunks[-1].records.items() == [b"7", b"1"]
@@ -90,7 +90,7 @@ async def test_the_commands_open_it_too_unless_an_earlier_daemon_runs(
     held.close()
     with opened_beside(earlier) as db:
         assert dead.count(db, dead.Filter()).letters == 5
-    await check(await opened())
+    await check_all(await opened())
 
 
 async def test_the_lock_is_that_of_the_folder_whatever_its_name(earlier: Path) -> None:
@@ -156,7 +156,7 @@ async def test_a_kill_at_any_point_leaves_one_version_or_the_other(
     assert killed >= 4
     for path in copy.iterdir():
         shutil.copy(path, tmp_path / path.name)
-    await check(await opened())
+    await check_all(await opened())
 
 
 async def test_a_damaged_one_is_rebuilt_in_this_version(opened, earlier: Path) -> None:

@@ -17,7 +17,7 @@ GRACE = 0.1
 def quickly(monkeypatch):
     """A body is too slow after 100 ms here."""
     monkeypatch.setattr("ingestd.sources.http.pace.GRACE_SECONDS", GRACE)
-    monkeypatch.setattr("ingestd.sources.http.stream.PIECE_SECONDS", 0.02)
+    monkeypatch.setattr("ingestd.sources.http.reading.PIECE_SECONDS", 0.02)
 
 
 async def test_it_is_waited_for():

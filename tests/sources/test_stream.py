@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingestd.base.errors import JournalFailed, Overloaded
-from ingestd.sources.http import stream as module
+from ingestd.sources.http import reading
 from ingestd.sources.http.body import Bounds, Reading, parse_body
 from ingestd.sources.http.gate import Caller
 from ingestd.sources.http.problem import Problem
 from ingestd.sources.http.room import Room
-from ingestd.sources.http.stream import HELD_BYTES, PIECE_BYTES, Stream
+from ingestd.sources.http.stream import HELD_BYTES, Stream
 from tests.sources.source_tools import MemoryIntake, Reply, ask, connected, serving, until
 
 CHUNKED = {"Transfer_Encoding": "chunked"}
@@ -27,7 +27,7 @@ CHUNKED = {"Transfer_Encoding": "chunked"}
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
     """A piece is old after 20 ms here, and an overload is asked again at once."""
-    monkeypatch.setattr(module, "PIECE_SECONDS", 0.02)
+    monkeypatch.setattr(reading, "PIECE_SECONDS", 0.02)
     monkeypatch.setattr("ingestd.sources.overload.AGAIN_SECONDS", 0.01)
 
 
@@ -125,7 +125,7 @@ async def test_a_stream_is_longer_than_any_bound_on_bodies_and_memory_stays_flat
             assert source._door._room.bytes <= HELD_BYTES
         client.send(END)
         assert (await client.reply()).json["accepted"] == 800_000
-    assert intake.waiting_most <= 2 * PIECE_BYTES
+    assert intake.waiting_most <= 2 * reading.PIECE_BYTES
 
 
 async def test_a_connection_that_breaks_keeps_what_was_accepted_and_no_half_line():

@@ -36,16 +36,18 @@ from ingestd.sources.http.prefer import HEADER as PREFER
 from ingestd.sources.http.prefer import NOTHING, parse_prefer
 from ingestd.sources.http.problem import EXPLAINED, Problem, explain
 from ingestd.sources.http.reading import (
+    BLOCK_BYTES,
     ClientGone,
     in_our_words,
     length_of,
     read_first,
+    read_piece,
     read_whole,
     say_continue,
 )
 from ingestd.sources.http.room import Room
 from ingestd.sources.http.routes import WEBHOOKS, Resource, find
-from ingestd.sources.http.stream import BLOCK_BYTES, Stream, read_piece
+from ingestd.sources.http.stream import Stream
 from ingestd.sources.http.taken import Taken, accepted_body, processed_body
 from ingestd.sources.http.webhooks import check_type
 

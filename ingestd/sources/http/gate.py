@@ -12,7 +12,7 @@ import base64
 import binascii
 import socket
 import time
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from ingestd.base.telemetry import get_logger
 from ingestd.config.network import ANY_ORIGIN, Hosts, authority_of, is_foreign
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from aiohttp import web
 
     from ingestd.http.settings import HttpSettings, TokenSettings
-    from ingestd.sources.http.access import Access
     from ingestd.sources.http.connection import Connection
+    from ingestd.sources.http.tokens import Tokens
 
 log = get_logger()
 
@@ -44,6 +44,20 @@ ONLY_DELIVERIES = (
     " set a token (http.tokens.NAME.hash) or http.allow_anonymous = true"
 )
 _CHALLENGE = 'Bearer realm="ingestd"{}, Basic realm="ingestd", charset="UTF-8"'
+
+
+class Credentials(Protocol):
+    """The credentials that requests are held against; a reload replaces them.
+
+    Attributes:
+        tokens: the tokens, and the names in certificates, of each client.
+        authorities: digests of the certificates of those who sign clients' certificates.
+    """
+
+    @property
+    def tokens(self) -> Tokens: ...  # noqa: D102 - see the class
+    @property
+    def authorities(self) -> frozenset[bytes]: ...  # noqa: D102
 
 
 class Caller:
@@ -122,7 +136,7 @@ class Gate:
     def __init__(
         self,
         settings: HttpSettings,
-        access: Access,
+        access: Credentials,
         *,
         local: bool = True,
         before: Gate | None = None,

@@ -7,21 +7,28 @@ import contextlib
 from io import BytesIO
 from typing import TYPE_CHECKING
 
+import async_timeout
 from aiohttp import ClientPayloadError, HttpVersion11
 from aiohttp.web_protocol import RequestPayloadError
 
 from ingestd.sources.http import problem
 from ingestd.sources.http.deadline import Deadline, Late
 from ingestd.sources.http.problem import Problem
-from ingestd.sources.http.stream import read_piece
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from aiohttp import web
+    from aiohttp import StreamReader, web
 
     from ingestd.http.settings import HttpSettings
     from ingestd.sources.http.room import Hold
+
+PIECE_BYTES = 256 * 1024
+"""A piece is accepted when it is this large on the wire,"""
+PIECE_SECONDS = 0.5
+"""or this long after its first byte."""
+BLOCK_BYTES = 64 * 1024
+"""What is read of a stream at once, before it is counted."""
 
 
 class ClientGone(Exception):  # noqa: N818 - nobody's error
@@ -152,3 +159,36 @@ def _hold(total: int, hold: Hold) -> None:
 def _too_large(settings: HttpSettings) -> Problem:
     detail = f"more than http.wire_bytes_max = {settings.wire_bytes_max}"
     return Problem(problem.BODY_TOO_LARGE, detail)
+
+
+async def read_piece(
+    content: StreamReader,
+    sink: BytesIO,
+    grow: Callable[[int], bool] | None = None,
+    *,
+    first: bytes = b"",
+) -> bool:
+    """What arrives until the piece is full or old enough; waits for its first byte.
+
+    Args:
+        content: the body.
+        sink: gets it, also if this is cancelled.
+        grow: asked with the size so far; the piece is full when it says no.
+        first: what of it has been read already.
+
+    Returns:
+        Whether the body ended with it.
+    """
+    begun = sink.tell()
+    if not (block := first or await content.read(BLOCK_BYTES)):
+        return True
+    sink.write(block)
+    try:
+        async with async_timeout.timeout(PIECE_SECONDS):
+            while (size := sink.tell() - begun) < PIECE_BYTES and (grow is None or grow(size)):
+                if not (block := await content.read(BLOCK_BYTES)):
+                    return True
+                sink.write(block)
+    except TimeoutError:
+        pass
+    return False

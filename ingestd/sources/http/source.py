@@ -83,7 +83,7 @@ class HttpSource:
                 " to be opened by each daemon itself, at http.listen"
             )
         check_exposure(settings, self._sockets)
-        access = read_access(settings)
+        access = self._access = read_access(settings)
         _tell(access)
         self._local = (
             all(map(is_local, self._sockets)) if self._sockets else is_loopback(settings.listen)
@@ -122,7 +122,7 @@ class HttpSource:
             head_timeout=settings.head_timeout,
             keepalive_timeout=settings.keepalive_timeout,
         )
-        self._server.authorities = self._gate.access.authorities
+        self._server.authorities = self._access.authorities
         try:
             sockets = self._sockets or await bind(
                 *split_address(settings.listen), _BACKLOG, shared=settings.reuse_port
@@ -136,9 +136,9 @@ class HttpSource:
                 address=settings.listen, setting="http.listen", problem=what
             ) from error
         self.addresses = [show_socket(sock) for sock in sockets]
-        self._publish(settings, self._gate.access)
+        self._publish(settings, self._access)
         backlog = 0 if self._sockets else _BACKLOG
-        self._listener = Listener(self._server, sockets, self._gate.access.context, backlog=backlog)
+        self._listener = Listener(self._server, sockets, self._access.context, backlog=backlog)
 
     def _publish(self, settings: HttpSettings, access: Access) -> None:
         """Everything that can be asked for, by its path, in place of what there was."""
@@ -185,10 +185,11 @@ class HttpSource:
 
         def change() -> None:
             _tell(access)
-            fewer = not self._gate.access.authorities <= access.authorities
+            fewer = not self._access.authorities <= access.authorities
             self._gate = self._door.gate = Gate(
                 settings, access, local=self._local, before=self._gate
             )
+            self._access = access
             self._publish(settings, access)
             self._listener.context = access.context
             self._server.authorities = access.authorities

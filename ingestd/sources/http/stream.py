@@ -21,6 +21,7 @@ from ingestd.sources.framing import Framer
 from ingestd.sources.http import problem
 from ingestd.sources.http.body import is_mostly_invalid, mostly_invalid, nothing_good
 from ingestd.sources.http.problem import ERRORS_MAX, EXPLAINED, Explained, Problem, explain
+from ingestd.sources.http.reading import PIECE_BYTES
 from ingestd.sources.http.taken import count_body
 from ingestd.sources.inflate import PIECE_BYTES as INFLATED_PIECE_BYTES
 from ingestd.sources.inflate import WINDOW_MAX, Corrupt, Inflater, TooMuch, WindowTooLarge
@@ -29,9 +30,6 @@ from ingestd.sources.overload import again_after
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
     from concurrent.futures import Executor
-    from io import BytesIO
-
-    from aiohttp import StreamReader
 
     from ingestd.base.record import Refused
     from ingestd.sources.http.gate import Caller
@@ -41,15 +39,9 @@ if TYPE_CHECKING:
 
 log = get_logger()
 
-PIECE_BYTES = 256 * 1024
-"""A piece is accepted when it is this large on the wire,"""
-PIECE_SECONDS = 0.5
-"""or this long after its first byte."""
 HELD_BYTES = 4 * PIECE_BYTES
 """What a stream counts for in `http.inflight_bytes_max` at most, beside what it keeps between its
 pieces: a piece that arrives, its lines, and those that wait for their commit."""
-BLOCK_BYTES = 64 * 1024
-"""What is read of a stream at once, before it is counted."""
 THREAD_BYTES = 16 * 1024
 """From this size on lines are a thread's work: one that has to be looked at by itself takes 50
 times as long as one among many good ones, and may have two bytes."""
@@ -355,36 +347,3 @@ class Stream:
         """What was given to the pipeline is counted, even if its stream broke meanwhile."""
         with contextlib.suppress(IngestdError):
             await self._committed()
-
-
-async def read_piece(
-    content: StreamReader,
-    sink: BytesIO,
-    grow: Callable[[int], bool] | None = None,
-    *,
-    first: bytes = b"",
-) -> bool:
-    """What arrives until the piece is full or old enough; waits for its first byte.
-
-    Args:
-        content: the body.
-        sink: gets it, also if this is cancelled.
-        grow: asked with the size so far; the piece is full when it says no.
-        first: what of it has been read already.
-
-    Returns:
-        Whether the body ended with it.
-    """
-    begun = sink.tell()
-    if not (block := first or await content.read(BLOCK_BYTES)):
-        return True
-    sink.write(block)
-    try:
-        async with async_timeout.timeout(PIECE_SECONDS):
-            while (size := sink.tell() - begun) < PIECE_BYTES and (grow is None or grow(size)):
-                if not (block := await content.read(BLOCK_BYTES)):
-                    return True
-                sink.write(block)
-    except TimeoutError:
-        pass
-    return False
