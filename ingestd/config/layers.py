@@ -106,10 +106,23 @@ class LayerReader:
             if text is not None:
                 yield from self._from_text(path, text, f"secret {file}", _secret_name)
 
-    def from_file(self, file: Path, *, may_wait: bool = False) -> Iterator[Entry]:
-        """A TOML file that has to be there; with `may_wait` a pipe too, which can be read once."""
+    def from_file(
+        self, file: Path, *, may_wait: bool = False, may_be_empty: bool = True
+    ) -> Iterator[Entry]:
+        """A TOML file that has to be there.
+
+        Args:
+            file: its path.
+            may_wait: it may be a pipe, which can be read once.
+            may_be_empty: there may be nothing in it, as there is while it is written anew.
+        """
         try:
             content = read_file(file, may_wait=may_wait)
+            if not (content or may_be_empty):
+                self._problems.append(
+                    f"configuration file {file} is empty; a comment in it takes back all that it"
+                    " said"
+                )
             table = tomllib.loads(content.decode("utf-8-sig"))  # editors put a BOM there
         except FileNotFoundError:
             self._problems.append(f"there is no configuration file {file}")

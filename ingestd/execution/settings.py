@@ -83,7 +83,10 @@ class RetrySettings(Section):
     )
     backoff_max: Seconds = Field(60.0, ge=0, le=30 * _DAY, description="longest wait")
     waiting_records_max: Count = Field(
-        50_000, ge=1, le=10**9, description="records that may wait; then nothing new is tried"
+        50_000,
+        ge=1,
+        le=10**9,
+        description="records that may wait; then new ones are tried as probes only",
     )
     waiting_bytes_max: Size = Field(
         256 * _MIB, ge=1, le=1024 * _TIB, description="what these may take in the journal"

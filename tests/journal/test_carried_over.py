@@ -15,8 +15,8 @@ import pytest
 
 from ingestd.__main__ import main
 from ingestd.base.errors import DataDirError, KeyReused
-from ingestd.host.data_dir import DataDir
 from ingestd.base.record import Records, Span
+from ingestd.host.data_dir import DataDir
 from ingestd.journal import dead, schema, verify
 from ingestd.journal.beside import opened as opened_beside
 from ingestd.journal.interface import Ledger
