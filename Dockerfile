@@ -24,7 +24,7 @@ RUN /opt/build/bin/hatchling build --target wheel \
 
 FROM ${BASE}
 # tini is process 1: it passes signals on and reaps what handlers orphan. `ingestd run` can do that
-# itself (ingestd/base/init.py), with a second Python process and for itself alone; this is a few
+# itself (ingestd/host/pid1.py), with a second Python process and for itself alone; this is a few
 # kilobytes, and there for `ingestd prove`, a shell and whatever else the image is asked to run.
 #
 # A number for the user, because Kubernetes can't tell whether a name is root. The daemon makes what

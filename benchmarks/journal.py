@@ -28,7 +28,7 @@ from benchmarks.records import records
 from ingestd.base.clock import SystemClock
 from ingestd.base.record import Layout, Records, Span
 from ingestd.journal.interface import Chunk, Cursor, Sealed, Settlement
-from ingestd.journal.sqlite import SqliteJournal
+from ingestd.journal.sqlite.journal import SqliteJournal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

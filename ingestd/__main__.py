@@ -11,7 +11,7 @@ import traceback
 from typing import TYPE_CHECKING, Protocol
 
 from ingestd.base.errors import Exit, IngestdError
-from ingestd.base.leaving import end_process
+from ingestd.base.process import end_process
 from ingestd.cli import check, dead, healthcheck, journal, prove, run, token
 from ingestd.cli.arguments import Parser, add_settings, handler_from
 from ingestd.cli.output import discard_stdout, fail, say

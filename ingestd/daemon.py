@@ -18,7 +18,7 @@ import async_timeout
 
 from ingestd import __version__
 from ingestd.admin.server import AdminServer
-from ingestd.admin.view import Status
+from ingestd.admin.status import Status, status_of
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import (
     ConfigError,
@@ -28,9 +28,9 @@ from ingestd.base.errors import (
     InputUnreadable,
     JournalFailed,
 )
-from ingestd.base.liveness import Liveness
+from ingestd.base.logging import get_logger, start_logging
 from ingestd.base.metrics import Metrics
-from ingestd.base.telemetry import get_logger, start_logging
+from ingestd.base.watchdog import Liveness
 from ingestd.config.reload import Change, plan
 from ingestd.handlers.runner import CLOSE_SECONDS
 from ingestd.host.data_dir import DataDir
@@ -40,8 +40,7 @@ from ingestd.host.sockets import ListenFds
 from ingestd.host.systemd import Notifier, ServiceNotifier, ServiceState
 from ingestd.http.settings import has_one_principal, signatures_valid
 from ingestd.journal.idempotency import KeyRule
-from ingestd.overview import status_of
-from ingestd.pipeline import Pipeline, Report
+from ingestd.pipeline import DrainReport, Pipeline
 from ingestd.settings import validation_errors
 from ingestd.sources.http.source import HttpSource
 from ingestd.sources.progress import Progress, ProgressSnapshot
@@ -50,11 +49,11 @@ from ingestd.sources.stdin.source import StdinSource
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
-    from ingestd.base.telemetry import LogWriter
+    from ingestd.base.logging import LogWriter
     from ingestd.http.settings import HttpSettings
     from ingestd.settings import Settings
-    from ingestd.sources.fetch.tally import Tally
-    from ingestd.sources.intake import Source
+    from ingestd.sources.base import Source
+    from ingestd.sources.fetch.tally import DownloadTotals
 
 log = get_logger()
 
@@ -84,7 +83,7 @@ def serve(
         input_fd: standard input, for the sources that read it.
 
     Returns:
-        The exit code. The caller ends the process, see `base/leaving.py`: threads may still run.
+        The exit code. The caller ends the process, see `base/process.py`: threads may still run.
     """
     settle_interpreter(for_strangers=settings.source.kind == "http")
     writer = start_logging(settings.log.level, settings.log.format)
@@ -313,7 +312,7 @@ class Daemon:
         )
 
     def _build_progress(
-        self, counts: Callable[[], StdinSource | Tally], pipeline: Pipeline
+        self, counts: Callable[[], StdinSource | DownloadTotals], pipeline: Pipeline
     ) -> Progress:
         before = pipeline.journal.ledger
 
@@ -478,7 +477,7 @@ class Daemon:
         log.info("daemon_left", code=int(code))
         return int(code)
 
-    def _exit_code(self, reports: Mapping[str, Report]) -> Exit:
+    def _exit_code(self, reports: Mapping[str, DrainReport]) -> Exit:
         errors = [p.broken.exception() for p in self.pipelines.values() if p.broken.done()]
         for error in (*errors, self._failure):
             if isinstance(error, JournalFailed):
@@ -589,7 +588,7 @@ def _callback_failed(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> N
     log.error("callback_failed", message=str(context.get("message")), exc_info=error or False)
 
 
-def _log_report(name: str, report: Report) -> None:
+def _log_report(name: str, report: DrainReport) -> None:
     """The four numbers of promise 2, and whether they add up."""
     write = log.info if report.balanced else log.error
     write(

@@ -17,29 +17,36 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import async_timeout
 from structlog.contextvars import bind_contextvars
 
+from ingestd.base.batch import SealedBatch
 from ingestd.base.errors import JournalFailed
-from ingestd.base.liveness import Stage
+from ingestd.base.logging import get_logger
 from ingestd.base.metrics import PipelineState
 from ingestd.base.record import Records, Span, without
-from ingestd.base.telemetry import get_logger
-from ingestd.batching.batch import Batch
-from ingestd.batching.batcher import Batcher, Cut
+from ingestd.base.watchdog import Stage
+from ingestd.batching.batcher import BatchDraft, Batcher
+from ingestd.codecs.lines import record_fault
 from ingestd.execution.build import start_pool
-from ingestd.execution.line import Line, Load
+from ingestd.execution.failure_log import FailureLog
 from ingestd.execution.outage import Outage
-from ingestd.execution.retry import Postponed, RetryRule, Settled, decide, rank, spends_try
-from ingestd.failing import FailureLog
+from ingestd.execution.ready_queue import Load, ReadyQueue
+from ingestd.execution.retry import (
+    BatchSplitter,
+    Resolve,
+    RetryBatch,
+    RetryRule,
+    decide,
+    rank,
+    spends_try,
+)
 from ingestd.handlers.outcome import Job
-from ingestd.isolation import Isolation
-from ingestd.journal.audit import Auditor
 from ingestd.journal.build import build_journal
 from ingestd.journal.idempotency import KeyRule
 from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Recovered, Settlement
-from ingestd.journal.keeper import Keeper
-from ingestd.journal.letters import Courtesy
-from ingestd.journal.outstanding import Outstanding
-from ingestd.journal.tail import Room, Tail
-from ingestd.settling import (
+from ingestd.journal.maintenance import DeadLetterMaintenance
+from ingestd.journal.reader import ChunkReader, MemoryBudget, UnsettledChunks
+from ingestd.journal.sqlite.audit import Auditor
+from ingestd.journal.sqlite.letters import InvalidQuota
+from ingestd.settlement import (
     as_sealed,
     damage_letters,
     dead_letters,
@@ -48,19 +55,16 @@ from ingestd.settling import (
     replacements,
     resumed,
 )
-from ingestd.sources.lines import record_fault
-from ingestd.watching import Watches
+from ingestd.waiters import DeliveryWaiters
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Sequence
     from pathlib import Path
 
-    from ingestd.base.bookmark import Bookmark
+    from ingestd.base.append import DeliveryWaiter, IdempotencyClaim, SourceOffset
     from ingestd.base.clock import Clock
     from ingestd.base.metrics import PipelineMetrics
-    from ingestd.base.once import Claim
-    from ingestd.base.record import Refused
-    from ingestd.base.watch import Watch
+    from ingestd.base.record import InvalidRecord
     from ingestd.execution.pool import Pool
     from ingestd.host.process import Surroundings
     from ingestd.settings import BatchSettings, PipelineSettings
@@ -71,7 +75,7 @@ BATCH_BYTES = 1024
 """Memory that a batch takes while it waits; its payload is on disk."""
 
 
-class Report(NamedTuple):
+class DrainReport(NamedTuple):
     """What a pipeline leaves behind.
 
     Attributes:
@@ -137,7 +141,7 @@ class Pipeline:
             on_commit=metrics.committed,
             dead_bytes_max=settings.dead.bytes_max,
             keys=keys,
-            courtesy=Courtesy(
+            courtesy=InvalidQuota(
                 settings.dead.invalid_bytes_max,
                 partial(
                     record_fault,
@@ -147,16 +151,16 @@ class Pipeline:
                 ),
             ),
         )
-        self.keeper = Keeper(name, self.journal, settings.dead, clock)
+        self.keeper = DeadLetterMaintenance(name, self.journal, settings.dead, clock)
         self.auditor = Auditor(name, self.journal)
-        self.room = Room(settings.queue.bytes_max)
+        self.room = MemoryBudget(settings.queue.bytes_max)
         self.queue: asyncio.Queue[Chunk] = asyncio.Queue(settings.queue.chunks_max)
         self.batcher = Batcher(
             records_max=settings.batch.records_max, bytes_max=settings.batch.bytes_max
         )
         retry = settings.retry
         self.outage = Outage(retry.backoff_max, random.random)
-        self.line: Line[Batch] = Line(
+        self.line: ReadyQueue[SealedBatch] = ReadyQueue(
             waiting_max=Load(retry.waiting_records_max, retry.waiting_bytes_max),
             outage=self.outage,
             on_empty=self._retime,
@@ -164,10 +168,10 @@ class Pipeline:
         self.executor = ""
         self._data_dir = data_dir
         self._surroundings = surroundings
-        self.outstanding = Outstanding()
-        self.isolation = Isolation(self.outage, retry.attempts_max)
+        self.outstanding = UnsettledChunks()
+        self.isolation = BatchSplitter(self.outage, retry.attempts_max)
         self.failures = FailureLog(name, self.outage, clock, lambda: self.journal.ledger.pending)
-        self.watches = Watches()
+        self.watches = DeliveryWaiters()
         self.running = 0
         self._rule = RetryRule(
             retry.attempts_max, retry.backoff, retry.backoff_max, retry.give_up_after
@@ -231,7 +235,7 @@ class Pipeline:
         """Sealed batches first, under their old ids; then the chunks from the cursor on."""
         self._next_batch = recovered.next_batch
         self._cursor = recovered.cursor
-        self.tail = Tail(
+        self.tail = ChunkReader(
             self.journal, self.room, first=recovered.cursor.chunk, last=recovered.last_chunk
         )
         now = self._clock.now()
@@ -266,29 +270,29 @@ class Pipeline:
 
     # -- 1. accept: source → journal -----------------------------------------------------------
 
-    async def begin(self, key: str, fingerprint: bytes) -> Claim | bytes:
+    async def begin(self, key: str, fingerprint: bytes) -> IdempotencyClaim | bytes:
         """See `Intake.begin`."""
         return await self.journal.keys.begin(key, fingerprint)
 
-    def forget(self, claim: Claim) -> None:
+    def forget(self, claim: IdempotencyClaim) -> None:
         """See `Intake.forget`."""
         self.journal.keys.forget(claim)
 
-    def unwatch(self, watch: Watch) -> None:
+    def unwatch(self, watch: DeliveryWaiter) -> None:
         """See `Intake.unwatch`."""
         self.watches.remove(watch)
 
-    async def bookmark(self, key: str) -> Bookmark | None:
+    async def bookmark(self, key: str) -> SourceOffset | None:
         """See `Intake.bookmark`."""
         return await self.journal.bookmark(key)
 
     async def accept(
         self,
         records: Records,
-        refused: Sequence[Refused] = (),
-        claim: Claim | None = None,
-        watch: Watch | None = None,
-        bookmark: Bookmark | None = None,
+        refused: Sequence[InvalidRecord] = (),
+        claim: IdempotencyClaim | None = None,
+        watch: DeliveryWaiter | None = None,
+        bookmark: SourceOffset | None = None,
         *,
         principal: str = "",
         unkept: int = 0,
@@ -388,22 +392,22 @@ class Pipeline:
             self.room.free(chunk.records.ends()[first - 1])
         self.batcher.add(chunk.id, chunk.records, first=first, accepted_at=chunk.accepted_at)
 
-    def _damaged(self, chunk: Chunk) -> Cut:
+    def _damaged(self, chunk: Chunk) -> BatchDraft:
         """A chunk that can't be read, as a batch that no worker will see."""
         first, count = self._first_of(chunk), chunk.records.count
         self.room.free(len(chunk.records.payload))
         span = Span(chunk.id, first, count - first)
-        return Cut((span,), None, 0, chunk.accepted_at, (chunk.id + 1, 0))
+        return BatchDraft((span,), None, 0, chunk.accepted_at, (chunk.id + 1, 0))
 
     # -- 4. seal: written down before anyone sees it -------------------------------------------
 
-    async def _seal(self, cut: Cut | None) -> None:
+    async def _seal(self, cut: BatchDraft | None) -> None:
         """Submits the seal; it shares the next commit, and `_dispatch` waits for it."""
         if cut is None:
             return
         number, count = self._next_batch, sum(span.count for span in cut.spans)
         self._next_batch += 1
-        batch = Batch(
+        batch = SealedBatch(
             number,
             cut.spans,
             count,
@@ -446,7 +450,7 @@ class Pipeline:
 
     # -- 6. run: one try of one batch ----------------------------------------------------------
 
-    async def _run(self, batch: Batch) -> None:
+    async def _run(self, batch: SealedBatch) -> None:
         # A task has a context of its own: every log line from here on, the handler's in a
         # thread included, says which batch it is about.
         bind_contextvars(pipeline=self.name, batch_id=f"{self.journal.id}-{batch.number}")
@@ -474,19 +478,19 @@ class Pipeline:
         self._metrics.batch_tried(
             outcome(batch.count, result, verdict), batch.count, batch.size, result.seconds
         )
-        if isinstance(verdict, Postponed):
+        if isinstance(verdict, RetryBatch):
             await self._postpone(batch, verdict)
         else:
             await self._settle(batch, records, verdict, split=result.failure is not None)
 
-    async def _load(self, batch: Batch) -> None:
+    async def _load(self, batch: SealedBatch) -> None:
         """Brings a batch's payload back from the journal."""
         batch.records = await self.journal.load(batch.spans)
         if batch.records is not None:
             batch.size = len(batch.records.payload)
             self.room.take(batch.size)
 
-    def _job(self, batch: Batch, records: Records) -> Job:
+    def _job(self, batch: SealedBatch, records: Records) -> Job:
         return Job(
             f"{self.journal.id}-{batch.number}",
             batch.attempts + 1,
@@ -497,7 +501,7 @@ class Pipeline:
 
     # -- 7. settle: done, retry, dead letter ---------------------------------------------------
 
-    async def _postpone(self, batch: Batch, verdict: Postponed) -> None:
+    async def _postpone(self, batch: SealedBatch, verdict: RetryBatch) -> None:
         log.debug("batch_postponed", attempts=batch.attempts, after=round(verdict.after, 3))
         self._forget_payload(batch)
         # Parked before the commit, so that the line counts it when the next batch is asked for.
@@ -506,14 +510,14 @@ class Pipeline:
         await self.journal.postpone(as_sealed(batch, due_at, self._loop.time()))
         self._moved.set()
 
-    def _park(self, batch: Batch, after: float, *, asked: bool = False) -> None:
+    def _park(self, batch: SealedBatch, after: float, *, asked: bool = False) -> None:
         load = Load(batch.count, batch.bytes + BATCH_BYTES)
         is_part = batch.family is not None
         place = rank(batch.count, batch.attempts, self._rule.attempts_max, is_part=is_part)
         self.line.park(batch, self._loop.time() + after, load, asked=asked, rank=place)
 
     async def _settle(
-        self, batch: Batch, records: Records, verdict: Settled, *, split: bool
+        self, batch: SealedBatch, records: Records, verdict: Resolve, *, split: bool
     ) -> None:
         now = self._clock.now()
         dead = dead_letters(batch, records, verdict.given_up, origin=self.journal.id, now=now)
@@ -526,7 +530,7 @@ class Pipeline:
         for successor, after in successors:
             self._park(successor, after, asked=not split)
 
-    async def _set_aside(self, batch: Batch) -> None:
+    async def _set_aside(self, batch: SealedBatch) -> None:
         """A batch that can't be read any more: only what lies in damaged chunks is given up."""
         readable = [span for span in batch.spans if await self.journal.load([span]) is not None]
         lost = [span for span in batch.spans if span not in readable]
@@ -541,9 +545,9 @@ class Pipeline:
 
     async def _write_down(
         self,
-        batch: Batch,
+        batch: SealedBatch,
         dead: Sequence[DeadLetter],
-        successors: Sequence[tuple[Batch, float]],
+        successors: Sequence[tuple[SealedBatch, float]],
         damaged: Sequence[int] = (),
     ) -> None:
         """One transaction; then the chunks that it finished leave the queue."""
@@ -578,7 +582,7 @@ class Pipeline:
             self._metrics.died(reason, records)
             self.failures.given_up(reason, records, letters[0].error)
 
-    def _forget_payload(self, batch: Batch) -> None:
+    def _forget_payload(self, batch: SealedBatch) -> None:
         self.room.free(batch.size)
         batch.records, batch.size = None, 0
 
@@ -626,7 +630,7 @@ class Pipeline:
             return False
         return deadline < self.line.ready_at < math.inf
 
-    async def close(self, deadline: float, give_up: float | None = None) -> Report:
+    async def close(self, deadline: float, give_up: float | None = None) -> DrainReport:
         """Ends the workers, then closes the journal; see `end_workers` and `close_journal`."""
         await self.end_workers(deadline)
         return await self.close_journal(give_up)
@@ -642,7 +646,7 @@ class Pipeline:
         self._gone = await self.pool.close(deadline if not self.running else self._loop.time())
         await _cancel(self._tasks)  # whose worker is gone, or was left behind
 
-    async def close_journal(self, give_up: float | None = None) -> Report:
+    async def close_journal(self, give_up: float | None = None) -> DrainReport:
         """Closes the journal; the workers have ended.
 
         Args:
@@ -653,7 +657,7 @@ class Pipeline:
         """
         closed = await self.journal.close(give_up)
         self.failures.sum_up_given_up()
-        return Report(
+        return DrainReport(
             closed.ledger,
             closed.counted,
             self._gone,

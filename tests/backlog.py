@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ingestd.base.record import Layout, Records
-from ingestd.journal import checkpoint
 from ingestd.journal.interface import Chunk
-from ingestd.journal.store import Store, Write
+from ingestd.journal.sqlite import checkpoint
+from ingestd.journal.sqlite.store import Store, Write
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -18,14 +18,14 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from ingestd.base.errors import AddressError
-from ingestd.base.telemetry import get_logger
+from ingestd.base.logging import get_logger
 from ingestd.config.network import Hosts, authority_of, is_foreign, is_loopback, parse_listen
 from ingestd.host.sockets import is_local, show_socket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ingestd.admin.view import AdminView
+    from ingestd.admin.status import AdminView
     from ingestd.base.metrics import Metrics
     from ingestd.settings import AdminSettings
 
@@ -97,7 +97,7 @@ class AdminServer:
             self._local = is_loopback(settings.listen)
         self._hosts = Hosts(settings.hosts) if self._local or settings.hosts else None
         self._listeners: list[asyncio.Server] = []
-        self._door: _Door | None = None
+        self._door: _AdminHandler | None = None
         self.addresses: list[str] = []
 
     async def start(self) -> None:
@@ -109,7 +109,7 @@ class AdminServer:
         """
         if not (self._settings.listen or self._sockets):
             return
-        self._door = _Door(self._answer)
+        self._door = _AdminHandler(self._answer)
         loop = asyncio.get_running_loop()
         if self._sockets:
             self._listeners = [await _serve_on(sock, self._door) for sock in self._sockets]
@@ -195,7 +195,7 @@ class AdminServer:
         return _Page(msgspec.json.encode(self._view.status()) + b"\n", "application/json")
 
 
-class _Connection(RequestHandler):
+class _AdminConnection(RequestHandler):
     """A connection whose client may end its own direction before it has its answer."""
 
     async def start(self) -> None:
@@ -226,7 +226,7 @@ class _Connection(RequestHandler):
         return bool(self._messages) or (self._waiter is None and self._request_count > 0)
 
 
-class _Door(web.Server):
+class _AdminHandler(web.Server):
     """Lets few connections in, each for a while."""
 
     def __init__(self, answer: Callable[[web.BaseRequest], Any]) -> None:
@@ -235,7 +235,7 @@ class _Door(web.Server):
 
     def __call__(self) -> RequestHandler:
         """A protocol for a connection that has just been accepted."""
-        return _Connection(
+        return _AdminConnection(
             self,
             loop=self._loop,
             access_log=None,  # type: ignore[arg-type]  # aiohttp's way to say: no access log
@@ -250,7 +250,7 @@ class _Door(web.Server):
         """
         super().connection_made(handler, transport)
         if len(self._inside) >= CONNECTIONS_MAX:
-            idle = (one for one in self._inside if not cast("_Connection", one).asks)
+            idle = (one for one in self._inside if not cast("_AdminConnection", one).asks)
             given_up, timer = self._inside.pop(next(idle, next(iter(self._inside))))
             timer.cancel()
             given_up.abort()
@@ -273,7 +273,7 @@ class _Door(web.Server):
             transport.abort()
 
 
-async def _serve_on(sock: socket.socket, door: _Door) -> asyncio.Server:
+async def _serve_on(sock: socket.socket, door: _AdminHandler) -> asyncio.Server:
     """Serves on a passed socket. Its file, if it has one, is not ours to remove."""
     loop = asyncio.get_running_loop()
     if sock.family != socket.AF_UNIX:

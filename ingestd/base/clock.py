@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class Clock(Protocol):
@@ -23,3 +24,69 @@ class SystemClock:
 
     now = staticmethod(time.time)
     monotonic = staticmethod(time.monotonic)
+
+
+# -- how old something is that was stamped with the wall clock -------------------------------------
+#
+# How old something is that was stamped with the wall clock, whatever that clock has done since.
+#
+# A machine without a battery for its clock starts in 1970 and jumps to the present once it has
+# asked somebody. What was stamped a minute ago is then fifty years old by the clock, and would
+# expire. The clock that never goes back tells how much time has passed: where the wall clock went
+# further, it jumped, and stamps from before the jump are younger by as much.
+
+JUMP_SECONDS = 60.0
+"""What the wall clock may gain between two looks without having jumped."""
+JUMPS_MAX = 64
+"""So many jumps are remembered, the newest ones."""
+PLAUSIBLE = 1_704_067_200.0
+"""2024-01-01: a stamp from before was made by a clock that nobody had set."""
+
+
+class _Jump(NamedTuple):
+    """From one wall-clock time to another one, at one moment."""
+
+    before: float
+    after: float
+
+
+class Ages:
+    """Knows the jumps that the wall clock made in this life. Safe to use from any thread.
+
+    Args:
+        clock: both clocks.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._began = clock.monotonic()
+        self._seen = clock.now(), self._began
+        self._jumps: tuple[_Jump, ...] = ()
+
+    def observe(self) -> float:
+        """Looks whether the wall clock has jumped; the wall-clock time now."""
+        with self._lock:
+            now, passed = self._clock.now(), self._clock.monotonic()
+            expected = self._seen[0] + passed - self._seen[1]
+            if now - expected > JUMP_SECONDS:
+                self._jumps = (*self._jumps, _Jump(expected, now))[-JUMPS_MAX:]
+            self._seen = now, passed
+        return now
+
+    def before(self, age: float) -> float:
+        """What was stamped at this time or earlier is at least so many seconds old."""
+        bound = self.observe() - age
+        for jump in reversed(self._jumps):
+            if bound >= jump.after:
+                break  # the jump itself is that long ago, and so is all that was before it
+            bound -= jump.after - jump.before
+        return bound
+
+    def since(self, age: float) -> float:
+        """Stamps from before this time tell no age: they were made by a clock that was not set.
+
+        0 once this life is so many seconds old itself.
+        """
+        now, passed = self.observe(), self._clock.monotonic() - self._began
+        return PLAUSIBLE if passed < age and now >= PLAUSIBLE else 0.0

@@ -191,7 +191,7 @@ def join(runs: Sequence[Records]) -> Records:
     )
 
 
-class Refused(NamedTuple):
+class InvalidRecord(NamedTuple):
     """A record that the door did not accept and keeps as a dead letter.
 
     Attributes:

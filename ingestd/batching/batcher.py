@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ingestd.base.record import Layout, Records, Span, join
 
 
-class Cut(NamedTuple):
+class BatchDraft(NamedTuple):
     """A batch that has been cut and is to be sealed.
 
     Attributes:
@@ -30,7 +30,7 @@ class Cut(NamedTuple):
     cursor: tuple[int, int]
 
 
-class _Rest:
+class _ChunkReader:
     """A chunk that is being cut: what is left of it."""
 
     __slots__ = ("_ends", "accepted_at", "chunk", "first", "records", "start")
@@ -112,7 +112,7 @@ class Batcher:
         self._bytes = 0
         self._accepted_at = 0.0
         self._cursor = (0, 0)
-        self._rest: _Rest | None = None
+        self._rest: _ChunkReader | None = None
 
     @property
     def open(self) -> bool:
@@ -132,9 +132,9 @@ class Batcher:
     def add(self, chunk: int, records: Records, *, first: int, accepted_at: float) -> None:
         """Takes the records of a chunk from `first` on. Call `take` until it gives nothing."""
         self.chunks += 1
-        self._rest = _Rest(chunk, records, first, accepted_at)
+        self._rest = _ChunkReader(chunk, records, first, accepted_at)
 
-    def take(self) -> Cut | None:
+    def take(self) -> BatchDraft | None:
         """The next full batch, or nothing: then all records that were added are in batches."""
         rest = self._rest
         while rest is not None and rest.count:
@@ -151,19 +151,19 @@ class Batcher:
         self._rest = None
         return None
 
-    def close(self) -> Cut | None:
+    def close(self) -> BatchDraft | None:
         """The open batch as it is; `None` without one."""
         if not self._count:
             return None
         records = join(self._parts)
-        cut = Cut(tuple(self._spans), records, self._bytes, self._accepted_at, self._cursor)
+        cut = BatchDraft(tuple(self._spans), records, self._bytes, self._accepted_at, self._cursor)
         self._spans, self._parts, self._count, self._bytes = [], [], 0, 0
         return cut
 
     def _full(self) -> bool:
         return self._count >= self.records_max or self._bytes >= self.bytes_max
 
-    def _put(self, rest: _Rest, count: int, end: int) -> None:
+    def _put(self, rest: _ChunkReader, count: int, end: int) -> None:
         if not self._count:
             self._accepted_at = rest.accepted_at
         span, part = rest.cut(count, end)

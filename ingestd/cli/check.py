@@ -1,18 +1,99 @@
-"""`ingestd check [HANDLER]`: what `run` would do with the same flags, without opening anything."""
+"""The effective settings as TOML, each with where it came from, secrets masked."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Any
 
 from ingestd.base.errors import ConfigError, Exit, HandlerLoadError
 from ingestd.cli.configured import configured
-from ingestd.cli.effective import effective
 from ingestd.cli.output import fail, say
+from ingestd.config.keys import dotted, quoted, shown
+from ingestd.config.network import show_url
+from ingestd.config.sections import MASK
+from ingestd.handlers.target import is_ours
+from ingestd.settings import SCHEMA
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator, Sequence
 
+    from ingestd.config.loader import Loaded
     from ingestd.settings import PipelineSettings, Settings
+
+
+_SECRET_NAME = re.compile(
+    r"pass|pwd|token|secret|key|dsn|credential|auth|private|cookie|signature", re.IGNORECASE
+)
+_PLAIN = re.compile(r"|true|false|-?[0-9]{1,9}(\.[0-9]{1,9})?", re.IGNORECASE)
+_WIDTH_MAX = 48
+
+
+def effective(loaded: Loaded[Settings]) -> Iterator[str]:
+    """One line a setting: `batch.records_max = 500   # flag --batch.records_max`."""
+    lines = []
+    for path, value in SCHEMA.values_of(loaded.settings):
+        origin = loaded.origins[dotted(path)]
+        text = f"{dotted(path)} = {_toml(_visible(path, value, origin, loaded))}"
+        lines.append((text, origin))
+    width = min(max(len(text) for text, _ in lines), _WIDTH_MAX)
+    for text, origin in lines:
+        yield f"{text:<{width}}  # {_one_line(origin)}"
+
+
+def _visible(path: Sequence[str], value: object, origin: str, loaded: Loaded[Settings]) -> object:
+    source = loaded.origins.get(origin.removeprefix("as "), "") if "as " in origin[:3] else origin
+    if source.startswith("secret "):
+        return MASK
+    if "options" in path:
+        return _option(path, value, _harmless(path, loaded))
+    if path[:2] == ("fetch", "headers") and value != {}:
+        return MASK
+    if isinstance(value, tuple) and tuple(path) == ("fetch", "urls"):
+        return [show_url(url) for url in value]
+    return shown(SCHEMA.field_at(path), value)
+
+
+def _harmless(path: Sequence[str], loaded: Loaded[Settings]) -> bool:
+    """Whether an option is one of our sinks', which have no secrets."""
+    settings: Any = loaded.settings
+    handler = settings.handler if path[0] == "handler" else settings.pipelines[path[1]].handler
+    return is_ours(handler.target)
+
+
+def _option(path: Sequence[str], value: object, harmless: bool) -> object:
+    """An option as it may be shown: text may be a secret, whatever it is called."""
+    names = path[path.index("options") + 1 :]
+    if any(_SECRET_NAME.search(name) for name in names):
+        return MASK
+    if isinstance(value, dict):
+        return {key: _option((*path, key), inner, harmless) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_option(path, inner, harmless) for inner in value]
+    if isinstance(value, str) and not (harmless or _PLAIN.fullmatch(value)):
+        return MASK
+    return value
+
+
+def _toml(value: object) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{dotted([key])} = {_toml(v)}" for key, v in value.items()) + "}"
+    return quoted(str(value))
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+# -- `ingestd check [HANDLER]` ---------------------------------------------------------------------
+#
+# `ingestd check [HANDLER]`: what `run` would do with the same flags, without opening anything.
 
 HELP = "check the configuration and the handler, print the effective settings"
 DESCRIPTION = """\

@@ -14,9 +14,9 @@ from ingestd.cli.configured import configured
 from ingestd.cli.letters import as_line, as_page, as_row, head, write_lines
 from ingestd.cli.moments import moment
 from ingestd.cli.output import say
-from ingestd.journal import dead
-from ingestd.journal.beside import journals, opened
-from ingestd.sources.lines import record_fault
+from ingestd.codecs.lines import record_fault
+from ingestd.journal.sqlite import dead_letters
+from ingestd.journal.sqlite.offline import journals, opened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -77,7 +77,7 @@ def _add_filter(parser: Parser) -> None:
     group = parser.add_argument_group("which letters")
     group.add_argument(
         "--reason", type=_reason, action="append", default=[], metavar="WORD",
-        help=f"given up for this reason; repeatable: {', '.join(dead.REASONS)}",
+        help=f"given up for this reason; repeatable: {', '.join(dead_letters.REASONS)}",
     )  # fmt: skip
     when = "2026-05-01T12:00:00Z (UTC if nothing is said), or 2h for two hours ago"
     group.add_argument(
@@ -98,8 +98,8 @@ def _add_ids(parser: Parser) -> None:
 
 
 def _reason(written: str) -> str:
-    if written not in dead.REASONS:
-        known = ", ".join(dead.REASONS)
+    if written not in dead_letters.REASONS:
+        known = ", ".join(dead_letters.REASONS)
         raise argparse.ArgumentTypeError(f"{written!r} is no reason; there are {known}")
     return written
 
@@ -136,7 +136,7 @@ def _holding(found: dict[str, Path], ids: list[int]) -> dict[str, Path]:
     holders: dict[int, list[str]] = {number: [] for number in ids}
     for name, path in found.items():
         with opened(path) as db:
-            absent = set(dead.missing(db, ids))
+            absent = set(dead_letters.missing(db, ids))
         for number in ids:
             if number not in absent:
                 holders[number].append(name)
@@ -151,8 +151,8 @@ def _holding(found: dict[str, Path], ids: list[int]) -> dict[str, Path]:
     return {name: path for name, path in found.items() if name in named}
 
 
-def _filter(arguments: argparse.Namespace) -> dead.Filter:
-    return dead.Filter(
+def _filter(arguments: argparse.Namespace) -> dead_letters.LetterFilter:
+    return dead_letters.LetterFilter(
         reasons=tuple(arguments.reason),
         since=arguments.since,
         until=arguments.until,
@@ -165,15 +165,15 @@ def _filter(arguments: argparse.Namespace) -> dead.Filter:
 
 
 def _letters(
-    found: dict[str, Path], chosen: dead.Filter, *, whole: bool
-) -> Iterator[tuple[str, dead.Kept]]:
+    found: dict[str, Path], chosen: dead_letters.LetterFilter, *, whole: bool
+) -> Iterator[tuple[str, dead_letters.StoredLetter]]:
     """The letters of all pipelines; `limit` counts over all of them."""
     left = chosen.limit
     for name, path in found.items():
         if left == 0:
             return
         with opened(path) as db:
-            for kept in dead.letters(db, chosen._replace(limit=left), whole=whole):
+            for kept in dead_letters.letters(db, chosen._replace(limit=left), whole=whole):
                 yield name, kept
                 left = None if left is None else left - 1
 
@@ -198,15 +198,17 @@ def _list(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
     return int(Exit.OK)
 
 
-def _count(path: Path, chosen: dead.Filter) -> dead.Counted:
+def _count(path: Path, chosen: dead_letters.LetterFilter) -> dead_letters.LetterCounts:
     with opened(path) as db:
-        return dead.count(db, chosen)
+        return dead_letters.count(db, chosen)
 
 
 def _show(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
     if not arguments.id:
         raise UsageError(problem="which letter? its number (see ingestd dead list)")
-    for name, kept in _letters(found, dead.Filter(ids=frozenset(arguments.id)), whole=True):
+    for name, kept in _letters(
+        found, dead_letters.LetterFilter(ids=frozenset(arguments.id)), whole=True
+    ):
         if arguments.json:
             write_lines([as_line(name, kept, whole=True)])
         else:
@@ -227,7 +229,9 @@ def _export(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
 # -- changing --------------------------------------------------------------------------------------
 
 
-def _counted(found: dict[str, Path], chosen: dead.Filter) -> dict[str, dead.Counted]:
+def _counted(
+    found: dict[str, Path], chosen: dead_letters.LetterFilter
+) -> dict[str, dead_letters.LetterCounts]:
     """What is meant in each journal; `limit` counts over all of them."""
     counted, left = {}, chosen.limit
     for name, path in found.items():
@@ -246,7 +250,9 @@ def _retry(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
         totals["before"] += counted.marked
         if counted.letters > counted.marked + counted.incomplete:
             with opened(found[name], write=True) as db:
-                marked = dead.mark(db, chosen, counted.last, _check(arguments.settings, name))
+                marked = dead_letters.mark(
+                    db, chosen, counted.last, _check(arguments.settings, name)
+                )
             totals["marked"] += marked.letters
             totals["invalid"] += marked.invalid
     say(f"{totals['marked']} letters will be fed again" + _before(totals["before"]))
@@ -291,7 +297,7 @@ def _purge(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
     for name, one in counted.items():
         if one.letters > one.marked:
             with opened(found[name], write=True) as db:
-                gone += dead.purge(db, chosen, one.last)
+                gone += dead_letters.purge(db, chosen, one.last)
     say(f"{gone} letters deleted")
     marked = sum(one.marked for one in counted.values())
     if marked:

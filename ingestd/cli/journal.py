@@ -12,14 +12,14 @@ import msgspec
 
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import ConfigError, DataDirError, Exit
-from ingestd.base.private import create_new, make_folder
+from ingestd.base.files import create_new, make_folder
 from ingestd.cli.arguments import add_data_dir
 from ingestd.cli.configured import configured
 from ingestd.cli.moments import shown
 from ingestd.cli.output import say
 from ingestd.host.data_dir import DataDir, FileLock
-from ingestd.journal import salvage, verify
-from ingestd.journal.beside import journals, opened
+from ingestd.journal.sqlite import check, repair
+from ingestd.journal.sqlite.offline import journals, opened
 
 if TYPE_CHECKING:
     import argparse
@@ -76,7 +76,7 @@ def execute(arguments: argparse.Namespace) -> int:
 def _stat(arguments: argparse.Namespace, _data_dir: Path, found: dict[str, Path]) -> int:
     for name, path in found.items():
         with opened(path) as db:
-            facts = {"pipeline": name, **verify.stat(db)}
+            facts = {"pipeline": name, **check.stat(db)}
         oldest = facts["oldest_pending_at"]
         facts["oldest_pending_at"] = None if oldest is None else shown(oldest)
         facts["file_bytes"] = _size(path)
@@ -138,18 +138,18 @@ def _held(data_dir: Path, found: dict[str, Path]) -> Iterator[None]:
         yield
 
 
-def _find(name: str, path: Path) -> list[verify.Finding]:
+def _find(name: str, path: Path) -> list[check.Finding]:
     """Everything that is wrong with a journal, each said as it is found."""
     found = []
     try:
         with opened(path) as db:
-            for finding in verify.findings(db):
+            for finding in check.findings(db):
                 say(f"{name}: {finding.text}")
                 found.append(finding)
     except DataDirError as error:
-        if not salvage.is_damage(error.__cause__ or error):
+        if not repair.is_damage(error.__cause__ or error):
             raise
-        found.append(verify.Finding(str(error)))
+        found.append(check.Finding(str(error)))
         say(f"{name}: {error}")
     if not found:
         say(f"{name}: ok")
@@ -166,11 +166,11 @@ def _repair(name: str, path: Path) -> int:
     if len(chunks) == len(found):
         with opened(path, write=True) as db:
             for chunk in chunks:
-                records = verify.set_aside(db, chunk, now)
+                records = check.set_aside(db, chunk, now)
                 say(f"{name}: chunk {chunk} is set aside, its {records} records are dead letters")
     else:
         try:
-            say(f"{name}: built anew; the old file is {salvage.repair(path, now)}")
+            say(f"{name}: built anew; the old file is {repair.repair(path, now)}")
         except Exception as error:
             raise DataDirError(path=path, problem=str(error)) from error
     return len(_find(name, path))
@@ -185,7 +185,7 @@ def _export(folder: str | None, found: dict[str, Path]) -> None:
         for name, path in found.items():
             with opened(path) as db:
                 (journal,) = db.execute("SELECT journal FROM meta").fetchone()
-                for facts, payload in verify.all_set_aside(db):
+                for facts, payload in check.all_set_aside(db):
                     stem = f"{journal}-{facts['id']}"
                     facts["sizes"] = base64.b64encode(facts["sizes"]).decode()
                     about = {"pipeline": name, "journal": journal, **facts}

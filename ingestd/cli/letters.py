@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ingestd.base.private import create_new, sync_folder
+from ingestd.base.files import create_new, sync_folder
 from ingestd.cli.moments import shown
 from ingestd.cli.output import discard_stdout
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import BinaryIO
 
-    from ingestd.journal.dead import Kept
+    from ingestd.journal.sqlite.dead_letters import StoredLetter
 
 _ROW = "{:>8}  {:<12}  {:<24}  {:<11}  {:>5}  {:>9}  {}"
 
@@ -28,7 +28,7 @@ def head() -> str:
     return _ROW.format("ID", "PIPELINE", "GIVEN UP", "REASON", "TRIES", "BYTES", "ERROR")
 
 
-def as_row(pipeline: str, kept: Kept) -> str:
+def as_row(pipeline: str, kept: StoredLetter) -> str:
     """One line of the table."""
     letter = kept.letter
     error = _one_line(letter.error, 80)
@@ -41,7 +41,7 @@ def as_row(pipeline: str, kept: Kept) -> str:
     ).rstrip()
 
 
-def as_page(pipeline: str, kept: Kept) -> str:
+def as_page(pipeline: str, kept: StoredLetter) -> str:
     """Everything, for people. Control characters are shown as `?`: this goes to a terminal."""
     letter = kept.letter
     lines = [
@@ -64,7 +64,7 @@ def as_page(pipeline: str, kept: Kept) -> str:
     return "\n".join([*lines, "", f"payload   {kept.size} bytes", _printable(text)])
 
 
-def as_line(pipeline: str, kept: Kept, *, whole: bool) -> bytes:
+def as_line(pipeline: str, kept: StoredLetter, *, whole: bool) -> bytes:
     """A JSON object and a LF; `whole` with traceback and payload.
 
     The payload is `payload` if it is UTF-8, else `payload_base64`.

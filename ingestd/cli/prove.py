@@ -23,8 +23,8 @@ from ingestd.settings import SCHEMA, DrainSettings, LogSettings, Settings, Sourc
 if TYPE_CHECKING:
     import argparse
 
-    from ingestd.prove.progress import State
-    from ingestd.prove.verdict import Report
+    from ingestd.prove.progress import ProofState
+    from ingestd.prove.verdict import ProofReport
 
 HELP = "kill a daemon at random on this machine, and count what it kept"
 DESCRIPTION = """\
@@ -104,8 +104,8 @@ def execute(arguments: argparse.Namespace) -> int:
 # -- begin -------------------------------------------------------------------------------------
 
 
-def _begin(arguments: argparse.Namespace) -> tuple[Path, Settings, State]:
-    from ingestd.prove.progress import Sent, State  # noqa: PLC0415
+def _begin(arguments: argparse.Namespace) -> tuple[Path, Settings, ProofState]:
+    from ingestd.prove.progress import ProofState, Sent  # noqa: PLC0415
 
     if any(flag.written == "argument HANDLER" for flag in arguments.flags):
         raise UsageError(problem="prove counts rows in the sink sqlite; it takes no HANDLER")
@@ -120,10 +120,10 @@ def _begin(arguments: argparse.Namespace) -> tuple[Path, Settings, State]:
     settings = _settings(theirs, folder)
     (folder / _SETTINGS).write_text("".join(f"{line}\n" for line in _toml(settings)))
     seed = secrets.randbelow(10**6) if arguments.seed is None else arguments.seed
-    return folder, settings, State(seed, kills, [Sent() for _ in range(clients)])
+    return folder, settings, ProofState(seed, kills, [Sent() for _ in range(clients)])
 
 
-def _resume(arguments: argparse.Namespace) -> tuple[Path, Settings, State]:
+def _resume(arguments: argparse.Namespace) -> tuple[Path, Settings, ProofState]:
     from ingestd.config.loader import load  # noqa: PLC0415
     from ingestd.prove.progress import resumed  # noqa: PLC0415
 
@@ -220,9 +220,11 @@ def _seconds(written: str | None) -> float | None:
 # -- run ---------------------------------------------------------------------------------------
 
 
-def _prove(folder: Path, settings: Settings, state: State, seconds: float | None) -> Report:
+def _prove(
+    folder: Path, settings: Settings, state: ProofState, seconds: float | None
+) -> ProofReport:
     from ingestd.prove.plan import bounds_of  # noqa: PLC0415  the other commands need none of it
-    from ingestd.prove.progress import STATE, Progress  # noqa: PLC0415
+    from ingestd.prove.progress import STATE, ProofProgress  # noqa: PLC0415
     from ingestd.prove.prover import Prover, Task  # noqa: PLC0415
 
     rows = folder / _ROWS
@@ -233,7 +235,7 @@ def _prove(folder: Path, settings: Settings, state: State, seconds: float | None
         f" journal {settings.journal.kind}, executor {settings.executor.kind}, in {folder}"
     )
     task = Task(arguments, folder, rows, bounds_of(settings), seconds)
-    return Prover(task, Progress(state, folder / STATE), _progress).run()
+    return Prover(task, ProofProgress(state, folder / STATE), _progress).run()
 
 
 def _progress(line: str) -> None:
@@ -250,7 +252,7 @@ def _end_line() -> None:
         print(file=sys.stderr)
 
 
-def _show(result: Report, *, as_json: bool) -> None:
+def _show(result: ProofReport, *, as_json: bool) -> None:
     import msgspec  # noqa: PLC0415
 
     from ingestd.prove.verdict import lines  # noqa: PLC0415

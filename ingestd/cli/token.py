@@ -6,8 +6,8 @@ import sys
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import Exit, UsageError
-from ingestd.base.tokens import hash_of, make_token
 from ingestd.cli.output import say
+from ingestd.http.credentials import hash_of, make_token
 
 if TYPE_CHECKING:
     import argparse

@@ -22,7 +22,7 @@ PIPELINES = "pipelines"
 _NAMED_DEPTH = 2  # the longest path of a table of names, `http.tokens`
 
 
-class Kind(enum.Enum):
+class KeyKind(enum.Enum):
     """What a key is."""
 
     TABLE = "a section, or a table with a name of the user's own"
@@ -32,7 +32,7 @@ class Kind(enum.Enum):
     INSIDE = "something in such a table"
 
 
-class _Found(NamedTuple):
+class _LocatedKey(NamedTuple):
     """What is at a path.
 
     Attributes:
@@ -41,7 +41,7 @@ class _Found(NamedTuple):
         field: the setting, if it is one.
     """
 
-    kind: Kind
+    kind: KeyKind
     model: type[BaseModel]
     field: FieldInfo | None = None
 
@@ -56,7 +56,7 @@ class Schema:
     def __init__(self, root: type[BaseModel]) -> None:
         self.root = root
 
-    def locate(self, path: Sequence[str]) -> Kind | None:
+    def locate(self, path: Sequence[str]) -> KeyKind | None:
         """What is at a path of keys from the top; `None` if nothing can be there."""
         found = self._find(path)
         return found.kind if found else None
@@ -84,20 +84,20 @@ class Schema:
     def _named_in(self, path: Sequence[str]) -> tuple[str, ...] | None:
         """The beginning of a path that is a table of names, if a name follows."""
         for end in range(1, min(len(path), _NAMED_DEPTH + 1)):
-            if self.locate(path[:end]) is Kind.NAMED:
+            if self.locate(path[:end]) is KeyKind.NAMED:
                 return tuple(path[:end])
         return None
 
-    def _find(self, path: Sequence[str]) -> _Found | None:
-        found = _Found(Kind.TABLE, self.root)
+    def _find(self, path: Sequence[str]) -> _LocatedKey | None:
+        found = _LocatedKey(KeyKind.TABLE, self.root)
         for name in path:
-            if found.kind in {Kind.FREE, Kind.INSIDE} and name:
-                found = found._replace(kind=Kind.INSIDE)
-            elif found.kind is Kind.NAMED and name:
-                found = _Found(Kind.TABLE, found.model)
-            elif found.kind is Kind.TABLE and name in found.model.model_fields:
+            if found.kind in {KeyKind.FREE, KeyKind.INSIDE} and name:
+                found = found._replace(kind=KeyKind.INSIDE)
+            elif found.kind is KeyKind.NAMED and name:
+                found = _LocatedKey(KeyKind.TABLE, found.model)
+            elif found.kind is KeyKind.TABLE and name in found.model.model_fields:
                 field = found.model.model_fields[name]
-                found = _Found(*_kind(field, found.model), field)
+                found = _LocatedKey(*_kind(field, found.model), field)
             else:
                 return None
         return found
@@ -111,7 +111,7 @@ class Schema:
             path = (*prefix, name)
             if isinstance(value, BaseModel) or (isinstance(value, dict) and value):
                 yield from self.values_of(value, path)
-            elif self.locate(path) is not Kind.NAMED:
+            elif self.locate(path) is not KeyKind.NAMED:
                 yield path, value
 
     def nearest(self, path: Sequence[str]) -> tuple[str, ...] | None:
@@ -147,19 +147,19 @@ class Schema:
         found = self._find(path)
         assert found is not None  # noqa: S101  who asks has located it
         name, key = getattr(found.model, "EXAMPLE", ("", ()))
-        if found.kind is Kind.NAMED:
+        if found.kind is KeyKind.NAMED:
             return (*path, name, *key)
         return (*path, *(key or next(key for key, _ in settings_of(found.model))))
 
 
-def _kind(field: FieldInfo, model: type[BaseModel]) -> tuple[Kind, type[BaseModel]]:
+def _kind(field: FieldInfo, model: type[BaseModel]) -> tuple[KeyKind, type[BaseModel]]:
     annotation = field.annotation
     if _is_section(annotation):
-        return Kind.TABLE, annotation
+        return KeyKind.TABLE, annotation
     if get_origin(annotation) is dict:
         inner = get_args(annotation)[1]
-        return (Kind.NAMED, inner) if _is_section(inner) else (Kind.FREE, model)
-    return Kind.VALUE, model
+        return (KeyKind.NAMED, inner) if _is_section(inner) else (KeyKind.FREE, model)
+    return KeyKind.VALUE, model
 
 
 def _is_section(annotation: object) -> TypeGuard[type[BaseModel]]:
@@ -172,9 +172,9 @@ def settings_of(
     """Path and field of every setting in a model, sections in their order, without own names."""
     for name, field in model.model_fields.items():
         kind, section = _kind(field, model)
-        if kind is Kind.TABLE:
+        if kind is KeyKind.TABLE:
             yield from settings_of(section, (*prefix, name))
-        elif kind is not Kind.NAMED:
+        elif kind is not KeyKind.NAMED:
             yield (*prefix, name), field
 
 
@@ -183,7 +183,7 @@ def _with_sections(model: type[BaseModel], prefix: tuple[str, ...]) -> Iterator[
         path = (*prefix, name)
         yield path
         kind, section = _kind(field, model)
-        if kind is Kind.TABLE:
+        if kind is KeyKind.TABLE:
             yield from _with_sections(section, path)
 
 

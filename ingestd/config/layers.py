@@ -13,8 +13,8 @@ import re
 import tomllib
 from typing import TYPE_CHECKING, NamedTuple
 
-from ingestd.base.read_file import read_file
-from ingestd.config.keys import Kind, dotted
+from ingestd.base.files import read_file
+from ingestd.config.keys import KeyKind, dotted
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -158,9 +158,9 @@ class LayerReader:
                 self._problems.append(f"{dotted(path)} ({origin}): {wrong}")
             elif kind is None:
                 self._problems.append(self._unknown(f"key {dotted(path)} ({origin})", path, dotted))
-            elif kind is Kind.VALUE and is_table:
+            elif kind is KeyKind.VALUE and is_table:
                 self._problems.append(f"{dotted(path)} ({origin}): is one value, not a table")
-            elif kind in {Kind.TABLE, Kind.NAMED, Kind.FREE} and not is_table:
+            elif kind in {KeyKind.TABLE, KeyKind.NAMED, KeyKind.FREE} and not is_table:
                 self._problems.append(
                     f"{dotted(path)} ({origin}): {self._is_a_table(path, kind, dotted)}"
                 )
@@ -181,7 +181,7 @@ class LayerReader:
             self._problems.append(f"{dotted(path)} ({origin}): {wrong}")
         elif kind is None:
             self._problems.append(self._unknown(origin.replace("env ", "variable ", 1), path, name))
-        elif kind is Kind.FREE:
+        elif kind is KeyKind.FREE:
             table = _json_table(text)
             if table is None:
                 self._problems.append(
@@ -189,7 +189,7 @@ class LayerReader:
                 )
             else:
                 yield from self._from_table(table, path, origin)
-        elif kind in {Kind.TABLE, Kind.NAMED}:
+        elif kind in {KeyKind.TABLE, KeyKind.NAMED}:
             self._problems.append(
                 f"{dotted(path)} ({origin}): {self._is_a_table(path, kind, name)}"
             )
@@ -203,9 +203,9 @@ class LayerReader:
         return f"unknown {what}" + (f", did you mean {name(meant)}?" if meant else "")
 
     def _is_a_table(
-        self, path: tuple[str, ...], kind: Kind, name: Callable[[tuple[str, ...]], str]
+        self, path: tuple[str, ...], kind: KeyKind, name: Callable[[tuple[str, ...]], str]
     ) -> str:
-        if kind is Kind.FREE:
+        if kind is KeyKind.FREE:
             return f"is a table: write a JSON object, or one key like {name((*path, 'table'))}"
         return f"is a table: set a key in it, like {name(self._schema.example_in(path))}"
 

@@ -16,16 +16,14 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ingestd.base.errors import HandlerLoadError
-from ingestd.base.telemetry import get_logger
-from ingestd.execution.coroutine import CoroutineLane, CoroutinePool
-from ingestd.execution.lane import START_TIMEOUT
-from ingestd.execution.loops import HandlerLoops
-from ingestd.execution.pool import TaskPool, ThreadedPool
-from ingestd.execution.process import ProcessLane
-from ingestd.execution.thread import ThreadLane
-from ingestd.handlers.runner import Runner, Wanted
+from ingestd.base.logging import get_logger
+from ingestd.execution.event_loops import HandlerLoops
+from ingestd.execution.inprocess import CoroutinePool, CoroutineWorker, ThreadWorker
+from ingestd.execution.pool import START_TIMEOUT, TaskPool, ThreadedPool
+from ingestd.execution.process import ProcessWorker
+from ingestd.handlers.runner import HandlerConfig, Runner
 from ingestd.handlers.target import is_ours
-from ingestd.handlers.wire import Hello
+from ingestd.handlers.wire import InitMessage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,7 +68,7 @@ async def start_pool(
     kind = executor.kind
     if kind == "auto" and is_ours(handler.target):
         kind = "thread"
-    wanted = Wanted(
+    wanted = HandlerConfig(
         target=handler.target,
         options=dict(handler.options),
         record_format=record_format,
@@ -80,9 +78,9 @@ async def start_pool(
     )
     lanes = [f"{name}-worker-{number}" for number in range(executor.workers)]
     if kind in {"auto", "process"}:
-        hello = Hello(wanted, os.getpid())
+        hello = InitMessage(wanted, os.getpid())
         processes = [
-            ProcessLane(
+            ProcessWorker(
                 lane,
                 hello,
                 timeout=executor.timeout,
@@ -104,14 +102,14 @@ async def start_pool(
         await first.close(loop.time() + _CLOSE_SECONDS)
         wanted, kind = msgspec.structs.replace(wanted, executor="async"), "async"
     if kind == "thread":
-        threads = [ThreadLane(lane, _runner(wanted, lane)) for lane in lanes]
+        threads = [ThreadWorker(lane, _runner(wanted, lane)) for lane in lanes]
         pool = ThreadedPool(threads, overrun=executor.timeout)
         await _start(pool, wanted.target)
         return pool, kind
     loops = HandlerLoops(name)
     coroutines = CoroutinePool(
         [
-            CoroutineLane(lane, partial(_runner, wanted, lane), loops, timeout=executor.timeout)
+            CoroutineWorker(lane, partial(_runner, wanted, lane), loops, timeout=executor.timeout)
             for lane in lanes
         ],
         loops,
@@ -131,5 +129,5 @@ async def _start(pool: CoroutinePool | ThreadedPool, target: str) -> None:
         raise HandlerLoadError(target=target, problem=problem) from None
 
 
-def _runner(wanted: Wanted, lane: str) -> Runner:
+def _runner(wanted: HandlerConfig, lane: str) -> Runner:
     return Runner(wanted, lambda error: log.warning("handler_close_failed", lane=lane, error=error))

@@ -1,25 +1,74 @@
-"""The pools: they hand each job to a free lane, and own the lanes."""
+"""What a lane is: one worker that runs one job at a time."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from ingestd.base.telemetry import get_logger
-from ingestd.execution.ahead import Ahead
-from ingestd.execution.lane import Lane, TaskLane, ThreadedLane
-from ingestd.execution.shelf import Shelf
+from ingestd.base.logging import get_logger
+from ingestd.execution.job_queue import JobQueue, PrefetchLimit
+from ingestd.handlers.outcome import POSTPONED, Failure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ingestd.execution.shelf import Ticket
+    from ingestd.execution.job_queue import QueuedJob
     from ingestd.handlers.outcome import Job, Result
+
+
+START_TIMEOUT = 120.0
+"""Seconds for a worker to load the handler; some load models."""
+START_AGAIN_SECONDS = 2.0
+"""How long a batch waits at least when no worker could be started for it."""
+
+
+def not_started(why: str) -> Failure:
+    """The failure of a job for which there is no worker: it waits, and spends no try."""
+    return Failure(POSTPONED, f"no worker could be started: {why}", "", START_AGAIN_SECONDS)
+
+
+class Worker(Protocol):
+    """One worker. Its pool owns it."""
+
+    async def start(self) -> None:
+        """Loads the handler.
+
+        Raises:
+            HandlerLoadError: it can't be loaded.
+        """
+        ...
+
+    async def close(self, deadline: float) -> bool:
+        """Ends the worker, by force after `deadline` (loop time).
+
+        Returns:
+            Whether it is really gone; a thread that hangs can't be ended.
+        """
+        ...
+
+
+class TaskWorker(Worker, Protocol):
+    """A worker on the event loop."""
+
+    async def run(self, job: Job) -> Result:
+        """Runs one job; whatever goes wrong in it comes back as the result's failure."""
+        ...
+
+
+class ThreadedWorker(Worker, Protocol):
+    """A worker with a thread of the daemon; the thread is the worker, or speaks with it."""
+
+    def serve(self, shelf: JobQueue) -> None:
+        """From now on its thread takes jobs from the shelf, until that is closed."""
+        ...
+
+
+# -- the pools: they hand each job to a free lane, and own the lanes -------------------------------
 
 log = get_logger()
 
-L = TypeVar("L", bound=Lane)
+L = TypeVar("L", bound=Worker)
 
 
 class Pool(Generic[L]):
@@ -84,12 +133,12 @@ class Pool(Generic[L]):
         return all(await asyncio.gather(*(lane.close(deadline) for lane in self.lanes)))
 
 
-class TaskPool(Pool[TaskLane]):
+class TaskPool(Pool[TaskWorker]):
     """Lanes on the event loop: a job has a place when a lane is free for it."""
 
     async def start(self) -> None:
         """See `Pool.start`."""
-        self._free: asyncio.Queue[TaskLane] = asyncio.Queue()
+        self._free: asyncio.Queue[TaskWorker] = asyncio.Queue()
         for lane in self.lanes:
             self._free.put_nowait(lane)
         await super().start()
@@ -103,7 +152,7 @@ class TaskPool(Pool[TaskLane]):
             self._free.put_nowait(lane)
 
 
-class ThreadedPool(Pool[ThreadedLane]):
+class ThreadedPool(Pool[ThreadedWorker]):
     """Lanes with a thread each, which take their jobs from one shelf.
 
     Args:
@@ -116,7 +165,7 @@ class ThreadedPool(Pool[ThreadedLane]):
 
     def __init__(
         self,
-        lanes: Sequence[ThreadedLane],
+        lanes: Sequence[ThreadedWorker],
         *,
         overrun: float | None = None,
         first: int | None = None,
@@ -124,11 +173,11 @@ class ThreadedPool(Pool[ThreadedLane]):
         super().__init__(lanes)
         self._first = first
         self._overrun = overrun
-        self._ahead = Ahead(len(lanes))
+        self._ahead = PrefetchLimit(len(lanes))
 
     async def start(self) -> None:
         """See `Pool.start`."""
-        self._shelf = Shelf()
+        self._shelf = JobQueue()
         await self._start(self.lanes[: self._first])
         for lane in self.lanes:
             lane.serve(self._shelf)
@@ -147,7 +196,7 @@ class ThreadedPool(Pool[ThreadedLane]):
         self._ahead.ran(result.seconds, failed=result.failure is not None)
         return result
 
-    async def _watch(self, ticket: Ticket, overrun: float) -> None:
+    async def _watch(self, ticket: QueuedJob, overrun: float) -> None:
         """Until it is done, or has taken too long, which is said."""
         while not ticket.done.done():
             # Before it, others may be running: the time counts from its own beginning.

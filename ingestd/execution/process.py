@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, TypeVar
 import msgspec
 
 from ingestd.base.errors import HandlerLoadError
-from ingestd.base.telemetry import get_logger, lowest_level
-from ingestd.execution import descendants
-from ingestd.execution.lane import START_TIMEOUT, not_started
-from ingestd.execution.monitor import Monitor, Outputs
+from ingestd.base.logging import get_logger, lowest_level
+from ingestd.execution import process_monitor
+from ingestd.execution.pool import START_TIMEOUT, not_started
+from ingestd.execution.process_monitor import Monitor, Outputs
 from ingestd.execution.worker_log import WorkerLog
 from ingestd.handlers import wire
 from ingestd.handlers.outcome import POSTPONED, Failure, Result, flaw_of
@@ -39,7 +39,7 @@ from ingestd.host.process import Surroundings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ingestd.execution.shelf import Shelf
+    from ingestd.execution.job_queue import JobQueue
     from ingestd.handlers.outcome import Job
 
 log = get_logger()
@@ -73,7 +73,7 @@ _NO_WORKER = (HandlerLoadError, OSError, RuntimeError, MemoryError)
 """What starting a child raises where it is not the child that dies."""
 
 
-class Child:
+class WorkerProcess:
     """One child process. Blocking; used by one thread.
 
     Args:
@@ -86,8 +86,8 @@ class Child:
         is_closing: its handler's call raised, and is not known to be closed yet.
     """
 
-    def __init__(self, hello: wire.Hello, name: str, surroundings: Surroundings) -> None:
-        self._mark = descendants.new_mark()
+    def __init__(self, hello: wire.InitMessage, name: str, surroundings: Surroundings) -> None:
+        self._mark = process_monitor.new_mark()
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             self._sock, sock = _both(socket.socketpair(), ours, theirs)
             packets, log_sock = _both(socket.socketpair(type=_PACKETS), ours, theirs)
@@ -97,10 +97,10 @@ class Child:
             text, stderr = os.pipe()
             theirs.callback(os.close, stderr)
             ours.callback(os.close, text)
-            memory = wire.Slot.make()
+            memory = wire.SharedBuffer.make()
             if memory >= 0:
                 theirs.callback(os.close, memory)
-            self._slot = wire.Slot(memory, ours=True)
+            self._slot = wire.SharedBuffer(memory, ours=True)
             ours.callback(self._slot.close)
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wire.SOCKET_BYTES)
             log_sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wire.SOCKET_BYTES)
@@ -112,7 +112,7 @@ class Child:
                 stderr=stderr,
                 pass_fds=[fd for fd in fds if fd >= 0],
                 cwd=surroundings.folder,
-                env={**surroundings.environ, descendants.MARK: self._mark},
+                env={**surroundings.environ, process_monitor.MARK: self._mark},
                 umask=surroundings.umask,
                 # Not a session: Linux would schedule it apart from the daemon, and each answer
                 # would come late on a busy machine.
@@ -137,7 +137,7 @@ class Child:
         self.is_ready = False
         self.is_closing = False
 
-    def greet(self) -> wire.Ready:
+    def greet(self) -> wire.ReadyMessage:
         """Waits until the child has loaded the handler; comes before the first job.
 
         Raises:
@@ -232,7 +232,7 @@ class Child:
             )
         except BlockingIOError:
             raise self._overran(timeout) from None
-        except (wire.Misfit, MemoryError) as error:
+        except (wire.MessageMismatch, MemoryError) as error:
             raise self._misfit(str(error)) from None
         except OSError:
             message = None
@@ -302,7 +302,7 @@ class Child:
         if self._gone:
             return
         self._gone = True
-        descendants.end_all(self.process.pid, self._mark)
+        process_monitor.end_all(self.process.pid, self._mark)
         self._monitor.finish()
         self.process.wait()
         self._sock.close()
@@ -321,7 +321,7 @@ def _both(
     return pair
 
 
-class ProcessLane:
+class ProcessWorker:
     """One child process at a time; a dead one is replaced when the next job comes.
 
     Args:
@@ -339,7 +339,7 @@ class ProcessLane:
     def __init__(
         self,
         name: str,
-        hello: wire.Hello,
+        hello: wire.InitMessage,
         *,
         timeout: float,
         on_restart: Callable[[str], None],
@@ -351,7 +351,7 @@ class ProcessLane:
         self._on_restart = on_restart
         self._surroundings = surroundings or Surroundings.now()
         self.is_async = False
-        self._child: Child | None = None
+        self._child: WorkerProcess | None = None
         self._leaving = False
         self._failed = 0  # jobs that raised since one did not
         self._failing_since = 0.0
@@ -368,8 +368,8 @@ class ProcessLane:
         except _WorkerDiedError as died:
             raise HandlerLoadError(target=self._hello.handler.target, problem=str(died)) from None
 
-    def _spawn(self) -> Child:
-        child = Child(self._hello, self._name, self._surroundings)
+    def _spawn(self) -> WorkerProcess:
+        child = WorkerProcess(self._hello, self._name, self._surroundings)
         self._child, self._failed = child, 0  # from now on `close` can end it
         if self._leaving:
             child.kill_at_once()  # `close` came before there was anything to end
@@ -385,11 +385,11 @@ class ProcessLane:
             log.warning("handler_not_ready", lane=self._name, error=ready.not_ready)
         return child
 
-    def serve(self, shelf: Shelf) -> None:
+    def serve(self, shelf: JobQueue) -> None:
         """See `ThreadedLane.serve`."""
         self._thread.submit(self._serve, shelf)
 
-    def _serve(self, shelf: Shelf) -> None:
+    def _serve(self, shelf: JobQueue) -> None:
         if self._child is None:
             try:
                 self._spawn()
@@ -426,7 +426,7 @@ class ProcessLane:
             return False
         return time.monotonic() - self._failing_since >= self._patience
 
-    def _usable(self) -> Child:
+    def _usable(self) -> WorkerProcess:
         """A child that is ready for a job; what happened to the last one is no job's fault."""
         child = self._child
         if child is None:

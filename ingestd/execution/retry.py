@@ -31,9 +31,12 @@ from ingestd.base import backoff as base
 from ingestd.handlers.outcome import POSTPONED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
+    from ingestd.base.batch import SealedBatch
+    from ingestd.execution.outage import Outage
     from ingestd.handlers.outcome import Failure, Result
+
 
 LEFT_WHEN_PROVEN = 3
 """Tries that a batch has left when there is evidence, however often it failed before."""
@@ -58,7 +61,7 @@ class RetryRule(NamedTuple):
     give_up_after: float = math.inf
 
 
-class Standing(NamedTuple):
+class RetryContext(NamedTuple):
     """Where a batch stands when a try of it has ended.
 
     Attributes:
@@ -82,7 +85,7 @@ class Standing(NamedTuple):
     is_part: bool = False
 
 
-class GivenUp(NamedTuple):
+class DeadLettered(NamedTuple):
     """A record that becomes a dead letter."""
 
     index: int  # type: ignore[assignment]  # hides tuple.index
@@ -91,14 +94,14 @@ class GivenUp(NamedTuple):
     traceback: str = ""
 
 
-class Again(NamedTuple):
+class RetryRecords(NamedTuple):
     """Records, by index, that become a batch of their own, due after some seconds."""
 
     indices: tuple[int, ...]
     after: float
 
 
-class Postponed(NamedTuple):
+class RetryBatch(NamedTuple):
     """The whole batch again, unchanged, after some seconds; `asked` for by the handler or not."""
 
     after: float
@@ -106,11 +109,11 @@ class Postponed(NamedTuple):
     asked: bool = False
 
 
-class Settled(NamedTuple):
+class Resolve(NamedTuple):
     """The batch is over: what is neither given up nor tried again is done."""
 
-    given_up: tuple[GivenUp, ...]
-    again: tuple[Again, ...]
+    given_up: tuple[DeadLettered, ...]
+    again: tuple[RetryRecords, ...]
 
 
 def backoff(attempts: int, rule: RetryRule, random: Callable[[], float]) -> float:
@@ -149,8 +152,8 @@ def rounded(after: float) -> float:
 
 
 def decide(
-    result: Result, standing: Standing, *, rule: RetryRule, random: Callable[[], float]
-) -> Settled | Postponed:
+    result: Result, standing: RetryContext, *, rule: RetryRule, random: Callable[[], float]
+) -> Resolve | RetryBatch:
     """What a result means.
 
     Args:
@@ -162,40 +165,40 @@ def decide(
     usual = _usual(standing, rule, random)
     if result.failure is not None:
         return _failed(result.failure, standing, rule, usual)
-    given_up = [GivenUp(r.index, r.reason, r.error) for r in result.rejections]
+    given_up = [DeadLettered(r.index, r.reason, r.error) for r in result.rejections]
     waits: dict[float, list[int]] = {}
     is_over = _is_too_old(standing, rule) or _is_guilty(standing, rule)
     for retry in result.retries:
         if is_over:
-            given_up.append(GivenUp(retry.index, "failed", retry.error))
+            given_up.append(DeadLettered(retry.index, "failed", retry.error))
             continue
         after = usual if retry.after is None else rounded(retry.after)
         if standing.attempts >= rule.attempts_max:
             after = max(after, usual)  # or a handler that never wants them would turn for ever
         waits.setdefault(after, []).append(retry.index)
-    again = tuple(Again(tuple(indices), after) for after, indices in waits.items())
-    return Settled(tuple(given_up), again)
+    again = tuple(RetryRecords(tuple(indices), after) for after, indices in waits.items())
+    return Resolve(tuple(given_up), again)
 
 
-def _usual(standing: Standing, rule: RetryRule, random: Callable[[], float]) -> float:
+def _usual(standing: RetryContext, rule: RetryRule, random: Callable[[], float]) -> float:
     # What is counted starts over with evidence, and so do the waits; without any they grow on.
     tries = standing.counted if standing.proven else standing.attempts
     return backoff(max(1, tries), rule, random)
 
 
-def _is_guilty(standing: Standing, rule: RetryRule) -> bool:
+def _is_guilty(standing: RetryContext, rule: RetryRule) -> bool:
     return standing.proven and not standing.paused and standing.counted >= rule.attempts_max
 
 
-def _is_too_old(standing: Standing, rule: RetryRule, *, asked: bool = False) -> bool:
+def _is_too_old(standing: RetryContext, rule: RetryRule, *, asked: bool = False) -> bool:
     # Beside successes it is the tries that decide, but for `raise Retry`, which spends none.
     nothing_succeeds = standing.paused or not standing.proven
     return standing.age >= rule.give_up_after and (nothing_succeeds or asked)
 
 
 def _failed(
-    failure: Failure, standing: Standing, rule: RetryRule, usual: float
-) -> Settled | Postponed:
+    failure: Failure, standing: RetryContext, rule: RetryRule, usual: float
+) -> Resolve | RetryBatch:
     asked = failure.reason == POSTPONED
     guilty = not asked and _is_guilty(standing, rule)
     too_old = _is_too_old(standing, rule, asked=asked)
@@ -207,19 +210,153 @@ def _failed(
             return _halves(standing.count)
     if guilty or too_old:
         reason = "failed" if failure.reason in {"raised", POSTPONED} else failure.reason
-        return Settled(
+        return Resolve(
             tuple(
-                GivenUp(index, reason, failure.error, failure.traceback)
+                DeadLettered(index, reason, failure.error, failure.traceback)
                 for index in range(standing.count)
             ),
             (),
         )
     if asked and failure.after is not None:
-        return Postponed(failure.after, failure, asked=True)
-    return Postponed(usual, failure)
+        return RetryBatch(failure.after, failure, asked=True)
+    return RetryBatch(usual, failure)
 
 
-def _halves(count: int) -> Settled:
+def _halves(count: int) -> Resolve:
     """The batch is replaced by its halves, due at once; each has one try until it is split."""
     middle = count // 2
-    return Settled((), (Again(tuple(range(middle)), 0.0), Again(tuple(range(middle, count)), 0.0)))
+    return Resolve(
+        (),
+        (RetryRecords(tuple(range(middle)), 0.0), RetryRecords(tuple(range(middle, count)), 0.0)),
+    )
+
+
+# -- keeps what is known of failing batches --------------------------------------------------------
+#
+# Keeps what is known of failing batches: what `execution.retry` and `execution.outage` decide by.
+#
+# A family is what is left of one batch that is being split. How long a batch has been failing and
+# how many of its tries count is written down with each postponed try; the rest is kept in memory
+# only. After a restart a part of another batch is simply a batch with many attempts, time in which
+# the daemon did not run does not count as failing, and evidence has to come anew.
+
+
+class BatchSplitter:
+    """One pipeline's view of its failing batches.
+
+    Args:
+        outage: whether the handler works; is told what became of each try.
+        attempts_max: `retry.attempts_max`.
+    """
+
+    def __init__(self, outage: Outage, attempts_max: int) -> None:
+        self._outage = outage
+        self._attempts_max = attempts_max
+        self._families: dict[int, dict[int, int]] = {}  # parts of each: records by number
+        self._failing: dict[int, SealedBatch] = {}
+        self._begun = 0  # successes when a whole batch was split last
+
+    @property
+    def families(self) -> int:
+        """Batches that are being split at the moment."""
+        return len(self._families)
+
+    def standing(self, batch: SealedBatch, result: Result, now: float) -> RetryContext:
+        """Takes note of a try, and says where its batch stands.
+
+        Args:
+            batch: with this try among its attempts.
+            result: of the try.
+            now: loop time.
+        """
+        outage = self._outage
+        if result.failure is not None or result.retries:
+            self._count(batch, now, spent=spends_try(result))
+        if result.failure is not None:
+            self._failing[batch.number] = batch
+            was = outage.is_outage
+            outage.failed(
+                batch.number,
+                batch.number if batch.family is None else batch.family,
+                now,
+                fresh=batch.first_failed == outage.successes,
+                after=result.failure.after,
+            )
+            if outage.is_outage and not was:
+                self._forgive()
+        elif len(result.rejections) + len(result.retries) < batch.count:
+            outage.succeeded()
+        elif self._shows_recovery(batch, result):
+            outage.recovered()
+        else:
+            outage.answered(batch.number)
+        return RetryContext(
+            count=batch.count,
+            attempts=batch.attempts,
+            counted=batch.counted,
+            age=0.0 if batch.failing_since is None else now - batch.failing_since,
+            proven=batch.first_failed is not None and outage.successes > batch.first_failed,
+            paused=outage.paused,
+            may_split=self._may_split(batch),
+            is_part=batch.family is not None,
+        )
+
+    def _shows_recovery(self, batch: SealedBatch, result: Result) -> bool:
+        """Whether an answer that processed nothing ends an outage; `execution.outage` says when."""
+        if result.retries or all(one.reason != "rejected" for one in result.rejections):
+            return False
+        failed = batch.number in self._failing
+        if len(self._failing) == failed:
+            return True
+        return failed and batch.family is None and batch.last_failed == self._outage.successes
+
+    def _count(self, batch: SealedBatch, now: float, *, spent: bool) -> None:
+        successes = self._outage.successes
+        if batch.failing_since is None:
+            batch.failing_since = now
+        if batch.first_failed is None:
+            batch.first_failed = batch.last_failed = successes
+            batch.counted_before = batch.counted
+        elif batch.last_failed != successes:
+            if batch.last_failed == batch.first_failed:  # from now on it is proven
+                batch.counted = counted_when_proven(batch.counted, self._attempts_max)
+            batch.last_failed, batch.counted_before = successes, batch.counted
+        if spent and not self._outage.is_outage:
+            batch.counted += 1
+
+    def _forgive(self) -> None:
+        """What failed since the last success was the outage's."""
+        for batch in self._failing.values():
+            if batch.last_failed == self._outage.successes:
+                batch.counted = batch.counted_before
+
+    def _may_split(self, batch: SealedBatch) -> bool:
+        """The smallest part that there is; without one, one whole batch after each success.
+
+        An outage makes few parts. A part of one record can't be split: it may be a bad one, for
+        which the evidence has to come from other batches.
+        """
+        parts = [n for family in self._families.values() for n in family.values() if n > 1]
+        if batch.family is not None:
+            return batch.count <= min(parts, default=batch.count)
+        return not parts and (not self._families or self._begun < self._outage.successes)
+
+    def split(self, batch: SealedBatch, parts: Iterable[SealedBatch]) -> None:
+        """A batch is being replaced by its parts; `settled(batch)` follows."""
+        family = batch.number if batch.family is None else batch.family
+        if batch.family is None:
+            self._begun = self._outage.successes
+        for part in parts:
+            part.family = family
+            self._families.setdefault(family, {})[part.number] = part.count
+            self._failing[part.number] = part
+
+    def settled(self, batch: SealedBatch) -> None:
+        """A batch is over, or has been replaced."""
+        if batch.family is not None:
+            parts = self._families[batch.family]
+            del parts[batch.number]
+            if not parts:
+                del self._families[batch.family]
+        if self._failing.pop(batch.number, None) is not None and not self._failing:
+            self._outage.nothing_fails()

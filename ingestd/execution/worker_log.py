@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ingestd.base.budget import Budget
-from ingestd.base.telemetry import say_for
-from ingestd.handlers import log_line
+from ingestd.base.logging import say_for
+from ingestd.base.rate import BurstBudget
+from ingestd.handlers import log_relay
 
 if TYPE_CHECKING:
-    from ingestd.handlers.log_line import LogLine
+    from ingestd.handlers.log_relay import LogLine
 
 TEXT_CHARS_MAX = 16 * 1024
 """Of one event."""
@@ -39,8 +39,8 @@ class WorkerLog:
         self._who = {"pipeline": pipeline, "worker": worker}
         now = monotonic()
         # As much as the worker's own two budgets: it drops, and a child that it forked as well.
-        self._lines = Budget(3 * log_line.LINES_BURST, 3 * log_line.LINES_PER_SECOND, now)
-        self._bytes = Budget(BYTES_BURST, BYTES_PER_SECOND, now)
+        self._lines = BurstBudget(3 * log_relay.LINES_BURST, 3 * log_relay.LINES_PER_SECOND, now)
+        self._bytes = BurstBudget(BYTES_BURST, BYTES_PER_SECOND, now)
         self._text = ""
         self._text_batch = ""
         self._dropped = 0
@@ -54,7 +54,7 @@ class WorkerLog:
     def packet(self, packet: bytes) -> None:
         """A line as the worker sent it."""
         try:
-            line = log_line.decode(packet)
+            line = log_relay.decode(packet)
         except (msgspec.MsgspecError, ValueError, RecursionError):
             self._dropped += 1
             return

@@ -11,7 +11,7 @@ import msgspec
 
 from ingestd.base.record import Records, Span
 from ingestd.handlers.outcome import AFTER_MAX, Job, Rejection
-from ingestd.handlers.outcome import Retry as RetryMark
+from ingestd.handlers.outcome import RetryRequest as RetryMark
 from ingestd.handlers.text import plain
 
 if TYPE_CHECKING:

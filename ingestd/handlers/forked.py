@@ -13,7 +13,7 @@ import sys
 from os import _exit, getpid
 from typing import TYPE_CHECKING, NoReturn, Self
 
-from ingestd.handlers.trace import trace_of
+from ingestd.handlers.failure import trace_of
 
 if TYPE_CHECKING:
     from types import TracebackType

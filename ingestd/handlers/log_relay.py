@@ -1,14 +1,4 @@
-"""What a handler logs in a worker process goes to the daemon, which writes it into its log.
-
-`logging`, `warnings`, structlog as it comes, threads that raise and what is written to
-`sys.stderr` are taken here, each with the batch that the worker has then. A line is one packet on
-a socket of its own, so a forked child can log as well. A reader that does not keep up, and a
-handler that logs without end, cost lines, which are counted, and never more than `WAIT_SECONDS`
-of the handler's time.
-
-stdout is the user's. It is the daemon's own, unlabelled and never dropped, and each line of it
-leaves at once: what was printed before a worker is killed is not lost, and lines stay whole.
-"""
+"""One thing that a handler logged in a worker process, on its way to the daemon's log."""
 
 from __future__ import annotations
 
@@ -22,14 +12,62 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from ingestd.base.budget import Budget
-from ingestd.handlers import log_line
-from ingestd.handlers.log_line import LogLine
+import msgspec
+
+from ingestd.base.rate import BurstBudget
+from ingestd.handlers.failure import trace_of
 from ingestd.handlers.text import clip, message_of, name_of, plain
-from ingestd.handlers.trace import trace_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, MutableMapping
+
+
+LINES_BURST = 1000
+LINES_PER_SECOND = 100.0
+"""What a worker may log; beyond it lines are dropped and counted. Warnings have a budget as large
+of their own."""
+MESSAGE_CHARS_MAX = 8 * 1024
+FIELDS_MAX = 32
+FIELD_CHARS_MAX = 1000
+LINE_BYTES_MAX = 128 * 1024
+
+
+class LogLine(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """A log line.
+
+    Attributes:
+        batch: id of the batch that the worker had then; empty between two batches.
+        level: debug, info, warning, error or critical.
+        event: the event's name; empty for text that was written to stderr.
+        fields: of the event.
+        text: what was written to stderr.
+        dropped: lines that were given up since the last one.
+    """
+
+    batch: str = ""
+    level: str = "info"
+    event: str = ""
+    fields: dict[str, str | int | float | bool | None] = {}
+    text: str = ""
+    dropped: int = 0
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode = msgspec.msgpack.Decoder(LogLine).decode
+
+
+# -- what a handler logs in a worker process goes to the daemon ------------------------------------
+#
+# What a handler logs in a worker process goes to the daemon, which writes it into its log.
+#
+# `logging`, `warnings`, structlog as it comes, threads that raise and what is written to
+# `sys.stderr` are taken here, each with the batch that the worker has then. A line is one packet
+# on a socket of its own, so a forked child can log as well. A reader that does not keep up, and a
+# handler that logs without end, cost lines, which are counted, and never more than `WAIT_SECONDS`
+# of the handler's time.
+#
+# stdout is the user's. It is the daemon's own, unlabelled and never dropped, and each line of it
+# leaves at once: what was printed before a worker is killed is not lost, and lines stay whole.
 
 WAIT_SECONDS = 0.02
 """How long a line waits for the daemon to read, if it does not keep up; at most once a second."""
@@ -59,8 +97,8 @@ class Relay:
         self.level = level
         self.batch = ""
         now = time.monotonic()
-        self._usual = Budget(log_line.LINES_BURST, log_line.LINES_PER_SECOND, now)
-        self._grave = Budget(log_line.LINES_BURST, log_line.LINES_PER_SECOND, now)
+        self._usual = BurstBudget(LINES_BURST, LINES_PER_SECOND, now)
+        self._grave = BurstBudget(LINES_BURST, LINES_PER_SECOND, now)
         self._dropped = 0
         self._wait_again = 0.0
 
@@ -77,14 +115,12 @@ class Relay:
     def event(self, number: int, event: str, fields: Mapping[str, Any]) -> None:
         """Sends an event; `allows` was asked before."""
         level = next((name for least, name in _LEVELS if number >= least), "debug")
-        self._send(
-            LogLine(self.batch, level, clip(event, log_line.FIELD_CHARS_MAX), _plain_of(fields))
-        )
+        self._send(LogLine(self.batch, level, clip(event, FIELD_CHARS_MAX), _plain_of(fields)))
 
     def text(self, text: str) -> None:
         """Sends text that was written to stderr, without its last line end."""
         if self.allows(logging.WARNING):
-            text = clip(text, log_line.MESSAGE_CHARS_MAX)
+            text = clip(text, MESSAGE_CHARS_MAX)
             self._send(LogLine(self.batch, "warning", text=_encodable(text)))
 
     def done(self) -> None:
@@ -103,14 +139,14 @@ class Relay:
         if dropped:
             line = LogLine(line.batch, line.level, line.event, line.fields, line.text, dropped)
         try:
-            sent = self._put(log_line.encode(line))
+            sent = self._put(encode(line))
         except Exception:  # noqa: BLE001  a line never fails its caller
             sent = False
         self._dropped += -dropped if sent else 1
 
     def _put(self, packet: bytes) -> bool:
         found = os.fstat(self._sock.fileno())
-        if (found.st_dev, found.st_ino) != self._is or len(packet) > log_line.LINE_BYTES_MAX:
+        if (found.st_dev, found.st_ino) != self._is or len(packet) > LINE_BYTES_MAX:
             return False  # a handler that closes descriptors has the number for its own
         now = time.monotonic()
         try:
@@ -125,7 +161,7 @@ class Relay:
     def install(self) -> None:
         """Takes over what Python says in this process. Before the handler's module is imported."""
         root = logging.getLogger()
-        root.addHandler(_Library(self))
+        root.addHandler(_LibraryRelay(self))
         root.setLevel(max(logging.INFO, min(self.level, logging.WARNING)))
         logging.captureWarnings(capture=True)
         threading.excepthook = self._thread_raised
@@ -173,7 +209,7 @@ class Relay:
             self.event(logging.ERROR, "handler_thread_failed", fields)
 
 
-class _Library(logging.Handler):
+class _LibraryRelay(logging.Handler):
     """What is said through `logging` and `warnings`, as the event `library_logged`."""
 
     def __init__(self, relay: Relay) -> None:
@@ -188,7 +224,7 @@ class _Library(logging.Handler):
             message = record.getMessage()
         except Exception:  # noqa: BLE001  arguments that do not fit their format
             message = plain(record.msg)
-        fields = {"logger": record.name, "message": clip(message, log_line.MESSAGE_CHARS_MAX)}
+        fields = {"logger": record.name, "message": clip(message, MESSAGE_CHARS_MAX)}
         if record.exc_info and (trace := _trace_of(record.exc_info)):
             fields["traceback"] = trace
         self._relay.event(record.levelno, "library_logged", fields)
@@ -245,11 +281,11 @@ class _Stderr(io.TextIOBase):
 def _plain_of(fields: Mapping[str, Any]) -> dict[str, str | int | float | bool | None]:
     found: dict[str, str | int | float | bool | None] = {}
     for key, value in fields.items():
-        if len(found) >= log_line.FIELDS_MAX:
+        if len(found) >= FIELDS_MAX:
             break
         name, kind = plain(key, 100), type(value)
         if kind is str:
-            limit = 32 * 1024 if name in {"traceback", "message"} else log_line.FIELD_CHARS_MAX
+            limit = 32 * 1024 if name in {"traceback", "message"} else FIELD_CHARS_MAX
             found[name] = _encodable(clip(value, limit))
         elif kind in {bool, float, type(None)} or (kind is int and -(2**63) <= value < 2**63):
             found[name] = value

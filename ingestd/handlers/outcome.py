@@ -45,7 +45,7 @@ class Rejection(msgspec.Struct, frozen=True, array_like=True):
     error: str
 
 
-class Retry(msgspec.Struct, frozen=True, array_like=True):
+class RetryRequest(msgspec.Struct, frozen=True, array_like=True):
     """One record that the handler wants to see again.
 
     Attributes:
@@ -96,7 +96,7 @@ class Result(msgspec.Struct, frozen=True, array_like=True):
     """
 
     rejections: list[Rejection] = []
-    retries: list[Retry] = []
+    retries: list[RetryRequest] = []
     failure: Failure | None = None
     seconds: float = 0.0
 
@@ -115,7 +115,7 @@ def flaw_of(result: Result, records: int) -> str:
     if not (result.rejections or result.retries):
         return ""
     seen: set[int] = set()
-    every: list[Rejection | Retry] = [*result.rejections, *result.retries]
+    every: list[Rejection | RetryRequest] = [*result.rejections, *result.retries]
     for said in every:
         if not 0 <= said.index < records:
             return f"it names record {said.index} of {records}"

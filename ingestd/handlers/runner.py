@@ -27,7 +27,7 @@ CLOSE_SECONDS = 5.0
 """How long a handler may take to close itself."""
 
 
-class Wanted(msgspec.Struct, frozen=True):
+class HandlerConfig(msgspec.Struct, frozen=True):
     """Which handler a worker loads, and for whom.
 
     Attributes:
@@ -63,7 +63,9 @@ class Runner:
         spoiled: an instance waits for `renew`.
     """
 
-    def __init__(self, wanted: Wanted, report: Callable[[str], None] = lambda _: None) -> None:
+    def __init__(
+        self, wanted: HandlerConfig, report: Callable[[str], None] = lambda _: None
+    ) -> None:
         self._wanted = wanted
         self._report = report
         self._spec: HandlerSpec | None = None

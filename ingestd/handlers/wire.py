@@ -3,12 +3,13 @@
 One side speaks and the other one answers, so there is never more than one message on its way. A
 head says whose message it is: the child's process id and the number of the job. Whatever does not
 fit (bytes that a handler wrote to every descriptor it found, an answer from a process that the
-worker forked) is a `Misfit`: nothing that comes after it on this connection can be believed.
+worker forked) is a `MessageMismatch`: nothing that comes after it on this connection can be
+believed.
 
-The payload of a job usually lies in memory that both sides share (`Slot`) and only its size is in
-the message: copied in once and out once, where the socket would need several copies and let other
-threads of the daemon in between them. The child's copy is its own, so nothing that a handler keeps
-changes under it; and the child can't write to that memory, nor make it shorter.
+The payload of a job usually lies in memory that both sides share (`SharedBuffer`) and only its size
+is in the message: copied in once and out once, where the socket would need several copies and let
+other threads of the daemon in between them. The child's copy is its own, so nothing that a handler
+keeps changes under it; and the child can't write to that memory, nor make it shorter.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import msgspec
 
 from ingestd.base.record import Records
 from ingestd.handlers.outcome import ERROR_CHARS_MAX, Job, Result
-from ingestd.handlers.runner import Wanted  # noqa: TC001  msgspec reads the annotation
+from ingestd.handlers.runner import HandlerConfig  # noqa: TC001  msgspec reads the annotation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +46,7 @@ _STEP_BYTES = 4 << 20
 _F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1; not in `fcntl` yet
 
 
-class Hello(msgspec.Struct, frozen=True):
+class InitMessage(msgspec.Struct, frozen=True):
     """What the child is told first.
 
     Attributes:
@@ -53,11 +54,11 @@ class Hello(msgspec.Struct, frozen=True):
         parent: the daemon's process id.
     """
 
-    handler: Wanted
+    handler: HandlerConfig
     parent: int
 
 
-class Ready(msgspec.Struct, frozen=True):
+class ReadyMessage(msgspec.Struct, frozen=True):
     """The child's answer.
 
     Attributes:
@@ -71,7 +72,7 @@ class Ready(msgspec.Struct, frozen=True):
     is_async: bool = False
 
 
-class Order(msgspec.Struct, frozen=True, array_like=True):
+class RunMessage(msgspec.Struct, frozen=True, array_like=True):
     """A job as it is sent.
 
     Attributes:
@@ -83,19 +84,20 @@ class Order(msgspec.Struct, frozen=True, array_like=True):
     shared: int = 0
 
 
-class Answer(msgspec.Struct, frozen=True, array_like=True):
+class ResultMessage(msgspec.Struct, frozen=True, array_like=True):
     """What the child sends for a job.
 
     Attributes:
         result: what became of it.
-        closing: the handler is being closed, and a `Closed` follows before the next job is read.
+        closing: the handler is being closed, and a `ConnectionClosed` follows before the next job
+            is read.
     """
 
     result: Result
     closing: bool = False
 
 
-class Closed(msgspec.Struct, frozen=True):
+class ConnectionClosed(msgspec.Struct, frozen=True):
     """The handler whose call raised is closed; the next job gets a new one.
 
     Attributes:
@@ -119,18 +121,18 @@ class Message(msgspec.Struct, frozen=True):
     rest: bytes = b""
 
 
-class Misfit(Exception):  # noqa: N818  the message says what it is
+class MessageMismatch(Exception):  # noqa: N818  the message says what it is
     """What came is no message of this worker's, or not about this job."""
 
 
 TRAILING = "there are bytes behind it"
 
 encode = msgspec.msgpack.Encoder().encode
-decode_hello = msgspec.msgpack.Decoder(Hello).decode
-decode_ready = msgspec.msgpack.Decoder(Ready).decode
-decode_answer = msgspec.msgpack.Decoder(Answer).decode
-decode_closed = msgspec.msgpack.Decoder(Closed).decode
-_decode_order = msgspec.msgpack.Decoder(Order).decode
+decode_hello = msgspec.msgpack.Decoder(InitMessage).decode
+decode_ready = msgspec.msgpack.Decoder(ReadyMessage).decode
+decode_answer = msgspec.msgpack.Decoder(ResultMessage).decode
+decode_closed = msgspec.msgpack.Decoder(ConnectionClosed).decode
+_decode_order = msgspec.msgpack.Decoder(RunMessage).decode
 
 
 def answer_bytes_max(records: int) -> int:
@@ -138,7 +140,7 @@ def answer_bytes_max(records: int) -> int:
     return ANSWER_BYTES_MAX + records * (4 * ERROR_CHARS_MAX + 64)
 
 
-class Slot:
+class SharedBuffer:
     """Shared memory for the payload of the one job that is under way.
 
     Args:
@@ -173,9 +175,9 @@ class Slot:
         payload = job.records.payload
         size = len(payload)
         if self._map is None or size > SLOT_BYTES:
-            return encode(Order(job))
+            return encode(RunMessage(job))
         self._map[:size] = payload
-        return encode(Order(_with_payload(job, b""), size))
+        return encode(RunMessage(_with_payload(job, b""), size))
 
     def unpack(self, message: bytes | bytearray) -> Job:
         """The job of a message, complete."""
@@ -283,7 +285,7 @@ def receive(
     have = len(begun) - _HEAD.size
     if have > length:
         if not may_follow:
-            raise Misfit(TRAILING)
+            raise MessageMismatch(TRAILING)
         end = _HEAD.size + length
         return Message(number, begun[_HEAD.size : end], begun[end:])
     if have == length:
@@ -305,10 +307,10 @@ def receive(
 
 def _read_head(begun: bytes, worker: int, limit: int) -> tuple[int, int]:
     if not begun.startswith(_MAGIC):
-        raise Misfit("it does not begin like a message")
+        raise MessageMismatch("it does not begin like a message")
     _, sender, number, length = _HEAD.unpack_from(begun)
     if sender != worker:
-        raise Misfit(f"it is from process {sender}")
+        raise MessageMismatch(f"it is from process {sender}")
     if length > limit:
-        raise Misfit(f"it is said to be {length} bytes long")
+        raise MessageMismatch(f"it is said to be {length} bytes long")
     return number, length

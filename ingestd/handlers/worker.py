@@ -25,8 +25,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import HandlerLoadError
-from ingestd.base.held import HeldSignals
-from ingestd.base.leaving import end_process
+from ingestd.base.process import HeldSignals, end_process
 from ingestd.handlers import wire
 from ingestd.handlers.log_relay import Relay
 from ingestd.handlers.runner import Runner
@@ -39,7 +38,7 @@ _LEFT_TO_DAEMON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _JOB_BYTES_MAX = 1 << 40
 
 
-class _Connection:
+class _DaemonConnection:
     """The worker's end of the socket, the lifeline and the memory.
 
     Attributes:
@@ -54,7 +53,7 @@ class _Connection:
         with contextlib.suppress(OSError):
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, wire.SOCKET_BYTES)
         self._lifeline = lifeline_fd
-        self._slot = wire.Slot(memory_fd, ours=False)
+        self._slot = wire.SharedBuffer(memory_fd, ours=False)
         if memory_fd >= 0:
             os.close(memory_fd)
         self._is = {fd: _identity(fd) for fd in (socket_fd, lifeline_fd)}
@@ -103,7 +102,7 @@ class _Connection:
 
 def main(socket_fd: int, lifeline_fd: int, memory_fd: int, log_fd: int, level: int) -> None:
     """The child's whole life."""
-    connection = _Connection(socket_fd, lifeline_fd, memory_fd)
+    connection = _DaemonConnection(socket_fd, lifeline_fd, memory_fd)
     relay = Relay(log_fd, level)
     relay.install()
     for number in _LEFT_TO_DAEMON:
@@ -135,7 +134,7 @@ def _take_from_daemon() -> None:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _serve(connection: _Connection, relay: Relay) -> None:
+def _serve(connection: _DaemonConnection, relay: Relay) -> None:
     message = connection.receive()
     if message is None:
         return
@@ -147,9 +146,9 @@ def _serve(connection: _Connection, relay: Relay) -> None:
         not_ready = runner.prepare()
         relay.adopt_structlog()
     except HandlerLoadError as error:
-        connection.send(wire.encode(wire.Ready(load_error=str(error.facts["problem"]))))
+        connection.send(wire.encode(wire.ReadyMessage(load_error=str(error.facts["problem"]))))
         return
-    connection.send(wire.encode(wire.Ready(not_ready=not_ready, is_async=runner.is_async)))
+    connection.send(wire.encode(wire.ReadyMessage(not_ready=not_ready, is_async=runner.is_async)))
     while (message := connection.receive()) is not None:
         job = connection.job(message)
         relay.batch = job.batch
@@ -157,10 +156,10 @@ def _serve(connection: _Connection, relay: Relay) -> None:
         result = runner.run(job)
         relay.done()
         closing = runner.spoiled
-        connection.send(wire.encode(wire.Answer(result, closing)))
+        connection.send(wire.encode(wire.ResultMessage(result, closing)))
         if closing:
             runner.renew()
-            connection.send(wire.encode(wire.Closed("; ".join(close_errors))))
+            connection.send(wire.encode(wire.ConnectionClosed("; ".join(close_errors))))
             close_errors.clear()
     failed = runner.close()
     if failed:

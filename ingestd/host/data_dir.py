@@ -15,13 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import DataDirError
-from ingestd.base.private import (
-    make_folder,
-    make_private,
-    open_private,
-    open_to_others,
-    tighten,
-)
+from ingestd.base.files import make_folder, make_private, open_private, open_to_others, tighten
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

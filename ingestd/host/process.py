@@ -13,7 +13,7 @@ from concurrent.futures import thread
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
-from ingestd.base.held import HeldSignals
+from ingestd.base.process import HeldSignals
 from ingestd.host.signals import ALL
 from ingestd.host.sockets import show_socket
 

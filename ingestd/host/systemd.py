@@ -14,7 +14,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from ingestd.base.liveness import LOOK_SECONDS
+from ingestd.base.watchdog import LOOK_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, MutableMapping

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field, SecretStr
 
-from ingestd.base.tokens import hash_of, read_hash
 from ingestd.config.network import (
     check_address,
     check_hosts,
@@ -17,6 +16,7 @@ from ingestd.config.network import (
 )
 from ingestd.config.sections import FilePath, Reloadable, Secret, Section, own_name
 from ingestd.config.units import Count, Seconds, Share, Size, Switch, Words, show_size
+from ingestd.http.credentials import hash_of, read_hash
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ingestd.journal.disk_space import DiskSpaceGuard, scaled
 from ingestd.journal.memory import MemoryJournal
-from ingestd.journal.space import Space, scaled
-from ingestd.journal.sqlite import SqliteJournal
+from ingestd.journal.sqlite.journal import SqliteJournal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from ingestd.base.clock import Clock
     from ingestd.journal.idempotency import KeyRule
     from ingestd.journal.interface import Journal
-    from ingestd.journal.letters import Courtesy
     from ingestd.journal.settings import JournalSettings
+    from ingestd.journal.sqlite.letters import InvalidQuota
 
 
 def build_journal(
@@ -27,7 +27,7 @@ def build_journal(
     on_commit: Callable[[float, int, int], None],
     dead_bytes_max: int,
     keys: KeyRule,
-    courtesy: Courtesy,
+    courtesy: InvalidQuota,
 ) -> Journal:
     """The journal that the settings name, not opened yet.
 
@@ -52,6 +52,6 @@ def build_journal(
         on_commit=on_commit,
         dead_bytes_max=dead_bytes_max,
         keys=keys,
-        space=Space(path.parent, scaled(settings.free_min, path.parent)),
+        space=DiskSpaceGuard(path.parent, scaled(settings.free_min, path.parent)),
         courtesy=courtesy,
     )

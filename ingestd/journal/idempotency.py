@@ -1,8 +1,9 @@
 """Idempotency keys: which requests were accepted already, and what they were answered.
 
 A key is put down in the same commit as the records that came with it, so neither is ever there
-without the other. Before that it is claimed (`Keys.begin`), so two requests with one key can't both
-be accepted; the claim ends when its append resolves, or when its holder gives it up (`forget`).
+without the other. Before that it is claimed (`IdempotencyKeys.begin`), so two requests with one key
+can't both be accepted; the claim ends when its append resolves, or when its holder gives it up
+(`forget`).
 
 A key belongs to its principal. Where there are several of them, each may hold at most as many keys
 as are free for the others (the dynamic thresholds of A. K. Choudhury and E. L. Hahne, 1998): one
@@ -16,9 +17,9 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from typing import TYPE_CHECKING, NamedTuple
 
-from ingestd.base.ages import Ages
+from ingestd.base.append import WEBHOOK, IdempotencyClaim, principal_of
+from ingestd.base.clock import Ages
 from ingestd.base.errors import KeyInFlight, KeyReused, Overloaded
-from ingestd.base.once import WEBHOOK, Claim, principal_of
 from ingestd.base.rate import STALLED
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class KeyRule(NamedTuple):
         return max(self.ttl, self.signed_ttl)
 
 
-class Kept(NamedTuple):
+class RememberedKey(NamedTuple):
     """A key whose request was accepted.
 
     Attributes:
@@ -72,14 +73,14 @@ class Kept(NamedTuple):
     at: float
 
 
-def size_of(claim: Claim | None) -> int:
+def size_of(claim: IdempotencyClaim | None) -> int:
     """Bytes that a key counts for in the journal's bound."""
     if claim is None:
         return 0
     return len(claim.key) + len(claim.fingerprint) + len(claim.answer) + ROW_BYTES
 
 
-class Keys:
+class IdempotencyKeys:
     """The keys of one journal, on the event loop.
 
     Args:
@@ -99,7 +100,7 @@ class Keys:
         rule: KeyRule,
         clock: Clock,
         *,
-        find: Callable[[str], Awaitable[Kept | None]],
+        find: Callable[[str], Awaitable[RememberedKey | None]],
         sweep: Callable[[], None],
     ) -> None:
         self.rule = rule
@@ -109,10 +110,10 @@ class Keys:
         self.ages = Ages(clock)
         self._find = find
         self._sweep = sweep
-        self._claims: dict[str, Claim] = {}
-        self._recent: OrderedDict[str, Kept] = OrderedDict()
+        self._claims: dict[str, IdempotencyClaim] = {}
+        self._recent: OrderedDict[str, RememberedKey] = OrderedDict()
 
-    async def begin(self, key: str, fingerprint: bytes) -> Claim | bytes:
+    async def begin(self, key: str, fingerprint: bytes) -> IdempotencyClaim | bytes:
         """The stored answer if this request was accepted before, else a claim on its key.
 
         The holder of a claim gives it to an append, and calls `forget` in any case.
@@ -129,7 +130,7 @@ class Keys:
         if kept is not None and self._lives(key, kept):
             self._recent.move_to_end(key)
             return _same(kept, fingerprint)
-        claim = self._claims[key] = Claim(key, fingerprint)
+        claim = self._claims[key] = IdempotencyClaim(key, fingerprint)
         self._claimed[principal_of(key)] += 1
         try:
             kept = await self._find(key)
@@ -147,7 +148,7 @@ class Keys:
         self.forget(claim)
         return answer
 
-    async def _find_unscoped(self, key: str, fingerprint: bytes) -> Kept | None:
+    async def _find_unscoped(self, key: str, fingerprint: bytes) -> RememberedKey | None:
         """What a journal has that was written before keys belonged to principals.
 
         Whose such a key is nobody knows; only the very same request is answered from it.
@@ -160,12 +161,12 @@ class Keys:
             return None
         return kept
 
-    def forget(self, claim: Claim) -> None:
+    def forget(self, claim: IdempotencyClaim) -> None:
         """Ends a claim that no append carries; with one under way, its end is the journal's."""
         if not claim.submitted:
             self._release(claim)
 
-    def resolved(self, claim: Claim, *, at: float, applied: bool) -> None:
+    def resolved(self, claim: IdempotencyClaim, *, at: float, applied: bool) -> None:
         """The journal's word about the append that carried a claim.
 
         Args:
@@ -177,7 +178,7 @@ class Keys:
         if applied:
             self.count += 1
             self.owners[principal_of(claim.key)] += 1
-            self._remember(claim.key, Kept(claim.fingerprint, claim.answer, at))
+            self._remember(claim.key, RememberedKey(claim.fingerprint, claim.answer, at))
 
     def opened(self, owners: Mapping[str, int]) -> None:
         """The store has these keys, by principal."""
@@ -192,7 +193,7 @@ class Keys:
             if self.owners[principal] <= 0:
                 del self.owners[principal]
 
-    def _release(self, claim: Claim) -> None:
+    def _release(self, claim: IdempotencyClaim) -> None:
         if self._claims.get(claim.key) is claim:
             del self._claims[claim.key]
             principal = principal_of(claim.key)
@@ -200,11 +201,11 @@ class Keys:
             if not self._claimed[principal]:
                 del self._claimed[principal]
 
-    def _lives(self, key: str, kept: Kept) -> bool:
+    def _lives(self, key: str, kept: RememberedKey) -> bool:
         signed = key.startswith(f"{WEBHOOK} ")
         return kept.at > self.ages.before(self.rule.kept if signed else self.rule.ttl)
 
-    def _remember(self, key: str, kept: Kept) -> None:
+    def _remember(self, key: str, kept: RememberedKey) -> None:
         if len(kept.answer) > RECENT_BYTES:
             self._recent.pop(key, None)
             return
@@ -231,7 +232,7 @@ class Keys:
         return "this client's share of the table of" if self.rule.shared and mine > free + 1 else ""
 
 
-def _same(kept: Kept, fingerprint: bytes) -> bytes:
+def _same(kept: RememberedKey, fingerprint: bytes) -> bytes:
     if kept.fingerprint != fingerprint:
         raise KeyReused
     return kept.answer

@@ -13,12 +13,11 @@ if TYPE_CHECKING:
     from asyncio import Future
     from collections.abc import Callable, Sequence
 
-    from ingestd.base.bookmark import Bookmark
-    from ingestd.base.liveness import Stage
-    from ingestd.base.once import Claim
-    from ingestd.base.record import Records, Refused, Span
-    from ingestd.journal.idempotency import Keys
-    from ingestd.journal.space import Space
+    from ingestd.base.append import IdempotencyClaim, SourceOffset
+    from ingestd.base.record import InvalidRecord, Records, Span
+    from ingestd.base.watchdog import Stage
+    from ingestd.journal.disk_space import DiskSpaceGuard
+    from ingestd.journal.idempotency import IdempotencyKeys
 
 
 class Chunk(NamedTuple):
@@ -123,7 +122,7 @@ class DeadLetter(NamedTuple):
     place: Place | None = None
 
 
-def refused_letter(refused: Refused, now: float, principal: str = "") -> DeadLetter:
+def refused_letter(refused: InvalidRecord, now: float, principal: str = "") -> DeadLetter:
     """The dead letter of a record that was never accepted, refused at `now`."""
     return DeadLetter(
         "", refused.reason, refused.detail, "", refused.payload, 0, now, now, principal=principal
@@ -271,8 +270,8 @@ class Journal(Protocol):
     dead_totals: DeadTotals
     dead_bytes_max: int
     failed: Future[None]
-    keys: Keys
-    space: Space | None
+    keys: IdempotencyKeys
+    space: DiskSpaceGuard | None
 
     @property
     def letters_full(self) -> bool:
@@ -290,9 +289,9 @@ class Journal(Protocol):
     def append(
         self,
         records: Records,
-        refused: Sequence[Refused],
-        claim: Claim | None = None,
-        bookmark: Bookmark | None = None,
+        refused: Sequence[InvalidRecord],
+        claim: IdempotencyClaim | None = None,
+        bookmark: SourceOffset | None = None,
         principal: str = "",
     ) -> Future[Place]:
         """Accepts records; resolved with where they are once they are durable.
@@ -311,7 +310,7 @@ class Journal(Protocol):
         """
         ...
 
-    async def bookmark(self, key: str) -> Bookmark | None:
+    async def bookmark(self, key: str) -> SourceOffset | None:
         """The last one of that key."""
         ...
 

@@ -13,13 +13,12 @@ import secrets
 from collections import OrderedDict, deque
 from typing import TYPE_CHECKING
 
+from ingestd.base.append import principal_of
 from ingestd.base.errors import NeverFits, Overloaded
-from ingestd.base.liveness import Stage
-from ingestd.base.once import principal_of
 from ingestd.base.rate import Rate, wait_for_room
-from ingestd.base.record import Records, Refused, Span, join
-from ingestd.journal import bookmarks
-from ingestd.journal.idempotency import Kept, KeyRule, Keys, size_of
+from ingestd.base.record import InvalidRecord, Records, Span, join
+from ingestd.base.watchdog import Stage
+from ingestd.journal.idempotency import IdempotencyKeys, KeyRule, RememberedKey, size_of
 from ingestd.journal.interface import (
     Chunk,
     Closed,
@@ -34,15 +33,15 @@ from ingestd.journal.interface import (
     Settlement,
     refused_letter,
 )
-from ingestd.journal.rows import letter_bytes
+from ingestd.journal.letter_rows import letter_bytes
+from ingestd.journal.sqlite import offsets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ingestd.base.bookmark import Bookmark
+    from ingestd.base.append import IdempotencyClaim, SourceOffset
     from ingestd.base.clock import Clock
-    from ingestd.base.once import Claim
-    from ingestd.journal.space import Space
+    from ingestd.journal.disk_space import DiskSpaceGuard
 
 SWEEP_EACH = 4
 """Expired keys that may go with each new one."""
@@ -62,7 +61,7 @@ class MemoryJournal:
     """
 
     durable = False
-    space: Space | None = None
+    space: DiskSpaceGuard | None = None
     letters_full = False
     """Older letters go first, so that newer ones fit."""
 
@@ -82,9 +81,9 @@ class MemoryJournal:
         self.dead_totals = DeadTotals()
         self.dead_bytes_max = bytes_max if dead_bytes_max is None else dead_bytes_max
         self._clock = clock
-        self.keys = Keys(keys, clock, find=self._find_key, sweep=self._sweep)
-        self._kept: OrderedDict[str, tuple[Kept, int]] = OrderedDict()
-        self._bookmarks: OrderedDict[str, Bookmark] = OrderedDict()
+        self.keys = IdempotencyKeys(keys, clock, find=self._find_key, sweep=self._sweep)
+        self._kept: OrderedDict[str, tuple[RememberedKey, int]] = OrderedDict()
+        self._bookmarks: OrderedDict[str, SourceOffset] = OrderedDict()
         self._drained = Rate(clock.monotonic())
         self._chunks: dict[int, Chunk] = {}
         self._last = 0
@@ -103,14 +102,14 @@ class MemoryJournal:
     def append(
         self,
         records: Records,
-        refused: Sequence[Refused],
-        claim: Claim | None = None,
-        bookmark: Bookmark | None = None,
+        refused: Sequence[InvalidRecord],
+        claim: IdempotencyClaim | None = None,
+        bookmark: SourceOffset | None = None,
         principal: str = "",
     ) -> asyncio.Future[Place]:
         """See `Journal.append`."""
         size = len(records.payload) + len(records.sizes)
-        whole = size + size_of(claim) + bookmarks.size_of(bookmark)
+        whole = size + size_of(claim) + offsets.size_of(bookmark)
         if whole > self.bytes_max:
             raise NeverFits(size=whole, what="journal.bytes_max", bound=self.bytes_max)
         used = self.bytes + whole
@@ -138,27 +137,27 @@ class MemoryJournal:
         placed.set_result(Place(self._last, 0))
         return placed
 
-    def _keep_key(self, claim: Claim, now: float) -> None:
+    def _keep_key(self, claim: IdempotencyClaim, now: float) -> None:
         self._sweep()
         self._forget_key(claim.key)  # an expired one
         size = size_of(claim)
-        self._kept[claim.key] = Kept(claim.fingerprint, claim.answer, now), size
+        self._kept[claim.key] = RememberedKey(claim.fingerprint, claim.answer, now), size
         self.bytes += size
         claim.submitted = True
         self.keys.resolved(claim, at=now, applied=True)
 
-    def _keep_bookmark(self, bookmark: Bookmark) -> None:
-        self.bytes -= bookmarks.size_of(self._bookmarks.pop(bookmark.key, None))
+    def _keep_bookmark(self, bookmark: SourceOffset) -> None:
+        self.bytes -= offsets.size_of(self._bookmarks.pop(bookmark.key, None))
         self._bookmarks[bookmark.key] = bookmark
-        self.bytes += bookmarks.size_of(bookmark)
-        if len(self._bookmarks) > bookmarks.BOOKMARKS_MAX:
-            self.bytes -= bookmarks.size_of(self._bookmarks.popitem(last=False)[1])
+        self.bytes += offsets.size_of(bookmark)
+        if len(self._bookmarks) > offsets.BOOKMARKS_MAX:
+            self.bytes -= offsets.size_of(self._bookmarks.popitem(last=False)[1])
 
-    async def bookmark(self, key: str) -> Bookmark | None:
+    async def bookmark(self, key: str) -> SourceOffset | None:
         """See `Journal.bookmark`."""
         return self._bookmarks.get(key)
 
-    async def _find_key(self, key: str) -> Kept | None:
+    async def _find_key(self, key: str) -> RememberedKey | None:
         kept = self._kept.get(key)
         return None if kept is None else kept[0]
 

@@ -7,10 +7,10 @@ import json
 import threading
 from typing import TYPE_CHECKING
 
-from ingestd.prove.plan import Body, Bounds, body_at
+from ingestd.prove.plan import Body, ProofBounds, body_at
 
 if TYPE_CHECKING:
-    from ingestd.prove.progress import Progress
+    from ingestd.prove.progress import ProofProgress
 
 _ANSWER_SECONDS = 60.0
 _AGAIN_SECONDS = 0.05
@@ -18,7 +18,7 @@ _AGAIN_SECONDS = 0.05
 _NOT_TAKEN = {"overloaded", "busy", "too-many-connections", "draining"}
 
 
-class Door:
+class ProofTarget:
     """Where the daemon listens at the moment, if it does."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Door:
             return self._port
 
 
-class Client:
+class ProofClient:
     """One client, a thread.
 
     Args:
@@ -55,9 +55,9 @@ class Client:
         number: int,
         *,
         seed: int,
-        bounds: Bounds,
-        door: Door,
-        progress: Progress,
+        bounds: ProofBounds,
+        door: ProofTarget,
+        progress: ProofProgress,
         stop: threading.Event,
     ) -> None:
         self.problem = ""

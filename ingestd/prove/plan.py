@@ -45,7 +45,7 @@ class Kill(NamedTuple):
         return self.part * longest
 
 
-class Bounds(NamedTuple):
+class ProofBounds(NamedTuple):
     """What the daemon's settings allow in one request."""
 
     records: int
@@ -75,15 +75,15 @@ def kill_at(seed: int, place: int) -> Kill:
     return Kill(early, dice.random())
 
 
-def bounds_of(settings: Settings) -> Bounds:
+def bounds_of(settings: Settings) -> ProofBounds:
     """The largest requests that fit the settings."""
     pad = min(_PAD_MAX, settings.record_bytes_max - _FRAME)
     body = min(settings.http.body_bytes_max, settings.http.wire_bytes_max)
     records = min(_RECORDS_MAX, settings.http.records_max, body // (_FRAME + max(pad, 0) + 1))
-    return Bounds(max(1, records), max(0, pad))
+    return ProofBounds(max(1, records), max(0, pad))
 
 
-def body_at(seed: int, client: int, first: int, bounds: Bounds) -> Body:
+def body_at(seed: int, client: int, first: int, bounds: ProofBounds) -> Body:
     """A client's request that begins with a number. Small ones are as likely as large ones."""
     dice = random.Random(f"{seed} client {client} from {first}")  # noqa: S311
     count = int(math.exp(dice.random() * math.log(bounds.records + 1)))

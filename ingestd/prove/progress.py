@@ -50,7 +50,7 @@ class Sent(msgspec.Struct):
         return self.next - self.records_unknown
 
 
-class State(msgspec.Struct):
+class ProofState(msgspec.Struct):
     """A run.
 
     Attributes:
@@ -72,7 +72,7 @@ class State(msgspec.Struct):
     first_start: float = 0.0
 
 
-class Progress:
+class ProofProgress:
     """A run's state, shared by the clients, and its file.
 
     Args:
@@ -80,7 +80,7 @@ class Progress:
         file: where it is written.
     """
 
-    def __init__(self, state: State, file: Path) -> None:
+    def __init__(self, state: ProofState, file: Path) -> None:
         self.state = state
         self._file = file
         self._lock = threading.Lock()
@@ -134,14 +134,14 @@ class Progress:
         new.replace(self._file)
 
 
-def resumed(folder: Path) -> State:
+def resumed(folder: Path) -> ProofState:
     """The state of a run that was interrupted, however that happened.
 
     Raises:
         ConfigError: there is none in the folder.
     """
     try:
-        state = msgspec.json.decode((folder / STATE).read_bytes(), type=State)
+        state = msgspec.json.decode((folder / STATE).read_bytes(), type=ProofState)
     except OSError as error:
         problem = f"--resume {folder}: {error.strerror}: {STATE}; that is no folder of a run"
         raise ConfigError(problem=problem) from error

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from ingestd.prove.progress import Sent, State
+    from ingestd.prove.progress import ProofState, Sent
 
 _LEDGER = ("accepted", "processed", "dead", "pending", "invalid", "balanced")
 
 
-class Found(msgspec.Struct, frozen=True):
+class FoundRows(msgspec.Struct, frozen=True):
     """What became of the records that were sent.
 
     Attributes:
@@ -41,7 +41,7 @@ class Found(msgspec.Struct, frozen=True):
     strange: int
 
 
-class Report(msgspec.Struct, frozen=True):
+class ProofReport(msgspec.Struct, frozen=True):
     """How a run ended.
 
     Attributes:
@@ -66,7 +66,7 @@ class Report(msgspec.Struct, frozen=True):
     early: int
     requests: int
     requests_unknown: int
-    found: Found
+    found: FoundRows
     recovery_median: float
     recovery_max: float
     ledger: dict[str, Any]
@@ -82,7 +82,7 @@ def rows_in(file: Path) -> Iterator[tuple[Any, Any]]:
             yield from db.execute("SELECT client, n FROM records")
 
 
-def compare(rows: Iterable[tuple[Any, Any]], sent: Sequence[Sent]) -> Found:
+def compare(rows: Iterable[tuple[Any, Any]], sent: Sequence[Sent]) -> FoundRows:
     """Counts.
 
     Args:
@@ -107,7 +107,7 @@ def compare(rows: Iterable[tuple[Any, Any]], sent: Sequence[Sent]) -> Found:
         for first, count in one.unknown
     )
     absent = sum(numbers.count(0) for numbers in seen)
-    return Found(
+    return FoundRows(
         accepted=sum(one.accepted for one in sent),
         delivered=delivered,
         missing=absent - (unknown - unknown_delivered),
@@ -122,11 +122,13 @@ def _is_in(value: object, end: int) -> bool:
     return type(value) is int and 0 <= value < end
 
 
-def report(state: State, found: Found, drained: dict[str, Any], exit_code: int) -> Report:
+def report(
+    state: ProofState, found: FoundRows, drained: dict[str, Any], exit_code: int
+) -> ProofReport:
     """Everything together; `drained` is the daemon's last word."""
     ledger = {key: drained.get(key) for key in _LEDGER}
     flaws = found.missing or found.duplicated or found.strange or exit_code
-    return Report(
+    return ProofReport(
         proved=not flaws and ledger["balanced"] is True and ledger["pending"] == 0,
         seed=state.seed,
         kills=state.killed,
@@ -142,7 +144,7 @@ def report(state: State, found: Found, drained: dict[str, Any], exit_code: int) 
     )
 
 
-def lines(result: Report) -> list[str]:
+def lines(result: ProofReport) -> list[str]:
     """The report for people."""
     found, ledger = result.found, result.ledger
     doubt = f"{found.unknown:,} records in {result.requests_unknown:,} requests without an answer"
@@ -165,7 +167,7 @@ def lines(result: Report) -> list[str]:
     return told
 
 
-def _conclusion(result: Report) -> str:
+def _conclusion(result: ProofReport) -> str:
     if not result.proved:
         return "FAILED"
     if result.kills < result.kills_asked:

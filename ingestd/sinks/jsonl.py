@@ -12,8 +12,7 @@ import msgspec
 from ingestd.base.record import Layout, Records
 from ingestd.handlers.batch import Batch  # noqa: TC001  the loader reads the annotations
 from ingestd.handlers.context import Context
-from ingestd.sinks.compression import SUFFIXES, Compressor
-from ingestd.sinks.folder import Folder
+from ingestd.sinks.files import SUFFIXES, Compressor, Folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,11 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ingestd.base.private import make_folder, tighten
+from ingestd.base.files import make_folder, tighten
 from ingestd.handlers.batch import Batch  # noqa: TC001  the loader reads the annotations
 from ingestd.handlers.context import Context
 from ingestd.handlers.decode import decoder_for
-from ingestd.sinks.rows import EXTRA, ID, RECORD, has_extra, keys_of, new_columns, rows_of
+from ingestd.sinks.tables import EXTRA, ID, RECORD, has_extra, keys_of, new_columns, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -8,7 +8,7 @@ from collections import deque
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from ingestd.base.clock import SystemClock
-from ingestd.base.telemetry import get_logger
+from ingestd.base.logging import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable

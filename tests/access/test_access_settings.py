@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from ingestd.base.tokens import hash_of, make_token
 from ingestd.config.network import is_loopback
+from ingestd.http.credentials import hash_of, make_token
 from ingestd.http.settings import HttpSettings
 from ingestd.settings import Settings
 from tests.access.tools import LOGS, NEXT, SHOP, Files

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ingestd.sources.http.limits import BURST_SECONDS, Bucket, Limits
+from ingestd.http.admission import BURST_SECONDS, RateLimiter, TokenBucket
 
 
 def test_a_bucket_is_full_in_the_beginning_and_then_in_debt() -> None:
-    bucket = Bucket(10, now=100.0)
+    bucket = TokenBucket(10, now=100.0)
     assert bucket.wait(100.0) == 0
     bucket.charge(10 * BURST_SECONDS, 100.0)
     assert bucket.wait(100.0) == 0
@@ -19,7 +19,7 @@ def test_a_bucket_is_full_in_the_beginning_and_then_in_debt() -> None:
 
 
 def test_what_is_saved_is_bounded() -> None:
-    bucket = Bucket(10, now=0.0)
+    bucket = TokenBucket(10, now=0.0)
     bucket.charge(10 * BURST_SECONDS + 10, 1e6)
     assert bucket.wait(1e6) == pytest.approx(1.0)
 
@@ -28,7 +28,7 @@ def test_what_is_saved_is_bounded() -> None:
 def test_nobody_gets_beyond_the_rate_by_more_than_the_burst_and_one_request(
     steps: list[tuple[float, int]],
 ) -> None:
-    bucket, now, sent = Bucket(50, now=0.0), 0.0, 0
+    bucket, now, sent = TokenBucket(50, now=0.0), 0.0, 0
     for pause, amount in steps:
         now += pause
         if bucket.wait(now) == 0:
@@ -38,9 +38,9 @@ def test_nobody_gets_beyond_the_rate_by_more_than_the_burst_and_one_request(
 
 
 def test_the_longer_of_two_waits_counts() -> None:
-    limits = Limits(10, 1000, 0.0)
+    limits = RateLimiter(10, 1000, 0.0)
     limits.charge(int(10 * BURST_SECONDS) + 10, int(1000 * BURST_SECONDS) + 3000, 0.0)
     assert limits.wait(0.0) == (pytest.approx(3.0), "bytes_per_second")
     assert limits.wait(2.9)[1] == "bytes_per_second"
     assert limits.wait(3.1)[0] == 0
-    assert Limits(0, 0, 0.0).wait(0.0) == (0.0, "")
+    assert RateLimiter(0, 0, 0.0).wait(0.0) == (0.0, "")

@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ingestd.base.record import Records
-from ingestd.base.tokens import hash_of
+from ingestd.http.credentials import hash_of, principal_of_certificate
 from ingestd.http.settings import HttpSettings, WebhookSettings, has_one_principal, signatures_valid
 from ingestd.journal.idempotency import KeyRule
-from ingestd.journal.sqlite import SqliteJournal
-from ingestd.sources.http.idempotency import take_fingerprint
-from ingestd.sources.http.tokens import principal_of_certificate
-from ingestd.sources.http.webhooks import read_webhooks
+from ingestd.journal.sqlite.journal import SqliteJournal
+from ingestd.sources.http.endpoints.webhooks import read_webhooks
+from ingestd.sources.http.headers import take_fingerprint
 from tests.access.test_access_settings import ingestd
 from tests.access.test_tokens import basic
 from tests.access.tools import LOGS, NEXT, SHOP, bearer

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ingestd.base.tokens import hash_of
+from ingestd.http.credentials import hash_of
 from tests.access.tools import LOGS, NEXT, SHOP, Files, bearer
 from tests.daemon.harness import Daemon, daemon, written
 

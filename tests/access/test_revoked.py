@@ -34,7 +34,7 @@ def hold(batch: list[Any]) -> None:
 
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ingestd.sources.http.reading.PIECE_SECONDS", 0.02)
+    monkeypatch.setattr("ingestd.http.body.PIECE_SECONDS", 0.02)
 
 
 async def reload(source: Any, **changed: Any) -> None:

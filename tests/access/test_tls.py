@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ingestd.base.errors import AddressError, ConfigError
+from ingestd.http import listener
 from ingestd.http.settings import TlsSettings
-from ingestd.sources.http import listener
-from ingestd.sources.http.tls import make_context
+from ingestd.http.tls import make_context
 from tests.access.tools import (
     NEXT,
     SHOP,
@@ -224,7 +224,7 @@ async def test_connections_and_handshakes_are_bounded_together(
 async def test_far_too_many_are_let_go_without_a_word(
     files: Files, intake: MemoryIntake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ingestd.sources.http.server._TURNED_AWAY_MAX", 1)
+    monkeypatch.setattr("ingestd.http.server._TURNED_AWAY_MAX", 1)
     async with serving(intake, tls={"certificate": files.server()}, connections_max=1) as source:
         host, _, port = source.addresses[0].rpartition(":")
         silent = [await asyncio.open_connection(host, int(port)) for _ in range(2)]

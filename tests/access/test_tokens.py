@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ingestd.base.errors import ConfigError
-from ingestd.base.tokens import hash_of
-from ingestd.sources.http.limits import BURST_SECONDS
+from ingestd.http.admission import BURST_SECONDS
+from ingestd.http.credentials import hash_of
 from tests.access.tools import LOGS, NEXT, SHOP, acurl, bearer, needs_curl
 from tests.sources.source_tools import MemoryIntake, Reply, ask, connected, serving, until
 

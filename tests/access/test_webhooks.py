@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ingestd.http.problem import Problem
 from ingestd.http.settings import WebhookSettings
-from ingestd.sources.http.problem import Problem
-from ingestd.sources.http.webhooks import Webhook, read_webhooks
+from ingestd.sources.http.endpoints.webhooks import Webhook, read_webhooks
 from tests.daemon.harness import Daemon, daemon, written
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 
 from ingestd.admin import server as admin_server
 from ingestd.admin.server import AdminServer
-from ingestd.admin.view import (
+from ingestd.admin.status import (
     BatchesStatus,
     JournalStatus,
     PipelineStatus,

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ingestd.sources import inflate
-from ingestd.sources.http.body import Bounds, Reading, parse_body
-from ingestd.sources.http.problem import Problem
-from ingestd.sources.inflate import RATIO_FREE_BYTES, Corrupt, Inflater, TooDense, TooMuch
+from ingestd.codecs import compression
+from ingestd.codecs.compression import RATIO_FREE_BYTES, Corrupt, Inflater, TooDense, TooMuch
+from ingestd.http.problem import Problem
+from ingestd.sources.http.decode import BodyFormat, BodyLimits, parse_body
 from tests.daemon.harness import daemon
 from tests.peak import peak
 from tests.sources.source_tools import MemoryIntake, ask, serving
@@ -111,8 +111,8 @@ def test_members_may_be_many_if_there_is_something_in_them():
     assert run(Inflater("gzip", 10**9, 200), b"".join(map(gzip.compress, lines))) == sum(
         map(len, lines)
     )
-    few = gzip.compress(b"1\n") * inflate._MEMBERS_FREE
-    assert run(Inflater("gzip", 10**9, 200), few) == 2 * inflate._MEMBERS_FREE
+    few = gzip.compress(b"1\n") * compression._MEMBERS_FREE
+    assert run(Inflater("gzip", 10**9, 200), few) == 2 * compression._MEMBERS_FREE
     with pytest.raises(TooDense, match="members"):
         run(Inflater("gzip", 10**9), few + gzip.compress(b"1\n") * 100)
 
@@ -135,7 +135,7 @@ def test_too_dense_is_a_kind_of_too_much():
 def test_arrays_that_would_be_large_lists(body, mib):
     """A list takes 40 times the size of `[1,1,1,…]`: it is not made."""
     with peak() as most, pytest.raises(Problem):
-        parse_body(body, Reading.DOCUMENT, "json", Bounds(100_000, 1024))
+        parse_body(body, BodyFormat.DOCUMENT, "json", BodyLimits(100_000, 1024))
     assert most.bytes < mib * MIB
 
 
@@ -144,7 +144,7 @@ def test_lines_that_are_very_many(line):
     """Nor are millions of lines taken apart before it is known that there are too many."""
     body = line * (16 * MIB // len(line))
     with peak() as most, pytest.raises(Problem):
-        parse_body(body, Reading.LINES, "json", Bounds(100_000, 1024))
+        parse_body(body, BodyFormat.LINES, "json", BodyLimits(100_000, 1024))
     assert most.bytes < 2.2 * len(body) + 24 * MIB
 
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from ingestd.sources.depth import DEPTH_MAX, holds_deeper, is_deeper
-from ingestd.sources.framing import Framer
-from ingestd.sources.http.body import Bounds, Reading, parse_body
-from ingestd.sources.http.problem import Problem
-from ingestd.sources.lines import parse_lines
+from ingestd.codecs.framing import Framer
+from ingestd.codecs.json import DEPTH_MAX, holds_deeper, is_deeper
+from ingestd.codecs.lines import parse_lines
+from ingestd.http.problem import Problem
+from ingestd.sources.http.decode import BodyFormat, BodyLimits, parse_body
 from tests.daemon.harness import daemon, written
 from tests.sources.source_tools import MemoryIntake, ask, serving
 
@@ -98,13 +98,13 @@ def test_the_bound_is_exact(make, bound, around):
 def test_however_deep_it_is(make, depth):
     """Beyond the decoder's own limit, and between ours and that."""
     bad = make(depth)
-    bounds = Bounds(100, 10**7)
+    bounds = BodyLimits(100, 10**7)
     parsed = parse_lines(b"1\n" + bad + b"\n2", "json", 10**7)
     assert parsed.records.items() == [b"1", b"2"]
     assert [one.detail for one in parsed.refused] == [DETAIL]
     for body in (b"[%b]" % bad, b" [ %b ] " % bad):
         with pytest.raises(Problem, match=DETAIL) as caught:
-            parse_body(body, Reading.DOCUMENT, "json", bounds)
+            parse_body(body, BodyFormat.DOCUMENT, "json", bounds)
         assert caught.value.kind.status in (400, 413)
     framer = Framer("json", 10**7)
     framer.feed(bad + b"\n1\n")
@@ -113,9 +113,9 @@ def test_however_deep_it_is(make, depth):
 
 def test_elements_of_an_array_are_records():
     """The array itself does not count; a deep element is refused, and the others are taken."""
-    bounds = Bounds(100, 10**6)
+    bounds = BodyLimits(100, 10**6)
     body = b"[1,%b,%b,{}]" % (arrays(DEPTH_MAX), arrays(DEPTH_MAX + 1))
-    parsed = parse_body(body, Reading.DOCUMENT, "json", bounds)
+    parsed = parse_body(body, BodyFormat.DOCUMENT, "json", bounds)
     assert parsed.records.items() == [b"1", arrays(DEPTH_MAX), b"{}"]
     assert [(one.index, one.reason, one.detail) for one in parsed.refused] == [
         (2, "malformed", DETAIL)

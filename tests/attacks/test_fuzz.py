@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ingestd.sources.framing import Framer
-from ingestd.sources.http.body import Bounds, Reading, parse_body, parse_quickly
-from ingestd.sources.http.problem import Problem
-from ingestd.sources.inflate import Corrupt, Inflater, TooMuch
-from ingestd.sources.lines import json_fault, parse_lines
+from ingestd.codecs.compression import Corrupt, Inflater, TooMuch
+from ingestd.codecs.framing import Framer
+from ingestd.codecs.lines import json_fault, parse_lines
+from ingestd.http.problem import Problem
+from ingestd.sources.http.decode import BodyFormat, BodyLimits, parse_body, parse_quickly
 from tests.attacks.smuggling import CHUNKED, HOST, LINE
 from tests.sources.source_tools import MemoryIntake, check, connected, serving
 
@@ -111,13 +111,13 @@ def test_framing(body, at, form):
 @quick
 @given(
     body=bodies | json_values.map(lambda value: json.dumps(value).encode()),
-    reading=st.sampled_from(Reading),
+    reading=st.sampled_from(BodyFormat),
     form=st.sampled_from(["json", "text", "bytes"]),
     records_max=st.integers(1, 12),
 )
 def test_bodies(body, reading, form, records_max):
     """A body is parsed or refused, and what is refused has a reason that a client can read."""
-    bounds = Bounds(records_max, RECORD_MAX, DEPTH_MAX)
+    bounds = BodyLimits(records_max, RECORD_MAX, DEPTH_MAX)
     parsed = outcome(parse_body, body, reading, form, bounds)
     if isinstance(parsed, Problem):
         assert parsed.kind.status in {400, 413}
@@ -127,18 +127,18 @@ def test_bodies(body, reading, form, records_max):
     assert 1 <= parsed.records.count <= parsed.total <= records_max
     assert all(len(item) <= RECORD_MAX for item in parsed.records.items())
     assert len({one.index for one in parsed.refused}) == len(parsed.refused)
-    if form == "json" and reading is not Reading.WHOLE:
+    if form == "json" and reading is not BodyFormat.WHOLE:
         assert all(json_fault(item, DEPTH_MAX) == "" for item in parsed.records.items())
 
 
 @quick
-@given(body=bodies, records_max=st.integers(1, 12), reading=st.sampled_from(Reading))
+@given(body=bodies, records_max=st.integers(1, 12), reading=st.sampled_from(BodyFormat))
 def test_the_quick_way_is_the_other_way(body, records_max, reading):
     """What is parsed without going to a thread is what a thread would have found."""
-    bounds = Bounds(records_max, RECORD_MAX, DEPTH_MAX)
+    bounds = BodyLimits(records_max, RECORD_MAX, DEPTH_MAX)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ingestd.sources.http.body.QUICK_BYTES", 0)
-        patch.setattr("ingestd.sources.http.body.PIECE_BYTES", 16)
+        patch.setattr("ingestd.sources.http.decode.QUICK_BYTES", 0)
+        patch.setattr("ingestd.sources.http.decode.PIECE_BYTES", 16)
         quickly = outcome(parse_quickly, body, reading, "json", bounds)
     if quickly is None:
         return

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ingestd.base.watch import Watch
-from ingestd.sources.http.door import HEAD_BYTES_FREE
+from ingestd.base.append import DeliveryWaiter
+from ingestd.sources.http.handler import HEAD_BYTES_FREE
 from tests.attacks.holders import WINDOW, ZSTD, chunk, noise
 from tests.attacks.smuggling import CHUNKED, HOST, LINE
 from tests.sources.source_tools import Client, MemoryIntake, ask, serving, until
@@ -31,7 +31,7 @@ ONE, OTHER = "127.0.0.3", "127.0.0.4"
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
     """A piece is old after 20 ms here, and room is asked for again at once."""
-    monkeypatch.setattr("ingestd.sources.http.reading.PIECE_SECONDS", 0.02)
+    monkeypatch.setattr("ingestd.http.body.PIECE_SECONDS", 0.02)
     monkeypatch.setattr("ingestd.sources.http.stream.ROOM_SECONDS", 0.01)
 
 
@@ -158,7 +158,7 @@ async def test_zlib_counts_its_window_too(encoding):
 class Waiting(MemoryIntake):
     """Accepts, and never says what becomes of the records."""
 
-    watch: Watch | None = None
+    watch: DeliveryWaiter | None = None
 
     async def accept(self, records, refused=(), claim=None, watch=None, **more):
         await super().accept(records, refused, claim, watch, **more)
@@ -233,7 +233,7 @@ async def test_a_large_head_counts_as_long_as_it_is_there():
 
 async def test_heads_behind_an_answer_count_as_what_they_take(monkeypatch):
     """One client's connections are cut at its share; another one's are not."""
-    monkeypatch.setattr("ingestd.sources.http.server.CLIENT_HELD_MAX", 400_000)
+    monkeypatch.setattr("ingestd.http.server.CLIENT_HELD_MAX", 400_000)
     intake = MemoryIntake()
     intake.gate.clear()
     lines = b"".join(b"h%d: v\r\n" % n for n in range(100))
@@ -252,7 +252,7 @@ async def test_heads_behind_an_answer_count_as_what_they_take(monkeypatch):
 
 
 async def test_an_error_of_any_length_is_told_in_short():
-    watch = Watch(2)
+    watch = DeliveryWaiter(2)
     watch.died(0, 1, "rejected", "x" * 10**6)
     assert len(watch.failed[0].error) == 500
 
@@ -265,7 +265,7 @@ async def test_a_wait_of_thousands_of_digits_is_a_long_wait():
 
 
 async def test_who_was_cut_waits_with_new_connections_and_others_do_not(monkeypatch):
-    monkeypatch.setattr("ingestd.sources.http.server.CLIENT_HELD_MAX", 100_000)
+    monkeypatch.setattr("ingestd.http.server.CLIENT_HELD_MAX", 100_000)
     intake = MemoryIntake()
     intake.gate.clear()
     lines = b"".join(b"h%d: v\r\n" % n for n in range(90))

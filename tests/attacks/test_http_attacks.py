@@ -183,7 +183,7 @@ async def test_chunks_of_one_byte(intake):
 async def test_each_bound_of_chunks_holds_alone(intake, monkeypatch, bound):
     """On what the framing takes, and on chunks that are parsed but not read yet."""
     off = {"FRAMING_BYTES_FREE": 10**9, "CHUNK_BYTES_MIN": 0}[bound]
-    monkeypatch.setattr(f"ingestd.sources.http.connection.{bound}", off)
+    monkeypatch.setattr(f"ingestd.http.protocol.{bound}", off)
     async with serving(intake) as source, connected(source) as client:
         client.send(LINE + HOST + b"Transfer-Encoding: chunked\r\n\r\n")
         client.send(b"1\r\n1\r\n1\r\n\n\r\n" * 200_000 + b"0\r\n\r\n")
@@ -223,7 +223,7 @@ async def test_pipelining_without_reading_holds_little(intake):
 
 async def test_what_waits_is_bounded_for_all_together(intake, monkeypatch):
     """Many connections, each with a part of a head: beyond the bound they are ended."""
-    monkeypatch.setattr("ingestd.sources.http.server.HELD_BYTES_MAX", 100_000)
+    monkeypatch.setattr("ingestd.http.server.HELD_BYTES_MAX", 100_000)
     async with serving(intake) as source:
         clients = [await asyncio.open_connection("127.0.0.1", port(source)) for _ in range(20)]
         for _, writer in clients:

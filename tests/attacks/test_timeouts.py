@@ -9,8 +9,8 @@ import socket
 
 import pytest
 
-from ingestd.sources.http.clients import Clients, client_of
-from ingestd.sources.http.pace import GRACE_SECONDS, Pace
+from ingestd.http.deadlines import GRACE_SECONDS, MinimumRate
+from ingestd.http.peer import ClientConnections, client_of
 from tests.attacks.smuggling import CHUNKED, HOST, LINE
 from tests.sources.source_tools import Client, MemoryIntake, ask, connected, serving, until
 
@@ -124,7 +124,7 @@ async def test_an_answer_before_the_408(intake):
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_a_body_that_trickles(intake, monkeypatch, chunked):
     """Slower than `http.body_rate_min`: 408, long before `http.body_timeout`."""
-    monkeypatch.setattr("ingestd.sources.http.pace.GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("ingestd.http.deadlines.GRACE_SECONDS", 0.2)
     async with (
         serving(intake, body_rate_min=10_000, body_timeout=60) as source,
         connected(source) as client,
@@ -149,7 +149,7 @@ async def test_a_body_that_trickles(intake, monkeypatch, chunked):
 
 
 async def test_a_body_that_is_fast_enough(intake, monkeypatch):
-    monkeypatch.setattr("ingestd.sources.http.pace.GRACE_SECONDS", 0.05)
+    monkeypatch.setattr("ingestd.http.deadlines.GRACE_SECONDS", 0.05)
     async with serving(intake, body_rate_min=100) as source, connected(source) as client:
         client.post(b"", Content_Length="2000")
         for _ in range(100):
@@ -159,27 +159,27 @@ async def test_a_body_that_is_fast_enough(intake, monkeypatch):
 
 
 def test_pace():
-    pace = Pace(100, 1000.0)
+    pace = MinimumRate(100, 1000.0)
     assert pace.due == 1000.0 + GRACE_SECONDS
     assert not pace.is_slow(100 * GRACE_SECONDS, pace.due)
     assert pace.is_slow(100 * GRACE_SECONDS + 100 * GRACE_SECONDS - 1, pace.due)
 
 
 def test_pace_looks_at_each_window_by_itself():
-    pace = Pace(100, 0.0)
+    pace = MinimumRate(100, 0.0)
     assert not pace.is_slow(10**9, pace.due)
     assert pace.is_slow(10**9, pace.due)
 
 
 def test_pace_does_not_blame_a_client_for_our_delay():
-    pace = Pace(100, 0.0)
+    pace = MinimumRate(100, 0.0)
     assert not pace.is_slow(0, pace.due + 60)
     assert pace.due == 60 + 2 * GRACE_SECONDS
     assert pace.is_slow(0, pace.due)
 
 
 def test_pace_can_be_switched_off():
-    assert Pace(0, 0.0).due == float("inf")
+    assert MinimumRate(0, 0.0).due == float("inf")
 
 
 async def test_a_body_that_was_announced_takes_little(intake):
@@ -266,7 +266,7 @@ def test_who_is_a_client(address, client):
 
 
 def test_clients_are_counted():
-    clients = Clients(2)
+    clients = ClientConnections(2)
     assert [clients.enter("a") for _ in range(3)] == [True, True, False]
     assert clients.enter("b")
     clients.leave("a")
@@ -274,4 +274,4 @@ def test_clients_are_counted():
     for one in "aab":
         clients.leave(one)
     assert clients._open == {}
-    assert all(Clients(0).enter("a") for _ in range(10))
+    assert all(ClientConnections(0).enter("a") for _ in range(10))

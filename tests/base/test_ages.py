@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ingestd.base.ages import PLAUSIBLE, Ages
+from ingestd.base.clock import PLAUSIBLE, Ages
 
 YEAR_2026 = 1_790_000_000.0
 

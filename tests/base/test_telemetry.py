@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import structlog
 
-from ingestd.base import telemetry
-from ingestd.base.telemetry import LogWriter, start_logging
+from ingestd.base import logging as daemon_logging
+from ingestd.base.logging import LogWriter, start_logging
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -223,7 +223,7 @@ def test_no_value_fails_the_caller(pipe: Pipe, fmt: Any, value: object) -> None:
 @pytest.mark.parametrize("fmt", ["json", "console"])
 def test_a_line_is_bounded(pipe: Pipe, fmt: Any) -> None:
     writer = start_logging(form=fmt, stream=pipe.stream)
-    size = telemetry.LINE_BYTES_MAX + 1
+    size = daemon_logging.LINE_BYTES_MAX + 1
     structlog.get_logger().info("chunk_accepted", request_id="r1", value="x" * size)
     writer.close(DEADLINE)
     raw = pipe.read_to_end()
@@ -303,14 +303,14 @@ def test_a_stalled_reader_costs_lines_and_learns_how_many(pipe: Pipe, blocking: 
     os.set_blocking(pipe.stream.fileno(), blocking)
     writer = start_logging(stream=pipe.stream)
     log = structlog.get_logger()
-    total = 2 * telemetry.LINES_MAX
+    total = 2 * daemon_logging.LINES_MAX
     slowest = 0.0
     for number in range(total):
         start = time.monotonic()
         log.info("chunk_accepted", number=number)
         slowest = max(slowest, time.monotonic() - start)
     assert slowest < 2, "the caller waited for the reader"
-    assert writer.lines_lost >= total - telemetry.LINES_MAX
+    assert writer.lines_lost >= total - daemon_logging.LINES_MAX
     got: list[bytes] = []
     reader = threading.Thread(target=lambda: got.append(pipe.read_to_end()))
     pipe.stream.close()
@@ -348,7 +348,7 @@ def test_what_waits_is_bounded_in_bytes(pipe: Pipe) -> None:
     line = b"x" * (1024**2 - 1) + b"\n"
     for _ in range(12):
         writer.write(line)
-    assert writer.lines_lost == 12 - telemetry.BYTES_MAX // len(line)
+    assert writer.lines_lost == 12 - daemon_logging.BYTES_MAX // len(line)
     pipe.hang_up()
     assert writer.close(DEADLINE)
     assert writer.lines_lost == 12
@@ -409,7 +409,7 @@ def test_no_stderr_is_no_reason_to_fail(
 def test_a_process_started_with_closed_streams_writes_no_log_into_its_files(tmp_path: Path) -> None:
     program = """
 import structlog, sys
-from ingestd.base.telemetry import start_logging
+from ingestd.base.logging import start_logging
 files = [open(f"file{n}", "w") for n in range(4)]
 writer = start_logging()
 structlog.get_logger().error("chunk_accepted")
@@ -429,7 +429,7 @@ sys.exit(0 if closed and writer.lines_lost == 1 else 1)
 def test_the_log_does_not_pose_as_a_standard_stream() -> None:
     program = """
 import os
-from ingestd.base.telemetry import start_logging
+from ingestd.base.logging import start_logging
 start_logging()
 os.fstat(0)
 """

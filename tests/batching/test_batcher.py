@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingestd.base.record import Layout, Records, Span
-from ingestd.batching.batcher import Batcher, Cut
+from ingestd.batching.batcher import BatchDraft, Batcher
 
 
-def feed(batcher: Batcher, chunk: int, records: Records, first: int = 0) -> list[Cut]:
+def feed(batcher: Batcher, chunk: int, records: Records, first: int = 0) -> list[BatchDraft]:
     batcher.add(chunk, records, first=first, accepted_at=float(chunk))
     cuts = []
     while cut := batcher.take():

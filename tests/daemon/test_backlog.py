@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ingestd.execution.line import AHEAD_MAX
+from ingestd.execution.ready_queue import AHEAD_MAX
 from tests.backlog import fill
 from tests.daemon.harness import Daemon, daemon
 

@@ -14,9 +14,9 @@ from structlog.testing import capture_logs
 
 from ingestd.base.errors import HandlerLoadError
 from ingestd.base.record import Records, Span
-from ingestd.execution import build, loops
+from ingestd.execution import build, event_loops
 from ingestd.execution.build import start_pool
-from ingestd.execution.lane import START_AGAIN_SECONDS
+from ingestd.execution.pool import START_AGAIN_SECONDS
 from ingestd.handlers.outcome import POSTPONED, Job
 from ingestd.settings import Settings
 from tests.daemon.harness import daemon
@@ -237,7 +237,7 @@ async def test_a_constructor_that_hangs_ends_the_start(
 async def test_what_is_left_behind_is_bounded(
     opened, monkeypatch: pytest.MonkeyPatch, name: str, bound: str
 ) -> None:
-    monkeypatch.setattr(loops, bound, 2)
+    monkeypatch.setattr(event_loops, bound, 2)
     pool, go = await opened(name, workers=1, within="20ms")
     for _ in range(2):
         assert (await asyncio.wait_for(pool.run(job(1)), 20)).failure.reason == "timeout"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ingestd.execution.kinds import KIND_SECONDS, KINDS_MAX, FailureKinds, kind_of
+from ingestd.execution.failure_log import KIND_SECONDS, KINDS_MAX, FailureKinds, kind_of
 from ingestd.handlers.failure import failure_of
 from ingestd.handlers.outcome import Failure
 

@@ -6,17 +6,17 @@ import asyncio
 
 import pytest
 
-from ingestd.execution.line import AHEAD_MAX, Line, Load
 from ingestd.execution.outage import Outage
+from ingestd.execution.ready_queue import AHEAD_MAX, Load, ReadyQueue
 
 ONE = Load(1, 10)
 
 
 def line(
     waiting_max: int = 3, *, bytes_max: int = 10**6, outage: Outage | None = None
-) -> tuple[Line[str], list[str]]:
+) -> tuple[ReadyQueue[str], list[str]]:
     emptied: list[str] = []
-    made: Line[str] = Line(
+    made: ReadyQueue[str] = ReadyQueue(
         waiting_max=Load(waiting_max, bytes_max),
         outage=outage or Outage(60.0, lambda: 0.5),
         on_empty=lambda: emptied.append("empty"),
@@ -24,7 +24,7 @@ def line(
     return made, emptied
 
 
-async def soon(line: Line[str]) -> str | None:
+async def soon(line: ReadyQueue[str]) -> str | None:
     """What `next` gives without waiting."""
     task = asyncio.ensure_future(line.next())
     for _ in range(3):

@@ -12,12 +12,11 @@ from pathlib import Path
 import pytest
 
 from ingestd.base.record import Records, Span
-from ingestd.execution.lane import START_AGAIN_SECONDS
-from ingestd.execution.pool import ThreadedPool
-from ingestd.execution.process import FAILING_TRIES, ProcessLane
+from ingestd.execution.pool import START_AGAIN_SECONDS, ThreadedPool
+from ingestd.execution.process import FAILING_TRIES, ProcessWorker
 from ingestd.handlers.outcome import POSTPONED, Failure, Job, Result
-from ingestd.handlers.runner import Wanted
-from ingestd.handlers.wire import Hello
+from ingestd.handlers.runner import HandlerConfig
+from ingestd.handlers.wire import InitMessage
 
 HANDLERS = """
 import multiprocessing, os, signal, socket, subprocess, sys, threading, time
@@ -79,12 +78,12 @@ class Does:
     def says(self, number, body):
         head = wire._HEAD.pack(wire._MAGIC, os.getpid(), number, len(body))
         for fd in sockets(): os.write(fd, head + body)
-    def other_job(self, batch): self.says(7, wire.encode(wire.Answer(wire.Result())))
+    def other_job(self, batch): self.says(7, wire.encode(wire.ResultMessage(wire.Result())))
     def no_answer(self, batch): self.says(1, b"abc")
     def impossible_answer(self, batch):
-        self.says(1, wire.encode(wire.Answer(wire.Result([Rejection(99, "rejected", "x")]))))
+        self.says(1, wire.encode(wire.ResultMessage(wire.Result([Rejection(99, "rejected", "x")]))))
     def impossible_reason(self, batch):
-        self.says(1, wire.encode(wire.Answer(wire.Result(failure=Failure("because", "x")))))
+        self.says(1, wire.encode(wire.ResultMessage(wire.Result(failure=Failure("because", "x")))))
     def slow_drip(self, batch):
         head = wire._HEAD.pack(wire._MAGIC, os.getpid(), 1, 1000)
         for fd in sockets(): os.write(fd, head)
@@ -181,9 +180,11 @@ class Lanes:
         self.pool: ThreadedPool | None = None
 
     async def start(self, name: str, seconds: float = 30.0, **options: str) -> None:
-        wanted = Wanted(f"{self.module}:{name}", options, "json", "process", "default", b"data")
-        hello = Hello(wanted, os.getpid())
-        lane = ProcessLane(
+        wanted = HandlerConfig(
+            f"{self.module}:{name}", options, "json", "process", "default", b"data"
+        )
+        hello = InitMessage(wanted, os.getpid())
+        lane = ProcessWorker(
             "default-worker-0", hello, timeout=seconds, on_restart=self.restarts.append
         )
         self.pool = ThreadedPool([lane])

@@ -7,25 +7,25 @@ from hypothesis import strategies as st
 
 from ingestd.execution.retry import (
     PART_TRIES,
-    Again,
-    GivenUp,
-    Postponed,
+    DeadLettered,
+    Resolve,
+    RetryBatch,
+    RetryContext,
+    RetryRecords,
     RetryRule,
-    Settled,
-    Standing,
     backoff,
     decide,
     rank,
     rounded,
 )
-from ingestd.handlers.outcome import POSTPONED, Failure, Rejection, Result, Retry
+from ingestd.handlers.outcome import POSTPONED, Failure, Rejection, Result, RetryRequest
 
 RULE = RetryRule(attempts_max=3, backoff=0.5, backoff_max=60.0, give_up_after=3600.0)
 
 
-def tried(count: int, attempts: int) -> Standing:
+def tried(count: int, attempts: int) -> RetryContext:
     """A batch all of whose tries count."""
-    return Standing(count, attempts, attempts)
+    return RetryContext(count, attempts, attempts)
 
 
 def half() -> float:
@@ -39,68 +39,68 @@ def test_full_jitter_doubles_up_to_its_bound() -> None:
 
 
 def test_all_done_settles_with_nothing_left() -> None:
-    assert decide(Result(), tried(5, 1), rule=RULE, random=half) == Settled((), ())
+    assert decide(Result(), tried(5, 1), rule=RULE, random=half) == Resolve((), ())
 
 
 def test_a_failure_is_postponed_until_the_last_attempt() -> None:
     failure = Failure("raised", "ValueError: no", "Traceback")
     result = Result(failure=failure)
-    assert decide(result, tried(1, 2), rule=RULE, random=half) == Postponed(0.5, failure)
+    assert decide(result, tried(1, 2), rule=RULE, random=half) == RetryBatch(0.5, failure)
     over = decide(result, tried(1, 3), rule=RULE, random=half)
-    assert over == Settled((GivenUp(0, "failed", "ValueError: no", "Traceback"),), ())
+    assert over == Resolve((DeadLettered(0, "failed", "ValueError: no", "Traceback"),), ())
 
 
 def test_a_batch_at_its_end_is_split_into_halves() -> None:
     result = Result(failure=Failure("crashed", "SIGSEGV"))
-    assert decide(result, tried(5, 3), rule=RULE, random=half) == Settled(
-        (), (Again((0, 1), 0.0), Again((2, 3, 4), 0.0))
+    assert decide(result, tried(5, 3), rule=RULE, random=half) == Resolve(
+        (), (RetryRecords((0, 1), 0.0), RetryRecords((2, 3, 4), 0.0))
     )
 
 
 def test_without_evidence_a_batch_is_split_only_if_it_may_and_no_record_is_given_up() -> None:
     failure = Failure("raised", "down")
     result = Result(failure=failure)
-    other = Standing(5, 9, 9, proven=False, may_split=False)
-    assert decide(result, other, rule=RULE, random=half) == Postponed(30.0, failure)
-    first = Standing(5, 9, 9, proven=False, may_split=True)
-    assert isinstance(decide(result, first, rule=RULE, random=half), Settled)
-    alone = Standing(1, 999, 999, proven=False)
-    assert decide(result, alone, rule=RULE, random=half) == Postponed(30.0, failure)
+    other = RetryContext(5, 9, 9, proven=False, may_split=False)
+    assert decide(result, other, rule=RULE, random=half) == RetryBatch(30.0, failure)
+    first = RetryContext(5, 9, 9, proven=False, may_split=True)
+    assert isinstance(decide(result, first, rule=RULE, random=half), Resolve)
+    alone = RetryContext(1, 999, 999, proven=False)
+    assert decide(result, alone, rule=RULE, random=half) == RetryBatch(30.0, failure)
 
 
 def test_in_a_pause_no_record_is_given_up_whatever_was_proven_before() -> None:
     failure = Failure("raised", "down")
-    known = Standing(1, 9, 9, proven=True, paused=True)
-    assert isinstance(decide(Result(failure=failure), known, rule=RULE, random=half), Postponed)
-    marked = Result([], [Retry(0, None, "503")])
-    assert decide(marked, known, rule=RULE, random=half) == Settled((), (Again((0,), 30.0),))
+    known = RetryContext(1, 9, 9, proven=True, paused=True)
+    assert isinstance(decide(Result(failure=failure), known, rule=RULE, random=half), RetryBatch)
+    marked = Result([], [RetryRequest(0, None, "503")])
+    assert decide(marked, known, rule=RULE, random=half) == Resolve((), (RetryRecords((0,), 30.0),))
 
 
 def test_in_the_end_all_of_a_batch_is_given_up() -> None:
     result = Result(failure=Failure("timeout", "too slow"))
-    old = Standing(2, 9, 0, age=3600.0, proven=False, paused=True)
-    assert decide(result, old, rule=RULE, random=half) == Settled(
-        (GivenUp(0, "timeout", "too slow"), GivenUp(1, "timeout", "too slow")), ()
+    old = RetryContext(2, 9, 0, age=3600.0, proven=False, paused=True)
+    assert decide(result, old, rule=RULE, random=half) == Resolve(
+        (DeadLettered(0, "timeout", "too slow"), DeadLettered(1, "timeout", "too slow")), ()
     )
     # Where others succeed the guilty one can be found.
-    guilty = Standing(2, 9, 9, age=3600.0)
-    assert isinstance(decide(result, guilty, rule=RULE, random=half), Settled)
+    guilty = RetryContext(2, 9, 9, age=3600.0)
+    assert isinstance(decide(result, guilty, rule=RULE, random=half), Resolve)
     assert decide(result, guilty, rule=RULE, random=half).given_up == ()  # type: ignore[union-attr]
 
 
 def test_beside_successes_tries_decide_and_the_age_does_not() -> None:
     failure = Failure("raised", "no")
-    old = Standing(1, 2, 2, age=9999.0)
-    assert decide(Result(failure=failure), old, rule=RULE, random=half) == Postponed(0.5, failure)
-    marked = Result([], [Retry(0, 7200.0, "tomorrow")])
-    assert decide(marked, old, rule=RULE, random=half) == Settled((), (Again((0,), 7680.0),))
+    old = RetryContext(1, 2, 2, age=9999.0)
+    assert decide(Result(failure=failure), old, rule=RULE, random=half) == RetryBatch(0.5, failure)
+    marked = Result([], [RetryRequest(0, 7200.0, "tomorrow")])
+    assert decide(marked, old, rule=RULE, random=half) == Resolve((), (RetryRecords((0,), 7680.0),))
 
 
 def test_an_old_batch_that_fails_alone_is_split_and_not_given_up() -> None:
     result = Result(failure=Failure("raised", "no"))
-    alone = Standing(4, 1, 1, age=3600.0, proven=False, may_split=False)
+    alone = RetryContext(4, 1, 1, age=3600.0, proven=False, may_split=False)
     verdict = decide(result, alone, rule=RULE, random=half)
-    assert verdict == Settled((), (Again((0, 1), 0.0), Again((2, 3), 0.0)))
+    assert verdict == Resolve((), (RetryRecords((0, 1), 0.0), RetryRecords((2, 3), 0.0)))
 
 
 def test_not_now_waits_as_long_as_it_says_and_ends_only_by_its_age() -> None:
@@ -108,12 +108,12 @@ def test_not_now_waits_as_long_as_it_says_and_ends_only_by_its_age() -> None:
     result = Result(failure=failure)
     for standing in (tried(1, 99), tried(5, 99)):
         verdict = decide(result, standing, rule=RULE, random=half)
-        assert verdict == Postponed(90.0, failure, asked=True)
+        assert verdict == RetryBatch(90.0, failure, asked=True)
     whenever = Result(failure=Failure(POSTPONED, "not now"))
     assert decide(whenever, tried(1, 1), rule=RULE, random=half).after == 0.25  # type: ignore[union-attr]
-    old = Standing(1, 1, 0, age=3600.0)
-    assert decide(result, old, rule=RULE, random=half) == Settled(
-        (GivenUp(0, "failed", "rate limit"),), ()
+    old = RetryContext(1, 1, 0, age=3600.0)
+    assert decide(result, old, rule=RULE, random=half) == Resolve(
+        (DeadLettered(0, "failed", "rate limit"),), ()
     )
 
 
@@ -133,24 +133,30 @@ def test_no_wait_is_shorter_than_what_was_asked_for(after: float) -> None:
 
 def test_a_failure_hides_what_the_handler_marked_before_it_raised() -> None:
     result = Result([Rejection(0, "rejected", "x")], [], Failure("raised", "e"))
-    assert isinstance(decide(result, tried(2, 1), rule=RULE, random=half), Postponed)
+    assert isinstance(decide(result, tried(2, 1), rule=RULE, random=half), RetryBatch)
 
 
 def test_records_to_be_tried_again_go_together_by_their_wait() -> None:
     result = Result(
         [Rejection(4, "rejected", "no")],
-        [Retry(0, None, ""), Retry(1, 9.0, ""), Retry(2, None, ""), Retry(3, 9.0, "")],
+        [
+            RetryRequest(0, None, ""),
+            RetryRequest(1, 9.0, ""),
+            RetryRequest(2, None, ""),
+            RetryRequest(3, 9.0, ""),
+        ],
     )
     verdict = decide(result, tried(6, 1), rule=RULE, random=half)
-    assert verdict == Settled(
-        (GivenUp(4, "rejected", "no"),), (Again((0, 2), 0.25), Again((1, 3), 9.0))
+    assert verdict == Resolve(
+        (DeadLettered(4, "rejected", "no"),),
+        (RetryRecords((0, 2), 0.25), RetryRecords((1, 3), 9.0)),
     )
 
 
 def test_a_record_is_not_tried_beyond_the_last_attempt() -> None:
-    result = Result([], [Retry(1, 5.0, "busy")])
+    result = Result([], [RetryRequest(1, 5.0, "busy")])
     verdict = decide(result, tried(2, 3), rule=RULE, random=half)
-    assert verdict == Settled((GivenUp(1, "failed", "busy"),), ())
+    assert verdict == Resolve((DeadLettered(1, "failed", "busy"),), ())
 
 
 @given(
@@ -160,30 +166,30 @@ def test_a_record_is_not_tried_beyond_the_last_attempt() -> None:
 def test_every_record_has_exactly_one_outcome(marks: list[str], attempts: int) -> None:
     result = Result(
         [Rejection(i, "rejected", "") for i, mark in enumerate(marks) if mark == "reject"],
-        [Retry(i, None, "") for i, mark in enumerate(marks) if mark == "retry"],
+        [RetryRequest(i, None, "") for i, mark in enumerate(marks) if mark == "retry"],
     )
     verdict = decide(result, tried(len(marks), attempts), rule=RULE, random=half)
-    assert isinstance(verdict, Settled)
+    assert isinstance(verdict, Resolve)
     touched = [one.index for one in verdict.given_up]
     touched += [i for again in verdict.again for i in again.indices]
     assert sorted(touched) == [i for i, mark in enumerate(marks) if mark != "done"]
 
 
 def test_while_nothing_succeeds_a_part_is_split_after_fewer_tries_and_a_batch_is_not() -> None:
-    part = Standing(4, PART_TRIES, 0, proven=False, paused=True, is_part=True)
-    halves = (Again((0, 1), 0.0), Again((2, 3), 0.0))
+    part = RetryContext(4, PART_TRIES, 0, proven=False, paused=True, is_part=True)
+    halves = (RetryRecords((0, 1), 0.0), RetryRecords((2, 3), 0.0))
     rule = RetryRule(8, 0.5, 60.0)
     raised = Result(failure=Failure("raised", "no", ""))
     whole = part._replace(attempts=8, is_part=False)
     for now in (part, part._replace(paused=False), whole, whole._replace(paused=False)):
-        assert decide(raised, now, rule=rule, random=lambda: 0.5) == Settled((), halves)
+        assert decide(raised, now, rule=rule, random=lambda: 0.5) == Resolve((), halves)
     for later in (
         part._replace(attempts=PART_TRIES - 1),
         part._replace(may_split=False),
         whole._replace(attempts=7),
         whole._replace(may_split=False),
     ):
-        assert isinstance(decide(raised, later, rule=rule, random=lambda: 0.5), Postponed)
+        assert isinstance(decide(raised, later, rule=rule, random=lambda: 0.5), RetryBatch)
 
 
 def test_while_paused_parts_come_first_and_then_the_batch_that_is_nearest_to_be_split() -> None:

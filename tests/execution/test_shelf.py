@@ -10,8 +10,7 @@ import pytest
 import structlog
 
 from ingestd.base.record import Records
-from ingestd.execution.ahead import AHEAD_MAX, SECONDS, Ahead
-from ingestd.execution.shelf import Shelf
+from ingestd.execution.job_queue import AHEAD_MAX, SECONDS, JobQueue, PrefetchLimit
 from ingestd.handlers.outcome import Job, Result
 
 
@@ -22,7 +21,7 @@ def job(number: int) -> Job:
 async def test_a_busy_lane_keeps_no_job_from_the_others() -> None:
     """One lane hangs in its first job; all others are run by the second one."""
     hold = threading.Event()
-    shelf = Shelf()
+    shelf = JobQueue()
 
     def run(one: Job) -> Result:
         if one.batch == "j-0":
@@ -42,7 +41,7 @@ async def test_a_busy_lane_keeps_no_job_from_the_others() -> None:
 
 
 async def test_what_goes_wrong_in_a_lane_is_told_and_the_lane_goes_on() -> None:
-    shelf = Shelf()
+    shelf = JobQueue()
 
     def run(one: Job) -> Result:
         if one.batch == "j-0":
@@ -59,7 +58,7 @@ async def test_what_goes_wrong_in_a_lane_is_told_and_the_lane_goes_on() -> None:
 
 
 async def test_after_the_end_no_job_is_begun() -> None:
-    shelf, begun = Shelf(), []
+    shelf, begun = JobQueue(), []
     left = [shelf.put(job(number)) for number in range(5)]
     shelf.close(2)
     with ThreadPoolExecutor(2) as threads:
@@ -71,7 +70,7 @@ async def test_after_the_end_no_job_is_begun() -> None:
 
 
 async def test_log_lines_of_a_lane_know_whose_job_it_is() -> None:
-    shelf, seen = Shelf(), []
+    shelf, seen = JobQueue(), []
 
     def run(one: Job) -> Result:
         seen.append((one.batch, structlog.contextvars.get_contextvars()["batch_id"]))
@@ -91,7 +90,7 @@ async def test_log_lines_of_a_lane_know_whose_job_it_is() -> None:
 
 @pytest.mark.parametrize("workers", [1, 2, 100])
 def test_what_lies_ready_is_a_moments_work(workers: int) -> None:
-    ahead = Ahead(workers)
+    ahead = PrefetchLimit(workers)
     assert ahead.jobs == workers
     for _ in range(200):
         ahead.ran(SECONDS / 10, failed=False)

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from ingestd.base.budget import Budget
+from ingestd.base.rate import BurstBudget
 from ingestd.execution.worker_log import WorkerLog
-from ingestd.handlers import log_line
-from ingestd.handlers.log_line import LogLine
+from ingestd.handlers import log_relay
+from ingestd.handlers.log_relay import LogLine
 from tests.daemon.harness import Daemon
 
 HANDLER = """
@@ -106,7 +106,7 @@ def test_everything_that_is_said_is_an_event_of_its_batch(handler: Path) -> None
     assert "UserWarning: a warning of the user's" in warned["message"]
     (stored,) = named(one, "stored")
     assert (stored["rows"], stored["odd"], stored["level"]) == (5, "<class 'object'>", "info")
-    assert len(stored["text"]) == log_line.FIELD_CHARS_MAX
+    assert len(stored["text"]) == log_relay.FIELD_CHARS_MAX
     assert "KeyError" in named(one, "missing", level="error")[0]["traceback"]
     assert named(one, "handler_thread_failed", thread="theirs", level="error")
     wrote = "\n".join(line["text"] for line in named(one, "handler_wrote"))
@@ -156,14 +156,14 @@ def test_the_level_of_the_log_counts(handler: Path) -> None:
 
 
 def test_a_budget() -> None:
-    budget = Budget(3, 2.0, 10.0)
+    budget = BurstBudget(3, 2.0, 10.0)
     assert [budget.spend(1, 10.0) for _ in range(4)] == [True, True, True, False]
     assert [budget.spend(1, 10.5) for _ in range(2)] == [True, False]
     assert budget.spend(3, 100.0)
     assert not budget.spend(1, 99.0)  # a clock that goes back gives nothing
 
 
-@pytest.mark.parametrize("packet", [b"", b"garbage", b"\xc1", log_line.encode([1])])
+@pytest.mark.parametrize("packet", [b"", b"garbage", b"\xc1", log_relay.encode([1])])
 def test_a_packet_that_is_no_line_is_counted(packet: bytes) -> None:
     log = WorkerLog("default", "w")
     log.packet(packet)
@@ -172,7 +172,7 @@ def test_a_packet_that_is_no_line_is_counted(packet: bytes) -> None:
 
 def test_a_line_that_lies_about_what_was_dropped_does_not_pay_back() -> None:
     log = WorkerLog("default", "w")
-    log.packet(log_line.encode(LogLine(dropped=-5)))
+    log.packet(log_relay.encode(LogLine(dropped=-5)))
     assert not log.holds
 
 

@@ -15,7 +15,7 @@ from ingestd.base.clock import SystemClock
 from ingestd.base.errors import JournalFailed, JournalUnreadable
 from ingestd.base.record import Records, Span
 from ingestd.journal.interface import Cursor, DeadLetter, Sealed, Settlement
-from ingestd.journal.sqlite import SqliteJournal
+from ingestd.journal.sqlite.journal import SqliteJournal
 
 if TYPE_CHECKING:
     from collections.abc import Callable

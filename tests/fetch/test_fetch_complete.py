@@ -16,8 +16,8 @@ from backports import zstd
 
 from ingestd.base.errors import InputIncomplete
 from ingestd.sources.fetch.body import _Window
-from ingestd.sources.fetch.budget import Budget, memory_for
-from ingestd.sources.fetch.failure import Again, GivenUp
+from ingestd.sources.fetch.concurrency import InflightBudget, memory_for
+from ingestd.sources.fetch.failure import DownloadFailed, TryAgain
 from ingestd.sources.fetch.settings import FetchSettings
 from tests.fetch.tools import (
     Asked,
@@ -408,7 +408,7 @@ async def test_a_file_made_with_long_says_what_it_needs() -> None:
 
 
 async def test_the_memory_of_all_windows_is_bounded() -> None:
-    budget = Budget(32 * MIB)
+    budget = InflightBudget(32 * MIB)
     windows = [_Window(budget, 128 * MIB, waits=True) for _ in range(4)]
     for window in windows[:3]:
         assert await window.grow(8 * MIB) == 8 * MIB
@@ -420,12 +420,12 @@ async def test_the_memory_of_all_windows_is_bounded() -> None:
     assert await large == 128 * MIB
     assert budget.used == 128 * MIB
     stream = _Window(budget, 128 * MIB, waits=False)
-    with pytest.raises(Again, match="no memory left"):
+    with pytest.raises(TryAgain, match="no memory left"):
         await stream.grow(1 * MIB)
     windows[3].close()
     windows[3].close()
     assert await stream.grow(1) == 64 * 1024
-    with pytest.raises(GivenUp):
+    with pytest.raises(DownloadFailed):
         await stream.grow(129 * MIB)
     stream.close()
     assert budget.used == 0

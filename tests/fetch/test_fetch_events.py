@@ -7,8 +7,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ingestd.base.record import Layout
-from ingestd.sources.fetch.events import ID_CHARS_MAX, Event, EventParser, records_of
-from ingestd.sources.lines import KEPT_BYTES
+from ingestd.codecs.lines import KEPT_BYTES
+from ingestd.sources.fetch.decoders import ID_CHARS_MAX, Event, EventParser, records_of
 
 MAX = 1000
 

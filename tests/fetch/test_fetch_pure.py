@@ -12,25 +12,28 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from multidict import CIMultiDict
 
+from ingestd.base.append import STATE_BYTES_MAX, SourceOffset
 from ingestd.base.backoff import backoff
-from ingestd.base.bookmark import STATE_BYTES_MAX, Bookmark
 from ingestd.base.errors import ConfigError
+from ingestd.codecs.compression import Inflater
 from ingestd.config.network import show_url, split_urls
-from ingestd.sources.fetch import waits
-from ingestd.sources.fetch.answer import (
+from ingestd.sources.fetch import concurrency
+from ingestd.sources.fetch.decoders import LineDecoder
+from ingestd.sources.fetch.failure import DownloadFailed, ResourceChanged, TryAgain
+from ingestd.sources.fetch.position import (
     Finished,
+    Position,
     Take,
+    as_bookmark,
     encoding_of,
     ends_by_itself,
+    from_bookmark,
     headers_for,
     judge,
+    start_of,
 )
-from ingestd.sources.fetch.failure import Again, Changed, GivenUp
-from ingestd.sources.fetch.position import Position, as_bookmark, from_bookmark, start_of
 from ingestd.sources.fetch.settings import FetchSettings
-from ingestd.sources.fetch.taking import Lines
 from ingestd.sources.fetch.urls import as_url, read_links
-from ingestd.sources.inflate import Inflater
 from tests.fetch.tools import lines, packed
 
 if TYPE_CHECKING:
@@ -64,12 +67,12 @@ def test_the_backoff_doubles_with_full_jitter_and_a_bound() -> None:
     ],
 )
 def test_retry_after(text: str | None, date: str | None, seconds: float | None) -> None:
-    assert waits.retry_after(text, date, 1000.0, 300.0) == seconds
+    assert concurrency.retry_after(text, date, 1000.0, 300.0) == seconds
 
 
 @pytest.mark.parametrize(("asked", "seconds"), [(None, 0.5), (0.0, 0.1), (2.0, 2.0), (1e9, 60.0)])
 def test_a_stream_says_when_to_come_back_within_bounds(asked: float | None, seconds: float) -> None:
-    assert waits.reconnect(asked, 0.5, 60.0) == seconds
+    assert concurrency.reconnect(asked, 0.5, 60.0) == seconds
 
 
 # -- positions -------------------------------------------------------------------------------------
@@ -88,7 +91,7 @@ def test_a_position_comes_back_as_it_was() -> None:
     assert len(bookmark.state) <= STATE_BYTES_MAX
     assert from_bookmark(None) == Position()
     with pytest.raises(ValueError, match="offset"):
-        from_bookmark(Bookmark("k", b'{"offset": "x"}'))
+        from_bookmark(SourceOffset("k", b'{"offset": "x"}'))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +180,7 @@ def test_something_that_was_done() -> None:
         start_of({"ETag": '"b"'}, "identity"), changed=True
     )
     assert judged(200, DONE) == Take(Position())
-    with pytest.raises(GivenUp, match="304"):
+    with pytest.raises(DownloadFailed, match="304"):
         judged(304, BEGUN)
 
 
@@ -188,7 +191,7 @@ def test_no_content_writes_nothing_down() -> None:
 
 @pytest.mark.parametrize("status", [204, 205])
 def test_no_content_is_not_the_rest(status: int) -> None:
-    with pytest.raises(Again, match=f"{status} in place of the rest"):
+    with pytest.raises(TryAgain, match=f"{status} in place of the rest"):
         judged(status, BEGUN)
 
 
@@ -228,7 +231,7 @@ SIZED = replace(BEGUN, size=200)
     ],
 )
 def test_a_part_that_is_not_the_rest_that_was_asked_for(head: dict[str, str]) -> None:
-    with pytest.raises(Changed):
+    with pytest.raises(ResourceChanged):
         judged(206, SIZED, **{"ETag": '"a"', **head})
 
 
@@ -236,7 +239,7 @@ def test_a_part_without_validators_is_told_by_the_size() -> None:
     """RFC 9110 wants the tag to be repeated; a server that forgot it may have forgotten more."""
     place = "bytes 100-199/200"
     assert judged(206, SIZED, Content_Range=place) == Take(SIZED, length=100)
-    with pytest.raises(Changed):
+    with pytest.raises(ResourceChanged):
         judged(206, BEGUN, Content_Range=place)
     dated = Position(modified="m", strong="m", offset=100)
     assert judged(206, dated, Content_Range=place, Last_Modified="m") == Take(dated, length=100)
@@ -245,13 +248,13 @@ def test_a_part_without_validators_is_told_by_the_size() -> None:
 def test_a_whole_that_says_it_is_a_part() -> None:
     for place in ("bytes 0-99/200", "bytes 1-199/200", "bytes 0-99/*"):
         for position in (Position(), BEGUN, DONE):
-            with pytest.raises(Again, match="200 with a Content-Range"):
+            with pytest.raises(TryAgain, match="200 with a Content-Range"):
                 judged(200, position, Content_Range=place)
     assert judged(200, Position(), Content_Range="bytes 0-199/200") == Take(Position())
 
 
 def test_a_part_that_nobody_asked_for() -> None:
-    with pytest.raises(GivenUp, match="206"):
+    with pytest.raises(DownloadFailed, match="206"):
         judged(206, Position(), Content_Range="bytes 0-1/2")
 
 
@@ -276,23 +279,23 @@ def test_nothing_behind_what_was_accepted() -> None:
     assert finished.position.done
     for wrong in ({"Content_Range": "bytes */99"}, {}, {"Content_Range": "bytes */100",
                                                         "ETag": '"b"'}):  # fmt: skip
-        with pytest.raises(Changed):
+        with pytest.raises(ResourceChanged):
             judged(416, BEGUN, **wrong)
-    with pytest.raises(Changed):  # it was longer when it was begun
+    with pytest.raises(ResourceChanged):  # it was longer when it was begun
         judged(416, SIZED, Content_Range="bytes */100")
-    with pytest.raises(GivenUp):
+    with pytest.raises(DownloadFailed):
         judged(416, Position())
 
 
 @pytest.mark.parametrize("status", [408, 425, 429, 500, 502, 503, 504, 599])
 def test_what_may_pass(status: int) -> None:
-    with pytest.raises(Again, match=str(status)):
+    with pytest.raises(TryAgain, match=str(status)):
         judged(status, Position())
 
 
 @pytest.mark.parametrize("status", [300, 302, 400, 401, 403, 404, 410, 451, 501, 505, 999 - 550])
 def test_what_does_not_pass(status: int) -> None:
-    with pytest.raises(GivenUp, match=str(status)):
+    with pytest.raises(DownloadFailed, match=str(status)):
         judged(status, Position())
 
 
@@ -316,7 +319,7 @@ def test_how_a_body_is_compressed(headers: dict[str, str], url: str, encoding: s
 
 @pytest.mark.parametrize("coding", ["br", "gzip, gzip", "compress"])
 def test_what_is_not_decompressed(coding: str) -> None:
-    with pytest.raises(GivenUp):
+    with pytest.raises(DownloadFailed):
         encoding_of({"Content-Encoding": coding}, URL)
 
 
@@ -355,7 +358,7 @@ class Kept:
         self.refused: list[tuple[int, str, bytes]] = []
         self.position = Position()
 
-    def take(self, taker: Lines, parsed: Any) -> None:
+    def take(self, taker: LineDecoder, parsed: Any) -> None:
         if parsed:
             self.items += parsed.records.items()
             self.refused += [(one.index, one.reason, one.payload) for one in parsed.refused]
@@ -363,7 +366,7 @@ class Kept:
 
 
 def run(kept: Kept, wire: list[bytes], encoding: str, form: Any, *, skip: int, whole: bool) -> None:
-    taker = Lines(form, MAX, kept.position, skip)
+    taker = LineDecoder(form, MAX, kept.position, skip)
     inflater = None if encoding == "identity" else Inflater(encoding, 1 << 40)
     for part in wire:
         for piece in [part] if inflater is None else inflater.feed(part):
@@ -408,25 +411,25 @@ def test_another_beginning_is_seen(offset: int, place: int, byte: bytes) -> None
     begun = Position(offset=min(offset, len(body)), crc=zlib.crc32(body[:offset]), records=1)
     other = bytearray(body)
     other[place : place + 1] = byte
-    taker = Lines("json", MAX, begun, begun.offset)
+    taker = LineDecoder("json", MAX, begun, begun.offset)
     if other[: begun.offset] == body[: begun.offset]:
         taker.feed(bytes(other))
     else:
-        with pytest.raises(Changed):
+        with pytest.raises(ResourceChanged):
             taker.feed(bytes(other))
 
 
 def test_something_shorter_than_what_was_accepted_is_another_version() -> None:
-    taker = Lines("json", MAX, Position(offset=50, crc=1, records=1), 50)
+    taker = LineDecoder("json", MAX, Position(offset=50, crc=1, records=1), 50)
     taker.feed(b"x" * 20)
-    with pytest.raises(Again):
+    with pytest.raises(TryAgain):
         taker.end(certain=False)  # which may be a connection that broke
-    with pytest.raises(Changed):
+    with pytest.raises(ResourceChanged):
         taker.end(certain=True)
 
 
 def test_a_line_whose_end_may_be_missing_is_not_taken_for_a_whole_one() -> None:
-    taker = Lines("json", MAX, Position())
+    taker = LineDecoder("json", MAX, Position())
     assert taker.feed(b"1\n12").records.items() == [b"1"]  # type: ignore[union-attr]
     last = taker.end(certain=False)
     assert last is not None
@@ -436,20 +439,20 @@ def test_a_line_whose_end_may_be_missing_is_not_taken_for_a_whole_one() -> None:
 
 @pytest.mark.parametrize("encoding", ["gzip", "zstd"])
 def test_what_nobody_said_is_compressed(encoding: str) -> None:
-    with pytest.raises(GivenUp, match="compressed"):
-        Lines("text", MAX, Position()).feed(packed(lines(0, 9), encoding))
-    taker = Lines("text", MAX, Position())
+    with pytest.raises(DownloadFailed, match="compressed"):
+        LineDecoder("text", MAX, Position()).feed(packed(lines(0, 9), encoding))
+    taker = LineDecoder("text", MAX, Position())
     first, rest = packed(lines(0, 9), encoding)[:1], packed(lines(0, 9), encoding)[1:]
     assert taker.feed(first) is None
-    with pytest.raises(GivenUp, match=rf"compressed \({encoding}\)"):
+    with pytest.raises(DownloadFailed, match=rf"compressed \({encoding}\)"):
         taker.feed(rest)
-    Lines("bytes", MAX, Position()).feed(packed(lines(0, 9), encoding))
+    LineDecoder("bytes", MAX, Position()).feed(packed(lines(0, 9), encoding))
 
 
 @pytest.mark.parametrize("encoding", ["UTF-16", "UTF-32"])
 def test_what_is_not_utf_8_by_its_mark(encoding: str) -> None:
-    with pytest.raises(GivenUp, match=f"it is {encoding} text, not UTF-8"):
-        Lines("json", MAX, Position()).feed(lines(0, 9).decode().encode(encoding))
+    with pytest.raises(DownloadFailed, match=f"it is {encoding} text, not UTF-8"):
+        LineDecoder("json", MAX, Position()).feed(lines(0, 9).decode().encode(encoding))
 
 
 # -- lists of URLs ---------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from aiohttp.abc import AbstractResolver
 
 from ingestd.base.errors import InputIncomplete
 from ingestd.sources.fetch.client import next_url, proxy_for
-from ingestd.sources.fetch.failure import GivenUp
-from ingestd.sources.fetch.safety import Forbidden, Resolver, is_public
+from ingestd.sources.fetch.failure import DownloadFailed
+from ingestd.sources.fetch.safety import ForbiddenAddress, Resolver, is_public
 from ingestd.sources.fetch.urls import as_url
 from tests.fetch.tools import Intake, answers, fetching, lines, serving
 
@@ -101,7 +101,7 @@ class Names(AbstractResolver):
 async def test_only_what_passes_comes_out_of_the_resolver() -> None:
     resolver = Resolver(is_public, Names(["10.0.0.1", "1.1.1.1"], ["10.0.0.1"], []))
     assert [one["host"] for one in await resolver.resolve("a")] == ["1.1.1.1"]
-    with pytest.raises(Forbidden):
+    with pytest.raises(ForbiddenAddress):
         await resolver.resolve("a")
     assert await resolver.resolve("a") == []
 
@@ -190,7 +190,7 @@ def test_where_a_redirect_leads(url: str, location: str, target: str) -> None:
     ],
 )
 def test_where_no_redirect_may_lead(location: str, says: str) -> None:
-    with pytest.raises(GivenUp, match=says):
+    with pytest.raises(DownloadFailed, match=says):
         next_url(as_url("https://a/"), location)
 
 

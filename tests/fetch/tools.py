@@ -20,8 +20,8 @@ from tests.sources.source_tools import check
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
-    from ingestd.base.bookmark import Bookmark
-    from ingestd.base.record import Format, Records, Refused
+    from ingestd.base.append import SourceOffset
+    from ingestd.base.record import Format, InvalidRecord, Records
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -35,8 +35,8 @@ class Intake:
         self.record_bytes_max = record_bytes_max
         self.json_depth_max = 128
         self.runs: list[Records] = []
-        self.refused: list[Refused] = []
-        self.bookmarks: dict[str, Bookmark] = {}
+        self.refused: list[InvalidRecord] = []
+        self.bookmarks: dict[str, SourceOffset] = {}
         self.errors: list[Exception] = []
         self.gate = asyncio.Event()
         self.gate.set()
@@ -46,9 +46,9 @@ class Intake:
     async def accept(
         self,
         records: Records,
-        refused: Sequence[Refused] = (),
+        refused: Sequence[InvalidRecord] = (),
         claim: None = None,
-        bookmark: Bookmark | None = None,
+        bookmark: SourceOffset | None = None,
         *,
         unkept: int = 0,
     ) -> None:
@@ -63,7 +63,7 @@ class Intake:
         if bookmark is not None:
             self.bookmarks[bookmark.key] = bookmark
 
-    async def bookmark(self, key: str) -> Bookmark | None:
+    async def bookmark(self, key: str) -> SourceOffset | None:
         return self.bookmarks.get(key)
 
     @property

@@ -7,7 +7,7 @@ import pytest
 
 from ingestd.base.record import Records, Span
 from ingestd.handlers.batch import Batch
-from ingestd.handlers.outcome import Job, Rejection, Retry
+from ingestd.handlers.outcome import Job, Rejection, RetryRequest
 
 JOB = Job("j-9", 2, Records.lines([b"a", b"b", b"c", b"d"]), [Span(4, 8, 1), Span(7, 0, 3)], "j")
 
@@ -37,7 +37,7 @@ def test_places_are_mapped_back_past_undecodable_records() -> None:
     batch.reject(1, "bad")
     batch.retry(-2, timedelta(minutes=1), "later")
     assert batch.rejections == [*lost, Rejection(3, "rejected", "bad")]
-    assert batch.retries == [Retry(1, 60.0, "later")]
+    assert batch.retries == [RetryRequest(1, 60.0, "later")]
 
 
 def test_the_last_word_counts() -> None:
@@ -47,7 +47,7 @@ def test_the_last_word_counts() -> None:
     batch.retry(1, 2)
     batch.reject(1, "no")
     assert batch.rejections == [Rejection(1, "rejected", "no")]
-    assert batch.retries == [Retry(0, None, "")]
+    assert batch.retries == [RetryRequest(0, None, "")]
 
 
 @pytest.mark.parametrize("i", [4, -5, 10**30])

@@ -11,9 +11,9 @@ import msgspec
 import pytest
 
 from ingestd.handlers.call import call, call_async, close, close_async
+from ingestd.handlers.failure import TRACEBACK_BYTES_MAX
 from ingestd.handlers.load import HandlerSpec, load
-from ingestd.handlers.outcome import Failure, Rejection, Result, Retry
-from ingestd.handlers.trace import TRACEBACK_BYTES_MAX
+from ingestd.handlers.outcome import Failure, Rejection, Result, RetryRequest
 
 CODE = """
 from __future__ import annotations
@@ -109,7 +109,7 @@ def test_undecodable_records_are_given_up_and_the_others_handled(run: Run, their
         (1, "rejected"),
         (4, "undecodable"),
     ]
-    assert result.retries == [Retry(2, 2.5, "busy")]
+    assert result.retries == [RetryRequest(2, 2.5, "busy")]
     assert sys.modules[theirs].calls == [("j1-7", 4, ["j1.3.11", "j1.3.12", "j1.3.13"])]
 
 

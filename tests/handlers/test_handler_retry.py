@@ -12,7 +12,7 @@ import ingestd
 from ingestd.base.record import Records, Span
 from ingestd.handlers.call import failure_from
 from ingestd.handlers.outcome import POSTPONED, Failure, Job, Result, flaw_of
-from ingestd.handlers.runner import Runner, Wanted
+from ingestd.handlers.runner import HandlerConfig, Runner
 
 JOB = Job("j-1", 1, Records.lines([b"1", b"2"]), [Span(1, 0, 2)], "j")
 MADE: list[Any] = []
@@ -54,7 +54,7 @@ class Trap(ingestd.Retry):
 
 
 def run(name: str, executor: str = "thread") -> tuple[Runner, Any]:
-    runner = Runner(Wanted(f"{__name__}:{name}", {}, "json", executor, "p", "/nowhere"))
+    runner = Runner(HandlerConfig(f"{__name__}:{name}", {}, "json", executor, "p", "/nowhere"))
     runner.prepare()
     return runner, runner.run(JOB)
 

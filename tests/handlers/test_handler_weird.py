@@ -15,10 +15,10 @@ import msgspec
 import pytest
 
 from ingestd.handlers.call import call, call_async
+from ingestd.handlers.failure import TRACEBACK_BYTES_MAX
 from ingestd.handlers.load import load
-from ingestd.handlers.outcome import Failure, Job, Rejection, Result, Retry, flaw_of
-from ingestd.handlers.runner import Runner, Wanted
-from ingestd.handlers.trace import TRACEBACK_BYTES_MAX
+from ingestd.handlers.outcome import Failure, Job, Rejection, Result, RetryRequest, flaw_of
+from ingestd.handlers.runner import HandlerConfig, Runner
 
 WEIRD = """
 import asyncio, types
@@ -229,16 +229,16 @@ def test_reasons_of_any_kind_are_text(run: Run) -> None:
     ("result", "flaw"),
     [
         (Result(), ""),
-        (Result([Rejection(0, "rejected", "")], [Retry(1, 0.0, "")]), ""),
+        (Result([Rejection(0, "rejected", "")], [RetryRequest(1, 0.0, "")]), ""),
         (Result(seconds=float("nan")), "it ran for nan s"),
         (Result(seconds=-1.0), "it ran for -1.0 s"),
         (Result([Rejection(3, "rejected", "")]), "it names record 3 of 3"),
-        (Result([], [Retry(-1, None, "")]), "it names record -1 of 3"),
-        (Result([Rejection(1, "rejected", "")], [Retry(1, None, "")]), "record 1 twice"),
+        (Result([], [RetryRequest(-1, None, "")]), "it names record -1 of 3"),
+        (Result([Rejection(1, "rejected", "")], [RetryRequest(1, None, "")]), "record 1 twice"),
         (Result([Rejection(1, "rejected", "x" * 5000)]), "5000 characters"),
         (Result([Rejection(1, "because", "")]), "none of ours"),
-        (Result([], [Retry(1, float("inf"), "")]), "again after inf s"),
-        (Result([], [Retry(1, -1.0, "")]), "again after -1.0 s"),
+        (Result([], [RetryRequest(1, float("inf"), "")]), "again after inf s"),
+        (Result([], [RetryRequest(1, -1.0, "")]), "again after -1.0 s"),
         (Result(failure=Failure("raised", "ValueError: x")), ""),
         (Result(failure=Failure("because", "")), "reason for the failure is none of ours"),
         (Result(failure=Failure("timeout", "")), "reason for the failure is none of ours"),
@@ -250,8 +250,8 @@ def test_results_that_can_not_be(result: Result, flaw: str) -> None:
     assert bool(flaw_of(result, 3)) == bool(flaw)
 
 
-def wanted(target: str, executor: str = "thread", **options: Any) -> Wanted:
-    return Wanted(target, options, "json", executor, "default", b"data")
+def wanted(target: str, executor: str = "thread", **options: Any) -> HandlerConfig:
+    return HandlerConfig(target, options, "json", executor, "default", b"data")
 
 
 def test_a_batch_that_its_handler_reached_into_failed(write, job) -> None:
@@ -277,9 +277,9 @@ def test_a_huge_message_costs_no_copy(write) -> None:
         from pathlib import Path
         from ingestd.base.record import Records, Span
         from ingestd.handlers.outcome import Job
-        from ingestd.handlers.runner import Runner, Wanted
+        from ingestd.handlers.runner import HandlerConfig, Runner
         job = Job("j-1", 1, Records.lines([b"1"]), [Span(1, 0, 1)], "j")
-        runners = [Runner(Wanted(f"{name}:{{how}}", {{}}, "json", "thread", "default", b"d"))
+        runners = [Runner(HandlerConfig(f"{name}:{{how}}", {{}}, "json", "thread", "default", b"d"))
                    for how in ("one", "two", "own")]
         for runner in runners: runner.prepare()
         used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -386,8 +386,9 @@ def test_a_forked_child_ends_where_it_came_back(write, when: str, how: str, code
     script = textwrap.dedent(f"""
         from ingestd.base.record import Records, Span
         from ingestd.handlers.outcome import Job
-        from ingestd.handlers.runner import Runner, Wanted
-        runner = Runner(Wanted("{name}:Forks", dict(how="{how}", when="{when}"), "json", "thread",
+        from ingestd.handlers.runner import HandlerConfig, Runner
+        runner = Runner(HandlerConfig("{name}:Forks", dict(how="{how}", when="{when}"), "json",
+            "thread",
                                "default", "d"))
         said = runner.prepare()
         runner.run(Job("j-1", 1, Records.lines([b"1"]), [Span(1, 0, 1)], "j"))

@@ -27,12 +27,12 @@ def pair() -> Iterator[Pair]:
 
 
 @pytest.fixture
-def slots() -> Iterator[tuple[wire.Slot, wire.Slot]]:
+def slots() -> Iterator[tuple[wire.SharedBuffer, wire.SharedBuffer]]:
     """The lane's and the child's, on the same memory."""
-    fd = wire.Slot.make()
+    fd = wire.SharedBuffer.make()
     if fd < 0:
         pytest.skip("there is no memfd_create here")
-    ours, theirs = wire.Slot(fd, ours=True), wire.Slot(fd, ours=False)
+    ours, theirs = wire.SharedBuffer(fd, ours=True), wire.SharedBuffer(fd, ours=False)
     os.close(fd)
     yield ours, theirs
     ours.close()
@@ -61,7 +61,7 @@ RUNS = [
 
 @pytest.mark.parametrize("records", RUNS)
 def test_a_payload_goes_through_the_slot(
-    slots: tuple[wire.Slot, wire.Slot], records: Records
+    slots: tuple[wire.SharedBuffer, wire.SharedBuffer], records: Records
 ) -> None:
     ours, theirs = slots
     message = ours.pack(job(records))
@@ -70,7 +70,7 @@ def test_a_payload_goes_through_the_slot(
 
 
 def test_a_payload_that_was_taken_is_not_changed_by_the_next_one(
-    slots: tuple[wire.Slot, wire.Slot],
+    slots: tuple[wire.SharedBuffer, wire.SharedBuffer],
 ) -> None:
     ours, theirs = slots
     first = theirs.unpack(ours.pack(job(Records.lines([b"1111"]))))
@@ -80,7 +80,7 @@ def test_a_payload_that_was_taken_is_not_changed_by_the_next_one(
 
 
 def test_what_does_not_fit_goes_over_the_socket(
-    slots: tuple[wire.Slot, wire.Slot], pair: Pair
+    slots: tuple[wire.SharedBuffer, wire.SharedBuffer], pair: Pair
 ) -> None:
     large = job(Records.lines([b"1" * 3 * wire.SLOT_BYTES, b"2"]))
     sender = threading.Thread(target=wire.send, args=(pair[0], slots[0].pack(large)), kwargs=ME)
@@ -92,7 +92,7 @@ def test_what_does_not_fit_goes_over_the_socket(
 
 
 def test_without_shared_memory_everything_does() -> None:
-    none = wire.Slot(-1, ours=True)
+    none = wire.SharedBuffer(-1, ours=True)
     assert none.unpack(none.pack(job(Records.lines([b"1"])))) == job(Records.lines([b"1"]))
     none.close()
 
@@ -145,20 +145,20 @@ def test_waits_end(pair: Pair, seconds: float) -> None:
 )
 def test_what_is_no_message_of_this_worker_is_a_misfit(pair: Pair, raw: bytes, says: str) -> None:
     pair[0].sendall(raw)
-    with pytest.raises(wire.Misfit, match=says):
+    with pytest.raises(wire.MessageMismatch, match=says):
         receive(pair[1], limit=100)
 
 
 def test_a_child_can_neither_write_to_the_memory_nor_make_it_shorter() -> None:
-    fd = wire.Slot.make()
+    fd = wire.SharedBuffer.make()
     if fd < 0:
         pytest.skip("there is no memfd_create here")
-    ours = wire.Slot(fd, ours=True)
+    ours = wire.SharedBuffer(fd, ours=True)
     with pytest.raises(PermissionError):
         os.ftruncate(fd, 0)
     with pytest.raises(PermissionError):
         os.pwrite(fd, b"spoilt", 0)
-    theirs = wire.Slot(fd, ours=False)
+    theirs = wire.SharedBuffer(fd, ours=False)
     assert theirs.unpack(ours.pack(job(Records.lines([b"1"])))) == job(Records.lines([b"1"]))
     os.close(fd)
     ours.close()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ingestd.base.clock import SystemClock
-from ingestd.journal.sqlite import SqliteJournal
+from ingestd.journal.sqlite.journal import SqliteJournal
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable

@@ -10,9 +10,9 @@ import pytest
 
 from ingestd.base.errors import JournalFailed
 from ingestd.base.record import Records, Span
-from ingestd.journal import audit
-from ingestd.journal.audit import Auditor
 from ingestd.journal.interface import Cursor, Sealed, Settlement
+from ingestd.journal.sqlite import audit
+from ingestd.journal.sqlite.audit import Auditor
 
 if TYPE_CHECKING:
     from pathlib import Path

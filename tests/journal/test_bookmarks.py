@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ingestd.base.bookmark import Bookmark
+from ingestd.base.append import SourceOffset
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import JournalFailed, NeverFits, Overloaded
-from ingestd.base.record import Records, Refused
-from ingestd.journal import bookmarks, salvage, verify
-from ingestd.journal.beside import opened as opened_beside
+from ingestd.base.record import InvalidRecord, Records
 from ingestd.journal.memory import MemoryJournal
+from ingestd.journal.sqlite import check, offsets, repair
+from ingestd.journal.sqlite.offline import opened as opened_beside
 from tests.daemon.harness import ROOT
 
 if TYPE_CHECKING:
@@ -27,8 +27,8 @@ NOTHING = Records.lines([])
 ONE = Records.lines([b"1"])
 
 
-def mark(key: str, state: bytes) -> Bookmark:
-    return Bookmark(key, state)
+def mark(key: str, state: bytes) -> SourceOffset:
+    return SourceOffset(key, state)
 
 
 async def test_a_bookmark_outlives_the_process_and_the_last_one_counts(opened) -> None:
@@ -65,11 +65,11 @@ async def test_its_bytes_are_counted_once_a_key(opened) -> None:
     j = (await opened()).journal
     for n in range(50):
         await j.append(NOTHING, (), bookmark=mark("a", b"x" * n))
-    assert j.bytes == bookmarks.size_of(mark("a", b"x" * 49))
+    assert j.bytes == offsets.size_of(mark("a", b"x" * 49))
 
 
 async def test_no_more_than_so_many_are_kept(opened, monkeypatch) -> None:
-    monkeypatch.setattr(bookmarks, "BOOKMARKS_MAX", 20)
+    monkeypatch.setattr(offsets, "BOOKMARKS_MAX", 20)
     j = (await opened()).journal
     for n in range(21):
         await j.append(NOTHING, (), bookmark=mark(f"k{n}", b""))
@@ -78,7 +78,7 @@ async def test_no_more_than_so_many_are_kept(opened, monkeypatch) -> None:
     assert await j.bookmark("k20")
     assert await j.bookmark("k0") is None
     with closing(sqlite3.connect(j.path)) as db:
-        count, size = bookmarks.totals(db)
+        count, size = offsets.totals(db)
     assert 10 < count <= 20
     assert j.bytes == size
 
@@ -89,7 +89,7 @@ async def test_the_memory_journal_keeps_them_in_memory() -> None:
     await j.append(ONE, (), bookmark=mark("a", b"1"))
     await j.append(ONE, (), bookmark=mark("a", b"2"))
     assert await j.bookmark("a") == mark("a", b"2")
-    assert j.bytes == 4 + bookmarks.size_of(mark("a", b"2"))
+    assert j.bytes == 4 + offsets.size_of(mark("a", b"2"))
     with pytest.raises(Overloaded):
         j.append(NOTHING, (), bookmark=mark("b", b"x" * 200))
     assert await j.bookmark("b") is None
@@ -97,13 +97,13 @@ async def test_the_memory_journal_keeps_them_in_memory() -> None:
 
 async def test_a_journal_from_before_bookmarks_is_opened_and_read(opened, tmp_path: Path) -> None:
     j = (await opened()).journal
-    await j.append(ONE, [Refused(0, "malformed", "x", b"{")])
+    await j.append(ONE, [InvalidRecord(0, "malformed", "x", b"{")])
     await j.close()
     with closing(sqlite3.connect(j.path)) as db:
         db.execute("DROP TABLE bookmarks")
     with opened_beside(j.path) as db:
-        assert verify.stat(db)["bookmarks"] == {"rows": 0, "bytes": 0}
-        assert list(verify.findings(db)) == []
+        assert check.stat(db)["bookmarks"] == {"rows": 0, "bytes": 0}
+        assert list(check.findings(db)) == []
     again = (await opened()).journal
     assert again.ledger.accepted == 1
     await again.append(ONE, (), bookmark=mark("a", b"1"))
@@ -122,12 +122,12 @@ async def test_a_damaged_one_is_found_and_a_rebuild_keeps_the_others(opened) -> 
     await j.close()
     overwrite(j.path)
     with opened_beside(j.path) as db:
-        (finding,) = verify.findings(db)
+        (finding,) = check.findings(db)
         assert finding.text.startswith("bookmark bad is damaged")
     again = (await opened()).journal
     with pytest.raises(JournalFailed):
         await again.bookmark("bad")
-    assert salvage.marked(again.path)
+    assert repair.marked(again.path)
     await again.close()
     repaired = await opened()
     assert repaired.recovered.set_aside

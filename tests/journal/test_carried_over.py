@@ -17,10 +17,10 @@ from ingestd.__main__ import main
 from ingestd.base.errors import DataDirError, KeyReused
 from ingestd.base.record import Records, Span
 from ingestd.host.data_dir import DataDir
-from ingestd.journal import dead, schema, verify
-from ingestd.journal.beside import opened as opened_beside
 from ingestd.journal.interface import Ledger
-from ingestd.journal.salvage import repair
+from ingestd.journal.sqlite import check, dead_letters, schema
+from ingestd.journal.sqlite.offline import opened as opened_beside
+from ingestd.journal.sqlite.repair import repair
 
 MADE = Path(__file__).with_name("version-1.db.gz")
 ID = "15c8523a3962"
@@ -64,8 +64,9 @@ async def test_nothing_changes_but_the_version(opened, earlier: Path) -> None:
     assert j.chunks[-1].records.names == ("", f"{ID}.1.0")
     assert (await j.journal.close()).counted == 7
     with opened_beside(earlier) as db:
-        assert list(verify.findings(db)) == []
-        assert [one.letter.reason for one in dead.letters(db, dead.Filter(), whole=True)] == [
+        assert list(check.findings(db)) == []
+        kept = dead_letters.letters(db, dead_letters.LetterFilter(), whole=True)
+        assert [one.letter.reason for one in kept] == [
             "malformed", "too_large", "rejected",
         ]  # fmt: skip
 
@@ -89,7 +90,7 @@ async def test_the_commands_open_it_too_unless_an_earlier_daemon_runs(
         pass
     held.close()
     with opened_beside(earlier) as db:
-        assert dead.count(db, dead.Filter()).letters == 5
+        assert dead_letters.count(db, dead_letters.LetterFilter()).letters == 5
     await check_all(await opened())
 
 
@@ -104,13 +105,13 @@ async def test_the_lock_is_that_of_the_folder_whatever_its_name(earlier: Path) -
     held.close()
     (earlier.parent / "lock").write_text("of something else")
     with opened_beside(path) as db:
-        assert dead.count(db, dead.Filter()).letters == 5
+        assert dead_letters.count(db, dead_letters.LetterFilter()).letters == 5
     assert (earlier.parent / "lock").read_text() == "of something else"
 
 
 CARRY = """
 import os, signal, sqlite3, sys
-from ingestd.journal import store
+from ingestd.journal.sqlite import store
 steps = int(sys.argv[2])
 connect = store.connect
 def counted(path, **options):

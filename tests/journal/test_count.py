@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingestd.base.record import Records, Span
-from ingestd.journal import audit
-from ingestd.journal.audit import Count, Difference
 from ingestd.journal.interface import Chunk, Cursor, Sealed, Settlement
-from ingestd.journal.store import Store, Write
+from ingestd.journal.sqlite import audit
+from ingestd.journal.sqlite.audit import Count, Difference
+from ingestd.journal.sqlite.store import Store, Write
 
 NOTHING = Difference(0, 0)
 

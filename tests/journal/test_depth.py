@@ -11,8 +11,8 @@ import pytest
 
 from ingestd.base.errors import JournalFailed
 from ingestd.base.record import Records, Span
-from ingestd.journal import audit, schema, sqlite, store, verify
 from ingestd.journal.interface import Cursor, Ledger, Sealed, Settlement
+from ingestd.journal.sqlite import audit, check, journal, schema, store
 from tests.backlog import fill
 from tests.peak import peak
 
@@ -55,7 +55,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Work]]:
         return connection
 
     monkeypatch.setattr(store, "connect", counted)
-    monkeypatch.setattr(sqlite, "connect", counted)
+    monkeypatch.setattr(journal, "connect", counted)
 
     def begin() -> Work:
         current[0] = Work()
@@ -123,7 +123,7 @@ async def test_a_long_count_goes_on_after_the_start(opened, tmp_path: Path) -> N
     assert (await journal.close()).counted == 7_000
 
 
-async def through(journal: sqlite.SqliteJournal) -> int:
+async def through(journal: journal.SqliteJournal) -> int:
     """Counts to the end."""
     while (found := await journal.audit()) is None:
         pass
@@ -306,8 +306,8 @@ async def test_verify_compares_the_sum_of_bytes(opened, tmp_path: Path) -> None:
     earlier(tmp_path / "journal.db")
     await (await opened()).journal.close()
     with closing(sqlite3.connect(tmp_path / "journal.db", isolation_level=None)) as db:
-        assert list(verify.findings(db)) == []
+        assert list(check.findings(db)) == []
         db.execute("UPDATE meta SET chunk_bytes = 7")
-        assert [found.text for found in verify.findings(db)] == [
+        assert [found.text for found in check.findings(db)] == [
             "the chunks' bytes are summed up as 7, they are 6"
         ]

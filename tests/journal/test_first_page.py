@@ -10,7 +10,7 @@ import pytest
 
 from ingestd.base.record import Records, Span
 from ingestd.journal.interface import Cursor, Ledger, Sealed, Settlement
-from ingestd.journal.store import PAGE_BYTES
+from ingestd.journal.sqlite.store import PAGE_BYTES
 
 if TYPE_CHECKING:
     from pathlib import Path

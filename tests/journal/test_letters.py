@@ -11,14 +11,14 @@ import pytest
 
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import JournalFailed
-from ingestd.base.record import Records, Refused, Span
-from ingestd.journal import dead, verify
-from ingestd.journal.beside import opened as opened_beside
+from ingestd.base.record import InvalidRecord, Records, Span
 from ingestd.journal.interface import Cursor, DeadLetter, Ledger, Moved, Sealed, Settlement
-from ingestd.journal.letters import REVIVE_RECORDS, Courtesy
+from ingestd.journal.letter_rows import letter_bytes
 from ingestd.journal.memory import MemoryJournal
-from ingestd.journal.rows import letter_bytes
-from ingestd.journal.sqlite import SqliteJournal
+from ingestd.journal.sqlite import check, dead_letters
+from ingestd.journal.sqlite.journal import SqliteJournal
+from ingestd.journal.sqlite.letters import REVIVE_RECORDS, InvalidQuota
+from ingestd.journal.sqlite.offline import opened as opened_beside
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +35,9 @@ async def test_revived_letters_are_one_chunk_behind_the_appends_of_the_commit(
     opened, tmp_path
 ) -> None:
     j = await opened()
-    await j.journal.append(Records.lines([b"1", b"2"]), [Refused(2, "malformed", "no", b"a\nb")])
+    await j.journal.append(
+        Records.lines([b"1", b"2"]), [InvalidRecord(2, "malformed", "no", b"a\nb")]
+    )
     await j.journal.seal(Sealed(1, (Span(1, 0, 2),), 2), Cursor(2, 0))
     letter = DeadLetter("j.1.0", "failed", "no", "trace", b"1", 8, 1.0, 2.0)
     done = Settlement(1, 1, [letter], [], [1], 4)
@@ -62,7 +64,7 @@ async def test_revived_letters_are_one_chunk_behind_the_appends_of_the_commit(
 
 async def test_one_transaction_takes_back_a_bounded_number(opened, tmp_path) -> None:
     j = await opened()
-    refused = [Refused(n, "malformed", "no", b"%d" % n) for n in range(REVIVE_RECORDS + 1)]
+    refused = [InvalidRecord(n, "malformed", "no", b"%d" % n) for n in range(REVIVE_RECORDS + 1)]
     await j.journal.append(Records.lines([]), refused)
     mark(tmp_path)
     counts = [(await j.journal.revive()).readmitted for _ in range(3)]
@@ -72,9 +74,9 @@ async def test_one_transaction_takes_back_a_bounded_number(opened, tmp_path) -> 
 
 async def test_letters_expire_oldest_first_and_never_marked_ones(opened, tmp_path) -> None:
     j = await opened()
-    await j.journal.append(Records.lines([]), [Refused(0, "malformed", "no", b"a")])
+    await j.journal.append(Records.lines([]), [InvalidRecord(0, "malformed", "no", b"a")])
     mark(tmp_path)
-    await j.journal.append(Records.lines([]), [Refused(0, "malformed", "no", b"b")])
+    await j.journal.append(Records.lines([]), [InvalidRecord(0, "malformed", "no", b"b")])
     now = SystemClock.now()
     assert (await j.journal.expire(now - 60)).expired == 0
     assert (await j.journal.expire(now + 60)).expired == 1
@@ -82,8 +84,8 @@ async def test_letters_expire_oldest_first_and_never_marked_ones(opened, tmp_pat
     assert (await j.journal.revive()).readmitted == 1
 
 
-def refused(*payloads: bytes) -> list[Refused]:
-    return [Refused(i, "malformed", "no", payload) for i, payload in enumerate(payloads)]
+def refused(*payloads: bytes) -> list[InvalidRecord]:
+    return [InvalidRecord(i, "malformed", "no", payload) for i, payload in enumerate(payloads)]
 
 
 async def test_letters_of_invalid_records_never_close_a_journal(opened) -> None:
@@ -101,7 +103,7 @@ async def test_letters_of_invalid_records_never_close_a_journal(opened) -> None:
 async def test_a_principal_has_a_share_and_its_oldest_letters_go(tmp_path: Path) -> None:
     journal = SqliteJournal(
         tmp_path / "journal.db", bytes_max=1 << 30, clock=SystemClock(),
-        on_commit=lambda *_: None, courtesy=Courtesy(64 << 10),
+        on_commit=lambda *_: None, courtesy=InvalidQuota(64 << 10),
     )  # fmt: skip
     await journal.open(lambda _: None)
     for number in range(40):
@@ -119,7 +121,7 @@ async def test_a_principal_has_a_share_and_its_oldest_letters_go(tmp_path: Path)
     await journal.close()
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db:
         kept = {row[0] for row in db.execute("SELECT principal FROM dead")}
-        assert list(verify.findings(db)) == []
+        assert list(check.findings(db)) == []
     assert {"p0", "p1", "p2", "p3", "many199"} <= kept
 
 
@@ -147,7 +149,7 @@ async def test_the_memory_journal_keeps_the_newest_within_the_bound() -> None:
     journal = MemoryJournal(bytes_max=1 << 20, dead_bytes_max=2 * one, clock=SystemClock())
     await journal.open(lambda _: None)
     for payload in (b"1", b"2", b"3"):
-        await journal.append(Records.lines([]), [Refused(0, "malformed", "no", payload)])
+        await journal.append(Records.lines([]), [InvalidRecord(0, "malformed", "no", payload)])
     assert [letter.payload for letter in journal.dead] == [b"2", b"3"]
     assert journal.dead_totals.expired == 1
     assert journal.dead_totals.bytes == 2 * one
@@ -165,7 +167,7 @@ async def group(j, count: int = 10) -> None:
 
 
 def kept(db: sqlite3.Connection) -> dict[int, tuple[bytes, bool]]:
-    letters = dead.letters(db, dead.Filter(), whole=True)
+    letters = dead_letters.letters(db, dead_letters.LetterFilter(), whole=True)
     return {one.id: (one.letter.payload, one.marked) for one in letters}
 
 
@@ -178,26 +180,36 @@ async def test_commands_that_take_the_same_row_apart_at_once_each_do_their_part(
     await j.close()
     path = tmp_path / "journal.db"
     came: list[object] = []
-    change = dead._change_part
+    change = dead_letters._change_part
 
     def overtaken(db: sqlite3.Connection, part, *, mark: bool) -> int:
         if not came:
             came.append(part)
             db.execute("COMMIT")
             with opened_beside(path, write=True) as other:
-                assert dead.purge(other, dead.Filter(ids=(2, 7)), 10) == 2
-                assert dead.mark(other, dead.Filter(ids=(1, 3)), 10, lambda _: "").letters == 2
+                assert dead_letters.purge(other, dead_letters.LetterFilter(ids=(2, 7)), 10) == 2
+                assert (
+                    dead_letters.mark(
+                        other, dead_letters.LetterFilter(ids=(1, 3)), 10, lambda _: ""
+                    ).letters
+                    == 2
+                )
             db.execute("BEGIN IMMEDIATE")
         return change(db, part, mark=mark)
 
-    monkeypatch.setattr(dead, "_change_part", overtaken)
+    monkeypatch.setattr(dead_letters, "_change_part", overtaken)
     with opened_beside(path, write=True) as db:
-        assert dead.mark(db, dead.Filter(ids=(3, 4, 5, 7)), 10, lambda _: "").letters == 2
+        assert (
+            dead_letters.mark(
+                db, dead_letters.LetterFilter(ids=(3, 4, 5, 7)), 10, lambda _: ""
+            ).letters
+            == 2
+        )
         marked = {number for number, (_, is_marked) in kept(db).items() if is_marked}
         assert marked == {1, 3, 4, 5}
-        assert dead.purge(db, dead.Filter(), 10) == 4
+        assert dead_letters.purge(db, dead_letters.LetterFilter(), 10) == 4
         assert kept(db) == {n: (b"%d" % n, True) for n in (1, 3, 4, 5)}
-        assert list(verify.findings(db)) == []
+        assert list(check.findings(db)) == []
     j = await opened()
     assert (await j.journal.revive()).revived == 4
     assert j.chunks[-1].records.items() == [b"1", b"3", b"4", b"5"]
@@ -210,12 +222,12 @@ async def test_numbers_of_a_row_are_found_with_one_look(opened, tmp_path: Path) 
     with opened_beside(tmp_path / "journal.db", write=True) as db:
         looks: list[str] = []
         db.set_trace_callback(looks.append)
-        assert dead.missing(db, [12, 3, 1, 10, 13, 2**64, 5]) == [13, 2**64]
+        assert dead_letters.missing(db, [12, 3, 1, 10, 13, 2**64, 5]) == [13, 2**64]
         assert len(looks) == 3
         db.set_trace_callback(None)
-        assert dead.count(db, dead.Filter(ids=(3, 12, 13))).letters == 2
-        assert dead.purge(db, dead.Filter(ids=range(2, 12)), 12) == 10
-        assert dead.missing(db, range(14)) == [0, *range(2, 12), 13]
+        assert dead_letters.count(db, dead_letters.LetterFilter(ids=(3, 12, 13))).letters == 2
+        assert dead_letters.purge(db, dead_letters.LetterFilter(ids=range(2, 12)), 12) == 10
+        assert dead_letters.missing(db, range(14)) == [0, *range(2, 12), 13]
 
 
 async def test_a_row_that_does_not_tell_what_is_in_it_is_one_damaged_letter(
@@ -228,10 +240,10 @@ async def test_a_row_that_does_not_tell_what_is_in_it_is_one_damaged_letter(
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db, db:
         db.execute("UPDATE dead SET facts = zeroblob(length(facts)), retry = 1")
     with opened_beside(tmp_path / "journal.db", write=True) as db:
-        (one,) = dead.letters(db, dead.Filter(), whole=True)
+        (one,) = dead_letters.letters(db, dead_letters.LetterFilter(), whole=True)
         assert (one.id, one.letter.reason, one.letter.records) == (10, "damaged", 10)
         assert one.letter.payload == b"12345678910"
-        (finding,) = verify.findings(db)
+        (finding,) = check.findings(db)
         assert finding.text == "the dead letters 1 to 10 can't be told apart any more"
     assert await j.look()
     moved = await j.revive()
@@ -239,8 +251,8 @@ async def test_a_row_that_does_not_tell_what_is_in_it_is_one_damaged_letter(
     assert not await j.look()
     assert j.ledger == Ledger(accepted=11, dead=10)
     with opened_beside(tmp_path / "journal.db", write=True) as db:
-        assert list(verify.findings(db)) == []
-        assert dead.purge(db, dead.Filter(ids=(10,)), 10) == 1
+        assert list(check.findings(db)) == []
+        assert dead_letters.purge(db, dead_letters.LetterFilter(ids=(10,)), 10) == 1
         assert kept(db) == {}
 
 

@@ -14,8 +14,8 @@ import pytest
 
 from ingestd.base.errors import DataDirError
 from ingestd.host.data_dir import DataDir, FileLock
-from ingestd.journal import salvage
-from ingestd.journal.store import Store
+from ingestd.journal.sqlite import repair
+from ingestd.journal.sqlite.store import Store
 from tests.daemon.harness import ROOT, daemon
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def test_what_root_makes_in_the_folder_of_another_user_is_that_users(tmp_path: P
     for path in (folder, folder / "journal.db"):
         os.chown(path, 65534, 65534)
     data = DataDir(folder)
-    salvage.repair(folder / "journal.db", 2e9)
+    repair.repair(folder / "journal.db", 2e9)
     data.close()
     assert {path.name: path.stat().st_uid for path in folder.iterdir()} == {
         "lock": 65534, "journal.db": 65534, "journal.db.damaged-20330518T033320Z": 65534,

@@ -15,7 +15,7 @@ from ingestd.base.record import Records, Span, join
 from ingestd.handlers.batch import Batch
 from ingestd.handlers.outcome import Job
 from ingestd.journal.interface import Cursor, DeadLetter, Sealed, Settlement
-from ingestd.journal.rows import packed, split, taken_apart
+from ingestd.journal.letter_rows import packed, split, taken_apart
 
 if TYPE_CHECKING:
     from pathlib import Path

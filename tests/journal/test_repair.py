@@ -12,11 +12,11 @@ import pytest
 
 from ingestd.base.clock import SystemClock
 from ingestd.base.record import Records, Span
-from ingestd.journal import salvage, schema, verify
-from ingestd.journal.beside import opened as opened_beside
 from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Sealed, Settlement
-from ingestd.journal.sqlite import SqliteJournal
-from ingestd.journal.store import Store, Write
+from ingestd.journal.sqlite import check, repair, schema
+from ingestd.journal.sqlite.journal import SqliteJournal
+from ingestd.journal.sqlite.offline import opened as opened_beside
+from ingestd.journal.sqlite.store import Store, Write
 from tests.faults.tools import mounted, needs
 
 
@@ -53,7 +53,7 @@ async def test_one_damaged_counter_costs_no_name(
     assert again.journal.dead_totals.letters == 1
     assert (await again.journal.close()).counted == 7
     with opened_beside(path) as db:
-        assert list(verify.findings(db)) == []
+        assert list(check.findings(db)) == []
 
 
 @pytest.mark.parametrize("table", ["meta", "identity"])
@@ -91,11 +91,11 @@ async def test_what_was_set_aside_before_is_not_written_over(opened, tmp_path: P
     path = tmp_path / "journal.db"
     aside = tmp_path / "journal.db.damaged-19700101T000001Z"
     await (await opened()).journal.close()
-    salvage.repair(path, 1.0)
+    repair.repair(path, 1.0)
     first = aside.read_bytes()
     # A crash left the new file beside the old name that was used already.
     (tmp_path / "journal.db.repaired-19700101T000001Z").write_bytes(path.read_bytes())
-    assert salvage.finish(path) == f"{aside}+"
+    assert repair.finish(path) == f"{aside}+"
     assert aside.read_bytes() == first
 
 
@@ -108,7 +108,7 @@ def test_a_repair_without_space_leaves_what_space_there_was(tmp_path: Path) -> N
         path = Path(shutil.copy(tmp_path / "journal.db", disk))
         before = {one.name: one.stat().st_size for one in disk.iterdir()}
         with pytest.raises(sqlite3.OperationalError, match="full"):
-            salvage.repair(path, 2e9)
+            repair.repair(path, 2e9)
         assert {one.name: one.stat().st_size for one in disk.iterdir()} == before
         subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
-        assert Path(salvage.repair(path, 2e9)).stat().st_size == before["journal.db"]
+        assert Path(repair.repair(path, 2e9)).stat().st_size == before["journal.db"]

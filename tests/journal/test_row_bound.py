@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ingestd.journal import store
 from ingestd.journal.settings import STORED_BYTES_MAX
+from ingestd.journal.sqlite import store
 from ingestd.settings import Settings
 from tests.sources.source_tools import ask
 from tests.sources.test_idempotency import Door

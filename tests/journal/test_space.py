@@ -9,10 +9,10 @@ import pytest
 
 from ingestd.base.errors import DataDirError
 from ingestd.base.record import Records, Span
-from ingestd.journal.beside import opened as opened_beside
+from ingestd.journal.disk_space import scaled
 from ingestd.journal.interface import Cursor, Sealed, Settlement
-from ingestd.journal.space import scaled
-from ingestd.journal.store import Store
+from ingestd.journal.sqlite.offline import opened as opened_beside
+from ingestd.journal.sqlite.store import Store
 from tests.daemon.harness import daemon
 from tests.faults.tools import mounted, needs
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ingestd.base.errors import JournalFailed, JournalUnreadable, Overloaded
-from ingestd.base.record import Layout, Records, Refused, Span
+from ingestd.base.record import InvalidRecord, Layout, Records, Span
 from ingestd.journal.interface import Cursor, DeadLetter, Ledger, Sealed, Settlement
-from ingestd.journal.rows import letter_bytes
+from ingestd.journal.letter_rows import letter_bytes
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -73,7 +73,7 @@ async def test_large_appends_are_stored_without_joining(opened) -> None:
 
 async def test_refused_records_are_dead_letters_outside_the_four_numbers(opened, tmp_path) -> None:
     j = await opened()
-    await j.journal.append(lines(b"1"), [Refused(1, "malformed", "line 2", b"{")])
+    await j.journal.append(lines(b"1"), [InvalidRecord(1, "malformed", "line 2", b"{")])
     assert j.journal.ledger == Ledger(accepted=1, refused=1)
     assert j.journal.ledger.pending == 1
     await j.journal.close()

@@ -11,20 +11,20 @@ from hypothesis import strategies as st
 from ingestd.base.clock import SystemClock
 from ingestd.base.record import Records
 from ingestd.journal.memory import MemoryJournal
-from ingestd.journal.tail import FRESH_MAX, Room, Tail
+from ingestd.journal.reader import FRESH_MAX, ChunkReader, MemoryBudget
 
 
-async def _journal(tails: list[Tail]) -> MemoryJournal:
+async def _journal(tails: list[ChunkReader]) -> MemoryJournal:
     journal = MemoryJournal(bytes_max=1 << 30, clock=SystemClock())
     await journal.open(lambda chunk: tails[0].push(chunk))  # noqa: PLW0108  not there yet
     return journal
 
 
 async def test_fresh_chunks_come_from_memory() -> None:
-    tails: list[Tail] = []
+    tails: list[ChunkReader] = []
     journal = await _journal(tails)
-    room = Room(1000)
-    tails.append(Tail(journal, room, first=1, last=0))
+    room = MemoryBudget(1000)
+    tails.append(ChunkReader(journal, room, first=1, last=0))
     await journal.append(Records.lines([b"1"]), ())
     assert room.bytes == 2
     chunk = await tails[0].next()
@@ -33,9 +33,9 @@ async def test_fresh_chunks_come_from_memory() -> None:
 
 
 async def test_a_reader_waits_for_the_next_chunk() -> None:
-    tails: list[Tail] = []
+    tails: list[ChunkReader] = []
     journal = await _journal(tails)
-    tails.append(Tail(journal, Room(1000), first=1, last=0))
+    tails.append(ChunkReader(journal, MemoryBudget(1000), first=1, last=0))
     waiting = asyncio.ensure_future(tails[0].next())
     await asyncio.sleep(0)
     assert not waiting.done()
@@ -50,10 +50,10 @@ async def test_a_reader_waits_for_the_next_chunk() -> None:
 @settings(max_examples=200, deadline=None)
 def test_whatever_the_order_every_chunk_comes_once(steps: list[str], bound: int) -> None:
     async def scenario() -> None:
-        tails: list[Tail] = []
+        tails: list[ChunkReader] = []
         journal = await _journal(tails)
-        room = Room(bound)
-        tail = Tail(journal, room, first=1, last=0)
+        room = MemoryBudget(bound)
+        tail = ChunkReader(journal, room, first=1, last=0)
         tails.append(tail)
         pushed, held, got = 0, [], []
         for step in steps:
@@ -85,9 +85,9 @@ def test_whatever_the_order_every_chunk_comes_once(steps: list[str], bound: int)
 
 
 async def test_small_chunks_in_memory_are_bounded_by_their_number() -> None:
-    tails: list[Tail] = []
+    tails: list[ChunkReader] = []
     journal = await _journal(tails)
-    tail = Tail(journal, Room(1 << 30), first=1, last=0)
+    tail = ChunkReader(journal, MemoryBudget(1 << 30), first=1, last=0)
     tails.append(tail)
     for _ in range(FRESH_MAX + 10):
         await journal.append(Records.lines([b"1"]), ())
@@ -97,7 +97,7 @@ async def test_small_chunks_in_memory_are_bounded_by_their_number() -> None:
 
 
 async def test_room_lets_one_oversized_thing_in() -> None:
-    room = Room(10)
+    room = MemoryBudget(10)
     assert room.has(50)
     room.take(50)
     assert not room.has(1)

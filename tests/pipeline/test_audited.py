@@ -7,9 +7,9 @@ import sqlite3
 from contextlib import closing
 from typing import TYPE_CHECKING
 
+from ingestd.admin.status import status_of
 from ingestd.base.record import Records
-from ingestd.journal import audit
-from ingestd.overview import status_of
+from ingestd.journal.sqlite import audit
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ingestd.admin.status import status_of
 from ingestd.base.errors import Overloaded
 from ingestd.base.rate import LONGEST, SHORTEST, STALLED, Rate, wait_for_room
 from ingestd.base.record import Layout, Records, Span
 from ingestd.http.settings import HttpSettings
+from ingestd.journal.disk_space import CHECK_SECONDS, DiskSpaceGuard
 from ingestd.journal.interface import Cursor, Sealed, Settlement
-from ingestd.journal.space import CHECK_SECONDS, Space
-from ingestd.journal.sqlite import SqliteJournal
-from ingestd.overview import status_of
+from ingestd.journal.sqlite.journal import SqliteJournal
 from ingestd.sources.http.source import HttpSource
 from ingestd.sources.stdin.settings import StdinSettings
 from ingestd.sources.stdin.source import StdinSource
@@ -135,7 +135,7 @@ def test_free_space_is_asked_rarely_and_free_pages_count_for_half(tmp_path) -> N
         asked.append(folder)
         return free
 
-    space = Space(tmp_path, 600, ask=ask_)
+    space = DiskSpaceGuard(tmp_path, 600, ask=ask_)
     assert not any(space.low(1.0 + n / 1000) for n in range(100))
     assert asked == [tmp_path]
     free = 400
@@ -150,7 +150,7 @@ def test_free_space_is_asked_rarely_and_free_pages_count_for_half(tmp_path) -> N
 async def test_a_disk_that_runs_full_refuses_and_goes_on_draining(tmp_path) -> None:
     free = 1 << 30
     clock = HandClock()
-    space = Space(tmp_path, 1 << 20, ask=lambda _: free)
+    space = DiskSpaceGuard(tmp_path, 1 << 20, ask=lambda _: free)
     async with journal_at(tmp_path, space=space, clock=clock) as journal:
         await journal.append(big(1000), ())
         free, clock.at = 1000, clock.at + 1

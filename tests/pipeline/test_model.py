@@ -21,15 +21,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from ingestd.base.clock import SystemClock
 from ingestd.base.metrics import Metrics
-from ingestd.base.record import Records, Refused
+from ingestd.base.record import InvalidRecord, Records
+from ingestd.codecs.lines import json_fault
 from ingestd.execution.pool import TaskPool
 from ingestd.handlers.batch import Batch
-from ingestd.handlers.outcome import Failure, Job, Rejection, Result, Retry
-from ingestd.journal.beside import opened
-from ingestd.journal.dead import Filter, letters, mark
+from ingestd.handlers.outcome import Failure, Job, Rejection, Result, RetryRequest
+from ingestd.journal.sqlite.dead_letters import LetterFilter, letters, mark
+from ingestd.journal.sqlite.offline import opened
 from ingestd.pipeline import Pipeline
 from ingestd.settings import Settings
-from ingestd.sources.lines import json_fault
 
 ATTEMPTS = 2
 
@@ -122,7 +122,7 @@ class PipelineAgainstModel(RuleBasedStateMachine):
         self.next += count
         made = [b"%d" % n for n in numbers]
         records = Records.sized(made) if sized else Records.lines(made)
-        refused = [Refused(i, "malformed", "x", b"{") for i in range(bad)]
+        refused = [InvalidRecord(i, "malformed", "x", b"{") for i in range(bad)]
         self.loop.run_until_complete(self.pipeline.accept(records, refused))
         self.pending |= set(numbers)
         self.refused += bad
@@ -153,7 +153,7 @@ class PipelineAgainstModel(RuleBasedStateMachine):
         self.decide(
             Result(
                 [Rejection(i, "rejected", "no") for i in rejected],
-                [Retry(i, 0.0, "later") for i in again],
+                [RetryRequest(i, 0.0, "later") for i in again],
             ),
             which,
         )
@@ -197,12 +197,12 @@ class PipelineAgainstModel(RuleBasedStateMachine):
         """Some dead letters, by their numbers, as a person marks them; refused ones are no JSON."""
         path = self.folder / "journal.db"
         with opened(path) as db:
-            kept = {one.id: one.letter for one in letters(db, Filter(), whole=True)}
+            kept = {one.id: one.letter for one in letters(db, LetterFilter(), whole=True)}
         records = {int(one.payload): one.record for one in kept.values() if one.record}
         assert records == {value: self.names[b"%d" % value] for value in self.dead}
         ids = data.draw(st.sets(st.sampled_from(sorted(kept)), min_size=1))
         with opened(path, write=True) as db:
-            marked = mark(db, Filter(ids=tuple(ids)), max(ids), json_fault)
+            marked = mark(db, LetterFilter(ids=tuple(ids)), max(ids), json_fault)
         again = {int(kept[number].payload) for number in ids if kept[number].record}
         assert marked == (len(again), len(ids) - len(again))
         self.loop.run_until_complete(self.pipeline.keeper.look())

@@ -12,13 +12,13 @@ import pytest
 from structlog.testing import capture_logs
 
 import ingestd
+from ingestd.admin.status import status_of
+from ingestd.base.batch import SealedBatch
 from ingestd.base.clock import SystemClock
 from ingestd.base.record import Span
-from ingestd.batching.batch import Batch
 from ingestd.execution.outage import Outage
-from ingestd.handlers.outcome import Failure, Rejection, Result, Retry
-from ingestd.isolation import Isolation
-from ingestd.overview import status_of
+from ingestd.execution.retry import BatchSplitter
+from ingestd.handlers.outcome import Failure, Rejection, Result, RetryRequest
 from tests.pipeline import recording
 from tests.pipeline.test_pipeline import HANDLER, dead, drained, numbers, records_of, until
 
@@ -226,8 +226,10 @@ async def test_when_all_that_failed_is_given_up_a_rejection_says_that_it_works(
 @pytest.mark.parametrize("how", ["part", "retried", "undecodable"])
 def test_what_may_be_said_without_the_sink_ends_no_outage(how: str) -> None:
     outage = Outage(60.0, lambda: 0.5)
-    isolation = Isolation(outage, 8)
-    batches = [Batch(number, (Span(number, 0, 2),), 2, accepted_at=1.0) for number in range(4)]
+    isolation = BatchSplitter(outage, 8)
+    batches = [
+        SealedBatch(number, (Span(number, 0, 2),), 2, accepted_at=1.0) for number in range(4)
+    ]
     for now, batch in enumerate(batches):
         isolation.standing(batch, Result(failure=Failure("raised", "no")), float(now))
     assert outage.is_outage
@@ -239,7 +241,7 @@ def test_what_may_be_said_without_the_sink_ends_no_outage(how: str) -> None:
         isolation.settled(first)
         first, result = part, Result([Rejection(0, "rejected", "no")])
     elif how == "retried":
-        result = Result([Rejection(0, "rejected", "no")], [Retry(1, None, "")])
+        result = Result([Rejection(0, "rejected", "no")], [RetryRequest(1, None, "")])
     else:
         result = Result([Rejection(i, "undecodable", "no") for i in range(2)])
     isolation.standing(first, result, 5.0)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ingestd.base.record import Records, Refused
-from ingestd.journal.beside import opened as opened_beside
-from ingestd.journal.dead import Filter
-from ingestd.journal.dead import letters as letters_of
+from ingestd.base.record import InvalidRecord, Records
+from ingestd.journal.sqlite.dead_letters import LetterFilter
+from ingestd.journal.sqlite.dead_letters import letters as letters_of
+from ingestd.journal.sqlite.offline import opened as opened_beside
 from tests.pipeline import recording
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def records_of(folder: Path) -> list[Any]:
 
 def dead(folder: Path) -> list[tuple[Any, ...]]:
     with opened_beside(folder / "journal.db") as db:
-        kept = [one.letter for one in letters_of(db, Filter(), whole=True)]
+        kept = [one.letter for one in letters_of(db, LetterFilter(), whole=True)]
     return sorted(
         ((one.reason, one.payload, one.attempts, one.error) for one in kept), key=lambda row: row[1]
     )
@@ -204,7 +204,7 @@ async def test_what_does_not_fit_the_annotation_is_dead_and_its_neighbours_go_on
 
 async def test_refused_records_are_kept_with_the_good_ones(start, tmp_path) -> None:
     pipeline = await start(HANDLER + "Note", options={"folder": str(tmp_path)})
-    await pipeline.accept(numbers(0, 1), [Refused(1, "malformed", "line 2", b"{")])
+    await pipeline.accept(numbers(0, 1), [InvalidRecord(1, "malformed", "line 2", b"{")])
     report = await drained(pipeline)
     assert dead(tmp_path) == [("malformed", b"{", 0, "line 2")]
     assert report.ledger == (1, 1, 0, 1)

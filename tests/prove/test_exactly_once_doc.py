@@ -16,7 +16,7 @@ from ingestd.base.record import Records, Span
 from ingestd.handlers.call import call, close
 from ingestd.handlers.load import load
 from ingestd.handlers.outcome import Job
-from ingestd.prove.verdict import Found, Report, lines
+from ingestd.prove.verdict import FoundRows, ProofReport, lines
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "EXACTLY_ONCE.md").read_text()
@@ -88,8 +88,8 @@ def test_flags_and_report_are_those_of_the_program() -> None:
     flags = re.compile(r"^ *\|? ?`?(--\w+)", re.MULTILINE)
     assert set(flags.findall(own)) == set(flags.findall(PAGE[PAGE.index("| flag |") :]))
     ledger = {"accepted": 1, "processed": 1, "dead": 0, "pending": 0, "balanced": True}
-    found = Found(1, 1, 0, 0, 0, 0, 0)
-    told = lines(Report(True, 1, 2, 2, 0, 1, 0, found, 0.1, 0.1, ledger, 0))
+    found = FoundRows(1, 1, 0, 0, 0, 0, 0)
+    told = lines(ProofReport(True, 1, 2, 2, 0, 1, 0, found, 0.1, 0.1, ledger, 0))
     shown = re.search(r"```\n(kills .*?)```", PAGE, re.DOTALL)
     assert shown
     words = re.compile(r"[\d.,]+")

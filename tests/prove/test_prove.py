@@ -17,8 +17,8 @@ import pytest
 
 from ingestd.base.errors import ConfigError
 from ingestd.http.settings import HttpSettings
-from ingestd.prove.plan import SERVING_SECONDS_MAX, Bounds, body_at, bounds_of, kill_at
-from ingestd.prove.progress import RESERVED, STATE, Progress, Sent, State, resumed
+from ingestd.prove.plan import SERVING_SECONDS_MAX, ProofBounds, body_at, bounds_of, kill_at
+from ingestd.prove.progress import RESERVED, STATE, ProofProgress, ProofState, Sent, resumed
 from ingestd.prove.verdict import compare, lines, report, rows_in
 from ingestd.settings import Settings
 
@@ -136,8 +136,8 @@ def test_a_bound_in_time(tmp_path: Path) -> None:
 
 
 def test_a_daemon_that_does_not_start(tmp_path: Path) -> None:
-    state = State(1, 1, [Sent()])
-    Progress(state, tmp_path / STATE).save()
+    state = ProofState(1, 1, [Sent()])
+    ProofProgress(state, tmp_path / STATE).save()
     (tmp_path / "data").write_text("no folder")
     (tmp_path / "ingestd.toml").write_text('data_dir = "data"\nhttp.listen = "127.0.0.1:0"\n')
     code, _, said = prove("--resume", ".", cwd=tmp_path)
@@ -188,7 +188,7 @@ def test_fifty_kills(tmp_path: Path, executor: str) -> None:
 
 
 def test_a_seed_decides_everything() -> None:
-    bounds = Bounds(100, 256)
+    bounds = ProofBounds(100, 256)
     assert kill_at(1, 3) == kill_at(1, 3)
     assert body_at(1, 2, 30, bounds) == body_at(1, 2, 30, bounds)
     assert len({kill_at(seed, 3) for seed in range(50)}) == 50
@@ -228,7 +228,7 @@ def test_requests_fit_the_settings(settings: Settings) -> None:
 
 
 def test_no_number_is_sent_twice_whenever_the_process_dies(tmp_path: Path) -> None:
-    progress = Progress(State(1, 1, [Sent(), Sent()]), tmp_path / STATE)
+    progress = ProofProgress(ProofState(1, 1, [Sent(), Sent()]), tmp_path / STATE)
     used: set[int] = set()
     for _ in range(3):
         for _ in range(500):
@@ -239,13 +239,13 @@ def test_no_number_is_sent_twice_whenever_the_process_dies(tmp_path: Path) -> No
         state = resumed(tmp_path)  # the process ends here, in the middle
         assert sum(count for _, count in state.sent[0].unknown) >= RESERVED - 1000
         assert state.sent[1].next == 0
-        progress = Progress(state, tmp_path / STATE)
+        progress = ProofProgress(state, tmp_path / STATE)
     progress.save(idle=True)
     assert resumed(tmp_path) == progress.state
 
 
 def test_threads_share_the_progress(tmp_path: Path) -> None:
-    progress = Progress(State(1, 1, [Sent() for _ in range(4)]), tmp_path / STATE)
+    progress = ProofProgress(ProofState(1, 1, [Sent() for _ in range(4)]), tmp_path / STATE)
 
     def work(client: int) -> None:
         for n in range(300):
@@ -301,16 +301,16 @@ def test_what_is_there_held_against_what_was_sent(rows, expected) -> None:
         "invalid": 0,
         "balanced": True,
     }
-    result = report(State(1, 3, SENT, killed=3, starts=[0.5, 0.7, 0.6]), found, drained, 0)
+    result = report(ProofState(1, 3, SENT, killed=3, starts=[0.5, 0.7, 0.6]), found, drained, 0)
     flaws = found.missing or found.duplicated or found.strange
     assert result.proved == (not flaws)
     told = "\n".join(lines(result))
     assert ("FAILED" in told) == bool(flaws)
     assert "recovery    median 0.60 s, longest 0.70 s" in told
-    assert not report(State(1, 3, SENT), found, drained | {"balanced": False}, 0).proved
-    assert not report(State(1, 3, SENT), found, drained | {"pending": 1}, 0).proved
-    assert not report(State(1, 3, SENT), found, drained, 75).proved
-    assert not report(State(1, 3, SENT), found, {}, 0).proved
+    assert not report(ProofState(1, 3, SENT), found, drained | {"balanced": False}, 0).proved
+    assert not report(ProofState(1, 3, SENT), found, drained | {"pending": 1}, 0).proved
+    assert not report(ProofState(1, 3, SENT), found, drained, 75).proved
+    assert not report(ProofState(1, 3, SENT), found, {}, 0).proved
 
 
 def test_nothing_was_ever_delivered(tmp_path: Path) -> None:

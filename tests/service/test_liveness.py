@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ingestd.base.liveness import LOOK_SECONDS, Liveness, Stage
 from ingestd.base.record import Records
+from ingestd.base.watchdog import LOOK_SECONDS, Liveness, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,9 +13,9 @@ import pytest
 
 from ingestd.base.errors import ConfigError
 from ingestd.config.reload import plan
+from ingestd.http.auth import Authenticator
 from ingestd.settings import Settings, validation_errors
 from ingestd.sources.http.access import read_access
-from ingestd.sources.http.gate import Gate
 from tests.access.tools import LOGS, SHOP, Files, bearer
 from tests.daemon.harness import Daemon, daemon
 from tests.service.tools import until
@@ -104,14 +104,14 @@ def test_what_goes_only_with_a_restart_is_refused(
 def test_what_a_token_owes_it_goes_on_owing() -> None:
     slow, fast = ({"shop": {"token": SHOP, "records_per_second": rate}} for rate in (1, 1000))
     settings = Settings(http={"tokens": slow}).http
-    gate = Gate(settings, read_access(settings))
+    gate = Authenticator(settings, read_access(settings))
     caller = gate._callers["shop"]
     caller.charge(100, 0)
     assert caller.wait() > 50
-    again = Gate(settings, read_access(settings), before=gate)
+    again = Authenticator(settings, read_access(settings), before=gate)
     assert again._callers["shop"].wait() > 50
     faster = Settings(http={"tokens": fast}).http
-    assert Gate(faster, read_access(faster), before=again)._callers["shop"].wait() == 0
+    assert Authenticator(faster, read_access(faster), before=again)._callers["shop"].wait() == 0
 
 
 # -- the daemon ----------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from ingestd.sinks import compression
-from ingestd.sinks.compression import Compressor, Steps, steps
+from ingestd.sinks import files
+from ingestd.sinks.files import Compressor, Steps, steps
 from ingestd.sinks.jsonl import JsonlSink
 
 if sys.version_info >= (3, 14):
@@ -125,11 +125,12 @@ def test_a_crash_at_each_step_loses_nothing(
     with monkeypatch.context() as patch:
         real_unlink = Path.unlink
         if moment == "rename":
-            compression._retire(tmp_path / "2026-01-01T08.jsonl")
+            files._retire(tmp_path / "2026-01-01T08.jsonl")
             patch.setattr(Path, "rename", crash)
             patch.setattr(Path, "unlink", lambda *_, **__: None)  # nor does a crash tidy up
         elif moment == "sync_folder":
-            patch.setattr(compression, "sync_folder", crash)
+            files._retire(tmp_path / "2026-01-01T08.jsonl")
+            patch.setattr(files, "sync_folder", crash)
         else:
             patch.setattr(
                 Path,

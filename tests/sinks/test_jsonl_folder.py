@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ingestd.sinks.folder import Folder, hour_of, next_number
+from ingestd.sinks.files import Folder, hour_of, next_number
 
 ROOT = Path(__file__).parents[2]
 NINE = 1_767_258_000.0  # 2026-01-01T09:00:00Z
@@ -153,7 +153,7 @@ def test_a_tail_is_cut_only_under_the_lock(made) -> None:
 FULL_DISK = """
 import os, resource, signal, sys
 from pathlib import Path
-from ingestd.sinks.folder import Folder
+from ingestd.sinks.files import Folder
 folder = Folder(Path(sys.argv[1]), rotate_bytes=1 << 20, now=lambda: 1767258000.0)
 folder.append(b"first\\n")
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
@@ -192,7 +192,7 @@ def test_a_folder_that_can_not_be_made(made, tmp_path: Path) -> None:
 KILLED = """
 import sys
 from pathlib import Path
-from ingestd.sinks.folder import Folder
+from ingestd.sinks.files import Folder
 folder = Folder(Path(sys.argv[1]), rotate_bytes=40_000, now=lambda: 1767258000.0)
 line = sys.argv[2].encode() * 500 + b"\\n"
 folder.append(line)

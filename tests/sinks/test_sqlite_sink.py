@@ -26,8 +26,8 @@ from ingestd.handlers.call import call, close
 from ingestd.handlers.context import Context
 from ingestd.handlers.load import load
 from ingestd.handlers.outcome import Job
-from ingestd.sinks.rows import EXTRA, ID, folded, has_extra, keys_of, new_columns, rows_of
 from ingestd.sinks.sqlite import SqliteSink
+from ingestd.sinks.tables import EXTRA, ID, folded, has_extra, keys_of, new_columns, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

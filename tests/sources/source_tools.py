@@ -13,7 +13,7 @@ from ingestd.sources.http.source import HttpSource
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from ingestd.base.record import Format, Records, Refused
+    from ingestd.base.record import Format, InvalidRecord, Records
 
 
 class MemoryIntake:
@@ -25,7 +25,7 @@ class MemoryIntake:
         self.record_bytes_max: int = more.get("record_bytes_max", 1024**2)
         self.json_depth_max: int = more.get("json_depth_max", 128)
         self.runs: list[Records] = []
-        self.refused: list[Refused] = []
+        self.refused: list[InvalidRecord] = []
         self.principals: list[str] = []
         self.unkept = 0
         self.gate = asyncio.Event()
@@ -38,7 +38,7 @@ class MemoryIntake:
     async def accept(
         self,
         records: Records,
-        refused: Sequence[Refused] = (),
+        refused: Sequence[InvalidRecord] = (),
         claim: Any = None,
         watch: Any = None,
         principal: str = "",

@@ -18,17 +18,17 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from ingestd.base.append import IdempotencyClaim
 from ingestd.base.errors import KeyInFlight, KeyReused, Overloaded
 from ingestd.base.metrics import Metrics
-from ingestd.base.once import Claim
 from ingestd.base.record import Records
+from ingestd.http.problem import Problem
 from ingestd.http.settings import HttpSettings
 from ingestd.journal.idempotency import KeyRule
-from ingestd.journal.sqlite import SqliteJournal
+from ingestd.journal.sqlite.journal import SqliteJournal
 from ingestd.pipeline import Pipeline
 from ingestd.settings import Settings
-from ingestd.sources.http.idempotency import parse_key
-from ingestd.sources.http.problem import Problem
+from ingestd.sources.http.headers import parse_key
 from ingestd.sources.http.source import HttpSource
 from tests.daemon.harness import daemon
 from tests.sources.source_tools import ask, connected, until
@@ -364,7 +364,7 @@ class KeysModel(RuleBasedStateMachine):
         self.loop = asyncio.new_event_loop()
         self.known: dict[str, tuple[bytes, bytes, float]] = {}
         self.accepted = 0
-        self.claims: dict[str, Claim] = {}
+        self.claims: dict[str, IdempotencyClaim] = {}
         self.lives = 0
         self._open(self.folder / "0")
 
@@ -385,7 +385,7 @@ class KeysModel(RuleBasedStateMachine):
     def _lives(self, key: str) -> bool:
         return key in self.known and self.clock.now() < self.known[key][2] + 100.0
 
-    async def _begin(self, key: str, print_: bytes) -> Claim | bytes:
+    async def _begin(self, key: str, print_: bytes) -> IdempotencyClaim | bytes:
         try:
             return await self.journal.keys.begin(key, print_)
         except Overloaded:

@@ -13,7 +13,7 @@ from backports import zstd
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ingestd.sources.inflate import WINDOW_MAX, Corrupt, Inflater, WindowTooLarge, zstd_window
+from ingestd.codecs.compression import WINDOW_MAX, Corrupt, Inflater, WindowTooLarge, zstd_window
 
 MIB = 1024**2
 TEXT = b"".join(b"%d: some text that repeats\n" % n for n in range(300))

@@ -16,8 +16,8 @@ GRACE = 0.1
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
     """A body is too slow after 100 ms here."""
-    monkeypatch.setattr("ingestd.sources.http.pace.GRACE_SECONDS", GRACE)
-    monkeypatch.setattr("ingestd.sources.http.reading.PIECE_SECONDS", 0.02)
+    monkeypatch.setattr("ingestd.http.deadlines.GRACE_SECONDS", GRACE)
+    monkeypatch.setattr("ingestd.http.body.PIECE_SECONDS", 0.02)
 
 
 async def test_it_is_waited_for():

@@ -10,8 +10,8 @@ import pytest
 import schemathesis
 
 from ingestd import __version__
-from ingestd.sources.http import problem
-from ingestd.sources.http.body import reading_of
+from ingestd.http import problem
+from ingestd.sources.http.decode import format_of
 from ingestd.sources.http.openapi import describe
 from tests.sources.source_tools import MemoryIntake, ask, connected, serving
 
@@ -80,12 +80,12 @@ def test_there_is_a_path_for_each_pipeline_with_the_bodies_of_its_format() -> No
     for path, form in {**named, "/v1/records": "json"}.items():
         body = follow(document, document["paths"][path]["post"]["requestBody"])
         for kind in body["content"]:
-            reading_of(kind, form)  # type: ignore[arg-type]  # raises for a type it does not take
+            format_of(kind, form)  # type: ignore[arg-type]  # raises for a type it does not take
         # What is read without being asked for stands in the words, every other type in the table.
         said = {*body["content"], *re.findall(r"`(application/[a-z-]+)`", body["description"])}
         for kind in ("application/json", "application/ndjson", "text/plain", *said):
             try:
-                reading_of(kind, form)  # type: ignore[arg-type]
+                format_of(kind, form)  # type: ignore[arg-type]
             except problem.Problem:
                 assert kind not in said
             else:

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ingestd.sources.http.page import make_page
+from ingestd.sources.http.openapi import make_page
 from tests.sources.source_tools import MemoryIntake, connected, serving
 
 FORMATS = {"default": "json", "logs": "text", "blobs": "bytes"}

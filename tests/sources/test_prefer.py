@@ -13,16 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ingestd
+from ingestd.base.append import DeliveryWaiter
 from ingestd.base.clock import SystemClock
 from ingestd.base.metrics import Metrics
-from ingestd.base.watch import Watch
 from ingestd.http.settings import HttpSettings
 from ingestd.journal.interface import DeadLetter, Place
 from ingestd.pipeline import Pipeline
 from ingestd.settings import Settings
-from ingestd.sources.http.prefer import NOTHING, Preferences, parse_prefer
+from ingestd.sources.http.headers import NOTHING, Preferences, parse_prefer
 from ingestd.sources.http.source import HttpSource
-from ingestd.watching import Watches
+from ingestd.waiters import DeliveryWaiters
 from tests.sources.source_tools import ask, connected, until
 
 if TYPE_CHECKING:
@@ -237,10 +237,10 @@ async def test_strict_stores_nothing_if_one_record_is_bad(tmp_path, wait):
 async def test_watches_are_told_of_exactly_their_own(data):
     """Any layout of appends in chunks, settled in any order and any runs."""
     sizes = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=8))
-    watches, told = Watches(), []
+    watches, told = DeliveryWaiters(), []
     first = 0
     for size in sizes:
-        watch = Watch(size)
+        watch = DeliveryWaiter(size)
         if data.draw(st.booleans()):
             watches.add(Place(7, first), watch)
             told.append((first, watch, []))

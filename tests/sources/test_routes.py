@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ingestd.sources.http.problem import Problem
-from ingestd.sources.http.routes import (
+from ingestd.http.problem import Problem
+from ingestd.http.routing import (
     ANY_PIPELINE,
     ASK,
     READ,

@@ -10,17 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingestd.base.record import Layout
-from ingestd.sources.http import problem
-from ingestd.sources.http.body import Bounds, Reading, parse_body, reading_of
-from ingestd.sources.http.problem import Problem
-from ingestd.sources.lines import KEPT_BYTES, parse_lines
+from ingestd.codecs.lines import KEPT_BYTES, parse_lines
+from ingestd.http import problem
+from ingestd.http.problem import Problem
+from ingestd.sources.http.decode import BodyFormat, BodyLimits, format_of, parse_body
 from tests.sources.source_tools import check
 
-BOUNDS = Bounds(records_max=1000, record_bytes_max=64)
+BOUNDS = BodyLimits(records_max=1000, record_bytes_max=64)
 
 
 def read(body, content_type="", form="json", bounds=BOUNDS):
-    parsed = parse_body(body, reading_of(content_type, form), form, bounds)
+    parsed = parse_body(body, format_of(content_type, form), form, bounds)
     check(parsed.records)
     return parsed
 
@@ -34,21 +34,21 @@ def refusal(*args, **kwargs):
 @pytest.mark.parametrize(
     ("content_type", "form", "reading"),
     [
-        ("", "json", Reading.LINES),
-        ("application/x-www-form-urlencoded", "json", Reading.LINES),
-        ("application/x-ndjson", "json", Reading.LINES),
-        ("Application/JSONL ; charset=UTF-8", "json", Reading.LINES),
-        ("application/json", "json", Reading.DOCUMENT),
-        ('application/json;charset="utf-8"', "json", Reading.DOCUMENT),
-        ("text/plain; charset=us-ascii", "text", Reading.LINES),
-        ("", "text", Reading.LINES),
-        ("application/x-www-form-urlencoded", "text", Reading.LINES),
-        ("application/octet-stream", "bytes", Reading.WHOLE),
-        ("", "bytes", Reading.WHOLE),
+        ("", "json", BodyFormat.LINES),
+        ("application/x-www-form-urlencoded", "json", BodyFormat.LINES),
+        ("application/x-ndjson", "json", BodyFormat.LINES),
+        ("Application/JSONL ; charset=UTF-8", "json", BodyFormat.LINES),
+        ("application/json", "json", BodyFormat.DOCUMENT),
+        ('application/json;charset="utf-8"', "json", BodyFormat.DOCUMENT),
+        ("text/plain; charset=us-ascii", "text", BodyFormat.LINES),
+        ("", "text", BodyFormat.LINES),
+        ("application/x-www-form-urlencoded", "text", BodyFormat.LINES),
+        ("application/octet-stream", "bytes", BodyFormat.WHOLE),
+        ("", "bytes", BodyFormat.WHOLE),
     ],
 )
 def test_types_that_a_pipeline_takes(content_type, form, reading):
-    assert reading_of(content_type, form) is reading
+    assert format_of(content_type, form) is reading
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_types_that_a_pipeline_takes(content_type, form, reading):
 )
 def test_types_that_it_does_not_take(content_type, form):
     with pytest.raises(Problem) as caught:
-        reading_of(content_type, form)
+        format_of(content_type, form)
     assert caught.value.kind.slug == "unsupported-media-type"
     assert json.loads(caught.value.body())["status"] == 415
 
@@ -157,7 +157,7 @@ def test_a_malformed_body_is_400(bad):
 
 def test_nesting_beyond_the_stack_is_malformed():
     deep = b"[" * 200_000 + b"]" * 200_000
-    bounds = Bounds(10, 10**6)
+    bounds = BodyLimits(10, 10**6)
     assert (
         read(b"1\n" + deep, bounds=bounds).refused[0].detail
         == "nested deeper than json_depth_max = 128"
@@ -194,7 +194,7 @@ def test_a_good_body_is_its_own_payload():
     assert read(body, form="text").records.payload is body
     large = b'{"a":"' + b"x" * 50 + b'"}\n'
     large *= 30_000
-    bounds = Bounds(30_000, 64)
+    bounds = BodyLimits(30_000, 64)
     assert read(large, bounds=bounds).records.payload is large
     assert read(large, form="text", bounds=bounds).records.payload is large
 
@@ -212,7 +212,7 @@ def test_lines_that_are_too_large_are_refused_beside_good_ones():
 
 
 def test_of_a_huge_line_the_beginning_is_kept():
-    parsed = read(b"1\n" + b"x" * 10**6, bounds=Bounds(10, 10**5))
+    parsed = read(b"1\n" + b"x" * 10**6, bounds=BodyLimits(10, 10**5))
     assert parsed.refused[0].payload == b"x" * KEPT_BYTES
 
 
@@ -220,14 +220,14 @@ def test_errors_in_a_large_body_have_their_own_index():
     lines = [b'{"n":%d,"pad":"%s"}' % (n, b"x" * 500) for n in range(4000)]
     for bad in (3, 1700, 3999):
         lines[bad] = b"bad"
-    parsed = read(b"\n".join(lines), bounds=Bounds(4000, 10**4))
+    parsed = read(b"\n".join(lines), bounds=BodyLimits(4000, 10**4))
     assert [one.index for one in parsed.refused] == [3, 1700, 3999]
     assert parsed.records.count == 3997
     assert b"bad" not in parsed.records.items()
 
 
 def test_too_many_records_are_413_and_blank_lines_are_none():
-    bounds = Bounds(3, 10**7)
+    bounds = BodyLimits(3, 10**7)
     assert read(b"\n\n1\n\n\n2\r\n\r\n3\n\n", bounds=bounds).records.count == 3
     assert refusal(b"1\n2\n3\n4", bounds=bounds) == (413, "too-many-records")
     assert refusal(b"1\n2\n3\nbad", bounds=bounds) == (413, "too-many-records")
@@ -246,8 +246,13 @@ def test_a_body_of_commas_is_refused_quickly():
     assert refusal(b"[" + b"," * 1_500_000, "application/json") == (400, "malformed")
     assert refusal(b'["\xff"' + b",1" * 1_500_000 + b"]", "application/json") == (400, "malformed")
     few = b"[" + b",".join([b"[" + b"1," * 999 + b"1]"] * 1000) + b"]"
-    assert read(few + b" ", "application/json", bounds=Bounds(1000, 10**4)).records.count == 1000
-    assert refusal(few, "application/json", bounds=Bounds(999, 10**4)) == (413, "too-many-records")
+    assert (
+        read(few + b" ", "application/json", bounds=BodyLimits(1000, 10**4)).records.count == 1000
+    )
+    assert refusal(few, "application/json", bounds=BodyLimits(999, 10**4)) == (
+        413,
+        "too-many-records",
+    )
 
 
 @pytest.mark.parametrize(
@@ -326,9 +331,9 @@ def test_whatever_comes_each_line_is_judged_alone(body):
 
 def test_a_content_type_is_read_in_one_go_and_has_a_bound():
     """Thousands of semicolons took the standard library's parser 38 ms on the event loop."""
-    assert reading_of("application/json" + ";" * 1000, "json") is Reading.DOCUMENT
+    assert format_of("application/json" + ";" * 1000, "json") is BodyFormat.DOCUMENT
     with pytest.raises(Problem) as caught:
-        reading_of("application/json" + ";" * 8000, "json")
+        format_of("application/json" + ";" * 8000, "json")
     assert caught.value.kind is problem.MEDIA_TYPE
     with pytest.raises(Problem, match="latin-1"):
-        reading_of("application/json" + ";" * 900 + " charset = latin-1", "json")
+        format_of("application/json" + ";" * 900 + " charset = latin-1", "json")

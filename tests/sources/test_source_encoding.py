@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ingestd.sources.http.encoding import name_encoding
-from ingestd.sources.http.problem import Problem
-from ingestd.sources.inflate import Corrupt, Inflater, TooMuch, WindowTooLarge
+from ingestd.codecs.compression import Corrupt, Inflater, TooMuch, WindowTooLarge
+from ingestd.http.body import name_encoding
+from ingestd.http.problem import Problem
 from tests.peak import peak
 from tests.real_input import real_input
 

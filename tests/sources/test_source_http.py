@@ -21,7 +21,7 @@ import structlog
 
 from ingestd.base.errors import AddressError, Draining, JournalFailed, Overloaded
 from ingestd.base.record import Layout
-from ingestd.sources.http import problem
+from ingestd.http import problem
 from tests.real_input import real_input
 from tests.sources.source_tools import MemoryIntake, ask, connected, serving, until
 

@@ -25,9 +25,9 @@ from hypothesis import strategies as st
 
 from ingestd.base.errors import InputUnreadable, JournalFailed, Overloaded
 from ingestd.base.record import Records
-from ingestd.sources.framing import Framer
-from ingestd.sources.lines import LISTED_MAX, Parsed
-from ingestd.sources.stdin.reader import READ_BYTES, ReadyReader, ThreadReader
+from ingestd.codecs.framing import Framer
+from ingestd.codecs.lines import LISTED_MAX, Parsed
+from ingestd.sources.descriptors import READ_BYTES, ReadyReader, ThreadReader
 from ingestd.sources.stdin.settings import StdinSettings
 from ingestd.sources.stdin.source import StdinSource
 from tests.real_input import real_input

@@ -19,12 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingestd.base.errors import InputUnreadable, JournalFailed, Overloaded
-from ingestd.sources.framing import Framer
-from ingestd.sources.lines import BOM
-from ingestd.sources.sniff import guess
-from ingestd.sources.stdin.prefix import Prefix
+from ingestd.codecs.framing import Framer, guess
+from ingestd.codecs.lines import BOM
 from ingestd.sources.stdin.settings import StdinSettings
-from ingestd.sources.stdin.source import StdinSource, _lines_of
+from ingestd.sources.stdin.source import AcceptedPrefix, StdinSource, _lines_of
 from tests.sources.source_tools import MemoryIntake, until
 
 if TYPE_CHECKING:
@@ -39,7 +37,7 @@ if TYPE_CHECKING:
 def test_only_what_is_accepted_without_a_gap_counts(
     parts: list[tuple[int, bool]], chance: random.Random
 ) -> None:
-    prefix, ends, lines = Prefix(), [], 0
+    prefix, ends, lines = AcceptedPrefix(), [], 0
     for size, _ in parts:
         lines += size
         ends.append(prefix.begin(lines, size))

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingestd.base.errors import JournalFailed, Overloaded
-from ingestd.sources.http import reading
-from ingestd.sources.http.body import Bounds, Reading, parse_body
-from ingestd.sources.http.gate import Caller
-from ingestd.sources.http.problem import Problem
-from ingestd.sources.http.room import Room
+from ingestd.http import body
+from ingestd.http.admission import AdmissionController
+from ingestd.http.auth import Principal
+from ingestd.http.problem import Problem
+from ingestd.sources.http.decode import BodyFormat, BodyLimits, parse_body
 from ingestd.sources.http.stream import HELD_BYTES, Stream
 from tests.sources.source_tools import MemoryIntake, Reply, ask, connected, serving, until
 
@@ -27,8 +27,8 @@ CHUNKED = {"Transfer_Encoding": "chunked"}
 @pytest.fixture(autouse=True)
 def quickly(monkeypatch):
     """A piece is old after 20 ms here, and an overload is asked again at once."""
-    monkeypatch.setattr(reading, "PIECE_SECONDS", 0.02)
-    monkeypatch.setattr("ingestd.sources.overload.AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(body, "PIECE_SECONDS", 0.02)
+    monkeypatch.setattr("ingestd.sources.base.AGAIN_SECONDS", 0.01)
 
 
 def chunk(data: bytes) -> bytes:
@@ -125,7 +125,7 @@ async def test_a_stream_is_longer_than_any_bound_on_bodies_and_memory_stays_flat
             assert source._door._room.bytes <= HELD_BYTES
         client.send(END)
         assert (await client.reply()).json["accepted"] == 800_000
-    assert intake.waiting_most <= 2 * reading.PIECE_BYTES
+    assert intake.waiting_most <= 2 * body.PIECE_BYTES
 
 
 async def test_a_connection_that_breaks_keeps_what_was_accepted_and_no_half_line():
@@ -286,7 +286,7 @@ async def test_any_division_gives_the_records_of_the_whole(body, cuts, form):
     whole_records: list[bytes] = []
     refused: list[int] = []
     try:
-        parsed = parse_body(body, Reading.LINES, form, Bounds(10**6, 30))
+        parsed = parse_body(body, BodyFormat.LINES, form, BodyLimits(10**6, 30))
         whole_records, refused = parsed.records.items(), [one.index for one in parsed.refused]
     except Problem as found:
         refused = [one.index for one in found.refused]
@@ -299,11 +299,11 @@ async def test_any_division_gives_the_records_of_the_whole(body, cuts, form):
         piece = next(left, None)
         return (b"", True) if piece is None else (piece, False)
 
-    room = Room(10**7, requests_max=1, share=1, streams_max=1)
+    room = AdmissionController(10**7, requests_max=1, share=1, streams_max=1)
     problem = None
     with ThreadPoolExecutor(1) as thread, room.enter("somebody") as hold:
         one = Stream(
-            read, intake, Caller(), hold, thread, invalid_kept=100,
+            read, intake, Principal(), hold, thread, invalid_kept=100,
             encoding="identity", ratio_max=0, silence=10.0, gone=lambda: False,
         )  # fmt: skip
         try:

@@ -6,10 +6,10 @@ import asyncio
 
 import pytest
 
-from ingestd.sources.http.body import Reading, reading_of
-from ingestd.sources.http.connection import HEAD_BYTES_MAX
-from ingestd.sources.http.prefer import parse_prefer
-from ingestd.sources.lines import json_fault
+from ingestd.codecs.lines import json_fault
+from ingestd.http.protocol import HEAD_BYTES_MAX
+from ingestd.sources.http.decode import BodyFormat, format_of
+from ingestd.sources.http.headers import parse_prefer
 from tests.sources.source_tools import MemoryIntake, ask, connected, serving
 
 
@@ -164,7 +164,7 @@ def test_escapes_that_are_good():
     ],
 )
 async def test_types_that_end_in_json_are_json(kind):
-    assert reading_of(kind, "json") is Reading.DOCUMENT
+    assert format_of(kind, "json") is BodyFormat.DOCUMENT
     intake = MemoryIntake()
     async with serving(intake) as source:
         assert (await ask(source, b"[1, 2]", Content_Type=kind)).json["accepted"] == 2

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import structlog
 
-from ingestd.sources.http.tracing import read_trace
+from ingestd.sources.http.headers import read_trace
 from tests.daemon.harness import daemon
 from tests.sources.source_tools import MemoryIntake, connected, serving
 

@@ -7,7 +7,7 @@ import socket
 import struct
 import time
 
-from ingestd.sources.http.turns import REQUESTS_A_TURN, TURN_SECONDS, Turns
+from ingestd.http.server import REQUESTS_A_TURN, TURN_SECONDS, FairQueue
 from tests.sources.source_tools import MemoryIntake, serving, until
 
 MANY = 4000
@@ -16,7 +16,7 @@ MANY = 4000
 def test_one_request_of_another_client_is_not_behind_hundreds() -> None:
     order: list[str] = []
 
-    async def one(turns: Turns, client: str) -> None:
+    async def one(turns: FairQueue, client: str) -> None:
         if (turn := turns.take(client)) is not None:
             await turn
         order.append(client)
@@ -25,7 +25,7 @@ def test_one_request_of_another_client_is_not_behind_hundreds() -> None:
             pass
 
     async def run() -> None:
-        turns = Turns(asyncio.get_running_loop())
+        turns = FairQueue(asyncio.get_running_loop())
         many = [asyncio.create_task(one(turns, "many")) for _ in range(100)]
         other = asyncio.create_task(one(turns, "other"))
         await asyncio.gather(other, *many)
@@ -37,7 +37,7 @@ def test_one_request_of_another_client_is_not_behind_hundreds() -> None:
 
 def test_who_has_gone_keeps_no_place() -> None:
     async def run() -> None:
-        turns = Turns(asyncio.get_running_loop())
+        turns = FairQueue(asyncio.get_running_loop())
         assert turns.take("a") is None
         time.sleep(TURN_SECONDS)  # noqa: ASYNC251  the turn's time is over
         waiting = [turns.take("a") for _ in range(50)]

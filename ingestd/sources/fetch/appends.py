@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base.errors import Overloaded
 from ingestd.base.record import join
-from ingestd.sources.overload import again_after
+from ingestd.sources.base import again_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ingestd.base.bookmark import Bookmark
-    from ingestd.base.record import Records, Refused
-    from ingestd.sources.fetch.budget import Budget
-    from ingestd.sources.intake import Intake
-    from ingestd.sources.lines import Parsed
+    from ingestd.base.append import SourceOffset
+    from ingestd.base.record import InvalidRecord, Records
+    from ingestd.codecs.lines import Parsed
+    from ingestd.sources.base import Intake
+    from ingestd.sources.fetch.concurrency import InflightBudget
 
 APPEND_BYTES = 4 * 1024**2
 """No further run is joined to an append beyond this."""
@@ -30,9 +30,9 @@ _REFUSED_BYTES = 256  # what a refused record costs beside its payload, about
 
 class _Run(NamedTuple):
     records: Records
-    refused: list[Refused]
+    refused: list[InvalidRecord]
     unkept: int
-    bookmark: Bookmark | None
+    bookmark: SourceOffset | None
     size: int
 
 
@@ -46,7 +46,7 @@ class Appends:
     """
 
     def __init__(
-        self, intake: Intake, budget: Budget, accepted: Callable[[int, int], None]
+        self, intake: Intake, budget: InflightBudget, accepted: Callable[[int, int], None]
     ) -> None:
         self._intake = intake
         self._budget = budget
@@ -55,7 +55,7 @@ class Appends:
         self._held = 0
         self._task: asyncio.Task[None] | None = None
 
-    async def put(self, parsed: Parsed, bookmark: Bookmark | None) -> None:
+    async def put(self, parsed: Parsed, bookmark: SourceOffset | None) -> None:
         """Takes records and how far they reach, as soon as there is room for them.
 
         Raises:
@@ -68,7 +68,7 @@ class Appends:
         self._check()
         self.put_now(parsed, bookmark)
 
-    def put_now(self, parsed: Parsed, bookmark: Bookmark | None) -> None:
+    def put_now(self, parsed: Parsed, bookmark: SourceOffset | None) -> None:
         """The same without waiting, for the last ones."""
         size = _size(parsed)
         self._waiting.append(_Run(parsed.records, parsed.refused, parsed.unlisted, bookmark, size))

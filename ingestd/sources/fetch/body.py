@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import aiohttp
 import async_timeout
 
-from ingestd.sources.fetch.failure import Again, GivenUp, Misfit, explain
-from ingestd.sources.inflate import Corrupt, Inflater, TooMuch, WindowTooLarge, mib
+from ingestd.codecs.compression import Corrupt, Inflater, TooMuch, WindowTooLarge, mib
+from ingestd.sources.fetch.failure import DownloadFailed, ResponseMismatch, TryAgain, explain
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable
 
-    from ingestd.sources.fetch.budget import Budget
+    from ingestd.sources.fetch.concurrency import InflightBudget
     from ingestd.sources.fetch.settings import FetchSettings
 
 _NO_BOUND = 1 << 62
@@ -45,7 +45,7 @@ async def pieces(
     settings: FetchSettings,
     *,
     ending: Ending,
-    windows: Budget,
+    windows: InflightBudget,
     read: Callable[[int], None],
 ) -> AsyncGenerator[bytes, None]:
     """What is in a body, a piece at a time; each is there as soon as it came.
@@ -90,9 +90,9 @@ async def pieces(
         if inflater is not None and total:
             inflater.finish()
     except Corrupt as error:
-        raise Again(str(error)) from None
+        raise TryAgain(str(error)) from None
     except TooMuch:
-        raise GivenUp("it is larger than fetch.bytes_max") from None
+        raise DownloadFailed("it is larger than fetch.bytes_max") from None
     finally:
         window.close()
 
@@ -102,19 +102,19 @@ def _check_size(total: int, ending: Ending, settings: FetchSettings, *, packed: 
     if ending.endless:
         return
     if ending.length is not None and total > ending.length:
-        raise Misfit("more came than its Content-Range says")
+        raise ResponseMismatch("more came than its Content-Range says")
     if total > settings.wire_bytes_max:
-        raise GivenUp("it is larger than fetch.wire_bytes_max")
+        raise DownloadFailed("it is larger than fetch.wire_bytes_max")
     if total > settings.bytes_max and not packed:
-        raise GivenUp("it is larger than fetch.bytes_max")
+        raise DownloadFailed("it is larger than fetch.bytes_max")
 
 
 def _check_end(total: int, ending: Ending) -> None:
     """Raises if less came than has to come; see the module."""
     if ending.length is not None and total < ending.length:
-        raise Again(f"the body was cut short: {total} of {ending.length} bytes came")
+        raise TryAgain(f"the body was cut short: {total} of {ending.length} bytes came")
     if not total and not ending.framed:
-        raise Again("the connection was closed behind the head, which gives no length")
+        raise TryAgain("the connection was closed behind the head, which gives no length")
 
 
 class _Window:
@@ -126,7 +126,7 @@ class _Window:
         waits: for what others hold; a stream may never give it back.
     """
 
-    def __init__(self, budget: Budget, bytes_max: int, *, waits: bool) -> None:
+    def __init__(self, budget: InflightBudget, bytes_max: int, *, waits: bool) -> None:
         self._budget = budget
         self._bytes_max = bytes_max
         self._waits = waits
@@ -139,7 +139,7 @@ class _Window:
             How large a window may be now, bytes.
         """
         if size > self._bytes_max:
-            raise GivenUp(
+            raise DownloadFailed(
                 f"it needs a zstd window of {mib(size)}, more than "
                 f"fetch.window_max = {mib(self._bytes_max)}"
             )
@@ -147,7 +147,7 @@ class _Window:
         size = max(size, _WINDOW_MIN)
         while self._budget.used and not self._budget.has(size):
             if not self._waits:
-                raise Again("there is no memory left for its zstd window (see fetch.window_max)")
+                raise TryAgain("there is no memory left for its zstd window (see fetch.window_max)")
             await self._budget.freed()
         self._budget.take(size)
         self._held = size
@@ -164,6 +164,6 @@ async def _read(content: aiohttp.StreamReader, silence: float) -> bytes:
         async with async_timeout.timeout(silence):
             return await content.readany()
     except TimeoutError:
-        raise Again("no byte came within fetch.silence_timeout") from None
+        raise TryAgain("no byte came within fetch.silence_timeout") from None
     except (aiohttp.ClientError, OSError, RuntimeError) as error:
         raise explain(error) from None

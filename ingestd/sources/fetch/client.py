@@ -11,7 +11,7 @@ import async_timeout
 from aiohttp import ClientTimeout, DummyCookieJar, TCPConnector
 
 from ingestd import __version__
-from ingestd.sources.fetch.failure import HEADER_BYTES_MAX, Again, GivenUp, explain
+from ingestd.sources.fetch.failure import HEADER_BYTES_MAX, DownloadFailed, TryAgain, explain
 from ingestd.sources.fetch.safety import Resolver, is_public, open_socket
 from ingestd.sources.fetch.urls import as_url
 
@@ -31,7 +31,7 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _HEADERS = {"User-Agent": f"ingestd/{__version__}", "Accept": "*/*"}
 
 
-class Client:
+class DownloadClient:
     """The connections of one source.
 
     Args:
@@ -111,7 +111,7 @@ class Client:
             finally:
                 # What is left of its body is not worth waiting for.
                 response.close()
-        raise GivenUp(f"more than {self._settings.redirects_max} redirects")
+        raise DownloadFailed(f"more than {self._settings.redirects_max} redirects")
 
     async def _ask(self, url: URL, headers: Mapping[str, str]) -> ClientResponse:
         settings = self._settings
@@ -123,7 +123,7 @@ class Client:
         except aiohttp.ServerTimeoutError as error:
             raise explain(error) from None
         except TimeoutError:
-            raise Again("no answer within fetch.silence_timeout") from None
+            raise TryAgain("no answer within fetch.silence_timeout") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
             raise explain(error) from None
 
@@ -146,13 +146,13 @@ def next_url(url: URL, location: str) -> URL:
             target = target.with_user(None)
         is_whole = target.host is not None and target.port is not None
     except ValueError:
-        raise GivenUp("it redirects to something that is not a URL") from None
+        raise DownloadFailed("it redirects to something that is not a URL") from None
     if target.scheme not in ("http", "https"):
-        raise GivenUp("it redirects to something that is not http or https")
+        raise DownloadFailed("it redirects to something that is not http or https")
     if not is_whole:
-        raise GivenUp("it redirects to something that is not a URL")
+        raise DownloadFailed("it redirects to something that is not a URL")
     if url.scheme == "https" and target.scheme == "http":
-        raise GivenUp("it redirects from https to http")
+        raise DownloadFailed("it redirects from https to http")
     return target
 
 

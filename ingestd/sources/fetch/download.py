@@ -1,27 +1,304 @@
-"""One URL's way: it is tried until all of it is accepted, and with `fetch.every` again after that.
-
-A *try* is one request (`trying.py`). A *round* is as many tries as it takes to have all of the
-resource, or to give it up. A stream has one round, without an end.
-"""
+"""One try of one URL: ask, decompress, frame, accept."""
 
 from __future__ import annotations
 
 import asyncio
 import random
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 from ingestd.base.backoff import backoff
-from ingestd.base.telemetry import get_logger
-from ingestd.sources.fetch.failure import Again, Changed, GivenUp, Reconnect
-from ingestd.sources.fetch.position import Position
+from ingestd.base.logging import get_logger
+from ingestd.sources.fetch import concurrency
+from ingestd.sources.fetch.appends import Appends
+from ingestd.sources.fetch.body import Ending, pieces
+from ingestd.sources.fetch.decoders import NOTHING, EventDecoder, LineDecoder
+from ingestd.sources.fetch.failure import (
+    DownloadFailed,
+    Reconnect,
+    ResourceChanged,
+    ResponseMismatch,
+    TryAgain,
+)
+from ingestd.sources.fetch.position import (
+    EVENT_STREAM,
+    Finished,
+    Position,
+    Take,
+    as_bookmark,
+    encoding_of,
+    ends_by_itself,
+    from_bookmark,
+    headers_for,
+    judge,
+    media_type,
+)
 
 if TYPE_CHECKING:
+    from aiohttp import ClientResponse
+
+    from ingestd.base.append import SourceOffset
+    from ingestd.base.clock import Clock
+    from ingestd.sources.base import Intake
+    from ingestd.sources.fetch.client import DownloadClient
+    from ingestd.sources.fetch.concurrency import (
+        DecompressionMemory,
+        DownloadSlots,
+        InflightBudget,
+        SlotLease,
+    )
     from ingestd.sources.fetch.settings import FetchSettings
-    from ingestd.sources.fetch.slots import Slots
-    from ingestd.sources.fetch.trying import Tries
+    from ingestd.sources.fetch.tally import DownloadTotals
     from ingestd.sources.fetch.urls import Link
 
+
 log = get_logger()
+
+
+class DownloadAttempts:
+    """Makes the tries of one URL, one after the other; each goes on where the one before ended.
+
+    Args:
+        link: the URL.
+        settings: how, and the bounds.
+        intake: the pipeline.
+        client: makes the requests.
+        budget: how much all URLs may hold together.
+        memory: what their zstd windows may take.
+        tally: what is counted of all of them.
+        clock: where time comes from.
+
+    Attributes:
+        position: where the URL stands.
+        appends: what is on its way into the pipeline.
+        progress: the URL's own counters.
+        alive: a stream has sent something in the last try.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        settings: FetchSettings,
+        intake: Intake,
+        *,
+        client: DownloadClient,
+        budget: InflightBudget,
+        memory: DecompressionMemory,
+        tally: DownloadTotals,
+        clock: Clock,
+    ) -> None:
+        self.position = Position()
+        self.appends = Appends(intake, budget, tally.accepted)
+        self.progress = tally.begin()
+        self.alive = False
+        self.link = link
+        self._settings = settings
+        self._intake = intake
+        self._client = client
+        self._clock = clock
+        self._memory = memory
+        self._ranges = True
+        self._endless = settings.follow
+
+    async def load(self) -> None:
+        """Finds where the URL was left."""
+        kept = await self._intake.bookmark(self.link.key)
+        try:
+            self.position = from_bookmark(kept)
+        except ValueError:
+            log.error("position_unreadable", url=self.link.shown)  # noqa: TRY400
+
+    async def make(self, lease: SlotLease) -> None:
+        """One request, and what comes of it; returns when all of it is accepted.
+
+        Args:
+            lease: its place among the downloads that run; streams give it back.
+
+        Raises:
+            Again: it failed, and may succeed another time.
+            GivenUp: it failed, and would fail again.
+            Changed: another version came than the one that was begun.
+            Reconnect: a stream ended as streams do.
+        """
+        self.alive = False
+        position = Position() if self._settings.follow else self.position
+        asked = headers_for(position, url=self.link.url, ranges=self._ranges, endless=self._endless)
+        async with self._client.get(self.link, asked) as response:
+            try:
+                encoding = "identity"
+                if response.ok:
+                    encoding = encoding_of(response.headers, self.link.url, response.url)
+                verdict = judge(
+                    response.status,
+                    response.headers,
+                    asked=asked,
+                    position=position,
+                    encoding=encoding,
+                )
+            except ResourceChanged:
+                raise self._misfit("the rest alone did not come as it was asked for") from None
+            except TryAgain as failure:
+                failure.after = concurrency.retry_after(
+                    response.headers.get("Retry-After"),
+                    response.headers.get("Date"),
+                    self._clock.now(),
+                    self._settings.retry_after_max,
+                )
+                raise
+            if isinstance(verdict, Finished):
+                await self._finish(verdict.position)
+            elif media_type(response.headers) == EVENT_STREAM:
+                lease.release()  # it has no end: others need the place
+                await self._follow_events(response, verdict)
+            elif self._settings.follow:
+                lease.release()
+                await self._follow_lines(response, verdict)
+            else:
+                await self._read(response, verdict)
+
+    def _misfit(self, reason: str) -> ResponseMismatch:
+        """A whole body tells by its length, its validators and its beginning how it stands."""
+        self._ranges = False
+        return ResponseMismatch(reason)
+
+    async def _finish(self, position: Position) -> None:
+        """All of it is accepted already."""
+        if position != self.position:
+            self.position = position
+            await self.appends.put(NOTHING, self._bookmark())
+        await self.appends.flushed()
+        self._ranges = True
+        log.info("url_done", url=self.link.shown, records=position.records)
+
+    async def _read(self, response: ClientResponse, verdict: Take) -> None:
+        """A body with an end."""
+        if verdict.changed:
+            self.changed(self.position)
+        intake, settings = self._intake, self._settings
+        taker = LineDecoder(
+            intake.format,
+            intake.record_bytes_max,
+            verdict.position,
+            verdict.skip,
+            depth_max=intake.json_depth_max,
+        )
+        begun = verdict.position.offset
+        framed = verdict.length is not None or ends_by_itself(response.headers)
+        self.progress.expect(verdict.length)
+        stream = pieces(
+            response.content,
+            verdict.position.encoding,
+            settings,
+            ending=Ending(verdict.length, framed),
+            windows=self._memory.downloads,
+            read=self.progress.read,
+        )
+        try:
+            async with aclosing(stream):
+                async for piece in stream:
+                    parsed = taker.feed(piece)
+                    if parsed:
+                        self.position = taker.position
+                        await self.appends.put(parsed, self._bookmark())
+                    # A server that is faster than we are must not keep others from running.
+                    await asyncio.sleep(0)
+        except ResponseMismatch as failure:
+            raise self._misfit(failure.reason) from None
+        finally:
+            self.progress.unexpect()
+        if not verdict.whole:
+            reason = "the server sent only a part, or did not say that it was all"
+            raise TryAgain(reason) if self.position.offset > begun else self._misfit(reason)
+        certain = framed or taker.position.encoding != "identity"
+        parsed = taker.end(certain=certain)
+        self.position = taker.position
+        await self.appends.put(parsed or NOTHING, self._bookmark())
+        await self.appends.flushed()
+        self._ranges = True
+        log.info(
+            "url_done",
+            url=self.link.shown,
+            records=self.position.records,
+            # Else nothing but the end of the connection said that this was all.
+            **({} if certain else {"end_announced": False}),
+        )
+
+    # -- streams -------------------------------------------------------------------------------
+
+    async def _follow_events(self, response: ClientResponse, verdict: Take) -> None:
+        intake, settings = self._intake, self._settings
+        start = Position(event_id=self.position.event_id, records=self.position.records)
+        taker = EventDecoder(
+            intake.format, intake.record_bytes_max, start, depth_max=intake.json_depth_max
+        )
+        await self._follow(response, verdict.position.encoding, taker)
+        raise Reconnect(concurrency.reconnect(taker.retry, settings.backoff, settings.backoff_max))
+
+    async def _follow_lines(self, response: ClientResponse, verdict: Take) -> None:
+        intake, settings = self._intake, self._settings
+        taker = LineDecoder(
+            intake.format,
+            intake.record_bytes_max,
+            verdict.position,
+            depth_max=intake.json_depth_max,
+        )
+        try:
+            await self._follow(response, verdict.position.encoding, taker)
+            last = taker.end(certain=ends_by_itself(response.headers))
+        except BaseException:
+            # Nobody sends the rest of it: it is kept as a dead letter.
+            if last := taker.cut():
+                self.appends.put_now(last, None)
+            raise
+        if last:
+            await self.appends.put(last, None)
+        raise Reconnect(concurrency.reconnect(None, settings.backoff, settings.backoff_max))
+
+    async def _follow(
+        self, response: ClientResponse, encoding: str, taker: EventDecoder | LineDecoder
+    ) -> None:
+        """Takes what comes, until the stream ends."""
+        log.info("stream_opened", url=self.link.shown)
+        self._endless = True
+        stream = pieces(
+            response.content,
+            encoding,
+            self._settings,
+            ending=Ending(None, framed=False, endless=True),
+            windows=self._memory.streams,
+            read=self.progress.read,
+        )
+        async with aclosing(stream):
+            async for piece in stream:
+                self.alive = True
+                parsed = taker.feed(piece)
+                if isinstance(taker, EventDecoder):
+                    self.position = taker.position
+                if parsed and parsed.total:
+                    await self.appends.put(parsed, self._bookmark())
+                await asyncio.sleep(0)
+
+    def _bookmark(self) -> SourceOffset | None:
+        if self._settings.follow and not self.position.event_id:
+            return None  # nothing that one could go on from
+        return as_bookmark(self.link.key, self.position)
+
+    def changed(self, before: Position) -> None:
+        """Says that there is a new version of what was accepted up to a position."""
+        log.warning(
+            "resource_changed",
+            url=self.link.shown,
+            records_accepted=before.records,
+            was_done=before.done,
+        )
+
+
+# -- one URL's way ---------------------------------------------------------------------------------
+#
+# One URL's way: it is tried until all of it is accepted, and with `fetch.every` again after that.
+#
+# A *try* is one request (`trying.py`). A *round* is as many tries as it takes to have all of the
+# resource, or to give it up. A stream has one round, without an end.
 
 
 class Download:
@@ -37,7 +314,9 @@ class Download:
         reason: why the last round was given up; empty if it was not.
     """
 
-    def __init__(self, link: Link, settings: FetchSettings, tries: Tries, slots: Slots) -> None:
+    def __init__(
+        self, link: Link, settings: FetchSettings, tries: DownloadAttempts, slots: DownloadSlots
+    ) -> None:
         self.link = link
         self.tries = tries
         self.reason = ""
@@ -59,7 +338,7 @@ class Download:
             try:
                 await self._round()
                 self.reason = ""
-            except GivenUp as failure:
+            except DownloadFailed as failure:
                 self.reason = failure.reason
                 log.error(  # noqa: TRY400 - one line says it all
                     "url_given_up", url=self.link.shown, reason=failure.reason
@@ -86,11 +365,11 @@ class Download:
                 attempts = 0
                 await asyncio.sleep(stream.after)
                 continue
-            except Changed:
-                failure = Again("it changed while it was downloaded")
+            except ResourceChanged:
+                failure = TryAgain("it changed while it was downloaded")
                 tries.changed(before)
                 tries.position = Position()
-            except Again as caught:
+            except TryAgain as caught:
                 failure = caught
             else:
                 return
@@ -100,10 +379,10 @@ class Download:
             furthest = max(furthest, tries.position.offset)
             attempts = 0 if moved else attempts + 1
             if attempts >= self._settings.attempts_max:
-                raise GivenUp(f"{failure.reason} ({attempts} tries without progress)")
+                raise DownloadFailed(f"{failure.reason} ({attempts} tries without progress)")
             await self._pause(attempts, failure)
 
-    async def _pause(self, attempts: int, failure: Again) -> None:
+    async def _pause(self, attempts: int, failure: TryAgain) -> None:
         settings = self._settings
         after = backoff(max(attempts, 1), settings.backoff, settings.backoff_max, random.random)
         after = max(after, failure.after or 0.0)

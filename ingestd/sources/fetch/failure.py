@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import aiohttp
 from aiohttp.http_exceptions import LineTooLong
 
-from ingestd.sources.fetch.safety import Forbidden
+from ingestd.sources.fetch.safety import ForbiddenAddress
 
 if TYPE_CHECKING:
     import ssl
@@ -22,7 +22,7 @@ HEADER_BYTES_MAX = 64 * 1024
 """The longest header of an answer. Servers bound their own: 8 to 64 KiB are usual."""
 
 
-class Again(Exception):  # noqa: N818 - what it means
+class TryAgain(Exception):  # noqa: N818 - what it means
     """It failed, and may succeed another time.
 
     Attributes:
@@ -36,11 +36,11 @@ class Again(Exception):  # noqa: N818 - what it means
         self.after = after
 
 
-class Misfit(Again):
+class ResponseMismatch(TryAgain):
     """The rest alone did not come as it was asked for: all of it has to be."""
 
 
-class GivenUp(Exception):  # noqa: N818
+class DownloadFailed(Exception):  # noqa: N818
     """It failed, and would fail again.
 
     Attributes:
@@ -52,7 +52,7 @@ class GivenUp(Exception):  # noqa: N818
         self.reason = reason
 
 
-class Changed(Exception):  # noqa: N818
+class ResourceChanged(Exception):  # noqa: N818
     """It is another version than the one whose beginning was accepted."""
 
 
@@ -68,27 +68,27 @@ class Reconnect(Exception):  # noqa: N818 - what to do
         self.after = after
 
 
-def explain(error: Exception) -> Again | GivenUp:
+def explain(error: Exception) -> TryAgain | DownloadFailed:
     """What an error of the HTTP client means."""
     if isinstance(error, aiohttp.ClientConnectorError):
         return _not_connected(error)
     if isinstance(error, TimeoutError):
-        return Again("no connection within fetch.connect_timeout")
+        return TryAgain("no connection within fetch.connect_timeout")
     if isinstance(error, aiohttp.ServerDisconnectedError):
-        return Again("the connection was closed before an answer came")
+        return TryAgain("the connection was closed before an answer came")
     if isinstance(error, aiohttp.ClientPayloadError):
-        return Again("the body was cut short")
+        return TryAgain("the body was cut short")
     if isinstance(error, aiohttp.ClientHttpProxyError):
-        return Again(f"the proxy answered {error.status}")
+        return TryAgain(f"the proxy answered {error.status}")
     if _is_too_long(error):
-        return GivenUp(f"a header of its answer is longer than {HEADER_BYTES_MAX} bytes")
+        return DownloadFailed(f"a header of its answer is longer than {HEADER_BYTES_MAX} bytes")
     if isinstance(error, aiohttp.ClientResponseError):
-        return Again("the answer is not HTTP as it should be")
+        return TryAgain("the answer is not HTTP as it should be")
     if isinstance(error, aiohttp.InvalidURL):
-        return GivenUp("it is not a URL that can be asked for")
+        return DownloadFailed("it is not a URL that can be asked for")
     if isinstance(error, OSError):
-        return Again(f"the connection broke: {_words(error)}")
-    return Again("the connection broke")
+        return TryAgain(f"the connection broke: {_words(error)}")
+    return TryAgain("the connection broke")
 
 
 def _is_too_long(error: BaseException | None) -> bool:
@@ -97,17 +97,19 @@ def _is_too_long(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _not_connected(error: aiohttp.ClientConnectorError) -> Again | GivenUp:
+def _not_connected(error: aiohttp.ClientConnectorError) -> TryAgain | DownloadFailed:
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
-        return GivenUp(f"its certificate is not valid: {_certificate(error.certificate_error)}")
+        return DownloadFailed(
+            f"its certificate is not valid: {_certificate(error.certificate_error)}"
+        )
     cause = error.os_error
-    if isinstance(cause, Forbidden):
-        return GivenUp("its address is private or special (see fetch.allow_private)")
+    if isinstance(cause, ForbiddenAddress):
+        return DownloadFailed("its address is private or special (see fetch.allow_private)")
     if isinstance(error, aiohttp.ClientSSLError):
-        return Again("TLS failed")
+        return TryAgain("TLS failed")
     if isinstance(error, aiohttp.ClientConnectorDNSError) or isinstance(cause, socket.gaierror):
-        return Again("its host is not known")
-    return Again(f"no connection: {_words(cause)}")
+        return TryAgain("its host is not known")
+    return TryAgain(f"no connection: {_words(cause)}")
 
 
 def _certificate(error: Exception | ssl.SSLCertVerificationError) -> str:

@@ -43,7 +43,7 @@ _SPECIAL_6 = tuple(
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
-class Forbidden(OSError):  # noqa: N818 - what it is
+class ForbiddenAddress(OSError):  # noqa: N818 - what it is
     """The address is one that is not connected to."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ class Resolver(AbstractResolver):
         found = await self._inner.resolve(host, port, family)
         allowed = [one for one in found if self._allowed(one["host"])]
         if found and not allowed:
-            raise Forbidden
+            raise ForbiddenAddress
         return allowed
 
     async def close(self) -> None:
@@ -107,12 +107,12 @@ class Resolver(AbstractResolver):
 def open_socket(
     allowed: Callable[[str], bool],
 ) -> Callable[[tuple[Any, Any, int, str, tuple[Any, ...]]], socket.socket]:
-    """Makes sockets for the addresses that are allowed; any other raises `Forbidden`."""
+    """Makes sockets for the addresses that are allowed; any other raises `ForbiddenAddress`."""
 
     def open_(info: tuple[Any, Any, int, str, tuple[Any, ...]]) -> socket.socket:
         family, kind, proto, _, address = info
         if not allowed(str(address[0])):
-            raise Forbidden
+            raise ForbiddenAddress
         return socket.socket(family, kind, proto)
 
     return open_

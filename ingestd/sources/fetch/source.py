@@ -11,13 +11,16 @@ import asyncio
 from typing import TYPE_CHECKING, TextIO
 
 from ingestd.base.errors import InputIncomplete
-from ingestd.base.telemetry import get_logger
-from ingestd.sources.fetch.budget import Budget, Memory, memory_for
-from ingestd.sources.fetch.client import Client
-from ingestd.sources.fetch.download import Download
-from ingestd.sources.fetch.slots import Slots
-from ingestd.sources.fetch.tally import Tally
-from ingestd.sources.fetch.trying import Tries
+from ingestd.base.logging import get_logger
+from ingestd.sources.fetch.client import DownloadClient
+from ingestd.sources.fetch.concurrency import (
+    DecompressionMemory,
+    DownloadSlots,
+    InflightBudget,
+    memory_for,
+)
+from ingestd.sources.fetch.download import Download, DownloadAttempts
+from ingestd.sources.fetch.tally import DownloadTotals
 from ingestd.sources.fetch.urls import read_links
 
 if TYPE_CHECKING:
@@ -26,9 +29,9 @@ if TYPE_CHECKING:
     from aiohttp.abc import AbstractResolver
 
     from ingestd.base.clock import Clock
+    from ingestd.sources.base import Intake
     from ingestd.sources.fetch.settings import FetchSettings
     from ingestd.sources.fetch.urls import Link
-    from ingestd.sources.intake import Intake
 
 log = get_logger()
 
@@ -63,13 +66,13 @@ class FetchSource:
         allowed: Callable[[str], bool] | None = None,
         resolver: AbstractResolver | None = None,
     ) -> None:
-        self.tally = Tally(0)
+        self.tally = DownloadTotals(0)
         self._settings = settings
         self._intake = intake
         self._clock = clock
         self._fd = fd
         self._stderr = stderr
-        self._client = Client(settings, allowed=allowed, resolver=resolver)
+        self._client = DownloadClient(settings, allowed=allowed, resolver=resolver)
         self._downloads: list[Download] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._error: BaseException | None = None
@@ -83,9 +86,9 @@ class FetchSource:
         settings = self._settings
         links = await read_links(settings, fd=self._fd, stderr=self._stderr)
         await self._client.start()
-        self.tally = Tally(len(links))
-        slots = Slots(settings.concurrency, settings.concurrency_per_host)
-        budget, memory = Budget(settings.inflight_bytes_max), memory_for(settings)
+        self.tally = DownloadTotals(len(links))
+        slots = DownloadSlots(settings.concurrency, settings.concurrency_per_host)
+        budget, memory = InflightBudget(settings.inflight_bytes_max), memory_for(settings)
         self._downloads = [
             Download(link, settings, self._tries(link, budget, memory), slots) for link in links
         ]
@@ -95,8 +98,10 @@ class FetchSource:
         ]
         log.info("fetch_started", urls=len(links))
 
-    def _tries(self, link: Link, budget: Budget, memory: Memory) -> Tries:
-        return Tries(
+    def _tries(
+        self, link: Link, budget: InflightBudget, memory: DecompressionMemory
+    ) -> DownloadAttempts:
+        return DownloadAttempts(
             link,
             self._settings,
             self._intake,

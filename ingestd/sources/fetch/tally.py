@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class Tally:
+class DownloadTotals:
     """The counters.
 
     Args:
@@ -50,7 +50,7 @@ class Tally:
 class _One:
     """One URL's."""
 
-    def __init__(self, tally: Tally) -> None:
+    def __init__(self, tally: DownloadTotals) -> None:
         self._tally = tally
         self.size: int | None = None
         self.got = 0

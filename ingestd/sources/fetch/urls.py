@@ -15,8 +15,8 @@ from yarl import URL
 
 from ingestd.base.errors import ConfigError
 from ingestd.config.network import check_url, show_url
+from ingestd.sources.descriptors import open_reader
 from ingestd.sources.fetch.position import key_of
-from ingestd.sources.stdin.reader import open_reader
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base.errors import ConfigError
 from ingestd.host.sockets import is_local, show_socket
+from ingestd.http.credentials import Tokens, read_tokens
 from ingestd.http.settings import at_large
-from ingestd.sources.http.tls import make_context, read_authorities
-from ingestd.sources.http.tokens import Tokens, read_tokens
-from ingestd.sources.http.webhooks import read_webhooks
+from ingestd.http.tls import make_context, read_authorities
+from ingestd.sources.http.endpoints.webhooks import read_webhooks
 
 if TYPE_CHECKING:
     import socket

@@ -6,31 +6,31 @@ import asyncio
 import errno
 from typing import TYPE_CHECKING
 
+from ingestd.base.append import WEBHOOK
 from ingestd.base.errors import AddressError, ConfigError
-from ingestd.base.once import WEBHOOK
-from ingestd.base.telemetry import get_logger
+from ingestd.base.logging import get_logger
 from ingestd.config.network import is_loopback, split_address
 from ingestd.host.sockets import is_local, show_socket
+from ingestd.http.auth import ONLY_DELIVERIES, Authenticator, Principal
+from ingestd.http.listener import Listener, bind
+from ingestd.http.routing import ANY_PIPELINE, RECORDS, WEBHOOKS, WRITE, Resource
+from ingestd.http.server import Server
 from ingestd.http.settings import demands_proof, demands_signatures_alone
 from ingestd.sources.http.access import check_exposure, read_access
-from ingestd.sources.http.body import Bounds
-from ingestd.sources.http.door import Door, Route
-from ingestd.sources.http.gate import ONLY_DELIVERIES, Caller, Gate
-from ingestd.sources.http.listener import Listener, bind
-from ingestd.sources.http.published import published
-from ingestd.sources.http.routes import ANY_PIPELINE, RECORDS, WEBHOOKS, WRITE, Resource
-from ingestd.sources.http.server import Server
-from ingestd.sources.http.webhooks import Webhook
+from ingestd.sources.http.decode import BodyLimits
+from ingestd.sources.http.endpoints.webhooks import Webhook
+from ingestd.sources.http.handler import IngestHandler, PipelineRoute
+from ingestd.sources.http.openapi import published
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Mapping, Sequence
 
+    from ingestd.http.response import StaticResponse
     from ingestd.http.settings import HttpSettings
+    from ingestd.sources.base import Intake
     from ingestd.sources.http.access import Access
-    from ingestd.sources.http.document import Document
-    from ingestd.sources.http.door import OnRequest
-    from ingestd.sources.intake import Intake
+    from ingestd.sources.http.handler import OnRequest
 
 log = get_logger()
 
@@ -88,13 +88,13 @@ class HttpSource:
         self._local = (
             all(map(is_local, self._sockets)) if self._sockets else is_loopback(settings.listen)
         )
-        self._gate = Gate(settings, access, local=self._local)
+        self._gate = Authenticator(settings, access, local=self._local)
         if demands_signatures_alone(settings):
             log.warning("records_refused", reason=ONLY_DELIVERIES)
         self._routes = {
-            name: Route(
+            name: PipelineRoute(
                 intake,
-                Bounds(
+                BodyLimits(
                     settings.records_max,
                     intake.record_bytes_max,
                     intake.json_depth_max,
@@ -104,7 +104,7 @@ class HttpSource:
             for name, intake in intakes.items()
         }
         # The door looks here; `_publish` puts everything in.
-        self._resources: dict[str, Resource[Route | Document | None]] = {}
+        self._resources: dict[str, Resource[PipelineRoute | StaticResponse | None]] = {}
         self.addresses: list[str] = []
 
     async def start(self) -> None:
@@ -114,7 +114,7 @@ class HttpSource:
             AddressError: it can't, and why.
         """
         settings = self._settings
-        self._door = Door(settings, self._resources, self._gate, self._on_request)
+        self._door = IngestHandler(settings, self._resources, self._gate, self._on_request)
         self._server = Server(
             self._door.answer,
             connections_max=settings.connections_max,
@@ -142,7 +142,7 @@ class HttpSource:
 
     def _publish(self, settings: HttpSettings, access: Access) -> None:
         """Everything that can be asked for, by its path, in place of what there was."""
-        found: dict[str, Resource[Route | Document | None]] = {
+        found: dict[str, Resource[PipelineRoute | StaticResponse | None]] = {
             RECORDS: Resource(WRITE, self._routes[self._default]),
             ANY_PIPELINE: Resource(WRITE, None),
         }
@@ -152,7 +152,7 @@ class HttpSource:
             to = self._routes[webhook.pipeline or self._default]
             route = to._replace(
                 webhook=Webhook(name, webhook, access.webhooks[name]),
-                caller=Caller(f"{WEBHOOK} {name}", principal=f"{WEBHOOK} {name}"),
+                caller=Principal(f"{WEBHOOK} {name}", principal=f"{WEBHOOK} {name}"),
             )
             found[f"{WEBHOOKS}/{name}"] = Resource(WRITE, route)
         found |= published(
@@ -186,7 +186,7 @@ class HttpSource:
         def change() -> None:
             _tell(access)
             fewer = not self._access.authorities <= access.authorities
-            self._gate = self._door.gate = Gate(
+            self._gate = self._door.gate = Authenticator(
                 settings, access, local=self._local, before=self._gate
             )
             self._access = access

@@ -16,26 +16,32 @@ from typing import TYPE_CHECKING
 import async_timeout
 
 from ingestd.base.errors import Draining, IngestdError, Overloaded
-from ingestd.base.telemetry import get_logger
-from ingestd.sources.framing import Framer
-from ingestd.sources.http import problem
-from ingestd.sources.http.body import is_mostly_invalid, mostly_invalid, nothing_good
-from ingestd.sources.http.problem import ERRORS_MAX, EXPLAINED, Explained, Problem, explain
-from ingestd.sources.http.reading import PIECE_BYTES
-from ingestd.sources.http.taken import count_body
-from ingestd.sources.inflate import PIECE_BYTES as INFLATED_PIECE_BYTES
-from ingestd.sources.inflate import WINDOW_MAX, Corrupt, Inflater, TooMuch, WindowTooLarge
-from ingestd.sources.overload import again_after
+from ingestd.base.logging import get_logger
+from ingestd.codecs.compression import (
+    INFLATED_PIECE_BYTES,
+    WINDOW_MAX,
+    Corrupt,
+    Inflater,
+    TooMuch,
+    WindowTooLarge,
+)
+from ingestd.codecs.framing import Framer
+from ingestd.http import problem
+from ingestd.http.body import PIECE_BYTES
+from ingestd.http.problem import ERRORS_MAX, EXPLAINED, Explained, Problem, explain
+from ingestd.sources.base import again_after
+from ingestd.sources.http.decode import is_mostly_invalid, mostly_invalid, nothing_good
+from ingestd.sources.http.result import count_body
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
     from concurrent.futures import Executor
 
-    from ingestd.base.record import Refused
-    from ingestd.sources.http.gate import Caller
-    from ingestd.sources.http.room import Hold
-    from ingestd.sources.intake import Intake
-    from ingestd.sources.lines import Parsed
+    from ingestd.base.record import InvalidRecord
+    from ingestd.codecs.lines import Parsed
+    from ingestd.http.admission import Reservation
+    from ingestd.http.auth import Principal
+    from ingestd.sources.base import Intake
 
 log = get_logger()
 
@@ -81,8 +87,8 @@ class Stream:
         self,
         read: Callable[[], Awaitable[tuple[bytes, bool]]],
         intake: Intake,
-        caller: Caller,
-        hold: Hold,
+        caller: Principal,
+        hold: Reservation,
         thread: Executor,
         *,
         invalid_kept: int,
@@ -90,7 +96,7 @@ class Stream:
         ratio_max: int,
         silence: float,
         gone: Callable[[], bool],
-        allowed: Callable[[], Caller] | None = None,
+        allowed: Callable[[], Principal] | None = None,
     ) -> None:
         self._allowed = allowed or (lambda: caller)
         self._read = read
@@ -112,7 +118,7 @@ class Stream:
         self._passing = 0  # bytes of a piece that is read and parsed
         self._committing = 0  # of one that waits for its commit
         self._lasting = 0  # between pieces
-        self._errors: list[Refused] = []
+        self._errors: list[InvalidRecord] = []
         self._waiting: asyncio.Task[None] | None = None
         self._timer: asyncio.Timeout | None = None
         self._leaving = asyncio.Event()

@@ -1,4 +1,4 @@
-"""The source `stdin`: lines from standard input, as fast as they can be made durable."""
+"""How far an input is accepted without a gap, although its appends end in any order."""
 
 from __future__ import annotations
 
@@ -7,26 +7,83 @@ import os
 import shlex
 import stat
 import sys
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from ingestd.base.errors import InputUnreadable, Overloaded
-from ingestd.base.telemetry import get_logger
-from ingestd.sources.framing import Framer
-from ingestd.sources.overload import again_after
-from ingestd.sources.sniff import HEAD_BYTES, guess
-from ingestd.sources.stdin.prefix import Prefix
-from ingestd.sources.stdin.reader import open_reader
+from ingestd.base.logging import get_logger
+from ingestd.codecs.framing import HEAD_BYTES, Framer, guess
+from ingestd.sources.base import again_after
+from ingestd.sources.descriptors import open_reader
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ingestd.base.record import Refused
-    from ingestd.sources.intake import Intake
-    from ingestd.sources.lines import Parsed
-    from ingestd.sources.stdin.prefix import Part
-    from ingestd.sources.stdin.reader import Reader
+    from ingestd.base.record import InvalidRecord
+    from ingestd.codecs.lines import Parsed
+    from ingestd.sources.base import Intake
+    from ingestd.sources.descriptors import Reader
     from ingestd.sources.stdin.settings import StdinSettings
+
+
+class Part:
+    """The lines that one append takes.
+
+    Attributes:
+        lines: lines of the input up to its end.
+        records: records in it.
+        accepted: it is durable.
+    """
+
+    __slots__ = ("accepted", "lines", "records")
+
+    def __init__(self, lines: int, records: int) -> None:
+        self.lines = lines
+        self.records = records
+        self.accepted = False
+
+
+class AcceptedPrefix:
+    """The parts of one input, in their order.
+
+    Attributes:
+        lines: so many lines from the beginning are accepted, every one of them.
+    """
+
+    def __init__(self) -> None:
+        self.lines = 0
+        self._parts: deque[Part] = deque()
+
+    def begin(self, lines: int, records: int) -> Part:
+        """The next part.
+
+        Args:
+            lines: lines of the input up to its end.
+            records: records in it.
+        """
+        part = Part(lines, records)
+        self._parts.append(part)
+        return part
+
+    def accept(self, part: Part) -> None:
+        """A part is durable."""
+        part.accepted = True
+        while self._parts and self._parts[0].accepted:
+            self.lines = self._parts.popleft().lines
+
+    @property
+    def is_whole(self) -> bool:
+        """Every part that was begun is accepted."""
+        return not self._parts
+
+    @property
+    def behind(self) -> int:
+        """Records that are accepted although something before them is not."""
+        return sum(part.records for part in self._parts if part.accepted)
+
+
+# -- the source `stdin`: lines from standard input, as fast as they can be made durable ------------
 
 log = get_logger()
 
@@ -79,7 +136,7 @@ class StdinSource:
         self._unreadable: InputUnreadable | None = None
         self._head: bytes | None = b""  # until it was looked at
         self._lines = 0  # that were read to their LF
-        self._prefix = Prefix()
+        self._prefix = AcceptedPrefix()
         self._has_ended = self._has_refused = self._was_cancelled = False
         self.bytes = 0
         self.records = 0
@@ -272,7 +329,7 @@ def _lines_of(data: bytes, parsed: Parsed | None, size: int) -> int:
     return data.count(b"\n")
 
 
-def _warn_of(refused: Refused) -> None:
+def _warn_of(refused: InvalidRecord) -> None:
     """The first one alone: the summary counts them."""
     if refused.reason == "unfinished":
         return  # where reading stopped: `report` says how to go on

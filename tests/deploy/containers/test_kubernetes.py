@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ingestd.base.tokens import hash_of
+from ingestd.http.credentials import hash_of
 from tests.deploy.containers import manifests
 from tests.deploy.containers.container import TOKEN, Spoken, free_port
 from tests.deploy.containers.engine import RUN, wait, written

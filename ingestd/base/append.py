@@ -1,0 +1,120 @@
+"""A request that may be sent again: its key, and what becomes of it (`Idempotency-Key`)."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import NamedTuple
+
+WEBHOOK = "webhook"
+"""The kind of principal whose keys are the signed ids of deliveries."""
+
+
+def scoped(principal: str, key: str) -> str:
+    """A key as a journal stores it: no principal's key is another one's.
+
+    Args:
+        principal: its kind, a space, its name: `token shop`; `anonymous` is one of its own.
+        key: what the client calls its request; visible ASCII, no spaces.
+    """
+    return f"{principal} {key}"
+
+
+def principal_of(scoped_key: str) -> str:
+    """Whose a stored key is; empty for one of a journal that did not tell principals apart."""
+    return scoped_key.rpartition(" ")[0]
+
+
+class IdempotencyClaim:
+    """A request's hold on its key, until its append has resolved or is given up.
+
+    Attributes:
+        key: what the client calls the request, `scoped`.
+        fingerprint: tells whether another request with this key is the same one.
+        answer: what is stored beside the key; set before the append.
+        submitted: an append carries it; from then on the journal ends it.
+    """
+
+    __slots__ = ("answer", "fingerprint", "key", "submitted")
+
+    def __init__(self, key: str, fingerprint: bytes) -> None:
+        self.key = key
+        self.fingerprint = fingerprint
+        self.answer = b""
+        self.submitted = False
+
+
+# -- what becomes of the records of one append, for whoever waits for it ---------------------------
+
+FAILED_MAX = 100
+"""So many failed records are named one by one; the others are counted."""
+
+ERROR_CHARACTERS_MAX = 500
+"""What is told of an error: a hundred of any size are an answer of any size."""
+
+
+class FailedRecord(NamedTuple):
+    """A record that became a dead letter.
+
+    Attributes:
+        index: its place among the records of the append, from 0.
+        reason: the dead letter's word.
+        error: its line.
+    """
+
+    index: int  # type: ignore[assignment]  # hides tuple.index
+    reason: str
+    error: str
+
+
+class DeliveryWaiter:
+    """Filled in by the pipeline each time a result is written down; on the event loop.
+
+    Args:
+        count: the records of the append, at least one.
+
+    Attributes:
+        left: of these, not settled yet.
+        dead: dead letters now.
+        failed: the dead ones one by one, as far as there are not too many.
+        done: set when nothing is left.
+    """
+
+    __slots__ = ("count", "dead", "done", "failed", "left")
+
+    def __init__(self, count: int) -> None:
+        self.count = self.left = count
+        self.dead = 0
+        self.failed: list[FailedRecord] = []
+        self.done = asyncio.Event()
+
+    def settled(self, records: int) -> None:
+        """So many more have their outcome, the dead ones among them."""
+        self.left -= records
+        if not self.left:
+            self.done.set()
+
+    def died(self, index: int, records: int, reason: str, error: str) -> None:
+        """Records from `index` on became one dead letter. Comes before they count as settled."""
+        self.dead += records
+        if len(self.failed) < FAILED_MAX:
+            self.failed.append(FailedRecord(index, reason, error[:ERROR_CHARACTERS_MAX]))
+
+
+# -- how far a source has read something -----------------------------------------------------------
+#
+# How far a source has read something, as it rides with the records that were read up to there.
+
+STATE_BYTES_MAX = 8192
+"""What a source may keep of one input."""
+
+
+class SourceOffset(NamedTuple):
+    """A place in one input; put down in the commit of its records, in place of the one before.
+
+    Attributes:
+        key: names the input; holds nothing that is secret.
+        state: what its source needs to go on from there, at most `STATE_BYTES_MAX` bytes.
+    """
+
+    key: str
+    state: bytes

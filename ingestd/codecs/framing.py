@@ -1,0 +1,226 @@
+"""Lines out of reads of any size: whole lines go on in runs, one unfinished line is held."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from ingestd.base.record import InvalidRecord, Records
+from ingestd.codecs.json import DEPTH_MAX
+from ingestd.codecs.lines import BOM, KEPT_BYTES, LISTED_MAX, Parsed, parse_lines, too_large
+
+if TYPE_CHECKING:
+    from ingestd.base.record import Format
+
+
+class Framer:
+    """Cuts a stream of bytes into records, however it was divided into reads.
+
+    Holds at most `record_bytes_max` bytes; the time is linear in what is fed. Indices of refused
+    records count all records of the stream.
+
+    Args:
+        form: what the records are; see `parse_lines`.
+        record_bytes_max: a longer line is refused, with its beginning kept.
+        depth_max: `json` that is nested deeper is refused.
+        begun: the stream was begun before: no byte order mark comes.
+        index: of the first record.
+        listed_max: see `parse_lines`.
+
+    Attributes:
+        index: of the next record.
+    """
+
+    def __init__(
+        self,
+        form: Format,
+        record_bytes_max: int,
+        depth_max: int = DEPTH_MAX,
+        *,
+        begun: bool = False,
+        index: int = 0,
+        listed_max: int = LISTED_MAX,
+    ) -> None:
+        self._form = form
+        self._record_bytes_max = record_bytes_max
+        self._depth_max = depth_max
+        self._listed_max = listed_max
+        self.index = index
+        self._tail = bytearray()
+        self._bom = BOM if form != "bytes" and not begun else b""
+        # Of a line that is too long already: how long, and whether a CR was its last byte.
+        self._over = 0
+        self._over_cr = False
+
+    @property
+    def held(self) -> int:
+        """Bytes of the unfinished line."""
+        return len(self._tail)
+
+    def feed(self, data: bytes) -> Parsed | None:
+        """The records that `data` completes; nothing if it completes none."""
+        if self._bom:
+            data = self._skip_bom(data)
+        end = data.rfind(b"\n") + 1
+        if not end:
+            self._hold(data)
+            return None
+        refused: list[InvalidRecord] = []
+        start = 0
+        if self._over:
+            start = data.index(b"\n") + 1
+            self._hold(data[: start - 1])
+            refused.append(self._end_over())
+        block = b"".join((self._tail, memoryview(data)[start:end]))
+        self._tail.clear()
+        parsed = self._parse(block, refused)
+        if end < len(data):
+            self._hold(data[end:])
+        return parsed
+
+    def end(self) -> Parsed | None:
+        """The last record, at the end of the input: its LF may be missing."""
+        refused = [self._end_over()] if self._over else []
+        block = bytes(self._tail)
+        self._tail.clear()
+        return self._parse(block, refused)
+
+    def cut(self) -> Parsed | None:
+        """The line that was begun, where the input is left before its end: refused."""
+        if self._over or not self._tail:
+            return self.end()
+        head = bytes(self._tail[:KEPT_BYTES])
+        detail = f"reading stopped after {len(self._tail)} bytes of the line"
+        self._tail.clear()
+        self.index += 1
+        return _only([InvalidRecord(self.index - 1, "unfinished", detail, head)])
+
+    def _parse(self, block: bytes, refused: list[InvalidRecord]) -> Parsed | None:
+        if block:
+            parsed = parse_lines(
+                block,
+                self._form,
+                self._record_bytes_max,
+                self.index,
+                self._depth_max,
+                listed_max=self._listed_max,
+            )
+            self.index += parsed.total
+            if refused:
+                parsed = parsed._replace(refused=refused + parsed.refused)
+        else:
+            parsed = _only(refused)
+        return parsed if parsed.total else None
+
+    def _hold(self, data: bytes) -> None:
+        """More of the unfinished line."""
+        if not self._over:
+            self._tail += data
+            # One more than the bound may still be a CR.
+            if len(self._tail) <= self._record_bytes_max + 1:
+                return
+            self._over = len(self._tail)
+            self._over_cr = self._tail[-1:] == b"\r"
+            del self._tail[KEPT_BYTES:]
+        elif data:
+            self._tail += data[: KEPT_BYTES - len(self._tail)]
+            self._over += len(data)
+            self._over_cr = data[-1:] == b"\r"
+
+    def _end_over(self) -> InvalidRecord:
+        size = self._over - (self._over_cr and self._form != "bytes")
+        refused = too_large(self.index, size, self._record_bytes_max, bytes(self._tail[:size]))
+        self.index += 1
+        self._over = 0
+        self._tail.clear()
+        return refused
+
+    def _skip_bom(self, data: bytes) -> bytes:
+        """Without the mark at the very beginning; holds back what may become one."""
+        data = bytes(self._tail) + data
+        self._tail.clear()
+        if len(data) < len(BOM) and BOM.startswith(data):
+            self._tail += data
+            return b""
+        self._bom = b""
+        return data.removeprefix(BOM)
+
+
+def _only(refused: list[InvalidRecord]) -> Parsed:
+    """Refused records alone."""
+    return Parsed(Records.lines([]), refused)
+
+
+# -- what an input is that is not lines of UTF-8, told by its first bytes --------------------------
+#
+# Pure.
+
+HEAD_BYTES = 64
+"""So many bytes are enough."""
+MARK_BYTES = 10
+"""So many are, where there is a mark."""
+
+_NUL_SHARE = 4  # one byte of so many; text has none
+
+
+class ContentGuess(NamedTuple):
+    """What an input seems to be.
+
+    Attributes:
+        what: a few words that follow "it is".
+        advice: what makes lines of it.
+    """
+
+    what: str
+    advice: str
+
+
+_COMPRESSED = (
+    (b"\x1f\x8b", ContentGuess("compressed (gzip)", "zcat FILE |")),
+    (b"\x28\xb5\x2f\xfd", ContentGuess("compressed (zstd)", "zstdcat FILE |")),
+    (b"\xfd7zXZ\0", ContentGuess("compressed (xz)", "xzcat FILE |")),
+    (b"BZh91AY&SY", ContentGuess("compressed (bzip2)", "bzcat FILE |")),
+    (b"PK\x03\x04", ContentGuess("compressed (zip)", "unzip -p FILE |")),
+)
+_ENCODED = (
+    # UTF-32 first: the mark of UTF-16 is its beginning.
+    (b"\xff\xfe\0\0", ContentGuess("UTF-32 text", "iconv -f UTF-32 -t UTF-8 FILE |")),
+    (b"\0\0\xfe\xff", ContentGuess("UTF-32 text", "iconv -f UTF-32 -t UTF-8 FILE |")),
+    (b"\xff\xfe", ContentGuess("UTF-16 text", "iconv -f UTF-16 -t UTF-8 FILE |")),
+    (b"\xfe\xff", ContentGuess("UTF-16 text", "iconv -f UTF-16 -t UTF-8 FILE |")),
+)
+_OPENED = (b"{", b"[", b"[{")
+_DOCUMENT = ContentGuess("JSON over several lines", "jq -c . FILE | (or jq -c '.[]' of an array)")
+_BINARY = ContentGuess("not text: there are zero bytes in it", "")
+
+
+def guess(head: bytes, form: str) -> ContentGuess | None:
+    """What an input seems to be that would not be read as it was meant; `None` if nothing tells.
+
+    Args:
+        head: its first bytes, `HEAD_BYTES` or more if it is as long.
+        form: what its records are to be: `json`, `text` or `bytes`.
+    """
+    if form == "bytes":
+        return None
+    if found := marked(head):
+        return found
+    if head.count(0) * _NUL_SHARE > len(head):
+        return _wide(head) or _BINARY
+    line, end, _ = head.partition(b"\n")
+    if form == "json" and end and line.strip(b"\xef\xbb\xbf \t\r") in _OPENED:
+        return _DOCUMENT
+    return None
+
+
+def marked(head: bytes) -> ContentGuess | None:
+    """What an input is that begins with the mark of a compressed file or of another encoding."""
+    tables = (*_COMPRESSED, *_ENCODED)
+    return next((found for mark, found in tables if head.startswith(mark)), None)
+
+
+def _wide(head: bytes) -> ContentGuess | None:
+    """UTF-16 without its mark, if most of it is ASCII."""
+    for first, name in ((0, "UTF-16BE"), (1, "UTF-16LE")):
+        if not any(head[first::2]):
+            return ContentGuess(f"{name} text", f"iconv -f {name} -t UTF-8 FILE |")
+    return None

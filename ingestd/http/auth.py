@@ -1,0 +1,313 @@
+"""Who is this, and may it go there? Asked before anything of a body is read.
+
+Whoever shows a token is who the token says: as a bearer token, with HTTP Basic, or in `X-API-Key`
+where there is no `Authorization`. Whoever shows none but has a verified certificate is
+who `client_certificate` says; if there are no tokens at all, every certificate is good for
+everything. Nobody else comes in, unless nothing in the settings says who may.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import socket
+import time
+from typing import TYPE_CHECKING, Protocol, cast
+
+from ingestd.base.logging import get_logger
+from ingestd.config.network import ANY_ORIGIN, Hosts, authority_of, is_foreign
+from ingestd.http import problem
+from ingestd.http.admission import RateLimiter
+from ingestd.http.credentials import has_expired, principal_of_certificate
+from ingestd.http.peer import peer_of
+from ingestd.http.problem import Problem
+from ingestd.http.settings import ALL, demands_proof, demands_signatures_alone
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from aiohttp import web
+
+    from ingestd.http.credentials import Tokens
+    from ingestd.http.protocol import Connection
+    from ingestd.http.settings import HttpSettings, TokenSettings
+
+log = get_logger()
+
+DENIED_SECONDS = 10.0
+"""Who was turned away is said once in so many seconds: nobody shall fill the log from outside."""
+ANONYMOUS = "anonymous"
+"""The principal of all who show nothing."""
+API_KEY = "X-API-Key"
+ONLY_DELIVERIES = (
+    "there are webhooks and no tokens, so only signed deliveries are taken; to take records too,"
+    " set a token (http.tokens.NAME.hash) or http.allow_anonymous = true"
+)
+_CHALLENGE = 'Bearer realm="ingestd"{}, Basic realm="ingestd", charset="UTF-8"'
+
+
+class Credentials(Protocol):
+    """The credentials that requests are held against; a reload replaces them.
+
+    Attributes:
+        tokens: the tokens, and the names in certificates, of each client.
+        authorities: digests of the certificates of those who sign clients' certificates.
+    """
+
+    @property
+    def tokens(self) -> Tokens: ...  # noqa: D102 - see the class
+    @property
+    def authorities(self) -> frozenset[bytes]: ...  # noqa: D102
+
+
+class Principal:
+    """Who sends a request, and what it may.
+
+    Args:
+        name: of the token or webhook; empty if it has none.
+        pipelines: where it may send to; `None` for everywhere.
+        limits: shared by all requests of this name.
+        monotonic: seconds that do not go back.
+        principal: whose requests these are, for what is kept apart: keys, and what is held.
+    """
+
+    __slots__ = ("_limits", "_monotonic", "name", "pipelines", "principal")
+
+    def __init__(
+        self,
+        name: str = "",
+        pipelines: frozenset[str] | None = None,
+        limits: RateLimiter | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+        principal: str = ANONYMOUS,
+    ) -> None:
+        self.name = name
+        self.principal = principal
+        self.pipelines = pipelines
+        self._limits = limits
+        self._monotonic = monotonic
+
+    def wait(self) -> float:
+        """Seconds until it may send again; 0 if it may now."""
+        return self._limits.wait(self._monotonic())[0] if self._limits is not None else 0.0
+
+    def check(self) -> None:
+        """Whether it may send now.
+
+        Raises:
+            Problem: 429, with the seconds until it may.
+        """
+        if self._limits is None:
+            return
+        seconds, setting = self._limits.wait(self._monotonic())
+        if seconds > 0:
+            detail = f"more than http.tokens.{self.name}.{setting}"
+            raise Problem(problem.RATE_LIMITED, detail, headers=problem.retry_after(seconds))
+
+    def charge(self, records: int, size: int) -> None:
+        """What it has sent: records, and their bytes, decompressed."""
+        if self._limits is not None:
+            self._limits.charge(records, size, self._monotonic())
+
+
+def _is_unix(request: web.BaseRequest) -> bool:
+    """Whether it came over a Unix socket, which no browser reaches."""
+    sock = request.transport.get_extra_info("socket") if request.transport is not None else None
+    return sock is not None and sock.family == socket.AF_UNIX
+
+
+def _rates(token: TokenSettings) -> tuple[int, int]:
+    return token.records_per_second, token.bytes_per_second
+
+
+class Authenticator:
+    """Lets requests in, or not.
+
+    Args:
+        settings: of the http source.
+        access: what the files that they name say.
+        local: whether only this machine can reach it. Who shows nothing there may still be a page
+            of anybody in a browser, so `Host` and `Origin` are looked at.
+        before: the one whose place it takes: what a token owes it goes on owing.
+        monotonic: seconds that do not go back.
+        now: seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        settings: HttpSettings,
+        access: Credentials,
+        *,
+        local: bool = True,
+        before: Authenticator | None = None,
+        monotonic: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.access = access
+        self._monotonic = monotonic
+        self._now = now
+        owed = before.limits if before is not None else {}
+        self.limits: dict[tuple[str, int, int], RateLimiter] = {
+            (name, *_rates(token)): owed.get((name, *_rates(token)))
+            or RateLimiter(*_rates(token), monotonic())
+            for name, token in settings.tokens.items()
+            if any(_rates(token))
+        }
+        self._callers = {
+            name: Principal(
+                name,
+                None if ALL in token.pipelines else frozenset(token.pipelines),
+                self.limits.get((name, *_rates(token))),
+                monotonic,
+                f"token {name}",
+            )
+            for name, token in settings.tokens.items()
+        }
+        unsaid = settings.allow_anonymous or not demands_proof(settings)
+        self._anybody = Principal() if unsaid else None
+        self._shields = unsaid and local
+        self._origins = frozenset(settings.cors_origins)
+        self._hosts = Hosts(settings.hosts) if self._shields or settings.hosts else None
+        self._missing = "there is none"
+        if demands_signatures_alone(settings):
+            self._missing = ONLY_DELIVERIES
+        # Who signs certificates decides who comes in, if nobody says it more exactly.
+        certified = bool(settings.tls.client_ca) and not settings.tokens
+        self._takes_certificates = certified
+        self._denied = 0
+        self._say_denied_at = 0.0
+
+    def admit(self, request: web.BaseRequest, pipeline: str) -> Principal:
+        """Who sends this.
+
+        Raises:
+            Problem: 401 if that can't be told, 403 if it may not send to the pipeline, 429 if it
+                has sent too much.
+        """
+        caller = self.identify(request, pipeline)
+        caller.check()
+        return caller
+
+    def identify(self, request: web.BaseRequest, pipeline: str) -> Principal:
+        """Who sends this, however much it has sent.
+
+        Raises:
+            Problem: 401 if that can't be told, 403 if it may not send to the pipeline.
+        """
+        caller = self._who(request)
+        if caller.pipelines is not None and pipeline not in caller.pipelines:
+            raise self._forbid(request, caller)
+        return caller
+
+    def explain_unknown(self, request: web.BaseRequest) -> Problem:
+        """What is said about a pipeline that does not exist: only who may see all learns that."""
+        try:
+            caller = self._who(request)
+        except Problem as stranger:
+            return stranger
+        if caller.pipelines is not None:
+            return self._forbid(request, caller)
+        return Problem(problem.UNKNOWN_PIPELINE, "no pipeline has this name")
+
+    def check_host(self, request: web.BaseRequest) -> None:
+        """Whether it is asked for by a name of its own.
+
+        Raises:
+            Problem: 421.
+        """
+        hosts, target = self._hosts, request.raw_path
+        if hosts is None:
+            return
+        host = request.headers.get("Host", "")
+        if host in hosts.known and target[:1] == "/":
+            return  # as nearly always, without further calls
+        authority = authority_of(target, host)
+        if hosts.know(authority) or _is_unix(request):
+            return
+        detail = "Host is neither an IP address nor localhost nor one of http.hosts"
+        raise Problem(problem.MISDIRECTED, detail)
+
+    def _check_origin(self, request: web.BaseRequest) -> None:
+        """Whether it is sent by a page of another origin, which anybody may have written.
+
+        Raises:
+            Problem: 403.
+        """
+        headers = request.headers
+        origin = ", ".join(headers.getall("Origin", ()))  # no browser sends two
+        site = headers.get("Sec-Fetch-Site", "")
+        if ANY_ORIGIN in self._origins or origin in self._origins:
+            return
+        if is_foreign(origin, site, authority_of(request.raw_path, headers.get("Host", ""))):
+            raise Problem(problem.FOREIGN_ORIGIN, "it is not among http.cors_origins")
+
+    def _who(self, request: web.BaseRequest) -> Principal:
+        self.check_host(request)
+        headers = request.headers
+        if self._anybody is not None:
+            if self._shields and ("Origin" in headers or "Sec-Fetch-Site" in headers):
+                self._check_origin(request)
+            return self._anybody
+        if "Authorization" in headers:
+            owner = self._only(headers.getall("Authorization"), self._owner_of)
+        elif API_KEY in headers:
+            owner = self._only(headers.getall(API_KEY), self.access.tokens.owner_of)
+        else:
+            return self._certified(request)
+        if owner is None:
+            raise self._deny(request, "it is not known here", ', error="invalid_token"')
+        return self._callers[owner]
+
+    def _only(self, shown: Sequence[str], owner_of: Callable[[str], str | None]) -> str | None:
+        return owner_of(shown[0]) if len(shown) == 1 else None
+
+    def _certified(self, request: web.BaseRequest) -> Principal:
+        """Who a request without a token is, by the certificate of its connection."""
+        transport = request.transport
+        certificate = transport.get_extra_info("peercert") if transport is not None else None
+        if not certificate:
+            raise self._deny(request, self._missing, "")
+        if has_expired(certificate, self._now()):
+            raise self._deny(request, "the certificate has expired", "")
+        if not cast("Connection", request.protocol).authorities <= self.access.authorities:
+            why = "an authority has gone since the certificate was verified; connect anew"
+            raise self._deny(request, why, "")
+        owner = self.access.tokens.owner_of_certificate(certificate)
+        if owner is not None:
+            return self._callers[owner]
+        if not self._takes_certificates:
+            raise self._deny(request, self._missing, "")
+        principal = principal_of_certificate(certificate)
+        return Principal(principal, principal=principal)
+
+    def _owner_of(self, authorization: str) -> str | None:
+        scheme, _, rest = authorization.partition(" ")
+        rest = rest.strip(" ")
+        if scheme.lower() == "bearer":
+            return self.access.tokens.owner_of(rest)
+        if scheme.lower() != "basic":
+            return None
+        try:
+            user, colon, token = base64.b64decode(rest, validate=True).decode().partition(":")
+        except (binascii.Error, ValueError):
+            return None
+        if colon and not token:
+            return self.access.tokens.owner_of(user)  # as many clients send a key: `-u KEY:`
+        owner = self.access.tokens.owner_of(token)
+        return owner if owner == user else None
+
+    def _deny(self, request: web.BaseRequest, why: str, error: str) -> Problem:
+        self._count(request)
+        challenge = {"WWW-Authenticate": _CHALLENGE.format(error)}
+        return Problem(problem.UNAUTHORIZED, f"a token is needed; {why}", headers=challenge)
+
+    def _forbid(self, request: web.BaseRequest, caller: Principal) -> Problem:
+        self._count(request)
+        return Problem(problem.FORBIDDEN, f"{caller.name} may not send here")
+
+    def _count(self, request: web.BaseRequest) -> None:
+        self._denied += 1
+        now = self._monotonic()
+        if now >= self._say_denied_at:
+            log.info("callers_denied", count=self._denied, last=peer_of(request))
+            self._denied, self._say_denied_at = 0, now + DENIED_SECONDS

@@ -1,0 +1,232 @@
+"""A bearer token: what it looks like, how one is made, and its hash.
+
+A token is random and long, so nobody finds it by trying, and one round of SHA-256 keeps it as safe
+as a slow hash would: slow hashes make up for passwords that people think up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+import re
+import secrets
+import ssl
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ingestd.base.files import read_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from ingestd.http.settings import TokenSettings
+
+
+PREFIX = "ingestd_"
+RANDOM_BYTES = 32
+FORM = "16 to 512 visible ASCII characters without spaces"
+HASH_FORM = "sha256: and 64 hexadecimal digits, as `ingestd token --hash` prints them"
+
+_TOKEN = re.compile(r"[!-~]{16,512}", re.ASCII)
+_HASH = re.compile(r"sha256:[0-9a-f]{64}", re.ASCII)
+_OF_NOTHING = frozenset(hashlib.sha256(text).digest() for text in (b"", b"\n"))
+
+
+def make_token() -> str:
+    """A new one; its prefix tells scanners of source code what they have found."""
+    return PREFIX + secrets.token_urlsafe(RANDOM_BYTES)
+
+
+def is_token(shown: str) -> bool:
+    """Whether a text has the form of a token at all."""
+    return _TOKEN.fullmatch(shown) is not None
+
+
+def digest_of(token: str) -> bytes:
+    """Its SHA-256; 32 bytes."""
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
+def hash_of(token: str) -> str:
+    """Its hash as settings write it.
+
+    Raises:
+        ValueError: it is no token; the message does not quote it.
+    """
+    if _HASH.fullmatch(token.lower()):
+        raise ValueError("is the hash of a token, not a token")
+    if not _TOKEN.fullmatch(token):
+        raise ValueError(f"should be {FORM}")
+    return f"sha256:{digest_of(token).hex()}"
+
+
+def read_hash(written: str) -> str:
+    """A hash as it was written, in lower case.
+
+    Raises:
+        ValueError: it is none; the message does not quote it, for it may be a token.
+    """
+    lower = written.strip().lower()
+    if not _HASH.fullmatch(lower):
+        raise ValueError(f"should be {HASH_FORM}")
+    if digest_in(lower) in _OF_NOTHING:
+        raise ValueError("is the hash of no token at all: the text that was hashed was empty")
+    return lower
+
+
+def digest_in(hashed: str) -> bytes:
+    """The 32 bytes in a hash as `hash_of` or `read_hash` gave it."""
+    return bytes.fromhex(hashed.removeprefix("sha256:"))
+
+
+# -- files with secrets, one a line ----------------------------------------------------------------
+
+BYTES_MAX = 1024**2
+
+
+def read_lines(path: str, key: str, problems: list[str]) -> list[tuple[int, str]]:
+    """Number and text of every line that is not blank, without white space around it.
+
+    Args:
+        path: of the file.
+        key: the setting that names it.
+        problems: gets a line if it can't be read, or if there is nothing in it.
+    """
+    try:
+        text = read_file(Path(path), BYTES_MAX).decode()
+    except OSError as error:
+        problems.append(f"{key}: cannot read {path}: {error.strerror}")
+        return []
+    except UnicodeDecodeError:
+        problems.append(f"{key}: {path} is not UTF-8 text")
+        return []
+    lines = [(n, line.strip()) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not lines:
+        problems.append(f"{key}: there is nothing in {path}")
+    return lines
+
+
+# -- who a token, or a client's certificate, belongs to --------------------------------------------
+
+DIGESTS_MAX = 2000
+"""Tokens, all names together: each request is compared with all of them, 0.1 µs each."""
+
+
+class Tokens:
+    """Digests of tokens and names in certificates, with whom they belong to.
+
+    Args:
+        digests: (name, SHA-256 of one of its tokens).
+        certificates: (name in a certificate, name).
+    """
+
+    def __init__(
+        self, digests: Sequence[tuple[str, bytes]], certificates: Mapping[str, str]
+    ) -> None:
+        self._digests = tuple(digests)
+        self._certificates = dict(certificates)
+
+    def owner_of(self, token: str) -> str | None:
+        """The name that a token belongs to. How long this takes says nothing about which."""
+        if not is_token(token):
+            return None
+        shown = digest_of(token)
+        owner = None
+        for name, digest in self._digests:
+            if hmac.compare_digest(shown, digest):
+                owner = name
+        return owner
+
+    def owner_of_certificate(self, certificate: Mapping[str, Any]) -> str | None:
+        """The name that a certificate belongs to.
+
+        Args:
+            certificate: as `ssl.SSLSocket.getpeercert` gives it; it has been verified.
+        """
+        for name in names_in(certificate):
+            owner = self._certificates.get(name)
+            if owner is not None:
+                return owner
+        return None
+
+
+@lru_cache(maxsize=1024)
+def _fingerprint(name: object) -> str:
+    return hashlib.blake2b(repr(name).encode("utf-8", "replace"), digest_size=12).hexdigest()
+
+
+def principal_of_certificate(certificate: Mapping[str, Any]) -> str:
+    """Whose requests those with a certificate are that no token names: its subject's.
+
+    It stays the same when the certificate is renewed.
+    """
+    name = certificate.get("subject") or next(iter(certificate.get("subjectAltName", ())), "")
+    return f"certificate {_fingerprint(name)}"
+
+
+def has_expired(certificate: Mapping[str, Any], now: float) -> bool:
+    """Whether a certificate that was good at its handshake is no more, at seconds of the epoch."""
+    return now > _until(str(certificate.get("notAfter", "")))
+
+
+@lru_cache(maxsize=1024)
+def _until(not_after: str) -> float:
+    return ssl.cert_time_to_seconds(not_after) if not_after else math.inf
+
+
+def names_in(certificate: Mapping[str, Any]) -> Iterable[str]:
+    """The subject alternative names, whatever their kind, then the common names."""
+    for _, name in certificate.get("subjectAltName", ()):
+        yield name
+    for part in certificate.get("subject", ()):
+        for key, value in part:
+            if key == "commonName":
+                yield value
+
+
+def read_tokens(settings: Mapping[str, TokenSettings], problems: list[str]) -> Tokens:
+    """Everything in `[http.tokens]`, and in the files that it names.
+
+    Args:
+        settings: by name.
+        problems: gets a line for everything that is wrong, which is left out of the result.
+    """
+    owners: dict[bytes, tuple[str, str]] = {}
+    certificates: dict[str, str] = {}
+    for name, token in settings.items():
+        for key, digest in _digests(f"http.tokens.{name}", token, problems):
+            other = owners.setdefault(digest, (name, key))
+            if other[0] != name:
+                problems.append(f"{key}: has a token of {other[1]} too")
+        if token.client_certificate:
+            holder = certificates.setdefault(token.client_certificate, name)
+            if holder != name:
+                key = f"http.tokens.{name}.client_certificate"
+                problems.append(f"{key}: is that of http.tokens.{holder} too")
+    if len(owners) > DIGESTS_MAX:
+        problems.append(f"http.tokens: {len(owners)} tokens, more than {DIGESTS_MAX}")
+    return Tokens([(name, digest) for digest, (name, _) in owners.items()], certificates)
+
+
+def _digests(key: str, token: TokenSettings, problems: list[str]) -> Iterable[tuple[str, bytes]]:
+    for hashed in (token.token.get_secret_value(), token.hash):
+        if hashed:
+            yield key, digest_in(hashed)
+    if token.file:
+        for number, line in read_lines(token.file, f"{key}.file", problems):
+            try:
+                yield f"{key}.file", digest_in(_hash(line))
+            except ValueError as error:
+                where = f"{key}.file: line {number} of {token.file}"
+                problems.append(f"{where} {error}")
+
+
+def _hash(line: str) -> str:
+    if line.lower().startswith("sha256:"):
+        return read_hash(line)
+    try:
+        return hash_of(line)
+    except ValueError:
+        raise ValueError(f"is neither a token ({FORM}) nor the hash of one") from None

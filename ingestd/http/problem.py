@@ -1,0 +1,174 @@
+"""What a client is told when a request is turned away: RFC 9457, one kind a reason."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import msgspec
+
+from ingestd.base.errors import (
+    Draining,
+    IngestdError,
+    JournalFailed,
+    KeyInFlight,
+    KeyReused,
+    NeverFits,
+    Overloaded,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from ingestd.base.record import InvalidRecord
+
+ERRORS_MAX = 100
+"""Refused records that an answer lists."""
+
+
+class ProblemType(NamedTuple):
+    """One kind of problem.
+
+    Attributes:
+        slug: the end of its type, `urn:ingestd:problem:<slug>`; never changes.
+        status: the HTTP status.
+        title: the same words every time.
+        closes: the connection cannot or should not go on.
+    """
+
+    slug: str
+    status: int
+    title: str
+    closes: bool = False
+
+
+BAD_REQUEST = ProblemType("bad-request", 400, "Not an HTTP request", closes=True)
+CORRUPT = ProblemType("corrupt-encoding", 400, "The body does not fit its Content-Encoding")
+EMPTY = ProblemType("empty", 400, "There is no record in the body")
+MALFORMED = ProblemType("malformed", 400, "No record in the body can be accepted")
+MOSTLY_INVALID = ProblemType("mostly-invalid", 400, "Most records in the body are invalid")
+NOT_STRICT = ProblemType("not-strict", 400, "Not every record in the body can be accepted")
+UNAUTHORIZED = ProblemType(
+    "unauthorized", 401, "Show a token, or a certificate, that is known here"
+)
+SIGNATURE_INVALID = ProblemType("signature-invalid", 401, "The delivery's signature does not fit")
+FORBIDDEN = ProblemType("forbidden", 403, "This token is not for this pipeline")
+FOREIGN_ORIGIN = ProblemType("foreign-origin", 403, "Pages of this origin may not send here")
+MISDIRECTED = ProblemType("misdirected", 421, "This daemon is not known by this name")
+NOT_FOUND = ProblemType("not-found", 404, "There is nothing here")
+UNKNOWN_PIPELINE = ProblemType("unknown-pipeline", 404, "There is no such pipeline")
+METHOD = ProblemType("method-not-allowed", 405, "The path does not take this method")
+TIMEOUT = ProblemType("body-timeout", 408, "The body did not arrive in time", closes=True)
+HEAD_TIMEOUT = ProblemType("head-timeout", 408, "The request did not arrive in time", closes=True)
+NO_LENGTH = ProblemType("length-required", 411, "Neither Content-Length nor chunked")
+BODY_TOO_LARGE = ProblemType("body-too-large", 413, "The body is too large", closes=True)
+RATIO = ProblemType("inflate-ratio", 413, "The body is too large for its compressed size")
+RECORD_TOO_LARGE = ProblemType("record-too-large", 413, "The record is too large")
+TOO_MANY_RECORDS = ProblemType("too-many-records", 413, "There are too many records in the body")
+MEDIA_TYPE = ProblemType(
+    "unsupported-media-type", 415, "The pipeline does not take this Content-Type"
+)
+ENCODING = ProblemType("unsupported-encoding", 415, "The Content-Encoding is not supported")
+EXPECTATION = ProblemType(
+    "expectation-failed", 417, "Only 100-continue can be expected", closes=True
+)
+KEY_INVALID = ProblemType("idempotency-key-invalid", 400, "The Idempotency-Key can't be read")
+KEY_IN_FLIGHT = ProblemType(
+    "idempotency-key-in-flight", 409, "A request with this Idempotency-Key is in progress"
+)
+KEY_REUSED = ProblemType(
+    "idempotency-key-reused", 422, "The Idempotency-Key belongs to another request"
+)
+OVER_SHARE = ProblemType("over-share", 429, "This client holds more than its share")
+RATE_LIMITED = ProblemType("rate-limited", 429, "This token has sent more than it may")
+CLIENT_CONNECTIONS = ProblemType(
+    "client-connections", 429, "This client has too many connections open", closes=True
+)
+OVERLOADED = ProblemType("overloaded", 503, "The pipeline takes no more at the moment")
+HEADERS_TOO_LARGE = ProblemType(
+    "headers-too-large", 431, "The head of the request is too large", True
+)
+INTERNAL = ProblemType("internal", 500, "Something went wrong in ingestd", closes=True)
+BUSY = ProblemType("busy", 503, "Too many requests or bytes are in flight")
+CONNECTIONS = ProblemType("too-many-connections", 503, "Too many connections are open", closes=True)
+DRAINING = ProblemType("draining", 503, "This daemon is about to leave", closes=True)
+JOURNAL_FAILED = ProblemType("journal-failed", 503, "Nothing can be stored any more", closes=True)
+
+KINDS = tuple(kind for kind in list(globals().values()) if isinstance(kind, ProblemType))
+
+
+class Problem(IngestdError):  # noqa: N818 - the RFC's word
+    """A request is answered with a problem document."""
+
+    message = "{detail}"
+
+    def __init__(
+        self,
+        kind: ProblemType,
+        detail: str,
+        *,
+        refused: Sequence[InvalidRecord] = (),
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(detail=detail)
+        self.kind = kind
+        self.detail = detail
+        self.refused = refused
+        self.headers = headers or {}
+        self.members: dict[str, int] = {}  # more that the document says, as RFC 9457 allows
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """By its own arguments; see the base class."""
+        return (_rebuild, (self.kind, self.detail, self.refused, self.headers))
+
+    def body(self) -> bytes:
+        """The problem as `application/problem+json`."""
+        members: dict[str, Any] = {
+            "type": f"urn:ingestd:problem:{self.kind.slug}",
+            "title": self.kind.title,
+            "status": self.kind.status,
+            "detail": self.detail,
+        }
+        members |= self.members
+        if self.refused:
+            members["errors"] = list_errors(self.refused)
+        return msgspec.json.encode(members)
+
+
+def _rebuild(
+    kind: ProblemType, detail: str, refused: Sequence[InvalidRecord], headers: Mapping[str, str]
+) -> Problem:
+    return Problem(kind, detail, refused=refused, headers=headers)
+
+
+def list_errors(refused: Sequence[InvalidRecord]) -> list[dict[str, Any]]:
+    """The first `ERRORS_MAX` refused records, as an answer lists them."""
+    return [
+        {"index": one.index, "reason": one.reason, "detail": one.detail}
+        for one in refused[:ERRORS_MAX]
+    ]
+
+
+Explained = Overloaded | NeverFits | Draining | JournalFailed | KeyInFlight | KeyReused
+EXPLAINED = (Overloaded, NeverFits, Draining, JournalFailed, KeyInFlight, KeyReused)
+
+
+def explain(error: Explained) -> Problem:
+    """The problem that tells a client why its records were not taken."""
+    if isinstance(error, KeyInFlight):
+        return Problem(KEY_IN_FLIGHT, str(error), headers=retry_after(1.0))
+    if isinstance(error, KeyReused):
+        return Problem(KEY_REUSED, str(error))
+    if isinstance(error, Overloaded):
+        return Problem(OVERLOADED, str(error), headers=retry_after(error.retry_after))
+    if isinstance(error, NeverFits):
+        return Problem(BODY_TOO_LARGE, str(error))
+    if isinstance(error, Draining):
+        return Problem(DRAINING, str(error), headers=retry_after(1.0))
+    # Not str(error): it names a path on this machine.
+    return Problem(JOURNAL_FAILED, "the journal has failed", headers=retry_after(10.0))
+
+
+def retry_after(seconds: float) -> dict[str, str]:
+    """`Retry-After` in whole seconds, at least 1."""
+    return {"Retry-After": str(max(1, math.ceil(seconds)))}

@@ -1,0 +1,311 @@
+"""TLS that lets a client end its own direction alone, and take its answer.
+
+asyncio and uvloop end both directions as soon as the other side has said goodbye (`close_notify`),
+and as soon as its packets end (FIN). TLS 1.3 does not ask for that (RFC 8446, 6.1), so here the
+goodbye, and the FIN that comes with it or later, are kept from the TLS of the loop, and told to the
+connection. Without a goodbye the end may be somebody else's (a truncation): it ends everything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import re
+import ssl
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from ingestd.base.files import read_file
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Callable
+
+    from ingestd.http.settings import TlsSettings
+
+
+class Secured(ssl.SSLObject):
+    """The TLS of one connection.
+
+    Attributes:
+        incoming: bytes that were not looked at yet.
+        ended: the goodbye was read.
+        at_cut: called once, in a turn of the loop of its own, if no goodbye lies in `incoming`.
+    """
+
+    incoming: ssl.MemoryBIO
+    ended = False
+    at_cut: Callable[[], None] | None = None
+    _at_end: Callable[[], None] | None = None
+
+    def tell(self, at_end: Callable[[], None]) -> None:
+        """Calls this once, in a turn of the loop of its own, when nothing more will come."""
+        self._at_end = at_end
+        if self.ended:
+            asyncio.get_running_loop().call_soon(at_end)
+
+    def read(self, len: int = 1024, buffer: Any = None) -> Any:  # noqa: A002 - the base's name
+        """Reads, and says that more may come where it was the end."""
+        try:
+            data = super().read(len, buffer)
+        except ssl.SSLWantReadError:
+            if self.at_cut is not None and not self.ended:
+                asyncio.get_running_loop().call_soon(self.at_cut)
+                self.at_cut = None
+            raise
+        if data:
+            return data
+        if not self.ended:
+            self.ended = True
+            if self._at_end is not None:
+                # What came before it in the same packets goes to the protocol first.
+                asyncio.get_running_loop().call_soon(self._at_end)
+        raise ssl.SSLWantReadError
+
+
+class SecuredContext(ssl.SSLContext):
+    """A context whose connections are `Secured`."""
+
+    sslobject_class = Secured
+
+    def wrap_bio(self, incoming: ssl.MemoryBIO, *args: Any, **more: Any) -> Secured:
+        """See `ssl.SSLContext`."""
+        secured = cast("Secured", super().wrap_bio(incoming, *args, **more))
+        secured.incoming = incoming
+        return secured
+
+
+class _Early(asyncio.Protocol):
+    """Keeps what comes before somebody is there for it."""
+
+    def __init__(self) -> None:
+        self.came = b""
+        self.ended = False
+
+    def data_received(self, data: bytes) -> None:
+        self.came += data
+
+    def eof_received(self) -> bool:
+        self.ended = True
+        return True
+
+
+class _Packets(asyncio.BufferedProtocol):
+    """Stands before the TLS of a loop, and keeps a FIN from it that comes with a goodbye."""
+
+    def __init__(self, inner: Any, transport: asyncio.Transport) -> None:
+        # Nothing is called in between where nothing is to be done.
+        self.get_buffer = inner.get_buffer  # type: ignore[method-assign]
+        self.buffer_updated = inner.buffer_updated  # type: ignore[method-assign]
+        self.pause_writing = inner.pause_writing  # type: ignore[method-assign]
+        self.resume_writing = inner.resume_writing  # type: ignore[method-assign]
+        self.connection_lost = inner.connection_lost  # type: ignore[method-assign]
+        self._inner = inner
+        self._transport = transport
+        self.secured: Secured | None = None
+
+    def eof_received(self) -> bool:
+        # A handshake that is through is known in the next turn.
+        asyncio.get_running_loop().call_soon(self._decide)
+        return True
+
+    def _decide(self) -> None:
+        secured = self.secured
+        if secured is not None and (secured.ended or secured.at_cut is not None):
+            return
+        if secured is not None and (secured.incoming.pending or secured.pending()):
+            secured.at_cut = self._cut  # the goodbye may be in what nobody has read yet
+        else:
+            self._cut()
+
+    def _cut(self) -> None:
+        if not self._inner.eof_received():
+            self._transport.close()
+
+
+async def secure(
+    sock: socket.socket,
+    protocol: asyncio.BaseProtocol,
+    context: ssl.SSLContext,
+    *,
+    handshake: float,
+    shutdown: float,
+) -> None:
+    """Makes a connection out of an accepted socket.
+
+    Args:
+        sock: not blocking.
+        protocol: gets the connection once the handshake is through.
+        context: a `SecuredContext`.
+        handshake: seconds that the handshake may take.
+        shutdown: seconds that the other side may take to say goodbye.
+
+    Raises:
+        OSError: the handshake failed.
+    """
+    loop = asyncio.get_running_loop()
+    hello, early = _Early(), _Early()
+    raw, _ = await loop.connect_accepted_socket(lambda: hello, sock)
+    packets: list[_Packets] = []
+
+    def stand_before() -> None:
+        inner = cast("asyncio.BufferedProtocol", raw.get_protocol())
+        packets.append(_Packets(inner, raw))
+        raw.set_protocol(packets[0])
+        if hello.came:
+            memoryview(inner.get_buffer(len(hello.came)))[: len(hello.came)] = hello.came
+            inner.buffer_updated(len(hello.came))
+        if hello.ended:
+            packets[0].eof_received()
+
+    # After `start_tls` has put its protocol there, and before the handshake begins.
+    standing = loop.call_soon(stand_before)
+    try:
+        transport = await loop.start_tls(
+            raw, early, context, server_side=True,
+            ssl_handshake_timeout=handshake, ssl_shutdown_timeout=shutdown,
+        )  # fmt: skip
+    except BaseException:
+        standing.cancel()
+        raw.abort()
+        raise
+    if transport is None or transport.is_closing():
+        raw.abort()
+        return
+    packets[0].secured = transport.get_extra_info("ssl_object")
+    transport.set_protocol(protocol)
+    cast("asyncio.Protocol", protocol).connection_made(transport)
+    if early.came:
+        cast("asyncio.Protocol", transport.get_protocol()).data_received(early.came)
+
+
+# -- TLS: files into a context, and what is wrong with them ----------------------------------------
+
+_STEPS_MAX = 10
+_CERTIFICATE = re.compile(rb"-----BEGIN [A-Z0-9 ]*CERTIFICATE-----([^-]*)-----END ")
+
+
+def make_context(
+    settings: TlsSettings, problems: list[str], doubts: list[str]
+) -> ssl.SSLContext | None:
+    """What connections are encrypted with; `None` without TLS, or if something is wrong.
+
+    Args:
+        settings: of TLS.
+        problems: gets a line for everything that is wrong.
+        doubts: gets a line for what keeps nobody from starting.
+    """
+    if not settings.certificate:
+        return None
+    named = ("certificate", "key", "client_ca")
+    bad = [_unreadable(getattr(settings, key), f"http.tls.{key}") for key in named]
+    if any(bad):
+        problems += [line for line in bad if line]
+        return None
+    context = SecuredContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["http/1.1"])
+    wrong = _load_chain(context, settings) or _load_client_ca(context, settings)
+    if wrong:
+        problems.append(wrong)
+        return None
+    doubt = _rehearse(context, settings.certificate)
+    if doubt:
+        doubts.append(f"http.tls.certificate: {settings.certificate}: {doubt}")
+    return context
+
+
+def read_authorities(settings: TlsSettings) -> frozenset[bytes]:
+    """Digests of the certificates in the file of `http.tls.client_ca`; none without one."""
+    try:
+        content = read_file(Path(settings.client_ca))
+    except OSError:
+        return frozenset()  # no file; or `make_context` has said so
+    blocks = _CERTIFICATE.findall(content)
+    return frozenset(hashlib.sha256(b"".join(block.split())).digest() for block in blocks)
+
+
+def _unreadable(path: str, key: str) -> str | None:
+    if not path:
+        return None
+    try:
+        content = read_file(Path(path))
+    except OSError as error:
+        return f"{key}: cannot read {path}: {error.strerror}"
+    if b"-----BEGIN " not in content:
+        return f"{key}: {path} is not a PEM file"
+    return None
+
+
+def _load_chain(context: ssl.SSLContext, settings: TlsSettings) -> str | None:
+    """Certificate and key; what is wrong with them."""
+    key = settings.key or settings.certificate
+    setting = "http.tls.key" if settings.key else "http.tls.certificate"
+    asked = False
+
+    def password() -> str:
+        # Without this OpenSSL would ask on the terminal.
+        nonlocal asked
+        asked = True
+        return settings.key_password.get_secret_value()
+
+    try:
+        context.load_cert_chain(settings.certificate, settings.key or None, password)
+    except (ssl.SSLError, ValueError, OSError) as error:
+        reason = getattr(error, "reason", None) or ""
+        if asked and not settings.key_password.get_secret_value():
+            return f"{setting}: {key} is encrypted; set http.tls.key_password"
+        if asked:
+            return f"http.tls.key_password: does not open {key}"
+        if reason == "KEY_VALUES_MISMATCH":
+            return f"{setting}: {key} is not the key of {settings.certificate}"
+        if b"PRIVATE KEY-----" not in read_file(Path(key)):
+            return f"{setting}: there is no private key in {key}"
+        return f"http.tls.certificate: {settings.certificate} can't be used ({_words(reason)})"
+    return None
+
+
+def _load_client_ca(context: ssl.SSLContext, settings: TlsSettings) -> str | None:
+    """Whose signature makes a client's certificate good; what is wrong with it."""
+    if not settings.client_ca:
+        return None
+    try:
+        context.load_verify_locations(settings.client_ca)
+    except (ssl.SSLError, OSError) as error:
+        words = _words(getattr(error, "reason", None) or "")
+        return f"http.tls.client_ca: {settings.client_ca} can't be used ({words})"
+    required = settings.client_required
+    context.verify_mode = ssl.CERT_REQUIRED if required else ssl.CERT_OPTIONAL
+    return None
+
+
+def _words(reason: str) -> str:
+    return reason.replace("_", " ").lower() or "no reason given"
+
+
+def _rehearse(server: ssl.SSLContext, certificate: str) -> str | None:
+    """A handshake with ourselves: who trusts this very certificate says what is wrong with it.
+
+    Nobody is kept from starting: a certificate that has expired is better than no service.
+    """
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    client.load_verify_locations(certificate)
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    asking = client.wrap_bio(to_client, to_server)
+    answering = server.wrap_bio(to_server, to_client, server_side=True)
+    try:
+        for _ in range(_STEPS_MAX):
+            for side in (asking, answering):
+                try:
+                    side.do_handshake()
+                except ssl.SSLWantReadError:
+                    continue
+                if side is asking:
+                    return None
+    except ssl.SSLCertVerificationError as error:
+        return error.verify_message
+    except ssl.SSLError as error:
+        return _words(error.reason or "")
+    return None

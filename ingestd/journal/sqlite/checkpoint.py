@@ -1,0 +1,120 @@
+"""Checkpoints off the commit path.
+
+SQLite copies the pages of the WAL back into the database file only when told to. A thread with a
+connection of its own does that with `PASSIVE`, which never blocks a commit, and then syncs the
+database file, so that what is left for the writer is short: `RESTART` copies the few pages that
+came meanwhile, and the next commit writes the WAL from its start again. A WAL that is written
+over syncs several times faster than one that grows, and its size stays bounded.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from typing import TYPE_CHECKING
+
+from ingestd.journal.sqlite.store import connect
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+WAL_BYTES = 64 << 20
+"""How much goes into the WAL before it is started over."""
+WAL_PART = 16
+"""Of a small disk not more than this part: what is kept free of it is a tenth, and a WAL that took
+so much would keep records out although nothing is pending."""
+_ROUNDS_MAX = 4
+_FEW_PAGES = 256
+"""What is left to the writer at most, where rounds of copying get ahead of it."""
+
+
+class Checkpointer:
+    """Owns the checkpoint thread. `wrote`, `full` and `ripe` are the writer's, and cheap.
+
+    Args:
+        path: the journal's file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._connection = connect(path)
+        disk = os.statvfs(path)
+        self._wal_bytes = min(WAL_BYTES, disk.f_blocks * disk.f_frsize // WAL_PART)
+        # POSIX drops every lock that a process has on a file when it closes *any* descriptor of
+        # it, so this one lives as long as the connections do (see `close`).
+        self._fd = os.open(path, os.O_RDONLY)
+        self._written = 0
+        self._wanted = threading.Event()
+        self._ripe = threading.Event()
+        self._stop = False
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wrote(self, size: int) -> None:
+        """Counts what a commit put into the WAL."""
+        self._written += size
+        if self._written >= self._wal_bytes:
+            self.full()
+
+    def full(self) -> None:
+        """Has the WAL started over soon: a disk without space has room for more commits in it."""
+        self._written = 0
+        self._wanted.set()
+
+    def ripe(self) -> bool:
+        """Whether the writer should start the WAL over now; true once for each round."""
+        if self._ripe.is_set():
+            self._ripe.clear()
+            return True
+        return False
+
+    def _run(self) -> None:
+        while True:
+            self._wanted.wait()
+            self._wanted.clear()
+            if self._stop:
+                return
+            try:
+                self._copy()
+                os.fsync(self._fd)
+            except (sqlite3.Error, OSError):
+                # Nothing is lost by a checkpoint that fails: the WAL keeps its content. What is
+                # really wrong with the disk shows at the next commit, which is checked.
+                continue
+            self._ripe.set()
+
+    def _copy(self) -> None:
+        """Copies what is in the WAL, and again what came into it meanwhile."""
+        copied = 0
+        for _ in range(_ROUNDS_MAX):
+            _, pages, now = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+            if pages - copied <= _FEW_PAGES or self._stop:
+                return
+            copied = now
+
+    def stop(self) -> None:
+        """Ends the thread; the descriptor stays open until `close`."""
+        self._stop = True
+        self._wanted.set()
+        self._thread.join()
+        self._connection.close()
+
+    def close(self) -> None:
+        """Call when no connection of this process is open on the file any more."""
+        os.close(self._fd)
+
+
+def restart(connection: sqlite3.Connection) -> None:
+    """Starts the WAL over, on the writer's connection, without waiting for a reader.
+
+    Raises:
+        sqlite3.Error: the database file could not be written or synced.
+    """
+    connection.execute("PRAGMA busy_timeout=0")
+    try:
+        connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+            raise
+    finally:
+        connection.execute("PRAGMA busy_timeout=10000")

@@ -1,0 +1,323 @@
+"""Dead letters as a person handles them: chosen by a filter, read, marked, purged, in small steps.
+
+Nothing here touches the ledger: whoever purges deletes rows, whoever wants records fed again marks
+them, and the daemon does the rest (see `letters.py`). Every step reads without a lock that anybody
+waits for, and then writes a bounded number of rows in one transaction: of those letters what is
+there by then. A row that is meant in part is taken apart first; its letters keep their numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+from ingestd.journal.letter_rows import COLUMNS, LetterRow, readable, split, taken_apart
+from ingestd.journal.sqlite.letters import INCOMPLETE, replace, row_of
+from ingestd.journal.sqlite.offline import transaction
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+
+    from ingestd.journal.interface import DeadLetter
+
+STEP = 500
+"""Letters of one transaction, or of one read, about."""
+STEP_BYTES = 4 << 20
+"""No further row goes into a step beyond this."""
+REASONS = (
+    "malformed", "too_large", "unfinished", "undecodable", "rejected", "failed", "timeout",
+    "crashed", "damaged",
+)  # fmt: skip
+"""The words that a letter's reason can be."""
+
+
+class LetterFilter(NamedTuple):
+    """Which letters are meant; what is empty or `None` does not matter.
+
+    Attributes:
+        reasons: one of these.
+        since: given up at this time or later, seconds since the epoch.
+        until: given up before this time.
+        ids: one of these.
+        limit: only so many, the oldest ones.
+    """
+
+    reasons: tuple[str, ...] = ()
+    since: float | None = None
+    until: float | None = None
+    ids: Collection[int] = ()
+    limit: int | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether every letter is meant."""
+        return not self.ids and self == LetterFilter(ids=self.ids)
+
+    def where(self, db: sqlite3.Connection) -> tuple[str, list[object]]:
+        """The condition on rows in SQL and its parameters, without the limit."""
+        parts, values = ["1"], list[object]()
+        if self.reasons:
+            parts.append(f"reason IN ({','.join('?' * len(self.reasons))})")
+            values.extend(self.reasons)
+        if self.ids:
+            parts.append("id IN (SELECT value FROM json_each(?))")
+            values.append(json.dumps(_found(db, self.ids)[0]))
+        for condition, moment in (("last_at >= ?", self.since), ("last_at < ?", self.until)):
+            if moment is not None:
+                parts.append(condition)
+                values.append(moment)
+        return " AND ".join(parts), values
+
+    def meant(self, row: LetterRow, last: int | None = None) -> Collection[int]:
+        """The numbers of a row's letters that are meant, up to the number `last`."""
+        numbers = row.numbers
+        if last is not None:
+            numbers = range(numbers.start, min(numbers.stop, last + 1))
+        return [n for n in numbers if n in self.ids] if self.ids else numbers
+
+
+class StoredLetter(NamedTuple):
+    """A letter in the journal.
+
+    Attributes:
+        id: its number, never used again.
+        marked: it is to be fed again.
+        size: bytes of the payload.
+        letter: what it says; without its payload and traceback where those were not asked for.
+    """
+
+    id: int
+    marked: bool
+    size: int
+    letter: DeadLetter
+
+
+def letters(db: sqlite3.Connection, chosen: LetterFilter, *, whole: bool) -> Iterator[StoredLetter]:
+    """The letters, oldest first; `whole` with payload and traceback.
+
+    No read lasts longer than a step: an open one would keep the daemon from starting its WAL over.
+    """
+    left = chosen.limit
+    for row, size in _rows(db, chosen, whole=whole):
+        meant = chosen.meant(row)
+        for number, own, letter in taken_apart(row, whole=whole):
+            if number not in meant:
+                continue
+            if left == 0:
+                return
+            left = None if left is None else left - 1
+            kept_size = size if row.letters == 1 else own
+            yield StoredLetter(number, bool(row.retry), kept_size, letter)
+
+
+def _rows(
+    db: sqlite3.Connection,
+    chosen: LetterFilter,
+    *,
+    whole: bool,
+    also: str = "1",
+    last: int | None = None,
+) -> Iterator[tuple[LetterRow, int]]:
+    """The rows in which letters are meant, and the bytes of each payload, in short reads."""
+    condition, values = chosen.where(db)
+    columns = ", ".join("x''" if name == "payload" and not whole else name for name in COLUMNS)
+    query = (
+        f"SELECT length(payload), {columns} FROM dead WHERE {condition} AND {also}"  # noqa: S608
+        " AND id > ? AND (? IS NULL OR id - letters < ?) ORDER BY id LIMIT ?"
+    )
+    at = 0
+    while True:
+        step, count, size = list[tuple[LetterRow, int]](), 0, 0
+        rows = db.execute(query, (*values, at, last, last, STEP))
+        for payload_bytes, *found in rows:
+            row = readable(LetterRow(*found))
+            step.append((row, payload_bytes))
+            count += row.letters
+            size += payload_bytes if whole else 0
+            if count >= STEP or size >= STEP_BYTES:
+                break
+        rows.close()
+        if not step:
+            return
+        at = step[-1][0].id
+        yield from step
+
+
+class LetterCounts(NamedTuple):
+    """What a filter means at this moment.
+
+    Attributes:
+        letters: how many.
+        bytes: what they take.
+        marked: of these, to be fed again already.
+        incomplete: of these, can't be fed again: there is no record in them, or not all of it.
+        last: the newest one's number; 0 if there is none.
+    """
+
+    letters: int
+    bytes: int
+    marked: int
+    incomplete: int
+    last: int
+
+
+def count(db: sqlite3.Connection, chosen: LetterFilter) -> LetterCounts:
+    """How many letters are meant."""
+    if not chosen.ids and chosen.limit is None:
+        return _count_all(db, chosen)
+    total, size, marked, incomplete, last = 0, 0, 0, 0, 0
+    for row, _ in _rows(db, chosen, whole=False):
+        meant = list(chosen.meant(row))
+        if chosen.limit is not None:
+            meant = meant[: chosen.limit - total]
+        if not meant:
+            break
+        total, last = total + len(meant), meant[-1]
+        size += row.size * len(meant) // row.letters
+        marked += len(meant) if row.retry else 0
+        incomplete += len(meant) if row.reason in INCOMPLETE else 0
+    return LetterCounts(total, size, marked, incomplete, last)
+
+
+def _count_all(db: sqlite3.Connection, chosen: LetterFilter) -> LetterCounts:
+    condition, values = chosen.where(db)
+    incomplete = f"reason IN ({', '.join(repr(reason) for reason in INCOMPLETE)})"
+    row = db.execute(
+        "SELECT coalesce(sum(letters), 0), coalesce(sum(bytes), 0),"  # noqa: S608
+        " coalesce(sum(letters * retry), 0),"
+        f" coalesce(sum(letters * ({incomplete})), 0), coalesce(max(id), 0)"
+        f" FROM dead WHERE {condition}",
+        values,
+    ).fetchone()
+    return LetterCounts(*row)
+
+
+def missing(db: sqlite3.Connection, ids: Sequence[int]) -> list[int]:
+    """Those of some numbers that no letter has."""
+    return _found(db, ids)[1]
+
+
+def _found(db: sqlite3.Connection, ids: Iterable[int]) -> tuple[list[int], list[int]]:
+    """The rows that hold the letters of some numbers, and the numbers that no letter has."""
+    rows, absent = list[int](), list[int]()
+    first, last = 1, 0
+    for number in sorted(ids):
+        if number > last:
+            query = "SELECT id, letters FROM dead WHERE id >= ? ORDER BY id LIMIT 1"
+            found = None if number > sys.maxsize else db.execute(query, (number,)).fetchone()
+            last, letters = found or (number, 0)
+            first = last - letters + 1
+        if number < first:
+            absent.append(number)
+        elif rows[-1:] != [last]:
+            rows.append(last)
+    return rows, absent
+
+
+class MarkedLetters(NamedTuple):
+    """What marking did.
+
+    Attributes:
+        letters: are to be fed again now, and were not before.
+        invalid: were never accepted, and can't be as they are now either: they stay.
+    """
+
+    letters: int = 0
+    invalid: int = 0
+
+
+def mark(
+    db: sqlite3.Connection, chosen: LetterFilter, last: int, check: Callable[[bytes], str]
+) -> MarkedLetters:
+    """Marks letters to be fed again, up to the number `last`.
+
+    Args:
+        db: a connection that writes.
+        chosen: which.
+        last: the newest one that is meant.
+        check: what is wrong with a payload as a record of the pipeline; empty if nothing is. It is
+            asked about records that were never accepted.
+    """
+    invalid = 0
+    also = f"retry = 0 AND reason NOT IN ({', '.join(repr(reason) for reason in INCOMPLETE)})"
+
+    def wanted() -> Iterator[_Part]:
+        nonlocal invalid
+        for row, size in _rows(db, chosen, whole=False, also=also, last=last):
+            meant = set(chosen.meant(row, last))
+            if not row.record and (there := row_of(db, row.id)) is not None:
+                letters = [(n, one) for n, _, one in taken_apart(there) if n in meant]
+                meant = {n for n, one in letters if not check(one.payload)}
+                invalid += len(letters) - len(meant)
+            yield _Part(row, size, meant)
+
+    marked = sum(_change(db, wanted(), mark=True))
+    return MarkedLetters(marked, invalid)
+
+
+def purge(db: sqlite3.Connection, chosen: LetterFilter, last: int) -> int:
+    """Deletes letters for good, up to the number `last`; marked ones stay. How many it were."""
+    rows = _rows(db, chosen, whole=False, also="retry = 0", last=last)
+    parts = (_Part(row, size, set(chosen.meant(row, last))) for row, size in rows)
+    return sum(_change(db, parts, mark=False))
+
+
+class _Part(NamedTuple):
+    """A row without its payload, the bytes of that, and the numbers of the letters that are meant.
+
+    Numbers are never used again, so they mean the same letters when the row has gone meanwhile, or
+    has been taken apart by the daemon or another command.
+    """
+
+    row: LetterRow
+    size: int
+    meant: Collection[int]
+
+
+def _change(db: sqlite3.Connection, parts: Iterable[_Part], *, mark: bool) -> Iterator[int]:
+    """Marks letters, or deletes them, in steps of a transaction each; those that are marked stay.
+
+    Yields:
+        How many each step has changed.
+    """
+    for step in _in_steps(parts):
+        with transaction(db):
+            done = sum(_change_part(db, part, mark=mark) for part in step)
+            if not mark:
+                db.execute("UPDATE dead_totals SET purged = purged + ?", (done,))
+        yield done
+
+
+def _in_steps(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
+    """As many as one transaction takes."""
+    step, letters, size = list[_Part](), 0, 0
+    for part in parts:
+        if part.meant:
+            step.append(part)
+            letters += len(part.meant)
+            size += part.size
+        if letters >= STEP or size >= STEP_BYTES:
+            yield step
+            step, letters, size = [], 0, 0
+    if step:
+        yield step
+
+
+def _change_part(db: sqlite3.Connection, part: _Part, *, mark: bool) -> int:
+    """What is there now of a part, in the transaction that is open; how many letters it were."""
+    numbers = part.row.numbers
+    query = "SELECT id, letters FROM dead WHERE id BETWEEN ? AND ? AND retry = 0"
+    done = 0
+    for last, letters in db.execute(query, (numbers[0], numbers[-1])).fetchall():
+        meant = [number for number in range(last - letters + 1, last + 1) if number in part.meant]
+        if len(meant) == letters:
+            change = "UPDATE dead SET retry = 1" if mark else "DELETE FROM dead"
+            db.execute(f"{change} WHERE id = ?", (last,))
+        elif meant and (row := row_of(db, last)) is not None:
+            chosen, rest = split(row, meant)
+            kept = [one._replace(retry=1) for one in chosen] if mark else []
+            replace(db, row, [*kept, *rest])
+        done += len(meant)
+    return done

@@ -1,0 +1,526 @@
+"""The SQLite journal: the event loop's face of the store, its committer and its checkpointer.
+
+Three threads, each with a connection of its own and an owner that ends it: the committer writes,
+the checkpointer tidies, the reader brings back what is not in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import math
+import random
+import sqlite3
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+import structlog
+
+from ingestd.base.errors import DataDirError, JournalFailed, NeverFits, Overloaded
+from ingestd.base.files import tighten
+from ingestd.base.rate import Rate, wait_for_room
+from ingestd.base.watchdog import Stage
+from ingestd.host.data_dir import FileLock
+from ingestd.journal.idempotency import IdempotencyKeys, KeyRule, RememberedKey, size_of
+from ingestd.journal.interface import (
+    Chunk,
+    Closed,
+    Cursor,
+    DeadTotals,
+    Ledger,
+    Moved,
+    Place,
+    Recovered,
+    Sealed,
+    Settlement,
+)
+from ingestd.journal.sqlite import offsets, repair
+from ingestd.journal.sqlite.audit import Count, Difference
+from ingestd.journal.sqlite.checkpoint import Checkpointer
+from ingestd.journal.sqlite.letters import InvalidQuota, look
+from ingestd.journal.sqlite.store import (
+    Store,
+    check_pages,
+    connect,
+    find_key,
+    key_owners,
+    read_chunks,
+    read_spans,
+    row_bytes_max,
+    why,
+)
+from ingestd.journal.sqlite.writer import (
+    JOIN_BYTES,
+    Committed,
+    Expire,
+    JournalWriter,
+    Op,
+    Postpone,
+    QueuedAppend,
+    Revive,
+    Seal,
+    Settle,
+    Sweep,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from ingestd.base.append import IdempotencyClaim, SourceOffset
+    from ingestd.base.clock import Clock
+    from ingestd.base.record import InvalidRecord, Records, Span
+    from ingestd.journal.disk_space import DiskSpaceGuard
+
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+_NOWHERE = Place(0, 0)
+SHRINK_SECONDS = 1.0
+"""How long making the file smaller may take when it is closed."""
+
+
+class SqliteJournal:
+    """See `ingestd.journal.interface.Journal`.
+
+    Args:
+        path: the file; its directory exists and is locked, and it is locked itself while open.
+        bytes_max: bound on the bytes of chunks and of accepted records' dead letters.
+        clock: gives `accepted_at`.
+        on_commit: called on the loop after each commit with (seconds, operations, bytes).
+        dead_bytes_max: bound on the bytes of these dead letters; `None` for `bytes_max`.
+        keys: how long idempotency keys are kept, and how many.
+        space: watches the disk; without one only a failed commit tells that it is full.
+        courtesy: what letters of records that were never accepted may take.
+    """
+
+    durable = True
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        bytes_max: int,
+        clock: Clock,
+        on_commit: Callable[[float, int, int], None],
+        dead_bytes_max: int | None = None,
+        keys: KeyRule = KeyRule(),  # noqa: B008  immutable
+        space: DiskSpaceGuard | None = None,
+        courtesy: InvalidQuota = InvalidQuota(),  # noqa: B008  immutable
+    ) -> None:
+        self.path = path
+        self._courtesy = courtesy
+        self._locks = contextlib.ExitStack()
+        self.bytes_max = bytes_max
+        self.dead_bytes_max = bytes_max if dead_bytes_max is None else dead_bytes_max
+        self.id = ""
+        self.ledger = Ledger()
+        self.bytes = 0
+        self.dead_totals = DeadTotals()
+        self._bookmarks = offsets.OffsetTotals()
+        self._commits = 0
+        self.refusing = ""
+        self._gathered: list[Op] = []
+        self._clock = clock
+        self._on_commit = on_commit
+        self.keys = IdempotencyKeys(keys, clock, find=self._find_key, sweep=self._sweep)
+        self.space = space
+        self._sweeping: asyncio.Future[None] | None = None
+        self._written = False
+        self._counted: int | None = None
+        self._drained = Rate(clock.monotonic())
+
+    async def open(self, on_chunk: Callable[[Chunk], None]) -> Recovered:
+        """See `Journal.open`.
+
+        Raises:
+            JournalUnreadable: the file is another program's or another version's.
+            DataDirError: it can't be opened or created.
+            JournalFailed: the disk can't be read or is full; another start may succeed.
+        """
+        self._loop = asyncio.get_running_loop()
+        self.failed: asyncio.Future[None] = self._loop.create_future()
+        self._on_chunk = on_chunk
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="journal-read")
+        try:
+            recovered = await self._loop.run_in_executor(self._reader, self._open)
+        except BaseException:
+            self._reader.shutdown()
+            self._locks.close()
+            raise
+        self._committer.start()
+        return recovered
+
+    def _open(self) -> Recovered:
+        set_aside = ""
+        self._count, self._adds_up = Count(), False
+        try:
+            repair.finish(self.path)
+            self._lock()
+            try:
+                store, recovered = self._open_store()
+            except Exception as error:
+                if not repair.is_damage(error):
+                    raise
+                set_aside = repair.repair(self.path, self._clock.now())
+                self._count = Count()
+                self._lock()  # the new file; the old one's is kept until the end
+                store, recovered = self._open_store()
+            self.id, self.ledger, self.bytes = store.id, store.meta.ledger, store.stored_bytes()
+            self._row_bytes_max = row_bytes_max(store.connection)
+            self._dead_are(store.dead)
+            self._bookmarks = store.bookmarks
+            self.keys.opened(self._key_owners)
+            if self.space is not None:
+                self.space.reusable = store.reusable_bytes()
+                if self.space.low(self._clock.monotonic()):
+                    free, free_min = self.space.free, self.space.free_min
+                    self._refusing("journal.free_min", free=free, free_min=free_min)
+            self._reading = connect(self.path)
+        except (sqlite3.Error, OSError) as error:
+            if _is_passing(error):
+                raise JournalFailed(path=self.path, problem=why(error)) from error
+            raise DataDirError(path=self.path, problem=why(error)) from error
+        self._store = store
+        self._checkpointer = Checkpointer(self.path)
+        self._committer = JournalWriter(
+            store, self._checkpointer, self._report, self._clock, self._keys_before
+        )
+        return recovered._replace(set_aside=set_aside)
+
+    def _lock(self) -> None:
+        """Holds the file, under whichever name another daemon finds it.
+
+        Raises:
+            DataDirError: another one does.
+        """
+        for suffix in ("-wal", "-shm"):
+            tighten(self.path.with_name(self.path.name + suffix))
+        self._locks.callback(FileLock(self.path, of=self.path).close)
+
+    def _keys_before(self) -> float:
+        """Idempotency keys from before this time go."""
+        return self.keys.ages.before(self.keys.rule.kept)
+
+    def _open_store(self) -> tuple[Store, Recovered]:
+        """Opens it, and reads as much as tells whether it is whole.
+
+        Of the chunks that is one step of the count: all of them if they are few. `audit` goes on
+        with it, so a long backlog does not keep anybody waiting for the start.
+        """
+        if repair.marked(self.path):
+            raise sqlite3.DatabaseError("damage was met in an earlier life")
+        store = Store(self.path, self._courtesy)
+        try:
+            check_pages(store.connection, self.path)
+            recovered = store.recovered()
+            _check_numbers(store, recovered)
+            self._key_owners = key_owners(store.connection)
+            self._step(store.connection)
+        except BaseException:
+            store.close()
+            raise
+        return store, recovered
+
+    def _step(self, db: sqlite3.Connection) -> int | None:
+        """One step of the count; the first one that comes to its end must find nothing."""
+        found = self._count.step(db)
+        if found is None:
+            return None
+        if not self._adds_up and found != Difference(0, 0):
+            raise sqlite3.DatabaseError("the rows do not add up to the ledger")
+        self._adds_up = True
+        return found.records
+
+    def stage(self) -> Stage:
+        """See `Journal.stage`."""
+        return Stage("journal", self._committer.busy, self._committer.commits)
+
+    def append(
+        self,
+        records: Records,
+        refused: Sequence[InvalidRecord],
+        claim: IdempotencyClaim | None = None,
+        bookmark: SourceOffset | None = None,
+        principal: str = "",
+    ) -> asyncio.Future[Place]:
+        """See `Journal.append`."""
+        if self.failed.done():
+            raise JournalFailed(path=self.path, problem="an earlier commit failed")
+        size = _size(records)
+        if claim is not None:
+            size += size_of(claim)
+        whole = size + offsets.size_of(bookmark)
+        if whole > self.bytes_max:
+            raise NeverFits(size=whole, what="journal.bytes_max", bound=self.bytes_max)
+        if len(records.payload) + len(records.sizes) > self._row_bytes_max:
+            # SQLite would refuse the commit with all that is in it, each time it is tried.
+            raise NeverFits(size=size, what="a row of the journal", bound=self._row_bytes_max)
+        if self.bytes + whole > self.bytes_max:
+            self._refusing("journal.bytes_max", used=self.bytes, bytes_max=self.bytes_max)
+            raise self._full("the journal", self.bytes + whole, self.bytes_max)
+        if self.space is not None and self.space.low(self._clock.monotonic()):
+            free, free_min = self.space.free, self.space.free_min
+            self._refusing("journal.free_min", free=free, free_min=free_min)
+            what = f"the disk of the journal ({self.space.shortage})"
+            raise self._full(what, free_min - free, 0)
+        if self.refusing:
+            log.info("records_taken_again", path=str(self.path), after=self.refusing)
+            self.refusing = ""
+        self.bytes += size
+        future: asyncio.Future[Place] = self._loop.create_future()
+        self._submit(QueuedAppend(future, records, refused, claim, bookmark, principal))
+        if size >= JOIN_BYTES:
+            self._hand_over()  # worth a commit by itself
+        if claim is not None:
+            claim.submitted = True
+        return future
+
+    def _refusing(self, bound: str, **facts: int) -> None:
+        """Says once that a bound is reached, until something is taken again."""
+        if self.refusing != bound:
+            self.refusing = bound
+            log.warning("records_refused", path=str(self.path), bound=bound, **facts)
+
+    def _submit(self, op: Op) -> None:
+        """Hands an operation to the committer, with all others of this turn of the loop.
+
+        Each hand-over wakes its thread, which wants the interpreter from the loop's and may commit
+        what little there is: more time goes into that than into small appends themselves.
+        """
+        if not self._gathered:
+            self._loop.call_soon(self._hand_over)
+        self._gathered.append(op)
+
+    def _hand_over(self) -> None:
+        gathered, self._gathered = self._gathered, []
+        for op in gathered:
+            self._committer.submit(op)
+
+    def _full(self, what: str, used: float, bound: float) -> Overloaded:
+        rate = self._drained.per_second(self._clock.monotonic())
+        return Overloaded(what=what, retry_after=wait_for_room(used, bound, rate, random.random))
+
+    def seal(self, batch: Sealed, cursor: Cursor) -> asyncio.Future[None]:
+        """See `Journal.seal`."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._submit(Seal(future, batch, cursor))
+        return future
+
+    def settle(self, settlement: Settlement) -> asyncio.Future[None]:
+        """See `Journal.settle`."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._submit(Settle(future, settlement))
+        return future
+
+    def postpone(self, batch: Sealed) -> asyncio.Future[None]:
+        """See `Journal.postpone`."""
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._submit(Postpone(future, batch))
+        return future
+
+    @property
+    def letters_full(self) -> bool:
+        """See `Journal.letters_full`."""
+        return self.dead_totals.accepted_bytes >= self.dead_bytes_max
+
+    def _dead_are(self, totals: DeadTotals) -> None:
+        """The dead letters after some commit, ours or another process's."""
+        self.bytes += totals.accepted_bytes - self.dead_totals.accepted_bytes
+        self.dead_totals = totals
+
+    async def look(self) -> bool:
+        """See `Journal.look`."""
+        commits = self._commits
+        totals, marked = await self._read(look, self._reading)
+        if commits == self._commits:  # else a commit has told something newer meanwhile
+            self._dead_are(totals)
+        return marked
+
+    def revive(self) -> asyncio.Future[Moved]:
+        """See `Journal.revive`."""
+        future: asyncio.Future[Moved] = self._loop.create_future()
+        self._submit(Revive(future))
+        return future
+
+    def expire(self, before: float, since: float = 0.0) -> asyncio.Future[Moved]:
+        """See `Journal.expire`."""
+        future: asyncio.Future[Moved] = self._loop.create_future()
+        self._submit(Expire(future, since, before))
+        return future
+
+    async def bookmark(self, key: str) -> SourceOffset | None:
+        """See `Journal.bookmark`."""
+        return await self._read(offsets.find, self._reading, key)
+
+    async def _find_key(self, key: str) -> RememberedKey | None:
+        return await self._read(find_key, self._reading, key)
+
+    def _sweep(self) -> None:
+        """Asks for expired keys to go, where no commit of an append will do it by the way."""
+        if self._sweeping is None or self._sweeping.done():
+            self._sweeping = self._loop.create_future()
+            self._sweeping.add_done_callback(lambda future: future.exception())
+            self._submit(Sweep(self._sweeping))
+
+    async def read(self, first: int, bytes_max: int) -> list[Chunk]:
+        """See `Journal.read`."""
+        return await self._read(read_chunks, self._reading, first, bytes_max)
+
+    async def load(self, spans: Sequence[Span]) -> Records | None:
+        """See `Journal.load`."""
+        return await self._read(read_spans, self._reading, spans)
+
+    async def audit(self) -> int | None:
+        """See `Journal.audit`."""
+        return await self._read(self._step, self._reading)
+
+    async def _read(self, function: Callable[..., T], *args: object) -> T:
+        try:
+            return await self._loop.run_in_executor(self._reader, partial(function, *args))
+        except (sqlite3.Error, ValueError, TypeError) as error:
+            # Rows that can't be read: the next start repairs the file, or finds the disk better.
+            if repair.is_damage(error):
+                repair.mark(self.path)
+            failed = JournalFailed(path=self.path, problem=f"{type(error).__name__}: {error}")
+            if not self.failed.done():
+                self.failed.set_exception(failed)
+            raise failed from error
+
+    def _report(self, committed: Committed) -> None:
+        """On the committer's thread: everything else happens on the loop."""
+        try:
+            self._loop.call_soon_threadsafe(self._committed, committed)
+        except RuntimeError:
+            pass  # the loop is gone: nobody waits any more, and what was written is written
+
+    def _committed(self, committed: Committed) -> None:
+        error = committed.error
+        self.ledger = committed.ledger
+        self._tables_changed(committed)
+        self._commits += 1
+        for op in committed.ops:
+            self._account(op, applied=error is None)
+            if type(op) is QueuedAppend and op.claim is not None:
+                self._claim_ended(op.claim, committed)
+        if committed.dead is not None:
+            self._dead_are(committed.dead)
+        for chunk in committed.moved.chunks:
+            self.bytes += _size(chunk.records)
+        for chunk in committed.chunks:
+            self._on_chunk(chunk)
+        self._resolve(committed)
+        if isinstance(error, JournalFailed) and not self.failed.done():
+            self.failed.set_exception(error)
+        if error is None and committed.ops:
+            size = sum(len(chunk.records.payload) for chunk in committed.chunks)
+            self._on_commit(committed.seconds, len(committed.ops), size)
+
+    def _resolve(self, committed: Committed) -> None:
+        """Everybody who waits for one of its operations hears of it."""
+        places = iter(committed.places)
+        for op in committed.ops:
+            place = next(places, _NOWHERE) if type(op) is QueuedAppend else _NOWHERE
+            if op.future.done():
+                continue
+            if committed.error is not None:
+                op.future.set_exception(committed.error)
+            elif isinstance(op, QueuedAppend):
+                op.future.set_result(place)
+            elif isinstance(op, Revive | Expire):
+                op.future.set_result(committed.moved)
+            else:
+                op.future.set_result(None)
+
+    def _claim_ended(self, claim: IdempotencyClaim, committed: Committed) -> None:
+        applied = committed.error is None
+        if not applied:
+            self.bytes -= size_of(claim)
+        self.keys.resolved(claim, at=committed.at, applied=applied)
+
+    def _tables_changed(self, committed: Committed) -> None:
+        self.keys.gone(committed.keys_gone.owners)
+        self.bytes -= committed.keys_gone.bytes
+        if committed.bookmarks is not None:
+            self.bytes += committed.bookmarks.bytes - self._bookmarks.bytes
+            self._bookmarks = committed.bookmarks
+        if self.space is not None and committed.reusable is not None:
+            self.space.reusable = committed.reusable
+
+    def _account(self, op: Op, *, applied: bool) -> None:
+        """Without dead letters that are there now: `_dead_are` counts those."""
+        if type(op) is QueuedAppend and not applied:
+            self.bytes -= _size(op.records)
+        elif type(op) is Settle and applied:
+            self.bytes -= op.settlement.finished_bytes
+            self._drained.add(op.settlement.finished_bytes, self._clock.monotonic())
+
+    async def close(self, deadline: float | None = None) -> Closed:
+        """See `Journal.close`."""
+        self._hand_over()
+        self._written, self._counted = False, None
+        closing = self._loop.run_in_executor(self._reader, self._close, deadline)
+        left = None if deadline is None else max(0.0, deadline - self._loop.time())
+        done, _ = await asyncio.wait({closing}, timeout=left)
+        self._reader.shutdown(wait=bool(done))
+        if done:
+            closing.result()
+        # What the committer reported last came before this call's own result.
+        return Closed(self.ledger, self._counted, self._written, bool(done))
+
+    def _close(self, deadline: float | None) -> None:
+        self._committer.stop()
+        self._written = True
+        self._checkpointer.stop()
+        try:
+            self._counted = self._count_at_last(deadline)
+        except (sqlite3.Error, TypeError):
+            pass  # a poisoned journal may not even be readable
+        self._reading.close()
+        try:
+            self._store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            self._store.shrink(SHRINK_SECONDS)
+        except sqlite3.Error:
+            pass  # the WAL is recovered at the next start, and a file may be large
+        self._store.close()
+        self._checkpointer.close()
+        self._locks.close()
+
+    def _count_at_last(self, deadline: float | None) -> int | None:
+        """Pending records by the rows, if half of the time that is left is enough for that."""
+        now = self._loop.time()
+        until = math.inf if deadline is None else now + (deadline - now) / 2
+        count = Count()
+        while (found := count.step(self._reading)) is None:
+            if self._loop.time() > until:
+                return None
+        return self._store.meta.ledger.pending - found.records
+
+
+def _size(records: Records) -> int:
+    return len(records.payload) + len(records.sizes)
+
+
+def _check_numbers(store: Store, recovered: Recovered) -> None:
+    """What damage in the one row that everything hangs on looks like."""
+    numbers: tuple[int, ...] = (
+        *store.meta.ledger,
+        *store.meta.cursor,
+        *store.meta[2:],
+        *store.dead,
+        store.stored_bytes(),
+    )
+    numbers += tuple(batch.count - 1 for batch in recovered.batches)
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise sqlite3.DatabaseError("a number of the journal is none, or negative")
+
+
+def _is_passing(error: Exception) -> bool:
+    """Whether another start may succeed as it is: the disk is full, or did not do as told."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code in {sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL} or (
+        isinstance(error, OSError) and error.errno in {errno.EIO, errno.ENOSPC, errno.EDQUOT}
+    )

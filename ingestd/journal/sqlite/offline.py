@@ -1,0 +1,131 @@
+"""Journals as another process than their daemon sees them: found, opened, and never created.
+
+A reader opens the file read-only. A writer's transactions are short and it pauses between them,
+because SQLite's lock is not fair: a daemon that waits for it must find it free soon.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ingestd.base.errors import DataDirError, JournalUnreadable, UsageError
+from ingestd.host.data_dir import LOCK_NAME, FileLock
+from ingestd.journal.sqlite.schema import APPLICATION_ID, VERSION, carry_over
+from ingestd.journal.sqlite.store import connect, why
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+BUSY_SECONDS = 30.0
+"""How long to wait for the daemon's commit; one takes milliseconds unless the disk hangs."""
+FILE = "journal.db"
+_ERRORS = (sqlite3.Error, OSError, UnicodeDecodeError)
+"""The last one: SQLite's words about a damaged file quote it."""
+
+
+def journals(data_dir: Path, only: Sequence[str] = ()) -> dict[str, Path]:
+    """The journals in a data directory by the names of their pipelines, `default` first.
+
+    Args:
+        data_dir: as `run` uses it.
+        only: these pipelines; empty for all.
+
+    Raises:
+        DataDirError: there is none.
+        UsageError: a pipeline of `only` has none.
+    """
+    found = {"default": data_dir / FILE}
+    found |= {path.parent.name: path for path in sorted(data_dir.glob(f"pipelines/*/{FILE}"))}
+    found = {name: path for name, path in found.items() if path.is_file()}
+    if not found:
+        raise DataDirError(path=data_dir, problem="there is no journal in it")
+    for name in only:
+        if name not in found:
+            known = ", ".join(found)
+            raise UsageError(problem=f"pipeline {name!r} has no journal in {data_dir}, but {known}")
+    return {name: path.resolve() for name, path in found.items() if not only or name in only}
+
+
+@contextmanager
+def opened(path: Path, *, write: bool = False) -> Iterator[sqlite3.Connection]:
+    """A connection to a journal that is there, beside whoever else uses it.
+
+    Raises:
+        JournalUnreadable: the file is no journal, or another version's.
+        DataDirError: it can't be opened, read or written, inside of the block too.
+    """
+    mode = "rw" if write else "ro"
+    _carry_over(path)
+    try:
+        connection = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode={mode}",
+            uri=True, isolation_level=None, timeout=BUSY_SECONDS,
+        )  # fmt: skip
+        try:
+            connection.execute("PRAGMA synchronous=FULL")
+            connection.execute("PRAGMA wal_autocheckpoint=0")  # the daemon's checkpoints do it
+            _check(connection, path)
+            yield connection
+        finally:
+            connection.close()
+    except _ERRORS as error:
+        raise DataDirError(path=path, problem=why(error)) from error
+
+
+def _carry_over(path: Path) -> None:
+    """Makes a journal of an earlier version one of this version, as the daemon does at its start.
+
+    Raises:
+        DataDirError: an earlier ingestd runs on it, or it can't be written.
+    """
+    try:
+        with contextlib.closing(
+            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        ) as db:
+            (application,) = db.execute("PRAGMA application_id").fetchone()
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+        if application != APPLICATION_ID or version != 1:
+            return
+    except _ERRORS:
+        return  # whoever opens it says why
+    folder = path.absolute().parent
+    places = [folder, *([folder.parent.parent] if folder.parent.name == "pipelines" else [])]
+    with contextlib.ExitStack() as held:
+        for place in places:  # an earlier daemon has locked the data directory, whichever that is
+            if (place / LOCK_NAME).is_file():
+                held.callback(FileLock(place / LOCK_NAME, of=place).close)
+        try:
+            with contextlib.closing(connect(path)) as db:
+                carry_over(db)
+        except _ERRORS as error:
+            raise DataDirError(path=path, problem=why(error)) from error
+
+
+def _check(connection: sqlite3.Connection, path: Path) -> None:
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if application != APPLICATION_ID:
+        raise JournalUnreadable(path=path, problem="this is not a journal of ingestd")
+    if version != VERSION:
+        text = f"it has version {version}, this ingestd reads version {VERSION}"
+        raise JournalUnreadable(path=path, problem=text)
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """A short transaction that writes; leaves the lock free for as long as it held it."""
+    connection.execute("BEGIN IMMEDIATE")
+    began = time.monotonic()
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    time.sleep(max(0.002, time.monotonic() - began))

@@ -1,0 +1,189 @@
+"""The tables of a journal, and how those of an earlier version are carried over in place.
+
+A journal is created as version 1 was and then carried over, so both ways end with the same tables.
+Each step adds columns and tables and changes no row that holds a record: it takes as long as many
+dead letters as there are, and one transaction, so a crash leaves the old version or the new one.
+
+| version | came with |
+| --- | --- |
+| 1 | chunks, batches, dead letters, keys, the ledger; later the bytes of all chunks, bookmarks |
+| 2 | names of records that are fed again, many dead letters in a row, a checksum over the ledger |
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import zlib
+from typing import TYPE_CHECKING
+
+from ingestd.journal.sqlite import offsets
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+APPLICATION_ID = 0x696E6764  # "ingd"
+VERSION = 2
+COUNTERS = (
+    "accepted", "processed", "dead", "refused",
+    "cursor_chunk", "cursor_record", "last_chunk", "next_batch",
+)  # fmt: skip
+"""The columns of `meta` that move with commits, in the order of its checksum."""
+
+_VERSION_1 = (
+    """CREATE TABLE chunks(
+    id INTEGER PRIMARY KEY, accepted_at REAL NOT NULL, count INTEGER NOT NULL,
+    bytes INTEGER NOT NULL, layout INTEGER NOT NULL, crc INTEGER NOT NULL,
+    sizes BLOB NOT NULL, payload BLOB NOT NULL) STRICT""",
+    """CREATE TABLE batches(
+    number INTEGER PRIMARY KEY, count INTEGER NOT NULL, attempts INTEGER NOT NULL,
+    due_at REAL NOT NULL, accepted_at REAL NOT NULL, spans BLOB NOT NULL) STRICT""",
+    """CREATE TABLE damaged(
+    id INTEGER PRIMARY KEY, accepted_at REAL NOT NULL, count INTEGER NOT NULL,
+    bytes INTEGER NOT NULL, layout INTEGER NOT NULL, crc INTEGER NOT NULL,
+    sizes BLOB NOT NULL, payload BLOB NOT NULL) STRICT""",
+    """CREATE TABLE keys(
+    id INTEGER PRIMARY KEY, key TEXT NOT NULL UNIQUE, at REAL NOT NULL, bytes INTEGER NOT NULL,
+    fingerprint BLOB NOT NULL, answer BLOB NOT NULL) STRICT""",
+    """CREATE TABLE meta(
+    one INTEGER PRIMARY KEY CHECK (one = 1), journal TEXT NOT NULL,
+    accepted INTEGER NOT NULL, processed INTEGER NOT NULL, dead INTEGER NOT NULL,
+    refused INTEGER NOT NULL, cursor_chunk INTEGER NOT NULL, cursor_record INTEGER NOT NULL,
+    last_chunk INTEGER NOT NULL, next_batch INTEGER NOT NULL) STRICT""",
+    """CREATE TABLE dead(
+    id INTEGER PRIMARY KEY AUTOINCREMENT, record TEXT NOT NULL, records INTEGER NOT NULL,
+    reason TEXT NOT NULL, error TEXT NOT NULL, traceback TEXT NOT NULL,
+    attempts INTEGER NOT NULL, first_at REAL NOT NULL, last_at REAL NOT NULL,
+    retry INTEGER NOT NULL DEFAULT 0, bytes INTEGER NOT NULL, payload BLOB NOT NULL) STRICT""",
+    "CREATE INDEX dead_retry ON dead(id) WHERE retry = 1",
+    """CREATE TABLE dead_totals(
+    one INTEGER PRIMARY KEY CHECK (one = 1), letters INTEGER NOT NULL, bytes INTEGER NOT NULL,
+    revived INTEGER NOT NULL, readmitted INTEGER NOT NULL, expired INTEGER NOT NULL,
+    purged INTEGER NOT NULL) STRICT""",
+    "INSERT INTO dead_totals VALUES(1, 0, 0, 0, 0, 0, 0)",
+)
+
+# Version 1 without it was made before chunks were summed up. Triggers keep the sums: they are exact
+# after every commit, whichever process made that, and the row that they are in is written anyway.
+_CHUNK_BYTES = (
+    "ALTER TABLE meta ADD COLUMN chunk_bytes INTEGER NOT NULL DEFAULT 0",
+    "UPDATE meta SET chunk_bytes = (SELECT coalesce(sum(bytes), 0) FROM chunks)",
+    """CREATE TRIGGER chunk_came AFTER INSERT ON chunks BEGIN
+    UPDATE meta SET chunk_bytes = chunk_bytes + new.bytes; END""",
+    """CREATE TRIGGER chunk_went AFTER DELETE ON chunks BEGIN
+    UPDATE meta SET chunk_bytes = chunk_bytes - old.bytes; END""",
+)
+
+# A row of `dead` holds `letters` letters with the numbers up to its id. What has no record id was
+# never accepted: `invalid` has what each principal has of those.
+_VERSION_2 = (
+    "ALTER TABLE chunks ADD COLUMN names BLOB NOT NULL DEFAULT x''",
+    "ALTER TABLE damaged ADD COLUMN names BLOB NOT NULL DEFAULT x''",
+    "ALTER TABLE batches ADD COLUMN wait REAL NOT NULL DEFAULT 1e9",
+    "ALTER TABLE meta ADD COLUMN crc INTEGER NOT NULL DEFAULT 0",
+    """CREATE TABLE IF NOT EXISTS failing(
+    number INTEGER PRIMARY KEY, seconds REAL NOT NULL, counted INTEGER NOT NULL) STRICT""",
+    """CREATE TABLE identity(
+    one INTEGER PRIMARY KEY CHECK (one = 1), journal TEXT NOT NULL, crc INTEGER NOT NULL) STRICT""",
+    "ALTER TABLE dead ADD COLUMN letters INTEGER NOT NULL DEFAULT 1",
+    "ALTER TABLE dead ADD COLUMN principal TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE dead ADD COLUMN facts BLOB NOT NULL DEFAULT x''",
+    "ALTER TABLE dead_totals ADD COLUMN dropped INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE dead_totals ADD COLUMN invalid INTEGER NOT NULL DEFAULT 0",
+    "ALTER TABLE dead_totals ADD COLUMN invalid_bytes INTEGER NOT NULL DEFAULT 0",
+    """CREATE TABLE invalid(
+    principal TEXT PRIMARY KEY, letters INTEGER NOT NULL, bytes INTEGER NOT NULL) STRICT""",
+    "CREATE INDEX dead_invalid ON dead(principal, id) WHERE record = ''",
+    """INSERT INTO invalid SELECT '', count(*), sum(bytes) FROM dead WHERE record = ''
+    HAVING count(*) > 0""",
+    """UPDATE dead_totals SET invalid = coalesce((SELECT sum(letters) FROM invalid), 0),
+    invalid_bytes = coalesce((SELECT sum(bytes) FROM invalid), 0)""",
+    "DROP TRIGGER IF EXISTS dead_came",
+    "DROP TRIGGER IF EXISTS dead_went",
+    """CREATE TRIGGER dead_came AFTER INSERT ON dead BEGIN
+    UPDATE dead_totals SET letters = letters + new.letters, bytes = bytes + new.bytes; END""",
+    """CREATE TRIGGER dead_went AFTER DELETE ON dead BEGIN
+    UPDATE dead_totals SET letters = letters - old.letters, bytes = bytes - old.bytes; END""",
+    """CREATE TRIGGER invalid_came AFTER INSERT ON dead WHEN new.record = '' BEGIN
+    UPDATE dead_totals SET invalid = invalid + new.letters,
+        invalid_bytes = invalid_bytes + new.bytes;
+    INSERT INTO invalid VALUES(new.principal, new.letters, new.bytes)
+        ON CONFLICT(principal) DO UPDATE
+        SET letters = letters + excluded.letters, bytes = bytes + excluded.bytes; END""",
+    """CREATE TRIGGER invalid_went AFTER DELETE ON dead WHEN old.record = '' BEGIN
+    UPDATE dead_totals SET invalid = invalid - old.letters,
+        invalid_bytes = invalid_bytes - old.bytes;
+    UPDATE invalid SET letters = letters - old.letters, bytes = bytes - old.bytes
+        WHERE principal = old.principal;
+    DELETE FROM invalid WHERE principal = old.principal AND letters <= 0; END""",
+)
+
+
+def meta_checksum(journal: str, counters: Sequence[object]) -> int:
+    """CRC-32 over the one row that everything hangs on; `counters` as `COUNTERS` names them."""
+    return zlib.crc32(" ".join([journal, *map(str, counters)]).encode())
+
+
+def write_identity(db: sqlite3.Connection, journal: str) -> None:
+    """Keeps the journal's id a second time, on a page of its own, with a checksum."""
+    db.execute(
+        "INSERT OR REPLACE INTO identity VALUES(1, ?, ?)", (journal, zlib.crc32(journal.encode()))
+    )
+
+
+def read_identity(db: sqlite3.Connection) -> str:
+    """The id as it is kept a second time; empty if that copy is damaged.
+
+    Raises:
+        sqlite3.Error: it can't be read.
+    """
+    row = db.execute("SELECT journal, crc FROM identity").fetchone()
+    if row is None or type(row[0]) is not str or zlib.crc32(row[0].encode()) != row[1]:
+        return ""
+    return row[0]
+
+
+def create(db: sqlite3.Connection, journal: str) -> None:
+    """Makes all tables, in the transaction that is open."""
+    for statement in _VERSION_1:
+        db.execute(statement)
+    db.execute("INSERT INTO meta VALUES(1, ?, 0, 0, 0, 0, 1, 0, 0, 1)", (journal,))
+    _carry_over(db)
+    db.execute(f"PRAGMA application_id={APPLICATION_ID}")
+
+
+def carry_over(db: sqlite3.Connection) -> None:
+    """Makes a journal of version 1 one of this version, in one transaction.
+
+    Raises:
+        sqlite3.Error: it is as it was.
+    """
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        if version == 1:  # nobody else did it meanwhile
+            _carry_over(db)
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+def _carry_over(db: sqlite3.Connection) -> None:
+    if "chunk_bytes" not in columns(db, "meta"):
+        for statement in _CHUNK_BYTES:
+            db.execute(statement)
+    db.execute(offsets.SCHEMA)
+    for statement in _VERSION_2:
+        db.execute(statement)
+    row = db.execute(f"SELECT journal, {', '.join(COUNTERS)} FROM meta").fetchone()  # noqa: S608
+    if row is None:
+        raise sqlite3.DatabaseError("the meta row is missing")
+    write_identity(db, row[0])
+    db.execute("UPDATE meta SET crc = ?", (meta_checksum(row[0], row[1:]),))
+    db.execute(f"PRAGMA user_version={VERSION}")
+
+
+def columns(db: sqlite3.Connection, table: str) -> list[str]:
+    """The names of a table's columns; none if there is no such table."""
+    return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]

@@ -1,0 +1,628 @@
+"""The SQLite file behind a journal: its tables and what one transaction does to them.
+
+Nothing here knows threads or the event loop; a connection belongs to whoever opened it.
+
+* `synchronous=FULL` in WAL mode: `COMMIT` returns after `fdatasync` of the WAL
+  (https://www.sqlite.org/pragma.html#pragma_synchronous).
+* `wal_autocheckpoint=0`: a commit never pays for a checkpoint (see `checkpoint.py`).
+* Pages of 16 KiB: a chunk of 125 KB then lies on 8 overflow pages instead of 31, which makes
+  writing and deleting it cheaper; a commit with one small chunk still writes only a few pages.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sqlite3
+import time
+import zlib
+from collections import Counter
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from ingestd.base.append import principal_of
+from ingestd.base.errors import JournalUnreadable
+from ingestd.base.files import make_private, sync_folder
+from ingestd.base.record import Layout, Records, Span, join
+from ingestd.journal.idempotency import RememberedKey, size_of
+from ingestd.journal.interface import (
+    Chunk,
+    Cursor,
+    DeadLetter,
+    Failing,
+    Ledger,
+    Moved,
+    Recovered,
+    Sealed,
+    Settlement,
+)
+from ingestd.journal.sqlite import first_page, letters, offsets, schema
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from pathlib import Path
+
+    from ingestd.base.append import IdempotencyClaim, SourceOffset
+
+PAGE_BYTES = 16384
+WRITER_CACHE_KIB = 12 * 1024
+"""Deleting a chunk reads its pages again; of those that went in lately they are here."""
+READER_CACHE_KIB = 2 * 1024
+"""Chunks are read back once each, and who copies pages back has the system's cache."""
+SHRINK_BYTES = 16 << 20
+"""A file with more free pages than this, and less else, is made smaller when it is closed."""
+CHECKED_BYTES_MAX = 16 << 20
+"""A file up to this size is looked at page by page at a start, which takes milliseconds."""
+READ_CHUNKS = 4096
+"""Most chunks that one read brings into memory."""
+
+_spans_decoder = msgspec.msgpack.Decoder(tuple[Span, ...])
+_spans_encode = msgspec.msgpack.Encoder().encode
+
+
+class Meta(NamedTuple):
+    """The one row that moves with every commit."""
+
+    ledger: Ledger
+    cursor: Cursor
+    last_chunk: int
+    next_batch: int
+
+
+class KeyChange(NamedTuple):
+    """How many idempotency keys, and bytes of them, a commit removed or there are.
+
+    Attributes:
+        count: keys.
+        bytes: of them.
+        owners: how many of those that were removed each principal had.
+    """
+
+    count: int = 0  # type: ignore[assignment]  # hides tuple.count
+    bytes: int = 0
+    owners: Mapping[str, int] = MappingProxyType({})
+
+
+class Write(NamedTuple):
+    """Everything that one commit writes.
+
+    Attributes:
+        revive_at: marked dead letters are taken back, accepted at this time.
+        expire: dead letters that were given up from the first of these times to the other go.
+        claims: idempotency keys that come, accepted at `at`; an expired one of the same name goes.
+        bookmarks: in the order of their appends; the last one of a key counts.
+        sweep: at most so many of the oldest keys go, as far as they came before `keys_before`.
+    """
+
+    chunks: Sequence[Chunk]
+    refused: Sequence[DeadLetter]
+    sealed: Sequence[Sealed]
+    postponed: Sequence[Sealed]
+    settled: Sequence[Settlement]
+    cursor: Cursor | None
+    claims: Sequence[IdempotencyClaim] = ()
+    bookmarks: Sequence[SourceOffset] = ()
+    at: float = 0.0
+    sweep: int = 0
+    keys_before: float = 0.0
+    revive_at: float | None = None
+    expire: tuple[float, float] | None = None
+
+
+def checksum(chunk: int, records: Records) -> int:
+    """CRC-32 over a chunk's identity, shape and bytes: SQLite's pages carry none."""
+    head = b"%d %d %d " % (chunk, records.count, records.layout)
+    if records.names:
+        head += "\n".join(records.names).encode()
+    return zlib.crc32(records.payload, zlib.crc32(records.sizes, zlib.crc32(head)))
+
+
+def connect(path: Path, *, cache_kib: int = READER_CACHE_KIB) -> sqlite3.Connection:
+    """A connection set up as every connection to a journal is, but for the size of its cache."""
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=10)
+    try:
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA wal_autocheckpoint=0")
+        connection.execute(f"PRAGMA cache_size=-{cache_kib}")
+        connection.execute("PRAGMA temp_store=MEMORY")
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+def why(error: Exception) -> str:
+    """What went wrong; SQLite calls it an I/O error where a full disk has no room for its index."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return "the disk is full" if code == sqlite3.SQLITE_IOERR_SHMSIZE else str(error)
+
+
+def row_bytes_max(db: sqlite3.Connection) -> int:
+    """Bytes of records that a row takes: one append is one row, at most."""
+    return db.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) - PAGE_BYTES
+
+
+class Store:
+    """The writer's side: owns the writing connection and the state that moves with each commit.
+
+    Args:
+        path: the file; made if it is not there, private in any case.
+        courtesy: what letters of records that were never accepted may take.
+
+    Attributes:
+        meta: the moving row after the last commit.
+        dead: the dead letters after it.
+        moved: what it did to dead letters that were there before.
+        bookmarks: what there is of them after it.
+        keys: the idempotency keys that are there after it, expired ones included.
+    """
+
+    def __init__(self, path: Path, courtesy: letters.InvalidQuota = letters.InvalidQuota()) -> None:  # noqa: B008  immutable
+        self.path = path
+        self._courtesy = courtesy
+        self._probe = -1
+        self._files: list[tuple[int, int] | None] = []
+        make_private(path)  # SQLite gives its other files the same mode
+        first_page.check(path)
+        self.connection = connect(path, cache_kib=WRITER_CACHE_KIB)
+        try:
+            self.id, self.meta = self._open()
+            self.dead, self.moved = letters.totals(self.connection), Moved()
+            self.bookmarks = offsets.totals(self.connection)
+            self.keys = _key_totals(self.connection)
+        except BaseException:
+            self.connection.close()
+            raise
+
+    def _open(self) -> tuple[str, Meta]:
+        db = self.connection
+        (version,) = db.execute("PRAGMA user_version").fetchone()
+        (application,) = db.execute("PRAGMA application_id").fetchone()
+        (tables,) = db.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        if tables == 0:
+            self._create()
+        elif application != schema.APPLICATION_ID:
+            raise JournalUnreadable(path=self.path, problem="this is not a journal of ingestd")
+        elif version == 1:
+            check_pages(db, self.path)
+            schema.carry_over(db)
+        elif version != schema.VERSION:
+            raise JournalUnreadable(
+                path=self.path,
+                problem=f"it has version {version}, this ingestd reads version {schema.VERSION}",
+            )
+        (mode,) = db.execute("PRAGMA journal_mode=WAL").fetchone()  # not so in some kinds of backup
+        if mode != "wal":
+            raise sqlite3.OperationalError("this file system can't have a database with a WAL")
+        db.execute("DELETE FROM failing WHERE number NOT IN (SELECT number FROM batches)")
+        db.execute(first_page.SCHEMA)
+        first_page.keep(db)
+        counters = ", ".join(schema.COUNTERS)
+        row = db.execute(f"SELECT crc, journal, {counters} FROM meta").fetchone()  # noqa: S608
+        if row is None:
+            raise sqlite3.DatabaseError("the meta row is missing")
+        crc, journal, *counters_now = row
+        if schema.meta_checksum(journal, counters_now) != crc:
+            raise sqlite3.DatabaseError("the checksum of the ledger does not fit")
+        if schema.read_identity(db) != journal:
+            raise sqlite3.DatabaseError("the journal's id is damaged")
+        return journal, meta_of(counters_now)
+
+    def _create(self) -> None:
+        db = self.connection
+        db.execute(f"PRAGMA page_size={PAGE_BYTES}")
+        db.execute("PRAGMA journal_mode=WAL")
+        db.execute("BEGIN IMMEDIATE")
+        schema.create(db, secrets.token_hex(6))
+        db.execute("COMMIT")
+        # The file's name must survive a power cut as surely as its content.
+        sync_folder(self.path.parent)
+
+    def write(self, write: Write) -> KeyChange:
+        """Applies everything in one transaction and returns once it is synced.
+
+        Returns:
+            The idempotency keys that went.
+
+        Raises:
+            sqlite3.Error: nothing was applied; `meta` is unchanged.
+        """
+        db = self.connection
+        gone = KeyChange()
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            write, moved = _move_letters(db, self.meta, write, self._courtesy)
+            meta = _advance(self.meta, write, moved)
+            _insert(db, write)
+            if write.refused:
+                moved = _insert_refused(db, write.refused, moved, self._courtesy.bytes_max)
+            _remove(db, write)
+            if write.claims or write.sweep:
+                gone = _change_keys(db, write)
+            marked = self.bookmarks
+            if write.bookmarks:
+                marked = offsets.put(db, write.bookmarks, marked)
+            write_meta(db, self.id, meta)
+            dead = letters.totals(db)
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+        self.meta, self.dead, self.moved, self.bookmarks = meta, dead, moved, marked
+        self.keys = KeyChange(
+            self.keys.count + len(write.claims) - gone.count,
+            self.keys.bytes + sum(size_of(claim) for claim in write.claims) - gone.bytes,
+        )
+        return gone
+
+    def recovered(self) -> Recovered:
+        """What is there to be done, for the start."""
+        db = self.connection
+        failing = {
+            number: Failing(seconds, counted)
+            for number, seconds, counted in db.execute("SELECT * FROM failing")
+        }
+        batches, waits = [], {}
+        for number, count, attempts, due_at, accepted_at, spans, wait in db.execute(
+            "SELECT number, count, attempts, due_at, accepted_at, spans, wait"
+            " FROM batches ORDER BY number"
+        ):
+            batches.append(
+                Sealed(
+                    number,
+                    _spans_decoder.decode(spans),
+                    count,
+                    attempts,
+                    due_at,
+                    accepted_at,
+                    failing.get(number, Failing()),
+                )
+            )
+            if due_at:
+                waits[number] = wait
+        sizes: dict[int, int] = {}
+        for first, last in _runs({span.chunk for batch in batches for span in batch.spans}):
+            rows = db.execute(
+                "SELECT id, bytes FROM chunks WHERE id BETWEEN ? AND ?", (first, last)
+            )
+            sizes.update(rows.fetchall())
+        meta = self.meta
+        return Recovered(batches, meta.cursor, meta.last_chunk, meta.next_batch, sizes, waits)
+
+    def stored_bytes(self) -> int:
+        """Bytes of everything but dead letters (see `dead`), for the journal's bound."""
+        (damaged,) = self.connection.execute("SELECT total(bytes) FROM damaged").fetchone()
+        return self.chunk_bytes() + int(damaged) + self.keys.bytes + self.bookmarks.bytes
+
+    def chunk_bytes(self) -> int:
+        """Bytes of the chunks that are there, as triggers keep it: no chunk's row is read."""
+        (chunks,) = self.connection.execute("SELECT chunk_bytes FROM meta").fetchone()
+        return chunks  # type: ignore[no-any-return]
+
+    def reusable_bytes(self) -> int:
+        """Pages of the file that are free: what comes next goes there first."""
+        (pages,) = self.connection.execute("PRAGMA freelist_count").fetchone()
+        return int(pages) * PAGE_BYTES
+
+    def in_place(self) -> bool:
+        """Whether what was written is still what the next start will find under these names.
+
+        An open file that somebody deleted takes every commit, and all of it goes with the process.
+        A file system that gives itself up while a sync is under way may let `fdatasync` return as
+        if all were well, although nothing was written (seen with ext4 on Linux 6.18, in one of six
+        tries). It refuses every later write, one of no bytes too, so that is asked for.
+
+        Raises:
+            OSError: the file system takes no more writes.
+        """
+        wal = self.path.with_name(f"{self.path.name}-wal")
+        now = [_identity(self.path), _identity(wal)]
+        self._files = self._files or now
+        if None in now or now != self._files:
+            return False
+        if self._probe < 0:
+            # SQLite keeps no locks on the WAL file, so closing this one drops none.
+            self._probe = os.open(wal, os.O_WRONLY | os.O_CLOEXEC)
+        os.pwrite(self._probe, b"", 0)
+        return True
+
+    def shrink(self, seconds: float) -> None:
+        """Gives the file's free pages back to the disk, if what is left in it is little.
+
+        It is written anew within SQLite, in one transaction, which ends after `seconds` as if
+        nothing had been; a crash changes nothing either. Call when this is the only connection.
+
+        Raises:
+            sqlite3.Error: it could not be done; the file is as it was.
+        """
+        db = self.connection
+        (pages,) = db.execute("PRAGMA page_count").fetchone()
+        free = self.reusable_bytes()
+        if free < SHRINK_BYTES or int(pages) * PAGE_BYTES - free > SHRINK_BYTES:
+            return
+        until = time.monotonic() + seconds
+        db.set_progress_handler(lambda: time.monotonic() > until, 1000)
+        try:
+            db.execute("VACUUM")
+        finally:
+            db.set_progress_handler(None, 0)
+        first_page.keep(db)
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+
+    def close(self) -> None:
+        """Leaves one tidy file where that is possible."""
+        self.connection.close()
+        if self._probe >= 0:
+            os.close(self._probe)
+            self._probe = -1
+
+
+def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Numbers as runs of neighbours, first and last: batches name thousands of small chunks."""
+    ordered = sorted(numbers)
+    first = 0
+    for i, number in enumerate(ordered):
+        if i + 1 == len(ordered) or ordered[i + 1] != number + 1:
+            yield ordered[first], number
+            first = i + 1
+
+
+def _key_totals(db: sqlite3.Connection) -> KeyChange:
+    count, size = db.execute("SELECT count(*), total(bytes) FROM keys").fetchone()
+    return KeyChange(count, int(size))
+
+
+def _move_letters(
+    db: sqlite3.Connection, meta: Meta, write: Write, courtesy: letters.InvalidQuota
+) -> tuple[Write, Moved]:
+    """Marked dead letters become the last chunks of this commit; old ones go."""
+    moved = Moved()
+    if write.revive_at is not None:
+        last = write.chunks[-1].id if write.chunks else meta.last_chunk
+        moved = letters.revive(db, last + 1, write.revive_at, courtesy.check)
+    if write.expire is not None:
+        moved = moved._replace(expired=letters.expire(db, *write.expire))
+    if moved.chunks:
+        write = write._replace(chunks=[*write.chunks, *moved.chunks])
+    return write, moved
+
+
+def _insert_refused(
+    db: sqlite3.Connection, refused: Sequence[DeadLetter], moved: Moved, bytes_max: int
+) -> Moved:
+    """Letters of records that were never accepted come, and old ones of them go."""
+    letters.insert(db, refused, row_bytes=bytes_max // (4 * letters.SHARES))
+    principals = {letter.principal for letter in refused}
+    return moved._replace(dropped=letters.keep_within(db, principals, bytes_max))
+
+
+def meta_of(counters: Sequence[int]) -> Meta:
+    """The moving row from its columns, in the order of `schema.COUNTERS`."""
+    return Meta(Ledger(*counters[:4]), Cursor(*counters[4:6]), counters[6], counters[7])
+
+
+def write_meta(db: sqlite3.Connection, journal: str, meta: Meta) -> None:
+    """Writes the one moving row, with its checksum."""
+    counters = (*meta.ledger, *meta.cursor, meta.last_chunk, meta.next_batch)
+    db.execute(
+        "UPDATE meta SET accepted=?, processed=?, dead=?, refused=?,"
+        " cursor_chunk=?, cursor_record=?, last_chunk=?, next_batch=?, crc=?",
+        (*counters, schema.meta_checksum(journal, counters)),
+    )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)  # noqa: PTH116  after every commit
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _advance(meta: Meta, write: Write, moved: Moved) -> Meta:
+    """Where the one moving row stands after this commit."""
+    ledger = meta.ledger
+    dead = sum(letter.records for s in write.settled for letter in s.dead)
+    successors = [batch for s in write.settled for batch in s.successors]
+    return Meta(
+        Ledger(
+            # What is revived was accepted once already.
+            ledger.accepted + sum(chunk.records.count for chunk in write.chunks) - moved.revived,
+            ledger.processed + sum(s.processed for s in write.settled),
+            ledger.dead + dead - moved.revived,
+            ledger.refused + len(write.refused) - moved.readmitted,
+        ),
+        write.cursor or meta.cursor,
+        write.chunks[-1].id if write.chunks else meta.last_chunk,
+        max([meta.next_batch, *(b.number + 1 for b in (*write.sealed, *successors))]),
+    )
+
+
+def _insert(db: sqlite3.Connection, write: Write) -> None:
+    if write.chunks:
+        db.executemany(
+            "INSERT INTO chunks VALUES(?,?,?,?,?,?,?,?,?)", [chunk_row(c) for c in write.chunks]
+        )
+    sealed = [*write.sealed, *(batch for s in write.settled for batch in s.successors)]
+    if sealed:
+        rows = [batch_row(b, write.at) for b in sealed]
+        db.executemany("INSERT INTO batches VALUES(?,?,?,?,?,?,?)", rows)
+    failing = [b for b in (*sealed, *write.postponed) if b.failing.seconds or b.failing.counted]
+    if failing:
+        db.executemany(
+            "INSERT OR REPLACE INTO failing VALUES(?,?,?)",
+            [(b.number, *b.failing) for b in failing],
+        )
+    for settlement in write.settled:
+        if settlement.dead:
+            letters.insert(db, settlement.dead)
+
+
+def _remove(db: sqlite3.Connection, write: Write) -> None:
+    if write.postponed:
+        db.executemany(
+            "UPDATE batches SET attempts=?, due_at=?, wait=? WHERE number=?",
+            [(b.attempts, b.due_at, _wait(b, write.at), b.number) for b in write.postponed],
+        )
+    if write.settled:
+        numbers = [(s.batch,) for s in write.settled]
+        db.executemany("DELETE FROM batches WHERE number=?", numbers)
+        db.executemany("DELETE FROM failing WHERE number=?", numbers)
+        damaged = [(chunk,) for s in write.settled for chunk in s.damaged]
+        if damaged:
+            db.executemany("INSERT OR IGNORE INTO damaged SELECT * FROM chunks WHERE id=?", damaged)
+        finished = [(chunk,) for s in write.settled for chunk in s.finished]
+        if finished:
+            db.executemany("DELETE FROM chunks WHERE id=?", finished)
+
+
+def _change_keys(db: sqlite3.Connection, write: Write) -> KeyChange:
+    """The expired keys go, bounded, and the new ones come; in that order, so none comes twice."""
+    gone = KeyChange()
+    if write.sweep:
+        # Only the oldest are looked at: this stays cheap however many keys there are.
+        gone = _delete_keys(
+            db,
+            "id IN (SELECT id FROM keys ORDER BY id LIMIT ?) AND at <= ?",
+            (write.sweep, write.keys_before),
+        )
+    for claim in write.claims:
+        replaced = _delete_keys(db, "key = ?", (claim.key,))
+        if replaced.count:
+            gone = KeyChange(
+                gone.count + replaced.count,
+                gone.bytes + replaced.bytes,
+                Counter(gone.owners) + Counter(replaced.owners),
+            )
+    db.executemany(
+        "INSERT INTO keys(key, at, bytes, fingerprint, answer) VALUES(?,?,?,?,?)",
+        [(c.key, write.at, size_of(c), c.fingerprint, c.answer) for c in write.claims],
+    )
+    return gone
+
+
+def _delete_keys(db: sqlite3.Connection, where: str, parameters: tuple[object, ...]) -> KeyChange:
+    query = f"DELETE FROM keys WHERE {where} RETURNING bytes, key"  # noqa: S608
+    rows = db.execute(query, parameters).fetchall()
+    owners = Counter(principal_of(row[1]) for row in rows)
+    return KeyChange(len(rows), sum(row[0] for row in rows), owners)
+
+
+def key_owners(db: sqlite3.Connection) -> Counter[str]:
+    """Counts the idempotency keys of each principal; reads the index of keys alone.
+
+    Raises:
+        sqlite3.DatabaseError: something else lies where a key should.
+    """
+    owners: Counter[str] = Counter()
+    for (key,) in db.execute("SELECT key FROM keys"):
+        if type(key) is not str:
+            raise sqlite3.DatabaseError("a key is no text")
+        owners[principal_of(key)] += 1
+    return owners
+
+
+def check_pages(db: sqlite3.Connection, path: Path) -> None:
+    """Looks at how the pages of a small file fit together.
+
+    SQLite believes what a page says of its own free space: with one wrong bit there, the next row
+    is written over another one, and neither says so. A large file would take too long at a start.
+
+    Raises:
+        sqlite3.DatabaseError: they do not.
+    """
+    if path.stat().st_size > CHECKED_BYTES_MAX:
+        return
+    (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    if found != "ok":
+        raise sqlite3.DatabaseError(str(found))
+
+
+def find_key(db: sqlite3.Connection, key: str) -> RememberedKey | None:
+    """What is stored for an idempotency key, expired or not."""
+    row = db.execute("SELECT fingerprint, answer, at FROM keys WHERE key = ?", (key,)).fetchone()
+    return None if row is None else RememberedKey(*row)
+
+
+def chunk_row(chunk: Chunk) -> tuple[object, ...]:
+    """A chunk as its table has it."""
+    records = chunk.records
+    size = len(records.payload) + len(records.sizes)
+    crc = checksum(chunk.id, records)
+    names = "\n".join(records.names).encode() if records.names else b""
+    return (
+        chunk.id, chunk.accepted_at, records.count, size, int(records.layout), crc,
+        records.sizes, records.payload, names,
+    )  # fmt: skip
+
+
+def batch_row(batch: Sealed, now: float) -> tuple[object, ...]:
+    """A sealed batch as its table has it, written down at `now`."""
+    spans = _spans_encode(batch.spans)
+    return (
+        batch.number, batch.count, batch.attempts, batch.due_at, batch.accepted_at, spans,
+        _wait(batch, now),
+    )  # fmt: skip
+
+
+def _wait(batch: Sealed, now: float) -> float:
+    """Seconds until it is due, for a start after which the clock says something else."""
+    return max(0.0, batch.due_at - now) if batch.due_at else 0.0
+
+
+_CHUNK = "SELECT id, accepted_at, count, layout, crc, sizes, payload, {} FROM chunks"
+_WITH_NAMES = _CHUNK.format("names")
+_WITHOUT_NAMES = _CHUNK.format("x''")
+
+
+def _chunk(row: tuple[int, float, int, int, int, bytes, bytes, bytes]) -> Chunk:
+    number, accepted_at, count, layout, crc, sizes, payload, packed = row
+    try:
+        names = tuple(packed.decode().split("\n")) if packed else ()
+        records = Records(Layout(layout), count, payload, sizes, names)
+        whole = checksum(number, records) == crc
+    except (ValueError, TypeError, AttributeError):
+        records, whole = Records(Layout.SIZED, count, payload, sizes), False
+    return Chunk(number, accepted_at, records, damaged=not whole)
+
+
+def read_chunks(db: sqlite3.Connection, first: int, bytes_max: int) -> list[Chunk]:
+    """Chunks from id `first` on: one, then more as long as their bytes stay within the bound.
+
+    At most `READ_CHUNKS`: of small ones more lies beside the payload than in it.
+    """
+    chunks, size = [], 0
+    query = f"{_WITH_NAMES} WHERE id >= ? ORDER BY id LIMIT {READ_CHUNKS}"
+    for row in db.execute(query, (first,)):
+        chunks.append(_chunk(row))
+        size += len(row[6]) + len(row[5])
+        if size >= bytes_max:
+            break
+    return chunks
+
+
+def read_one(db: sqlite3.Connection, number: int, *, version: int = schema.VERSION) -> Chunk | None:
+    """The chunk of an id, of a journal of this version or an earlier one; `None` if it is gone."""
+    select = _WITHOUT_NAMES if version == 1 else _WITH_NAMES
+    row = db.execute(f"{select} WHERE id = ?", (number,)).fetchone()
+    return None if row is None else _chunk(row)
+
+
+def read_spans(db: sqlite3.Connection, spans: Iterable[Span]) -> Records | None:
+    """The records of a batch; `None` if one of its chunks is damaged or gone.
+
+    One chunk is in memory at a time, and of it only what is wanted is kept: a batch may take a
+    record out of each of very many chunks.
+    """
+    parts: list[Records] = []
+    chunk: Chunk | None = None
+    for span in spans:
+        if chunk is None or chunk.id != span.chunk:
+            chunk = read_one(db, span.chunk)
+        if chunk is None or chunk.damaged or span.first + span.count > chunk.records.count:
+            return None
+        parts.append(chunk.records.part(span.first, span.count))
+    return join(parts)

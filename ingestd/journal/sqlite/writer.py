@@ -1,0 +1,394 @@
+"""Group commit: one thread writes everything that waits in one transaction, with one sync.
+
+The event loop submits operations; the thread takes all there are (bounded by bytes), writes them,
+and hands the futures back to the loop in one call. While a commit waits for the disk the next one
+gathers, so the more load there is, the more operations share a sync.
+
+A commit can fail in two ways (invariant 3 in `docs/ARCHITECTURE.md`):
+
+* no space: it was rolled back. The appends in it are refused, and so is what was to be done with
+  dead letters. Everything else only makes the journal smaller in the end, and is tried again until
+  there is space or the journal is closed.
+  It is tried alone: appends that come meanwhile are refused at once, so they can't take the space
+  that would end the lack of it; what else comes is put behind it, in order.
+* anything else, a failed sync above all: the journal is poisoned. The kernel may have dropped the
+  pages that it could not write and report success next time, so nothing is tried again
+  (https://wiki.postgresql.org/wiki/Fsync_Errors).
+"""
+
+from __future__ import annotations
+
+import queue
+import sqlite3
+import threading
+import time
+from typing import TYPE_CHECKING, NamedTuple
+
+from ingestd.base.errors import JournalFailed, Overloaded
+from ingestd.base.rate import STALLED
+from ingestd.base.record import InvalidRecord, Layout, Records, join
+from ingestd.journal.idempotency import SWEEP_ROWS, SWEEP_SECONDS
+from ingestd.journal.interface import (
+    Chunk,
+    Cursor,
+    DeadTotals,
+    Ledger,
+    Moved,
+    Place,
+    Sealed,
+    Settlement,
+    refused_letter,
+)
+from ingestd.journal.sqlite import checkpoint, offsets, repair
+from ingestd.journal.sqlite.letters import CHUNK_BYTES
+from ingestd.journal.sqlite.store import PAGE_BYTES, KeyChange, Store, Write
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable, Sequence
+
+    from ingestd.base.append import IdempotencyClaim, SourceOffset
+    from ingestd.base.clock import Clock
+
+COMMIT_BYTES = 8 << 20
+"""A transaction takes no further append beyond this, so a sync stays short."""
+JOIN_BYTES = 64 << 10
+"""Appends smaller than this are joined into one chunk, up to `CHUNK_BYTES`."""
+FULL_PAUSE = 0.25
+"""Seconds between two tries when the disk is full."""
+_NO_SPACE = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE})
+"""The second one: the index of the WAL could not grow. Neither is a sync that failed."""
+
+
+class QueuedAppend(NamedTuple):
+    """Records to accept, with the idempotency key and the bookmark that they came with."""
+
+    future: asyncio.Future[Place]
+    records: Records
+    refused: Sequence[InvalidRecord]
+    claim: IdempotencyClaim | None = None
+    bookmark: SourceOffset | None = None
+    principal: str = ""
+
+
+class Seal(NamedTuple):
+    """A batch to write down, and where the unsealed records begin after it."""
+
+    future: asyncio.Future[None]
+    batch: Sealed
+    cursor: Cursor
+
+
+class Settle(NamedTuple):
+    """What became of a batch."""
+
+    future: asyncio.Future[None]
+    settlement: Settlement
+
+
+class Postpone(NamedTuple):
+    """A batch's new attempts and due time."""
+
+    future: asyncio.Future[None]
+    batch: Sealed
+
+
+class Sweep(NamedTuple):
+    """Expired idempotency keys are to go now."""
+
+    future: asyncio.Future[None]
+
+
+class Revive(NamedTuple):
+    """Dead letters that are marked become records again, as many as one transaction takes."""
+
+    future: asyncio.Future[Moved]
+
+
+class Expire(NamedTuple):
+    """Dead letters that were given up between two times go, as many as one transaction takes."""
+
+    future: asyncio.Future[Moved]
+    since: float
+    before: float
+
+
+Op = QueuedAppend | Seal | Settle | Postpone | Sweep | Revive | Expire
+_TRIED_ONCE = frozenset({QueuedAppend, Revive, Expire})
+"""What a full disk refuses: whoever asked can ask again."""
+
+
+class Committed(NamedTuple):
+    """One commit, as it is reported to the loop.
+
+    Attributes:
+        places: where the records of each append among `ops` are; none if it failed.
+        keys_gone: idempotency keys that were deleted.
+        at: when its records were accepted, seconds since the epoch.
+        dead: the dead letters after it; `None` if it failed.
+        moved: what it did to dead letters that were there.
+        reusable: bytes of free pages in the file after it.
+        bookmarks: what there is of them after it; `None` if it failed.
+    """
+
+    ops: Sequence[Op]
+    chunks: Sequence[Chunk]
+    ledger: Ledger
+    seconds: float
+    error: Exception | None = None
+    places: Sequence[Place] = ()
+    keys_gone: KeyChange = KeyChange()
+    dead: DeadTotals | None = None
+    moved: Moved = Moved()
+    at: float = 0.0
+    reusable: int | None = None
+    bookmarks: offsets.OffsetTotals | None = None
+
+
+class JournalWriter:
+    """Owns the journal's writing thread.
+
+    Args:
+        store: the opened file; from now on the thread's.
+        checkpointer: told what was written; says when the WAL should be started over.
+        report: called on the thread with each `Committed`; must only hand it to the loop.
+        clock: gives `accepted_at`.
+        keys_before: tells before which time idempotency keys go.
+
+    Attributes:
+        busy: the thread is at a commit, or at starting the WAL over.
+        commits: how many it has begun; both for whoever wants to know whether it moves.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        checkpointer: checkpoint.Checkpointer,
+        report: Callable[[Committed], None],
+        clock: Clock,
+        keys_before: Callable[[], float],
+    ) -> None:
+        self._store = store
+        self._checkpointer = checkpointer
+        self._report = report
+        self._clock = clock
+        self._waiting: queue.SimpleQueue[Op | None] = queue.SimpleQueue()
+        self._again: list[Op] = []
+        self._closing = threading.Event()
+        self._poison: Exception | None = None
+        self._keys_before = keys_before
+        self._keys_came = 0
+        self._swept_at = 0.0
+        self.busy = False
+        self.commits = 0
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def submit(self, op: Op) -> None:
+        """Hands an operation over; its future is resolved on the loop."""
+        self._waiting.put(op)
+
+    def stop(self) -> None:
+        """Writes what was submitted and ends the thread; blocks until then."""
+        self._closing.set()
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        open_ = True
+        while open_ or self._again:
+            ops, open_ = self._gather(open_)
+            self.commits += 1
+            self.busy = True
+            if ops:
+                self._commit(ops)
+            if self._poison is None and self._checkpointer.ripe():
+                self._restart_wal()
+            self.busy = False
+
+    def _gather(self, open_: bool) -> tuple[list[Op], bool]:
+        """Everything that waits, up to the bound; blocks for the first operation."""
+        if self._again:
+            self._closing.wait(FULL_PAUSE)
+            return self._gather_again(open_)
+        ops: list[Op] = []
+        size = 0
+        while open_ and size < COMMIT_BYTES:
+            try:
+                op = self._waiting.get(block=not ops)
+            except queue.Empty:
+                break
+            if op is None:
+                return ops, False
+            ops.append(op)
+            if type(op) is QueuedAppend:
+                size += len(op.records.payload)
+        return ops, open_
+
+    def _gather_again(self, open_: bool) -> tuple[list[Op], bool]:
+        """The disk is full: what is tried again, and behind it what came and is no append."""
+        ops, self._again = self._again, []
+        appends: list[Op] = []
+        while open_:
+            try:
+                op = self._waiting.get_nowait()
+            except queue.Empty:
+                break
+            if op is None:
+                open_ = False
+            else:
+                (appends if type(op) in _TRIED_ONCE else ops).append(op)
+        if appends:
+            self._refuse(appends)
+        return ops, open_
+
+    def _refuse(self, appends: Sequence[Op]) -> None:
+        full = Overloaded(what="the disk of the journal", retry_after=STALLED)
+        self._report(Committed(appends, (), self._store.meta.ledger, 0.0, full))
+
+    def _commit(self, ops: list[Op]) -> None:
+        if self._poison is not None:
+            self._report(Committed(ops, (), self._store.meta.ledger, 0.0, self._poison))
+            return
+        started = time.perf_counter()
+        write, places = self._plan(ops)
+        try:
+            gone = self._store.write(write)
+        except Exception as error:  # noqa: BLE001  whatever it is, it decides about the journal
+            self._failed(ops, error)
+            return
+        try:
+            if not self._store.in_place():
+                raise FileNotFoundError("the file was removed or replaced")
+        except OSError as error:
+            self._failed(ops, error)
+            return
+        seconds = time.perf_counter() - started
+        moved = self._store.moved
+        chunks = [*write.chunks, *moved.chunks]
+        self._checkpointer.wrote(
+            sum(len(c.records.payload) for c in chunks)
+            + sum(len(letter.payload) for letter in write.refused)
+            + (4 + len(write.claims) + len(write.bookmarks)) * PAGE_BYTES
+        )
+        self._count_keys(write)
+        self._report(
+            Committed(
+                ops,
+                chunks,
+                self._store.meta.ledger,
+                seconds,
+                places=places,
+                keys_gone=gone,
+                dead=self._store.dead,
+                moved=moved,
+                at=write.at,
+                reusable=self._store.reusable_bytes(),
+                bookmarks=self._store.bookmarks,
+            )
+        )
+
+    def _count_keys(self, write: Write) -> None:
+        self._keys_came = len(write.claims) + (0 if write.sweep else self._keys_came)
+        if write.sweep:
+            self._swept_at = write.at
+
+    def _sweep(self, ops: Sequence[Op], now: float) -> int:
+        """How many of the oldest idempotency keys this commit looks at: usually none."""
+        if not self._store.keys.count:
+            return 0
+        due = abs(now - self._swept_at) >= SWEEP_SECONDS or any(type(op) is Sweep for op in ops)
+        return SWEEP_ROWS + 2 * self._keys_came if due else 0
+
+    def _plan(self, ops: Sequence[Op]) -> tuple[Write, list[Place]]:
+        now = self._clock.now()
+        appends = [op for op in ops if type(op) is QueuedAppend]
+        seals = [op for op in ops if type(op) is Seal]
+        sweep = self._sweep(ops, now)
+        next_chunk = self._store.meta.last_chunk + 1
+        runs, places = _joined([op.records for op in appends], next_chunk)
+        write = Write(
+            chunks=[Chunk(number, now, run) for number, run in enumerate(runs, next_chunk)],
+            refused=[
+                refused_letter(refused, now, op.principal)
+                for op in appends
+                for refused in op.refused
+            ],
+            sealed=[op.batch for op in seals],
+            postponed=[op.batch for op in ops if type(op) is Postpone],
+            settled=[op.settlement for op in ops if type(op) is Settle],
+            cursor=seals[-1].cursor if seals else None,
+            revive_at=now if any(type(op) is Revive for op in ops) else None,
+            expire=max(((op.since, op.before) for op in ops if type(op) is Expire), default=None),
+            claims=[op.claim for op in appends if op.claim is not None],
+            bookmarks=[op.bookmark for op in appends if op.bookmark is not None],
+            at=now,
+            sweep=sweep,
+            keys_before=self._keys_before() if sweep else 0.0,
+        )
+        return write, places
+
+    def _failed(self, ops: Sequence[Op], error: Exception) -> None:
+        ledger = self._store.meta.ledger
+        if getattr(error, "sqlite_errorcode", None) in _NO_SPACE:
+            refused = [op for op in ops if type(op) in _TRIED_ONCE]
+            if refused:
+                self._refuse(refused)
+            self._again = [op for op in ops if type(op) not in _TRIED_ONCE]
+            self._checkpointer.full()
+            if not (self._again and self._closing.is_set()):
+                return
+            ops, self._again = self._again, []
+        self._poisoned(error)
+        self._report(Committed(ops, (), ledger, 0.0, self._poison))
+
+    def _restart_wal(self) -> None:
+        try:
+            checkpoint.restart(self._store.connection)
+        except sqlite3.Error as error:
+            if error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_FULL:
+                return  # the WAL keeps its content; the next round tries again
+            self._poisoned(error)
+            self._report(Committed((), (), self._store.meta.ledger, 0.0, self._poison))
+
+    def _poisoned(self, error: Exception) -> None:
+        if repair.is_damage(error):
+            repair.mark(self._store.path)
+        problem = f"{type(error).__name__}: {error}"
+        self._poison = JournalFailed(path=self._store.path, problem=problem)
+
+
+def _joined(runs: Sequence[Records], number: int) -> tuple[list[Records], list[Place]]:
+    """Small neighbours as one run, large ones in pieces, everything in the order it came in.
+
+    Returns:
+        The runs, and where each of those that came is if they are the chunks from `number` on.
+    """
+    chunks: list[Records] = []
+    places: list[Place] = []
+    group: list[Records] = []
+    size = first = 0
+    for run in runs:
+        if run.count == 0:
+            places.append(Place(0, 0))
+            continue
+        small = len(run.payload) < JOIN_BYTES and run.layout is Layout.LINES
+        if group and (not small or size + len(run.payload) > CHUNK_BYTES):
+            chunks.append(join(group))
+            group, size, first = [], 0, 0
+        if small:
+            places.append(Place(number + len(chunks), first))
+            group.append(run)
+            size += len(run.payload)
+            first += run.count
+            continue
+        pieces = run.pieces(CHUNK_BYTES)
+        counts = tuple(piece.count for piece in pieces) if len(pieces) > 1 else ()
+        places.append(Place(number + len(chunks), 0, counts))
+        chunks += pieces
+    if group:
+        chunks.append(join(group))
+    return chunks, places

@@ -1,0 +1,168 @@
+"""How many downloads run at once, in all and from one host."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from contextlib import asynccontextmanager
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, NamedTuple
+
+from ingestd.codecs.compression import WINDOW_MAX
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from ingestd.sources.fetch.settings import FetchSettings
+
+
+class SlotLease:
+    """A place among the downloads that run; given back once, at its end or before."""
+
+    def __init__(self, *semaphores: asyncio.Semaphore) -> None:
+        self._semaphores = semaphores
+
+    def release(self) -> None:
+        """Gives the place back; does nothing the second time."""
+        semaphores, self._semaphores = self._semaphores, ()
+        for semaphore in semaphores:
+            semaphore.release()
+
+
+class DownloadSlots:
+    """The places.
+
+    Args:
+        most: in all.
+        most_per_host: for each host.
+    """
+
+    def __init__(self, most: int, most_per_host: int) -> None:
+        self._all = asyncio.Semaphore(most)
+        self._hosts: defaultdict[str, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(most_per_host)
+        )
+
+    @asynccontextmanager
+    async def lease(self, host: str) -> AsyncIterator[SlotLease]:
+        """A place for a download from a host, as soon as there is one."""
+        # The host first: nobody who waits for it keeps the others from running.
+        await self._hosts[host].acquire()
+        try:
+            await self._all.acquire()
+        except BaseException:
+            self._hosts[host].release()
+            raise
+        lease = SlotLease(self._all, self._hosts[host])
+        try:
+            yield lease
+        finally:
+            lease.release()
+
+
+# -- bytes that all URLs hold together: read and not committed, or for decompression ---------------
+
+DOWNLOADS_AT_ONCE = 4
+"""So many downloads may have the window that any zstd body may need; others wait for theirs."""
+
+
+class InflightBudget:
+    """Counts what is held.
+
+    Args:
+        bytes_max: so much fits; whoever takes sees to it.
+    """
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        self._used = 0
+        self._moved = asyncio.Event()
+
+    @property
+    def used(self) -> int:
+        """Bytes that are held."""
+        return self._used
+
+    def has(self, size: int) -> bool:
+        """Whether so many more fit."""
+        return self._used + size <= self._bytes_max
+
+    def take(self, size: int) -> None:
+        """So many come, or go if it is less than none."""
+        self._used += size
+        if size < 0:
+            self.wake()
+
+    def wake(self) -> None:
+        """Has everybody who waits look again."""
+        self._moved.set()
+
+    async def freed(self) -> None:
+        """Waits until some have gone."""
+        self._moved.clear()
+        await self._moved.wait()
+
+
+class DecompressionMemory(NamedTuple):
+    """What zstd windows may take.
+
+    Attributes:
+        downloads: of bodies with an end, which wait for each other.
+        streams: of those without one, which would wait for ever.
+    """
+
+    downloads: InflightBudget
+    streams: InflightBudget
+
+
+def memory_for(settings: FetchSettings) -> DecompressionMemory:
+    """The bounds: a large window is the only one while it is held."""
+    downloads = max(settings.window_max, DOWNLOADS_AT_ONCE * WINDOW_MAX)
+    return DecompressionMemory(
+        InflightBudget(downloads), InflightBudget(max(settings.window_max, WINDOW_MAX))
+    )
+
+
+# -- how long to wait before a URL is asked again --------------------------------------------------
+#
+# Pure: the caller says the time and the chance.
+
+RECONNECT_MIN = 0.1
+"""Seconds; a stream that ends is never asked again sooner."""
+
+
+def retry_after(text: str | None, date: str | None, now: float, longest: float) -> float | None:
+    """What a server's `Retry-After` asks for, in seconds; `None` if it says nothing.
+
+    Args:
+        text: the header: seconds, or a date.
+        date: the answer's `Date`: the server's clock may be another one than ours.
+        now: our clock, seconds since the epoch.
+        longest: `fetch.retry_after_max`, seconds.
+    """
+    text = (text or "").strip()
+    if text.isascii() and text.isdigit():
+        return min(float(text[:12]), longest)
+    at = _moment(text)
+    if at is None:
+        return None
+    there = _moment(date or "")
+    return min(max(0.0, at - (now if there is None else there)), longest)
+
+
+def reconnect(asked: float | None, first: float, longest: float) -> float:
+    """Seconds before a stream that ended is asked again.
+
+    Args:
+        asked: what the stream's `retry` said, seconds.
+        first: `fetch.backoff`, if it said nothing.
+        longest: `fetch.backoff_max`.
+    """
+    return max(RECONNECT_MIN, min(first if asked is None else asked, longest))
+
+
+def _moment(text: str) -> float | None:
+    try:
+        return parsedate_to_datetime(text).timestamp()
+    except (ValueError, TypeError, OverflowError):
+        return None

@@ -1,0 +1,156 @@
+"""`traceparent`: the trace that a request is part of, for the lines of the log. No I/O.
+
+https://www.w3.org/TR/trace-context/#traceparent-header
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+from ingestd.http import problem
+from ingestd.http.problem import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+HEADER = "traceparent"
+_VALUE = re.compile(
+    r"(?!ff)(?P<version>[0-9a-f]{2})-(?!0{32})(?P<trace>[0-9a-f]{32})-(?!0{16})(?P<parent>[0-9a-f]{16})"
+    r"-[0-9a-f]{2}(?P<more>-.*)?",
+    re.ASCII,
+)
+
+
+def read_trace(values: Sequence[str]) -> dict[str, str]:
+    """`trace_id` and `parent_id`, from all the `traceparent`s of a request; nothing if it is none.
+
+    A version that is not known yet may have more behind what is known (4.3 there).
+    """
+    match = _VALUE.fullmatch(values[0]) if len(values) == 1 else None
+    if match is None or (match["more"] and match["version"] == "00"):
+        return {}
+    return {"trace_id": match["trace"], "parent_id": match["parent"]}
+
+
+# -- `Prefer` (RFC 7240): what a client would like, as far as it is known here ---------------------
+#
+# No I/O.
+
+PREFER_HEADER = "Prefer"
+APPLIED = "Preference-Applied"
+
+_TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # noqa: S105 - the RFC's word
+_QUOTED = r'"(?:[^"\\]|\\.)*"'
+_WORD = rf"(?:{_TOKEN}|{_QUOTED})"
+_PREFERENCE = re.compile(
+    rf"[ \t]*(?P<name>{_TOKEN})(?:[ \t]*=[ \t]*(?P<value>{_WORD})?)?[ \t]*"
+    rf"(?:;[ \t]*(?:{_TOKEN}(?:[ \t]*=[ \t]*{_WORD}?)?)?[ \t]*)*"
+)
+
+
+class Preferences(NamedTuple):
+    """What is known here of what a client prefers.
+
+    Attributes:
+        wait: seconds that it would wait to hear what becomes of its records.
+        strict: no record is to be accepted if one of them can't be.
+    """
+
+    wait: int | None = None
+    strict: bool = False
+
+    def applied(self) -> dict[str, str]:
+        """The header that says which preferences were followed."""
+        names = [f"wait={self.wait}"] if self.wait is not None else []
+        names += ["handling=strict"] if self.strict else []
+        return {APPLIED: ", ".join(names)} if names else {}
+
+
+NOTHING = Preferences()
+
+
+def parse_prefer(values: Sequence[str], wait_max: float) -> Preferences:
+    """All the `Prefer`s of a request; what is not known or can't be read is ignored (RFC 7240, 2).
+
+    Args:
+        values: the headers as they came.
+        wait_max: no wait is longer, in seconds.
+    """
+    known: dict[str, str] = {}
+    for value in values:
+        at = 0
+        while found := _PREFERENCE.match(value, at):
+            # Of a preference that comes twice only the first counts.
+            known.setdefault(found["name"].lower(), (found["value"] or "").strip('"').lower())
+            at = found.end()
+            if value[at : at + 1] != ",":
+                break
+            at += 1
+    seconds = _seconds(known.get("wait", ""), int(wait_max)) if wait_max else None
+    return Preferences(seconds, known.get("handling") == "strict")
+
+
+def _seconds(digits: str, longest: int) -> int | None:
+    """A delta-seconds, at most `longest`; nothing if it is none. Any number of digits is read."""
+    if not (digits.isascii() and digits.isdigit()):
+        return None
+    significant = digits.lstrip("0")
+    # Python refuses to convert thousands of digits, and longer is larger anyway.
+    return (
+        longest if len(significant) > len(str(longest)) else min(int(significant or "0"), longest)
+    )
+
+
+# -- `Idempotency-Key`: what the header says, and what makes two requests the same one -------------
+#
+# No I/O.
+#
+# The header is an RFC 8941 string, as the HTTP API working group's draft "The Idempotency-Key HTTP
+# Header Field" has it; the bare form that most clients send is read too, and means the same key.
+
+IDEMPOTENCY_HEADER = "Idempotency-Key"
+REPLAYED = {"Idempotent-Replayed": "true"}
+KEY_CHARACTERS_MAX = 255
+
+_IDEMPOTENCY_QUOTED = re.compile(r'"((?:[!#-\[\]-~]|\\["\\])*)"', re.ASCII)
+_BARE = re.compile(r"[!#-+\--:<-\[\]-~]*", re.ASCII)  # visible, but for " , ; and \
+_ESCAPED = re.compile(r"\\(.)")
+
+
+def parse_key(values: Sequence[str]) -> str:
+    """The key, from all the `Idempotency-Key`s of a request (at least one).
+
+    Raises:
+        Problem: 400.
+    """
+    if len(values) > 1:
+        raise Problem(problem.KEY_INVALID, "there is more than one")
+    value = values[0].strip(" \t")
+    quoted = _IDEMPOTENCY_QUOTED.fullmatch(value)
+    if quoted is not None:
+        key = _ESCAPED.sub(r"\1", quoted[1])
+    elif _BARE.fullmatch(value):
+        key = value
+    else:
+        detail = 'it is a string in quotes ("…") or one word, of visible ASCII characters'
+        raise Problem(problem.KEY_INVALID, detail)
+    if not 1 <= len(key) <= KEY_CHARACTERS_MAX:
+        raise Problem(problem.KEY_INVALID, f"it has 1 to {KEY_CHARACTERS_MAX} characters")
+    return key
+
+
+def take_fingerprint(wire: bytes, content_type: str, encoding: str) -> bytes:
+    """16 bytes that another body, `Content-Type` or `Content-Encoding` does not have.
+
+    Args:
+        wire: the body as it came.
+        content_type: as it came.
+        encoding: what it is encoded with.
+    """
+    head = f"{encoding}\0{content_type}\0".encode("utf-8", "surrogateescape")
+    digest = hashlib.blake2b(head, digest_size=16)
+    digest.update(wire)
+    return digest.digest()

@@ -1,0 +1,93 @@
+"""Who waits for which records: a settlement is told to the watches whose records are in it."""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ingestd.base.append import DeliveryWaiter
+    from ingestd.base.record import Span
+    from ingestd.journal.interface import DeadLetter, Place
+
+
+class _Placed(NamedTuple):
+    """A watch, and which of its records lie in a chunk.
+
+    Attributes:
+        first: where they begin in the chunk.
+        count: how many.
+        before: how many of its records lie in the chunks before.
+    """
+
+    first: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
+    before: int
+    watch: DeliveryWaiter
+
+
+def _first(placed: _Placed) -> int:
+    return placed.first
+
+
+class DeliveryWaiters:
+    """The watches of one pipeline. What nobody waits for costs nothing."""
+
+    def __init__(self) -> None:
+        self._chunks: dict[int, list[_Placed]] = {}
+        self._homes: dict[DeliveryWaiter, range] = {}
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+    def add(self, place: Place, watch: DeliveryWaiter) -> None:
+        """From now on `watch` hears of its records; they are at `place`, and none is settled."""
+        counts = place.counts or (watch.count,)
+        self._homes[watch] = range(place.chunk, place.chunk + len(counts))
+        first, before = place.first, 0
+        for chunk, count in enumerate(counts, place.chunk):
+            placed = self._chunks.setdefault(chunk, [])
+            insort(placed, _Placed(first, count, before, watch), key=_first)
+            first, before = 0, before + count
+
+    def remove(self, watch: DeliveryWaiter) -> None:
+        """Nobody waits any more; does nothing if nobody did."""
+        for chunk in self._homes.pop(watch, ()):
+            placed = [one for one in self._chunks.pop(chunk, []) if one.watch is not watch]
+            if placed:
+                self._chunks[chunk] = placed
+
+    def settled(self, spans: Sequence[Span], dead: Sequence[DeadLetter]) -> None:
+        """Tells what became of some records.
+
+        Args:
+            spans: all that are settled.
+            dead: the letters among them.
+        """
+        if not self._chunks:
+            return
+        for letter in dead:
+            if letter.place is None:
+                continue
+            chunk, first, _ = letter.place
+            for placed, start, count in self._among(chunk, first, letter.records):
+                index = placed.before + start - placed.first
+                placed.watch.died(index, count, letter.reason, letter.error)
+        for span in spans:
+            for placed, _, count in self._among(span.chunk, span.first, span.count):
+                placed.watch.settled(count)
+
+    def _among(self, chunk: int, first: int, count: int) -> Iterator[tuple[_Placed, int, int]]:
+        """Each watch with records in a run, and which of the run are its own: first and count."""
+        placed = self._chunks.get(chunk, [])
+        end = first + count
+        at = max(0, bisect_right(placed, first, key=_first) - 1)
+        while at < len(placed) and placed[at].first < end:
+            one = placed[at]
+            start = max(first, one.first)
+            own = min(end, one.first + one.count) - start
+            if own > 0:
+                yield one, start, own
+            at += 1
