@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.loop import loop_factory
 from benchmarks.records import records
+from ingestd.base.append import Append
 from ingestd.base.clock import SystemClock
 from ingestd.base.record import Layout, Records, Span
 from ingestd.journal.interface import Chunk, Cursor, Sealed, Settlement
@@ -98,7 +99,7 @@ async def journal_loop(path: Path, chunk: Records, seconds: float, numbers: Iter
         """
         nonlocal written
         while time.perf_counter() < began + seconds:
-            await journal.append(chunk, ())
+            await journal.append(Append(chunk))
             written += len(chunk.payload)
             while not arrived.empty():
                 await _process(journal, arrived.get_nowait(), next(numbers))

@@ -61,10 +61,9 @@ if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterable, Sequence
     from pathlib import Path
 
-    from ingestd.base.append import DeliveryWaiter, IdempotencyClaim, SourceOffset
+    from ingestd.base.append import Append, DeliveryWaiter, IdempotencyClaim, SourceOffset
     from ingestd.base.clock import Clock
     from ingestd.base.metrics import PipelineMetrics
-    from ingestd.base.record import InvalidRecord
     from ingestd.execution.pool import Pool
     from ingestd.host.process import Surroundings
     from ingestd.settings import BatchSettings, PipelineSettings
@@ -286,33 +285,23 @@ class Pipeline:
         """See `Intake.bookmark`."""
         return await self.journal.bookmark(key)
 
-    async def accept(
-        self,
-        records: Records,
-        refused: Sequence[InvalidRecord] = (),
-        claim: IdempotencyClaim | None = None,
-        watch: DeliveryWaiter | None = None,
-        bookmark: SourceOffset | None = None,
-        *,
-        principal: str = "",
-        unkept: int = 0,
-    ) -> None:
+    async def accept(self, append: Append) -> None:
         """Returns once all of it is durable; all or nothing.
 
         Raises:
             Overloaded: the journal is at its bound, or its disk.
             JournalFailed: it is poisoned.
         """
-        place = await self.journal.append(records, refused, claim, bookmark, principal)
-        if watch is not None:
+        place = await self.journal.append(append)
+        if append.waiter is not None:
             # In time: a record is sealed, in a commit of its own, before anything becomes of it.
-            self.watches.add(place, watch)
-        self._metrics.accepted(len(records.payload))
-        for reason in {letter.reason for letter in refused}:
-            sizes = [len(letter.payload) for letter in refused if letter.reason == reason]
+            self.watches.add(place, append.waiter)
+        self._metrics.accepted(len(append.records.payload))
+        for reason in {record.reason for record in append.invalid}:
+            sizes = [len(one.payload) for one in append.invalid if one.reason == reason]
             self._metrics.refused(reason, len(sizes), sum(sizes))
-        if unkept:
-            self._metrics.unkept(unkept)
+        if append.unkept:
+            self._metrics.unkept(append.unkept)
 
     def _durable(self, chunk: Chunk) -> None:
         """The journal's word that a chunk is durable; comes just before its append resolves."""

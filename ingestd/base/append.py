@@ -1,9 +1,15 @@
-"""A request that may be sent again: its key, and what becomes of it (`Idempotency-Key`)."""
+"""`Append` and its parts: all that one append puts into a journal together."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ingestd.base.record import InvalidRecord, Records
 
 WEBHOOK = "webhook"
 """The kind of principal whose keys are the signed ids of deliveries."""
@@ -100,9 +106,7 @@ class DeliveryWaiter:
             self.failed.append(FailedRecord(index, reason, error[:ERROR_CHARACTERS_MAX]))
 
 
-# -- how far a source has read something -----------------------------------------------------------
-#
-# How far a source has read something, as it rides with the records that were read up to there.
+# -- how far a source has read its input -----------------------------------------------------------
 
 STATE_BYTES_MAX = 8192
 """What a source may keep of one input."""
@@ -118,3 +122,29 @@ class SourceOffset(NamedTuple):
 
     key: str
     state: bytes
+
+
+# -- the append ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """Records with everything that becomes durable together with them; all of it or nothing.
+
+    Attributes:
+        records: may be an empty run.
+        invalid: records that are never accepted; they become dead letters.
+        claim: its key and answer become durable too.
+        waiter: is told the outcome of `records`; of this process, so no journal looks at it.
+        offset: becomes durable too, in place of the one of its key.
+        principal: the sender: a token, a certificate, a webhook, else an address.
+        unkept: how many more records were invalid and are counted alone.
+    """
+
+    records: Records
+    invalid: Sequence[InvalidRecord] = ()
+    claim: IdempotencyClaim | None = None
+    waiter: DeliveryWaiter | None = None
+    offset: SourceOffset | None = None
+    principal: str = ""
+    unkept: int = 0

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from asyncio import Future
     from collections.abc import Callable, Sequence
 
-    from ingestd.base.append import IdempotencyClaim, SourceOffset
+    from ingestd.base.append import Append, SourceOffset
     from ingestd.base.record import InvalidRecord, Records, Span
     from ingestd.base.watchdog import Stage
     from ingestd.journal.disk_space import DiskSpaceGuard
@@ -286,22 +286,8 @@ class Journal(Protocol):
         """Whether its thread is at something, and at what: for whoever watches that it moves."""
         ...
 
-    def append(
-        self,
-        records: Records,
-        refused: Sequence[InvalidRecord],
-        claim: IdempotencyClaim | None = None,
-        bookmark: SourceOffset | None = None,
-        principal: str = "",
-    ) -> Future[Place]:
+    def append(self, append: Append) -> Future[Place]:
         """Accepts records; resolved with where they are once they are durable.
-
-        Args:
-            records: may be empty.
-            refused: become dead letters.
-            claim: its key and answer are put down in the same commit, and it ends with it.
-            bookmark: put down in the same commit, in place of the one of that key.
-            principal: whose refused records these are.
 
         Raises:
             Overloaded: the journal's bound, or the disk's.

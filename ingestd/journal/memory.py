@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from ingestd.base.append import principal_of
 from ingestd.base.errors import NeverFits, Overloaded
 from ingestd.base.rate import Rate, wait_for_room
-from ingestd.base.record import InvalidRecord, Records, Span, join
+from ingestd.base.record import Records, Span, join
 from ingestd.base.watchdog import Stage
 from ingestd.journal.idempotency import IdempotencyKeys, KeyRule, RememberedKey, size_of
 from ingestd.journal.interface import (
@@ -39,7 +39,7 @@ from ingestd.journal.sqlite import offsets
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from ingestd.base.append import IdempotencyClaim, SourceOffset
+    from ingestd.base.append import Append, IdempotencyClaim, SourceOffset
     from ingestd.base.clock import Clock
     from ingestd.journal.disk_space import DiskSpaceGuard
 
@@ -99,17 +99,11 @@ class MemoryJournal:
         """See `Journal.stage`: it has no thread."""
         return Stage("journal", could_go_on=False, steps=0)
 
-    def append(
-        self,
-        records: Records,
-        refused: Sequence[InvalidRecord],
-        claim: IdempotencyClaim | None = None,
-        bookmark: SourceOffset | None = None,
-        principal: str = "",
-    ) -> asyncio.Future[Place]:
+    def append(self, append: Append) -> asyncio.Future[Place]:
         """See `Journal.append`."""
+        records, claim = append.records, append.claim
         size = len(records.payload) + len(records.sizes)
-        whole = size + size_of(claim) + offsets.size_of(bookmark)
+        whole = size + size_of(claim) + offsets.size_of(append.offset)
         if whole > self.bytes_max:
             raise NeverFits(size=whole, what="journal.bytes_max", bound=self.bytes_max)
         used = self.bytes + whole
@@ -120,12 +114,12 @@ class MemoryJournal:
         now = self._clock.now()
         if claim is not None:
             self._keep_key(claim, now)
-        if bookmark is not None:
-            self._keep_bookmark(bookmark)
-        self._keep_letters([refused_letter(one, now, principal) for one in refused])
+        if append.offset is not None:
+            self._keep_bookmark(append.offset)
+        self._keep_letters([refused_letter(one, now, append.principal) for one in append.invalid])
         self.ledger = self.ledger._replace(
             accepted=self.ledger.accepted + records.count,
-            refused=self.ledger.refused + len(refused),
+            refused=self.ledger.refused + len(append.invalid),
         )
         if records.count:
             self._last += 1

@@ -6,11 +6,9 @@ import random
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ingestd.base.append import DeliveryWaiter, IdempotencyClaim, SourceOffset
+    from ingestd.base.append import Append, DeliveryWaiter, IdempotencyClaim, SourceOffset
     from ingestd.base.errors import Overloaded
-    from ingestd.base.record import Format, InvalidRecord, Records
+    from ingestd.base.record import Format
 
 
 class Intake(Protocol):
@@ -64,27 +62,8 @@ class Intake(Protocol):
         """
         ...
 
-    async def accept(
-        self,
-        records: Records,
-        refused: Sequence[InvalidRecord] = (),
-        claim: IdempotencyClaim | None = None,
-        watch: DeliveryWaiter | None = None,
-        bookmark: SourceOffset | None = None,
-        *,
-        principal: str = "",
-        unkept: int = 0,
-    ) -> None:
+    async def accept(self, append: Append) -> None:
         """Returns once all of it is durable; all or nothing.
-
-        Args:
-            records: may be an empty run if there are refused ones.
-            refused: records to be kept as dead letters.
-            claim: its key and answer become durable together with the records.
-            watch: is told what becomes of `records`, from now until `unwatch`.
-            bookmark: becomes durable together with the records, in place of the one of its key.
-            principal: who sent them: a token, a certificate, a webhook, else an address.
-            unkept: how many more records were refused and are not kept; they are counted.
 
         Raises:
             Overloaded: at a bound; nothing was taken.

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ingestd.base.append import Append
 from ingestd.base.record import Records
 from ingestd.http.credentials import hash_of, principal_of_certificate
 from ingestd.http.settings import HttpSettings, WebhookSettings, has_one_principal, signatures_valid
@@ -130,7 +131,7 @@ async def test_keys_of_a_journal_without_principals_are_honoured(tmp_path: Path)
     claim = await before.keys.begin("k", take_fingerprint(b"1", "", "identity"))
     assert not isinstance(claim, bytes)
     claim.answer = b'{"accepted":1,"rejected":0,"errors":[]}'
-    await before.append(Records.lines([b"1"]), (), claim)
+    await before.append(Append(Records.lines([b"1"]), claim=claim))
     await before.close()
     for http, shown in (({"tokens": TOKENS}, bearer(SHOP)), ({}, {})):
         async with Door(tmp_path, http=http) as door:
@@ -146,7 +147,7 @@ async def test_another_request_under_an_old_key_may_be_another_clients(tmp_path:
         keys = door.pipelines["default"].journal.keys
         claim = await keys.begin("k", take_fingerprint(b"1", "", "identity"))
         assert not isinstance(claim, bytes)
-        await door.pipelines["default"].accept(Records.lines([b"1"]), (), claim)
+        await door.pipelines["default"].accept(Append(Records.lines([b"1"]), claim=claim))
         other = await door.post(b"2", "k", **bearer(LOGS))
         assert (other.status, "idempotent-replayed" in other.headers) == (202, False)
         assert (await door.post(b"2", "k", **bearer(LOGS))).headers["idempotent-replayed"] == "true"

@@ -160,9 +160,9 @@ class Waiting(MemoryIntake):
 
     watch: DeliveryWaiter | None = None
 
-    async def accept(self, records, refused=(), claim=None, watch=None, **more):
-        await super().accept(records, refused, claim, watch, **more)
-        self.watch = watch
+    async def accept(self, append):
+        await super().accept(append)
+        self.watch = append.waiter
         self.runs.clear()
 
     def unwatch(self, watch):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
+from ingestd.base.append import Append
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import JournalFailed, JournalUnreadable
 from ingestd.base.record import Records, Span
@@ -43,7 +44,7 @@ async def _build(folder: Path, *, checkpointed: bool) -> None:
     journal = journal_in(folder)
     await journal.open(lambda _: None)
     for chunk in range(1, CHUNKS + 1):
-        await journal.append(Records.lines(records(chunk)), ())
+        await journal.append(Append(Records.lines(records(chunk))))
     for number in range(1, 10):
         span = Span(number, 0, 3)
         await journal.seal(Sealed(number, (span,), 3, accepted_at=1.0), Cursor(number + 1, 0))
@@ -115,7 +116,7 @@ async def live(folder: Path) -> Life:
                 settle(number, count, [one.id], None if one.damaged else read[one.id])
                 number += 1
                 chunk = one.id + 1
-        written.append(journal.append(Records.lines([b"new"]), ()))
+        written.append(journal.append(Append(Records.lines([b"new"]))))
     finally:
         ended = await asyncio.gather(*written, return_exceptions=True)
         ledger, counted, *_ = await journal.close()

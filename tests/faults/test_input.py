@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ingestd.base.append import Append
 from tests.daemon.harness import ROOT, Daemon, daemon
 from tests.daemon.test_daemon import _Address, _free_port, _until_connects
 from tests.faults.tools import HANDLER, check_names, into, notes, seen, until
@@ -160,7 +161,7 @@ async def test_a_sink_that_loses_its_answer(start, tmp_path: Path) -> None:
         retry={"backoff": "1ms", "backoff_max": "2ms", "attempts_max": 1000},
         options={"folder": str(tmp_path)},
     )
-    await pipeline.accept(numbers(0, 20))
+    await pipeline.accept(Append(numbers(0, 20)))
     await awaited(lambda: len(notes(tmp_path)) > 12)
     (tmp_path / "down").unlink()
     report = await drained(pipeline)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from ingestd.base.append import Append
 from tests.daemon.harness import Daemon, daemon
 from tests.faults.tools import (
     HANDLER,
@@ -133,7 +134,7 @@ async def test_a_worker_that_misbehaves(start, tmp_path: Path, how: str, tries: 
         batch={"records_max": 4},
         options={"folder": str(tmp_path), "how": how},
     )
-    await pipeline.accept(numbers(0, 8))
+    await pipeline.accept(Append(numbers(0, 8)))
     report = await drained(pipeline)
     assert report.ledger[:3] == (8, 8, 0)
     assert report.balanced
@@ -151,7 +152,7 @@ async def test_a_thread_that_misbehaves(start, tmp_path: Path, how: str) -> None
         executor={"kind": "thread", "workers": 1},
         options={"folder": str(tmp_path), "how": how},
     )
-    await pipeline.accept(numbers(0, 8))
+    await pipeline.accept(Append(numbers(0, 8)))
     report = await drained(pipeline)
     assert report.ledger[:3] == (8, 8, 0)
 

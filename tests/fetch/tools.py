@@ -18,9 +18,9 @@ from ingestd.sources.fetch.source import FetchSource
 from tests.sources.source_tools import check
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable
 
-    from ingestd.base.append import SourceOffset
+    from ingestd.base.append import Append, SourceOffset
     from ingestd.base.record import Format, InvalidRecord, Records
 
     Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -43,25 +43,17 @@ class Intake:
         self.asked = 0
         self.unkept = 0
 
-    async def accept(
-        self,
-        records: Records,
-        refused: Sequence[InvalidRecord] = (),
-        claim: None = None,
-        bookmark: SourceOffset | None = None,
-        *,
-        unkept: int = 0,
-    ) -> None:
-        self.unkept += unkept
+    async def accept(self, append: Append) -> None:
+        self.unkept += append.unkept
         self.asked += 1
         if self.errors:
             raise self.errors.pop(0)
         await self.gate.wait()
-        check(records)
-        self.runs.append(records)
-        self.refused.extend(refused)
-        if bookmark is not None:
-            self.bookmarks[bookmark.key] = bookmark
+        check(append.records)
+        self.runs.append(append.records)
+        self.refused.extend(append.invalid)
+        if append.offset is not None:
+            self.bookmarks[append.offset.key] = append.offset
 
     async def bookmark(self, key: str) -> SourceOffset | None:
         return self.bookmarks.get(key)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ingestd.base.append import Append
 from ingestd.base.errors import JournalFailed
 from ingestd.base.record import Records, Span
 from ingestd.journal.interface import Cursor, Sealed, Settlement
@@ -31,7 +32,7 @@ def write(folder: Path, statement: str) -> None:
 async def test_rows_and_counters_agree_at_every_step_of_a_batch(opened) -> None:
     journal = (await opened()).journal
     assert await journal.audit() == 0
-    await journal.append(records(10), ())
+    await journal.append(Append(records(10)))
     assert await journal.audit() == 0
     await journal.seal(Sealed(1, (Span(1, 0, 4),), 4), Cursor(1, 4))
     assert await journal.audit() == 0
@@ -52,7 +53,7 @@ async def test_rows_that_went_astray_are_noticed(
     opened, tmp_path: Path, statement: str, difference: int
 ) -> None:
     journal = (await opened()).journal
-    await journal.append(records(10), ())
+    await journal.append(Append(records(10)))
     auditor = Auditor("default", journal)
     await auditor.count()
     assert auditor.difference == 0
@@ -66,7 +67,7 @@ async def test_it_is_silent_about_what_would_take_long_to_count(
 ) -> None:
     journal = (await opened()).journal
     for _ in range(3):
-        await journal.append(records(1), ())
+        await journal.append(Append(records(1)))
     auditor = Auditor("default", journal)
     write(tmp_path, "UPDATE chunks SET count = 2 WHERE id = 2")
     await auditor.count()

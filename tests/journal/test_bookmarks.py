@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ingestd.base.append import SourceOffset
+from ingestd.base.append import Append, SourceOffset
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import JournalFailed, NeverFits, Overloaded
 from ingestd.base.record import InvalidRecord, Records
@@ -33,10 +33,10 @@ def mark(key: str, state: bytes) -> SourceOffset:
 
 async def test_a_bookmark_outlives_the_process_and_the_last_one_counts(opened) -> None:
     j = (await opened()).journal
-    first = j.append(ONE, (), bookmark=mark("a", b"1"))
-    await j.append(ONE, (), bookmark=mark("a", b"2"))
+    first = j.append(Append(ONE, offset=mark("a", b"1")))
+    await j.append(Append(ONE, offset=mark("a", b"2")))
     assert first.done()
-    await j.append(NOTHING, (), bookmark=mark("b", b"without records"))
+    await j.append(Append(NOTHING, offset=mark("b", b"without records")))
     assert await j.bookmark("c") is None
     used = j.bytes
     await j.close()
@@ -49,14 +49,14 @@ async def test_a_bookmark_outlives_the_process_and_the_last_one_counts(opened) -
 
 async def test_a_bookmark_is_refused_with_its_records(opened) -> None:
     j = (await opened(bytes_max=400)).journal
-    await j.append(Records.lines([b"x" * 200]), ())
+    await j.append(Append(Records.lines([b"x" * 200])))
     used = j.bytes
     with pytest.raises(Overloaded):
-        j.append(Records.lines([b"x" * 300]), (), bookmark=mark("a", b"1"))
+        j.append(Append(Records.lines([b"x" * 300]), offset=mark("a", b"1")))
     with pytest.raises(Overloaded):
-        j.append(NOTHING, (), bookmark=mark("a", b"1" * 200))
+        j.append(Append(NOTHING, offset=mark("a", b"1" * 200)))
     with pytest.raises(NeverFits):
-        j.append(NOTHING, (), bookmark=mark("a", b"1" * 400))
+        j.append(Append(NOTHING, offset=mark("a", b"1" * 400)))
     assert await j.bookmark("a") is None
     assert j.bytes == used
 
@@ -64,7 +64,7 @@ async def test_a_bookmark_is_refused_with_its_records(opened) -> None:
 async def test_its_bytes_are_counted_once_a_key(opened) -> None:
     j = (await opened()).journal
     for n in range(50):
-        await j.append(NOTHING, (), bookmark=mark("a", b"x" * n))
+        await j.append(Append(NOTHING, offset=mark("a", b"x" * n)))
     assert j.bytes == offsets.size_of(mark("a", b"x" * 49))
 
 
@@ -72,8 +72,8 @@ async def test_no_more_than_so_many_are_kept(opened, monkeypatch) -> None:
     monkeypatch.setattr(offsets, "BOOKMARKS_MAX", 20)
     j = (await opened()).journal
     for n in range(21):
-        await j.append(NOTHING, (), bookmark=mark(f"k{n}", b""))
-        await j.append(NOTHING, (), bookmark=mark("used", b""))
+        await j.append(Append(NOTHING, offset=mark(f"k{n}", b"")))
+        await j.append(Append(NOTHING, offset=mark("used", b"")))
     assert await j.bookmark("used")
     assert await j.bookmark("k20")
     assert await j.bookmark("k0") is None
@@ -86,18 +86,18 @@ async def test_no_more_than_so_many_are_kept(opened, monkeypatch) -> None:
 async def test_the_memory_journal_keeps_them_in_memory() -> None:
     j = MemoryJournal(bytes_max=300, clock=SystemClock())
     await j.open(lambda _: None)
-    await j.append(ONE, (), bookmark=mark("a", b"1"))
-    await j.append(ONE, (), bookmark=mark("a", b"2"))
+    await j.append(Append(ONE, offset=mark("a", b"1")))
+    await j.append(Append(ONE, offset=mark("a", b"2")))
     assert await j.bookmark("a") == mark("a", b"2")
     assert j.bytes == 4 + offsets.size_of(mark("a", b"2"))
     with pytest.raises(Overloaded):
-        j.append(NOTHING, (), bookmark=mark("b", b"x" * 200))
+        j.append(Append(NOTHING, offset=mark("b", b"x" * 200)))
     assert await j.bookmark("b") is None
 
 
 async def test_a_journal_from_before_bookmarks_is_opened_and_read(opened, tmp_path: Path) -> None:
     j = (await opened()).journal
-    await j.append(ONE, [InvalidRecord(0, "malformed", "x", b"{")])
+    await j.append(Append(ONE, [InvalidRecord(0, "malformed", "x", b"{")]))
     await j.close()
     with closing(sqlite3.connect(j.path)) as db:
         db.execute("DROP TABLE bookmarks")
@@ -106,7 +106,7 @@ async def test_a_journal_from_before_bookmarks_is_opened_and_read(opened, tmp_pa
         assert list(check.findings(db)) == []
     again = (await opened()).journal
     assert again.ledger.accepted == 1
-    await again.append(ONE, (), bookmark=mark("a", b"1"))
+    await again.append(Append(ONE, offset=mark("a", b"1")))
     assert await again.bookmark("a")
 
 
@@ -117,8 +117,8 @@ def overwrite(path: Path) -> None:
 
 async def test_a_damaged_one_is_found_and_a_rebuild_keeps_the_others(opened) -> None:
     j = (await opened()).journal
-    await j.append(ONE, (), bookmark=mark("bad", b"1"))
-    await j.append(ONE, (), bookmark=mark("good", b"2"))
+    await j.append(Append(ONE, offset=mark("bad", b"1")))
+    await j.append(Append(ONE, offset=mark("good", b"2")))
     await j.close()
     overwrite(j.path)
     with opened_beside(j.path) as db:
@@ -138,7 +138,7 @@ async def test_a_damaged_one_is_found_and_a_rebuild_keeps_the_others(opened) -> 
 
 async def test_stat_shows_them(opened, tmp_path: Path) -> None:
     j = (await opened()).journal
-    await j.append(NOTHING, (), bookmark=mark("a", b"1"))
+    await j.append(Append(NOTHING, offset=mark("a", b"1")))
     await j.close()
     done = await asyncio.to_thread(
         subprocess.run,

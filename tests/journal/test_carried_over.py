@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ingestd.__main__ import main
+from ingestd.base.append import Append
 from ingestd.base.errors import DataDirError, KeyReused
 from ingestd.base.record import Records, Span
 from ingestd.host.data_dir import DataDir
@@ -188,4 +189,4 @@ async def test_tables_that_can_not_even_be_named_are_damage(
     assert "Traceback" not in capsys.readouterr().err
     j = await opened()
     assert j.recovered.set_aside
-    await j.journal.append(Records.lines([b"1"]), ())
+    await j.journal.append(Append(Records.lines([b"1"])))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ingestd.base.append import Append
 from ingestd.base.errors import JournalFailed
 from ingestd.base.record import Records, Span
 from ingestd.journal.interface import Cursor, Ledger, Sealed, Settlement
@@ -102,7 +103,7 @@ async def test_a_commit_costs_the_same_at_any_depth(opened, work, tmp_path: Path
         journal = (await opened()).journal
         begun = work()
         for n in range(1, 41):
-            await journal.append(Records.lines([b"1"]), ())
+            await journal.append(Append(Records.lines([b"1"])))
             await journal.read(n, 1)
             await journal.seal(Sealed(n, (Span(n, 0, 1),), 1), Cursor(n + 1, 0))
             await journal.settle(Settlement(n, 1, [], [], [n], 125))
@@ -190,7 +191,7 @@ async def test_freed_pages_are_used_again(opened, tmp_path: Path) -> None:
     for _ in range(4):
         for _ in range(30):
             chunk += 1
-            await journal.append(Records.lines([b"x" * 124] * 1000), ())
+            await journal.append(Append(Records.lines([b"x" * 124] * 1000)))
         while number < chunk:
             number += 1
             sealed = Sealed(number, (Span(number, 0, 1000),), 1000)
@@ -275,7 +276,7 @@ async def test_a_journal_of_an_earlier_ingestd_goes_on(opened, tmp_path: Path) -
 
 async def test_statements_of_another_process_are_summed_up(opened, tmp_path: Path) -> None:
     j = await opened()
-    await j.journal.append(Records.lines([b"1"]), ())
+    await j.journal.append(Append(Records.lines([b"1"])))
     await j.journal.close()
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db, db:
         row = store.chunk_row(store.Chunk(2, 1.0, Records.lines([b"22"])))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ingestd.base.append import Append
 from ingestd.base.record import Records, Span
 from ingestd.journal.interface import Cursor, Ledger, Sealed, Settlement
 from ingestd.journal.sqlite.store import PAGE_BYTES
@@ -20,7 +21,7 @@ PLACES = [0, 16, 18, 19, 20, 30, 100, 103, 108]
 
 
 async def work(j) -> None:
-    await j.append(Records.lines([b"%d" % n for n in range(20_000)]), ())
+    await j.append(Append(Records.lines([b"%d" % n for n in range(20_000)])))
     await j.seal(Sealed(1, (Span(1, 0, 5),), 5), Cursor(1, 5))
     await j.seal(Sealed(2, (Span(1, 5, 5),), 5), Cursor(1, 10))
     await j.settle(Settlement(1, 5, [], [], [], 0))
@@ -81,6 +82,6 @@ async def test_a_backup_without_a_log_of_commits_is_a_journal(opened, tmp_path: 
         db.execute("VACUUM INTO ?", (str(tmp_path / "backup"),))
     (tmp_path / "backup").rename(path)
     j = (await opened()).journal
-    await j.append(Records.lines([b"1"]), ())
+    await j.append(Append(Records.lines([b"1"])))
     assert not j.failed.done()
     assert (await j.close()).counted == 19_996

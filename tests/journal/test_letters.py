@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ingestd.base.append import Append
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import JournalFailed
 from ingestd.base.record import InvalidRecord, Records, Span
@@ -36,7 +37,7 @@ async def test_revived_letters_are_one_chunk_behind_the_appends_of_the_commit(
 ) -> None:
     j = await opened()
     await j.journal.append(
-        Records.lines([b"1", b"2"]), [InvalidRecord(2, "malformed", "no", b"a\nb")]
+        Append(Records.lines([b"1", b"2"]), [InvalidRecord(2, "malformed", "no", b"a\nb")])
     )
     await j.journal.seal(Sealed(1, (Span(1, 0, 2),), 2), Cursor(2, 0))
     letter = DeadLetter("j.1.0", "failed", "no", "trace", b"1", 8, 1.0, 2.0)
@@ -46,7 +47,7 @@ async def test_revived_letters_are_one_chunk_behind_the_appends_of_the_commit(
     assert not await j.journal.look()
     mark(tmp_path)
     assert await j.journal.look()
-    futures = [j.journal.append(Records.lines([b"3"]), ()), j.journal.revive()]
+    futures = [j.journal.append(Append(Records.lines([b"3"]))), j.journal.revive()]
     _, moved = await asyncio.gather(*futures)
     assert (moved.revived, moved.readmitted) == (1, 1)
     assert j.journal.ledger == Ledger(accepted=4, processed=1)
@@ -65,7 +66,7 @@ async def test_revived_letters_are_one_chunk_behind_the_appends_of_the_commit(
 async def test_one_transaction_takes_back_a_bounded_number(opened, tmp_path) -> None:
     j = await opened()
     refused = [InvalidRecord(n, "malformed", "no", b"%d" % n) for n in range(REVIVE_RECORDS + 1)]
-    await j.journal.append(Records.lines([]), refused)
+    await j.journal.append(Append(Records.lines([]), refused))
     mark(tmp_path)
     counts = [(await j.journal.revive()).readmitted for _ in range(3)]
     assert counts == [REVIVE_RECORDS, 1, 0]
@@ -74,9 +75,9 @@ async def test_one_transaction_takes_back_a_bounded_number(opened, tmp_path) -> 
 
 async def test_letters_expire_oldest_first_and_never_marked_ones(opened, tmp_path) -> None:
     j = await opened()
-    await j.journal.append(Records.lines([]), [InvalidRecord(0, "malformed", "no", b"a")])
+    await j.journal.append(Append(Records.lines([]), [InvalidRecord(0, "malformed", "no", b"a")]))
     mark(tmp_path)
-    await j.journal.append(Records.lines([]), [InvalidRecord(0, "malformed", "no", b"b")])
+    await j.journal.append(Append(Records.lines([]), [InvalidRecord(0, "malformed", "no", b"b")]))
     now = SystemClock.now()
     assert (await j.journal.expire(now - 60)).expired == 0
     assert (await j.journal.expire(now + 60)).expired == 1
@@ -93,7 +94,7 @@ async def test_letters_of_invalid_records_never_close_a_journal(opened) -> None:
     j = await opened(bytes_max=1000)
     j.journal.dead_bytes_max = 10
     for _ in range(20):
-        await j.journal.append(Records.lines([b"1"]), refused(b"x" * 500))
+        await j.journal.append(Append(Records.lines([b"1"]), refused(b"x" * 500)))
     assert not j.journal.letters_full
     assert j.journal.bytes == 40
     totals = j.journal.dead_totals
@@ -107,16 +108,20 @@ async def test_a_principal_has_a_share_and_its_oldest_letters_go(tmp_path: Path)
     )  # fmt: skip
     await journal.open(lambda _: None)
     for number in range(40):
-        await journal.append(Records.lines([]), refused(b"%04d" % number * 256), principal="loud")
+        await journal.append(
+            Append(Records.lines([]), refused(b"%04d" % number * 256), principal="loud")
+        )
         if number < 4:
-            await journal.append(Records.lines([]), refused(b"polite"), principal=f"p{number}")
+            await journal.append(
+                Append(Records.lines([]), refused(b"polite"), principal=f"p{number}")
+            )
     totals = journal.dead_totals
     assert totals.invalid_bytes <= (64 << 10) // 4 + 4 * 300
     assert totals.dropped == 44 - totals.letters
     assert journal.ledger.refused == 44
     for number in range(200):  # many who each keep to their share: the oldest of the largest go
         many = refused(b"x" * 2000)
-        await journal.append(Records.lines([]), many, principal=f"many{number}")
+        await journal.append(Append(Records.lines([]), many, principal=f"many{number}"))
     assert journal.dead_totals.invalid_bytes <= 64 << 10
     await journal.close()
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db:
@@ -128,12 +133,12 @@ async def test_a_principal_has_a_share_and_its_oldest_letters_go(tmp_path: Path)
 async def test_another_process_makes_room(opened, tmp_path) -> None:
     j = await opened()
     j.journal.dead_bytes_max = 10
-    await j.journal.append(Records.lines([b"1"]), ())
+    await j.journal.append(Append(Records.lines([b"1"])))
     await j.journal.seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0))
     letter = DeadLetter("j.1.0", "failed", "no", "trace", b"1", 8, 1.0, 2.0)
     await j.journal.settle(Settlement(1, 0, [letter], [], [1], 2))
     assert j.journal.letters_full
-    await j.journal.append(Records.lines([b"1"]), ())  # what is accepted is not bound by them
+    await j.journal.append(Append(Records.lines([b"1"])))  # what is accepted is not bound by them
     db = sqlite3.connect(tmp_path / "journal.db")
     db.execute("DELETE FROM dead")
     db.commit()
@@ -149,7 +154,9 @@ async def test_the_memory_journal_keeps_the_newest_within_the_bound() -> None:
     journal = MemoryJournal(bytes_max=1 << 20, dead_bytes_max=2 * one, clock=SystemClock())
     await journal.open(lambda _: None)
     for payload in (b"1", b"2", b"3"):
-        await journal.append(Records.lines([]), [InvalidRecord(0, "malformed", "no", payload)])
+        await journal.append(
+            Append(Records.lines([]), [InvalidRecord(0, "malformed", "no", payload)])
+        )
     assert [letter.payload for letter in journal.dead] == [b"2", b"3"]
     assert journal.dead_totals.expired == 1
     assert journal.dead_totals.bytes == 2 * one
@@ -157,7 +164,7 @@ async def test_the_memory_journal_keeps_the_newest_within_the_bound() -> None:
 
 async def group(j, count: int = 10) -> None:
     """The letters 1 to `count`, in one row."""
-    await j.append(Records.lines([b"%d" % n for n in range(1, count + 1)]), ())
+    await j.append(Append(Records.lines([b"%d" % n for n in range(1, count + 1)])))
     await j.seal(Sealed(1, (Span(1, 0, count),), count), Cursor(2, 0))
     letters = [
         DeadLetter(f"{j.id}.1.{n}", "rejected", f"no {n}", "", b"%d" % (n + 1), 1, 1.0, 2.0)
@@ -218,7 +225,7 @@ async def test_commands_that_take_the_same_row_apart_at_once_each_do_their_part(
 async def test_numbers_of_a_row_are_found_with_one_look(opened, tmp_path: Path) -> None:
     j = (await opened()).journal
     await group(j)
-    await j.append(Records.lines([]), refused(b"a", b"b"))
+    await j.append(Append(Records.lines([]), refused(b"a", b"b")))
     with opened_beside(tmp_path / "journal.db", write=True) as db:
         looks: list[str] = []
         db.set_trace_callback(looks.append)
@@ -236,7 +243,7 @@ async def test_a_row_that_does_not_tell_what_is_in_it_is_one_damaged_letter(
     """Seen by the commands, found by verify; it is not fed again, and nothing ends by it."""
     j = (await opened()).journal
     await group(j)
-    await j.append(Records.lines([b"11"]), ())
+    await j.append(Append(Records.lines([b"11"])))
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db, db:
         db.execute("UPDATE dead SET facts = zeroblob(length(facts)), retry = 1")
     with opened_beside(tmp_path / "journal.db", write=True) as db:
@@ -260,7 +267,7 @@ async def test_a_letter_that_breaks_a_commit_is_repaired_by_the_next_start(
     opened, tmp_path: Path
 ) -> None:
     j = (await opened()).journal
-    await j.append(Records.lines([b"1"]), refused(b"2", b"3"))
+    await j.append(Append(Records.lines([b"1"]), refused(b"2", b"3")))
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db, db:
         db.execute("PRAGMA writable_schema=ON")
         db.execute("UPDATE sqlite_schema SET sql = replace(sql, 'STRICT', '') WHERE name = 'dead'")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from ingestd.base.append import Append
 from ingestd.base.clock import SystemClock
 from ingestd.base.record import Records, Span
 from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Sealed, Settlement
@@ -22,8 +23,8 @@ from tests.faults.tools import mounted, needs
 
 async def work(j) -> None:
     """Ten records: two done, one dead, three sealed, four waiting."""
-    await j.append(Records.lines([b"%d" % n for n in range(6)]), ())
-    await j.append(Records.lines([b"%d" % n for n in range(6, 10)]), ())
+    await j.append(Append(Records.lines([b"%d" % n for n in range(6)])))
+    await j.append(Append(Records.lines([b"%d" % n for n in range(6, 10)])))
     await j.seal(Sealed(1, (Span(1, 0, 3),), 3), Cursor(1, 3))
     await j.seal(Sealed(2, (Span(1, 3, 3),), 3), Cursor(2, 0))
     letter = DeadLetter(f"{j.id}.1.0", "failed", "no", "", b"0", 1, 1.0, 2.0)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ingestd.base.append import Append
 from ingestd.base.errors import DataDirError
 from ingestd.base.record import Records, Span
 from ingestd.journal.disk_space import scaled
@@ -67,10 +68,10 @@ def test_what_went_through_a_small_disk_does_not_fill_it(tmp_path: Path) -> None
 async def test_a_drained_journal_is_small_again(opened, tmp_path: Path) -> None:
     j = await opened()
     file = tmp_path / "journal.db"
-    await j.journal.append(Records.lines([b"x" * 1000] * 60_000), ())
+    await j.journal.append(Append(Records.lines([b"x" * 1000] * 60_000)))
     counts = [chunk.records.count for chunk in j.chunks]
     assert len(counts) > 200  # and each is read by itself
-    await j.journal.append(Records.lines([b"kept"]), ())
+    await j.journal.append(Append(Records.lines([b"kept"])))
     spans = tuple(Span(chunk.id, 0, chunk.records.count) for chunk in j.chunks[:-1])
     last = j.chunks[-1].id
     await j.journal.seal(Sealed(1, spans, sum(counts)), Cursor(last, 0))

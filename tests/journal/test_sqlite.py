@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ingestd.base.append import Append
 from ingestd.base.errors import JournalFailed, JournalUnreadable, Overloaded
 from ingestd.base.record import InvalidRecord, Layout, Records, Span
 from ingestd.journal.interface import Cursor, DeadLetter, Ledger, Sealed, Settlement
@@ -28,8 +29,8 @@ def settlement(batch: int, processed: int, **more: object) -> Settlement:
 
 async def test_what_was_accepted_is_there_after_a_restart(opened) -> None:
     first = await opened()
-    await first.journal.append(lines(b"1", b"2"), ())
-    await first.journal.append(Records.sized([b"a\nb", b""]), ())
+    await first.journal.append(Append(lines(b"1", b"2")))
+    await first.journal.append(Append(Records.sized([b"a\nb", b""])))
     identity = first.journal.id
     await first.journal.close()
 
@@ -45,7 +46,7 @@ async def test_what_was_accepted_is_there_after_a_restart(opened) -> None:
 
 async def test_appends_that_wait_together_share_a_commit_and_a_chunk(opened) -> None:
     j = await opened()
-    futures = [j.journal.append(lines(b"%d" % n), ()) for n in range(500)]
+    futures = [j.journal.append(Append(lines(b"%d" % n))) for n in range(500)]
     await asyncio.gather(*futures)
     got = [item for chunk in j.chunks for item in chunk.records.items()]
     assert got == [b"%d" % n for n in range(500)]
@@ -57,7 +58,7 @@ async def test_appends_that_wait_together_share_a_commit_and_a_chunk(opened) -> 
 async def test_a_chunk_is_announced_before_its_append_resolves(opened) -> None:
     j = await opened()
     seen: list[int] = []
-    future = j.journal.append(lines(b"1"), ())
+    future = j.journal.append(Append(lines(b"1")))
     future.add_done_callback(lambda _: seen.append(len(j.chunks)))
     await future
     await asyncio.sleep(0)
@@ -67,13 +68,13 @@ async def test_a_chunk_is_announced_before_its_append_resolves(opened) -> None:
 async def test_large_appends_are_stored_without_joining(opened) -> None:
     j = await opened()
     big = Records(Layout.LINES, 1, b"x" * 100_000 + b"\n")
-    await asyncio.gather(*(j.journal.append(big, ()) for _ in range(4)))
+    await asyncio.gather(*(j.journal.append(Append(big)) for _ in range(4)))
     assert [len(c.records.payload) for c in j.chunks] == [100_001] * 4
 
 
 async def test_refused_records_are_dead_letters_outside_the_four_numbers(opened, tmp_path) -> None:
     j = await opened()
-    await j.journal.append(lines(b"1"), [InvalidRecord(1, "malformed", "line 2", b"{")])
+    await j.journal.append(Append(lines(b"1"), [InvalidRecord(1, "malformed", "line 2", b"{")]))
     assert j.journal.ledger == Ledger(accepted=1, refused=1)
     assert j.journal.ledger.pending == 1
     await j.journal.close()
@@ -85,7 +86,7 @@ async def test_refused_records_are_dead_letters_outside_the_four_numbers(opened,
 
 async def test_sealed_batches_come_back_under_their_numbers(opened) -> None:
     j = await opened()
-    await j.journal.append(lines(b"1", b"2", b"3"), ())
+    await j.journal.append(Append(lines(b"1", b"2", b"3")))
     await j.journal.seal(Sealed(1, (Span(1, 0, 2),), 2, accepted_at=5.0), Cursor(1, 2))
     await j.journal.close()
     again = await opened()
@@ -102,7 +103,7 @@ async def test_sealed_batches_come_back_under_their_numbers(opened) -> None:
 
 async def test_settling_moves_everything_in_one_commit(opened) -> None:
     j = await opened()
-    await j.journal.append(lines(b"1", b"2", b"3"), ())
+    await j.journal.append(Append(lines(b"1", b"2", b"3")))
     size = j.journal.bytes
     await j.journal.seal(Sealed(1, (Span(1, 0, 3),), 3), Cursor(2, 0))
     letter = DeadLetter("j.1.1", "rejected", "no", "", b"2", 1, 1.0, 2.0)
@@ -128,7 +129,7 @@ async def test_settling_moves_everything_in_one_commit(opened) -> None:
 
 async def test_a_postponed_batch_keeps_its_attempts(opened) -> None:
     j = await opened()
-    await j.journal.append(lines(b"1"), ())
+    await j.journal.append(Append(lines(b"1")))
     await j.journal.seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0))
     await j.journal.postpone(Sealed(1, (Span(1, 0, 1),), 1, attempts=3, due_at=77.5))
     await j.journal.close()
@@ -138,30 +139,30 @@ async def test_a_postponed_batch_keeps_its_attempts(opened) -> None:
 
 async def test_chunk_ids_are_never_used_again(opened) -> None:
     j = await opened()
-    await j.journal.append(lines(b"1"), ())
+    await j.journal.append(Append(lines(b"1")))
     await j.journal.seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0))
     await j.journal.settle(settlement(1, 1, finished=[1], finished_bytes=j.journal.bytes))
     await j.journal.close()
     again = await opened()
-    await again.journal.append(lines(b"2"), ())
+    await again.journal.append(Append(lines(b"2")))
     assert [c.id for c in again.chunks] == [2]
 
 
 async def test_the_bound_refuses_and_counts_back(opened) -> None:
     j = await opened(bytes_max=100)
-    await j.journal.append(lines(b"x" * 60), ())
+    await j.journal.append(Append(lines(b"x" * 60)))
     with pytest.raises(Overloaded) as refused:
-        j.journal.append(lines(b"y" * 60), ())
+        j.journal.append(Append(lines(b"y" * 60)))
     assert refused.value.retry_after > 0
-    await j.journal.append(lines(b"z" * 30), ())
+    await j.journal.append(Append(lines(b"z" * 30)))
     assert j.journal.ledger.accepted == 2
 
 
 async def test_a_damaged_chunk_is_marked_and_never_loaded(opened, tmp_path: Path) -> None:
     j = await opened()
     big = b"x" * 70_000
-    await j.journal.append(Records(Layout.LINES, 1, big + b"\n"), ())
-    await j.journal.append(lines(b"2"), ())
+    await j.journal.append(Append(Records(Layout.LINES, 1, big + b"\n")))
+    await j.journal.append(Append(lines(b"2")))
     await j.journal.close()
     path = tmp_path / "journal.db"
     raw = path.read_bytes()
@@ -208,7 +209,7 @@ async def test_a_newer_version_is_refused(opened, tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["garbage", "empty header", "truncated"])
 async def test_an_unreadable_file_is_set_aside_and_it_starts(opened, tmp_path, damage) -> None:
     j = await opened()
-    await j.journal.append(Records(Layout.LINES, 1, b"x" * 200_000 + b"\n"), ())
+    await j.journal.append(Append(Records(Layout.LINES, 1, b"x" * 200_000 + b"\n")))
     await j.journal.close()
     path = tmp_path / "journal.db"
     raw = path.read_bytes()
@@ -223,44 +224,44 @@ async def test_an_unreadable_file_is_set_aside_and_it_starts(opened, tmp_path, d
     # Everything but the header is there: where the tables begin is written in the file once more.
     kept = [b"x" * 200_000 + b"\n"] if damage == "empty header" else []
     assert [chunk.records.payload for chunk in await again.journal.read(1, 1 << 20)] == kept
-    await again.journal.append(lines(b"1"), ())
+    await again.journal.append(Append(lines(b"1")))
     assert (tmp_path / again.recovered.set_aside).read_bytes() == broken
 
 
 async def test_a_failed_commit_poisons(opened) -> None:
     j = await opened()
-    await j.journal.append(lines(b"1"), ())
+    await j.journal.append(Append(lines(b"1")))
     # A real failure of the store: its tables are gone under the writer.
     j.journal._store.connection.execute("DROP TABLE chunks")
     with pytest.raises(JournalFailed):
-        await j.journal.append(lines(b"2"), ())
+        await j.journal.append(Append(lines(b"2")))
     assert isinstance(j.journal.failed.exception(), JournalFailed)
     with pytest.raises(JournalFailed):
-        j.journal.append(lines(b"3"), ())
+        j.journal.append(Append(lines(b"3")))
     with pytest.raises(JournalFailed):
         await j.journal.seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0))
 
 
 async def test_a_full_disk_refuses_appends_and_keeps_the_rest(opened) -> None:
     j = await opened()
-    await j.journal.append(lines(b"1"), ())
+    await j.journal.append(Append(lines(b"1")))
     db = j.journal._store.connection
     (pages,) = db.execute("PRAGMA page_count").fetchone()
     db.execute(f"PRAGMA max_page_count={pages}")
     size = j.journal.bytes
     with pytest.raises(Overloaded, match="disk"):
-        await j.journal.append(Records(Layout.LINES, 1, b"x" * 500_000 + b"\n"), ())
+        await j.journal.append(Append(Records(Layout.LINES, 1, b"x" * 500_000 + b"\n")))
     assert j.journal.bytes == size
     assert not j.journal.failed.done()
     await j.journal.seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0))
     db.execute("PRAGMA max_page_count=1000000")
-    await j.journal.append(lines(b"2"), ())
+    await j.journal.append(Append(lines(b"2")))
     assert j.journal.ledger.accepted == 2
 
 
 async def test_what_is_sealed_while_the_disk_is_full_is_written_when_there_is_space(opened) -> None:
     j = await opened()
-    await j.journal.append(lines(b"1"), ())
+    await j.journal.append(Append(lines(b"1")))
     db = j.journal._store.connection
     (pages,) = db.execute("PRAGMA page_count").fetchone()
     db.execute(f"PRAGMA max_page_count={pages}")
@@ -277,7 +278,7 @@ async def test_the_wal_is_started_over(opened, tmp_path: Path) -> None:
     j = await opened()
     payload = b"x" * 999_999 + b"\n"
     for _ in range(120):
-        await j.journal.append(Records(Layout.LINES, 1, payload), ())
+        await j.journal.append(Append(Records(Layout.LINES, 1, payload)))
     wal = (tmp_path / "journal.db-wal").stat().st_size
     assert wal < 110 << 20
     assert (await j.journal.close()).counted == 120

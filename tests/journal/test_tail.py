@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ingestd.base.append import Append
 from ingestd.base.clock import SystemClock
 from ingestd.base.record import Records
 from ingestd.journal.memory import MemoryJournal
@@ -25,7 +26,7 @@ async def test_fresh_chunks_come_from_memory() -> None:
     journal = await _journal(tails)
     room = MemoryBudget(1000)
     tails.append(ChunkReader(journal, room, first=1, last=0))
-    await journal.append(Records.lines([b"1"]), ())
+    await journal.append(Append(Records.lines([b"1"])))
     assert room.bytes == 2
     chunk = await tails[0].next()
     assert chunk.id == 1
@@ -39,7 +40,7 @@ async def test_a_reader_waits_for_the_next_chunk() -> None:
     waiting = asyncio.ensure_future(tails[0].next())
     await asyncio.sleep(0)
     assert not waiting.done()
-    await journal.append(Records.lines([b"1"]), ())
+    await journal.append(Append(Records.lines([b"1"])))
     assert (await asyncio.wait_for(waiting, 5)).id == 1
 
 
@@ -59,7 +60,7 @@ def test_whatever_the_order_every_chunk_comes_once(steps: list[str], bound: int)
         for step in steps:
             if step == "push":
                 pushed += 1
-                await journal.append(Records.lines([b"%09d" % pushed]), ())
+                await journal.append(Append(Records.lines([b"%09d" % pushed])))
             elif step == "take":
                 task = asyncio.ensure_future(tail.next())
                 for _ in range(4):
@@ -90,7 +91,7 @@ async def test_small_chunks_in_memory_are_bounded_by_their_number() -> None:
     tail = ChunkReader(journal, MemoryBudget(1 << 30), first=1, last=0)
     tails.append(tail)
     for _ in range(FRESH_MAX + 10):
-        await journal.append(Records.lines([b"1"]), ())
+        await journal.append(Append(Records.lines([b"1"])))
     assert len(tail._fresh) == FRESH_MAX
     ids = [(await tail.next()).id for _ in range(FRESH_MAX + 10)]
     assert ids == list(range(1, FRESH_MAX + 11))

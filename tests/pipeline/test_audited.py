@@ -8,6 +8,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING
 
 from ingestd.admin.status import status_of
+from ingestd.base.append import Append
 from ingestd.base.record import Records
 from ingestd.journal.sqlite import audit
 
@@ -22,7 +23,7 @@ async def test_metrics_and_status_show_rows_that_do_not_add_up(
 ) -> None:
     monkeypatch.setattr(audit, "AUDIT_SECONDS", 0.01)
     pipeline = await start("jsonl", batch={"age_max": "1d"})
-    await pipeline.accept(Records.lines([b"1", b"2", b"3"]))
+    await pipeline.accept(Append(Records.lines([b"1", b"2", b"3"])))
     assert status_of(pipeline).balanced
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db, db:
         db.execute("UPDATE chunks SET count = 1")

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingestd.admin.status import status_of
+from ingestd.base.append import Append
 from ingestd.base.errors import Overloaded
 from ingestd.base.rate import LONGEST, SHORTEST, STALLED, Rate, wait_for_room
 from ingestd.base.record import Layout, Records, Span
@@ -109,21 +110,21 @@ async def test_a_full_journal_says_when_there_will_be_room(tmp_path) -> None:
     async with journal_at(tmp_path, bytes_max=50_000) as journal:
         clock = journal._clock
         for _ in range(50):
-            await journal.append(big(1000), ())
+            await journal.append(Append(big(1000)))
         with pytest.raises(Overloaded) as refused:
-            journal.append(big(1000), ())
+            journal.append(Append(big(1000)))
         assert 0.75 * STALLED <= refused.value.retry_after <= 1.25 * STALLED
         for number in range(1, 31):  # 1,000 bytes in 2 seconds go out, and as many come in
             clock.at += 2.0
             await settle(journal, number, 1000)
-            await journal.append(big(1000), ())
+            await journal.append(Append(big(1000)))
         with pytest.raises(Overloaded) as refused:
-            journal.append(big(1000), ())
+            journal.append(Append(big(1000)))
         # Down to 45,000 it is 6,000 bytes: 12 s, with 25 % of jitter and what a rate fluctuates.
         assert 8 <= refused.value.retry_after <= 16
         clock.at += 3600.0
         with pytest.raises(Overloaded) as refused:
-            journal.append(big(1000), ())
+            journal.append(Append(big(1000)))
         assert 0.75 * STALLED <= refused.value.retry_after <= 1.25 * STALLED
 
 
@@ -152,17 +153,17 @@ async def test_a_disk_that_runs_full_refuses_and_goes_on_draining(tmp_path) -> N
     clock = HandClock()
     space = DiskSpaceGuard(tmp_path, 1 << 20, ask=lambda _: free)
     async with journal_at(tmp_path, space=space, clock=clock) as journal:
-        await journal.append(big(1000), ())
+        await journal.append(Append(big(1000)))
         free, clock.at = 1000, clock.at + 1
         with pytest.raises(
             Overloaded, match=r"the disk of the journal \(.*journal.free_min"
         ) as refused:
-            journal.append(big(1000), ())
+            journal.append(Append(big(1000)))
         assert 0.75 * STALLED <= refused.value.retry_after <= 1.25 * STALLED
         await settle(journal, 1, 1000)
         assert journal.ledger.processed == 1
         free, clock.at = 1 << 30, clock.at + 1
-        await journal.append(big(1000), ())
+        await journal.append(Append(big(1000)))
 
 
 async def test_with_too_little_free_space_requests_get_503_and_status_says_so(start) -> None:
@@ -217,28 +218,28 @@ async def test_a_commit_without_space_is_503_and_afterwards_it_goes_on(start, tm
 async def test_appends_do_not_take_the_turn_of_what_makes_room(tmp_path) -> None:
     """While every commit with an append in it fails, a settlement gets through."""
     async with journal_at(tmp_path) as journal:
-        await journal.append(big(100_000), ())
+        await journal.append(Append(big(100_000)))
         await journal.seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0))
         with no_more_pages(journal):
             refused = 0
             settled = journal.settle(Settlement(1, 1, [], [], [1], 100_000))
             async with asyncio.timeout(20):
                 while not settled.done():
-                    tries = [journal.append(big(2_000_000), ()) for _ in range(3)]
+                    tries = [journal.append(Append(big(2_000_000))) for _ in range(3)]
                     answers = await asyncio.gather(*tries, return_exceptions=True)
                     assert all(isinstance(one, Overloaded) for one in answers)
                     refused += 3
             assert settled.exception() is None
             assert refused
         assert journal.bytes == 0
-        await journal.append(big(1000), ())
+        await journal.append(Append(big(1000)))
         assert journal.ledger.accepted == 2
 
 
 async def test_what_waits_for_space_keeps_its_order(tmp_path) -> None:
     """Seals that were tried again come before those that came later, so the cursor is right."""
     async with journal_at(tmp_path) as journal:
-        await journal.append(numbers(0, 30), ())
+        await journal.append(Append(numbers(0, 30)))
         wide = tuple(Span(1, 0, 1) for _ in range(20_000))  # needs pages that are not there
         with no_more_pages(journal):
             futures = [journal.seal(Sealed(1, wide, 10), Cursor(1, 10))]
@@ -247,7 +248,7 @@ async def test_what_waits_for_space_keeps_its_order(tmp_path) -> None:
             await asyncio.wait(futures, timeout=0.3)
             assert not any(future.done() for future in futures)
             with pytest.raises(Overloaded):  # at once, not when there is space again
-                await asyncio.wait_for(journal.append(numbers(0, 1), ()), 10)
+                await asyncio.wait_for(journal.append(Append(numbers(0, 1))), 10)
             futures.append(journal.seal(Sealed(3, (Span(1, 20, 5),), 5), Cursor(1, 25)))
         await asyncio.wait_for(asyncio.gather(*futures), 10)
     with contextlib.closing(sqlite3.connect(tmp_path / "journal.db")) as db:

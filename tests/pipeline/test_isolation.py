@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ingestd.base.append import Append
 from tests.pipeline import recording
 from tests.pipeline.test_pipeline import HANDLER, dead, drained, numbers, records_of, until
 
@@ -45,7 +46,7 @@ async def test_poison_among_5000(start, tmp_path, bad: set[int]) -> None:
         batch={"records_max": 5000},
         options={"folder": str(tmp_path), "bad": sorted(bad)},
     )
-    await pipeline.accept(numbers(0, 5000))
+    await pipeline.accept(Append(numbers(0, 5000)))
     report = await drained(pipeline)
     assert succeeded(tmp_path, bad) == [n for n in range(5000) if n not in bad]
     assert sorted(int(row[1]) for row in dead(tmp_path)) == sorted(bad)
@@ -68,7 +69,7 @@ async def test_a_bad_record_in_each_batch_is_no_outage(start, tmp_path) -> None:
         retry={"attempts_max": 8, "backoff": "500ms", "backoff_max": "60s"},
         options={"folder": str(tmp_path), "bad": list(range(7, 1200, 20))},
     )
-    await pipeline.accept(numbers(0, 1200))
+    await pipeline.accept(Append(numbers(0, 1200)))
     await until(lambda: pipeline.journal.ledger.processed >= 600, 90)
 
 
@@ -76,10 +77,10 @@ async def test_poison_alone_comes_to_an_end_when_something_else_succeeds(start, 
     pipeline = await start(
         HANDLER + "Poison", retry=QUICK, options={"folder": str(tmp_path), "bad": [1]}
     )
-    await pipeline.accept(numbers(1, 1))
+    await pipeline.accept(Append(numbers(1, 1)))
     await until(lambda: len(recording.calls(tmp_path)) > 10)
     assert pipeline.journal.ledger.dead == 0  # who knows whether it is the record?
-    await pipeline.accept(numbers(2, 1))
+    await pipeline.accept(Append(numbers(2, 1)))
     report = await drained(pipeline)
     assert report.ledger[:3] == (2, 1, 1)
 
@@ -90,7 +91,7 @@ async def test_poison_alone_comes_to_an_end_when_its_time_is_over(start, tmp_pat
         retry=QUICK | {"give_up_after": "300ms"},
         options={"folder": str(tmp_path), "bad": [1]},
     )
-    await pipeline.accept(numbers(1, 1))
+    await pipeline.accept(Append(numbers(1, 1)))
     report = await drained(pipeline)
     assert report.ledger[:3] == (1, 0, 1)
     assert len(recording.calls(tmp_path)) > 2
@@ -103,7 +104,7 @@ async def test_poison_costs_no_neighbour_when_nothing_is_waited_for(start, tmp_p
         retry=QUICK | {"give_up_after": 0},
         options={"folder": str(tmp_path), "bad": bad},
     )
-    await pipeline.accept(numbers(0, 100))
+    await pipeline.accept(Append(numbers(0, 100)))
     report = await drained(pipeline)
     assert report.ledger[:3] == (100, 100 - len(bad), len(bad))
 
@@ -114,7 +115,7 @@ async def test_nothing_but_poison_comes_to_an_end(start, tmp_path) -> None:
         retry=QUICK | {"give_up_after": "500ms"},
         options={"folder": str(tmp_path), "bad": list(range(20))},
     )
-    await pipeline.accept(numbers(0, 20))
+    await pipeline.accept(Append(numbers(0, 20)))
     report = await drained(pipeline)
     assert report.ledger[:3] == (20, 0, 20)
 
@@ -128,7 +129,7 @@ async def test_a_record_that_kills_or_hangs_its_worker(start, tmp_path, how, rea
         batch={"records_max": 8},
         options={"folder": str(tmp_path), "bad": [5], "how": how},
     )
-    await pipeline.accept(numbers(0, 16))
+    await pipeline.accept(Append(numbers(0, 16)))
     report = await drained(pipeline)
     assert [(row[0], row[1]) for row in dead(tmp_path)] == [(reason, b"5")]
     assert succeeded(tmp_path, {5}) == [n for n in range(16) if n != 5]
@@ -139,7 +140,7 @@ async def test_the_parts_are_sealed_and_survive_a_restart(start, tmp_path) -> No
     options = {"folder": str(tmp_path), "bad": [3]}
     slow = {"attempts_max": 1, "backoff": "1d", "backoff_max": "1d"}
     first = await start(HANDLER + "Poison", retry=slow, options=options)
-    await first.accept(numbers(0, 8))
+    await first.accept(Append(numbers(0, 8)))
     await until(lambda: first.journal.ledger.dead == 1)
     await first.close()
     second = await start(HANDLER + "Poison", retry=slow, options=options)
@@ -164,7 +165,7 @@ async def test_an_outage_does_not_use_the_journal_up(start, tmp_path) -> None:
         batch={"records_max": 10},
         options={"folder": str(tmp_path)},
     )
-    await pipeline.accept(numbers(0, 1000))
+    await pipeline.accept(Append(numbers(0, 1000)))
     await until(lambda: pipeline.isolation.families and pipeline.failures.down_since)
     assert pipeline.isolation.families == 1
     (tmp_path / "up").touch()
@@ -181,7 +182,7 @@ async def test_a_successful_neighbour_is_evidence(start, tmp_path) -> None:
         batch={"records_max": 1},
         options={"folder": str(tmp_path), "bad": [0]},
     )
-    await pipeline.accept(numbers(0, 5))
+    await pipeline.accept(Append(numbers(0, 5)))
     report = await drained(pipeline)
     assert report.ledger[:3] == (5, 4, 1)
     attempts = [c["attempt"] for c in recording.calls(tmp_path) if c["records"] == [0]]

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from ingestd.base.append import Append
 from ingestd.base.clock import SystemClock
 from ingestd.base.metrics import Metrics
 from ingestd.base.record import InvalidRecord, Records
@@ -101,7 +102,7 @@ class PipelineAgainstModel(RuleBasedStateMachine):
         async def quiet() -> None:
             same, before = 0, None
             while same < 4:
-                await self.pipeline.journal.append(Records.lines([]), ())
+                await self.pipeline.journal.append(Append(Records.lines([])))
                 for _ in range(12):
                     await asyncio.sleep(0)
                 pipeline, line = self.pipeline, self.pipeline.line
@@ -123,7 +124,7 @@ class PipelineAgainstModel(RuleBasedStateMachine):
         made = [b"%d" % n for n in numbers]
         records = Records.sized(made) if sized else Records.lines(made)
         refused = [InvalidRecord(i, "malformed", "x", b"{") for i in range(bad)]
-        self.loop.run_until_complete(self.pipeline.accept(records, refused))
+        self.loop.run_until_complete(self.pipeline.accept(Append(records, refused)))
         self.pending |= set(numbers)
         self.refused += bad
         self.settle_down()

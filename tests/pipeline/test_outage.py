@@ -13,6 +13,7 @@ from structlog.testing import capture_logs
 
 import ingestd
 from ingestd.admin.status import status_of
+from ingestd.base.append import Append
 from ingestd.base.batch import SealedBatch
 from ingestd.base.clock import SystemClock
 from ingestd.base.record import Span
@@ -109,7 +110,7 @@ async def test_all_that_waits_comes_in_when_the_sink_is_back(start, tmp_path, ho
         options={"folder": str(tmp_path), "how": how},
     )
     for n in range(30):
-        await pipeline.accept(numbers(n * 1000, 1000))
+        await pipeline.accept(Append(numbers(n * 1000, 1000)))
     await until(lambda: pipeline.failures.down_since)
     waiting = pipeline.line.waiting
     assert waiting >= 3
@@ -131,7 +132,7 @@ async def test_little_is_tried_and_little_is_said_while_it_is_down(start, tmp_pa
         executor={"kind": "thread", "workers": 2},
         options={"folder": str(tmp_path)},
     )
-    await pipeline.accept(numbers(0, 1000))
+    await pipeline.accept(Append(numbers(0, 1000)))
     await until(lambda: pipeline.failures.down_since)
     pipeline.failures.sum_up(asyncio.get_running_loop().time())
     await until(lambda: tries(tmp_path) > 60)
@@ -176,7 +177,7 @@ async def test_a_sink_that_is_back_and_rejects_everything_is_up(start, tmp_path,
     pipeline = await start(
         HERE + "Picky", retry=PATIENT, options={"folder": str(tmp_path)}, **ONE_BY_ONE
     )
-    await pipeline.accept(numbers(0, 30))
+    await pipeline.accept(Append(numbers(0, 30)))
     await until(lambda: pipeline.failures.down_since)
     (tmp_path / "no").touch()
     (tmp_path / "down").unlink()
@@ -193,10 +194,10 @@ async def test_what_is_rejected_before_the_sink_is_asked_ends_no_outage(start, t
     pipeline = await start(
         HERE + "Picky", retry=PATIENT, options={"folder": str(tmp_path)}, **ONE_BY_ONE
     )
-    await pipeline.accept(numbers(0, 5))
+    await pipeline.accept(Append(numbers(0, 5)))
     await until(lambda: pipeline.failures.down_since)
     since = pipeline.failures.down_since
-    await pipeline.accept(numbers(-3, 3))
+    await pipeline.accept(Append(numbers(-3, 3)))
     await until(lambda: pipeline.journal.ledger.dead == 3)
     assert pipeline.failures.down_since == since
     (tmp_path / "down").unlink()
@@ -215,10 +216,10 @@ async def test_when_all_that_failed_is_given_up_a_rejection_says_that_it_works(
         options={"folder": str(tmp_path)},
         **ONE_BY_ONE,
     )
-    await pipeline.accept(numbers(0, 3))
+    await pipeline.accept(Append(numbers(0, 3)))
     await until(lambda: pipeline.journal.ledger.dead == 3)
     assert status_of(pipeline).handler.state == "down"
-    await pipeline.accept(numbers(-1, 1))
+    await pipeline.accept(Append(numbers(-1, 1)))
     await until(lambda: pipeline.journal.ledger.dead == 4)
     assert status_of(pipeline).handler.state == "up"
 
@@ -256,7 +257,7 @@ async def test_a_probe_that_turns_out_damaged_keeps_nobody_waiting(start, tmp_pa
         HERE + "Flagged", retry=PATIENT, options={"folder": str(tmp_path)}, **ONE_BY_ONE
     )
     for number in range(40):
-        await pipeline.accept(numbers(number, 1))
+        await pipeline.accept(Append(numbers(number, 1)))
     await until(lambda: pipeline.failures.down_since)
     pipeline.outage._next_at += 3600  # until all that waits is damaged
     await until(lambda: not pipeline.running)
@@ -280,7 +281,7 @@ async def test_a_probe_that_turns_out_damaged_keeps_nobody_waiting(start, tmp_pa
 async def test_what_is_given_up_is_told_once_and_summed_up(start, tmp_path, logs) -> None:
     (tmp_path / "no").touch()
     pipeline = await start(HERE + "Picky", options={"folder": str(tmp_path)}, **ONE_BY_ONE)
-    await pipeline.accept(numbers(0, 50))
+    await pipeline.accept(Append(numbers(0, 50)))
     await until(lambda: pipeline.journal.ledger.dead == 50)
 
     def told() -> list[int]:
@@ -291,7 +292,7 @@ async def test_what_is_given_up_is_told_once_and_summed_up(start, tmp_path, logs
     pipeline.failures.sum_up_given_up()
     assert told() == [1, 49]
     pipeline.failures.sum_up_given_up()  # nothing came: the next one is told at once again
-    await pipeline.accept(numbers(50, 2))
+    await pipeline.accept(Append(numbers(50, 2)))
     report = await drained(pipeline)
     assert told() == [1, 49, 1, 1]
     assert report.ledger[:3] == (52, 0, 52)
@@ -301,7 +302,7 @@ async def test_the_age_of_the_oldest_follows_no_clock_that_is_set(start, tmp_pat
     pipeline = await start(HERE + "Flagged", options={"folder": str(tmp_path)}, **ONE_BY_ONE)
     (tmp_path / "down").touch()
     clock = pipeline._clock = SetClock()
-    await pipeline.accept(numbers(0, 2))
+    await pipeline.accept(Append(numbers(0, 2)))
     await until(lambda: len(pipeline.outstanding))
     for step in (-7200, 3600, -1e9):
         clock.offset = step
@@ -316,10 +317,10 @@ async def test_a_bad_record_does_not_keep_a_new_one_waiting(start, tmp_path) -> 
         options={"folder": str(tmp_path), "bad": [0]},
         batch={"records_max": 1},
     )
-    await pipeline.accept(numbers(0, 1))
+    await pipeline.accept(Append(numbers(0, 1)))
     await until(lambda: len(recording.calls(tmp_path)) > 5)
     for n in range(1, 10):
-        await pipeline.accept(numbers(n, 1))
+        await pipeline.accept(Append(numbers(n, 1)))
         await until(lambda n=n: pipeline.journal.ledger.processed == n)
     report = await drained(pipeline)
     assert report.ledger[:3] == (10, 9, 1)
@@ -332,7 +333,7 @@ async def test_what_stands_behind_more_bad_records_than_may_wait_is_found(start,
         options={"folder": str(tmp_path), "bad": list(range(20))},
         **ONE_BY_ONE,
     )
-    await pipeline.accept(numbers(0, 40))
+    await pipeline.accept(Append(numbers(0, 40)))
     report = await drained(pipeline)
     assert report.ledger[:3] == (40, 20, 20)
 
@@ -346,7 +347,7 @@ async def test_two_bad_records_that_are_left_over_come_to_their_end(start, tmp_p
         batch={"records_max": 1},
         executor={"workers": 1},
     )
-    await pipeline.accept(numbers(0, 20))
+    await pipeline.accept(Append(numbers(0, 20)))
     report = await drained(pipeline)
     assert report.ledger[:3] == (20, 17, 3)
 
@@ -362,7 +363,7 @@ async def test_an_outage_does_not_count_against_what_failed_before_it(start, tmp
     )
     for life in range(3):
         (tmp_path / "down").touch()
-        await pipeline.accept(numbers(life * 50, 50))
+        await pipeline.accept(Append(numbers(life * 50, 50)))
         await until(lambda: pipeline.failures.down_since)
         (tmp_path / "down").unlink()
         await until(lambda life=life: pipeline.journal.ledger.processed >= life * 50 + 20)
@@ -377,9 +378,11 @@ async def test_not_now_spends_no_attempt_and_is_kept(start, tmp_path) -> None:
         options={"folder": str(tmp_path)},
         batch={"records_max": 1},
     )
-    await pipeline.accept(numbers(-3600, 1))
+    await pipeline.accept(Append(numbers(-3600, 1)))
     await until(lambda: pipeline.line.waiting == 1)
-    await pipeline.accept(numbers(1, 5))  # others go on, and their success does not end the wait
+    await pipeline.accept(
+        Append(numbers(1, 5))
+    )  # others go on, and their success does not end the wait
     await until(lambda: pipeline.journal.ledger.processed == 5)
     assert pipeline.line.ready_at - asyncio.get_running_loop().time() > 3000
     assert pipeline.line.waiting == 1
@@ -397,11 +400,11 @@ async def test_not_now_comes_again_under_the_same_attempt(start, tmp_path) -> No
         options={"folder": str(tmp_path)},
         batch={"records_max": 1},
     )
-    await pipeline.accept(numbers(0, 3))
+    await pipeline.accept(Append(numbers(0, 3)))
     await until(lambda: pipeline.journal.ledger.processed == 3)
     (tmp_path / "calls.ndjson").unlink()
 
-    await pipeline.accept(numbers(-1, 1))  # in a second
+    await pipeline.accept(Append(numbers(-1, 1)))  # in a second
     await until(lambda: len(recording.calls(tmp_path)) >= 2)
     (tmp_path / "up").touch()
     report = await drained(pipeline)
@@ -415,11 +418,11 @@ async def test_seventy_records_with_waits_of_their_own_stop_nobody(start, tmp_pa
     pipeline = await start(
         HERE + "each_waits", batch={"records_max": 70, "age_max": "20ms"}, executor={"workers": 1}
     )
-    await pipeline.accept(numbers(0, 70))
+    await pipeline.accept(Append(numbers(0, 70)))
     await until(lambda: pipeline.line.waiting_load.records == 70)
     assert pipeline.line.waiting <= 10  # they share batches
     assert pipeline.room.bytes == 0  # and hold no payload
-    await pipeline.accept(numbers(100, 1000))
+    await pipeline.accept(Append(numbers(100, 1000)))
     await until(lambda: pipeline.journal.ledger.processed == 1000)
     assert pipeline.line.waiting_load.records == 70
     await pipeline.close()
@@ -431,7 +434,7 @@ async def test_how_long_it_has_been_failing_survives_a_restart(start, tmp_path) 
     common = {"retry": retry, "options": {"folder": str(tmp_path)}, "batch": {"records_max": 1}}
     first = await start(HERE + "Flagged", **common)
     began = asyncio.get_running_loop().time()
-    await first.accept(numbers(0, 1))
+    await first.accept(Append(numbers(0, 1)))
     await until(lambda: asyncio.get_running_loop().time() - began > 0.7)
     assert first.journal.ledger.dead == 0
     await first.close()
@@ -458,7 +461,7 @@ async def test_a_drain_does_not_wait_for_a_probe_beyond_its_deadline(start, tmp_
         executor={"kind": "thread", "workers": 2},
         options={"folder": str(tmp_path)},
     )
-    await pipeline.accept(numbers(0, 500))
+    await pipeline.accept(Append(numbers(0, 500)))
     await until(lambda: pipeline.failures.down_since)
     pipeline.outage._next_at += 3600
     loop = asyncio.get_running_loop()
@@ -478,7 +481,7 @@ async def test_tries_are_counted_as_what_they_were(start, tmp_path) -> None:
         executor={"kind": "thread", "workers": 1},
         options={"folder": str(tmp_path), "bad": [5]},
     )
-    await pipeline.accept(numbers(0, 64))
+    await pipeline.accept(Append(numbers(0, 64)))
     report = await drained(pipeline)
     assert report.ledger[:3] == (64, 63, 1)
     counted = {name: child._value.get() for name, child in pipeline._metrics._batches.items()}

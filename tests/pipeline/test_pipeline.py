@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ingestd.base.append import Append
 from ingestd.base.record import InvalidRecord, Records
 from ingestd.journal.sqlite.dead_letters import LetterFilter
 from ingestd.journal.sqlite.dead_letters import letters as letters_of
@@ -60,7 +61,7 @@ async def test_every_record_reaches_the_handler_once(start, tmp_path, kind, hand
         batch={"records_max": 10},
         options={"folder": str(tmp_path)},
     )
-    await asyncio.gather(*(pipeline.accept(numbers(n * 7, 7)) for n in range(30)))
+    await asyncio.gather(*(pipeline.accept(Append(numbers(n * 7, 7))) for n in range(30)))
     report = await drained(pipeline)
     assert sorted(records_of(tmp_path)) == list(range(210))
     calls = recording.calls(tmp_path)
@@ -85,7 +86,7 @@ async def test_a_class_is_made_once_a_worker_and_closed(start, tmp_path, kind) -
         lane._child and lane._child.is_ready for lane in pipeline.pool.lanes
     ):
         await asyncio.sleep(0.01)
-    await pipeline.accept(numbers(0, 60))
+    await pipeline.accept(Append(numbers(0, 60)))
     await drained(pipeline)
     made = {call["made"] for call in recording.calls(tmp_path)}
     assert 1 <= len(made) <= 3
@@ -94,7 +95,7 @@ async def test_a_class_is_made_once_a_worker_and_closed(start, tmp_path, kind) -
 
 async def test_a_chunk_of_100_000_records_makes_100_batches_of_1_000(start, tmp_path) -> None:
     pipeline = await start(HANDLER + "Note", options={"folder": str(tmp_path)})
-    await pipeline.accept(numbers(0, 100_000))
+    await pipeline.accept(Append(numbers(0, 100_000)))
     await drained(pipeline)
     calls = recording.calls(tmp_path)
     assert [len(call["records"]) for call in calls] == [1000] * 100
@@ -105,7 +106,7 @@ async def test_a_batch_goes_by_its_age(start, tmp_path) -> None:
     pipeline = await start(
         HANDLER + "Note", batch={"age_max": "20ms"}, options={"folder": str(tmp_path)}
     )
-    await pipeline.accept(numbers(0, 3))
+    await pipeline.accept(Append(numbers(0, 3)))
     await until(lambda: pipeline.journal.ledger.processed == 3)
     assert [call["records"] for call in recording.calls(tmp_path)] == [[0, 1, 2]]
 
@@ -114,7 +115,7 @@ async def test_a_drain_sends_a_partly_filled_batch_at_once(start, tmp_path) -> N
     pipeline = await start(
         HANDLER + "Note", batch={"age_max": "1h"}, options={"folder": str(tmp_path)}
     )
-    await pipeline.accept(numbers(0, 3))
+    await pipeline.accept(Append(numbers(0, 3)))
     await until(lambda: pipeline.batcher.open)
     assert recording.calls(tmp_path) == []
     report = await drained(pipeline)
@@ -129,12 +130,12 @@ async def test_while_the_workers_are_busy_a_batch_keeps_filling(start, tmp_path)
         batch={"age_max": "1ms"},
         options={"folder": str(tmp_path)},
     )
-    await pipeline.accept(numbers(0, 1))
+    await pipeline.accept(Append(numbers(0, 1)))
     await until(lambda: recording.calls(tmp_path))
-    await pipeline.accept(numbers(1, 1))
+    await pipeline.accept(Append(numbers(1, 1)))
     await until(lambda: pipeline.running == 2)  # one runs, one is prepared ...
     for n in range(2, 12):
-        await pipeline.accept(numbers(n, 1))
+        await pipeline.accept(Append(numbers(n, 1)))
     await until(lambda: pipeline.tail.waiting == 0 and pipeline.queue.empty())
     assert pipeline.line.empty  # ... and only one
     assert pipeline.running == 2
@@ -145,7 +146,7 @@ async def test_while_the_workers_are_busy_a_batch_keeps_filling(start, tmp_path)
 
 async def test_a_batch_that_fails_comes_again_under_its_id(start, tmp_path) -> None:
     pipeline = await start(HANDLER + "Fails", options={"folder": str(tmp_path), "times": 3})
-    await pipeline.accept(numbers(0, 5))
+    await pipeline.accept(Append(numbers(0, 5)))
     report = await drained(pipeline)
     calls = recording.calls(tmp_path)
     assert [call["attempt"] for call in calls] == [1, 2, 3, 4]
@@ -160,7 +161,7 @@ async def test_a_batch_that_never_succeeds_becomes_dead_letters_in_the_end(start
         retry={"attempts_max": 2, "backoff": "1ms", "backoff_max": "5ms", "give_up_after": "300ms"},
         options={"folder": str(tmp_path), "times": 10**6},
     )
-    await pipeline.accept(numbers(0, 2))
+    await pipeline.accept(Append(numbers(0, 2)))
     report = await drained(pipeline)
     assert report.ledger.dead == 2
     assert report.balanced
@@ -177,7 +178,7 @@ async def test_each_record_has_its_own_outcome(start, tmp_path, kind) -> None:
         executor={"kind": kind, "workers": 1},
         options={"folder": str(tmp_path)},
     )
-    await pipeline.accept(Records.lines([b"2", b'"bad"', b"3", b"4", b"5"]))
+    await pipeline.accept(Append(Records.lines([b"2", b'"bad"', b"3", b"4", b"5"])))
     report = await drained(pipeline)
     first, second = recording.calls(tmp_path)
     assert first["records"] == [2, "bad", 3, 4, 5]
@@ -193,7 +194,7 @@ async def test_what_does_not_fit_the_annotation_is_dead_and_its_neighbours_go_on
     start, tmp_path
 ) -> None:
     pipeline = await start("tests.pipeline.recording_typed:store")
-    await pipeline.accept(Records.lines([b'{"n":1}', b'{"n":"x"}', b"[]", b'{"n":2}']))
+    await pipeline.accept(Append(Records.lines([b'{"n":1}', b'{"n":"x"}', b"[]", b'{"n":2}'])))
     report = await drained(pipeline)
     assert report.ledger[:3] == (4, 2, 2)
     assert [(row[0], row[1]) for row in dead(tmp_path)] == [
@@ -204,7 +205,7 @@ async def test_what_does_not_fit_the_annotation_is_dead_and_its_neighbours_go_on
 
 async def test_refused_records_are_kept_with_the_good_ones(start, tmp_path) -> None:
     pipeline = await start(HANDLER + "Note", options={"folder": str(tmp_path)})
-    await pipeline.accept(numbers(0, 1), [InvalidRecord(1, "malformed", "line 2", b"{")])
+    await pipeline.accept(Append(numbers(0, 1), [InvalidRecord(1, "malformed", "line 2", b"{")]))
     report = await drained(pipeline)
     assert dead(tmp_path) == [("malformed", b"{", 0, "line 2")]
     assert report.ledger == (1, 1, 0, 1)
@@ -216,7 +217,7 @@ async def test_a_restart_feeds_sealed_batches_under_their_ids_and_then_the_rest(
     options = {"folder": str(tmp_path)}
     common = {"options": options, "batch": {"records_max": 4, "age_max": "1h"}}
     first = await start(HANDLER + "Gate", executor={"kind": "thread", "workers": 1}, **common)
-    await first.accept(numbers(0, 10))
+    await first.accept(Append(numbers(0, 10)))
     await until(lambda: recording.calls(tmp_path) and first.running == 2)
     (before,) = recording.calls(tmp_path)
     loop = asyncio.get_running_loop()
@@ -246,7 +247,7 @@ async def test_more_than_fits_into_memory_goes_through_the_disk(start, tmp_path)
         options={"folder": str(tmp_path)},
     )
     for n in range(40):
-        await pipeline.accept(numbers(n * 100, 100))
+        await pipeline.accept(Append(numbers(n * 100, 100)))
     assert pipeline.room.bytes <= 8 << 10
     assert pipeline.tail.waiting > 20
     (tmp_path / "open").touch()
@@ -273,7 +274,7 @@ async def test_a_worker_that_dies_costs_one_attempt(start, tmp_path, how, reason
         options={"folder": str(tmp_path), "how": how},
         batch={"records_max": 2},
     )
-    await pipeline.accept(numbers(0, 4))
+    await pipeline.accept(Append(numbers(0, 4)))
     report = await drained(pipeline)
     calls = recording.calls(tmp_path)
     assert sorted((c["records"][0], c["attempt"]) for c in calls) == [
@@ -293,7 +294,7 @@ async def test_an_async_handler_that_hangs_is_cancelled(start, tmp_path) -> None
         executor={"kind": "async", "timeout": "50ms"},
         options={"folder": str(tmp_path)},
     )
-    await pipeline.accept(numbers(0, 2))
+    await pipeline.accept(Append(numbers(0, 2)))
     report = await drained(pipeline)
     assert [call["attempt"] for call in recording.calls(tmp_path)] == [1, 2]
     assert report.ledger.processed == 2
@@ -307,7 +308,7 @@ async def test_a_constructor_that_fails_is_tried_again(start, tmp_path, kind) ->
         retry={"attempts_max": 1000, "backoff": "5ms", "backoff_max": "5ms"},
         options={"folder": str(tmp_path)},
     )
-    await pipeline.accept(numbers(0, 2))
+    await pipeline.accept(Append(numbers(0, 2)))
     await until(lambda: pipeline.line.waiting)
     (tmp_path / "up").touch()
     report = await drained(pipeline)
@@ -326,7 +327,7 @@ async def test_what_lies_ready_before_the_lanes_is_not_with_a_worker(start, kind
         executor={"kind": kind, "workers": 1},
         batch={"records_max": 1},
     )
-    await pipeline.accept(numbers(0, 5))
+    await pipeline.accept(Append(numbers(0, 5)))
     await until(lambda: pipeline.running > 1)
     assert pipeline.state().lanes_busy == 1
 
@@ -339,7 +340,7 @@ async def test_a_sink_that_is_down_stops_new_batches(start, tmp_path) -> None:
         retry={"attempts_max": 3, "backoff": "1d", "backoff_max": "1d", "waiting_records_max": 4},
         options={"folder": str(tmp_path), "times": 99},
     )
-    await pipeline.accept(numbers(0, 50))
+    await pipeline.accept(Append(numbers(0, 50)))
     await until(lambda: pipeline.line.waiting >= 4 and not recording_soon(pipeline))
     seen = len(recording.calls(tmp_path))
     await until(lambda: pipeline.line.ahead >= 40)
@@ -356,7 +357,7 @@ async def test_a_drain_does_not_wait_for_a_retry_beyond_its_deadline(start, tmp_
         retry={"backoff": "1d", "backoff_max": "1d"},
         options={"folder": str(tmp_path), "times": 99},
     )
-    await pipeline.accept(numbers(0, 1))
+    await pipeline.accept(Append(numbers(0, 1)))
     loop = asyncio.get_running_loop()
     deadline = loop.time() + 15
     async with asyncio.timeout_at(deadline - 1):
@@ -369,8 +370,8 @@ async def test_damage_costs_only_the_damaged_chunk(start, tmp_path: Path) -> Non
     folder = tmp_path / "handler"
     folder.mkdir()
     first = await start(HANDLER + "Gate", batch={"age_max": "1h"}, options={"folder": str(folder)})
-    await first.accept(Records.lines([b'"' + b"x" * 70_000 + b'"']))
-    await first.accept(numbers(1, 3))
+    await first.accept(Append(Records.lines([b'"' + b"x" * 70_000 + b'"'])))
+    await first.accept(Append(numbers(1, 3)))
     await first.close()
     path = tmp_path / "journal.db"
     raw = path.read_bytes()
@@ -393,9 +394,9 @@ async def test_a_sealed_batch_loses_only_what_lies_in_a_damaged_chunk(start, tmp
         HANDLER + "Gate", executor={"workers": 1}, batch={"records_max": 4, "age_max": "1h"},
         options={"folder": str(folder)},
     )  # fmt: skip
-    await first.accept(numbers(0, 2))
-    await first.accept(Records.lines([b'"' + b"x" * 70_000 + b'"']))
-    await first.accept(numbers(3, 1))
+    await first.accept(Append(numbers(0, 2)))
+    await first.accept(Append(Records.lines([b'"' + b"x" * 70_000 + b'"'])))
+    await first.accept(Append(numbers(3, 1)))
     await until(lambda: recording.calls(folder))
     loop = asyncio.get_running_loop()
     await first.close(loop.time() + 0.05)
@@ -417,7 +418,7 @@ async def test_a_dead_consumer_ends_the_wait(start, tmp_path) -> None:
     pipeline = await start(
         HANDLER + "Note", batch={"age_max": "1h"}, options={"folder": str(tmp_path)}
     )
-    await pipeline.accept(numbers(0, 3))
+    await pipeline.accept(Append(numbers(0, 3)))
     await until(lambda: pipeline.batcher.open)
     pipeline.batcher.close = None  # what a bug in the consumer would do
     async with asyncio.timeout(10):
@@ -437,7 +438,7 @@ async def test_a_pipeline_is_broken_also_if_nothing_can_be_logged(
     pipeline = await start(
         HANDLER + "Note", batch={"age_max": "1h"}, options={"folder": str(tmp_path)}
     )
-    await pipeline.accept(numbers(0, 3))
+    await pipeline.accept(Append(numbers(0, 3)))
     await until(lambda: pipeline.batcher.open)
     monkeypatch.setattr("ingestd.pipeline.log", Mute())
     pipeline.batcher.close = None
@@ -450,7 +451,7 @@ async def test_memory_journal_goes_the_same_way(start, tmp_path) -> None:
     pipeline = await start(
         HANDLER + "Note", journal={"kind": "memory"}, options={"folder": str(tmp_path)}
     )
-    await pipeline.accept(numbers(0, 2500))
+    await pipeline.accept(Append(numbers(0, 2500)))
     report = await drained(pipeline)
     assert sorted(records_of(tmp_path)) == list(range(2500))
     assert not report.durable

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ingestd.base.append import Append
 from ingestd.base.record import Records
 from ingestd.base.watchdog import LOOK_SECONDS, Liveness, Stage
 
@@ -93,7 +94,7 @@ async def until(true: Callable[[], Any]) -> None:
 async def fill(pipeline: Any, chunks: int = 40) -> None:
     """More than its line, its queue and its room hold."""
     for first in range(chunks):
-        await pipeline.accept(Records.lines([b"%d" % (first * 20 + n) for n in range(20)]))
+        await pipeline.accept(Append(Records.lines([b"%d" % (first * 20 + n) for n in range(20)])))
 
 
 SMALL = {"batch": {"records_max": 1, "bytes_max": 64}, "queue": {"bytes_max": 128, "chunks_max": 2}}
@@ -101,7 +102,7 @@ SMALL = {"batch": {"records_max": 1, "bytes_max": 64}, "queue": {"bytes_max": 12
 
 async def test_an_idle_pipeline_rests(start, tmp_path: Path) -> None:
     pipeline = await start(HANDLER + "Note", options={"folder": str(tmp_path)})
-    await pipeline.accept(Records.lines([b"1"]))
+    await pipeline.accept(Append(Records.lines([b"1"])))
     await until(lambda: pipeline.journal.ledger.processed == 1)
     await until(lambda: not free_to_go(pipeline))
 
@@ -124,7 +125,7 @@ async def test_behind_a_full_line_and_a_full_queue_everything_rests(start, tmp_p
         queue={"chunks_max": 1},
     )
     for number in range(200):
-        await pipeline.accept(Records.lines([b"%d" % number]))
+        await pipeline.accept(Append(Records.lines([b"%d" % number])))
     await until(lambda: pipeline.line.is_long and pipeline.queue.full())
     await until(lambda: not free_to_go(pipeline))
     assert pipeline.tail.could_give
@@ -159,7 +160,7 @@ async def test_a_stage_that_is_gone_is_noticed(start, tmp_path: Path, stage: str
     task.cancel()
     await asyncio.wait({task})
     if stage == "consume":
-        await pipeline.accept(Records.lines([b"1"]))
+        await pipeline.accept(Append(Records.lines([b"1"])))
     else:
         await fill(pipeline, 1)
     name = f"the {NAMES[stage]} of default"
@@ -182,7 +183,7 @@ async def test_a_commit_that_does_not_end_is_noticed(start, tmp_path: Path) -> N
         return write(order)
 
     store.write = held
-    accepting = asyncio.ensure_future(pipeline.accept(Records.lines([b"1"])))
+    accepting = asyncio.ensure_future(pipeline.accept(Append(Records.lines([b"1"]))))
     await until(lambda: free_to_go(pipeline) == ["the journal of default"])
     liveness = Liveness(5)
     for second in range(7):
@@ -209,7 +210,7 @@ async def test_a_full_disk_is_no_reason(start, tmp_path: Path) -> None:
         return write(order)
 
     store.write = no_space
-    await pipeline.accept(Records.lines([b"%d" % number for number in range(20)]))
+    await pipeline.accept(Append(Records.lines([b"%d" % number for number in range(20)])))
     await until(lambda: pipeline.running and pipeline.line.could_give(0.0))
     seen = pipeline.journal.stage().steps
     await until(lambda: pipeline.journal.stage().steps > seen + 3)

@@ -11,8 +11,9 @@ from ingestd.http.settings import HttpSettings
 from ingestd.sources.http.source import HttpSource
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
+    from collections.abc import AsyncIterator
 
+    from ingestd.base.append import Append
     from ingestd.base.record import Format, InvalidRecord, Records
 
 
@@ -35,17 +36,10 @@ class MemoryIntake:
         self.waiting_most = 0
         self.errors: list[Exception] = []
 
-    async def accept(
-        self,
-        records: Records,
-        refused: Sequence[InvalidRecord] = (),
-        claim: Any = None,
-        watch: Any = None,
-        principal: str = "",
-        unkept: int = 0,
-    ) -> None:
-        self.principals.append(principal)
-        self.unkept += unkept
+    async def accept(self, append: Append) -> None:
+        records = append.records
+        self.principals.append(append.principal)
+        self.unkept += append.unkept
         self.asked.set()
         if self.errors:
             raise self.errors.pop(0)
@@ -55,7 +49,7 @@ class MemoryIntake:
         self.waiting -= len(records.payload)
         check(records)
         self.runs.append(records)
-        self.refused.extend(refused)
+        self.refused.extend(append.invalid)
 
     @property
     def items(self) -> list[bytes]:

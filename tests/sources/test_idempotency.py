@@ -18,7 +18,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from ingestd.base.append import IdempotencyClaim
+from ingestd.base.append import Append, IdempotencyClaim
 from ingestd.base.errors import KeyInFlight, KeyReused, Overloaded
 from ingestd.base.metrics import Metrics
 from ingestd.base.record import Records
@@ -423,7 +423,7 @@ class KeysModel(RuleBasedStateMachine):
         if claim is None:
             return
         claim.answer = b"answer %d" % self.accepted
-        future = self.journal.append(Records.lines([key.encode()]), (), claim)
+        future = self.journal.append(Append(Records.lines([key.encode()]), claim=claim))
         self.loop.run_until_complete(future)
         self.journal.keys.forget(claim)
         self.known[key] = (claim.fingerprint, claim.answer, self.clock.now())
@@ -455,7 +455,7 @@ class KeysModel(RuleBasedStateMachine):
             return
         claim.answer = b"answer %d" % self.accepted
         at = self.clock.now()
-        future = self.journal.append(Records.lines([key.encode()]), (), claim)
+        future = self.journal.append(Append(Records.lines([key.encode()]), claim=claim))
         self.lives += 1
         target = self.folder / str(self.lives)
         target.mkdir()

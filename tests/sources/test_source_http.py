@@ -490,7 +490,7 @@ async def test_keepalive_can_be_switched_off(intake):
 
 async def test_request_ids(intake):
     class Noting(MemoryIntake):
-        async def accept(self, records, refused=(), claim=None, watch=None, **more):
+        async def accept(self, append):
             ids.append(structlog.contextvars.get_contextvars()["request_id"])
 
     ids = []

@@ -18,6 +18,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ingestd.base.append import Append
 from ingestd.base.errors import InputUnreadable, JournalFailed, Overloaded
 from ingestd.codecs.framing import Framer, guess
 from ingestd.codecs.lines import BOM
@@ -62,12 +63,12 @@ class Picky(MemoryIntake):
         self.held = held
         self.count = 0
 
-    async def accept(self, records: Any, refused: Any = (), **more: Any) -> None:
+    async def accept(self, append: Append) -> None:
         self.count += 1
         if self.count - 1 in self.held:
             await self.gate.wait()
-        self.runs.append(records)
-        self.refused.extend(refused)
+        self.runs.append(append.records)
+        self.refused.extend(append.invalid)
 
 
 @contextlib.asynccontextmanager

@@ -54,7 +54,7 @@ def test_invalid(values: list[str]) -> None:
 
 async def test_it_belongs_to_one_request_of_a_connection() -> None:
     class Noting(MemoryIntake):
-        async def accept(self, records, refused=(), claim=None, watch=None, **more):
+        async def accept(self, append):
             seen.append(structlog.contextvars.get_contextvars())
 
     seen: list[dict[str, object]] = []

@@ -69,9 +69,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from ingestd.base.append import IdempotencyClaim, SourceOffset
+    from ingestd.base.append import Append, IdempotencyClaim, SourceOffset
     from ingestd.base.clock import Clock
-    from ingestd.base.record import InvalidRecord, Records, Span
+    from ingestd.base.record import Records, Span
     from ingestd.journal.disk_space import DiskSpaceGuard
 
 
@@ -239,21 +239,15 @@ class SqliteJournal:
         """See `Journal.stage`."""
         return Stage("journal", self._committer.busy, self._committer.commits)
 
-    def append(
-        self,
-        records: Records,
-        refused: Sequence[InvalidRecord],
-        claim: IdempotencyClaim | None = None,
-        bookmark: SourceOffset | None = None,
-        principal: str = "",
-    ) -> asyncio.Future[Place]:
+    def append(self, append: Append) -> asyncio.Future[Place]:
         """See `Journal.append`."""
         if self.failed.done():
             raise JournalFailed(path=self.path, problem="an earlier commit failed")
+        records, claim = append.records, append.claim
         size = _size(records)
         if claim is not None:
             size += size_of(claim)
-        whole = size + offsets.size_of(bookmark)
+        whole = size + offsets.size_of(append.offset)
         if whole > self.bytes_max:
             raise NeverFits(size=whole, what="journal.bytes_max", bound=self.bytes_max)
         if len(records.payload) + len(records.sizes) > self._row_bytes_max:
@@ -272,7 +266,7 @@ class SqliteJournal:
             self.refusing = ""
         self.bytes += size
         future: asyncio.Future[Place] = self._loop.create_future()
-        self._submit(QueuedAppend(future, records, refused, claim, bookmark, principal))
+        self._submit(QueuedAppend(future, append))
         if size >= JOIN_BYTES:
             self._hand_over()  # worth a commit by itself
         if claim is not None:
@@ -404,8 +398,8 @@ class SqliteJournal:
         self._commits += 1
         for op in committed.ops:
             self._account(op, applied=error is None)
-            if type(op) is QueuedAppend and op.claim is not None:
-                self._claim_ended(op.claim, committed)
+            if type(op) is QueuedAppend and op.append.claim is not None:
+                self._claim_ended(op.append.claim, committed)
         if committed.dead is not None:
             self._dead_are(committed.dead)
         for chunk in committed.moved.chunks:
@@ -453,7 +447,7 @@ class SqliteJournal:
     def _account(self, op: Op, *, applied: bool) -> None:
         """Without dead letters that are there now: `_dead_are` counts those."""
         if type(op) is QueuedAppend and not applied:
-            self.bytes -= _size(op.records)
+            self.bytes -= _size(op.append.records)
         elif type(op) is Settle and applied:
             self.bytes -= op.settlement.finished_bytes
             self._drained.add(op.settlement.finished_bytes, self._clock.monotonic())

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base.errors import JournalFailed, Overloaded
 from ingestd.base.rate import STALLED
-from ingestd.base.record import InvalidRecord, Layout, Records, join
+from ingestd.base.record import Layout, Records, join
 from ingestd.journal.idempotency import SWEEP_ROWS, SWEEP_SECONDS
 from ingestd.journal.interface import (
     Chunk,
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Sequence
 
-    from ingestd.base.append import IdempotencyClaim, SourceOffset
+    from ingestd.base.append import Append
     from ingestd.base.clock import Clock
 
 COMMIT_BYTES = 8 << 20
@@ -61,14 +61,10 @@ _NO_SPACE = frozenset({sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE})
 
 
 class QueuedAppend(NamedTuple):
-    """Records to accept, with the idempotency key and the bookmark that they came with."""
+    """An append that waits for its commit."""
 
     future: asyncio.Future[Place]
-    records: Records
-    refused: Sequence[InvalidRecord]
-    claim: IdempotencyClaim | None = None
-    bookmark: SourceOffset | None = None
-    principal: str = ""
+    append: Append
 
 
 class Seal(NamedTuple):
@@ -225,7 +221,7 @@ class JournalWriter:
                 return ops, False
             ops.append(op)
             if type(op) is QueuedAppend:
-                size += len(op.records.payload)
+                size += len(op.append.records.payload)
         return ops, open_
 
     def _gather_again(self, open_: bool) -> tuple[list[Op], bool]:
@@ -305,17 +301,17 @@ class JournalWriter:
 
     def _plan(self, ops: Sequence[Op]) -> tuple[Write, list[Place]]:
         now = self._clock.now()
-        appends = [op for op in ops if type(op) is QueuedAppend]
+        appends = [op.append for op in ops if type(op) is QueuedAppend]
         seals = [op for op in ops if type(op) is Seal]
         sweep = self._sweep(ops, now)
         next_chunk = self._store.meta.last_chunk + 1
-        runs, places = _joined([op.records for op in appends], next_chunk)
+        runs, places = _joined([one.records for one in appends], next_chunk)
         write = Write(
             chunks=[Chunk(number, now, run) for number, run in enumerate(runs, next_chunk)],
             refused=[
-                refused_letter(refused, now, op.principal)
-                for op in appends
-                for refused in op.refused
+                refused_letter(invalid, now, one.principal)
+                for one in appends
+                for invalid in one.invalid
             ],
             sealed=[op.batch for op in seals],
             postponed=[op.batch for op in ops if type(op) is Postpone],
@@ -323,8 +319,8 @@ class JournalWriter:
             cursor=seals[-1].cursor if seals else None,
             revive_at=now if any(type(op) is Revive for op in ops) else None,
             expire=max(((op.since, op.before) for op in ops if type(op) is Expire), default=None),
-            claims=[op.claim for op in appends if op.claim is not None],
-            bookmarks=[op.bookmark for op in appends if op.bookmark is not None],
+            claims=[one.claim for one in appends if one.claim is not None],
+            bookmarks=[one.offset for one in appends if one.offset is not None],
             at=now,
             sweep=sweep,
             keys_before=self._keys_before() if sweep else 0.0,

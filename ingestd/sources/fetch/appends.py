@@ -10,6 +10,7 @@ import asyncio
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
+from ingestd.base.append import Append
 from ingestd.base.errors import Overloaded
 from ingestd.base.record import join
 from ingestd.sources.base import again_after
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ingestd.base.append import SourceOffset
-    from ingestd.base.record import InvalidRecord, Records
     from ingestd.codecs.lines import Parsed
     from ingestd.sources.base import Intake
     from ingestd.sources.fetch.concurrency import InflightBudget
@@ -28,11 +28,8 @@ APPEND_BYTES = 4 * 1024**2
 _REFUSED_BYTES = 256  # what a refused record costs beside its payload, about
 
 
-class _Run(NamedTuple):
-    records: Records
-    refused: list[InvalidRecord]
-    unkept: int
-    bookmark: SourceOffset | None
+class _Waiting(NamedTuple):
+    append: Append
     size: int
 
 
@@ -51,7 +48,7 @@ class Appends:
         self._intake = intake
         self._budget = budget
         self._accepted = accepted
-        self._waiting: deque[_Run] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._held = 0
         self._task: asyncio.Task[None] | None = None
 
@@ -71,7 +68,8 @@ class Appends:
     def put_now(self, parsed: Parsed, bookmark: SourceOffset | None) -> None:
         """The same without waiting, for the last ones."""
         size = _size(parsed)
-        self._waiting.append(_Run(parsed.records, parsed.refused, parsed.unlisted, bookmark, size))
+        append = Append(parsed.records, parsed.refused, offset=bookmark, unkept=parsed.unlisted)
+        self._waiting.append(_Waiting(append, size))
         self._hold(size)
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="fetch-append")
@@ -110,18 +108,18 @@ class Appends:
 
     async def _run(self) -> None:
         while self._waiting:
-            run = self._next()
+            append, size = self._next()
             try:
-                await self._accept(run)
+                await self._accept(append)
             except BaseException:
                 self._budget.wake()  # whoever waits for room sees that it does not come
                 raise
-            self._accepted(run.records.count, len(run.refused) + run.unkept)
-            self._hold(-run.size)
+            self._accepted(append.records.count, len(append.invalid) + append.unkept)
+            self._hold(-size)
         self._task = None
 
-    def _next(self) -> _Run:
-        """Everything that waits, as one run, within the bound."""
+    def _next(self) -> _Waiting:
+        """Joins everything that waits, within the bound."""
         runs = [self._waiting.popleft()]
         size = runs[0].size
         while self._waiting and size + self._waiting[0].size <= APPEND_BYTES:
@@ -129,22 +127,21 @@ class Appends:
             size += runs[-1].size
         if len(runs) == 1:
             return runs[0]
-        records = [run.records for run in runs if run.records.count]
-        return _Run(
-            join(records) if records else runs[0].records,
-            [one for run in runs for one in run.refused],
-            sum(run.unkept for run in runs),
-            next((run.bookmark for run in reversed(runs) if run.bookmark is not None), None),
-            size,
+        appends = [run.append for run in runs]
+        records = [one.records for one in appends if one.records.count]
+        joined = Append(
+            join(records) if records else appends[0].records,
+            [record for one in appends for record in one.invalid],
+            offset=next((one.offset for one in reversed(appends) if one.offset is not None), None),
+            unkept=sum(one.unkept for one in appends),
         )
+        return _Waiting(joined, size)
 
-    async def _accept(self, run: _Run) -> None:
+    async def _accept(self, append: Append) -> None:
         """Tries until there is room."""
         while True:
             try:
-                await self._intake.accept(
-                    run.records, run.refused, bookmark=run.bookmark, unkept=run.unkept
-                )
+                await self._intake.accept(append)
             except Overloaded as overloaded:
                 await asyncio.sleep(again_after(overloaded))
             else:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import async_timeout
 from structlog.contextvars import bind_contextvars, unbind_contextvars
 
-from ingestd.base.append import DeliveryWaiter, scoped
+from ingestd.base.append import Append, DeliveryWaiter, scoped
 from ingestd.base.errors import Draining
 from ingestd.base.logging import get_logger
 from ingestd.http import problem
@@ -391,12 +391,14 @@ class IngestHandler:
         watch = DeliveryWaiter(parsed.records.count) if prefer.wait else None
         try:
             await route.intake.accept(
-                parsed.records,
-                kept,
-                claim,
-                watch,
-                principal=hold.client,
-                unkept=parsed.invalid - len(kept),
+                Append(
+                    parsed.records,
+                    kept,
+                    claim=claim,
+                    waiter=watch,
+                    principal=hold.client,
+                    unkept=parsed.invalid - len(kept),
+                )
             )
         except BaseException:
             if watch is not None:

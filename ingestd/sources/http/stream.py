@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import async_timeout
 
+from ingestd.base.append import Append
 from ingestd.base.errors import Draining, IngestdError, Overloaded
 from ingestd.base.logging import get_logger
 from ingestd.codecs.compression import (
@@ -313,10 +314,12 @@ class Stream:
             self._caller = self._allowed()
             try:
                 await self._intake.accept(
-                    parsed.records,
-                    kept,
-                    principal=self._hold.client,
-                    unkept=parsed.invalid - len(kept),
+                    Append(
+                        parsed.records,
+                        kept,
+                        principal=self._hold.client,
+                        unkept=parsed.invalid - len(kept),
+                    )
                 )
                 break
             except Overloaded as overloaded:

@@ -11,6 +11,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from ingestd.base.append import Append
 from ingestd.base.errors import InputUnreadable, Overloaded
 from ingestd.base.logging import get_logger
 from ingestd.codecs.framing import HEAD_BYTES, Framer, guess
@@ -294,7 +295,7 @@ class StdinSource:
             self._moved.set()
 
     async def _take(self, parsed: Parsed) -> None:
-        await self._intake.accept(parsed.records, parsed.refused, unkept=parsed.unlisted)
+        await self._intake.accept(Append(parsed.records, parsed.refused, unkept=parsed.unlisted))
 
     async def _accept_later(self, parsed: Parsed, overloaded: Overloaded) -> None:
         """Tries until there is room. One append at a time does this, in their order."""
