@@ -28,7 +28,7 @@ APPEND_BYTES = 4 * 1024**2
 _REFUSED_BYTES = 256  # what a refused record costs beside its payload, about
 
 
-class _Waiting(NamedTuple):
+class _Sized(NamedTuple):
     append: Append
     size: int
 
@@ -48,7 +48,7 @@ class Appends:
         self._intake = intake
         self._budget = budget
         self._accepted = accepted
-        self._waiting: deque[_Waiting] = deque()
+        self._waiting: deque[_Sized] = deque()
         self._held = 0
         self._task: asyncio.Task[None] | None = None
 
@@ -69,7 +69,7 @@ class Appends:
         """The same without waiting, for the last ones."""
         size = _size(parsed)
         append = Append(parsed.records, parsed.refused, offset=bookmark, unkept=parsed.unlisted)
-        self._waiting.append(_Waiting(append, size))
+        self._waiting.append(_Sized(append, size))
         self._hold(size)
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name="fetch-append")
@@ -118,7 +118,7 @@ class Appends:
             self._hold(-size)
         self._task = None
 
-    def _next(self) -> _Waiting:
+    def _next(self) -> _Sized:
         """Joins everything that waits, within the bound."""
         runs = [self._waiting.popleft()]
         size = runs[0].size
@@ -135,7 +135,7 @@ class Appends:
             offset=next((one.offset for one in reversed(appends) if one.offset is not None), None),
             unkept=sum(one.unkept for one in appends),
         )
-        return _Waiting(joined, size)
+        return _Sized(joined, size)
 
     async def _accept(self, append: Append) -> None:
         """Tries until there is room."""
