@@ -458,6 +458,7 @@ def test_real_input_over_stdin(tmp_path, name, form, content_type, way, kind) ->
     assert seen(tmp_path) == _expected(name, form)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["thread", "process"])
 def test_made_input_over_http_and_stdin(tmp_path: Path, kind: str) -> None:
     """What the tests of real input show, on records that are made here."""

@@ -14,6 +14,8 @@ import pytest
 
 from tests.daemon.harness import ROOT, Daemon, daemon
 
+pytestmark = pytest.mark.slow  # each starts processes of its own
+
 FORKS = """\
 import multiprocessing, os, time
 from concurrent.futures import ProcessPoolExecutor

@@ -14,6 +14,8 @@ from tests.daemon.harness import ROOT
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow  # each starts processes of its own
+
 NAMES = ("queue", "json", "token", "types", "typing", "enum", "select", "aiohttp", "msgspec",
          "structlog", "email", "random", "string", "statistics")  # fmt: skip
 

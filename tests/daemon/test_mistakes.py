@@ -129,6 +129,7 @@ def test_an_admin_port_in_use_names_a_way_out(tmp_path: Path) -> None:
     assert "(admin.listen): address already in use; another program has it" in one_line(done)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["process", "thread"])
 def test_a_data_directory_may_have_any_name(tmp_path: Path, kind: str) -> None:
     (tmp_path / "app.py").write_text(
@@ -155,6 +156,7 @@ def test_a_data_directory_may_have_any_name(tmp_path: Path, kind: str) -> None:
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_without_docstrings_the_daemon_does_its_work(tmp_path: Path) -> None:
     with daemon(cwd=tmp_path, environ={"PYTHONOPTIMIZE": "2"}) as one:
         status, answer = one.post(b"{]")

@@ -20,6 +20,8 @@ from tests.daemon.test_shared_process import THREAD, app, notes, post, until
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.slow  # each starts processes of its own
+
 TEXT = ("--format", "text", *THREAD)
 
 

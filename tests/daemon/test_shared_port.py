@@ -24,9 +24,12 @@ from tests.service.tools import listening, passing, refused
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(socket, "SO_REUSEPORT"), reason="the platform has no SO_REUSEPORT"
-)
+pytestmark = [
+    pytest.mark.slow,  # each starts processes of its own
+    pytest.mark.skipif(
+        not hasattr(socket, "SO_REUSEPORT"), reason="the platform has no SO_REUSEPORT"
+    ),
+]
 SHARED = ("--http.reuse_port", "true")
 
 

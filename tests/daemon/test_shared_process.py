@@ -15,6 +15,8 @@ import pytest
 
 from tests.daemon.harness import ROOT, Daemon, daemon
 
+pytestmark = pytest.mark.slow  # each starts processes of its own
+
 TOKEN = "a-token-that-is-long-enough-0123456789"
 THREAD = ("--executor.kind", "thread")
 

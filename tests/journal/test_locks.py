@@ -46,6 +46,7 @@ def refused(done: subprocess.CompletedProcess[str]) -> None:
     assert "another ingestd (process" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_data_directory_within_another_ones_pipeline_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ingestd.toml").write_text(PIPELINES)
     with daemon(cwd=tmp_path) as running:
@@ -56,6 +57,7 @@ def test_a_data_directory_within_another_ones_pipeline_is_refused(tmp_path: Path
         refused(start(tmp_path, "--data-dir", around, "--config", "/dev/null"))
 
 
+@pytest.mark.slow
 def test_a_pipeline_folder_that_is_a_link_to_another_ones_is_refused(tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     for folder in (one, other):
@@ -111,6 +113,7 @@ def test_a_child_that_is_forked_holds_no_lock(tmp_path: Path) -> None:
     os.waitpid(child, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("umask", [0o000, 0o022])
 def test_every_file_is_private_in_a_folder_that_was_there(tmp_path: Path, umask: int) -> None:
     data = tmp_path / "ingestd-data"

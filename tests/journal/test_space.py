@@ -49,6 +49,7 @@ def test_a_small_disk_takes_records_with_the_defaults(tmp_path: Path) -> None:
             assert [one["event"] for one in running.events].count("records_refused") == 1
 
 
+@pytest.mark.slow
 @needs("mount", root=True)
 def test_what_went_through_a_small_disk_does_not_fill_it(tmp_path: Path) -> None:
     """Twice as much as it holds: the log of commits is started over."""

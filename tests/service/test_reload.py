@@ -223,6 +223,7 @@ def test_wrong_settings_are_refused_as_a_whole(tmp_path: Path) -> None:
         assert hang_up(one, "reloaded")["changed"] == []
 
 
+@pytest.mark.slow
 def test_no_value_of_an_option_is_ever_logged(tmp_path: Path) -> None:
     """At the start, at a failure with its traceback, at reloads, at the end, and at a bad start."""
     (tmp_path / "app.py").write_text(

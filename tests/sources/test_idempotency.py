@@ -335,6 +335,7 @@ async def test_keys_count_in_the_journals_bytes_until_they_go(tmp_path):
 # -- a real process ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_keys_survive_kill_9(tmp_path):
     answers = []
     for _ in range(2):
