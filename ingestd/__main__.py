@@ -1,4 +1,4 @@
-"""argv → settings → command → exit code."""
+"""Entry point of `ingestd`: parses argv, runs one command and returns its exit code."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 
 class Command(Protocol):
-    """What a module in `cli` that is a command has."""
+    """Interface of a module in `cli` that is a command."""
 
     HELP: str
     DESCRIPTION: str
 
     def execute(self, arguments: argparse.Namespace, /) -> int:
-        """Does it; the exit code."""
+        """Runs the command; returns the exit code."""
 
 
 class Tool(Command, Protocol):
     """A command with arguments of its own and no settings."""
 
     def add_arguments(self, parser: argparse.ArgumentParser, /) -> None:
-        """Adds them; each parser sets itself as the default `leaf`."""
+        """Adds the arguments; each parser sets itself as the default `leaf`."""
 
 
 COMMANDS: dict[str, Command] = {"run": run, "check": check, "prove": prove}
@@ -48,7 +48,7 @@ TOOLS: dict[str, Tool] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; its exit code. Problems are lines on stderr.
+    """Runs one command and returns its exit code. Problems are lines on stderr.
 
     Without `argv`, that is as a program, it ends the process.
     """
@@ -91,7 +91,7 @@ def _execute(argv: Sequence[str]) -> int:
         return int(Exit.OK)
     if arguments.command is None:
         handler_from(words, parser)
-        parser.error(f"which command? {' or '.join((*COMMANDS, *TOOLS))}")
+        parser.error(f"a command is required: {' or '.join((*COMMANDS, *TOOLS))}")
     if arguments.command in TOOLS:
         return _execute_tool(arguments, words)
     handler = handler_from(words, commands[arguments.command])
@@ -133,7 +133,7 @@ def _parser(argv: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
 
 
 def _leave_stdout() -> None:
-    """What the interpreter does last, done where a reader that has gone is no error."""
+    """Flushes stdout; a reader that has gone is no error."""
     if sys.stdout is None or sys.stdout.closed:
         return
     try:

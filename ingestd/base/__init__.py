@@ -1,1 +1,1 @@
-"""What every room may import: records, errors, settings, clock, signals, telemetry."""
+"""Foundations that every package imports: records, errors, clock, logging, metrics."""

@@ -26,12 +26,12 @@ def scoped(principal: str, key: str) -> str:
 
 
 def principal_of(scoped_key: str) -> str:
-    """Whose a stored key is; empty for one of a journal that did not tell principals apart."""
+    """The principal of a stored key; empty for keys of journals that did not tell them apart."""
     return scoped_key.rpartition(" ")[0]
 
 
 class IdempotencyClaim:
-    """A request's hold on its key, until its append has resolved or is given up.
+    """Reserves an idempotency key for one request until its append has resolved or is given up.
 
     Attributes:
         key: what the client calls the request, `scoped`.
@@ -49,13 +49,13 @@ class IdempotencyClaim:
         self.submitted = False
 
 
-# -- what becomes of the records of one append, for whoever waits for it ---------------------------
+# -- delivery of the records of one append --------------------------------------------------------
 
 FAILED_MAX = 100
 """So many failed records are named one by one; the others are counted."""
 
 ERROR_CHARACTERS_MAX = 500
-"""What is told of an error: a hundred of any size are an answer of any size."""
+"""Bound of each reported error: a hundred of any size are an answer of any size."""
 
 
 class FailedRecord(NamedTuple):
@@ -73,7 +73,7 @@ class FailedRecord(NamedTuple):
 
 
 class DeliveryWaiter:
-    """Filled in by the pipeline each time a result is written down; on the event loop.
+    """Counts outcomes of one append's records; the pipeline updates it on the event loop.
 
     Args:
         count: the records of the append, at least one.
@@ -109,11 +109,11 @@ class DeliveryWaiter:
 # -- how far a source has read its input -----------------------------------------------------------
 
 STATE_BYTES_MAX = 8192
-"""What a source may keep of one input."""
+"""Bound of the state that a source keeps of one input."""
 
 
 class SourceOffset(NamedTuple):
-    """A place in one input; put down in the commit of its records, in place of the one before.
+    """A position in one input, stored in the commit of its records in place of the one before.
 
     Attributes:
         key: names the input; holds nothing that is secret.

@@ -1,6 +1,5 @@
-"""How long to wait before another try.
+"""Exponential backoff with full jitter.
 
-Exponential with full jitter:
 https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
 """
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class SealedBatch:
-    """One sealed batch, as the pipeline holds it. The handler sees another `SealedBatch`.
+    """One sealed batch, as the pipeline holds it; the handler gets a `handlers.batch.Batch`.
 
     Attributes:
         number: unique and growing within its journal.

@@ -1,4 +1,4 @@
-"""Threads that compute beside an event loop compute in bursts, and let it take a turn between them.
+"""Lets threads that compute next to an event loop yield to it between bursts.
 
 The loop gives the interpreter's lock away after each callback. A thread that computes has it then
 for `SWITCH_SECONDS`, whatever the callback took: beside one such thread the loop runs a callback a
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import asyncio
 
 BURST_SECONDS = 0.005
-"""How long a thread computes before the loop takes its turn. Asking for it takes about 0.1 ms."""
+"""Time that a thread computes before the loop takes its turn. Asking for it takes about 0.1 ms."""
 TURN_SECONDS_MAX = 0.25
-"""How long a thread waits for that turn: a loop that has stopped takes none."""
+"""Longest wait for that turn: a loop that has stopped takes none."""
 
 
 class _Burst(threading.local):
@@ -29,7 +29,7 @@ _burst = _Burst()
 
 
 def compute_beside(loop: asyncio.AbstractEventLoop) -> None:
-    """Says which loop goes first, for the thread that calls it."""
+    """Sets the loop to which the calling thread yields."""
     _burst.loop = loop
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 
 class Clock(Protocol):
-    """Where time comes from."""
+    """Wall-clock and monotonic time."""
 
     def now(self) -> float:
         """Wall-clock time, seconds since the epoch: what is written down."""
@@ -26,21 +26,19 @@ class SystemClock:
     monotonic = staticmethod(time.monotonic)
 
 
-# -- how old something is that was stamped with the wall clock -------------------------------------
+# -- ages of wall-clock stamps --------------------------------------------------------------------
 #
-# How old something is that was stamped with the wall clock, whatever that clock has done since.
-#
-# A machine without a battery for its clock starts in 1970 and jumps to the present once it has
-# asked somebody. What was stamped a minute ago is then fifty years old by the clock, and would
+# A machine without a battery for its clock starts in 1970 and jumps to the present once it is
+# synchronised. What was stamped a minute ago is then fifty years old by the clock, and would
 # expire. The clock that never goes back tells how much time has passed: where the wall clock went
 # further, it jumped, and stamps from before the jump are younger by as much.
 
 JUMP_SECONDS = 60.0
-"""What the wall clock may gain between two looks without having jumped."""
+"""Gain of the wall clock between two looks from which on it has jumped."""
 JUMPS_MAX = 64
 """So many jumps are remembered, the newest ones."""
 PLAUSIBLE = 1_704_067_200.0
-"""2024-01-01: a stamp from before was made by a clock that nobody had set."""
+"""2024-01-01: a stamp from before was made by a clock that was not set."""
 
 
 class _Jump(NamedTuple):
@@ -65,7 +63,7 @@ class Ages:
         self._jumps: tuple[_Jump, ...] = ()
 
     def observe(self) -> float:
-        """Looks whether the wall clock has jumped; the wall-clock time now."""
+        """Detects a jump of the wall clock; returns its time now."""
         with self._lock:
             now, passed = self._clock.now(), self._clock.monotonic()
             expected = self._seen[0] + passed - self._seen[1]
@@ -75,7 +73,7 @@ class Ages:
         return now
 
     def before(self, age: float) -> float:
-        """What was stamped at this time or earlier is at least so many seconds old."""
+        """The newest stamp that is at least so many seconds old."""
         bound = self.observe() - age
         for jump in reversed(self._jumps):
             if bound >= jump.after:

@@ -1,4 +1,4 @@
-"""Errors. One root; a class's message is a field with places for its facts."""
+"""Errors of the package: one root, with message templates in a field and facts by name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import ClassVar
 
 
 class Exit(enum.IntEnum):
-    """What the process says when it leaves (see `docs/ARCHITECTURE.md`)."""
+    """Exit codes of the process."""
 
     OK = 0
     UNEXPECTED = 1
@@ -114,9 +114,9 @@ class KeyReused(IngestdError):
 
 
 class Draining(IngestdError):
-    """The daemon takes nothing any more."""
+    """The daemon accepts no more records: it is shutting down."""
 
-    message = "this daemon is draining"
+    message = "this daemon is shutting down"
 
 
 class JournalFailed(IngestdError):

@@ -1,4 +1,4 @@
-"""Files and folders that only their owner reads, whatever the umask and the folder they lie in."""
+"""Private files and folders, synced folder names, and bounded reading of files."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def open_private(path: Path, flags: int) -> int:
     fd = os.open(path, flags | os.O_CLOEXEC, FILE_MODE)
     found = os.fstat(fd)
     if found.st_mode & _OTHERS and stat.S_ISREG(found.st_mode):
-        with contextlib.suppress(OSError):  # somebody else's: it stays as open as they made it
+        with contextlib.suppress(OSError):  # another user's: it stays as it is
             os.fchmod(fd, FILE_MODE)
     return fd
 
@@ -72,7 +72,7 @@ def create_new(path: Path) -> int:
     """Opens a new private file for writing in place of one of that name; follows no link.
 
     Raises:
-        OSError: it can't be made, or somebody else made it meanwhile.
+        OSError: it can't be made, or was made by another process meanwhile.
     """
     with contextlib.suppress(FileNotFoundError):
         path.unlink()
@@ -113,18 +113,18 @@ def sync_folder(path: Path) -> None:
 
 
 def open_to_others(path: Path) -> bool:
-    """Whether others than its owner may look into a folder."""
+    """Tells if others than its owner may read a folder."""
     return bool(path.stat().st_mode & _OTHERS)
 
 
-# -- files that settings name, read without waiting and within a bound -----------------------------
+# -- bounded reads --------------------------------------------------------------------------------
 
 BYTES_MAX = 16 * 1024**2
 """The default bound: no settings and no certificates are larger."""
 
 
 def read_file(path: Path, bytes_max: int = BYTES_MAX, *, may_wait: bool = False) -> bytes:
-    """The whole of a regular file.
+    """Reads the whole of a regular file.
 
     A FIFO, a terminal or a device may make its reader wait for ever, or have no end. And what a
     pipe held is there once: read again it is empty, and that would be taken for settings without
@@ -138,7 +138,7 @@ def read_file(path: Path, bytes_max: int = BYTES_MAX, *, may_wait: bool = False)
     Raises:
         OSError: it can't be read, or is none of that; `strerror` says so.
     """
-    # Without O_NONBLOCK the opening of a FIFO that nobody writes to waits already.
+    # Without O_NONBLOCK the opening of a FIFO without a writer waits already.
     flags = os.O_CLOEXEC | os.O_NOCTTY | (0 if may_wait else os.O_NONBLOCK)
     with open(path, "rb", opener=lambda name, mode: os.open(name, mode | flags)) as opened:
         found = os.fstat(opened.fileno())

@@ -1,4 +1,4 @@
-"""What has to be done before anything else is imported: see `path.py`."""
+"""Puts the current folder last on the import path, before anything else is imported."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from ingestd.base.path import put_last
 
 try:
     put_last(os.getcwd())  # noqa: PTH109  pathlib imports a lot
-except OSError:  # the current folder is gone; whoever needs it says so
+except OSError:  # the current folder is gone; its users report that
     pass

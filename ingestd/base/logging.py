@@ -1,4 +1,4 @@
-"""Logs: one line an event on stderr, written by a thread that nobody waits for.
+"""Structured logs: one line an event on stderr, written by a thread that delays no caller.
 
 A caller renders its line and puts it into a bounded queue. One daemon thread writes. A reader that
 stalls, a full disk or a closed stderr therefore costs log lines, which are counted and reported
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 
 
 LINES_MAX = 10_000
-"""Lines that may wait for the writer."""
+"""Bound of the lines that wait for the writer."""
 BYTES_MAX = 8 * 1024**2
-"""Bytes of lines that may wait for the writer."""
+"""Bound of their bytes."""
 LINE_BYTES_MAX = 64 * 1024
 """A longer line is written without its fields."""
 
@@ -73,14 +73,14 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 class LogWriter:
-    """A bounded queue of lines and the thread that writes them to a file descriptor.
+    """Writes lines from a bounded queue to a file descriptor, in a thread of its own.
 
     Args:
         fd: where to; the writer owns it and closes it. -1 writes nowhere: every line is dropped.
         report: the line that says how many lines were dropped.
 
     Attributes:
-        above_live: somebody draws a live line on the same terminal; it is erased before each write.
+        above_live: a live line is drawn on the same terminal; it is erased before each write.
     """
 
     def __init__(self, fd: int, report: Callable[[int], bytes]) -> None:
@@ -106,7 +106,7 @@ class LogWriter:
 
     @property
     def lines_lost(self) -> int:
-        """Lines given up so far, for `Metrics.watch_log`."""
+        """Lines dropped so far, for `Metrics.watch_log`."""
         return self._dropped
 
     def write(self, line: bytes) -> None:
@@ -126,7 +126,7 @@ class LogWriter:
         """Writes what waits, for `timeout` seconds at most, and takes the logging down.
 
         Returns:
-            Whether everything was written or counted as dropped; else the thread is left behind
+            True if everything was written or counted as dropped; else the thread is left behind
             in a write that does not return, and dies with the process.
         """
         self._restore.close()
@@ -139,7 +139,7 @@ class LogWriter:
         return not self._thread.is_alive()
 
     def set_level(self, level: str) -> None:
-        """From now on lines that are less important are not written: `log.level` as it is set."""
+        """Sets the least important level that is written: `log.level`."""
         self._levels(level)
 
     def obey(self, levels: Callable[[str], None]) -> None:
@@ -151,7 +151,7 @@ class LogWriter:
         self._restore.callback(step)
 
     def write_at_once(self) -> None:
-        """From now on without the thread and the lock, which a forked child does not have."""
+        """Writes in the caller's thread from now on: a forked child has no writer thread."""
         self._forked = True
 
     def _run(self) -> None:
@@ -170,7 +170,7 @@ class LogWriter:
             os.close(self._fd)
 
     def _gather(self) -> tuple[list[bytes], bool]:
-        """Waits for a line, takes along what is there already; and whether that was the last."""
+        """Waits for a line and adds those that are there already; True with the last ones."""
         line = self._queue.get()
         lines: list[bytes] = []
         size = 0
@@ -186,7 +186,7 @@ class LogWriter:
         return lines, True
 
     def _put_out(self, lines: list[bytes]) -> int:
-        """How many of the lines got out whole, from the first one on; the rest is given up."""
+        """Writes lines; returns the number written whole, from the first one on. Drops the rest."""
         # What a failed write left of a line must not run into the next one.
         mend = (_ERASE if self.above_live else b"") + (b"\n" if self._torn else b"")
         text = mend + b"".join(lines)
@@ -196,7 +196,7 @@ class LogWriter:
         return bisect_right(list(accumulate(map(len, lines))), sent - len(mend))
 
     def _send(self, text: bytes) -> int:
-        """How many bytes got out before the end, an error or the deadline of `close`."""
+        """Writes until the end, an error or the deadline of `close`; returns the bytes written."""
         sent = 0
         while sent < len(text):
             try:
@@ -210,7 +210,7 @@ class LogWriter:
         return sent
 
     def _wait(self) -> None:
-        """Somebody made the descriptor non-blocking and its reader is slow."""
+        """Polls a descriptor that was made non-blocking and whose reader is slow."""
         poll = select.poll()
         poll.register(self._fd, select.POLLOUT)
         poll.poll(_POLL_MS)
@@ -225,19 +225,19 @@ class Log:
     __slots__ = ()
 
     def debug(self, event: str, **fields: object) -> None:
-        """Logs what only helps to find a fault."""
+        """Logs details that help to find a fault."""
         _say("debug", event, fields)
 
     def info(self, event: str, **fields: object) -> None:
-        """Logs what is as it should be."""
+        """Logs normal operation."""
         _say("info", event, fields)
 
     def warning(self, event: str, **fields: object) -> None:
-        """Logs what somebody should look at some day."""
+        """Logs a condition that an operator should look at some day."""
         _say("warning", event, fields)
 
     def error(self, event: str, **fields: object) -> None:
-        """Logs what somebody should look at now."""
+        """Logs a condition that an operator should look at now."""
         _say("error", event, fields)
 
     def exception(self, event: str, **fields: object) -> None:
@@ -251,7 +251,7 @@ def get_logger() -> Log:
 
 
 class _LoggerState:
-    """How our own lines are made and written while logging is started."""
+    """Processors, level and writer of our own lines while logging is started."""
 
     __slots__ = ("chain", "level", "write")
 
@@ -339,7 +339,7 @@ def _change_level(logger: type[object], own: _LoggerState, level: str) -> None:
 
 
 def _own_descriptor(stream: TextIO | None) -> int:
-    """A copy, so that nobody else's file gets our lines when the stream is closed.
+    """Duplicates the stream's descriptor, so that no other file gets our lines if it is closed.
 
     It is 3 or more: with a standard stream closed, a lower number could pass for one.
     """
@@ -365,7 +365,7 @@ def _line(chain: list[Processor], level: str, event: EventDict) -> bytes:
 
 
 class _Sink:
-    """What structlog calls with a rendered line, by the name of the level."""
+    """Receives rendered lines from structlog, by the name of the level."""
 
     __slots__ = ("critical", "debug", "error", "info", "warning")
 
@@ -468,14 +468,14 @@ class _LibraryHandler(logging.Handler):
 
 
 def _take_over_library_logs(writer: LogWriter, chain: list[Processor], level: int) -> None:
-    """Until the writer is closed. Libraries' debug lines stay out: they are about themselves."""
+    """Routes library logs here until the writer is closed, without the libraries' debug lines."""
     root, handler = logging.getLogger(), _LibraryHandler(writer.write, chain)
     writer.undo(partial(root.setLevel, root.level))
     root.setLevel(max(level, logging.INFO))
     writer.undo(partial(root.removeHandler, handler))
     root.addHandler(handler)
-    # What the libraries of the daemon say does not pass handlers that somebody else has put there:
-    # they may block, and the event loop with them.
+    # Lines of the daemon's libraries do not pass logging handlers that a user's module has added:
+    # these may block, and the event loop with them.
     for name in _LIBRARIES:
         library = logging.getLogger(name)
         writer.undo(partial(setattr, library, "propagate", library.propagate))

@@ -1,10 +1,10 @@
-"""What the daemon counts, for Prometheus. One `Metrics` a process, with a registry of its own.
+"""Prometheus metrics. One `Metrics` a process, with a registry of its own.
 
 Two ways in, neither on the path of a single record:
 
 * What happens is counted where it happens, once a request, commit or batch, through objects whose
   label values are already resolved (`Metrics.route`, `Metrics.pipeline`).
-* What is known anyway (the ledger, the queue, the lanes) is read when somebody scrapes
+* What is known anyway (the ledger, the queue, the workers) is read at each scrape
   (`Metrics.watch`), so no second count of it can drift.
 
 Names follow https://prometheus.io/docs/practices/naming/: base units, `_total` on counters.
@@ -29,7 +29,7 @@ REASONS_MAX = 32
 """Values that one `reason` label may take in one pipeline; what comes later counts as `other`."""
 
 Tried = Literal["done", "retry", "split", "failed"]
-"""How a try of a batch ended; see `_Families.batches`."""
+"""Outcome of a try of a batch; see `_Families.batches`."""
 
 _BY_PIPELINE = ("pipeline",)
 _BY_REASON = ("pipeline", "reason")
@@ -42,7 +42,7 @@ _BYTES = tuple(1024 * 4**n for n in range(9))  # 1 KiB to 64 MiB
 
 
 class PipelineState(NamedTuple):
-    """What a scrape reads of one pipeline.
+    """State of one pipeline, as a scrape reads it.
 
     The first five are the ledger: they count over the whole life of the data directory, so the
     counters made of them do not start over with the process.
@@ -52,7 +52,7 @@ class PipelineState(NamedTuple):
         processed: records.
         dead: records.
         pending: records.
-        refused: records kept as dead letters at the door; in none of the four above.
+        refused: records kept as dead letters and never accepted; in none of the four above.
         journal_bytes: used.
         journal_bytes_max: the bound.
         queue_chunks: in memory.
@@ -73,8 +73,8 @@ class PipelineState(NamedTuple):
         dispatch_stopped: 1 while no batch is given to the handler, because `letters_bytes` is at
             its bound.
         unaccounted: pending by the counters less pending by the journal's rows; not 0 is an error.
-        down_since: since when the handler has failed for everyone, seconds since the epoch; 0 while
-            it works.
+        down_since: since when all calls of the handler fail, seconds since the epoch; 0 while it
+            works.
     """
 
     accepted: int
@@ -146,7 +146,7 @@ _STATE = (
 
 
 class _Watcher(Collector):
-    """Reads the pipelines' states when somebody scrapes."""
+    """Reads the pipelines' states at each scrape."""
 
     def __init__(self) -> None:
         self.read: Callable[[], Mapping[str, PipelineState]] = dict
@@ -303,7 +303,7 @@ class PipelineMetrics:
         self._accepted_bytes.inc(size)
 
     def refused(self, reason: str, records: int, size: int) -> None:
-        """The door refused records and keeps them as dead letters: once a request and reason."""
+        """Counts records that a source keeps as dead letters instead: once a request and reason."""
         self._dead_letters.inc(reason, records)
         self._refused_bytes.inc(reason, size)
 
@@ -346,7 +346,7 @@ class Metrics:
         version: of ingestd, for `ingestd_build_info`.
 
     Attributes:
-        loop_lag: gauge, seconds; who measures it sets it.
+        loop_lag: gauge, seconds; set by the daemon's loop monitor.
     """
 
     def __init__(self, version: str) -> None:
@@ -383,21 +383,21 @@ class Metrics:
         return self._pipelines[name]
 
     def watch(self, read: Callable[[], Mapping[str, PipelineState]]) -> None:
-        """From now on each scrape reads the pipelines' states, by name, from `read`."""
+        """Has each scrape read the pipelines' states, by name, from `read`."""
         self._watcher.read = read
 
     def watch_log(self, lost: Callable[[], int]) -> None:
-        """From now on each scrape reads the number of dropped log lines from `lost`."""
+        """Has each scrape read the number of dropped log lines from `lost`."""
         self._watcher.lost = lost
 
     def collect(self) -> Iterator[Metric]:
-        """All series, without the `_created` ones: they double the page and nobody asks them."""
+        """Yields all series but the `_created` ones, which double the page and have no use."""
         for family in self._registry.collect():
             family.samples = [s for s in family.samples if not s.name.endswith("_created")]
             yield family
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
-        """The page a scraper gets: body and content type.
+        """Renders the page of a scrape: body and content type.
 
         Args:
             accept: the request's `Accept`; OpenMetrics if it asks for that, else Prometheus text.

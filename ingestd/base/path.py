@@ -1,4 +1,4 @@
-"""Where modules are looked for: the user's folder never hides Python's own modules, or ours.
+"""Orders the import path so that the user's folder never hides Python's modules or ours.
 
 A file `queue.py` or `token.py` beside the handler would be taken for the standard library's, by us
 or by a library, if its folder came first; Python puts it there with `-m`, and so may `PYTHONPATH`.
@@ -18,7 +18,7 @@ _put: set[str] = set()
 
 
 def put_last(folder: str) -> None:
-    """Moves a folder to the end of the path, if it is on it: while we import what is ours."""
+    """Moves a folder to the end of the path, if it is on it, while we import our own modules."""
     others = _without(folder)
     if len(others) < len(sys.path):
         sys.path[:] = [*others, folder]

@@ -1,9 +1,9 @@
-"""The end of the process: once all is reported, nothing that a handler has left behind keeps it.
+"""Ends the process whatever a handler has left running, and masks signals across forks.
 
 A module of the user's may have begun threads that are no daemons, timers, or a pool with a job
 that hangs; the interpreter would wait for them, for ever, at its exit. So the process ends itself.
 Hooks registered with `atexit` run before that, in a thread, for `ATEXIT_SECONDS` at most: telemetry
-of the user's gets to send its last words, and a hook that hangs keeps nothing.
+of the user's is flushed, and a hook that hangs delays nothing.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 
 
 ATEXIT_SECONDS = 2.0
-"""How long hooks registered with `atexit`, and the readers of stdout and stderr, are waited for."""
+"""Longest wait for hooks registered with `atexit`, and for the readers of stdout and stderr."""
 
 
 def end_process(code: int) -> NoReturn:
     """Runs the hooks, flushes stdout and stderr, and ends the process whatever becomes of them."""
-    last = threading.Thread(target=_last_words, name="last-words", daemon=True)
+    hooks = threading.Thread(target=_run_exit_hooks, name="exit-hooks", daemon=True)
     try:
-        last.start()
-        last.join(ATEXIT_SECONDS)
+        hooks.start()
+        hooks.join(ATEXIT_SECONDS)
     finally:
         os._exit(code)
 
 
-def _last_words() -> None:
+def _run_exit_hooks() -> None:
     with contextlib.suppress(BaseException):
         atexit._run_exitfuncs()  # noqa: SLF001  the only way to run them and come back
     for stream in (sys.stdout, sys.stderr):
@@ -42,7 +42,7 @@ def _last_words() -> None:
             stream.flush()
 
 
-# -- holds signals back while a process is forked, until the child has its own handlers ------------
+# -- signals across a fork ------------------------------------------------------------------------
 #
 # Between the fork and the first line that a child runs, it has its parent's handlers: a signal
 # that comes then is lost, or is written into the parent's wake-up pipe. `multiprocessing` ends its
@@ -50,7 +50,7 @@ def _last_words() -> None:
 
 
 class HeldSignals:
-    """Holds them in every fork of this process from now on; each thread has a mask of its own.
+    """Blocks signals in every fork of this process until the child has handlers of its own.
 
     Args:
         numbers: the signals.

@@ -1,4 +1,4 @@
-"""How fast something goes, and how long until there is room. Pure: the caller says the time."""
+"""Rates, waits until capacity is free, and burst budgets. Pure: the caller passes the time."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
 
 
 WINDOW_SECONDS = 10.0
-"""What happened this long ago counts for 1/e."""
+"""Time constant: an event this long ago counts for 1/e."""
 ROOM_SHARE = 0.9
-"""Whoever is turned away is asked to come back when a bound is filled this far."""
+"""Fill of a bound at which a rejected client is asked to come back."""
 SHORTEST = 1.0
 LONGEST = 60.0
 """Bounds of `Retry-After`, seconds."""
@@ -59,7 +59,7 @@ def wait_for_room(
         used: how much there would be.
         bound: how much there may be, in the same unit.
         per_second: how much goes out.
-        random: 0 to 1; whoever was turned away together does not come back together.
+        random: 0 to 1; clients rejected together do not come back together.
 
     Returns:
         `SHORTEST` to `LONGEST`, about `STALLED` if it would take for ever.
@@ -72,9 +72,7 @@ def wait_for_room(
     return min(LONGEST, max(SHORTEST, seconds * spread))
 
 
-# -- how much of something may happen: a burst at once, and so much a second after that ------------
-#
-# Pure.
+# -- burst budgets --------------------------------------------------------------------------------
 
 
 class BurstBudget:
@@ -94,7 +92,7 @@ class BurstBudget:
         self._at = now
 
     def spend(self, amount: float, now: float) -> bool:
-        """Whether there was so much left; then it is spent."""
+        """Spends an amount; returns False, and spends nothing, if so much is not left."""
         self._left = min(self._burst, self._left + max(0.0, now - self._at) * self._per_second)
         self._at = now
         if amount > self._left:

@@ -1,6 +1,6 @@
 """Records as they travel: bytes, with just enough shape to count and cut them.
 
-On the event loop nobody decodes a record. A run of records is one `bytes` object in one of two
+The event loop never decodes a record. A run of records is one `bytes` object in one of two
 layouts, and it keeps that form from the socket to the worker:
 
 * `Layout.LINES`: every record is followed by one LF and contains none. JSON lines and text arrive
@@ -63,7 +63,7 @@ class Records(NamedTuple):
     """
 
     layout: Layout
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody needs here
+    count: int  # type: ignore[assignment]  # hides tuple.count
     payload: bytes
     sizes: bytes = b""
     names: tuple[str, ...] = ()
@@ -81,7 +81,7 @@ class Records(NamedTuple):
         )
 
     def items(self) -> list[bytes]:
-        """Each record by itself, without its terminator."""
+        """The records one by one, without terminators."""
         if self.layout is Layout.LINES:
             items = self.payload.split(b"\n")
             items.pop()
@@ -192,7 +192,7 @@ def join(runs: Sequence[Records]) -> Records:
 
 
 class InvalidRecord(NamedTuple):
-    """A record that the door did not accept and keeps as a dead letter.
+    """A record that a source did not accept; it is kept as a dead letter.
 
     Attributes:
         index: its place in what was sent, counting from 0 over accepted and refused records.
@@ -216,7 +216,7 @@ class Span(NamedTuple):
 
 
 def select(spans: Iterable[Span], indices: Iterable[int]) -> tuple[Span, ...]:
-    """Where some records of a batch lie.
+    """The spans of some records of a batch.
 
     Args:
         spans: the batch's spans.
@@ -239,7 +239,7 @@ def select(spans: Iterable[Span], indices: Iterable[int]) -> tuple[Span, ...]:
 
 
 def without(spans: Iterable[Span], removed: Iterable[Span]) -> tuple[Span, ...]:
-    """What is left of a batch's spans; each removed span lies inside one of them."""
+    """A batch's spans less removed ones; each of these lies inside one of the batch's."""
     left = list(spans)
     for gone in removed:
         for i, span in enumerate(left):
