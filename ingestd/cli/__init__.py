@@ -1,1 +1,1 @@
-"""The command line: one file a command. Each has `HELP`, `DESCRIPTION` and `execute`."""
+"""The command line, one file a command; each has `HELP`, `DESCRIPTION` and `execute`."""

@@ -1,6 +1,6 @@
-"""Arguments: every setting is a flag under its dotted name, and the common ones have short names.
+"""Flags of the command line: every setting by its dotted name, common ones by short names too.
 
-Nothing is checked here but names: values are settings, and settings are checked in one place.
+Only names are checked here: values are settings, and settings are checked in one place.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from pydantic.fields import FieldInfo
 
-# key, the flag that people type, how its value is called
+# setting, its short flag, the name of its value
 COMMON = (
     ("source.kind", "--source", "http|stdin|fetch"),
     ("http.listen", "--listen", "HOST:PORT"),
@@ -29,22 +29,22 @@ COMMON = (
 )
 _FREE = ("handler.options", "fetch.headers")
 _TABLES = {
-    "http.tokens": "who may send: token, hash, file, client_certificate, pipelines, …",
-    "http.webhooks": "signed deliveries: kind, secret, file, pipeline, tolerance",
+    "http.tokens": "access tokens: token, hash, file, client_certificate, pipelines, …",
+    "http.webhooks": "signed webhooks: kind, secret, file, pipeline, tolerance",
 }
 _WITH_OWN_NAMES = ("--pipelines.", *(f"--{key}." for key in (*_FREE, *_TABLES)))
 _METAVARS = {"bytes": "SIZE", "seconds": "TIME", "": "NUMBER", "words": "WORD,…"}
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises instead of leaving, and shortens nothing: `--batch` is not `--batch.age_max`."""
+    """Raises instead of exiting, and accepts no abbreviated flags."""
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", _formatter)
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        """Any wrong use, as the error that `main` reports.
+        """Reports wrong usage as the error that `main` prints.
 
         Raises:
             UsageError: always.
@@ -58,7 +58,7 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 
 
 class _Keep(argparse.Action):
-    """Keeps a setting's flag with its text, in the order of the command line."""
+    """Stores a setting's flag with its text, in the order of the command line."""
 
     def __call__(
         self,
@@ -72,7 +72,7 @@ class _Keep(argparse.Action):
 
 
 def add_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """The flags of `run` and `check`; those with names of the user's own are taken from `argv`."""
+    """Adds the flags of `run` and `check`; those with the user's own names are read in `argv`."""
     parser.set_defaults(flags=[])
     fields = {dotted(path): field for path, field in settings_of(Settings)}
     group = parser.add_argument_group("common flags")
@@ -94,23 +94,23 @@ def add_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
             _add(group, f"--{key}", key, _metavar(field), _help(field))
     for table, text in _TABLES.items():
         _add(group, f"--{table}.NAME.KEY", f"{table}.NAME.KEY", "VALUE", text)
-    again = "any of format, batch, queue, handler, … again, for a pipeline of its own"
+    again = "any of format, batch, queue, handler, … for another pipeline"
     _add(group, "--pipelines.NAME.KEY", "pipelines.NAME.KEY", "VALUE", again)
     for flag in _own_names(argv):
         _add(group, flag, flag.removeprefix("--"), "VALUE", argparse.SUPPRESS)
 
 
 def add_data_dir(parser: argparse.ArgumentParser) -> None:
-    """The flags that tell a tool where the daemon's data is, as `run` would find it."""
+    """Adds the flags that locate the daemon's data directory, as `run` would find it."""
     parser.set_defaults(flags=[])
     _add_config(parser)
-    group = parser.add_argument_group("where")
+    group = parser.add_argument_group("location")
     _add(group, "--data-dir", "data_dir", "DIR", "the daemon's data directory, as for run")
     _add(group, "--data_dir", "data_dir", "DIR", argparse.SUPPRESS)
 
 
 def add_admin(parser: argparse.ArgumentParser) -> None:
-    """The flags that tell a tool where the daemon's admin server is, as `run` would find it."""
+    """Adds the flags that locate the daemon's admin server, as `run` would find it."""
     parser.set_defaults(flags=[])
     _add_config(parser)
     text = "the daemon's admin address, as for run"
@@ -163,10 +163,10 @@ def _help(field: FieldInfo) -> str:
 
 
 def handler_from(words: Sequence[str], known: argparse.ArgumentParser) -> Flag | None:
-    """HANDLER, from the words that are no flags; argparse on 3.11 loses one that follows flags.
+    """Finds HANDLER among the words that are no flags; argparse on 3.11 loses one behind flags.
 
     Raises:
-        UsageError: an unknown flag, with what was probably meant; or more than one word.
+        UsageError: an unknown flag, with the nearest known one; or more than one word.
     """
     words = [word for word in words if word != "--"]
     unknown = [word.split("=", 1)[0] for word in words if word.startswith("-") and word != "-"]

@@ -1,4 +1,7 @@
-"""The effective settings as TOML, each with where it came from, secrets masked."""
+"""`ingestd check [HANDLER]` checks the configuration and prints the effective settings.
+
+Each setting is a line of TOML with its origin; secrets are masked. Nothing is opened.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ def _visible(path: Sequence[str], value: object, origin: str, loaded: Loaded[Set
 
 
 def _harmless(path: Sequence[str], loaded: Loaded[Settings]) -> bool:
-    """Whether an option is one of our sinks', which have no secrets."""
+    """Returns True for options of our own sinks, which have no secrets."""
     settings: Any = loaded.settings
     handler = settings.handler if path[0] == "handler" else settings.pipelines[path[1]].handler
     return is_ours(handler.target)
@@ -91,21 +94,19 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-# -- `ingestd check [HANDLER]` ---------------------------------------------------------------------
-#
-# `ingestd check [HANDLER]`: what `run` would do with the same flags, without opening anything.
+# -- the command -----------------------------------------------------------------------------------
 
 HELP = "check the configuration and the handler, print the effective settings"
 DESCRIPTION = """\
 Reads the configuration and the files that it names, and imports the handlers, as `ingestd run` with
-the same flags would, and opens nothing: no port, no journal, no folder. Prints every setting that
-is in effect with where it came from, as TOML; secrets are masked.
+the same flags would, and opens nothing: no port, no journal, no folder. Prints every
+effective setting with its origin, as TOML; secrets are masked.
 
 exit codes: 0 all is well; 2 usage; 78 configuration or handler"""
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Prints what is in effect; the exit code says whether `run` would start.
+    """Prints the effective settings; the exit code tells if `run` would start.
 
     Raises:
         ConfigError: the configuration is wrong.
@@ -124,7 +125,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def _check_access(settings: Settings) -> int:
-    """Whether the files with tokens, secrets and certificates are what they should be."""
+    """Reads the files with tokens, secrets and certificates; returns an exit code."""
     if settings.source.kind != "http":
         return int(Exit.OK)
     from ingestd.sources.http.access import read_access  # noqa: PLC0415  only now it is needed
@@ -139,7 +140,7 @@ def _check_access(settings: Settings) -> int:
 
 
 def _resolve(pipeline: PipelineSettings) -> str:
-    """The handler's full name, and what it will run in.
+    """The handler's full name, and the executor that will run it.
 
     Raises:
         HandlerLoadError: it can't be imported, or does not fit its pipeline or its options.

@@ -1,4 +1,4 @@
-"""What `run` and `check` have in common: flags to settings."""
+"""Loads the settings from the flags of a command."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def configured(arguments: argparse.Namespace) -> Loaded[Settings]:
 
 
 class Configuration:
-    """What this process was told at its start; a reload reads the same places again.
+    """The sources of settings of this process, kept for reloads.
 
-    The current folder and the environment are those of now: a handler in a thread of the daemon may
-    change both.
+    The current folder and the environment are those of the start: a handler in a thread of the
+    daemon may change both.
 
     Args:
         arguments: of the command line.
@@ -44,7 +44,7 @@ class Configuration:
         self._before: Loaded[Settings] | None = None
 
     def load(self) -> Loaded[Settings]:
-        """The settings as they are written now, every path in them absolute.
+        """Loads the settings as they are written now, every path in them absolute.
 
         Raises:
             ConfigError: with one line for everything that is wrong.

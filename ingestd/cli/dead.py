@@ -1,4 +1,4 @@
-"""`ingestd dead`: the records that were given up, beside a running daemon or without one."""
+"""`ingestd dead` lists, shows, retries, purges and exports dead letters."""
 
 from __future__ import annotations
 
@@ -24,33 +24,32 @@ if TYPE_CHECKING:
 
     from ingestd.settings import Settings
 
-HELP = "list, show, retry, purge or export the records that were given up"
+HELP = "list, show, retry, purge or export dead letters"
 DESCRIPTION = """\
-Works on the journals of a data directory, beside a running daemon or without one. It reads without
-disturbing anybody; retry only marks letters, and the daemon takes them back within a second, or
-when it is started.
+Works on the dead letters in a data directory, with or without a running daemon, and never blocks
+it. Retry marks dead letters, and the daemon requeues them within a second, or at its next start.
 
 exit codes: 0 done; 1 unexpected; 2 usage, or not confirmed; 78 configuration, or no journal"""
 
 SHOWN = 100
-"""Rows of a table, unless `--limit` says something else."""
+"""Rows of a table without `--limit`."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The actions, each with its flags."""
+    """Adds the actions, each with its flags."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
-    one = _action(actions, "list", _list, "a line for each letter")
+    one = _action(actions, "list", _list, "one line for each dead letter")
     _add_filter(one)
     one.add_argument("--json", action="store_true", help="JSON lines, without payloads")
-    one = _action(actions, "show", _show, "all that is known of letters, with their payloads")
+    one = _action(actions, "show", _show, "all fields of dead letters, with their payloads")
     _add_ids(one)
     one.add_argument("--json", action="store_true", help="a JSON line for each")
-    one = _action(actions, "retry", _retry, "have letters fed again (all, or what a filter says)")
+    one = _action(actions, "retry", _retry, "requeue dead letters (all, or those of a filter)")
     _add_filter(one)
-    one.add_argument("--all", action="store_true", help="every letter; the same as no filter")
-    one = _action(actions, "purge", _purge, "delete letters for good")
+    one.add_argument("--all", action="store_true", help="every dead letter; the same as no filter")
+    one = _action(actions, "purge", _purge, "delete dead letters for good")
     _add_filter(one)
-    one.add_argument("--all", action="store_true", help="every letter")
+    one.add_argument("--all", action="store_true", help="every dead letter")
     one.add_argument("--yes", action="store_true", help="do not ask")
     one = _action(actions, "export", _export, "JSON lines with payloads, to stdout or a file")
     _add_filter(one)
@@ -74,12 +73,12 @@ def _action(
 
 def _add_filter(parser: Parser) -> None:
     _add_ids(parser)
-    group = parser.add_argument_group("which letters")
+    group = parser.add_argument_group("filter")
     group.add_argument(
         "--reason", type=_reason, action="append", default=[], metavar="WORD",
-        help=f"given up for this reason; repeatable: {', '.join(dead_letters.REASONS)}",
+        help=f"with this reason; repeatable: {', '.join(dead_letters.REASONS)}",
     )  # fmt: skip
-    when = "2026-05-01T12:00:00Z (UTC if nothing is said), or 2h for two hours ago"
+    when = "2026-05-01T12:00:00Z (UTC without an offset), or 2h for two hours ago"
     group.add_argument(
         "--since", type=moment, metavar="WHEN", help=f"given up then or later: {when}"
     )
@@ -88,9 +87,9 @@ def _add_filter(parser: Parser) -> None:
 
 
 def _add_ids(parser: Parser) -> None:
-    """Numbers of letters, in the same two forms for every action."""
+    """Adds numbers of dead letters, in the same two forms for every action."""
     parser.add_argument(
-        "ids", type=_positive, nargs="*", default=[], metavar="ID", help="its number in the list"
+        "ids", type=_positive, nargs="*", default=[], metavar="ID", help="number in the list"
     )
     parser.add_argument(
         "--id", type=_positive, action="append", default=[], metavar="ID", help="the same"
@@ -112,10 +111,10 @@ def _positive(written: str) -> int:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Does what was asked for; the exit code.
+    """Runs the action; returns the exit code.
 
     Raises:
-        IngestdError: with one line that says why not.
+        IngestdError: it failed; the message is one line.
     """
     settings = configured(arguments).settings
     found = journals(settings.data_dir, arguments.pipeline)
@@ -128,10 +127,10 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def _holding(found: dict[str, Path], ids: list[int]) -> dict[str, Path]:
-    """The journals that hold the letters of some numbers.
+    """The journals that hold the dead letters of some numbers.
 
     Raises:
-        UsageError: there is no letter of one of them, or more than one.
+        UsageError: one of them has no dead letter, or more than one.
     """
     holders: dict[int, list[str]] = {number: [] for number in ids}
     for name, path in found.items():
@@ -146,7 +145,9 @@ def _holding(found: dict[str, Path], ids: list[int]) -> dict[str, Path]:
     for number, names in holders.items():
         if len(names) > 1:
             which = " or ".join(names)
-            raise UsageError(problem=f"there is more than one letter {number}: --pipeline {which}?")
+            raise UsageError(
+                problem=f"there is more than one dead letter {number}: add --pipeline {which}"
+            )
     named = {name for names in holders.values() for name in names}
     return {name: path for name, path in found.items() if name in named}
 
@@ -167,7 +168,7 @@ def _filter(arguments: argparse.Namespace) -> dead_letters.LetterFilter:
 def _letters(
     found: dict[str, Path], chosen: dead_letters.LetterFilter, *, whole: bool
 ) -> Iterator[tuple[str, dead_letters.StoredLetter]]:
-    """The letters of all pipelines; `limit` counts over all of them."""
+    """Yields the dead letters of all pipelines; `limit` counts over all of them."""
     left = chosen.limit
     for name, path in found.items():
         if left == 0:
@@ -192,7 +193,7 @@ def _list(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
         say("\n".join([head(), *rows]))
     there = sum(_count(path, chosen).letters for path in found.values())
     if there > len(rows) and chosen.limit is None:
-        print(f"{len(rows)} of {there} letters; --limit N shows more", file=sys.stderr)
+        print(f"{len(rows)} of {there} dead letters; --limit N shows more", file=sys.stderr)
     elif not rows:
         print("no dead letters", file=sys.stderr)
     return int(Exit.OK)
@@ -205,7 +206,7 @@ def _count(path: Path, chosen: dead_letters.LetterFilter) -> dead_letters.Letter
 
 def _show(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
     if not arguments.id:
-        raise UsageError(problem="which letter? its number (see ingestd dead list)")
+        raise UsageError(problem="show needs the number of a dead letter (see ingestd dead list)")
     for name, kept in _letters(
         found, dead_letters.LetterFilter(ids=frozenset(arguments.id)), whole=True
     ):
@@ -222,7 +223,7 @@ def _export(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
         count = write_lines((as_line(*one, whole=True) for one in letters), arguments.output)
     except OSError as error:
         raise ConfigError(problem=f"{arguments.output}: {error.strerror or error}") from error
-    print(f"{count} letters exported", file=sys.stderr)
+    print(f"{count} dead letters exported", file=sys.stderr)
     return int(Exit.OK)
 
 
@@ -232,7 +233,7 @@ def _export(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
 def _counted(
     found: dict[str, Path], chosen: dead_letters.LetterFilter
 ) -> dict[str, dead_letters.LetterCounts]:
-    """What is meant in each journal; `limit` counts over all of them."""
+    """Counts the chosen dead letters of each journal; `limit` counts over all of them."""
     counted, left = {}, chosen.limit
     for name, path in found.items():
         if left == 0:
@@ -255,7 +256,7 @@ def _retry(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
                 )
             totals["marked"] += marked.letters
             totals["invalid"] += marked.invalid
-    say(f"{totals['marked']} letters will be fed again" + _before(totals["before"]))
+    say(f"{totals['marked']} dead letters will be requeued" + _before(totals["before"]))
     if totals["incomplete"]:
         text = "hold no record, or only its beginning (damaged, too_large, unfinished): they stay"
         print(f"{totals['incomplete']} letters {text}", file=sys.stderr)
@@ -266,7 +267,7 @@ def _retry(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
 
 
 def _check(settings: Settings, pipeline: str) -> Callable[[bytes], str]:
-    """What is wrong with bytes as a record of a pipeline, as the daemon will ask it, too."""
+    """The check of a payload as a record of a pipeline, as the daemon makes it, too."""
     every = settings.pipeline_settings()
     own = every.get(pipeline, every["default"])
     return partial(
@@ -284,13 +285,15 @@ def _before(marked: int) -> str:
 def _purge(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
     chosen = _filter(arguments)
     if chosen.is_open and not arguments.all:
-        raise UsageError(
-            problem="which letters? a filter, or --all (see ingestd dead purge --help)"
-        )
+        raise UsageError(problem="purge needs a filter, or --all (see ingestd dead purge --help)")
     counted = _counted(found, chosen)
     letters = sum(one.letters - one.marked for one in counted.values())
     size = sum(one.bytes for one in counted.values())
-    if letters and not arguments.yes and not _confirmed(f"delete {letters} letters ({size} bytes)"):
+    if (
+        letters
+        and not arguments.yes
+        and not _confirmed(f"delete {letters} dead letters ({size} bytes)")
+    ):
         print("nothing was deleted", file=sys.stderr)
         return int(Exit.USAGE)
     gone = 0
@@ -298,20 +301,20 @@ def _purge(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
         if one.letters > one.marked:
             with opened(found[name], write=True) as db:
                 gone += dead_letters.purge(db, chosen, one.last)
-    say(f"{gone} letters deleted")
+    say(f"{gone} dead letters deleted")
     marked = sum(one.marked for one in counted.values())
     if marked:
-        print(f"{marked} letters are to be fed again: they stay", file=sys.stderr)
+        print(f"{marked} dead letters are being requeued: they stay", file=sys.stderr)
     return int(Exit.OK)
 
 
 def _confirmed(what: str) -> bool:
-    """Asks on the terminal.
+    """Asks for confirmation on the terminal.
 
     Raises:
         UsageError: there is none.
     """
     if not sys.stdin or not sys.stdin.isatty():
-        raise UsageError(problem=f"{what}? --yes says so where there is no terminal to ask on")
+        raise UsageError(problem=f"to {what} without a terminal, add --yes")
     print(f"{what}? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in {"y", "yes"}

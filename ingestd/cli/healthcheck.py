@@ -1,4 +1,4 @@
-"""`ingestd healthcheck`: asks the daemon on this machine how it is; for where there is no curl."""
+"""`ingestd healthcheck` asks the daemon on this machine if it is ready or alive, without curl."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ingestd.config.network import split_address
 from ingestd.config.units import parse_seconds
 from ingestd.settings import AdminSettings, Settings
 
-HELP = "ask the daemon on this machine whether it is well"
+HELP = "check that the daemon on this machine is ready, or alive"
 DESCRIPTION = """\
-Asks the daemon at admin.listen, as the configuration has it, whether it takes records (/readyz),
-or with --live whether it lives (/livez). Says nothing if all is well, and one line if it is not.
+Asks the daemon at the configured admin.listen if it is ready (/readyz), or with --live if it is
+alive (/livez). Prints nothing if it is, and one line if it is not.
 
 exit codes: 0 it is; 1 it is not, or does not answer in time; 2 usage"""
 
@@ -28,13 +28,13 @@ _ANSWER_BYTES = 64 * 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Its flags."""
+    """Adds the flags."""
     parser.set_defaults(leaf=parser)
     parser.add_argument(
-        "--live", action="store_true", help="whether it lives, not whether it is ready"
+        "--live", action="store_true", help="check that it is alive, not that it is ready"
     )
     parser.add_argument(
-        "--timeout", metavar="TIME", type=_time, default=3.0, help="wait so long for an answer [3s]"
+        "--timeout", metavar="TIME", type=_time, default=3.0, help="longest wait for an answer [3s]"
     )
     add_admin(parser)
 
@@ -50,7 +50,7 @@ def _time(text: str) -> float:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Asks; the exit code is the answer."""
+    """Asks the daemon; the exit code is the answer."""
     problem = _ask(arguments)
     if problem:
         fail(" ".join(problem.split()))
@@ -59,8 +59,8 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def _ask(arguments: argparse.Namespace) -> str:
-    """What is wrong; empty if nothing is."""
-    # Only this setting counts: a file that somebody is editing does not make a daemon ill.
+    """Asks the daemon; returns the problem, or an empty text."""
+    # Only this setting counts: a file that is being edited does not make a daemon unhealthy.
     written = peek(
         Settings,
         ("admin", "listen"),
@@ -89,13 +89,13 @@ def _ask(arguments: argparse.Namespace) -> str:
 
 
 def reachable(listen: str) -> tuple[str, int]:
-    """Where a server on this machine that listens there is reached from here.
+    """Host and port at which a server on this machine is reached.
 
     Raises:
-        ValueError: nobody can say; the message says why.
+        ValueError: it is off, or its port is unknown.
     """
     if not listen:
-        raise ValueError("is switched off, so there is nobody to ask")
+        raise ValueError("is switched off")
     host, port = split_address(listen)
     if port == 0:
         raise ValueError("the kernel chose its port; write one down")

@@ -1,4 +1,4 @@
-"""`ingestd journal`: what is in a journal, and whether it holds together."""
+"""`ingestd journal` shows statistics of journals, verifies and repairs them."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
 
-HELP = "show what is in a journal, or verify and repair it"
+HELP = "show statistics of journals, verify or repair them"
 DESCRIPTION = """\
-Works on the journals of a data directory. stat and verify only read, beside a running daemon or
-without one; --repair needs the daemon stopped.
+Works on the journals of a data directory. stat and verify only read, with or without a running
+daemon; --repair needs the daemon stopped.
 
-exit codes: 0 all is well; 1 verify found something; 2 usage; 78 configuration, none, in use"""
+exit codes: 0 all is well; 1 verify found damage; 2 usage; 78 configuration, no journal, in use"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The actions, each with its flags."""
+    """Adds the actions, each with its flags."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
     for name, run, text in (
-        ("stat", _stat, "what is in it: ledger, chunks, batches, dead letters, sizes"),
+        ("stat", _stat, "show the ledger, chunks, batches, dead letters and sizes"),
         ("verify", _verify, "check the file, every checksum, every batch and the ledger"),
     ):
         one = actions.add_parser(name, help=text, description=text.capitalize())
@@ -55,15 +55,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 help="set damaged chunks aside, build a damaged file anew; nothing is deleted",
             )
             one.add_argument(
-                "-o", "--output", metavar="DIR", help="copy what was set aside into this folder"
+                "-o",
+                "--output",
+                metavar="DIR",
+                help="copy chunks that were set aside into this folder",
             )
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Does what was asked for; the exit code.
+    """Runs the action; returns the exit code.
 
     Raises:
-        IngestdError: with one line that says why not.
+        IngestdError: it failed; the message is one line.
     """
     data_dir = configured(arguments).settings.data_dir
     found = journals(data_dir, arguments.pipeline)
@@ -124,7 +127,7 @@ def _verify(arguments: argparse.Namespace, data_dir: Path, found: dict[str, Path
 
 @contextmanager
 def _held(data_dir: Path, found: dict[str, Path]) -> Iterator[None]:
-    """No daemon runs on these journals, and none can be started.
+    """Locks the journals: no daemon runs on them, and none can be started.
 
     Raises:
         DataDirError: one runs.
@@ -139,7 +142,7 @@ def _held(data_dir: Path, found: dict[str, Path]) -> Iterator[None]:
 
 
 def _find(name: str, path: Path) -> list[check.Finding]:
-    """Everything that is wrong with a journal, each said as it is found."""
+    """Prints the findings of a journal as they come; returns all."""
     found = []
     try:
         with opened(path) as db:
@@ -157,7 +160,7 @@ def _find(name: str, path: Path) -> list[check.Finding]:
 
 
 def _repair(name: str, path: Path) -> int:
-    """Does what can be done; how much is still wrong then."""
+    """Repairs a journal; returns the number of findings that are left."""
     found = _find(name, path)
     if not found:
         return 0

@@ -1,4 +1,4 @@
-"""Dead letters as text: a row of a table, a page, a JSON line."""
+"""Renders dead letters as a table row, a page or a JSON line, and writes exports."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def as_row(pipeline: str, kept: StoredLetter) -> str:
     if letter.records > 1:
         error = f"[{letter.records} records] {error}"
     if kept.marked:
-        error = f"[to be fed again] {error}"
+        error = f"[requeued] {error}"
     return _ROW.format(
         kept.id, pipeline, shown(letter.last_at), letter.reason, letter.attempts, kept.size, error
     ).rstrip()
 
 
 def as_page(pipeline: str, kept: StoredLetter) -> str:
-    """Everything, for people. Control characters are shown as `?`: this goes to a terminal."""
+    """All fields, for a terminal. Control characters are shown as `?`."""
     letter = kept.letter
     lines = [
         f"letter    {kept.id} of pipeline {pipeline}",
@@ -53,7 +53,7 @@ def as_page(pipeline: str, kept: StoredLetter) -> str:
         f"attempts  {letter.attempts}",
         f"first at  {shown(letter.first_at)}",
         f"given up  {shown(letter.last_at)}",
-        f"fed again {'marked' if kept.marked else 'no'}",
+        f"requeued  {'yes' if kept.marked else 'no'}",
     ]
     if letter.traceback:
         lines += ["", "traceback", _printable(letter.traceback.rstrip("\n"))]
@@ -65,7 +65,7 @@ def as_page(pipeline: str, kept: StoredLetter) -> str:
 
 
 def as_line(pipeline: str, kept: StoredLetter, *, whole: bool) -> bytes:
-    """A JSON object and a LF; `whole` with traceback and payload.
+    """A JSON object and an LF; `whole` with traceback and payload.
 
     The payload is `payload` if it is UTF-8, else `payload_base64`.
     """

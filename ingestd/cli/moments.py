@@ -1,4 +1,4 @@
-"""Moments as people write and read them: ISO 8601, or how long ago."""
+"""Parses and shows points in time: ISO 8601, or a time ago."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lines for people: results to stdout, problems to stderr."""
+"""Prints results to stdout and problems to stderr."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def say(text: str) -> None:
-    """A result. A reader that has gone (`| head -1`) is no error."""
+    """Prints a result. A reader that has gone (`| head -1`) is no error."""
     encoding = sys.stdout.encoding or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
@@ -16,13 +16,13 @@ def say(text: str) -> None:
 
 
 def fail(problems: str) -> None:
-    """Problems, one a line."""
+    """Prints problems, one a line."""
     for line in problems.splitlines():
         print(f"ingestd: {line}", file=sys.stderr)
 
 
 def discard_stdout() -> None:
-    """Sends what is still buffered nowhere, so that leaving does not fail over it."""
+    """Discards buffered output, so that flushing it at exit does not fail."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)

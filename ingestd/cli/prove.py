@@ -1,4 +1,4 @@
-"""`ingestd prove`: kills a real daemon again and again, here, and counts what it kept."""
+"""`ingestd prove` kills a real daemon at random moments and counts the records that it kept."""
 
 from __future__ import annotations
 
@@ -26,22 +26,23 @@ if TYPE_CHECKING:
     from ingestd.prove.progress import ProofState
     from ingestd.prove.verdict import ProofReport
 
-HELP = "kill a daemon at random on this machine, and count what it kept"
+HELP = "kill a daemon at random moments on this machine, and count the records that it kept"
 DESCRIPTION = """\
 Starts a daemon with your settings and the sink sqlite in a folder of its own beside the data
 directory, posts numbered records to it from several clients, kills it with SIGKILL at random
-moments, starts it again, lets it drain, and compares what was accepted with what is in the sink.
+moments, starts it again, lets it drain, and compares the accepted records with the sink.
 Your data directory, your handler and your pipelines are not touched. Only 127.0.0.1 is used.
 
-exit codes: 0 nothing missing and nothing twice; 1 otherwise, or interrupted; 2 usage;
+exit codes: 0 no record missing and none twice; 1 otherwise, or interrupted; 2 usage;
 78 configuration"""
 _USAGE = "ingestd prove [--kills N] [--seconds TIME] [flags]\n       ingestd prove --resume DIR"
 _KILLS, _CLIENTS = 20, 8
 _CLIENTS_MAX = 256
 _SETTINGS, _ROWS, _DATA = "ingestd.toml", "out.db", "data"
-_DRAIN_SECONDS = 86400.0  # the prover sees whether it goes on
+_DRAIN_SECONDS = 86400.0  # the prover sees its progress
 _HERE = "127.0.0.1:0"
-# Only this machine is asked, on a port of its own, and no secret of theirs goes into the folder.
+# Only this machine may send, on a port of its own, and no secret of the user's goes into the
+# folder.
 _OPEN = {
     "allow_anonymous": False,
     "reuse_port": False,
@@ -52,13 +53,17 @@ _OPEN = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags that are no settings."""
+    """Adds the flags that are no settings."""
     parser.usage = _USAGE
     group = parser.add_argument_group("the proof")
-    group.add_argument("--kills", metavar="N", type=int, help=f"how often [{_KILLS}]")
+    group.add_argument("--kills", metavar="N", type=int, help=f"number of kills [{_KILLS}]")
     group.add_argument("--seconds", metavar="TIME", help="no kill after this time [no bound]")
-    group.add_argument("--clients", metavar="N", type=int, help=f"who post records [{_CLIENTS}]")
-    group.add_argument("--seed", metavar="N", type=int, help="decides what is random [random]")
+    group.add_argument(
+        "--clients", metavar="N", type=int, help=f"number of clients that post records [{_CLIENTS}]"
+    )
+    group.add_argument(
+        "--seed", metavar="N", type=int, help="seed of all random decisions [random]"
+    )
     group.add_argument(
         "--scratch", metavar="DIR", help="folder to work in; must be new or empty [a new one]"
     )
@@ -68,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Runs the proof; 0 if it holds.
+    """Runs the proof; returns 0 if it holds.
 
     Raises:
         UsageError: flags that do not go together.
@@ -79,7 +84,7 @@ def execute(arguments: argparse.Namespace) -> int:
         folder, settings, state = _begin(arguments)
     else:
         folder, settings, state = _resume(arguments)
-    # A service manager's word is the same as a Ctrl-C.
+    # SIGTERM ends the run like a Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         result = _prove(folder, settings, state, seconds)
@@ -111,13 +116,13 @@ def _begin(arguments: argparse.Namespace) -> tuple[Path, Settings, ProofState]:
         raise UsageError(problem="prove counts rows in the sink sqlite; it takes no HANDLER")
     kills = _number("--kills", arguments.kills, _KILLS, 0, 1_000_000)
     clients = _number("--clients", arguments.clients, _CLIENTS, 1, _CLIENTS_MAX)
-    theirs = configured(arguments).settings
-    if theirs.executor.kind == "async":
+    base = configured(arguments).settings
+    if base.executor.kind == "async":
         raise ConfigError(
             problem="executor.kind: the sink sqlite is not async; add --executor.kind thread"
         )
-    folder = _scratch(arguments.scratch, theirs.data_dir)
-    settings = _settings(theirs, folder)
+    folder = _scratch(arguments.scratch, base.data_dir)
+    settings = _settings(base, folder)
     (folder / _SETTINGS).write_text("".join(f"{line}\n" for line in _toml(settings)))
     seed = secrets.randbelow(10**6) if arguments.seed is None else arguments.seed
     return folder, settings, ProofState(seed, kills, [Sent() for _ in range(clients)])
@@ -140,15 +145,15 @@ def _resume(arguments: argparse.Namespace) -> tuple[Path, Settings, ProofState]:
     return folder, settings, state
 
 
-def _settings(theirs: Settings, folder: Path) -> Settings:
-    """Theirs, but for where things are and who gets the records."""
-    return theirs.model_copy(
+def _settings(base: Settings, folder: Path) -> Settings:
+    """The user's settings, with the prover's own folder, addresses and sink."""
+    return base.model_copy(
         update={
             "data_dir": folder / _DATA,
             "format": "json",
             "source": SourceSettings(),
-            "http": theirs.http.model_copy(update={"listen": _HERE, **_OPEN}),
-            "admin": theirs.admin.model_copy(update={"listen": _HERE}),
+            "http": base.http.model_copy(update={"listen": _HERE, **_OPEN}),
+            "admin": base.admin.model_copy(update={"listen": _HERE}),
             "log": LogSettings(level="info", format="json"),
             "handler": HandlerSettings(
                 target="sqlite", options={"path": str(folder / _ROWS), "table": "records"}
@@ -186,13 +191,15 @@ def _scratch(named: str | None, data_dir: Path) -> Path:
             if any(folder.iterdir()):
                 raise ConfigError(problem=f"--scratch {folder}: is not empty")
             return folder
-        return Path(tempfile.mkdtemp(prefix="ingestd-prove-", dir=_beside(data_dir.absolute())))
+        return Path(
+            tempfile.mkdtemp(prefix="ingestd-prove-", dir=_same_file_system(data_dir.absolute()))
+        )
     except OSError as error:
         raise ConfigError(problem=f"no folder to work in: {error}; try --scratch") from error
 
 
-def _beside(data_dir: Path) -> Path:
-    """The folder above, or the data directory itself if it is the root of its file system."""
+def _same_file_system(data_dir: Path) -> Path:
+    """The nearest folder above, or the data directory if it is the root of its file system."""
     there = data_dir
     while not there.exists():
         there = there.parent
@@ -239,7 +246,7 @@ def _prove(
 
 
 def _progress(line: str) -> None:
-    """One line that is written over on a terminal; lines otherwise."""
+    """Prints progress: one live line on a terminal, lines otherwise."""
     if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns - 1
         print(f"\r\x1b[K{line[:width]}", end="", file=sys.stderr, flush=True)

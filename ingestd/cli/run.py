@@ -1,4 +1,4 @@
-"""`ingestd run [HANDLER]`: the daemon."""
+"""`ingestd run [HANDLER]` runs the daemon."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
     from ingestd.settings import Settings
 
-HELP = "take records in, hand them to HANDLER in batches"
+HELP = "run the daemon: accept records, hand them to HANDLER in batches"
 DESCRIPTION = """\
-Takes records in, writes them to disk, and hands them to HANDLER in batches.
+Accepts records, writes them to disk, and hands them to HANDLER in batches.
 
 HANDLER is module:name (the current folder is importable) or the name of a sink; without one,
 records go to files in the data directory (the sink jsonl).
 
 exit codes: 0 drained, or the rest is safe in the journal; 1 unexpected; 2 usage;
-65 of an input that was read to its end nothing was accepted, or nothing processed;
+65 no record of an input was accepted, or none processed;
 75 accepted records were lost or the journal failed; 78 configuration"""
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Runs until the daemon has drained; its exit code."""
+    """Runs until the daemon has drained; returns its exit code."""
     # Both are for this process, by its id: before process 1 of a container forks.
     notifier, passed = Notifier.take(os.environ), take_sockets(os.environ)
     split_off()
@@ -48,7 +48,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def _reads_input(settings: Settings) -> bool:
-    """Whether standard input is the daemon's; else a handler in a thread may have it."""
+    """Returns True if the daemon reads standard input; else a handler in a thread may have it."""
     if settings.source.kind == "fetch":
         return settings.fetch.file == "-"
     return settings.source.kind == "stdin"

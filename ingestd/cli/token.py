@@ -1,4 +1,4 @@
-"""`ingestd token`: a new token, or the hash of one."""
+"""`ingestd token` makes an access token, or the hash of one."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ The token is for the client. The daemon needs only the hash (http.tokens.NAME.ha
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Its one flag."""
+    """Adds the flag."""
     parser.set_defaults(leaf=parser)
     parser.add_argument("--hash", action="store_true", help="hash the token on stdin")
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Prints it.
+    """Prints a token or a hash.
 
     Raises:
         UsageError: what is on stdin is no token.

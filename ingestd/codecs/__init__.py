@@ -1,1 +1,1 @@
-"""codecs."""
+"""Formats of bodies and lines: framing, checking, JSON depth, decompression. No I/O."""

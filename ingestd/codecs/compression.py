@@ -1,4 +1,4 @@
-"""Decompression in pieces, so that a few small bytes can't become a great many at once."""
+"""Incremental decompression of gzip, deflate and zstd, bounded in size, ratio and window."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 INFLATED_PIECE_BYTES = 256 * 1024
-"""What one step puts out at most."""
+"""Largest piece that one step returns."""
 
 RATIO_FREE_BYTES = 1024 * 1024
-"""Up to here the ratio of what came out to what went in does not matter."""
+"""Output up to which the compression ratio is not checked."""
 
 _MEMBERS_FREE = 1000
 _MEMBER_BYTES = 512
-# Small steps: the ratio is that of what came out to what went in so far, and zlib hands back what
-# it did not use as a copy.
+# Small steps: the ratio is that of output to input so far, and zlib copies unused input.
 _WIRE_BYTES = 8 * 1024
 _GZIP = 31
 _ZLIB = 15
@@ -36,12 +35,12 @@ _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _ZSTD_SKIPPED = b"\x2a\x4d\x18"  # behind a byte from 0x50 to 0x5f
 
 
-class Corrupt(Exception):  # noqa: N818 - what it is
-    """It is not what it says it is."""
+class Corrupt(Exception):  # noqa: N818 - names the condition
+    """The input is not valid in its encoding."""
 
 
 class WindowTooLarge(Corrupt):
-    """A zstd frame needs a larger window than it may have.
+    """A zstd frame needs a larger window than allowed.
 
     Attributes:
         window: bytes that it needs.
@@ -55,15 +54,15 @@ class WindowTooLarge(Corrupt):
 
 
 class TooMuch(Exception):  # noqa: N818
-    """More comes out than is wanted."""
+    """The output is larger than allowed."""
 
 
 class TooDense(TooMuch):
-    """So much more comes out than went in that it was made to."""
+    """The ratio of output to input is that of a decompression bomb."""
 
 
 class Inflater:
-    """Takes a compressed body as it comes and gives what was in it.
+    """Decompresses a body as it arrives.
 
     Several gzip members or zstd frames, one behind the other, are one body. They have to hold
     `_MEMBER_BYTES` each on average, after the first `_MEMBERS_FREE`: opening one costs more than
@@ -98,14 +97,14 @@ class Inflater:
         self._ended = False
 
     def feed(self, wire: bytes = b"") -> Iterator[bytes]:
-        """What comes out, `INFLATED_PIECE_BYTES` at most at a time; has to be read to its end.
+        """Yields the output in pieces of at most `INFLATED_PIECE_BYTES`; read it to its end.
 
         Raises:
-            Corrupt: it is not what it says.
+            Corrupt: the input is not valid.
             WindowTooLarge: a zstd frame needs more than `window_max`; once that is raised, `feed()`
                 goes on where it stopped.
-            TooMuch: more comes out than is wanted.
-            TooDense: more comes out than such an input should hold.
+            TooMuch: more than `bytes_max` comes out.
+            TooDense: the ratio is above `ratio_max`.
         """
         self._waiting.extend(
             wire[start : start + _WIRE_BYTES] for start in range(0, len(wire), _WIRE_BYTES)
@@ -116,7 +115,7 @@ class Inflater:
             yield from self._feed(piece)
 
     def finish(self) -> None:
-        """Says that there is no more.
+        """Checks that the input is complete.
 
         Raises:
             Corrupt: the stream is cut off.
@@ -148,7 +147,7 @@ class Inflater:
         """Opens the stream that `wire` begins, as soon as enough of it is there.
 
         Returns:
-            What is to be fed to it.
+            The input of that stream.
         """
         self._head = b""
         if self._encoding == "gzip" and self._ended:
@@ -186,7 +185,7 @@ class Inflater:
             raise TooDense("too many members with next to nothing in them")
 
     def _open(self, wire: bytes) -> _Stream:
-        """The first stream, or the next one; only gzip and zstd may have a next one."""
+        """Opens the first stream or the next one, which only gzip and zstd may have."""
         if self._encoding == "zstd":
             return _Zstd(self.window)
         if self._encoding == "gzip":
@@ -213,7 +212,7 @@ class _Stream(Protocol):
 
     @property
     def rest(self) -> bytes:
-        """What stood behind the end."""
+        """The input behind the end."""
         ...
 
     def take(self, wire: bytes) -> bytes:

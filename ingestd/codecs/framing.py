@@ -1,4 +1,4 @@
-"""Lines out of reads of any size: whole lines go on in runs, one unfinished line is held."""
+"""Framing of lines in reads of any size, and detection of inputs that are no UTF-8 lines."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Framer:
         return len(self._tail)
 
     def feed(self, data: bytes) -> Parsed | None:
-        """The records that `data` completes; nothing if it completes none."""
+        """Returns the records that `data` completes; `None` if it completes none."""
         if self._bom:
             data = self._skip_bom(data)
         end = data.rfind(b"\n") + 1
@@ -78,14 +78,14 @@ class Framer:
         return parsed
 
     def end(self) -> Parsed | None:
-        """The last record, at the end of the input: its LF may be missing."""
+        """Returns the last record, at the end of the input: its LF may be missing."""
         refused = [self._end_over()] if self._over else []
         block = bytes(self._tail)
         self._tail.clear()
         return self._parse(block, refused)
 
     def cut(self) -> Parsed | None:
-        """The line that was begun, where the input is left before its end: refused."""
+        """Refuses the unfinished line, where the input is left before its end."""
         if self._over or not self._tail:
             return self.end()
         head = bytes(self._tail[:KEPT_BYTES])
@@ -112,7 +112,7 @@ class Framer:
         return parsed if parsed.total else None
 
     def _hold(self, data: bytes) -> None:
-        """More of the unfinished line."""
+        """Adds to the unfinished line."""
         if not self._over:
             self._tail += data
             # One more than the bound may still be a CR.
@@ -135,7 +135,7 @@ class Framer:
         return refused
 
     def _skip_bom(self, data: bytes) -> bytes:
-        """Without the mark at the very beginning; holds back what may become one."""
+        """Removes the mark at the very beginning; holds back bytes that may become one."""
         data = bytes(self._tail) + data
         self._tail.clear()
         if len(data) < len(BOM) and BOM.startswith(data):
@@ -150,20 +150,18 @@ def _only(refused: list[InvalidRecord]) -> Parsed:
     return Parsed(Records.lines([]), refused)
 
 
-# -- what an input is that is not lines of UTF-8, told by its first bytes --------------------------
-#
-# Pure.
+# -- detection of other formats --------------------------------------------------------------------
 
 HEAD_BYTES = 64
-"""So many bytes are enough."""
+"""Bytes that `guess` needs."""
 MARK_BYTES = 10
-"""So many are, where there is a mark."""
+"""Bytes that `marked` needs."""
 
 _NUL_SHARE = 4  # one byte of so many; text has none
 
 
 class ContentGuess(NamedTuple):
-    """What an input seems to be.
+    """The likely format of an input, and advice.
 
     Attributes:
         what: a few words that follow "it is".
@@ -194,7 +192,7 @@ _BINARY = ContentGuess("not text: there are zero bytes in it", "")
 
 
 def guess(head: bytes, form: str) -> ContentGuess | None:
-    """What an input seems to be that would not be read as it was meant; `None` if nothing tells.
+    """Guesses the format of an input that is not lines of records; `None` if it seems to be.
 
     Args:
         head: its first bytes, `HEAD_BYTES` or more if it is as long.
@@ -213,7 +211,7 @@ def guess(head: bytes, form: str) -> ContentGuess | None:
 
 
 def marked(head: bytes) -> ContentGuess | None:
-    """What an input is that begins with the mark of a compressed file or of another encoding."""
+    """Recognises a compressed file or another encoding by its first bytes."""
     tables = (*_COMPRESSED, *_ENCODED)
     return next((found for mark, found in tables if head.startswith(mark)), None)
 

@@ -1,7 +1,8 @@
-"""How deep JSON is nested; what is read here is known to be valid JSON.
+"""Nesting depth and array sizes of JSON, without building objects.
 
-A record is held to its depth at the door so that nothing behind it, in no version of Python, meets
-its own limit: on 3.11 msgspec gives up at 1,000 levels less what is on the stack, pydantic at 200.
+A record's depth is bounded when it is accepted, so that no decoder behind it, in no version of
+Python, meets a limit of its own: on 3.11 msgspec gives up at 1,000 levels less what is on the
+stack, pydantic at 200.
 
 The exact count is only made where it may matter. What costs little comes first: a line that is
 nested deeper than N holds more than N opening brackets, and is longer than 2 N.
@@ -36,7 +37,7 @@ _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
 def is_deeper(value: bytes, depth_max: int) -> bool:
-    """Whether one JSON text is nested deeper than that; `[]` has the depth 1."""
+    """Returns True if a valid JSON text is nested deeper than that; `[]` has the depth 1."""
     if len(value) <= 2 * depth_max or _openers(value) <= depth_max:
         return False
     brackets = value.translate(None, _NO_BRACKET_OR_QUOTE).replace(b'""', b"")
@@ -52,11 +53,11 @@ def is_deeper(value: bytes, depth_max: int) -> bool:
 
 
 def holds_deeper(block: bytes, values: Sequence[Sized], depth_max: int) -> bool:
-    """Whether any line of a block is nested deeper than that.
+    """Returns True if any line of a block is nested deeper than that.
 
     Args:
-        block: JSON texts without an LF in them, each ended by LF.
-        values: the texts; only asked how long they are.
+        block: valid JSON texts without an LF in them, each ended by LF.
+        values: the texts, for their lengths.
         depth_max: levels.
     """
     size, count = len(block), len(values)
@@ -104,14 +105,14 @@ def _any_deeper(lines: bytes, depth_max: int) -> bool:
     return any(is_deeper(line, depth_max) for line in lines.split(b"\n"))
 
 
-# -- how many elements a JSON array has, found out without holding them ----------------------------
+# -- sizes of arrays -------------------------------------------------------------------------------
 
 _ELEMENTS_TOGETHER = 1024
 _PREFIX_BYTES = 1024 * 1024
 
 
 def holds_more(body: bytes, number: int) -> bool:
-    """Whether an array has more than so many elements.
+    """Returns True if an array has more than so many elements.
 
     As a list, `[1,1,1,…]` takes 40 times its size. One that is malformed has as many elements as
     stand before that: the decoder stops there, too.
@@ -121,14 +122,14 @@ def holds_more(body: bytes, number: int) -> bool:
         RecursionError: it is nested too deeply.
     """
     size = _PREFIX_BYTES
-    while (more := _look(body, size, number)) is None:
+    while (more := _scan(body, size, number)) is None:
         size *= 4
     return more
 
 
-def _look(body: bytes, size: int, number: int) -> bool | None:
-    """What the first bytes tell; nothing if they do not."""
-    scan = json.JSONDecoder(parse_int=len, parse_float=len).raw_decode
+def _scan(body: bytes, size: int, number: int) -> bool | None:
+    """Scans the first bytes; `None` if they do not decide."""
+    decode = json.JSONDecoder(parse_int=len, parse_float=len).raw_decode
     skip = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
     unknown = None if size < len(body) else False
     text = codecs.utf_8_decode(body[:size], "strict", size >= len(body))[0]
@@ -137,7 +138,7 @@ def _look(body: bytes, size: int, number: int) -> bool | None:
         for at_element in range(number + 1):
             if not at_element % _ELEMENTS_TOGETHER:
                 let_loop_go_first()
-            at = scan(text, skip(text, at).end())[1]
+            at = decode(text, skip(text, at).end())[1]
             at = skip(text, at).end()
             if text[at] != ",":
                 return False if text[at] == "]" else unknown
@@ -148,7 +149,7 @@ def _look(body: bytes, size: int, number: int) -> bool | None:
 
 
 def is_json(media_type: str) -> bool:
-    """Whether a media type, in small letters and without parameters, is JSON (RFC 6839, 3.1)."""
+    """Returns True for JSON media types (RFC 6839, 3.1), in small letters, without parameters."""
     return media_type == "application/json" or (
         media_type.startswith("application/") and media_type.endswith("+json")
     )

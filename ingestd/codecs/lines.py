@@ -1,4 +1,4 @@
-"""Lines as records: checked, counted and bounded without taking a good block apart.
+"""Parses lines into records; a block of good lines is checked and counted as a whole.
 
 The usual block is canonical: every line is one JSON value and nothing else. That is found out for
 the whole block at once, and then the block itself is the run of records. msgspec reads all values
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 BOM = b"\xef\xbb\xbf"
 KEPT_BYTES = 64 * 1024
-"""What is kept of a record that was too large."""
+"""Bound of the beginning that is kept of a record that was too large."""
 LISTED_MAX = 10_000
-"""Refused records of one piece of an input that are listed, and kept; the others are counted."""
+"""Bound of the refused records that are listed, and kept, of one piece; others are counted."""
 
 _JSON = msgspec.json.Decoder(msgspec.Raw)
 _BLANKS = re.compile(rb"\n{2,}")
@@ -37,7 +37,7 @@ _TRUNCATED = "Input data was truncated"
 
 
 class Parsed(NamedTuple):
-    """What a body or a block of lines holds.
+    """Records and refused records of a body or a block of lines.
 
     Attributes:
         records: the good ones; may be none.
@@ -69,7 +69,7 @@ def parse_lines(
     *,
     listed_max: int = sys.maxsize,
 ) -> Parsed:
-    """One record a line.
+    """Parses one record a line.
 
     `json` and `text`: blank lines are skipped, a CR before the LF is removed. `json`: a line is
     blank if there is nothing but JSON's whitespace in it. `bytes`: a line is what stands before the
@@ -102,16 +102,16 @@ def parse_lines(
 def parse_canonical(
     block: bytes, record_bytes_max: int, depth_max: int = DEPTH_MAX
 ) -> Parsed | None:
-    """JSON lines, each ended by LF, if all of them are good and there is nothing else; or nothing.
+    """Parses JSON lines, each ended by LF, if all are good and nothing else is there; or `None`.
 
-    What `parse_lines` does where nothing has to be looked at line by line.
+    The fast path of `parse_lines`, where no line has to be looked at by itself.
     """
     count = 0 if b"\r" in block else _count_json(block, record_bytes_max, depth_max)
     return Parsed(Records(Layout.LINES, count, block), []) if count else None
 
 
 def json_fault(value: bytes, depth_max: int = DEPTH_MAX) -> str:
-    """What is wrong with a JSON text (RFC 8259), in one line; empty if nothing is."""
+    """Describes the fault of a JSON text (RFC 8259) in one line; empty if there is none."""
     try:
         _JSON.decode(value)
         if not value.isascii():
@@ -126,7 +126,7 @@ def json_fault(value: bytes, depth_max: int = DEPTH_MAX) -> str:
 
 
 def _explain(fault: str, value: bytes) -> str:
-    """The words of msgspec for a fault, or the right ones where it takes an escape for a cut."""
+    """Translates msgspec's message, which takes some bad escapes for truncation."""
     if fault != _TRUNCATED:
         return fault
     for escape in _ESCAPES.finditer(value):
@@ -143,7 +143,7 @@ def _explain(fault: str, value: bytes) -> str:
 def record_fault(
     value: bytes, form: Format, record_bytes_max: int, depth_max: int = DEPTH_MAX
 ) -> str:
-    """What keeps some bytes from being a record of a pipeline, in one line; empty if nothing does.
+    """Describes in one line why bytes are no record of a pipeline; empty if they are one.
 
     For records that were refused once and are to be accepted after all.
     """
@@ -155,18 +155,18 @@ def record_fault(
 
 
 def too_deep(depth_max: int) -> str:
-    """What is said of a record that is nested too deeply."""
+    """The fault of a record that is nested too deeply."""
     return f"nested deeper than json_depth_max = {depth_max}"
 
 
 def too_large(index: int, size: int, record_bytes_max: int, head: bytes) -> InvalidRecord:
-    """A record of `size` bytes, of which `head` is the beginning or the whole."""
+    """An invalid record of `size` bytes, of which `head` is the beginning or the whole."""
     detail = f"{size} bytes, more than record_bytes_max = {record_bytes_max}"
     return InvalidRecord(index, "too_large", detail, head[:KEPT_BYTES])
 
 
 def squeeze(block: bytes) -> bytes:
-    """LF for CR LF, and no empty lines; the block itself if it is like that already."""
+    """Replaces CR LF by LF and drops empty lines; returns the block itself if there are none."""
     if b"\r" in block:
         block = block.replace(b"\r\n", b"\n")
     if b"\n\n" in block:
@@ -187,7 +187,7 @@ def _parse_json(
 
 
 def _count_json(block: bytes, record_bytes_max: int, depth_max: int) -> int:
-    """How many records a canonical block holds; 0 for any other."""
+    """Counts the records of a canonical block; 0 for any other."""
     try:
         # A space also parts values, but the block is no value's any more if an LF was in one.
         values = _JSON.decode_lines(block.replace(b"\n", b" "))
@@ -208,7 +208,7 @@ def _count_json(block: bytes, record_bytes_max: int, depth_max: int) -> int:
 def _sort_out(
     block: bytes, depth_max: int | None, record_bytes_max: int, first: int, listed_max: int
 ) -> Parsed:
-    """Line by line; with a depth they are JSON, without one they are anything."""
+    """Parses line by line: JSON if there is a depth, else any bytes."""
     good: list[bytes] = []
     refused: list[InvalidRecord] = []
     unlisted = 0

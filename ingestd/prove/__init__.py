@@ -1,6 +1,6 @@
-"""The proof on a machine of one's own: a real daemon, killed at random, and what it kept.
+"""Proof of durability: a real daemon is killed at random, and the records that it kept are counted.
 
-`prover` starts the daemon (`victim`) again and again and kills it when the `plan` says so, while
-`clients` post numbered records. What was sent is written down (`progress`), and in the end held
-against the rows of the sink (`verdict`).
+`prover` starts the daemon again and again and kills it as `plan` decides, while `clients` post
+numbered records. The outcomes are kept in a file (`progress`), and in the end compared with the
+rows of the sink (`verdict`).
 """

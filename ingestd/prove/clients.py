@@ -1,4 +1,4 @@
-"""Clients that post numbered records, and write down how each request ended."""
+"""Clients that post numbered records and record the outcome of each request."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 _ANSWER_SECONDS = 60.0
 _AGAIN_SECONDS = 0.05
-# The daemon says with these that it took nothing of the request.
+# Problem types of requests of which nothing was accepted.
 _NOT_TAKEN = {"overloaded", "busy", "too-many-connections", "draining"}
 
 
 class ProofTarget:
-    """Where the daemon listens at the moment, if it does."""
+    """The port on which the daemon listens at the moment, if it does."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._port: int | None = None
 
     def open(self, port: int | None) -> None:
-        """From now on it is there; `None`: nowhere."""
+        """Sets the port; `None` while the daemon is down."""
         with self._changed:
             self._port = port
             self._changed.notify_all()
@@ -45,8 +45,8 @@ class ProofClient:
         number: from 0.
         seed: of the run.
         bounds: of its requests.
-        door: where it sends them.
-        progress: where it writes down how they ended.
+        target: the daemon's port.
+        progress: where it records their outcomes.
         stop: it ends after the request that it is at.
     """
 
@@ -56,7 +56,7 @@ class ProofClient:
         *,
         seed: int,
         bounds: ProofBounds,
-        door: ProofTarget,
+        target: ProofTarget,
         progress: ProofProgress,
         stop: threading.Event,
     ) -> None:
@@ -64,7 +64,7 @@ class ProofClient:
         self._number = number
         self._seed = seed
         self._bounds = bounds
-        self._door = door
+        self._target = target
         self._progress = progress
         self._stop = stop
         self._connection: http.client.HTTPConnection | None = None
@@ -76,7 +76,7 @@ class ProofClient:
         self._thread.start()
 
     def join(self) -> None:
-        """Waits for the end of it; `stop` is set."""
+        """Waits for its end; `stop` is set."""
         self._thread.join(_ANSWER_SECONDS + 5.0)
 
     def _run(self) -> None:
@@ -103,7 +103,7 @@ class ProofClient:
                 answer = connection.getresponse()
                 content = answer.read()
             except (OSError, http.client.HTTPException):
-                # Perhaps it was taken: to send it again could double it.
+                # It may have been accepted: to send it again could double it.
                 self._disconnect()
                 self._progress.unknown(self._number, body.count)
                 return
@@ -112,7 +112,7 @@ class ProofClient:
             self._stop.wait(_AGAIN_SECONDS)
 
     def _judge(self, answer: http.client.HTTPResponse, content: bytes, body: Body) -> bool:
-        """Writes down what an answer means; whether that was the end of the request."""
+        """Records the outcome of a request; returns False if it has to be sent again."""
         told = _decoded(content)
         kind = str(told.get("type", "")).rpartition(":")[2]
         if answer.status == 202 and told.get("accepted") == body.count:
@@ -127,7 +127,7 @@ class ProofClient:
 
     def _connected(self) -> http.client.HTTPConnection | None:
         """A connection to the daemon of now. A failure to connect has sent nothing."""
-        port = self._door.wait(_AGAIN_SECONDS)
+        port = self._target.wait(_AGAIN_SECONDS)
         if port != self._port:
             self._disconnect()
         if port is None:

@@ -1,4 +1,4 @@
-"""What a seed decides: when the daemon is killed, and what the clients send. Pure.
+"""Random decisions of a run: moments of the kills and bodies of the requests. Pure.
 
 Every decision has a random generator of its own, seeded by the run's seed and the decision's place,
 so a run that was interrupted goes on with the plan it had.
@@ -25,7 +25,7 @@ _TEXT = "the quick brown fox jumps over the lazy dog; " * (_PAD_MAX // 45 + 1)
 
 
 class Kill(NamedTuple):
-    """When a life of the daemon ends.
+    """The moment of a kill.
 
     Attributes:
         early: counted from the start of the process; otherwise from its readiness.
@@ -46,7 +46,7 @@ class Kill(NamedTuple):
 
 
 class ProofBounds(NamedTuple):
-    """What the daemon's settings allow in one request."""
+    """Bounds of one request, from the daemon's settings."""
 
     records: int
     pad: int

@@ -1,7 +1,7 @@
-"""What was sent and how it ended, in memory and in a small file, so that a run can be resumed.
+"""State of a run: the records sent and their outcomes, kept in a file so that it can be resumed.
 
-A client's numbers grow without gaps, so all that is kept of them is the next one, and the ranges
-whose outcome is unknown: everything else below it was accepted. The file is written when a kill
+A client's numbers grow without gaps, so only the next one is kept, and the ranges whose outcome is
+unknown: everything else below it was accepted. The file is written when a kill
 was survived, and before a client comes to the end of the numbers that the file reserves for it:
 whatever happens to this process, no number is sent twice.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 RESERVED = 100_000
-"""Numbers of a client that one writing of the file is good for."""
+"""Numbers of a client that one write of the file reserves."""
 STATE = "prove.json"
 
 
@@ -73,7 +73,7 @@ class ProofState(msgspec.Struct):
 
 
 class ProofProgress:
-    """A run's state, shared by the clients, and its file.
+    """Keeps a run's state, shared by the clients, and its file.
 
     Args:
         state: as it is now.
@@ -95,14 +95,14 @@ class ProofProgress:
             return sent.next
 
     def accepted(self, client: int, count: int) -> None:
-        """The 202 was seen."""
+        """Counts records for which the 202 was seen."""
         with self._lock:
             sent = self.state.sent[client]
             sent.next += count
             sent.requests += 1
 
     def unknown(self, client: int, count: int) -> None:
-        """The request was sent, perhaps in part, and there is no answer."""
+        """Keeps the range of a request that was sent, perhaps in part, and got no answer."""
         with self._lock:
             sent = self.state.sent[client]
             sent.unknown.append((sent.next, count))
@@ -148,7 +148,7 @@ def resumed(folder: Path) -> ProofState:
     except msgspec.DecodeError as error:
         raise ConfigError(problem=f"--resume {folder}: {STATE}: {error}") from error
     for sent in state.sent:
-        if sent.reserved > sent.next:  # it ended without a word
+        if sent.reserved > sent.next:  # the run did not save its end
             sent.unknown.append((sent.next, sent.reserved - sent.next))
             sent.next = sent.reserved
     return state

@@ -1,4 +1,4 @@
-"""One life of the daemon: a process of its own, started, watched, killed or asked to leave."""
+"""Runs the proof: starts the daemon, kills it again and again, lets it drain and compares."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
 START_SECONDS = 120.0
 LOG = "daemon.log"
 _WATCHED = (b'"daemon_started"', b'"drained"', b'"drained_partly"')
-# Dies with us, whatever happens to us. The kernel's word for it survives exec.
+# Dies with this process, whatever ends it; the setting survives exec.
 _BOOT = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 os.getppid() == int(sys.argv[1]) or os._exit(1)
 os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
 """
-# What is in effect is in the file; systemd shall not hear from this one.
+# The effective settings are in the file; systemd must not hear from this daemon.
 _NOT_PASSED = {"CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG_USEC"}
 
 
@@ -64,7 +64,7 @@ class DaemonReady(NamedTuple):
 
 
 class DaemonProcess:
-    """A daemon that was just started. Start it from the main thread: it dies with its starter.
+    """One process of the daemon. Start it from the main thread: it dies with its starter.
 
     Args:
         arguments: of `python -m ingestd`.
@@ -112,7 +112,7 @@ class DaemonProcess:
         """Waits until it takes records.
 
         Raises:
-            VictimDied: it ended, or did not come up in time.
+            DaemonDied: it ended, or did not come up in time.
         """
         with self._changed:
             self._changed.wait_for(
@@ -125,33 +125,33 @@ class DaemonProcess:
         return DaemonReady(port, admin, started["seconds"])
 
     def wait(self, seconds: float) -> bool:
-        """Whether it ended by itself within some time."""
+        """Returns True if it ended by itself within some time."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(seconds)
         return self.process.returncode is not None
 
     def kill(self) -> None:
-        """SIGKILL, and wait for the end of the process. Only of the daemon, not of its workers."""
+        """Kills the daemon, not its workers, and waits for the end of its process."""
         self.process.kill()
         self.process.wait()
 
     def leave(self) -> None:
-        """SIGTERM: drain and leave; the second time, leave at once."""
+        """Sends SIGTERM: drain and leave; the second time, leave at once."""
         self.process.send_signal(signal.SIGTERM)
 
-    def last_words(self) -> int:
-        """Its exit code; `events` are complete when this returns. It has ended."""
+    def exit_code(self) -> int:
+        """The exit code of a process that has ended; `events` are complete when this returns."""
         self._reader.join(10.0)
         return self.process.wait()
 
     def close(self) -> None:
-        """Whatever state it is in: ends it."""
+        """Ends the process, whatever its state."""
         if self.process.poll() is None:
             self.kill()
         self._reader.join(10.0)
 
     def died(self, what: str) -> DaemonDied:
-        """An error that shows what it said last."""
+        """An error with the last lines of the log."""
         if self._ended or self.process.poll() is not None:  # one may be seen before the other
             self._reader.join(2.0)
             self.wait(2.0)
@@ -175,9 +175,7 @@ def _environment() -> dict[str, str]:
     return kept
 
 
-# -- the run: start, serve, kill, again; then drain and compare ------------------------------------
-#
-# READ FIRST in this room.
+# -- the run ---------------------------------------------------------------------------------------
 
 _STALLED_SECONDS = 120.0
 _LAST_SECONDS = 0.5
@@ -192,7 +190,7 @@ class ClientFailed(IngestdError):  # noqa: N818  reads as what happened
 
 
 class Task(NamedTuple):
-    """What is to be done.
+    """Inputs of a run.
 
     Attributes:
         arguments: of `python -m ingestd`, to start the daemon.
@@ -213,24 +211,24 @@ class Prover:
     """One run, or the rest of one. Use it from the main thread.
 
     Args:
-        task: what is to be done.
-        progress: what was done already; kept up to date, in its file too.
-        say: shows a line about how it goes.
+        task: its inputs.
+        progress: its state; kept up to date, in its file too.
+        say: prints a line of progress.
     """
 
     def __init__(self, task: Task, progress: ProofProgress, say: Callable[[str], None]) -> None:
         self._task = task
         self._progress = progress
         self._say = say
-        self._victim: DaemonProcess | None = None
-        self._door = ProofTarget()
+        self._daemon: DaemonProcess | None = None
+        self._target = ProofTarget()
         self._stop = threading.Event()
         self._clients = [
             ProofClient(
                 number,
                 seed=progress.state.seed,
                 bounds=task.bounds,
-                door=self._door,
+                target=self._target,
                 progress=progress,
                 stop=self._stop,
             )
@@ -238,10 +236,10 @@ class Prover:
         ]
 
     def run(self) -> ProofReport:
-        """Everything; leaves no process and no thread behind, however it ends.
+        """Runs to the end; leaves no process and no thread behind, however it ends.
 
         Raises:
-            IngestdError: it can't go on; what was sent is written down.
+            IngestdError: it can't go on; the state is saved.
             KeyboardInterrupt: as above.
         """
         state = self._progress.state
@@ -259,20 +257,20 @@ class Prover:
         found = compare(rows_in(self._task.rows), state.sent)
         return report(state, found, drained, exit_code)
 
-    # -- one life ------------------------------------------------------------------------------
+    # -- one process of the daemon -------------------------------------------------------------
 
     def _live(self, kill: Kill) -> bool:
-        """From a start to a kill; `False` if the time is over before."""
+        """Runs from a start to a kill; returns False if the time is over before."""
         state = self._progress.state
-        victim = self._start()
+        daemon = self._start()
         after = kill.after(state.first_start)
         if not kill.early:
-            self._serve(victim)
-        if not self._wait(victim, after):
+            self._serve(daemon)
+        if not self._wait(daemon, after):
             return False
-        victim.kill()
-        self._door.open(None)
-        self._victim = None
+        daemon.kill()
+        self._target.open(None)
+        self._daemon = None
         state.killed += 1
         state.early += kill.early
         self._progress.save()
@@ -285,31 +283,31 @@ class Prover:
         return True
 
     def _start(self) -> DaemonProcess:
-        self._victim = DaemonProcess(self._task.arguments, self._task.folder)
-        return self._victim
+        self._daemon = DaemonProcess(self._task.arguments, self._task.folder)
+        return self._daemon
 
-    def _serve(self, victim: DaemonProcess) -> int:
+    def _serve(self, daemon: DaemonProcess) -> int:
         """Waits until it is ready and lets the clients in; gives the port of its status."""
         state = self._progress.state
-        ready = victim.ready()
+        ready = daemon.ready()
         if state.killed:
             state.starts.append(round(ready.seconds, 4))
         else:
             state.first_start = state.first_start or ready.seconds
-        self._door.open(ready.port)
+        self._target.open(ready.port)
         return ready.admin_port
 
-    def _wait(self, victim: DaemonProcess, seconds: float) -> bool:
-        """Lets it live for some time; `False` if the time is over before.
+    def _wait(self, daemon: DaemonProcess, seconds: float) -> bool:
+        """Waits for some time while it runs; returns False if the time is over before.
 
         Raises:
-            VictimDied: it ended by itself.
-            ClientFailed: it gave an answer that can't be.
+            DaemonDied: it ended by itself.
+            ClientFailed: it gave a wrong answer.
         """
         until = time.monotonic() + seconds
         while (left := min(until, self._ends_at) - time.monotonic()) > 0:
-            if victim.wait(min(left, _LOOK_SECONDS)):
-                raise victim.died("ended by itself")
+            if daemon.wait(min(left, _LOOK_SECONDS)):
+                raise daemon.died("ended by itself")
             self._check_clients()
         return time.monotonic() < self._ends_at
 
@@ -321,34 +319,34 @@ class Prover:
     # -- the end -------------------------------------------------------------------------------
 
     def _finish(self) -> tuple[int, dict[str, object]]:
-        """Lets the daemon settle everything and leave; its exit code and its last word."""
-        victim = self._victim or self._start()
-        admin_port = self._serve(victim)
-        self._wait(victim, _LAST_SECONDS)
+        """Lets the daemon drain; returns its exit code and its drain report."""
+        daemon = self._daemon or self._start()
+        admin_port = self._serve(daemon)
+        self._wait(daemon, _LAST_SECONDS)
         self._stop_clients()
         self._check_clients()
         self._say("no more kills; the daemon drains")
-        code = self._drain(victim, admin_port)
-        said = victim.events
+        code = self._drain(daemon, admin_port)
+        said = daemon.events
         return code, said.get("drained") or said.get("drained_partly") or {}
 
-    def _drain(self, victim: DaemonProcess, port: int) -> int:
-        """Waits for its end, as long as something moves; its exit code."""
-        victim.leave()
+    def _drain(self, daemon: DaemonProcess, port: int) -> int:
+        """Waits for its end as long as records are settled; returns its exit code."""
+        daemon.leave()
         pending, since, urged = -1, time.monotonic(), False
-        while not victim.wait(_LOOK_SECONDS):
+        while not daemon.wait(_LOOK_SECONDS):
             now = _pending(port, pending)
             if now != pending:
                 pending, since = now, time.monotonic()
             elif time.monotonic() - since > _STALLED_SECONDS:
                 if urged:
-                    raise victim.died("does not leave")
-                victim.leave()  # at once, with what is pending in the journal
+                    raise daemon.died("does not leave")
+                daemon.leave()  # at once, with what is pending in the journal
                 urged, since = True, time.monotonic()
-        return victim.last_words()
+        return daemon.exit_code()
 
     def _stop_clients(self) -> None:
-        """Each sees the answer of the request that it is at."""
+        """Stops the clients; each waits for the answer to its request."""
         self._stop.set()
         for client in self._clients:
             client.join()
@@ -358,12 +356,12 @@ class Prover:
         try:
             self._stop_clients()
         finally:
-            if self._victim is not None:
-                self._victim.close()
+            if self._daemon is not None:
+                self._daemon.close()
 
 
 def _pending(port: int, before: int) -> int:
-    """Records that are not settled; as before, if it does not say: it is about to leave."""
+    """Asks for the pending records; returns `before` without an answer: it is about to leave."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
         connection.request("GET", "/v1/status")

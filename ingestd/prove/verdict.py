@@ -1,4 +1,4 @@
-"""What was sent, held against what is there."""
+"""Compares the accepted records with the rows of the sink, and makes the report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LEDGER = ("accepted", "processed", "dead", "pending", "invalid", "balanced")
 
 
 class FoundRows(msgspec.Struct, frozen=True):
-    """What became of the records that were sent.
+    """Counts of sent and of delivered records.
 
     Attributes:
         accepted: numbers for which a 202 was seen.
@@ -29,7 +29,7 @@ class FoundRows(msgspec.Struct, frozen=True):
         duplicated: numbers with more than one row.
         unknown: in flight when the daemon died: may be there or not.
         unknown_delivered: of these, are there.
-        strange: rows that nobody sent.
+        strange: rows that were never sent.
     """
 
     accepted: int
@@ -42,7 +42,7 @@ class FoundRows(msgspec.Struct, frozen=True):
 
 
 class ProofReport(msgspec.Struct, frozen=True):
-    """How a run ended.
+    """Result of a run.
 
     Attributes:
         proved: nothing missing, doubled or strange, the ledger balances, the daemon left well.
@@ -83,7 +83,7 @@ def rows_in(file: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def compare(rows: Iterable[tuple[Any, Any]], sent: Sequence[Sent]) -> FoundRows:
-    """Counts.
+    """Compares rows with the numbers that were sent.
 
     Args:
         rows: client and number of each row.
@@ -125,7 +125,7 @@ def _is_in(value: object, end: int) -> bool:
 def report(
     state: ProofState, found: FoundRows, drained: dict[str, Any], exit_code: int
 ) -> ProofReport:
-    """Everything together; `drained` is the daemon's last word."""
+    """Makes the report; `drained` is the daemon's drain report."""
     ledger = {key: drained.get(key) for key in _LEDGER}
     flaws = found.missing or found.duplicated or found.strange or exit_code
     return ProofReport(
@@ -145,7 +145,7 @@ def report(
 
 
 def lines(result: ProofReport) -> list[str]:
-    """The report for people."""
+    """Renders the report as text."""
     found, ledger = result.found, result.ledger
     doubt = f"{found.unknown:,} records in {result.requests_unknown:,} requests without an answer"
     told = [
@@ -160,7 +160,7 @@ def lines(result: ProofReport) -> list[str]:
         "{}".format("" if ledger["balanced"] else "  DOES NOT BALANCE", **ledger),
     ]
     if found.strange:
-        told.append(f"strange     {found.strange:,} rows that nobody sent")
+        told.append(f"strange     {found.strange:,} rows that were never sent")
     if result.exit_code:
         told.append(f"exit code   {result.exit_code} of the daemon at its end")
     told.append(_conclusion(result))

@@ -1,1 +1,1 @@
-"""Handlers that come with ingestd and write outward. They run where any handler runs."""
+"""Sinks: handlers that come with ingestd and write outward. They run where any handler runs."""

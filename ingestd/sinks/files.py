@@ -1,4 +1,4 @@
-"""A folder of files that many writers append whole lines to: one file an hour, rotated by size.
+"""Hourly files that many writers append whole lines to: rotation by size, and compression.
 
     2026-01-31T09.jsonl      the file of this hour (UTC), being written
     2026-01-31T09.1.jsonl    what was in it when it was full; the higher the number, the newer
@@ -6,9 +6,9 @@
 
 Writers are threads and processes that know nothing of each other, so the rules are the files':
 
-* Whoever writes holds the file's `flock`, writes the whole buffer, syncs it and lets go.
-* A file is renamed only under its lock, and whoever gets a lock looks whether the name still
-  means that file. So nobody writes into a file that was set aside.
+* A writer holds the file's `flock`, writes the whole buffer, syncs it and unlocks.
+* A file is renamed only under its lock, and a writer that gets a lock checks that the name still
+  means that file. So no line goes into a file that was set aside.
 * What stands behind the last LF was torn by a crash. Its batch was not acknowledged and comes
   again, so the next one to hold the lock cuts it off.
 * A write that fails, for want of space say, is cut off by the writer itself.
@@ -51,7 +51,7 @@ def next_number(names: Iterable[str], hour: str) -> int:
 
 
 class Folder:
-    """One writer's hold on the folder. Not to be shared between threads; make one each.
+    """Appends lines to the files of one folder. Not thread-safe: each thread has its own.
 
     Args:
         path: created when the first write needs it, mode 0700.
@@ -76,7 +76,7 @@ class Folder:
         self._file = path
 
     def append(self, lines: bytes) -> None:
-        """Append whole lines to the file of this hour; they are on disk when this returns.
+        """Appends whole lines to the file of this hour; they are on disk when this returns.
 
         Raises:
             OSError: nothing of it was written, or what was written has been cut off again.
@@ -87,7 +87,7 @@ class Folder:
                 self._open(file)
             with self._locked() as is_current:
                 if not is_current:
-                    continue  # set aside or removed by someone else: open the new one
+                    continue  # set aside or removed by another writer: open the new one
                 size = os.fstat(self._fd).st_size
                 if not size or size + len(lines) <= self._rotate_bytes:
                     self._write(lines, size)
@@ -97,7 +97,7 @@ class Folder:
             self._set_aside()
 
     def close(self) -> None:
-        """Let go of the file that is open; the next `append` opens it again."""
+        """Closes the open file; the next `append` opens it again."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -109,12 +109,12 @@ class Folder:
         make_folder(self.path)
         self._fd = open_private(file, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         self._file = file
-        # Whoever made the file may not have synced its name yet, and we are about to promise.
+        # The writer that made the file may not have synced its name yet.
         sync_folder(self.path)
 
     @contextmanager
     def _locked(self) -> Iterator[bool]:
-        """Hold the file's lock; says whether its name still means it. An error closes it."""
+        """Holds the file's lock; yields True if its name still means it. An error closes it."""
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX)
             is_current = is_same(self._file, self._fd)
@@ -145,7 +145,7 @@ class Folder:
 
 
 def is_same(file: Path, fd: int) -> bool:
-    """Whether the name still means the open file."""
+    """Returns True if the name still means the open file."""
     try:
         return os.path.samestat(file.stat(), os.fstat(fd))
     except FileNotFoundError:
@@ -153,7 +153,7 @@ def is_same(file: Path, fd: int) -> bool:
 
 
 def set_aside(file: Path) -> Path | None:
-    """Give a file its number. The caller holds its lock and saw that the name means it.
+    """Renames a file to its number. The caller holds its lock and saw that the name means it.
 
     Returns:
         The new path, or `None` if there was nothing in the file and it was removed.
@@ -172,7 +172,7 @@ def set_aside(file: Path) -> Path | None:
 
 
 def cut_torn_tail(file: Path, fd: int) -> None:
-    """Cut off what stands behind the last LF. The caller holds the lock."""
+    """Truncates a file behind its last LF. The caller holds the lock."""
     size = os.fstat(fd).st_size
     if size == 0 or os.pread(fd, 1, size - 1) == b"\n":
         return
@@ -189,9 +189,9 @@ def cut_torn_tail(file: Path, fd: int) -> None:
     _LOG.warning("torn_tail_cut file=%s bytes=%d", file, size - keep)
 
 
-# -- packing files that nobody writes to any more --------------------------------------------------
+# -- compression -----------------------------------------------------------------------------------
 #
-# Packing files that nobody writes to any more, in a thread of its own, one file at a time.
+# Files that are no longer written to are packed in a thread of its own, one at a time.
 #
 # A file is packed into a hidden temporary one, that is synced and renamed, and only then is the
 # file removed. A crash at any point leaves either the file, or both it and its whole packed form:
@@ -201,7 +201,6 @@ def cut_torn_tail(file: Path, fd: int) -> None:
 # Only set-aside files are packed. The file of an hour that is over is first set aside under its
 # lock, which is a rename: no writer waits for the packing.
 
-_COMPRESSION_LOG = logging.getLogger(__name__)
 _BLOCK = 1024 * 1024
 _LOCK_FILE = ".compress.lock"
 _TMP_SUFFIX = ".tmp"
@@ -210,23 +209,23 @@ _LOOK_AGAIN = 60.0  # seconds until an hour that ended without a write is notice
 SUFFIXES = {"gzip": ".gz", "zstd": ".zst"}
 
 
-class Steps(NamedTuple):
-    """What there is to do in a folder, by name, each list in order of time."""
+class PackingPlan(NamedTuple):
+    """Files of a folder to remove, rename and pack, each list in order of time."""
 
     remove: list[str]
     set_aside: list[str]
     pack: list[str]
 
 
-def steps(names: Iterable[str], this_hour: str) -> Steps:
-    """Decide from the names alone.
+def plan_packing(names: Iterable[str], this_hour: str) -> PackingPlan:
+    """Plans the packing of a folder from the names alone.
 
-    Remove temporary files (whoever asks holds the folder's lock, so nobody is writing them) and
-    files that are packed already; set aside the hours that are over; pack what is set aside.
+    Temporary files are removed (the caller holds the folder's lock, so none is being written), and
+    so are files that are packed already; the hours that are over are set aside, then packed.
     """
     have = sorted(names)
     packed = {name.removesuffix(s) for name in have for s in SUFFIXES.values() if name.endswith(s)}
-    plan = Steps([], [], [])
+    plan = PackingPlan([], [], [])
     for name in have:
         if name.startswith(".") and name.endswith(_TMP_SUFFIX):
             if NAME.fullmatch(name[1 : -len(_TMP_SUFFIX)]):
@@ -244,9 +243,9 @@ def steps(names: Iterable[str], this_hour: str) -> Steps:
 
 
 class Compressor:
-    """Packs what is to be packed in a folder, until it is closed.
+    """Packs the files of a folder in a thread, until it is closed.
 
-    Each writer has one; the folder's lock sees to it that only one of them works at a time.
+    Each writer has one; the folder's lock lets only one of them work at a time.
     A packing that is under way when it is closed is given up and done at the next start.
     """
 
@@ -262,11 +261,11 @@ class Compressor:
         self._thread.start()
 
     def wake(self) -> None:
-        """Look now."""
+        """Starts a pass now."""
         self._wake.set()
 
     def close(self) -> None:
-        """Give up what is under way and end the thread."""
+        """Gives up the file under way and ends the thread."""
         self._closed = True
         self._wake.set()
         self._thread.join()
@@ -277,19 +276,19 @@ class Compressor:
             try:
                 wait = _LOOK_AGAIN if self.work() else _BUSY_RETRY
             except Exception:  # noqa: BLE001  a full disk, say: the files stay as they are
-                _COMPRESSION_LOG.exception("compression_failed folder=%s", self._path)
+                _LOG.exception("compression_failed folder=%s", self._path)
                 wait = _LOOK_AGAIN
             if not self._closed:
                 self._wake.wait(wait)
 
     def work(self) -> bool:
-        """Do all there is to do; `False` if another one is at it in this folder."""
+        """Runs one pass; returns False if another compressor holds the folder."""
         if not self._path.is_dir():
             return True
         with _folder_lock(self._path) as is_ours:
             if not is_ours:
                 return False
-            plan = steps([file.name for file in self._path.iterdir()], hour_of(self._now()))
+            plan = plan_packing([file.name for file in self._path.iterdir()], hour_of(self._now()))
             for name in plan.remove:
                 (self._path / name).unlink(missing_ok=True)
             retired = [_retire(self._path / name) for name in plan.set_aside]
@@ -303,7 +302,7 @@ class Compressor:
         tmp = packed.with_name(f".{packed.name}{_TMP_SUFFIX}")
         try:
             source = file.open("rb")
-        except FileNotFoundError:  # someone fetched it in the meantime
+        except FileNotFoundError:  # it was fetched in the meantime
             return
         try:
             with source, open(tmp, "wb", opener=_private) as raw:
@@ -322,7 +321,7 @@ class Compressor:
 
 
 def _retire(file: Path) -> Path | None:
-    """Set aside the file of an hour that is over, unless someone else just did."""
+    """Sets aside the file of an hour that is over, unless another process just did."""
     try:
         fd = os.open(file, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:

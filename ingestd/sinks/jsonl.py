@@ -1,4 +1,4 @@
-"""The sink `jsonl`: records as lines of JSON, in hourly files."""
+"""The sink `jsonl` writes records as lines of JSON into hourly files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ENCODER = msgspec.json.Encoder()
 
 
 class JsonlSink:
-    """Appends each batch to the file of this hour (UTC); returns when it is on disk.
+    """Appends each batch to the file of this hour (UTC) and syncs it.
 
     Any number of these, in threads and processes, may write to the same folder. A batch that comes
     again after a crash is written again: at least once.
@@ -60,7 +60,7 @@ class JsonlSink:
         self._folder = Folder(folder, rotate_bytes=size, now=self.now, set_aside=wake)
 
     def __call__(self, batch: Batch[bytes]) -> None:
-        """Write the batch.
+        """Writes the batch.
 
         Raises:
             OSError: it is not in the file, not even in part.
@@ -68,14 +68,14 @@ class JsonlSink:
         self._folder.append(lines(batch.records, self._format))
 
     def close(self) -> None:
-        """Close the file and end the compressing."""
+        """Closes the file and ends the compression."""
         self._folder.close()
         if self._compressor:
             self._compressor.close()
 
 
 def lines(records: Records, record_format: str) -> bytes:
-    """Records as lines of JSON.
+    """Renders records as lines of JSON.
 
     JSON lines go as they came, without a copy. Text and bytes become JSON strings; what is not
     UTF-8 becomes `{"base64": "..."}`.

@@ -1,4 +1,4 @@
-"""The sink `sqlite`: records as rows of a table, each exactly once.
+"""The sink `sqlite` writes records as rows of a table, each exactly once.
 
 A batch's rows, and its id in the table `ingestd_batches`, are one transaction: a batch that comes
 again under its id is known. Each row has its record's id besides, because a batch that failed may
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
 LEDGER = "ingestd_batches"
-"""The table of the batches that are in."""
+"""The table of the batches that were written."""
 _BUSY_SECONDS = 30.0
 _COLUMNS = ("auto", "json")
 _HERE = Context()
@@ -51,7 +51,7 @@ class _Columns(NamedTuple):
 
 
 class SqliteSink:
-    """Writes each batch in one transaction; returns when it is on disk.
+    """Writes each batch in one synced transaction.
 
     Any number of these, in threads and processes, may write to the same file. A batch or a record
     that comes again changes nothing.
@@ -87,7 +87,7 @@ class SqliteSink:
         self._columns: _Columns | None = None
 
     def __call__(self, batch: Batch[bytes]) -> None:
-        """Write the batch, if it is not there yet.
+        """Writes the batch, if it is not there yet.
 
         Raises:
             sqlite3.Error: nothing of it was written. After a failure of the disk at the very end
@@ -110,7 +110,7 @@ class SqliteSink:
             raise
 
     def close(self) -> None:
-        """Close the file; the next batch opens it again."""
+        """Closes the file; the next batch opens it again."""
         opened, self._open, self._columns = self._open, None, None
         if opened:
             opened.db.close()
@@ -118,7 +118,7 @@ class SqliteSink:
     # -- records -------------------------------------------------------------------------------
 
     def _values(self, batch: Batch[bytes]) -> tuple[Sequence[str], Sequence[Any]]:
-        """What becomes rows, with the ids; what can't is rejected."""
+        """Ids and values of the rows; rejects records that can't become one."""
         problems: dict[int, str] = {}
         values: Sequence[Any]
         if self._is_auto:
@@ -178,17 +178,17 @@ class SqliteSink:
                 + "".join(f", {quoted(name)}" for name in (*_first(keys), *more))
                 + ")"
             )
-            self._columns = self._look(db)
+            self._columns = self._read_columns(db)
             new = new_columns(keys, self._columns.taken)
             new += [name for name in more if name not in self._columns.taken]
             for name in new:
                 db.execute(f"ALTER TABLE {self._table} ADD COLUMN {quoted(name)}")
             if new:
-                self._columns = self._look(db)
+                self._columns = self._read_columns(db)
         return self._columns.writable
 
-    def _look(self, db: sqlite3.Connection) -> _Columns:
-        # Also the generated ones: nobody can write them, but they have their names.
+    def _read_columns(self, db: sqlite3.Connection) -> _Columns:
+        # Also the generated ones: they can't be written, but their names are in use.
         found = db.execute(f"PRAGMA table_xinfo({self._table})").fetchall()
         return _Columns(
             frozenset(name for _, name, *_ in found),
@@ -252,7 +252,7 @@ def _text(item: bytes) -> str | bytes:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One at a time: SQLite does not wait for who else is switching a new file to WAL."""
+    """Locks a folder: SQLite does not wait while another process switches a new file to WAL."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

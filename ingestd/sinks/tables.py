@@ -1,4 +1,4 @@
-"""From records to rows of a table: which columns there are, and what is in each cell. Pure.
+"""Converts JSON records to columns and rows of a table. Pure.
 
 A key of a JSON object is a column of the same spelling. What can be no column (see `fits`), or came
 when there were `COLUMNS_MAX` already, is kept as JSON in the column `_extra`; so is a record that
@@ -27,7 +27,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def folded(name: str) -> str:
-    """Equal for two names that are one column to SQLite, which folds ASCII only."""
+    """Folds a name as SQLite does (ASCII only): equal results are one column."""
     return name.encode().lower().decode()
 
 
@@ -56,7 +56,7 @@ def new_columns(keys: Iterable[str], taken: Collection[str]) -> list[str]:
 
 
 def fits(key: str) -> bool:
-    """Whether a key can be the name of a column."""
+    """Returns True if a key can be the name of a column."""
     return 0 < len(key) <= _KEY_CHARS_MAX and "\0" not in key
 
 
@@ -69,7 +69,7 @@ def rows_of(
         ids: names of the records.
         values: decoded JSON.
         columns: keys that are columns, each once.
-        has_extra: whether something has no column (see `has_extra`).
+        has_extra: a value has no column (see the function).
     """
     objects = [v if type(v) is dict else _NO_KEYS for v in values]
     cells = [_column([o.get(key) for o in objects]) for key in columns]
@@ -83,7 +83,7 @@ _NO_KEYS: dict[str, Any] = {}
 
 
 def has_extra(values: Iterable[Any], keys: Iterable[str], columns: Collection[str]) -> bool:
-    """Whether something in the values has no column."""
+    """Returns True if something in the values has no column."""
     return not set(keys) <= set(columns) or any(type(v) is not dict for v in values)
 
 

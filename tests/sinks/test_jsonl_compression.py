@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ingestd.sinks import files
-from ingestd.sinks.files import Compressor, Steps, steps
+from ingestd.sinks.files import Compressor, PackingPlan, plan_packing
 from ingestd.sinks.jsonl import JsonlSink
 
 if sys.version_info >= (3, 14):
@@ -47,7 +47,7 @@ def compressor(tmp_path: Path, kind: str):
 
 
 def test_what_there_is_to_do_is_read_from_the_names() -> None:
-    assert steps(
+    assert plan_packing(
         [
             "2026-01-01T09.jsonl",  # being written
             "2026-01-01T10.jsonl",  # someone's clock is ahead
@@ -65,7 +65,7 @@ def test_what_there_is_to_do_is_read_from_the_names() -> None:
             "clicks",
         ],
         "2026-01-01T09",
-    ) == Steps(
+    ) == PackingPlan(
         remove=[".2026-01-01T06.1.jsonl.gz.tmp", "2026-01-01T07.1.jsonl", "2026-01-01T07.2.jsonl"],
         set_aside=["2026-01-01T08.jsonl"],
         pack=["2026-01-01T09.1.jsonl"],
