@@ -39,13 +39,21 @@ from ingestd.execution.retry import (
     spends_try,
 )
 from ingestd.handlers.outcome import Job
-from ingestd.journal.build import build_journal
 from ingestd.journal.idempotency import KeyRule
-from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Recovered, Settlement
+from ingestd.journal.interface import (
+    Chunk,
+    Cursor,
+    DeadLetter,
+    JournalContext,
+    Ledger,
+    Recovered,
+    Settlement,
+)
 from ingestd.journal.maintenance import DeadLetterMaintenance
 from ingestd.journal.reader import ChunkReader, MemoryBudget, UnsettledChunks
 from ingestd.journal.sqlite.audit import Auditor
 from ingestd.journal.sqlite.letters import InvalidQuota
+from ingestd.registry import JOURNALS
 from ingestd.settlement import (
     as_sealed,
     damage_letters,
@@ -66,6 +74,7 @@ if TYPE_CHECKING:
     from ingestd.base.metrics import PipelineMetrics
     from ingestd.execution.pool import Pool
     from ingestd.host.process import Surroundings
+    from ingestd.journal.interface import Journal
     from ingestd.settings import BatchSettings, PipelineSettings
 
 log = get_logger()
@@ -133,21 +142,21 @@ class Pipeline:
         self.record_bytes_max = settings.record_bytes_max
         self.json_depth_max = settings.json_depth_max
         self.settings = settings
-        self.journal = build_journal(
+        check = partial(
+            record_fault,
+            form=settings.format,
+            record_bytes_max=settings.record_bytes_max,
+            depth_max=settings.json_depth_max,
+        )
+        self.journal: Journal = JOURNALS.load(settings.journal.kind)(
             settings.journal,
-            folder=folder,
-            clock=clock,
-            on_commit=metrics.committed,
-            dead_bytes_max=settings.dead.bytes_max,
-            keys=keys,
-            courtesy=InvalidQuota(
-                settings.dead.invalid_bytes_max,
-                partial(
-                    record_fault,
-                    form=settings.format,
-                    record_bytes_max=settings.record_bytes_max,
-                    depth_max=settings.json_depth_max,
-                ),
+            JournalContext(
+                folder,
+                clock,
+                metrics.committed,
+                settings.dead.bytes_max,
+                keys,
+                InvalidQuota(settings.dead.invalid_bytes_max, check),
             ),
         )
         self.keeper = DeadLetterMaintenance(name, self.journal, settings.dead, clock)

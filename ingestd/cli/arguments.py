@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 from ingestd.base.errors import UsageError
 from ingestd.config.keys import dotted, settings_of, shown, unit_of
 from ingestd.config.layers import Flag
+from ingestd.config.sections import Choice
 from ingestd.settings import SCHEMA, Settings
 
 if TYPE_CHECKING:
@@ -146,6 +147,8 @@ def _own_names(argv: Sequence[str]) -> list[str]:
 def _metavar(field: FieldInfo) -> str:
     if get_origin(field.annotation) is Literal:
         return "|".join(get_args(field.annotation))
+    if choice := next((mark for mark in field.metadata if isinstance(mark, Choice)), None):
+        return "|".join(choice.names())
     if field.annotation is bool:
         return "true|false"
     unit = unit_of(field)

@@ -6,9 +6,13 @@ import re
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, SecretStr
+from pydantic_core import PydanticCustomError
+from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
+
+    from pydantic import GetCoreSchemaHandler
 
 MASK = "***"
 """What is shown instead of a secret."""
@@ -49,6 +53,31 @@ class ValidationProblems(ValueError):  # noqa: N818  several errors in one
 
 class Reloadable:
     """Marks a field that a reload (SIGHUP) changes; without it a change needs a restart."""
+
+
+class Choice:
+    """Marks text that is one of some names, which need not be known before it is checked.
+
+    Args:
+        names: gives them.
+    """
+
+    def __init__(self, names: Callable[[], Sequence[str]]) -> None:
+        self.names = names
+
+    def __get_pydantic_core_schema__(
+        self, source: object, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, value: str) -> str:
+        *others, last = map(repr, self.names())
+        if repr(value) not in {*others, last}:
+            expected = f"{', '.join(others)} or {last}" if others else last
+            raise PydanticCustomError(
+                "literal_error", "should be {expected}", {"expected": expected}
+            )
+        return value
 
 
 def own_name(value: str, what: str = "it") -> str:

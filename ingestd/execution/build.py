@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -24,18 +24,43 @@ from ingestd.execution.process import ProcessWorker
 from ingestd.handlers.runner import HandlerConfig, Runner
 from ingestd.handlers.target import is_ours
 from ingestd.handlers.wire import InitMessage
+from ingestd.registry import EXECUTORS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from ingestd.base.record import Format
     from ingestd.execution.settings import ExecutorSettings, HandlerSettings
     from ingestd.host.process import Surroundings
 
+    StartPool: TypeAlias = Callable[
+        [ExecutorSettings, "PoolContext"], Awaitable[tuple[TaskPool | ThreadedPool, str]]
+    ]
+
 log = get_logger()
 
 _CLOSE_SECONDS = 5.0
+
+
+class PoolContext(NamedTuple):
+    """The surroundings of a pool.
+
+    Attributes:
+        name: of the pipeline.
+        config: the handler that its workers load.
+        on_restart: called with `crashed` or `timeout` each time a process has to be replaced.
+        surroundings: what processes are started with; those of now if not given.
+    """
+
+    name: str
+    config: HandlerConfig
+    on_restart: Callable[[str], None]
+    surroundings: Surroundings | None
+
+    def workers(self, executor: ExecutorSettings) -> list[str]:
+        """The names of the workers."""
+        return [f"{self.name}-worker-{number}" for number in range(executor.workers)]
 
 
 async def start_pool(
@@ -48,7 +73,7 @@ async def start_pool(
     on_restart: Callable[[str], None],
     surroundings: Surroundings | None = None,
 ) -> tuple[TaskPool | ThreadedPool, str]:
-    """One lane a worker, of the kind that the settings name, started.
+    """Starts the workers of a pipeline, of the kind that the settings name.
 
     Args:
         name: of the pipeline.
@@ -65,61 +90,91 @@ async def start_pool(
     Raises:
         HandlerLoadError: the handler can't be loaded.
     """
-    kind = executor.kind
-    if kind == "auto" and is_ours(handler.target):
-        kind = "thread"
-    wanted = HandlerConfig(
+    config = HandlerConfig(
         target=handler.target,
         options=dict(handler.options),
         record_format=record_format,
-        executor=kind,
+        executor=executor.kind,
         pipeline=name,
         data_dir=os.fsencode(data_dir),
     )
-    lanes = [f"{name}-worker-{number}" for number in range(executor.workers)]
-    if kind in {"auto", "process"}:
-        hello = InitMessage(wanted, os.getpid())
-        processes = [
-            ProcessWorker(
-                lane,
-                hello,
-                timeout=executor.timeout,
-                on_restart=on_restart,
-                surroundings=surroundings,
-            )
-            for lane in lanes
-        ]
-        loop, first = asyncio.get_running_loop(), processes[0]
-        try:
-            await first.start()
-        except BaseException:
-            await first.close(loop.time())
-            raise
-        if not first.is_async:
-            pool = ThreadedPool(processes, first=0)
-            await pool.start()
-            return pool, "process"
+    start: StartPool = EXECUTORS.load(executor.kind)
+    return await start(executor, PoolContext(name, config, on_restart, surroundings))
+
+
+async def start_fitting(
+    executor: ExecutorSettings, context: PoolContext
+) -> tuple[TaskPool | ThreadedPool, str]:
+    """Starts threads for a sink of ingestd's, an event loop for a coroutine, else processes."""
+    if is_ours(context.config.target):
+        return await start_threads(executor, _with_kind(context, "thread"))
+    return await start_processes(executor, context)
+
+
+async def start_processes(
+    executor: ExecutorSettings, context: PoolContext
+) -> tuple[TaskPool | ThreadedPool, str]:
+    """Starts child processes; of a coroutine that may choose, an event loop instead."""
+    hello = InitMessage(context.config, os.getpid())
+    processes = [
+        ProcessWorker(
+            worker,
+            hello,
+            timeout=executor.timeout,
+            on_restart=context.on_restart,
+            surroundings=context.surroundings,
+        )
+        for worker in context.workers(executor)
+    ]
+    loop, first = asyncio.get_running_loop(), processes[0]
+    try:
+        await first.start()
+    except BaseException:
+        await first.close(loop.time())
+        raise
+    if first.is_async:
         await first.close(loop.time() + _CLOSE_SECONDS)
-        wanted, kind = msgspec.structs.replace(wanted, executor="async"), "async"
-    if kind == "thread":
-        threads = [ThreadWorker(lane, _runner(wanted, lane)) for lane in lanes]
-        pool = ThreadedPool(threads, overrun=executor.timeout)
-        await _start(pool, wanted.target)
-        return pool, kind
-    loops = HandlerLoops(name)
-    coroutines = CoroutinePool(
-        [
-            CoroutineWorker(lane, partial(_runner, wanted, lane), loops, timeout=executor.timeout)
-            for lane in lanes
-        ],
-        loops,
-    )
-    await _start(coroutines, wanted.target)
-    return coroutines, kind
+        return await start_coroutines(executor, _with_kind(context, "async"))
+    pool = ThreadedPool(processes, first=0)
+    await pool.start()
+    return pool, "process"
+
+
+async def start_threads(
+    executor: ExecutorSettings, context: PoolContext
+) -> tuple[TaskPool | ThreadedPool, str]:
+    """Starts threads of the daemon."""
+    threads = [
+        ThreadWorker(worker, _runner(context.config, worker))
+        for worker in context.workers(executor)
+    ]
+    pool = ThreadedPool(threads, overrun=executor.timeout)
+    await _start(pool, context.config.target)
+    return pool, "thread"
+
+
+async def start_coroutines(
+    executor: ExecutorSettings, context: PoolContext
+) -> tuple[TaskPool | ThreadedPool, str]:
+    """Starts coroutines on an event loop in a thread of its own."""
+    loops = HandlerLoops(context.name)
+    coroutines = [
+        CoroutineWorker(
+            worker, partial(_runner, context.config, worker), loops, timeout=executor.timeout
+        )
+        for worker in context.workers(executor)
+    ]
+    pool = CoroutinePool(coroutines, loops)
+    await _start(pool, context.config.target)
+    return pool, "async"
+
+
+def _with_kind(context: PoolContext, kind: str) -> PoolContext:
+    return context._replace(config=msgspec.structs.replace(context.config, executor=kind))
 
 
 async def _start(pool: CoroutinePool | ThreadedPool, target: str) -> None:
-    """Starts workers that nobody can kill; one that hangs ends the start all the same."""
+    """Starts workers that cannot be killed; one that hangs ends the start all the same."""
     try:
         async with asyncio.timeout(START_TIMEOUT):
             await pool.start()

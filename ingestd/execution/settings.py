@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from ingestd.config.sections import Section
+from ingestd.config.sections import Choice, Section
 from ingestd.config.units import Count, Seconds, Size, show_seconds
+from ingestd.registry import EXECUTORS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -66,7 +67,7 @@ class HandlerSettings(Section):
 class ExecutorSettings(Section):
     """`[executor]`: what the handler runs in."""
 
-    kind: Literal["auto", "process", "thread", "async"] = Field(
+    kind: Annotated[str, Choice(EXECUTORS.names)] = Field(
         "auto",
         description="auto: process for your function, async for your coroutine, thread for a sink",
     )

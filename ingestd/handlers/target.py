@@ -1,8 +1,8 @@
 """From the name of a handler to the object it names.
 
-A target is `module:name` (the name may be dotted), or a name registered in the entry-point group
-`ingestd.handlers`. Whatever goes wrong becomes a `HandlerLoadError` of one line that says what
-to do about it.
+A target is `module:name` (the name may be dotted), or the name of a sink or handler that
+`ingestd/registry.py` finds. Whatever goes wrong becomes a `HandlerLoadError` of one line that says
+what to do about it.
 """
 
 from __future__ import annotations
@@ -16,18 +16,13 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
-from ingestd.base.errors import HandlerLoadError
+from ingestd.base.errors import ConfigError, HandlerLoadError
 from ingestd.base.path import put_behind_library
 from ingestd.handlers.text import describe, one_line
+from ingestd.registry import HANDLERS, SINKS
 
-GROUP = "ingestd.handlers"
-# Ours by heart: they work from a checkout without an installation, and nobody can take the name.
-BUILT_IN = {
-    "jsonl": "ingestd.sinks.jsonl:JsonlSink",
-    "sqlite": "ingestd.sinks.sqlite:SqliteSink",
-}
-PATH_OPTIONS = dict.fromkeys((*BUILT_IN, *BUILT_IN.values()), ("path",))
-"""The options of our sinks that are paths."""
+PATH_OPTIONS = dict.fromkeys((*SINKS.own, *SINKS.own.values()), ("path",))
+"""The options of ingestd's sinks that are paths."""
 _LIBRARY_FILES = {f"{name}.py" for name in sys.stdlib_module_names}
 _INSTALLED = tuple(
     path + os.sep for path in {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")}
@@ -35,8 +30,8 @@ _INSTALLED = tuple(
 
 
 def is_ours(target: str) -> bool:
-    """Whether a target is a sink that comes with ingestd; any other handler is the user's."""
-    return target in BUILT_IN or target in BUILT_IN.values()
+    """Tells if a target is a sink that comes with ingestd; any other handler is the user's."""
+    return target in SINKS.own or target in SINKS.own.values()
 
 
 def find(target: str) -> object:
@@ -45,7 +40,7 @@ def find(target: str) -> object:
     Raises:
         HandlerLoadError: it can't be had.
     """
-    place = target if ":" in target else BUILT_IN.get(target) or _registered(target)
+    place = target if ":" in target else _registered(target)
     if place is None:
         refuse(target, _neither(target))
     module_name, _, attribute = place.partition(":")
@@ -60,13 +55,10 @@ def refuse(target: str, problem: str, cause: BaseException | None = None) -> NoR
 
 
 def _registered(target: str) -> str | None:
-    from importlib.metadata import entry_points  # noqa: PLC0415  slow, and seldom needed
-
-    places = {point.value: point.dist for point in entry_points(group=GROUP, name=target)}
-    if len(places) > 1:
-        names = " and ".join(sorted(dist.name if dist else "?" for dist in places.values()))
-        refuse(target, f"registered by more than one package: {names}")
-    return next(iter(places), None)
+    try:
+        return SINKS.place(target) or HANDLERS.place(target)
+    except ConfigError as error:
+        refuse(target, str(error))
 
 
 def _neither(target: str) -> str:
@@ -76,15 +68,9 @@ def _neither(target: str) -> str:
         return f"is a file; write its module and a name in it: {stem}:NAME"
     if target and (_file(target).is_file() or Path(target).is_dir()):
         return f"which name in it? write {target}:NAME"
-    if near := difflib.get_close_matches(target, [*BUILT_IN, *_registered_names()], n=1):
+    if near := difflib.get_close_matches(target, [*SINKS.names(), *HANDLERS.names()], n=1):
         return f"there is no handler of this name; did you mean {near[0]!r}?"
-    return f"is neither module:name nor a registered handler ({', '.join(BUILT_IN)})"
-
-
-def _registered_names() -> set[str]:
-    from importlib.metadata import entry_points  # noqa: PLC0415
-
-    return {point.name for point in entry_points(group=GROUP)}
+    return f"is neither module:name nor a registered handler ({', '.join(SINKS.names())})"
 
 
 def _module(target: str, name: str) -> object:

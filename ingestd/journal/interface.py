@@ -12,12 +12,35 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from asyncio import Future
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from ingestd.base.append import Append, SourceOffset
+    from ingestd.base.clock import Clock
     from ingestd.base.record import InvalidRecord, Records, Span
     from ingestd.base.watchdog import Stage
     from ingestd.journal.disk_space import DiskSpaceGuard
-    from ingestd.journal.idempotency import IdempotencyKeys
+    from ingestd.journal.idempotency import IdempotencyKeys, KeyRule
+    from ingestd.journal.sqlite.letters import InvalidQuota
+
+
+class JournalContext(NamedTuple):
+    """The surroundings that a journal is built with, beside `[journal]`.
+
+    Attributes:
+        folder: of its files; exists.
+        clock: gives the time.
+        on_commit: called after each commit with (seconds, appends, bytes).
+        dead_bytes_max: bound on the dead letters of accepted records.
+        keys: how long idempotency keys are kept, and how many.
+        invalid: bound on the letters of records that were never accepted.
+    """
+
+    folder: Path
+    clock: Clock
+    on_commit: Callable[[float, int, int], None]
+    dead_bytes_max: int
+    keys: KeyRule
+    invalid: InvalidQuota
 
 
 class Chunk(NamedTuple):

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from ingestd.base.append import Append, IdempotencyClaim, SourceOffset
     from ingestd.base.clock import Clock
     from ingestd.journal.disk_space import DiskSpaceGuard
+    from ingestd.journal.interface import JournalContext
+    from ingestd.journal.settings import JournalSettings
 
 SWEEP_EACH = 4
 """Expired keys that may go with each new one."""
@@ -246,3 +248,13 @@ class MemoryJournal:
         future: asyncio.Future[None] = self._loop.create_future()
         future.set_result(None)
         return future
+
+
+def build(settings: JournalSettings, context: JournalContext) -> MemoryJournal:
+    """The journal of a pipeline whose `journal.kind` is `memory`, not opened yet."""
+    return MemoryJournal(
+        bytes_max=settings.bytes_max,
+        dead_bytes_max=context.dead_bytes_max,
+        clock=context.clock,
+        keys=context.keys,
+    )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated
 
 from pydantic import Field
 
-from ingestd.config.sections import Section
+from ingestd.config.sections import Choice, Section
 from ingestd.config.units import Seconds, Size, show_size
+from ingestd.registry import JOURNALS
 
 _MIB = 1024**2
 _GIB = 1024**3
@@ -22,7 +23,7 @@ stands beside the records is in it: a block of input before a long record, or le
 class JournalSettings(Section):
     """`[journal]`: the durable store of what is accepted and not yet done."""
 
-    kind: Literal["sqlite", "memory"] = Field(
+    kind: Annotated[str, Choice(JOURNALS.names)] = Field(
         "sqlite", description="memory is fast and loses what it holds with the process"
     )
     bytes_max: Size = Field(

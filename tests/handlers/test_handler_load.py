@@ -11,7 +11,7 @@ import pytest
 from ingestd.base.errors import Exit, HandlerLoadError
 from ingestd.base.record import Records
 from ingestd.handlers.load import HandlerSpec, load
-from ingestd.handlers.target import BUILT_IN
+from ingestd.registry import SINKS
 from ingestd.sinks.jsonl import JsonlSink
 
 if TYPE_CHECKING:
@@ -369,7 +369,7 @@ def test_registered_handlers(write: Callable[[str], str], tmp_path: Path) -> Non
 
 def test_the_built_in_table_is_what_the_package_registers() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["ingestd.handlers"] == BUILT_IN
+    assert project["entry-points"]["ingestd.handlers"] == SINKS.own
 
 
 def test_a_worker_imports_little() -> None:

@@ -23,6 +23,7 @@ from ingestd.base.files import tighten
 from ingestd.base.rate import Rate, wait_for_room
 from ingestd.base.watchdog import Stage
 from ingestd.host.data_dir import FileLock
+from ingestd.journal.disk_space import DiskSpaceGuard, scaled
 from ingestd.journal.idempotency import IdempotencyKeys, KeyRule, RememberedKey, size_of
 from ingestd.journal.interface import (
     Chunk,
@@ -72,7 +73,8 @@ if TYPE_CHECKING:
     from ingestd.base.append import Append, IdempotencyClaim, SourceOffset
     from ingestd.base.clock import Clock
     from ingestd.base.record import Records, Span
-    from ingestd.journal.disk_space import DiskSpaceGuard
+    from ingestd.journal.interface import JournalContext
+    from ingestd.journal.settings import JournalSettings
 
 
 log = structlog.get_logger(__name__)
@@ -517,4 +519,20 @@ def _is_passing(error: Exception) -> bool:
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     return code in {sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL} or (
         isinstance(error, OSError) and error.errno in {errno.EIO, errno.ENOSPC, errno.EDQUOT}
+    )
+
+
+def build(settings: JournalSettings, context: JournalContext) -> SqliteJournal:
+    """The journal of a pipeline whose `journal.kind` is `sqlite`, not opened yet."""
+    # SQLite's other files lie beside what a link names.
+    path = (context.folder / "journal.db").resolve()
+    return SqliteJournal(
+        path,
+        bytes_max=settings.bytes_max,
+        clock=context.clock,
+        on_commit=context.on_commit,
+        dead_bytes_max=context.dead_bytes_max,
+        keys=context.keys,
+        space=DiskSpaceGuard(path.parent, scaled(settings.free_min, path.parent)),
+        courtesy=context.invalid,
     )

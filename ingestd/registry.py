@@ -1,0 +1,104 @@
+"""Components by kind and name: sources, sinks, journals and executors; each is imported when used.
+
+A component is `module:name`. Those of ingestd stand here, so that they work without an installation
+and no package can take their names; others come from entry points. Nothing is imported but the
+component that is asked for.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from importlib import import_module
+from typing import Any
+
+from ingestd.base.errors import ConfigError
+
+
+class Components:
+    """The components of one kind.
+
+    Args:
+        kind: the word for one of them, for people.
+        group: the entry-point group that other packages register theirs in.
+        own: those of ingestd: name to `module:name`.
+    """
+
+    def __init__(self, kind: str, group: str, own: dict[str, str]) -> None:
+        self.kind = kind
+        self.group = group
+        self.own = own
+
+    def names(self) -> list[str]:
+        """All names, those of ingestd first."""
+        return [*self.own, *sorted(self._others().keys() - self.own.keys())]
+
+    def place(self, name: str) -> str | None:
+        """The `module:name` of a component; `None` if there is none of that name.
+
+        Raises:
+            ConfigError: more than one package registered the name.
+        """
+        if name in self.own:
+            return self.own[name]
+        places = self._others().get(name, {})
+        if len(places) > 1:
+            packages = " and ".join(sorted(places.values()))
+            raise ConfigError(problem=f"registered by more than one package: {packages}")
+        return next(iter(places), None)
+
+    def load(self, name: str) -> Any:
+        """Imports a component.
+
+        Raises:
+            ConfigError: there is none of that name, or it cannot be imported.
+        """
+        place = self.place(name)
+        if place is None:
+            raise ConfigError(problem=f"there is no {self.kind} {name!r}")
+        module, _, attribute = place.partition(":")
+        try:
+            return getattr(import_module(module), attribute)
+        except Exception as error:
+            if name in self.own:
+                raise
+            problem = f"the {self.kind} {name!r} cannot be loaded from {place}: {error}"
+            raise ConfigError(problem=" ".join(problem.split())[:500]) from error
+
+    def _others(self) -> dict[str, dict[str, str]]:
+        return _registered(self.group, tuple(sys.path))
+
+
+@lru_cache(16)
+def _registered(group: str, path: tuple[str, ...]) -> dict[str, dict[str, str]]:  # noqa: ARG001
+    """The entry points of a group: name to place to the package that registers it."""
+    from importlib.metadata import entry_points  # noqa: PLC0415  slow, and workers need it seldom
+
+    found: dict[str, dict[str, str]] = {}
+    for point in entry_points(group=group):
+        found.setdefault(point.name, {})[point.value] = point.dist.name if point.dist else "?"
+    return found
+
+
+SOURCES = Components("source", "ingestd.sources", {})
+SINKS = Components(
+    "sink",
+    "ingestd.sinks",
+    {"jsonl": "ingestd.sinks.jsonl:JsonlSink", "sqlite": "ingestd.sinks.sqlite:SqliteSink"},
+)
+HANDLERS = Components("handler", "ingestd.handlers", {})
+JOURNALS = Components(
+    "journal",
+    "ingestd.journals",
+    {"sqlite": "ingestd.journal.sqlite.journal:build", "memory": "ingestd.journal.memory:build"},
+)
+EXECUTORS = Components(
+    "executor",
+    "ingestd.executors",
+    {
+        "auto": "ingestd.execution.build:start_fitting",
+        "process": "ingestd.execution.build:start_processes",
+        "thread": "ingestd.execution.build:start_threads",
+        "async": "ingestd.execution.build:start_coroutines",
+    },
+)
