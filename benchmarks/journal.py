@@ -28,7 +28,7 @@ from benchmarks.records import records
 from ingestd.base.append import Append
 from ingestd.base.clock import SystemClock
 from ingestd.base.record import Layout, Records, Span
-from ingestd.journal.interface import Chunk, Cursor, Sealed, Settlement
+from ingestd.journal.interface import Chunk, Cursor, Seal, Sealed, Settle
 from ingestd.journal.sqlite.journal import SqliteJournal
 
 if TYPE_CHECKING:
@@ -119,8 +119,8 @@ async def _process(journal: SqliteJournal, chunk: Chunk, number: int) -> None:
     """A batch of the whole chunk: sealed, processed, settled."""
     count, size = chunk.records.count, len(chunk.records.payload)
     batch = Sealed(number, (Span(chunk.id, 0, count),), count, accepted_at=chunk.accepted_at)
-    sealed = journal.seal(batch, Cursor(chunk.id + 1, 0))
-    settled = journal.settle(Settlement(number, count, (), (), (chunk.id,), size))
+    sealed = journal.write(Seal(batch, Cursor(chunk.id + 1, 0)))
+    settled = journal.write(Settle(number, count, (), (), (chunk.id,), size))
     await asyncio.gather(sealed, settled)
 
 

@@ -46,8 +46,10 @@ from ingestd.journal.interface import (
     DeadLetter,
     JournalContext,
     Ledger,
+    Postpone,
     Recovered,
-    Settlement,
+    Seal,
+    Settle,
 )
 from ingestd.journal.maintenance import DeadLetterMaintenance
 from ingestd.journal.reader import ChunkReader, MemoryBudget, UnsettledChunks
@@ -413,7 +415,7 @@ class Pipeline:
             records=cut.records,
             size=cut.size,
         )
-        batch.sealed = self.journal.seal(as_sealed(batch, 0.0), Cursor(*cut.cursor))
+        batch.sealed = self.journal.write(Seal(as_sealed(batch, 0.0), Cursor(*cut.cursor)))
         await self.line.put(batch)
 
     # -- 5. dispatch: `workers` batches run at most, and some more lie ready for them ----------
@@ -505,7 +507,7 @@ class Pipeline:
         # Parked before the commit, so that the line counts it when the next batch is asked for.
         self._park(batch, verdict.after, asked=verdict.asked)
         due_at = self._clock.now() + verdict.after
-        await self.journal.postpone(as_sealed(batch, due_at, self._loop.time()))
+        await self.journal.write(Postpone(as_sealed(batch, due_at, self._loop.time())))
         self._moved.set()
 
     def _park(self, batch: SealedBatch, after: float, *, asked: bool = False) -> None:
@@ -555,7 +557,7 @@ class Pipeline:
         self._forget_payload(batch)
         now, loop_now = self._clock.now(), self._loop.time()
         given_up = sum(letter.records for letter in dead)
-        settlement = Settlement(
+        settle = Settle(
             batch=batch.number,
             processed=batch.count - given_up - sum(span.count for span in remaining),
             dead=dead,
@@ -564,7 +566,7 @@ class Pipeline:
             finished_bytes=0 if damaged else freed,
             damaged=damaged,
         )
-        await self.journal.settle(settlement)
+        await self.journal.write(settle)
         self.watches.settled(settled, dead)
         for chunk in finished:
             if chunk >= self._cursor.chunk:  # older ones were sealed in an earlier life

@@ -24,7 +24,7 @@ def fill(path: Path, *, chunks: int, records: int = 1, size: int = 125) -> None:
         store.connection.execute("PRAGMA synchronous=OFF")
         for first in range(1, chunks + 1, step):
             numbers = range(first, min(first + step, chunks + 1))
-            store.write(Write([Chunk(n, 1.7e9, run) for n in numbers], (), (), (), (), None))
+            store.write(Write([Chunk(n, 1.7e9, run) for n in numbers]))
             checkpoint.restart(store.connection)
         store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     finally:

@@ -152,8 +152,21 @@ def refused_letter(refused: InvalidRecord, now: float, principal: str = "") -> D
     )
 
 
-class Settlement(NamedTuple):
-    """All that one result changes, in one transaction.
+class Seal(NamedTuple):
+    """Writes a batch down, and that everything before `cursor` is sealed."""
+
+    batch: Sealed
+    cursor: Cursor
+
+
+class Postpone(NamedTuple):
+    """Writes down a batch's new attempts and due time."""
+
+    batch: Sealed
+
+
+class Settle(NamedTuple):
+    """Writes down all that one result changes.
 
     Attributes:
         batch: the batch that goes, by number.
@@ -172,6 +185,10 @@ class Settlement(NamedTuple):
     finished: Sequence[int]
     finished_bytes: int
     damaged: Sequence[int] = ()
+
+
+Change = Seal | Postpone | Settle
+"""A change of the state of batches, which one commit writes whole or not at all."""
 
 
 class DeadTotals(NamedTuple):
@@ -323,16 +340,8 @@ class Journal(Protocol):
         """The last one of that key."""
         ...
 
-    def seal(self, batch: Sealed, cursor: Cursor) -> Future[None]:
-        """Writes a batch down, and that everything before `cursor` is sealed."""
-        ...
-
-    def settle(self, settlement: Settlement) -> Future[None]:
-        """Writes down what became of a batch."""
-        ...
-
-    def postpone(self, batch: Sealed) -> Future[None]:
-        """Writes down a batch's new attempts and due time."""
+    def write(self, change: Change) -> Future[None]:
+        """Writes a change down; resolved once it is durable. Changes are written in order."""
         ...
 
     async def look(self) -> bool:

@@ -20,6 +20,7 @@ from ingestd.base.record import Records, Span, join
 from ingestd.base.watchdog import Stage
 from ingestd.journal.idempotency import IdempotencyKeys, KeyRule, RememberedKey, size_of
 from ingestd.journal.interface import (
+    Change,
     Chunk,
     Closed,
     Cursor,
@@ -29,8 +30,7 @@ from ingestd.journal.interface import (
     Moved,
     Place,
     Recovered,
-    Sealed,
-    Settlement,
+    Settle,
     refused_letter,
 )
 from ingestd.journal.letter_rows import letter_bytes
@@ -171,16 +171,15 @@ class MemoryJournal:
             self.bytes -= gone[1]
             self.keys.gone({principal_of(key): 1})
 
-    def seal(self, batch: Sealed, cursor: Cursor) -> asyncio.Future[None]:  # noqa: ARG002
-        """See `Journal.seal`."""
-        return self._done()
+    def write(self, change: Change) -> asyncio.Future[None]:
+        """See `Journal.write`; batches are in the memory of the pipeline already."""
+        if isinstance(change, Settle):
+            self._settle(change)
+        future: asyncio.Future[None] = self._loop.create_future()
+        future.set_result(None)
+        return future
 
-    def postpone(self, batch: Sealed) -> asyncio.Future[None]:  # noqa: ARG002
-        """See `Journal.postpone`."""
-        return self._done()
-
-    def settle(self, settlement: Settlement) -> asyncio.Future[None]:
-        """See `Journal.settle`."""
+    def _settle(self, settlement: Settle) -> None:
         self._keep_letters(settlement.dead)
         self.ledger = self.ledger._replace(
             processed=self.ledger.processed + settlement.processed,
@@ -190,7 +189,6 @@ class MemoryJournal:
             del self._chunks[chunk]
         self.bytes -= settlement.finished_bytes
         self._drained.add(settlement.finished_bytes, self._clock.monotonic())
-        return self._done()
 
     def _keep_letters(self, letters: Sequence[DeadLetter]) -> None:
         """Keeps dead letters, the newest ones within the bounds."""
@@ -243,11 +241,6 @@ class MemoryJournal:
     async def close(self, deadline: float | None = None) -> Closed:  # noqa: ARG002
         """See `Journal.close`; there are no rows to count."""
         return Closed(self.ledger)
-
-    def _done(self) -> asyncio.Future[None]:
-        future: asyncio.Future[None] = self._loop.create_future()
-        future.set_result(None)
-        return future
 
 
 def build(settings: JournalSettings, context: JournalContext) -> MemoryJournal:

@@ -1,4 +1,4 @@
-"""Which chunks still hold unsettled records: what `Settlement.finished` is made from."""
+"""Which chunks still hold unsettled records: what `Settle.finished` is made from."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from ingestd.base.append import Append
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import JournalFailed, JournalUnreadable
 from ingestd.base.record import Records, Span
-from ingestd.journal.interface import Cursor, DeadLetter, Sealed, Settlement
+from ingestd.journal.interface import Cursor, DeadLetter, Seal, Sealed, Settle
 from ingestd.journal.sqlite.journal import SqliteJournal
 
 if TYPE_CHECKING:
@@ -47,9 +47,11 @@ async def _build(folder: Path, *, checkpointed: bool) -> None:
         await journal.append(Append(Records.lines(records(chunk))))
     for number in range(1, 10):
         span = Span(number, 0, 3)
-        await journal.seal(Sealed(number, (span,), 3, accepted_at=1.0), Cursor(number + 1, 0))
+        await journal.write(
+            Seal(Sealed(number, (span,), 3, accepted_at=1.0), Cursor(number + 1, 0))
+        )
     letter = DeadLetter("j.1.0", "rejected", "no", "", b"1", 1, 1.0, 2.0)
-    await journal.settle(Settlement(1, 2, [letter], [], [1], sum(map(len, records(1))) + 3))
+    await journal.write(Settle(1, 2, [letter], [], [1], sum(map(len, records(1))) + 3))
     if not checkpointed:  # as SIGKILL leaves it
         for suffix in ("", "-wal"):
             shutil.copy(folder / f"journal.db{suffix}", folder / f"kept{suffix}")
@@ -90,7 +92,7 @@ async def live(folder: Path) -> Life:
         letter = DeadLetter("r", "damaged", "", "", b"", 1, 1.0, 2.0, count)
         dead, aside = ([], []) if items is not None else ([letter], chunks)
         done = 0 if items is None else count
-        written.append(journal.settle(Settlement(number, done, dead, [], chunks, 0, aside)))
+        written.append(journal.write(Settle(number, done, dead, [], chunks, 0, aside)))
 
     try:
         pending = journal.ledger.pending
@@ -108,7 +110,9 @@ async def live(folder: Path) -> Life:
             for one in chunks:
                 count = one.records.count
                 span = Span(one.id, 0, count)
-                written.append(journal.seal(Sealed(number, (span,), count), Cursor(one.id + 1, 0)))
+                written.append(
+                    journal.write(Seal(Sealed(number, (span,), count), Cursor(one.id + 1, 0)))
+                )
                 if one.damaged:
                     damaged += count
                 else:

@@ -11,7 +11,7 @@ import pytest
 from ingestd.base.append import Append
 from ingestd.base.errors import JournalFailed
 from ingestd.base.record import Records, Span
-from ingestd.journal.interface import Cursor, Sealed, Settlement
+from ingestd.journal.interface import Cursor, Seal, Sealed, Settle
 from ingestd.journal.sqlite import audit
 from ingestd.journal.sqlite.audit import Auditor
 
@@ -34,9 +34,9 @@ async def test_rows_and_counters_agree_at_every_step_of_a_batch(opened) -> None:
     assert await journal.audit() == 0
     await journal.append(Append(records(10)))
     assert await journal.audit() == 0
-    await journal.seal(Sealed(1, (Span(1, 0, 4),), 4), Cursor(1, 4))
+    await journal.write(Seal(Sealed(1, (Span(1, 0, 4),), 4), Cursor(1, 4)))
     assert await journal.audit() == 0
-    await journal.settle(Settlement(1, 4, [], [], [], 0))
+    await journal.write(Settle(1, 4, [], [], [], 0))
     assert await journal.audit() == 0
     assert journal.ledger.pending == 6
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingestd.base.record import Records, Span
-from ingestd.journal.interface import Chunk, Cursor, Sealed, Settlement
+from ingestd.journal.interface import Chunk, Cursor, Seal, Sealed, Settle
 from ingestd.journal.sqlite import audit
 from ingestd.journal.sqlite.audit import Count, Difference
 from ingestd.journal.sqlite.store import Store, Write
@@ -30,8 +30,7 @@ class Life:
         self.found: list[Difference] = []
 
     def write(self, **what: object) -> None:
-        empty = {"chunks": (), "refused": (), "sealed": (), "postponed": (), "settled": ()}
-        self.store.write(Write(**{**empty, "cursor": None, **what}))  # type: ignore[arg-type]
+        self.store.write(Write(**what))  # type: ignore[arg-type]
 
     def append(self, chunks: int) -> None:
         first = self.store.meta.last_chunk + 1
@@ -49,7 +48,7 @@ class Life:
         cursor = Cursor(chunk + 1, 0) if ends else Cursor(chunk, record + records)
         batch = Sealed(meta.next_batch, (Span(chunk, record, records),), records)
         self.sealed.append(batch)
-        self.write(sealed=[batch], cursor=cursor)
+        self.write(sealed=[Seal(batch, cursor)])
 
     def rush(self, chunks: int) -> None:
         """The next chunks, whole."""
@@ -63,7 +62,7 @@ class Life:
         batch = self.sealed.popleft()
         (span,) = batch.spans
         done = [span.chunk] if span.first + span.count == 3 else []
-        self.write(settled=[Settlement(batch.number, span.count, (), (), done, 6 * len(done))])
+        self.write(settled=[Settle(batch.number, span.count, (), (), done, 6 * len(done))])
 
     def step(self) -> Difference | None:
         found = self.count.step(self.store.connection)

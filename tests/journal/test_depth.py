@@ -12,7 +12,7 @@ import pytest
 from ingestd.base.append import Append
 from ingestd.base.errors import JournalFailed
 from ingestd.base.record import Records, Span
-from ingestd.journal.interface import Cursor, Ledger, Sealed, Settlement
+from ingestd.journal.interface import Cursor, Ledger, Seal, Sealed, Settle
 from ingestd.journal.sqlite import audit, check, journal, schema, store
 from tests.backlog import fill
 from tests.peak import peak
@@ -105,8 +105,8 @@ async def test_a_commit_costs_the_same_at_any_depth(opened, work, tmp_path: Path
         for n in range(1, 41):
             await journal.append(Append(Records.lines([b"1"])))
             await journal.read(n, 1)
-            await journal.seal(Sealed(n, (Span(n, 0, 1),), 1), Cursor(n + 1, 0))
-            await journal.settle(Settlement(n, 1, [], [], [n], 125))
+            await journal.write(Seal(Sealed(n, (Span(n, 0, 1),), 1), Cursor(n + 1, 0)))
+            await journal.write(Settle(n, 1, [], [], [n], 125))
         steps[chunks] = begun.instructions
         await journal.close()
         (tmp_path / "journal.db").unlink()
@@ -195,8 +195,8 @@ async def test_freed_pages_are_used_again(opened, tmp_path: Path) -> None:
         while number < chunk:
             number += 1
             sealed = Sealed(number, (Span(number, 0, 1000),), 1000)
-            await journal.seal(sealed, Cursor(number + 1, 0))
-            await journal.settle(Settlement(number, 1000, [], [], [number], 125_000))
+            await journal.write(Seal(sealed, Cursor(number + 1, 0)))
+            await journal.write(Settle(number, 1000, [], [], [number], 125_000))
         sizes.append(journal._store.connection.execute("PRAGMA page_count").fetchone()[0])
         assert journal._store.reusable_bytes() > 30 * 120_000
     assert journal.bytes == 0
@@ -266,8 +266,8 @@ async def test_a_journal_of_an_earlier_ingestd_goes_on(opened, tmp_path: Path) -
     assert j.journal.bytes == 6
     chunks = await j.journal.read(1, 1 << 20)
     assert [chunk.records.items() for chunk in chunks] == [[b"1", b"2"], [b"3"]]
-    await j.journal.seal(Sealed(1, (Span(1, 0, 2),), 2), Cursor(2, 0))
-    await j.journal.settle(Settlement(1, 2, [], [], [1], 4))
+    await j.journal.write(Seal(Sealed(1, (Span(1, 0, 2),), 2), Cursor(2, 0)))
+    await j.journal.write(Settle(1, 2, [], [], [1], 4))
     assert await j.journal.audit() == 0
     assert (await j.journal.close()).counted == 1
     again = await opened()

@@ -10,7 +10,7 @@ import pytest
 
 from ingestd.base.append import Append
 from ingestd.base.record import Records, Span
-from ingestd.journal.interface import Cursor, Ledger, Sealed, Settlement
+from ingestd.journal.interface import Cursor, Ledger, Seal, Sealed, Settle
 from ingestd.journal.sqlite.store import PAGE_BYTES
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ PLACES = [0, 16, 18, 19, 20, 30, 100, 103, 108]
 
 async def work(j) -> None:
     await j.append(Append(Records.lines([b"%d" % n for n in range(20_000)])))
-    await j.seal(Sealed(1, (Span(1, 0, 5),), 5), Cursor(1, 5))
-    await j.seal(Sealed(2, (Span(1, 5, 5),), 5), Cursor(1, 10))
-    await j.settle(Settlement(1, 5, [], [], [], 0))
+    await j.write(Seal(Sealed(1, (Span(1, 0, 5),), 5), Cursor(1, 5)))
+    await j.write(Seal(Sealed(2, (Span(1, 5, 5),), 5), Cursor(1, 10)))
+    await j.write(Settle(1, 5, [], [], [], 0))
 
 
 async def everything_is_there(opened, path: Path, before: bytes, journal: str) -> None:

@@ -13,7 +13,7 @@ from ingestd.base.append import Append
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import JournalFailed
 from ingestd.base.record import InvalidRecord, Records, Span
-from ingestd.journal.interface import Cursor, DeadLetter, Ledger, Moved, Sealed, Settlement
+from ingestd.journal.interface import Cursor, DeadLetter, Ledger, Moved, Seal, Sealed, Settle
 from ingestd.journal.letter_rows import letter_bytes
 from ingestd.journal.memory import MemoryJournal
 from ingestd.journal.sqlite import check, dead_letters
@@ -39,10 +39,10 @@ async def test_revived_letters_are_one_chunk_behind_the_appends_of_the_commit(
     await j.journal.append(
         Append(Records.lines([b"1", b"2"]), [InvalidRecord(2, "malformed", "no", b"a\nb")])
     )
-    await j.journal.seal(Sealed(1, (Span(1, 0, 2),), 2), Cursor(2, 0))
+    await j.journal.write(Seal(Sealed(1, (Span(1, 0, 2),), 2), Cursor(2, 0)))
     letter = DeadLetter("j.1.0", "failed", "no", "trace", b"1", 8, 1.0, 2.0)
-    done = Settlement(1, 1, [letter], [], [1], 4)
-    await j.journal.settle(done)
+    done = Settle(1, 1, [letter], [], [1], 4)
+    await j.journal.write(done)
     assert j.journal.ledger == Ledger(accepted=2, processed=1, dead=1, refused=1)
     assert not await j.journal.look()
     mark(tmp_path)
@@ -134,9 +134,9 @@ async def test_another_process_makes_room(opened, tmp_path) -> None:
     j = await opened()
     j.journal.dead_bytes_max = 10
     await j.journal.append(Append(Records.lines([b"1"])))
-    await j.journal.seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0))
+    await j.journal.write(Seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0)))
     letter = DeadLetter("j.1.0", "failed", "no", "trace", b"1", 8, 1.0, 2.0)
-    await j.journal.settle(Settlement(1, 0, [letter], [], [1], 2))
+    await j.journal.write(Settle(1, 0, [letter], [], [1], 2))
     assert j.journal.letters_full
     await j.journal.append(Append(Records.lines([b"1"])))  # what is accepted is not bound by them
     db = sqlite3.connect(tmp_path / "journal.db")
@@ -165,12 +165,12 @@ async def test_the_memory_journal_keeps_the_newest_within_the_bound() -> None:
 async def group(j, count: int = 10) -> None:
     """The letters 1 to `count`, in one row."""
     await j.append(Append(Records.lines([b"%d" % n for n in range(1, count + 1)])))
-    await j.seal(Sealed(1, (Span(1, 0, count),), count), Cursor(2, 0))
+    await j.write(Seal(Sealed(1, (Span(1, 0, count),), count), Cursor(2, 0)))
     letters = [
         DeadLetter(f"{j.id}.1.{n}", "rejected", f"no {n}", "", b"%d" % (n + 1), 1, 1.0, 2.0)
         for n in range(count)
     ]
-    await j.settle(Settlement(1, 0, letters, [], [1], 0))
+    await j.write(Settle(1, 0, letters, [], [1], 0))
 
 
 def kept(db: sqlite3.Connection) -> dict[int, tuple[bytes, bool]]:

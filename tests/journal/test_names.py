@@ -15,7 +15,7 @@ from ingestd.base.append import Append
 from ingestd.base.record import Records, Span, join
 from ingestd.handlers.batch import Batch
 from ingestd.handlers.outcome import Job
-from ingestd.journal.interface import Cursor, DeadLetter, Sealed, Settlement
+from ingestd.journal.interface import Cursor, DeadLetter, Seal, Sealed, Settle
 from ingestd.journal.letter_rows import packed, split, taken_apart
 
 if TYPE_CHECKING:
@@ -52,10 +52,10 @@ def test_a_batch_shows_the_names_it_was_given() -> None:
 async def test_a_record_that_is_fed_again_keeps_its_id_on_disk(opened, tmp_path: Path) -> None:
     j = await opened()
     await j.journal.append(Append(Records.lines([b"0", b"1", b"2"])))
-    await j.journal.seal(Sealed(1, (Span(1, 0, 3),), 3), Cursor(2, 0))
+    await j.journal.write(Seal(Sealed(1, (Span(1, 0, 3),), 3), Cursor(2, 0)))
     ids = [f"{j.journal.id}.1.{i}" for i in range(3)]
     dead = [DeadLetter(ids[i], "rejected", f"no {i}", "", b"%d" % i, 1, 1.0, 2.0) for i in range(3)]
-    await j.journal.settle(Settlement(1, 0, dead, [], [1], 6))
+    await j.journal.write(Settle(1, 0, dead, [], [1], 6))
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db, db:
         assert db.execute("SELECT letters FROM dead").fetchall() == [(3,)]
         db.execute("UPDATE dead SET retry = 1")
@@ -133,12 +133,12 @@ def test_letters_of_a_batch_take_at_most_twice_their_bytes(count: int, error: st
 async def test_a_commit_of_many_letters_keeps_the_file_small(opened, tmp_path: Path) -> None:
     j = await opened()
     await j.journal.append(Append(Records.lines([b"1"] * 1000)))
-    await j.journal.seal(Sealed(1, (Span(1, 0, 1000),), 1000), Cursor(2, 0))
+    await j.journal.write(Seal(Sealed(1, (Span(1, 0, 1000),), 1000), Cursor(2, 0)))
     dead = [
         DeadLetter(f"{j.journal.id}.1.{i}", "undecodable", f"at {i}", "", b"1", 1, 1.0, 2.0)
         for i in range(1000)
     ]
-    await j.journal.settle(Settlement(1, 0, dead, [], [1], 2000))
+    await j.journal.write(Settle(1, 0, dead, [], [1], 2000))
     await asyncio.gather(*[j.journal.append(Append(Records.lines([b"1"]))) for _ in range(3)])
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db:
         (size,) = db.execute("SELECT sum(pgsize) FROM dbstat WHERE name = 'dead'").fetchone()

@@ -13,7 +13,7 @@ import pytest
 from ingestd.base.append import Append
 from ingestd.base.clock import SystemClock
 from ingestd.base.record import Records, Span
-from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Sealed, Settlement
+from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Seal, Sealed, Settle
 from ingestd.journal.sqlite import check, repair, schema
 from ingestd.journal.sqlite.journal import SqliteJournal
 from ingestd.journal.sqlite.offline import opened as opened_beside
@@ -25,10 +25,10 @@ async def work(j) -> None:
     """Ten records: two done, one dead, three sealed, four waiting."""
     await j.append(Append(Records.lines([b"%d" % n for n in range(6)])))
     await j.append(Append(Records.lines([b"%d" % n for n in range(6, 10)])))
-    await j.seal(Sealed(1, (Span(1, 0, 3),), 3), Cursor(1, 3))
-    await j.seal(Sealed(2, (Span(1, 3, 3),), 3), Cursor(2, 0))
+    await j.write(Seal(Sealed(1, (Span(1, 0, 3),), 3), Cursor(1, 3)))
+    await j.write(Seal(Sealed(2, (Span(1, 3, 3),), 3), Cursor(2, 0)))
     letter = DeadLetter(f"{j.id}.1.0", "failed", "no", "", b"0", 1, 1.0, 2.0)
-    await j.settle(Settlement(1, 2, [letter], [], [], 0))
+    await j.write(Settle(1, 2, [letter], [], [], 0))
 
 
 @pytest.mark.parametrize("change", [-1, 3, 2**40])
@@ -105,7 +105,7 @@ def test_a_repair_without_space_leaves_what_space_there_was(tmp_path: Path) -> N
     with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=3m", "tmpfs") as disk:
         with closing(Store(tmp_path / "journal.db")) as store:
             chunks = [Chunk(n, 1.0, Records.lines([b"0" * 60_000])) for n in range(1, 31)]
-            store.write(Write(chunks, (), (), (), (), None))
+            store.write(Write(chunks))
         path = Path(shutil.copy(tmp_path / "journal.db", disk))
         before = {one.name: one.stat().st_size for one in disk.iterdir()}
         with pytest.raises(sqlite3.OperationalError, match="full"):

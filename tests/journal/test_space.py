@@ -11,7 +11,7 @@ from ingestd.base.append import Append
 from ingestd.base.errors import DataDirError
 from ingestd.base.record import Records, Span
 from ingestd.journal.disk_space import scaled
-from ingestd.journal.interface import Cursor, Sealed, Settlement
+from ingestd.journal.interface import Cursor, Seal, Sealed, Settle
 from ingestd.journal.sqlite.offline import opened as opened_beside
 from ingestd.journal.sqlite.store import Store
 from tests.daemon.harness import daemon
@@ -75,11 +75,11 @@ async def test_a_drained_journal_is_small_again(opened, tmp_path: Path) -> None:
     await j.journal.append(Append(Records.lines([b"kept"])))
     spans = tuple(Span(chunk.id, 0, chunk.records.count) for chunk in j.chunks[:-1])
     last = j.chunks[-1].id
-    await j.journal.seal(Sealed(1, spans, sum(counts)), Cursor(last, 0))
+    await j.journal.write(Seal(Sealed(1, spans, sum(counts)), Cursor(last, 0)))
     assert (await j.journal.load([Span(2, 1, 2)])).count == 2
     size = sum(len(chunk.records.payload) for chunk in j.chunks[:-1])
-    done = Settlement(1, sum(counts), [], [], [span.chunk for span in spans], size)
-    await j.journal.settle(done)
+    done = Settle(1, sum(counts), [], [], [span.chunk for span in spans], size)
+    await j.journal.write(done)
     assert (await j.journal.close()).counted == 1
     assert file.stat().st_size < 1 << 20
     again = await opened()

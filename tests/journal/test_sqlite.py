@@ -11,7 +11,7 @@ import pytest
 from ingestd.base.append import Append
 from ingestd.base.errors import JournalFailed, JournalUnreadable, Overloaded
 from ingestd.base.record import InvalidRecord, Layout, Records, Span
-from ingestd.journal.interface import Cursor, DeadLetter, Ledger, Sealed, Settlement
+from ingestd.journal.interface import Cursor, DeadLetter, Ledger, Postpone, Seal, Sealed, Settle
 from ingestd.journal.letter_rows import letter_bytes
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ def lines(*records: bytes) -> Records:
     return Records.lines(records)
 
 
-def settlement(batch: int, processed: int, **more: object) -> Settlement:
+def settlement(batch: int, processed: int, **more: object) -> Settle:
     facts = {"dead": [], "successors": [], "finished": [], "finished_bytes": 0, **more}
-    return Settlement(batch, processed, **facts)  # type: ignore[arg-type]
+    return Settle(batch, processed, **facts)  # type: ignore[arg-type]
 
 
 async def test_what_was_accepted_is_there_after_a_restart(opened) -> None:
@@ -87,7 +87,7 @@ async def test_refused_records_are_dead_letters_outside_the_four_numbers(opened,
 async def test_sealed_batches_come_back_under_their_numbers(opened) -> None:
     j = await opened()
     await j.journal.append(Append(lines(b"1", b"2", b"3")))
-    await j.journal.seal(Sealed(1, (Span(1, 0, 2),), 2, accepted_at=5.0), Cursor(1, 2))
+    await j.journal.write(Seal(Sealed(1, (Span(1, 0, 2),), 2, accepted_at=5.0), Cursor(1, 2)))
     await j.journal.close()
     again = await opened()
     assert again.recovered.batches == [Sealed(1, (Span(1, 0, 2),), 2, accepted_at=5.0)]
@@ -105,17 +105,17 @@ async def test_settling_moves_everything_in_one_commit(opened) -> None:
     j = await opened()
     await j.journal.append(Append(lines(b"1", b"2", b"3")))
     size = j.journal.bytes
-    await j.journal.seal(Sealed(1, (Span(1, 0, 3),), 3), Cursor(2, 0))
+    await j.journal.write(Seal(Sealed(1, (Span(1, 0, 3),), 3), Cursor(2, 0)))
     letter = DeadLetter("j.1.1", "rejected", "no", "", b"2", 1, 1.0, 2.0)
     again = Sealed(2, (Span(1, 2, 1),), 1, attempts=1, due_at=9.0)
-    await j.journal.settle(settlement(1, 1, dead=[letter], successors=[again]))
+    await j.journal.write(settlement(1, 1, dead=[letter], successors=[again]))
     assert j.journal.ledger == Ledger(accepted=3, processed=1, dead=1)
     assert j.journal.bytes == size + letter_bytes(b"2", "no")
     await j.journal.close()
 
     second = await opened()
     assert second.recovered.batches == [again]
-    await second.journal.settle(settlement(2, 1, finished=[1], finished_bytes=size))
+    await second.journal.write(settlement(2, 1, finished=[1], finished_bytes=size))
     ledger, counted, *_ = await second.journal.close()
     assert ledger == Ledger(accepted=3, processed=2, dead=1)
     assert counted == 0
@@ -130,8 +130,8 @@ async def test_settling_moves_everything_in_one_commit(opened) -> None:
 async def test_a_postponed_batch_keeps_its_attempts(opened) -> None:
     j = await opened()
     await j.journal.append(Append(lines(b"1")))
-    await j.journal.seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0))
-    await j.journal.postpone(Sealed(1, (Span(1, 0, 1),), 1, attempts=3, due_at=77.5))
+    await j.journal.write(Seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0)))
+    await j.journal.write(Postpone(Sealed(1, (Span(1, 0, 1),), 1, attempts=3, due_at=77.5)))
     await j.journal.close()
     (batch,) = (await opened()).recovered.batches
     assert (batch.attempts, batch.due_at) == (3, 77.5)
@@ -140,8 +140,8 @@ async def test_a_postponed_batch_keeps_its_attempts(opened) -> None:
 async def test_chunk_ids_are_never_used_again(opened) -> None:
     j = await opened()
     await j.journal.append(Append(lines(b"1")))
-    await j.journal.seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0))
-    await j.journal.settle(settlement(1, 1, finished=[1], finished_bytes=j.journal.bytes))
+    await j.journal.write(Seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0)))
+    await j.journal.write(settlement(1, 1, finished=[1], finished_bytes=j.journal.bytes))
     await j.journal.close()
     again = await opened()
     await again.journal.append(Append(lines(b"2")))
@@ -174,9 +174,9 @@ async def test_a_damaged_chunk_is_marked_and_never_loaded(opened, tmp_path: Path
     assert (first.damaged, second.damaged) == (True, False)
     assert await again.journal.load([Span(1, 0, 1)]) is None
     assert await again.journal.load([Span(2, 0, 1)]) is not None
-    await again.journal.seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0))
+    await again.journal.write(Seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0)))
     letter = DeadLetter("j.1.0", "damaged", "checksum", "", b"", 0, 1.0, 2.0)
-    await again.journal.settle(settlement(1, 0, dead=[letter], finished=[1], damaged=[1]))
+    await again.journal.write(settlement(1, 0, dead=[letter], finished=[1], damaged=[1]))
     ledger, counted, *_ = await again.journal.close()
     assert counted == ledger.pending == 1
     with sqlite3.connect(path) as db:
@@ -239,7 +239,7 @@ async def test_a_failed_commit_poisons(opened) -> None:
     with pytest.raises(JournalFailed):
         j.journal.append(Append(lines(b"3")))
     with pytest.raises(JournalFailed):
-        await j.journal.seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0))
+        await j.journal.write(Seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0)))
 
 
 async def test_a_full_disk_refuses_appends_and_keeps_the_rest(opened) -> None:
@@ -253,7 +253,7 @@ async def test_a_full_disk_refuses_appends_and_keeps_the_rest(opened) -> None:
         await j.journal.append(Append(Records(Layout.LINES, 1, b"x" * 500_000 + b"\n")))
     assert j.journal.bytes == size
     assert not j.journal.failed.done()
-    await j.journal.seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0))
+    await j.journal.write(Seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0)))
     db.execute("PRAGMA max_page_count=1000000")
     await j.journal.append(Append(lines(b"2")))
     assert j.journal.ledger.accepted == 2
@@ -266,7 +266,7 @@ async def test_what_is_sealed_while_the_disk_is_full_is_written_when_there_is_sp
     (pages,) = db.execute("PRAGMA page_count").fetchone()
     db.execute(f"PRAGMA max_page_count={pages}")
     wide = tuple(Span(1, n, 1) for n in range(20_000))
-    future = j.journal.seal(Sealed(1, wide, 1), Cursor(2, 0))
+    future = j.journal.write(Seal(Sealed(1, wide, 1), Cursor(2, 0)))
     done, _ = await asyncio.wait({future}, timeout=0.4)
     assert not done
     assert not j.journal.failed.done()

@@ -20,7 +20,7 @@ from ingestd.base.rate import LONGEST, SHORTEST, STALLED, Rate, wait_for_room
 from ingestd.base.record import Layout, Records, Span
 from ingestd.http.settings import HttpSettings
 from ingestd.journal.disk_space import CHECK_SECONDS, DiskSpaceGuard
-from ingestd.journal.interface import Cursor, Sealed, Settlement
+from ingestd.journal.interface import Cursor, Seal, Sealed, Settle
 from ingestd.journal.sqlite.journal import SqliteJournal
 from ingestd.sources.http.source import HttpSource
 from ingestd.sources.stdin.settings import StdinSettings
@@ -102,8 +102,8 @@ def big(size: int) -> Records:
 
 
 async def settle(journal: SqliteJournal, number: int, size: int) -> None:
-    await journal.seal(Sealed(number, (Span(number, 0, 1),), 1), Cursor(number + 1, 0))
-    await journal.settle(Settlement(number, 1, [], [], [number], size))
+    await journal.write(Seal(Sealed(number, (Span(number, 0, 1),), 1), Cursor(number + 1, 0)))
+    await journal.write(Settle(number, 1, [], [], [number], size))
 
 
 async def test_a_full_journal_says_when_there_will_be_room(tmp_path) -> None:
@@ -219,10 +219,10 @@ async def test_appends_do_not_take_the_turn_of_what_makes_room(tmp_path) -> None
     """While every commit with an append in it fails, a settlement gets through."""
     async with journal_at(tmp_path) as journal:
         await journal.append(Append(big(100_000)))
-        await journal.seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0))
+        await journal.write(Seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0)))
         with no_more_pages(journal):
             refused = 0
-            settled = journal.settle(Settlement(1, 1, [], [], [1], 100_000))
+            settled = journal.write(Settle(1, 1, [], [], [1], 100_000))
             async with asyncio.timeout(20):
                 while not settled.done():
                     tries = [journal.append(Append(big(2_000_000))) for _ in range(3)]
@@ -242,14 +242,14 @@ async def test_what_waits_for_space_keeps_its_order(tmp_path) -> None:
         await journal.append(Append(numbers(0, 30)))
         wide = tuple(Span(1, 0, 1) for _ in range(20_000))  # needs pages that are not there
         with no_more_pages(journal):
-            futures = [journal.seal(Sealed(1, wide, 10), Cursor(1, 10))]
+            futures = [journal.write(Seal(Sealed(1, wide, 10), Cursor(1, 10)))]
             await asyncio.wait(futures, timeout=0.3)
-            futures.append(journal.seal(Sealed(2, (Span(1, 10, 10),), 10), Cursor(1, 20)))
+            futures.append(journal.write(Seal(Sealed(2, (Span(1, 10, 10),), 10), Cursor(1, 20))))
             await asyncio.wait(futures, timeout=0.3)
             assert not any(future.done() for future in futures)
             with pytest.raises(Overloaded):  # at once, not when there is space again
                 await asyncio.wait_for(journal.append(Append(numbers(0, 1))), 10)
-            futures.append(journal.seal(Sealed(3, (Span(1, 20, 5),), 5), Cursor(1, 25)))
+            futures.append(journal.write(Seal(Sealed(3, (Span(1, 20, 5),), 5), Cursor(1, 25))))
         await asyncio.wait_for(asyncio.gather(*futures), 10)
     with contextlib.closing(sqlite3.connect(tmp_path / "journal.db")) as db:
         assert db.execute("SELECT cursor_chunk, cursor_record FROM meta").fetchone() == (1, 25)

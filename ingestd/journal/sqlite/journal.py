@@ -26,16 +26,15 @@ from ingestd.host.data_dir import FileLock
 from ingestd.journal.disk_space import DiskSpaceGuard, scaled
 from ingestd.journal.idempotency import IdempotencyKeys, KeyRule, RememberedKey, size_of
 from ingestd.journal.interface import (
+    Change,
     Chunk,
     Closed,
-    Cursor,
     DeadTotals,
     Ledger,
     Moved,
     Place,
     Recovered,
-    Sealed,
-    Settlement,
+    Settle,
 )
 from ingestd.journal.sqlite import offsets, repair
 from ingestd.journal.sqlite.audit import Count, Difference
@@ -58,11 +57,9 @@ from ingestd.journal.sqlite.writer import (
     Expire,
     JournalWriter,
     Op,
-    Postpone,
     QueuedAppend,
+    QueuedChange,
     Revive,
-    Seal,
-    Settle,
     Sweep,
 )
 
@@ -300,22 +297,10 @@ class SqliteJournal:
         rate = self._drained.per_second(self._clock.monotonic())
         return Overloaded(what=what, retry_after=wait_for_room(used, bound, rate, random.random))
 
-    def seal(self, batch: Sealed, cursor: Cursor) -> asyncio.Future[None]:
-        """See `Journal.seal`."""
+    def write(self, change: Change) -> asyncio.Future[None]:
+        """See `Journal.write`."""
         future: asyncio.Future[None] = self._loop.create_future()
-        self._submit(Seal(future, batch, cursor))
-        return future
-
-    def settle(self, settlement: Settlement) -> asyncio.Future[None]:
-        """See `Journal.settle`."""
-        future: asyncio.Future[None] = self._loop.create_future()
-        self._submit(Settle(future, settlement))
-        return future
-
-    def postpone(self, batch: Sealed) -> asyncio.Future[None]:
-        """See `Journal.postpone`."""
-        future: asyncio.Future[None] = self._loop.create_future()
-        self._submit(Postpone(future, batch))
+        self._submit(QueuedChange(future, change))
         return future
 
     @property
@@ -450,9 +435,9 @@ class SqliteJournal:
         """Without dead letters that are there now: `_dead_are` counts those."""
         if type(op) is QueuedAppend and not applied:
             self.bytes -= _size(op.append.records)
-        elif type(op) is Settle and applied:
-            self.bytes -= op.settlement.finished_bytes
-            self._drained.add(op.settlement.finished_bytes, self._clock.monotonic())
+        elif applied and type(op) is QueuedChange and type(op.change) is Settle:
+            self.bytes -= op.change.finished_bytes
+            self._drained.add(op.change.finished_bytes, self._clock.monotonic())
 
     async def close(self, deadline: float | None = None) -> Closed:
         """See `Journal.close`."""

@@ -35,8 +35,9 @@ from ingestd.journal.interface import (
     Ledger,
     Moved,
     Recovered,
+    Seal,
     Sealed,
-    Settlement,
+    Settle,
 )
 from ingestd.journal.sqlite import first_page, letters, offsets, schema
 
@@ -96,12 +97,11 @@ class Write(NamedTuple):
         sweep: at most so many of the oldest keys go, as far as they came before `keys_before`.
     """
 
-    chunks: Sequence[Chunk]
-    refused: Sequence[DeadLetter]
-    sealed: Sequence[Sealed]
-    postponed: Sequence[Sealed]
-    settled: Sequence[Settlement]
-    cursor: Cursor | None
+    chunks: Sequence[Chunk] = ()
+    refused: Sequence[DeadLetter] = ()
+    sealed: Sequence[Seal] = ()
+    postponed: Sequence[Sealed] = ()
+    settled: Sequence[Settle] = ()
     claims: Sequence[IdempotencyClaim] = ()
     bookmarks: Sequence[SourceOffset] = ()
     at: float = 0.0
@@ -426,7 +426,6 @@ def _advance(meta: Meta, write: Write, moved: Moved) -> Meta:
     """Where the one moving row stands after this commit."""
     ledger = meta.ledger
     dead = sum(letter.records for s in write.settled for letter in s.dead)
-    successors = [batch for s in write.settled for batch in s.successors]
     return Meta(
         Ledger(
             # What is revived was accepted once already.
@@ -435,10 +434,15 @@ def _advance(meta: Meta, write: Write, moved: Moved) -> Meta:
             ledger.dead + dead - moved.revived,
             ledger.refused + len(write.refused) - moved.readmitted,
         ),
-        write.cursor or meta.cursor,
+        write.sealed[-1].cursor if write.sealed else meta.cursor,
         write.chunks[-1].id if write.chunks else meta.last_chunk,
-        max([meta.next_batch, *(b.number + 1 for b in (*write.sealed, *successors))]),
+        max([meta.next_batch, *(batch.number + 1 for batch in _new_batches(write))]),
     )
+
+
+def _new_batches(write: Write) -> list[Sealed]:
+    sealed = [seal.batch for seal in write.sealed]
+    return [*sealed, *(batch for settle in write.settled for batch in settle.successors)]
 
 
 def _insert(db: sqlite3.Connection, write: Write) -> None:
@@ -446,7 +450,7 @@ def _insert(db: sqlite3.Connection, write: Write) -> None:
         db.executemany(
             "INSERT INTO chunks VALUES(?,?,?,?,?,?,?,?,?)", [chunk_row(c) for c in write.chunks]
         )
-    sealed = [*write.sealed, *(batch for s in write.settled for batch in s.successors)]
+    sealed = _new_batches(write)
     if sealed:
         rows = [batch_row(b, write.at) for b in sealed]
         db.executemany("INSERT INTO batches VALUES(?,?,?,?,?,?,?)", rows)

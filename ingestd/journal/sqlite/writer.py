@@ -29,14 +29,15 @@ from ingestd.base.rate import STALLED
 from ingestd.base.record import Layout, Records, join
 from ingestd.journal.idempotency import SWEEP_ROWS, SWEEP_SECONDS
 from ingestd.journal.interface import (
+    Change,
     Chunk,
-    Cursor,
     DeadTotals,
     Ledger,
     Moved,
     Place,
-    Sealed,
-    Settlement,
+    Postpone,
+    Seal,
+    Settle,
     refused_letter,
 )
 from ingestd.journal.sqlite import checkpoint, offsets, repair
@@ -67,26 +68,11 @@ class QueuedAppend(NamedTuple):
     append: Append
 
 
-class Seal(NamedTuple):
-    """A batch to write down, and where the unsealed records begin after it."""
+class QueuedChange(NamedTuple):
+    """A change of batches that waits for its commit."""
 
     future: asyncio.Future[None]
-    batch: Sealed
-    cursor: Cursor
-
-
-class Settle(NamedTuple):
-    """What became of a batch."""
-
-    future: asyncio.Future[None]
-    settlement: Settlement
-
-
-class Postpone(NamedTuple):
-    """A batch's new attempts and due time."""
-
-    future: asyncio.Future[None]
-    batch: Sealed
+    change: Change
 
 
 class Sweep(NamedTuple):
@@ -109,7 +95,7 @@ class Expire(NamedTuple):
     before: float
 
 
-Op = QueuedAppend | Seal | Settle | Postpone | Sweep | Revive | Expire
+Op = QueuedAppend | QueuedChange | Sweep | Revive | Expire
 _TRIED_ONCE = frozenset({QueuedAppend, Revive, Expire})
 """What a full disk refuses: whoever asked can ask again."""
 
@@ -302,7 +288,7 @@ class JournalWriter:
     def _plan(self, ops: Sequence[Op]) -> tuple[Write, list[Place]]:
         now = self._clock.now()
         appends = [op.append for op in ops if type(op) is QueuedAppend]
-        seals = [op for op in ops if type(op) is Seal]
+        changes = [op.change for op in ops if type(op) is QueuedChange]
         sweep = self._sweep(ops, now)
         next_chunk = self._store.meta.last_chunk + 1
         runs, places = _joined([one.records for one in appends], next_chunk)
@@ -313,10 +299,9 @@ class JournalWriter:
                 for one in appends
                 for invalid in one.invalid
             ],
-            sealed=[op.batch for op in seals],
-            postponed=[op.batch for op in ops if type(op) is Postpone],
-            settled=[op.settlement for op in ops if type(op) is Settle],
-            cursor=seals[-1].cursor if seals else None,
+            sealed=[change for change in changes if type(change) is Seal],
+            postponed=[change.batch for change in changes if type(change) is Postpone],
+            settled=[change for change in changes if type(change) is Settle],
             revive_at=now if any(type(op) is Revive for op in ops) else None,
             expire=max(((op.since, op.before) for op in ops if type(op) is Expire), default=None),
             claims=[one.claim for one in appends if one.claim is not None],
