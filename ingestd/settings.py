@@ -20,7 +20,7 @@ from ingestd.config.network import check_address, check_hosts, split_address
 from ingestd.config.sections import Reloadable, Section, ValidationProblems, own_name
 from ingestd.config.units import Count, Seconds, Size, Words, show_size
 from ingestd.execution.settings import ExecutorSettings, HandlerSettings, RetrySettings
-from ingestd.execution.settings import problems_of as retry_problems
+from ingestd.execution.settings import problems_of as execution_problems
 from ingestd.http.settings import HttpSettings
 from ingestd.http.settings import problems_of as http_problems
 from ingestd.journal.settings import DeadSettings, JournalSettings, beyond_a_row
@@ -289,8 +289,7 @@ def _without_room(settings: Settings, pipeline: PipelineSettings) -> str:
 
 
 def _in_a_pipeline(pipeline: PipelineSettings) -> Iterator[tuple[str, str]]:
-    for key, text in retry_problems(pipeline.retry):
-        yield f"retry.{key}", text
+    yield from execution_problems(pipeline.retry, pipeline.executor)
     if pipeline.queue.bytes_max < pipeline.batch.bytes_max:
         room, batch = show_size(pipeline.queue.bytes_max), show_size(pipeline.batch.bytes_max)
         text = f"{room} has no room for one batch of batch.bytes_max ({batch})"

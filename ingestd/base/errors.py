@@ -59,6 +59,12 @@ class HandlerLoadError(ConfigError):
     message = "handler {target!r}: {problem}"
 
 
+class ExecutorLoadError(ConfigError):
+    """The factory of an executor can't be loaded, or gives no executor."""
+
+    message = "executor.factory {target!r}: {problem}"
+
+
 class AddressError(ConfigError):
     """An address can't be listened on."""
 

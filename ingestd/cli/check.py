@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
-from ingestd.base.errors import ConfigError, Exit, HandlerLoadError
+from ingestd.base.errors import ConfigError, ExecutorLoadError, Exit, HandlerLoadError
 from ingestd.cli.configured import configured
 from ingestd.cli.output import fail, say
 from ingestd.config.keys import dotted, quoted, shown
@@ -118,7 +118,7 @@ def execute(arguments: argparse.Namespace) -> int:
     for name, pipeline in loaded.settings.pipeline_settings().items():
         try:
             say(f"# {name}: {pipeline.handler.target} is {_resolve(pipeline)}")
-        except HandlerLoadError as error:
+        except (HandlerLoadError, ExecutorLoadError) as error:
             fail(f"pipeline {name}: {error}")
             code = int(error.exit_code)
     return max(code, _check_access(loaded.settings))
@@ -144,17 +144,23 @@ def _resolve(pipeline: PipelineSettings) -> str:
 
     Raises:
         HandlerLoadError: it can't be imported, or does not fit its pipeline or its options.
+        ExecutorLoadError: the factory of its executor can't be imported.
     """
+    from ingestd.execution.external import load_factory  # noqa: PLC0415
     from ingestd.handlers.load import load  # noqa: PLC0415  only now the user's code is needed
     from ingestd.handlers.target import is_ours  # noqa: PLC0415
 
     handler = pipeline.handler
-    spec = load(handler.target, record_format=pipeline.format, executor=pipeline.executor.kind)
+    executor = pipeline.executor
+    kind: str = "external" if executor.factory else executor.kind
+    spec = load(handler.target, record_format=pipeline.format, executor=kind)
     spec.check_options(handler.options)
     found = spec.found
     module = getattr(found, "__module__", type(found).__module__)
-    kind = pipeline.executor.kind
-    if kind == "auto":
+    if executor.factory:
+        load_factory(executor.factory)
+        kind = executor.factory
+    elif kind == "auto":
         kind = "thread" if is_ours(handler.target) else "async" if spec.is_async else "process"
     qualified = getattr(found, "__qualname__", type(found).__qualname__)
     return f"{module}:{qualified} (executor: {kind})"

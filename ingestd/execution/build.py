@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -19,7 +19,7 @@ from ingestd.base.errors import HandlerLoadError
 from ingestd.base.logging import get_logger
 from ingestd.execution.event_loops import HandlerLoops
 from ingestd.execution.inprocess import CoroutinePool, CoroutineWorker, ThreadWorker
-from ingestd.execution.pool import START_TIMEOUT, TaskPool, ThreadedPool
+from ingestd.execution.pool import START_TIMEOUT, Pool, ThreadedPool
 from ingestd.execution.process import ProcessWorker
 from ingestd.handlers.runner import HandlerConfig, Runner
 from ingestd.handlers.target import is_ours
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ingestd.host.process import Surroundings
 
     StartPool: TypeAlias = Callable[
-        [ExecutorSettings, "PoolContext"], Awaitable[tuple[TaskPool | ThreadedPool, str]]
+        [ExecutorSettings, "PoolContext"], Awaitable[tuple[Pool[Any], str]]
     ]
 
 log = get_logger()
@@ -72,7 +72,7 @@ async def start_pool(
     data_dir: Path,
     on_restart: Callable[[str], None],
     surroundings: Surroundings | None = None,
-) -> tuple[TaskPool | ThreadedPool, str]:
+) -> tuple[Pool[Any], str]:
     """Starts the workers of a pipeline, of the kind that the settings name.
 
     Args:
@@ -85,10 +85,11 @@ async def start_pool(
         surroundings: what processes are started with; those of now if not given.
 
     Returns:
-        The pool, and the kind that it is: `process`, `thread` or `async`.
+        The pool, and the kind that it is: `process`, `thread`, `async` or `external`.
 
     Raises:
         HandlerLoadError: the handler can't be loaded.
+        ExecutorLoadError: `executor.factory` can't be, or gives no executor.
     """
     config = HandlerConfig(
         target=handler.target,
@@ -98,13 +99,31 @@ async def start_pool(
         pipeline=name,
         data_dir=os.fsencode(data_dir),
     )
+    context = PoolContext(name, config, on_restart, surroundings)
+    if executor.factory:
+        return await _start_external(executor, _with_kind(context, "external"))
     start: StartPool = EXECUTORS.load(executor.kind)
-    return await start(executor, PoolContext(name, config, on_restart, surroundings))
+    return await start(executor, context)
 
 
-async def start_fitting(
+async def _start_external(
     executor: ExecutorSettings, context: PoolContext
-) -> tuple[TaskPool | ThreadedPool, str]:
+) -> tuple[Pool[Any], str]:
+    from ingestd.execution.external import ExternalPool  # noqa: PLC0415  others do without
+
+    pool = ExternalPool(
+        context.name,
+        executor.factory,
+        context.config,
+        workers=executor.workers,
+        timeout=executor.timeout,
+        on_restart=context.on_restart,
+    )
+    await pool.start()
+    return pool, "external"
+
+
+async def start_fitting(executor: ExecutorSettings, context: PoolContext) -> tuple[Pool[Any], str]:
     """Starts threads for a sink of ingestd's, an event loop for a coroutine, else processes."""
     if is_ours(context.config.target):
         return await start_threads(executor, _with_kind(context, "thread"))
@@ -113,7 +132,7 @@ async def start_fitting(
 
 async def start_processes(
     executor: ExecutorSettings, context: PoolContext
-) -> tuple[TaskPool | ThreadedPool, str]:
+) -> tuple[Pool[Any], str]:
     """Starts child processes; of a coroutine that may choose, an event loop instead."""
     hello = InitMessage(context.config, os.getpid())
     processes = [
@@ -140,9 +159,7 @@ async def start_processes(
     return pool, "process"
 
 
-async def start_threads(
-    executor: ExecutorSettings, context: PoolContext
-) -> tuple[TaskPool | ThreadedPool, str]:
+async def start_threads(executor: ExecutorSettings, context: PoolContext) -> tuple[Pool[Any], str]:
     """Starts threads of the daemon."""
     threads = [
         ThreadWorker(worker, _runner(context.config, worker))
@@ -155,7 +172,7 @@ async def start_threads(
 
 async def start_coroutines(
     executor: ExecutorSettings, context: PoolContext
-) -> tuple[TaskPool | ThreadedPool, str]:
+) -> tuple[Pool[Any], str]:
     """Starts coroutines on an event loop in a thread of its own."""
     loops = HandlerLoops(context.name)
     coroutines = [

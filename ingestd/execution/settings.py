@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from ingestd.config.sections import Choice, Section
 from ingestd.config.units import Count, Seconds, Size, show_seconds
@@ -64,12 +64,22 @@ class HandlerSettings(Section):
         return known.get(self.target, ())
 
 
+def _factory(value: str) -> str:
+    module, colon, name = value.partition(":")
+    if value and not (module and colon and name):
+        raise ValueError("should be module:callable")
+    return value
+
+
 class ExecutorSettings(Section):
-    """`[executor]`: what the handler runs in."""
+    """`[executor]`: the workers that the handler runs in."""
 
     kind: Annotated[str, Choice(EXECUTORS.names)] = Field(
         "auto",
         description="auto: process for your function, async for your coroutine, thread for a sink",
+    )
+    factory: Annotated[str, AfterValidator(_factory)] = Field(
+        "", description="module:callable that returns a concurrent.futures.Executor to run it in"
     )
     workers: Count = Field(4, ge=1, le=1024, description="most batches that are handled at once")
     timeout: Seconds = Field(60.0, gt=0, le=30 * _DAY, description="one call may take this long")
@@ -97,8 +107,11 @@ class RetrySettings(Section):
     )
 
 
-def problems_of(retry: RetrySettings) -> Iterator[tuple[str, str]]:
-    """Finds settings that cannot work together: (key below `retry`, what is wrong) for each."""
+def problems_of(retry: RetrySettings, executor: ExecutorSettings) -> Iterator[tuple[str, str]]:
+    """Finds settings that cannot work together: (key, what is wrong) for each."""
     if retry.backoff_max < retry.backoff:
         longest, first = show_seconds(retry.backoff_max), show_seconds(retry.backoff)
-        yield "backoff_max", f"{longest} is shorter than retry.backoff ({first})"
+        yield "retry.backoff_max", f"{longest} is shorter than retry.backoff ({first})"
+    if executor.factory and executor.kind != "auto":
+        problem = "executor.factory says what the handler runs in; leave it out"
+        yield "executor.kind", f"{problem} (it is {executor.kind})"

@@ -276,7 +276,7 @@ def load(target: str, *, record_format: str, executor: str) -> HandlerSpec:
     Args:
         target: `module:name`, or a registered name like `jsonl`.
         record_format: `json`, `text` or `bytes`.
-        executor: `thread`, `process` or `async`; `auto` takes every handler.
+        executor: `thread`, `process`, `async` or `external`; `auto` takes every handler.
 
     Raises:
         HandlerLoadError: one line that says what is wrong and what to do.
@@ -297,6 +297,8 @@ def load(target: str, *, record_format: str, executor: str) -> HandlerSpec:
 def _check_executor(target: str, shape: HandlerSignature, executor: str) -> None:
     if executor == "auto":
         return
+    if executor == "external" and shape.is_async:
+        refuse(target, "is async, which an executor of executor.factory can't run: make it def")
     if shape.is_async and executor != "async":
         refuse(target, f'is async; set executor.kind = "auto" or "async" (it is "{executor}")')
     if executor == "async" and not shape.is_async:

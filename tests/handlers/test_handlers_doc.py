@@ -6,6 +6,7 @@ import importlib
 import inspect
 import re
 import sqlite3
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -43,7 +44,31 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_no_example_is_left_out() -> None:
     assert PAGE.count("```python") == len(BLOCKS)
-    assert set(BLOCKS) == {"store", "clicks", "pages", "placed", "orders", "once", "test_orders"}
+    handlers = {"store", "clicks", "pages", "placed", "orders", "once", "test_orders"}
+    assert set(BLOCKS) == handlers | {"pools", "cluster"}
+
+
+def test_a_pool_of_processes(example) -> None:
+    with importlib.import_module("pools").processes() as executor:
+        assert executor.submit(abs, -1).result() == 1
+
+
+@pytest.mark.slow
+def test_an_executor_of_dask(tmp_path: Path) -> None:
+    pytest.importorskip("distributed")
+    (tmp_path / "cluster.py").write_text(BLOCKS["cluster"])
+    script = """if __name__ == "__main__":
+        import cluster
+        from distributed import Client, LocalCluster
+        with LocalCluster(n_workers=1, dashboard_address=None) as local:
+            cluster.Client = lambda _: Client(local)
+            print(cluster.dask().submit(abs, -1).result())
+    """
+    (tmp_path / "main.py").write_text(script)
+    done = subprocess.run(
+        [sys.executable, "main.py"], cwd=tmp_path, capture_output=True, timeout=60, check=False
+    )
+    assert done.stdout == b"1\n", done.stderr
 
 
 def run(spec: Any, job: Any, **create: Any) -> Any:

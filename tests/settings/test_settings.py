@@ -90,6 +90,7 @@ def test_a_pipeline_has_a_plain_name_of_its_own(name: str) -> None:
     ("settings", "key"),
     [
         ({"retry": {"backoff": "2m"}}, "retry.backoff_max"),
+        ({"executor": {"kind": "thread", "factory": "a:b"}}, "executor.kind"),
         ({"batch": {"bytes_max": "65MiB"}}, "queue.bytes_max"),
         ({"http": {"inflight_bytes_max": "1MiB"}}, "http.inflight_bytes_max"),
         ({"source": {"pipeline": "nowhere"}}, "source.pipeline"),

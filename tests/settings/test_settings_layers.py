@@ -326,6 +326,7 @@ def test_a_letter_alone_is_told_both_units(world: World, size: str, says: str) -
         ("executor.workers", "0", "should be at least 1"),
         ("executor.timeout", "0", "should be more than 0s"),
         ("executor.kind", '"fork"', "should be 'auto', 'process', 'thread' or 'async'"),
+        ("executor.factory", '"pool"', "should be module:callable"),
         ("format", "7", "should be 'json', 'text' or 'bytes'"),
         ("http.listen", '"8080"', "HOST:PORT"),
         ("http.listen", "8080", "should be text"),
