@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from ingestd.http.settings import HttpSettings
     from ingestd.settings import Settings
     from ingestd.sources.base import Source
-    from ingestd.sources.fetch.tally import DownloadTotals
+    from ingestd.sources.fetch.totals import DownloadTotals
 
 log = get_logger()
 
@@ -301,7 +301,7 @@ class Daemon:
                 fd=self._input_fd,
                 stderr=self._stderr,
             )
-            self._progress = self._build_progress(lambda: fetch.tally, self.pipelines[default])
+            self._progress = self._build_progress(lambda: fetch.totals, self.pipelines[default])
             return fetch
         return HttpSource(
             self.settings.http,

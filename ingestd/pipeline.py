@@ -288,12 +288,12 @@ class Pipeline:
         """See `Intake.forget`."""
         self.journal.keys.forget(claim)
 
-    def unwatch(self, watch: DeliveryWaiter) -> None:
-        """See `Intake.unwatch`."""
-        self.watches.remove(watch)
+    def stop_waiting(self, waiter: DeliveryWaiter) -> None:
+        """See `Intake.stop_waiting`."""
+        self.watches.remove(waiter)
 
-    async def bookmark(self, key: str) -> SourceOffset | None:
-        """See `Intake.bookmark`."""
+    async def offset(self, key: str) -> SourceOffset | None:
+        """See `Intake.offset`."""
         return await self.journal.bookmark(key)
 
     async def accept(self, append: Append) -> None:

@@ -68,12 +68,10 @@ PipelineName = Annotated[str, AfterValidator(pipeline_name)]
 
 
 class SourceSettings(Section):
-    """`[source]`: where records come in."""
+    """`[source]`: the source of records."""
 
-    kind: Literal["http", "stdin", "fetch"] = Field("http", description="where records come in")
-    pipeline: str = Field(
-        DEFAULT_PIPELINE, description="the pipeline that records without a named one go to"
-    )
+    kind: Literal["http", "stdin", "fetch"] = Field("http", description="source of records")
+    pipeline: str = Field(DEFAULT_PIPELINE, description="pipeline of records that name none")
 
 
 class AdminSettings(Section):
@@ -81,12 +79,12 @@ class AdminSettings(Section):
 
     listen: Annotated[str, AfterValidator(_address_or_off)] = Field(
         "127.0.0.1:8081",
-        description='address for health, metrics and status, HOST:PORT; "" switches it off',
+        description='listen address for health, metrics and status, HOST:PORT; "" disables it',
     )
     hosts: Annotated[Words, AfterValidator(check_hosts)] = Field(
         (),
         max_length=1000,
-        description="names it is asked for, beside IP addresses and localhost; * is every one",
+        description="accepted Host names, beside IP addresses and localhost; * is all",
     )
 
 
@@ -94,43 +92,43 @@ class LogSettings(Section):
     """`[log]`: lines on stderr."""
 
     level: Annotated[Literal["debug", "info", "warning", "error"], Reloadable()] = Field(
-        "info", description="the least important lines that are written"
+        "info", description="least severe level that is logged"
     )
     format: Literal["auto", "json", "console"] = Field(
-        "auto", description="auto is console on a terminal, else json"
+        "auto", description="auto: console on a terminal, else json"
     )
 
 
 class BatchSettings(Section):
-    """`[batch]`: a batch is closed by whichever bound it meets first."""
+    """`[batch]`: bounds of a batch; the first one that is met closes it."""
 
-    records_max: Count = Field(1000, ge=1, le=10**7, description="most records in a batch")
-    bytes_max: Size = Field(4 * _MIB, ge=1, le=16 * _GIB, description="most bytes in a batch")
+    records_max: Count = Field(1000, ge=1, le=10**7, description="maximum of records in a batch")
+    bytes_max: Size = Field(4 * _MIB, ge=1, le=16 * _GIB, description="maximum of bytes in a batch")
     age_max: Seconds = Field(
-        1.0, ge=0, le=_DAY, description="a batch goes when its oldest record is this old"
+        1.0, ge=0, le=_DAY, description="maximum age of a batch, from its oldest record on"
     )
 
 
 class QueueSettings(Section):
-    """`[queue]`: what of the journal is kept in memory; beyond it records wait on disk."""
+    """`[queue]`: bounds of the records in memory; beyond them records wait on disk."""
 
-    chunks_max: Count = Field(1024, ge=1, le=10**6, description="most chunks in memory")
-    bytes_max: Size = Field(16 * _MIB, ge=1, le=_TIB, description="most bytes in memory")
+    chunks_max: Count = Field(1024, ge=1, le=10**6, description="maximum of chunks in memory")
+    bytes_max: Size = Field(16 * _MIB, ge=1, le=_TIB, description="maximum of bytes in memory")
 
 
 class PipelineDrainSettings(Section):
-    """`[pipelines.NAME.drain]`: how a pipeline leaves."""
+    """`[pipelines.NAME.drain]`: draining of a pipeline."""
 
     timeout: Seconds = Field(
-        30.0, ge=0, le=_DAY, description="what is not done then stays in the journal"
+        30.0, ge=0, le=_DAY, description="time limit; records that are left stay in the journal"
     )
 
 
 class DrainSettings(PipelineDrainSettings):
-    """`[drain]`: how the daemon leaves."""
+    """`[drain]`: draining of the daemon."""
 
     delay: Seconds = Field(
-        0.0, ge=0, le=3600, description="go on serving this long after SIGTERM, not ready any more"
+        0.0, ge=0, le=3600, description="time of serving after SIGTERM while not ready"
     )
 
 
@@ -139,7 +137,7 @@ class PipelineSettings(Section):
 
     EXAMPLE = ("clicks", ("handler", "target"))
 
-    format: Format = Field("json", description="what a record is")
+    format: Format = Field("json", description="format of the records")
     record_bytes_max: Size = Field(_MIB, ge=1, le=_GIB, description="largest record")
     json_depth_max: Count = Field(128, ge=1, le=512, description="deepest nesting of a JSON record")
     batch: Annotated[BatchSettings, Reloadable()] = BatchSettings()
@@ -162,9 +160,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid")
 
     data_dir: Annotated[Path, BeforeValidator(_path)] = Field(
-        Path("ingestd-data"), description="folder of the journals and of what sinks write"
+        Path("ingestd-data"), description="folder of the journals and of the sinks' files"
     )
-    format: Format = Field("json", description="what a record is")
+    format: Format = Field("json", description="format of the records")
     record_bytes_max: Size = Field(_MIB, ge=1, le=_GIB, description="largest record")
     json_depth_max: Count = Field(128, ge=1, le=512, description="deepest nesting of a JSON record")
     source: SourceSettings = SourceSettings()

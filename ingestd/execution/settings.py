@@ -25,7 +25,7 @@ def _options(value: object) -> object:
 
 
 def _plain_data(value: object, depth: int) -> object:
-    """Only what crosses to worker processes as it is."""
+    """Checks that a value is plain data, which worker processes get unchanged."""
     if depth < 0:
         raise ValueError(f"is nested deeper than {OPTIONS_DEPTH_MAX}")
     if isinstance(value, dict):
@@ -50,7 +50,7 @@ def _name(key: object) -> str:
 
 
 class HandlerSettings(Section):
-    """`[handler]`: who gets the batches."""
+    """`[handler]`: the handler that gets the batches."""
 
     target: str = Field(
         "jsonl", min_length=1, description="module:name of your function or class, or a sink"
@@ -72,38 +72,43 @@ def _factory(value: str) -> str:
 
 
 class ExecutorSettings(Section):
-    """`[executor]`: the workers that the handler runs in."""
+    """`[executor]`: the executor that runs the handler, and its workers."""
 
     kind: Annotated[str, Choice(EXECUTORS.names)] = Field(
         "auto",
         description="auto: process for your function, async for your coroutine, thread for a sink",
     )
     factory: Annotated[str, AfterValidator(_factory)] = Field(
-        "", description="module:callable that returns a concurrent.futures.Executor to run it in"
+        "", description="module:callable that returns a concurrent.futures.Executor for the handler"
     )
-    workers: Count = Field(4, ge=1, le=1024, description="most batches that are handled at once")
-    timeout: Seconds = Field(60.0, gt=0, le=30 * _DAY, description="one call may take this long")
+    workers: Count = Field(4, ge=1, le=1024, description="maximum of batches that are handled at once")
+    timeout: Seconds = Field(60.0, gt=0, le=30 * _DAY, description="timeout of one call")
 
 
 class RetrySettings(Section):
-    """`[retry]`: what happens when the handler raises."""
+    """`[retry]`: retries of batches whose handler raised."""
 
-    attempts_max: Count = Field(8, ge=1, le=10**6, description="tries, the first one counted")
-    backoff: Seconds = Field(
-        0.5, ge=0, le=_DAY, description="wait before the second try; doubles with each"
+    attempts_max: Count = Field(
+        8, ge=1, le=10**6, description="maximum of tries, the first one included"
     )
-    backoff_max: Seconds = Field(60.0, ge=0, le=30 * _DAY, description="longest wait")
+    backoff: Seconds = Field(
+        0.5, ge=0, le=_DAY, description="wait before the second try; doubles with each further one"
+    )
+    backoff_max: Seconds = Field(60.0, ge=0, le=30 * _DAY, description="longest wait between tries")
     waiting_records_max: Count = Field(
         50_000,
         ge=1,
         le=10**9,
-        description="records that may wait; then new ones are tried as probes only",
+        description="bound of records that wait for a retry; then new ones are probes only",
     )
     waiting_bytes_max: Size = Field(
-        256 * _MIB, ge=1, le=1024 * _TIB, description="what these may take in the journal"
+        256 * _MIB, ge=1, le=1024 * _TIB, description="bound of their bytes in the journal"
     )
     give_up_after: Seconds = Field(
-        _DAY, ge=0, le=3650 * _DAY, description="a record fails so long while nothing succeeds"
+        _DAY,
+        ge=0,
+        le=3650 * _DAY,
+        description="time after which a failing record is given up although nothing succeeds",
     )
 
 

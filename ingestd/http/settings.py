@@ -62,12 +62,14 @@ class TlsSettings(Section):
     """`[http.tls]`: encryption, and the certificates of clients. Paths are of PEM files."""
 
     certificate: FilePath = Field(
-        "", description="file: certificate and its chain; switches TLS on"
+        "", description="PEM file: certificate and its chain; enables TLS"
     )
-    key: FilePath = Field("", description="file: private key, if it is not in the same file")
+    key: FilePath = Field("", description="PEM file: private key, if it is not in the same file")
     key_password: Secret = Field(_UNSET, description="password of the private key")
-    client_ca: FilePath = Field("", description="file: who signs the certificates of clients")
-    client_required: bool = Field(False, description="no connection without a client certificate")
+    client_ca: FilePath = Field("", description="PEM file: CA that signs client certificates")
+    client_required: bool = Field(
+        False, description="refuse connections without a client certificate"
+    )
 
 
 class TokenSettings(Section):
@@ -84,16 +86,19 @@ class TokenSettings(Section):
     hash: Annotated[str, AfterValidator(_hash)] = Field("", description="the token's hash")
     file: FilePath = Field("", description="file of tokens or hashes, one a line")
     client_certificate: str = Field(
-        "", description="a name in a client's certificate: its CN or a subject alternative name"
+        "", description="name in a client's certificate: its CN or a subject alternative name"
     )
     pipelines: Words = Field(
-        (ALL,), min_length=1, max_length=1001, description="where it may send to; * is everywhere"
+        (ALL,), min_length=1, max_length=1001, description="pipelines that it may send to; * is all"
     )
     records_per_second: Count = Field(
-        0, ge=0, le=10**9, description="records a second; then 429; 0 is no limit"
+        0, ge=0, le=10**9, description="rate limit in records per second (429); 0: no limit"
     )
     bytes_per_second: Size = Field(
-        0, ge=0, le=1024**4, description="bytes of records a second; then 429; 0 is no limit"
+        0,
+        ge=0,
+        le=1024**4,
+        description="rate limit in bytes of records per second (429); 0: no limit",
     )
 
 
@@ -102,12 +107,12 @@ class WebhookSettings(Section):
 
     EXAMPLE = ("github", ("secret",))
 
-    kind: Literal["standard", "github", "stripe"] = Field(description="how it is signed")
-    secret: Secret = Field(_UNSET, description="the secret that it is signed with")
-    file: FilePath = Field("", description="file of secrets, one a line; each is good")
-    pipeline: str = Field("", description="where deliveries go; empty: the default pipeline")
+    kind: Literal["standard", "github", "stripe"] = Field(description="scheme of the signature")
+    secret: Secret = Field(_UNSET, description="secret of the signature")
+    file: FilePath = Field("", description="file of secrets, one a line; each is accepted")
+    pipeline: str = Field("", description="pipeline of the deliveries; empty: the default pipeline")
     tolerance: Seconds = Field(
-        300.0, gt=0, le=_DAY, description="how far a signed time may be from now"
+        300.0, gt=0, le=_DAY, description="largest difference of a signed time from now"
     )
 
 
@@ -115,99 +120,107 @@ class HttpSettings(Section):
     """`[http]`: the door for records, and its bounds."""
 
     listen: Annotated[str, AfterValidator(check_address)] = Field(
-        "127.0.0.1:8080", description="address for records, HOST:PORT"
+        "127.0.0.1:8080", description="listen address for records, HOST:PORT"
     )
     reuse_port: Switch = Field(
-        False, description="other daemons may listen on the same port, and share what comes"
+        False, description="share the port with other daemons (SO_REUSEPORT)"
     )
     wire_bytes_max: Size = Field(
-        16 * _MIB, ge=1, le=_TIB, description="largest body as it is sent, before decompression"
+        16 * _MIB, ge=1, le=_TIB, description="largest body before decompression"
     )
     body_bytes_max: Size = Field(
         32 * _MIB, ge=1, le=_TIB, description="largest body after decompression"
     )
-    records_max: Count = Field(100_000, ge=1, le=10**9, description="most records in one request")
+    records_max: Count = Field(
+        100_000, ge=1, le=10**9, description="maximum of records in one request"
+    )
     invalid_kept: Count = Field(
         10,
         ge=0,
         le=100,
-        description="invalid records of one request that are kept as dead letters",
+        description="maximum of invalid records of one request that are kept as dead letters",
     )
     inflight_bytes_max: Size = Field(
         48 * _MIB,
         ge=1,
         le=_TIB,
-        description="bodies being read or waiting for their commit, all requests together",
+        description="bound of all bodies being read or waiting for their commit",
     )
-    connections_max: Count = Field(4096, ge=1, le=1_000_000, description="most open connections")
+    connections_max: Count = Field(
+        4096, ge=1, le=1_000_000, description="maximum of open connections"
+    )
     connections_per_client_max: Count = Field(
-        1024, ge=0, le=1_000_000, description="most open connections of one client; 0: no bound"
+        1024,
+        ge=0,
+        le=1_000_000,
+        description="maximum of open connections of one client; 0: no bound",
     )
     head_timeout: Seconds = Field(
-        10.0, gt=0, le=_DAY, description="the head of a request has to be there after this"
+        10.0, gt=0, le=_DAY, description="timeout of reading a request's header"
     )
     body_rate_min: Size = Field(
-        1024, ge=0, le=_GIB, description="a body that comes slower, a second, is ended; 0: no bound"
+        1024, ge=0, le=_GIB, description="minimum rate of a body, bytes per second; 0: no bound"
     )
     inflate_ratio_max: Count = Field(
         200,
         ge=0,
         le=1_000_000,
-        description="a body that grows more when decompressed is refused; 0: no bound",
+        description="maximum ratio of decompressed to compressed size; 0: no bound",
     )
-    body_timeout: Seconds = Field(
-        30.0, gt=0, le=_DAY, description="a body has to be there after this"
-    )
+    body_timeout: Seconds = Field(30.0, gt=0, le=_DAY, description="timeout of reading a body")
     keepalive_timeout: Seconds = Field(
-        15.0, ge=0, le=_DAY, description="an idle connection is closed after this"
+        15.0, ge=0, le=_DAY, description="timeout of idle connections"
     )
     requests_max: Count = Field(
-        1024, ge=1, le=1_000_000, description="most requests in progress; then 503"
+        1024, ge=1, le=1_000_000, description="maximum of requests in progress (503)"
     )
     client_share: Share = Field(
         0.5,
         gt=0,
         le=1,
-        description="what one client may hold of requests and bytes in flight while others wait",
+        description="share of requests and bytes in flight of one client while others wait",
     )
     wait_max: Seconds = Field(
         60.0,
         ge=0,
         le=3600,
-        description="longest that Prefer: wait makes an answer wait; 0s ignores it",
+        description="longest wait for Prefer: wait; 0s ignores it",
     )
     streams_max: Count = Field(
         64,
         ge=0,
         le=100_000,
-        description="most chunked bodies of lines that are accepted in pieces at once",
+        description="maximum of chunked bodies of lines that are accepted in pieces at once",
     )
     stream_silence_max: Seconds = Field(
-        300.0, gt=0, le=_DAY, description="a stream that sends nothing for so long is ended"
+        300.0, gt=0, le=_DAY, description="timeout of a stream that sends nothing"
     )
     idempotency_ttl: Seconds = Field(
-        _DAY, gt=0, le=366 * _DAY, description="an Idempotency-Key is remembered this long"
+        _DAY, gt=0, le=366 * _DAY, description="lifetime of an Idempotency-Key"
     )
     idempotency_keys_max: Count = Field(
-        1_000_000, ge=1, le=10**9, description="most Idempotency-Keys remembered, a pipeline"
+        1_000_000,
+        ge=1,
+        le=10**9,
+        description="maximum of stored Idempotency-Keys per pipeline (503)",
     )
     cors_origins: Annotated[Words, AfterValidator(check_origins)] = Field(
-        (), max_length=1000, description="origins whose pages may read the answers; * is every one"
+        (), max_length=1000, description="CORS: origins whose pages may read the answers; * is all"
     )
     hosts: Annotated[Words, AfterValidator(check_hosts)] = Field(
         (),
         max_length=1000,
-        description="names it is asked for, beside IP addresses and localhost; * is every one",
+        description="accepted Host names, beside IP addresses and localhost; * is all",
     )
     allow_anonymous: Annotated[bool, Reloadable()] = Field(
-        False, description="who says nothing may send everything, also on a public address"
+        False, description="accept requests without credentials, also on a public address"
     )
     tls: Annotated[TlsSettings, Reloadable()] = TlsSettings()
     tokens: Annotated[dict[TokenName, TokenSettings], Reloadable()] = Field(
-        default_factory=dict, max_length=1000, description="clients that prove who they are"
+        default_factory=dict, max_length=1000, description="clients with credentials, by name"
     )
     webhooks: Annotated[dict[WebhookName, WebhookSettings], Reloadable()] = Field(
-        default_factory=dict, max_length=1000, description="signed deliveries, by name"
+        default_factory=dict, max_length=1000, description="signed webhooks, by name"
     )
 
 

@@ -16,47 +16,50 @@ _TIB = 1024**4
 _DAY = 86400.0
 
 STORED_BYTES_MAX = 900 * _MIB
-"""Of what is one row of a journal. SQLite's bound is 10^9 bytes (SQLITE_MAX_LENGTH), and what
+"""Bound of one row of a journal. SQLite's bound is 10^9 bytes (SQLITE_MAX_LENGTH), and what
 stands beside the records is in it: a block of input before a long record, or lengths."""
 
 
 class JournalSettings(Section):
-    """`[journal]`: the durable store of what is accepted and not yet done."""
+    """`[journal]`: the durable store of records that are accepted and not yet settled."""
 
     kind: Annotated[str, Choice(JOURNALS.names)] = Field(
-        "sqlite", description="memory is fast and loses what it holds with the process"
+        "sqlite", description="memory is fast and loses its records with the process"
     )
     bytes_max: Size = Field(
-        8 * _GIB, ge=1, le=1024 * _TIB, description="at this size new records are refused (503)"
+        8 * _GIB,
+        ge=1,
+        le=1024 * _TIB,
+        description="bound of the journal; then new records are refused (503)",
     )
     free_min: Size = Field(
         256 * _MIB,
         ge=0,
         le=1024 * _TIB,
-        description="with less free on its disk new records are refused (503)",
+        description="minimum of free disk space; below it new records are refused (503)",
     )
 
 
 class DeadSettings(Section):
-    """`[dead]`: the records that were given up."""
+    """`[dead]`: bounds of the dead letters."""
 
     bytes_max: Size = Field(
         _GIB,
         ge=1,
         le=1024 * _TIB,
-        description="at this size no further batch goes to the handler; records are accepted on",
+        description="bound of dead letters; then batches are not dispatched any more",
     )
     invalid_bytes_max: Size = Field(
         64 * _MIB,
         ge=1,
         le=_TIB,
-        description="of records that were never accepted so much is kept; a sender has a quarter",
+        description="bound of dead letters of invalid records; each sender has a quarter",
     )
     age_max: Seconds = Field(
         0.0,
         ge=0,
         le=36500 * _DAY,
-        description="older dead letters go; 0s keeps them until a person purges them",
+        description="maximum age of dead letters; 0s keeps them until they are purged",
     )
 
 

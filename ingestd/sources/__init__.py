@@ -1,1 +1,1 @@
-"""Where records come in: `http`, `stdin` and `fetch`. A source checks, bounds and counts them."""
+"""Sources `http`, `stdin` and `fetch` check, bound and count records and hand them to pipelines."""

@@ -1,4 +1,4 @@
-"""The two sides of a source: the door it hands records to, and the life its owner gives it."""
+"""Interfaces of sources: `Intake` accepts their records, `Source` is their life cycle."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Intake(Protocol):
-    """The door of one pipeline.
+    """Accepts records for one pipeline.
 
     Attributes:
         name: the pipeline's.
@@ -31,9 +31,9 @@ class Intake(Protocol):
     def json_depth_max(self) -> int: ...  # noqa: D102
 
     async def begin(self, key: str, fingerprint: bytes) -> IdempotencyClaim | bytes:
-        """The stored answer of a request that was accepted before, else a claim on its key.
+        """Returns the stored answer of a request that was accepted before, else claims its key.
 
-        Whoever gets a claim sets its answer, hands it to `accept`, and calls `forget` in any case.
+        The holder of a claim sets its answer, hands it to `accept`, and calls `forget` in any case.
 
         Args:
             key: what the client calls the request.
@@ -50,12 +50,12 @@ class Intake(Protocol):
         """Ends a claim, unless records that came with it are on their way into the journal."""
         ...
 
-    def unwatch(self, watch: DeliveryWaiter) -> None:
-        """Nobody waits for what becomes of these records any more."""
+    def stop_waiting(self, waiter: DeliveryWaiter) -> None:
+        """Stops reporting outcomes to a waiter."""
         ...
 
-    async def bookmark(self, key: str) -> SourceOffset | None:
-        """The last accepted one of that key.
+    async def offset(self, key: str) -> SourceOffset | None:
+        """The last accepted offset of that key.
 
         Raises:
             JournalFailed: it can't be read.
@@ -63,22 +63,22 @@ class Intake(Protocol):
         ...
 
     async def accept(self, append: Append) -> None:
-        """Returns once all of it is durable; all or nothing.
+        """Makes records durable, all or none, and returns after the commit.
 
         Raises:
-            Overloaded: at a bound; nothing was taken.
+            Overloaded: at a bound; nothing was accepted.
             NeverFits: at a bound, and it always would be.
-            Draining: nothing is taken any more.
+            Draining: nothing is accepted any more.
             JournalFailed: nothing can be stored any more.
         """
         ...
 
 
 class Source(Protocol):
-    """Where records come in. The calls come in this order, each once."""
+    """Life cycle of one source. Its owner makes these calls in this order, each once."""
 
     async def start(self) -> None:
-        """Begins to take records.
+        """Begins to accept records.
 
         Raises:
             AddressError: it cannot listen where it should.
@@ -86,7 +86,7 @@ class Source(Protocol):
         ...
 
     def facts(self) -> dict[str, object]:
-        """Where records come from, for the log line of a start; after `start`."""
+        """Facts for the log line of a start, such as addresses; valid after `start`."""
         ...
 
     async def wait_finished(self) -> None:
@@ -99,7 +99,7 @@ class Source(Protocol):
         ...
 
     async def stop_taking(self, deadline: float) -> None:
-        """Takes nothing new, and waits for what was taken until it is accepted and answered.
+        """Accepts no new input, and waits until received records are accepted and answered.
 
         Args:
             deadline: in the event loop's time.
@@ -107,16 +107,16 @@ class Source(Protocol):
         ...
 
     async def close(self) -> None:
-        """Ends everything that is still there: connections, tasks, threads, descriptors."""
+        """Ends all connections, tasks, threads and descriptors that are left."""
         ...
 
 
-# -- when a source that can wait asks an overloaded pipeline again ---------------------------------
+# -- retries of appends ----------------------------------------------------------------------------
 
 AGAIN_SECONDS = 1.0
-"""The longest wait: asking costs nothing here, and what is read waits meanwhile."""
+"""The longest wait: a try costs nothing here, and records that were read wait meanwhile."""
 
 
 def again_after(overloaded: Overloaded) -> float:
-    """Seconds until it is asked again, with jitter."""
+    """Seconds until a source that can wait tries an overloaded pipeline again, with jitter."""
     return min(overloaded.retry_after, AGAIN_SECONDS) * random.uniform(0.75, 1.25)  # noqa: S311

@@ -1,9 +1,8 @@
-"""Bytes from a descriptor, whatever it is, without blocking the event loop.
+"""Reads descriptors of any kind without blocking the event loop.
 
-What a descriptor is decides how it is read. Pipes, FIFOs and sockets tell the loop when there is
-something. Everything else (files, terminals, devices) is read by a thread: epoll refuses regular
-files, never fires for some devices, and a terminal is shared with other processes, so its
-O_NONBLOCK is not ours to set.
+Pipes, FIFOs and sockets are read when the loop says that they are ready. Everything else (files,
+terminals, devices) is read by a thread: epoll refuses regular files, never fires for some devices,
+and a terminal is shared with other processes, so its O_NONBLOCK is not ours to set.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 
 READ_BYTES = 240 * 1024
 """The most that one read takes: with a line that was begun before still one chunk of a journal."""
-_PIPE_BYTES = 1024 * 1024  # what Linux lets anybody ask for (fs.pipe-max-size)
+_PIPE_BYTES = 1024 * 1024  # what Linux allows every user (fs.pipe-max-size)
 _JOIN_SECONDS = 1.0
 
 
@@ -33,7 +32,7 @@ class Reader(Protocol):
     """One open input."""
 
     async def read(self) -> bytes | None:
-        """What there is, as soon as there is something; `b""` at the end; `None` once stopped.
+        """Returns bytes as soon as there are some; `b""` at the end; `None` once stopped.
 
         Raises:
             OSError: it can't be read.
@@ -45,12 +44,12 @@ class Reader(Protocol):
         ...
 
     def close(self) -> None:
-        """Gives everything back: descriptors, flags, the thread."""
+        """Releases descriptors, flags and the thread."""
         ...
 
 
 def open_reader(fd: int) -> Reader:
-    """The right reader for a descriptor, which stays open and with the flags it had.
+    """Opens the right reader for a descriptor, which stays open and keeps its flags.
 
     A descriptor that is not open reads as empty input.
     """
@@ -81,17 +80,17 @@ class _Empty:
 
 def _open_socket(fd: int) -> Reader:
     # MSG_DONTWAIT is for one call: a socket can't be opened anew, and its flags are shared, often
-    # with stdout. The loop watches an epoll of ours, because libuv sets O_NONBLOCK on what it
-    # watches.
+    # with stdout. The loop polls an epoll of ours, because libuv sets O_NONBLOCK on what it
+    # polls.
     sock = socket.socket(fileno=os.dup(fd))
-    watch = select.epoll()
-    watch.register(sock, select.EPOLLIN)
+    poll = select.epoll()
+    poll.register(sock, select.EPOLLIN)
 
     def close() -> None:
-        watch.close()
+        poll.close()
         sock.close()
 
-    return ReadyReader(watch.fileno(), lambda: sock.recv(READ_BYTES, socket.MSG_DONTWAIT), close)
+    return ReadyReader(poll.fileno(), lambda: sock.recv(READ_BYTES, socket.MSG_DONTWAIT), close)
 
 
 def _open_pipe(fd: int) -> Reader:
@@ -103,7 +102,7 @@ def _open_pipe(fd: int) -> Reader:
 
 
 def _open_anew(fd: int) -> tuple[int, Callable[[], None]]:
-    """A non-blocking descriptor for the same pipe, and how to give it back.
+    """Opens a non-blocking descriptor for the same pipe; returns it with its release.
 
     O_NONBLOCK belongs to the open file, which other processes may share: opening the pipe once
     more gives one of our own. Where that is not allowed the flag is set, and restored at the end.
@@ -125,19 +124,19 @@ def _open_anew(fd: int) -> tuple[int, Callable[[], None]]:
 
 
 class ReadyReader:
-    """Reads when the loop says that there is something.
+    """Reads a descriptor when the loop says that it is ready.
 
     Args:
-        fd: what the loop watches.
-        take: one read that never blocks; raises BlockingIOError if there is nothing.
-        give_back: called once, at the end.
+        fd: the descriptor that the loop polls.
+        read_now: one read that never blocks; raises BlockingIOError if there is nothing.
+        release: called once, at the end.
     """
 
-    def __init__(self, fd: int, take: Callable[[], bytes], give_back: Callable[[], None]) -> None:
+    def __init__(self, fd: int, read_now: Callable[[], bytes], release: Callable[[], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._fd = fd
-        self._take = take
-        self._give_back = give_back
+        self._read_now = read_now
+        self._release = release
         self._ready: asyncio.Future[None] | None = None
         self._stopped = False
         self._closed = False
@@ -146,7 +145,7 @@ class ReadyReader:
         """See `Reader`."""
         while not self._stopped:
             try:
-                return self._take()
+                return self._read_now()
             except (BlockingIOError, InterruptedError):
                 await self._wait()
         return None
@@ -175,20 +174,20 @@ class ReadyReader:
         if not self._closed:
             self._closed = True
             self._loop.remove_reader(self._fd)
-            self._give_back()
+            self._release()
 
 
 class ThreadReader:
-    """Reads in a thread of its own, one read for each that is asked for.
+    """Reads a descriptor in a thread, one read for each call.
 
     Args:
-        fd: what to read; not closed.
+        fd: the descriptor; not closed.
     """
 
     def __init__(self, fd: int) -> None:
         self._loop = asyncio.get_running_loop()
         self._fd = fd
-        self._asked: queue.SimpleQueue[asyncio.Future[bytes | None] | None] = queue.SimpleQueue()
+        self._requests: queue.SimpleQueue[asyncio.Future[bytes | None] | None] = queue.SimpleQueue()
         self._wake_read, self._wake_write = os.pipe()
         self._stopped = False
         self._closed = False
@@ -201,7 +200,7 @@ class ThreadReader:
         if self._stopped:
             return None
         answer: asyncio.Future[bytes | None] = self._loop.create_future()
-        self._asked.put(answer)
+        self._requests.put(answer)
         return await answer
 
     def stop(self) -> None:
@@ -216,7 +215,7 @@ class ThreadReader:
             return
         self._closed = True
         self.stop()
-        self._asked.put(None)
+        self._requests.put(None)
         self._thread.join(_JOIN_SECONDS)
         if not self._thread.is_alive():
             os.close(self._wake_read)
@@ -226,16 +225,16 @@ class ThreadReader:
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
         poll.register(self._wake_read, select.POLLIN)
-        while (answer := self._asked.get()) is not None:
+        while (answer := self._requests.get()) is not None:
             data: bytes | None = None
             error: OSError | None = None
             try:
-                # A terminal has nothing to read until somebody ends a line.
+                # A terminal has nothing to read until a line is ended.
                 if all(fd != self._wake_read for fd, _ in poll.poll()):
                     data = os.read(self._fd, READ_BYTES)
             except OSError as caught:
                 error = caught
-            with contextlib.suppress(RuntimeError):  # the loop is gone, and with it who asked
+            with contextlib.suppress(RuntimeError):  # the loop is gone, and with it the caller
                 self._loop.call_soon_threadsafe(_resolve, answer, data, error)
 
 

@@ -1,4 +1,4 @@
-"""How far a run over an input is: one live line on a terminal, else a log line now and then."""
+"""Progress of a run over an input: one live line on a terminal, else a log line now and then."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 log = get_logger()
 
 LIVE_SECONDS = 0.1
-"""How often the live line is drawn."""
+"""Interval of the live line."""
 LOG_SECONDS = 10.0
-"""How often a log line says the same where there is no terminal."""
+"""Interval of the log lines without a terminal."""
 
 RATE_SECONDS = 5.0
-"""The live line's rate is that of so long."""
+"""Window of the live line's rate."""
 
 _KIB = 1024.0
 _SHORT_MIN = 10_000  # what is less has its digits in the narrowest line
@@ -31,7 +31,7 @@ _COLUMNS = 80  # of a terminal that does not say
 
 
 class ProgressSnapshot(NamedTuple):
-    """Where things stand, in this run.
+    """Counters of a run.
 
     Attributes:
         lines: records read, also those that were not accepted.
@@ -58,12 +58,12 @@ class ProgressSnapshot(NamedTuple):
     bytes_left: float | None = None
 
     def facts(self) -> dict[str, int | float]:
-        """What is known, for a log line."""
+        """The known counters, for a log line."""
         return {key: value for key, value in self._asdict().items() if value is not None}
 
     @property
     def is_fruitless(self) -> bool:
-        """Something was read, and nothing of it was processed or is still to be."""
+        """Returns True if records were read and none of them was processed or is pending."""
         if not self.lines:
             return False
         return self.lines == self.invalid or not (self.processed or self.pending)
@@ -73,9 +73,9 @@ class Progress:
     """Shows snapshots until it is stopped, and a summary at the end.
 
     Args:
-        snapshot: where things stand now.
-        stream: where to draw, if it is a terminal.
-        clock: where time comes from.
+        snapshot: reads the counters.
+        stream: gets the live line, if it is a terminal.
+        clock: gives the time.
         live_seconds: between two drawings.
         log_seconds: between two log lines.
     """
@@ -101,7 +101,7 @@ class Progress:
 
     @property
     def is_live(self) -> bool:
-        """It draws on a terminal."""
+        """Returns True if it draws on a terminal."""
         return self._live
 
     def start(self) -> None:
@@ -112,10 +112,10 @@ class Progress:
         self._task = asyncio.create_task(self._run(), name="progress")
 
     async def stop(self) -> ProgressSnapshot | None:
-        """Ends, with the summary. Does nothing if it is not running.
+        """Ends with the summary. Does nothing if it is not running.
 
         Returns:
-            Where things stand at the end.
+            The counters at the end.
         """
         task, self._task = self._task, None
         if task is None:
@@ -141,7 +141,7 @@ class Progress:
             if self._live:
                 left = seconds_left(now, before, elapsed)
                 self._draw(f"\r\x1b[K{describe(now, rate, left, width=self._width())}")
-            elif now != self._logged:  # a source that only waits has nothing to say
+            elif now != self._logged:  # a source that only waits logs nothing
                 log.info("input_progressed", rate=round(rate), **now.facts())
                 self._logged = now
 
@@ -165,7 +165,7 @@ class Progress:
 
 
 def seconds_left(now: ProgressSnapshot, before: ProgressSnapshot, elapsed: float) -> float | None:
-    """How long it takes until all is read, at the rate since `before`; `None` if nothing tells."""
+    """Seconds until all is read, at the rate since `before`; `None` if that is unknown."""
     came = now.bytes - before.bytes
     if now.bytes_left is None or came <= 0 or elapsed <= 0:
         return None
@@ -175,12 +175,12 @@ def seconds_left(now: ProgressSnapshot, before: ProgressSnapshot, elapsed: float
 def describe(
     snapshot: ProgressSnapshot, rate: float, left: float | None = None, *, width: int | None = None
 ) -> str:
-    """One line.
+    """Renders the live line.
 
     Args:
-        snapshot: where things stand.
+        snapshot: the counters.
         rate: records that are processed in a second.
-        left: how long it takes until all is read, about, seconds.
+        left: estimated seconds until all is read.
         width: columns there are; numbers get shorter, and what matters least goes, until it fits.
     """
     full = ", ".join(_parts(snapshot, rate, left, _exact))
@@ -202,7 +202,7 @@ def _summary(now: ProgressSnapshot, rate: float, seconds: float, width: int) -> 
 def _parts(
     now: ProgressSnapshot, rate: float, left: float | None, number: Callable[[float], str]
 ) -> list[str]:
-    """What a line says, the most important first; what is none is left out."""
+    """The parts of a line, the most important first, without counters that are 0."""
     parts = []
     if now.urls_total is not None:
         parts.append(f"{number(now.urls_done or 0)}/{number(now.urls_total)} URLs")

@@ -165,7 +165,7 @@ class Waiting(MemoryIntake):
         self.watch = append.waiter
         self.runs.clear()
 
-    def unwatch(self, watch):
+    def stop_waiting(self, watch):
         assert watch is self.watch
         self.watch = None
 

@@ -49,7 +49,7 @@ async def reason_of(intake: Intake, url: str, **more: Any) -> str:
         with pytest.raises(InputIncomplete):
             await source.wait_finished()
         (download,) = source._downloads
-    assert not any(bookmark.state.count(b'"done":true') for bookmark in intake.bookmarks.values())
+    assert not any(offset.state.count(b'"done":true') for offset in intake.offsets.values())
     return download.reason
 
 
@@ -549,7 +549,7 @@ async def test_a_stream_may_end_anywhere() -> None:
     ):
         await until(lambda: len(intake.items) > 2)
     assert intake.items[:2] == [b"6", b"7"]
-    assert intake.bookmarks == {}
+    assert intake.offsets == {}
 
 
 async def test_streams_do_not_ask_for_zstd() -> None:

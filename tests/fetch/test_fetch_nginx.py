@@ -127,4 +127,4 @@ async def test_the_order_and_the_number_are_right_with_many_files(nginx: Nginx) 
     intake = Intake()
     await fetch(intake, *(f"{nginx.url}/{n}.ndjson" for n in range(20)))
     assert sorted(intake.items) == sorted(lines(0, 2000).splitlines())
-    assert len(intake.bookmarks) == 20
+    assert len(intake.offsets) == 20

@@ -21,16 +21,16 @@ from ingestd.sources.fetch import concurrency
 from ingestd.sources.fetch.decoders import LineDecoder
 from ingestd.sources.fetch.failure import DownloadFailed, ResourceChanged, TryAgain
 from ingestd.sources.fetch.position import (
+    BodyToRead,
     Finished,
     Position,
-    Take,
-    as_bookmark,
     encoding_of,
     ends_by_itself,
-    from_bookmark,
+    from_offset,
     headers_for,
-    judge,
+    interpret,
     start_of,
+    to_offset,
 )
 from ingestd.sources.fetch.settings import FetchSettings
 from ingestd.sources.fetch.urls import as_url, read_links
@@ -86,12 +86,12 @@ def test_a_position_comes_back_as_it_was() -> None:
         etag="é" * 0 + "x" * 1024, modified="y" * 1024, strong="x" * 1024, encoding="gzip",
         offset=2**62, crc=2**32 - 1, records=2**50, event_id="→" * 1024,
     )  # fmt: skip
-    bookmark = as_bookmark("k", position)
-    assert from_bookmark(bookmark) == position
-    assert len(bookmark.state) <= STATE_BYTES_MAX
-    assert from_bookmark(None) == Position()
+    offset = to_offset("k", position)
+    assert from_offset(offset) == position
+    assert len(offset.state) <= STATE_BYTES_MAX
+    assert from_offset(None) == Position()
     with pytest.raises(ValueError, match="offset"):
-        from_bookmark(SourceOffset("k", b'{"offset": "x"}'))
+        from_offset(SourceOffset("k", b'{"offset": "x"}'))
 
 
 @pytest.mark.parametrize(
@@ -153,33 +153,33 @@ def test_what_is_asked_for() -> None:
     assert ask(Position(event_id="7")) == {**packed, "Last-Event-ID": "7"}
 
 
-def judged(status: int, position: Position, **headers: str) -> Take | Finished:
+def judged(status: int, position: Position, **headers: str) -> BodyToRead | Finished:
     named = CIMultiDict((name.replace("_", "-"), value) for name, value in headers.items())
     asked = headers_for(position, url=URL, ranges=True)
     encoding = encoding_of(named, URL)
-    return judge(status, named, asked=asked, position=position, encoding=encoding)
+    return interpret(status, named, asked=asked, position=position, encoding=encoding)
 
 
 def test_a_whole_body() -> None:
     new = start_of({"ETag": '"b"'}, "identity")
-    assert judged(200, Position(), ETag='"b"') == Take(new)
-    assert judged(200, BEGUN, ETag='"b"') == Take(new, changed=True)
+    assert judged(200, Position(), ETag='"b"') == BodyToRead(new)
+    assert judged(200, BEGUN, ETag='"b"') == BodyToRead(new, changed=True)
     same = judged(200, BEGUN, ETag='W/"a"', Content_Encoding="gzip")
-    assert isinstance(same, Take)
+    assert isinstance(same, BodyToRead)
     assert (same.skip, same.changed, same.position.offset) == (100, False, 100)
     assert (same.position.crc, same.position.encoding) == (5, "gzip")
     unknown = judged(200, BEGUN)
-    assert isinstance(unknown, Take)
+    assert isinstance(unknown, BodyToRead)
     assert unknown.skip == 100
 
 
 def test_something_that_was_done() -> None:
     assert judged(304, DONE) == Finished(DONE)
     assert judged(200, DONE, ETag='"a"') == Finished(DONE)
-    assert judged(200, DONE, ETag='"b"') == Take(
+    assert judged(200, DONE, ETag='"b"') == BodyToRead(
         start_of({"ETag": '"b"'}, "identity"), changed=True
     )
-    assert judged(200, DONE) == Take(Position())
+    assert judged(200, DONE) == BodyToRead(Position())
     with pytest.raises(DownloadFailed, match="304"):
         judged(304, BEGUN)
 
@@ -199,11 +199,11 @@ def test_a_part() -> None:
     def part(place: str, position: Position = BEGUN, tag: str = '"a"', **more: str) -> Any:
         return judged(206, position, Content_Range=place, ETag=tag, **more)
 
-    assert part("bytes 100-199/200") == Take(BEGUN, length=100)
-    assert part("bytes 100-199/200", Content_Length="100") == Take(BEGUN, length=100)
-    assert part("bytes 100-149/200") == Take(BEGUN, length=50, whole=False)
+    assert part("bytes 100-199/200") == BodyToRead(BEGUN, length=100)
+    assert part("bytes 100-199/200", Content_Length="100") == BodyToRead(BEGUN, length=100)
+    assert part("bytes 100-149/200") == BodyToRead(BEGUN, length=50, whole=False)
     # Whether anything follows is not said, and not taken for a no.
-    assert part("bytes 100-199/*") == Take(BEGUN, length=100, whole=False)
+    assert part("bytes 100-199/*") == BodyToRead(BEGUN, length=100, whole=False)
 
 
 SIZED = replace(BEGUN, size=200)
@@ -238,11 +238,13 @@ def test_a_part_that_is_not_the_rest_that_was_asked_for(head: dict[str, str]) ->
 def test_a_part_without_validators_is_told_by_the_size() -> None:
     """RFC 9110 wants the tag to be repeated; a server that forgot it may have forgotten more."""
     place = "bytes 100-199/200"
-    assert judged(206, SIZED, Content_Range=place) == Take(SIZED, length=100)
+    assert judged(206, SIZED, Content_Range=place) == BodyToRead(SIZED, length=100)
     with pytest.raises(ResourceChanged):
         judged(206, BEGUN, Content_Range=place)
     dated = Position(modified="m", strong="m", offset=100)
-    assert judged(206, dated, Content_Range=place, Last_Modified="m") == Take(dated, length=100)
+    assert judged(206, dated, Content_Range=place, Last_Modified="m") == BodyToRead(
+        dated, length=100
+    )
 
 
 def test_a_whole_that_says_it_is_a_part() -> None:
@@ -250,7 +252,7 @@ def test_a_whole_that_says_it_is_a_part() -> None:
         for position in (Position(), BEGUN, DONE):
             with pytest.raises(TryAgain, match="200 with a Content-Range"):
                 judged(200, position, Content_Range=place)
-    assert judged(200, Position(), Content_Range="bytes 0-199/200") == Take(Position())
+    assert judged(200, Position(), Content_Range="bytes 0-199/200") == BodyToRead(Position())
 
 
 def test_a_part_that_nobody_asked_for() -> None:
@@ -267,7 +269,7 @@ def test_the_length_that_a_body_has_to_have() -> None:
         (7, {"Content_Length": "7", "Content_Encoding": "gzip"}),
     ):
         taken = judged(200, Position(), **headers)  # type: ignore[arg-type]
-        assert isinstance(taken, Take)
+        assert isinstance(taken, BodyToRead)
         assert (taken.length, taken.whole) == (length, True)
         is_plain = "Content_Encoding" not in headers
         assert taken.position.size == (length or 0 if is_plain else 0)
@@ -358,22 +360,22 @@ class Kept:
         self.refused: list[tuple[int, str, bytes]] = []
         self.position = Position()
 
-    def take(self, taker: LineDecoder, parsed: Any) -> None:
+    def take(self, decoder: LineDecoder, parsed: Any) -> None:
         if parsed:
             self.items += parsed.records.items()
             self.refused += [(one.index, one.reason, one.payload) for one in parsed.refused]
-            self.position = taker.position
+            self.position = decoder.position
 
 
 def run(kept: Kept, wire: list[bytes], encoding: str, form: Any, *, skip: int, whole: bool) -> None:
-    taker = LineDecoder(form, MAX, kept.position, skip)
+    decoder = LineDecoder(form, MAX, kept.position, skip)
     inflater = None if encoding == "identity" else Inflater(encoding, 1 << 40)
     for part in wire:
         for piece in [part] if inflater is None else inflater.feed(part):
-            kept.take(taker, taker.feed(piece))
+            kept.take(decoder, decoder.feed(piece))
     if whole:
-        kept.take(taker, taker.end(certain=True))
-        kept.position = taker.position
+        kept.take(decoder, decoder.end(certain=True))
+        kept.position = decoder.position
 
 
 @pytest.mark.parametrize("encoding", ["identity", "gzip", "zstd"])
@@ -411,27 +413,27 @@ def test_another_beginning_is_seen(offset: int, place: int, byte: bytes) -> None
     begun = Position(offset=min(offset, len(body)), crc=zlib.crc32(body[:offset]), records=1)
     other = bytearray(body)
     other[place : place + 1] = byte
-    taker = LineDecoder("json", MAX, begun, begun.offset)
+    decoder = LineDecoder("json", MAX, begun, begun.offset)
     if other[: begun.offset] == body[: begun.offset]:
-        taker.feed(bytes(other))
+        decoder.feed(bytes(other))
     else:
         with pytest.raises(ResourceChanged):
-            taker.feed(bytes(other))
+            decoder.feed(bytes(other))
 
 
 def test_something_shorter_than_what_was_accepted_is_another_version() -> None:
-    taker = LineDecoder("json", MAX, Position(offset=50, crc=1, records=1), 50)
-    taker.feed(b"x" * 20)
+    decoder = LineDecoder("json", MAX, Position(offset=50, crc=1, records=1), 50)
+    decoder.feed(b"x" * 20)
     with pytest.raises(TryAgain):
-        taker.end(certain=False)  # which may be a connection that broke
+        decoder.end(certain=False)  # which may be a connection that broke
     with pytest.raises(ResourceChanged):
-        taker.end(certain=True)
+        decoder.end(certain=True)
 
 
 def test_a_line_whose_end_may_be_missing_is_not_taken_for_a_whole_one() -> None:
-    taker = LineDecoder("json", MAX, Position())
-    assert taker.feed(b"1\n12").records.items() == [b"1"]  # type: ignore[union-attr]
-    last = taker.end(certain=False)
+    decoder = LineDecoder("json", MAX, Position())
+    assert decoder.feed(b"1\n12").records.items() == [b"1"]  # type: ignore[union-attr]
+    last = decoder.end(certain=False)
     assert last is not None
     assert last.records.count == 0
     assert [(one.reason, one.payload) for one in last.refused] == [("unfinished", b"12")]
@@ -441,11 +443,11 @@ def test_a_line_whose_end_may_be_missing_is_not_taken_for_a_whole_one() -> None:
 def test_what_nobody_said_is_compressed(encoding: str) -> None:
     with pytest.raises(DownloadFailed, match="compressed"):
         LineDecoder("text", MAX, Position()).feed(packed(lines(0, 9), encoding))
-    taker = LineDecoder("text", MAX, Position())
+    decoder = LineDecoder("text", MAX, Position())
     first, rest = packed(lines(0, 9), encoding)[:1], packed(lines(0, 9), encoding)[1:]
-    assert taker.feed(first) is None
+    assert decoder.feed(first) is None
     with pytest.raises(DownloadFailed, match=rf"compressed \({encoding}\)"):
-        taker.feed(rest)
+        decoder.feed(rest)
     LineDecoder("bytes", MAX, Position()).feed(packed(lines(0, 9), encoding))
 
 

@@ -66,15 +66,15 @@ async def test_a_download(path: str, headers: dict[str, str], encoding: str | No
     assert intake.items == ITEMS
     assert intake.position.done
     assert intake.position.offset == len(BODY)
-    assert (source.tally.records, source.tally.refused) == (500, 0)
-    assert (source.tally.done, source.tally.bytes, source.tally.left) == (1, len(body), 0)
+    assert (source.totals.records, source.totals.refused) == (500, 0)
+    assert (source.totals.done, source.totals.bytes, source.totals.left) == (1, len(body), 0)
 
 
 async def test_so_many_bad_lines_are_counted_and_some_of_them_kept() -> None:
     intake = Intake()
     async with serving(answers(b"1\n" + b"x\n" * 100_000)) as server:
         source = await fetch(intake, server.url)
-    assert (source.tally.records, source.tally.refused) == (1, 100_000)
+    assert (source.totals.records, source.totals.refused) == (1, 100_000)
     assert intake.items == [b"1"]
     assert len(intake.refused) < 50_000
     assert len(intake.refused) + intake.unkept == 100_000
@@ -619,7 +619,7 @@ async def test_so_many_at_once_and_no_more() -> None:
         intake = Intake()
         source = await fetch(intake, *urls, concurrency=3, concurrency_per_host=2)
     assert len(intake.items) == 16
-    assert source.tally.done == source.tally.total == 16
+    assert source.totals.done == source.totals.total == 16
     assert most["all"] == 3
     assert most[one.url.removeprefix("http://")] == 2
     assert most[two.url.removeprefix("http://")] == 2
@@ -635,7 +635,7 @@ async def test_one_that_waits_does_not_hold_a_place() -> None:
         intake = Intake()
         urls = [server.url + "/bad", server.url + "/good"]
         async with fetching(intake, *urls, concurrency=1) as source:
-            await until(lambda: source.tally.done == 1)
+            await until(lambda: source.totals.done == 1)
     assert intake.items == ITEMS
 
 
@@ -676,8 +676,8 @@ async def test_what_is_held_is_bounded() -> None:
     ):
         await until(lambda: intake.asked)
         before = -1
-        while before != source.tally.bytes:
-            before = source.tally.bytes
+        while before != source.totals.bytes:
+            before = source.totals.bytes
             await asyncio.sleep(0.1)
         assert before < 3_000_000 < len(BODY * 2000)
 

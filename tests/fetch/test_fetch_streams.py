@@ -194,7 +194,7 @@ async def test_lines_are_followed() -> None:
     # 45 was at the proper end of a body; of 7 nobody knows how it went on.
     assert intake.items == [b"1", b"2", b"3", b"45", b"6", b"8"]
     assert [(one.reason, one.payload) for one in intake.refused] == [("unfinished", b"7")]
-    assert intake.bookmarks == {}
+    assert intake.offsets == {}
 
 
 async def test_a_line_is_accepted_as_soon_as_it_is_there_and_a_stop_keeps_what_was_begun() -> None:
@@ -212,7 +212,7 @@ async def test_a_line_is_accepted_as_soon_as_it_is_there_and_a_stop_keeps_what_w
         fetching(intake, server.url, follow=True) as source,
     ):
         await until(lambda: len(intake.items) == 3)
-        await until(lambda: source.tally.bytes == 11)
+        await until(lambda: source.totals.bytes == 11)
         await source.stop_taking(asyncio.get_running_loop().time() + 5)
     assert [(one.reason, one.payload) for one in intake.refused] == [("unfinished", b'{"a":')]
 

@@ -12,7 +12,7 @@ from aiohttp import web
 from backports import zstd
 
 from ingestd.base.clock import SystemClock
-from ingestd.sources.fetch.position import Position, from_bookmark
+from ingestd.sources.fetch.position import Position, from_offset
 from ingestd.sources.fetch.settings import FetchSettings
 from ingestd.sources.fetch.source import FetchSource
 from tests.sources.source_tools import check
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class Intake:
-    """Keeps records and bookmarks, each append whole. `errors` are raised first, in order."""
+    """Keeps records and offsets, each append whole. `errors` are raised first, in order."""
 
     def __init__(self, form: Format = "json", record_bytes_max: int = 1024**2) -> None:
         self.name = "default"
@@ -36,7 +36,7 @@ class Intake:
         self.json_depth_max = 128
         self.runs: list[Records] = []
         self.refused: list[InvalidRecord] = []
-        self.bookmarks: dict[str, SourceOffset] = {}
+        self.offsets: dict[str, SourceOffset] = {}
         self.errors: list[Exception] = []
         self.gate = asyncio.Event()
         self.gate.set()
@@ -53,10 +53,10 @@ class Intake:
         self.runs.append(append.records)
         self.refused.extend(append.invalid)
         if append.offset is not None:
-            self.bookmarks[append.offset.key] = append.offset
+            self.offsets[append.offset.key] = append.offset
 
-    async def bookmark(self, key: str) -> SourceOffset | None:
-        return self.bookmarks.get(key)
+    async def offset(self, key: str) -> SourceOffset | None:
+        return self.offsets.get(key)
 
     @property
     def items(self) -> list[bytes]:
@@ -65,8 +65,8 @@ class Intake:
     @property
     def position(self) -> Position:
         """Of the only URL there is."""
-        (bookmark,) = self.bookmarks.values()
-        return from_bookmark(bookmark)
+        (offset,) = self.offsets.values()
+        return from_offset(offset)
 
 
 class Asked(NamedTuple):

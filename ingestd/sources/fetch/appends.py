@@ -1,4 +1,4 @@
-"""The appends of one URL, in order: one is under way, and what comes meanwhile is the next one.
+"""Appends the records of one URL in order: one append runs, and records wait for the next one.
 
 A position that is durable says that everything before it was accepted. So no append may overtake
 another one, not even where a full disk refuses the first and takes the second.
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ingestd.sources.fetch.concurrency import InflightBudget
 
 APPEND_BYTES = 4 * 1024**2
-"""No further run is joined to an append beyond this."""
+"""Size up to which waiting runs are joined to one append."""
 _REFUSED_BYTES = 256  # what a refused record costs beside its payload, about
 
 
@@ -34,12 +34,12 @@ class _Sized(NamedTuple):
 
 
 class Appends:
-    """See the module.
+    """Appends the records of one URL in order.
 
     Args:
         intake: the pipeline.
         budget: shared with the other URLs.
-        accepted: called after each append with how many records it had, good and refused ones.
+        accepted: called after each append with its numbers of good and refused records.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class Appends:
         self._held = 0
         self._task: asyncio.Task[None] | None = None
 
-    async def put(self, parsed: Parsed, bookmark: SourceOffset | None) -> None:
-        """Takes records and how far they reach, as soon as there is room for them.
+    async def put(self, parsed: Parsed, offset: SourceOffset | None) -> None:
+        """Takes records and their end position, as soon as the budget allows.
 
         Raises:
             IngestdError: nothing more can be stored.
@@ -63,12 +63,12 @@ class Appends:
             self._check()
             await self._budget.freed()
         self._check()
-        self.put_now(parsed, bookmark)
+        self.put_now(parsed, offset)
 
-    def put_now(self, parsed: Parsed, bookmark: SourceOffset | None) -> None:
+    def put_now(self, parsed: Parsed, offset: SourceOffset | None) -> None:
         """The same without waiting, for the last ones."""
         size = _size(parsed)
-        append = Append(parsed.records, parsed.refused, offset=bookmark, unkept=parsed.unlisted)
+        append = Append(parsed.records, parsed.refused, offset=offset, unkept=parsed.unlisted)
         self._waiting.append(_Sized(append, size))
         self._hold(size)
         if self._task is None:
@@ -85,10 +85,10 @@ class Appends:
             self._check()
 
     async def close(self) -> int:
-        """Ends. What is not accepted by now is left, and so is its position.
+        """Ends. Records that are not accepted by now are left, and so is their position.
 
         Returns:
-            How many bytes that are.
+            Their bytes.
         """
         if self._task is not None:
             self._task.cancel()
@@ -112,7 +112,7 @@ class Appends:
             try:
                 await self._accept(append)
             except BaseException:
-                self._budget.wake()  # whoever waits for room sees that it does not come
+                self._budget.wake()  # waiters for the budget see the failure
                 raise
             self._accepted(append.records.count, len(append.invalid) + append.unkept)
             self._hold(-size)
@@ -138,7 +138,7 @@ class Appends:
         return _Sized(joined, size)
 
     async def _accept(self, append: Append) -> None:
-        """Tries until there is room."""
+        """Tries until the pipeline accepts."""
         while True:
             try:
                 await self._intake.accept(append)

@@ -1,4 +1,4 @@
-"""A body as it comes: bounded, decompressed in pieces, never silent for long, and whole.
+"""Reads the body of a download: bounded, decompressed in pieces, with a timeout, and whole.
 
 A body is whole if its length agrees, if its chunks ended properly, or if what is compressed in it
 ended. Only where its head announces none of these may the end of the connection be its end: then
@@ -26,7 +26,7 @@ _WINDOW_MIN = 64 * 1024
 
 
 class Ending(NamedTuple):
-    """How the end of a body can be told.
+    """Facts that tell the end of a body.
 
     Attributes:
         length: bytes as they are sent, if its head or its range says so.
@@ -48,19 +48,19 @@ async def pieces(
     windows: InflightBudget,
     read: Callable[[int], None],
 ) -> AsyncGenerator[bytes, None]:
-    """What is in a body, a piece at a time; each is there as soon as it came.
+    """Yields the decompressed body in pieces, each as soon as it arrives.
 
     Args:
         content: the body, unread.
         encoding: `identity`, or how it is compressed.
         settings: the bounds.
-        ending: how its end can be told.
+        ending: facts that tell its end.
         windows: the memory for zstd windows.
         read: called with the size of each read.
 
     Raises:
-        Again: it was cut short, is corrupt, or nothing came for too long.
-        GivenUp: it is larger than it may be.
+        TryAgain: it was cut short, is corrupt, or nothing came for too long.
+        DownloadFailed: it is larger than it may be.
     """
     inflater = None
     if encoding != "identity":
@@ -121,9 +121,9 @@ class _Window:
     """The memory that one body has for its zstd window.
 
     Args:
-        budget: what all bodies may hold.
-        bytes_max: what one may.
-        waits: for what others hold; a stream may never give it back.
+        budget: of all bodies.
+        bytes_max: of one.
+        waits: for memory of others; a stream may never release it.
     """
 
     def __init__(self, budget: InflightBudget, bytes_max: int, *, waits: bool) -> None:
@@ -133,10 +133,10 @@ class _Window:
         self._held = 0
 
     async def grow(self, size: int) -> int:
-        """Takes memory for a window; what is held for the frame before it is given back first.
+        """Takes memory for a window, after that of the frame before is released.
 
         Returns:
-            How large a window may be now, bytes.
+            Bytes that a window may need now.
         """
         if size > self._bytes_max:
             raise DownloadFailed(
@@ -154,7 +154,7 @@ class _Window:
         return size
 
     def close(self) -> None:
-        """Gives the memory back."""
+        """Releases the memory."""
         held, self._held = self._held, 0
         self._budget.take(-held)
 

@@ -1,4 +1,4 @@
-"""Requests: redirects by our own rules, what is sent to whom, and connections that are checked."""
+"""HTTP client of downloads: own redirect rules, headers by origin, checked connections."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ _HEADERS = {"User-Agent": f"ingestd/{__version__}", "Accept": "*/*"}
 
 
 class DownloadClient:
-    """The connections of one source.
+    """Sends the requests of one source.
 
     Args:
         settings: bounds, and what is allowed.
-        allowed: whether an address may be connected to; `fetch.allow_private` decides by default.
-        resolver: who resolves names; the system's resolver by default.
+        allowed: tells if an address may be connected to; `fetch.allow_private` decides by default.
+        resolver: resolves names; the system's resolver by default.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class DownloadClient:
         """Opens the sessions, which need a running loop."""
         self._direct = self._session(self._allowed, self._resolver)
         if self._settings.trust_env:
-            # A proxy is often at a private address; who is behind it is the proxy's to check.
+            # A proxy is often at a private address; it checks the addresses behind it.
             self._through = self._session(_any, None)
 
     def _session(
@@ -88,15 +88,15 @@ class DownloadClient:
 
     @asynccontextmanager
     async def get(self, link: Link, headers: Mapping[str, str]) -> AsyncIterator[ClientResponse]:
-        """The answer to a GET, behind all redirects; its body is unread.
+        """Sends a GET and follows redirects; yields the answer with its body unread.
 
         Args:
-            link: what to ask for.
+            link: the URL and its headers.
             headers: of this request; the link's own come on top for its origin.
 
         Raises:
-            Again: there is no answer.
-            GivenUp: it can't be asked for, or a redirect leads where none may.
+            TryAgain: there is no answer.
+            DownloadFailed: it can't be requested, or a redirect leads where none may.
         """
         url = link.url
         for _ in range(self._settings.redirects_max + 1):
@@ -129,16 +129,16 @@ class DownloadClient:
 
 
 def _named(defaults: Mapping[str, str], own: Mapping[str, str]) -> dict[str, str]:
-    """The defaults that are not said otherwise."""
+    """The defaults that the link does not override."""
     said = {name.lower() for name in own}
     return {name: value for name, value in defaults.items() if name.lower() not in said}
 
 
 def next_url(url: URL, location: str) -> URL:
-    """Where a redirect leads.
+    """The target of a redirect.
 
     Raises:
-        GivenUp: to another scheme, from https to http, or nowhere.
+        DownloadFailed: to another scheme, from https to http, or nowhere.
     """
     try:
         target = url.join(as_url(location)).with_fragment(None)

@@ -1,4 +1,4 @@
-"""How many downloads run at once, in all and from one host."""
+"""Bounds of downloads: slots by host, bytes in flight, decompression memory, and waits."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 
 class SlotLease:
-    """A place among the downloads that run; given back once, at its end or before."""
+    """A slot of a running download; released once, at its end or before."""
 
     def __init__(self, *semaphores: asyncio.Semaphore) -> None:
         self._semaphores = semaphores
 
     def release(self) -> None:
-        """Gives the place back; does nothing the second time."""
+        """Releases the slot; does nothing the second time."""
         semaphores, self._semaphores = self._semaphores, ()
         for semaphore in semaphores:
             semaphore.release()
 
 
 class DownloadSlots:
-    """The places.
+    """Bounds the downloads that run at once.
 
     Args:
         most: in all.
@@ -45,8 +45,8 @@ class DownloadSlots:
 
     @asynccontextmanager
     async def lease(self, host: str) -> AsyncIterator[SlotLease]:
-        """A place for a download from a host, as soon as there is one."""
-        # The host first: nobody who waits for it keeps the others from running.
+        """Waits for a slot for a download from a host."""
+        # The host first: a download that waits for it does not keep others from running.
         await self._hosts[host].acquire()
         try:
             await self._all.acquire()
@@ -60,17 +60,17 @@ class DownloadSlots:
             lease.release()
 
 
-# -- bytes that all URLs hold together: read and not committed, or for decompression ---------------
+# -- bytes in flight -------------------------------------------------------------------------------
 
 DOWNLOADS_AT_ONCE = 4
-"""So many downloads may have the window that any zstd body may need; others wait for theirs."""
+"""Downloads that may hold the usual zstd window at once; others wait."""
 
 
 class InflightBudget:
-    """Counts what is held.
+    """Counts bytes that all URLs hold together: read and not committed, or for decompression.
 
     Args:
-        bytes_max: so much fits; whoever takes sees to it.
+        bytes_max: the bound; callers of `take` check it.
     """
 
     def __init__(self, bytes_max: int) -> None:
@@ -84,27 +84,27 @@ class InflightBudget:
         return self._used
 
     def has(self, size: int) -> bool:
-        """Whether so many more fit."""
+        """Returns True if so many more fit."""
         return self._used + size <= self._bytes_max
 
     def take(self, size: int) -> None:
-        """So many come, or go if it is less than none."""
+        """Adds bytes, or releases them if negative."""
         self._used += size
         if size < 0:
             self.wake()
 
     def wake(self) -> None:
-        """Has everybody who waits look again."""
+        """Wakes all waiters."""
         self._moved.set()
 
     async def freed(self) -> None:
-        """Waits until some have gone."""
+        """Waits until some bytes are released."""
         self._moved.clear()
         await self._moved.wait()
 
 
 class DecompressionMemory(NamedTuple):
-    """What zstd windows may take.
+    """Memory of zstd windows.
 
     Attributes:
         downloads: of bodies with an end, which wait for each other.
@@ -123,16 +123,14 @@ def memory_for(settings: FetchSettings) -> DecompressionMemory:
     )
 
 
-# -- how long to wait before a URL is asked again --------------------------------------------------
-#
-# Pure: the caller says the time and the chance.
+# -- waits between requests ------------------------------------------------------------------------
 
 RECONNECT_MIN = 0.1
-"""Seconds; a stream that ends is never asked again sooner."""
+"""Shortest wait before a stream that ended is requested again, seconds."""
 
 
 def retry_after(text: str | None, date: str | None, now: float, longest: float) -> float | None:
-    """What a server's `Retry-After` asks for, in seconds; `None` if it says nothing.
+    """Seconds that a server's `Retry-After` asks for; `None` if there is none.
 
     Args:
         text: the header: seconds, or a date.
@@ -151,7 +149,7 @@ def retry_after(text: str | None, date: str | None, now: float, longest: float) 
 
 
 def reconnect(asked: float | None, first: float, longest: float) -> float:
-    """Seconds before a stream that ended is asked again.
+    """Seconds before a stream that ended is requested again.
 
     Args:
         asked: what the stream's `retry` said, seconds.

@@ -1,4 +1,7 @@
-"""Server-sent events out of reads of any size (https://html.spec.whatwg.org/#server-sent-events)."""
+"""Decoders of downloads: lines and server-sent events to records and their positions.
+
+Server-sent events: https://html.spec.whatwg.org/#server-sent-events
+"""
 
 from __future__ import annotations
 
@@ -39,15 +42,15 @@ class Event(NamedTuple):
 
 
 class EventParser:
-    """Reads a stream of events, however it was divided into reads. Holds a bounded part of one.
+    """Parses a stream of events in reads of any size. Holds a bounded part of one event.
 
     Args:
         record_bytes_max: of longer data only the beginning is kept.
-        last_id: what the stream before this one ended with.
+        last_id: of the stream before this one.
 
     Attributes:
         last_id: the id of the last event that was complete.
-        retry: what the stream asks to wait before it is asked again, seconds.
+        retry: seconds that the stream asks to wait before a reconnect.
     """
 
     def __init__(self, record_bytes_max: int, last_id: str = "") -> None:
@@ -110,14 +113,14 @@ class EventParser:
         if field == b"data":
             self._add(value, len(value) + cut)
         elif cut:
-            return  # a comment, or a field that nobody needs at that length
+            return  # a comment, or a field that is useless at that length
         elif field == b"id" and b"\0" not in value:
             self._id = _usable(value, self._id)
         elif field == b"retry" and value.isdigit() and len(value) <= _RETRY_DIGITS_MAX:
             self.retry = int(value) / 1000
 
     def _add(self, value: bytes, size: int) -> None:
-        """A line of data; each is followed by an LF until the event is complete."""
+        """Adds a line of data; each is followed by an LF until the event is complete."""
         self._data_size += size + 1
         room = self._bytes_max + 2 - len(self._data)
         if room > 0:
@@ -137,7 +140,7 @@ class EventParser:
 
 
 def _usable(value: bytes, before: str) -> str:
-    """An id as it can be sent in a header; the one before, if it can't."""
+    """Returns an id that can be sent in a header; the one before, if it can't."""
     name = value.decode(errors="replace")
     plain = all(ord(c) >= 0x20 and c != "\x7f" for c in name)
     return name if plain and len(name) <= ID_CHARS_MAX else before
@@ -150,7 +153,7 @@ def records_of(
     first: int,
     depth_max: int = DEPTH_MAX,
 ) -> Parsed:
-    """One record an event, by the rules for lines; data of many lines stays one record.
+    """Makes each event a record, by the rules for lines; data of many lines stays one record.
 
     Args:
         events: in order.
@@ -175,11 +178,11 @@ def records_of(
     return Parsed(Records.sized(good) if several else Records.lines(good), refused)
 
 
-# -- decompressed pieces of a body into records, and the position behind them ----------------------
+# -- decoders --------------------------------------------------------------------------------------
 
 
 class RecordDecoder(Protocol):
-    """What makes records out of one body.
+    """Decodes one decompressed body to records.
 
     Attributes:
         position: behind the last record that `feed` or `end` gave.
@@ -188,11 +191,11 @@ class RecordDecoder(Protocol):
     position: Position
 
     def feed(self, piece: bytes) -> Parsed | None:
-        """The records that a piece completes; nothing if it completes none."""
+        """Returns the records that a piece completes; `None` if it completes none."""
         ...
 
     def end(self, *, certain: bool) -> Parsed | None:
-        """What is left at the end of the body.
+        """Returns the last records, at the end of the body.
 
         Args:
             certain: it was sent whole, and the connection did not just end.
@@ -200,12 +203,12 @@ class RecordDecoder(Protocol):
         ...
 
     def cut(self) -> Parsed | None:
-        """What is left where the body was left, and will not be sent again."""
+        """Returns the last records of a body that was left and will not be sent again."""
         ...
 
 
 class LineDecoder:
-    """One record a line.
+    """Decodes one record a line.
 
     Args:
         form: what the records are.
@@ -238,8 +241,8 @@ class LineDecoder:
         """See `RecordDecoder`.
 
         Raises:
-            Changed: it does not begin with what was accepted.
-            GivenUp: it is compressed and nothing said so, or it is UTF-16 or UTF-32.
+            ResourceChanged: it does not begin with the accepted bytes.
+            DownloadFailed: it is compressed without a hint, or it is UTF-16 or UTF-32.
         """
         if self._skip:
             piece = self._pass_over(piece)
@@ -257,7 +260,7 @@ class LineDecoder:
         return parsed
 
     def _look_at(self, piece: bytes) -> None:
-        """Nothing but dead letters would come of it."""
+        """Fails for content that would give nothing but dead letters."""
         head = self._head = (self._head or b"") + piece[:MARK_BYTES]
         if found := marked(head):
             unsaid = "compressed" in found.what
@@ -278,8 +281,8 @@ class LineDecoder:
         """See `RecordDecoder`. A line whose end may be missing is refused as `unfinished`.
 
         Raises:
-            Changed: it is shorter than what was accepted.
-            Again: it may only have been cut there.
+            ResourceChanged: it is shorter than the accepted bytes.
+            TryAgain: it may only have been cut there.
         """
         if self._skip:
             raise (
@@ -300,7 +303,7 @@ class LineDecoder:
 
 
 class EventDecoder:
-    """One record an event.
+    """Decodes one record an event.
 
     Args:
         form: what the records are.
@@ -325,7 +328,7 @@ class EventDecoder:
 
     @property
     def retry(self) -> float | None:
-        """What the stream asks to wait before it is asked again, seconds."""
+        """Seconds that the stream asks to wait before a reconnect."""
         return self._parser.retry
 
     def feed(self, piece: bytes) -> Parsed | None:

@@ -1,4 +1,8 @@
-"""One try of one URL: ask, decompress, frame, accept."""
+"""Downloads of single URLs: tries, rounds, waits, and positions.
+
+A *try* is one request. A *round* is as many tries as it takes to have all of the resource, or to
+give it up. A stream has one round, without an end.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +26,16 @@ from ingestd.sources.fetch.failure import (
 )
 from ingestd.sources.fetch.position import (
     EVENT_STREAM,
+    BodyToRead,
     Finished,
     Position,
-    Take,
-    as_bookmark,
     encoding_of,
     ends_by_itself,
-    from_bookmark,
+    from_offset,
     headers_for,
-    judge,
+    interpret,
     media_type,
+    to_offset,
 )
 
 if TYPE_CHECKING:
@@ -48,7 +52,7 @@ if TYPE_CHECKING:
         SlotLease,
     )
     from ingestd.sources.fetch.settings import FetchSettings
-    from ingestd.sources.fetch.tally import DownloadTotals
+    from ingestd.sources.fetch.totals import DownloadTotals
     from ingestd.sources.fetch.urls import Link
 
 
@@ -60,17 +64,17 @@ class DownloadAttempts:
 
     Args:
         link: the URL.
-        settings: how, and the bounds.
+        settings: of the source.
         intake: the pipeline.
         client: makes the requests.
-        budget: how much all URLs may hold together.
-        memory: what their zstd windows may take.
-        tally: what is counted of all of them.
-        clock: where time comes from.
+        budget: of bytes that all URLs hold together.
+        memory: of their zstd windows.
+        totals: counters of all of them.
+        clock: gives the time.
 
     Attributes:
-        position: where the URL stands.
-        appends: what is on its way into the pipeline.
+        position: of the URL.
+        appends: of its records.
         progress: the URL's own counters.
         alive: a stream has sent something in the last try.
     """
@@ -84,12 +88,12 @@ class DownloadAttempts:
         client: DownloadClient,
         budget: InflightBudget,
         memory: DecompressionMemory,
-        tally: DownloadTotals,
+        totals: DownloadTotals,
         clock: Clock,
     ) -> None:
         self.position = Position()
-        self.appends = Appends(intake, budget, tally.accepted)
-        self.progress = tally.begin()
+        self.appends = Appends(intake, budget, totals.accepted)
+        self.progress = totals.begin()
         self.alive = False
         self.link = link
         self._settings = settings
@@ -101,23 +105,23 @@ class DownloadAttempts:
         self._endless = settings.follow
 
     async def load(self) -> None:
-        """Finds where the URL was left."""
-        kept = await self._intake.bookmark(self.link.key)
+        """Loads the stored position."""
+        kept = await self._intake.offset(self.link.key)
         try:
-            self.position = from_bookmark(kept)
+            self.position = from_offset(kept)
         except ValueError:
             log.error("position_unreadable", url=self.link.shown)  # noqa: TRY400
 
     async def make(self, lease: SlotLease) -> None:
-        """One request, and what comes of it; returns when all of it is accepted.
+        """Makes one request and reads the answer; returns when all of it is accepted.
 
         Args:
-            lease: its place among the downloads that run; streams give it back.
+            lease: its slot among the running downloads; streams release it.
 
         Raises:
-            Again: it failed, and may succeed another time.
-            GivenUp: it failed, and would fail again.
-            Changed: another version came than the one that was begun.
+            TryAgain: it failed, and may succeed another time.
+            DownloadFailed: it failed, and would fail again.
+            ResourceChanged: another version came than the one that was begun.
             Reconnect: a stream ended as streams do.
         """
         self.alive = False
@@ -128,7 +132,7 @@ class DownloadAttempts:
                 encoding = "identity"
                 if response.ok:
                     encoding = encoding_of(response.headers, self.link.url, response.url)
-                verdict = judge(
+                verdict = interpret(
                     response.status,
                     response.headers,
                     asked=asked,
@@ -148,7 +152,7 @@ class DownloadAttempts:
             if isinstance(verdict, Finished):
                 await self._finish(verdict.position)
             elif media_type(response.headers) == EVENT_STREAM:
-                lease.release()  # it has no end: others need the place
+                lease.release()  # it has no end: others need the slot
                 await self._follow_events(response, verdict)
             elif self._settings.follow:
                 lease.release()
@@ -157,25 +161,25 @@ class DownloadAttempts:
                 await self._read(response, verdict)
 
     def _misfit(self, reason: str) -> ResponseMismatch:
-        """A whole body tells by its length, its validators and its beginning how it stands."""
+        """Requests the whole body next time, whose beginning can be compared."""
         self._ranges = False
         return ResponseMismatch(reason)
 
     async def _finish(self, position: Position) -> None:
-        """All of it is accepted already."""
+        """Ends a round of which all is accepted already."""
         if position != self.position:
             self.position = position
-            await self.appends.put(NOTHING, self._bookmark())
+            await self.appends.put(NOTHING, self._offset())
         await self.appends.flushed()
         self._ranges = True
         log.info("url_done", url=self.link.shown, records=position.records)
 
-    async def _read(self, response: ClientResponse, verdict: Take) -> None:
-        """A body with an end."""
+    async def _read(self, response: ClientResponse, verdict: BodyToRead) -> None:
+        """Reads a body with an end."""
         if verdict.changed:
             self.changed(self.position)
         intake, settings = self._intake, self._settings
-        taker = LineDecoder(
+        decoder = LineDecoder(
             intake.format,
             intake.record_bytes_max,
             verdict.position,
@@ -196,10 +200,10 @@ class DownloadAttempts:
         try:
             async with aclosing(stream):
                 async for piece in stream:
-                    parsed = taker.feed(piece)
+                    parsed = decoder.feed(piece)
                     if parsed:
-                        self.position = taker.position
-                        await self.appends.put(parsed, self._bookmark())
+                        self.position = decoder.position
+                        await self.appends.put(parsed, self._offset())
                     # A server that is faster than we are must not keep others from running.
                     await asyncio.sleep(0)
         except ResponseMismatch as failure:
@@ -209,10 +213,10 @@ class DownloadAttempts:
         if not verdict.whole:
             reason = "the server sent only a part, or did not say that it was all"
             raise TryAgain(reason) if self.position.offset > begun else self._misfit(reason)
-        certain = framed or taker.position.encoding != "identity"
-        parsed = taker.end(certain=certain)
-        self.position = taker.position
-        await self.appends.put(parsed or NOTHING, self._bookmark())
+        certain = framed or decoder.position.encoding != "identity"
+        parsed = decoder.end(certain=certain)
+        self.position = decoder.position
+        await self.appends.put(parsed or NOTHING, self._offset())
         await self.appends.flushed()
         self._ranges = True
         log.info(
@@ -225,29 +229,31 @@ class DownloadAttempts:
 
     # -- streams -------------------------------------------------------------------------------
 
-    async def _follow_events(self, response: ClientResponse, verdict: Take) -> None:
+    async def _follow_events(self, response: ClientResponse, verdict: BodyToRead) -> None:
         intake, settings = self._intake, self._settings
         start = Position(event_id=self.position.event_id, records=self.position.records)
-        taker = EventDecoder(
+        decoder = EventDecoder(
             intake.format, intake.record_bytes_max, start, depth_max=intake.json_depth_max
         )
-        await self._follow(response, verdict.position.encoding, taker)
-        raise Reconnect(concurrency.reconnect(taker.retry, settings.backoff, settings.backoff_max))
+        await self._follow(response, verdict.position.encoding, decoder)
+        raise Reconnect(
+            concurrency.reconnect(decoder.retry, settings.backoff, settings.backoff_max)
+        )
 
-    async def _follow_lines(self, response: ClientResponse, verdict: Take) -> None:
+    async def _follow_lines(self, response: ClientResponse, verdict: BodyToRead) -> None:
         intake, settings = self._intake, self._settings
-        taker = LineDecoder(
+        decoder = LineDecoder(
             intake.format,
             intake.record_bytes_max,
             verdict.position,
             depth_max=intake.json_depth_max,
         )
         try:
-            await self._follow(response, verdict.position.encoding, taker)
-            last = taker.end(certain=ends_by_itself(response.headers))
+            await self._follow(response, verdict.position.encoding, decoder)
+            last = decoder.end(certain=ends_by_itself(response.headers))
         except BaseException:
-            # Nobody sends the rest of it: it is kept as a dead letter.
-            if last := taker.cut():
+            # The rest of it is never sent: it is kept as a dead letter.
+            if last := decoder.cut():
                 self.appends.put_now(last, None)
             raise
         if last:
@@ -255,9 +261,9 @@ class DownloadAttempts:
         raise Reconnect(concurrency.reconnect(None, settings.backoff, settings.backoff_max))
 
     async def _follow(
-        self, response: ClientResponse, encoding: str, taker: EventDecoder | LineDecoder
+        self, response: ClientResponse, encoding: str, decoder: EventDecoder | LineDecoder
     ) -> None:
-        """Takes what comes, until the stream ends."""
+        """Appends records until the stream ends."""
         log.info("stream_opened", url=self.link.shown)
         self._endless = True
         stream = pieces(
@@ -271,20 +277,20 @@ class DownloadAttempts:
         async with aclosing(stream):
             async for piece in stream:
                 self.alive = True
-                parsed = taker.feed(piece)
-                if isinstance(taker, EventDecoder):
-                    self.position = taker.position
+                parsed = decoder.feed(piece)
+                if isinstance(decoder, EventDecoder):
+                    self.position = decoder.position
                 if parsed and parsed.total:
-                    await self.appends.put(parsed, self._bookmark())
+                    await self.appends.put(parsed, self._offset())
                 await asyncio.sleep(0)
 
-    def _bookmark(self) -> SourceOffset | None:
+    def _offset(self) -> SourceOffset | None:
         if self._settings.follow and not self.position.event_id:
             return None  # nothing that one could go on from
-        return as_bookmark(self.link.key, self.position)
+        return to_offset(self.link.key, self.position)
 
     def changed(self, before: Position) -> None:
-        """Says that there is a new version of what was accepted up to a position."""
+        """Logs that there is a new version of a resource that was accepted up to a position."""
         log.warning(
             "resource_changed",
             url=self.link.shown,
@@ -293,25 +299,20 @@ class DownloadAttempts:
         )
 
 
-# -- one URL's way ---------------------------------------------------------------------------------
-#
-# One URL's way: it is tried until all of it is accepted, and with `fetch.every` again after that.
-#
-# A *try* is one request (`trying.py`). A *round* is as many tries as it takes to have all of the
-# resource, or to give it up. A stream has one round, without an end.
+# -- rounds ----------------------------------------------------------------------------------------
 
 
 class Download:
-    """Downloads one URL, from where it was left.
+    """Downloads one URL, from its stored position, and with `fetch.every` again and again.
 
     Args:
         link: the URL.
-        settings: how often, and the waits.
+        settings: of the source.
         tries: makes one.
-        slots: how many run at once.
+        slots: bound the running downloads.
 
     Attributes:
-        reason: why the last round was given up; empty if it was not.
+        reason: of the last round, if it was given up; else empty.
     """
 
     def __init__(
@@ -353,7 +354,7 @@ class Download:
         """Tries until all of it is accepted.
 
         Raises:
-            GivenUp: it can't be.
+            DownloadFailed: it can't be.
         """
         tries, attempts, furthest = self.tries, 0, -1
         while True:

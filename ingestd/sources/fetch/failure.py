@@ -1,4 +1,4 @@
-"""Why a download ended before its end, in words that hold nothing secret.
+"""Failures of downloads, with reasons that hold no secrets.
 
 Messages of the HTTP client can hold whole URLs, so none of them is ever shown.
 """
@@ -22,7 +22,7 @@ HEADER_BYTES_MAX = 64 * 1024
 """The longest header of an answer. Servers bound their own: 8 to 64 KiB are usual."""
 
 
-class TryAgain(Exception):  # noqa: N818 - what it means
+class TryAgain(Exception):  # noqa: N818 - names the consequence
     """It failed, and may succeed another time.
 
     Attributes:
@@ -37,7 +37,7 @@ class TryAgain(Exception):  # noqa: N818 - what it means
 
 
 class ResponseMismatch(TryAgain):
-    """The rest alone did not come as it was asked for: all of it has to be."""
+    """A range did not come as requested: the whole resource has to be."""
 
 
 class DownloadFailed(Exception):  # noqa: N818
@@ -56,8 +56,8 @@ class ResourceChanged(Exception):  # noqa: N818
     """It is another version than the one whose beginning was accepted."""
 
 
-class Reconnect(Exception):  # noqa: N818 - what to do
-    """A stream ended as streams do.
+class Reconnect(Exception):  # noqa: N818 - names the consequence
+    """A stream ended as streams do, and is requested again.
 
     Attributes:
         after: seconds to wait.
@@ -69,7 +69,7 @@ class Reconnect(Exception):  # noqa: N818 - what to do
 
 
 def explain(error: Exception) -> TryAgain | DownloadFailed:
-    """What an error of the HTTP client means."""
+    """Maps an error of the HTTP client to a failure of ours."""
     if isinstance(error, aiohttp.ClientConnectorError):
         return _not_connected(error)
     if isinstance(error, TimeoutError):

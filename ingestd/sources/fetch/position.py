@@ -1,4 +1,4 @@
-"""How far a URL was accepted, as it is kept in the journal. Pure.
+"""Positions of downloads: stored state, request headers from it, and the meaning of answers. Pure.
 
 A position counts bytes after decompression, up to the end of the last line that was accepted, so it
 means the same however the next server sends the resource. Beside it stands what tells one version
@@ -27,23 +27,23 @@ if TYPE_CHECKING:
 
 
 VALIDATOR_CHARS_MAX = 1024
-"""A longer validator is as none: it would have to be kept."""
+"""Bound of a validator that is kept; a longer one counts as none."""
 _LAST_MODIFIED_SECONDS = 60
-"""So long before the answer makes a date a strong validator (RFC 9110, 8.8.2.2, is laxer)."""
+"""Age from which on a date is a strong validator (RFC 9110, 8.8.2.2, is laxer)."""
 
 
 class Position(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Where one URL stands.
+    """The accepted part of one URL.
 
     Attributes:
         etag: `ETag` of the version, as it was sent; empty if there was none.
         modified: its `Last-Modified`; empty if there was none.
-        strong: what `If-Range` may say; empty if nothing is strong enough.
+        strong: validator for `If-Range`; empty if none is strong enough.
         encoding: how the body came: `identity`, or compressed.
         size: of the whole resource, bytes, where it comes as it is; 0 if that is not known.
         offset: bytes after decompression that are accepted, whole lines.
         crc: CRC-32 of these bytes.
-        records: how many records they held, refused ones too.
+        records: records in them, refused ones too.
         done: that was all of it.
         event_id: of a stream of events: `Last-Event-ID`.
     """
@@ -61,16 +61,16 @@ class Position(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @property
     def has_version(self) -> bool:
-        """Whether a server can be asked for changes."""
+        """Returns True if a conditional request is possible."""
         return bool(self.etag or self.modified)
 
     @property
     def can_range(self) -> bool:
-        """Whether the rest alone can be asked for."""
+        """Returns True if a range request is possible."""
         return bool(self.offset and not self.done and self.strong and self.encoding == "identity")
 
     def same_version(self, other: Position) -> bool | None:
-        """Whether both are of one version of a resource; `None` if nothing tells."""
+        """Compares the versions of a resource; `None` if that is unknown."""
         if self.etag and other.etag:
             return _weak(self.etag) == _weak(other.etag)
         if self.modified and other.modified:
@@ -83,7 +83,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 def key_of(url: str) -> str:
-    """The name of a URL's position: a hash, because a query may hold secrets.
+    """The key of a URL's position: a hash, because a query may hold secrets.
 
     Args:
         url: without user, password and fragment.
@@ -91,18 +91,18 @@ def key_of(url: str) -> str:
     return "fetch:" + hashlib.sha256(url.encode()).hexdigest()[:40]
 
 
-def as_bookmark(key: str, position: Position) -> SourceOffset:
-    """As the journal keeps it."""
+def to_offset(key: str, position: Position) -> SourceOffset:
+    """Encodes a position for the journal."""
     return SourceOffset(key, _encode(position))
 
 
-def from_bookmark(bookmark: SourceOffset | None) -> Position:
-    """What the journal kept; the beginning, if that is nothing.
+def from_offset(offset: SourceOffset | None) -> Position:
+    """Decodes a position from the journal; the beginning if there is none.
 
     Raises:
         ValueError: it is not a position.
     """
-    return Position() if bookmark is None else _decoder.decode(bookmark.state)
+    return Position() if offset is None else _decoder.decode(offset.state)
 
 
 def start_of(headers: Mapping[str, str], encoding: str) -> Position:
@@ -127,7 +127,7 @@ def _weak(etag: str) -> str:
 
 
 def _is_old(modified: str, date: str) -> bool:
-    """Whether nothing can have changed within the second that a date names."""
+    """Returns True if the date is old enough that no change can hide in its second."""
     try:
         age = parsedate_to_datetime(date) - parsedate_to_datetime(modified)
     except (ValueError, TypeError):
@@ -135,9 +135,7 @@ def _is_old(modified: str, date: str) -> bool:
     return age.total_seconds() >= _LAST_MODIFIED_SECONDS
 
 
-# -- what to ask for from a position, and what the answer's head means for it ----------------------
-#
-# Pure.
+# -- requests and answers --------------------------------------------------------------------------
 
 _CODINGS = {"": "identity", "x-gzip": "gzip"}
 _READ = frozenset({"identity", "gzip", "deflate", "zstd"})
@@ -157,7 +155,7 @@ _AGAIN = frozenset({408, 421, 425, 429})
 _NEVER = frozenset({501, 505, 510, 511})
 
 
-class Take(NamedTuple):
+class BodyToRead(NamedTuple):
     """A body to read.
 
     Attributes:
@@ -176,7 +174,7 @@ class Take(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """Nothing to read: all of it is accepted, in the version that the position names."""
+    """No body to read: all of it is accepted, in the version that the position names."""
 
     position: Position
 
@@ -184,12 +182,12 @@ class Finished(NamedTuple):
 def headers_for(
     position: Position, *, url: URL, ranges: bool, endless: bool = False
 ) -> dict[str, str]:
-    """What to ask for.
+    """The headers of a request.
 
     Args:
-        position: where the URL stands.
-        url: what is asked for.
-        ranges: the rest alone may be asked for.
+        position: of the URL.
+        url: of the request.
+        ranges: a range may be requested.
         endless: it is a stream. It would hold the window that zstd needs for as long as it lasts.
     """
     is_packed = _by_name(url) is not None
@@ -210,27 +208,27 @@ def headers_for(
     return headers
 
 
-def judge(
+def interpret(
     status: int,
     headers: Mapping[str, str],
     *,
     asked: Mapping[str, str],
     position: Position,
     encoding: str,
-) -> Take | Finished:
-    """What an answer means.
+) -> BodyToRead | Finished:
+    """Interprets the head of an answer.
 
     Args:
         status: its status.
         headers: its headers.
-        asked: what `headers_for` gave.
-        position: where the URL stands.
+        asked: the headers of the request, from `headers_for`.
+        position: of the URL.
         encoding: of its body, see `encoding_of`.
 
     Raises:
-        Changed: the rest that came is not of the version that was begun.
-        Again: it may succeed another time.
-        GivenUp: it would not.
+        ResourceChanged: the range is not of the version that was begun.
+        TryAgain: it may succeed another time.
+        DownloadFailed: it would not.
     """
     here = start_of(headers, encoding)
     ranged = "Range" in asked
@@ -253,28 +251,30 @@ def judge(
     raise _refusal(status)
 
 
-def _whole(here: Position, position: Position, length: int | None) -> Take | Finished:
+def _whole(here: Position, position: Position, length: int | None) -> BodyToRead | Finished:
     same = position.same_version(here)
     if here.encoding == "identity" and length:
         here = replace(here, size=length)
     if position.done:
-        return Finished(position) if same else Take(here, length=length, changed=same is False)
+        return (
+            Finished(position) if same else BodyToRead(here, length=length, changed=same is False)
+        )
     if not position.offset:
         here = replace(here, event_id=position.event_id, records=position.records)
-        return Take(here, length=length)
+        return BodyToRead(here, length=length)
     if same is False:
-        return Take(here, length=length, changed=True)
+        return BodyToRead(here, length=length, changed=True)
     begun = replace(here, offset=position.offset, crc=position.crc, records=position.records)
-    return Take(begun, skip=position.offset, length=length)
+    return BodyToRead(begun, skip=position.offset, length=length)
 
 
 def _names_a_part(headers: Mapping[str, str]) -> bool:
-    """Whether a `Content-Range`, which has no meaning in a 200, contradicts it."""
+    """Returns True if a `Content-Range`, which has no meaning in a 200, contradicts it."""
     found = _RANGE.fullmatch(headers.get("Content-Range", ""))
     return found is not None and (int(found[1]) > 0 or found[3] != str(int(found[2]) + 1))
 
 
-def _part(headers: Mapping[str, str], here: Position, position: Position) -> Take:
+def _part(headers: Mapping[str, str], here: Position, position: Position) -> BodyToRead:
     found = _RANGE.fullmatch(headers.get("Content-Range", ""))
     if not found or here.encoding != "identity" or media_type(headers) == _SEVERAL_PARTS:
         raise ResourceChanged
@@ -287,11 +287,11 @@ def _part(headers: Mapping[str, str], here: Position, position: Position) -> Tak
         raise ResourceChanged
     if not _continues(position, here, total):
         raise ResourceChanged
-    return Take(position, length=length, whole=total == last + 1)
+    return BodyToRead(position, length=length, whole=total == last + 1)
 
 
 def _continues(position: Position, here: Position, total: int | None) -> bool:
-    """Whether a part is of the version that was begun: RFC 9110, 15.3.7.3, and the size."""
+    """Returns True if a part is of the version that was begun: RFC 9110, 15.3.7.3, and the size."""
     if position.etag and here.etag:
         same: bool | None = position.etag == here.etag
     else:
@@ -302,7 +302,7 @@ def _continues(position: Position, here: Position, total: int | None) -> bool:
 
 
 def _is_at_the_end(headers: Mapping[str, str], here: Position, position: Position) -> bool:
-    """Whether a 416 says that nothing comes behind what was accepted."""
+    """Returns True if a 416 means that nothing comes behind the accepted bytes."""
     found = _UNSATISFIED.fullmatch(headers.get("Content-Range", ""))
     if not found or position.same_version(here) is False:
         return False
@@ -320,14 +320,14 @@ _STATUSES = frozenset(HTTPStatus)
 
 
 def encoding_of(headers: Mapping[str, str], *urls: URL) -> str:
-    """How a body is compressed: as the header says, else as a name does, else its type.
+    """The compression of a body: by its header, else by a name, else by its type.
 
     Args:
         headers: of the answer.
-        urls: what was asked for, and where redirects led to.
+        urls: of the request and of its redirects.
 
     Raises:
-        GivenUp: it is not read.
+        DownloadFailed: it is not supported.
     """
     coding = headers.get("Content-Encoding", "").strip().lower()
     coding = _CODINGS.get(coding, coding)
@@ -347,14 +347,14 @@ def media_type(headers: Mapping[str, str]) -> str:
 
 
 def content_length(headers: Mapping[str, str]) -> int | None:
-    """How long a body is as it is sent; `None` if its head does not say so."""
+    """Length of a body before decompression; `None` if its head does not give it."""
     text = headers.get("Content-Length", "").strip()
     is_number = text.isascii() and text.isdigit() and len(text) <= _LENGTH_DIGITS_MAX
     return int(text) if is_number and not _is_chunked(headers) else None
 
 
 def ends_by_itself(headers: Mapping[str, str]) -> bool:
-    """Whether the end of a body can be told from a connection that broke."""
+    """Returns True if the end of a body differs from that of a broken connection."""
     return _is_chunked(headers) or content_length(headers) is not None
 
 

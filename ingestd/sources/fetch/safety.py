@@ -1,9 +1,9 @@
-"""Which addresses may be connected to, checked where the connection is made.
+"""Address checks against requests to private networks, made where the connection is made.
 
-A name is resolved once, by `Resolver`; what it gives is what is connected to, and the socket itself
-is only made for an address that passes (`open_socket`). So a name that resolves to something else
-the second time (DNS rebinding) gains nothing, and neither does an address that is written in the
-URL, or in a redirect.
+A name is resolved once, by `Resolver`; its result is the address that is connected to, and the
+socket is only made for an address that passes (`open_socket`). So a name that resolves to something
+else the second time (DNS rebinding) gains nothing, and neither does an address that is written in
+the URL, or in a redirect.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SPECIAL_4 = tuple(
         ),
     )
 )  # fmt: skip
-# Of IPv6 only 2000::/3 is given out to anybody; inside of it, what the IANA registry keeps back.
+# Of IPv6 only 2000::/3 is assigned to the public; inside of it, what the IANA registry keeps back.
 _GLOBAL_6 = ipaddress.IPv6Network("2000::/3")
 _SPECIAL_6 = tuple(
     map(ipaddress.IPv6Network, ("2001::/23", "2001:db8::/32", "3fff::/20", "2620:4f:8000::/48"))
@@ -43,15 +43,15 @@ _SPECIAL_6 = tuple(
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
-class ForbiddenAddress(OSError):  # noqa: N818 - what it is
-    """The address is one that is not connected to."""
+class ForbiddenAddress(OSError):  # noqa: N818 - names the condition
+    """Connections to this address are not allowed."""
 
     def __init__(self) -> None:
         super().__init__("a private or special address")
 
 
 def is_public(address: str) -> bool:
-    """Whether an address, as numbers, is one that anybody on the internet may have."""
+    """Returns True for an address, as numbers, of the public internet."""
     try:
         return _is_public(ipaddress.ip_address(address.partition("%")[0]))
     except ValueError:
@@ -74,8 +74,8 @@ class Resolver(AbstractResolver):
     """Resolves names, and leaves out addresses that may not be connected to.
 
     Args:
-        allowed: whether an address may be.
-        inner: who resolves; the system's resolver by default.
+        allowed: tells if an address may be.
+        inner: resolves names; the system's resolver by default.
     """
 
     def __init__(
@@ -87,11 +87,11 @@ class Resolver(AbstractResolver):
     async def resolve(
         self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_UNSPEC
     ) -> list[ResolveResult]:
-        """The addresses of a host that may be connected to.
+        """Resolves a host to the addresses that may be connected to.
 
         Raises:
             OSError: there are none at all.
-            Forbidden: there are only others.
+            ForbiddenAddress: there are only others.
         """
         found = await self._inner.resolve(host, port, family)
         allowed = [one for one in found if self._allowed(one["host"])]
@@ -100,7 +100,7 @@ class Resolver(AbstractResolver):
         return allowed
 
     async def close(self) -> None:
-        """Gives back what the resolver has."""
+        """Closes the inner resolver."""
         await self._inner.close()
 
 

@@ -1,4 +1,4 @@
-"""Settings of the fetch source: what is downloaded, how, and its bounds."""
+"""Settings of the source `fetch`: URLs, waits and bounds."""
 
 from __future__ import annotations
 
@@ -20,35 +20,35 @@ _DAY = 86400.0
 
 
 class FetchSettings(Section):
-    """`[fetch]`: what is downloaded, how, and its bounds."""
+    """`[fetch]`: URLs to download, waits and bounds."""
 
     urls: Annotated[tuple[str, ...], BeforeValidator(split_urls)] = Field(
-        (), description="what to download: http and https URLs"
+        (), description="http and https URLs to download"
     )
     file: FilePath = Field(
-        "", description="a file of URLs, one a line, # comments; - is standard input"
+        "", description="file of URLs, one a line, # comments; - is standard input"
     )
     follow: Switch = Field(
-        False, description="the URLs are streams without an end: connect again when one ends"
+        False, description="treat URLs as endless streams: connect again when one ends"
     )
     every: Seconds = Field(
-        0.0, ge=0, le=366 * _DAY, description="ask each URL again after this; 0s downloads once"
+        0.0, ge=0, le=366 * _DAY, description="interval of repeated downloads; 0s downloads once"
     )
     headers: Annotated[dict[str, str], BeforeValidator(check_headers)] = Field(
-        default_factory=dict, description="sent to the origins of the URLs only"
+        default_factory=dict, description="request headers, sent to the origins of the URLs only"
     )
-    concurrency: Count = Field(4, ge=1, le=1024, description="most downloads at once")
+    concurrency: Count = Field(4, ge=1, le=1024, description="maximum of concurrent downloads")
     concurrency_per_host: Count = Field(
-        2, ge=1, le=1024, description="most downloads at once from one host"
+        2, ge=1, le=1024, description="maximum of concurrent downloads from one host"
     )
     inflight_bytes_max: Size = Field(
         16 * _MIB,
         ge=1,
         le=_TIB,
-        description="decompressed but not yet committed, all URLs together; then reading waits",
+        description="bound of bytes read but not committed, all URLs together; then reading waits",
     )
     wire_bytes_max: Size = Field(
-        64 * _GIB, ge=1, le=1024 * _TIB, description="largest body as it is sent"
+        64 * _GIB, ge=1, le=1024 * _TIB, description="largest body before decompression"
     )
     bytes_max: Size = Field(
         256 * _GIB, ge=1, le=1024 * _TIB, description="largest body after decompression"
@@ -60,27 +60,27 @@ class FetchSettings(Section):
         description="largest window of a zstd file; --long and --ultra -22 make 128MiB",
     )
     connect_timeout: Seconds = Field(
-        10.0, gt=0, le=3600, description="a connection has to be there after this, TLS included"
+        10.0, gt=0, le=3600, description="timeout of connecting, TLS included"
     )
     silence_timeout: Seconds = Field(
-        60.0, gt=0, le=_DAY, description="without a byte for this long it is given up"
+        60.0, gt=0, le=_DAY, description="timeout without any byte; then the connection is closed"
     )
-    redirects_max: Count = Field(10, ge=0, le=100, description="most redirects in a row")
+    redirects_max: Count = Field(10, ge=0, le=100, description="maximum of redirects in a row")
     attempts_max: Count = Field(
-        8, ge=1, le=10**6, description="tries without progress; then the URL is given up"
+        8, ge=1, le=10**6, description="maximum of tries without progress; then the URL is given up"
     )
     backoff: Seconds = Field(
-        0.5, ge=0, le=_DAY, description="wait before the second try; doubles with each"
+        0.5, ge=0, le=_DAY, description="wait before the second try; doubles with each further one"
     )
-    backoff_max: Seconds = Field(60.0, ge=0, le=_DAY, description="longest wait")
+    backoff_max: Seconds = Field(60.0, ge=0, le=_DAY, description="longest wait between tries")
     retry_after_max: Seconds = Field(
-        300.0, ge=0, le=_DAY, description="longest wait that a server's Retry-After is given"
+        300.0, ge=0, le=_DAY, description="longest wait for a server's Retry-After"
     )
     allow_private: Switch = Field(
-        False, description="connect to private, loopback and other special addresses, too"
+        False, description="allow connections to private, loopback and other special addresses"
     )
     trust_env: Switch = Field(
-        False, description="use the proxies that the environment names (http_proxy, …)"
+        False, description="use the proxies of the environment (http_proxy, …)"
     )
 
 
@@ -89,10 +89,10 @@ def problems_of(fetch: FetchSettings, *, runs: bool) -> Iterator[tuple[str, str]
 
     Args:
         fetch: the section.
-        runs: whether the source runs, so that it needs a URL.
+        runs: the source runs, so it needs a URL.
     """
     if runs and not (fetch.urls or fetch.file):
-        yield "urls", "no URL: say some here, or name a file of them in fetch.file"
+        yield "urls", "no URL: list some here, or name a file of them in fetch.file"
     if fetch.follow and fetch.every:
         yield "every", "a stream that is followed (fetch.follow) has no end"
     if fetch.backoff_max < fetch.backoff:

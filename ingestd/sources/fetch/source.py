@@ -1,8 +1,8 @@
-"""The source `fetch`: lines and events from URLs, each from where it was left.
+"""The source `fetch` downloads lines and events from URLs and goes on at stored positions.
 
-Its life: the list is read, every URL gets a task (`download.py`), and a bounded number of them run
-at once. What a URL's records are and how far they reach is one append (`appends.py`), so a restart
-goes on at the exact line.
+The list is read, every URL gets a task (`download.py`), and a bounded number of them run at once.
+A URL's records and its position are one append (`appends.py`), so a restart goes on at the exact
+line.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ingestd.sources.fetch.concurrency import (
     memory_for,
 )
 from ingestd.sources.fetch.download import Download, DownloadAttempts
-from ingestd.sources.fetch.tally import DownloadTotals
+from ingestd.sources.fetch.totals import DownloadTotals
 from ingestd.sources.fetch.urls import read_links
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 log = get_logger()
 
 LISTED_MAX = 100
-"""So many of the URLs that were given up are named in the last line about them."""
+"""Bound of the URLs given up that the last log line names."""
 
 
 class FetchSource:
@@ -45,14 +45,14 @@ class FetchSource:
     Args:
         settings: what and how.
         intake: the pipeline.
-        clock: where time comes from.
+        clock: gives the time.
         fd: standard input, if the list comes from there.
         stderr: where the hint for a terminal goes.
-        allowed: which addresses may be connected to; `fetch.allow_private` decides by default.
-        resolver: who resolves names; the system's resolver by default.
+        allowed: tells if an address may be connected to; `fetch.allow_private` decides by default.
+        resolver: resolves names; the system's resolver by default.
 
     Attributes:
-        tally: what was read and accepted so far.
+        totals: what was read and accepted so far.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class FetchSource:
         allowed: Callable[[str], bool] | None = None,
         resolver: AbstractResolver | None = None,
     ) -> None:
-        self.tally = DownloadTotals(0)
+        self.totals = DownloadTotals(0)
         self._settings = settings
         self._intake = intake
         self._clock = clock
@@ -86,7 +86,7 @@ class FetchSource:
         settings = self._settings
         links = await read_links(settings, fd=self._fd, stderr=self._stderr)
         await self._client.start()
-        self.tally = DownloadTotals(len(links))
+        self.totals = DownloadTotals(len(links))
         slots = DownloadSlots(settings.concurrency, settings.concurrency_per_host)
         budget, memory = InflightBudget(settings.inflight_bytes_max), memory_for(settings)
         self._downloads = [
@@ -108,18 +108,18 @@ class FetchSource:
             client=self._client,
             budget=budget,
             memory=memory,
-            tally=self.tally,
+            totals=self.totals,
             clock=self._clock,
         )
 
     async def _run(self, download: Download) -> None:
         try:
             await download.run()
-        except Exception as error:  # noqa: BLE001 - whoever waits for the end gets it
+        except Exception as error:  # noqa: BLE001 - `wait_finished` raises it
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """Nothing more can be stored: leaves everything and says why at the end."""
+        """Stops everything: nothing more can be stored. `wait_finished` raises the error."""
         if self._error is None:
             self._error = error
         self._cancel()
@@ -131,7 +131,7 @@ class FetchSource:
 
     def facts(self) -> dict[str, object]:
         """See `Source`."""
-        return {"urls": self.tally.total}
+        return {"urls": self.totals.total}
 
     async def wait_finished(self) -> None:
         """Returns when every URL is done and all of it is accepted.
@@ -154,7 +154,7 @@ class FetchSource:
             raise InputIncomplete(given_up=len(given_up), total=len(self._downloads), what="URLs")
 
     async def stop_taking(self, deadline: float) -> None:
-        """Stops reading, and waits until what was read is accepted."""
+        """Stops reading, and waits until records that were read are accepted."""
         self._cancel()
         left = max(0.0, deadline - asyncio.get_running_loop().time())
         flush = asyncio.create_task(self._flush(), name="fetch-flush")
@@ -169,7 +169,7 @@ class FetchSource:
         )
 
     async def close(self) -> None:
-        """Ends everything. What is not accepted by now is downloaded again at the next start."""
+        """Ends everything. Records that are not accepted by now are downloaded again next time."""
         self._cancel()
         await asyncio.wait(self._tasks)
         left = sum([await download.tries.appends.close() for download in self._downloads])

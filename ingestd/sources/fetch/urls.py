@@ -1,4 +1,4 @@
-"""The list of URLs: from the settings, a file or standard input."""
+"""Reads the list of URLs from the settings, a file or standard input."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class Link(NamedTuple):
 async def read_links(
     settings: FetchSettings, *, fd: int = 0, stderr: TextIO | None = None
 ) -> list[Link]:
-    """All URLs, each once, in their order.
+    """Reads all URLs, each once, in their order.
 
     Args:
-        settings: where they are, and what is sent to them.
+        settings: of the source.
         fd: standard input.
         stderr: where the hint for a terminal goes.
 
@@ -130,7 +130,7 @@ def _links(urls: Iterable[str], headers: Mapping[str, str]) -> Iterator[Link]:
 
 
 def as_url(written: str) -> URL:
-    """A URL as it was written, where it can be sent like that: signed ones must not be changed.
+    """Parses a URL and keeps it as written where possible: signed ones must not be changed.
 
     Raises:
         ValueError: it is none.

@@ -402,7 +402,7 @@ class IngestHandler:
             )
         except BaseException:
             if watch is not None:
-                route.intake.unwatch(watch)
+                route.intake.stop_waiting(watch)
             raise
         if watch is None:
             return IngestResult(body, headers=prefer.applied())
@@ -425,7 +425,7 @@ class IngestHandler:
             pass
         finally:
             del self._waiting[watch]
-            durable.intake.unwatch(watch)
+            durable.intake.stop_waiting(watch)
         if watch.left:
             return IngestResult(durable.body, headers=prefer.applied())
         return IngestResult(

@@ -15,5 +15,8 @@ class StdinSettings(Section):
     """`[stdin]`: bounds of standard input."""
 
     inflight_bytes_max: Size = Field(
-        16 * _MIB, ge=1, le=_TIB, description="read but not yet committed; then reading waits"
+        16 * _MIB,
+        ge=1,
+        le=_TIB,
+        description="bound of bytes read but not committed; then reading waits",
     )

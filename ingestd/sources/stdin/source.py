@@ -1,4 +1,8 @@
-"""How far an input is accepted without a gap, although its appends end in any order."""
+"""The source `stdin` reads lines from standard input as fast as they become durable.
+
+It begins appends in the order of the input and tracks how far all of it is accepted without a gap,
+which is where a run that ended early can go on.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +50,7 @@ class Part:
 
 
 class AcceptedPrefix:
-    """The parts of one input, in their order.
+    """Tracks how far an input is accepted without a gap, although its appends end in any order.
 
     Attributes:
         lines: so many lines from the beginning are accepted, every one of them.
@@ -57,7 +61,7 @@ class AcceptedPrefix:
         self._parts: deque[Part] = deque()
 
     def begin(self, lines: int, records: int) -> Part:
-        """The next part.
+        """Begins the next part.
 
         Args:
             lines: lines of the input up to its end.
@@ -68,14 +72,14 @@ class AcceptedPrefix:
         return part
 
     def accept(self, part: Part) -> None:
-        """A part is durable."""
+        """Marks a part as durable."""
         part.accepted = True
         while self._parts and self._parts[0].accepted:
             self.lines = self._parts.popleft().lines
 
     @property
     def is_whole(self) -> bool:
-        """Every part that was begun is accepted."""
+        """Returns True if every part that was begun is accepted."""
         return not self._parts
 
     @property
@@ -84,7 +88,7 @@ class AcceptedPrefix:
         return sum(part.records for part in self._parts if part.accepted)
 
 
-# -- the source `stdin`: lines from standard input, as fast as they can be made durable ------------
+# -- the source -------------------------------------------------------------------------------
 
 log = get_logger()
 
@@ -105,7 +109,7 @@ class StdinSource:
         intake: the pipeline.
         fd: the descriptor; it stays open.
         stderr: where the hint for a terminal goes.
-        is_interrupted: whether a signal has asked the process to leave.
+        is_interrupted: tells if a signal has asked the process to leave.
 
     Attributes:
         bytes: read so far.
@@ -156,7 +160,7 @@ class StdinSource:
         return {"input": self._name or ("terminal" if os.isatty(self._fd) else "stream")}
 
     async def wait_finished(self) -> None:
-        """Returns when the input is at its end, or left, and all of it is accepted.
+        """Returns when the input is at its end, or given up, and all of it is accepted.
 
         Raises:
             InputUnreadable: it can't be read to its end; what was read is accepted.
@@ -171,7 +175,7 @@ class StdinSource:
         return self._has_ended and self._prefix.is_whole
 
     def report(self) -> None:
-        """Says where to go on, if the input was left before its end."""
+        """Logs the line to go on from, if the input was left before its end."""
         if self.ended or self._name is None or not self.bytes:
             return
         line, behind = self._prefix.lines + 1, self._prefix.behind
@@ -191,7 +195,7 @@ class StdinSource:
         await asyncio.wait([self._task], timeout=left)
 
     async def close(self) -> None:
-        """Ends the reading. What is not accepted by now is given up, and said so."""
+        """Ends the reading. Records that are not accepted by now are given up, and logged."""
         self._reader.stop()
         tasks = {self._task, *self._appends}
         # Whether they still become durable is decided without them.
@@ -208,7 +212,7 @@ class StdinSource:
             await self._read()
             while self._appends:
                 await asyncio.wait(self._appends)
-        except Exception as error:  # noqa: BLE001 - whoever waits for the end gets it
+        except Exception as error:  # noqa: BLE001 - `wait_finished` raises it
             self._fail(error)
 
     async def _read(self) -> None:
@@ -240,7 +244,7 @@ class StdinSource:
             await self._append(last)
 
     async def _was_torn(self) -> bool:
-        """Whether the end of a pipe is where somebody ended its other side.
+        """Returns True if the writer of a pipe was interrupted, not at its end.
 
         A terminal's Ctrl-C goes to both, and the pipe's end may be seen first.
         """
@@ -248,7 +252,7 @@ class StdinSource:
         return self._is_interrupted()
 
     def _look_at(self, data: bytes) -> None:
-        """Says what the input seems to be, once enough of it is there, if it is nothing to read."""
+        """Logs the likely format of an input that is not lines, once enough of it is there."""
         if self._head is None:
             return
         self._head += data[:HEAD_BYTES]
@@ -276,7 +280,7 @@ class StdinSource:
         task = asyncio.create_task(self._accept(parsed, size, part), name="stdin-append")
         self._appends.add(task)
         task.add_done_callback(self._appends.discard)
-        # An input that always has more must not keep everybody else from running.
+        # An input that always has more must not keep other tasks from running.
         await asyncio.sleep(0)
 
     async def _accept(self, parsed: Parsed, size: int, part: Part) -> None:
@@ -298,7 +302,7 @@ class StdinSource:
         await self._intake.accept(Append(parsed.records, parsed.refused, unkept=parsed.unlisted))
 
     async def _accept_later(self, parsed: Parsed, overloaded: Overloaded) -> None:
-        """Tries until there is room. One append at a time does this, in their order."""
+        """Retries until the pipeline accepts. One append at a time does this, in their order."""
         async with self._again:
             while True:
                 await asyncio.sleep(again_after(overloaded))
@@ -310,7 +314,7 @@ class StdinSource:
                     return
 
     def _fail(self, error: BaseException) -> None:
-        """Nothing more can be stored: leaves the input and says why at the end."""
+        """Stops reading: nothing more can be stored. `wait_finished` raises the error."""
         if self._error is None:
             self._error = error
         self._reader.stop()
@@ -318,7 +322,7 @@ class StdinSource:
 
 
 def _lines_of(data: bytes, parsed: Parsed | None, size: int) -> int:
-    """How many lines ended in a piece of the input.
+    """Counts the lines that ended in a piece of the input.
 
     Args:
         data: the piece.
@@ -331,7 +335,7 @@ def _lines_of(data: bytes, parsed: Parsed | None, size: int) -> int:
 
 
 def _warn_of(refused: InvalidRecord) -> None:
-    """The first one alone: the summary counts them."""
+    """Logs the first invalid record alone: the summary counts them."""
     if refused.reason == "unfinished":
         return  # where reading stopped: `report` says how to go on
     log.warning(
@@ -354,7 +358,7 @@ def _name_of(fd: int) -> str | None:
 
 
 def _is_fed(fd: int) -> bool:
-    """Whether another process writes what is read, and may end before its end."""
+    """Returns True if another process writes the input, and may be interrupted."""
     try:
         mode = os.fstat(fd).st_mode
     except OSError:

@@ -1,18 +1,18 @@
-"""What is counted of all downloads together: for the progress line, and the summary."""
+"""Totals of all downloads, for the progress line and the summary."""
 
 from __future__ import annotations
 
 
 class DownloadTotals:
-    """The counters.
+    """Counters of all downloads.
 
     Args:
-        total: how many URLs there are.
+        total: number of URLs.
 
     Attributes:
-        total: how many URLs there are.
-        done: of these, how many will not be asked again.
-        bytes: read, as they were sent.
+        total: number of URLs.
+        done: of these, those that are finished.
+        bytes: read, before decompression.
         records: made durable.
         refused: kept as dead letters.
     """
@@ -26,19 +26,19 @@ class DownloadTotals:
         self._begun: list[_One] = []
 
     def begin(self) -> _One:
-        """The counters of one more URL."""
+        """Adds a URL; returns its counters."""
         one = _One(self)
         self._begun.append(one)
         return one
 
     def accepted(self, records: int, refused: int) -> None:
-        """An append is durable."""
+        """Counts the records of a durable append."""
         self.records += records
         self.refused += refused
 
     @property
     def left(self) -> float | None:
-        """Bytes that are still to be read, about; `None` if nothing tells."""
+        """Estimate of the bytes still to be read; `None` if unknown."""
         running = [one for one in self._begun if not one.ended]
         known = [one for one in self._begun if one.size is not None]
         if not known or any(one.running and one.size is None for one in running):
@@ -48,30 +48,30 @@ class DownloadTotals:
 
 
 class _One:
-    """One URL's."""
+    """Counters of one URL."""
 
-    def __init__(self, tally: DownloadTotals) -> None:
-        self._tally = tally
+    def __init__(self, totals: DownloadTotals) -> None:
+        self._totals = totals
         self.size: int | None = None
         self.got = 0
         self.running = False
         self.ended = False
 
     def expect(self, size: int | None) -> None:
-        """A body begins, of that size."""
+        """Begins a body of that size."""
         self.size, self.got, self.running = size, 0, True
 
     def read(self, size: int) -> None:
-        """So many bytes came."""
+        """Counts bytes read."""
         self.got += size
-        self._tally.bytes += size
+        self._totals.bytes += size
 
     def unexpect(self) -> None:
-        """The body ended."""
+        """Ends the body."""
         self.running = False
 
     def end(self) -> None:
-        """The URL is done, or given up."""
+        """Marks the URL as done, or given up."""
         if not self.ended:
             self.ended = True
-            self._tally.done += 1
+            self._totals.done += 1
