@@ -81,7 +81,9 @@ class ExecutorSettings(Section):
     factory: Annotated[str, AfterValidator(_factory)] = Field(
         "", description="module:callable that returns a concurrent.futures.Executor for the handler"
     )
-    workers: Count = Field(4, ge=1, le=1024, description="maximum of batches that are handled at once")
+    workers: Count = Field(
+        4, ge=1, le=1024, description="maximum of batches that are handled at once"
+    )
     timeout: Seconds = Field(60.0, gt=0, le=30 * _DAY, description="timeout of one call")
 
 
