@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import queue
-import time
 from collections import deque
 from contextvars import Context, copy_context
+from time import monotonic
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class QueuedJob:
         lane: the name of that lane.
     """
 
-    __slots__ = ("_context", "began", "done", "error", "job", "lane", "result")
+    __slots__ = ("began", "context", "done", "error", "job", "lane", "result")
 
     def __init__(self, job: Job, done: asyncio.Future[Result]) -> None:
         self.job = job
@@ -74,12 +74,7 @@ class QueuedJob:
         self.result: Result | None = None
         self.error: BaseException | None = None
         # Log lines of whoever runs it, the handler's too, say which batch they are about.
-        self._context: Context = copy_context()
-
-    def run(self, function: Callable[[Job], Result], lane: str) -> Result:
-        """Runs the job on a lane's thread."""
-        self.lane, self.began = lane, time.monotonic()
-        return self._context.run(function, self.job)
+        self.context: Context = copy_context()
 
 
 class JobQueue:
@@ -110,7 +105,8 @@ class JobQueue:
         """
         while (ticket := self._waiting.get()) is not None and not self._closed:
             try:
-                ticket.result = ticket.run(function, lane)
+                ticket.lane, ticket.began = lane, monotonic()
+                ticket.result = ticket.context.run(function, ticket.job)
             except BaseException as error:  # noqa: BLE001  a bug of ours; whoever waits is told
                 ticket.error = error
             self._results.append(ticket)

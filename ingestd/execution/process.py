@@ -145,7 +145,7 @@ class WorkerProcess:
             _WorkerDiedError: it did not come up.
         """
         hello = self._hello
-        body = self._exchange(wire.encode(hello), START_TIMEOUT, wire.ANSWER_BYTES_MAX)
+        body = self._exchange(wire.encode(hello), START_TIMEOUT)
         self._check_end()
         ready = self._decoded(wire.decode_ready, body)
         if ready.load_error:
@@ -162,10 +162,11 @@ class WorkerProcess:
         """
         self._number += 1
         self._monitor.batch = job.batch
-        limit = wire.answer_bytes_max(job.records.count)
-        body = self._exchange(self._slot.pack(job), timeout, limit)
-        answer = self._decoded(wire.decode_answer, body)
-        if flaw := flaw_of(answer.result, job.records.count):
+        count = job.records.count
+        answer = self._decoded(
+            wire.decode_answer, self._exchange(self._slot.pack(job), timeout, count)
+        )
+        if flaw := flaw_of(answer.result, count):
             raise self._misfit(flaw)
         if answer.closing:
             # What says that it is closed may have come in one piece with the answer.
@@ -186,7 +187,7 @@ class WorkerProcess:
         """
         self.is_closing = False
         left = self._closed_by - time.monotonic()
-        body = self._receive(max(left, 0.001), wire.ANSWER_BYTES_MAX)
+        body = self._receive(max(left, 0.001))
         self._check_end()
         return self._decoded(wire.decode_closed, body).error
 
@@ -208,40 +209,59 @@ class WorkerProcess:
             stray = b""
         return "the worker wrote to its connection" if stray else "the worker died"
 
-    def _exchange(self, message: bytes, timeout: float, limit: int) -> bytes | bytearray:
-        self._wait_at_most(timeout)
+    def answered_lately(self, now: float) -> bool:
+        """Returns True if nothing has to be looked at before the next job."""
+        return now - self._answered < _IDLE_SECONDS and not (self.is_closing or self._monitor.ended)
+
+    def _exchange(self, message: bytes, timeout: float, records: int = 0) -> bytes | bytearray:
+        if timeout != self._timeout:
+            self._wait_at_most(timeout)
         try:
             wire.send(self._sock, message, worker=self.process.pid, number=self._number)
         except BlockingIOError:
             raise self._overran(timeout) from None
         except OSError:
             raise _WorkerDiedError("crashed", self._obituary()) from None
-        return self._receive(timeout, limit)
+        return self._receive(timeout, records)
 
-    def _receive(self, timeout: float, limit: int) -> bytes | bytearray:
+    def _receive(self, timeout: float, records: int = 0) -> bytes | bytearray:
         self._deadline = time.monotonic() + timeout
-        self._wait_at_most(timeout)
+        if timeout != self._timeout:
+            self._wait_at_most(timeout)
+        body: bytes | bytearray | None
         try:
-            message = wire.receive(
-                self._sock,
-                worker=self.process.pid,
-                limit=limit,
-                begun=self._rest,
-                may_follow=True,
-                before_more=self._wait_until_deadline,
-            )
+            begun = self._rest or self._sock.recv(wire.BUFFER_BYTES)
+            body = wire.body_at_once(begun, self.process.pid, self._number)
+            if body is None:
+                body = self._receive_slowly(begun, wire.answer_bytes_max(records))
+            else:
+                self._rest = b""
         except BlockingIOError:
             raise self._overran(timeout) from None
         except (wire.MessageMismatch, MemoryError) as error:
             raise self._misfit(str(error)) from None
         except OSError:
-            message = None
-        if message is None:
+            body = None
+        if body is None:
             raise _WorkerDiedError("crashed", self._obituary())
+        self._answered = time.monotonic()
+        return body
+
+    def _receive_slowly(self, begun: bytes, limit: int) -> bytes | bytearray | None:
+        """A message that came in pieces, with bytes behind it or not as it should be."""
+        message = wire.receive(
+            self._sock,
+            worker=self.process.pid,
+            limit=limit,
+            begun=begun,
+            may_follow=True,
+            before_more=self._wait_until_deadline,
+        )
+        if message is None:
+            return None
         self._rest = message.rest
         if message.number != self._number:
-            raise self._misfit(f"it is about job {message.number}, not {self._number}")
-        self._answered = time.monotonic()
+            raise wire.MessageMismatch(f"it is about job {message.number}, not {self._number}")
         return message.body
 
     def _decoded(self, decode: Callable[[bytes | bytearray], T], body: bytes | bytearray) -> T:
@@ -402,23 +422,25 @@ class ProcessWorker:
     def _run(self, job: Job) -> Result:
         started = time.monotonic()
         try:
-            return self._noted(self._usable().run(job, self._timeout))
+            child = self._child
+            if child is None or self._failed or not child.answered_lately(started):
+                child = self._usable()
+            result = child.run(job, self._timeout)
         except _WorkerDiedError as died:
             failure = died.failure
         except _NO_WORKER as error:
             why = str(error) if isinstance(error, HandlerLoadError) else describe(error)
             failure = not_started(why)
+        else:
+            if result.failure is None:
+                self._failed, self._patience = 0, FAILING_SECONDS
+            elif result.failure.reason != POSTPONED:
+                self._failed += 1
+                if self._failed == 1:
+                    self._failing_since = time.monotonic()
+            return result
         self._bury(failure)
         return Result(failure=failure, seconds=time.monotonic() - started)
-
-    def _noted(self, result: Result) -> Result:
-        if result.failure is None:
-            self._failed, self._patience = 0, FAILING_SECONDS
-        elif result.failure.reason != POSTPONED:
-            self._failed += 1
-            if self._failed == 1:
-                self._failing_since = time.monotonic()
-        return result
 
     def _is_no_use(self) -> bool:
         """Whether only failures came from the child for so long that another may do better."""

@@ -107,7 +107,7 @@ def flaw_of(result: Result, records: int) -> str:
     The pipeline takes indices, times and reasons as they are. A worker's answer, or a batch that
     its handler reached into, is looked at here once, where it is no turn of the event loop.
     """
-    if not (math.isfinite(result.seconds) and result.seconds >= 0):
+    if not 0 <= result.seconds < math.inf:
         return f"it ran for {result.seconds!r} s"
     failure = result.failure
     if failure is not None and (flaw := _flaw_of_failure(failure)):

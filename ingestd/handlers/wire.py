@@ -37,11 +37,12 @@ SLOT_BYTES = 1 << 20
 """A payload beyond this goes over the socket."""
 ANSWER_BYTES_MAX = 256 * 1024
 """Largest answer beside what it says of single records."""
+BUFFER_BYTES = 64 * 1024
+"""A message up to this size is usually received at once."""
 
 _MAGIC = b"igd\x01"
 _HEAD = struct.Struct("<4sIQQ")  # magic, the child's process id, number of the job, length
 _TIMEVAL = struct.Struct("ll")
-_BUFFER_BYTES = 64 * 1024
 _STEP_BYTES = 4 << 20
 _F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1; not in `fcntl` yet
 
@@ -172,12 +173,14 @@ class SharedBuffer:
 
     def pack(self, job: Job) -> bytes:
         """The message for a job; its payload is in the slot if it fits."""
-        payload = job.records.payload
+        layout, count, payload, sizes, names = job.records
         size = len(payload)
         if self._map is None or size > SLOT_BYTES:
             return encode(RunMessage(job))
         self._map[:size] = payload
-        return encode(RunMessage(_with_payload(job, b""), size))
+        # A `RunMessage` without objects that nothing else needs: their fields, in order.
+        records = (layout, count, b"", sizes, names)
+        return encode(((job.batch, job.attempt, records, job.spans, job.origin), size))
 
     def unpack(self, message: bytes | bytearray) -> Job:
         """The job of a message, complete."""
@@ -232,12 +235,33 @@ def send(sock: socket.socket, message: bytes, *, worker: int, number: int) -> No
         OSError: the other side is gone, or the socket's timeout passed.
     """
     head = _HEAD.pack(_MAGIC, worker, number, len(message))
+    if len(message) < BUFFER_BYTES:
+        data = head + message
+        sent = sock.send(data)
+        if sent < len(data):
+            sock.sendall(data[sent:])
+        return
     sent = sock.sendmsg([head, message])
     if sent < len(head):
         sock.sendall(head[sent:])
         sent = len(head)
     if sent < len(head) + len(message):
         sock.sendall(memoryview(message)[sent - len(head) :])
+
+
+def body_at_once(begun: bytes, worker: int, number: int) -> bytes | None:
+    """Returns the body if these bytes are one whole message about a job; `receive` says what else.
+
+    Args:
+        begun: what was received first, at most `BUFFER_BYTES`.
+        worker: the child's process id.
+        number: of the job.
+    """
+    if len(begun) >= _HEAD.size and _HEAD.unpack_from(begun) == (
+        _MAGIC, worker, number, len(begun) - _HEAD.size
+    ):  # fmt: skip
+        return begun[_HEAD.size :]
+    return None
 
 
 def receive(
@@ -263,7 +287,7 @@ def receive(
         Misfit: it is no message, or not this child's, or too large.
         OSError: the connection broke, or the socket's timeout passed.
     """
-    begun = begun or sock.recv(_BUFFER_BYTES)  # usually all of it
+    begun = begun or sock.recv(BUFFER_BYTES)  # usually all of it
     if len(begun) >= _HEAD.size:  # the common case at once; the rest of this looks closer
         magic, sender, number, length = _HEAD.unpack_from(begun)
         if (
@@ -277,7 +301,7 @@ def receive(
         if not _MAGIC.startswith(begun[: len(_MAGIC)]):
             break
         before_more()
-        more = sock.recv(_BUFFER_BYTES) if begun else b""
+        more = sock.recv(BUFFER_BYTES) if begun else b""
         if not more:
             return None
         begun += more
