@@ -440,7 +440,7 @@ class Pipeline:
     async def _wait_for_letters(self) -> None:
         """Stops while dead letters of accepted records are at their bound: more would come."""
         facts = {"pipeline": self.name, "bytes_max": self.journal.dead_bytes_max}
-        self.stopped = "the dead letters are at dead.bytes_max: purge some or have them fed again"
+        self.stopped = "the dead letters are at dead.bytes_max: purge some or requeue them"
         log.error("dispatch_stopped", reason="dead.bytes_max", **facts)
         self._moved.set()  # a drain does not wait for what will not come
         while self.journal.letters_full:

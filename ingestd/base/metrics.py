@@ -65,7 +65,7 @@ class PipelineState(NamedTuple):
         letters_bytes_max: the bound.
         letters_invalid: of `letters`, those of records that were never accepted.
         letters_invalid_bytes: what these take.
-        revived: records that were dead and are fed again.
+        revived: records that were dead and are requeued.
         readmitted: records that were refused and then accepted after all.
         expired: dead letters that became too old.
         purged: dead letters that a person deleted.
@@ -105,7 +105,7 @@ class PipelineState(NamedTuple):
 
     @property
     def dead_ever(self) -> int:
-        """Records given up: a counter must not go back when some are fed again."""
+        """Records given up: a counter must not go back when some are requeued."""
         return self.dead + self.revived
 
     @property
@@ -121,7 +121,7 @@ _STATE = (
     ("processed", "records_processed_total", "Records the handler is done with" + _LIFE),
     ("dead_ever", "records_dead_total", "Accepted records given up" + _LIFE),
     ("refused_ever", "records_refused_total", "Records refused, kept as dead letters" + _LIFE),
-    ("revived", "records_revived_total", "Records given up, then fed again" + _LIFE),
+    ("revived", "records_revived_total", "Records given up, then requeued" + _LIFE),
     ("readmitted", "records_readmitted_total", "Records refused, then accepted" + _LIFE),
     ("expired", "letters_expired_total", "Dead letters that became too old" + _LIFE),
     ("purged", "letters_purged_total", "Dead letters that a person deleted" + _LIFE),

@@ -197,7 +197,7 @@ class DeadTotals(NamedTuple):
     Attributes:
         letters: kept now.
         bytes: what they take, with their errors and tracebacks.
-        revived: accepted records that were given up and then fed again.
+        revived: accepted records that were given up and then requeued.
         readmitted: records refused at the door and then accepted after all.
         expired: went because they were older than `dead.age_max`.
         purged: a person deleted them.
@@ -345,7 +345,7 @@ class Journal(Protocol):
         ...
 
     async def look(self) -> bool:
-        """Whether dead letters are marked to be fed again; brings `dead_totals` up to date."""
+        """Whether dead letters are marked to be requeued; brings `dead_totals` up to date."""
         ...
 
     def revive(self) -> Future[Moved]:
