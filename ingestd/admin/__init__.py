@@ -1,1 +1,1 @@
-"""What operators and their tools ask a daemon: is it alive, is it ready, how is it doing."""
+"""The admin server: health, readiness, metrics and status."""

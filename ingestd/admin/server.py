@@ -156,7 +156,7 @@ class AdminServer:
             return _problem_page(500, "Internal Server Error", "the log says why")
 
     def _refusal(self, request: web.BaseRequest, hosts: Hosts) -> _Page | None:
-        """Nothing but for a request that a page of anybody may have sent from a browser here."""
+        """Refuses requests that a foreign page may have sent from a browser on this machine."""
         headers = request.headers
         authority = authority_of(request.raw_path, headers.get("Host", ""))
         if not hosts.know(authority) and not self._is_unix(request):
@@ -176,7 +176,7 @@ class AdminServer:
         return sock is not None and sock.family == socket.AF_UNIX
 
     def _livez(self, _: web.BaseRequest) -> _Page:
-        """Who gets an answer at all knows that the loop turns; the rest is the watchdog's word."""
+        """Answers `/livez`: an answer proves that the loop turns; the watchdog decides the rest."""
         alive, reason = self._view.alive()
         if alive:
             return _Page(b"alive\n")
@@ -210,18 +210,18 @@ class _AdminConnection(RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """Tells a sender of what is no HTTP so, and not the log, which anybody could fill."""
+        """Answers bytes that are no HTTP without a log line, which every client could fill."""
         if status >= 500:
             return super().handle_error(request, status, exc, message)
         return _problem_page(status, "Bad Request", "it can't be read as HTTP/1.1").response()
 
     @property
     def asks(self) -> bool:
-        """Whether a request has come."""
+        """Returns True if a request has come."""
         return self._request_count > 0
 
     def eof_received(self) -> bool:  # type: ignore[override]  # aiohttp never keeps one open
-        """Whether something was asked that has no answer yet."""
+        """Keeps the connection while a request has no answer yet."""
         # aiohttp waits for a request, has one in its queue, or is at one.
         return bool(self._messages) or (self._waiter is None and self._request_count > 0)
 

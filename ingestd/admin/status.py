@@ -179,7 +179,7 @@ def bounds_near(used: Mapping[str, tuple[float, float]]) -> list[str]:
     return [name for name, (use, bound) in used.items() if use >= NEAR * bound]
 
 
-# -- A pipeline as the admin server shows it -------------------------------------------------------
+# -- status of a pipeline --------------------------------------------------------------------------
 
 
 def status_of(pipeline: Pipeline) -> PipelineStatus:

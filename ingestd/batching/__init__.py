@@ -1,1 +1,1 @@
-"""Chunks in, batches out: exact to the record."""
+"""Batching: chunks to batches, exact to the record."""

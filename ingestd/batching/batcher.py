@@ -49,7 +49,7 @@ class _ChunkReader:
         return self.records.count - self.first
 
     def fitting(self, records_max: int, bytes_max: int) -> tuple[int, int]:
-        """How many of the next records fit into both bounds, maybe 0, and where they end."""
+        """Counts the next records that fit into both bounds, maybe 0; returns their end, too."""
         count = min(records_max, self.count)
         end = self._end(count)
         if end - self.start <= bytes_max:
@@ -116,12 +116,12 @@ class Batcher:
 
     @property
     def open(self) -> bool:
-        """Whether there is an open batch."""
+        """Returns True if there is an open batch."""
         return self._count > 0
 
     @property
     def accepted_at(self) -> float:
-        """When the open batch's oldest record was accepted; meaningless without one."""
+        """Time at which the open batch's oldest record was accepted; meaningless without one."""
         return self._accepted_at
 
     def bound(self, *, records_max: int, bytes_max: int) -> None:

@@ -1,1 +1,1 @@
-"""Running batches: lanes (one worker each), the pool that hands jobs to them, and retry."""
+"""Execution of batches: workers, the pool that hands jobs to them, and retries."""

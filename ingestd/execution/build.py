@@ -1,4 +1,4 @@
-"""From settings to a pool that is ready.
+"""Builds the worker pool of a pipeline from its settings.
 
 The executor `auto` is decided here. A sink of ours runs in threads: it is known to come back and to
 leave the process as it is. The user's handler runs in processes, and its module is never imported

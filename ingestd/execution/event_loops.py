@@ -135,7 +135,7 @@ class HandlerLoop:
             self._loop.call_soon_threadsafe(callback)
 
     async def answers(self, seconds: float) -> bool:
-        """Whether it turns within so many seconds."""
+        """Returns True if it turns within so many seconds."""
         answer = self.call(_nothing)
         if await answer.ended_within(seconds):
             return True
@@ -187,7 +187,7 @@ class HandlerLoop:
             self._report(error)
 
     def _report(self, error: BaseException) -> None:
-        """Logs what nobody awaits, each kind once; no code of the user's may end this thread."""
+        """Logs errors that are never awaited, each kind once; no user code may end this thread."""
         failure = failure_of(error)
         new = self._kinds.note(failure, self.home.time())
         write = log.error if new else log.debug
@@ -222,7 +222,7 @@ class HandlerLoops:
 
     @property
     def left_behind(self) -> int:
-        """How many calls and loops still run although they were given up."""
+        """Counts calls and loops that still run although they were given up."""
         return len(self._abandoned) + len(self._retired)
 
     async def give_up(self, call: Call[Any], seconds: float) -> bool:

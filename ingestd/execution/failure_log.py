@@ -1,7 +1,7 @@
-"""Tells failures that are new from repetitions, so that a log shows each kind once. Pure.
+"""Log of handler failures: each kind once with its traceback, then counts.
 
 A kind is how a try failed, the exception's type, and the line that raised it. The first failure of
-a kind is worth its traceback; the repetitions are counted until somebody asks for them.
+a kind is worth its traceback; the repetitions are counted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PART_CHARS_MAX = 200
 
 
 class FailureKind(NamedTuple):
-    """What makes two failures the same."""
+    """Kind of a failure: equal kinds are one repeated failure."""
 
     reason: str
     type: str
@@ -36,7 +36,7 @@ class FailureKind(NamedTuple):
 
 
 class Repeated(NamedTuple):
-    """A kind that came again since somebody asked last."""
+    """A kind that came again since the last report."""
 
     kind: FailureKind
     error: str
@@ -76,7 +76,7 @@ class FailureKinds:
         return new
 
     def repeated(self) -> list[Repeated]:
-        """What came again since the last call, most often first."""
+        """Kinds that came again since the last call, the most frequent first."""
         again = [Repeated(kind, one.error, one.times) for kind, one in self._seen.items()]
         for one in self._seen.values():
             one.times = 0
@@ -91,7 +91,7 @@ def kind_of(failure: Failure) -> FailureKind:
     return FailureKind(failure.reason, name[:_PART_CHARS_MAX], where[:_PART_CHARS_MAX])
 
 
-# -- tells people that a handler fails: the first failure of a kind whole, then few lines ----------
+# -- log lines -------------------------------------------------------------------------------------
 #
 # A sink that is down fails hundreds of batches for the same reason. The log has one line for each
 # kind of failure, one when the handler goes down and one when it is back, and once a minute what

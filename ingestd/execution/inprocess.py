@@ -1,4 +1,4 @@
-"""A lane that is a thread of the daemon."""
+"""Workers inside the daemon: threads, and coroutines on event loops of their own."""
 
 from __future__ import annotations
 
@@ -65,11 +65,12 @@ class ThreadWorker:
         return bool(done)
 
 
-# -- lanes that are coroutines, for `async def` handlers; their loop is not the daemon's -----------
+# -- coroutines ------------------------------------------------------------------------------------
 #
 # A call that overruns `executor.timeout` is cancelled. One that has not ended after that, for as
-# long again but `GRACE_SECONDS` at most, is given up (see `loops.py`): its batch is free, with the
-# reason `timeout`, the log says so, and the lane goes on with a new instance of the handler.
+# long again but `GRACE_SECONDS` at most, is given up (see `event_loops.py`): its batch is free,
+# with the reason `timeout`, the log says so, and the worker goes on with a new instance of the
+# handler.
 
 GRACE_SECONDS = 5.0
 """How long a call may take to end after it was cancelled."""

@@ -1,4 +1,4 @@
-"""How many jobs lie ready before the workers. Pure."""
+"""Queue of jobs that lie ready for the workers, and the bound of their number."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class PrefetchLimit:
 
     @property
     def jobs(self) -> int:
-        """How many."""
+        """Number of jobs."""
         ready = int(self._workers * SECONDS / max(self._mean, SECONDS / AHEAD_MAX))
         return min(max(self._workers, ready), max(self._workers, AHEAD_MAX))
 
@@ -47,9 +47,9 @@ class PrefetchLimit:
         self._mean = SECONDS if failed else self._mean + _WEIGHT * (seconds - self._mean)
 
 
-# -- jobs that lie ready for whichever worker is free next -----------------------------------------
+# -- the queue -------------------------------------------------------------------------------------
 #
-# The threads of all lanes take from one shelf and put results back on it, without a turn of the
+# The threads of all workers take from one queue and put results back into it, without a turn of the
 # event loop in between. Under load a turn can take as long as many batches; a worker that had to
 # wait for one after each job would be idle most of the time.
 

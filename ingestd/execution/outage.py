@@ -1,4 +1,4 @@
-"""Decides whether the handler works at all, and when it may be tried while it does not. Pure.
+"""Outage detection: decides if the handler works at all, and paces tries while it does not. Pure.
 
 What is known of a handler is what became of the tries since its last success. A failure is *fresh*
 if its batch had not failed before that success: a batch that failed while others succeeded says
@@ -89,22 +89,22 @@ class Outage:
 
     @property
     def paused(self) -> bool:
-        """Whether only probes may start."""
+        """Returns True if only probes may start."""
         return len(self._families) > 1
 
     @property
     def down_since(self) -> float | None:
-        """When the first fresh failure came, while the handler is down; else nothing."""
+        """Time of the first fresh failure, while the handler is down; else `None`."""
         return self._since if self._is_down else None
 
     @property
     def is_outage(self) -> bool:
-        """Whether what fails now says nothing about the batch that fails."""
+        """Returns True if a failure now says nothing about its batch."""
         return self._is_down and self.paused
 
     @property
     def next_at(self) -> float | None:
-        """When the next try may start while paused; nothing while everything may."""
+        """Time of the next try while paused; `None` while all may start."""
         return self._next_at if self.paused else None
 
     def started(self, batch: int, now: float) -> None:

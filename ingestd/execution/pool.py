@@ -1,4 +1,4 @@
-"""What a lane is: one worker that runs one job at a time."""
+"""Worker pools: the interface of a worker, and pools that own workers and hand jobs to them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class ThreadedWorker(Worker, Protocol):
         ...
 
 
-# -- the pools: they hand each job to a free lane, and own the lanes -------------------------------
+# -- pools -----------------------------------------------------------------------------------------
 
 log = get_logger()
 
@@ -100,12 +100,12 @@ class Pool(Generic[L]):
 
     @property
     def places(self) -> int:
-        """How many jobs may be running or lie ready."""
+        """Bound of the jobs that run or lie ready."""
         return len(self.lanes)
 
     @property
     def has_free(self) -> bool:
-        """Whether `acquire` would give a place at once."""
+        """Returns True if `acquire` would succeed at once."""
         return self._taken < self.places
 
     async def acquire(self) -> None:

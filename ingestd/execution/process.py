@@ -1,8 +1,9 @@
-"""A lane that is a child process, with a thread of the daemon that speaks to it.
+"""Worker that is a child process, driven by a thread of the daemon.
 
 The child is started with exec, not forked: a fork would inherit the daemon's locks in whatever
 state its other threads left them, and its sockets. It leads a process group of its own, so a Ctrl-C
-on the terminal does not reach it, and it is killed with what it started (`descendants.py`).
+on the terminal does not reach it, and it is killed with all processes that it started
+(`process_monitor.py`).
 
 Nothing that comes from a child is believed. An answer that does not fit the job, bytes that are no
 answer, a connection that ends: the child is killed, the job failed as `crashed`, and the next job
@@ -196,7 +197,7 @@ class WorkerProcess:
             raise self._misfit(wire.TRAILING)
 
     def flaw(self) -> str:
-        """What is wrong with the child before it gets a job, or nothing."""
+        """Checks the child before it gets a job; returns its fault, or nothing."""
         if self._monitor.ended:
             return "the worker died"
         if time.monotonic() - self._answered < _IDLE_SECONDS:
@@ -290,7 +291,7 @@ class WorkerProcess:
         return _WorkerDiedError("crashed", f"the worker was killed for its answer: {flaw}")
 
     def _obituary(self) -> str:
-        """How the child died; its connection is closed, so it is dead or about to be."""
+        """Describes the end of the child, whose connection is closed: it is dead or about to be."""
         by_itself = self._monitor.wait(1.0)
         self.kill()
         code = self.process.returncode
@@ -443,7 +444,7 @@ class ProcessWorker:
         return Result(failure=failure, seconds=time.monotonic() - started)
 
     def _is_no_use(self) -> bool:
-        """Whether only failures came from the child for so long that another may do better."""
+        """Returns True after so many failures in a row that a new child may do better."""
         if self._failed < FAILING_TRIES:
             return False
         return time.monotonic() - self._failing_since >= self._patience

@@ -1,4 +1,4 @@
-"""What a worker started, and ending all of it.
+"""Monitors of child processes: their descendants, their end, and their output.
 
 A worker leads a process group of its own, and one kill of it ends what stayed in it. What moved to
 another group or session is found through `/proc` by two more signs: its parents lead to the worker,
@@ -108,7 +108,7 @@ def _living() -> list[_Process]:
 
 
 def _process(pid: int) -> _Process | None:
-    """What the kernel says of a process; nothing of one that is gone. A dead one has number 0."""
+    """Reads a process from `/proc`; `None` if it is gone. A dead one has number 0."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123
             # The name in parentheses may have anything in it.
@@ -135,11 +135,11 @@ def _kill(one: _Process) -> None:
             os.close(handle)
 
 
-# -- watching a child process: its end, and what it logs -------------------------------------------
+# -- monitoring a child ----------------------------------------------------------------------------
 #
 # The end is seen from the process, not from its connection: a child that a handler forked may hold
 # the worker's end of the socket open long after the worker is gone. A thread for each child waits
-# for the process itself, and then closes the connection for the lane that waits for an answer on
+# for the process itself, and then closes the connection for the worker that waits for an answer on
 # it.
 #
 # The same thread reads what the child logs. After each look it rests for a moment: text that
@@ -154,7 +154,7 @@ _BYTES_AT_END = 1 << 20
 
 
 class Outputs(NamedTuple):
-    """What a child's lines come from; the monitor owns both and closes them.
+    """Descriptors of a child's output; the monitor owns both and closes them.
 
     Attributes:
         packets: the packet socket.
@@ -291,7 +291,7 @@ def _handle_of(pid: int) -> int:
 
 
 def _is_over(pid: int) -> bool:
-    """Whether a child of ours has ended; it stays to be reaped."""
+    """Returns True if a child has ended; it stays to be reaped."""
     try:
         return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
     except ChildProcessError:

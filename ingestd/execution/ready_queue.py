@@ -1,4 +1,4 @@
-"""The line: sealed batches that stand before the workers.
+"""Ready queue: sealed batches that wait for a worker or for a retry.
 
 Due retries go first, then new batches in the order in which they were sealed. What waits holds no
 payload in memory, and is bounded by its records and their bytes in the journal; at the bound no new
@@ -77,7 +77,7 @@ class ReadyQueue(Generic[T]):
 
     @property
     def empty(self) -> bool:
-        """Whether no new batch stands in line."""
+        """Returns True if no new batch waits."""
         return not self._new
 
     @property
@@ -92,17 +92,17 @@ class ReadyQueue(Generic[T]):
 
     @property
     def waiting_load(self) -> Load:
-        """What they hold."""
+        """Records and bytes of the waiting batches."""
         return self._load
 
     @property
     def is_long(self) -> bool:
-        """Whether `put` waits."""
+        """Returns True if `put` waits."""
         return len(self._new) >= AHEAD_MAX
 
     @property
     def ready_at(self) -> float:
-        """When `next` gives a batch, loop time; infinite if there is none to give."""
+        """Loop time at which `next` gives a batch; infinite if there is none."""
         asked = self._asked[0].due if self._asked else math.inf
         paused_until = self._outage.next_at
         if paused_until is not None:
@@ -112,11 +112,11 @@ class ReadyQueue(Generic[T]):
         return min(asked, self._failed[0].due if self._failed else math.inf)
 
     def could_give(self, now: float) -> bool:
-        """Whether `next` would give a batch at `now`, loop time."""
+        """Returns True if `next` would give a batch at `now`, loop time."""
         return self.ready_at <= now
 
     def _has_new(self) -> bool:
-        """Whether a new batch may be given; not while too much waits."""
+        """Returns True if a new batch may be given; not while too much waits."""
         load, most = self._load, self._waiting_max
         within = load.records < most.records and load.bytes < most.bytes
         return bool(self._new) and (within or (self._outage.paused and self.waiting < PROBED_MAX))
@@ -195,7 +195,7 @@ class ReadyQueue(Generic[T]):
         return self._pop_waiting(self._failed)
 
     def _have_others(self, now: float) -> bool:
-        """Whether a batch may be given whose wait, if it has one, is of our making."""
+        """Returns True if a batch may be given early, whose wait is only our backoff."""
         if self._has_new():
             return True
         return bool(self._failed) and (self._outage.paused or self._failed[0].due <= now)

@@ -1,4 +1,4 @@
-"""Decides what a result means: settle, try again, split, or give up. Pure.
+"""Retry decisions: settle, try again, split, or give up; and the splitter of failing batches.
 
 A batch that failed `attempts_max` times is split into halves, and those again when they fail, until
 the guilty records stand alone and become dead letters: O(bad * log n) calls.
@@ -62,7 +62,7 @@ class RetryRule(NamedTuple):
 
 
 class RetryContext(NamedTuple):
-    """Where a batch stands when a try of it has ended.
+    """Facts about a batch when a try of it has ended.
 
     Attributes:
         count: its records.
@@ -122,7 +122,7 @@ def backoff(attempts: int, rule: RetryRule, random: Callable[[], float]) -> floa
 
 
 def spends_try(result: Result) -> bool:
-    """Whether the try counts as one; `raise Retry` does not."""
+    """Returns True if the try counts; `raise Retry` does not."""
     return result.failure is None or result.failure.reason != POSTPONED
 
 
@@ -154,7 +154,7 @@ def rounded(after: float) -> float:
 def decide(
     result: Result, standing: RetryContext, *, rule: RetryRule, random: Callable[[], float]
 ) -> Resolve | RetryBatch:
-    """What a result means.
+    """Decides on a result.
 
     Args:
         result: what the worker said.
@@ -231,9 +231,7 @@ def _halves(count: int) -> Resolve:
     )
 
 
-# -- keeps what is known of failing batches --------------------------------------------------------
-#
-# Keeps what is known of failing batches: what `execution.retry` and `execution.outage` decide by.
+# -- splitting -------------------------------------------------------------------------------------
 #
 # A family is what is left of one batch that is being split. How long a batch has been failing and
 # how many of its tries count is written down with each postponed try; the rest is kept in memory
@@ -302,7 +300,7 @@ class BatchSplitter:
         )
 
     def _shows_recovery(self, batch: SealedBatch, result: Result) -> bool:
-        """Whether an answer that processed nothing ends an outage; `execution.outage` says when."""
+        """Returns True if a result without success ends an outage (see `execution.outage`)."""
         if result.retries or all(one.reason != "rejected" for one in result.rejections):
             return False
         failed = batch.number in self._failing
@@ -325,7 +323,7 @@ class BatchSplitter:
             batch.counted += 1
 
     def _forgive(self) -> None:
-        """What failed since the last success was the outage's."""
+        """Forgives the tries since the last success: they were the outage's."""
         for batch in self._failing.values():
             if batch.last_failed == self._outage.successes:
                 batch.counted = batch.counted_before

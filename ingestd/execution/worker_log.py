@@ -1,4 +1,4 @@
-"""What a worker process logs, in the daemon's log: with pipeline, worker and batch, and bounded.
+"""Logs of worker processes in the daemon's log: with pipeline, worker and batch, and bounded.
 
 A worker says structured lines itself (`handlers/log_relay.py`); what else is written to its
 descriptor 2, by a C library or a program that the handler started, is raw text. Text that comes
@@ -48,7 +48,7 @@ class WorkerLog:
 
     @property
     def holds(self) -> bool:
-        """Whether `flush` would write something."""
+        """Returns True if `flush` would write something."""
         return bool(self._text or self._dropped)
 
     def packet(self, packet: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The batch as a handler sees it."""
+"""`Batch`, the argument of a handler: records, ids, rejections and retries."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class Batch(Sequence[T_co], Generic[T_co]):
 
     @property
     def rejections(self) -> list[Rejection]:
-        """What was rejected so far, by place in the whole batch; undecodable records included."""
+        """Rejections so far, by place in the whole batch; undecodable records included."""
         if not self._said:
             return list(self._undecodable)
         said = [what for what in self._said.values() if isinstance(what, Rejection)]
@@ -163,7 +163,7 @@ class Batch(Sequence[T_co], Generic[T_co]):
 
     @property
     def retries(self) -> list[RetryMark]:
-        """What shall come again so far, by place in the whole batch."""
+        """Retries asked for so far, by place in the whole batch."""
         if not self._said:
             return []
         said = [what for what in self._said.values() if isinstance(what, RetryMark)]

@@ -107,7 +107,7 @@ async def close_async(spec: HandlerSpec, handler: object) -> Failure | None:
 
 
 def _is_cancelled(task: Task[Any] | None) -> bool:
-    """Whether a CancelledError is the task's own, not one that the handler came upon."""
+    """Returns True if a CancelledError is the task's own, not one that the handler met."""
     return task is not None and task.cancelling() > 0
 
 

@@ -1,4 +1,4 @@
-"""What a handler class may ask ingestd about the place it runs in."""
+"""Facts that a handler class can ask for: pipeline, data directory, format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From an annotation to a decoder: `list[Click]` says what the handler wants to get.
+"""Makes the decoder of a handler from its annotation, such as `list[Click]`.
 
 By format of the pipeline, with `T` from `list[T]`, `Sequence[T]` or `Batch[T]`:
 
@@ -172,7 +172,7 @@ def _is_pydantic(kind: object) -> bool:
 
 
 def _mentions_pydantic(record: object) -> bool:
-    """Whether a type, or what it is put together from, is a model or a pydantic constraint."""
+    """Returns True if a type, or a part of it, is a model or a pydantic constraint."""
     if _is_pydantic(record) or type(record).__module__.partition(".")[0] == "pydantic":
         return True
     return any(map(_mentions_pydantic, get_args(record)))

@@ -169,8 +169,6 @@ def _bounded(text: str) -> str:
 
 # -- exceptions as plain data ----------------------------------------------------------------------
 #
-# Exceptions as plain data: one line for a list, a bounded traceback for the person who looks.
-#
 # Values of local variables are never in it.
 
 

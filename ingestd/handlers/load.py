@@ -1,4 +1,4 @@
-"""Reading a callable: what kind it is, and which `T` its one parameter asks for."""
+"""Loads handlers: finds the callable, reads its signature, makes it with its decoder."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class NotAHandler(Exception):  # noqa: N818  the message is the whole of it
 
 
 class HandlerSignature(NamedTuple):
-    """What a handler looks like from outside.
+    """Signature of a handler.
 
     Attributes:
         is_class: it is made once a worker, with options.
@@ -76,7 +76,7 @@ def _method(kind: type) -> object:
 
 
 def _code(call: Any) -> Any:
-    """What runs: below partials, and behind the `__call__` of an object."""
+    """The function itself: below partials, and behind the `__call__` of an object."""
     while isinstance(call, functools.partial):
         call = call.func
     if inspect.isroutine(call):
@@ -131,7 +131,7 @@ def resolve(annotation: Any, owner: Any) -> Any:
 
 
 def _batch_of(annotation: Any) -> tuple[bool, Any]:
-    """Whether it is a `Batch`, and the `T`."""
+    """Tells if an annotation is a `Batch`, and its `T`."""
     while True:
         if get_origin(annotation) is Annotated:
             annotation = get_args(annotation)[0]
@@ -153,13 +153,13 @@ def _a(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-# -- the handler, ready to be made and called: found, looked at, and fitted with a decoder ---------
+# -- handlers --------------------------------------------------------------------------------------
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 class HandlerSpec(NamedTuple):
-    """What is known of a handler before it is made.
+    """Facts about a handler before it is made.
 
     Attributes:
         target: as it was written in the settings.
@@ -180,7 +180,7 @@ class HandlerSpec(NamedTuple):
     decoder: Decoder
 
     def check_options(self, options: Mapping[str, object]) -> None:
-        """Whether the handler takes these options, by name, without making it.
+        """Checks that the handler takes these options, by name, without making it.
 
         Raises:
             HandlerLoadError: it does not; names the option.
@@ -194,7 +194,7 @@ class HandlerSpec(NamedTuple):
         pipeline: str = "default",
         data_dir: str = "ingestd-data",
     ) -> Callable[[Any], Any]:
-        """What is called with batches: a function itself, or a new instance of a class.
+        """Makes the callable for batches: a function itself, or a new instance of a class.
 
         Raises:
             HandlerLoadError: the options do not fit, or the constructor raised; what it raised is

@@ -1,4 +1,4 @@
-"""One thing that a handler logged in a worker process, on its way to the daemon's log."""
+"""Relays the logs of a handler in a worker process to the daemon, which writes them."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ encode = msgspec.msgpack.Encoder().encode
 decode = msgspec.msgpack.Decoder(LogLine).decode
 
 
-# -- what a handler logs in a worker process goes to the daemon ------------------------------------
-#
-# What a handler logs in a worker process goes to the daemon, which writes it into its log.
+# -- relay -----------------------------------------------------------------------------------------
 #
 # `logging`, `warnings`, structlog as it comes, threads that raise and what is written to
 # `sys.stderr` are taken here, each with the batch that the worker has then. A line is one packet
@@ -103,7 +101,7 @@ class Relay:
         self._wait_again = 0.0
 
     def allows(self, number: int) -> bool:
-        """Whether a line of that level may be made; else it is counted, if it would be written."""
+        """Returns True if a line of that level may be written; counts it if the budget is spent."""
         if number < self.level:
             return False
         budget = self._grave if number >= logging.WARNING else self._usual
@@ -210,7 +208,7 @@ class Relay:
 
 
 class _LibraryRelay(logging.Handler):
-    """What is said through `logging` and `warnings`, as the event `library_logged`."""
+    """Relays lines of `logging` and `warnings` as the event `library_logged`."""
 
     def __init__(self, relay: Relay) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What crosses to a worker and what comes back: plain data, both ways.
+"""Jobs and results: plain data that crosses to a worker and back.
 
 A `Job` is one try of one sealed batch. A `Result` says what became of it; the worker catches
 everything, so a result always comes back unless the worker itself died.
@@ -86,7 +86,7 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Result(msgspec.Struct, frozen=True, array_like=True):
-    """What became of a job. Records in neither list are done, unless `failure` is set.
+    """Outcomes of a job's records. Records in neither list are done, unless `failure` is set.
 
     Attributes:
         rejections: records given up, at most one entry a record.

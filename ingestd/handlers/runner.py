@@ -1,4 +1,4 @@
-"""A worker's own handler: loaded once, created once, called with job after job."""
+"""Runs a worker's handler: loads and creates it once, calls it with job after job."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CLOSE_SECONDS = 5.0
 
 
 class HandlerConfig(msgspec.Struct, frozen=True):
-    """Which handler a worker loads, and for whom.
+    """Configuration of a worker: its handler, options, format and pipeline.
 
     Attributes:
         target: `module:name` or a registered name.
@@ -49,7 +49,7 @@ class HandlerConfig(msgspec.Struct, frozen=True):
 
 
 class Runner:
-    """What one worker holds. Not for use by two threads at once.
+    """Loads and calls the handler of one worker. Not for use by two threads at once.
 
     A handler class whose constructor fails (its database is down, say) does not stop the daemon:
     each job tries to create it again, and fails like any other job until that succeeds. An instance
@@ -74,7 +74,7 @@ class Runner:
 
     @property
     def is_async(self) -> bool:
-        """Whether calls have to be awaited; `prepare` comes first."""
+        """Returns True if calls have to be awaited; `prepare` comes first."""
         return self._spec is not None and self._spec.is_async
 
     def prepare(self) -> str:

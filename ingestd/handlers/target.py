@@ -1,4 +1,4 @@
-"""From the name of a handler to the object it names.
+"""Resolves the name of a handler to its object.
 
 A target is `module:name` (the name may be dotted), or the name of a sink or handler that
 `ingestd/registry.py` finds. Whatever goes wrong becomes a `HandlerLoadError` of one line that says
@@ -62,7 +62,7 @@ def _registered(target: str) -> str | None:
 
 
 def _neither(target: str) -> str:
-    """What is wrong with a target that has no colon and is not registered."""
+    """Explains a target that has no colon and is not registered."""
     if target.endswith(".py") or "/" in target:
         stem = target.removesuffix(".py").strip("./").replace("/", ".")
         return f"is a file; write its module and a name in it: {stem}:NAME"
@@ -113,7 +113,7 @@ def _hidden(here: Path) -> str:
 
 
 def _file(name: str) -> Path:
-    """Where a module of the current folder would be."""
+    """The file that a module of the current folder would have."""
     return Path(name.replace(".", "/") + ".py")
 
 

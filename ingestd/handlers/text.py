@@ -1,4 +1,4 @@
-"""Text of objects that are somebody else's: short, printable, valid UTF-8, and never an error.
+"""Text of foreign objects: short, printable, valid UTF-8, and never an error.
 
 An exception may be one whose `__str__` raises, one whose class lies about its name, one with a
 message of a hundred megabytes or with half a surrogate pair in it. Text is bounded before it is put
@@ -86,7 +86,7 @@ def describe(exc: BaseException, limit: int = LINE_CHARS_MAX) -> str:
 
 
 def _has_plain_message(kind: type) -> bool:
-    """Whether nothing but `BaseException.__str__` makes the message, so its arguments tell it."""
+    """Returns True if `BaseException.__str__` alone makes the message, from its arguments."""
     return definer_of(kind, "__str__") is BaseException
 
 

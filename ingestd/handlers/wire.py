@@ -1,4 +1,4 @@
-"""Messages between a process lane and its child: a head, then MessagePack, over a socket.
+"""Messages between a process worker and its child: a head, then MessagePack, over a socket.
 
 One side speaks and the other one answers, so there is never more than one message on its way. A
 head says whose message it is: the child's process id and the number of the job. Whatever does not
@@ -48,7 +48,7 @@ _F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1; not in `fcntl` yet
 
 
 class InitMessage(msgspec.Struct, frozen=True):
-    """What the child is told first.
+    """First message to a child: its configuration.
 
     Attributes:
         handler: what to load.
@@ -86,7 +86,7 @@ class RunMessage(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ResultMessage(msgspec.Struct, frozen=True, array_like=True):
-    """What the child sends for a job.
+    """Message of a child with the result of a job.
 
     Attributes:
         result: what became of it.
@@ -123,7 +123,7 @@ class Message(msgspec.Struct, frozen=True):
 
 
 class MessageMismatch(Exception):  # noqa: N818  the message says what it is
-    """What came is no message of this worker's, or not about this job."""
+    """A message is not of this worker, or not about this job."""
 
 
 TRAILING = "there are bytes behind it"
@@ -196,7 +196,7 @@ class SharedBuffer:
 
 
 def _seal(fd: int) -> None:
-    """From now on nobody shortens the memory, which would kill who writes to it, or writes anew."""
+    """Seals the memory: it can't be shortened, which would kill its writer, or written anew."""
     lasting = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
     for seals in (lasting | _F_SEAL_FUTURE_WRITE, lasting):
         with contextlib.suppress(OSError):  # a kernel that does not know the newer one

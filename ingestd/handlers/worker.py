@@ -1,4 +1,4 @@
-"""The life of a child process: say hello, then job after job until the daemon goes.
+"""Main loop of a child process: handshake, then job after job until the daemon goes.
 
 The child dies with its parent, three times over: an idle child reads the end of its socket, a busy
 one has a thread that waits for the end of the lifeline, and on Linux the kernel kills one whose C

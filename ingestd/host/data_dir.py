@@ -3,7 +3,7 @@
 Three locks, because folders can overlap: one on the data directory, one on the folder of each named
 pipeline, and one on each journal's file itself. Each is `flock` on an open file, so it belongs to
 what the name leads to, through links, bind mounts and `a/../b`. SQLite's own locks are of another
-kind, and whoever only reads a journal beside the daemon takes none of these.
+kind, and a process that only reads a journal beside the daemon takes none of these.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class DataDir:
         self._locks.append(FileLock(path / LOCK_NAME, of=path, signed=True))
 
     def folder(self, pipeline: str) -> Path:
-        """Where a pipeline's journal lies: the directory itself for `default`; made if missing.
+        """The folder of a pipeline's journal: the directory itself for `default`; made if missing.
 
         Raises:
             DataDirError: it can't be created, or another daemon or pipeline uses it.
@@ -141,7 +141,7 @@ def _holder(fd: int) -> str:
 
 
 def _held_by(holder: str, fd: int) -> str:
-    """Which process has the lock: the one that took it, or one that was forked from it."""
+    """Finds the process that holds the lock: the one that took it, or a fork of it."""
     if holder.isdigit() and Path("/proc", holder).exists():
         return f"another ingestd (process {holder}) uses it"
     heirs = [str(pid) for pid in _that_have_open(fd)]

@@ -1,4 +1,4 @@
-"""Process 1 of a container: signals go on to the daemon, and what others leave behind is reaped.
+"""Process 1 of a container forwards signals to the daemon and reaps orphans.
 
 The kernel gives every orphan of a PID namespace to its process 1, which has to reap it, or it stays
 a zombie. The daemon can't do that itself: reaping whatever has ended would take the exit codes of

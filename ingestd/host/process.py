@@ -20,11 +20,12 @@ from ingestd.host.sockets import show_socket
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-# -- the interpreter and its allocator: their defaults are not meant for a daemon ------------------
+# -- interpreter and allocator ---------------------------------------------------------------------
 
 SWITCH_SECONDS = 0.001
-"""How long a thread that computes keeps others waiting. With the default of 5 ms a small request,
-which passes through three threads, waits three times as long beside a body that is being parsed."""
+"""Interval in which a computing thread gives the interpreter to others. With the default of 5 ms a
+small request, which passes through three threads, waits three times as long beside a body that
+is being parsed."""
 
 GARBAGE_MAX = 5_000
 """Objects that are made before Python looks for cycles among them. With the default of 700 that is
@@ -86,7 +87,7 @@ def _bound_recursion() -> None:
     sys.setrecursionlimit = setrecursionlimit
 
 
-# -- standard streams: none is closed, none is shared with what a handler does ---------------------
+# -- standard streams ------------------------------------------------------------------------------
 #
 # Standard streams that are closed are opened on `/dev/null` before anything else is opened.
 #
@@ -136,14 +137,14 @@ def own_stderr() -> TextIO:
     return os.fdopen(fd, "w", encoding=encoding, errors="backslashreplace")
 
 
-# -- the surroundings of the start: what a worker gets, whenever it is started ---------------------
+# -- surroundings of workers -----------------------------------------------------------------------
 #
 # A handler in a thread may change the daemon's own folder, environment, umask and search path in
 # good faith; a worker that is started later, for another pipeline, gets none of that.
 
 
 class Surroundings(NamedTuple):
-    """What a program finds at its start.
+    """Working folder, environment, umask and import path of the start.
 
     Attributes:
         folder: the current folder, absolute.
@@ -175,7 +176,7 @@ def absolute(path: list[str], folder: str) -> list[str]:
     return [os.path.join(folder, os.fspath(entry)) if entry else folder for entry in list(path)]  # noqa: PTH118
 
 
-# -- what a process that a handler forks must not keep of the daemon -------------------------------
+# -- descriptors in forked children ----------------------------------------------------------------
 #
 # A handler that runs in a thread of the daemon may use `multiprocessing` or a pool of processes
 # with the start method fork. Such a child has a copy of every descriptor: with the lock and the
@@ -204,7 +205,7 @@ class Forks:
         HeldSignals(ALL, self._after)
 
     def listen(self, addresses: Callable[[], Collection[str]]) -> None:
-        """Where the daemon listens: sockets there, and connections to them, are its own."""
+        """Adds listen addresses: sockets there, and connections to them, are the daemon's."""
         self._addresses = addresses
 
     def forget(self) -> None:

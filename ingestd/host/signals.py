@@ -1,7 +1,7 @@
 """Signals as events: the first asks to drain, the second to leave at once; SIGHUP to reload.
 
 A timer's signal, or one that means nothing to us, would end the process: a handler in a thread can
-set an alarm, and somebody may send what another program writes its state for. Those do nothing.
+set an alarm, and some programs write their state on a signal. Those do nothing here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ALL = (*LEAVE, signal.SIGHUP, *WITHOUT_MEANING)
 
 
 def ignore_hangups() -> None:
-    """Until there is a loop: who reloads us while we start shall not end us."""
+    """Ignores SIGHUP until there is a loop: a reload during the start must not end the process."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
 

@@ -1,8 +1,8 @@
 """Sockets that a service manager has opened and passed on: sd_listen_fds(3).
 
-It opened them before the daemon was there and keeps them open when it is gone: who connects in
-between waits, and is not refused. So the daemon closes its copy when it leaves, and never shuts a
-socket down, which would be felt by everybody who has it.
+It opened them before the daemon was there and keeps them open when it is gone: a client that
+connects in between waits, and is not refused. So the daemon closes its copy when it leaves, and
+never shuts a socket down, which would be felt by everybody who has it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _HOW = "FileDescriptorName=records or FileDescriptorName=admin"
 
 
 class ListenFds(NamedTuple):
-    """Listening sockets, by whom they are for; the owner closes them.
+    """Sockets that a service manager passed, by server; the owner closes them.
 
     Attributes:
         records: for the http source.
@@ -41,7 +41,7 @@ class ListenFds(NamedTuple):
 
 
 def take_sockets(environ: MutableMapping[str, str]) -> ListenFds:
-    """What was passed to this process. The variables are taken out of the environment.
+    """Takes the sockets passed to this process, and their variables out of the environment.
 
     Raises:
         ConfigError: something was passed that is no listening stream socket, or has no name.
@@ -73,7 +73,7 @@ def take_sockets(environ: MutableMapping[str, str]) -> ListenFds:
 
 
 def _is_no_name(name: str) -> bool:
-    """What stands there if nobody chose a name: systemd's own word, or the name of the unit."""
+    """Returns True for systemd's default names: its own word, or the name of the unit."""
     return name in ("", "unknown", "connection") or name.endswith(".socket")
 
 
@@ -98,7 +98,7 @@ def _adopt(fd: int, problems: list[str]) -> socket.socket | None:
 
 
 def show_socket(sock: socket.socket) -> str:
-    """Where a socket listens: `HOST:PORT`, or `unix:` and its path."""
+    """The address of a socket: `HOST:PORT`, or `unix:` and its path."""
     name = sock.getsockname()
     if sock.family != socket.AF_UNIX:
         return show_address(*name[:2])
@@ -107,5 +107,5 @@ def show_socket(sock: socket.socket) -> str:
 
 
 def is_local(sock: socket.socket) -> bool:
-    """Whether only this machine can reach it; for a unix socket its file says who may."""
+    """Returns True if only this machine can reach it; the file of a unix socket has permissions."""
     return sock.family == socket.AF_UNIX or is_loopback_ip(sock.getsockname()[0].partition("%")[0])

@@ -1,4 +1,4 @@
-"""The service manager (systemd): what it is told of the daemon, from its start to its end.
+"""Messages to the service manager (systemd), from the start of the daemon to its end.
 
 `Notifier` speaks sd_notify(3), a datagram of `KEY=value` lines. The receiver is in the environment
 (`NOTIFY_SOCKET`), and so is the interval in which it expects a sign of life (`WATCHDOG_USEC`,
@@ -25,7 +25,7 @@ _UNSENT_MAX = 16
 
 
 class Notifier:
-    """Sends what it is told, never waits, and never fails: nobody's daemon ends for a status line.
+    """Sends sd_notify messages; never waits and never fails.
 
     Args:
         address: a path, or a name in the abstract namespace after `@`; empty for nobody.
@@ -39,7 +39,7 @@ class Notifier:
 
     @classmethod
     def take(cls, environ: MutableMapping[str, str]) -> Notifier:
-        """What the environment says. It is taken out: what handlers start is not this service."""
+        """Makes a notifier from the environment, whose variables are cleared for children."""
         address, usec, pid = (environ.pop(name, "") for name in _VARIABLES)
         if address[:1] not in ("/", "@"):
             return cls()  # nobody, or on a kind of socket that is not for processes like us
@@ -48,7 +48,7 @@ class Notifier:
 
     @property
     def listened_to(self) -> bool:
-        """Whether anybody hears it."""
+        """Returns True if there is a service manager."""
         return bool(self._address)
 
     def tell(self, *lines: str) -> None:
@@ -77,9 +77,7 @@ def monotonic_usec() -> str:
     return f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}"
 
 
-# -- what the service manager hears of the daemon --------------------------------------------------
-#
-# What the service manager hears of the daemon, from its start to its end; see `host/systemd.py`.
+# -- states and messages ---------------------------------------------------------------------------
 
 STATUS_SECONDS = 5.0
 EXTENSION_SECONDS = 20.0
@@ -90,7 +88,7 @@ _IO_BYTES = 4096
 
 
 class ServiceState(NamedTuple):
-    """How the daemon is doing.
+    """State of the daemon, for the service manager.
 
     Attributes:
         state: where in its life it is.
@@ -109,7 +107,7 @@ class ServiceState(NamedTuple):
 
 
 class Effort(NamedTuple):
-    """What the process has done so far: seconds of processors, bytes read and written."""
+    """Work of the process so far: seconds of processors, bytes read and written."""
 
     cpu: float
     io: int
@@ -181,14 +179,14 @@ class ServiceNotifier:
             self._notifier.tell(*lines)
 
     def _is_hungry(self, now: float) -> bool:
-        """Whether the next turn would be too late: half of the time shall always be left."""
+        """Returns True if the watchdog is due: half of its time must always be left."""
         return self._fed is None or now - self._fed + self.period > self._notifier.watchdog / 2
 
     def _is_due(self, said_at: float, now: float) -> bool:
         return now - said_at + self.period > STATUS_SECONDS
 
     def _may_take_longer(self, standing: ServiceState, now: float) -> bool:
-        """Whether it is worth waiting for a start that recovers, or for a drain."""
+        """Returns True while a start that works, or a drain, may take longer."""
         if standing.state == "draining":
             return not standing.hung and (standing.leave_by is None or now < standing.leave_by)
         if standing.state == "running":
