@@ -270,7 +270,7 @@ class Daemon:
             admin=self.admin.addresses,
             data_dir=str(self.settings.data_dir),
             pipelines=list(self.pipelines),
-            executors={name: pipeline.executor for name, pipeline in self.pipelines.items()},
+            executors={name: one.dispatcher.executor for name, one in self.pipelines.items()},
         )
 
     async def _close_pipeline(self, pipeline: Pipeline) -> None:

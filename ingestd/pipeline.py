@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import random
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,68 +20,41 @@ from ingestd.base.batch import SealedBatch
 from ingestd.base.errors import JournalFailed
 from ingestd.base.logging import get_logger
 from ingestd.base.metrics import PipelineState
-from ingestd.base.record import Records, Span, without
+from ingestd.base.record import Span
 from ingestd.base.watchdog import Stage
 from ingestd.batching.batcher import BatchDraft, Batcher
 from ingestd.codecs.lines import record_fault
-from ingestd.execution.build import start_pool
-from ingestd.execution.failure_log import FailureLog
-from ingestd.execution.outage import Outage
-from ingestd.execution.ready_queue import Load, ReadyQueue
-from ingestd.execution.retry import (
-    BatchSplitter,
-    Resolve,
-    RetryBatch,
-    RetryRule,
-    decide,
-    rank,
-    spends_try,
-)
-from ingestd.handlers.outcome import Job
+from ingestd.execution.dispatcher import Dispatcher
+from ingestd.execution.retry import Resolve
 from ingestd.journal.idempotency import KeyRule
 from ingestd.journal.interface import (
     Chunk,
     Cursor,
-    DeadLetter,
     JournalContext,
     Ledger,
-    Postpone,
     Recovered,
     Seal,
-    Settle,
 )
 from ingestd.journal.maintenance import DeadLetterMaintenance
 from ingestd.journal.reader import ChunkReader, MemoryBudget, UnsettledChunks
 from ingestd.journal.sqlite.audit import Auditor
 from ingestd.journal.sqlite.letters import InvalidQuota
 from ingestd.registry import JOURNALS
-from ingestd.settlement import (
-    as_sealed,
-    damage_letters,
-    dead_letters,
-    outcome,
-    remainder,
-    replacements,
-    resumed,
-)
+from ingestd.settlement import SettlementWriter, as_sealed, outcome
 from ingestd.waiters import DeliveryWaiters
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable, Sequence
+    from collections.abc import Coroutine, Iterable
     from pathlib import Path
 
     from ingestd.base.append import Append, DeliveryWaiter, IdempotencyClaim, SourceOffset
     from ingestd.base.clock import Clock
     from ingestd.base.metrics import PipelineMetrics
-    from ingestd.execution.pool import Pool
     from ingestd.host.process import Surroundings
     from ingestd.journal.interface import Journal
     from ingestd.settings import BatchSettings, PipelineSettings
 
 log = get_logger()
-
-BATCH_BYTES = 1024
-"""Memory that a batch takes while it waits; its payload is on disk."""
 
 
 class DrainReport(NamedTuple):
@@ -122,9 +94,6 @@ class Pipeline:
         clock: where time comes from.
         keys: how long idempotency keys are kept, and how many.
         surroundings: what worker processes are started with; those of `open` if not given.
-
-    Attributes:
-        executor: what the handler runs in, `process`, `thread` or `async`; empty before `open`.
     """
 
     def __init__(
@@ -165,33 +134,31 @@ class Pipeline:
         self.auditor = Auditor(name, self.journal)
         self.room = MemoryBudget(settings.queue.bytes_max)
         self.queue: asyncio.Queue[Chunk] = asyncio.Queue(settings.queue.chunks_max)
-        self.batcher = Batcher(
-            records_max=settings.batch.records_max, bytes_max=settings.batch.bytes_max
+        self.batcher = Batcher(**settings.batch.model_dump())
+        self.dispatcher = Dispatcher(
+            name,
+            settings.retry,
+            clock,
+            pending=lambda: self.journal.ledger.pending,
+            on_idle=self._retime,
         )
-        retry = settings.retry
-        self.outage = Outage(retry.backoff_max, random.random)
-        self.line: ReadyQueue[SealedBatch] = ReadyQueue(
-            waiting_max=Load(retry.waiting_records_max, retry.waiting_bytes_max),
-            outage=self.outage,
-            on_empty=self._retime,
-        )
-        self.executor = ""
         self._data_dir = data_dir
         self._surroundings = surroundings
         self.outstanding = UnsettledChunks()
-        self.isolation = BatchSplitter(self.outage, retry.attempts_max)
-        self.failures = FailureLog(name, self.outage, clock, lambda: self.journal.ledger.pending)
         self.watches = DeliveryWaiters()
-        self.running = 0
-        self._rule = RetryRule(
-            retry.attempts_max, retry.backoff, retry.backoff_max, retry.give_up_after
+        self.settlements = SettlementWriter(
+            self.journal,
+            self.dispatcher,
+            self.outstanding,
+            self.room,
+            metrics=metrics,
+            clock=clock,
+            on_settled=self.watches.settled,
+            on_finished=self._finished,
         )
         self._metrics = metrics
         self._clock = clock
-        self._has_lane = self._sealing = False  # the dispatcher
-        self._dispatched = 0
         self.stopped = ""  # why no batch is given out, for people
-        self._leaving = False
         self._closing = False
         self._gone = True  # the workers
         self._timer: asyncio.Timeout | None = None
@@ -210,9 +177,7 @@ class Pipeline:
         """
         self._loop = asyncio.get_running_loop()
         self.broken: asyncio.Future[None] = self._loop.create_future()
-        self.pool: Pool[Any]
-        self.pool, self.executor = await start_pool(
-            self.name,
+        await self.dispatcher.open(
             self.settings.executor,
             self.settings.handler,
             self.settings.format,
@@ -223,7 +188,7 @@ class Pipeline:
         try:
             recovered = await self.journal.open(self._durable)
         except BaseException:
-            await self.pool.close(self._loop.time() + 5.0)
+            await self.dispatcher.close(self._loop.time() + 5.0)
             raise
         self.journal.failed.add_done_callback(self._journal_failed)
         self._recover(recovered)
@@ -233,7 +198,7 @@ class Pipeline:
             self._own(self._dispatch(), name=f"{self.name}-dispatch"),
             self._own(self.keeper.run(), name=f"{self.name}-keeper"),
             self._own(self.auditor.run(), name=f"{self.name}-auditor"),
-            self._own(self.failures.run(), name=f"{self.name}-failures"),
+            self._own(self.dispatcher.failures.run(), name=f"{self.name}-failures"),
         ]
         # What a person asked for while nothing ran comes back before anything new is taken.
         looked = self._loop.create_task(self.keeper.looked.wait())
@@ -243,25 +208,11 @@ class Pipeline:
 
     def _recover(self, recovered: Recovered) -> None:
         """Sealed batches first, under their old ids; then the chunks from the cursor on."""
-        self._next_batch = recovered.next_batch
         self._cursor = recovered.cursor
         self.tail = ChunkReader(
             self.journal, self.room, first=recovered.cursor.chunk, last=recovered.last_chunk
         )
-        now = self._clock.now()
-        for sealed in recovered.batches:
-            for span in sealed.spans:
-                size = recovered.sizes.get(span.chunk, 0)
-                self.outstanding.add(
-                    span.chunk, span.count, size=size, since=self._since(sealed.accepted_at)
-                )
-            batch = resumed(sealed, recovered.sizes, self._loop.time())
-            if not sealed.due_at:
-                self.line.resume(batch)
-                continue
-            # Before it was accepted? The clock was set back: what is due by the old one is due.
-            wait = max(0.0, sealed.due_at - now) if now >= sealed.accepted_at else 0.0
-            self._park(batch, min(wait, recovered.waits.get(sealed.number, wait)))
+        self.settlements.recover(recovered, self.journal.id)
         if recovered.set_aside:
             log.error("journal_set_aside", pipeline=self.name, moved_to=recovered.set_aside)
         if self.journal.ledger.pending:
@@ -275,7 +226,7 @@ class Pipeline:
     def bound(self, batch: BatchSettings) -> None:
         """Other bounds for batches from now on."""
         self.settings = self.settings.model_copy(update={"batch": batch})
-        self.batcher.bound(records_max=batch.records_max, bytes_max=batch.bytes_max)
+        self.batcher.bound(**batch.model_dump())
         self._retime()
 
     # -- 1. accept: source → journal -----------------------------------------------------------
@@ -324,17 +275,13 @@ class Pipeline:
         while True:
             chunk = await self.tail.next()
             records = chunk.records
-            self.outstanding.add(
+            self.settlements.enter(
                 chunk.id,
                 records.count - self._first_of(chunk),
                 size=len(records.payload) + len(records.sizes),
-                since=self._since(chunk.accepted_at),
+                accepted_at=chunk.accepted_at,
             )
             await self.queue.put(chunk)
-
-    def _since(self, accepted_at: float) -> float:
-        """The loop time of an acceptance: from here on no clock that is set moves it."""
-        return self._loop.time() - max(0.0, self._clock.now() - accepted_at)
 
     def _first_of(self, chunk: Chunk) -> int:
         """The first record that is not sealed; not 0 only for the recovered cursor's chunk."""
@@ -371,14 +318,10 @@ class Pipeline:
             self._timer = None
 
     def _due(self) -> float | None:
-        """When the open batch must go, loop time; never while one is sealed and has no worker."""
-        if self._leaving:
-            return self._loop.time()
-        if not self.line.empty or self.running > self.settings.executor.workers:
-            return None
-        age_max = self.settings.batch.age_max
-        age = self._clock.now() - self.batcher.accepted_at
-        return self._loop.time() + age_max - min(max(age, 0.0), age_max)
+        """The loop time at which the open batch must go, as things are."""
+        busy = self.dispatcher.busy(self.settings.executor.workers)
+        wait = self.batcher.due_in(self._clock.now(), busy=busy)
+        return None if wait is None else self._loop.time() + wait
 
     def _retime(self) -> None:
         """Something that decides when the open batch is due has changed."""
@@ -405,18 +348,16 @@ class Pipeline:
         """Submits the seal; it shares the next commit, and `_dispatch` waits for it."""
         if cut is None:
             return
-        number, count = self._next_batch, sum(span.count for span in cut.spans)
-        self._next_batch += 1
         batch = SealedBatch(
-            number,
+            self.settlements.take_numbers(),
             cut.spans,
-            count,
+            sum(span.count for span in cut.spans),
             accepted_at=cut.accepted_at,
             records=cut.records,
             size=cut.size,
         )
         batch.sealed = self.journal.write(Seal(as_sealed(batch, 0.0), Cursor(*cut.cursor)))
-        await self.line.put(batch)
+        await self.dispatcher.queue.put(batch)
 
     # -- 5. dispatch: `workers` batches run at most, and some more lie ready for them ----------
 
@@ -424,17 +365,7 @@ class Pipeline:
         while True:
             if self.journal.letters_full:
                 await self._wait_for_letters()
-            await self.pool.acquire()
-            self._has_lane = True
-            batch = await self.line.next()
-            self._has_lane = False
-            self.outage.started(batch.number, self._loop.time())
-            self.running += 1
-            self._dispatched += 1
-            if batch.sealed is not None:
-                self._sealing = True
-                await batch.sealed
-                self._sealing = False
+            batch = await self.dispatcher.next()
             self._own(self._run(batch), name=f"{self.name}-batch-{batch.number}")
 
     async def _wait_for_letters(self) -> None:
@@ -458,30 +389,27 @@ class Pipeline:
             if batch.records is None:
                 await self._load(batch)
             records = batch.records
-            result = None if records is None else await self.pool.run(self._job(batch, records))
+            if records is not None:
+                result = await self.dispatcher.call(batch, records, self.journal.id)
         finally:
-            self.running -= 1
-            self.pool.release()
-            self._retime()
-        if self._closing and result is not None and result.failure is not None:
-            return  # its worker was ended under it: that is not the batch's fault
-        if result is None or records is None:
-            self.outage.answered(batch.number)
-            await self._set_aside(batch)
+            self.dispatcher.ended()
+        if records is None:
+            self.dispatcher.outage.answered(batch.number)
+            await self.settlements.set_aside(batch)
+            self._moved.set()
             return
-        batch.attempts += spends_try(result)
-        now = self._loop.time()
-        standing = self.isolation.standing(batch, result, now)
-        if self.failures.ended(result.failure, now, attempts=batch.attempts, records=batch.count):
-            self.line.wake(now)
-        verdict = decide(result, standing, rule=self._rule, random=random.random)
+        if self._closing and result.failure is not None:
+            return  # its worker was ended under it: that is not the batch's fault
+        verdict = self.dispatcher.judge(batch, result)
         self._metrics.batch_tried(
             outcome(batch.count, result, verdict), batch.count, batch.size, result.seconds
         )
-        if isinstance(verdict, RetryBatch):
-            await self._postpone(batch, verdict)
+        if isinstance(verdict, Resolve):
+            split = result.failure is not None
+            await self.settlements.settle(batch, records, verdict, split=split)
         else:
-            await self._settle(batch, records, verdict, split=result.failure is not None)
+            await self.settlements.postpone(batch, verdict)
+        self._moved.set()
 
     async def _load(self, batch: SealedBatch) -> None:
         """Brings a batch's payload back from the journal."""
@@ -490,101 +418,9 @@ class Pipeline:
             batch.size = len(batch.records.payload)
             self.room.take(batch.size)
 
-    def _job(self, batch: SealedBatch, records: Records) -> Job:
-        return Job(
-            f"{self.journal.id}-{batch.number}",
-            batch.attempts + 1,
-            records,
-            list(batch.spans),
-            self.journal.id,
-        )
-
-    # -- 7. settle: done, retry, dead letter ---------------------------------------------------
-
-    async def _postpone(self, batch: SealedBatch, verdict: RetryBatch) -> None:
-        log.debug("batch_postponed", attempts=batch.attempts, after=round(verdict.after, 3))
-        self._forget_payload(batch)
-        # Parked before the commit, so that the line counts it when the next batch is asked for.
-        self._park(batch, verdict.after, asked=verdict.asked)
-        due_at = self._clock.now() + verdict.after
-        await self.journal.write(Postpone(as_sealed(batch, due_at, self._loop.time())))
-        self._moved.set()
-
-    def _park(self, batch: SealedBatch, after: float, *, asked: bool = False) -> None:
-        load = Load(batch.count, batch.bytes + BATCH_BYTES)
-        is_part = batch.family is not None
-        place = rank(batch.count, batch.attempts, self._rule.attempts_max, is_part=is_part)
-        self.line.park(batch, self._loop.time() + after, load, asked=asked, rank=place)
-
-    async def _settle(
-        self, batch: SealedBatch, records: Records, verdict: Resolve, *, split: bool
-    ) -> None:
-        now = self._clock.now()
-        dead = dead_letters(batch, records, verdict.given_up, origin=self.journal.id, now=now)
-        successors = replacements(batch, verdict.again, first_number=self._next_batch)
-        self._next_batch += len(successors)
-        if split and successors:
-            self.isolation.split(batch, [successor for successor, _ in successors])
-            log.debug("batch_split", records=batch.count)
-        await self._write_down(batch, dead, successors)
-        for successor, after in successors:
-            self._park(successor, after, asked=not split)
-
-    async def _set_aside(self, batch: SealedBatch) -> None:
-        """A batch that can't be read any more: only what lies in damaged chunks is given up."""
-        readable = [span for span in batch.spans if await self.journal.load([span]) is not None]
-        lost = [span for span in batch.spans if span not in readable]
-        letters = damage_letters(batch, lost, origin=self.journal.id, now=self._clock.now())
-        successors = []
-        if readable:
-            successors.append((remainder(batch, readable, number=self._next_batch), 0.0))
-            self._next_batch += 1
-        await self._write_down(batch, letters, successors, damaged=[span.chunk for span in lost])
-        for successor, _ in successors:
-            self._park(successor, 0.0)
-
-    async def _write_down(
-        self,
-        batch: SealedBatch,
-        dead: Sequence[DeadLetter],
-        successors: Sequence[tuple[SealedBatch, float]],
-        damaged: Sequence[int] = (),
-    ) -> None:
-        """One transaction; then the chunks that it finished leave the queue."""
-        remaining = [span for successor, _ in successors for span in successor.spans]
-        settled = without(batch.spans, remaining)
-        finished, freed = self.outstanding.settle(settled)
-        self._forget_payload(batch)
-        now, loop_now = self._clock.now(), self._loop.time()
-        given_up = sum(letter.records for letter in dead)
-        settle = Settle(
-            batch=batch.number,
-            processed=batch.count - given_up - sum(span.count for span in remaining),
-            dead=dead,
-            successors=[as_sealed(one, now + after, loop_now) for one, after in successors],
-            finished=finished,
-            finished_bytes=0 if damaged else freed,
-            damaged=damaged,
-        )
-        await self.journal.write(settle)
-        self.watches.settled(settled, dead)
-        for chunk in finished:
-            if chunk >= self._cursor.chunk:  # older ones were sealed in an earlier life
-                self.queue.task_done()
-        self.isolation.settled(batch)
-        self._moved.set()
-        self._report_dead(dead)
-
-    def _report_dead(self, dead: Sequence[DeadLetter]) -> None:
-        for reason in {letter.reason for letter in dead}:
-            letters = [letter for letter in dead if letter.reason == reason]
-            records = sum(letter.records for letter in letters)
-            self._metrics.died(reason, records)
-            self.failures.given_up(reason, records, letters[0].error)
-
-    def _forget_payload(self, batch: SealedBatch) -> None:
-        self.room.free(batch.size)
-        batch.records, batch.size = None, 0
+    def _finished(self, chunk: int) -> None:
+        if chunk >= self._cursor.chunk:  # older ones were sealed in an earlier life
+            self.queue.task_done()
 
     # -- leave ---------------------------------------------------------------------------------
 
@@ -594,7 +430,7 @@ class Pipeline:
         Returns when all of it is settled, when the pipeline broke, at `deadline` (loop time), or
         as soon as all that is left waits for a retry beyond it.
         """
-        self._leaving = True
+        self.batcher.draining = True
         self.keeper.stop()
         self._retime()
         joined = self._loop.create_task(self._joined(), name=f"{self.name}-join")
@@ -603,7 +439,7 @@ class Pipeline:
                 left = None if deadline is None else deadline - self._loop.time()
                 if left is not None and (left <= 0 or self._only_waits_beyond(deadline)):
                     return
-                if self.stopped and not self.running:
+                if self.stopped and not self.dispatcher.running:
                     return
                 self._moved.clear()
                 moved = self._loop.create_task(self._moved.wait())
@@ -626,9 +462,10 @@ class Pipeline:
 
     def _only_waits_beyond(self, deadline: float | None) -> bool:
         fed = self.tail.waiting or not self.queue.empty() or self.batcher.open
-        if deadline is None or self.running or (fed and not self.outage.paused):
+        work = self.dispatcher
+        if deadline is None or work.running or (fed and not work.outage.paused):
             return False
-        return deadline < self.line.ready_at < math.inf
+        return deadline < work.queue.ready_at < math.inf
 
     async def close(self, deadline: float, give_up: float | None = None) -> DrainReport:
         """Ends the workers, then closes the journal; see `end_workers` and `close_journal`."""
@@ -643,7 +480,7 @@ class Pipeline:
         """
         self._closing = True
         await _cancel(self._turning)
-        self._gone = await self.pool.close(deadline if not self.running else self._loop.time())
+        self._gone = await self.dispatcher.close(deadline)
         await _cancel(self._tasks)  # whose worker is gone, or was left behind
 
     async def close_journal(self, give_up: float | None = None) -> DrainReport:
@@ -656,7 +493,7 @@ class Pipeline:
             The last numbers.
         """
         closed = await self.journal.close(give_up)
-        self.failures.sum_up_given_up()
+        self.dispatcher.failures.sum_up_given_up()
         return DrainReport(
             closed.ledger,
             closed.counted,
@@ -683,8 +520,8 @@ class Pipeline:
             queue_chunks=self.queue.qsize(),
             queue_bytes=self.room.bytes,
             # What runs beyond that lies ready before the lanes.
-            lanes_busy=min(self.running, self.settings.executor.workers),
-            batches_waiting=self.line.waiting,
+            lanes_busy=min(self.dispatcher.running, self.settings.executor.workers),
+            batches_waiting=self.dispatcher.queue.waiting,
             oldest_pending_seconds=0.0 if oldest is None else self._loop.time() - oldest,
             letters=letters.letters,
             letters_bytes=letters.accepted_bytes,
@@ -698,7 +535,7 @@ class Pipeline:
             expired=letters.expired,
             purged=letters.purged,
             unaccounted=self.auditor.difference,
-            down_since=self.failures.down_since,
+            down_since=self.dispatcher.failures.down_since,
         )
 
     def stages(self) -> tuple[Stage, ...]:
@@ -708,18 +545,14 @@ class Pipeline:
         """
         if self._closing:
             return ()
-        cutting = not self.line.is_long and (
+        cutting = not self.dispatcher.queue.is_long and (
             not self.queue.empty() or (self.batcher.open and self._overdue())
         )
-        free = self._has_lane or self.pool.has_free
-        handing_out = (
-            free and not (self._sealing or self.stopped) and self.line.could_give(self._loop.time())
-        )
-        consumed = self._next_batch + self.batcher.chunks
+        consumed = self.settlements.next_batch + self.batcher.chunks
         stages = (
             Stage("pump", self.tail.could_give and not self.queue.full(), self.tail.given),
             Stage("consumer", cutting, consumed),
-            Stage("dispatcher", handing_out, self._dispatched),
+            self.dispatcher.stage(stopped=bool(self.stopped)),
             self.journal.stage(),
         )
         return tuple(stage._replace(name=f"the {stage.name} of {self.name}") for stage in stages)

@@ -1,21 +1,32 @@
-"""What a settlement consists of: dead letters and the batches that replace one. Pure."""
+"""Settlements: dead letters, the batches that replace one, and the transaction that writes them.
+
+The functions are pure; `SettlementWriter` alone touches the journal.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from ingestd.base.batch import SealedBatch
-from ingestd.base.record import select
+from ingestd.base.logging import get_logger
+from ingestd.base.record import select, without
 from ingestd.execution.retry import RetryBatch
-from ingestd.journal.interface import DeadLetter, Failing, Place, Sealed
+from ingestd.journal.interface import DeadLetter, Failing, Place, Postpone, Sealed, Settle
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-    from ingestd.base.metrics import Tried
+    from ingestd.base.clock import Clock
+    from ingestd.base.metrics import PipelineMetrics, Tried
     from ingestd.base.record import Records, Span
+    from ingestd.execution.dispatcher import Dispatcher
     from ingestd.execution.retry import DeadLettered, Resolve, RetryRecords
     from ingestd.handlers.outcome import Result
+    from ingestd.journal.interface import Journal, Recovered
+    from ingestd.journal.reader import MemoryBudget, UnsettledChunks
+
+log = get_logger()
 
 DAMAGED = "the journal's copy is damaged: its checksum does not fit"
 
@@ -153,3 +164,155 @@ def damage_letters(
         )
         for span in lost
     ]
+
+
+# -- what one result changes, in one transaction ---------------------------------------------------
+
+
+class SettlementWriter:
+    """Writes what became of a batch: dead letters, the batches that replace it, finished chunks.
+
+    Args:
+        journal: where it is written.
+        dispatcher: gets the batches that are to be tried again.
+        unsettled: the chunks that still hold unsettled records.
+        budget: the memory that payloads take.
+        metrics: counts dead letters.
+        clock: where time comes from.
+        on_settled: called with the spans that are settled and the dead letters among them.
+        on_finished: called with each chunk of which all records are settled.
+
+    Attributes:
+        journal_id: the first part of each record's id; known after `recover`.
+        next_batch: the number of the next batch.
+    """
+
+    journal_id = ""
+    next_batch = 0
+
+    def __init__(
+        self,
+        journal: Journal,
+        dispatcher: Dispatcher,
+        unsettled: UnsettledChunks,
+        budget: MemoryBudget,
+        *,
+        metrics: PipelineMetrics,
+        clock: Clock,
+        on_settled: Callable[[Sequence[Span], Sequence[DeadLetter]], None],
+        on_finished: Callable[[int], None],
+    ) -> None:
+        self._journal = journal
+        self._dispatcher = dispatcher
+        self._unsettled = unsettled
+        self._budget = budget
+        self._metrics = metrics
+        self._clock = clock
+        self._on_settled = on_settled
+        self._on_finished = on_finished
+
+    def recover(self, recovered: Recovered, journal_id: str) -> None:
+        """Takes up the batches of an earlier life, under their old ids."""
+        self.journal_id, self.next_batch = journal_id, recovered.next_batch
+        now = self._clock.now()
+        for sealed in recovered.batches:
+            for span in sealed.spans:
+                size = recovered.sizes.get(span.chunk, 0)
+                self.enter(span.chunk, span.count, size=size, accepted_at=sealed.accepted_at)
+            batch = resumed(sealed, recovered.sizes, _loop_time())
+            if not sealed.due_at:
+                self._dispatcher.queue.resume(batch)
+                continue
+            # Before it was accepted? The clock was set back: what is due by the old one is due.
+            wait = max(0.0, sealed.due_at - now) if now >= sealed.accepted_at else 0.0
+            self._dispatcher.park(batch, min(wait, recovered.waits.get(sealed.number, wait)))
+
+    def enter(self, chunk: int, count: int, *, size: int, accepted_at: float) -> None:
+        """Counts records of a chunk as unsettled; see `UnsettledChunks.add`."""
+        # In loop time: from here on no clock that is set moves the acceptance.
+        since = _loop_time() - max(0.0, self._clock.now() - accepted_at)
+        self._unsettled.add(chunk, count, size=size, since=since)
+
+    def take_numbers(self, count: int = 1) -> int:
+        """Takes numbers for batches; returns the first."""
+        first = self.next_batch
+        self.next_batch += count
+        return first
+
+    async def postpone(self, batch: SealedBatch, verdict: RetryBatch) -> None:
+        """Keeps a batch for another try."""
+        log.debug("batch_postponed", attempts=batch.attempts, after=round(verdict.after, 3))
+        self._forget_payload(batch)
+        # Parked before the commit, so that the queue counts it when the next batch is asked for.
+        self._dispatcher.park(batch, verdict.after, asked=verdict.asked)
+        due_at = self._clock.now() + verdict.after
+        await self._journal.write(Postpone(as_sealed(batch, due_at, _loop_time())))
+
+    async def settle(
+        self, batch: SealedBatch, records: Records, verdict: Resolve, *, split: bool
+    ) -> None:
+        """Settles a batch; `split`: what is tried again are its parts, not single records."""
+        now = self._clock.now()
+        dead = dead_letters(batch, records, verdict.given_up, origin=self.journal_id, now=now)
+        number = self.take_numbers(len(verdict.again))
+        successors = replacements(batch, verdict.again, first_number=number)
+        if split and successors:
+            self._dispatcher.splitter.split(batch, [successor for successor, _ in successors])
+            log.debug("batch_split", records=batch.count)
+        await self._write(batch, dead, successors)
+        for successor, after in successors:
+            self._dispatcher.park(successor, after, asked=not split)
+
+    async def set_aside(self, batch: SealedBatch) -> None:
+        """Settles a batch that can't be read: only what lies in damaged chunks is given up."""
+        readable = [span for span in batch.spans if await self._journal.load([span]) is not None]
+        lost = [span for span in batch.spans if span not in readable]
+        letters = damage_letters(batch, lost, origin=self.journal_id, now=self._clock.now())
+        successors = []
+        if readable:
+            successors.append((remainder(batch, readable, number=self.take_numbers()), 0.0))
+        await self._write(batch, letters, successors, damaged=[span.chunk for span in lost])
+        for successor, _ in successors:
+            self._dispatcher.park(successor, 0.0)
+
+    async def _write(
+        self,
+        batch: SealedBatch,
+        dead: Sequence[DeadLetter],
+        successors: Sequence[tuple[SealedBatch, float]],
+        damaged: Sequence[int] = (),
+    ) -> None:
+        """One transaction; then the chunks that it finished leave the queue."""
+        remaining = [span for successor, _ in successors for span in successor.spans]
+        settled = without(batch.spans, remaining)
+        finished, freed = self._unsettled.settle(settled)
+        self._forget_payload(batch)
+        now, loop_now = self._clock.now(), _loop_time()
+        given_up = sum(letter.records for letter in dead)
+        settle = Settle(
+            batch=batch.number,
+            processed=batch.count - given_up - sum(span.count for span in remaining),
+            dead=dead,
+            successors=[as_sealed(one, now + after, loop_now) for one, after in successors],
+            finished=finished,
+            finished_bytes=0 if damaged else freed,
+            damaged=damaged,
+        )
+        await self._journal.write(settle)
+        self._on_settled(settled, dead)
+        for chunk in finished:
+            self._on_finished(chunk)
+        self._dispatcher.splitter.settled(batch)
+        for reason in {letter.reason for letter in dead}:
+            letters = [letter for letter in dead if letter.reason == reason]
+            records = sum(letter.records for letter in letters)
+            self._metrics.died(reason, records)
+            self._dispatcher.failures.given_up(reason, records, letters[0].error)
+
+    def _forget_payload(self, batch: SealedBatch) -> None:
+        self._budget.free(batch.size)
+        batch.records, batch.size = None, 0
+
+
+def _loop_time() -> float:
+    return asyncio.get_running_loop().time()

@@ -185,7 +185,7 @@ def bounds_near(used: Mapping[str, tuple[float, float]]) -> list[str]:
 def status_of(pipeline: Pipeline) -> PipelineStatus:
     """Where a pipeline stands now."""
     state, settings = pipeline.state(), pipeline.settings
-    load = pipeline.line.waiting_load
+    load = pipeline.dispatcher.queue.waiting_load
     space = pipeline.journal.space
     if space is not None:
         space.check()
@@ -208,7 +208,7 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
             bytes_max=settings.queue.bytes_max,
         ),
         batches=BatchesStatus(
-            sealed=pipeline.line.ahead,
+            sealed=pipeline.dispatcher.queue.ahead,
             running=state.lanes_busy,
             waiting_retry=state.batches_waiting,
             waiting_records=load.records,
@@ -224,7 +224,7 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
             invalid_bytes_max=settings.dead.invalid_bytes_max,
             dropped=state.dropped,
         ),
-        executor=pipeline.executor,
+        executor=pipeline.dispatcher.executor,
         dispatch_stopped=pipeline.stopped,
         oldest_pending_seconds=round(state.oldest_pending_seconds, 3),
         bounds_near=bounds_near(
@@ -242,8 +242,8 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
 
 
 def _handler(pipeline: Pipeline) -> HandlerStatus:
-    since = pipeline.failures.down_since
+    since = pipeline.dispatcher.failures.down_since
     if not since:
         return HandlerStatus()
     at = datetime.fromtimestamp(since, UTC).isoformat(timespec="seconds")
-    return HandlerStatus("down", at.replace("+00:00", "Z"), pipeline.failures.last_error)
+    return HandlerStatus("down", at.replace("+00:00", "Z"), pipeline.dispatcher.failures.last_error)

@@ -1,7 +1,7 @@
 """The batcher: cuts chunks into batches bounded by records, bytes and age. Pure: no I/O, no clock.
 
-`add` gives it a chunk; `take` gives back each batch that is full. What remains is the open batch,
-which `close` gives back when it is old enough or the pipeline drains.
+`add` gives it a chunk; `take` gives back each batch that is full. What remains is the open batch:
+`due_in` says when it is old enough, and `close` gives it back.
 """
 
 from __future__ import annotations
@@ -97,15 +97,17 @@ class Batcher:
         records_max: records a batch; exact.
         bytes_max: payload bytes a batch; only a record that is larger by itself exceeds it, and
             then stands alone.
+        age_max: seconds after which a batch is due, counted from its oldest record's acceptance.
 
     Attributes:
         chunks: how many were added.
+        draining: no more records come, so an open batch is due at once.
     """
 
-    def __init__(self, *, records_max: int, bytes_max: int) -> None:
-        self.records_max = records_max
-        self.bytes_max = bytes_max
+    def __init__(self, *, records_max: int, bytes_max: int, age_max: float) -> None:
+        self.bound(records_max=records_max, bytes_max=bytes_max, age_max=age_max)
         self.chunks = 0
+        self.draining = False
         self._spans: list[Span] = []
         self._parts: list[Records] = []
         self._count = 0
@@ -116,18 +118,31 @@ class Batcher:
 
     @property
     def open(self) -> bool:
-        """Returns True if there is an open batch."""
+        """Tells if there is an open batch."""
         return self._count > 0
 
-    @property
-    def accepted_at(self) -> float:
-        """Time at which the open batch's oldest record was accepted; meaningless without one."""
-        return self._accepted_at
+    def due_in(self, now: float, *, busy: bool) -> float | None:
+        """Seconds until the open batch is due; `None` as long as nothing but a change makes it so.
 
-    def bound(self, *, records_max: int, bytes_max: int) -> None:
-        """Other bounds from now on; an open batch that is beyond them goes at the next `take`."""
+        Args:
+            now: seconds since the epoch. A clock that is set back makes no batch wait for longer
+                than `age_max`.
+            busy: a sealed batch waits for a worker. While it does, the open one can keep filling:
+                it would be called no sooner if it were sealed.
+        """
+        if not self._count:
+            return None
+        if self.draining:
+            return 0.0
+        if busy:
+            return None
+        return self.age_max - min(max(now - self._accepted_at, 0.0), self.age_max)
+
+    def bound(self, *, records_max: int, bytes_max: int, age_max: float) -> None:
+        """Sets other bounds; an open batch that is beyond them goes at the next `take`."""
         self.records_max = records_max
         self.bytes_max = bytes_max
+        self.age_max = age_max
 
     def add(self, chunk: int, records: Records, *, first: int, accepted_at: float) -> None:
         """Takes the records of a chunk from `first` on. Call `take` until it gives nothing."""

@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 from ingestd.base.record import Layout, Records, Span
 from ingestd.batching.batcher import BatchDraft, Batcher
 
+AGE = 10.0
+
 
 def feed(batcher: Batcher, chunk: int, records: Records, first: int = 0) -> list[BatchDraft]:
     batcher.add(chunk, records, first=first, accepted_at=float(chunk))
@@ -18,7 +20,7 @@ def feed(batcher: Batcher, chunk: int, records: Records, first: int = 0) -> list
 
 
 def test_a_chunk_of_100_000_records_makes_100_batches_of_1_000() -> None:
-    batcher = Batcher(records_max=1000, bytes_max=4 << 20)
+    batcher = Batcher(records_max=1000, bytes_max=4 << 20, age_max=AGE)
     records = Records.lines([b"%d" % n for n in range(100_000)])
     cuts = feed(batcher, 7, records)
     assert len(cuts) == 100
@@ -31,38 +33,38 @@ def test_a_chunk_of_100_000_records_makes_100_batches_of_1_000() -> None:
 
 
 def test_a_whole_chunk_goes_without_a_copy() -> None:
-    batcher = Batcher(records_max=3, bytes_max=100)
+    batcher = Batcher(records_max=3, bytes_max=100, age_max=AGE)
     records = Records.lines([b"1", b"2", b"3"])
     (cut,) = feed(batcher, 1, records)
     assert cut.records.payload is records.payload
 
 
 def test_a_record_larger_than_the_bound_stands_alone() -> None:
-    batcher = Batcher(records_max=10, bytes_max=10)
+    batcher = Batcher(records_max=10, bytes_max=10, age_max=AGE)
     cuts = feed(batcher, 1, Records.lines([b"1", b"x" * 50, b"2"]))
     last = batcher.close()
     assert [cut.records.items() for cut in [*cuts, last]] == [[b"1"], [b"x" * 50], [b"2"]]
 
 
 def test_an_open_batch_that_is_beyond_new_bounds_goes_as_it_is() -> None:
-    batcher = Batcher(records_max=100, bytes_max=100)
+    batcher = Batcher(records_max=100, bytes_max=100, age_max=AGE)
     assert feed(batcher, 1, Records.lines([b"%d" % n for n in range(9)])) == []
-    batcher.bound(records_max=4, bytes_max=100)
+    batcher.bound(records_max=4, bytes_max=100, age_max=AGE)
     cuts = feed(batcher, 2, Records.lines([b"a", b"b", b"c", b"d", b"e"]))
     assert [cut.records.count for cut in cuts] == [9, 4]
     assert batcher.close().records.items() == [b"e"]
 
 
 def test_an_open_batch_goes_on_within_larger_bounds() -> None:
-    batcher = Batcher(records_max=3, bytes_max=100)
+    batcher = Batcher(records_max=3, bytes_max=100, age_max=AGE)
     assert feed(batcher, 1, Records.lines([b"1", b"2"])) == []
-    batcher.bound(records_max=4, bytes_max=6)
+    batcher.bound(records_max=4, bytes_max=6, age_max=AGE)
     (cut,) = feed(batcher, 2, Records.lines([b"3", b"4"]))
     assert cut.records.items() == [b"1", b"2", b"3"]
 
 
 def test_the_rest_of_a_recovered_chunk_starts_at_its_cursor() -> None:
-    batcher = Batcher(records_max=10, bytes_max=100)
+    batcher = Batcher(records_max=10, bytes_max=100, age_max=AGE)
     assert feed(batcher, 3, Records.lines([b"0", b"1", b"2"]), first=2) == []
     cut = batcher.close()
     assert cut.spans == (Span(3, 2, 1),)
@@ -71,13 +73,14 @@ def test_the_rest_of_a_recovered_chunk_starts_at_its_cursor() -> None:
 
 
 def test_the_age_is_the_oldest_records() -> None:
-    batcher = Batcher(records_max=3, bytes_max=100)
+    batcher = Batcher(records_max=3, bytes_max=100, age_max=AGE)
     feed(batcher, 1, Records.lines([b"a"]))
     feed(batcher, 2, Records.lines([b"b"]))
-    assert batcher.accepted_at == 1.0
+    assert batcher.due_in(1.0, busy=False) == AGE
+    assert batcher.due_in(3.0, busy=False) == AGE - 2
     (cut,) = feed(batcher, 3, Records.lines([b"c", b"d"]))
     assert cut.accepted_at == 1.0
-    assert batcher.accepted_at == 3.0
+    assert batcher.due_in(3.0, busy=False) == AGE
 
 
 chunks = st.lists(
@@ -88,7 +91,7 @@ chunks = st.lists(
 
 @given(chunks=chunks, records_max=st.integers(1, 15), bytes_max=st.integers(1, 60))
 def test_any_chunks_give_the_same_records_in_order(chunks, records_max, bytes_max) -> None:
-    batcher = Batcher(records_max=records_max, bytes_max=bytes_max)
+    batcher = Batcher(records_max=records_max, bytes_max=bytes_max, age_max=AGE)
     cuts, expected, held = [], [], {}
     for number, (as_lines, raw) in enumerate(chunks, 1):
         items = [item.replace(b"\n", b" ") for item in raw] if as_lines else raw
@@ -116,8 +119,36 @@ def test_any_chunks_give_the_same_records_in_order(chunks, records_max, bytes_ma
 
 
 def test_layouts_may_mix() -> None:
-    batcher = Batcher(records_max=4, bytes_max=100)
+    batcher = Batcher(records_max=4, bytes_max=100, age_max=AGE)
     feed(batcher, 1, Records.lines([b"1", b"2"]))
     (cut,) = feed(batcher, 2, Records.sized([b"a\nb", b""]))
     assert cut.records.layout is Layout.SIZED
     assert cut.records.items() == [b"1", b"2", b"a\nb", b""]
+
+
+def test_without_an_open_batch_nothing_is_due() -> None:
+    batcher = Batcher(records_max=2, bytes_max=100, age_max=AGE)
+    assert batcher.due_in(0.0, busy=False) is None
+    (_,) = feed(batcher, 1, Records.lines([b"1", b"2"]))
+    batcher.draining = True
+    assert batcher.due_in(99.0, busy=False) is None
+
+
+def test_the_oldest_record_says_when_the_open_batch_is_due() -> None:
+    batcher = Batcher(records_max=9, bytes_max=100, age_max=AGE)
+    feed(batcher, 5, Records.lines([b"1"]))
+    feed(batcher, 9, Records.lines([b"2"]))
+    assert batcher.due_in(9.0, busy=False) == AGE - 4
+    assert batcher.due_in(5.0 + AGE, busy=False) == 0.0
+    assert batcher.due_in(500.0, busy=False) == 0.0
+    assert batcher.due_in(-500.0, busy=False) == AGE  # the clock was set back
+    batcher.bound(records_max=9, bytes_max=100, age_max=2.0)
+    assert batcher.due_in(6.0, busy=False) == 1.0
+
+
+def test_a_batch_that_would_have_to_wait_keeps_filling_but_in_a_drain() -> None:
+    batcher = Batcher(records_max=9, bytes_max=100, age_max=AGE)
+    feed(batcher, 5, Records.lines([b"1"]))
+    assert batcher.due_in(500.0, busy=True) is None
+    batcher.draining = True
+    assert batcher.due_in(5.0, busy=True) == 0.0

@@ -54,7 +54,7 @@ async def test_poison_among_5000(start, tmp_path, bad: set[int]) -> None:
     assert all("ValueError: poison" in row[3] for row in dead(tmp_path))
     assert report.ledger[:3] == (5000, 5000 - len(bad), len(bad))
     assert report.balanced
-    assert pipeline.isolation.families == 0
+    assert pipeline.dispatcher.splitter.families == 0
     # O(bad * log n) calls, and a few tries before the first split.
     calls = len(recording.calls(tmp_path))
     assert calls <= 2 * QUICK["attempts_max"] + 2 * len(bad) * (math.ceil(math.log2(5000)) + 1)
@@ -166,8 +166,10 @@ async def test_an_outage_does_not_use_the_journal_up(start, tmp_path) -> None:
         options={"folder": str(tmp_path)},
     )
     await pipeline.accept(Append(numbers(0, 1000)))
-    await until(lambda: pipeline.isolation.families and pipeline.failures.down_since)
-    assert pipeline.isolation.families == 1
+    await until(
+        lambda: pipeline.dispatcher.splitter.families and pipeline.dispatcher.failures.down_since
+    )
+    assert pipeline.dispatcher.splitter.families == 1
     (tmp_path / "up").touch()
     report = await drained(pipeline)
     assert report.ledger[:3] == (1000, 1000, 0)

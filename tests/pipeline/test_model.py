@@ -92,7 +92,7 @@ class PipelineAgainstModel(RuleBasedStateMachine):
             return pool, "thread"
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ingestd.pipeline.start_pool", start_pool)
+            patch.setattr("ingestd.execution.dispatcher.start_pool", start_pool)
             self.loop.run_until_complete(self.pipeline.open())
         self.settle_down()
 
@@ -105,11 +105,11 @@ class PipelineAgainstModel(RuleBasedStateMachine):
                 await self.pipeline.journal.append(Append(Records.lines([])))
                 for _ in range(12):
                     await asyncio.sleep(0)
-                pipeline, line = self.pipeline, self.pipeline.line
+                pipeline, line = self.pipeline, self.pipeline.dispatcher.queue
                 stages = (line.ahead, line.waiting, pipeline.queue.qsize(), pipeline.tail.waiting)
                 now = (len(self.jobs), pipeline.journal.ledger, *stages)
                 # A batch that runs and has no job here waits for its records from disk.
-                resting = pipeline.running == len(self.jobs)
+                resting = pipeline.dispatcher.running == len(self.jobs)
                 resting = resting and bool(self.jobs or not pipeline.journal.ledger.pending)
                 same, before = (same + 1 if resting and now == before else 0), now
                 if not resting:

@@ -111,8 +111,8 @@ async def test_all_that_waits_comes_in_when_the_sink_is_back(start, tmp_path, ho
     )
     for n in range(30):
         await pipeline.accept(Append(numbers(n * 1000, 1000)))
-    await until(lambda: pipeline.failures.down_since)
-    waiting = pipeline.line.waiting
+    await until(lambda: pipeline.dispatcher.failures.down_since)
+    waiting = pipeline.dispatcher.queue.waiting
     assert waiting >= 3
     (tmp_path / "down").unlink()
     async with asyncio.timeout(20):
@@ -133,8 +133,8 @@ async def test_little_is_tried_and_little_is_said_while_it_is_down(start, tmp_pa
         options={"folder": str(tmp_path)},
     )
     await pipeline.accept(Append(numbers(0, 1000)))
-    await until(lambda: pipeline.failures.down_since)
-    pipeline.failures.sum_up(asyncio.get_running_loop().time())
+    await until(lambda: pipeline.dispatcher.failures.down_since)
+    pipeline.dispatcher.failures.sum_up(asyncio.get_running_loop().time())
     await until(lambda: tries(tmp_path) > 60)
     status = status_of(pipeline)
     assert status.handler.state == "down"
@@ -178,7 +178,7 @@ async def test_a_sink_that_is_back_and_rejects_everything_is_up(start, tmp_path,
         HERE + "Picky", retry=PATIENT, options={"folder": str(tmp_path)}, **ONE_BY_ONE
     )
     await pipeline.accept(Append(numbers(0, 30)))
-    await until(lambda: pipeline.failures.down_since)
+    await until(lambda: pipeline.dispatcher.failures.down_since)
     (tmp_path / "no").touch()
     (tmp_path / "down").unlink()
     report = await drained(pipeline)
@@ -186,7 +186,7 @@ async def test_a_sink_that_is_back_and_rejects_everything_is_up(start, tmp_path,
     assert {row[0] for row in dead(tmp_path)} == {"rejected"}
     assert status_of(pipeline).handler.state == "up"
     assert len(events(logs, "handler_came_back")) == 1
-    assert pipeline.outage.successes == 0  # no evidence against anything that fails
+    assert pipeline.dispatcher.outage.successes == 0  # no evidence against anything that fails
 
 
 async def test_what_is_rejected_before_the_sink_is_asked_ends_no_outage(start, tmp_path) -> None:
@@ -195,11 +195,11 @@ async def test_what_is_rejected_before_the_sink_is_asked_ends_no_outage(start, t
         HERE + "Picky", retry=PATIENT, options={"folder": str(tmp_path)}, **ONE_BY_ONE
     )
     await pipeline.accept(Append(numbers(0, 5)))
-    await until(lambda: pipeline.failures.down_since)
-    since = pipeline.failures.down_since
+    await until(lambda: pipeline.dispatcher.failures.down_since)
+    since = pipeline.dispatcher.failures.down_since
     await pipeline.accept(Append(numbers(-3, 3)))
     await until(lambda: pipeline.journal.ledger.dead == 3)
-    assert pipeline.failures.down_since == since
+    assert pipeline.dispatcher.failures.down_since == since
     (tmp_path / "down").unlink()
     report = await drained(pipeline)
     assert report.ledger[:3] == (8, 5, 3)
@@ -258,18 +258,18 @@ async def test_a_probe_that_turns_out_damaged_keeps_nobody_waiting(start, tmp_pa
     )
     for number in range(40):
         await pipeline.accept(Append(numbers(number, 1)))
-    await until(lambda: pipeline.failures.down_since)
-    pipeline.outage._next_at += 3600  # until all that waits is damaged
-    await until(lambda: not pipeline.running)
-    waiting = pipeline.line.waiting
+    await until(lambda: pipeline.dispatcher.failures.down_since)
+    pipeline.dispatcher.outage._next_at += 3600  # until all that waits is damaged
+    await until(lambda: not pipeline.dispatcher.running)
+    waiting = pipeline.dispatcher.queue.waiting
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db, db:
         db.execute(
             "UPDATE chunks SET payload = x'00' WHERE id IN"
             " (SELECT id FROM chunks ORDER BY id LIMIT ?)",
             (waiting,),
         )
-    pipeline.outage._next_at = 0.0
-    pipeline.outage.on_change()
+    pipeline.dispatcher.outage._next_at = 0.0
+    pipeline.dispatcher.outage.on_change()
     await until(lambda: pipeline.journal.ledger.dead)
     (tmp_path / "down").unlink()
     async with asyncio.timeout(20):
@@ -289,9 +289,9 @@ async def test_what_is_given_up_is_told_once_and_summed_up(start, tmp_path, logs
         return [line["records"] for line in lines if line["log_level"] != "debug"]
 
     assert told() == [1]
-    pipeline.failures.sum_up_given_up()
+    pipeline.dispatcher.failures.sum_up_given_up()
     assert told() == [1, 49]
-    pipeline.failures.sum_up_given_up()  # nothing came: the next one is told at once again
+    pipeline.dispatcher.failures.sum_up_given_up()  # nothing came: the next one is told at once
     await pipeline.accept(Append(numbers(50, 2)))
     report = await drained(pipeline)
     assert told() == [1, 49, 1, 1]
@@ -364,7 +364,7 @@ async def test_an_outage_does_not_count_against_what_failed_before_it(start, tmp
     for life in range(3):
         (tmp_path / "down").touch()
         await pipeline.accept(Append(numbers(life * 50, 50)))
-        await until(lambda: pipeline.failures.down_since)
+        await until(lambda: pipeline.dispatcher.failures.down_since)
         (tmp_path / "down").unlink()
         await until(lambda life=life: pipeline.journal.ledger.processed >= life * 50 + 20)
     report = await drained(pipeline)
@@ -379,13 +379,13 @@ async def test_not_now_spends_no_attempt_and_is_kept(start, tmp_path) -> None:
         batch={"records_max": 1},
     )
     await pipeline.accept(Append(numbers(-3600, 1)))
-    await until(lambda: pipeline.line.waiting == 1)
+    await until(lambda: pipeline.dispatcher.queue.waiting == 1)
     await pipeline.accept(
         Append(numbers(1, 5))
     )  # others go on, and their success does not end the wait
     await until(lambda: pipeline.journal.ledger.processed == 5)
-    assert pipeline.line.ready_at - asyncio.get_running_loop().time() > 3000
-    assert pipeline.line.waiting == 1
+    assert pipeline.dispatcher.queue.ready_at - asyncio.get_running_loop().time() > 3000
+    assert pipeline.dispatcher.queue.waiting == 1
     report = await pipeline.close()
     assert report.ledger[:3] == (6, 5, 0)
     with sqlite3.connect(tmp_path / "journal.db") as db:
@@ -419,12 +419,12 @@ async def test_seventy_records_with_waits_of_their_own_stop_nobody(start, tmp_pa
         HERE + "each_waits", batch={"records_max": 70, "age_max": "20ms"}, executor={"workers": 1}
     )
     await pipeline.accept(Append(numbers(0, 70)))
-    await until(lambda: pipeline.line.waiting_load.records == 70)
-    assert pipeline.line.waiting <= 10  # they share batches
+    await until(lambda: pipeline.dispatcher.queue.waiting_load.records == 70)
+    assert pipeline.dispatcher.queue.waiting <= 10  # they share batches
     assert pipeline.room.bytes == 0  # and hold no payload
     await pipeline.accept(Append(numbers(100, 1000)))
     await until(lambda: pipeline.journal.ledger.processed == 1000)
-    assert pipeline.line.waiting_load.records == 70
+    assert pipeline.dispatcher.queue.waiting_load.records == 70
     await pipeline.close()
 
 
@@ -462,8 +462,8 @@ async def test_a_drain_does_not_wait_for_a_probe_beyond_its_deadline(start, tmp_
         options={"folder": str(tmp_path)},
     )
     await pipeline.accept(Append(numbers(0, 500)))
-    await until(lambda: pipeline.failures.down_since)
-    pipeline.outage._next_at += 3600
+    await until(lambda: pipeline.dispatcher.failures.down_since)
+    pipeline.dispatcher.outage._next_at += 3600
     loop = asyncio.get_running_loop()
     deadline = loop.time() + 30
     async with asyncio.timeout_at(deadline - 10):

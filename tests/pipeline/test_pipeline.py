@@ -83,7 +83,7 @@ async def test_a_class_is_made_once_a_worker_and_closed(start, tmp_path, kind) -
         options={"folder": str(tmp_path)},
     )
     while kind == "process" and not all(  # the first one is enough for a pipeline to be open
-        lane._child and lane._child.is_ready for lane in pipeline.pool.lanes
+        lane._child and lane._child.is_ready for lane in pipeline.dispatcher.pool.lanes
     ):
         await asyncio.sleep(0.01)
     await pipeline.accept(Append(numbers(0, 60)))
@@ -133,12 +133,12 @@ async def test_while_the_workers_are_busy_a_batch_keeps_filling(start, tmp_path)
     await pipeline.accept(Append(numbers(0, 1)))
     await until(lambda: recording.calls(tmp_path))
     await pipeline.accept(Append(numbers(1, 1)))
-    await until(lambda: pipeline.running == 2)  # one runs, one is prepared ...
+    await until(lambda: pipeline.dispatcher.running == 2)  # one runs, one is prepared ...
     for n in range(2, 12):
         await pipeline.accept(Append(numbers(n, 1)))
     await until(lambda: pipeline.tail.waiting == 0 and pipeline.queue.empty())
-    assert pipeline.line.empty  # ... and only one
-    assert pipeline.running == 2
+    assert pipeline.dispatcher.queue.empty  # ... and only one
+    assert pipeline.dispatcher.running == 2
     (tmp_path / "open").touch()
     await drained(pipeline)
     assert [len(call["records"]) for call in recording.calls(tmp_path)] == [1, 1, 10]
@@ -218,7 +218,7 @@ async def test_a_restart_feeds_sealed_batches_under_their_ids_and_then_the_rest(
     common = {"options": options, "batch": {"records_max": 4, "age_max": "1h"}}
     first = await start(HANDLER + "Gate", executor={"kind": "thread", "workers": 1}, **common)
     await first.accept(Append(numbers(0, 10)))
-    await until(lambda: recording.calls(tmp_path) and first.running == 2)
+    await until(lambda: recording.calls(tmp_path) and first.dispatcher.running == 2)
     (before,) = recording.calls(tmp_path)
     loop = asyncio.get_running_loop()
     leaving = asyncio.ensure_future(first.close(loop.time() + 0.05))
@@ -309,7 +309,7 @@ async def test_a_constructor_that_fails_is_tried_again(start, tmp_path, kind) ->
         options={"folder": str(tmp_path)},
     )
     await pipeline.accept(Append(numbers(0, 2)))
-    await until(lambda: pipeline.line.waiting)
+    await until(lambda: pipeline.dispatcher.queue.waiting)
     (tmp_path / "up").touch()
     report = await drained(pipeline)
     assert report.ledger.processed == 2
@@ -317,7 +317,7 @@ async def test_a_constructor_that_fails_is_tried_again(start, tmp_path, kind) ->
 
 def recording_soon(pipeline: Any) -> bool:
     """Whether a lane has a job; the dispatcher itself may wait for one with a free lane."""
-    return pipeline.running > 0
+    return pipeline.dispatcher.running > 0
 
 
 @pytest.mark.parametrize("kind", ["thread", "process"])
@@ -328,7 +328,7 @@ async def test_what_lies_ready_before_the_lanes_is_not_with_a_worker(start, kind
         batch={"records_max": 1},
     )
     await pipeline.accept(Append(numbers(0, 5)))
-    await until(lambda: pipeline.running > 1)
+    await until(lambda: pipeline.dispatcher.running > 1)
     assert pipeline.state().lanes_busy == 1
 
 
@@ -341,9 +341,9 @@ async def test_a_sink_that_is_down_stops_new_batches(start, tmp_path) -> None:
         options={"folder": str(tmp_path), "times": 99},
     )
     await pipeline.accept(Append(numbers(0, 50)))
-    await until(lambda: pipeline.line.waiting >= 4 and not recording_soon(pipeline))
+    await until(lambda: pipeline.dispatcher.queue.waiting >= 4 and not recording_soon(pipeline))
     seen = len(recording.calls(tmp_path))
-    await until(lambda: pipeline.line.ahead >= 40)
+    await until(lambda: pipeline.dispatcher.queue.ahead >= 40)
     assert len(recording.calls(tmp_path)) == seen <= 4 + 2 * 2  # each lane holds two
     # What waits for longer than the deadline does not hold the drain up.
     loop = asyncio.get_running_loop()

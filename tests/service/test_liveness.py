@@ -111,7 +111,7 @@ async def test_behind_a_slow_handler_everything_rests(start, tmp_path: Path) -> 
     options = {"folder": str(tmp_path)}
     pipeline = await start(HANDLER + "Gate", executor={"workers": 1}, options=options, **SMALL)
     await fill(pipeline)
-    await until(lambda: pipeline.running and pipeline.tail.waiting)
+    await until(lambda: pipeline.dispatcher.running and pipeline.tail.waiting)
     await until(lambda: not free_to_go(pipeline))
     (tmp_path / "open").touch()
 
@@ -126,7 +126,7 @@ async def test_behind_a_full_line_and_a_full_queue_everything_rests(start, tmp_p
     )
     for number in range(200):
         await pipeline.accept(Append(Records.lines([b"%d" % number])))
-    await until(lambda: pipeline.line.is_long and pipeline.queue.full())
+    await until(lambda: pipeline.dispatcher.queue.is_long and pipeline.queue.full())
     await until(lambda: not free_to_go(pipeline))
     assert pipeline.tail.could_give
     (tmp_path / "open").touch()
@@ -145,7 +145,7 @@ async def test_behind_a_dead_sink_everything_rests(start, tmp_path: Path) -> Non
         **SMALL,
     )
     await fill(pipeline)
-    await until(lambda: pipeline.line.waiting >= 2 and not pipeline.running)
+    await until(lambda: pipeline.dispatcher.queue.waiting >= 2 and not pipeline.dispatcher.running)
     await until(lambda: not free_to_go(pipeline))
     assert pipeline.tail.waiting
 
@@ -211,7 +211,7 @@ async def test_a_full_disk_is_no_reason(start, tmp_path: Path) -> None:
 
     store.write = no_space
     await pipeline.accept(Append(Records.lines([b"%d" % number for number in range(20)])))
-    await until(lambda: pipeline.running and pipeline.line.could_give(0.0))
+    await until(lambda: pipeline.dispatcher.running and pipeline.dispatcher.queue.could_give(0.0))
     seen = pipeline.journal.stage().steps
     await until(lambda: pipeline.journal.stage().steps > seen + 3)
     assert "the dispatcher of default" not in free_to_go(pipeline)

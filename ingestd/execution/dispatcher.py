@@ -1,0 +1,145 @@
+"""The dispatcher: gives ready batches to free workers, and judges each try of a batch.
+
+It owns the pool of workers and everything that decides which batch is tried next: the ready queue,
+the outage, the splitter and the retry rule. It writes nothing down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING, Any
+
+from ingestd.base.watchdog import Stage
+from ingestd.execution.build import start_pool
+from ingestd.execution.failure_log import FailureLog
+from ingestd.execution.outage import Outage
+from ingestd.execution.ready_queue import Load, ReadyQueue
+from ingestd.execution.retry import BatchSplitter, RetryRule, decide, rank, spends_try
+from ingestd.handlers.outcome import Job
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ingestd.base.batch import SealedBatch
+    from ingestd.base.clock import Clock
+    from ingestd.base.record import Records
+    from ingestd.execution.pool import Pool
+    from ingestd.execution.retry import Resolve, RetryBatch
+    from ingestd.execution.settings import RetrySettings
+    from ingestd.handlers.outcome import Result
+
+BATCH_BYTES = 1024
+"""Memory that a batch takes while it waits; its payload is on disk."""
+
+
+class Dispatcher:
+    """The dispatcher of one pipeline.
+
+    Args:
+        pipeline: its name.
+        retry: `[retry]`.
+        clock: for the time of day in logs.
+        pending: gives the number of records that are not settled.
+        on_idle: called when a worker becomes free, or the last new batch has gone to one.
+
+    Attributes:
+        executor: `process`, `thread`, `async` or `external`; empty before `open`.
+        queue: the batches that wait for a worker or for their next try.
+        running: batches that are with a worker, or lie ready before one.
+    """
+
+    def __init__(
+        self,
+        pipeline: str,
+        retry: RetrySettings,
+        clock: Clock,
+        *,
+        pending: Callable[[], int],
+        on_idle: Callable[[], None],
+    ) -> None:
+        self._pipeline = pipeline
+        self._on_idle = on_idle
+        self.outage = Outage(retry.backoff_max, random.random)
+        self.queue: ReadyQueue[SealedBatch] = ReadyQueue(
+            waiting_max=Load(retry.waiting_records_max, retry.waiting_bytes_max),
+            outage=self.outage,
+            on_empty=on_idle,
+        )
+        self.splitter = BatchSplitter(self.outage, retry.attempts_max)
+        self.failures = FailureLog(pipeline, self.outage, clock, pending)
+        self._rule = RetryRule(
+            retry.attempts_max, retry.backoff, retry.backoff_max, retry.give_up_after
+        )
+        self.executor = ""
+        self.running = 0
+        self._dispatched = 0
+        self._has_place = self._sealing = False
+
+    async def open(self, *settings: Any, **context: Any) -> None:
+        """Starts the workers; takes the arguments of `start_pool` behind the name.
+
+        Raises:
+            ConfigError: see `start_pool`.
+        """
+        self._loop = asyncio.get_running_loop()
+        self.pool: Pool[Any]
+        self.pool, self.executor = await start_pool(self._pipeline, *settings, **context)
+
+    def busy(self, workers: int) -> bool:
+        """Tells if a batch that is sealed now would have to wait for a worker."""
+        return not self.queue.empty or self.running > workers
+
+    async def next(self) -> SealedBatch:
+        """Waits for a place with a worker, for a batch, and until its seal is durable."""
+        await self.pool.acquire()
+        self._has_place = True
+        batch = await self.queue.next()
+        self._has_place = False
+        self.outage.started(batch.number, self._loop.time())
+        self.running += 1
+        self._dispatched += 1
+        if batch.sealed is not None:
+            self._sealing = True
+            await batch.sealed
+            self._sealing = False
+        return batch
+
+    async def call(self, batch: SealedBatch, records: Records, journal: str) -> Result:
+        """Calls the handler with a batch; `journal` is the id that record ids begin with."""
+        name, spans = f"{journal}-{batch.number}", list(batch.spans)
+        return await self.pool.run(Job(name, batch.attempts + 1, records, spans, journal))
+
+    def ended(self) -> None:
+        """Gives the place of a batch back."""
+        self.running -= 1
+        self.pool.release()
+        self._on_idle()
+
+    def judge(self, batch: SealedBatch, result: Result) -> Resolve | RetryBatch:
+        """Decides what becomes of a batch, and takes note of what its try says of the handler."""
+        batch.attempts += spends_try(result)
+        now = self._loop.time()
+        context = self.splitter.standing(batch, result, now)
+        if self.failures.ended(result.failure, now, attempts=batch.attempts, records=batch.count):
+            self.queue.wake(now)
+        return decide(result, context, rule=self._rule, random=random.random)
+
+    def park(self, batch: SealedBatch, after: float, *, asked: bool = False) -> None:
+        """Keeps a batch for another try `after` seconds; see `ReadyQueue.park`."""
+        load = Load(batch.count, batch.bytes + BATCH_BYTES)
+        is_part = batch.family is not None
+        place = rank(batch.count, batch.attempts, self._rule.attempts_max, is_part=is_part)
+        self.queue.park(batch, self._loop.time() + after, load, asked=asked, rank=place)
+
+    def stage(self, *, stopped: bool) -> Stage:
+        """The dispatcher as the watchdog sees it; `stopped`: no batch may be given out."""
+        free = self._has_place or self.pool.has_free
+        ready = self.queue.could_give(self._loop.time())
+        return Stage(
+            "dispatcher", free and ready and not (self._sealing or stopped), self._dispatched
+        )
+
+    async def close(self, deadline: float) -> bool:
+        """Ends the workers; see `Pool.close`. One that runs a batch then gets no time for it."""
+        return await self.pool.close(self._loop.time() if self.running else deadline)
