@@ -157,7 +157,7 @@ class Daemon:
         self._deadline = 0.0  # of the drain, loop time
         self._route = self._metrics.route("/v1/records")
         self._metrics.watch_log(lambda: writer.lines_lost)
-        self._metrics.watch(lambda: {name: p.state() for name, p in self.pipelines.items()})
+        self._metrics.watch(lambda: {name: status_of(p) for name, p in self.pipelines.items()})
         self.pipelines: dict[str, Pipeline] = {}
 
     async def run(self) -> int:

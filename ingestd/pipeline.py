@@ -19,7 +19,6 @@ from structlog.contextvars import bind_contextvars
 from ingestd.base.batch import SealedBatch
 from ingestd.base.errors import JournalFailed
 from ingestd.base.logging import get_logger
-from ingestd.base.metrics import PipelineState
 from ingestd.base.record import Span
 from ingestd.base.watchdog import Stage
 from ingestd.batching.batcher import BatchDraft, Batcher
@@ -504,39 +503,6 @@ class Pipeline:
         )
 
     # -- what others may know ------------------------------------------------------------------
-
-    def state(self) -> PipelineState:
-        """Where the pipeline stands, for metrics and status."""
-        ledger, oldest = self.journal.ledger, self.outstanding.oldest
-        letters = self.journal.dead_totals
-        return PipelineState(
-            accepted=ledger.accepted,
-            processed=ledger.processed,
-            dead=ledger.dead,
-            pending=ledger.pending,
-            refused=ledger.refused,
-            journal_bytes=self.journal.bytes,
-            journal_bytes_max=self.journal.bytes_max,
-            queue_chunks=self.queue.qsize(),
-            queue_bytes=self.room.bytes,
-            # What runs beyond that lies ready before the lanes.
-            lanes_busy=min(self.dispatcher.running, self.settings.executor.workers),
-            batches_waiting=self.dispatcher.queue.waiting,
-            oldest_pending_seconds=0.0 if oldest is None else self._loop.time() - oldest,
-            letters=letters.letters,
-            letters_bytes=letters.accepted_bytes,
-            letters_bytes_max=self.journal.dead_bytes_max,
-            letters_invalid=letters.invalid,
-            letters_invalid_bytes=letters.invalid_bytes,
-            dropped=letters.dropped,
-            dispatch_stopped=int(bool(self.stopped)),
-            revived=letters.revived,
-            readmitted=letters.readmitted,
-            expired=letters.expired,
-            purged=letters.purged,
-            unaccounted=self.auditor.difference,
-            down_since=self.dispatcher.failures.down_since,
-        )
 
     def stages(self) -> tuple[Stage, ...]:
         """What has something to do and need not wait for anything else, for the watchdog.

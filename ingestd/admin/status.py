@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -70,11 +71,13 @@ class HandlerStatus(msgspec.Struct, frozen=True):
         state: `down` when it has failed for everything lately.
         down_since: when that began, UTC.
         error: the newest failure in one line.
+        down_since_seconds: the same, since the epoch; 0 while it works.
     """
 
     state: Literal["up", "down"] = "up"
     down_since: str | None = None
     error: str = ""
+    down_since_seconds: float = 0.0
 
 
 class DeadLettersStatus(msgspec.Struct, frozen=True):
@@ -88,6 +91,10 @@ class DeadLettersStatus(msgspec.Struct, frozen=True):
         invalid_bytes: what these take.
         invalid_bytes_max: `dead.invalid_bytes_max`.
         dropped: of these, how many went because there were too many, over the life of the journal.
+        requeued: records that were dead and are fed again.
+        readmitted: records that were refused and then accepted after all.
+        expired: those that became too old.
+        purged: those that an operator deleted.
     """
 
     kept: int = 0
@@ -97,6 +104,10 @@ class DeadLettersStatus(msgspec.Struct, frozen=True):
     invalid_bytes: int = 0
     invalid_bytes_max: int = 0
     dropped: int = 0
+    requeued: int = 0
+    readmitted: int = 0
+    expired: int = 0
+    purged: int = 0
 
 
 class PipelineStatus(msgspec.Struct, frozen=True):
@@ -119,6 +130,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
         executor: what the handler runs in: `process`, `thread` or `async`.
         handler: whether it works.
         dispatch_stopped: why no batch is given to the handler; empty while batches are.
+        unaccounted: pending by the counters less pending by the journal's rows; not 0 is an error.
     """
 
     accepted: int
@@ -136,6 +148,22 @@ class PipelineStatus(msgspec.Struct, frozen=True):
     executor: str = ""
     handler: HandlerStatus = HandlerStatus()
     dispatch_stopped: str = ""
+    unaccounted: int = 0
+
+    @property
+    def dead_ever(self) -> int:
+        """Records given up: a counter must not go back when some are fed again."""
+        return self.dead + self.dead_letters.requeued
+
+    @property
+    def refused_ever(self) -> int:
+        """Records refused, those too that were accepted later."""
+        return self.refused + self.dead_letters.readmitted
+
+    @property
+    def is_stopped(self) -> bool:
+        """Tells if no batch is given to the handler."""
+        return bool(self.dispatch_stopped)
 
 
 class Status(msgspec.Struct, frozen=True):
@@ -183,59 +211,65 @@ def bounds_near(used: Mapping[str, tuple[float, float]]) -> list[str]:
 
 
 def status_of(pipeline: Pipeline) -> PipelineStatus:
-    """Where a pipeline stands now."""
-    state, settings = pipeline.state(), pipeline.settings
-    load = pipeline.dispatcher.queue.waiting_load
-    space = pipeline.journal.space
+    """The status of a pipeline now: the one value that `/v1/status` and the metrics are made of."""
+    settings, journal, ledger = pipeline.settings, pipeline.journal, pipeline.journal.ledger
+    letters, waiting = journal.dead_totals, pipeline.dispatcher.queue.waiting_load
+    oldest, difference = pipeline.outstanding.oldest, pipeline.auditor.difference
+    age = 0.0 if oldest is None else asyncio.get_running_loop().time() - oldest
+    space = journal.space
     if space is not None:
         space.check()
     return PipelineStatus(
-        accepted=state.accepted,
-        processed=state.processed,
-        dead=state.dead,
-        pending=state.pending,
-        refused=state.refused,
-        balanced=state.accepted == state.processed + state.dead + state.pending
-        and not state.unaccounted,
+        accepted=ledger.accepted,
+        processed=ledger.processed,
+        dead=ledger.dead,
+        pending=ledger.pending,
+        refused=ledger.refused,
+        balanced=not difference
+        and ledger.accepted == ledger.processed + ledger.dead + ledger.pending,
         journal=JournalStatus(
-            bytes=state.journal_bytes,
-            bytes_max=state.journal_bytes_max,
-            poisoned=pipeline.journal.failed.done(),
+            bytes=journal.bytes, bytes_max=journal.bytes_max, poisoned=journal.failed.done()
         ),
         queue=QueueStatus(
-            chunks=state.queue_chunks,
-            bytes=state.queue_bytes,
+            chunks=pipeline.queue.qsize(),
+            bytes=pipeline.room.bytes,
             bytes_max=settings.queue.bytes_max,
         ),
         batches=BatchesStatus(
             sealed=pipeline.dispatcher.queue.ahead,
-            running=state.lanes_busy,
-            waiting_retry=state.batches_waiting,
-            waiting_records=load.records,
-            waiting_bytes=load.bytes,
+            # What is dispatched beyond that lies ready before the workers.
+            running=min(pipeline.dispatcher.running, settings.executor.workers),
+            waiting_retry=pipeline.dispatcher.queue.waiting,
+            waiting_records=waiting.records,
+            waiting_bytes=waiting.bytes,
         ),
         handler=_handler(pipeline),
         dead_letters=DeadLettersStatus(
-            kept=state.letters,
-            bytes=state.letters_bytes,
-            bytes_max=state.letters_bytes_max,
-            invalid_kept=state.letters_invalid,
-            invalid_bytes=state.letters_invalid_bytes,
+            kept=letters.letters,
+            bytes=letters.accepted_bytes,
+            bytes_max=journal.dead_bytes_max,
+            invalid_kept=letters.invalid,
+            invalid_bytes=letters.invalid_bytes,
             invalid_bytes_max=settings.dead.invalid_bytes_max,
-            dropped=state.dropped,
+            dropped=letters.dropped,
+            requeued=letters.revived,
+            readmitted=letters.readmitted,
+            expired=letters.expired,
+            purged=letters.purged,
         ),
         executor=pipeline.dispatcher.executor,
         dispatch_stopped=pipeline.stopped,
-        oldest_pending_seconds=round(state.oldest_pending_seconds, 3),
+        unaccounted=difference,
+        oldest_pending_seconds=round(age, 3),
         bounds_near=bounds_near(
             {
-                "journal.bytes_max": (state.journal_bytes, state.journal_bytes_max),
-                "dead.bytes_max": (state.letters_bytes, state.letters_bytes_max),
+                "journal.bytes_max": (journal.bytes, journal.bytes_max),
+                "dead.bytes_max": (letters.accepted_bytes, journal.dead_bytes_max),
                 "journal.free_min": (space.free_min, space.free) if space else (0, 1),
-                "queue.bytes_max": (state.queue_bytes, settings.queue.bytes_max),
-                "queue.chunks_max": (state.queue_chunks, settings.queue.chunks_max),
-                "retry.waiting_records_max": (load.records, settings.retry.waiting_records_max),
-                "retry.waiting_bytes_max": (load.bytes, settings.retry.waiting_bytes_max),
+                "queue.bytes_max": (pipeline.room.bytes, settings.queue.bytes_max),
+                "queue.chunks_max": (pipeline.queue.qsize(), settings.queue.chunks_max),
+                "retry.waiting_records_max": (waiting.records, settings.retry.waiting_records_max),
+                "retry.waiting_bytes_max": (waiting.bytes, settings.retry.waiting_bytes_max),
             }
         ),
     )
@@ -246,4 +280,5 @@ def _handler(pipeline: Pipeline) -> HandlerStatus:
     if not since:
         return HandlerStatus()
     at = datetime.fromtimestamp(since, UTC).isoformat(timespec="seconds")
-    return HandlerStatus("down", at.replace("+00:00", "Z"), pipeline.dispatcher.failures.last_error)
+    error = pipeline.dispatcher.failures.last_error
+    return HandlerStatus("down", at.replace("+00:00", "Z"), error, since)

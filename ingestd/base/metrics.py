@@ -13,7 +13,8 @@ Names follow https://prometheus.io/docs/practices/naming/: base units, `_total` 
 from __future__ import annotations
 
 import platform
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from operator import attrgetter
+from typing import TYPE_CHECKING, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -41,106 +42,53 @@ _RECORDS = (1, 10, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 100_000)
 _BYTES = tuple(1024 * 4**n for n in range(9))  # 1 KiB to 64 MiB
 
 
-class PipelineState(NamedTuple):
-    """State of one pipeline, as a scrape reads it.
-
-    The first five are the ledger: they count over the whole life of the data directory, so the
-    counters made of them do not start over with the process.
-
-    Attributes:
-        accepted: records.
-        processed: records.
-        dead: records.
-        pending: records.
-        refused: records kept as dead letters and never accepted; in none of the four above.
-        journal_bytes: used.
-        journal_bytes_max: the bound.
-        queue_chunks: in memory.
-        queue_bytes: in memory.
-        lanes_busy: batches that are with a worker.
-        batches_waiting: batches that wait for a retry.
-        oldest_pending_seconds: age of the oldest record that is not settled; 0 if there is none.
-        letters: dead letters that are kept.
-        letters_bytes: what those of accepted records take.
-        letters_bytes_max: the bound.
-        letters_invalid: of `letters`, those of records that were never accepted.
-        letters_invalid_bytes: what these take.
-        revived: records that were dead and are requeued.
-        readmitted: records that were refused and then accepted after all.
-        expired: dead letters that became too old.
-        purged: dead letters that a person deleted.
-        dropped: dead letters of records never accepted that went because there were too many.
-        dispatch_stopped: 1 while no batch is given to the handler, because `letters_bytes` is at
-            its bound.
-        unaccounted: pending by the counters less pending by the journal's rows; not 0 is an error.
-        down_since: since when all calls of the handler fail, seconds since the epoch; 0 while it
-            works.
-    """
-
-    accepted: int
-    processed: int
-    dead: int
-    pending: int
-    refused: int
-    journal_bytes: int
-    journal_bytes_max: int
-    queue_chunks: int
-    queue_bytes: int
-    lanes_busy: int
-    batches_waiting: int
-    oldest_pending_seconds: float
-    letters: int = 0
-    letters_bytes: int = 0
-    letters_bytes_max: int = 0
-    revived: int = 0
-    readmitted: int = 0
-    expired: int = 0
-    purged: int = 0
-    letters_invalid: int = 0
-    letters_invalid_bytes: int = 0
-    dropped: int = 0
-    dispatch_stopped: int = 0
-    unaccounted: int = 0
-    down_since: float = 0.0
-
-    @property
-    def dead_ever(self) -> int:
-        """Records given up: a counter must not go back when some are requeued."""
-        return self.dead + self.revived
-
-    @property
-    def refused_ever(self) -> int:
-        """Records refused, those too that were accepted later."""
-        return self.refused + self.readmitted
-
-
 _LIFE = ", over the life of the data directory."
-# Field of `PipelineState`, metric, help. A name in `_total` is a counter.
+# Attribute of a pipeline's status (`admin.status`), metric, help. A `_total` is a counter.
 _STATE = (
     ("accepted", "records_accepted_total", "Records made durable" + _LIFE),
     ("processed", "records_processed_total", "Records the handler is done with" + _LIFE),
     ("dead_ever", "records_dead_total", "Accepted records given up" + _LIFE),
     ("refused_ever", "records_refused_total", "Records refused, kept as dead letters" + _LIFE),
-    ("revived", "records_revived_total", "Records given up, then requeued" + _LIFE),
-    ("readmitted", "records_readmitted_total", "Records refused, then accepted" + _LIFE),
-    ("expired", "letters_expired_total", "Dead letters that became too old" + _LIFE),
-    ("purged", "letters_purged_total", "Dead letters that a person deleted" + _LIFE),
-    ("dropped", "letters_dropped_total", "Letters of invalid records, dropped for newer" + _LIFE),
-    ("letters", "letters_kept", "Dead letters that are kept."),
-    ("letters_bytes", "letters_bytes", "Bytes of the dead letters of accepted records."),
-    ("letters_bytes_max", "letters_limit_bytes", "Bytes that these dead letters may take."),
-    ("letters_invalid", "letters_invalid", "Dead letters of records that were never accepted."),
-    ("letters_invalid_bytes", "letters_invalid_bytes", "Bytes of the letters of invalid records."),
-    ("dispatch_stopped", "dispatch_stopped", "1 while dead letters at their bound stop batches."),
+    ("dead_letters.requeued", "records_revived_total", "Records given up, then requeued" + _LIFE),
+    (
+        "dead_letters.readmitted",
+        "records_readmitted_total",
+        "Records refused, then accepted" + _LIFE,
+    ),
+    ("dead_letters.expired", "letters_expired_total", "Dead letters that became too old" + _LIFE),
+    ("dead_letters.purged", "letters_purged_total", "Dead letters that a person deleted" + _LIFE),
+    (
+        "dead_letters.dropped",
+        "letters_dropped_total",
+        "Letters of invalid records, dropped for newer" + _LIFE,
+    ),
+    ("dead_letters.kept", "letters_kept", "Dead letters that are kept."),
+    ("dead_letters.bytes", "letters_bytes", "Bytes of the dead letters of accepted records."),
+    ("dead_letters.bytes_max", "letters_limit_bytes", "Bytes that these dead letters may take."),
+    (
+        "dead_letters.invalid_kept",
+        "letters_invalid",
+        "Dead letters of records that were never accepted.",
+    ),
+    (
+        "dead_letters.invalid_bytes",
+        "letters_invalid_bytes",
+        "Bytes of the letters of invalid records.",
+    ),
+    ("is_stopped", "dispatch_stopped", "1 while dead letters at their bound stop batches."),
     ("pending", "records_pending", "Records accepted and not settled."),
     ("unaccounted", "records_unaccounted", "Pending by the counters less by the rows; 0 is right."),
-    ("journal_bytes", "journal_bytes", "Bytes of the journal in use."),
-    ("journal_bytes_max", "journal_limit_bytes", "Bytes the journal may use."),
-    ("queue_chunks", "queue_chunks", "Chunks held in memory."),
-    ("queue_bytes", "queue_bytes", "Bytes of the chunks held in memory."),
-    ("lanes_busy", "lanes_busy", "Batches that are with a worker."),
-    ("batches_waiting", "batches_waiting", "Batches that wait for their next try."),
-    ("down_since", "handler_down_since_seconds", "Unix time since when all tries fail; 0 if not."),
+    ("journal.bytes", "journal_bytes", "Bytes of the journal in use."),
+    ("journal.bytes_max", "journal_limit_bytes", "Bytes the journal may use."),
+    ("queue.chunks", "queue_chunks", "Chunks held in memory."),
+    ("queue.bytes", "queue_bytes", "Bytes of the chunks held in memory."),
+    ("batches.running", "lanes_busy", "Batches that are with a worker."),
+    ("batches.waiting_retry", "batches_waiting", "Batches that wait for their next try."),
+    (
+        "handler.down_since_seconds",
+        "handler_down_since_seconds",
+        "Unix time since when all tries fail; 0 if not.",
+    ),
     ("oldest_pending_seconds", "oldest_pending_seconds", "Age of the oldest unsettled record."),
 )
 
@@ -149,7 +97,7 @@ class _Watcher(Collector):
     """Reads the pipelines' states at each scrape."""
 
     def __init__(self) -> None:
-        self.read: Callable[[], Mapping[str, PipelineState]] = dict
+        self.read: Callable[[], Mapping[str, object]] = dict
         self.lost: Callable[[], int] = int
 
     def describe(self) -> Iterable[Metric]:
@@ -162,7 +110,7 @@ class _Watcher(Collector):
             kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
             family = kind(f"ingestd_{name}", text, labels=["pipeline"])
             for pipeline, state in states.items():
-                family.add_metric([pipeline], getattr(state, field))
+                family.add_metric([pipeline], attrgetter(field)(state))
             yield family
         yield CounterMetricFamily(
             "ingestd_log_lines_dropped_total",
@@ -382,7 +330,7 @@ class Metrics:
             self._pipelines[name] = PipelineMetrics(name, self._families)
         return self._pipelines[name]
 
-    def watch(self, read: Callable[[], Mapping[str, PipelineState]]) -> None:
+    def watch(self, read: Callable[[], Mapping[str, object]]) -> None:
         """Has each scrape read the pipelines' states, by name, from `read`."""
         self._watcher.read = read
 

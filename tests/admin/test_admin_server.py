@@ -24,7 +24,7 @@ from ingestd.admin.status import (
     bounds_near,
 )
 from ingestd.base.errors import AddressError, Exit
-from ingestd.base.metrics import Metrics, PipelineState
+from ingestd.base.metrics import Metrics
 from ingestd.config.network import split_address
 from ingestd.settings import AdminSettings
 
@@ -139,7 +139,8 @@ async def test_status_is_what_the_daemon_says(admin: Admin) -> None:
 
 
 async def test_metrics_are_read_when_asked(admin: Admin) -> None:
-    state = PipelineState(1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0.0)
+    default = STATUS.pipelines["default"]
+    state = msgspec.structs.replace(default, accepted=1, processed=0, dead=0, pending=1)
     admin.metrics.watch(lambda: {"default": state})
 
     async def accepted() -> float:
@@ -150,7 +151,7 @@ async def test_metrics_are_read_when_asked(admin: Admin) -> None:
         return float(family.samples[0].value)
 
     assert await accepted() == 1
-    state = state._replace(accepted=2, pending=2)
+    state = msgspec.structs.replace(state, accepted=2, pending=2)
     assert await accepted() == 2
 
 

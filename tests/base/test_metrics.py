@@ -2,25 +2,26 @@ from __future__ import annotations
 
 import re
 
+import msgspec
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from ingestd.base.metrics import REASONS_MAX, Metrics, PipelineState
+from ingestd.admin.status import BatchesStatus, JournalStatus, PipelineStatus, QueueStatus
+from ingestd.base.metrics import REASONS_MAX, Metrics
 
-STATE = PipelineState(
+STATE = PipelineStatus(
     accepted=100,
     processed=90,
     dead=3,
     pending=7,
     refused=2,
-    journal_bytes=4096,
-    journal_bytes_max=8192,
-    queue_chunks=5,
-    queue_bytes=1000,
-    lanes_busy=4,
-    batches_waiting=1,
+    balanced=True,
+    journal=JournalStatus(bytes=4096, bytes_max=8192, poisoned=False),
+    queue=QueueStatus(chunks=5, bytes=1000, bytes_max=2000),
+    batches=BatchesStatus(sealed=0, running=4, waiting_retry=1),
     oldest_pending_seconds=1.5,
+    bounds_near=[],
 )
 
 
@@ -66,7 +67,7 @@ def test_the_ledger_is_read_at_scrape_time_and_nothing_else_counts_it(metrics: M
     state = STATE
     metrics.watch(lambda: {"default": state, "clicks": STATE})
     assert value(metrics, "ingestd_records_accepted_total", pipeline="default") == 100
-    state = STATE._replace(accepted=101, pending=8)
+    state = msgspec.structs.replace(STATE, accepted=101, pending=8)
     page = samples(metrics)
     told = {
         name: page[f"ingestd_records_{name}", (("pipeline", "default"),)]

@@ -140,12 +140,14 @@ async def test_little_is_tried_and_little_is_said_while_it_is_down(start, tmp_pa
     assert status.handler.state == "down"
     assert status.handler.down_since.endswith("Z")
     assert status.handler.error.startswith("ConnectionError: no answer")
-    assert pipeline.state().down_since == pytest.approx(pipeline._clock.now(), abs=60)
+    assert status_of(pipeline).handler.down_since_seconds == pytest.approx(
+        pipeline._clock.now(), abs=60
+    )
     (tmp_path / "down").unlink()
     report = await drained(pipeline)
     assert report.ledger[:3] == (1000, 1000, 0)
     assert status_of(pipeline).handler.state == "up"
-    assert pipeline.state().down_since == 0
+    assert status_of(pipeline).handler.down_since_seconds == 0
     loud = [line for line in logs if line["log_level"] != "debug" and line["event"] != "journal"]
     first, down, stayed, back = (
         events(loud, name)

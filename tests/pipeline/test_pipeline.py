@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ingestd.admin.status import status_of
 from ingestd.base.append import Append
 from ingestd.base.record import InvalidRecord, Records
 from ingestd.journal.sqlite.dead_letters import LetterFilter
@@ -329,7 +330,7 @@ async def test_what_lies_ready_before_the_lanes_is_not_with_a_worker(start, kind
     )
     await pipeline.accept(Append(numbers(0, 5)))
     await until(lambda: pipeline.dispatcher.running > 1)
-    assert pipeline.state().lanes_busy == 1
+    assert status_of(pipeline).batches.running == 1
 
 
 async def test_a_sink_that_is_down_stops_new_batches(start, tmp_path) -> None:
