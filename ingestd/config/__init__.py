@@ -1,1 +1,1 @@
-"""config."""
+"""Machinery of settings, which knows no component: sources, keys, units, sections, reload."""

@@ -23,7 +23,7 @@ _NAMED_DEPTH = 2  # the longest path of a table of names, `http.tokens`
 
 
 class KeyKind(enum.Enum):
-    """What a key is."""
+    """Kind of a key."""
 
     TABLE = "a section, or a table with a name of the user's own"
     VALUE = "a setting"
@@ -33,7 +33,7 @@ class KeyKind(enum.Enum):
 
 
 class _LocatedKey(NamedTuple):
-    """What is at a path.
+    """The setting, section or table at a path.
 
     Attributes:
         kind: of it.
@@ -57,7 +57,7 @@ class Schema:
         self.root = root
 
     def locate(self, path: Sequence[str]) -> KeyKind | None:
-        """What is at a path of keys from the top; `None` if nothing can be there."""
+        """Finds the key at a path from the top; `None` if there can be none."""
         found = self._find(path)
         return found.kind if found else None
 
@@ -67,7 +67,7 @@ class Schema:
         return found.field if found else None
 
     def wrong_name(self, path: Sequence[str]) -> str | None:
-        """What is wrong with a name of the user's own in a path; `None` if nothing is."""
+        """Explains a wrong name of the user's own in a path; `None` if it is right."""
         table = self._named_in(path)
         found = self._find(table) if table else None
         if table is None or found is None or found.field is None:
@@ -199,7 +199,7 @@ def quoted(name: str) -> str:
 
 
 def unit_of(field: FieldInfo | None) -> Unit | None:
-    """How a setting's values are written; `None` for text and tables."""
+    """The unit of a setting; `None` for text and tables."""
     marks = field.metadata if field else []
     return next((mark for mark in marks if isinstance(mark, Unit)), None)
 

@@ -72,7 +72,7 @@ class LayerReader:
         self._problems = problems
 
     def from_flags(self, flags: Iterable[Flag]) -> Iterator[Entry]:
-        """The command line; what comes later wins."""
+        """Yields the flags of the command line; later ones win."""
         for flag in flags:
             path = tuple(flag.key.split("."))
             origin = flag.written if flag.written.startswith("argument") else f"flag {flag.written}"

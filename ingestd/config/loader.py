@@ -1,4 +1,4 @@
-"""Loading settings: flags over environment over secrets files over a TOML file over defaults.
+"""Loads settings: flags over environment over secrets files over a TOML file over defaults.
 
 Every path is made absolute once, because a handler that runs in the daemon's process may change
 the current folder in good faith.
@@ -170,7 +170,7 @@ def _gather(
     at_start: bool = False,
     may_be_empty: bool = True,
 ) -> tuple[dict[str, Any], _Origins]:
-    """What is written, the least important place first; see `merge`."""
+    """Reads all layers, the least important first; see `merge`."""
     layers: list[list[Entry]] = []
     named = config if config is not None else environ.get(CONFIG_VARIABLE) or None
     file = find_config(named, cwd, system_config)
@@ -193,7 +193,7 @@ def find_config(named: str | None, cwd: Path, system_config: Path) -> Path | Non
 
 
 def _is_there(file: Path) -> bool:
-    """Whether there is something to read or to complain about."""
+    """Returns True if there is a file to read, or an error to report."""
     try:
         return file.exists()
     except PermissionError:
@@ -240,12 +240,12 @@ def _origin(path: tuple[str, ...], origins: _Origins) -> str:
 
 
 def _whence(path: tuple[str, ...], origins: _Origins) -> str:
-    """Where a setting, or something in a table, came from."""
+    """The origin of a setting, or of an entry of a table."""
     return _own(path, origins) or _origin(path, origins)
 
 
 def _own(path: tuple[str, ...], origins: _Origins) -> str | None:
-    """Where something at a path, or below it, was written; `None` if it was not."""
+    """The origin of an entry at a path, or below it; `None` if there is none."""
     return next((origin for key, origin in origins.items() if key[: len(path)] == path), None)
 
 
@@ -283,7 +283,7 @@ def _without_inherited(problems: list[tuple[str, str]]) -> Iterator[tuple[str, s
 
 
 def _problem(detail: ErrorDetails, field: FieldInfo | None, secret: bool) -> str:
-    """What is wrong with one value; without the value if it is a secret, or may be one."""
+    """Explains a wrong value, without the value if it is a secret, or may be one."""
     cause, context, kind = detail.get("ctx", {}).get("error"), detail.get("ctx", {}), detail["type"]
     if isinstance(cause, NotUnderstoodError):
         return f"is not {cause.expected}" if secret else str(cause)

@@ -55,7 +55,7 @@ def check_address(value: str) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this machine can reach `HOST:PORT`; of names only `localhost` is known."""
+    """Returns True if only this machine can reach `HOST:PORT`; of names, for `localhost` alone."""
     host = split_address(address)[0]
     try:
         return is_loopback_ip(host)
@@ -64,7 +64,7 @@ def is_loopback(address: str) -> bool:
 
 
 def is_loopback_ip(host: str) -> bool:
-    """Whether only this machine can reach an IP address, also one of IPv4 written as IPv6.
+    """Returns True for loopback IP addresses, also one of IPv4 written as IPv6.
 
     Raises:
         ValueError: it is none.
@@ -80,7 +80,7 @@ def show_address(host: str, port: int) -> str:
 
 
 def parse_listen(text: str, setting: str) -> tuple[str, int]:
-    """`split_address` for who is about to listen.
+    """Splits a listen address; a wrong one is a `ConfigError`.
 
     Args:
         text: the setting's value.
@@ -95,11 +95,11 @@ def parse_listen(text: str, setting: str) -> tuple[str, int]:
         raise ConfigError(problem=f"{setting}: {error}") from None
 
 
-# -- hosts: names under which an address may be asked for ---------------------------------------
+# -- hosts -----------------------------------------------------------------------------------------
 #
 # A page in a browser may send requests to any address of this machine, and one whose name suddenly
 # means 127.0.0.1 may read the answers, because to the browser they are its own (DNS rebinding).
-# Such a request carries the name in `Host`: nobody needs a name to rebind an IP address, so those
+# Such a request carries the name in `Host`: an IP address needs no name to be rebound, so those
 # are always good, and `localhost` never leaves the machine (RFC 6761, 6.3).
 
 ANY = "*"
@@ -150,7 +150,7 @@ class Hosts:
         self.known: set[str] = {""}  # no browser leaves Host out
 
     def know(self, authority: str) -> bool:
-        """Whether a host, with or without a port, is one of them."""
+        """Returns True if a host, with or without a port, is one of them."""
         if authority in self.known:
             return True
         good = ANY in self._names or self._is_good(authority)
@@ -172,7 +172,7 @@ class Hosts:
         return True
 
 
-# -- origins: whose pages a browser lets read the answers ----------------------------------------
+# -- origins ---------------------------------------------------------------------------------------
 
 ANY_ORIGIN = "*"
 _ORIGIN = re.compile(
@@ -207,7 +207,7 @@ def _usual_port(origin: str) -> str:
 
 
 def is_foreign(origin: str, site: str, authority: str) -> bool:
-    """Whether a browser sends a request for a page of another origin.
+    """Returns True if a browser sends a request for a page of another origin.
 
     Args:
         origin: `Origin`; empty if there is none.
@@ -219,7 +219,7 @@ def is_foreign(origin: str, site: str, authority: str) -> bool:
     return site in ("cross-site", "same-site")
 
 
-# -- URLs: as people write them, and without what may be a secret in them ------------------------
+# -- URLs ------------------------------------------------------------------------------------------
 
 URL_CHARS_MAX = 8192
 _HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", re.ASCII)
@@ -273,7 +273,7 @@ def split_urls(value: object) -> object:
 
 
 def check_url(url: str) -> None:
-    """Whether it is an http or https URL with a host.
+    """Checks that it is an http or https URL with a host.
 
     Raises:
         ValueError: it is not; the message says why, and holds no secret of it.

@@ -1,8 +1,8 @@
-"""How much one token may send: a bucket for records, a bucket for bytes. Pure: time is passed in.
+"""Admission control: rate limits of principals, and bounds of requests and bytes in flight.
 
-What a request holds is only known once it was read. So it is let in while the bucket is not in
+The size of a request is only known once it was read. So it is admitted while the bucket is not in
 debt, whole, and charged what it really held: a large one puts the bucket into debt, and until that
-is paid nothing more is let in. On average nobody gets beyond the rate.
+is paid nothing more is admitted. On average no principal exceeds its rate.
 """
 
 from __future__ import annotations
@@ -83,19 +83,19 @@ class RateLimiter:
         return max(waits)
 
     def charge(self, records: int, size: int, now: float) -> None:
-        """What came: records, and their bytes."""
+        """Charges records, and their bytes."""
         if self._records is not None:
             self._records.charge(records, now)
         if self._size is not None:
             self._size.charge(size, now)
 
 
-# -- what is in flight: requests and bytes, one bound each for all clients together ----------------
+# -- requests and bytes in flight ------------------------------------------------------------------
 #
 # One client may fill all of it as long as it is alone. As soon as another one has something in
 # flight, or was turned away lately, no client gets beyond its share: it is told so (429), and what
 # it gives back is there for the others. A client is a token's name, or without one a peer's
-# address (see `clients.py`), so everybody behind one proxy is one client. Its only request is
+# address (see `peer.py`), so all users of one proxy are one client. Its only request is
 # never refused for its share, or it could never be sent at all.
 #
 # A client that fills a bound does not keep others out until its requests end: an eighth more is
@@ -112,7 +112,7 @@ _SPARE = 8
 
 
 class _ClientShare:
-    """What one client holds."""
+    """Requests and bytes of one client."""
 
     __slots__ = ("address", "bytes", "lasting", "requests", "streams")
 
@@ -125,7 +125,7 @@ class _ClientShare:
 
 
 class AdmissionController:
-    """How many requests and bytes there may be. Bytes may be taken on any thread.
+    """Bounds requests and bytes in flight, with a share for each client; bytes on any thread.
 
     Args:
         bytes_max: `http.inflight_bytes_max`.
@@ -275,7 +275,7 @@ class AdmissionController:
             self._drained.add(size, self._monotonic())
 
     def _is_contended(self, address: str) -> bool:
-        """Whether anybody else is here, or was turned away and has not had time to come back."""
+        """Returns True if another client is active, or was rejected lately and may come back."""
         if len(self._clients) > (address in self._clients):
             return True
         now = self._monotonic()
@@ -297,7 +297,7 @@ class AdmissionController:
 
 
 class Reservation:
-    """What one request has taken.
+    """Bytes that one request holds.
 
     Attributes:
         base: bytes that are no part of its body.
@@ -364,7 +364,7 @@ class Reservation:
             self._lasting = size
 
     def begin_stream(self) -> bool:
-        """Whether the request may go on as a stream; if so, `end_stream` comes after it."""
+        """Returns True if the request may go on as a stream; then `end_stream` comes after it."""
         return self._room.begin_stream(self._client)
 
     def end_stream(self) -> None:

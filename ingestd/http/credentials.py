@@ -1,7 +1,7 @@
-"""A bearer token: what it looks like, how one is made, and its hash.
+"""Credentials: bearer tokens and their hashes, files of secrets, principals of certificates.
 
-A token is random and long, so nobody finds it by trying, and one round of SHA-256 keeps it as safe
-as a slow hash would: slow hashes make up for passwords that people think up.
+A token is random and long, so it can't be found by trying, and one round of SHA-256 keeps it as
+safe as a slow hash would: slow hashes make up for passwords that people think up.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def make_token() -> str:
 
 
 def is_token(shown: str) -> bool:
-    """Whether a text has the form of a token at all."""
+    """Returns True if a text has the form of a token."""
     return _TOKEN.fullmatch(shown) is not None
 
 
@@ -81,7 +81,7 @@ def digest_in(hashed: str) -> bytes:
     return bytes.fromhex(hashed.removeprefix("sha256:"))
 
 
-# -- files with secrets, one a line ----------------------------------------------------------------
+# -- files of secrets ------------------------------------------------------------------------------
 
 BYTES_MAX = 1024**2
 
@@ -108,14 +108,14 @@ def read_lines(path: str, key: str, problems: list[str]) -> list[tuple[int, str]
     return lines
 
 
-# -- who a token, or a client's certificate, belongs to --------------------------------------------
+# -- principals ------------------------------------------------------------------------------------
 
 DIGESTS_MAX = 2000
 """Tokens, all names together: each request is compared with all of them, 0.1 µs each."""
 
 
 class Tokens:
-    """Digests of tokens and names in certificates, with whom they belong to.
+    """Digests of tokens and names in certificates, with their principals.
 
     Args:
         digests: (name, SHA-256 of one of its tokens).
@@ -158,16 +158,13 @@ def _fingerprint(name: object) -> str:
 
 
 def principal_of_certificate(certificate: Mapping[str, Any]) -> str:
-    """Whose requests those with a certificate are that no token names: its subject's.
-
-    It stays the same when the certificate is renewed.
-    """
+    """The principal of a certificate that no token names: its subject, which outlives renewals."""
     name = certificate.get("subject") or next(iter(certificate.get("subjectAltName", ())), "")
     return f"certificate {_fingerprint(name)}"
 
 
 def has_expired(certificate: Mapping[str, Any], now: float) -> bool:
-    """Whether a certificate that was good at its handshake is no more, at seconds of the epoch."""
+    """Returns True if a certificate has expired since its handshake, at seconds of the epoch."""
     return now > _until(str(certificate.get("notAfter", "")))
 
 

@@ -1,4 +1,4 @@
-"""How slowly a body may come. No I/O: the time is passed in, in seconds that do not go back."""
+"""Deadlines of bodies: a minimum rate, and a timeout. Times are seconds that do not go back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ as long once more."""
 
 
 def is_late(due: float, now: float) -> bool:
-    """Whether what was due is looked at late."""
+    """Returns True if a due window is checked late."""
     return now >= due + LATE_SECONDS
 
 
@@ -46,7 +46,7 @@ class MinimumRate:
         self.due = now + GRACE_SECONDS if rate_min else float("inf")
 
     def is_slow(self, total: int, now: float) -> bool:
-        """Whether the window that ends now was too slow; begins the next one.
+        """Returns True if the window that ends now was too slow; begins the next one.
 
         Args:
             total: bytes that have come so far.
@@ -58,7 +58,7 @@ class MinimumRate:
         return slow
 
 
-# -- ends the reading of a body that does not come, or comes too slowly ----------------------------
+# -- timeouts of reading ---------------------------------------------------------------------------
 
 
 class BodyTimeout(TimeoutError):  # noqa: N818 - what it is

@@ -1,11 +1,11 @@
-"""Listening, with TLS and without: what `loop.create_server` can't do.
+"""Listeners, with TLS and without, beyond what `loop.create_server` can do.
 
 A connection is wrapped here, after it was accepted, because then the context can be another one for
 every connection (that is how certificates are renewed without closing the socket), and because a
-handshake in progress can be counted, and bounded, like a connection. And whoever stops listening
-here has not accepted anybody whom nobody will serve: a socket that was passed to us goes on, and
-one of our own is emptied first, because the kernel resets whom it finds in the queue of a socket
-that is closed.
+handshake in progress can be counted, and bounded, like a connection. And a listener that is stopped
+has no accepted connection that is never served: a socket that was passed to us goes on, and one of
+our own is emptied first, because the kernel resets whom it finds in the queue of a socket that is
+closed.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ class Listener:
         self._serving = True
 
     def is_serving(self) -> bool:
-        """Whether connections are accepted."""
+        """Returns True while connections are accepted."""
         return self._serving
 
     def close(self) -> None:
-        """Who waits is let in, and nobody after that; connections and handshakes go on."""
+        """Accepts the backlog and then stops; connections and handshakes go on."""
         if not self._serving:
             return
         self._serving = False
@@ -79,7 +79,7 @@ class Listener:
             sock.close()
 
     def _empty(self, listening: socket.socket) -> None:
-        """Lets in who is in the queue; bounded, because more may come all the time."""
+        """Accepts the backlog; bounded, because more may come all the time."""
         with contextlib.suppress(OSError):
             for _ in range(self._backlog):
                 if not self._let_in(listening):
@@ -93,7 +93,7 @@ class Listener:
         await asyncio.gather(*self._handshakes, return_exceptions=True)
 
     def _accept(self, listening: socket.socket) -> None:
-        """Somebody is at the door. A crowd is let in quickly: who comes behind it waits for it.
+        """Accepts waiting connections, many at once: those behind them wait for it.
 
         Accepted in a callback and not in a task, which could be cancelled between the kernel's
         yes and ours.
@@ -110,10 +110,10 @@ class Listener:
             )
 
     def _let_in(self, listening: socket.socket) -> bool:
-        """Whether there was somebody.
+        """Accepts one connection; returns False if none waits.
 
         Raises:
-            OSError: nobody can be let in, for want of descriptors or memory.
+            OSError: no connection can be accepted, for want of descriptors or memory.
         """
         try:
             sock, _ = listening.accept()

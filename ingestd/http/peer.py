@@ -1,4 +1,4 @@
-"""Who is on the other side of a connection, as far as the kernel says it."""
+"""Peers of connections: their address as a client, and counts of connections by client."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def peer_of(request: web.BaseRequest) -> str:
     return f"uid {_CREDENTIALS.unpack(whose)[1]}"
 
 
-# -- who a client is, and how many connections each has --------------------------------------------
+# -- clients ---------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=4096)
 def client_of(address: str) -> str:
-    """What a peer's address counts as.
+    """Maps a peer's address to the client that it counts as.
 
     An IPv4 address stands for itself, also written as an IPv6 one. Of an IPv6 address the first 64
     bits count: whoever has one address has all of its /64 (RFC 6177). Anything else stands for

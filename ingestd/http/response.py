@@ -75,7 +75,7 @@ def encode(
 
 
 class Response(NamedTuple):
-    """What the handler of a request gives back.
+    """Answer of a request's handler.
 
     Attributes:
         status: of the answer.
@@ -94,9 +94,9 @@ class Response(NamedTuple):
     write_timeout: float = 30.0
 
 
-# -- answers that are ready before anybody asks ----------------------------------------------------
+# -- static responses ------------------------------------------------------------------------------
 #
-# Answers that are ready before anybody asks: a body with an `ETag`, or nothing but headers.
+# Answers that are made once: a body with an `ETag`, or nothing but headers.
 
 _NONE: Mapping[str, str] = MappingProxyType({})
 

@@ -1,4 +1,4 @@
-"""aiohttp's low-level server, with a bound on connections and with our words for its errors."""
+"""HTTP server on aiohttp's protocol: bounded connections, problems as errors, fair turns."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Server(web.Server):
         return len(self._welcomed)
 
     def has_room_to_say_no(self) -> bool:
-        """Whether one more connection could at least be told that it is too many."""
+        """Returns True if one more connection can at least get a 503."""
         return self.open + self._greetings < self._connections_max + _TURNED_AWAY_MAX
 
     @contextlib.contextmanager
@@ -184,7 +184,7 @@ class Server(web.Server):
         connection.held = size
 
     def answer(self, request: web.BaseRequest) -> Awaitable[Response]:
-        """What a connection asks for each request."""
+        """Answers one request of a connection."""
         self.spoke(request.protocol)
         return self._answer(request)
 
@@ -202,7 +202,7 @@ class Server(web.Server):
             self._spoken.set()
 
     async def hear_out(self, seconds: float) -> None:
-        """Waits for the first request of everybody who was let in and has not said anything yet.
+        """Waits for the first request of each connection that has sent nothing yet.
 
         Args:
             seconds: the longest that it waits.
@@ -262,7 +262,7 @@ class _Refusal(asyncio.Protocol):
             self._timer.cancel()
 
 
-# -- whose request is next: clients in rotation, however many connections each has -----------------
+# -- turns of clients ------------------------------------------------------------------------------
 #
 # As long as the event loop keeps up, each request is answered as it comes. Once the requests of
 # one turn of the loop have taken `TURN_SECONDS` the others wait, and from then on it is one of

@@ -1,4 +1,4 @@
-"""Settings of the HTTP source: its address, its bounds, TLS, and who may send."""
+"""Settings of the source `http`: address, bounds, TLS, credentials."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ class TlsSettings(Section):
 
 
 class TokenSettings(Section):
-    """`[http.tokens.NAME]`: a client that proves who it is, what it may and how much.
+    """`[http.tokens.NAME]`: a client with credentials, its pipelines and its rate limits.
 
-    At least one of the first four; whoever has any of them is NAME.
+    At least one of the first four is needed; each of them identifies NAME.
     """
 
     EXAMPLE = ("shop", ("file",))
@@ -117,7 +117,7 @@ class WebhookSettings(Section):
 
 
 class HttpSettings(Section):
-    """`[http]`: the door for records, and its bounds."""
+    """`[http]`: address and bounds of the HTTP source."""
 
     listen: Annotated[str, AfterValidator(check_address)] = Field(
         "127.0.0.1:8080", description="listen address for records, HOST:PORT"
@@ -254,7 +254,7 @@ def problems_of(
 
 
 def _without_sharing(listen: str) -> Iterator[str]:
-    """Why a port can't be shared."""
+    """Finds reasons that a port can't be shared."""
     if not hasattr(socket, "SO_REUSEPORT"):
         yield "this platform has no SO_REUSEPORT"
     if split_address(listen)[1] == 0:
@@ -262,37 +262,37 @@ def _without_sharing(listen: str) -> Iterator[str]:
 
 
 def _at_large(http: HttpSettings) -> Iterator[tuple[str, str]]:
-    """Nobody shall be open to everybody without having said so."""
+    """Refuses to be open to all clients without an explicit setting."""
     if http.allow_anonymous and (http.tokens or http.tls.client_ca):
-        text = "who shows no token would get in without limits; take out this or the tokens"
+        text = "clients without a token would have no limits; remove this or the tokens"
         yield "allow_anonymous", text
     if text := at_large(http, local=is_loopback(http.listen)):
         yield "listen", f"{http.listen} {text}"
 
 
 def at_large(http: HttpSettings, *, local: bool) -> str:
-    """What is wrong with an address that is open to everybody; empty if nothing is.
+    """Explains an address that is open to all clients without a setting; empty if it is not.
 
     Args:
-        http: who may come in.
-        local: whether only this machine can reach the address.
+        http: the section.
+        local: only this machine can reach the address.
     """
     if local or http.allow_anonymous or demands_proof(http):
         return ""
     return (
-        "is not this machine alone, and anybody could send; there are three ways out: a token"
+        "is reachable from other machines, and every client could send; configure a token"
         " (http.tokens.NAME.hash), client certificates (http.tls.client_ca and"
         " http.tls.client_required), or http.allow_anonymous = true"
     )
 
 
 def demands_proof(http: HttpSettings) -> bool:
-    """Whether anything says who may come in; then nobody else may, on loopback neither."""
+    """Returns True if credentials are configured; then all clients need them, on loopback too."""
     return bool(http.tokens or http.webhooks or http.tls.client_ca)
 
 
 def demands_signatures_alone(http: HttpSettings) -> bool:
-    """Whether there is no way in but signed deliveries: whoever set them up meant the network.
+    """Returns True if only signed deliveries may come in.
 
     It holds on loopback too, where a proxy or a tunnel brings them, and would bring records.
     """
@@ -300,7 +300,7 @@ def demands_signatures_alone(http: HttpSettings) -> bool:
 
 
 def has_one_principal(http: HttpSettings) -> bool:
-    """Whether all requests are of one principal, whoever sends them."""
+    """Returns True if all requests are of one principal."""
     if http.tls.client_ca and not http.tokens:
         return False
     anonymous = http.allow_anonymous or not demands_proof(http)

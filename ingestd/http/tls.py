@@ -1,4 +1,4 @@
-"""TLS that lets a client end its own direction alone, and take its answer.
+"""TLS: half-closed connections under TLS, and the server's context from files.
 
 asyncio and uvloop end both directions as soon as the other side has said goodbye (`close_notify`),
 and as soon as its packets end (FIN). TLS 1.3 does not ask for that (RFC 8446, 6.1), so here the
@@ -76,7 +76,7 @@ class SecuredContext(ssl.SSLContext):
 
 
 class _Early(asyncio.Protocol):
-    """Keeps what comes before somebody is there for it."""
+    """Buffers bytes that arrive before their protocol is connected."""
 
     def __init__(self) -> None:
         self.came = b""
@@ -179,7 +179,7 @@ async def secure(
         cast("asyncio.Protocol", transport.get_protocol()).data_received(early.came)
 
 
-# -- TLS: files into a context, and what is wrong with them ----------------------------------------
+# -- the context -----------------------------------------------------------------------------------
 
 _STEPS_MAX = 10
 _CERTIFICATE = re.compile(rb"-----BEGIN [A-Z0-9 ]*CERTIFICATE-----([^-]*)-----END ")
@@ -188,7 +188,7 @@ _CERTIFICATE = re.compile(rb"-----BEGIN [A-Z0-9 ]*CERTIFICATE-----([^-]*)-----EN
 def make_context(
     settings: TlsSettings, problems: list[str], doubts: list[str]
 ) -> ssl.SSLContext | None:
-    """What connections are encrypted with; `None` without TLS, or if something is wrong.
+    """Makes the TLS context; `None` without TLS, or with problems.
 
     Args:
         settings: of TLS.
@@ -266,7 +266,7 @@ def _load_chain(context: ssl.SSLContext, settings: TlsSettings) -> str | None:
 
 
 def _load_client_ca(context: ssl.SSLContext, settings: TlsSettings) -> str | None:
-    """Whose signature makes a client's certificate good; what is wrong with it."""
+    """Loads the CA of client certificates; returns its problem, if any."""
     if not settings.client_ca:
         return None
     try:
@@ -284,9 +284,9 @@ def _words(reason: str) -> str:
 
 
 def _rehearse(server: ssl.SSLContext, certificate: str) -> str | None:
-    """A handshake with ourselves: who trusts this very certificate says what is wrong with it.
+    """Tests the certificate by a handshake with ourselves.
 
-    Nobody is kept from starting: a certificate that has expired is better than no service.
+    Faults do not prevent the start: a certificate that has expired is better than no service.
     """
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False

@@ -120,7 +120,7 @@ def test_what_check_prints_lets_nobody_in_who_has_only_seen_it(tmp_path: Path) -
         ('http.tls.certificate = "lost.pem"', "http.tls.certificate: cannot read {here}/lost.pem"),
         ('http.allow_anonymous = "perhaps"', "should be true or false"),
         (f'http = {{allow_anonymous = true, tokens.a.hash = "{HASH}"}}', "http.allow_anonymous"),
-        ('http.listen = "0.0.0.0:1"', "three ways out"),
+        ('http.listen = "0.0.0.0:1"', "every client could send"),
     ],
 )  # fmt: skip
 def test_every_mistake_is_one_line_and_78_and_shows_no_secret(
