@@ -310,6 +310,8 @@ class SqliteJournal:
 
     def _dead_are(self, totals: DeadTotals) -> None:
         """The dead letters after some commit, ours or another process's."""
+        if totals == self.dead_totals:
+            return  # as after nearly every commit
         self.bytes += totals.accepted_bytes - self.dead_totals.accepted_bytes
         self.dead_totals = totals
 
@@ -423,9 +425,10 @@ class SqliteJournal:
         self.keys.resolved(claim, at=committed.at, applied=applied)
 
     def _tables_changed(self, committed: Committed) -> None:
-        self.keys.gone(committed.keys_gone.owners)
-        self.bytes -= committed.keys_gone.bytes
-        if committed.bookmarks is not None:
+        if committed.keys_gone.count:
+            self.keys.gone(committed.keys_gone.owners)
+            self.bytes -= committed.keys_gone.bytes
+        if committed.bookmarks is not None and committed.bookmarks is not self._bookmarks:
             self.bytes += committed.bookmarks.bytes - self._bookmarks.bytes
             self._bookmarks = committed.bookmarks
         if self.space is not None and committed.reusable is not None:

@@ -118,9 +118,12 @@ _VERSION_2 = (
 )
 
 
+_META = " ".join(["%s"] * (1 + len(COUNTERS)))
+
+
 def meta_checksum(journal: str, counters: Sequence[object]) -> int:
     """CRC-32 over the one row that everything hangs on; `counters` as `COUNTERS` names them."""
-    return zlib.crc32(" ".join([journal, *map(str, counters)]).encode())
+    return zlib.crc32((_META % (journal, *counters)).encode())
 
 
 def write_identity(db: sqlite3.Connection, journal: str) -> None:

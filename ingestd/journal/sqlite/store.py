@@ -86,6 +86,9 @@ class KeyChange(NamedTuple):
     owners: Mapping[str, int] = MappingProxyType({})
 
 
+_NO_CHANGE = KeyChange()
+
+
 class Write(NamedTuple):
     """Everything that one commit writes.
 
@@ -163,7 +166,8 @@ class Store:
         self.path = path
         self._courtesy = courtesy
         self._probe = -1
-        self._files: list[tuple[int, int] | None] = []
+        self._names = (str(path), f"{path}-wal")  # strings: they are looked up after every commit
+        self._files: list[tuple[int, int]] = []
         make_private(path)  # SQLite gives its other files the same mode
         first_page.check(path)
         self.connection = connect(path, cache_kib=WRITER_CACHE_KIB)
@@ -230,7 +234,7 @@ class Store:
             sqlite3.Error: nothing was applied; `meta` is unchanged.
         """
         db = self.connection
-        gone = KeyChange()
+        gone = _NO_CHANGE
         db.execute("BEGIN IMMEDIATE")
         try:
             write, moved = _move_letters(db, self.meta, write, self._courtesy)
@@ -252,10 +256,11 @@ class Store:
                 db.execute("ROLLBACK")
             raise
         self.meta, self.dead, self.moved, self.bookmarks = meta, dead, moved, marked
-        self.keys = KeyChange(
-            self.keys.count + len(write.claims) - gone.count,
-            self.keys.bytes + sum(size_of(claim) for claim in write.claims) - gone.bytes,
-        )
+        if write.claims or gone.count:
+            self.keys = KeyChange(
+                self.keys.count + len(write.claims) - gone.count,
+                self.keys.bytes + sum(size_of(claim) for claim in write.claims) - gone.bytes,
+            )
         return gone
 
     def recovered(self) -> Recovered:
@@ -318,14 +323,16 @@ class Store:
         Raises:
             OSError: the file system takes no more writes.
         """
-        wal = self.path.with_name(f"{self.path.name}-wal")
-        now = [_identity(self.path), _identity(wal)]
-        self._files = self._files or now
-        if None in now or now != self._files:
+        try:
+            now = [(found.st_dev, found.st_ino) for found in map(os.stat, self._names)]
+        except OSError:
             return False
-        if self._probe < 0:
+        if now != self._files:
+            if self._files:
+                return False
+            self._files = now
             # SQLite keeps no locks on the WAL file, so closing this one drops none.
-            self._probe = os.open(wal, os.O_WRONLY | os.O_CLOEXEC)
+            self._probe = os.open(self._names[1], os.O_WRONLY | os.O_CLOEXEC)
         os.pwrite(self._probe, b"", 0)
         return True
 
@@ -414,29 +421,25 @@ def write_meta(db: sqlite3.Connection, journal: str, meta: Meta) -> None:
     )
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = os.stat(path)  # noqa: PTH116  after every commit
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
 def _advance(meta: Meta, write: Write, moved: Moved) -> Meta:
     """Where the one moving row stands after this commit."""
+    # Loops, not sums: a commit under little load has one append, and five empty sums cost more.
     ledger = meta.ledger
-    dead = sum(letter.records for s in write.settled for letter in s.dead)
+    accepted = ledger.accepted - moved.revived  # what is revived was accepted once already
+    for chunk in write.chunks:
+        accepted += chunk.records.count
+    processed, dead, next_batch = ledger.processed, ledger.dead - moved.revived, meta.next_batch
+    for settle in write.settled:
+        processed += settle.processed
+        for letter in settle.dead:
+            dead += letter.records
+    if write.sealed or write.settled:
+        next_batch = max([next_batch, *(batch.number + 1 for batch in _new_batches(write))])
     return Meta(
-        Ledger(
-            # What is revived was accepted once already.
-            ledger.accepted + sum(chunk.records.count for chunk in write.chunks) - moved.revived,
-            ledger.processed + sum(s.processed for s in write.settled),
-            ledger.dead + dead - moved.revived,
-            ledger.refused + len(write.refused) - moved.readmitted,
-        ),
+        Ledger(accepted, processed, dead, ledger.refused + len(write.refused) - moved.readmitted),
         write.sealed[-1].cursor if write.sealed else meta.cursor,
         write.chunks[-1].id if write.chunks else meta.last_chunk,
-        max([meta.next_batch, *(batch.number + 1 for batch in _new_batches(write))]),
+        next_batch,
     )
 
 
@@ -450,6 +453,8 @@ def _insert(db: sqlite3.Connection, write: Write) -> None:
         db.executemany(
             "INSERT INTO chunks VALUES(?,?,?,?,?,?,?,?,?)", [chunk_row(c) for c in write.chunks]
         )
+    if not (write.sealed or write.postponed or write.settled):
+        return
     sealed = _new_batches(write)
     if sealed:
         rows = [batch_row(b, write.at) for b in sealed]

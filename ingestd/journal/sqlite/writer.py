@@ -31,6 +31,7 @@ from ingestd.journal.idempotency import SWEEP_ROWS, SWEEP_SECONDS
 from ingestd.journal.interface import (
     Change,
     Chunk,
+    DeadLetter,
     DeadTotals,
     Ledger,
     Moved,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Sequence
 
-    from ingestd.base.append import Append
+    from ingestd.base.append import Append, IdempotencyClaim, SourceOffset
     from ingestd.base.clock import Clock
 
 COMMIT_BYTES = 8 << 20
@@ -251,11 +252,12 @@ class JournalWriter:
         seconds = time.perf_counter() - started
         moved = self._store.moved
         chunks = [*write.chunks, *moved.chunks]
-        self._checkpointer.wrote(
-            sum(len(c.records.payload) for c in chunks)
-            + sum(len(letter.payload) for letter in write.refused)
-            + (4 + len(write.claims) + len(write.bookmarks)) * PAGE_BYTES
-        )
+        written = (4 + len(write.claims) + len(write.bookmarks)) * PAGE_BYTES
+        for chunk in chunks:
+            written += len(chunk.records.payload)
+        for letter in write.refused:
+            written += len(letter.payload)
+        self._checkpointer.wrote(written)
         self._count_keys(write)
         self._report(
             Committed(
@@ -288,29 +290,29 @@ class JournalWriter:
     def _plan(self, ops: Sequence[Op]) -> tuple[Write, list[Place]]:
         now = self._clock.now()
         appends = [op.append for op in ops if type(op) is QueuedAppend]
-        changes = [op.change for op in ops if type(op) is QueuedChange]
         sweep = self._sweep(ops, now)
         next_chunk = self._store.meta.last_chunk + 1
         runs, places = _joined([one.records for one in appends], next_chunk)
+        refused: list[DeadLetter] = []
+        claims: list[IdempotencyClaim] = []
+        bookmarks: list[SourceOffset] = []
+        for one in appends:
+            for invalid in one.invalid:
+                refused.append(refused_letter(invalid, now, one.principal))  # noqa: PERF401
+            if one.claim is not None:
+                claims.append(one.claim)
+            if one.offset is not None:
+                bookmarks.append(one.offset)
         write = Write(
-            chunks=[Chunk(number, now, run) for number, run in enumerate(runs, next_chunk)],
-            refused=[
-                refused_letter(invalid, now, one.principal)
-                for one in appends
-                for invalid in one.invalid
-            ],
-            sealed=[change for change in changes if type(change) is Seal],
-            postponed=[change.batch for change in changes if type(change) is Postpone],
-            settled=[change for change in changes if type(change) is Settle],
-            revive_at=now if any(type(op) is Revive for op in ops) else None,
-            expire=max(((op.since, op.before) for op in ops if type(op) is Expire), default=None),
-            claims=[one.claim for one in appends if one.claim is not None],
-            bookmarks=[one.offset for one in appends if one.offset is not None],
+            [Chunk(number, now, run) for number, run in enumerate(runs, next_chunk)],
+            refused,
+            claims=claims,
+            bookmarks=bookmarks,
             at=now,
             sweep=sweep,
             keys_before=self._keys_before() if sweep else 0.0,
         )
-        return write, places
+        return (write if len(appends) == len(ops) else _with_others(write, ops)), places
 
     def _failed(self, ops: Sequence[Op], error: Exception) -> None:
         ledger = self._store.meta.ledger
@@ -340,6 +342,18 @@ class JournalWriter:
             repair.mark(self._store.path)
         problem = f"{type(error).__name__}: {error}"
         self._poison = JournalFailed(path=self._store.path, problem=problem)
+
+
+def _with_others(write: Write, ops: Sequence[Op]) -> Write:
+    """Adds what is no append."""
+    changes = [op.change for op in ops if type(op) is QueuedChange]
+    return write._replace(
+        sealed=[change for change in changes if type(change) is Seal],
+        postponed=[change.batch for change in changes if type(change) is Postpone],
+        settled=[change for change in changes if type(change) is Settle],
+        revive_at=write.at if any(type(op) is Revive for op in ops) else None,
+        expire=max(((op.since, op.before) for op in ops if type(op) is Expire), default=None),
+    )
 
 
 def _joined(runs: Sequence[Records], number: int) -> tuple[list[Records], list[Place]]:
