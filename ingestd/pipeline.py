@@ -57,7 +57,7 @@ log = get_logger()
 
 
 class DrainReport(NamedTuple):
-    """What a pipeline leaves behind.
+    """Report of a pipeline's drain.
 
     Attributes:
         ledger: the counters.
@@ -505,9 +505,11 @@ class Pipeline:
     # -- what others may know ------------------------------------------------------------------
 
     def stages(self) -> tuple[Stage, ...]:
-        """What has something to do and need not wait for anything else, for the watchdog.
+        """Stages that could go on, and their steps, for the watchdog.
 
-        A full queue, a long line, busy lanes, a commit that has to wait: good reasons to rest.
+        A full queue, a long ready queue, busy workers, a commit that has to wait: good reasons to
+        rest.
+
         """
         if self._closing:
             return ()

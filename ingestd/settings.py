@@ -275,9 +275,10 @@ def _of_sources(
 
 
 def _without_room(settings: Settings, pipeline: PipelineSettings) -> str:
-    """What one append may bring beyond the journal's bound: it would be tried for ever.
+    """Refuses a journal that one append of a stream can't fit: it would be tried for ever.
 
-    A client gets 413 for that; a stream that is read has nobody to tell.
+    A client gets 413 for that; a stream has no such answer.
+
     """
     block = pipeline.record_bytes_max + _BLOCKS.get(settings.source.kind, 0)
     if settings.source.kind == "http" or pipeline.journal.bytes_max >= 2 * block:

@@ -77,7 +77,7 @@ def resumed(sealed: Sealed, sizes: Mapping[int, int], now: float) -> SealedBatch
 
 
 def outcome(count: int, result: Result, verdict: Resolve | RetryBatch) -> Tried:
-    """How a try counts, for the metrics."""
+    """The outcome of a try, for the metrics."""
     if isinstance(verdict, RetryBatch):
         return "retry"
     if result.failure is not None and verdict.again:
@@ -141,7 +141,7 @@ def dead_letters(
 
 
 def remainder(batch: SealedBatch, spans: Sequence[Span], *, number: int) -> SealedBatch:
-    """What is left of a batch, as a batch of its own."""
+    """The remaining records of a batch, as a batch of their own."""
     return batch.part(number, tuple(spans), sum(span.count for span in spans))
 
 

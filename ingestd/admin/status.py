@@ -1,4 +1,4 @@
-"""What the admin server shows, and of whom it asks it."""
+"""Status of the daemon and its pipelines, for `/v1/status`, health and metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEAR = 0.8
 
 
 class JournalStatus(msgspec.Struct, frozen=True):
-    """How full the journal is.
+    """Usage of the journal.
 
     Attributes:
         bytes: used.
@@ -33,7 +33,7 @@ class JournalStatus(msgspec.Struct, frozen=True):
 
 
 class QueueStatus(msgspec.Struct, frozen=True):
-    """What of the journal is in memory.
+    """Chunks of the journal in memory.
 
     Attributes:
         chunks: how many.
@@ -47,10 +47,10 @@ class QueueStatus(msgspec.Struct, frozen=True):
 
 
 class BatchesStatus(msgspec.Struct, frozen=True):
-    """Where the batches are.
+    """Counts of batches by state.
 
     Attributes:
-        sealed: written down, and not yet with a worker.
+        sealed: not yet with a worker.
         running: with a worker.
         waiting_retry: waiting for a retry.
         waiting_records: what these hold.
@@ -65,7 +65,7 @@ class BatchesStatus(msgspec.Struct, frozen=True):
 
 
 class HandlerStatus(msgspec.Struct, frozen=True):
-    """Whether the handler works.
+    """State of the handler.
 
     Attributes:
         state: `down` when it has failed for everything lately.
@@ -183,18 +183,18 @@ class Status(msgspec.Struct, frozen=True):
 
 
 class AdminView(Protocol):
-    """Who answers. All are called on the event loop and return at once."""
+    """Interface of the daemon for the admin server; calls are on the event loop and never wait."""
 
     def alive(self) -> tuple[bool, str]:
-        """Whether everything that could move moves, and in a few words what does not."""
+        """Returns True if no stage hangs, and in a few words the one that does."""
         ...
 
     def ready(self) -> tuple[bool, str]:
-        """Whether records are taken, and in a few words why not (or that they are)."""
+        """Returns True if records are accepted, with the reason in a few words."""
         ...
 
     def status(self) -> Status:
-        """How the daemon is doing now."""
+        """The status of the daemon."""
         ...
 
 

@@ -213,7 +213,7 @@ class RouteMetrics:
 
 
 class PipelineMetrics:
-    """What happens in one pipeline. From `Metrics.pipeline`; safe to call from any thread."""
+    """Counts events of one pipeline. From `Metrics.pipeline`; safe to call from any thread."""
 
     __slots__ = (
         "_accepted_bytes",
@@ -325,7 +325,7 @@ class Metrics:
         return self._routes[route]
 
     def pipeline(self, name: str) -> PipelineMetrics:
-        """What happens in the pipeline of that name; the same object every time."""
+        """The metrics of the pipeline of that name; the same object every time."""
         if name not in self._pipelines:
             self._pipelines[name] = PipelineMetrics(name, self._families)
         return self._pipelines[name]

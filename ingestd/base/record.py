@@ -27,7 +27,7 @@ Format = Literal["json", "text", "bytes"]
 
 
 class Layout(enum.IntEnum):
-    """How records lie in a payload. The numbers are stored in journals and never change."""
+    """Layout of records in a payload. The numbers are stored in journals and never change."""
 
     LINES = 0
     SIZED = 1

@@ -1,1 +1,1 @@
-"""The durable store of what is accepted and not yet done. Start at `interface`."""
+"""Journals: durable stores of accepted records until they are settled. Start at `interface`."""

@@ -38,7 +38,7 @@ SWEEP_ROWS = 200
 
 
 class KeyRule(NamedTuple):
-    """How long keys are remembered, and how many.
+    """Lifetime and bounds of idempotency keys.
 
     Attributes:
         ttl: `http.idempotency_ttl`, seconds.
@@ -149,9 +149,8 @@ class IdempotencyKeys:
         return answer
 
     async def _find_unscoped(self, key: str, fingerprint: bytes) -> RememberedKey | None:
-        """What a journal has that was written before keys belonged to principals.
-
-        Whose such a key is nobody knows; only the very same request is answered from it.
+        """Finds a key of a journal that did not tell principals apart; only the very same request
+        is answered from it.
         """
         principal, _, bare = key.rpartition(" ")
         if not principal or not self.owners[""] or principal.startswith(WEBHOOK):
@@ -224,7 +223,7 @@ class IdempotencyKeys:
             )
 
     def _bound(self, principal: str) -> str:
-        """What a principal that has just claimed one more key finds full; empty if nothing is."""
+        """The bound that a principal exceeds with one more key; empty if none."""
         free = self.rule.keys_max - self.count - len(self._claims)
         if free < 0:
             return "the table of"

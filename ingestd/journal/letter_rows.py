@@ -73,7 +73,7 @@ class LetterRow(NamedTuple):
 
 
 class _Facts(msgspec.Struct, array_like=True):
-    """What differs between the letters of a row.
+    """Data that differs between the letters of a row.
 
     Attributes:
         sizes: of the payloads, as `pack_sizes` makes them.
@@ -97,7 +97,7 @@ _encode = msgspec.msgpack.Encoder().encode
 
 
 def letter_bytes(payload: bytes, error: str, traceback: str = "") -> int:
-    """What a letter counts for that has a row to itself."""
+    """Bytes of a letter that has a row to itself."""
     return LETTER_BYTES + len(payload) + len(error) + len(traceback)
 
 

@@ -1,4 +1,4 @@
-"""Which chunks still hold unsettled records: what `Settle.finished` is made from."""
+"""Chunks on their way to the queue: reading in order, the memory budget, unsettled chunks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class UnsettledChunks:
 
     @property
     def oldest(self) -> float | None:
-        """When the chunk that entered first was accepted, loop time."""
+        """Loop time at which the oldest chunk was accepted."""
         for _, _, since in self._chunks.values():
             return since
         return None
@@ -58,7 +58,7 @@ class UnsettledChunks:
         return finished, freed
 
 
-# -- the tail: chunks in the order of their ids, from memory while they fit, else from disk --------
+# -- reading in order ------------------------------------------------------------------------------
 #
 # A chunk that has just been committed is still in memory, and usually goes on from there. When the
 # pipeline falls behind, fresh chunks are only remembered by id, and are read back later. So a
@@ -79,7 +79,7 @@ class MemoryBudget:
         self._freed = asyncio.Event()
 
     def has(self, size: int) -> bool:
-        """Whether `size` more bytes fit; anything fits into an empty room."""
+        """Returns True if `size` more bytes fit; anything fits into an empty budget."""
         return self.bytes == 0 or self.bytes + size <= self.bytes_max
 
     def take(self, size: int) -> None:
@@ -129,7 +129,7 @@ class ChunkReader:
 
     @property
     def could_give(self) -> bool:
-        """Whether there is a chunk to give, and room for it if it has to be read back."""
+        """Returns True if there is a chunk to give, and memory for it if it has to be read back."""
         return bool(self._fresh) or (self.waiting > 0 and self._has_room())
 
     def push(self, chunk: Chunk) -> None:

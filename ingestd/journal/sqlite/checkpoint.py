@@ -62,7 +62,7 @@ class Checkpointer:
         self._wanted.set()
 
     def ripe(self) -> bool:
-        """Whether the writer should start the WAL over now; true once for each round."""
+        """Returns True if the writer should start the WAL over now; once for each round."""
         if self._ripe.is_set():
             self._ripe.clear()
             return True

@@ -93,7 +93,7 @@ def mended(path: Path, page_bytes: int) -> Iterator[None]:
 
 
 def _is_whole(path: Path, page_bytes: int) -> bool:
-    """Whether the page says what it should, and leads to the row that tells the journal's id."""
+    """Returns True if the page is right, and leads to the row with the journal's id."""
     try:
         with path.open("rb", buffering=0) as file:
             head = file.read(32)
@@ -122,7 +122,7 @@ def _pages(path: Path, page_bytes: int) -> Iterator[bytes]:
 
 
 def _copies(raw: mmap.mmap) -> Iterator[bytes]:
-    """What was written down, one after the other; older ones may lie on pages that are free."""
+    """Yields the stored copies; older ones may lie on free pages."""
     at = -1
     for _ in range(_FOUND_MAX):
         at = raw.find(_MAGIC, at + 1)

@@ -53,7 +53,7 @@ def journals(data_dir: Path, only: Sequence[str] = ()) -> dict[str, Path]:
 
 @contextmanager
 def opened(path: Path, *, write: bool = False) -> Iterator[sqlite3.Connection]:
-    """A connection to a journal that is there, beside whoever else uses it.
+    """Opens an existing journal, beside other processes that use it.
 
     Raises:
         JournalUnreadable: the file is no journal, or another version's.

@@ -1,4 +1,4 @@
-"""A damaged journal is built anew from what can still be read of it.
+"""Repair of a damaged journal: it is built anew from all that can still be read.
 
 SQLite stops at the first page that makes no sense, wherever a statement meets it: at the start, or
 weeks later when a batch is settled. So that neither keeps the daemon from starting for ever:
@@ -76,7 +76,7 @@ _spans = msgspec.msgpack.Decoder(tuple[Span, ...])
 
 
 def is_damage(error: BaseException) -> bool:
-    """Whether a file's content is at fault, not the disk, the space or another process."""
+    """Returns True if a file's content is at fault, not the disk, the space or another process."""
     code = getattr(error, "sqlite_errorcode", None)
     if code is not None:
         return code & 0xFF not in _NOT_DAMAGE
@@ -90,7 +90,7 @@ def mark(path: Path) -> None:
 
 
 def marked(path: Path) -> bool:
-    """Whether an earlier life met damage."""
+    """Returns True if an earlier run met damage."""
     return _mark_of(path).exists()
 
 
@@ -151,11 +151,11 @@ def finish(path: Path) -> str:
     return target
 
 
-# -- what can be read ----------------------------------------------------------------------------
+# -- salvage ---------------------------------------------------------------------------------------
 
 
 class _Salvaged(NamedTuple):
-    """What could be read.
+    """Salvaged contents of a journal.
 
     Attributes:
         journal: its id; empty if no copy of it can be read.
@@ -362,7 +362,7 @@ def _copy_dead_totals(old: sqlite3.Connection, db: sqlite3.Connection) -> None:
         db.execute("UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = 'dead'", (last,))
 
 
-# -- the numbers add up again --------------------------------------------------------------------
+# -- counters --------------------------------------------------------------------------------------
 
 
 def _settle_meta(db: sqlite3.Connection, found: _Salvaged, journal: str, now: float) -> None:
@@ -397,7 +397,7 @@ def _balanced(ledger: Ledger, pending: int, known: Collection[str]) -> Ledger:
 
 
 def _cursor(found: _Salvaged, ledger: Ledger) -> Cursor:
-    """Where the unsealed records begin, by the counter or by what is sealed.
+    """Finds the first unsealed record, by the counter or by the sealed batches.
 
     A chunk that no batch names is done before the cursor, and such a one is deleted with the commit
     that ends it: so what is there and is not named lies behind it.
@@ -429,7 +429,7 @@ def _pending(found: _Salvaged, cursor: Cursor) -> int:
 
 
 def _lacks(found: _Salvaged, cursor: Cursor) -> bool:
-    """Whether chunks that should be there are not: their ids have no gap behind the cursor."""
+    """Returns True if chunks are missing: their ids have no gap behind the cursor."""
     behind = sum(1 for chunk in found.chunks if chunk >= cursor.chunk)
     last = found.counters.get("last_chunk", 0)
     return cursor.chunk + behind - 1 < last <= cursor.chunk + behind + PROBES_MAX
