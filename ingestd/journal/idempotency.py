@@ -149,8 +149,9 @@ class IdempotencyKeys:
         return answer
 
     async def _find_unscoped(self, key: str, fingerprint: bytes) -> RememberedKey | None:
-        """Finds a key of a journal that did not tell principals apart; only the very same request
-        is answered from it.
+        """Finds a key of a journal that did not tell principals apart.
+
+        Only the very same request is answered from it.
         """
         principal, _, bare = key.rpartition(" ")
         if not principal or not self.owners[""] or principal.startswith(WEBHOOK):
