@@ -29,7 +29,7 @@ from ingestd.base.errors import (
     JournalFailed,
 )
 from ingestd.base.logging import get_logger, start_logging
-from ingestd.base.metrics import Metrics
+from ingestd.base.metrics import Metrics, RouteMetrics
 from ingestd.base.watchdog import Liveness
 from ingestd.config.reload import Change, plan
 from ingestd.handlers.runner import CLOSE_SECONDS
@@ -155,7 +155,7 @@ class Daemon:
         self._input_ended = False
         self._progress: Progress | None = None
         self._deadline = 0.0  # of the drain, loop time
-        self._route = self._metrics.route("/v1/records")
+        self._routes: dict[str, RouteMetrics] = {}
         self._metrics.watch_log(lambda: writer.lines_lost)
         self._metrics.watch(lambda: {name: status_of(p) for name, p in self.pipelines.items()})
         self.pipelines: dict[str, Pipeline] = {}
@@ -529,9 +529,12 @@ class Daemon:
             pipelines={name: status_of(pipeline) for name, pipeline in self.pipelines.items()},
         )
 
-    def _answered(self, pipeline: str, status: int, seconds: float, slug: str) -> None:
-        """The http source's word about each answer."""
-        self._route.answered(status, seconds)
+    def _answered(self, route: str, pipeline: str, status: int, seconds: float, slug: str) -> None:
+        """Counts an answer of the http source."""
+        counted = self._routes.get(route)
+        if counted is None:
+            counted = self._routes[route] = self._metrics.route(route)
+        counted.answered(status, seconds)
         if pipeline and status in (429, 503):
             self._metrics.pipeline(pipeline).request_refused(slug)
 

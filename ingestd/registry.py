@@ -1,4 +1,4 @@
-"""Components by kind and name: sources, sinks, journals and executors; each is imported when used.
+"""Components by kind and name: sources, endpoints, sinks, journals, executors; imported when used.
 
 A component is `module:name`. Those of ingestd stand here, so that they work without an installation
 and no package can take their names; others come from entry points. Nothing is imported but the
@@ -65,6 +65,14 @@ class Components:
             problem = f"the {self.kind} {name!r} cannot be loaded from {place}: {error}"
             raise ConfigError(problem=" ".join(problem.split())[:500]) from error
 
+    def load_all(self) -> dict[str, Any]:
+        """Imports all components, by name.
+
+        Raises:
+            ConfigError: see `load`.
+        """
+        return {name: self.load(name) for name in self.names()}
+
     def _others(self) -> dict[str, dict[str, str]]:
         return _registered(self.group, tuple(sys.path))
 
@@ -81,6 +89,14 @@ def _registered(group: str, path: tuple[str, ...]) -> dict[str, dict[str, str]]:
 
 
 SOURCES = Components("source", "ingestd.sources", {})
+ENDPOINTS = Components(
+    "endpoint",
+    "ingestd.endpoints",
+    {
+        "records": "ingestd.sources.http.endpoints.records:RecordsEndpoint",
+        "webhooks": "ingestd.sources.http.endpoints.webhooks:WebhooksEndpoint",
+    },
+)
 SINKS = Components(
     "sink",
     "ingestd.sinks",

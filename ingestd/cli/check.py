@@ -130,8 +130,10 @@ def _check_access(settings: Settings) -> int:
         return int(Exit.OK)
     from ingestd.sources.http.access import read_access  # noqa: PLC0415  only now it is needed
 
+    formats = {name: one.format for name, one in settings.pipeline_settings().items()}
     try:
-        for doubt in read_access(settings.http).doubts:
+        access = read_access(settings.http, formats, settings.source.pipeline)
+        for doubt in access.doubts:
             fail(f"warning: {doubt}")
     except ConfigError as error:
         fail(str(error))

@@ -39,6 +39,8 @@ DENIED_SECONDS = 10.0
 ANONYMOUS = "anonymous"
 """The principal of all who show nothing."""
 API_KEY = "X-API-Key"
+TOKEN_SCHEMES = ("bearer", "basic", "key")
+"""The ways to show a token: two of `Authorization`, and the header `API_KEY`."""
 ONLY_DELIVERIES = (
     "there are webhooks and no tokens, so only signed deliveries are taken; to take records too,"
     " set a token (http.tokens.NAME.hash) or http.allow_anonymous = true"
@@ -177,32 +179,44 @@ class Authenticator:
         self._denied = 0
         self._say_denied_at = 0.0
 
-    def admit(self, request: web.BaseRequest, pipeline: str) -> Principal:
-        """Who sends this.
+    def admit(
+        self, request: web.BaseRequest, pipeline: str, schemes: Sequence[str] = TOKEN_SCHEMES
+    ) -> Principal:
+        """Authenticates a request, and authorizes it for a pipeline.
+
+        Args:
+            request: the one.
+            pipeline: where it sends to.
+            schemes: the ways to show a token that count, out of `TOKEN_SCHEMES`.
 
         Raises:
             Problem: 401 if that can't be told, 403 if it may not send to the pipeline, 429 if it
                 has sent too much.
         """
-        caller = self.identify(request, pipeline)
+        caller = self.identify(request, pipeline, schemes)
         caller.check()
         return caller
 
-    def identify(self, request: web.BaseRequest, pipeline: str) -> Principal:
-        """Who sends this, however much it has sent.
+    def identify(
+        self, request: web.BaseRequest, pipeline: str, schemes: Sequence[str] = TOKEN_SCHEMES
+    ) -> Principal:
+        """Does the same, however much the principal has sent.
 
         Raises:
             Problem: 401 if that can't be told, 403 if it may not send to the pipeline.
         """
-        caller = self._who(request)
+        caller = self._who(request, schemes)
         if caller.pipelines is not None and pipeline not in caller.pipelines:
             raise self._forbid(request, caller)
         return caller
 
-    def explain_unknown(self, request: web.BaseRequest) -> Problem:
-        """What is said about a pipeline that does not exist: only who may see all learns that."""
+    def explain_unknown(self, request: web.BaseRequest, schemes: Sequence[str]) -> Problem:
+        """Returns the answer of a pipeline that does not exist.
+
+        Only a principal that may send to all pipelines learns that there is none.
+        """
         try:
-            caller = self._who(request)
+            caller = self._who(request, schemes)
         except Problem as stranger:
             return stranger
         if caller.pipelines is not None:
@@ -241,7 +255,7 @@ class Authenticator:
         if is_foreign(origin, site, authority_of(request.raw_path, headers.get("Host", ""))):
             raise Problem(problem.FOREIGN_ORIGIN, "it is not among http.cors_origins")
 
-    def _who(self, request: web.BaseRequest) -> Principal:
+    def _who(self, request: web.BaseRequest, schemes: Sequence[str]) -> Principal:
         self.check_host(request)
         headers = request.headers
         if self._anybody is not None:
@@ -249,17 +263,16 @@ class Authenticator:
                 self._check_origin(request)
             return self._anybody
         if "Authorization" in headers:
-            owner = self._only(headers.getall("Authorization"), self._owner_of)
-        elif API_KEY in headers:
-            owner = self._only(headers.getall(API_KEY), self.access.tokens.owner_of)
+            shown = headers.getall("Authorization")
+            owner = self._owner_of(shown[0], schemes) if len(shown) == 1 else None
+        elif API_KEY in headers and "key" in schemes:
+            shown = headers.getall(API_KEY)
+            owner = self.access.tokens.owner_of(shown[0]) if len(shown) == 1 else None
         else:
             return self._certified(request)
         if owner is None:
             raise self._deny(request, "it is not known here", ', error="invalid_token"')
         return self._callers[owner]
-
-    def _only(self, shown: Sequence[str], owner_of: Callable[[str], str | None]) -> str | None:
-        return owner_of(shown[0]) if len(shown) == 1 else None
 
     def _certified(self, request: web.BaseRequest) -> Principal:
         """Who a request without a token is, by the certificate of its connection."""
@@ -280,12 +293,14 @@ class Authenticator:
         principal = principal_of_certificate(certificate)
         return Principal(principal, principal=principal)
 
-    def _owner_of(self, authorization: str) -> str | None:
+    def _owner_of(self, authorization: str, schemes: Sequence[str]) -> str | None:
         scheme, _, rest = authorization.partition(" ")
-        rest = rest.strip(" ")
-        if scheme.lower() == "bearer":
+        scheme, rest = scheme.lower(), rest.strip(" ")
+        if scheme not in schemes:
+            return None
+        if scheme == "bearer":
             return self.access.tokens.owner_of(rest)
-        if scheme.lower() != "basic":
+        if scheme != "basic":
             return None
         try:
             user, colon, token = base64.b64decode(rest, validate=True).decode().partition(":")

@@ -127,6 +127,8 @@ def say_continue(request: web.BaseRequest) -> None:
     Raises:
         Problem: 417 if it waits for something else.
     """
+    if "Expect" not in request.headers:
+        return
     if request.headers["Expect"].strip().lower() != "100-continue":
         raise Problem(problem.EXPECTATION, "only 100-continue can be expected")
     transport = request.transport

@@ -169,6 +169,11 @@ def explain(error: Explained) -> Problem:
     return Problem(JOURNAL_FAILED, "the journal has failed", headers=retry_after(10.0))
 
 
+def draining() -> Problem:
+    """Returns the problem of all requests while the daemon drains."""
+    return explain(Draining())
+
+
 def retry_after(seconds: float) -> dict[str, str]:
     """`Retry-After` in whole seconds, at least 1."""
     return {"Retry-After": str(max(1, math.ceil(seconds)))}

@@ -23,7 +23,7 @@ from ingestd.http.deadlines import LATE_SECONDS, is_late
 from ingestd.http.peer import client_of
 from ingestd.http.problem import Problem
 from ingestd.http.response import CLOSE, KEEP, PROBLEM, Response, encode
-from ingestd.http.strict import fault, line_is_spaced
+from ingestd.http.routing import fault, line_is_spaced
 from ingestd.http.tls import Secured
 
 if TYPE_CHECKING:

@@ -1,8 +1,11 @@
-"""What is where: paths, and the methods that each takes. No I/O."""
+"""Heads of requests: the resource that each names, CORS, and those that are refused. No I/O."""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
+
+from aiohttp import HttpVersion10, HttpVersion11
 
 from ingestd.config.network import ANY_ORIGIN
 from ingestd.http import problem
@@ -11,20 +14,18 @@ from ingestd.http.problem import Problem
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from aiohttp.http import RawRequestMessage
+
 
 T_co = TypeVar("T_co", covariant=True)
 
-RECORDS = "/v1/records"
-WEBHOOKS = "/v1/webhooks"
-ANY_PIPELINE = f"{RECORDS}/"
-"""What stands for the pipelines that do not exist. They take what the others take: whether there
-is one is not for everybody to know, so that is said later."""
 SERVER = "*"
 """The target of an `OPTIONS` that asks about the server and not about a resource (RFC 9110)."""
 
 READ = ("GET", "HEAD", "OPTIONS")
-WRITE = ("POST", "OPTIONS")
 ASK = ("OPTIONS",)
+_SEGMENTS_MAX = 8
+"""Of a path that is not in the table as it is: each is one more look-up."""
 
 
 class Resource(NamedTuple, Generic[T_co]):
@@ -45,29 +46,40 @@ class Resource(NamedTuple, Generic[T_co]):
 
 
 def find(table: Mapping[str, Resource[T_co]], method: str, target: str) -> Resource[T_co]:
-    """The resource that a request is for; one look-up for who writes its path alone.
+    """Returns the resource of a request; one look-up for a target that is a path alone.
 
     Args:
-        table: the resources by path, `*` for the server as a whole.
+        table: the resources by path, `*` for the server as a whole. A path that ends with `/` also
+            stands for the paths below it that are not in the table.
         method: of the request.
         target: as the request line has it: a path with or without a query, or a whole URL.
 
     Raises:
         Problem: 404, or 405 with `Allow`.
     """
-    resource = table.get(target)
+    resource = look_up(table, method, target)
     if resource is None:
-        path = path_of(target, method)
-        if path not in table and path.startswith(ANY_PIPELINE):
-            path = ANY_PIPELINE
-        resource = table.get(path)
-        if resource is None:
-            detail = f"records go to {RECORDS} or {RECORDS}/{{pipeline}}"
-            raise Problem(problem.NOT_FOUND, detail)
+        raise Problem(problem.NOT_FOUND, "/ and /openapi.json list the paths")
     if method not in resource.methods:
         detail = f"{method[:20]} is not among {resource.allow}"
         raise Problem(problem.METHOD, detail, headers={"Allow": resource.allow})
     return resource
+
+
+def look_up(table: Mapping[str, Resource[T_co]], method: str, target: str) -> Resource[T_co] | None:
+    """Returns the resource of a target, for any method; see `find`."""
+    resource = table.get(target)
+    if resource is not None:
+        return resource
+    path = path_of(target, method)
+    if path in table:
+        return table[path]
+    above = path.split("/", _SEGMENTS_MAX)[:-1]
+    for count in range(len(above), 1, -1):
+        resource = table.get("/".join(above[:count]) + "/")
+        if resource is not None:
+            return resource
+    return None
 
 
 def path_of(target: str, method: str) -> str:
@@ -122,23 +134,29 @@ _SHOWN = (
 
 
 class Cors:
-    """What is said to browsers.
+    """The headers for browsers.
 
     Args:
         origins: whose pages may read; at least one, or `*` alone.
+        sent: headers that their requests may have, beside the usual ones.
+        shown: headers of answers that they may read, beside the usual ones.
     """
 
-    def __init__(self, origins: Sequence[str]) -> None:
-        shown = {"Access-Control-Expose-Headers": ", ".join(_SHOWN)}
+    def __init__(
+        self, origins: Sequence[str], sent: Sequence[str] = (), shown: Sequence[str] = ()
+    ) -> None:
+        self._sent = ", ".join(sorted({*_SENT, *sent}, key=str.lower))
+        readable = ", ".join(sorted({*_SHOWN, *shown}, key=str.lower))
+        readers = {"Access-Control-Expose-Headers": readable}
         self._any = ANY_ORIGIN in origins
         self._allowed = {
-            origin: {"Access-Control-Allow-Origin": origin, **shown, "Vary": "Origin"}
+            origin: {"Access-Control-Allow-Origin": origin, **readers, "Vary": "Origin"}
             for origin in origins
         }
         # A cache must not give the answer for one origin, or for none, to another.
         self._others = {"Vary": "Origin"}
         if self._any:
-            self._others = {"Access-Control-Allow-Origin": ANY_ORIGIN, **shown}
+            self._others = {"Access-Control-Allow-Origin": ANY_ORIGIN, **readers}
 
     def headers(self, origin: str) -> dict[str, str]:
         """For any answer to a request from an origin (empty if it says none)."""
@@ -155,7 +173,7 @@ class Cors:
             return {}
         return {
             "Access-Control-Allow-Methods": ", ".join(methods),
-            "Access-Control-Allow-Headers": ", ".join(_SENT),
+            "Access-Control-Allow-Headers": self._sent,
             "Access-Control-Max-Age": str(MAX_AGE),
         }
 
@@ -174,3 +192,68 @@ def tell_options(
     if cors is None or "Access-Control-Request-Method" not in headers:
         return allow
     return allow | cors.preflight(headers.get("Origin", ""), resource.methods)
+
+
+# -- heads that the parser lets pass and this server does not ------------------------------------
+#
+# Where two servers in a row disagree about where a request ends, the rest of it becomes a request
+# of its own ("request smuggling"). llhttp refuses most of such heads; here is the rest.
+
+_VERSIONS = (HttpVersion11, HttpVersion10)
+# RFC 3986: what may stand in host and port; without the comma, which joins two of them.
+_HOST = re.compile(r"[A-Za-z0-9._~!$&'()*+;=%:\[\]-]*")
+# RFC 9112, 3.2.2 and RFC 9110, 4.2.4: http and https alone, and no user information.
+_ABSOLUTE = re.compile(r"https?://[A-Za-z0-9._~!$&'()*+;=%:\[\]-]+(?:[/?].*)?", re.IGNORECASE)
+LENGTH_DIGITS_MAX = 20
+"""Digits of a `Content-Length`. More of them are leading zeros or more than 64 bits."""
+
+
+def fault(message: RawRequestMessage) -> str:
+    """Returns the fault of a head in a few words that quote nothing; empty if it has none."""
+    if message.version not in _VERSIONS:
+        return "only HTTP/1.1 and HTTP/1.0 are spoken"
+    target = message.path
+    usual = target[:1] == "/" and "#" not in target
+    if not usual and (detail := _target_fault(message)):
+        return detail
+    headers = message.headers
+    if len(headers.get("Content-Length", "")) > LENGTH_DIGITS_MAX:
+        return "Content-Length has too many digits"
+    coding = headers.get("Transfer-Encoding")
+    if coding is not None:
+        if message.version < HttpVersion11:
+            return "Transfer-Encoding needs HTTP/1.1"  # RFC 9112, 6.1
+        if coding.strip(" \t").lower() != "chunked" or not coding.isascii():
+            return "Transfer-Encoding can only be chunked"
+        if "Content-Length" in headers:
+            return "Content-Length beside Transfer-Encoding"
+    if not _HOST.fullmatch(headers.get("Host", "")):
+        return "Host is not a host"
+    return ""
+
+
+def _target_fault(message: RawRequestMessage) -> str:
+    """Returns the fault of a target that has none of the four forms of RFC 9112, 3.2."""
+    target = message.path
+    if "#" in target:
+        return "the request's target has a fragment"
+    if target[:1] == "/" or target == "*" or message.method == "CONNECT":
+        return ""
+    return "" if _ABSOLUTE.fullmatch(target) else "the request's target is no http URL"
+
+
+def line_is_spaced(data: bytes, message: RawRequestMessage) -> bool:
+    """Tells if more than one space parts the words of a request line (RFC 9112, 3).
+
+    Args:
+        data: begins with the request line, or with something else.
+        message: the request.
+    """
+    if data[:1] in (b"\r", b"\n"):
+        data = data.lstrip(b"\r\n")
+    end = data.find(b"\n")
+    if data.find(b"  ", 0, end) < 0:
+        return False
+    words = data[:end].rstrip(b"\r").split(b" ")
+    line = f"{message.method} {message.path}".encode("utf-8", "surrogateescape")
+    return b" ".join(filter(None, words[:-1])) == line

@@ -105,7 +105,7 @@ async def test_a_stream_goes_on_with_the_limits_of_its_token_as_they_are_now() -
 async def test_a_stream_of_which_nothing_has_come_ends_too() -> None:
     async with serving(MemoryIntake(), tokens=TOKENS) as source, connected(source) as client:
         client.post(b"", **CHUNKED, **bearer(SHOP))
-        await until(lambda: source._door._quiet)
+        await until(lambda: source._door.ingestion.quiet)
         await reload(source, tokens=tokens(logs={"token": LOGS}))
         assert (await client.reply()).slug == "unauthorized"
         assert await client.closed()
@@ -117,9 +117,9 @@ async def test_a_wait_ends_and_says_what_is_durable(tmp_path: Path) -> None:
     more = {"handler": target, "executor": {"kind": "thread"}, "http": {"tokens": TOKENS}}
     async with Door(tmp_path, **more) as door, connected(door.source) as client:
         client.post(b"1\n2\n", Prefer="wait=60", **bearer(SHOP))
-        await until(lambda: door.source._door._waiting)
+        await until(lambda: door.source._door.ingestion.waiting)
         await reload(door.source, tokens=tokens(shop={"token": SHOP}))
-        assert door.source._door._waiting
+        assert door.source._door.ingestion.waiting
         await reload(door.source, tokens=tokens(logs={"token": LOGS}))
         reply = await client.reply()
         assert (reply.status, reply.json["accepted"]) == (202, 2)

@@ -79,7 +79,8 @@ async def give_up(port: int, chance: random.Random, number: int) -> None:
 
 def held(door: Door) -> dict[str, Any]:
     """Everything that is counted of requests and connections."""
-    inner, server, room = door.source._door, door.source._server, door.source._door._room
+    inner, server, taking = door.source._door, door.source._server, door.source._door.ingestion
+    room = taking.room
     keys = door.pipelines["default"].journal.keys
     return {
         "connections": (server.open, len(server._welcomed), len(server._silent)),
@@ -88,7 +89,7 @@ def held(door: Door) -> dict[str, Any]:
         "turns": server.turns._waiting,
         "room": (room.bytes, room.requests, room.streams, room._lasting),
         "shares": dict(room._clients),
-        "door": (inner._active, len(inner._streams), len(inner._waiting), len(inner._quiet)),
+        "door": (inner._active, len(taking.streams), len(taking.waiting), len(taking.quiet)),
         "watches": len(door.pipelines["default"].watches),
         "claims": (len(keys._claims), dict(keys._claimed)),
     }

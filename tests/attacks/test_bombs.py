@@ -12,7 +12,8 @@ import pytest
 from ingestd.codecs import compression
 from ingestd.codecs.compression import RATIO_FREE_BYTES, Corrupt, Inflater, TooDense, TooMuch
 from ingestd.http.problem import Problem
-from ingestd.sources.http.decode import BodyFormat, BodyLimits, parse_body
+from ingestd.sources.http.decode import DocumentCodec, LinesCodec
+from ingestd.sources.http.endpoints.base import BodyLimits
 from tests.daemon.harness import daemon
 from tests.peak import peak
 from tests.sources.source_tools import MemoryIntake, ask, serving
@@ -59,7 +60,7 @@ async def test_a_bomb(name):
         assert (reply.status, reply.slug) == (413, "inflate-ratio")
         # The body as it came, in three hands, and what came out.
         assert most.bytes < 4 * len(wire) + 6 * MIB
-        assert source._door._room.bytes == 0
+        assert source._door.ingestion.room.bytes == 0
         assert (await ask(source, b"1")).status == 202
     assert intake.items == [b"1"]
 
@@ -135,7 +136,7 @@ def test_too_dense_is_a_kind_of_too_much():
 def test_arrays_that_would_be_large_lists(body, mib):
     """A list takes 40 times the size of `[1,1,1,…]`: it is not made."""
     with peak() as most, pytest.raises(Problem):
-        parse_body(body, BodyFormat.DOCUMENT, "json", BodyLimits(100_000, 1024))
+        DocumentCodec().decode(body, BodyLimits(100_000, 1024))
     assert most.bytes < mib * MIB
 
 
@@ -144,7 +145,7 @@ def test_lines_that_are_very_many(line):
     """Nor are millions of lines taken apart before it is known that there are too many."""
     body = line * (16 * MIB // len(line))
     with peak() as most, pytest.raises(Problem):
-        parse_body(body, BodyFormat.LINES, "json", BodyLimits(100_000, 1024))
+        LinesCodec("json").decode(body, BodyLimits(100_000, 1024))
     assert most.bytes < 2.2 * len(body) + 24 * MIB
 
 

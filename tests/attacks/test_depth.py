@@ -14,7 +14,8 @@ from ingestd.codecs.framing import Framer
 from ingestd.codecs.json import DEPTH_MAX, holds_deeper, is_deeper
 from ingestd.codecs.lines import parse_lines
 from ingestd.http.problem import Problem
-from ingestd.sources.http.decode import BodyFormat, BodyLimits, parse_body
+from ingestd.sources.http.decode import DocumentCodec
+from ingestd.sources.http.endpoints.base import BodyLimits
 from tests.daemon.harness import daemon, written
 from tests.sources.source_tools import MemoryIntake, ask, serving
 
@@ -104,7 +105,7 @@ def test_however_deep_it_is(make, depth):
     assert [one.detail for one in parsed.refused] == [DETAIL]
     for body in (b"[%b]" % bad, b" [ %b ] " % bad):
         with pytest.raises(Problem, match=DETAIL) as caught:
-            parse_body(body, BodyFormat.DOCUMENT, "json", bounds)
+            DocumentCodec().decode(body, bounds)
         assert caught.value.kind.status in (400, 413)
     framer = Framer("json", 10**7)
     framer.feed(bad + b"\n1\n")
@@ -115,7 +116,7 @@ def test_elements_of_an_array_are_records():
     """The array itself does not count; a deep element is refused, and the others are taken."""
     bounds = BodyLimits(100, 10**6)
     body = b"[1,%b,%b,{}]" % (arrays(DEPTH_MAX), arrays(DEPTH_MAX + 1))
-    parsed = parse_body(body, BodyFormat.DOCUMENT, "json", bounds)
+    parsed = DocumentCodec().decode(body, bounds)
     assert parsed.records.items() == [b"1", arrays(DEPTH_MAX), b"{}"]
     assert [(one.index, one.reason, one.detail) for one in parsed.refused] == [
         (2, "malformed", DETAIL)

@@ -17,7 +17,8 @@ from ingestd.codecs.compression import Corrupt, Inflater, TooMuch
 from ingestd.codecs.framing import Framer
 from ingestd.codecs.lines import json_fault, parse_lines
 from ingestd.http.problem import Problem
-from ingestd.sources.http.decode import BodyFormat, BodyLimits, parse_body, parse_quickly
+from ingestd.sources.http.decode import DocumentCodec, LinesCodec, ValueCodec, WholeCodec
+from ingestd.sources.http.endpoints.base import BodyLimits
 from tests.attacks.smuggling import CHUNKED, HOST, LINE
 from tests.sources.source_tools import MemoryIntake, check, connected, serving
 
@@ -108,17 +109,20 @@ def test_framing(body, at, form):
     assert seen(one) == seen(two)
 
 
+JSON_CODECS = (LinesCodec("json"), DocumentCodec(), ValueCodec())
+CODECS = (*JSON_CODECS, LinesCodec("text"), LinesCodec("bytes"), WholeCodec())
+
+
 @quick
 @given(
     body=bodies | json_values.map(lambda value: json.dumps(value).encode()),
-    reading=st.sampled_from(BodyFormat),
-    form=st.sampled_from(["json", "text", "bytes"]),
+    codec=st.sampled_from(CODECS),
     records_max=st.integers(1, 12),
 )
-def test_bodies(body, reading, form, records_max):
+def test_bodies(body, codec, records_max):
     """A body is parsed or refused, and what is refused has a reason that a client can read."""
     bounds = BodyLimits(records_max, RECORD_MAX, DEPTH_MAX)
-    parsed = outcome(parse_body, body, reading, form, bounds)
+    parsed = outcome(codec.decode, body, bounds)
     if isinstance(parsed, Problem):
         assert parsed.kind.status in {400, 413}
         assert json.loads(parsed.body())["detail"]
@@ -127,22 +131,22 @@ def test_bodies(body, reading, form, records_max):
     assert 1 <= parsed.records.count <= parsed.total <= records_max
     assert all(len(item) <= RECORD_MAX for item in parsed.records.items())
     assert len({one.index for one in parsed.refused}) == len(parsed.refused)
-    if form == "json" and reading is not BodyFormat.WHOLE:
+    if codec in JSON_CODECS:
         assert all(json_fault(item, DEPTH_MAX) == "" for item in parsed.records.items())
 
 
 @quick
-@given(body=bodies, records_max=st.integers(1, 12), reading=st.sampled_from(BodyFormat))
-def test_the_quick_way_is_the_other_way(body, records_max, reading):
+@given(body=bodies, records_max=st.integers(1, 12), codec=st.sampled_from(JSON_CODECS))
+def test_the_quick_way_is_the_other_way(body, records_max, codec):
     """What is parsed without going to a thread is what a thread would have found."""
     bounds = BodyLimits(records_max, RECORD_MAX, DEPTH_MAX)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ingestd.sources.http.decode.QUICK_BYTES", 0)
         patch.setattr("ingestd.sources.http.decode.PIECE_BYTES", 16)
-        quickly = outcome(parse_quickly, body, reading, "json", bounds)
+        quickly = outcome(codec.decode_quickly, body, bounds)
     if quickly is None:
         return
-    slowly = outcome(parse_body, body, reading, "json", bounds)
+    slowly = outcome(codec.decode, body, bounds)
     if isinstance(quickly, Problem):
         assert quickly.body() == slowly.body()
     else:

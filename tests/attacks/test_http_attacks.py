@@ -175,7 +175,7 @@ async def test_chunks_of_one_byte(intake):
             client.send(LINE + HOST + b"Transfer-Encoding: chunked\r\n\r\n" + many)
             assert await answers(client) in ([400], [])
         await until(lambda: source._server.open == 0)
-        assert source._door._room.bytes == 0
+        assert source._door.ingestion.room.bytes == 0
     assert len(intake.items) == 4000
 
 

@@ -144,7 +144,7 @@ async def test_a_body_that_trickles(intake, monkeypatch, chunked):
         assert "http.body_rate_min" in reply.json["detail"]
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
-        assert source._door._room.bytes == 0
+        assert source._door.ingestion.room.bytes == 0
     assert not intake.asked.is_set()
 
 
@@ -190,10 +190,10 @@ async def test_a_body_that_was_announced_takes_little(intake):
                 client = await stack.enter_async_context(connected_from(source, f"127.0.1.{n}"))
                 client.post(b"1", Content_Length="16000000")
             await until(lambda: source._door._active == 9)
-            assert source._door._room.bytes < 1_000_000
+            assert source._door.ingestion.room.bytes < 1_000_000
             assert (await ask(source, b"1")).status == 202
         await until(lambda: not source._door._active)
-        assert source._door._room.bytes == 0
+        assert source._door.ingestion.room.bytes == 0
 
 
 # -- connections -----------------------------------------------------------------------------------

@@ -104,14 +104,20 @@ def test_what_goes_only_with_a_restart_is_refused(
 def test_what_a_token_owes_it_goes_on_owing() -> None:
     slow, fast = ({"shop": {"token": SHOP, "records_per_second": rate}} for rate in (1, 1000))
     settings = Settings(http={"tokens": slow}).http
-    gate = Authenticator(settings, read_access(settings))
+    access = read_access(settings, {"default": "json"}, "default")
+    gate = Authenticator(settings, access)
     caller = gate._callers["shop"]
     caller.charge(100, 0)
     assert caller.wait() > 50
-    again = Authenticator(settings, read_access(settings), before=gate)
+    again = Authenticator(settings, access, before=gate)
     assert again._callers["shop"].wait() > 50
     faster = Settings(http={"tokens": fast}).http
-    assert Authenticator(faster, read_access(faster), before=again)._callers["shop"].wait() == 0
+    assert (
+        Authenticator(faster, read_access(faster, {"default": "json"}, "default"), before=again)
+        ._callers["shop"]
+        .wait()
+        == 0
+    )
 
 
 # -- the daemon ----------------------------------------------------------------------------------

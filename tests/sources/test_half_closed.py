@@ -89,7 +89,7 @@ async def test_chunked_bodies_and_streams_that_have_ended_are_answered() -> None
 async def test_half_a_request_is_none() -> None:
     seen: list[int] = []
     intake = MemoryIntake()
-    more = {"on_request": lambda _name, status, _seconds, _slug: seen.append(status)}
+    more = {"on_request": lambda _route, _name, status, _seconds, _slug: seen.append(status)}
     async with serving(intake, **more) as source:
         for data in (b"", b"POST /v1", HEAD, HEAD + b"Content-Length: 9\r\n\r\n1"):
             assert await answers(source, data) == b""

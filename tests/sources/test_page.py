@@ -11,6 +11,7 @@ import pytest
 
 from ingestd.sources.http.openapi import make_page
 from tests.sources.source_tools import MemoryIntake, connected, serving
+from tests.sources.test_openapi import built
 
 FORMATS = {"default": "json", "logs": "text", "blobs": "bytes"}
 VOID = {"meta", "link", "br"}
@@ -37,7 +38,13 @@ class Outline(HTMLParser):
 
 
 def page(*, public_names: bool = True, default: str = "default", address: str = "127.0.0.1:8080"):
-    return make_page("1.2", FORMATS, default=default, public_names=public_names, address=address)  # type: ignore[arg-type]
+    return make_page(
+        "1.2",
+        built(default),
+        FORMATS,
+        public_names=public_names,
+        address=address,  # type: ignore[arg-type]
+    )
 
 
 @pytest.mark.parametrize("public_names", [True, False])

@@ -13,14 +13,20 @@ from ingestd.base.record import Layout
 from ingestd.codecs.lines import KEPT_BYTES, parse_lines
 from ingestd.http import problem
 from ingestd.http.problem import Problem
-from ingestd.sources.http.decode import BodyFormat, BodyLimits, format_of, parse_body
+from ingestd.sources.http.endpoints.base import BodyLimits
+from ingestd.sources.http.endpoints.records import (
+    DocumentCodec,
+    LinesCodec,
+    WholeCodec,
+    codec_of,
+)
 from tests.sources.source_tools import check
 
 BOUNDS = BodyLimits(records_max=1000, record_bytes_max=64)
 
 
 def read(body, content_type="", form="json", bounds=BOUNDS):
-    parsed = parse_body(body, format_of(content_type, form), form, bounds)
+    parsed = codec_of(content_type, form).decode(body, bounds)
     check(parsed.records)
     return parsed
 
@@ -34,21 +40,21 @@ def refusal(*args, **kwargs):
 @pytest.mark.parametrize(
     ("content_type", "form", "reading"),
     [
-        ("", "json", BodyFormat.LINES),
-        ("application/x-www-form-urlencoded", "json", BodyFormat.LINES),
-        ("application/x-ndjson", "json", BodyFormat.LINES),
-        ("Application/JSONL ; charset=UTF-8", "json", BodyFormat.LINES),
-        ("application/json", "json", BodyFormat.DOCUMENT),
-        ('application/json;charset="utf-8"', "json", BodyFormat.DOCUMENT),
-        ("text/plain; charset=us-ascii", "text", BodyFormat.LINES),
-        ("", "text", BodyFormat.LINES),
-        ("application/x-www-form-urlencoded", "text", BodyFormat.LINES),
-        ("application/octet-stream", "bytes", BodyFormat.WHOLE),
-        ("", "bytes", BodyFormat.WHOLE),
+        ("", "json", LinesCodec),
+        ("application/x-www-form-urlencoded", "json", LinesCodec),
+        ("application/x-ndjson", "json", LinesCodec),
+        ("Application/JSONL ; charset=UTF-8", "json", LinesCodec),
+        ("application/json", "json", DocumentCodec),
+        ('application/json;charset="utf-8"', "json", DocumentCodec),
+        ("text/plain; charset=us-ascii", "text", LinesCodec),
+        ("", "text", LinesCodec),
+        ("application/x-www-form-urlencoded", "text", LinesCodec),
+        ("application/octet-stream", "bytes", WholeCodec),
+        ("", "bytes", WholeCodec),
     ],
 )
 def test_types_that_a_pipeline_takes(content_type, form, reading):
-    assert format_of(content_type, form) is reading
+    assert type(codec_of(content_type, form)) is reading
 
 
 @pytest.mark.parametrize(
@@ -70,7 +76,7 @@ def test_types_that_a_pipeline_takes(content_type, form, reading):
 )
 def test_types_that_it_does_not_take(content_type, form):
     with pytest.raises(Problem) as caught:
-        format_of(content_type, form)
+        codec_of(content_type, form)
     assert caught.value.kind.slug == "unsupported-media-type"
     assert json.loads(caught.value.body())["status"] == 415
 
@@ -331,9 +337,9 @@ def test_whatever_comes_each_line_is_judged_alone(body):
 
 def test_a_content_type_is_read_in_one_go_and_has_a_bound():
     """Thousands of semicolons took the standard library's parser 38 ms on the event loop."""
-    assert format_of("application/json" + ";" * 1000, "json") is BodyFormat.DOCUMENT
+    assert type(codec_of("application/json" + ";" * 1000, "json")) is DocumentCodec
     with pytest.raises(Problem) as caught:
-        format_of("application/json" + ";" * 8000, "json")
+        codec_of("application/json" + ";" * 8000, "json")
     assert caught.value.kind is problem.MEDIA_TYPE
     with pytest.raises(Problem, match="latin-1"):
-        format_of("application/json" + ";" * 900 + " charset = latin-1", "json")
+        codec_of("application/json" + ";" * 900 + " charset = latin-1", "json")

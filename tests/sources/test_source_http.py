@@ -388,9 +388,9 @@ async def test_a_client_that_leaves_in_the_middle_stores_nothing(intake):
                 client.writer.transport.abort()
             await until(lambda: not source._door._active)
         assert (await ask(source, b"1")).status == 202
-        assert source._door._room.bytes == 0
+        assert source._door.ingestion.room.bytes == 0
     assert intake.items == [b"1"]
-    assert [what[1] for what in seen] == [499, 499, 202]
+    assert [what[2] for what in seen] == [499, 499, 202]
 
 
 @pytest.mark.parametrize(
@@ -409,7 +409,7 @@ async def test_what_the_pipeline_refuses(intake, error, answer, after):
         assert (reply.status, reply.slug) == answer
         assert reply.headers["retry-after"] == after
         assert b"secret" not in reply.body
-        assert source._door._room.bytes == 0
+        assert source._door.ingestion.room.bytes == 0
 
 
 async def test_an_error_of_ours_is_500_without_a_traceback(intake):
@@ -439,7 +439,7 @@ async def test_bytes_in_flight_are_bounded(intake):
         intake.gate.set()
         assert (await first.reply()).status == 202
         assert (await ask(source, b'"%b"' % (b"x" * 200))).status == 202
-        assert source._door._room.bytes == 0
+        assert source._door.ingestion.room.bytes == 0
 
 
 async def test_connections_are_bounded(intake):
@@ -511,12 +511,12 @@ async def test_what_is_told_about_each_answer(intake):
         await ask(source, b"1")
         await ask(source, b"bad")
         await ask(source, b"1", "/elsewhere")
-    assert [(name, status, slug) for name, status, _, slug in seen] == [
+    assert [(name, status, slug) for _, name, status, _, slug in seen] == [
         ("default", 202, ""),
         ("default", 400, "malformed"),
         ("", 404, "not-found"),
     ]
-    assert all(0 <= seconds < 5 for _, _, seconds, _ in seen)
+    assert all(0 <= seconds < 5 for _, _, _, seconds, _ in seen)
 
 
 async def test_every_problem_is_documented():

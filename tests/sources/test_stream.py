@@ -17,7 +17,8 @@ from ingestd.http import body
 from ingestd.http.admission import AdmissionController
 from ingestd.http.auth import Principal
 from ingestd.http.problem import Problem
-from ingestd.sources.http.decode import BodyFormat, BodyLimits, parse_body
+from ingestd.sources.http.decode import LinesCodec
+from ingestd.sources.http.endpoints.base import BodyLimits
 from ingestd.sources.http.stream import HELD_BYTES, Stream
 from tests.sources.source_tools import MemoryIntake, Reply, ask, connected, serving, until
 
@@ -122,7 +123,7 @@ async def test_a_stream_is_longer_than_any_bound_on_bodies_and_memory_stays_flat
         for _ in range(40):
             client.send(chunk(block))
             await client.writer.drain()
-            assert source._door._room.bytes <= HELD_BYTES
+            assert source._door.ingestion.room.bytes <= HELD_BYTES
         client.send(END)
         assert (await client.reply()).json["accepted"] == 800_000
     assert intake.waiting_most <= 2 * body.PIECE_BYTES
@@ -134,7 +135,7 @@ async def test_a_connection_that_breaks_keeps_what_was_accepted_and_no_half_line
         async with connected(source) as client:
             await begin(client, b'"one"\n"half')
             await until(lambda: intake.items)
-        await until(lambda: not source._door._room.requests)
+        await until(lambda: not source._door.ingestion.room.requests)
     assert intake.items == [b'"one"']
     assert not intake.refused
 
@@ -286,7 +287,7 @@ async def test_any_division_gives_the_records_of_the_whole(body, cuts, form):
     whole_records: list[bytes] = []
     refused: list[int] = []
     try:
-        parsed = parse_body(body, BodyFormat.LINES, form, BodyLimits(10**6, 30))
+        parsed = LinesCodec(form).decode(body, BodyLimits(10**6, 30))
         whole_records, refused = parsed.records.items(), [one.index for one in parsed.refused]
     except Problem as found:
         refused = [one.index for one in found.refused]
@@ -307,7 +308,7 @@ async def test_any_division_gives_the_records_of_the_whole(body, cuts, form):
             encoding="identity", ratio_max=0, silence=10.0, gone=lambda: False,
         )  # fmt: skip
         try:
-            answer = Reply(202, {}, await one.run(pieces[0])).json
+            answer = Reply(202, {}, (await one.run(pieces[0])).response().body).json
         except Problem as found:
             problem = found
     assert room.bytes == 0

@@ -8,7 +8,8 @@ import pytest
 
 from ingestd.codecs.lines import json_fault
 from ingestd.http.protocol import HEAD_BYTES_MAX
-from ingestd.sources.http.decode import BodyFormat, format_of
+from ingestd.sources.http.decode import DocumentCodec
+from ingestd.sources.http.endpoints.records import codec_of
 from ingestd.sources.http.headers import parse_prefer
 from tests.sources.source_tools import MemoryIntake, ask, connected, serving
 
@@ -164,7 +165,7 @@ def test_escapes_that_are_good():
     ],
 )
 async def test_types_that_end_in_json_are_json(kind):
-    assert format_of(kind, "json") is BodyFormat.DOCUMENT
+    assert type(codec_of(kind, "json")) is DocumentCodec
     intake = MemoryIntake()
     async with serving(intake) as source:
         assert (await ask(source, b"[1, 2]", Content_Type=kind)).json["accepted"] == 2

@@ -9,14 +9,17 @@ from ingestd.host.sockets import is_local, show_socket
 from ingestd.http.credentials import Tokens, read_tokens
 from ingestd.http.settings import at_large
 from ingestd.http.tls import make_context, read_authorities
-from ingestd.sources.http.endpoints.webhooks import read_webhooks
+from ingestd.registry import ENDPOINTS
+from ingestd.sources.http.endpoints.base import EndpointContext
 
 if TYPE_CHECKING:
     import socket
     import ssl
     from collections.abc import Mapping, Sequence
 
+    from ingestd.base.record import Format
     from ingestd.http.settings import HttpSettings
+    from ingestd.sources.http.endpoints.base import Endpoint
 
 
 class Access(NamedTuple):
@@ -24,30 +27,41 @@ class Access(NamedTuple):
 
     Attributes:
         tokens: who shows what.
-        webhooks: the secrets of each, by name.
+        endpoints: with their secrets, by name.
         context: what connections are encrypted with; `None` without TLS.
         authorities: digests of the certificates of those who sign clients' certificates.
         doubts: what should be seen to and is no reason to refuse.
     """
 
     tokens: Tokens
-    webhooks: Mapping[str, Sequence[bytes]]
+    endpoints: Mapping[str, Endpoint]
     context: ssl.SSLContext | None
     authorities: frozenset[bytes]
     doubts: Sequence[str]
 
 
-def read_access(settings: HttpSettings) -> Access:
+def read_access(
+    settings: HttpSettings,
+    formats: Mapping[str, Format],
+    default: str,
+) -> Access:
     """Reads all files; for a thread, if something else is going on.
+
+    Args:
+        settings: that name the files.
+        formats: of the records of each pipeline.
+        default: the pipeline of requests that name none.
 
     Raises:
         ConfigError: with one line for everything that is wrong; no secret is quoted.
     """
     problems: list[str] = []
     doubts: list[str] = []
+    tokens = read_tokens(settings.tokens, problems)
+    context = EndpointContext(settings, formats, default, problems)
     access = Access(
-        read_tokens(settings.tokens, problems),
-        read_webhooks(settings.webhooks, problems),
+        tokens,
+        {name: build(context) for name, build in ENDPOINTS.load_all().items()},
         make_context(settings.tls, problems, doubts),
         read_authorities(settings.tls),
         doubts,

@@ -1,20 +1,16 @@
-"""A whole body: what its type says about it, and the records in it. No I/O."""
+"""Whole bodies: the records in them, and the threads in which large ones are decoded."""
 
 from __future__ import annotations
 
 import asyncio
-import enum
-import re
-import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from ingestd.base.bursts import compute_beside, let_loop_go_first
 from ingestd.base.record import InvalidRecord, Layout, Records, pack_sizes
-from ingestd.codecs.json import DEPTH_MAX, holds_more, is_deeper, is_json
+from ingestd.codecs.json import holds_more, is_deeper
 from ingestd.codecs.lines import (
     BOM,
     KEPT_BYTES,
@@ -29,30 +25,23 @@ from ingestd.codecs.lines import too_large as refuse_too_large
 from ingestd.http import problem
 from ingestd.http.body import inflate, inflate_short
 from ingestd.http.problem import ERRORS_MAX, Problem
+from ingestd.sources.http.endpoints.base import QUICK_BYTES, BodyCodec
 from ingestd.sources.http.headers import take_fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from aiohttp import web
+    from collections.abc import Iterator
 
     from ingestd.base.record import Format
     from ingestd.http.admission import Reservation
     from ingestd.http.settings import HttpSettings
-    from ingestd.sources.http.endpoints.webhooks import Delivery, Webhook
+    from ingestd.sources.http.endpoints.base import BodyLimits, Delivery
 
 
 PIECE_BYTES = 128 * 1024
 """Lines are checked this many bytes at a time, so that nobody waits long for the interpreter."""
 
-QUICK_BYTES = 4 * 1024
-"""A body of this size is parsed quickly whatever is in it."""
-
 INVALID_FREE = 200
 """So many records of a request may be invalid before they have to be no more than the good ones."""
-
-INVALID_KEPT = 10
-"""The default of `http.invalid_kept`."""
 
 _ELEMENTS_SURE = 200_000
 _ELEMENTS_FEW = 20_000
@@ -60,97 +49,12 @@ _ELEMENTS = msgspec.json.Decoder(list[msgspec.Raw])
 _WHITESPACE = b" \t\r\n"
 
 
-class BodyFormat(enum.Enum):
-    """How the records lie in a body."""
-
-    LINES = "one record a line"
-    DOCUMENT = "one JSON text"
-    WHOLE = "the body is the record"
-    VALUE = "one JSON text, one record"
-
-
-class BodyLimits(NamedTuple):
-    """Of one request to one pipeline.
-
-    Attributes:
-        records_max: most records in a body.
-        record_bytes_max: a longer record is refused.
-        depth_max: JSON that is nested deeper is refused.
-        invalid_kept: so many refused records are kept as dead letters.
-    """
-
-    records_max: int
-    record_bytes_max: int
-    depth_max: int = DEPTH_MAX
-    invalid_kept: int = INVALID_KEPT
-
-
-_NDJSON = (
-    "application/x-ndjson",
-    "application/ndjson",
-    "application/jsonl",
-    "application/x-jsonlines",
-)
-_UNSAID = ("", "application/x-www-form-urlencoded")  # curl says the second one by itself
-_TYPES: dict[Format, dict[str, BodyFormat]] = {
-    "json": {
-        "application/json": BodyFormat.DOCUMENT,
-        **dict.fromkeys((*_NDJSON, *_UNSAID), BodyFormat.LINES),
-    },
-    "text": dict.fromkeys(("text/plain", *_UNSAID), BodyFormat.LINES),
-    "bytes": dict.fromkeys(("application/octet-stream", *_UNSAID), BodyFormat.WHOLE),
-}
-_CHARSETS = ("", "utf-8", "utf8", "us-ascii")
-_CHARSET = re.compile(r';[ \t]*charset[ \t]*=[ \t]*("[^"]*"|[^;\s]*)', re.IGNORECASE)
-_TYPE_CHARACTERS_MAX = 1024
-
-
-def format_of(content_type: str, form: Format) -> BodyFormat:
-    """What a `Content-Type` (empty if there is none) means to a pipeline of a format.
+def _checked(parsed: Parsed, bounds: BodyLimits) -> Parsed:
+    """Returns the records of a body if they can be accepted.
 
     Raises:
-        Problem: 415.
+        Problem: 400 if none can, or most can't, 413 if there are too many.
     """
-    if len(content_type) > _TYPE_CHARACTERS_MAX:
-        raise Problem(
-            problem.MEDIA_TYPE, f"Content-Type has more than {_TYPE_CHARACTERS_MAX} characters"
-        )
-    return _reading_of(content_type, form)
-
-
-@lru_cache(maxsize=256)
-def _reading_of(content_type: str, form: Format) -> BodyFormat:
-    said, _, parameters = content_type.partition(";")
-    said = said.strip().lower()
-    reading = _TYPES[form].get(said)
-    if reading is None and form == "json" and is_json(said):
-        reading = BodyFormat.DOCUMENT
-    if reading is None:
-        takes = ", ".join(kind for kind in _TYPES[form] if kind not in _UNSAID)
-        takes += ", application/*+json" if form == "json" else ""
-        detail = f"{said[:80]!r} sent to a {form} pipeline, which takes {takes}"
-        raise Problem(problem.MEDIA_TYPE, detail, headers={"Accept": takes})
-    found = _CHARSET.search(";" + parameters)
-    charset = found[1].strip('"').lower() if found else ""
-    if reading is not BodyFormat.WHOLE and charset not in _CHARSETS:
-        raise Problem(problem.MEDIA_TYPE, f"charset {charset[:40]!r}; only utf-8 is read")
-    return reading
-
-
-def parse_body(body: bytes, reading: BodyFormat, form: Format, bounds: BodyLimits) -> Parsed:
-    """The records of a body, at least one of them good.
-
-    Raises:
-        Problem: 400 if nothing can be accepted, 413 if it is too much.
-    """
-    if reading is BodyFormat.LINES:
-        parsed = _parse_all_lines(body, form, bounds)
-    elif reading is BodyFormat.DOCUMENT:
-        parsed = _parse_document(body, bounds)
-    elif reading is BodyFormat.VALUE:
-        parsed = _parse_value(body, bounds)
-    else:
-        parsed = _parse_one(body, bounds, Layout.SIZED)
     if not parsed.total:
         raise Problem(problem.EMPTY, "the body holds no record")
     if parsed.total > bounds.records_max:
@@ -170,29 +74,21 @@ def is_mostly_invalid(good: int, invalid: int) -> bool:
     return invalid > INVALID_FREE and invalid > good
 
 
-def parse_quickly(
-    body: bytes, reading: BodyFormat, form: Format, bounds: BodyLimits
-) -> Parsed | None:
-    """The same in a few milliseconds, or nothing if it may take longer.
+def _decode_canonical(body: bytes, bounds: BodyLimits) -> Parsed | None:
+    """Returns the records of JSON lines that are all good as they are; `None` of any other body.
 
     A line that has to be looked at by itself takes 50 times as long as one among many good ones,
     and may have two bytes.
 
     Raises:
-        Problem: see `parse_body`.
+        Problem: 413.
     """
-    if form != "json" or reading is BodyFormat.WHOLE or reading is BodyFormat.VALUE:
-        return parse_body(body, reading, form, bounds)
-    small = len(body) < QUICK_BYTES
-    if reading is BodyFormat.DOCUMENT:
-        quick = small or body.count(b",") < _ELEMENTS_FEW
-        return parse_body(body, reading, form, bounds) if quick else None
     block = body if body[-1:] == b"\n" else body + b"\n"
     count = 0
     for piece in _pieces(block) if len(block) > PIECE_BYTES else (block,):
         parsed = parse_canonical(piece, bounds.record_bytes_max, bounds.depth_max)
         if parsed is None:
-            return parse_body(body, reading, form, bounds) if small else None
+            return None
         count += parsed.total
     if count > bounds.records_max:
         raise _too_many(bounds)
@@ -200,6 +96,7 @@ def parse_quickly(
 
 
 def _parse_all_lines(body: bytes, form: Format, bounds: BodyLimits) -> Parsed:
+    """Returns the records of lines, at most `bounds.records_max`."""
     if body[:3] == BOM:
         body = body[3:]
     if not body:
@@ -261,6 +158,7 @@ def _pieces(body: bytes) -> Iterator[bytes]:
 
 
 def _parse_document(body: bytes, bounds: BodyLimits) -> Parsed:
+    """Returns the elements of a JSON array, or any other JSON value as one record."""
     if body.lstrip(_WHITESPACE)[:1] != b"[":
         return _parse_value(body, bounds)
     if body.count(b",") >= _ELEMENTS_SURE:
@@ -321,6 +219,7 @@ def _refuse_elements(
 
 
 def _parse_value(body: bytes, bounds: BodyLimits) -> Parsed:
+    """Returns one JSON value as one record."""
     value = body.strip(_WHITESPACE)
     if not value:
         return Parsed(Records.lines([]), [])
@@ -330,6 +229,7 @@ def _parse_value(body: bytes, bounds: BodyLimits) -> Parsed:
 
 
 def _parse_one(value: bytes, bounds: BodyLimits, layout: Layout) -> Parsed:
+    """Returns bytes as one record."""
     if len(value) > bounds.record_bytes_max:
         detail = f"{len(value)} bytes, more than record_bytes_max = {bounds.record_bytes_max}"
         raise Problem(problem.RECORD_TOO_LARGE, detail)
@@ -367,6 +267,65 @@ def _too_many(bounds: BodyLimits) -> Problem:
     return Problem(problem.TOO_MANY_RECORDS, f"more than http.records_max = {bounds.records_max}")
 
 
+class LinesCodec(BodyCodec):
+    """One record a line.
+
+    Args:
+        form: of the records.
+    """
+
+    streamable = True
+
+    def __init__(self, form: Format) -> None:
+        self._form = form
+
+    def decode(self, body: bytes, limits: BodyLimits) -> Parsed:
+        """See `BodyCodec`."""
+        return _checked(_parse_all_lines(body, self._form, limits), limits)
+
+    def decode_quickly(self, body: bytes, limits: BodyLimits) -> Parsed | None:
+        """See `BodyCodec`."""
+        if self._form != "json":
+            return self.decode(body, limits)
+        parsed = _decode_canonical(body, limits)
+        if parsed is None and len(body) < QUICK_BYTES:
+            return self.decode(body, limits)
+        return parsed
+
+
+class DocumentCodec(BodyCodec):
+    """One JSON text: an array is one record an element, anything else is one record."""
+
+    def decode(self, body: bytes, limits: BodyLimits) -> Parsed:
+        """See `BodyCodec`."""
+        return _checked(_parse_document(body, limits), limits)
+
+    def decode_quickly(self, body: bytes, limits: BodyLimits) -> Parsed | None:
+        """See `BodyCodec`."""
+        quick = len(body) < QUICK_BYTES or body.count(b",") < _ELEMENTS_FEW
+        return self.decode(body, limits) if quick else None
+
+
+class ValueCodec(BodyCodec):
+    """One JSON text, one record."""
+
+    def decode(self, body: bytes, limits: BodyLimits) -> Parsed:
+        """See `BodyCodec`."""
+        return _checked(_parse_value(body, limits), limits)
+
+    decode_quickly = decode
+
+
+class WholeCodec(BodyCodec):
+    """The body is the record."""
+
+    def decode(self, body: bytes, limits: BodyLimits) -> Parsed:
+        """See `BodyCodec`."""
+        return _checked(_parse_one(body, limits, Layout.SIZED), limits)
+
+    decode_quickly = decode
+
+
 # -- what is done to a whole body ------------------------------------------------------------------
 #
 # What is done to a whole body: small ones at once, on the event loop, large ones in a thread.
@@ -381,11 +340,9 @@ LARGE_BYTES = 4 * 1024 * 1024
 beside themselves is as large as they are, and others have a thread where they do not wait for them.
 """
 
-T = TypeVar("T")
-
 
 class BodyDecoder:
-    """Owns the threads.
+    """Decompresses, verifies and decodes bodies: small ones on the event loop, others in threads.
 
     Args:
         settings: the bounds.
@@ -407,62 +364,52 @@ class BodyDecoder:
         )
 
     def close(self) -> None:
-        """Ends the threads; what they are at is finished and thrown away."""
+        """Ends the threads; work that was begun is finished and thrown away."""
         for thread in (self._thread, self.stream_thread, self._large):
             thread.shutdown(wait=False, cancel_futures=True)
 
-    async def parse(
-        self,
-        wire: bytes,
-        hold: Reservation,
-        *,
-        encoding: str,
-        reading: BodyFormat,
-        form: Format,
-        bounds: BodyLimits,
+    async def decode(
+        self, wire: bytes, hold: Reservation, *, encoding: str, codec: BodyCodec, limits: BodyLimits
     ) -> Parsed:
-        """The records of a body.
+        """Returns the records of a body.
 
         Raises:
-            Problem: see `parse_body` and `inflate`.
+            Problem: see `BodyCodec.decode` and `inflate`.
         """
         if encoding == "identity" or not wire:
-            return await self._parse(wire, reading, form, bounds)
+            return await self._decode(wire, codec, limits)
         settings = self._settings
         if len(wire) < THREAD_BYTES:
             short = inflate_short(encoding, wire, settings.body_bytes_max)
             if short is not None:
                 hold.grow(len(short))
-                return await self._parse(short, reading, form, bounds)
+                return await self._decode(short, codec, limits)
 
         def finish() -> Parsed:
             body = inflate(
                 encoding, wire, settings.body_bytes_max, settings.inflate_ratio_max, hold.grow
             )
-            return parse_body(body, reading, form, bounds)
+            return codec.decode(body, limits)
 
         return await self._loop.run_in_executor(self._large, finish)
 
-    async def _parse(
-        self, body: bytes, reading: BodyFormat, form: Format, bounds: BodyLimits
-    ) -> Parsed:
+    async def _decode(self, body: bytes, codec: BodyCodec, limits: BodyLimits) -> Parsed:
         if len(body) < THREAD_BYTES:
-            parsed = parse_quickly(body, reading, form, bounds)
+            parsed = codec.decode_quickly(body, limits)
             if parsed is not None:
                 return parsed
         thread = self._thread if len(body) < LARGE_BYTES else self._large
-        return await self._loop.run_in_executor(thread, parse_body, body, reading, form, bounds)
+        return await self._loop.run_in_executor(thread, codec.decode, body, limits)
 
-    async def verify(self, webhook: Webhook, request: web.BaseRequest, wire: bytes) -> Delivery:
-        """See `Webhook.check`."""
-        now = time.time()
-        return await self._do(len(wire), lambda: webhook.check(request.headers, wire, now))
+    async def verify(self, codec: BodyCodec, wire: bytes) -> Delivery | None:
+        """See `BodyCodec.verify`."""
+        if len(wire) < THREAD_BYTES:
+            return codec.verify(wire)
+        return await self._loop.run_in_executor(self._thread, codec.verify, wire)
 
     async def fingerprint(self, wire: bytes, content_type: str, encoding: str) -> bytes:
         """See `take_fingerprint`."""
-        return await self._do(len(wire), lambda: take_fingerprint(wire, content_type, encoding))
-
-    async def _do(self, size: int, work: Callable[[], T]) -> T:
-        if size < THREAD_BYTES:
-            return work()
-        return await self._loop.run_in_executor(self._thread, work)
+        if len(wire) < THREAD_BYTES:
+            return take_fingerprint(wire, content_type, encoding)
+        arguments = (wire, content_type, encoding)
+        return await self._loop.run_in_executor(self._thread, take_fingerprint, *arguments)

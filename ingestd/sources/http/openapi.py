@@ -1,8 +1,8 @@
-"""`/openapi.json`: what this daemon takes and answers, exactly, as OpenAPI 3.1.
+"""`/openapi.json`, this daemon as OpenAPI 3.1, and the page at `/`; made from the endpoints.
 
-What is the same in every daemon is written by hand in `openapi.json`. Filled in here: the version,
-a path for each pipeline with the bodies of its format, and the types of the problems of each
-status, from `problem.py`.
+`openapi.json` beside this file has what is the same in every daemon: `x-operation` is the start of
+each operation. Filled in here: the version, the paths of each endpoint, and the types of the
+problems of each status, from `problem.py`.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from ingestd import __version__
 from ingestd.config.network import is_loopback
 from ingestd.http.problem import FORBIDDEN, FOREIGN_ORIGIN, KINDS, ProblemType
 from ingestd.http.response import HTML, JSON, StaticResponse, make_document
-from ingestd.http.routing import ASK, READ, RECORDS, SERVER, WEBHOOKS, Resource
+from ingestd.http.routing import ASK, READ, SERVER, Resource
+from ingestd.sources.http.endpoints.base import PIPELINE, SIGNATURE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from ingestd.base.record import Format
-
+    from ingestd.sources.http.endpoints.base import Endpoint, RouteSpec
 
 PROBLEM_TYPE = "application/problem+json"
+_REFERENCE = re.compile(r'"\$ref":"([^"]*)"')
 
 
 def describe(
     version: str,
-    pipelines: Mapping[str, Format],
+    endpoints: Mapping[str, Endpoint],
+    formats: Mapping[str, Format],
     *,
-    default: str,
     public_names: bool,
-    webhooks: bool = False,
 ) -> bytes:
-    """The document.
+    """Returns the document.
 
     Args:
         version: of ingestd.
-        pipelines: their formats by name.
-        default: the one that `/v1/records` means.
-        public_names: whether everybody may know the pipelines, and send; else there is one path
-            with a parameter, a pipeline takes any body, and a token is needed.
-        webhooks: whether there are any; their names are not told.
+        endpoints: by name.
+        formats: of the records of each pipeline.
+        public_names: everybody may know the pipelines, and send; else there is one path with a
+            parameter, a pipeline takes any body, and a token is needed.
     """
     text = files(__package__).joinpath("openapi.json").read_text(encoding="utf-8")
     document: dict[str, Any] = json.loads(text)
@@ -58,29 +58,93 @@ def describe(
     parts = document["components"]
     # Where nobody is asked who they are, pages are asked where they are from.
     _fill_problems(parts["responses"], without=FORBIDDEN if public_names else FOREIGN_ORIGIN)
-    bodies = parts["requestBodies"]
-    bodies["any"] = _any_of({name: body for name, body in bodies.items() if name != "delivery"})
-    paths, send = document["paths"], document["paths"][RECORDS]["post"]
-    send["requestBody"] = _body(pipelines[default] if public_names else "any")
-    if webhooks:
-        path = {"parameters": [_ref("parameters/Webhook")], "post": _deliver(send)}
-        paths[f"{WEBHOOKS}/{{webhook}}"] = path
-    else:
-        del parts["parameters"]["Webhook"], bodies["delivery"]
-    if not public_names:
-        send["security"] = [{"bearer": []}, {"basic": []}, {"key": []}]
-        path = {"parameters": [_ref("parameters/Pipeline")], "post": _send_to(send, "any")}
-        paths[f"{RECORDS}/{{pipeline}}"] = path
-        return msgspec.json.encode(document)
-    del bodies["any"], parts["parameters"]["Pipeline"], parts["securitySchemes"]
-    del send["responses"]["401"]
-    if webhooks:
-        del paths[f"{WEBHOOKS}/{{webhook}}"]["post"]["responses"]["403"]
-    else:
-        del parts["responses"]["Problem401"]
-    for name, form in pipelines.items():
-        paths[f"{RECORDS}/{name}"] = {"post": _send_to(send, form, name)}
+    parts["requestBodies"]["any"] = _any_of(parts["requestBodies"])
+    common = document.pop("x-operation")
+    for name, endpoint in endpoints.items():
+        for path, route, value, form in _described(endpoint, formats, public_names=public_names):
+            item = document["paths"].setdefault(path, {})
+            if route.variable in path and route.variable:
+                item["parameters"] = [_variable(route.variable.strip("{}"))]
+            for method in route.methods:
+                operation = _operation(
+                    common, name, f"{path} {method}", route, public_names=public_names
+                )
+                more = endpoint.describe(route, value, form).operation
+                operation |= {key: member for key, member in more.items() if key != "responses"}
+                operation["responses"] |= more.get("responses", {})
+                item[method.lower()] = operation
+    _drop_unused(document)
     return msgspec.json.encode(document)
+
+
+def _described(
+    endpoint: Endpoint, formats: Mapping[str, Format], *, public_names: bool
+) -> Iterator[tuple[str, RouteSpec, str, Format | None]]:
+    """Yields each path that may be told, its route, the variable in it, and the format there."""
+    for route in endpoint.routes:
+        if public_names and route.variable in ("", PIPELINE):
+            for value, target in route.targets.items():
+                yield route.path_of(value), route, value, formats[target.pipeline]
+        else:
+            yield route.path, route, "", None
+
+
+def _operation(
+    common: Mapping[str, Any],
+    name: str,
+    where: str,
+    route: RouteSpec,
+    *,
+    public_names: bool,
+) -> dict[str, Any]:
+    """Returns what all operations have in common, as far as it holds for this one."""
+    operation = copy.deepcopy(dict(common))
+    words = re.sub(r"[^a-z0-9]+", "_", f"{name} {where}".lower()).strip("_")
+    operation |= {"operationId": words, "summary": f"Send records as {name}"}
+    responses = operation["responses"]
+    if route.auth == SIGNATURE:
+        del responses["403"]
+    elif public_names:
+        del responses["401"]
+    else:
+        operation["security"] = [{scheme: []} for scheme in route.auth]
+    if route.variable and not (public_names and route.variable == PIPELINE):
+        responses["404"] = _ref("responses/Problem404")
+    return operation
+
+
+def _variable(name: str) -> dict[str, Any]:
+    pattern = "^[a-z][a-z0-9_-]{0,62}$"
+    return {
+        "name": name,
+        "in": "path",
+        "required": True,
+        "description": f"The name of a {name}.",
+        "schema": {"type": "string", "pattern": pattern},
+    }
+
+
+def _drop_unused(document: dict[str, Any]) -> None:
+    """Leaves out the components that nothing refers to, but the answers to other paths."""
+    parts = document["components"]
+    kept = {"#/components/responses/Problem404", "#/components/responses/Problem405"}
+    operations = [one for path in document["paths"].values() for one in path.values()]
+    ways = [way for one in operations if "responses" in one for way in one.get("security", ())]
+    schemes = {scheme for way in ways for scheme in way}
+    kept |= {f"#/components/securitySchemes/{scheme}" for scheme in schemes}
+    while True:
+        used = kept | set(_REFERENCE.findall(msgspec.json.encode(document).decode()))
+        unused = [
+            (kind, name)
+            for kind, members in parts.items()
+            for name in members
+            if f"#/components/{kind}/{name}" not in used
+        ]
+        if not unused:
+            break
+        for kind, name in unused:
+            del parts[kind][name]
+    document["components"] = {kind: members for kind, members in parts.items() if members}
 
 
 def _fill_problems(responses: dict[str, Any], *, without: ProblemType) -> None:
@@ -102,38 +166,6 @@ def _any_of(bodies: Mapping[str, Any]) -> dict[str, Any]:
     return {"description": text, "required": True, "content": content}
 
 
-def _send_to(send: Mapping[str, Any], form: str, name: str = "") -> dict[str, Any]:
-    """The operation of `/v1/records`, for one pipeline by its name."""
-    there = copy.deepcopy(dict(send))
-    there["operationId"] = f"send_records_to_{name}" if name else "send_records_to"
-    there["summary"] = f"Send records to the pipeline {name}" if name else "Send records by name"
-    there["requestBody"] = _body(form)
-    if not name:
-        there["responses"]["404"] = _ref("responses/Problem404")
-    return there
-
-
-def _deliver(send: Mapping[str, Any]) -> dict[str, Any]:
-    """The operation of a webhook: a delivery is signed, and its id is its idempotency key."""
-    there = copy.deepcopy(dict(send))
-    there["operationId"], there["summary"] = "deliver", "Deliver to a webhook by name"
-    there["description"] = (
-        "A signed delivery (Standard Webhooks, GitHub or Stripe) is one record. The signature is"
-        " checked on the body as it comes; one that does not fit is 401. A delivery that comes"
-        " again is accepted once and gets the first one's answer."
-    )
-    left_out = (_ref("parameters/IdempotencyKey"), _ref("parameters/Prefer"))
-    there["parameters"] = [one for one in there["parameters"] if one not in left_out]
-    there["requestBody"] = _body("delivery")
-    there["responses"]["401"] = _ref("responses/Problem401")
-    there["responses"]["404"] = _ref("responses/Problem404")
-    return there
-
-
-def _body(form: str) -> dict[str, str]:
-    return _ref(f"requestBodies/{form}")
-
-
 def _ref(what: str) -> dict[str, str]:
     return {"$ref": f"#/components/{what}"}
 
@@ -141,24 +173,6 @@ def _ref(what: str) -> dict[str, str]:
 # -- `/`: a page for people who open the address in a browser --------------------------------------
 #
 # Nothing of a request is in it.
-
-_EXAMPLES: dict[Format, tuple[tuple[str, str], ...]] = {
-    "json": (
-        ("One record", """-d '{"user": 7}'"""),
-        ("A JSON array is one record an element", """--json '[{"user": 7}, {"user": 8}]'"""),
-        ("A file, line by line", "--data-binary @events.ndjson"),
-    ),
-    "text": (
-        ("One record", "-d 'a line of text'"),
-        ("A file, line by line", "--data-binary @access.log"),
-    ),
-    "bytes": (("The whole file is one record", "--data-binary @picture.png"),),
-}
-_TYPES: dict[Format, str] = {
-    "json": "application/x-ndjson (one value a line), application/json",
-    "text": "text/plain (one record a line)",
-    "bytes": "application/octet-stream (the whole body is one record)",
-}
 
 
 class Page(NamedTuple):
@@ -170,23 +184,23 @@ class Page(NamedTuple):
 
 def make_page(
     version: str,
-    pipelines: Mapping[str, Format],
+    endpoints: Mapping[str, Endpoint],
+    formats: Mapping[str, Format],
     *,
-    default: str,
     public_names: bool,
     address: str,
     secure: bool = False,
 ) -> Page:
-    """The page.
+    """Returns the page.
 
     Args:
         version: of ingestd.
-        pipelines: their formats by name.
-        default: the one that `/v1/records` means.
-        public_names: whether everybody may know the pipelines.
+        endpoints: by name.
+        formats: of the records of each pipeline.
+        public_names: everybody may know the pipelines.
         address: where it listens, `HOST:PORT`; shown if it is this machine's own (loopback):
             any other may be nobody's business, and wrong behind a proxy. Or `unix:PATH`.
-        secure: whether it speaks TLS.
+        secure: it speaks TLS.
     """
     template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     local = not address.startswith("unix:") and is_loopback(address)
@@ -198,38 +212,26 @@ def make_page(
         else "With <code>curl</code>, where <code>$url</code> is this page&rsquo;s address without"
         " the slash at its end:"
     )
-    form = pipelines[default] if public_names else "json"
+    examples, rows = [], []
+    for endpoint in endpoints.values():
+        for path, route, value, form in _described(endpoint, formats, public_names=public_names):
+            told = endpoint.describe(route, value, form)
+            examples += [f"# {title}\ncurl {body} {url}{path}" for title, body in told.examples]
+            to = route.targets[value].pipeline if form else "-"
+            rows.append(_row(path, to, form or "-", told.takes))
     html = Template(template).substitute(
         version=escape(version),
         about_url=about,
-        examples=_examples(form, url),
-        pipelines=_pipelines(pipelines, default) if public_names else "",
+        examples=escape("\n\n".join(examples), quote=False),
+        paths="".join(rows),
     )
     return Page(html.encode(), _headers(html))
 
 
-def _examples(form: Format, url: str) -> str:
-    lines = [f"# {what}\ncurl {body} {url}{RECORDS}" for what, body in _EXAMPLES[form]]
-    return escape("\n\n".join(lines), quote=False)
-
-
-def _pipelines(pipelines: Mapping[str, Format], default: str) -> str:
-    rows = [_row(RECORDS, pipelines[default])]
-    rows += [_row(f"{RECORDS}/{name}", form) for name, form in pipelines.items()]
+def _row(path: str, pipeline: str, form: str, takes: str) -> str:
     return (
-        '<section aria-labelledby="pipelines">\n<h2 id="pipelines">Pipelines</h2>\n'
-        f"<p><code>{RECORDS}</code> means <code>{escape(default)}</code>.</p>\n"
-        '<table class="wide">\n<thead><tr><th scope="col">Path</th>'
-        '<th scope="col">Format</th><th scope="col">Content-Type</th></tr></thead>\n<tbody>\n'
-        + "".join(rows)
-        + "</tbody>\n</table>\n</section>\n"
-    )
-
-
-def _row(path: str, form: Format) -> str:
-    return (
-        f'<tr><th scope="row"><code>{escape(path)}</code></th>'
-        f"<td>{escape(form)}</td><td>{escape(_TYPES[form])}</td></tr>\n"
+        f'<tr><th scope="row"><code>{escape(path)}</code></th><td>{escape(form)}</td>'
+        f"<td>{escape(pipeline)}</td><td>{escape(takes)}</td></tr>\n"
     )
 
 
@@ -249,34 +251,25 @@ def _headers(html: str) -> dict[str, str]:
 
 
 def published(
-    pipelines: Mapping[str, Format],
+    endpoints: Mapping[str, Endpoint],
+    formats: Mapping[str, Format],
     *,
-    default: str,
     public_names: bool,
     address: str,
     secure: bool,
-    webhooks: bool,
-) -> dict[str, Resource[StaticResponse]]:
-    """The documents by path, and what is said of the server as a whole.
+) -> dict[str, Resource[Any]]:
+    """Returns the documents by path, and the answer about the server as a whole.
 
     Args:
-        pipelines: their formats by name.
-        default: the one that `/v1/records` means.
-        public_names: whether everybody may know the pipelines.
+        endpoints: by name.
+        formats: of the records of each pipeline.
+        public_names: everybody may know the pipelines.
         address: where the source listens, `HOST:PORT` or `unix:PATH`.
-        secure: whether it speaks TLS.
-        webhooks: whether there are any.
+        secure: it speaks TLS.
     """
-    described = describe(
-        __version__, pipelines, default=default, public_names=public_names, webhooks=webhooks
-    )
+    described = describe(__version__, endpoints, formats, public_names=public_names)
     page = make_page(
-        __version__,
-        pipelines,
-        default=default,
-        public_names=public_names,
-        address=address,
-        secure=secure,
+        __version__, endpoints, formats, public_names=public_names, address=address, secure=secure
     )
     return {
         "/": Resource(READ, make_document(HTML, page.html, page.headers)),

@@ -1,4 +1,4 @@
-"""What is said about records that were taken: 202, or 200 to those who waited. No I/O."""
+"""Results of requests whose records were accepted, and the answers of our own protocol. No I/O."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from ingestd.http.problem import ERRORS_MAX, list_errors
+from ingestd.http.response import JSON, Response
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from ingestd.base.append import DeliveryWaiter, FailedRecord
     from ingestd.base.record import InvalidRecord
-    from ingestd.codecs.lines import Parsed
 
 _TOLD = frozenset({"rejected", "undecodable"})
 """Reasons whose detail is about the record. Others come with what the handler raised, which may
@@ -21,63 +21,71 @@ tell more of the machine than its clients should know."""
 
 
 class IngestResult(NamedTuple):
-    """An answer that is no problem.
+    """The result of a request whose records were accepted.
 
     Attributes:
-        body: JSON.
-        status: 202, or 200 if the records are processed.
-        headers: more of them.
+        accepted: records.
+        invalid: records that were not accepted.
+        errors: the first ones of these.
+        waiter: knows the outcome of each accepted record, if the client waited for all.
+        stored: the body of the first answer, if the request was accepted before; `None` else.
     """
 
-    body: bytes
-    status: int = 202
-    headers: Mapping[str, str] = {}
+    accepted: int
+    invalid: int = 0
+    errors: Sequence[InvalidRecord] = ()
+    waiter: DeliveryWaiter | None = None
+    stored: bytes | None = None
+
+    def response(self) -> Response:
+        """Returns our own protocol's answer: 202, or 200 with the outcomes."""
+        if self.waiter is not None:
+            body = processed_body(self.errors, self.invalid, self.waiter)
+            return Response(200, JSON, body)
+        if self.stored is not None:
+            return Response(202, JSON, self.stored)
+        return Response(202, JSON, count_body(self.accepted, self.invalid, self.errors))
 
 
-def accepted_body(parsed: Parsed) -> bytes:
-    """The body of a 202."""
-    return count_body(parsed.records.count, parsed.invalid, parsed.refused)
-
-
-def count_body(accepted: int, rejected: int, refused: Sequence[InvalidRecord]) -> bytes:
-    """The same by its numbers; `refused` may be the first ones alone."""
-    if not rejected:
+def count_body(accepted: int, invalid: int, errors: Sequence[InvalidRecord]) -> bytes:
+    """Returns the body of a 202; `errors` may be the first ones alone."""
+    if not invalid:
         return b'{"accepted":%d,"rejected":0,"errors":[]}' % accepted
     return msgspec.json.encode(
-        {"accepted": accepted, "rejected": rejected, "errors": list_errors(refused)}
+        {"accepted": accepted, "rejected": invalid, "errors": list_errors(errors)}
     )
 
 
-def processed_body(refused: Sequence[InvalidRecord], invalid: int, watch: DeliveryWaiter) -> bytes:
-    """The body of a 200: what became of each record, where it was not done.
+def processed_body(errors: Sequence[InvalidRecord], invalid: int, waiter: DeliveryWaiter) -> bytes:
+    """Returns the body of a 200: the outcome of each record that was not processed.
 
     Args:
-        refused: the others in the body; at least the first `ERRORS_MAX`.
+        errors: the invalid records in the body; at least the first `ERRORS_MAX`.
         invalid: how many there were.
-        watch: of those that were accepted.
+        waiter: of those that were accepted.
     """
     # Behind the last one that is listed the place of a failure is not known, and not told either.
-    errors = [*list_errors(refused), *_failures(watch.failed, refused)]
-    errors.sort(key=lambda error: error["index"])
+    listed = [*list_errors(errors), *_failures(waiter.failed, errors)]
+    listed.sort(key=lambda error: error["index"])
     return msgspec.json.encode(
         {
-            "accepted": watch.count,
+            "accepted": waiter.count,
             "rejected": invalid,
-            "processed": watch.count - watch.dead,
-            "dead": watch.dead,
-            "errors": errors[:ERRORS_MAX],
+            "processed": waiter.count - waiter.dead,
+            "dead": waiter.dead,
+            "errors": listed[:ERRORS_MAX],
         }
     )
 
 
 def _failures(
-    failed: Iterable[FailedRecord], refused: Sequence[InvalidRecord]
+    failed: Iterable[FailedRecord], invalid: Sequence[InvalidRecord]
 ) -> Iterator[dict[str, Any]]:
     """Dead letters as an answer lists them, by their places in the body."""
     skipped = 0
     for one in sorted(failed):
-        # Refused records are in the body, but not among those that were accepted.
-        while skipped < len(refused) and refused[skipped].index <= one.index + skipped:
+        # Invalid records are in the body, but not among those that were accepted.
+        while skipped < len(invalid) and invalid[skipped].index <= one.index + skipped:
             skipped += 1
         detail = one.error if one.reason in _TOLD else "see its dead letter"
         yield {"index": one.index + skipped, "reason": one.reason, "detail": detail}

@@ -1,4 +1,4 @@
-"""The source `http`: a server for records, as its owner sees it; see `door.py` for requests."""
+"""The source `http`: a server for records. `handler.py` has the way of a request."""
 
 from __future__ import annotations
 
@@ -6,31 +6,29 @@ import asyncio
 import errno
 from typing import TYPE_CHECKING
 
-from ingestd.base.append import WEBHOOK
 from ingestd.base.errors import AddressError, ConfigError
 from ingestd.base.logging import get_logger
 from ingestd.config.network import is_loopback, split_address
 from ingestd.host.sockets import is_local, show_socket
 from ingestd.http.auth import ONLY_DELIVERIES, Authenticator, Principal
 from ingestd.http.listener import Listener, bind
-from ingestd.http.routing import ANY_PIPELINE, RECORDS, WEBHOOKS, WRITE, Resource
+from ingestd.http.routing import Cors, Resource
 from ingestd.http.server import Server
 from ingestd.http.settings import demands_proof, demands_signatures_alone
 from ingestd.sources.http.access import check_exposure, read_access
-from ingestd.sources.http.decode import BodyLimits
-from ingestd.sources.http.endpoints.webhooks import Webhook
-from ingestd.sources.http.handler import IngestHandler, PipelineRoute
+from ingestd.sources.http.endpoints.base import SIGNATURE, BodyLimits, Route, UnknownPipeline
+from ingestd.sources.http.handler import IngestHandler
 from ingestd.sources.http.openapi import published
 
 if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Mapping, Sequence
 
-    from ingestd.http.response import StaticResponse
     from ingestd.http.settings import HttpSettings
     from ingestd.sources.base import Intake
     from ingestd.sources.http.access import Access
-    from ingestd.sources.http.handler import OnRequest
+    from ingestd.sources.http.endpoints.base import Endpoint, RouteSpec
+    from ingestd.sources.http.handler import Found, OnRequest
 
 log = get_logger()
 
@@ -49,10 +47,11 @@ class HttpSource:
     Args:
         settings: its address and its bounds.
         intakes: the pipelines by name.
-        default: the one that `POST /v1/records` means.
-        on_request: called for each answer about records, and for each problem, with the pipeline
-            (empty if it is not known), the status (499 if the client left), the seconds since the
-            head was read, and the slug of the problem (empty if there was none).
+        default: the pipeline of requests that name none.
+        on_request: called for each answer about records, and for each problem, with the template of
+            the route (`other` if there is none), the pipeline (empty if it is not known), the
+            status (499 if the client left), the seconds since the head was read, and the slug of
+            the problem (empty if there was none).
         sockets: listening ones to serve on, instead of on one of its own at `http.listen`.
 
     Attributes:
@@ -72,6 +71,7 @@ class HttpSource:
         sockets: Sequence[socket.socket] = (),
     ) -> None:
         self._settings = settings
+        self._intakes = intakes
         self._default = default
         self._on_request = on_request
         self._sockets = list(sockets)
@@ -83,7 +83,7 @@ class HttpSource:
                 " to be opened by each daemon itself, at http.listen"
             )
         check_exposure(settings, self._sockets)
-        access = self._access = read_access(settings)
+        access = self._access = self._read(settings)
         _tell(access)
         self._local = (
             all(map(is_local, self._sockets)) if self._sockets else is_loopback(settings.listen)
@@ -91,21 +91,13 @@ class HttpSource:
         self._gate = Authenticator(settings, access, local=self._local)
         if demands_signatures_alone(settings):
             log.warning("records_refused", reason=ONLY_DELIVERIES)
-        self._routes = {
-            name: PipelineRoute(
-                intake,
-                BodyLimits(
-                    settings.records_max,
-                    intake.record_bytes_max,
-                    intake.json_depth_max,
-                    settings.invalid_kept,
-                ),
-            )
-            for name, intake in intakes.items()
-        }
-        # The door looks here; `_publish` puts everything in.
-        self._resources: dict[str, Resource[PipelineRoute | StaticResponse | None]] = {}
+        # The handler looks here; `_publish` puts everything in.
+        self._resources: dict[str, Resource[Found]] = {}
         self.addresses: list[str] = []
+
+    def _read(self, settings: HttpSettings) -> Access:
+        formats = {name: intake.format for name, intake in self._intakes.items()}
+        return read_access(settings, formats, self._default)
 
     async def start(self) -> None:
         """Listens.
@@ -141,30 +133,46 @@ class HttpSource:
         self._listener = Listener(self._server, sockets, self._access.context, backlog=backlog)
 
     def _publish(self, settings: HttpSettings, access: Access) -> None:
-        """Everything that can be asked for, by its path, in place of what there was."""
-        found: dict[str, Resource[PipelineRoute | StaticResponse | None]] = {
-            RECORDS: Resource(WRITE, self._routes[self._default]),
-            ANY_PIPELINE: Resource(WRITE, None),
-        }
-        for name, route in self._routes.items():
-            found[f"{RECORDS}/{name}"] = Resource(WRITE, route)
-        for name, webhook in settings.webhooks.items():
-            to = self._routes[webhook.pipeline or self._default]
-            route = to._replace(
-                webhook=Webhook(name, webhook, access.webhooks[name]),
-                caller=Principal(f"{WEBHOOK} {name}", principal=f"{WEBHOOK} {name}"),
-            )
-            found[f"{WEBHOOKS}/{name}"] = Resource(WRITE, route)
+        """Puts everything that can be asked for in place of what there was, by its path."""
+        endpoints = access.endpoints
+        found: dict[str, Resource[Found]] = {}
+        for endpoint in endpoints.values():
+            for spec in endpoint.routes:
+                found |= self._resources_of(endpoint, spec)
         found |= published(
-            {name: route.intake.format for name, route in self._routes.items()},
-            default=self._default,
+            endpoints,
+            {name: intake.format for name, intake in self._intakes.items()},
             public_names=settings.allow_anonymous or not demands_proof(settings),
             address=self.addresses[0],
             secure=access.context is not None,
-            webhooks=bool(settings.webhooks),
         )
         self._resources.clear()
         self._resources.update(found)
+        if settings.cors_origins:
+            sent = [name for one in endpoints.values() for name in one.request_headers]
+            shown = [name for one in endpoints.values() for name in one.response_headers]
+            self._door.cors = Cors(settings.cors_origins, sent, shown)
+
+    def _resources_of(self, endpoint: Endpoint, spec: RouteSpec) -> dict[str, Resource[Found]]:
+        """Returns a resource for each value of a template's variable, and one for all others."""
+        methods = (*spec.methods, "OPTIONS")
+        found: dict[str, Resource[Found]] = {}
+        for value, target in spec.targets.items():
+            intake = self._intakes[target.pipeline]
+            limits = BodyLimits(
+                self._settings.records_max,
+                intake.record_bytes_max,
+                intake.json_depth_max,
+                self._settings.invalid_kept,
+            )
+            name = target.principal
+            caller = Principal(name, principal=name) if name else None
+            route = Route(endpoint, spec, value, intake, limits, caller)
+            found[spec.path_of(value)] = Resource(methods, route)
+        if spec.variable and spec.auth != SIGNATURE:
+            below = spec.path.partition("{")[0]
+            found.setdefault(below, Resource(methods, UnknownPipeline(endpoint, spec)))
+        return found
 
     async def prepare(self, settings: HttpSettings) -> Callable[[], None]:
         """Reads tokens, secrets and certificates anew, and changes nothing yet.
@@ -181,7 +189,7 @@ class HttpSource:
         """
         check_exposure(settings, self._sockets)
         loop = asyncio.get_running_loop()
-        access: Access = await loop.run_in_executor(None, read_access, settings)
+        access: Access = await loop.run_in_executor(None, self._read, settings)
 
         def change() -> None:
             _tell(access)
@@ -193,7 +201,7 @@ class HttpSource:
             self._publish(settings, access)
             self._listener.context = access.context
             self._server.authorities = access.authorities
-            self._door.look_again()
+            self._door.ingestion.look_again()
             if fewer:
                 self._server.end_certified()
 

@@ -32,7 +32,7 @@ from ingestd.http.body import PIECE_BYTES
 from ingestd.http.problem import ERRORS_MAX, EXPLAINED, Explained, Problem, explain
 from ingestd.sources.base import again_after
 from ingestd.sources.http.decode import is_mostly_invalid, mostly_invalid, nothing_good
-from ingestd.sources.http.result import count_body
+from ingestd.sources.http.result import IngestResult
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
@@ -127,11 +127,8 @@ class Stream:
         self.accepted = 0
         self.rejected = 0
 
-    async def run(self, begun: bytes) -> bytes:
+    async def run(self, begun: bytes) -> IngestResult:
         """Accepts what has arrived, and all that follows.
-
-        Returns:
-            The answer's body.
 
         Raises:
             Problem: it was ended early; says what was accepted before.
@@ -145,7 +142,7 @@ class Stream:
             raise self._counted(error) from None
         finally:
             log.info("stream_ended", accepted=self.accepted, rejected=self.rejected)
-        return count_body(self.accepted, self.rejected, self._errors)
+        return IngestResult(self.accepted, self.rejected, self._errors)
 
     def leave(self) -> None:
         """Ends it at the last line that has arrived: the daemon drains."""

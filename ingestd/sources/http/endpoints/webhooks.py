@@ -1,4 +1,4 @@
-"""Signed deliveries: who signs is who sends, so they need no token. No I/O.
+"""Signed deliveries: the signature authenticates, so they need no token.
 
 Checked on the bytes as they came, before anything is parsed or decompressed. The sender's id of a
 delivery becomes its idempotency key, so one that is delivered again is accepted once.
@@ -15,6 +15,7 @@ import binascii
 import hashlib
 import hmac
 import re
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -24,31 +25,31 @@ from ingestd.codecs.json import is_json
 from ingestd.http import problem
 from ingestd.http.credentials import read_lines
 from ingestd.http.problem import Problem
+from ingestd.sources.http.decode import ValueCodec
+from ingestd.sources.http.endpoints.base import (
+    SIGNATURE,
+    Delivery,
+    Description,
+    Endpoint,
+    RouteSpec,
+    Target,
+)
 from ingestd.sources.http.headers import take_fingerprint
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from ingestd.base.record import Format
     from ingestd.http.settings import WebhookSettings
+    from ingestd.sources.http.endpoints.base import BodyCodec, EndpointContext, Head
 
+WEBHOOKS = "/v1/webhooks"
 _ID = re.compile(r"[!-~]{1,255}", re.ASCII)
 _SECONDS = re.compile(r"[0-9]{1,12}", re.ASCII)
 _WHSEC = "whsec_"
 _SIGNATURES_MAX = 20
 SECRET_BYTES_MIN = 16
 """Of a secret, decoded; Standard Webhooks asks for 24, GitHub and Stripe make longer ones."""
-
-
-class Delivery(NamedTuple):
-    """A delivery whose signature fits.
-
-    Attributes:
-        key: no client can choose one that is the same: it has spaces in it.
-        fingerprint: what is the same when it is delivered again.
-    """
-
-    key: str
-    fingerprint: bytes
 
 
 class Signed(NamedTuple):
@@ -128,17 +129,78 @@ class Webhook:
             )
 
 
-def check_type(content_type: str) -> None:
-    """A delivery is JSON.
+class DeliveryCodec(ValueCodec):
+    """A signed delivery: one JSON text, one record.
 
-    Raises:
-        Problem: 415.
+    Args:
+        webhook: the one it is sent to.
+        headers: of the request.
     """
-    said = content_type.partition(";")[0].strip().lower()
-    if is_json(said):
-        return
-    detail = f"{said[:80]!r}; set the content type of the webhook to application/json at its sender"
-    raise Problem(problem.MEDIA_TYPE, detail, headers={"Accept": "application/json"})
+
+    verifies = True
+
+    def __init__(self, webhook: Webhook, headers: Mapping[str, str]) -> None:
+        self._webhook = webhook
+        self._headers = headers
+
+    def verify(self, wire: bytes) -> Delivery:
+        """See `BodyCodec`."""
+        return self._webhook.check(self._headers, wire, time.time())
+
+
+class WebhooksEndpoint(Endpoint):
+    """Signed deliveries to `POST /v1/webhooks/{webhook}`.
+
+    Args:
+        context: has their settings.
+    """
+
+    def __init__(self, context: EndpointContext) -> None:
+        settings = context.settings.webhooks
+        secrets = read_webhooks(settings, context.problems)
+        self._webhooks = {name: Webhook(name, one, secrets[name]) for name, one in settings.items()}
+        targets = {
+            name: Target(one.pipeline or context.default, f"{WEBHOOK} {name}")
+            for name, one in settings.items()
+        }
+        path = f"{WEBHOOKS}/{{webhook}}"
+        self.routes = [RouteSpec(path, targets, auth=SIGNATURE)] if targets else []
+
+    def open(self, head: Head) -> BodyCodec:
+        """See `Endpoint`."""
+        said = head.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if is_json(said):
+            return DeliveryCodec(self._webhooks[head.value], head.headers)
+        detail = (
+            f"{said[:80]!r}; set the content type of the webhook to application/json at its sender"
+        )
+        raise Problem(problem.MEDIA_TYPE, detail, headers={"Accept": "application/json"})
+
+    def describe(self, route: RouteSpec, target: str, form: Format | None) -> Description:  # noqa: ARG002
+        """See `Endpoint`."""
+        return Description("application/json (a signed delivery is one record)", _OPERATION)
+
+
+_OPERATION = {
+    "operationId": "deliver",
+    "summary": "Deliver to a webhook by name",
+    "description": (
+        "A signed delivery (Standard Webhooks, GitHub or Stripe) is one record. The signature is"
+        " checked on the body as it comes; one that does not fit is 401. A delivery that comes"
+        " again is accepted once and gets the first one's answer."
+    ),
+    "parameters": [
+        {"$ref": f"#/components/parameters/{name}"}
+        for name in ("ContentEncoding", "RequestId", "TraceParent")
+    ],
+    "requestBody": {
+        "description": (
+            "The delivery as its sender signs it; any `application/…+json` is read the same."
+        ),
+        "required": True,
+        "content": {"application/json": {"schema": {}}},
+    },
+}
 
 
 def read_webhooks(
