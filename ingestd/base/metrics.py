@@ -82,7 +82,7 @@ _STATE = (
     ("journal.bytes_max", "journal_limit_bytes", "Bytes the journal may use."),
     ("queue.chunks", "queue_chunks", "Chunks held in memory."),
     ("queue.bytes", "queue_bytes", "Bytes of the chunks held in memory."),
-    ("batches.running", "lanes_busy", "Batches that are with a worker."),
+    ("batches.running", "workers_busy", "Batches that are with a worker."),
     ("batches.waiting_retry", "batches_waiting", "Batches that wait for their next try."),
     (
         "handler.down_since_seconds",

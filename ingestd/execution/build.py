@@ -201,5 +201,7 @@ async def _start(pool: CoroutinePool | ThreadedPool, target: str) -> None:
         raise HandlerLoadError(target=target, problem=problem) from None
 
 
-def _runner(wanted: HandlerConfig, lane: str) -> Runner:
-    return Runner(wanted, lambda error: log.warning("handler_close_failed", lane=lane, error=error))
+def _runner(wanted: HandlerConfig, worker: str) -> Runner:
+    return Runner(
+        wanted, lambda error: log.warning("handler_close_failed", worker=worker, error=error)
+    )

@@ -120,7 +120,7 @@ class Dispatcher:
         """Decides what becomes of a batch, and takes note of what its try says of the handler."""
         batch.attempts += spends_try(result)
         now = self._loop.time()
-        context = self.splitter.standing(batch, result, now)
+        context = self.splitter.retry_context(batch, result, now)
         if self.failures.ended(result.failure, now, attempts=batch.attempts, records=batch.count):
             self.queue.wake(now)
         return decide(result, context, rule=self._rule, random=random.random)

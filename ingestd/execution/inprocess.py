@@ -42,22 +42,22 @@ class ThreadWorker:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
 
     async def start(self) -> None:
-        """See `Lane.start`."""
+        """See `Worker.start`."""
         error = await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.prepare)
         if error:
-            log.warning("handler_not_ready", lane=self._name, error=error)
+            log.warning("handler_not_ready", worker=self._name, error=error)
 
-    def serve(self, shelf: JobQueue) -> None:
-        """See `ThreadedLane.serve`."""
-        self._thread.submit(shelf.serve, self._runner.run, self._name, self._runner.renew)
+    def serve(self, jobs: JobQueue) -> None:
+        """See `ThreadedWorker.serve`."""
+        self._thread.submit(jobs.serve, self._runner.run, self._name, self._runner.renew)
 
     def _close(self) -> None:
         failed = self._runner.close()
         if failed:
-            log.warning("handler_close_failed", lane=self._name, error=failed)
+            log.warning("handler_close_failed", worker=self._name, error=failed)
 
     async def close(self, deadline: float) -> bool:
-        """See `Lane.close`."""
+        """See `Worker.close`."""
         loop = asyncio.get_running_loop()
         closing = loop.run_in_executor(self._thread, self._close)
         self._thread.shutdown(wait=False)
@@ -100,16 +100,16 @@ class CoroutineWorker:
         self._idle.set()
 
     async def start(self) -> None:
-        """See `Lane.start`."""
+        """See `Worker.start`."""
         call = self._loops.current.call(partial(_prepare, self._runner))
         await call.ended_within(None)
         error = _CANCELLED if call.done.cancelled() else call.done.result()
         self._prepared = True
         if error:
-            log.warning("handler_not_ready", lane=self._name, error=error)
+            log.warning("handler_not_ready", worker=self._name, error=error)
 
     async def run(self, job: Job) -> Result:
-        """See `Lane.run`."""
+        """See `Worker.run`."""
         self._idle.clear()
         call = self._loops.current.call(partial(self._called, self._runner, job))
         try:
@@ -140,10 +140,10 @@ class CoroutineWorker:
                 return result
             return self._timed_out("was cancelled")
         if await self._loops.give_up(call, self._grace):
-            log.error("handler_abandoned", lane=self._name, timeout=self._timeout)
+            log.error("handler_abandoned", worker=self._name, timeout=self._timeout)
             self._replace(call)
             return self._timed_out("did not end when it was cancelled; it is left behind")
-        log.error("handler_not_abandoned", lane=self._name, left_behind=self._loops.left_behind)
+        log.error("handler_not_abandoned", worker=self._name, left_behind=self._loops.left_behind)
         await call.ended_within(None)
         return self._timed_out("did not end when it was cancelled")
 
@@ -157,7 +157,7 @@ class CoroutineWorker:
         call.done.add_done_callback(lambda _: call.loop.call(old.close_async))
 
     async def close(self, deadline: float) -> bool:
-        """See `Lane.close`."""
+        """See `Worker.close`."""
         try:
             async with asyncio.timeout_at(deadline):
                 await self._idle.wait()
@@ -168,20 +168,20 @@ class CoroutineWorker:
             call.cancel()
             return False
         if not call.done.cancelled() and call.done.result():
-            log.warning("handler_close_failed", lane=self._name, error=call.done.result())
+            log.warning("handler_close_failed", worker=self._name, error=call.done.result())
         return True
 
 
 class CoroutinePool(TaskPool):
-    """Lanes that share a loop of their own.
+    """Pool of coroutine workers that share a loop of their own.
 
     Args:
-        lanes: one for each worker.
+        workers: all of them.
         loops: theirs.
     """
 
-    def __init__(self, lanes: Sequence[CoroutineWorker], loops: HandlerLoops) -> None:
-        super().__init__(lanes)
+    def __init__(self, workers: Sequence[CoroutineWorker], loops: HandlerLoops) -> None:
+        super().__init__(workers)
         self._loops = loops
 
     async def close(self, deadline: float) -> bool:

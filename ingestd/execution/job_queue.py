@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 SECONDS = 0.1
-"""So much work of each worker lies ready: more than a turn of the event loop takes under load."""
+"""Work of each worker that lies ready: more than a turn of the event loop takes under load."""
 AHEAD_MAX = 64
-"""Of all workers together."""
+"""Bound of the jobs of all workers together."""
 _WEIGHT = 0.2  # of the newest job in the average
 
 
 class PrefetchLimit:
-    """Says how many, from how long jobs take.
+    """Bounds the jobs that lie ready by their mean duration.
 
     One a worker to begin with, and whenever one fails: what lies ready is tried even if everything
     fails by then, and an outage should use up as few tries as possible.
@@ -43,7 +43,7 @@ class PrefetchLimit:
         return min(max(self._workers, ready), max(self._workers, AHEAD_MAX))
 
     def ran(self, seconds: float, *, failed: bool) -> None:
-        """A job has run for so long."""
+        """Updates the mean with a job's duration."""
         self._mean = SECONDS if failed else self._mean + _WEIGHT * (seconds - self._mean)
 
 
@@ -55,30 +55,30 @@ class PrefetchLimit:
 
 
 class QueuedJob:
-    """A job on its way.
+    """A job in the queue or with a worker.
 
     Attributes:
         job: to be run.
         done: resolved on the loop with its result.
-        began: when a lane took it, as `time.monotonic()`; 0 before that.
-        lane: the name of that lane.
+        began: when a worker took it, as `time.monotonic()`; 0 before that.
+        worker: the name of that worker.
     """
 
-    __slots__ = ("began", "context", "done", "error", "job", "lane", "result")
+    __slots__ = ("began", "context", "done", "error", "job", "result", "worker")
 
     def __init__(self, job: Job, done: asyncio.Future[Result]) -> None:
         self.job = job
         self.done = done
         self.began = 0.0
-        self.lane = ""
+        self.worker = ""
         self.result: Result | None = None
         self.error: BaseException | None = None
-        # Log lines of whoever runs it, the handler's too, say which batch they are about.
+        # Log lines of its run, the handler's too, have its batch.
         self.context: Context = copy_context()
 
 
 class JobQueue:
-    """Between the event loop and the threads of the lanes. Made on the loop."""
+    """Hands jobs from the event loop to workers' threads, and results back. Made on the loop."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -88,51 +88,54 @@ class JobQueue:
         self._closed = False
 
     def put(self, job: Job) -> QueuedJob:
-        """A job to be run; on the loop."""
-        ticket = QueuedJob(job, self._loop.create_future())
-        self._waiting.put(ticket)
-        return ticket
+        """Queues a job; on the loop."""
+        queued = QueuedJob(job, self._loop.create_future())
+        self._waiting.put(queued)
+        return queued
 
     def serve(
-        self, function: Callable[[Job], Result], lane: str, after: Callable[[], None] | None = None
+        self,
+        function: Callable[[Job], Result],
+        worker: str,
+        after: Callable[[], None] | None = None,
     ) -> None:
-        """Runs one job after the other until the shelf is closed; on a lane's thread.
+        """Runs one job after the other until the queue is closed; on a worker's thread.
 
         Args:
             function: runs one job, and never raises.
-            lane: the name of the lane.
+            worker: the name of the worker.
             after: called when a job's result is on its way; never raises.
         """
-        while (ticket := self._waiting.get()) is not None and not self._closed:
+        while (queued := self._waiting.get()) is not None and not self._closed:
             try:
-                ticket.lane, ticket.began = lane, monotonic()
-                ticket.result = ticket.context.run(function, ticket.job)
-            except BaseException as error:  # noqa: BLE001  a bug of ours; whoever waits is told
-                ticket.error = error
-            self._results.append(ticket)
+                queued.worker, queued.began = worker, monotonic()
+                queued.result = queued.context.run(function, queued.job)
+            except BaseException as error:  # noqa: BLE001  a bug of ours; `done` raises it
+                queued.error = error
+            self._results.append(queued)
             if not self._told:
                 # One word for all results that come before the loop turns.
                 self._told = True
                 try:
                     self._loop.call_soon_threadsafe(self._tell)
                 except RuntimeError:
-                    return  # the loop is gone, and with it who asked
+                    return  # the loop is gone, and with it the caller
             if after is not None:
                 after()
 
     def _tell(self) -> None:
         self._told = False
         while self._results:
-            ticket = self._results.popleft()
-            if ticket.done.done():
+            queued = self._results.popleft()
+            if queued.done.done():
                 continue
-            if ticket.error is not None:
-                ticket.done.set_exception(ticket.error)
-            elif ticket.result is not None:
-                ticket.done.set_result(ticket.result)
+            if queued.error is not None:
+                queued.done.set_exception(queued.error)
+            elif queued.result is not None:
+                queued.done.set_result(queued.result)
 
-    def close(self, lanes: int) -> None:
-        """No further job is begun; so many threads are told."""
+    def close(self, workers: int) -> None:
+        """Ends the workers' threads; no further job is begun."""
         self._closed = True
-        for _ in range(lanes):
+        for _ in range(workers):
             self._waiting.put(None)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 START_TIMEOUT = 120.0
 """Seconds for a worker to load the handler; some load models."""
 START_AGAIN_SECONDS = 2.0
-"""How long a batch waits at least when no worker could be started for it."""
+"""Shortest wait of a batch for which no worker could be started."""
 
 
 def not_started(why: str) -> Failure:
@@ -29,7 +29,7 @@ def not_started(why: str) -> Failure:
 
 
 class Worker(Protocol):
-    """One worker. Its pool owns it."""
+    """Interface of a worker, which its pool owns."""
 
     async def start(self) -> None:
         """Loads the handler.
@@ -59,8 +59,8 @@ class TaskWorker(Worker, Protocol):
 class ThreadedWorker(Worker, Protocol):
     """A worker with a thread of the daemon; the thread is the worker, or speaks with it."""
 
-    def serve(self, shelf: JobQueue) -> None:
-        """From now on its thread takes jobs from the shelf, until that is closed."""
+    def serve(self, jobs: JobQueue) -> None:
+        """Has its thread take jobs from the queue until that is closed."""
         ...
 
 
@@ -72,27 +72,29 @@ L = TypeVar("L", bound=Worker)
 
 
 class Pool(Generic[L]):
-    """Owns the lanes, and the places that jobs have before and on them.
+    """Owns workers, and the places of jobs that run or lie ready.
 
     Args:
-        lanes: one for each worker.
+        workers: all of them.
     """
 
-    def __init__(self, lanes: Sequence[L]) -> None:
-        self.lanes = lanes
-        self._taken = 0
+    def __init__(self, workers: Sequence[L]) -> None:
+        self.workers = workers
+        self._used = 0
         self._freed = asyncio.Event()
 
     async def start(self) -> None:
-        """Starts all lanes at once.
+        """Starts all workers at once.
 
         Raises:
-            HandlerLoadError: the handler can't be loaded. Lanes that started are closed.
+            HandlerLoadError: the handler can't be loaded. Workers that started are closed.
         """
-        await self._start(self.lanes)
+        await self._start(self.workers)
 
-    async def _start(self, lanes: Sequence[L]) -> None:
-        started = await asyncio.gather(*(lane.start() for lane in lanes), return_exceptions=True)
+    async def _start(self, workers: Sequence[L]) -> None:
+        started = await asyncio.gather(
+            *(worker.start() for worker in workers), return_exceptions=True
+        )
         errors = [error for error in started if error is not None]
         if errors:
             await self.close(asyncio.get_running_loop().time() + 5.0)
@@ -101,27 +103,27 @@ class Pool(Generic[L]):
     @property
     def places(self) -> int:
         """Bound of the jobs that run or lie ready."""
-        return len(self.lanes)
+        return len(self.workers)
 
     @property
     def has_free(self) -> bool:
         """Returns True if `acquire` would succeed at once."""
-        return self._taken < self.places
+        return self._used < self.places
 
     async def acquire(self) -> None:
-        """A place for one job, now the caller's until `release`."""
-        while self._taken >= self.places:
+        """Waits for a place for one job, the caller's until `release`."""
+        while self._used >= self.places:
             self._freed.clear()
             await self._freed.wait()
-        self._taken += 1
+        self._used += 1
 
     def release(self) -> None:
         """Gives a place back."""
-        self._taken -= 1
+        self._used -= 1
         self._freed.set()
 
     async def run(self, job: Job) -> Result:
-        """Runs one job as soon as a lane is free; needs a place."""
+        """Runs one job as soon as a worker is free; needs a place."""
         raise NotImplementedError
 
     async def close(self, deadline: float) -> bool:
@@ -130,83 +132,83 @@ class Pool(Generic[L]):
         Returns:
             Whether all are really gone.
         """
-        return all(await asyncio.gather(*(lane.close(deadline) for lane in self.lanes)))
+        return all(await asyncio.gather(*(worker.close(deadline) for worker in self.workers)))
 
 
 class TaskPool(Pool[TaskWorker]):
-    """Lanes on the event loop: a job has a place when a lane is free for it."""
+    """Pool of workers on the event loop: a job has a place when a worker is free for it."""
 
     async def start(self) -> None:
         """See `Pool.start`."""
         self._free: asyncio.Queue[TaskWorker] = asyncio.Queue()
-        for lane in self.lanes:
-            self._free.put_nowait(lane)
+        for worker in self.workers:
+            self._free.put_nowait(worker)
         await super().start()
 
     async def run(self, job: Job) -> Result:
         """See `Pool.run`."""
-        lane = await self._free.get()
+        worker = await self._free.get()
         try:
-            return await lane.run(job)
+            return await worker.run(job)
         finally:
-            self._free.put_nowait(lane)
+            self._free.put_nowait(worker)
 
 
 class ThreadedPool(Pool[ThreadedWorker]):
-    """Lanes with a thread each, which take their jobs from one shelf.
+    """Pool of workers with a thread each, which take their jobs from one queue.
 
     Args:
-        lanes: one for each worker.
-        overrun: seconds after which a job is reported as overrunning; `None` where the lanes end
+        workers: all of them.
+        overrun: seconds after which a job is reported as overrunning; `None` where the workers end
             such a job themselves.
-        first: so many lanes are started before `start` returns, and say whether the handler can be
-            loaded; the others start in their own threads. `None` for all.
+        first: so many workers are started before `start` returns, and say whether the handler can
+            be loaded; the others start in their own threads. `None` for all.
     """
 
     def __init__(
         self,
-        lanes: Sequence[ThreadedWorker],
+        workers: Sequence[ThreadedWorker],
         *,
         overrun: float | None = None,
         first: int | None = None,
     ) -> None:
-        super().__init__(lanes)
+        super().__init__(workers)
         self._first = first
         self._overrun = overrun
-        self._ahead = PrefetchLimit(len(lanes))
+        self._prefetch = PrefetchLimit(len(workers))
 
     async def start(self) -> None:
         """See `Pool.start`."""
-        self._shelf = JobQueue()
-        await self._start(self.lanes[: self._first])
-        for lane in self.lanes:
-            lane.serve(self._shelf)
+        self._jobs = JobQueue()
+        await self._start(self.workers[: self._first])
+        for worker in self.workers:
+            worker.serve(self._jobs)
 
     @property
     def places(self) -> int:
         """See `Pool.places`."""
-        return len(self.lanes) + self._ahead.jobs
+        return len(self.workers) + self._prefetch.jobs
 
     async def run(self, job: Job) -> Result:
         """See `Pool.run`."""
-        ticket = self._shelf.put(job)
+        queued = self._jobs.put(job)
         if self._overrun is not None:
-            await self._watch(ticket, self._overrun)
-        result = await ticket.done
-        self._ahead.ran(result.seconds, failed=result.failure is not None)
+            await self._watch(queued, self._overrun)
+        result = await queued.done
+        self._prefetch.ran(result.seconds, failed=result.failure is not None)
         return result
 
-    async def _watch(self, ticket: QueuedJob, overrun: float) -> None:
-        """Until it is done, or has taken too long, which is said."""
-        while not ticket.done.done():
+    async def _watch(self, queued: QueuedJob, overrun: float) -> None:
+        """Waits until it is done, or logs that it has taken too long."""
+        while not queued.done.done():
             # Before it, others may be running: the time counts from its own beginning.
-            left = ticket.began + overrun - time.monotonic() if ticket.began else overrun
+            left = queued.began + overrun - time.monotonic() if queued.began else overrun
             if left <= 0:
-                log.warning("handler_overran", lane=ticket.lane, timeout=overrun)
+                log.warning("handler_overran", worker=queued.worker, timeout=overrun)
                 return
-            await asyncio.wait({ticket.done}, timeout=left)
+            await asyncio.wait({queued.done}, timeout=left)
 
     async def close(self, deadline: float) -> bool:
         """See `Pool.close`."""
-        self._shelf.close(len(self.lanes))
+        self._jobs.close(len(self.workers))
         return await super().close(deadline)

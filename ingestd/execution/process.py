@@ -79,7 +79,7 @@ class WorkerProcess:
 
     Args:
         hello: what it is told first.
-        name: of its lane.
+        name: of its worker.
         surroundings: what it is started with.
 
     Attributes:
@@ -349,7 +349,7 @@ class ProcessWorker:
         name: for the thread and the log.
         hello: what each child is told.
         timeout: seconds after which a job's child is killed.
-        on_restart: called with `crashed` or `timeout`, on the lane's thread, each time a child
+        on_restart: called with `crashed` or `timeout`, on the worker's thread, each time a child
             has to be replaced.
         surroundings: what each child is started with; those of now if not given.
 
@@ -380,7 +380,7 @@ class ProcessWorker:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
 
     async def start(self) -> None:
-        """See `Lane.start`."""
+        """See `Worker.start`."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._start)
 
     def _start(self) -> None:
@@ -400,25 +400,25 @@ class ProcessWorker:
             self._child = None
             child.kill()
             raise
-        log.debug("worker_started", lane=self._name, pid=child.process.pid)
+        log.debug("worker_started", worker=self._name, pid=child.process.pid)
         self.is_async = ready.is_async
         if ready.not_ready:
-            log.warning("handler_not_ready", lane=self._name, error=ready.not_ready)
+            log.warning("handler_not_ready", worker=self._name, error=ready.not_ready)
         return child
 
-    def serve(self, shelf: JobQueue) -> None:
-        """See `ThreadedLane.serve`."""
-        self._thread.submit(self._serve, shelf)
+    def serve(self, jobs: JobQueue) -> None:
+        """See `ThreadedWorker.serve`."""
+        self._thread.submit(self._serve, jobs)
 
-    def _serve(self, shelf: JobQueue) -> None:
+    def _serve(self, jobs: JobQueue) -> None:
         if self._child is None:
             try:
                 self._spawn()
             except (_WorkerDiedError, *_NO_WORKER) as error:
                 if self._leaving:
                     return
-                log.warning("worker_not_started", lane=self._name, error=describe(error))
-        shelf.serve(self._run, self._name)
+                log.warning("worker_not_started", worker=self._name, error=describe(error))
+        jobs.serve(self._run, self._name)
 
     def _run(self, job: Job) -> Result:
         started = time.monotonic()
@@ -460,17 +460,17 @@ class ProcessWorker:
             except _WorkerDiedError as died:
                 overran = died.failure.reason == "timeout"
                 error = f"it was not done after {CLOSE_SECONDS:g} s" if overran else str(died)
-                log.warning("handler_close_failed", lane=self._name, error=error)
+                log.warning("handler_close_failed", worker=self._name, error=error)
                 self._bury(died.failure)
                 return self._spawn()
             if failed:
-                log.warning("handler_close_failed", lane=self._name, error=failed)
+                log.warning("handler_close_failed", worker=self._name, error=failed)
         if flaw := child.flaw():
             child.kill()
             self._bury(Failure("crashed", f"between two jobs {flaw}"))
             return self._spawn()
         if self._is_no_use():
-            log.warning("worker_replaced", lane=self._name, failures=self._failed)
+            log.warning("worker_replaced", worker=self._name, failures=self._failed)
             self._patience = min(2 * self._patience, FAILING_SECONDS_MAX)
             child.stop(CLOSE_SECONDS)  # `close` can still end it
             self._child = None
@@ -478,7 +478,7 @@ class ProcessWorker:
         return child
 
     def _bury(self, failure: Failure) -> None:
-        log.warning("worker_died", lane=self._name, error=failure.error)
+        log.warning("worker_died", worker=self._name, error=failure.error)
         self._child = None
         self._on_restart("timeout" if failure.reason == "timeout" else "crashed")
 
@@ -487,7 +487,7 @@ class ProcessWorker:
             self._child.stop(timeout)
 
     async def close(self, deadline: float) -> bool:
-        """See `Lane.close`."""
+        """See `Worker.close`."""
         loop = asyncio.get_running_loop()
         self._leaving = True
         if self._child is not None and not self._child.is_ready:
@@ -496,7 +496,7 @@ class ProcessWorker:
         self._thread.shutdown(wait=False)
         done, _ = await asyncio.wait({closing}, timeout=max(0.0, deadline - loop.time()))
         if not done and self._child is not None:
-            # The lane's thread waits for its job: killing the child is what ends both.
+            # The worker's thread waits for its job: killing the child is what ends both.
             self._child.kill_at_once()
             await asyncio.wait({closing}, timeout=5.0)
         return closing.done()

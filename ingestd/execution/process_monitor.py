@@ -176,7 +176,7 @@ class Monitor:
         name: of the thread.
 
     Attributes:
-        batch: id of the batch that the child has; set by its lane.
+        batch: id of the batch that the child has; set by its worker.
         ended: the process is gone.
     """
 

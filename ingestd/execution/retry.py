@@ -152,68 +152,68 @@ def rounded(after: float) -> float:
 
 
 def decide(
-    result: Result, standing: RetryContext, *, rule: RetryRule, random: Callable[[], float]
+    result: Result, context: RetryContext, *, rule: RetryRule, random: Callable[[], float]
 ) -> Resolve | RetryBatch:
     """Decides on a result.
 
     Args:
         result: what the worker said.
-        standing: of the batch.
+        context: of the batch.
         rule: the settings.
         random: gives numbers in [0, 1).
     """
-    usual = _usual(standing, rule, random)
+    usual = _usual(context, rule, random)
     if result.failure is not None:
-        return _failed(result.failure, standing, rule, usual)
+        return _failed(result.failure, context, rule, usual)
     given_up = [DeadLettered(r.index, r.reason, r.error) for r in result.rejections]
     waits: dict[float, list[int]] = {}
-    is_over = _is_too_old(standing, rule) or _is_guilty(standing, rule)
+    is_over = _is_too_old(context, rule) or _is_guilty(context, rule)
     for retry in result.retries:
         if is_over:
             given_up.append(DeadLettered(retry.index, "failed", retry.error))
             continue
         after = usual if retry.after is None else rounded(retry.after)
-        if standing.attempts >= rule.attempts_max:
+        if context.attempts >= rule.attempts_max:
             after = max(after, usual)  # or a handler that never wants them would turn for ever
         waits.setdefault(after, []).append(retry.index)
     again = tuple(RetryRecords(tuple(indices), after) for after, indices in waits.items())
     return Resolve(tuple(given_up), again)
 
 
-def _usual(standing: RetryContext, rule: RetryRule, random: Callable[[], float]) -> float:
+def _usual(context: RetryContext, rule: RetryRule, random: Callable[[], float]) -> float:
     # What is counted starts over with evidence, and so do the waits; without any they grow on.
-    tries = standing.counted if standing.proven else standing.attempts
+    tries = context.counted if context.proven else context.attempts
     return backoff(max(1, tries), rule, random)
 
 
-def _is_guilty(standing: RetryContext, rule: RetryRule) -> bool:
-    return standing.proven and not standing.paused and standing.counted >= rule.attempts_max
+def _is_guilty(context: RetryContext, rule: RetryRule) -> bool:
+    return context.proven and not context.paused and context.counted >= rule.attempts_max
 
 
-def _is_too_old(standing: RetryContext, rule: RetryRule, *, asked: bool = False) -> bool:
+def _is_too_old(context: RetryContext, rule: RetryRule, *, asked: bool = False) -> bool:
     # Beside successes it is the tries that decide, but for `raise Retry`, which spends none.
-    nothing_succeeds = standing.paused or not standing.proven
-    return standing.age >= rule.give_up_after and (nothing_succeeds or asked)
+    nothing_succeeds = context.paused or not context.proven
+    return context.age >= rule.give_up_after and (nothing_succeeds or asked)
 
 
 def _failed(
-    failure: Failure, standing: RetryContext, rule: RetryRule, usual: float
+    failure: Failure, context: RetryContext, rule: RetryRule, usual: float
 ) -> Resolve | RetryBatch:
     asked = failure.reason == POSTPONED
-    guilty = not asked and _is_guilty(standing, rule)
-    too_old = _is_too_old(standing, rule, asked=asked)
-    if standing.count > 1 and not asked:
-        most = min(rule.attempts_max, PART_TRIES) if standing.is_part else rule.attempts_max
-        spent = standing.attempts >= most and standing.may_split
+    guilty = not asked and _is_guilty(context, rule)
+    too_old = _is_too_old(context, rule, asked=asked)
+    if context.count > 1 and not asked:
+        most = min(rule.attempts_max, PART_TRIES) if context.is_part else rule.attempts_max
+        spent = context.attempts >= most and context.may_split
         # Alone in failing, an old one may be bad in a single record.
-        if guilty or (not standing.paused if too_old else spent):
-            return _halves(standing.count)
+        if guilty or (not context.paused if too_old else spent):
+            return _halves(context.count)
     if guilty or too_old:
         reason = "failed" if failure.reason in {"raised", POSTPONED} else failure.reason
         return Resolve(
             tuple(
                 DeadLettered(index, reason, failure.error, failure.traceback)
-                for index in range(standing.count)
+                for index in range(context.count)
             ),
             (),
         )
@@ -259,7 +259,7 @@ class BatchSplitter:
         """Batches that are being split at the moment."""
         return len(self._families)
 
-    def standing(self, batch: SealedBatch, result: Result, now: float) -> RetryContext:
+    def retry_context(self, batch: SealedBatch, result: Result, now: float) -> RetryContext:
         """Takes note of a try, and says where its batch stands.
 
         Args:

@@ -32,7 +32,7 @@ class WorkerLog:
 
     Args:
         pipeline: its name.
-        worker: the name of its lane.
+        worker: the name of its worker.
     """
 
     def __init__(self, pipeline: str, worker: str) -> None:

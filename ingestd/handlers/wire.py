@@ -146,7 +146,7 @@ class SharedBuffer:
 
     Args:
         fd: the memory's descriptor; stays the caller's, -1 for none: then nothing ever fits.
-        ours: whether this is the lane's side, the only one that writes.
+        ours: whether this is the worker's side, the only one that writes.
     """
 
     def __init__(self, fd: int, *, ours: bool) -> None:

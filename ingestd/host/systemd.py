@@ -156,25 +156,25 @@ class ServiceNotifier:
         """It drains."""
         self._notifier.tell("STOPPING=1")
 
-    def turn(self, standing: ServiceState, now: float) -> None:
+    def turn(self, service: ServiceState, now: float) -> None:
         """Says what is due.
 
         Args:
-            standing: how it is doing now.
+            service: how it is doing now.
             now: seconds that do not go back.
         """
         if not self._notifier.listened_to:
             return
         lines = []
-        if self._notifier.watchdog and not standing.hung and self._is_hungry(now):
+        if self._notifier.watchdog and not service.hung and self._is_hungry(now):
             lines.append("WATCHDOG=1")
             self._fed = now
         said, at = self._said, self._said_at
-        if said is None or at is None or standing.state != said.state or self._is_due(at, now):
-            lines.append(f"STATUS={_status(standing, said, now - at if at is not None else 0.0)}")
-            if self._may_take_longer(standing, now):
+        if said is None or at is None or service.state != said.state or self._is_due(at, now):
+            lines.append(f"STATUS={_status(service, said, now - at if at is not None else 0.0)}")
+            if self._may_take_longer(service, now):
                 lines.append(f"EXTEND_TIMEOUT_USEC={EXTENSION_SECONDS * 1e6:.0f}")
-            self._said, self._said_at = standing, now
+            self._said, self._said_at = service, now
         if lines:
             self._notifier.tell(*lines)
 
@@ -185,11 +185,11 @@ class ServiceNotifier:
     def _is_due(self, said_at: float, now: float) -> bool:
         return now - said_at + self.period > STATUS_SECONDS
 
-    def _may_take_longer(self, standing: ServiceState, now: float) -> bool:
+    def _may_take_longer(self, service: ServiceState, now: float) -> bool:
         """Returns True while a start that works, or a drain, may take longer."""
-        if standing.state == "draining":
-            return not standing.hung and (standing.leave_by is None or now < standing.leave_by)
-        if standing.state == "running":
+        if service.state == "draining":
+            return not service.hung and (service.leave_by is None or now < service.leave_by)
+        if service.state == "running":
             return False
         before, self._before = self._before, self._effort()
         worked = self._before.cpu - before.cpu > _CPU_SHARE * STATUS_SECONDS

@@ -28,7 +28,7 @@ def pair() -> Iterator[Pair]:
 
 @pytest.fixture
 def slots() -> Iterator[tuple[wire.SharedBuffer, wire.SharedBuffer]]:
-    """The lane's and the child's, on the same memory."""
+    """The worker's and the child's, on the same memory."""
     fd = wire.SharedBuffer.make()
     if fd < 0:
         pytest.skip("there is no memfd_create here")

@@ -36,7 +36,7 @@ ATTEMPTS = 2
 
 
 class Desk:
-    """A lane whose jobs lie on a desk until the test decides about them."""
+    """A worker whose jobs lie on a desk until the test decides about them."""
 
     def __init__(self, jobs: list[tuple[Job, asyncio.Future[Result]]]) -> None:
         self._jobs = jobs

@@ -234,7 +234,7 @@ def test_what_may_be_said_without_the_sink_ends_no_outage(how: str) -> None:
         SealedBatch(number, (Span(number, 0, 2),), 2, accepted_at=1.0) for number in range(4)
     ]
     for now, batch in enumerate(batches):
-        isolation.standing(batch, Result(failure=Failure("raised", "no")), float(now))
+        isolation.retry_context(batch, Result(failure=Failure("raised", "no")), float(now))
     assert outage.is_outage
     first = batches[0]
     result = Result([Rejection(i, "rejected", "no") for i in range(2)])
@@ -247,9 +247,11 @@ def test_what_may_be_said_without_the_sink_ends_no_outage(how: str) -> None:
         result = Result([Rejection(0, "rejected", "no")], [RetryRequest(1, None, "")])
     else:
         result = Result([Rejection(i, "undecodable", "no") for i in range(2)])
-    isolation.standing(first, result, 5.0)
+    isolation.retry_context(first, result, 5.0)
     assert outage.is_outage
-    isolation.standing(batches[1], Result([Rejection(i, "rejected", "") for i in range(2)]), 6.0)
+    isolation.retry_context(
+        batches[1], Result([Rejection(i, "rejected", "") for i in range(2)]), 6.0
+    )
     assert outage.down_since is None
 
 

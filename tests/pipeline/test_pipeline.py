@@ -84,7 +84,7 @@ async def test_a_class_is_made_once_a_worker_and_closed(start, tmp_path, kind) -
         options={"folder": str(tmp_path)},
     )
     while kind == "process" and not all(  # the first one is enough for a pipeline to be open
-        lane._child and lane._child.is_ready for lane in pipeline.dispatcher.pool.lanes
+        worker._child and worker._child.is_ready for worker in pipeline.dispatcher.pool.workers
     ):
         await asyncio.sleep(0.01)
     await pipeline.accept(Append(numbers(0, 60)))
@@ -317,7 +317,7 @@ async def test_a_constructor_that_fails_is_tried_again(start, tmp_path, kind) ->
 
 
 def recording_soon(pipeline: Any) -> bool:
-    """Whether a lane has a job; the dispatcher itself may wait for one with a free lane."""
+    """Whether a worker has a job; the dispatcher itself may wait for one with a free worker."""
     return pipeline.dispatcher.running > 0
 
 
@@ -345,7 +345,7 @@ async def test_a_sink_that_is_down_stops_new_batches(start, tmp_path) -> None:
     await until(lambda: pipeline.dispatcher.queue.waiting >= 4 and not recording_soon(pipeline))
     seen = len(recording.calls(tmp_path))
     await until(lambda: pipeline.dispatcher.queue.ahead >= 40)
-    assert len(recording.calls(tmp_path)) == seen <= 4 + 2 * 2  # each lane holds two
+    assert len(recording.calls(tmp_path)) == seen <= 4 + 2 * 2  # each worker holds two
     # What waits for longer than the deadline does not hold the drain up.
     loop = asyncio.get_running_loop()
     report = await pipeline.close(loop.time() + 5)

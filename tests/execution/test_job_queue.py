@@ -19,9 +19,9 @@ def job(number: int) -> Job:
 
 
 async def test_a_busy_lane_keeps_no_job_from_the_others() -> None:
-    """One lane hangs in its first job; all others are run by the second one."""
+    """One worker hangs in its first job; all others are run by the second one."""
     hold = threading.Event()
-    shelf = JobQueue()
+    jobs = JobQueue()
 
     def run(one: Job) -> Result:
         if one.batch == "j-0":
@@ -29,19 +29,19 @@ async def test_a_busy_lane_keeps_no_job_from_the_others() -> None:
         return Result(seconds=1.0)
 
     with ThreadPoolExecutor(2) as threads:
-        tickets = [shelf.put(job(number)) for number in range(50)]
-        for lane in ("a", "b"):
-            threads.submit(shelf.serve, run, lane)
-        await asyncio.wait_for(asyncio.gather(*(t.done for t in tickets[1:])), 20)
-        assert not tickets[0].done.done()
-        assert {ticket.lane for ticket in tickets[1:]} == {"b" if tickets[0].lane == "a" else "a"}
+        queued = [jobs.put(job(number)) for number in range(50)]
+        for worker in ("a", "b"):
+            threads.submit(jobs.serve, run, worker)
+        await asyncio.wait_for(asyncio.gather(*(t.done for t in queued[1:])), 20)
+        assert not queued[0].done.done()
+        assert {ticket.worker for ticket in queued[1:]} == {"b" if queued[0].worker == "a" else "a"}
         hold.set()
-        assert (await tickets[0].done).seconds == 1.0
-        shelf.close(2)
+        assert (await queued[0].done).seconds == 1.0
+        jobs.close(2)
 
 
 async def test_what_goes_wrong_in_a_lane_is_told_and_the_lane_goes_on() -> None:
-    shelf = JobQueue()
+    jobs = JobQueue()
 
     def run(one: Job) -> Result:
         if one.batch == "j-0":
@@ -49,28 +49,28 @@ async def test_what_goes_wrong_in_a_lane_is_told_and_the_lane_goes_on() -> None:
         return Result()
 
     with ThreadPoolExecutor(1) as threads:
-        first, second = shelf.put(job(0)), shelf.put(job(1))
-        threads.submit(shelf.serve, run, "a")
+        first, second = jobs.put(job(0)), jobs.put(job(1))
+        threads.submit(jobs.serve, run, "a")
         with pytest.raises(SystemExit):
             await first.done
         assert await second.done == Result()
-        shelf.close(1)
+        jobs.close(1)
 
 
 async def test_after_the_end_no_job_is_begun() -> None:
-    shelf, begun = JobQueue(), []
-    left = [shelf.put(job(number)) for number in range(5)]
-    shelf.close(2)
+    jobs, begun = JobQueue(), []
+    left = [jobs.put(job(number)) for number in range(5)]
+    jobs.close(2)
     with ThreadPoolExecutor(2) as threads:
-        for lane in ("a", "b"):
-            threads.submit(shelf.serve, lambda one: begun.append(one) or Result(), lane)
+        for worker in ("a", "b"):
+            threads.submit(jobs.serve, lambda one: begun.append(one) or Result(), worker)
     await asyncio.sleep(0)
     assert not begun
     assert not any(ticket.done.done() for ticket in left)
 
 
 async def test_log_lines_of_a_lane_know_whose_job_it_is() -> None:
-    shelf, seen = JobQueue(), []
+    jobs, seen = JobQueue(), []
 
     def run(one: Job) -> Result:
         seen.append((one.batch, structlog.contextvars.get_contextvars()["batch_id"]))
@@ -78,12 +78,12 @@ async def test_log_lines_of_a_lane_know_whose_job_it_is() -> None:
 
     async def ask(number: int) -> None:
         structlog.contextvars.bind_contextvars(batch_id=f"j-{number}")
-        await shelf.put(job(number)).done
+        await jobs.put(job(number)).done
 
     with ThreadPoolExecutor(1) as threads:
-        threads.submit(shelf.serve, run, "a")
+        threads.submit(jobs.serve, run, "a")
         await asyncio.gather(*(asyncio.create_task(ask(number)) for number in range(9)))
-        shelf.close(1)
+        jobs.close(1)
     assert len(seen) == 9
     assert all(batch == bound for batch, bound in seen)
 

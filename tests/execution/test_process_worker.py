@@ -172,7 +172,7 @@ def job(attempt: int = 1, payload: bytes = b"1") -> Job:
 
 
 class Lanes:
-    """A pool of one process lane, started for a handler."""
+    """A pool of one process worker, started for a handler."""
 
     def __init__(self, module: str) -> None:
         self.module = module
@@ -184,10 +184,10 @@ class Lanes:
             f"{self.module}:{name}", options, "json", "process", "default", b"data"
         )
         hello = InitMessage(wanted, os.getpid())
-        lane = ProcessWorker(
+        worker = ProcessWorker(
             "default-worker-0", hello, timeout=seconds, on_restart=self.restarts.append
         )
-        self.pool = ThreadedPool([lane])
+        self.pool = ThreadedPool([worker])
         await self.pool.start()
 
     async def run(self, one: Job) -> Result:
@@ -200,7 +200,7 @@ class Lanes:
 
 
 @pytest.fixture
-async def lanes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lanes]:
+async def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lanes]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     Path("lane_handlers.py").write_text(textwrap.dedent(HANDLERS))
@@ -217,27 +217,27 @@ def failure_of(result: Result) -> Failure:
 
 
 @pytest.mark.parametrize("how", ["child_returns", "child_exits"])
-async def test_a_forked_child_does_not_answer(lanes: Lanes, how: str) -> None:
+async def test_a_forked_child_does_not_answer(workers: Lanes, how: str) -> None:
     """The parent raised, so the batch failed; and each later answer is that of its job."""
-    await lanes.start("Does", how=how)
+    await workers.start("Does", how=how)
     for _ in range(3):
-        assert failure_of(await lanes.run(job())).error == "ValueError: the parent raises"
-        assert (await lanes.run(job(2))).failure is None
-    assert lanes.restarts == []
+        assert failure_of(await workers.run(job())).error == "ValueError: the parent raises"
+        assert (await workers.run(job(2))).failure is None
+    assert workers.restarts == []
 
 
 @pytest.mark.parametrize("how", ["pools", "ends_child", "child_of_its_own"])
-async def test_a_forked_child_ends_by_a_signal(lanes: Lanes, how: str) -> None:
+async def test_a_forked_child_ends_by_a_signal(workers: Lanes, how: str) -> None:
     """Also by one that it gets just after the fork; a handler's own ways of ending stay."""
-    await lanes.start("Does", how=how)
-    assert (await lanes.run(job())).failure is None
-    assert lanes.restarts == []
+    await workers.start("Does", how=how)
+    assert (await workers.run(job())).failure is None
+    assert workers.restarts == []
 
 
-async def test_a_forked_child_that_raises_is_not_the_batchs_failure(lanes: Lanes) -> None:
-    await lanes.start("Does", how="child_raises")
-    assert (await lanes.run(job())).failure is None
-    assert lanes.restarts == []
+async def test_a_forked_child_that_raises_is_not_the_batchs_failure(workers: Lanes) -> None:
+    await workers.start("Does", how="child_raises")
+    assert (await workers.run(job())).failure is None
+    assert workers.restarts == []
 
 
 @pytest.mark.parametrize(
@@ -256,28 +256,28 @@ async def test_a_forked_child_that_raises_is_not_the_batchs_failure(lanes: Lanes
     ],
 )
 async def test_what_does_not_fit_is_the_batchs_crash(
-    lanes: Lanes, tmp_path: Path, how: str, says: str
+    workers: Lanes, tmp_path: Path, how: str, says: str
 ) -> None:
-    await lanes.start("Does", how=how, folder=str(tmp_path))
-    failure = failure_of(await lanes.run(job()))
+    await workers.start("Does", how=how, folder=str(tmp_path))
+    failure = failure_of(await workers.run(job()))
     assert failure.reason == "crashed"
     assert says in failure.error
-    assert (await lanes.run(job(2))).failure is None
-    assert lanes.restarts == ["crashed"]
+    assert (await workers.run(job(2))).failure is None
+    assert workers.restarts == ["crashed"]
     own = tmp_path / "own"
     assert not own.exists() or own.read_bytes() == b""  # no answer went into the handler's file
 
 
 @pytest.mark.parametrize("how", ["slow_drip", "stops_itself", "leaves_its_group"])
 async def test_a_worker_that_does_not_come_back_is_killed(
-    lanes: Lanes, tmp_path: Path, how: str
+    workers: Lanes, tmp_path: Path, how: str
 ) -> None:
-    await lanes.start("Does", seconds=0.5, how=how, folder=str(tmp_path))
+    await workers.start("Does", seconds=0.5, how=how, folder=str(tmp_path))
     began = time.monotonic()
-    assert failure_of(await lanes.run(job())).reason == "timeout"
+    assert failure_of(await workers.run(job())).reason == "timeout"
     assert time.monotonic() - began < 20
-    assert (await lanes.run(job(2))).failure is None
-    assert lanes.restarts == ["timeout"]
+    assert (await workers.run(job(2))).failure is None
+    assert workers.restarts == ["timeout"]
 
 
 def lives(pid: int) -> bool:
@@ -288,34 +288,34 @@ def lives(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("how", ["hangs_with_company"])
-async def test_what_a_worker_started_ends_with_it(lanes: Lanes, tmp_path: Path, how: str) -> None:
+async def test_what_a_worker_started_ends_with_it(workers: Lanes, tmp_path: Path, how: str) -> None:
     """In its group, in another one, in another session, with no environment, as an orphan."""
-    await lanes.start("Does", seconds=4, how=how, folder=str(tmp_path))
-    assert failure_of(await lanes.run(job())).reason == "timeout"
+    await workers.start("Does", seconds=4, how=how, folder=str(tmp_path))
+    assert failure_of(await workers.run(job())).reason == "timeout"
     pids = [int(line) for line in (tmp_path / "pids").read_text().split()]
     assert len(pids) == 5
     assert [pid for pid in pids if lives(pid)] == []
 
 
 async def test_a_worker_in_another_group_is_killed_when_the_daemon_leaves(
-    lanes: Lanes, tmp_path: Path
+    workers: Lanes, tmp_path: Path
 ) -> None:
-    await lanes.start("Does", seconds=600, how="leaves_its_group", folder=str(tmp_path))
-    running = asyncio.create_task(lanes.run(job()))
+    await workers.start("Does", seconds=600, how="leaves_its_group", folder=str(tmp_path))
+    running = asyncio.create_task(workers.run(job()))
     pids = tmp_path / "pids"
     while not (pids.exists() and pids.read_text()):
         await asyncio.sleep(0.01)
-    assert lanes.pool is not None
+    assert workers.pool is not None
     loop = asyncio.get_running_loop()
-    assert await asyncio.wait_for(lanes.pool.close(loop.time() + 0.1), 30)
+    assert await asyncio.wait_for(workers.pool.close(loop.time() + 0.1), 30)
     assert failure_of(await asyncio.wait_for(running, 30)).reason == "crashed"
-    lanes.pool = None
+    workers.pool = None
     assert not lives(int(pids.read_text()))
 
 
-async def test_the_connection_is_not_inherited(lanes: Lanes, tmp_path: Path) -> None:
-    await lanes.start("Does", how="lists", folder=str(tmp_path))
-    assert (await lanes.run(job())).failure is None
+async def test_the_connection_is_not_inherited(workers: Lanes, tmp_path: Path) -> None:
+    await workers.start("Does", how="lists", folder=str(tmp_path))
+    assert (await workers.run(job())).failure is None
     assert "memfd:ingestd-job" in (tmp_path / "parent").read_text()
     for name in ("forked", "executed"):
         listed = (tmp_path / name).read_text()
@@ -329,61 +329,61 @@ async def test_the_connection_is_not_inherited(lanes: Lanes, tmp_path: Path) -> 
     assert not [one for one in wires if one in executed]
 
 
-async def test_the_memory_of_jobs_can_not_be_spoilt(lanes: Lanes) -> None:
+async def test_the_memory_of_jobs_can_not_be_spoilt(workers: Lanes) -> None:
     """A handler that shortens or overwrites every descriptor: the daemon lives, jobs are whole."""
-    await lanes.start("Does", how="spoils_memory")
+    await workers.start("Does", how="spoils_memory")
     for _ in range(2):
-        assert (await lanes.run(job())).failure is None
-        assert (await lanes.run(job(2, b"2" * 5000))).failure is None
-    assert lanes.restarts == []
+        assert (await workers.run(job())).failure is None
+        assert (await workers.run(job(2, b"2" * 5000))).failure is None
+    assert workers.restarts == []
 
 
 @pytest.mark.parametrize("how", ["dies_later", "writes_later"])
-async def test_what_happens_between_two_jobs_is_no_jobs_fault(lanes: Lanes, how: str) -> None:
-    await lanes.start("Does", how=how)
-    assert (await lanes.run(job())).failure is None
+async def test_what_happens_between_two_jobs_is_no_jobs_fault(workers: Lanes, how: str) -> None:
+    await workers.start("Does", how=how)
+    assert (await workers.run(job())).failure is None
     await asyncio.sleep(0.5)  # the worker is idle, and dies or writes meanwhile
-    assert (await lanes.run(job(2))).failure is None
-    assert lanes.restarts == ["crashed"]
+    assert (await workers.run(job(2))).failure is None
+    assert workers.restarts == ["crashed"]
 
 
-async def test_no_memory_for_a_job_is_a_crash(lanes: Lanes) -> None:
-    await lanes.start("Does", how="no_memory")
-    assert (await lanes.run(job())).failure is None
+async def test_no_memory_for_a_job_is_a_crash(workers: Lanes) -> None:
+    await workers.start("Does", how="no_memory")
+    assert (await workers.run(job())).failure is None
     large = job(2, b'"' + b"x" * 50_000_000 + b'"')
-    failure = failure_of(await lanes.run(large))
+    failure = failure_of(await workers.run(large))
     assert (failure.reason, failure.error) == ("crashed", "the worker exited with code 1")
-    assert (await lanes.run(large)).failure is None
+    assert (await workers.run(large)).failure is None
 
 
-async def test_a_worker_that_can_not_be_started_costs_no_try(lanes: Lanes) -> None:
+async def test_a_worker_that_can_not_be_started_costs_no_try(workers: Lanes) -> None:
     """The module is broken while a new worker is needed, as in the middle of a deployment."""
-    await lanes.start("Does", how="closes")
+    await workers.start("Does", how="closes")
     good = Path("lane_handlers.py").read_text()
-    assert failure_of(await lanes.run(job())).reason == "crashed"
+    assert failure_of(await workers.run(job())).reason == "crashed"
     Path("lane_handlers.py").write_text("def (")
-    failure = failure_of(await lanes.run(job(2)))
+    failure = failure_of(await workers.run(job(2)))
     assert (failure.reason, failure.after) == (POSTPONED, START_AGAIN_SECONDS)
     assert "no worker could be started: handler 'lane_handlers:Does': SyntaxError" in failure.error
     Path("lane_handlers.py").write_text(good)
-    assert (await lanes.run(job(2))).failure is None
+    assert (await workers.run(job(2))).failure is None
 
 
 @pytest.mark.slow
-async def test_a_close_that_hangs_costs_no_job(lanes: Lanes) -> None:
-    await lanes.start("CloseHangs", seconds=2.0)
-    assert failure_of(await lanes.run(job())).reason == "raised"
-    assert (await lanes.run(job(2))).failure is None
-    assert lanes.restarts == ["timeout"]
+async def test_a_close_that_hangs_costs_no_job(workers: Lanes) -> None:
+    await workers.start("CloseHangs", seconds=2.0)
+    assert failure_of(await workers.run(job())).reason == "raised"
+    assert (await workers.run(job(2))).failure is None
+    assert workers.restarts == ["timeout"]
 
 
 async def test_a_worker_of_which_only_failures_come_is_replaced(
-    lanes: Lanes, monkeypatch: pytest.MonkeyPatch
+    workers: Lanes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that has no descriptor left fails for every batch, and would do so for ever."""
     monkeypatch.setattr("ingestd.execution.process.FAILING_SECONDS", 0.0)
-    await lanes.start("NoDescriptors")
+    await workers.start("NoDescriptors")
     for attempt in range(1, FAILING_TRIES + 1):
-        assert failure_of(await lanes.run(job(attempt))).reason == "raised"
-    assert (await lanes.run(job(FAILING_TRIES + 1))).failure is None
-    assert lanes.restarts == []
+        assert failure_of(await workers.run(job(attempt))).reason == "raised"
+    assert (await workers.run(job(FAILING_TRIES + 1))).failure is None
+    assert workers.restarts == []
