@@ -18,7 +18,7 @@ import async_timeout
 
 from ingestd import __version__
 from ingestd.admin.server import AdminServer
-from ingestd.admin.status import Status, status_of
+from ingestd.admin.status import Status, stages_of, status_of
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import (
     ConfigError,
@@ -544,7 +544,7 @@ class Daemon:
         while True:
             now = loop.time()
             # A pipeline that is being opened is none yet.
-            self._liveness.look((s for p in self.pipelines.values() for s in p.stages()), now)
+            self._liveness.look((s for p in self.pipelines.values() for s in stages_of(p)), now)
             hung, self._hung = self._hung, self._liveness.hung()
             if self._hung and not hung:
                 log.error("pipeline_hung", problem=self._hung)

@@ -16,37 +16,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import async_timeout
 from structlog.contextvars import bind_contextvars
 
-from ingestd.base.batch import SealedBatch
-from ingestd.base.errors import JournalFailed
 from ingestd.base.logging import get_logger
-from ingestd.base.record import Span
-from ingestd.base.watchdog import Stage
-from ingestd.batching.batcher import BatchDraft, Batcher
+from ingestd.base.tasks import OwnedTasks
+from ingestd.batching.batcher import BatchDraft, Batcher, unreadable
 from ingestd.codecs.lines import record_fault
 from ingestd.execution.dispatcher import Dispatcher
-from ingestd.execution.retry import Resolve
 from ingestd.journal.idempotency import KeyRule
-from ingestd.journal.interface import (
-    Chunk,
-    Cursor,
-    JournalContext,
-    Ledger,
-    Recovered,
-    Seal,
-)
+from ingestd.journal.interface import Chunk, Cursor, JournalContext, Ledger, Recovered, Seal
 from ingestd.journal.maintenance import DeadLetterMaintenance
 from ingestd.journal.reader import ChunkReader, MemoryBudget, UnsettledChunks
 from ingestd.journal.sqlite.audit import Auditor
 from ingestd.journal.sqlite.letters import InvalidQuota
 from ingestd.registry import JOURNALS
-from ingestd.settlement import SettlementWriter, as_sealed, outcome
+from ingestd.settlement import SettlementWriter, as_sealed, outcome, sealed_from
 from ingestd.waiters import DeliveryWaiters
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable
     from pathlib import Path
 
     from ingestd.base.append import Append, DeliveryWaiter, IdempotencyClaim, SourceOffset
+    from ingestd.base.batch import SealedBatch
     from ingestd.base.clock import Clock
     from ingestd.base.metrics import PipelineMetrics
     from ingestd.host.process import Surroundings
@@ -158,10 +147,9 @@ class Pipeline:
         self._metrics = metrics
         self._clock = clock
         self.stopped = ""  # why no batch is given out, for people
-        self._closing = False
+        self.is_closing = False
         self._gone = True  # the workers
         self._timer: asyncio.Timeout | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
         self._moved = asyncio.Event()
 
     # -- start ---------------------------------------------------------------------------------
@@ -175,7 +163,8 @@ class Pipeline:
             DataDirError: see `Journal.open`.
         """
         self._loop = asyncio.get_running_loop()
-        self.broken: asyncio.Future[None] = self._loop.create_future()
+        self._tasks = OwnedTasks(self.name)
+        self.broken = self._tasks.broken
         await self.dispatcher.open(
             self.settings.executor,
             self.settings.handler,
@@ -189,15 +178,15 @@ class Pipeline:
         except BaseException:
             await self.dispatcher.close(self._loop.time() + 5.0)
             raise
-        self.journal.failed.add_done_callback(self._journal_failed)
+        self.journal.failed.add_done_callback(self._tasks.break_with)
         self._recover(recovered)
         self._turning = [
-            self._own(self._pump(), name=f"{self.name}-pump"),
-            self._own(self._consume(), name=f"{self.name}-consume"),
-            self._own(self._dispatch(), name=f"{self.name}-dispatch"),
-            self._own(self.keeper.run(), name=f"{self.name}-keeper"),
-            self._own(self.auditor.run(), name=f"{self.name}-auditor"),
-            self._own(self.dispatcher.failures.run(), name=f"{self.name}-failures"),
+            self._tasks.start(self._pump(), "pump"),
+            self._tasks.start(self._consume(), "consume"),
+            self._tasks.start(self._dispatch(), "dispatch"),
+            self._tasks.start(self.keeper.run(), "keeper"),
+            self._tasks.start(self.auditor.run(), "auditor"),
+            self._tasks.start(self.dispatcher.failures.run(), "failures"),
         ]
         # What a person asked for while nothing ran comes back before anything new is taken.
         looked = self._loop.create_task(self.keeper.looked.wait())
@@ -322,6 +311,13 @@ class Pipeline:
         wait = self.batcher.due_in(self._clock.now(), busy=busy)
         return None if wait is None else self._loop.time() + wait
 
+    @property
+    def could_cut(self) -> bool:
+        """Tells if a batch could be sealed now: there is something in it, and a place for it."""
+        due = self._due()
+        overdue = due is not None and due <= self._loop.time()
+        return not self.dispatcher.queue.is_long and (not self.queue.empty() or overdue)
+
     def _retime(self) -> None:
         """Something that decides when the open batch is due has changed."""
         if self._timer is not None and not self._timer.expired():
@@ -338,8 +334,7 @@ class Pipeline:
         """A chunk that can't be read, as a batch that no worker will see."""
         first, count = self._first_of(chunk), chunk.records.count
         self.room.free(len(chunk.records.payload))
-        span = Span(chunk.id, first, count - first)
-        return BatchDraft((span,), None, 0, chunk.accepted_at, (chunk.id + 1, 0))
+        return unreadable(chunk.id, first, count - first, chunk.accepted_at)
 
     # -- 4. seal: written down before anyone sees it -------------------------------------------
 
@@ -347,14 +342,7 @@ class Pipeline:
         """Submits the seal; it shares the next commit, and `_dispatch` waits for it."""
         if cut is None:
             return
-        batch = SealedBatch(
-            self.settlements.take_numbers(),
-            cut.spans,
-            sum(span.count for span in cut.spans),
-            accepted_at=cut.accepted_at,
-            records=cut.records,
-            size=cut.size,
-        )
+        batch = sealed_from(cut, self.settlements.take_numbers())
         batch.sealed = self.journal.write(Seal(as_sealed(batch, 0.0), Cursor(*cut.cursor)))
         await self.dispatcher.queue.put(batch)
 
@@ -365,7 +353,7 @@ class Pipeline:
             if self.journal.letters_full:
                 await self._wait_for_letters()
             batch = await self.dispatcher.next()
-            self._own(self._run(batch), name=f"{self.name}-batch-{batch.number}")
+            self._tasks.start(self._run(batch), f"batch-{batch.number}")
 
     async def _wait_for_letters(self) -> None:
         """Stops while dead letters of accepted records are at their bound: more would come."""
@@ -386,7 +374,7 @@ class Pipeline:
         bind_contextvars(pipeline=self.name, batch_id=f"{self.journal.id}-{batch.number}")
         try:
             if batch.records is None:
-                await self._load(batch)
+                await self.settlements.load(batch)
             records = batch.records
             if records is not None:
                 result = await self.dispatcher.call(batch, records, self.journal.id)
@@ -397,25 +385,14 @@ class Pipeline:
             await self.settlements.set_aside(batch)
             self._moved.set()
             return
-        if self._closing and result.failure is not None:
+        if self.is_closing and result.failure is not None:
             return  # its worker was ended under it: that is not the batch's fault
         verdict = self.dispatcher.judge(batch, result)
         self._metrics.batch_tried(
             outcome(batch.count, result, verdict), batch.count, batch.size, result.seconds
         )
-        if isinstance(verdict, Resolve):
-            split = result.failure is not None
-            await self.settlements.settle(batch, records, verdict, split=split)
-        else:
-            await self.settlements.postpone(batch, verdict)
+        await self.settlements.write(batch, records, verdict, split=result.failure is not None)
         self._moved.set()
-
-    async def _load(self, batch: SealedBatch) -> None:
-        """Brings a batch's payload back from the journal."""
-        batch.records = await self.journal.load(batch.spans)
-        if batch.records is not None:
-            batch.size = len(batch.records.payload)
-            self.room.take(batch.size)
 
     def _finished(self, chunk: int) -> None:
         if chunk >= self._cursor.chunk:  # older ones were sealed in an earlier life
@@ -443,11 +420,7 @@ class Pipeline:
                 self._moved.clear()
                 moved = self._loop.create_task(self._moved.wait())
                 ends: set[asyncio.Future[Any]] = {joined, self.broken, moved}
-                await asyncio.wait(
-                    ends,
-                    timeout=left,
-                    return_when=asyncio.FIRST_COMPLETED,
-                )
+                await asyncio.wait(ends, timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 moved.cancel()
         finally:
             joined.cancel()
@@ -477,10 +450,10 @@ class Pipeline:
         Args:
             deadline: loop time until which an idle worker may take to close its handler.
         """
-        self._closing = True
-        await _cancel(self._turning)
+        self.is_closing = True
+        await self._tasks.cancel(self._turning)
         self._gone = await self.dispatcher.close(deadline)
-        await _cancel(self._tasks)  # whose worker is gone, or was left behind
+        await self._tasks.cancel()  # whose worker is gone, or was left behind
 
     async def close_journal(self, give_up: float | None = None) -> DrainReport:
         """Closes the journal; the workers have ended.
@@ -493,68 +466,5 @@ class Pipeline:
         """
         closed = await self.journal.close(give_up)
         self.dispatcher.failures.sum_up_given_up()
-        return DrainReport(
-            closed.ledger,
-            closed.counted,
-            self._gone,
-            self.journal.durable,
-            closed.written,
-            closed.gone,
-        )
-
-    # -- what others may know ------------------------------------------------------------------
-
-    def stages(self) -> tuple[Stage, ...]:
-        """Stages that could go on, and their steps, for the watchdog.
-
-        A full queue, a long ready queue, busy workers, a commit that has to wait: good reasons to
-        rest.
-
-        """
-        if self._closing:
-            return ()
-        cutting = not self.dispatcher.queue.is_long and (
-            not self.queue.empty() or (self.batcher.open and self._overdue())
-        )
-        consumed = self.settlements.next_batch + self.batcher.chunks
-        stages = (
-            Stage("pump", self.tail.could_give and not self.queue.full(), self.tail.given),
-            Stage("consumer", cutting, consumed),
-            self.dispatcher.stage(stopped=bool(self.stopped)),
-            self.journal.stage(),
-        )
-        return tuple(stage._replace(name=f"the {stage.name} of {self.name}") for stage in stages)
-
-    def _overdue(self) -> bool:
-        due = self._due()
-        return due is not None and due <= self._loop.time()
-
-    # -- tasks ---------------------------------------------------------------------------------
-
-    def _own(self, turn: Coroutine[None, None, None], *, name: str) -> asyncio.Task[None]:
-        task = self._loop.create_task(turn, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        return task
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        error = None if task.cancelled() else task.exception()
-        if error is not None and not self.broken.done():
-            self.broken.set_exception(error)
-            if not isinstance(error, JournalFailed):
-                log.error(
-                    "pipeline_broke", pipeline=self.name, task=task.get_name(), exc_info=error
-                )
-
-    def _journal_failed(self, failed: asyncio.Future[None]) -> None:
-        error = None if failed.cancelled() else failed.exception()
-        if error is not None and not self.broken.done():
-            self.broken.set_exception(error)
-
-
-async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
-    cancelled = list(tasks)
-    for task in cancelled:
-        task.cancel()
-    await asyncio.gather(*cancelled, return_exceptions=True)
+        numbers = closed.ledger, closed.counted
+        return DrainReport(*numbers, self._gone, self.journal.durable, closed.written, closed.gone)

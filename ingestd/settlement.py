@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ingestd.base.clock import Clock
     from ingestd.base.metrics import PipelineMetrics, Tried
     from ingestd.base.record import Records, Span
+    from ingestd.batching.batcher import BatchDraft
     from ingestd.execution.dispatcher import Dispatcher
     from ingestd.execution.retry import DeadLettered, Resolve, RetryRecords
     from ingestd.handlers.outcome import Result
@@ -50,6 +51,18 @@ def as_sealed(batch: SealedBatch, due_at: float, now: float = 0.0) -> Sealed:
         due_at,
         batch.accepted_at,
         failing,
+    )
+
+
+def sealed_from(draft: BatchDraft, number: int) -> SealedBatch:
+    """The batch that a draft becomes under its number."""
+    return SealedBatch(
+        number,
+        draft.spans,
+        sum(span.count for span in draft.spans),
+        accepted_at=draft.accepted_at,
+        records=draft.records,
+        size=draft.size,
     )
 
 
@@ -239,8 +252,28 @@ class SettlementWriter:
         self.next_batch += count
         return first
 
-    async def postpone(self, batch: SealedBatch, verdict: RetryBatch) -> None:
-        """Keeps a batch for another try."""
+    async def load(self, batch: SealedBatch) -> None:
+        """Brings a batch's payload back from the journal."""
+        batch.records = await self._journal.load(batch.spans)
+        if batch.records is not None:
+            batch.size = len(batch.records.payload)
+            self._budget.take(batch.size)
+
+    async def write(
+        self,
+        batch: SealedBatch,
+        records: Records,
+        verdict: Resolve | RetryBatch,
+        *,
+        split: bool,
+    ) -> None:
+        """Writes what was decided; `split`: what is tried again are parts, not single records."""
+        if isinstance(verdict, RetryBatch):
+            await self._postpone(batch, verdict)
+        else:
+            await self._settle(batch, records, verdict, split=split)
+
+    async def _postpone(self, batch: SealedBatch, verdict: RetryBatch) -> None:
         log.debug("batch_postponed", attempts=batch.attempts, after=round(verdict.after, 3))
         self._forget_payload(batch)
         # Parked before the commit, so that the queue counts it when the next batch is asked for.
@@ -248,10 +281,9 @@ class SettlementWriter:
         due_at = self._clock.now() + verdict.after
         await self._journal.write(Postpone(as_sealed(batch, due_at, _loop_time())))
 
-    async def settle(
+    async def _settle(
         self, batch: SealedBatch, records: Records, verdict: Resolve, *, split: bool
     ) -> None:
-        """Settles a batch; `split`: what is tried again are its parts, not single records."""
         now = self._clock.now()
         dead = dead_letters(batch, records, verdict.given_up, origin=self.journal_id, now=now)
         number = self.take_numbers(len(verdict.again))
@@ -259,7 +291,7 @@ class SettlementWriter:
         if split and successors:
             self._dispatcher.splitter.split(batch, [successor for successor, _ in successors])
             log.debug("batch_split", records=batch.count)
-        await self._write(batch, dead, successors)
+        await self._commit(batch, dead, successors)
         for successor, after in successors:
             self._dispatcher.park(successor, after, asked=not split)
 
@@ -271,11 +303,11 @@ class SettlementWriter:
         successors = []
         if readable:
             successors.append((remainder(batch, readable, number=self.take_numbers()), 0.0))
-        await self._write(batch, letters, successors, damaged=[span.chunk for span in lost])
+        await self._commit(batch, letters, successors, damaged=[span.chunk for span in lost])
         for successor, _ in successors:
             self._dispatcher.park(successor, 0.0)
 
-    async def _write(
+    async def _commit(
         self,
         batch: SealedBatch,
         dead: Sequence[DeadLetter],

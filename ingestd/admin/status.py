@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import msgspec
 
+from ingestd.base.watchdog import Stage
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from ingestd.pipeline import Pipeline
 
@@ -282,3 +284,20 @@ def _handler(pipeline: Pipeline) -> HandlerStatus:
     at = datetime.fromtimestamp(since, UTC).isoformat(timespec="seconds")
     error = pipeline.dispatcher.failures.last_error
     return HandlerStatus("down", at.replace("+00:00", "Z"), error, since)
+
+
+def stages_of(pipeline: Pipeline) -> Iterator[Stage]:
+    """The stages of a pipeline, for the watchdog: each that could go on waits for nothing else.
+
+    A full queue, busy workers, a commit that has to wait are good reasons to rest.
+    """
+    if pipeline.is_closing:
+        return
+    reader, consumed = pipeline.tail, pipeline.settlements.next_batch + pipeline.batcher.chunks
+    for stage in (
+        Stage("pump", reader.could_give and not pipeline.queue.full(), reader.given),
+        Stage("consumer", pipeline.could_cut, consumed),
+        pipeline.dispatcher.stage(stopped=bool(pipeline.stopped)),
+        pipeline.journal.stage(),
+    ):
+        yield stage._replace(name=f"the {stage.name} of {pipeline.name}")

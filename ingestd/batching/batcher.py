@@ -30,6 +30,11 @@ class BatchDraft(NamedTuple):
     cursor: tuple[int, int]
 
 
+def unreadable(chunk: int, first: int, count: int, accepted_at: float) -> BatchDraft:
+    """Records of a chunk that can't be read, as a batch that no worker will see."""
+    return BatchDraft((Span(chunk, first, count),), None, 0, accepted_at, (chunk + 1, 0))
+
+
 class _ChunkReader:
     """A chunk that is being cut: what is left of it."""
 

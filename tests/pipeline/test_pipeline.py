@@ -441,7 +441,7 @@ async def test_a_pipeline_is_broken_also_if_nothing_can_be_logged(
     )
     await pipeline.accept(Append(numbers(0, 3)))
     await until(lambda: pipeline.batcher.open)
-    monkeypatch.setattr("ingestd.pipeline.log", Mute())
+    monkeypatch.setattr("ingestd.base.tasks.log", Mute())
     pipeline.batcher.close = None
     async with asyncio.timeout(10):
         await pipeline.drain(None)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ingestd.admin.status import stages_of
 from ingestd.base.append import Append
 from ingestd.base.record import Records
 from ingestd.base.watchdog import LOOK_SECONDS, Liveness, Stage
@@ -82,7 +83,7 @@ def test_time_in_which_nobody_looked_does_not_count() -> None:
 
 
 def free_to_go(pipeline: Any) -> list[str]:
-    return [stage.name for stage in pipeline.stages() if stage.could_go_on]
+    return [stage.name for stage in stages_of(pipeline) if stage.could_go_on]
 
 
 async def until(true: Callable[[], Any]) -> None:
@@ -167,7 +168,7 @@ async def test_a_stage_that_is_gone_is_noticed(start, tmp_path: Path, stage: str
     await until(lambda: free_to_go(pipeline) == [name])
     liveness = Liveness(5)
     for second in range(7):
-        liveness.look(pipeline.stages(), float(second))
+        liveness.look(stages_of(pipeline), float(second))
     assert liveness.hung().startswith(name)
 
 
@@ -187,7 +188,7 @@ async def test_a_commit_that_does_not_end_is_noticed(start, tmp_path: Path) -> N
     await until(lambda: free_to_go(pipeline) == ["the journal of default"])
     liveness = Liveness(5)
     for second in range(7):
-        liveness.look(pipeline.stages(), float(second))
+        liveness.look(stages_of(pipeline), float(second))
     assert liveness.hung().startswith("the journal of default")
     let_go.set()
     await accepting

@@ -197,6 +197,7 @@ def counts(house: House) -> dict[str, int]:
         "class names used twice": len(repeated_classes(house)),
         "import circles": len(circles(house)),
         "imports of daemon.py": len(imports.get(f"{PACKAGE}.daemon", ())),
+        "lines of pipeline.py": house.modules[f"{PACKAGE}.pipeline"].lines,
         "imports of pipeline.py": len(imports.get(f"{PACKAGE}.pipeline", ())),
         "imports of the HTTP handler": len(imports.get(f"{PACKAGE}.sources.http.handler", ())),
         "private names of other packages": len(private_uses(house)),
