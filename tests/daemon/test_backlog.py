@@ -25,6 +25,9 @@ def done(batch: list[bytes]) -> None:
 BOUND = 200 << 20
 """Bytes of memory: `queue.bytes_max`, what lies beside it, and the interpreter."""
 
+ROOM = ("--queue.bytes_max", "32MiB")
+"""Room for `AHEAD_MAX` batches of 125 kB; the default has it for fewer."""
+
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
@@ -93,7 +96,7 @@ def test_millions_pending(folder: Path, chunks: int, records: int) -> None:
     fill(path, chunks=chunks, records=records)
     size = path.stat().st_size
     began = time.monotonic()
-    with daemon("app:hang", cwd=folder) as one:
+    with daemon("app:hang", *ROOM, cwd=folder) as one:
         print(f"\n{total} records in {chunks} chunks: ready after {time.monotonic() - began:.2f} s")
         until_sealed(one, AHEAD_MAX)
         status = one.status()["pipelines"]["default"]
@@ -105,7 +108,7 @@ def test_millions_pending(folder: Path, chunks: int, records: int) -> None:
         one.process.kill()
         one.wait()
     total += 1
-    with daemon("app:done", cwd=folder) as two:
+    with daemon("app:done", *ROOM, cwd=folder) as two:
         began = time.monotonic()
         settled = two.until_settled(timeout=600)
         print(f"worked off in {time.monotonic() - began:.1f} s, {memory(two, 'VmHWM') >> 20} MiB")
