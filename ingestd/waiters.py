@@ -1,4 +1,4 @@
-"""Who waits for which records: a settlement is told to the watches whose records are in it."""
+"""Delivery waiters by the records that they wait for: settlements are told to them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class _Placed(NamedTuple):
-    """A watch, and which of its records lie in a chunk.
+    """A waiter, and those of its records that lie in one chunk.
 
     Attributes:
         first: where they begin in the chunk.
@@ -25,7 +25,7 @@ class _Placed(NamedTuple):
     first: int
     count: int  # type: ignore[assignment]  # hides tuple.count
     before: int
-    watch: DeliveryWaiter
+    waiter: DeliveryWaiter
 
 
 def _first(placed: _Placed) -> int:
@@ -33,7 +33,7 @@ def _first(placed: _Placed) -> int:
 
 
 class DeliveryWaiters:
-    """The watches of one pipeline. What nobody waits for costs nothing."""
+    """The waiters of one pipeline. Records without a waiter cost nothing."""
 
     def __init__(self) -> None:
         self._chunks: dict[int, list[_Placed]] = {}
@@ -42,20 +42,20 @@ class DeliveryWaiters:
     def __len__(self) -> int:
         return len(self._homes)
 
-    def add(self, place: Place, watch: DeliveryWaiter) -> None:
-        """From now on `watch` hears of its records; they are at `place`, and none is settled."""
-        counts = place.counts or (watch.count,)
-        self._homes[watch] = range(place.chunk, place.chunk + len(counts))
+    def add(self, place: Place, waiter: DeliveryWaiter) -> None:
+        """Tells a waiter of its records from now on; they are at `place`, and none is settled."""
+        counts = place.counts or (waiter.count,)
+        self._homes[waiter] = range(place.chunk, place.chunk + len(counts))
         first, before = place.first, 0
         for chunk, count in enumerate(counts, place.chunk):
             placed = self._chunks.setdefault(chunk, [])
-            insort(placed, _Placed(first, count, before, watch), key=_first)
+            insort(placed, _Placed(first, count, before, waiter), key=_first)
             first, before = 0, before + count
 
-    def remove(self, watch: DeliveryWaiter) -> None:
-        """Nobody waits any more; does nothing if nobody did."""
-        for chunk in self._homes.pop(watch, ()):
-            placed = [one for one in self._chunks.pop(chunk, []) if one.watch is not watch]
+    def remove(self, waiter: DeliveryWaiter) -> None:
+        """Forgets a waiter; does nothing if it is not there."""
+        for chunk in self._homes.pop(waiter, ()):
+            placed = [one for one in self._chunks.pop(chunk, []) if one.waiter is not waiter]
             if placed:
                 self._chunks[chunk] = placed
 
@@ -74,13 +74,13 @@ class DeliveryWaiters:
             chunk, first, _ = letter.place
             for placed, start, count in self._among(chunk, first, letter.records):
                 index = placed.before + start - placed.first
-                placed.watch.died(index, count, letter.reason, letter.error)
+                placed.waiter.died(index, count, letter.reason, letter.error)
         for span in spans:
             for placed, _, count in self._among(span.chunk, span.first, span.count):
-                placed.watch.settled(count)
+                placed.waiter.settled(count)
 
     def _among(self, chunk: int, first: int, count: int) -> Iterator[tuple[_Placed, int, int]]:
-        """Each watch with records in a run, and which of the run are its own: first and count."""
+        """Yields each waiter with records in a run, and its part of it: first and count."""
         placed = self._chunks.get(chunk, [])
         end = first + count
         at = max(0, bisect_right(placed, first, key=_first) - 1)

@@ -1,7 +1,7 @@
 """The admin server: health, metrics and status, on an address of its own.
 
 Every connection carries one request and has seconds to live, and there are few of them. So nothing
-that happens here, and nothing that happens at the door of the records, can lock operators out.
+that happens here, and nothing that happens where records come in, can lock operators out.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class AdminServer:
             self._local = is_loopback(settings.listen)
         self._hosts = Hosts(settings.hosts) if self._local or settings.hosts else None
         self._listeners: list[asyncio.Server] = []
-        self._door: _AdminHandler | None = None
+        self._protocol: _AdminHandler | None = None
         self.addresses: list[str] = []
 
     async def start(self) -> None:
@@ -109,15 +109,15 @@ class AdminServer:
         """
         if not (self._settings.listen or self._sockets):
             return
-        self._door = _AdminHandler(self._answer)
+        self._protocol = _AdminHandler(self._answer)
         loop = asyncio.get_running_loop()
         if self._sockets:
-            self._listeners = [await _serve_on(sock, self._door) for sock in self._sockets]
+            self._listeners = [await _serve_on(sock, self._protocol) for sock in self._sockets]
             self.addresses = [show_socket(sock) for sock in self._sockets]
             return
         host, port = parse_listen(self._settings.listen, SETTING)
         try:
-            self._listeners = [await loop.create_server(self._door, host or None, port)]
+            self._listeners = [await loop.create_server(self._protocol, host or None, port)]
         except (OSError, UnicodeError) as error:
             raise AddressError(
                 address=self._settings.listen, setting=SETTING, problem=_problem(error)
@@ -126,11 +126,11 @@ class AdminServer:
 
     async def close(self) -> None:
         """Stops listening, lets answers that are on their way out for a second, hangs up."""
-        if not self._listeners or self._door is None:
+        if not self._listeners or self._protocol is None:
             return
         for listener in self._listeners:
             listener.close()
-        await self._door.hang_up()
+        await self._protocol.hang_up()
         for listener in self._listeners:
             await listener.wait_closed()
         self._listeners = []
@@ -273,13 +273,13 @@ class _AdminHandler(web.Server):
             transport.abort()
 
 
-async def _serve_on(sock: socket.socket, door: _AdminHandler) -> asyncio.Server:
+async def _serve_on(sock: socket.socket, protocol: _AdminHandler) -> asyncio.Server:
     """Serves on a passed socket. Its file, if it has one, is not ours to remove."""
     loop = asyncio.get_running_loop()
     if sock.family != socket.AF_UNIX:
-        return await loop.create_server(door, sock=sock)
+        return await loop.create_server(protocol, sock=sock)
     more: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
-    return await loop.create_unix_server(door, sock=sock, **more)
+    return await loop.create_unix_server(protocol, sock=sock, **more)
 
 
 def _problem_page(status: int, title: str, detail: str, **headers: str) -> _Page:

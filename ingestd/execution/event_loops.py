@@ -238,7 +238,7 @@ class HandlerLoops:
         if call.loop is self._current and not await call.loop.answers(seconds):
             if len(self._retired) >= RETIRED_MAX:
                 return False
-            if call.loop is self._current:  # nobody else was quicker
+            if call.loop is self._current:  # no other call was quicker
                 self._current = None
                 self._retired.add(call.loop)
                 call.loop.end()

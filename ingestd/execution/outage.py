@@ -5,7 +5,7 @@ if its batch had not failed before that success: a batch that failed while other
 something about itself, a fresh failure may say something about the sink.
 
 * **up**: fewer than two families have failed freshly (a family is a batch and, once it is split,
-  its parts). Everything may start, so a bad batch holds nobody up.
+  its parts). Everything may start, so a bad batch does not hold others up.
 * **paused**: two families or more have. One try at a time starts, the *probe*, and the next one
   after a wait that grows with the outage. All else waits without a try.
 * **down**: at least `DOWN_TRIES` fresh tries have failed over at least `DOWN_SECONDS`. This is what

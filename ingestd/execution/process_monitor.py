@@ -169,7 +169,7 @@ class Monitor:
     """Watches one child until `finish`. A thread of its own.
 
     Args:
-        pid: a child of this process that nobody else reaps before `finish`.
+        pid: a child of this process that is not reaped before `finish`.
         connection: shut down when it has ended, so that no wait on it goes on.
         outputs: what it logs comes from here.
         worker_log: takes it.
@@ -197,7 +197,7 @@ class Monitor:
         self._log = worker_log
         self._ended = threading.Event()
         self._finished = threading.Event()
-        self._over: set[int] = set()  # descriptors whose other end nobody has any more
+        self._over: set[int] = set()  # descriptors whose other end is closed everywhere
         outputs.packets.setblocking(False)
         os.set_blocking(outputs.text, False)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -235,7 +235,7 @@ class Monitor:
                 os.close(handle)
 
     def _end(self) -> None:
-        self.ended = True  # without a call for whoever asks before each job
+        self.ended = True  # costs no call where it is read before each job
         self._ended.set()
 
     def _look(self, handle: int) -> bool:

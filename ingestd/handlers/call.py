@@ -123,7 +123,7 @@ def _prepared(spec: HandlerSpec, job: Job) -> tuple[Batch[Any], Any] | Result:
         batch = Batch(values, job, undecodable)
     except BaseException as exc:  # noqa: BLE001  a validator of the user's may raise anything
         return Result(failure=failure_of(exc))
-    # Who gets the list may pop from it: nobody else looks at the values again.
+    # A handler may pop from the list: the values are not looked at again.
     return batch, batch if spec.wants_batch else values
 
 

@@ -59,7 +59,7 @@ class Decoder(NamedTuple):
                 raise
             except Exception:  # noqa: BLE001  which record it is, is found out below
                 values = []
-            # A line that is no JSON value could pass as none or as two; the door checked.
+            # A line that is no JSON value could pass as none or as two; the source checked.
             if len(values) == records.count:
                 return values, []
         items = records.items()
@@ -157,7 +157,7 @@ def _json_decoder(record: Any) -> Decoder:
 
 
 def _pydantic_decoder(record: Any) -> Decoder:
-    # Only here: whoever annotates with a pydantic type has imported pydantic.
+    # Only here: a module that annotates with a pydantic type has imported pydantic.
     from pydantic import TypeAdapter  # noqa: PLC0415
 
     try:

@@ -166,7 +166,7 @@ class Runner:
     def renew(self) -> None:
         """Closes an instance whose call raised; the next job creates another one.
 
-        `run` does it when nobody did so before: the sooner, the sooner its connection is closed.
+        `run` does it if it was not done before: the sooner, the sooner its connection is closed.
         """
         if not self.spoiled:
             return
