@@ -223,7 +223,7 @@ async def test_a_connection_that_says_nothing_is_hung_up_on(
 async def test_who_holds_connections_keeps_no_probe_from_its_answer(admin: Admin) -> None:
     held = [await admin.connect() for _ in range(3 * admin_server.CONNECTIONS_MAX)]
     assert (await admin.ask("/livez"))[0] == 200
-    assert len(admin.server._door._inside) <= admin_server.CONNECTIONS_MAX
+    assert len(admin.server._protocol._inside) <= admin_server.CONNECTIONS_MAX
     for _, writer in held:
         writer.close()
 
