@@ -314,10 +314,10 @@ class Daemon:
     def _build_progress(
         self, counts: Callable[[], StdinSource | DownloadTotals], pipeline: Pipeline
     ) -> Progress:
-        before = pipeline.journal.ledger
+        before = pipeline.ledger
 
         def snapshot_now() -> ProgressSnapshot:
-            now = pipeline.journal.ledger
+            now = pipeline.ledger
             read = counts()
             snapshot = ProgressSnapshot(
                 lines=read.records + read.refused,
@@ -400,8 +400,7 @@ class Daemon:
         self.settings = settings
         self._writer.set_level(settings.log.level)
         for name, pipeline in settings.pipeline_settings().items():
-            self.pipelines[name].bound(pipeline.batch)
-            self.pipelines[name].journal.keys.rule = _key_rule(settings.http)
+            self.pipelines[name].reload(pipeline.batch, _key_rule(settings.http))
         return change
 
     # -- drain ---------------------------------------------------------------------------------
@@ -413,7 +412,7 @@ class Daemon:
         self._input_ended = reason == "end of input"
         if self._input_ended:
             # Everything was accepted; a signal gives the work its usual deadline.
-            pending = sum(p.journal.ledger.pending for p in self.pipelines.values())
+            pending = sum(p.ledger.pending for p in self.pipelines.values())
             log.info("input_ended", pending=pending, waits="until all is settled, without deadline")
             work = asyncio.gather(*(p.drain(None) for p in self.pipelines.values()))
             await self._race(work, self._signals.asked)
@@ -511,8 +510,8 @@ class Daemon:
         for name, pipeline in self.pipelines.items():
             if pipeline.broken.done():
                 return False, f"pipeline {name} is broken"
-            space = pipeline.journal.space
-            if space is not None and space.low(time.monotonic()):
+            space = pipeline.auditor.free_space()
+            if space is not None and space.low:
                 return False, f"pipeline {name} takes no records: {space.shortage}"
         return True, "ready"
 
@@ -554,7 +553,7 @@ class Daemon:
             await asyncio.sleep(self._herald.period)
 
     def _standing(self) -> ServiceState:
-        ledgers = [pipeline.journal.ledger for pipeline in self.pipelines.values()]
+        ledgers = [pipeline.ledger for pipeline in self.pipelines.values()]
         return ServiceState(
             self._state,
             self._hung,

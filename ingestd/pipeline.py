@@ -16,18 +16,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import async_timeout
 from structlog.contextvars import bind_contextvars
 
+from ingestd.base.errors import KeysUnsupported
 from ingestd.base.logging import get_logger
 from ingestd.base.tasks import OwnedTasks
 from ingestd.batching.batcher import BatchDraft, Batcher, unreadable
 from ingestd.codecs.lines import record_fault
 from ingestd.execution.dispatcher import Dispatcher
+from ingestd.journal.build import build_journal
 from ingestd.journal.idempotency import KeyRule
-from ingestd.journal.interface import Chunk, Cursor, JournalContext, Ledger, Recovered, Seal
-from ingestd.journal.maintenance import DeadLetterMaintenance
+from ingestd.journal.interface import Chunk, Cursor, Ledger, Recovered, Seal
+from ingestd.journal.maintenance import Auditor, DeadLetterMaintenance
 from ingestd.journal.reader import ChunkReader, MemoryBudget, UnsettledChunks
-from ingestd.journal.sqlite.audit import Auditor
-from ingestd.journal.sqlite.letters import InvalidQuota
-from ingestd.registry import JOURNALS
 from ingestd.settlement import SettlementWriter, as_sealed, outcome, sealed_from
 from ingestd.waiters import DeliveryWaiters
 
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     from ingestd.base.clock import Clock
     from ingestd.base.metrics import PipelineMetrics
     from ingestd.host.process import Surroundings
-    from ingestd.journal.interface import Journal
+    from ingestd.journal.dead_letters import DeadLetterStore
     from ingestd.settings import BatchSettings, PipelineSettings
 
 log = get_logger()
@@ -107,19 +106,17 @@ class Pipeline:
             record_bytes_max=settings.record_bytes_max,
             depth_max=settings.json_depth_max,
         )
-        self.journal: Journal = JOURNALS.load(settings.journal.kind)(
+        self.journal = build_journal(
             settings.journal,
-            JournalContext(
-                folder,
-                clock,
-                metrics.committed,
-                settings.dead.bytes_max,
-                keys,
-                InvalidQuota(settings.dead.invalid_bytes_max, check),
-            ),
+            settings.dead,
+            folder=folder,
+            clock=clock,
+            on_commit=metrics.committed,
+            keys=keys,
+            check=check,
         )
-        self.keeper = DeadLetterMaintenance(name, self.journal, settings.dead, clock)
-        self.auditor = Auditor(name, self.journal)
+        self.keeper = DeadLetterMaintenance(name, self.journal.dead_letters, settings.dead, clock)
+        self.auditor = Auditor(name, self.journal.maintenance)
         self.room = MemoryBudget(settings.queue.bytes_max)
         self.queue: asyncio.Queue[Chunk] = asyncio.Queue(settings.queue.chunks_max)
         self.batcher = Batcher(**settings.batch.model_dump())
@@ -127,7 +124,7 @@ class Pipeline:
             name,
             settings.retry,
             clock,
-            pending=lambda: self.journal.ledger.pending,
+            pending=lambda: self.ledger.pending,
             on_idle=self._retime,
         )
         self._data_dir = data_dir
@@ -178,7 +175,7 @@ class Pipeline:
         except BaseException:
             await self.dispatcher.close(self._loop.time() + 5.0)
             raise
-        self.journal.failed.add_done_callback(self._tasks.break_with)
+        recovered.failed.add_done_callback(self._tasks.break_with)
         self._recover(recovered)
         self._turning = [
             self._tasks.start(self._pump(), "pump"),
@@ -188,7 +185,7 @@ class Pipeline:
             self._tasks.start(self.auditor.run(), "auditor"),
             self._tasks.start(self.dispatcher.failures.run(), "failures"),
         ]
-        # What a person asked for while nothing ran comes back before anything new is taken.
+        # Letters that were marked while nothing ran are requeued before anything new is taken.
         looked = self._loop.create_task(self.keeper.looked.wait())
         ends: set[asyncio.Future[Any]] = {looked, self.broken}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -200,19 +197,21 @@ class Pipeline:
         self.tail = ChunkReader(
             self.journal, self.room, first=recovered.cursor.chunk, last=recovered.last_chunk
         )
-        self.settlements.recover(recovered, self.journal.id)
+        self.settlements.recover(recovered)
         if recovered.set_aside:
             log.error("journal_set_aside", pipeline=self.name, moved_to=recovered.set_aside)
-        if self.journal.ledger.pending:
+        if self.ledger.pending:
             log.info(
                 "journal_recovered",
                 pipeline=self.name,
-                pending=self.journal.ledger.pending,
+                pending=self.ledger.pending,
                 sealed=len(recovered.batches),
             )
 
-    def bound(self, batch: BatchSettings) -> None:
-        """Other bounds for batches from now on."""
+    def reload(self, batch: BatchSettings, keys: KeyRule) -> None:
+        """Uses other bounds for batches, and another rule for keys, from now on."""
+        if self.journal.idempotency is not None:
+            self.journal.idempotency.rule = keys
         self.settings = self.settings.model_copy(update={"batch": batch})
         self.batcher.bound(**batch.model_dump())
         self._retime()
@@ -221,11 +220,14 @@ class Pipeline:
 
     async def begin(self, key: str, fingerprint: bytes) -> IdempotencyClaim | bytes:
         """See `Intake.begin`."""
-        return await self.journal.keys.begin(key, fingerprint)
+        if self.journal.idempotency is None:
+            raise KeysUnsupported
+        return await self.journal.idempotency.begin(key, fingerprint)
 
     def forget(self, claim: IdempotencyClaim) -> None:
         """See `Intake.forget`."""
-        self.journal.keys.forget(claim)
+        if self.journal.idempotency is not None:
+            self.journal.idempotency.forget(claim)
 
     def stop_waiting(self, waiter: DeliveryWaiter) -> None:
         """See `Intake.stop_waiting`."""
@@ -233,7 +235,8 @@ class Pipeline:
 
     async def offset(self, key: str) -> SourceOffset | None:
         """See `Intake.offset`."""
-        return await self.journal.bookmark(key)
+        offsets = self.journal.offsets
+        return None if offsets is None else await offsets.find(key)
 
     async def accept(self, append: Append) -> None:
         """Returns once all of it is durable; all or nothing.
@@ -350,18 +353,18 @@ class Pipeline:
 
     async def _dispatch(self) -> None:
         while True:
-            if self.journal.letters_full:
-                await self._wait_for_letters()
+            if (letters := self.journal.dead_letters) is not None and letters.full:
+                await self._wait_for_letters(letters)
             batch = await self.dispatcher.next()
             self._tasks.start(self._run(batch), f"batch-{batch.number}")
 
-    async def _wait_for_letters(self) -> None:
+    async def _wait_for_letters(self, letters: DeadLetterStore) -> None:
         """Stops while dead letters of accepted records are at their bound: more would come."""
-        facts = {"pipeline": self.name, "bytes_max": self.journal.dead_bytes_max}
+        facts = {"pipeline": self.name, "bytes_max": self.settings.dead.bytes_max}
         self.stopped = "the dead letters are at dead.bytes_max: purge some or requeue them"
         log.error("dispatch_stopped", reason="dead.bytes_max", **facts)
         self._moved.set()  # a drain does not wait for what will not come
-        while self.journal.letters_full:
+        while letters.full:
             await self.keeper.looks.wait()
         self.stopped = ""
         log.info("dispatch_resumed", **facts)
@@ -371,13 +374,14 @@ class Pipeline:
     async def _run(self, batch: SealedBatch) -> None:
         # A task has a context of its own: every log line from here on, the handler's in a
         # thread included, says which batch it is about.
-        bind_contextvars(pipeline=self.name, batch_id=f"{self.journal.id}-{batch.number}")
+        journal_id = self.settlements.journal_id
+        bind_contextvars(pipeline=self.name, batch_id=f"{journal_id}-{batch.number}")
         try:
             if batch.records is None:
                 await self.settlements.load(batch)
             records = batch.records
             if records is not None:
-                result = await self.dispatcher.call(batch, records, self.journal.id)
+                result = await self.dispatcher.call(batch, records, journal_id)
         finally:
             self.dispatcher.ended()
         if records is None:
@@ -467,4 +471,9 @@ class Pipeline:
         closed = await self.journal.close(give_up)
         self.dispatcher.failures.sum_up_given_up()
         numbers = closed.ledger, closed.counted
-        return DrainReport(*numbers, self._gone, self.journal.durable, closed.written, closed.gone)
+        return DrainReport(*numbers, self._gone, closed.durable, closed.written, closed.gone)
+
+    @property
+    def ledger(self) -> Ledger:
+        """The counters of its journal."""
+        return self.journal.status().ledger

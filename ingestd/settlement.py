@@ -12,7 +12,8 @@ from ingestd.base.batch import SealedBatch
 from ingestd.base.logging import get_logger
 from ingestd.base.record import select, without
 from ingestd.execution.retry import RetryBatch
-from ingestd.journal.interface import DeadLetter, Failing, Place, Postpone, Sealed, Settle
+from ingestd.journal.dead_letters import DeadLetter
+from ingestd.journal.interface import Failing, Place, Postpone, Sealed, Settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -224,9 +225,9 @@ class SettlementWriter:
         self._on_settled = on_settled
         self._on_finished = on_finished
 
-    def recover(self, recovered: Recovered, journal_id: str) -> None:
+    def recover(self, recovered: Recovered) -> None:
         """Takes up the batches of an earlier life, under their old ids."""
-        self.journal_id, self.next_batch = journal_id, recovered.next_batch
+        self.journal_id, self.next_batch = recovered.journal, recovered.next_batch
         now = self._clock.now()
         for sealed in recovered.batches:
             for span in sealed.spans:

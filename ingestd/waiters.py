@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 
     from ingestd.base.append import DeliveryWaiter
     from ingestd.base.record import Span
-    from ingestd.journal.interface import DeadLetter, Place
+    from ingestd.journal.dead_letters import DeadLetter
+    from ingestd.journal.interface import Place
 
 
 class _Placed(NamedTuple):

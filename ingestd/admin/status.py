@@ -20,7 +20,7 @@ NEAR = 0.8
 """The part of a bound from which on it counts as near."""
 
 
-class JournalStatus(msgspec.Struct, frozen=True):
+class JournalUsage(msgspec.Struct, frozen=True):
     """Usage of the journal.
 
     Attributes:
@@ -141,7 +141,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
     pending: int
     refused: int
     balanced: bool
-    journal: JournalStatus
+    journal: JournalUsage
     queue: QueueStatus
     batches: BatchesStatus
     oldest_pending_seconds: float
@@ -214,13 +214,12 @@ def bounds_near(used: Mapping[str, tuple[float, float]]) -> list[str]:
 
 def status_of(pipeline: Pipeline) -> PipelineStatus:
     """The status of a pipeline now: the one value that `/v1/status` and the metrics are made of."""
-    settings, journal, ledger = pipeline.settings, pipeline.journal, pipeline.journal.ledger
-    letters, waiting = journal.dead_totals, pipeline.dispatcher.queue.waiting_load
-    oldest, difference = pipeline.outstanding.oldest, pipeline.auditor.difference
+    settings, journal = pipeline.settings, pipeline.journal.status()
+    ledger, letters = journal.ledger, journal.dead_letters
+    oldest, waiting = pipeline.outstanding.oldest, pipeline.dispatcher.queue.waiting_load
+    difference = pipeline.auditor.difference
     age = 0.0 if oldest is None else asyncio.get_running_loop().time() - oldest
-    space = journal.space
-    if space is not None:
-        space.check()
+    space = pipeline.auditor.free_space()
     return PipelineStatus(
         accepted=ledger.accepted,
         processed=ledger.processed,
@@ -229,8 +228,8 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
         refused=ledger.refused,
         balanced=not difference
         and ledger.accepted == ledger.processed + ledger.dead + ledger.pending,
-        journal=JournalStatus(
-            bytes=journal.bytes, bytes_max=journal.bytes_max, poisoned=journal.failed.done()
+        journal=JournalUsage(
+            bytes=journal.bytes, bytes_max=journal.bytes_max, poisoned=journal.poisoned
         ),
         queue=QueueStatus(
             chunks=pipeline.queue.qsize(),
@@ -249,7 +248,7 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
         dead_letters=DeadLettersStatus(
             kept=letters.letters,
             bytes=letters.accepted_bytes,
-            bytes_max=journal.dead_bytes_max,
+            bytes_max=settings.dead.bytes_max,
             invalid_kept=letters.invalid,
             invalid_bytes=letters.invalid_bytes,
             invalid_bytes_max=settings.dead.invalid_bytes_max,
@@ -266,7 +265,7 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
         bounds_near=bounds_near(
             {
                 "journal.bytes_max": (journal.bytes, journal.bytes_max),
-                "dead.bytes_max": (letters.accepted_bytes, journal.dead_bytes_max),
+                "dead.bytes_max": (letters.accepted_bytes, settings.dead.bytes_max),
                 "journal.free_min": (space.free_min, space.free) if space else (0, 1),
                 "queue.bytes_max": (pipeline.room.bytes, settings.queue.bytes_max),
                 "queue.chunks_max": (pipeline.queue.qsize(), settings.queue.chunks_max),
@@ -293,11 +292,12 @@ def stages_of(pipeline: Pipeline) -> Iterator[Stage]:
     """
     if pipeline.is_closing:
         return
+    journal = pipeline.journal.status()
     reader, consumed = pipeline.tail, pipeline.settlements.next_batch + pipeline.batcher.chunks
     for stage in (
         Stage("pump", reader.could_give and not pipeline.queue.full(), reader.given),
         Stage("consumer", pipeline.could_cut, consumed),
         pipeline.dispatcher.stage(stopped=bool(pipeline.stopped)),
-        pipeline.journal.stage(),
+        Stage("journal", journal.busy, journal.commits),
     ):
         yield stage._replace(name=f"the {stage.name} of {pipeline.name}")

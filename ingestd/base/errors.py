@@ -119,6 +119,12 @@ class KeyReused(IngestdError):
     message = "this Idempotency-Key came with another body, Content-Type or Content-Encoding"
 
 
+class KeysUnsupported(IngestdError):
+    """An Idempotency-Key came to a pipeline whose journal keeps none."""
+
+    message = "the journal of this pipeline keeps no idempotency keys"
+
+
 class Draining(IngestdError):
     """The daemon accepts no more records: it is shutting down."""
 

@@ -15,13 +15,13 @@ from ingestd.cli.letters import as_line, as_page, as_row, head, write_lines
 from ingestd.cli.moments import moment
 from ingestd.cli.output import say
 from ingestd.codecs.lines import record_fault
-from ingestd.journal.sqlite import dead_letters
-from ingestd.journal.sqlite.offline import journals, opened
+from ingestd.journal.build import stored_journals
+from ingestd.journal.dead_letters import REASONS, LetterFilter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
+    from ingestd.journal.dead_letters import DeadLetters, LetterCounts, StoredLetter
     from ingestd.settings import Settings
 
 HELP = "list, show, retry, purge or export dead letters"
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _action(
     actions: argparse._SubParsersAction[Any],
     name: str,
-    run: Callable[[argparse.Namespace, dict[str, Path]], int],
+    run: Callable[[argparse.Namespace, dict[str, DeadLetters]], int],
     text: str,
 ) -> Parser:
     parser: Parser = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}")
@@ -76,7 +76,7 @@ def _add_filter(parser: Parser) -> None:
     group = parser.add_argument_group("filter")
     group.add_argument(
         "--reason", type=_reason, action="append", default=[], metavar="WORD",
-        help=f"with this reason; repeatable: {', '.join(dead_letters.REASONS)}",
+        help=f"with this reason; repeatable: {', '.join(REASONS)}",
     )  # fmt: skip
     when = "2026-05-01T12:00:00Z (UTC without an offset), or 2h for two hours ago"
     group.add_argument(
@@ -97,8 +97,8 @@ def _add_ids(parser: Parser) -> None:
 
 
 def _reason(written: str) -> str:
-    if written not in dead_letters.REASONS:
-        known = ", ".join(dead_letters.REASONS)
+    if written not in REASONS:
+        known = ", ".join(REASONS)
         raise argparse.ArgumentTypeError(f"{written!r} is no reason; there are {known}")
     return written
 
@@ -117,25 +117,25 @@ def execute(arguments: argparse.Namespace) -> int:
         IngestdError: it failed; the message is one line.
     """
     settings = configured(arguments).settings
-    found = journals(settings.data_dir, arguments.pipeline)
+    journals = stored_journals(settings.data_dir, arguments.pipeline)
+    found = {name: journal.dead_letters for name, journal in journals.items()}
     arguments.id = list(dict.fromkeys([*arguments.ids, *arguments.id]))
     if arguments.id:
         found = _holding(found, arguments.id)
     arguments.settings = settings
-    run: Callable[[argparse.Namespace, dict[str, Path]], int] = arguments.run
+    run: Callable[[argparse.Namespace, dict[str, DeadLetters]], int] = arguments.run
     return run(arguments, found)
 
 
-def _holding(found: dict[str, Path], ids: list[int]) -> dict[str, Path]:
+def _holding(found: dict[str, DeadLetters], ids: list[int]) -> dict[str, DeadLetters]:
     """The journals that hold the dead letters of some numbers.
 
     Raises:
         UsageError: one of them has no dead letter, or more than one.
     """
     holders: dict[int, list[str]] = {number: [] for number in ids}
-    for name, path in found.items():
-        with opened(path) as db:
-            absent = set(dead_letters.missing(db, ids))
+    for name, letters in found.items():
+        absent = set(letters.missing(ids))
         for number in ids:
             if number not in absent:
                 holders[number].append(name)
@@ -149,11 +149,11 @@ def _holding(found: dict[str, Path], ids: list[int]) -> dict[str, Path]:
                 problem=f"there is more than one dead letter {number}: add --pipeline {which}"
             )
     named = {name for names in holders.values() for name in names}
-    return {name: path for name, path in found.items() if name in named}
+    return {name: letters for name, letters in found.items() if name in named}
 
 
-def _filter(arguments: argparse.Namespace) -> dead_letters.LetterFilter:
-    return dead_letters.LetterFilter(
+def _filter(arguments: argparse.Namespace) -> LetterFilter:
+    return LetterFilter(
         reasons=tuple(arguments.reason),
         since=arguments.since,
         until=arguments.until,
@@ -166,20 +166,19 @@ def _filter(arguments: argparse.Namespace) -> dead_letters.LetterFilter:
 
 
 def _letters(
-    found: dict[str, Path], chosen: dead_letters.LetterFilter, *, whole: bool
-) -> Iterator[tuple[str, dead_letters.StoredLetter]]:
+    found: dict[str, DeadLetters], chosen: LetterFilter, *, whole: bool
+) -> Iterator[tuple[str, StoredLetter]]:
     """Yields the dead letters of all pipelines; `limit` counts over all of them."""
     left = chosen.limit
-    for name, path in found.items():
+    for name, letters in found.items():
         if left == 0:
             return
-        with opened(path) as db:
-            for kept in dead_letters.letters(db, chosen._replace(limit=left), whole=whole):
-                yield name, kept
-                left = None if left is None else left - 1
+        for kept in letters.select(chosen._replace(limit=left), whole=whole):
+            yield name, kept
+            left = None if left is None else left - 1
 
 
-def _list(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
+def _list(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     chosen = _filter(arguments)
     if arguments.json:
         lines = (
@@ -191,7 +190,7 @@ def _list(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
     rows = [as_row(name, kept) for name, kept in _letters(found, table, whole=False)]
     if rows:
         say("\n".join([head(), *rows]))
-    there = sum(_count(path, chosen).letters for path in found.values())
+    there = sum(letters.count(chosen).letters for letters in found.values())
     if there > len(rows) and chosen.limit is None:
         print(f"{len(rows)} of {there} dead letters; --limit N shows more", file=sys.stderr)
     elif not rows:
@@ -199,17 +198,10 @@ def _list(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
     return int(Exit.OK)
 
 
-def _count(path: Path, chosen: dead_letters.LetterFilter) -> dead_letters.LetterCounts:
-    with opened(path) as db:
-        return dead_letters.count(db, chosen)
-
-
-def _show(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
+def _show(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     if not arguments.id:
         raise UsageError(problem="show needs the number of a dead letter (see ingestd dead list)")
-    for name, kept in _letters(
-        found, dead_letters.LetterFilter(ids=frozenset(arguments.id)), whole=True
-    ):
+    for name, kept in _letters(found, LetterFilter(ids=frozenset(arguments.id)), whole=True):
         if arguments.json:
             write_lines([as_line(name, kept, whole=True)])
         else:
@@ -217,7 +209,7 @@ def _show(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
     return int(Exit.OK)
 
 
-def _export(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
+def _export(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     letters = _letters(found, _filter(arguments), whole=True)
     try:
         count = write_lines((as_line(*one, whole=True) for one in letters), arguments.output)
@@ -230,30 +222,26 @@ def _export(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
 # -- changing --------------------------------------------------------------------------------------
 
 
-def _counted(
-    found: dict[str, Path], chosen: dead_letters.LetterFilter
-) -> dict[str, dead_letters.LetterCounts]:
+def _counted(found: dict[str, DeadLetters], chosen: LetterFilter) -> dict[str, LetterCounts]:
     """Counts the chosen dead letters of each journal; `limit` counts over all of them."""
     counted, left = {}, chosen.limit
-    for name, path in found.items():
+    for name, letters in found.items():
         if left == 0:
             break
-        counted[name] = _count(path, chosen._replace(limit=left))
+        counted[name] = letters.count(chosen._replace(limit=left))
         left = None if left is None else left - counted[name].letters
     return counted
 
 
-def _retry(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
+def _retry(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     chosen = _filter(arguments)
     totals = Counter[str]()
     for name, counted in _counted(found, chosen).items():
         totals["incomplete"] += counted.incomplete
         totals["before"] += counted.marked
         if counted.letters > counted.marked + counted.incomplete:
-            with opened(found[name], write=True) as db:
-                marked = dead_letters.mark(
-                    db, chosen, counted.last, _check(arguments.settings, name)
-                )
+            check = _check(arguments.settings, name)
+            marked = found[name].mark(chosen, counted.last, check)
             totals["marked"] += marked.letters
             totals["invalid"] += marked.invalid
     say(f"{totals['marked']} dead letters will be requeued" + _before(totals["before"]))
@@ -282,7 +270,7 @@ def _before(marked: int) -> str:
     return f", {marked} more were marked before" if marked else ""
 
 
-def _purge(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
+def _purge(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     chosen = _filter(arguments)
     if chosen.is_open and not arguments.all:
         raise UsageError(problem="purge needs a filter, or --all (see ingestd dead purge --help)")
@@ -299,8 +287,7 @@ def _purge(arguments: argparse.Namespace, found: dict[str, Path]) -> int:
     gone = 0
     for name, one in counted.items():
         if one.letters > one.marked:
-            with opened(found[name], write=True) as db:
-                gone += dead_letters.purge(db, chosen, one.last)
+            gone += found[name].purge(chosen, one.last)
     say(f"{gone} dead letters deleted")
     marked = sum(one.marked for one in counted.values())
     if marked:

@@ -11,19 +11,20 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ingestd.base.clock import SystemClock
-from ingestd.base.errors import ConfigError, DataDirError, Exit
+from ingestd.base.errors import ConfigError, Exit
 from ingestd.base.files import create_new, make_folder
 from ingestd.cli.arguments import add_data_dir
 from ingestd.cli.configured import configured
 from ingestd.cli.moments import shown
 from ingestd.cli.output import say
-from ingestd.host.data_dir import DataDir, FileLock
-from ingestd.journal.sqlite import check, repair
-from ingestd.journal.sqlite.offline import journals, opened
+from ingestd.host.data_dir import DataDir
+from ingestd.journal.build import stored_journals
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator
+
+    from ingestd.journal.sqlite.check import Finding, SqliteFile
 
 HELP = "show statistics of journals, verify or repair them"
 DESCRIPTION = """\
@@ -69,30 +70,20 @@ def execute(arguments: argparse.Namespace) -> int:
         IngestdError: it failed; the message is one line.
     """
     data_dir = configured(arguments).settings.data_dir
-    found = journals(data_dir, arguments.pipeline)
+    found = stored_journals(data_dir, arguments.pipeline)
     return int(arguments.run(arguments, data_dir, found))
 
 
 # -- stat ------------------------------------------------------------------------------------------
 
 
-def _stat(arguments: argparse.Namespace, _data_dir: Path, found: dict[str, Path]) -> int:
-    for name, path in found.items():
-        with opened(path) as db:
-            facts = {"pipeline": name, **check.stat(db)}
+def _stat(arguments: argparse.Namespace, _data_dir: Path, found: dict[str, SqliteFile]) -> int:
+    for name, journal in found.items():
+        facts = {"pipeline": name, **journal.stat()}
         oldest = facts["oldest_pending_at"]
         facts["oldest_pending_at"] = None if oldest is None else shown(oldest)
-        facts["file_bytes"] = _size(path)
-        facts["wal_bytes"] = _size(path.with_name(f"{path.name}-wal"))
         say(msgspec.json.encode(facts).decode() if arguments.json else _table(facts))
     return int(Exit.OK)
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 def _table(facts: dict[str, Any]) -> str:
@@ -112,21 +103,21 @@ def _table(facts: dict[str, Any]) -> str:
 # -- verify ----------------------------------------------------------------------------------------
 
 
-def _verify(arguments: argparse.Namespace, data_dir: Path, found: dict[str, Path]) -> int:
+def _verify(arguments: argparse.Namespace, data_dir: Path, found: dict[str, SqliteFile]) -> int:
     if arguments.repair:
         with _held(data_dir, found):
-            left = sum([_repair(name, path) for name, path in found.items()])
+            left = sum([_repair(*one) for one in found.items()])
             _export(arguments.output, found)
         return int(Exit.UNEXPECTED if left else Exit.OK)
     problems = 0
-    for name, path in found.items():
-        problems += len(_find(name, path))
+    for one in found.items():
+        problems += len(_find(*one))
     _export(arguments.output, found)
     return int(Exit.UNEXPECTED if problems else Exit.OK)
 
 
 @contextmanager
-def _held(data_dir: Path, found: dict[str, Path]) -> Iterator[None]:
+def _held(data_dir: Path, found: dict[str, SqliteFile]) -> Iterator[None]:
     """Locks the journals: no daemon runs on them, and none can be started.
 
     Raises:
@@ -135,66 +126,47 @@ def _held(data_dir: Path, found: dict[str, Path]) -> Iterator[None]:
     with ExitStack() as held:
         lock = DataDir(data_dir)
         held.callback(lock.close)
-        for name, path in found.items():
+        for name, journal in found.items():
             lock.folder(name)
-            held.callback(FileLock(path, of=path).close)
+            held.callback(journal.lock().close)
         yield
 
 
-def _find(name: str, path: Path) -> list[check.Finding]:
-    """Prints the findings of a journal as they come; returns all."""
+def _find(name: str, journal: SqliteFile) -> list[Finding]:
+    """Prints each fault of a journal as it is found; returns all of them."""
     found = []
-    try:
-        with opened(path) as db:
-            for finding in check.findings(db):
-                say(f"{name}: {finding.text}")
-                found.append(finding)
-    except DataDirError as error:
-        if not repair.is_damage(error.__cause__ or error):
-            raise
-        found.append(check.Finding(str(error)))
-        say(f"{name}: {error}")
+    for finding in journal.findings():
+        say(f"{name}: {finding.text}")
+        found.append(finding)
     if not found:
         say(f"{name}: ok")
     return found
 
 
-def _repair(name: str, path: Path) -> int:
-    """Repairs a journal; returns the number of findings that are left."""
-    found = _find(name, path)
+def _repair(name: str, journal: SqliteFile) -> int:
+    """Mends all that can be mended; returns the number of faults that are left."""
+    found = _find(name, journal)
     if not found:
         return 0
-    now = SystemClock.now()
-    chunks = [finding.chunk for finding in found if finding.chunk is not None]
-    if len(chunks) == len(found):
-        with opened(path, write=True) as db:
-            for chunk in chunks:
-                records = check.set_aside(db, chunk, now)
-                say(f"{name}: chunk {chunk} is set aside, its {records} records are dead letters")
-    else:
-        try:
-            say(f"{name}: built anew; the old file is {repair.repair(path, now)}")
-        except Exception as error:
-            raise DataDirError(path=path, problem=str(error)) from error
-    return len(_find(name, path))
+    for done in journal.repair(found, SystemClock.now()):
+        say(f"{name}: {done}")
+    return len(_find(name, journal))
 
 
-def _export(folder: str | None, found: dict[str, Path]) -> None:
+def _export(folder: str | None, found: dict[str, SqliteFile]) -> None:
     if folder is None:
         return
     try:
         target = Path(folder)
         make_folder(target)
-        for name, path in found.items():
-            with opened(path) as db:
-                (journal,) = db.execute("SELECT journal FROM meta").fetchone()
-                for facts, payload in check.all_set_aside(db):
-                    stem = f"{journal}-{facts['id']}"
-                    facts["sizes"] = base64.b64encode(facts["sizes"]).decode()
-                    about = {"pipeline": name, "journal": journal, **facts}
-                    _write(target / f"{stem}.payload", payload)
-                    _write(target / f"{stem}.json", msgspec.json.encode(about) + b"\n")
-                    say(f"{name}: chunk {facts['id']} is in {target / stem}.payload")
+        for name, journal in found.items():
+            for facts, payload in journal.set_aside():
+                stem = f"{facts['journal']}-{facts['id']}"
+                facts["sizes"] = base64.b64encode(facts["sizes"]).decode()
+                _write(target / f"{stem}.payload", payload)
+                about = {"pipeline": name, **facts}
+                _write(target / f"{stem}.json", msgspec.json.encode(about) + b"\n")
+                say(f"{name}: chunk {facts['id']} is in {target / stem}.payload")
     except OSError as error:
         raise ConfigError(problem=f"{folder}: {error.strerror or error}") from error
 

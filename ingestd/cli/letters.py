@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import BinaryIO
 
-    from ingestd.journal.sqlite.dead_letters import StoredLetter
+    from ingestd.journal.dead_letters import StoredLetter
 
 _ROW = "{:>8}  {:<12}  {:<24}  {:<11}  {:>5}  {:>9}  {}"
 

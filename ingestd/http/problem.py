@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import msgspec
 
@@ -13,6 +13,7 @@ from ingestd.base.errors import (
     JournalFailed,
     KeyInFlight,
     KeyReused,
+    KeysUnsupported,
     NeverFits,
     Overloaded,
 )
@@ -94,6 +95,10 @@ CONNECTIONS = ProblemType("too-many-connections", 503, "Too many connections are
 DRAINING = ProblemType("draining", 503, "This daemon is about to leave", closes=True)
 JOURNAL_FAILED = ProblemType("journal-failed", 503, "Nothing can be stored any more", closes=True)
 
+KEYS_UNSUPPORTED = ProblemType(
+    "idempotency-unsupported", 422, "This pipeline remembers no Idempotency-Key"
+)
+
 KINDS = tuple(kind for kind in list(globals().values()) if isinstance(kind, ProblemType))
 
 
@@ -149,14 +154,18 @@ def list_errors(refused: Sequence[InvalidRecord]) -> list[dict[str, Any]]:
     ]
 
 
-Explained = Overloaded | NeverFits | Draining | JournalFailed | KeyInFlight | KeyReused
-EXPLAINED = (Overloaded, NeverFits, Draining, JournalFailed, KeyInFlight, KeyReused)
+Explained = (
+    Overloaded | NeverFits | Draining | JournalFailed | KeyInFlight | KeyReused | KeysUnsupported
+)
+EXPLAINED = get_args(Explained)
 
 
 def explain(error: Explained) -> Problem:
     """The problem that tells a client why its records were not taken."""
     if isinstance(error, KeyInFlight):
         return Problem(KEY_IN_FLIGHT, str(error), headers=retry_after(1.0))
+    if isinstance(error, KeysUnsupported):
+        return Problem(KEYS_UNSUPPORTED, str(error))
     if isinstance(error, KeyReused):
         return Problem(KEY_REUSED, str(error))
     if isinstance(error, Overloaded):

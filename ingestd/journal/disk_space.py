@@ -1,9 +1,11 @@
-"""How much space the journal's disk has left: new records are refused before it is full."""
+"""Watches the space of the journal's disk: new records are refused before it is full."""
 
 from __future__ import annotations
 
 import os
 from typing import TYPE_CHECKING
+
+from ingestd.journal.interface import FreeSpace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +21,7 @@ is kept as it was set."""
 
 
 def free_bytes(folder: Path) -> int:
-    """What an unprivileged process may still write there."""
+    """Asks for the bytes that an unprivileged process may still write there."""
     space = os.statvfs(folder)
     return space.f_bavail * space.f_frsize
 
@@ -63,13 +65,13 @@ class DiskSpaceGuard:
 
     @property
     def free(self) -> int:
-        """What counts as free, by the last check."""
+        """The bytes that count as free, by the last check."""
         return self._outside + min(self.reusable, self.free_min // 2)
 
     @property
-    def shortage(self) -> str:
-        """How much is free and how much should be, in a few words."""
-        return f"its disk has {self.free} bytes free, journal.free_min is {self.free_min}"
+    def left(self) -> FreeSpace:
+        """The free space and its bound, by the last check."""
+        return FreeSpace(self.free, self.free_min)
 
     def check(self) -> None:
         """Asks the disk now."""
@@ -79,7 +81,7 @@ class DiskSpaceGuard:
             self._outside = self.free_min  # the next commit will tell
 
     def low(self, now: float) -> bool:
-        """Whether there is too little for new records.
+        """Returns True if there is too little for new records.
 
         Args:
             now: seconds, from a clock that does not go back.

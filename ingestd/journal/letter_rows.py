@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from ingestd.base.record import pack_sizes, unpack_sizes
-from ingestd.journal.interface import DeadLetter
+from ingestd.journal.dead_letters import DeadLetter
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence

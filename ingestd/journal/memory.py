@@ -17,21 +17,17 @@ from ingestd.base.append import principal_of
 from ingestd.base.errors import NeverFits, Overloaded
 from ingestd.base.rate import Rate, wait_for_room
 from ingestd.base.record import Records, Span, join
-from ingestd.base.watchdog import Stage
+from ingestd.journal.dead_letters import DeadLetter, DeadTotals, invalid_letter
 from ingestd.journal.idempotency import IdempotencyKeys, KeyRule, RememberedKey, size_of
 from ingestd.journal.interface import (
     Change,
     Chunk,
     Closed,
-    Cursor,
-    DeadLetter,
-    DeadTotals,
+    JournalStatus,
     Ledger,
-    Moved,
     Place,
     Recovered,
     Settle,
-    refused_letter,
 )
 from ingestd.journal.letter_rows import letter_bytes
 from ingestd.journal.sqlite import offsets
@@ -41,7 +37,6 @@ if TYPE_CHECKING:
 
     from ingestd.base.append import Append, IdempotencyClaim, SourceOffset
     from ingestd.base.clock import Clock
-    from ingestd.journal.disk_space import DiskSpaceGuard
     from ingestd.journal.interface import JournalContext
     from ingestd.journal.settings import JournalSettings
 
@@ -50,6 +45,25 @@ SWEEP_EACH = 4
 DEAD_MAX = 10_000
 """Dead letters kept, as far as `dead.bytes_max` allows. Older ones go first, counted as expired:
 nobody can see or purge them from outside, and they are gone with the process anyway."""
+
+
+class MemoryOffsets:
+    """See `ingestd.journal.interface.OffsetStore`: within the life of the process."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[str, SourceOffset] = OrderedDict()
+
+    async def find(self, key: str) -> SourceOffset | None:
+        """See `OffsetStore.find`."""
+        return self._kept.get(key)
+
+    def keep(self, offset: SourceOffset) -> int:
+        """Keeps an offset in place of the one of its key; returns how many bytes more that is."""
+        more = offsets.size_of(offset) - offsets.size_of(self._kept.pop(offset.key, None))
+        self._kept[offset.key] = offset
+        if len(self._kept) > offsets.BOOKMARKS_MAX:
+            more -= offsets.size_of(self._kept.popitem(last=False)[1])
+        return more
 
 
 class MemoryJournal:
@@ -62,10 +76,9 @@ class MemoryJournal:
         keys: how long idempotency keys are kept, and how many; they are gone with the process too.
     """
 
-    durable = False
-    space: DiskSpaceGuard | None = None
-    letters_full = False
-    """Older letters go first, so that newer ones fit."""
+    dead_letters = None
+    """No operator reaches those that it keeps; older ones go first, so that newer ones fit."""
+    maintenance = None
 
     def __init__(
         self,
@@ -83,9 +96,9 @@ class MemoryJournal:
         self.dead_totals = DeadTotals()
         self.dead_bytes_max = bytes_max if dead_bytes_max is None else dead_bytes_max
         self._clock = clock
-        self.keys = IdempotencyKeys(keys, clock, find=self._find_key, sweep=self._sweep)
+        self.idempotency = IdempotencyKeys(keys, clock, find=self._find_key, sweep=self._sweep)
         self._kept: OrderedDict[str, tuple[RememberedKey, int]] = OrderedDict()
-        self._bookmarks: OrderedDict[str, SourceOffset] = OrderedDict()
+        self.offsets = MemoryOffsets()
         self._drained = Rate(clock.monotonic())
         self._chunks: dict[int, Chunk] = {}
         self._last = 0
@@ -95,11 +108,11 @@ class MemoryJournal:
         self._loop = asyncio.get_running_loop()
         self.failed: asyncio.Future[None] = self._loop.create_future()
         self._on_chunk = on_chunk
-        return Recovered([], Cursor(1, 0), 0, 1, {}, {})
+        return Recovered(self.id, self.failed)
 
-    def stage(self) -> Stage:
-        """See `Journal.stage`: it has no thread."""
-        return Stage("journal", could_go_on=False, steps=0)
+    def status(self) -> JournalStatus:
+        """See `Journal.status`."""
+        return JournalStatus(self.ledger, self.bytes, self.bytes_max, self.dead_totals)
 
     def append(self, append: Append) -> asyncio.Future[Place]:
         """See `Journal.append`."""
@@ -117,8 +130,8 @@ class MemoryJournal:
         if claim is not None:
             self._keep_key(claim, now)
         if append.offset is not None:
-            self._keep_bookmark(append.offset)
-        self._keep_letters([refused_letter(one, now, append.principal) for one in append.invalid])
+            self.bytes += self.offsets.keep(append.offset)
+        self._keep_letters([invalid_letter(one, now, append.principal) for one in append.invalid])
         self.ledger = self.ledger._replace(
             accepted=self.ledger.accepted + records.count,
             refused=self.ledger.refused + len(append.invalid),
@@ -140,18 +153,7 @@ class MemoryJournal:
         self._kept[claim.key] = RememberedKey(claim.fingerprint, claim.answer, now), size
         self.bytes += size
         claim.submitted = True
-        self.keys.resolved(claim, at=now, applied=True)
-
-    def _keep_bookmark(self, bookmark: SourceOffset) -> None:
-        self.bytes -= offsets.size_of(self._bookmarks.pop(bookmark.key, None))
-        self._bookmarks[bookmark.key] = bookmark
-        self.bytes += offsets.size_of(bookmark)
-        if len(self._bookmarks) > offsets.BOOKMARKS_MAX:
-            self.bytes -= offsets.size_of(self._bookmarks.popitem(last=False)[1])
-
-    async def bookmark(self, key: str) -> SourceOffset | None:
-        """See `Journal.bookmark`."""
-        return self._bookmarks.get(key)
+        self.idempotency.resolved(claim, at=now, applied=True)
 
     async def _find_key(self, key: str) -> RememberedKey | None:
         kept = self._kept.get(key)
@@ -159,7 +161,7 @@ class MemoryJournal:
 
     def _sweep(self) -> None:
         """The oldest keys that have expired go, a bounded number."""
-        before = self.keys.ages.before(self.keys.rule.kept)
+        before = self.idempotency.ages.before(self.idempotency.rule.kept)
         for key in list(itertools.islice(self._kept, SWEEP_EACH)):
             if self._kept[key][0].at > before:
                 break
@@ -169,7 +171,7 @@ class MemoryJournal:
         gone = self._kept.pop(key, None)
         if gone is not None:
             self.bytes -= gone[1]
-            self.keys.gone({principal_of(key): 1})
+            self.idempotency.gone({principal_of(key): 1})
 
     def write(self, change: Change) -> asyncio.Future[None]:
         """See `Journal.write`; batches are in the memory of the pipeline already."""
@@ -202,23 +204,6 @@ class MemoryJournal:
             expired += 1
         self.dead_totals = DeadTotals(len(self.dead), size, expired=expired)
 
-    async def look(self) -> bool:
-        """See `Journal.look`; nobody can reach these letters to mark them."""
-        return False
-
-    def revive(self) -> asyncio.Future[Moved]:
-        """See `Journal.revive`."""
-        return self._nothing_moved()
-
-    def expire(self, before: float, since: float = 0.0) -> asyncio.Future[Moved]:  # noqa: ARG002
-        """See `Journal.expire`; the bounds in `_keep_letters` do it."""
-        return self._nothing_moved()
-
-    def _nothing_moved(self) -> asyncio.Future[Moved]:
-        future: asyncio.Future[Moved] = self._loop.create_future()
-        future.set_result(Moved())
-        return future
-
     async def read(self, first: int, bytes_max: int) -> list[Chunk]:
         """See `Journal.read`."""
         chunks, size = [], 0
@@ -234,13 +219,9 @@ class MemoryJournal:
         """See `Journal.load`."""
         return join([self._chunks[s.chunk].records.part(s.first, s.count) for s in spans])
 
-    async def audit(self) -> int | None:
-        """See `Journal.audit`; there are no rows to count."""
-        return 0
-
     async def close(self, deadline: float | None = None) -> Closed:  # noqa: ARG002
         """See `Journal.close`; there are no rows to count."""
-        return Closed(self.ledger)
+        return Closed(self.ledger, durable=False)
 
 
 def build(settings: JournalSettings, context: JournalContext) -> MemoryJournal:

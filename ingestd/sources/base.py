@@ -42,6 +42,7 @@ class Intake(Protocol):
         Raises:
             KeyInFlight: the same request is in progress.
             KeyReused: the key belongs to another request.
+            KeysUnsupported: the journal keeps none.
             Overloaded: no more keys can be remembered.
         """
         ...

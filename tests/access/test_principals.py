@@ -101,7 +101,7 @@ async def test_nobody_fills_the_table_for_others(tmp_path: Path, kind: str) -> N
                 pass
     if kind == "sqlite":
         async with Door(tmp_path, **more) as door:  # the shares outlive a restart
-            owners = door.pipelines["default"].journal.keys.owners
+            owners = door.pipelines["default"].journal.idempotency.owners
             assert owners["token shop"] == 1
             assert sum(owners.values()) == len(door.rows())
 
@@ -128,7 +128,7 @@ async def test_keys_of_a_journal_without_principals_are_honoured(tmp_path: Path)
         on_commit=lambda *_: None,
     )  # fmt: skip
     await before.open(lambda _: None)
-    claim = await before.keys.begin("k", take_fingerprint(b"1", "", "identity"))
+    claim = await before.idempotency.begin("k", take_fingerprint(b"1", "", "identity"))
     assert not isinstance(claim, bytes)
     claim.answer = b'{"accepted":1,"rejected":0,"errors":[]}'
     await before.append(Append(Records.lines([b"1"]), claim=claim))
@@ -144,7 +144,7 @@ async def test_keys_of_a_journal_without_principals_are_honoured(tmp_path: Path)
 
 async def test_another_request_under_an_old_key_may_be_another_clients(tmp_path: Path) -> None:
     async with Door(tmp_path, http={"tokens": TOKENS}) as door:
-        keys = door.pipelines["default"].journal.keys
+        keys = door.pipelines["default"].journal.idempotency
         claim = await keys.begin("k", take_fingerprint(b"1", "", "identity"))
         assert not isinstance(claim, bytes)
         await door.pipelines["default"].accept(Append(Records.lines([b"1"]), claim=claim))

@@ -17,7 +17,7 @@ from ingestd.admin import server as admin_server
 from ingestd.admin.server import AdminServer
 from ingestd.admin.status import (
     BatchesStatus,
-    JournalStatus,
+    JournalUsage,
     PipelineStatus,
     QueueStatus,
     Status,
@@ -45,7 +45,7 @@ STATUS = Status(
             pending=2,
             refused=3,
             balanced=True,
-            journal=JournalStatus(bytes=900, bytes_max=1000, poisoned=False),
+            journal=JournalUsage(bytes=900, bytes_max=1000, poisoned=False),
             queue=QueueStatus(chunks=2, bytes=100, bytes_max=1000),
             batches=BatchesStatus(sealed=1, running=1, waiting_retry=0),
             oldest_pending_seconds=0.25,

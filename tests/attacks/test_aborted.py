@@ -81,7 +81,7 @@ def held(door: Door) -> dict[str, Any]:
     """Everything that is counted of requests and connections."""
     inner, server, taking = door.source._door, door.source._server, door.source._door.ingestion
     room = taking.room
-    keys = door.pipelines["default"].journal.keys
+    keys = door.pipelines["default"].journal.idempotency
     return {
         "connections": (server.open, len(server._welcomed), len(server._silent)),
         "connections of clients": server._clients._open,
@@ -115,7 +115,9 @@ def test_nothing_is_held_for_who_has_gone(tmp_path: Path, number: int) -> None:
             await until(lambda: not journal.ledger.pending, 20)
             ledger = journal.ledger
             assert ledger.accepted == ledger.processed + ledger.dead
-            assert journal.keys.owners.total() == journal.keys.count == len(door.rows())
+            assert (
+                journal.idempotency.owners.total() == journal.idempotency.count == len(door.rows())
+            )
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(attack())

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from ingestd.journal.dead_letters import LetterFilter
 from ingestd.journal.sqlite import dead_letters
 from tests.daemon.harness import ROOT, Daemon, daemon, written
 from tests.real_input import real_input
@@ -239,9 +240,7 @@ def test_malformed_lines_are_dead_letters_and_listed(tmp_path: Path) -> None:
         one.terminate()
         assert one.wait() == 0
     with sqlite3.connect(tmp_path / "ingestd-data" / "journal.db") as db:
-        kept = [
-            one.letter for one in dead_letters.letters(db, dead_letters.LetterFilter(), whole=True)
-        ]
+        kept = [one.letter for one in dead_letters.letters(db, LetterFilter(), whole=True)]
     db.close()
     assert [(letter.reason, letter.payload) for letter in kept] == [
         ("malformed", b'{"a":'),

@@ -15,7 +15,8 @@ from ingestd.base.append import Append
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import JournalFailed, JournalUnreadable
 from ingestd.base.record import Records, Span
-from ingestd.journal.interface import Cursor, DeadLetter, Seal, Sealed, Settle
+from ingestd.journal.dead_letters import DeadLetter
+from ingestd.journal.interface import Cursor, Seal, Sealed, Settle
 from ingestd.journal.sqlite.journal import SqliteJournal
 
 if TYPE_CHECKING:

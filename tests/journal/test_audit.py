@@ -12,8 +12,8 @@ from ingestd.base.append import Append
 from ingestd.base.errors import JournalFailed
 from ingestd.base.record import Records, Span
 from ingestd.journal.interface import Cursor, Seal, Sealed, Settle
+from ingestd.journal.maintenance import Auditor
 from ingestd.journal.sqlite import audit
-from ingestd.journal.sqlite.audit import Auditor
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -31,13 +31,13 @@ def write(folder: Path, statement: str) -> None:
 
 async def test_rows_and_counters_agree_at_every_step_of_a_batch(opened) -> None:
     journal = (await opened()).journal
-    assert await journal.audit() == 0
+    assert await journal.maintenance.audit() == 0
     await journal.append(Append(records(10)))
-    assert await journal.audit() == 0
+    assert await journal.maintenance.audit() == 0
     await journal.write(Seal(Sealed(1, (Span(1, 0, 4),), 4), Cursor(1, 4)))
-    assert await journal.audit() == 0
+    assert await journal.maintenance.audit() == 0
     await journal.write(Settle(1, 4, [], [], [], 0))
-    assert await journal.audit() == 0
+    assert await journal.maintenance.audit() == 0
     assert journal.ledger.pending == 6
 
 
@@ -54,7 +54,7 @@ async def test_rows_that_went_astray_are_noticed(
 ) -> None:
     journal = (await opened()).journal
     await journal.append(Append(records(10)))
-    auditor = Auditor("default", journal)
+    auditor = Auditor("default", journal.maintenance)
     await auditor.count()
     assert auditor.difference == 0
     write(tmp_path, statement)
@@ -68,7 +68,7 @@ async def test_it_is_silent_about_what_would_take_long_to_count(
     journal = (await opened()).journal
     for _ in range(3):
         await journal.append(Append(records(1)))
-    auditor = Auditor("default", journal)
+    auditor = Auditor("default", journal.maintenance)
     write(tmp_path, "UPDATE chunks SET count = 2 WHERE id = 2")
     await auditor.count()
     monkeypatch.setattr(audit, "CHUNKS_MAX", 1)
@@ -86,5 +86,5 @@ async def test_a_journal_that_cannot_be_read_fails_as_it_does_for_any_reader(
     journal = (await opened()).journal
     write(tmp_path, "DROP TABLE batches")
     with pytest.raises(JournalFailed):
-        await journal.audit()
+        await journal.maintenance.audit()
     assert journal.failed.done()

@@ -37,12 +37,12 @@ async def test_a_bookmark_outlives_the_process_and_the_last_one_counts(opened) -
     await j.append(Append(ONE, offset=mark("a", b"2")))
     assert first.done()
     await j.append(Append(NOTHING, offset=mark("b", b"without records")))
-    assert await j.bookmark("c") is None
+    assert await j.offsets.find("c") is None
     used = j.bytes
     await j.close()
     again = (await opened()).journal
-    assert await again.bookmark("a") == mark("a", b"2")
-    assert await again.bookmark("b") == mark("b", b"without records")
+    assert await again.offsets.find("a") == mark("a", b"2")
+    assert await again.offsets.find("b") == mark("b", b"without records")
     assert again.bytes == used
     assert again.ledger.accepted == 2
 
@@ -57,7 +57,7 @@ async def test_a_bookmark_is_refused_with_its_records(opened) -> None:
         j.append(Append(NOTHING, offset=mark("a", b"1" * 200)))
     with pytest.raises(NeverFits):
         j.append(Append(NOTHING, offset=mark("a", b"1" * 400)))
-    assert await j.bookmark("a") is None
+    assert await j.offsets.find("a") is None
     assert j.bytes == used
 
 
@@ -74,9 +74,9 @@ async def test_no_more_than_so_many_are_kept(opened, monkeypatch) -> None:
     for n in range(21):
         await j.append(Append(NOTHING, offset=mark(f"k{n}", b"")))
         await j.append(Append(NOTHING, offset=mark("used", b"")))
-    assert await j.bookmark("used")
-    assert await j.bookmark("k20")
-    assert await j.bookmark("k0") is None
+    assert await j.offsets.find("used")
+    assert await j.offsets.find("k20")
+    assert await j.offsets.find("k0") is None
     with closing(sqlite3.connect(j.path)) as db:
         count, size = offsets.totals(db)
     assert 10 < count <= 20
@@ -88,11 +88,11 @@ async def test_the_memory_journal_keeps_them_in_memory() -> None:
     await j.open(lambda _: None)
     await j.append(Append(ONE, offset=mark("a", b"1")))
     await j.append(Append(ONE, offset=mark("a", b"2")))
-    assert await j.bookmark("a") == mark("a", b"2")
+    assert await j.offsets.find("a") == mark("a", b"2")
     assert j.bytes == 4 + offsets.size_of(mark("a", b"2"))
     with pytest.raises(Overloaded):
         j.append(Append(NOTHING, offset=mark("b", b"x" * 200)))
-    assert await j.bookmark("b") is None
+    assert await j.offsets.find("b") is None
 
 
 async def test_a_journal_from_before_bookmarks_is_opened_and_read(opened, tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ async def test_a_journal_from_before_bookmarks_is_opened_and_read(opened, tmp_pa
     again = (await opened()).journal
     assert again.ledger.accepted == 1
     await again.append(Append(ONE, offset=mark("a", b"1")))
-    assert await again.bookmark("a")
+    assert await again.offsets.find("a")
 
 
 def overwrite(path: Path) -> None:
@@ -126,13 +126,13 @@ async def test_a_damaged_one_is_found_and_a_rebuild_keeps_the_others(opened) -> 
         assert finding.text.startswith("bookmark bad is damaged")
     again = (await opened()).journal
     with pytest.raises(JournalFailed):
-        await again.bookmark("bad")
+        await again.offsets.find("bad")
     assert repair.marked(again.path)
     await again.close()
     repaired = await opened()
     assert repaired.recovered.set_aside
-    assert await repaired.journal.bookmark("bad") is None
-    assert await repaired.journal.bookmark("good") == mark("good", b"2")
+    assert await repaired.journal.offsets.find("bad") is None
+    assert await repaired.journal.offsets.find("good") == mark("good", b"2")
     assert repaired.journal.ledger.accepted == 2
 
 

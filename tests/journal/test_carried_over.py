@@ -18,6 +18,7 @@ from ingestd.base.append import Append
 from ingestd.base.errors import DataDirError, KeyReused
 from ingestd.base.record import Records, Span
 from ingestd.host.data_dir import DataDir
+from ingestd.journal.dead_letters import LetterFilter
 from ingestd.journal.interface import Ledger
 from ingestd.journal.sqlite import check, dead_letters, schema
 from ingestd.journal.sqlite.offline import opened as opened_beside
@@ -47,26 +48,26 @@ async def check_all(j) -> None:
     assert (await j.journal.load(batch.spans)).items() == [b"4", b"5"]
     chunks = await j.journal.read(2, 1 << 20)
     assert [chunk.records.items() for chunk in chunks] == [[b"5", b"6"], [b'{\n"a":1}', b"8"]]
-    assert (await j.journal.bookmark("file")).state == b"state"
-    assert await j.journal.keys.begin("key-1", b"f" * 32) == b'{"accepted":4}'
+    assert (await j.journal.offsets.find("file")).state == b"state"
+    assert await j.journal.idempotency.begin("key-1", b"f" * 32) == b'{"accepted":4}'
     with pytest.raises(KeyReused):
-        await j.journal.keys.begin("key-1", b"g" * 32)
+        await j.journal.idempotency.begin("key-1", b"g" * 32)
     totals = j.journal.dead_totals
     assert (totals.letters, totals.invalid) == (5, 3)
-    assert await j.journal.look()  # two are marked
+    assert await j.journal.dead_letters.poll_marked()  # two are marked
 
 
 async def test_nothing_changes_but_the_version(opened, earlier: Path) -> None:
     j = await opened()
     await check_all(j)
-    moved = await j.journal.revive()
+    moved = await j.journal.dead_letters.requeue()
     assert (moved.revived, moved.readmitted) == (1, 1)
     assert j.chunks[-1].records.items() == [b"7", b"1"]
     assert j.chunks[-1].records.names == ("", f"{ID}.1.0")
     assert (await j.journal.close()).counted == 7
     with opened_beside(earlier) as db:
         assert list(check.findings(db)) == []
-        kept = dead_letters.letters(db, dead_letters.LetterFilter(), whole=True)
+        kept = dead_letters.letters(db, LetterFilter(), whole=True)
         assert [one.letter.reason for one in kept] == [
             "malformed", "too_large", "rejected",
         ]  # fmt: skip
@@ -91,7 +92,7 @@ async def test_the_commands_open_it_too_unless_an_earlier_daemon_runs(
         pass
     held.close()
     with opened_beside(earlier) as db:
-        assert dead_letters.count(db, dead_letters.LetterFilter()).letters == 5
+        assert dead_letters.count(db, LetterFilter()).letters == 5
     await check_all(await opened())
 
 
@@ -106,7 +107,7 @@ async def test_the_lock_is_that_of_the_folder_whatever_its_name(earlier: Path) -
     held.close()
     (earlier.parent / "lock").write_text("of something else")
     with opened_beside(path) as db:
-        assert dead_letters.count(db, dead_letters.LetterFilter()).letters == 5
+        assert dead_letters.count(db, LetterFilter()).letters == 5
     assert (earlier.parent / "lock").read_text() == "of something else"
 
 

@@ -117,7 +117,7 @@ async def test_a_long_count_goes_on_after_the_start(opened, tmp_path: Path) -> N
     fill(tmp_path / "journal.db", chunks=7_000)
     journal = (await opened()).journal
     steps = 1
-    while (found := await journal.audit()) is None:
+    while (found := await journal.maintenance.audit()) is None:
         steps += 1
     assert found == 0
     assert steps >= 7_000 // audit.CHUNKS_MAX
@@ -126,7 +126,7 @@ async def test_a_long_count_goes_on_after_the_start(opened, tmp_path: Path) -> N
 
 async def through(journal: journal.SqliteJournal) -> int:
     """Counts to the end."""
-    while (found := await journal.audit()) is None:
+    while (found := await journal.maintenance.audit()) is None:
         pass
     return found
 
@@ -268,7 +268,7 @@ async def test_a_journal_of_an_earlier_ingestd_goes_on(opened, tmp_path: Path) -
     assert [chunk.records.items() for chunk in chunks] == [[b"1", b"2"], [b"3"]]
     await j.journal.write(Seal(Sealed(1, (Span(1, 0, 2),), 2), Cursor(2, 0)))
     await j.journal.write(Settle(1, 2, [], [], [1], 4))
-    assert await j.journal.audit() == 0
+    assert await j.journal.maintenance.audit() == 0
     assert (await j.journal.close()).counted == 1
     again = await opened()
     assert again.journal.bytes == 2

@@ -15,7 +15,8 @@ from ingestd.base.append import Append
 from ingestd.base.record import Records, Span, join
 from ingestd.handlers.batch import Batch
 from ingestd.handlers.outcome import Job
-from ingestd.journal.interface import Cursor, DeadLetter, Seal, Sealed, Settle
+from ingestd.journal.dead_letters import DeadLetter
+from ingestd.journal.interface import Cursor, Seal, Sealed, Settle
 from ingestd.journal.letter_rows import packed, split, taken_apart
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ async def test_a_record_that_is_fed_again_keeps_its_id_on_disk(opened, tmp_path:
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db, db:
         assert db.execute("SELECT letters FROM dead").fetchall() == [(3,)]
         db.execute("UPDATE dead SET retry = 1")
-    await j.journal.revive()
+    await j.journal.dead_letters.requeue()
     assert j.chunks[-1].records.names == tuple(ids)
     await j.journal.close()
     again = await opened()

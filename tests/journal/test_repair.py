@@ -13,7 +13,8 @@ import pytest
 from ingestd.base.append import Append
 from ingestd.base.clock import SystemClock
 from ingestd.base.record import Records, Span
-from ingestd.journal.interface import Chunk, Cursor, DeadLetter, Ledger, Seal, Sealed, Settle
+from ingestd.journal.dead_letters import DeadLetter
+from ingestd.journal.interface import Chunk, Cursor, Ledger, Seal, Sealed, Settle
 from ingestd.journal.sqlite import check, repair, schema
 from ingestd.journal.sqlite.journal import SqliteJournal
 from ingestd.journal.sqlite.offline import opened as opened_beside

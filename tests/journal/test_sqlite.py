@@ -11,7 +11,8 @@ import pytest
 from ingestd.base.append import Append
 from ingestd.base.errors import JournalFailed, JournalUnreadable, Overloaded
 from ingestd.base.record import InvalidRecord, Layout, Records, Span
-from ingestd.journal.interface import Cursor, DeadLetter, Ledger, Postpone, Seal, Sealed, Settle
+from ingestd.journal.dead_letters import DeadLetter
+from ingestd.journal.interface import Cursor, Ledger, Postpone, Seal, Sealed, Settle
 from ingestd.journal.letter_rows import letter_bytes
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ingestd.admin.status import status_of
 from ingestd.base.append import Append
 from ingestd.base.record import Records
-from ingestd.journal.sqlite import audit
+from ingestd.journal import maintenance
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 async def test_metrics_and_status_show_rows_that_do_not_add_up(
     start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(audit, "AUDIT_SECONDS", 0.01)
+    monkeypatch.setattr(maintenance, "AUDIT_SECONDS", 0.01)
     pipeline = await start("jsonl", batch={"age_max": "1d"})
     await pipeline.accept(Append(Records.lines([b"1", b"2", b"3"])))
     assert status_of(pipeline).balanced

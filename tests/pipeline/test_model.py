@@ -27,7 +27,8 @@ from ingestd.codecs.lines import json_fault
 from ingestd.execution.pool import TaskPool
 from ingestd.handlers.batch import Batch
 from ingestd.handlers.outcome import Failure, Job, Rejection, Result, RetryRequest
-from ingestd.journal.sqlite.dead_letters import LetterFilter, letters, mark
+from ingestd.journal.dead_letters import LetterFilter
+from ingestd.journal.sqlite.dead_letters import letters, mark
 from ingestd.journal.sqlite.offline import opened
 from ingestd.pipeline import Pipeline
 from ingestd.settings import Settings

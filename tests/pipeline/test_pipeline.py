@@ -11,7 +11,7 @@ import pytest
 from ingestd.admin.status import status_of
 from ingestd.base.append import Append
 from ingestd.base.record import InvalidRecord, Records
-from ingestd.journal.sqlite.dead_letters import LetterFilter
+from ingestd.journal.dead_letters import LetterFilter
 from ingestd.journal.sqlite.dead_letters import letters as letters_of
 from ingestd.journal.sqlite.offline import opened as opened_beside
 from tests.pipeline import recording

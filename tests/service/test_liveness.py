@@ -213,8 +213,8 @@ async def test_a_full_disk_is_no_reason(start, tmp_path: Path) -> None:
     store.write = no_space
     await pipeline.accept(Append(Records.lines([b"%d" % number for number in range(20)])))
     await until(lambda: pipeline.dispatcher.running and pipeline.dispatcher.queue.could_give(0.0))
-    seen = pipeline.journal.stage().steps
-    await until(lambda: pipeline.journal.stage().steps > seen + 3)
+    seen = pipeline.journal.status().commits
+    await until(lambda: pipeline.journal.status().commits > seen + 3)
     assert "the dispatcher of default" not in free_to_go(pipeline)
     full = False
     await until(lambda: pipeline.journal.ledger.processed == 20)

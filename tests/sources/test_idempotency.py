@@ -222,7 +222,7 @@ async def test_a_refused_request_can_be_sent_again_with_its_key(tmp_path, kind):
 
 async def test_a_key_in_flight_is_409_until_its_commit(tmp_path):
     async with Door(tmp_path) as door:
-        keys = door.pipelines["default"].journal.keys
+        keys = door.pipelines["default"].journal.idempotency
         async with connected(door.source) as client:
             with door.held_commits():
                 client.post(b"1", Idempotency_Key="k")
@@ -240,7 +240,7 @@ async def test_a_key_in_flight_is_409_until_its_commit(tmp_path):
 
 async def test_a_client_that_leaves_does_not_keep_its_key(tmp_path):
     async with Door(tmp_path) as door:
-        keys = door.pipelines["default"].journal.keys
+        keys = door.pipelines["default"].journal.idempotency
         with door.held_commits():
             async with connected(door.source) as client:
                 client.post(b"1", Idempotency_Key="k")
@@ -289,12 +289,12 @@ async def test_keys_expire(tmp_path, kind):
         again = await door.post(b"2", "k")  # another body: the key is free
         assert again.status == 202
         assert "idempotent-replayed" not in again.headers
-        assert journal.keys.count == 1
+        assert journal.idempotency.count == 1
         assert (await door.post(b"1", "k")).status == 422
         await door.post(b"1", "other")
         door.clock.ahead = 3 * DAY
         await door.post(b"1", "third")
-        assert journal.keys.count == 1  # the other two went by the way
+        assert journal.idempotency.count == 1  # the other two went by the way
         assert kind == "memory" or door.rows() == [("anonymous third",)]
 
 
@@ -314,7 +314,7 @@ async def test_the_number_of_keys_is_bounded(tmp_path, kind):
         # Nothing but refused requests comes, and still the expired ones make room.
         door.clock.ahead = DAY + 1
         await door.post(b"1", "k3")
-        await until(lambda: journal.keys.count < 3)
+        await until(lambda: journal.idempotency.count < 3)
         assert (await door.post(b"1", "k3")).status == 202
 
 
@@ -327,11 +327,11 @@ async def test_keys_count_in_the_journals_bytes_until_they_go(tmp_path):
         assert held > 0
     async with Door(tmp_path, batch={"age_max": 0}) as door:
         journal = door.pipelines["default"].journal
-        assert (journal.bytes, journal.keys.count) == (held, 1)
+        assert (journal.bytes, journal.idempotency.count) == (held, 1)
         door.clock.ahead = 2 * DAY
         await ask(door.source, b"1")
         await until(lambda: journal.ledger.pending == 0)
-        assert (journal.bytes, journal.keys.count) == (0, 0)
+        assert (journal.bytes, journal.idempotency.count) == (0, 0)
 
 
 # -- a real process ------------------------------------------------------------------------------
@@ -390,13 +390,13 @@ class KeysModel(RuleBasedStateMachine):
 
     async def _begin(self, key: str, print_: bytes) -> IdempotencyClaim | bytes:
         try:
-            return await self.journal.keys.begin(key, print_)
+            return await self.journal.idempotency.begin(key, print_)
         except Overloaded:
             # Expired keys may still be there; once they are gone there must be room.
             assert self.journal._sweeping is not None
             await self.journal._sweeping
             await asyncio.sleep(0)
-            return await self.journal.keys.begin(key, print_)
+            return await self.journal.idempotency.begin(key, print_)
 
     @rule(key=st.sampled_from("abcdef"), print_=st.sampled_from([b"x", b"y"]))
     def claim(self, key: str, print_: bytes) -> None:
@@ -428,7 +428,7 @@ class KeysModel(RuleBasedStateMachine):
         claim.answer = b"answer %d" % self.accepted
         future = self.journal.append(Append(Records.lines([key.encode()]), claim=claim))
         self.loop.run_until_complete(future)
-        self.journal.keys.forget(claim)
+        self.journal.idempotency.forget(claim)
         self.known[key] = (claim.fingerprint, claim.answer, self.clock.now())
         self.accepted += 1
 
@@ -436,7 +436,7 @@ class KeysModel(RuleBasedStateMachine):
     def give_up(self, key: str) -> None:
         claim = self.claims.pop(key, None)
         if claim is not None:
-            self.journal.keys.forget(claim)
+            self.journal.idempotency.forget(claim)
 
     @rule(seconds=st.sampled_from([1.5, 60.0, 150.0]))
     def wait(self, seconds: float) -> None:
@@ -454,7 +454,7 @@ class KeysModel(RuleBasedStateMachine):
         claim = self.claims.pop(key, None)
         if claim is None or sum(map(self._lives, self.known)) >= KEYS_MAX:
             if claim is not None:
-                self.journal.keys.forget(claim)
+                self.journal.idempotency.forget(claim)
             return
         claim.answer = b"answer %d" % self.accepted
         at = self.clock.now()
@@ -477,7 +477,7 @@ class KeysModel(RuleBasedStateMachine):
         assert self.journal.ledger.accepted == self.accepted
         with contextlib.closing(sqlite3.connect(self.path)) as db:
             rows = dict(db.execute("SELECT key, answer FROM keys"))
-        assert self.journal.keys.count == len(rows) <= KEYS_MAX
+        assert self.journal.idempotency.count == len(rows) <= KEYS_MAX
         for key, (_, answer, _) in self.known.items():
             assert not self._lives(key) or rows[key] == answer
 

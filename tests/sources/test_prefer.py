@@ -17,7 +17,8 @@ from ingestd.base.append import DeliveryWaiter
 from ingestd.base.clock import SystemClock
 from ingestd.base.metrics import Metrics
 from ingestd.http.settings import HttpSettings
-from ingestd.journal.interface import DeadLetter, Place
+from ingestd.journal.dead_letters import DeadLetter
+from ingestd.journal.interface import Place
 from ingestd.pipeline import Pipeline
 from ingestd.settings import Settings
 from ingestd.sources.http.headers import NOTHING, Preferences, parse_prefer

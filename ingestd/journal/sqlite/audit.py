@@ -8,26 +8,18 @@ lasts keeps the WAL from being started over.
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, NamedTuple
 
-from ingestd.base.logging import get_logger
+from ingestd.journal.interface import FreeSpace
 
 if TYPE_CHECKING:
     import sqlite3
+    from collections.abc import Awaitable, Callable
 
-    from ingestd.journal.interface import Journal
+    from ingestd.journal.disk_space import DiskSpaceGuard
 
-log = get_logger()
-
-AUDIT_SECONDS = 60.0
-"""Between the end of a count and the next one."""
 CHUNKS_MAX = 2_000
 """Rows that one step reads: other readers of the journal wait for it."""
-SHARE = 0.1
-"""How much of the reader's time a count takes at most."""
-PAUSE_MIN = 0.01
-"""Seconds between two steps, at least."""
 
 
 class Difference(NamedTuple):
@@ -114,50 +106,27 @@ def _sum(db: sqlite3.Connection, first: int, last: int) -> tuple[int, int]:
     return records, size
 
 
-class Auditor:
-    """Audits one pipeline's journal. `run` is a task of the pipeline.
+class SqliteMaintenance:
+    """See `ingestd.journal.interface.Maintenance`.
 
     Args:
-        pipeline: its name, for the log.
-        journal: opened before `run`.
-
-    Attributes:
-        difference: records, when last counted: pending by the counters less pending by the rows.
-            Anything but 0 is an error of ours, or of the disk.
+        space: the guard of the disk; without one it counts as endless.
+        step: makes one step of a count in the thread that reads.
     """
 
-    def __init__(self, pipeline: str, journal: Journal) -> None:
-        self._pipeline = pipeline
-        self._journal = journal
-        self.difference = 0
+    def __init__(
+        self, space: DiskSpaceGuard | None, step: Callable[[], Awaitable[int | None]]
+    ) -> None:
+        self._space = space
+        self._step = step
 
-    async def run(self) -> None:
-        """Counts for ever.
+    def free_space(self) -> FreeSpace:
+        """See `Maintenance.free_space`."""
+        if self._space is None:
+            return FreeSpace(1, 0)
+        self._space.check()
+        return self._space.left
 
-        Raises:
-            JournalFailed: the journal can't be read, or the first count found a difference.
-        """
-        loop = asyncio.get_running_loop()
-        while True:
-            began = loop.time()
-            if await self.count():
-                pause = AUDIT_SECONDS
-            else:
-                pause = max(PAUSE_MIN, (loop.time() - began) * (1 / SHARE - 1))
-            await asyncio.sleep(pause)
-
-    async def count(self) -> bool:
-        """One step; says so if a count came to something else than before, and not to 0.
-
-        Returns:
-            Whether a count came to its end.
-
-        Raises:
-            JournalFailed: the journal can't be read, or the first count found a difference.
-        """
-        found = await self._journal.audit()
-        if found is not None and found != self.difference:
-            self.difference = found
-            if found:
-                log.error("ledger_mismatch", pipeline=self._pipeline, difference=found)
-        return found is not None
+    async def audit(self) -> int | None:
+        """See `Maintenance.audit`."""
+        return await self._step()

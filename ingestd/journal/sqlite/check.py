@@ -12,15 +12,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from ingestd.base.errors import DataDirError
 from ingestd.base.record import Span
+from ingestd.host.data_dir import FileLock
 from ingestd.journal import letter_rows
-from ingestd.journal.interface import DeadLetter
-from ingestd.journal.sqlite import letters, offsets, schema
-from ingestd.journal.sqlite.offline import transaction
+from ingestd.journal.dead_letters import DeadLetter
+from ingestd.journal.sqlite import letters, offsets, repair, schema
+from ingestd.journal.sqlite.dead_letters import SqliteDeadLetters
+from ingestd.journal.sqlite.offline import opened, transaction
 from ingestd.journal.sqlite.store import meta_of, read_chunks, write_meta
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from ingestd.journal.dead_letters import DeadLetters
 
 STEP_BYTES = 4 << 20
 """How much of the chunks one read brings."""
@@ -308,3 +314,75 @@ def all_set_aside(db: sqlite3.Connection) -> Iterator[tuple[dict[str, Any], byte
         facts = _row(db, f"SELECT * FROM damaged WHERE id = {int(chunk)}")  # noqa: S608
         facts["names"] = bytes(facts["names"]).decode(errors="replace").split()
         yield facts, facts.pop("payload")
+
+
+# -- the whole file, for commands ------------------------------------------------------------------
+
+
+class SqliteFile:
+    """A journal on disk as a command handles it, beside its daemon or without one. It blocks.
+
+    Args:
+        path: the file; each call opens it.
+
+    Raises:
+        JournalUnreadable: it is no journal, or another version's.
+        DataDirError: it can't be opened, read or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.dead_letters: DeadLetters = SqliteDeadLetters(path)
+
+    def stat(self) -> dict[str, Any]:
+        """Returns its numbers by name."""
+        with opened(self._path) as db:
+            facts = stat(db)
+        for name, suffix in (("file_bytes", ""), ("wal_bytes", "-wal")):
+            path = self._path.with_name(self._path.name + suffix)
+            facts[name] = path.stat().st_size if path.exists() else 0
+        return facts
+
+    def findings(self) -> Iterator[Finding]:
+        """Looks for faults, and yields each as it is found."""
+        try:
+            with opened(self._path) as db:
+                yield from findings(db)
+        except DataDirError as error:
+            if not repair.is_damage(error.__cause__ or error):
+                raise
+            yield Finding(str(error))
+
+    def lock(self) -> FileLock:
+        """Keeps daemons away until it is closed.
+
+        Raises:
+            DataDirError: one runs.
+        """
+        return FileLock(self._path, of=self._path)
+
+    def repair(self, found: Sequence[Finding], now: float) -> Iterator[str]:
+        """Sets damaged chunks aside, or builds the file anew; yields a line for each thing done.
+
+        Args:
+            found: its faults; at least one.
+            now: seconds since the epoch.
+        """
+        chunks = [finding.chunk for finding in found if finding.chunk is not None]
+        if len(chunks) == len(found):
+            with opened(self._path, write=True) as db:
+                for chunk in chunks:
+                    records = set_aside(db, chunk, now)
+                    yield f"chunk {chunk} is set aside, its {records} records are dead letters"
+            return
+        try:
+            yield f"built anew; the old file is {repair.repair(self._path, now)}"
+        except Exception as error:
+            raise DataDirError(path=self._path, problem=str(error)) from error
+
+    def set_aside(self) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """Reads the chunks that were set aside: the facts of each, and its payload."""
+        with opened(self._path) as db:
+            (journal,) = db.execute("SELECT journal FROM meta").fetchone()
+            for facts, payload in all_set_aside(db):
+                yield {"journal": journal, **facts}, payload

@@ -12,86 +12,134 @@ import json
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
+from ingestd.journal.dead_letters import (
+    INCOMPLETE,
+    LetterCounts,
+    LetterFilter,
+    MarkedLetters,
+    StoredLetter,
+)
 from ingestd.journal.letter_rows import COLUMNS, LetterRow, readable, split, taken_apart
-from ingestd.journal.sqlite.letters import INCOMPLETE, replace, row_of
-from ingestd.journal.sqlite.offline import transaction
+from ingestd.journal.sqlite.letters import replace, row_of
+from ingestd.journal.sqlite.offline import opened, transaction
+from ingestd.journal.sqlite.writer import Expire, Requeue
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+    from asyncio import Future
+    from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
+    from pathlib import Path
 
-    from ingestd.journal.interface import DeadLetter
+    from ingestd.journal.dead_letters import DeadTotals, Moved
 
 STEP = 500
 """Letters of one transaction, or of one read, about."""
 STEP_BYTES = 4 << 20
 """No further row goes into a step beyond this."""
-REASONS = (
-    "malformed", "too_large", "unfinished", "undecodable", "rejected", "failed", "timeout",
-    "crashed", "damaged",
-)  # fmt: skip
-"""The words that a letter's reason can be."""
 
 
-class LetterFilter(NamedTuple):
-    """Which letters are meant; what is empty or `None` does not matter.
+class SqliteDeadLetters:
+    """See `ingestd.journal.dead_letters.DeadLetters`.
 
-    Attributes:
-        reasons: one of these.
-        since: given up at this time or later, seconds since the epoch.
-        until: given up before this time.
-        ids: one of these.
-        limit: only so many, the oldest ones.
+    Args:
+        path: of the journal; each call opens it.
     """
 
-    reasons: tuple[str, ...] = ()
-    since: float | None = None
-    until: float | None = None
-    ids: Collection[int] = ()
-    limit: int | None = None
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def select(self, chosen: LetterFilter, *, whole: bool) -> Iterator[StoredLetter]:
+        """See `DeadLetters.select`."""
+        with opened(self._path) as db:
+            yield from letters(db, chosen, whole=whole)
+
+    def count(self, chosen: LetterFilter) -> LetterCounts:
+        """See `DeadLetters.count`."""
+        with opened(self._path) as db:
+            return count(db, chosen)
+
+    def missing(self, ids: Sequence[int]) -> list[int]:
+        """See `DeadLetters.missing`."""
+        with opened(self._path) as db:
+            return missing(db, ids)
+
+    def mark(self, chosen: LetterFilter, last: int, check: Callable[[bytes], str]) -> MarkedLetters:
+        """See `DeadLetters.mark`."""
+        with opened(self._path, write=True) as db:
+            return mark(db, chosen, last, check)
+
+    def purge(self, chosen: LetterFilter, last: int) -> int:
+        """See `DeadLetters.purge`."""
+        with opened(self._path, write=True) as db:
+            return purge(db, chosen, last)
+
+
+class SqliteDeadLetterStore(SqliteDeadLetters):
+    """See `ingestd.journal.dead_letters.DeadLetterStore`.
+
+    Args:
+        path: of the journal.
+        bytes_max: bound on the letters of accepted records.
+        totals: returns the present ones.
+        poll: reads the marks, and brings the totals up to date.
+        queue: hands a kind of operation and its parts to the writer.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        bytes_max: int,
+        *,
+        totals: Callable[[], DeadTotals],
+        poll: Callable[[], Awaitable[bool]],
+        queue: Callable[..., Future[Moved]],
+    ) -> None:
+        super().__init__(path)
+        self.bytes_max = bytes_max
+        self.totals = totals
+        self._poll = poll
+        self._queue = queue
 
     @property
-    def is_open(self) -> bool:
-        """Whether every letter is meant."""
-        return not self.ids and self == LetterFilter(ids=self.ids)
+    def full(self) -> bool:
+        """See `DeadLetterStore.full`."""
+        return self.totals().accepted_bytes >= self.bytes_max
 
-    def where(self, db: sqlite3.Connection) -> tuple[str, list[object]]:
-        """The condition on rows in SQL and its parameters, without the limit."""
-        parts, values = ["1"], list[object]()
-        if self.reasons:
-            parts.append(f"reason IN ({','.join('?' * len(self.reasons))})")
-            values.extend(self.reasons)
-        if self.ids:
-            parts.append("id IN (SELECT value FROM json_each(?))")
-            values.append(json.dumps(_found(db, self.ids)[0]))
-        for condition, moment in (("last_at >= ?", self.since), ("last_at < ?", self.until)):
-            if moment is not None:
-                parts.append(condition)
-                values.append(moment)
-        return " AND ".join(parts), values
+    async def poll_marked(self) -> bool:
+        """See `DeadLetterStore.poll_marked`."""
+        return await self._poll()
 
-    def meant(self, row: LetterRow, last: int | None = None) -> Collection[int]:
-        """The numbers of a row's letters that are meant, up to the number `last`."""
-        numbers = row.numbers
-        if last is not None:
-            numbers = range(numbers.start, min(numbers.stop, last + 1))
-        return [n for n in numbers if n in self.ids] if self.ids else numbers
+    def requeue(self) -> Future[Moved]:
+        """See `DeadLetterStore.requeue`."""
+        return self._queue(Requeue)
+
+    def expire(self, before: float, since: float = 0.0) -> Future[Moved]:
+        """See `DeadLetterStore.expire`."""
+        return self._queue(Expire, since, before)
 
 
-class StoredLetter(NamedTuple):
-    """A letter in the journal.
+def _where(db: sqlite3.Connection, chosen: LetterFilter) -> tuple[str, list[object]]:
+    """The condition on rows in SQL and its parameters, without the limit."""
+    parts, values = ["1"], list[object]()
+    if chosen.reasons:
+        parts.append(f"reason IN ({','.join('?' * len(chosen.reasons))})")
+        values.extend(chosen.reasons)
+    if chosen.ids:
+        parts.append("id IN (SELECT value FROM json_each(?))")
+        values.append(json.dumps(_found(db, chosen.ids)[0]))
+    for condition, moment in (("last_at >= ?", chosen.since), ("last_at < ?", chosen.until)):
+        if moment is not None:
+            parts.append(condition)
+            values.append(moment)
+    return " AND ".join(parts), values
 
-    Attributes:
-        id: its number, never used again.
-        marked: it is to be fed again.
-        size: bytes of the payload.
-        letter: what it says; without its payload and traceback where those were not asked for.
-    """
 
-    id: int
-    marked: bool
-    size: int
-    letter: DeadLetter
+def _meant(chosen: LetterFilter, row: LetterRow, last: int | None = None) -> Collection[int]:
+    """The numbers of a row's letters that are chosen, up to the number `last`."""
+    numbers = row.numbers
+    if last is not None:
+        numbers = range(numbers.start, min(numbers.stop, last + 1))
+    return [n for n in numbers if n in chosen.ids] if chosen.ids else numbers
 
 
 def letters(db: sqlite3.Connection, chosen: LetterFilter, *, whole: bool) -> Iterator[StoredLetter]:
@@ -101,7 +149,7 @@ def letters(db: sqlite3.Connection, chosen: LetterFilter, *, whole: bool) -> Ite
     """
     left = chosen.limit
     for row, size in _rows(db, chosen, whole=whole):
-        meant = chosen.meant(row)
+        meant = _meant(chosen, row)
         for number, own, letter in taken_apart(row, whole=whole):
             if number not in meant:
                 continue
@@ -121,7 +169,7 @@ def _rows(
     last: int | None = None,
 ) -> Iterator[tuple[LetterRow, int]]:
     """The rows in which letters are meant, and the bytes of each payload, in short reads."""
-    condition, values = chosen.where(db)
+    condition, values = _where(db, chosen)
     columns = ", ".join("x''" if name == "payload" and not whole else name for name in COLUMNS)
     query = (
         f"SELECT length(payload), {columns} FROM dead WHERE {condition} AND {also}"  # noqa: S608
@@ -145,31 +193,13 @@ def _rows(
         yield from step
 
 
-class LetterCounts(NamedTuple):
-    """What a filter means at this moment.
-
-    Attributes:
-        letters: how many.
-        bytes: what they take.
-        marked: of these, to be fed again already.
-        incomplete: of these, can't be fed again: there is no record in them, or not all of it.
-        last: the newest one's number; 0 if there is none.
-    """
-
-    letters: int
-    bytes: int
-    marked: int
-    incomplete: int
-    last: int
-
-
 def count(db: sqlite3.Connection, chosen: LetterFilter) -> LetterCounts:
     """How many letters are meant."""
     if not chosen.ids and chosen.limit is None:
         return _count_all(db, chosen)
     total, size, marked, incomplete, last = 0, 0, 0, 0, 0
     for row, _ in _rows(db, chosen, whole=False):
-        meant = list(chosen.meant(row))
+        meant = list(_meant(chosen, row))
         if chosen.limit is not None:
             meant = meant[: chosen.limit - total]
         if not meant:
@@ -182,7 +212,7 @@ def count(db: sqlite3.Connection, chosen: LetterFilter) -> LetterCounts:
 
 
 def _count_all(db: sqlite3.Connection, chosen: LetterFilter) -> LetterCounts:
-    condition, values = chosen.where(db)
+    condition, values = _where(db, chosen)
     incomplete = f"reason IN ({', '.join(repr(reason) for reason in INCOMPLETE)})"
     row = db.execute(
         "SELECT coalesce(sum(letters), 0), coalesce(sum(bytes), 0),"  # noqa: S608
@@ -216,18 +246,6 @@ def _found(db: sqlite3.Connection, ids: Iterable[int]) -> tuple[list[int], list[
     return rows, absent
 
 
-class MarkedLetters(NamedTuple):
-    """What marking did.
-
-    Attributes:
-        letters: are to be fed again now, and were not before.
-        invalid: were never accepted, and can't be as they are now either: they stay.
-    """
-
-    letters: int = 0
-    invalid: int = 0
-
-
 def mark(
     db: sqlite3.Connection, chosen: LetterFilter, last: int, check: Callable[[bytes], str]
 ) -> MarkedLetters:
@@ -246,7 +264,7 @@ def mark(
     def wanted() -> Iterator[_Part]:
         nonlocal invalid
         for row, size in _rows(db, chosen, whole=False, also=also, last=last):
-            meant = set(chosen.meant(row, last))
+            meant = set(_meant(chosen, row, last))
             if not row.record and (there := row_of(db, row.id)) is not None:
                 letters = [(n, one) for n, _, one in taken_apart(there) if n in meant]
                 meant = {n for n, one in letters if not check(one.payload)}
@@ -260,7 +278,7 @@ def mark(
 def purge(db: sqlite3.Connection, chosen: LetterFilter, last: int) -> int:
     """Deletes letters for good, up to the number `last`; marked ones stay. How many it were."""
     rows = _rows(db, chosen, whole=False, also="retry = 0", last=last)
-    parts = (_Part(row, size, set(chosen.meant(row, last))) for row, size in rows)
+    parts = (_Part(row, size, set(_meant(chosen, row, last))) for row, size in rows)
     return sum(_change(db, parts, mark=False))
 
 

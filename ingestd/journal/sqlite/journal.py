@@ -14,32 +14,32 @@ import random
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
 from ingestd.base.errors import DataDirError, JournalFailed, NeverFits, Overloaded
 from ingestd.base.files import tighten
 from ingestd.base.rate import Rate, wait_for_room
-from ingestd.base.watchdog import Stage
 from ingestd.host.data_dir import FileLock
+from ingestd.journal.dead_letters import DeadTotals, InvalidQuota
 from ingestd.journal.disk_space import DiskSpaceGuard, scaled
 from ingestd.journal.idempotency import IdempotencyKeys, KeyRule, RememberedKey, size_of
 from ingestd.journal.interface import (
     Change,
     Chunk,
     Closed,
-    DeadTotals,
+    JournalStatus,
     Ledger,
-    Moved,
     Place,
     Recovered,
     Settle,
 )
 from ingestd.journal.sqlite import offsets, repair
-from ingestd.journal.sqlite.audit import Count, Difference
+from ingestd.journal.sqlite.audit import Count, Difference, SqliteMaintenance
 from ingestd.journal.sqlite.checkpoint import Checkpointer
-from ingestd.journal.sqlite.letters import InvalidQuota, look
+from ingestd.journal.sqlite.dead_letters import SqliteDeadLetterStore
+from ingestd.journal.sqlite.letters import look
 from ingestd.journal.sqlite.store import (
     Store,
     check_pages,
@@ -59,7 +59,7 @@ from ingestd.journal.sqlite.writer import (
     Op,
     QueuedAppend,
     QueuedChange,
-    Revive,
+    Requeue,
     Sweep,
 )
 
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from ingestd.base.append import Append, IdempotencyClaim, SourceOffset
+    from ingestd.base.append import Append, IdempotencyClaim
     from ingestd.base.clock import Clock
     from ingestd.base.record import Records, Span
     from ingestd.journal.interface import JournalContext
@@ -93,10 +93,8 @@ class SqliteJournal:
         dead_bytes_max: bound on the bytes of these dead letters; `None` for `bytes_max`.
         keys: how long idempotency keys are kept, and how many.
         space: watches the disk; without one only a failed commit tells that it is full.
-        courtesy: what letters of records that were never accepted may take.
+        courtesy: bounds the letters of records that were never accepted.
     """
-
-    durable = True
 
     def __init__(
         self,
@@ -114,7 +112,13 @@ class SqliteJournal:
         self._courtesy = courtesy
         self._locks = contextlib.ExitStack()
         self.bytes_max = bytes_max
-        self.dead_bytes_max = bytes_max if dead_bytes_max is None else dead_bytes_max
+        self.dead_letters = SqliteDeadLetterStore(
+            path,
+            bytes_max if dead_bytes_max is None else dead_bytes_max,
+            totals=lambda: self.dead_totals,
+            poll=self._poll_marked,
+            queue=self._queue,
+        )
         self.id = ""
         self.ledger = Ledger()
         self.bytes = 0
@@ -125,7 +129,9 @@ class SqliteJournal:
         self._gathered: list[Op] = []
         self._clock = clock
         self._on_commit = on_commit
-        self.keys = IdempotencyKeys(keys, clock, find=self._find_key, sweep=self._sweep)
+        self.idempotency = IdempotencyKeys(keys, clock, find=self._find_key, sweep=self._sweep)
+        self.offsets = offsets.SqliteOffsets(self._read)
+        self.maintenance = SqliteMaintenance(space, partial(self._read, self._step))
         self.space = space
         self._sweeping: asyncio.Future[None] | None = None
         self._written = False
@@ -172,7 +178,7 @@ class SqliteJournal:
             self._row_bytes_max = row_bytes_max(store.connection)
             self._dead_are(store.dead)
             self._bookmarks = store.bookmarks
-            self.keys.opened(self._key_owners)
+            self.idempotency.opened(self._key_owners)
             if self.space is not None:
                 self.space.reusable = store.reusable_bytes()
                 if self.space.low(self._clock.monotonic()):
@@ -202,7 +208,7 @@ class SqliteJournal:
 
     def _keys_before(self) -> float:
         """Idempotency keys from before this time go."""
-        return self.keys.ages.before(self.keys.rule.kept)
+        return self.idempotency.ages.before(self.idempotency.rule.kept)
 
     def _open_store(self) -> tuple[Store, Recovered]:
         """Opens it, and reads as much as tells whether it is whole.
@@ -215,7 +221,7 @@ class SqliteJournal:
         store = Store(self.path, self._courtesy)
         try:
             check_pages(store.connection, self.path)
-            recovered = store.recovered()
+            recovered = store.recovered(self.failed)
             _check_numbers(store, recovered)
             self._key_owners = key_owners(store.connection)
             self._step(store.connection)
@@ -234,9 +240,17 @@ class SqliteJournal:
         self._adds_up = True
         return found.records
 
-    def stage(self) -> Stage:
-        """See `Journal.stage`."""
-        return Stage("journal", self._committer.busy, self._committer.commits)
+    def status(self) -> JournalStatus:
+        """See `Journal.status`."""
+        return JournalStatus(
+            self.ledger,
+            self.bytes,
+            self.bytes_max,
+            self.dead_totals,
+            self._committer.busy,
+            self._committer.commits,
+            self.failed.done(),
+        )
 
     def append(self, append: Append) -> asyncio.Future[Place]:
         """See `Journal.append`."""
@@ -258,7 +272,7 @@ class SqliteJournal:
         if self.space is not None and self.space.low(self._clock.monotonic()):
             free, free_min = self.space.free, self.space.free_min
             self._refusing("journal.free_min", free=free, free_min=free_min)
-            what = f"the disk of the journal ({self.space.shortage})"
+            what = f"the disk of the journal ({self.space.left.shortage})"
             raise self._full(what, free_min - free, 0)
         if self.refusing:
             log.info("records_taken_again", path=str(self.path), after=self.refusing)
@@ -288,6 +302,12 @@ class SqliteJournal:
             self._loop.call_soon(self._hand_over)
         self._gathered.append(op)
 
+    def _queue(self, kind: Callable[..., Op], *parts: object) -> asyncio.Future[Any]:
+        """Submits an operation of a kind, which begins with its future."""
+        future = self._loop.create_future()
+        self._submit(kind(future, *parts))
+        return future
+
     def _hand_over(self) -> None:
         gathered, self._gathered = self._gathered, []
         for op in gathered:
@@ -299,14 +319,7 @@ class SqliteJournal:
 
     def write(self, change: Change) -> asyncio.Future[None]:
         """See `Journal.write`."""
-        future: asyncio.Future[None] = self._loop.create_future()
-        self._submit(QueuedChange(future, change))
-        return future
-
-    @property
-    def letters_full(self) -> bool:
-        """See `Journal.letters_full`."""
-        return self.dead_totals.accepted_bytes >= self.dead_bytes_max
+        return self._queue(QueuedChange, change)
 
     def _dead_are(self, totals: DeadTotals) -> None:
         """The dead letters after some commit, ours or another process's."""
@@ -315,32 +328,15 @@ class SqliteJournal:
         self.bytes += totals.accepted_bytes - self.dead_totals.accepted_bytes
         self.dead_totals = totals
 
-    async def look(self) -> bool:
-        """See `Journal.look`."""
+    async def _poll_marked(self) -> bool:
         commits = self._commits
-        totals, marked = await self._read(look, self._reading)
+        totals, marked = await self._read(look)
         if commits == self._commits:  # else a commit has told something newer meanwhile
             self._dead_are(totals)
         return marked
 
-    def revive(self) -> asyncio.Future[Moved]:
-        """See `Journal.revive`."""
-        future: asyncio.Future[Moved] = self._loop.create_future()
-        self._submit(Revive(future))
-        return future
-
-    def expire(self, before: float, since: float = 0.0) -> asyncio.Future[Moved]:
-        """See `Journal.expire`."""
-        future: asyncio.Future[Moved] = self._loop.create_future()
-        self._submit(Expire(future, since, before))
-        return future
-
-    async def bookmark(self, key: str) -> SourceOffset | None:
-        """See `Journal.bookmark`."""
-        return await self._read(offsets.find, self._reading, key)
-
     async def _find_key(self, key: str) -> RememberedKey | None:
-        return await self._read(find_key, self._reading, key)
+        return await self._read(find_key, key)
 
     def _sweep(self) -> None:
         """Asks for expired keys to go, where no commit of an append will do it by the way."""
@@ -351,19 +347,17 @@ class SqliteJournal:
 
     async def read(self, first: int, bytes_max: int) -> list[Chunk]:
         """See `Journal.read`."""
-        return await self._read(read_chunks, self._reading, first, bytes_max)
+        return await self._read(read_chunks, first, bytes_max)
 
     async def load(self, spans: Sequence[Span]) -> Records | None:
         """See `Journal.load`."""
-        return await self._read(read_spans, self._reading, spans)
-
-    async def audit(self) -> int | None:
-        """See `Journal.audit`."""
-        return await self._read(self._step, self._reading)
+        return await self._read(read_spans, spans)
 
     async def _read(self, function: Callable[..., T], *args: object) -> T:
+        """Calls a function with the reading connection, in the reader's thread."""
+        call = partial(function, self._reading, *args)
         try:
-            return await self._loop.run_in_executor(self._reader, partial(function, *args))
+            return await self._loop.run_in_executor(self._reader, call)
         except (sqlite3.Error, ValueError, TypeError) as error:
             # Rows that can't be read: the next start repairs the file, or finds the disk better.
             if repair.is_damage(error):
@@ -403,7 +397,7 @@ class SqliteJournal:
             self._on_commit(committed.seconds, len(committed.ops), size)
 
     def _resolve(self, committed: Committed) -> None:
-        """Everybody who waits for one of its operations hears of it."""
+        """Resolves the futures of its operations."""
         places = iter(committed.places)
         for op in committed.ops:
             place = next(places, _NOWHERE) if type(op) is QueuedAppend else _NOWHERE
@@ -413,7 +407,7 @@ class SqliteJournal:
                 op.future.set_exception(committed.error)
             elif isinstance(op, QueuedAppend):
                 op.future.set_result(place)
-            elif isinstance(op, Revive | Expire):
+            elif isinstance(op, Requeue | Expire):
                 op.future.set_result(committed.moved)
             else:
                 op.future.set_result(None)
@@ -422,11 +416,11 @@ class SqliteJournal:
         applied = committed.error is None
         if not applied:
             self.bytes -= size_of(claim)
-        self.keys.resolved(claim, at=committed.at, applied=applied)
+        self.idempotency.resolved(claim, at=committed.at, applied=applied)
 
     def _tables_changed(self, committed: Committed) -> None:
         if committed.keys_gone.count:
-            self.keys.gone(committed.keys_gone.owners)
+            self.idempotency.gone(committed.keys_gone.owners)
             self.bytes -= committed.keys_gone.bytes
         if committed.bookmarks is not None and committed.bookmarks is not self._bookmarks:
             self.bytes += committed.bookmarks.bytes - self._bookmarks.bytes
@@ -489,7 +483,7 @@ def _size(records: Records) -> int:
 
 
 def _check_numbers(store: Store, recovered: Recovered) -> None:
-    """What damage in the one row that everything hangs on looks like."""
+    """Looks for damage in the one row that everything hangs on."""
     numbers: tuple[int, ...] = (
         *store.meta.ledger,
         *store.meta.cursor,
@@ -503,7 +497,7 @@ def _check_numbers(store: Store, recovered: Recovered) -> None:
 
 
 def _is_passing(error: Exception) -> bool:
-    """Whether another start may succeed as it is: the disk is full, or did not do as told."""
+    """Returns True if another start may succeed: the disk is full, or did not do as told."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     return code in {sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL} or (
         isinstance(error, OSError) and error.errno in {errno.EIO, errno.ENOSPC, errno.EDQUOT}

@@ -14,15 +14,15 @@ exact after every commit, and reading them costs nothing.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ingestd.base.record import Records
-from ingestd.journal.interface import Chunk, DeadTotals, Moved
+from ingestd.journal.dead_letters import DeadTotals, Moved
+from ingestd.journal.interface import Chunk
 from ingestd.journal.letter_rows import (
     COLUMNS,
     ROW_BYTES,
     LetterRow,
-    letter_bytes,
     packed,
     readable,
     split,
@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
-    from ingestd.journal.interface import DeadLetter
-
-__all__ = ["INCOMPLETE", "InvalidQuota", "letter_bytes"]
+    from ingestd.journal.dead_letters import DeadLetter
 
 REVIVE_RECORDS = 1000
 """How many letters one transaction takes back, about; or how many rows it lets expire."""
@@ -50,25 +48,9 @@ SHARES = 4
 DROP_ROWS = 1000
 """Most rows that one look for old letters to drop reads."""
 
-INCOMPLETE = ("damaged", "too_large", "unfinished")
-"""Reasons of letters that hold no record or only its beginning: these can't be fed again."""
-
 _TOTALS = ", ".join(DeadTotals._fields)
 _ROW = f"SELECT {', '.join(COLUMNS)} FROM dead"  # noqa: S608
 _INSERT = f"INSERT INTO dead({', '.join(COLUMNS)}) VALUES({','.join('?' * len(COLUMNS))})"
-
-
-class InvalidQuota(NamedTuple):
-    """What letters of records that were never accepted may take.
-
-    Attributes:
-        bytes_max: of all of them together; each principal may take a quarter of it.
-        check: what is wrong with a payload as a record, in one line; empty if nothing is. A letter
-            that is to be fed again is looked at with it, because nobody accepted its record yet.
-    """
-
-    bytes_max: int = 64 << 20
-    check: Callable[[bytes], str] = lambda _: ""
 
 
 def insert(

@@ -14,7 +14,7 @@ from ingestd.base.append import SourceOffset
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 BOOKMARKS_MAX = 100_000
 """So many are kept; then a tenth goes, those that were put down longest ago."""
@@ -32,6 +32,21 @@ class OffsetTotals(NamedTuple):
 
     count: int = 0  # type: ignore[assignment]  # hides tuple.count
     bytes: int = 0
+
+
+class SqliteOffsets:
+    """See `ingestd.journal.interface.OffsetStore`.
+
+    Args:
+        read: calls a function with the connection that reads, in its thread.
+    """
+
+    def __init__(self, read: Callable[..., Awaitable[SourceOffset | None]]) -> None:
+        self._read = read
+
+    async def find(self, key: str) -> SourceOffset | None:
+        """See `OffsetStore.find`."""
+        return await self._read(find, key)
 
 
 def size_of(bookmark: SourceOffset | None) -> int:

@@ -28,7 +28,8 @@ from ingestd.base.append import SourceOffset
 from ingestd.base.files import make_private, sync_folder, tighten
 from ingestd.base.record import Span
 from ingestd.journal import letter_rows
-from ingestd.journal.interface import Cursor, DeadLetter, Ledger, Sealed
+from ingestd.journal.dead_letters import DeadLetter
+from ingestd.journal.interface import Cursor, Ledger, Sealed
 from ingestd.journal.sqlite import first_page, letters, offsets, schema
 from ingestd.journal.sqlite.store import (
     PAGE_BYTES,

@@ -26,14 +26,13 @@ from ingestd.base.append import principal_of
 from ingestd.base.errors import JournalUnreadable
 from ingestd.base.files import make_private, sync_folder
 from ingestd.base.record import Layout, Records, Span, join
+from ingestd.journal.dead_letters import InvalidQuota, Moved
 from ingestd.journal.idempotency import RememberedKey, size_of
 from ingestd.journal.interface import (
     Chunk,
     Cursor,
-    DeadLetter,
     Failing,
     Ledger,
-    Moved,
     Recovered,
     Seal,
     Sealed,
@@ -42,10 +41,12 @@ from ingestd.journal.interface import (
 from ingestd.journal.sqlite import first_page, letters, offsets, schema
 
 if TYPE_CHECKING:
+    from asyncio import Future
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from ingestd.base.append import IdempotencyClaim, SourceOffset
+    from ingestd.journal.dead_letters import DeadLetter
 
 PAGE_BYTES = 16384
 WRITER_CACHE_KIB = 12 * 1024
@@ -162,7 +163,7 @@ class Store:
         keys: the idempotency keys that are there after it, expired ones included.
     """
 
-    def __init__(self, path: Path, courtesy: letters.InvalidQuota = letters.InvalidQuota()) -> None:  # noqa: B008  immutable
+    def __init__(self, path: Path, courtesy: InvalidQuota = InvalidQuota()) -> None:  # noqa: B008  immutable
         self.path = path
         self._courtesy = courtesy
         self._probe = -1
@@ -263,8 +264,8 @@ class Store:
             )
         return gone
 
-    def recovered(self) -> Recovered:
-        """What is there to be done, for the start."""
+    def recovered(self, failed: Future[None]) -> Recovered:
+        """Reads what is to be done; `failed` is the journal's."""
         db = self.connection
         failing = {
             number: Failing(seconds, counted)
@@ -295,7 +296,9 @@ class Store:
             )
             sizes.update(rows.fetchall())
         meta = self.meta
-        return Recovered(batches, meta.cursor, meta.last_chunk, meta.next_batch, sizes, waits)
+        return Recovered(
+            self.id, failed, batches, meta.cursor, meta.last_chunk, meta.next_batch, sizes, waits
+        )
 
     def stored_bytes(self) -> int:
         """Bytes of everything but dead letters (see `dead`), for the journal's bound."""
@@ -383,7 +386,7 @@ def _key_totals(db: sqlite3.Connection) -> KeyChange:
 
 
 def _move_letters(
-    db: sqlite3.Connection, meta: Meta, write: Write, courtesy: letters.InvalidQuota
+    db: sqlite3.Connection, meta: Meta, write: Write, courtesy: InvalidQuota
 ) -> tuple[Write, Moved]:
     """Marked dead letters become the last chunks of this commit; old ones go."""
     moved = Moved()

@@ -27,19 +27,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from ingestd.base.errors import JournalFailed, Overloaded
 from ingestd.base.rate import STALLED
 from ingestd.base.record import Layout, Records, join
+from ingestd.journal.dead_letters import DeadTotals, Moved, invalid_letter
 from ingestd.journal.idempotency import SWEEP_ROWS, SWEEP_SECONDS
 from ingestd.journal.interface import (
     Change,
     Chunk,
-    DeadLetter,
-    DeadTotals,
     Ledger,
-    Moved,
     Place,
     Postpone,
     Seal,
     Settle,
-    refused_letter,
 )
 from ingestd.journal.sqlite import checkpoint, offsets, repair
 from ingestd.journal.sqlite.letters import CHUNK_BYTES
@@ -51,6 +48,7 @@ if TYPE_CHECKING:
 
     from ingestd.base.append import Append, IdempotencyClaim, SourceOffset
     from ingestd.base.clock import Clock
+    from ingestd.journal.dead_letters import DeadLetter
 
 COMMIT_BYTES = 8 << 20
 """A transaction takes no further append beyond this, so a sync stays short."""
@@ -77,27 +75,27 @@ class QueuedChange(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """Expired idempotency keys are to go now."""
+    """Deletes expired idempotency keys."""
 
     future: asyncio.Future[None]
 
 
-class Revive(NamedTuple):
-    """Dead letters that are marked become records again, as many as one transaction takes."""
+class Requeue(NamedTuple):
+    """Feeds marked dead letters again, as many as one transaction takes."""
 
     future: asyncio.Future[Moved]
 
 
 class Expire(NamedTuple):
-    """Dead letters that were given up between two times go, as many as one transaction takes."""
+    """Deletes dead letters given up between two times, as many as one transaction takes."""
 
     future: asyncio.Future[Moved]
     since: float
     before: float
 
 
-Op = QueuedAppend | QueuedChange | Sweep | Revive | Expire
-_TRIED_ONCE = frozenset({QueuedAppend, Revive, Expire})
+Op = QueuedAppend | QueuedChange | Sweep | Requeue | Expire
+_TRIED_ONCE = frozenset({QueuedAppend, Requeue, Expire})
 """What a full disk refuses: whoever asked can ask again."""
 
 
@@ -298,7 +296,7 @@ class JournalWriter:
         bookmarks: list[SourceOffset] = []
         for one in appends:
             for invalid in one.invalid:
-                refused.append(refused_letter(invalid, now, one.principal))  # noqa: PERF401
+                refused.append(invalid_letter(invalid, now, one.principal))  # noqa: PERF401
             if one.claim is not None:
                 claims.append(one.claim)
             if one.offset is not None:
@@ -351,7 +349,7 @@ def _with_others(write: Write, ops: Sequence[Op]) -> Write:
         sealed=[change for change in changes if type(change) is Seal],
         postponed=[change.batch for change in changes if type(change) is Postpone],
         settled=[change for change in changes if type(change) is Settle],
-        revive_at=write.at if any(type(op) is Revive for op in ops) else None,
+        revive_at=write.at if any(type(op) is Requeue for op in ops) else None,
         expire=max(((op.since, op.before) for op in ops if type(op) is Expire), default=None),
     )
 

@@ -1,0 +1,264 @@
+"""Dead letters: the records that were given up, and those that were never accepted.
+
+`DeadLetterStore` is the capability of a journal that operators and the daemon can handle them in.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from asyncio import Future
+    from collections.abc import Callable, Collection, Iterator, Sequence
+
+    from ingestd.base.record import InvalidRecord
+    from ingestd.journal.interface import Chunk, Place
+
+INCOMPLETE = ("damaged", "too_large", "unfinished")
+"""Reasons of letters that hold no record or only its beginning: these can't be requeued."""
+REASONS = (
+    "malformed", "too_large", "unfinished", "undecodable", "rejected", "failed", "timeout",
+    "crashed", "damaged",
+)  # fmt: skip
+"""All reasons. The first three are those of records that were never accepted."""
+
+
+class DeadLetter(NamedTuple):
+    """A record that was given up, with the reason.
+
+    Attributes:
+        record: its id in the journal, empty for one that was never accepted.
+        reason: one of `REASONS`.
+        error: one line.
+        traceback: as Python prints it, or empty.
+        payload: the record.
+        attempts: tries that were made.
+        first_at: when it was accepted, seconds since the epoch.
+        last_at: when it was given up.
+        records: how many records it stands for: 1, or all of a damaged chunk.
+        principal: the sender of one that was never accepted.
+        place: of its record in the journal, for clients that wait for it; not kept.
+    """
+
+    record: str
+    reason: str
+    error: str
+    traceback: str
+    payload: bytes
+    attempts: int
+    first_at: float
+    last_at: float
+    records: int = 1
+    principal: str = ""
+    place: Place | None = None
+
+
+def invalid_letter(invalid: InvalidRecord, now: float, principal: str = "") -> DeadLetter:
+    """Makes the dead letter of a record that was found invalid at `now`."""
+    return DeadLetter(
+        "", invalid.reason, invalid.detail, "", invalid.payload, 0, now, now, principal=principal
+    )
+
+
+class InvalidQuota(NamedTuple):
+    """Bounds the letters of records that were never accepted.
+
+    Attributes:
+        bytes_max: of all of them together; each principal may take a quarter of it.
+        check: tells in one line the fault of a payload as a record, empty if it has none. It is
+            asked about a letter that is to be requeued, because its record was never accepted.
+    """
+
+    bytes_max: int = 64 << 20
+    check: Callable[[bytes], str] = lambda _: ""
+
+
+class DeadTotals(NamedTuple):
+    """The dead letters that a journal keeps, and those that went over its life.
+
+    Attributes:
+        letters: kept now.
+        bytes: of them, with their errors and tracebacks.
+        revived: accepted records that were given up and then requeued.
+        readmitted: invalid records that were accepted after all.
+        expired: went because they were older than `dead.age_max`.
+        purged: an operator deleted them.
+        dropped: never accepted, and went because there were too many of those.
+        invalid: of `letters`, those whose record was never accepted.
+        invalid_bytes: of `bytes`, those of these.
+    """
+
+    letters: int = 0
+    bytes: int = 0
+    revived: int = 0
+    readmitted: int = 0
+    expired: int = 0
+    purged: int = 0
+    dropped: int = 0
+    invalid: int = 0
+    invalid_bytes: int = 0
+
+    @property
+    def accepted_bytes(self) -> int:
+        """The bytes of the letters of accepted records: `dead.bytes_max` bounds them."""
+        return self.bytes - self.invalid_bytes
+
+
+class Moved(NamedTuple):
+    """The effect of one commit on the dead letters that were there.
+
+    Attributes:
+        chunks: the marked ones that are records again, if there were any.
+        revived: of these, how many had been accepted: they go from dead to pending.
+        readmitted: the others: accepted for the first time.
+        expired: letters that were too old.
+        unfit: marked ones that can't be accepted now either: they stay, and are not marked.
+        dropped: letters of records that were never accepted, of which there were too many.
+    """
+
+    chunks: tuple[Chunk, ...] = ()
+    revived: int = 0
+    readmitted: int = 0
+    expired: int = 0
+    unfit: int = 0
+    dropped: int = 0
+
+
+class LetterFilter(NamedTuple):
+    """Chooses dead letters; a field that is empty or `None` does not matter.
+
+    Attributes:
+        reasons: one of these.
+        since: given up at this time or later, seconds since the epoch.
+        until: given up before this time.
+        ids: one of these.
+        limit: only so many, the oldest ones.
+    """
+
+    reasons: tuple[str, ...] = ()
+    since: float | None = None
+    until: float | None = None
+    ids: Collection[int] = ()
+    limit: int | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Returns True if it chooses every letter."""
+        return not self.ids and self == LetterFilter(ids=self.ids)
+
+
+class StoredLetter(NamedTuple):
+    """A letter in the journal.
+
+    Attributes:
+        id: its number, never used again.
+        marked: it is to be requeued.
+        size: bytes of the payload.
+        letter: its fields; without payload and traceback where those were not asked for.
+    """
+
+    id: int
+    marked: bool
+    size: int
+    letter: DeadLetter
+
+
+class LetterCounts(NamedTuple):
+    """The letters that a filter chooses at this moment.
+
+    Attributes:
+        letters: how many.
+        bytes: of them.
+        marked: of these, to be requeued already.
+        incomplete: of these, can't be requeued: there is no record in them, or not all of it.
+        last: the newest one's number; 0 if there is none.
+    """
+
+    letters: int
+    bytes: int
+    marked: int
+    incomplete: int
+    last: int
+
+
+class MarkedLetters(NamedTuple):
+    """The result of marking.
+
+    Attributes:
+        letters: are to be requeued now, and were not before.
+        invalid: were never accepted, and can't be as they are now either: they stay.
+    """
+
+    letters: int = 0
+    invalid: int = 0
+
+
+class DeadLetters(Protocol):
+    """Dead letters as an operator handles them, in any process, beside the daemon or without one.
+
+    Every call blocks, and works in short steps.
+
+    Raises:
+        DataDirError: the journal can't be opened, read or written.
+    """
+
+    def select(self, chosen: LetterFilter, *, whole: bool) -> Iterator[StoredLetter]:
+        """Reads letters, oldest first; `whole` with payload and traceback."""
+        ...
+
+    def count(self, chosen: LetterFilter) -> LetterCounts:
+        """Counts letters."""
+        ...
+
+    def missing(self, ids: Sequence[int]) -> list[int]:
+        """Returns those of some numbers that no letter has."""
+        ...
+
+    def mark(self, chosen: LetterFilter, last: int, check: Callable[[bytes], str]) -> MarkedLetters:
+        """Marks letters to be requeued, up to the number `last`; the daemon requeues them.
+
+        Args:
+            chosen: which.
+            last: the newest one.
+            check: see `InvalidQuota`.
+        """
+        ...
+
+    def purge(self, chosen: LetterFilter, last: int) -> int:
+        """Deletes letters up to the number `last`, but no marked ones; returns how many."""
+        ...
+
+
+class DeadLetterStore(DeadLetters, Protocol):
+    """Dead letters as the daemon handles them, on its event loop."""
+
+    @property
+    def full(self) -> bool:
+        """Returns True if the letters of accepted records are at their bound."""
+        ...
+
+    def totals(self) -> DeadTotals:
+        """Returns the present totals."""
+        ...
+
+    async def poll_marked(self) -> bool:
+        """Returns True if letters are marked; brings the totals up to date."""
+        ...
+
+    def requeue(self) -> Future[Moved]:
+        """Takes some of the marked letters back, as chunks like any other.
+
+        Raises:
+            Overloaded: the disk is full.
+            JournalFailed: it is poisoned.
+        """
+        ...
+
+    def expire(self, before: float, since: float = 0.0) -> Future[Moved]:
+        """Deletes some of the letters given up from `since` to `before`, seconds since the epoch.
+
+        Raises:
+            Overloaded: the disk is full.
+            JournalFailed: it is poisoned.
+        """
+        ...
