@@ -18,7 +18,7 @@ class _Placed(NamedTuple):
     """A waiter, and those of its records that lie in one chunk.
 
     Attributes:
-        first: where they begin in the chunk.
+        first: place of the run in the chunk.
         count: how many.
         before: how many of its records lie in the chunks before.
     """
@@ -61,7 +61,7 @@ class DeliveryWaiters:
                 self._chunks[chunk] = placed
 
     def settled(self, spans: Sequence[Span], dead: Sequence[DeadLetter]) -> None:
-        """Tells what became of some records.
+        """Reports the outcomes of some records.
 
         Args:
             spans: all that are settled.

@@ -304,10 +304,10 @@ class Reservation:
         bytes: all of them.
     """
 
-    __slots__ = ("_client", "_lasting", "_room", "base", "bytes")
+    __slots__ = ("_admission", "_client", "_lasting", "base", "bytes")
 
-    def __init__(self, room: AdmissionController, client: _ClientShare) -> None:
-        self._room = room
+    def __init__(self, admission: AdmissionController, client: _ClientShare) -> None:
+        self._admission = admission
         self._client = client
         self._lasting = 0
         self.base = 0
@@ -324,7 +324,7 @@ class Reservation:
         Raises:
             Problem: see `AdmissionController.take`.
         """
-        self._room.take(size, self._client, self.bytes)
+        self._admission.take(size, self._client, self.bytes)
         self.bytes += size
 
     def give_back(self) -> None:
@@ -350,7 +350,7 @@ class Reservation:
         if size > self.bytes:
             self.grow(size - self.bytes)
         elif size < self.bytes:
-            self._room.give_back(self._client, self.bytes - size)
+            self._admission.give_back(self._client, self.bytes - size)
             self.bytes = size
 
     def keep(self, size: int) -> None:
@@ -360,30 +360,30 @@ class Reservation:
             Problem: see `AdmissionController.keep`.
         """
         if size != self._lasting:
-            self._room.keep(size - self._lasting, self._client, self._lasting)
+            self._admission.keep(size - self._lasting, self._client, self._lasting)
             self._lasting = size
 
     def begin_stream(self) -> bool:
         """Returns True if the request may go on as a stream; then `end_stream` comes after it."""
-        return self._room.begin_stream(self._client)
+        return self._admission.begin_stream(self._client)
 
     def end_stream(self) -> None:
         """The stream is over, and so is what it kept."""
         self.keep(0)
-        self._room.end_stream(self._client)
+        self._admission.end_stream(self._client)
 
     def expect(self, size: int) -> None:
-        """Asks for room for a body that was announced, and takes the first `EXPECTED_BYTES` of it.
+        """Reserves bytes for a body that was announced, and takes the first `EXPECTED_BYTES` of it.
 
         The rest is taken as it comes: saying that one has much to send costs a client nothing.
 
         Raises:
             Problem: see `AdmissionController.take`.
         """
-        self._room.take(size, self._client, self.bytes)
+        self._admission.take(size, self._client, self.bytes)
         taken = min(size, EXPECTED_BYTES)
         if taken < size:
-            self._room.give(size - taken, self._client)
+            self._admission.give(size - taken, self._client)
         self.bytes += taken
 
     def __enter__(self) -> Self:
@@ -395,4 +395,4 @@ class Reservation:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._room.leave(self._client, self.bytes)
+        self._admission.leave(self._client, self.bytes)

@@ -1,9 +1,10 @@
-"""Who is this, and may it go there? Asked before anything of a body is read.
+"""Authentication and authorization of requests, before anything of a body is read.
 
-Whoever shows a token is who the token says: as a bearer token, with HTTP Basic, or in `X-API-Key`
-where there is no `Authorization`. Whoever shows none but has a verified certificate is
-who `client_certificate` says; if there are no tokens at all, every certificate is good for
-everything. Nobody else comes in, unless nothing in the settings says who may.
+A token identifies its principal: as a bearer token, with HTTP Basic, or in `X-API-Key` where there
+is no `Authorization`. Without a token a verified certificate does, by `client_certificate`; if
+there are no tokens at all, every certificate may send everything. All other requests are refused,
+unless no credentials are configured.
+
 """
 
 from __future__ import annotations
@@ -35,14 +36,14 @@ if TYPE_CHECKING:
 log = get_logger()
 
 DENIED_SECONDS = 10.0
-"""Who was turned away is said once in so many seconds: nobody shall fill the log from outside."""
+"""Interval of log lines about refused requests: no client can fill the log."""
 ANONYMOUS = "anonymous"
-"""The principal of all who show nothing."""
+"""The principal of all requests without credentials."""
 API_KEY = "X-API-Key"
 TOKEN_SCHEMES = ("bearer", "basic", "key")
 """The ways to show a token: two of `Authorization`, and the header `API_KEY`."""
 ONLY_DELIVERIES = (
-    "there are webhooks and no tokens, so only signed deliveries are taken; to take records too,"
+    "there are webhooks and no tokens: only signed deliveries are accepted. To accept records too,"
     " set a token (http.tokens.NAME.hash) or http.allow_anonymous = true"
 )
 _CHALLENGE = 'Bearer realm="ingestd"{}, Basic realm="ingestd", charset="UTF-8"'
@@ -53,7 +54,7 @@ class Credentials(Protocol):
 
     Attributes:
         tokens: the tokens, and the names in certificates, of each client.
-        authorities: digests of the certificates of those who sign clients' certificates.
+        authorities: digests of the certificates of CAs of client certificates.
     """
 
     @property
@@ -63,7 +64,7 @@ class Credentials(Protocol):
 
 
 class Principal:
-    """Who sends a request, and what it may.
+    """The sender of a request, its permissions and its rate limits.
 
     Args:
         name: of the token or webhook; empty if it has none.
@@ -94,7 +95,7 @@ class Principal:
         return self._limits.wait(self._monotonic())[0] if self._limits is not None else 0.0
 
     def check(self) -> None:
-        """Whether it may send now.
+        """Checks its rate limits.
 
         Raises:
             Problem: 429, with the seconds until it may.
@@ -107,13 +108,13 @@ class Principal:
             raise Problem(problem.RATE_LIMITED, detail, headers=problem.retry_after(seconds))
 
     def charge(self, records: int, size: int) -> None:
-        """What it has sent: records, and their bytes, decompressed."""
+        """Charges records, and their decompressed bytes, to its rate limits."""
         if self._limits is not None:
             self._limits.charge(records, size, self._monotonic())
 
 
 def _is_unix(request: web.BaseRequest) -> bool:
-    """Whether it came over a Unix socket, which no browser reaches."""
+    """Returns True if it came over a Unix socket, which no browser reaches."""
     sock = request.transport.get_extra_info("socket") if request.transport is not None else None
     return sock is not None and sock.family == socket.AF_UNIX
 
@@ -224,7 +225,7 @@ class Authenticator:
         return Problem(problem.UNKNOWN_PIPELINE, "no pipeline has this name")
 
     def check_host(self, request: web.BaseRequest) -> None:
-        """Whether it is asked for by a name of its own.
+        """Checks that the request is for a name of this server.
 
         Raises:
             Problem: 421.
@@ -242,7 +243,7 @@ class Authenticator:
         raise Problem(problem.MISDIRECTED, detail)
 
     def _check_origin(self, request: web.BaseRequest) -> None:
-        """Whether it is sent by a page of another origin, which anybody may have written.
+        """Refuses requests of pages of foreign origins.
 
         Raises:
             Problem: 403.
@@ -275,7 +276,7 @@ class Authenticator:
         return self._callers[owner]
 
     def _certified(self, request: web.BaseRequest) -> Principal:
-        """Who a request without a token is, by the certificate of its connection."""
+        """Returns the principal of a certificate, for a request without a token."""
         transport = request.transport
         certificate = transport.get_extra_info("peercert") if transport is not None else None
         if not certificate:

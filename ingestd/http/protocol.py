@@ -76,12 +76,12 @@ _NO_WRITER = cast("AbstractStreamWriter", None)
 
 
 def size_of_head(headers: Sequence[tuple[bytes, bytes]]) -> int:
-    """What a head takes: as it came, decoded, and as a map."""
+    """Size of a head in memory: as it came, decoded, and as a map."""
     return 3 * sum(map(len, chain.from_iterable(headers))) + HEADER_BYTES * len(headers)
 
 
 def _let_go(body: StreamReader) -> None:
-    """Frees what nobody reads any more of a body that broke.
+    """Frees the unread rest of a body that broke.
 
     Its error was raised in frames that hold the request, which holds the body, which holds the
     error: all of that would last until the next collection of old cycles.
@@ -152,7 +152,7 @@ class Connection(web.RequestHandler):
     # -- its life ------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Lets it in, or hands the transport to somebody who turns it away."""
+        """Accepts the connection, or hands the transport to a protocol that refuses it."""
         transport = cast("asyncio.Transport", transport)  # uvloop's are no subclasses
         peer = transport.get_extra_info("peername")
         self.client = client_of(str(peer[0]) if isinstance(peer, tuple) else "")
@@ -179,7 +179,7 @@ class Connection(web.RequestHandler):
             self.transport.resume_reading()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Ends its timer, and what waits for an answer that nobody would read."""
+        """Ends its timer, and tasks whose answer would not be read."""
         self._stop_head_timer()
         if self._at_end is not None:
             self._at_end()
@@ -241,7 +241,7 @@ class Connection(web.RequestHandler):
 
     @property
     def has_certificate(self) -> bool:
-        """Whether its client showed a certificate."""
+        """Returns True if its client showed a certificate."""
         return self.transport is not None and bool(self.transport.get_extra_info("peercert"))
 
     def end_soon(self) -> None:
@@ -371,7 +371,7 @@ class Connection(web.RequestHandler):
                 return
 
     def _ended_as_most(self) -> bool:
-        """Whether all that came is a chunked body's usual end, without trailers.
+        """Returns True if the data is the usual end of a chunked body, without trailers.
 
         aiohttp's parser takes the last trailer for a header of the next request.
         """
@@ -393,7 +393,7 @@ class Connection(web.RequestHandler):
             self._body.feed_eof()
 
     def _count_held(self, size: int) -> int:
-        """What waits here at most: a part of a head, requests behind another one, an answer."""
+        """Counts the bytes held: a part of a head, requests behind another one, an answer."""
         if not self._messages:
             return self._unread + 3 * self._head_bytes + HEADER_BYTES * self._head_lines
         bodies = self._unread
@@ -421,12 +421,12 @@ class Connection(web.RequestHandler):
 
     @property
     def is_last(self) -> bool:
-        """Whether the request that is being answered is the last one."""
+        """Returns True if the request that is being answered is the last one."""
         return self.last and not self._messages
 
     @property
     def is_waiting(self) -> bool:
-        """Whether something is held for real; `held` may be what was."""
+        """Returns True if something is held now; `held` may be out of date."""
         return bool(self._messages or self._head_bytes or self._unread)
 
     # -- what goes -----------------------------------------------------------------------------
@@ -473,7 +473,7 @@ class Connection(web.RequestHandler):
                 self.transport.close()
 
     async def _respond(self, message: RawRequestMessage | _ErrInfo, body: StreamReader) -> bool:
-        """Whether another request may follow."""
+        """Answers a request; returns True if another one may follow."""
         self._request_in_progress = True
         try:
             if isinstance(message, _ErrInfo):
@@ -562,7 +562,7 @@ class Connection(web.RequestHandler):
             self._keepalive_handle = self._loop.call_at(due, self._process_keepalive)
 
     def _explain(self, error: _ErrInfo) -> Response:
-        """What is answered where no handler is asked: what came is not HTTP."""
+        """The answer to bytes that are not HTTP."""
         exc = error.exc
         if isinstance(exc, Problem):
             found = exc

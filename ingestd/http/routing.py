@@ -29,11 +29,11 @@ _SEGMENTS_MAX = 8
 
 
 class Resource(NamedTuple, Generic[T_co]):
-    """What a path names.
+    """Resource of a path.
 
     Attributes:
         methods: what may be done with it, in the order of `Allow`.
-        what: the thing itself, for whoever does it.
+        what: the thing itself, for its handler.
     """
 
     methods: tuple[str, ...]
@@ -97,9 +97,7 @@ def path_of(target: str, method: str) -> str:
     return slash + path or (SERVER if method == "OPTIONS" else "/")
 
 
-# -- CORS: what lets the pages of other origins read our answers in a browser ----------------------
-#
-# No I/O.
+# -- CORS ------------------------------------------------------------------------------------------
 #
 # It is no access control: it only says what a browser may show to a page. Who is no browser does
 # not ask, and a request that needs no preflight has been carried out by the time the browser
@@ -163,10 +161,10 @@ class Cors:
         return self._others if self._any else self._allowed.get(origin, self._others)
 
     def preflight(self, origin: str, methods: Sequence[str]) -> dict[str, str]:
-        """What is more in the answer to an `OPTIONS` of a browser that asks first.
+        """Adds headers for the preflight request of a browser.
 
         Args:
-            origin: that asks.
+            origin: of the page.
             methods: that the resource takes.
         """
         if not self._any and origin not in self._allowed:

@@ -96,7 +96,7 @@ async def test_a_stream_goes_on_with_the_limits_of_its_token_as_they_are_now() -
         await reload(source, tokens=tokens(shop={"token": SHOP, "records_per_second": 1}))
         client.send(chunk(b"2\n" * 1000))
         await until(lambda: len(intake.items) == 1001)
-        assert source._gate._callers["shop"].wait() > 60
+        assert source._authenticator._callers["shop"].wait() > 60
         await reload(source, tokens=tokens(logs={"token": LOGS}))
         client.send(chunk(b"3\n"))
         assert (await client.reply()).json["accepted"] == 1001
@@ -105,7 +105,7 @@ async def test_a_stream_goes_on_with_the_limits_of_its_token_as_they_are_now() -
 async def test_a_stream_of_which_nothing_has_come_ends_too() -> None:
     async with serving(MemoryIntake(), tokens=TOKENS) as source, connected(source) as client:
         client.post(b"", **CHUNKED, **bearer(SHOP))
-        await until(lambda: source._door.ingestion.quiet)
+        await until(lambda: source._handler.ingestion.quiet)
         await reload(source, tokens=tokens(logs={"token": LOGS}))
         assert (await client.reply()).slug == "unauthorized"
         assert await client.closed()
@@ -117,9 +117,9 @@ async def test_a_wait_ends_and_says_what_is_durable(tmp_path: Path) -> None:
     more = {"handler": target, "executor": {"kind": "thread"}, "http": {"tokens": TOKENS}}
     async with Door(tmp_path, **more) as door, connected(door.source) as client:
         client.post(b"1\n2\n", Prefer="wait=60", **bearer(SHOP))
-        await until(lambda: door.source._door.ingestion.waiting)
+        await until(lambda: door.source._handler.ingestion.waiting)
         await reload(door.source, tokens=tokens(shop={"token": SHOP}))
-        assert door.source._door.ingestion.waiting
+        assert door.source._handler.ingestion.waiting
         await reload(door.source, tokens=tokens(logs={"token": LOGS}))
         reply = await client.reply()
         assert (reply.status, reply.json["accepted"]) == (202, 2)
@@ -174,7 +174,7 @@ async def test_a_certificate_that_expires_while_it_is_connected(tmp_path: Path) 
         assert (await client.reply()).status == 202
         await begin(client, b"2\n")
         await until(lambda: len(intake.items) == 2)
-        source._gate._now = lambda: time.time() + 2 * 86400
+        source._authenticator._now = lambda: time.time() + 2 * 86400
         client.send(chunk(b"3\n"))
         reply = await client.reply()
         assert (reply.status, reply.slug, reply.json["accepted"]) == (401, "unauthorized", 1)

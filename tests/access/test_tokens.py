@@ -114,7 +114,7 @@ async def test_nothing_of_a_body_is_read_before_it_is_known_whose_it_is(intakes:
                 client.post(b"", Content_Length="1000000", Expect="100-continue", **shown)
                 reply = await client.reply()
                 assert (reply.status, reply.headers["connection"]) == (expected, "close")
-                assert source._door.ingestion.room.requests == 0
+                assert source._handler.ingestion.admission.requests == 0
 
 
 async def test_a_stranger_is_told_nothing_about_the_rest_of_the_request(intakes: Any) -> None:
@@ -168,7 +168,7 @@ async def test_records_beyond_the_rate_wait(intakes: Any) -> None:
     burst = int(10 * BURST_SECONDS)
     async with serving(*intakes, tokens=tokens) as source:
         now = [0.0]
-        caller = source._gate._callers["shop"]
+        caller = source._authenticator._callers["shop"]
         caller._monotonic = lambda: now[0]
         now[0] = 1e9  # long idle
         # Whole, although it is more than there is.
@@ -190,7 +190,7 @@ async def test_bytes_are_those_of_the_records_decompressed(intakes: Any) -> None
     tokens = {"shop": {"token": SHOP, "bytes_per_second": "1kB"}}
     async with serving(*intakes, tokens=tokens) as source:
         now = [1e9]
-        source._gate._callers["shop"]._monotonic = lambda: now[0]
+        source._authenticator._callers["shop"]._monotonic = lambda: now[0]
         body = b'"' + b"x" * 10_000 + b'"\n'
         reply = await ask(source, gzip.compress(body), Content_Encoding="gzip", **bearer(SHOP))
         assert reply.status == 202
@@ -217,7 +217,7 @@ async def test_a_share_is_a_tokens_and_not_an_addresss(intakes: Any) -> None:
     async with serving(*intakes, tokens=tokens, requests_max=4, client_share=0.5) as source:
         waiting = [asyncio.create_task(limited(source, b"1")) for _ in range(2)]
         waiting.append(asyncio.create_task(limited(source, b"1", NEXT)))
-        await until(lambda: source._door.ingestion.room.requests == 3)
+        await until(lambda: source._handler.ingestion.admission.requests == 3)
         reply = await limited(source, b"1")
         assert (reply.status, reply.slug) == (429, "over-share")
         intakes[0].gate.set()

@@ -79,7 +79,11 @@ async def give_up(port: int, chance: random.Random, number: int) -> None:
 
 def held(door: Door) -> dict[str, Any]:
     """Everything that is counted of requests and connections."""
-    inner, server, taking = door.source._door, door.source._server, door.source._door.ingestion
+    inner, server, taking = (
+        door.source._handler,
+        door.source._server,
+        door.source._handler.ingestion,
+    )
     room = taking.room
     keys = door.pipelines["default"].journal.idempotency
     return {

@@ -60,7 +60,7 @@ async def test_a_bomb(name):
         assert (reply.status, reply.slug) == (413, "inflate-ratio")
         # The body as it came, in three hands, and what came out.
         assert most.bytes < 4 * len(wire) + 6 * MIB
-        assert source._door.ingestion.room.bytes == 0
+        assert source._handler.ingestion.admission.bytes == 0
         assert (await ask(source, b"1")).status == 202
     assert intake.items == [b"1"]
 

@@ -62,7 +62,7 @@ async def test_idle_streams_keep_nobody_out():
         for client in clients:
             begin(client, b"1\n")
         await until(lambda: len(intake.items) == 50)
-        await until(lambda: source._door.ingestion.room.bytes == 0)
+        await until(lambda: source._handler.ingestion.admission.bytes == 0)
         async with at(source, OTHER) as other:
             other.post(b'"%b"' % (b"x" * MIB))
             assert (await other.reply()).status in (202, 413)
@@ -84,15 +84,15 @@ async def test_a_client_has_a_share_of_the_streams():
         async with at(source, OTHER) as other:
             begin(other, b"3\n")
             await until(lambda: intake.items[-1] == b"3")
-            assert source._door.ingestion.room.streams == 3
-        await until(lambda: source._door.ingestion.room.streams == 2)
+            assert source._handler.ingestion.admission.streams == 3
+        await until(lambda: source._handler.ingestion.admission.streams == 2)
 
 
 async def test_a_window_is_counted_before_it_is_allocated():
     """One client's windows have a share; what has gone gives its place back."""
     intake = MemoryIntake()
     async with serving(intake) as source, contextlib.AsyncExitStack() as stack:
-        room = source._door.ingestion.room
+        room = source._handler.ingestion.admission
         held = [await stack.enter_async_context(at(source, ONE)) for _ in range(2)]
         refused = await stack.enter_async_context(at(source, ONE))
         begin(held[0], window(), ZSTD)
@@ -116,7 +116,7 @@ async def test_a_window_is_counted_before_it_is_allocated():
 async def test_an_unfinished_line_is_held_while_it_is_there():
     intake = MemoryIntake()
     async with serving(intake) as source, at(source, ONE) as client:
-        room = source._door.ingestion.room
+        room = source._handler.ingestion.admission
         begin(client, b'1\n"' + b"x" * 500_000)
         await until(lambda: intake.items == [b"1"])
         await until(lambda: room.bytes == room._lasting == 500_001)
@@ -128,7 +128,7 @@ async def test_an_unfinished_line_is_held_while_it_is_there():
 async def test_a_stream_without_room_waits_and_goes_on():
     intake = MemoryIntake()
     async with serving(intake, inflight_bytes_max=2 * MIB) as source, at(source, ONE) as client:
-        room = source._door.ingestion.room
+        room = source._handler.ingestion.admission
         begin(client, b"1\n")
         await until(lambda: intake.items == [b"1"])
         with room.enter(OTHER) as hold:
@@ -152,7 +152,7 @@ async def test_zlib_counts_its_window_too(encoding):
             b"Content-Encoding: %b\r\n" % encoding.encode(),
         )  # fmt: skip
         await until(lambda: intake.items == [b"1"])
-        await until(lambda: source._door.ingestion.room.bytes == 64 * 1024)
+        await until(lambda: source._handler.ingestion.admission.bytes == 64 * 1024)
 
 
 class Waiting(MemoryIntake):
@@ -176,7 +176,7 @@ async def test_a_body_is_given_up_while_its_client_waits():
         body = b"a body of its own " * 1000
         client.post(body, Prefer="wait=60")
         await until(lambda: intake.watch is not None)
-        assert source._door.ingestion.room.bytes == 0
+        assert source._handler.ingestion.admission.bytes == 0
         del body
         gc.collect()
         assert not [
@@ -191,7 +191,7 @@ async def test_who_has_gone_waits_no_more():
         async with at(source, ONE) as client:
             client.post(b"1", Prefer="wait=60")
             await until(lambda: intake.watch is not None)
-        await until(lambda: source._door.ingestion.room.requests == 0)
+        await until(lambda: source._handler.ingestion.admission.requests == 0)
         assert intake.watch is None
 
 
@@ -203,16 +203,16 @@ async def test_a_client_that_fills_a_bound_leaves_room_for_the_first_request_of_
         contextlib.AsyncExitStack() as stack,
     ):
         clients = [await stack.enter_async_context(at(source, ONE)) for _ in range(16)]
-        with source._door.ingestion.room.enter(ONE) as hold:
+        with source._handler.ingestion.admission.enter(ONE) as hold:
             hold.grow(8 * MIB - 100_000)
             for client in clients[:15]:
                 client.post(b'"%b"' % (b"x" * 5000))
-            await until(lambda: source._door.ingestion.room.requests == 16)
+            await until(lambda: source._handler.ingestion.admission.requests == 16)
             clients[15].post(b"1")
             assert (await clients[15].reply()).slug == "busy"
             other = await stack.enter_async_context(at(source, OTHER))
             other.post(b'"%b"' % (b"x" * 60_000))
-            await until(lambda: source._door.ingestion.room.requests == 17)
+            await until(lambda: source._handler.ingestion.admission.requests == 17)
             intake.gate.set()
             assert (await other.reply()).status == 202
 
@@ -221,7 +221,7 @@ async def test_a_large_head_counts_as_long_as_it_is_there():
     intake = MemoryIntake()
     intake.gate.clear()
     async with serving(intake) as source, at(source, ONE) as client:
-        room = source._door.ingestion.room
+        room = source._handler.ingestion.admission
         lines = b"".join(b"h%d: v\r\n" % n for n in range(100))
         client.send(LINE + HOST + lines + b"Content-Length: 1\r\n\r\n1")
         await intake.asked.wait()

@@ -175,7 +175,7 @@ async def test_chunks_of_one_byte(intake):
             client.send(LINE + HOST + b"Transfer-Encoding: chunked\r\n\r\n" + many)
             assert await answers(client) in ([400], [])
         await until(lambda: source._server.open == 0)
-        assert source._door.ingestion.room.bytes == 0
+        assert source._handler.ingestion.admission.bytes == 0
     assert len(intake.items) == 4000
 
 
@@ -197,7 +197,7 @@ async def test_a_body_that_breaks_while_it_is_read(intake):
     for broken in (b"zz\r\n", b"1\r\nxy\r\n", b"0\r\nX\r\n\r\n"):
         async with serving(intake) as source, connected(source) as client:
             client.send(LINE + HOST + b"Transfer-Encoding: chunked\r\n\r\n2\r\n1\n\r\n")
-            await until(lambda: source._door._active)
+            await until(lambda: source._handler._active)
             client.send(broken)
             reply = await client.reply()
             assert (reply.status, reply.slug) == (400, "bad-request")

@@ -144,7 +144,7 @@ async def test_a_body_that_trickles(intake, monkeypatch, chunked):
         assert "http.body_rate_min" in reply.json["detail"]
         sending.cancel()
         await asyncio.gather(sending, return_exceptions=True)
-        assert source._door.ingestion.room.bytes == 0
+        assert source._handler.ingestion.admission.bytes == 0
     assert not intake.asked.is_set()
 
 
@@ -189,11 +189,11 @@ async def test_a_body_that_was_announced_takes_little(intake):
             for n in range(1, 10):
                 client = await stack.enter_async_context(connected_from(source, f"127.0.1.{n}"))
                 client.post(b"1", Content_Length="16000000")
-            await until(lambda: source._door._active == 9)
-            assert source._door.ingestion.room.bytes < 1_000_000
+            await until(lambda: source._handler._active == 9)
+            assert source._handler.ingestion.admission.bytes < 1_000_000
             assert (await ask(source, b"1")).status == 202
-        await until(lambda: not source._door._active)
-        assert source._door.ingestion.room.bytes == 0
+        await until(lambda: not source._handler._active)
+        assert source._handler.ingestion.admission.bytes == 0
 
 
 # -- connections -----------------------------------------------------------------------------------

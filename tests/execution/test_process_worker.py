@@ -203,8 +203,8 @@ class Lanes:
 async def workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Lanes]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    Path("lane_handlers.py").write_text(textwrap.dedent(HANDLERS))
-    made = Lanes("lane_handlers")
+    Path("worker_handlers.py").write_text(textwrap.dedent(HANDLERS))
+    made = Lanes("worker_handlers")
     yield made
     if made.pool is not None:
         loop = asyncio.get_running_loop()
@@ -359,13 +359,15 @@ async def test_no_memory_for_a_job_is_a_crash(workers: Lanes) -> None:
 async def test_a_worker_that_can_not_be_started_costs_no_try(workers: Lanes) -> None:
     """The module is broken while a new worker is needed, as in the middle of a deployment."""
     await workers.start("Does", how="closes")
-    good = Path("lane_handlers.py").read_text()
+    good = Path("worker_handlers.py").read_text()
     assert failure_of(await workers.run(job())).reason == "crashed"
-    Path("lane_handlers.py").write_text("def (")
+    Path("worker_handlers.py").write_text("def (")
     failure = failure_of(await workers.run(job(2)))
     assert (failure.reason, failure.after) == (POSTPONED, START_AGAIN_SECONDS)
-    assert "no worker could be started: handler 'lane_handlers:Does': SyntaxError" in failure.error
-    Path("lane_handlers.py").write_text(good)
+    assert (
+        "no worker could be started: handler 'worker_handlers:Does': SyntaxError" in failure.error
+    )
+    Path("worker_handlers.py").write_text(good)
     assert (await workers.run(job(2))).failure is None
 
 

@@ -267,7 +267,7 @@ class Crowd:
 
     def __init__(self, source: HttpSource, intake: MemoryIntake) -> None:
         self.port = int(source.addresses[0].rpartition(":")[2])
-        self.room = source._door.ingestion.room
+        self.room = source._handler.ingestion.admission
         self.intake = intake
         self.writers: list[asyncio.StreamWriter] = []
 

@@ -95,7 +95,7 @@ async def test_every_answer_says_it_whatever_became_of_the_request() -> None:
         async with connected(source) as first, connected(source) as second:
             first.post(b"1")
             second.post(b"1")
-            await until(lambda: source._door.ingestion.room.requests == 2)
+            await until(lambda: source._handler.ingestion.admission.requests == 2)
             reply = await ask(source, b"1", Origin=APP)
             assert reply.status == 503
             check_shown(reply)

@@ -252,7 +252,7 @@ async def test_a_client_that_leaves_does_not_keep_its_key(tmp_path):
         # In the middle of a body there is no claim at all yet.
         async with connected(door.source) as client:
             client.post(b"1", Idempotency_Key="half", Content_Length="100")
-            await until(lambda: door.source._door.ingestion.room.bytes >= 100)
+            await until(lambda: door.source._handler.ingestion.admission.bytes >= 100)
             assert (await door.post(b"1", "half")).status == 202
         assert door.accepted == 2
 

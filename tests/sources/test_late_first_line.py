@@ -74,7 +74,7 @@ async def test_those_that_wait_are_bounded_like_streams():
     served = serving(MemoryIntake(), streams_max=1)
     async with served as source, connected(source) as first, connected(source) as second:
         first.post(b"", **CHUNKED)
-        await until(lambda: source._door.ingestion.quiet)
+        await until(lambda: source._handler.ingestion.quiet)
         second.post(b"", **CHUNKED)
         assert (await second.reply()).status == 408
         first.send(chunk(b"1\n") + END)
@@ -84,7 +84,7 @@ async def test_those_that_wait_are_bounded_like_streams():
 async def test_a_daemon_that_leaves_does_not_wait_for_it():
     async with serving(MemoryIntake()) as source, connected(source) as client:
         client.post(b"", **CHUNKED)
-        await until(lambda: source._door.ingestion.quiet)
+        await until(lambda: source._handler.ingestion.quiet)
         began = time.monotonic()
         await source.stop_taking(asyncio.get_running_loop().time() + 20)
         assert time.monotonic() - began < 10
@@ -94,7 +94,7 @@ async def test_a_daemon_that_leaves_does_not_wait_for_it():
 async def test_one_that_ends_without_a_line_is_empty():
     async with serving(MemoryIntake()) as source, connected(source) as client:
         client.post(b"", **CHUNKED)
-        await until(lambda: source._door.ingestion.quiet)
+        await until(lambda: source._handler.ingestion.quiet)
         client.send(END)
         assert (await client.reply()).slug == "empty"
 
@@ -103,6 +103,6 @@ async def test_a_client_that_leaves_gives_its_place_back():
     async with serving(MemoryIntake()) as source:
         async with connected(source) as client:
             client.post(b"", **CHUNKED)
-            await until(lambda: source._door.ingestion.quiet)
-        await until(lambda: not source._door.ingestion.quiet)
-        assert source._door.ingestion.room.requests == 0
+            await until(lambda: source._handler.ingestion.quiet)
+        await until(lambda: not source._handler.ingestion.quiet)
+        assert source._handler.ingestion.admission.requests == 0

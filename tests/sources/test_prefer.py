@@ -200,8 +200,8 @@ async def test_a_request_that_waits_holds_no_bytes(tmp_path):
     async with door(tmp_path, "hold") as (source, pipeline), connected(source) as client:
         client.post(b"1\n2", Prefer="wait=20")
         await until(lambda: len(pipeline.watches))
-        await until(lambda: source._door.ingestion.room.bytes == 0)
-        assert source._door.ingestion.room.requests == 1
+        await until(lambda: source._handler.ingestion.admission.bytes == 0)
+        assert source._handler.ingestion.admission.requests == 1
         assert (await client.reply()).status == 200
 
 

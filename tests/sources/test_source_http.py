@@ -384,11 +384,11 @@ async def test_a_client_that_leaves_in_the_middle_stores_nothing(intake):
             async with connected(source) as client:
                 client.post(b"1\n2\n" if headers is not CHUNKED else b"4\r\n1\n2\n\r\n", **headers)
                 await client.writer.drain()
-                await until(lambda: source._door._active)
+                await until(lambda: source._handler._active)
                 client.writer.transport.abort()
-            await until(lambda: not source._door._active)
+            await until(lambda: not source._handler._active)
         assert (await ask(source, b"1")).status == 202
-        assert source._door.ingestion.room.bytes == 0
+        assert source._handler.ingestion.admission.bytes == 0
     assert intake.items == [b"1"]
     assert [what[2] for what in seen] == [499, 499, 202]
 
@@ -409,7 +409,7 @@ async def test_what_the_pipeline_refuses(intake, error, answer, after):
         assert (reply.status, reply.slug) == answer
         assert reply.headers["retry-after"] == after
         assert b"secret" not in reply.body
-        assert source._door.ingestion.room.bytes == 0
+        assert source._handler.ingestion.admission.bytes == 0
 
 
 async def test_an_error_of_ours_is_500_without_a_traceback(intake):
@@ -439,7 +439,7 @@ async def test_bytes_in_flight_are_bounded(intake):
         intake.gate.set()
         assert (await first.reply()).status == 202
         assert (await ask(source, b'"%b"' % (b"x" * 200))).status == 202
-        assert source._door.ingestion.room.bytes == 0
+        assert source._handler.ingestion.admission.bytes == 0
 
 
 async def test_connections_are_bounded(intake):
@@ -574,7 +574,7 @@ async def test_leaving_finishes_what_was_taken(intake):
         waits.post(b'"waits"')
         await intake.asked.wait()
         sends.post(b'"se', Content_Length="7")
-        await until(lambda: source._door._active == 2)
+        await until(lambda: source._handler._active == 2)
         stopping = asyncio.create_task(source.stop_taking(loop.time() + 10))
         await until(lambda: not source._listener.is_serving())
         with pytest.raises(ConnectionError):
@@ -598,7 +598,7 @@ async def test_leaving_has_a_deadline(intake):
     loop = asyncio.get_running_loop()
     async with serving(intake) as source, connected(source) as client:
         client.post(b"1", Content_Length="1000")
-        await until(lambda: source._door._active)
+        await until(lambda: source._handler._active)
         with structlog.testing.capture_logs() as logs:
             await source.stop_taking(loop.time() + 0.02)
         assert logs[0]["event"] == "requests_abandoned"

@@ -123,7 +123,7 @@ async def test_a_stream_is_longer_than_any_bound_on_bodies_and_memory_stays_flat
         for _ in range(40):
             client.send(chunk(block))
             await client.writer.drain()
-            assert source._door.ingestion.room.bytes <= HELD_BYTES
+            assert source._handler.ingestion.admission.bytes <= HELD_BYTES
         client.send(END)
         assert (await client.reply()).json["accepted"] == 800_000
     assert intake.waiting_most <= 2 * body.PIECE_BYTES
@@ -135,7 +135,7 @@ async def test_a_connection_that_breaks_keeps_what_was_accepted_and_no_half_line
         async with connected(source) as client:
             await begin(client, b'"one"\n"half')
             await until(lambda: intake.items)
-        await until(lambda: not source._door.ingestion.room.requests)
+        await until(lambda: not source._handler.ingestion.admission.requests)
     assert intake.items == [b'"one"']
     assert not intake.refused
 

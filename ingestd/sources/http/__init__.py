@@ -1,1 +1,1 @@
-"""The source `http`: the door for records. Begin with `source.py`."""
+"""The source `http` accepts records over HTTP. Begin with `source.py`."""

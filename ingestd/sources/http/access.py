@@ -1,4 +1,4 @@
-"""What the settings say about who may come in, files read: at the start, and again on SIGHUP."""
+"""Access control data from the settings and their files, read at the start and on SIGHUP."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 
 class Access(NamedTuple):
-    """What can change while the daemon runs.
+    """Credentials, endpoints and TLS context, which a reload replaces together.
 
     Attributes:
-        tokens: who shows what.
+        tokens: of all clients.
         endpoints: with their secrets, by name.
-        context: what connections are encrypted with; `None` without TLS.
-        authorities: digests of the certificates of those who sign clients' certificates.
+        context: TLS context; `None` without TLS.
+        authorities: digests of the CAs of client certificates.
         doubts: what should be seen to and is no reason to refuse.
     """
 

@@ -326,7 +326,7 @@ class WholeCodec(BodyCodec):
     decode_quickly = decode
 
 
-# -- what is done to a whole body ------------------------------------------------------------------
+# -- whole bodies ----------------------------------------------------------------------------------
 #
 # What is done to a whole body: small ones at once, on the event loop, large ones in a thread.
 

@@ -54,12 +54,12 @@ class IngestHandler:
     Args:
         settings: the bounds.
         resources: by path.
-        gate: authenticates.
+        authenticator: authenticates.
         on_request: see `HttpSource`.
 
     Attributes:
         draining: nothing more is taken.
-        gate: may be replaced.
+        authenticator: may be replaced.
         cors: the headers for browsers, if any; may be replaced.
         ingestion: takes the bodies.
     """
@@ -68,11 +68,11 @@ class IngestHandler:
         self,
         settings: HttpSettings,
         resources: Resources,
-        gate: Authenticator,
+        authenticator: Authenticator,
         on_request: OnRequest | None = None,
     ) -> None:
         self.draining = False
-        self.gate = gate
+        self.authenticator = authenticator
         self.cors: Cors | None = None
         self.ingestion = Ingestion(settings, self._authorize)
         self._settings = settings
@@ -114,7 +114,7 @@ class IngestHandler:
             Problem: 401, 403 or 404 if it may not.
         """
         if route.caller is None:
-            return self.gate.identify(request, route.intake.name, route.spec.auth)
+            return self.authenticator.identify(request, route.intake.name, route.spec.auth)
         resource = self._resources.get(route.spec.path_of(route.value))
         if resource is None or not isinstance(resource.what, Route) or not resource.what.caller:
             raise Problem(problem.NOT_FOUND, "the path is there no more")
@@ -219,13 +219,15 @@ class IngestHandler:
         if request.method == "OPTIONS":
             return StaticResponse(204, headers=tell_options(resource, request.headers, self.cors))
         if isinstance(route, StaticResponse):
-            self.gate.check_host(request)
+            self.authenticator.check_host(request)
             return unless_known(route, request.headers.get("If-None-Match", ""))
         if self.draining:
             raise problem.draining()
         if isinstance(route, UnknownPipeline):
-            raise self.gate.explain_unknown(request, route.spec.auth)
-        caller = route.caller or self.gate.admit(request, route.intake.name, route.spec.auth)
+            raise self.authenticator.explain_unknown(request, route.spec.auth)
+        caller = route.caller or self.authenticator.admit(
+            request, route.intake.name, route.spec.auth
+        )
         return route, caller
 
 

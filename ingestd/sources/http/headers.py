@@ -35,9 +35,7 @@ def read_trace(values: Sequence[str]) -> dict[str, str]:
     return {"trace_id": match["trace"], "parent_id": match["parent"]}
 
 
-# -- `Prefer` (RFC 7240): what a client would like, as far as it is known here ---------------------
-#
-# No I/O.
+# -- `Prefer` (RFC 7240) ---------------------------------------------------------------------------
 
 PREFER_HEADER = "Prefer"
 APPLIED = "Preference-Applied"
@@ -52,7 +50,7 @@ _PREFERENCE = re.compile(
 
 
 class Preferences(NamedTuple):
-    """What is known here of what a client prefers.
+    """Preferences of a client that are supported.
 
     Attributes:
         wait: seconds that it would wait to hear what becomes of its records.
@@ -104,9 +102,7 @@ def _seconds(digits: str, longest: int) -> int | None:
     )
 
 
-# -- `Idempotency-Key`: what the header says, and what makes two requests the same one -------------
-#
-# No I/O.
+# -- `Idempotency-Key` -----------------------------------------------------------------------------
 #
 # The header is an RFC 8941 string, as the HTTP API working group's draft "The Idempotency-Key HTTP
 # Header Field" has it; the bare form that most clients send is read too, and means the same key.

@@ -89,14 +89,14 @@ class Ingestion:
             if it may not send there any more.
 
     Attributes:
-        room: what all requests together may hold.
+        admission: what all requests together may hold.
         streams: in progress.
         waiting: requests that wait for the outcomes of their records.
         quiet: requests whose body may be a stream and has not begun.
     """
 
     def __init__(self, settings: HttpSettings, authorize: Authorize) -> None:
-        self.room = AdmissionController(
+        self.admission = AdmissionController(
             settings.inflight_bytes_max,
             requests_max=settings.requests_max,
             share=settings.client_share,
@@ -144,7 +144,7 @@ class Ingestion:
         Raises:
             Problem: none was accepted, or not all of a stream.
         """
-        with self.room.enter(caller.name or peer_of(request)) as hold:
+        with self.admission.enter(caller.name or peer_of(request)) as hold:
             if (head := size_of_head(request.raw_headers)) > HEAD_BYTES_FREE:
                 hold.add_base(head)
             taken = await self._take(request, route, caller, hold)

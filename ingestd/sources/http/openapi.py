@@ -148,7 +148,7 @@ def _drop_unused(document: dict[str, Any]) -> None:
 
 
 def _fill_problems(responses: dict[str, Any], *, without: ProblemType) -> None:
-    """What a problem of each status looks like; `openapi.json` says what it means."""
+    """Fills in an example of a problem for each status that `openapi.json` describes."""
     kinds = [kind for kind in KINDS if kind is not without]
     for status in sorted({kind.status for kind in kinds}):
         types = [f"urn:ingestd:problem:{kind.slug}" for kind in kinds if kind.status == status]
@@ -170,7 +170,7 @@ def _ref(what: str) -> dict[str, str]:
     return {"$ref": f"#/components/{what}"}
 
 
-# -- `/`: a page for people who open the address in a browser --------------------------------------
+# -- the page at `/` -------------------------------------------------------------------------------
 #
 # Nothing of a request is in it.
 
@@ -247,7 +247,7 @@ def _headers(html: str) -> dict[str, str]:
     return {"Content-Security-Policy": policy, "Referrer-Policy": "no-referrer"}
 
 
-# -- what there is to read at the http source, made once at its start: it does not change ----------
+# -- documents -------------------------------------------------------------------------------------
 
 
 def published(

@@ -88,7 +88,7 @@ class HttpSource:
         self._local = (
             all(map(is_local, self._sockets)) if self._sockets else is_loopback(settings.listen)
         )
-        self._gate = Authenticator(settings, access, local=self._local)
+        self._authenticator = Authenticator(settings, access, local=self._local)
         if demands_signatures_alone(settings):
             log.warning("records_refused", reason=ONLY_DELIVERIES)
         # The handler looks here; `_publish` puts everything in.
@@ -106,9 +106,11 @@ class HttpSource:
             AddressError: it can't, and why.
         """
         settings = self._settings
-        self._door = IngestHandler(settings, self._resources, self._gate, self._on_request)
+        self._handler = IngestHandler(
+            settings, self._resources, self._authenticator, self._on_request
+        )
         self._server = Server(
-            self._door.answer,
+            self._handler.answer,
             connections_max=settings.connections_max,
             per_client_max=settings.connections_per_client_max,
             head_timeout=settings.head_timeout,
@@ -120,7 +122,7 @@ class HttpSource:
                 *split_address(settings.listen), _BACKLOG, shared=settings.reuse_port
             )
         except (OSError, ValueError) as error:
-            self._door.close()
+            self._handler.close()
             what = getattr(error, "strerror", None) or str(error)
             if getattr(error, "errno", None) == errno.EADDRINUSE:
                 what += _HOW_TO_SHARE[settings.reuse_port]
@@ -151,7 +153,7 @@ class HttpSource:
         if settings.cors_origins:
             sent = [name for one in endpoints.values() for name in one.request_headers]
             shown = [name for one in endpoints.values() for name in one.response_headers]
-            self._door.cors = Cors(settings.cors_origins, sent, shown)
+            self._handler.cors = Cors(settings.cors_origins, sent, shown)
 
     def _resources_of(self, endpoint: Endpoint, spec: RouteSpec) -> dict[str, Resource[Found]]:
         """Returns a resource for each value of a template's variable, and one for all others."""
@@ -194,14 +196,14 @@ class HttpSource:
         def change() -> None:
             _tell(access)
             fewer = not self._access.authorities <= access.authorities
-            self._gate = self._door.gate = Authenticator(
-                settings, access, local=self._local, before=self._gate
+            self._authenticator = self._handler.authenticator = Authenticator(
+                settings, access, local=self._local, before=self._authenticator
             )
             self._access = access
             self._publish(settings, access)
             self._listener.context = access.context
             self._server.authorities = access.authorities
-            self._door.ingestion.look_again()
+            self._handler.ingestion.look_again()
             if fewer:
                 self._server.end_certified()
 
@@ -231,12 +233,12 @@ class HttpSource:
         self._listener.close()
         left = deadline - asyncio.get_running_loop().time()
         await self._server.hear_out(min(_HEAR_SECONDS, left))
-        self._door.begin_to_drain()
-        await self._door.drain(deadline)
+        self._handler.begin_to_drain()
+        await self._handler.drain(deadline)
 
     async def close(self) -> None:
         """Closes every connection. A request that is still in progress gets no answer."""
-        self._door.close()
+        self._handler.close()
         self._listener.close()
         await self._listener.wait_closed()  # or a handshake would end as one more connection
         await self._server.close(_SHUTDOWN_SECONDS)

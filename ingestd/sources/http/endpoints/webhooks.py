@@ -53,7 +53,7 @@ SECRET_BYTES_MIN = 16
 
 
 class Signed(NamedTuple):
-    """What the headers of a delivery say.
+    """Signature headers of a delivery.
 
     Attributes:
         id: the sender's; empty if it is in the body.
@@ -86,7 +86,7 @@ class Webhook:
         self._tolerance = settings.tolerance
 
     def check(self, headers: Mapping[str, str], wire: bytes, now: float) -> Delivery:
-        """Whether it was signed, and lately.
+        """Verifies the signature and its time.
 
         Args:
             headers: of the request; whatever their case.
@@ -252,7 +252,7 @@ def _decode(secret: str, kind: str) -> bytes:
     return decoded
 
 
-# -- what the headers say ----------------------------------------------------------------------
+# -- headers ---------------------------------------------------------------------------------------
 
 
 def _standard(headers: Mapping[str, str]) -> Signed:
