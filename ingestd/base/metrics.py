@@ -49,7 +49,7 @@ _STATE = (
     ("processed", "records_processed_total", "Records the handler is done with" + _LIFE),
     ("dead_ever", "records_dead_total", "Accepted records given up" + _LIFE),
     ("refused_ever", "records_refused_total", "Records refused, kept as dead letters" + _LIFE),
-    ("dead_letters.requeued", "records_revived_total", "Records given up, then requeued" + _LIFE),
+    ("dead_letters.requeued", "records_requeued_total", "Records given up, then requeued" + _LIFE),
     (
         "dead_letters.readmitted",
         "records_readmitted_total",

@@ -202,7 +202,7 @@ class FailureLog:
         repeated = self._kinds.repeated()
         if self._down_since is not None:
             log.warning(
-                "handler_stayed_down",
+                "handler_still_down",
                 pipeline=self._pipeline,
                 down_seconds=round(now - self._down_since, 1),
                 tries=sum(one.times for one in repeated),

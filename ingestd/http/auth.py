@@ -325,5 +325,5 @@ class Authenticator:
         self._denied += 1
         now = self._monotonic()
         if now >= self._say_denied_at:
-            log.info("callers_denied", count=self._denied, last=peer_of(request))
+            log.info("requests_denied", count=self._denied, last=peer_of(request))
             self._denied, self._say_denied_at = 0, now + DENIED_SECONDS

@@ -109,9 +109,9 @@ class DeadLetterMaintenance:
                 log.warning("dead_letters_still_invalid", pipeline=self._pipeline, letters=unfit)
             if revived or readmitted:
                 log.info(
-                    "dead_letters_revived",
+                    "dead_letters_requeued",
                     pipeline=self._pipeline,
-                    revived=revived,
+                    requeued=revived,
                     readmitted=readmitted,
                 )
 

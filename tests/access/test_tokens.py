@@ -244,7 +244,7 @@ async def test_who_was_turned_away_is_logged_seldom_and_without_the_token(intake
         async with serving(*intakes, tokens=TOKENS) as source:
             for _ in range(50):
                 await code(source, **bearer("a-wrong-token-0123456789"))
-    denied = [line for line in logs if line["event"] == "callers_denied"]
+    denied = [line for line in logs if line["event"] == "requests_denied"]
     assert denied == [
-        {"event": "callers_denied", "count": 1, "last": "127.0.0.1", "log_level": "info"}
+        {"event": "requests_denied", "count": 1, "last": "127.0.0.1", "log_level": "info"}
     ]

@@ -160,7 +160,7 @@ def test_end_of_input_waits_for_what_was_marked(folder: Path) -> None:
     cli("dead", "retry", "--limit", "1200", cwd=folder)
     with Daemon("app:store", "--source", "stdin", cwd=folder) as again:
         assert again.wait() == 0
-        assert again.event("dead_letters_revived")["revived"] == 1200
+        assert again.event("dead_letters_requeued")["requeued"] == 1200
     assert len(set(got(folder))) == len(got(folder)) == 1200
 
 

@@ -45,7 +45,7 @@ def test_a_small_disk_takes_records_with_the_defaults(tmp_path: Path) -> None:
             filler.unlink()
             while running.post(b"4\n")[0] != 202:
                 pass
-            running.event("records_taken_again")
+            running.event("records_accepted_again")
             assert [one["event"] for one in running.events].count("records_refused") == 1
 
 

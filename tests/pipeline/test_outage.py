@@ -154,7 +154,7 @@ async def test_little_is_tried_and_little_is_said_while_it_is_down(start, tmp_pa
         for name in (
             "batch_failed",
             "handler_went_down",
-            "handler_stayed_down",
+            "handler_still_down",
             "handler_came_back",
         )
     )

@@ -110,7 +110,7 @@ def test_a_unix_socket(tmp_path: Path) -> None:
             connection.request("POST", "/v1/records", b"1\n")
             assert connection.getresponse().status == 401
             connection.close()
-            assert one.event("callers_denied")["last"] == f"uid {os.getuid()}"
+            assert one.event("requests_denied")["last"] == f"uid {os.getuid()}"
             one.terminate()
             assert one.wait() == 0
     assert (tmp_path / "records.sock").is_socket()

@@ -275,7 +275,7 @@ class SqliteJournal:
             what = f"the disk of the journal ({self.space.left.shortage})"
             raise self._full(what, free_min - free, 0)
         if self.refusing:
-            log.info("records_taken_again", path=str(self.path), after=self.refusing)
+            log.info("records_accepted_again", path=str(self.path), after=self.refusing)
             self.refusing = ""
         self.bytes += size
         future: asyncio.Future[Place] = self._loop.create_future()
