@@ -115,7 +115,7 @@ class Pipeline:
             keys=keys,
             check=check,
         )
-        self.keeper = DeadLetterMaintenance(name, self.journal.dead_letters, settings.dead, clock)
+        self.letters = DeadLetterMaintenance(name, self.journal.dead_letters, settings.dead, clock)
         self.auditor = Auditor(name, self.journal.maintenance)
         self.room = MemoryBudget(settings.queue.bytes_max)
         self.queue: asyncio.Queue[Chunk] = asyncio.Queue(settings.queue.chunks_max)
@@ -181,12 +181,12 @@ class Pipeline:
             self._tasks.start(self._pump(), "pump"),
             self._tasks.start(self._consume(), "consume"),
             self._tasks.start(self._dispatch(), "dispatch"),
-            self._tasks.start(self.keeper.run(), "keeper"),
+            self._tasks.start(self.letters.run(), "letters"),
             self._tasks.start(self.auditor.run(), "auditor"),
             self._tasks.start(self.dispatcher.failures.run(), "failures"),
         ]
         # Letters that were marked while nothing ran are requeued before anything new is taken.
-        looked = self._loop.create_task(self.keeper.looked.wait())
+        looked = self._loop.create_task(self.letters.looked.wait())
         ends: set[asyncio.Future[Any]] = {looked, self.broken}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         looked.cancel()
@@ -365,7 +365,7 @@ class Pipeline:
         log.error("dispatch_stopped", reason="dead.bytes_max", **facts)
         self._moved.set()  # a drain does not wait for what will not come
         while letters.full:
-            await self.keeper.looks.wait()
+            await self.letters.looks.wait()
         self.stopped = ""
         log.info("dispatch_resumed", **facts)
 
@@ -411,7 +411,7 @@ class Pipeline:
         as soon as all that is left waits for a retry beyond it.
         """
         self.batcher.draining = True
-        self.keeper.stop()
+        self.letters.stop()
         self._retime()
         joined = self._loop.create_task(self._joined(), name=f"{self.name}-join")
         try:

@@ -7,7 +7,7 @@ can't both be accepted; the claim ends when its append resolves, or when its hol
 
 A key belongs to its principal. Where there are several of them, each may hold at most as many keys
 as are free for the others (the dynamic thresholds of A. K. Choudhury and E. L. Hahne, 1998): one
-alone gets half of the table, and nobody can fill it. A key that is remembered is never dropped for
+alone gets half of the table, and none can fill it. A key that is remembered is never dropped for
 a new one before its time, or a request that is sent again would be accepted twice; so at its share
 a principal is refused.
 """

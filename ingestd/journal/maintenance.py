@@ -69,7 +69,7 @@ class DeadLetterMaintenance:
         """
         while self._letters is not None:
             try:
-                await self.look()
+                await self.poll()
             except Overloaded:
                 pass  # the disk is full; the marks stay, and the next look finds them
             self.looked.set()
@@ -78,7 +78,7 @@ class DeadLetterMaintenance:
             await asyncio.sleep(LOOK_SECONDS)
         self.looked.set()
 
-    async def look(self) -> None:
+    async def poll(self) -> None:
         """Requeues what is marked, and deletes what is too old.
 
         Raises:

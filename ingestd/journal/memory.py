@@ -44,7 +44,7 @@ SWEEP_EACH = 4
 """Expired keys that may go with each new one."""
 DEAD_MAX = 10_000
 """Dead letters kept, as far as `dead.bytes_max` allows. Older ones go first, counted as expired:
-nobody can see or purge them from outside, and they are gone with the process anyway."""
+no command can see or purge them, and they are gone with the process anyway."""
 
 
 class MemoryOffsets:

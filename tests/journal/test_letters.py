@@ -105,7 +105,7 @@ async def test_letters_of_invalid_records_never_close_a_journal(opened) -> None:
 async def test_a_principal_has_a_share_and_its_oldest_letters_go(tmp_path: Path) -> None:
     journal = SqliteJournal(
         tmp_path / "journal.db", bytes_max=1 << 30, clock=SystemClock(),
-        on_commit=lambda *_: None, courtesy=InvalidQuota(64 << 10),
+        on_commit=lambda *_: None, invalid=InvalidQuota(64 << 10),
     )  # fmt: skip
     await journal.open(lambda _: None)
     for number in range(40):

@@ -207,7 +207,7 @@ class PipelineAgainstModel(RuleBasedStateMachine):
             marked = mark(db, LetterFilter(ids=tuple(ids)), max(ids), json_fault)
         again = {int(kept[number].payload) for number in ids if kept[number].record}
         assert marked == (len(again), len(ids) - len(again))
-        self.loop.run_until_complete(self.pipeline.keeper.look())
+        self.loop.run_until_complete(self.pipeline.letters.poll())
         self.dead -= again
         self.pending |= again
         self.settle_down()

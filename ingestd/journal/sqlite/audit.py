@@ -2,7 +2,7 @@
 
 Each life begins with a count, and a daemon that runs for months goes on counting; otherwise it
 would show numbers that add up only because one of them is made of the others. A count takes as
-many steps as there are chunks, and each step is short: nobody waits for it, and no snapshot that
+many steps as there are chunks, and each step is short: no reader waits for it, and no snapshot that
 lasts keeps the WAL from being started over.
 """
 
@@ -23,7 +23,7 @@ CHUNKS_MAX = 2_000
 
 
 class Difference(NamedTuple):
-    """What the counters say less what the rows hold; anything but 0 is an error.
+    """The counters less the rows; anything but 0 is an error.
 
     Attributes:
         records: pending ones.

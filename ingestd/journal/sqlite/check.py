@@ -1,4 +1,4 @@
-"""What is in a journal, whether it holds together, and what to do with a chunk that is damaged.
+"""Shows what is in a journal, looks for faults, and sets damaged chunks aside.
 
 Everything but `set_aside` only reads, and can do so while a daemon runs: what belongs together is
 read in one snapshot, and no snapshot lasts longer than it must.
@@ -309,7 +309,7 @@ def _sealed_in(db: sqlite3.Connection, chunk: int) -> list[tuple[Span, int]]:
 
 
 def all_set_aside(db: sqlite3.Connection) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """What has been set aside: the facts of each chunk, and its payload as it is."""
+    """Reads the chunks that were set aside: the facts of each, and its payload as it is."""
     for (chunk,) in db.execute("SELECT id FROM damaged ORDER BY id").fetchall():
         facts = _row(db, f"SELECT * FROM damaged WHERE id = {int(chunk)}")  # noqa: S608
         facts["names"] = bytes(facts["names"]).decode(errors="replace").split()

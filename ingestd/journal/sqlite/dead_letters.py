@@ -1,8 +1,8 @@
-"""Dead letters as a person handles them: chosen by a filter, read, marked, purged, in small steps.
+"""Dead letters for an operator: chosen by a filter, read, marked, purged, in small steps.
 
-Nothing here touches the ledger: whoever purges deletes rows, whoever wants records fed again marks
-them, and the daemon does the rest (see `letters.py`). Every step reads without a lock that anybody
-waits for, and then writes a bounded number of rows in one transaction: of those letters what is
+Nothing here touches the ledger: purging deletes rows, requeuing marks them, and the daemon does the
+rest (see `letters.py`). Every step reads without a lock that others
+wait for, and then writes a bounded number of rows in one transaction: of those letters what is
 there by then. A row that is meant in part is taken apart first; its letters keep their numbers.
 """
 
@@ -194,7 +194,7 @@ def _rows(
 
 
 def count(db: sqlite3.Connection, chosen: LetterFilter) -> LetterCounts:
-    """How many letters are meant."""
+    """Counts the letters that are chosen."""
     if not chosen.ids and chosen.limit is None:
         return _count_all(db, chosen)
     total, size, marked, incomplete, last = 0, 0, 0, 0, 0
@@ -324,7 +324,7 @@ def _in_steps(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
 
 
 def _change_part(db: sqlite3.Connection, part: _Part, *, mark: bool) -> int:
-    """What is there now of a part, in the transaction that is open; how many letters it were."""
+    """Changes what is there now of a part, in the open transaction; returns how many letters."""
     numbers = part.row.numbers
     query = "SELECT id, letters FROM dead WHERE id BETWEEN ? AND ? AND retry = 0"
     done = 0

@@ -93,7 +93,7 @@ class SqliteJournal:
         dead_bytes_max: bound on the bytes of these dead letters; `None` for `bytes_max`.
         keys: how long idempotency keys are kept, and how many.
         space: watches the disk; without one only a failed commit tells that it is full.
-        courtesy: bounds the letters of records that were never accepted.
+        invalid: bounds the letters of records that were never accepted.
     """
 
     def __init__(
@@ -106,10 +106,10 @@ class SqliteJournal:
         dead_bytes_max: int | None = None,
         keys: KeyRule = KeyRule(),  # noqa: B008  immutable
         space: DiskSpaceGuard | None = None,
-        courtesy: InvalidQuota = InvalidQuota(),  # noqa: B008  immutable
+        invalid: InvalidQuota = InvalidQuota(),  # noqa: B008  immutable
     ) -> None:
         self.path = path
-        self._courtesy = courtesy
+        self._invalid = invalid
         self._locks = contextlib.ExitStack()
         self.bytes_max = bytes_max
         self.dead_letters = SqliteDeadLetterStore(
@@ -214,11 +214,11 @@ class SqliteJournal:
         """Opens it, and reads as much as tells whether it is whole.
 
         Of the chunks that is one step of the count: all of them if they are few. `audit` goes on
-        with it, so a long backlog does not keep anybody waiting for the start.
+        with it, so a long backlog does not delay the start.
         """
         if repair.marked(self.path):
             raise sqlite3.DatabaseError("damage was met in an earlier life")
-        store = Store(self.path, self._courtesy)
+        store = Store(self.path, self._invalid)
         try:
             check_pages(store.connection, self.path)
             recovered = store.recovered(self.failed)
@@ -372,7 +372,7 @@ class SqliteJournal:
         try:
             self._loop.call_soon_threadsafe(self._committed, committed)
         except RuntimeError:
-            pass  # the loop is gone: nobody waits any more, and what was written is written
+            pass  # the loop is gone: no future is awaited any more, and what was written is written
 
     def _committed(self, committed: Committed) -> None:
         error = committed.error
@@ -516,5 +516,5 @@ def build(settings: JournalSettings, context: JournalContext) -> SqliteJournal:
         dead_bytes_max=context.dead_bytes_max,
         keys=context.keys,
         space=DiskSpaceGuard(path.parent, scaled(settings.free_min, path.parent)),
-        courtesy=context.invalid,
+        invalid=context.invalid,
     )

@@ -3,9 +3,9 @@
 A person marks letters (`retry = 1`) with `ingestd dead retry`, from another process, which never
 touches the ledger. The daemon's committer takes the marked ones back: in one transaction they
 become chunks, their rows go and the ledger moves. So there is no moment at which a record is in
-both places or in neither, whoever crashes. Their ids go with them (`Records.names`).
+both places or in neither, whichever crashes. Their ids go with them (`Records.names`).
 
-Letters of records that were never accepted are a courtesy. They have a bound of their own, each
+Letters of records that were never accepted have a bound of their own, each
 principal has a share of it, and beyond either the oldest ones go.
 
 `dead_totals` and `invalid` are kept by triggers, because two processes delete letters: they are
@@ -44,7 +44,7 @@ CHUNK_BYTES = 256 << 10
 EXPIRE_BYTES = 64 << 20
 """No further row expires in a transaction beyond this."""
 SHARES = 4
-"""The part of the courtesy's bound that one principal may take."""
+"""The part of their bound that one principal may take."""
 DROP_ROWS = 1000
 """Most rows that one look for old letters to drop reads."""
 
@@ -68,7 +68,7 @@ def insert(
 
 
 def totals(db: sqlite3.Connection) -> DeadTotals:
-    """What there is, and what has gone over the life of the journal."""
+    """Reads the totals of the letters that are there, and of those that have gone."""
     return DeadTotals(*db.execute(f"SELECT {_TOTALS} FROM dead_totals").fetchone())  # noqa: S608
 
 

@@ -92,7 +92,7 @@ def _carry_over(path: Path) -> None:
         if application != APPLICATION_ID or version != 1:
             return
     except _ERRORS:
-        return  # whoever opens it says why
+        return  # the opener raises the reason
     folder = path.absolute().parent
     places = [folder, *([folder.parent.parent] if folder.parent.name == "pipelines" else [])]
     with contextlib.ExitStack() as held:

@@ -28,7 +28,7 @@ SCHEMA = """CREATE TABLE IF NOT EXISTS bookmarks(
 
 
 class OffsetTotals(NamedTuple):
-    """How many there are, and what they count for in the journal's bound."""
+    """The number of offsets, and the bytes that they count for in the journal's bound."""
 
     count: int = 0  # type: ignore[assignment]  # hides tuple.count
     bytes: int = 0
@@ -60,7 +60,7 @@ def checksum(bookmark: SourceOffset) -> int:
 
 
 def exist(db: sqlite3.Connection) -> bool:
-    """Whether the journal has the table: one that no daemon has opened lately may lack it."""
+    """Returns True if the journal has the table: one that no daemon opened lately may lack it."""
     found = db.execute("SELECT 1 FROM sqlite_schema WHERE type='table' AND name='bookmarks'")
     return found.fetchone() is not None
 

@@ -163,7 +163,7 @@ def carry_over(db: sqlite3.Connection) -> None:
     db.execute("BEGIN IMMEDIATE")
     try:
         (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version == 1:  # nobody else did it meanwhile
+        if version == 1:  # no other process did it meanwhile
             _carry_over(db)
         db.execute("COMMIT")
     except BaseException:

@@ -1,6 +1,6 @@
 """The SQLite file behind a journal: its tables and what one transaction does to them.
 
-Nothing here knows threads or the event loop; a connection belongs to whoever opened it.
+Nothing here knows threads or the event loop; a connection belongs to its opener.
 
 * `synchronous=FULL` in WAL mode: `COMMIT` returns after `fdatasync` of the WAL
   (https://www.sqlite.org/pragma.html#pragma_synchronous).
@@ -74,7 +74,7 @@ class Meta(NamedTuple):
 
 
 class KeyChange(NamedTuple):
-    """How many idempotency keys, and bytes of them, a commit removed or there are.
+    """The number of idempotency keys, and their bytes: all of them, or those that a commit removed.
 
     Attributes:
         count: keys.
@@ -138,7 +138,7 @@ def connect(path: Path, *, cache_kib: int = READER_CACHE_KIB) -> sqlite3.Connect
 
 
 def why(error: Exception) -> str:
-    """What went wrong; SQLite calls it an I/O error where a full disk has no room for its index."""
+    """Names a fault; SQLite calls it an I/O error where a full disk has no room for its index."""
     code = getattr(error, "sqlite_errorcode", None)
     return "the disk is full" if code == sqlite3.SQLITE_IOERR_SHMSIZE else str(error)
 
@@ -153,7 +153,7 @@ class Store:
 
     Args:
         path: the file; made if it is not there, private in any case.
-        courtesy: what letters of records that were never accepted may take.
+        invalid: bounds the letters of records that were never accepted.
 
     Attributes:
         meta: the moving row after the last commit.
@@ -163,9 +163,9 @@ class Store:
         keys: the idempotency keys that are there after it, expired ones included.
     """
 
-    def __init__(self, path: Path, courtesy: InvalidQuota = InvalidQuota()) -> None:  # noqa: B008  immutable
+    def __init__(self, path: Path, invalid: InvalidQuota = InvalidQuota()) -> None:  # noqa: B008  immutable
         self.path = path
-        self._courtesy = courtesy
+        self._invalid = invalid
         self._probe = -1
         self._names = (str(path), f"{path}-wal")  # strings: they are looked up after every commit
         self._files: list[tuple[int, int]] = []
@@ -238,11 +238,11 @@ class Store:
         gone = _NO_CHANGE
         db.execute("BEGIN IMMEDIATE")
         try:
-            write, moved = _move_letters(db, self.meta, write, self._courtesy)
+            write, moved = _move_letters(db, self.meta, write, self._invalid)
             meta = _advance(self.meta, write, moved)
             _insert(db, write)
             if write.refused:
-                moved = _insert_refused(db, write.refused, moved, self._courtesy.bytes_max)
+                moved = _insert_refused(db, write.refused, moved, self._invalid.bytes_max)
             _remove(db, write)
             if write.claims or write.sweep:
                 gone = _change_keys(db, write)
@@ -311,14 +311,14 @@ class Store:
         return chunks  # type: ignore[no-any-return]
 
     def reusable_bytes(self) -> int:
-        """Pages of the file that are free: what comes next goes there first."""
+        """Returns the bytes of free pages in the file: the next rows go there first."""
         (pages,) = self.connection.execute("PRAGMA freelist_count").fetchone()
         return int(pages) * PAGE_BYTES
 
     def in_place(self) -> bool:
-        """Whether what was written is still what the next start will find under these names.
+        """Returns True if the next start will find what was written under these names.
 
-        An open file that somebody deleted takes every commit, and all of it goes with the process.
+        An open file that was deleted takes every commit, and all of it goes with the process.
         A file system that gives itself up while a sync is under way may let `fdatasync` return as
         if all were well, although nothing was written (seen with ext4 on Linux 6.18, in one of six
         tries). It refuses every later write, one of no bytes too, so that is asked for.
@@ -386,13 +386,13 @@ def _key_totals(db: sqlite3.Connection) -> KeyChange:
 
 
 def _move_letters(
-    db: sqlite3.Connection, meta: Meta, write: Write, courtesy: InvalidQuota
+    db: sqlite3.Connection, meta: Meta, write: Write, invalid: InvalidQuota
 ) -> tuple[Write, Moved]:
     """Marked dead letters become the last chunks of this commit; old ones go."""
     moved = Moved()
     if write.revive_at is not None:
         last = write.chunks[-1].id if write.chunks else meta.last_chunk
-        moved = letters.revive(db, last + 1, write.revive_at, courtesy.check)
+        moved = letters.revive(db, last + 1, write.revive_at, invalid.check)
     if write.expire is not None:
         moved = moved._replace(expired=letters.expire(db, *write.expire))
     if moved.chunks:
@@ -425,7 +425,7 @@ def write_meta(db: sqlite3.Connection, journal: str, meta: Meta) -> None:
 
 
 def _advance(meta: Meta, write: Write, moved: Moved) -> Meta:
-    """Where the one moving row stands after this commit."""
+    """Computes the one moving row after this commit."""
     # Loops, not sums: a commit under little load has one append, and five empty sums cost more.
     ledger = meta.ledger
     accepted = ledger.accepted - moved.revived  # what is revived was accepted once already
@@ -554,7 +554,7 @@ def check_pages(db: sqlite3.Connection, path: Path) -> None:
 
 
 def find_key(db: sqlite3.Connection, key: str) -> RememberedKey | None:
-    """What is stored for an idempotency key, expired or not."""
+    """Reads the entry of an idempotency key, expired or not."""
     row = db.execute("SELECT fingerprint, answer, at FROM keys WHERE key = ?", (key,)).fetchone()
     return None if row is None else RememberedKey(*row)
 

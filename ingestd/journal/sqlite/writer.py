@@ -96,7 +96,7 @@ class Expire(NamedTuple):
 
 Op = QueuedAppend | QueuedChange | Sweep | Requeue | Expire
 _TRIED_ONCE = frozenset({QueuedAppend, Requeue, Expire})
-"""What a full disk refuses: whoever asked can ask again."""
+"""Operations that a full disk refuses: they can be submitted again."""
 
 
 class Committed(NamedTuple):
@@ -138,7 +138,7 @@ class JournalWriter:
 
     Attributes:
         busy: the thread is at a commit, or at starting the WAL over.
-        commits: how many it has begun; both for whoever wants to know whether it moves.
+        commits: how many it has begun; both show if it moves.
     """
 
     def __init__(
@@ -279,7 +279,7 @@ class JournalWriter:
             self._swept_at = write.at
 
     def _sweep(self, ops: Sequence[Op], now: float) -> int:
-        """How many of the oldest idempotency keys this commit looks at: usually none."""
+        """Returns how many of the oldest idempotency keys this commit looks at: usually none."""
         if not self._store.keys.count:
             return 0
         due = abs(now - self._swept_at) >= SWEEP_SECONDS or any(type(op) is Sweep for op in ops)
