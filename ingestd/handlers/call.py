@@ -180,7 +180,7 @@ def _not_run(returned: Any) -> Failure | None:
         return None
     return Failure(
         "raised",
-        f"the handler returned a {name_of(kind)} that nobody awaits:"
+        f"the handler returned a {name_of(kind)} that is never awaited:"
         ' declare it async def and set executor.kind = "async"',
     )
 

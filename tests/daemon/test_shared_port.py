@@ -223,7 +223,7 @@ def test_with_the_setting_alone_it_says_what_the_other_needs(homes: list[Path]) 
     with daemon(cwd=homes[0]) as one:
         done = run(*flags(one.port), "--admin.listen", "127.0.0.1:0", cwd=homes[1])
     assert done.returncode == 78
-    assert "who has it must have http.reuse_port = true as well" in one_line(done)
+    assert "its other daemon needs http.reuse_port = true as well" in one_line(done)
 
 
 def test_the_folder_is_not_shared(port: int, tmp_path: Path) -> None:

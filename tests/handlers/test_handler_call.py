@@ -192,7 +192,7 @@ def test_everything_is_caught(run: Run, name: str, error: str, in_traceback: str
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("later.coroutine", "returned a coroutine that nobody awaits: declare it async def"),
+        ("later.coroutine", "returned a coroutine that is never awaited: declare it async def"),
         ("later.generator", "returned a generator, so none of it ran"),
         ("later.agenerator", "returned a generator, so none of it ran"),
     ],

@@ -37,7 +37,7 @@ _SHUTDOWN_SECONDS = 1.0
 _HEAR_SECONDS = 1.0
 _HOW_TO_SHARE = {
     False: "; daemons share a port if each has http.reuse_port = true",
-    True: "; who has it must have http.reuse_port = true as well, and be of the same user",
+    True: "; its other daemon needs http.reuse_port = true as well, and the same user",
 }
 
 
@@ -224,8 +224,8 @@ class HttpSource:
     async def stop_taking(self, deadline: float) -> None:
         """New connections are refused, new requests get 503; those in progress are finished.
 
-        Who was let in before the door was closed is no new one: its first request is served. So
-        where daemons share a port, one that leaves is not felt by who connects for each request.
+        A connection that was accepted before is no new one: its first request is served. So where
+        daemons share a port, clients that connect for each request notice no daemon that leaves.
 
         Args:
             deadline: when it stops waiting for them, in the loop's time.

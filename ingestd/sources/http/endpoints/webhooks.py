@@ -247,7 +247,7 @@ def _decode(secret: str, kind: str) -> bytes:
     if len(decoded) < SECRET_BYTES_MIN:
         # The empty one above all, which a variable that is not set leaves behind its prefix.
         raise ValueError(
-            f"{len(decoded)} bytes, fewer than {SECRET_BYTES_MIN}: anybody could find it and sign"
+            f"{len(decoded)} bytes, fewer than {SECRET_BYTES_MIN}: it could be guessed"
         )
     return decoded
 
