@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import async_timeout
@@ -20,7 +19,6 @@ from ingestd.base.errors import KeysUnsupported
 from ingestd.base.logging import get_logger
 from ingestd.base.tasks import OwnedTasks
 from ingestd.batching.batcher import BatchDraft, Batcher, unreadable
-from ingestd.codecs.lines import record_fault
 from ingestd.execution.dispatcher import Dispatcher
 from ingestd.journal.build import build_journal
 from ingestd.journal.idempotency import KeyRule
@@ -38,7 +36,6 @@ if TYPE_CHECKING:
     from ingestd.base.clock import Clock
     from ingestd.base.metrics import PipelineMetrics
     from ingestd.host.process import Surroundings
-    from ingestd.journal.dead_letters import DeadLetterStore
     from ingestd.settings import BatchSettings, PipelineSettings
 
 log = get_logger()
@@ -100,12 +97,6 @@ class Pipeline:
         self.record_bytes_max = settings.record_bytes_max
         self.json_depth_max = settings.json_depth_max
         self.settings = settings
-        check = partial(
-            record_fault,
-            form=settings.format,
-            record_bytes_max=settings.record_bytes_max,
-            depth_max=settings.json_depth_max,
-        )
         self.journal = build_journal(
             settings.journal,
             settings.dead,
@@ -113,7 +104,7 @@ class Pipeline:
             clock=clock,
             on_commit=metrics.committed,
             keys=keys,
-            check=check,
+            check=settings.record_fault,
         )
         self.letters = DeadLetterMaintenance(name, self.journal.dead_letters, settings.dead, clock)
         self.auditor = Auditor(name, self.journal.maintenance)
@@ -353,18 +344,18 @@ class Pipeline:
 
     async def _dispatch(self) -> None:
         while True:
-            if (letters := self.journal.dead_letters) is not None and letters.full:
-                await self._wait_for_letters(letters)
+            if self.letters.is_full:
+                await self._wait_for_letters()
             batch = await self.dispatcher.next()
             self._tasks.start(self._run(batch), f"batch-{batch.number}")
 
-    async def _wait_for_letters(self, letters: DeadLetterStore) -> None:
+    async def _wait_for_letters(self) -> None:
         """Stops while dead letters of accepted records are at their bound: more would come."""
         facts = {"pipeline": self.name, "bytes_max": self.settings.dead.bytes_max}
         self.stopped = "the dead letters are at dead.bytes_max: purge some or requeue them"
         log.error("dispatch_stopped", reason="dead.bytes_max", **facts)
         self._moved.set()  # a drain does not wait for what will not come
-        while letters.full:
+        while self.letters.is_full:
             await self.letters.looks.wait()
         self.stopped = ""
         log.info("dispatch_resumed", **facts)

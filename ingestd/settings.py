@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_va
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from ingestd.base.record import Format  # noqa: TC001  pydantic reads it
+from ingestd.codecs.lines import record_fault
 from ingestd.config.keys import Schema
 from ingestd.config.network import check_address, check_hosts, split_address
 from ingestd.config.sections import Reloadable, Section, ValidationProblems, own_name
@@ -148,6 +149,10 @@ class PipelineSettings(Section):
     journal: JournalSettings = JournalSettings()
     dead: DeadSettings = DeadSettings()
     drain: PipelineDrainSettings = PipelineDrainSettings()
+
+    def record_fault(self, value: bytes) -> str:
+        """Describes in one line why bytes are no record of this pipeline; empty if they are."""
+        return record_fault(value, self.format, self.record_bytes_max, self.json_depth_max)
 
 
 class Settings(BaseSettings):

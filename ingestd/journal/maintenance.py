@@ -57,6 +57,11 @@ class DeadLetterMaintenance:
         self.looked = asyncio.Event()
         self.looks = asyncio.Event()
 
+    @property
+    def is_full(self) -> bool:
+        """Tells if the dead letters of accepted records are at their bound."""
+        return self._letters is not None and self._letters.full
+
     def stop(self) -> None:
         """Requeues nothing from now on: the pipeline is leaving."""
         self._stopped = True
