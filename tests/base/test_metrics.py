@@ -7,7 +7,7 @@ import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from ingestd.admin.status import BatchesStatus, JournalStatus, PipelineStatus, QueueStatus
+from ingestd.admin.status import BatchesStatus, JournalUsage, PipelineStatus, QueueStatus
 from ingestd.base.metrics import REASONS_MAX, Metrics
 
 STATE = PipelineStatus(
@@ -17,7 +17,7 @@ STATE = PipelineStatus(
     pending=7,
     refused=2,
     balanced=True,
-    journal=JournalStatus(bytes=4096, bytes_max=8192, poisoned=False),
+    journal=JournalUsage(bytes=4096, bytes_max=8192, poisoned=False),
     queue=QueueStatus(chunks=5, bytes=1000, bytes_max=2000),
     batches=BatchesStatus(sealed=0, running=4, waiting_retry=1),
     oldest_pending_seconds=1.5,
