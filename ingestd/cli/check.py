@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING, Any
 
+from ingestd.base.clock import SystemClock
 from ingestd.base.errors import ConfigError, ExecutorLoadError, Exit, HandlerLoadError
 from ingestd.cli.configured import configured
 from ingestd.cli.output import fail, say
@@ -111,6 +112,8 @@ def execute(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: the configuration is wrong.
     """
+    from ingestd.journal.build import build_journal  # noqa: PLC0415  help needs no SQLite
+
     loaded = configured(arguments)
     say("\n".join(effective(loaded)))
     say("\n# handlers")
@@ -118,7 +121,13 @@ def execute(arguments: argparse.Namespace) -> int:
     for name, pipeline in loaded.settings.pipeline_settings().items():
         try:
             say(f"# {name}: {pipeline.handler.target} is {_resolve(pipeline)}")
-        except (HandlerLoadError, ExecutorLoadError) as error:
+            build_journal(
+                pipeline.journal,
+                pipeline.dead,
+                folder=loaded.settings.data_dir,
+                clock=SystemClock(),
+            )
+        except (HandlerLoadError, ExecutorLoadError, ConfigError) as error:
             fail(f"pipeline {name}: {error}")
             code = int(error.exit_code)
     return max(code, _check_access(loaded.settings))

@@ -191,6 +191,13 @@ def test_a_wrong_configuration_is_78_with_all_problems(here: Path, command: str)
     assert sorted(file.name for file in here.iterdir()) == ["ingestd.toml", "shop.py"]
 
 
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_a_setting_that_the_journal_cannot_keep_is_78(here: Path, command: str) -> None:
+    done = ingestd(command, "--journal.kind", "memory", "--dead.age_max", "1h", cwd=here)
+    assert done.returncode == 78
+    assert "'memory' has no dead letters that could expire: dead.age_max" in done.stderr
+
+
 @pytest.mark.parametrize("command", ["run", "check"])
 def test_a_named_file_that_is_missing_is_78(here: Path, command: str) -> None:
     run = ingestd(command, "--config", "lost.toml", cwd=here)
