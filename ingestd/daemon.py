@@ -21,11 +21,8 @@ from ingestd.admin.server import AdminServer
 from ingestd.admin.status import Status, stages_of, status_of
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import (
-    ConfigError,
     Exit,
     IngestdError,
-    InputIncomplete,
-    InputUnreadable,
     JournalFailed,
 )
 from ingestd.base.logging import get_logger, start_logging
@@ -38,22 +35,15 @@ from ingestd.host.process import Forks, Surroundings, keep_settled, own_stderr, 
 from ingestd.host.signals import Signals
 from ingestd.host.sockets import ListenFds
 from ingestd.host.systemd import Notifier, ServiceNotifier, ServiceState
-from ingestd.http.settings import has_one_principal, signatures_valid
-from ingestd.journal.idempotency import KeyRule
 from ingestd.pipeline import DrainReport, Pipeline
 from ingestd.settings import validation_errors
-from ingestd.sources.http.source import HttpSource
-from ingestd.sources.progress import Progress, ProgressSnapshot
-from ingestd.sources.stdin.source import StdinSource
+from ingestd.source_group import SourceGroup, key_rule
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from ingestd.base.logging import LogWriter
-    from ingestd.http.settings import HttpSettings
     from ingestd.settings import Settings
-    from ingestd.sources.base import Source
-    from ingestd.sources.fetch.totals import DownloadTotals
 
 log = get_logger()
 
@@ -85,7 +75,8 @@ def serve(
     Returns:
         The exit code. The caller ends the process, see `base/process.py`: threads may still run.
     """
-    settle_interpreter(for_strangers=settings.source.kind == "http")
+    listens = any(one.component.listens for one in settings.running_sources())
+    settle_interpreter(for_strangers=listens)
     writer = start_logging(settings.log.level, settings.log.format)
     passed = passed or ListenFds([], [])
     daemon = Daemon(
@@ -151,9 +142,7 @@ class Daemon:
         self._started_at = time.monotonic()
         self._metrics = Metrics(__version__)
         self._failure: BaseException | None = None
-        self._incomplete: InputIncomplete | None = None
         self._input_ended = False
-        self._progress: Progress | None = None
         self._deadline = 0.0  # of the drain, loop time
         self._routes: dict[str, RouteMetrics] = {}
         self._metrics.watch_log(lambda: writer.lines_lost)
@@ -193,7 +182,7 @@ class Daemon:
         """Where it listens."""
         return [
             *((getattr(self, "admin", None) and self.admin.addresses) or ()),
-            *getattr(getattr(self, "source", None), "addresses", ()),
+            *getattr(getattr(self, "sources", None), "addresses", ()),
         ]
 
     # -- start ---------------------------------------------------------------------------------
@@ -228,7 +217,6 @@ class Daemon:
 
     async def _start(self, data_dir: DataDir) -> None:
         """Admin first, so that a long recovery can be watched; sources last: then it is ready."""
-        http = self.settings.http
         self.admin = AdminServer(
             self.settings.admin, self, self._metrics, sockets=self._passed.admin
         )
@@ -244,29 +232,36 @@ class Daemon:
                     data_dir=data_dir.path,
                     metrics=self._metrics.pipeline(name),
                     clock=self._clock,
-                    keys=_key_rule(http),
+                    keys=key_rule(self.settings),
                     surroundings=self._surroundings,
                 )
                 await pipeline.open()
                 opened.append(partial(self._close_pipeline, pipeline))
                 self.pipelines[name] = pipeline
-            self.source = self._build_source()
-            await self.source.start()
+            self.sources = SourceGroup(
+                self.settings,
+                self.pipelines,
+                clock=self._clock,
+                input_fd=self._input_fd,
+                stderr=self._stderr,
+                sockets=self._passed.records,
+                is_interrupted=self._signals.asked.is_set,
+                on_request=self._answered,
+            )
+            await self.sources.start()
         except BaseException:
             for close in reversed(opened):
                 await close()
             raise
         self._state = "running"
         self._herald.ready()
-        if self._progress is not None:
-            self._writer.above_live = self._progress.is_live
-            self._progress.start()
+        if self.sources.progress is not None:
+            self._writer.above_live = self.sources.progress.is_live
         log.info(
             "daemon_started",
             version=__version__,
             pid=os.getpid(),
-            source=self.settings.source.kind,
-            **self.source.facts(),
+            **self.sources.facts(),
             admin=self.admin.addresses,
             data_dir=str(self.settings.data_dir),
             pipelines=list(self.pipelines),
@@ -277,65 +272,6 @@ class Daemon:
         await pipeline.end_workers(self._in(CLOSE_SECONDS))
         await pipeline.close_journal(self._in(JOURNAL_SECONDS))
 
-    def _build_source(self) -> Source:
-        kind, default = self.settings.source.kind, self.settings.source.pipeline
-        if kind == "stdin":
-            if self._passed.records:
-                raise ConfigError(problem="a socket for records was passed; source.kind is stdin")
-            source = StdinSource(
-                self.settings.stdin,
-                self.pipelines[default],
-                fd=self._input_fd,
-                stderr=self._stderr,
-                is_interrupted=self._signals.asked.is_set,
-            )
-            self._progress = self._build_progress(lambda: source, self.pipelines[default])
-            return source
-        if kind == "fetch":
-            from ingestd.sources.fetch.source import FetchSource  # noqa: PLC0415  only who downloads needs it
-
-            fetch = FetchSource(
-                self.settings.fetch,
-                self.pipelines[default],
-                clock=self._clock,
-                fd=self._input_fd,
-                stderr=self._stderr,
-            )
-            self._progress = self._build_progress(lambda: fetch.totals, self.pipelines[default])
-            return fetch
-        return HttpSource(
-            self.settings.http,
-            self.pipelines,
-            default=default,
-            on_request=self._answered,
-            sockets=self._passed.records,
-        )
-
-    def _build_progress(
-        self, counts: Callable[[], StdinSource | DownloadTotals], pipeline: Pipeline
-    ) -> Progress:
-        before = pipeline.ledger
-
-        def snapshot_now() -> ProgressSnapshot:
-            now = pipeline.ledger
-            read = counts()
-            snapshot = ProgressSnapshot(
-                lines=read.records + read.refused,
-                bytes=read.bytes,
-                accepted=now.accepted - before.accepted,
-                processed=now.processed - before.processed,
-                invalid=read.refused,
-                dead=now.dead - before.dead,
-                pending=now.pending,
-            )
-            if isinstance(read, StdinSource):
-                return snapshot
-            return snapshot._replace(
-                urls_done=read.done, urls_total=read.total, bytes_left=read.left
-            )
-
-        return Progress(snapshot_now, self._stderr, clock=self._clock)
-
     # -- serve ---------------------------------------------------------------------------------
 
     async def _serve(self) -> str:
@@ -344,7 +280,7 @@ class Daemon:
         gc.collect()
         gc.freeze()
         asked = asyncio.ensure_future(self._signals.asked.wait())
-        ended = asyncio.ensure_future(self.source.wait_finished())
+        ended = asyncio.ensure_future(self.sources.wait_finished())
         lag = asyncio.ensure_future(self._measure_lag())
         reloads = asyncio.ensure_future(self._reload_when_asked())
         broken = {pipeline.broken for pipeline in self.pipelines.values()}
@@ -354,9 +290,7 @@ class Daemon:
             if any(one.done() for one in broken):
                 return "failure"
             error = ended.exception() if ended.done() else None
-            if isinstance(error, InputIncomplete):
-                self._incomplete = error  # what there is of it is finished all the same
-            elif error is not None:
+            if error is not None:
                 log.error("source_failed", error=str(error), exc_info=error)
                 self._failure = error
                 return "failure"
@@ -394,13 +328,12 @@ class Daemon:
             new = await loop.run_in_executor(None, self._again)
             change = plan(self.settings, new, validation_errors)
         settings = change.settings
-        if isinstance(self.source, HttpSource):
-            (await self.source.prepare(settings.http))()
+        (await self.sources.prepare(settings))()
         # From here on nothing can be wrong any more.
         self.settings = settings
         self._writer.set_level(settings.log.level)
         for name, pipeline in settings.pipeline_settings().items():
-            self.pipelines[name].reload(pipeline.batch, _key_rule(settings.http))
+            self.pipelines[name].reload(pipeline.batch, key_rule(settings))
         return change
 
     # -- drain ---------------------------------------------------------------------------------
@@ -429,7 +362,7 @@ class Daemon:
         began = asyncio.get_running_loop().time()
         self._deadline = began + self._drain_timeout()
         self._leave_by = self._deadline + LEAVING
-        await self._race(self.source.stop_taking(self._deadline), self._signals.urged)
+        await self._race(self.sources.stop_taking(self._deadline), self._signals.urged)
         work = asyncio.gather(
             *(p.drain(began + timeouts[name]) for name, p in self.pipelines.items())
         )
@@ -455,7 +388,7 @@ class Daemon:
         """Closes everything, reports, and says how it went."""
         self._signals.remove()
         self._leave_by = max(self._in(0.0), self._deadline) + LEAVING
-        await self.source.close()
+        await self.sources.close()
         grace = 0.0 if self._signals.urged.is_set() else CLOSE_SECONDS
         # All at once, and one deadline for all.
         closing = self._in(grace)
@@ -466,13 +399,11 @@ class Daemon:
         reports = {
             name: await pipeline.close_journal(give_up) for name, pipeline in self.pipelines.items()
         }
-        last = await self._progress.stop() if self._progress is not None else None
-        if isinstance(self.source, StdinSource):
-            self.source.report()
+        await self.sources.report()
         await self.admin.close()
         for name, report in reports.items():
             _log_report(name, report)
-        code = self._exit_code(reports) or self._input_code(last)
+        code = self._exit_code(reports) or (self.sources.code() if self._input_ended else Exit.OK)
         log.info("daemon_left", code=int(code))
         return int(code)
 
@@ -488,18 +419,6 @@ class Daemon:
             if lost or not (report.balanced and report.written):
                 return Exit.LOST
         return Exit.OK
-
-    def _input_code(self, last: ProgressSnapshot | None) -> Exit:
-        """What an input that was read to its end came to."""
-        if not self._input_ended or last is None:
-            return Exit.OK
-        unread = isinstance(self._incomplete, InputUnreadable)
-        if self._incomplete is not None and not (unread and last.lines == last.invalid):
-            return self._incomplete.exit_code
-        if not unread and not last.is_fruitless:
-            return Exit.OK
-        log.error("nothing_processed", lines=last.lines, invalid=last.invalid, dead=last.dead)
-        return Exit.DATA
 
     # -- what others may know ------------------------------------------------------------------
 
@@ -573,15 +492,6 @@ class Daemon:
 
     def _in(self, seconds: float) -> float:
         return asyncio.get_running_loop().time() + seconds
-
-
-def _key_rule(http: HttpSettings) -> KeyRule:
-    return KeyRule(
-        http.idempotency_ttl,
-        http.idempotency_keys_max,
-        signed_ttl=signatures_valid(http),
-        shared=not has_one_principal(http),
-    )
 
 
 def _callback_failed(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -393,6 +393,11 @@ class Pipeline:
         if chunk >= self._cursor.chunk:  # older ones were sealed in an earlier life
             self.queue.task_done()
 
+    def end_input(self) -> None:
+        """Cuts batches at once from now on: no source hands in more records."""
+        self.batcher.draining = True
+        self._retime()
+
     # -- leave ---------------------------------------------------------------------------------
 
     async def drain(self, deadline: float | None) -> None:

@@ -88,7 +88,15 @@ def _registered(group: str, path: tuple[str, ...]) -> dict[str, dict[str, str]]:
     return found
 
 
-SOURCES = Components("source", "ingestd.sources", {})
+SOURCES = Components(
+    "source",
+    "ingestd.sources",
+    {
+        "http": "ingestd.sources.http:HttpSourceKind",
+        "stdin": "ingestd.sources.stdin:StdinSourceKind",
+        "fetch": "ingestd.sources.fetch:FetchSourceKind",
+    },
+)
 ENDPOINTS = Components(
     "endpoint",
     "ingestd.endpoints",

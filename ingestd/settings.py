@@ -9,28 +9,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    create_model,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from ingestd.base.errors import ConfigError
 from ingestd.base.record import Format  # noqa: TC001  pydantic reads it
 from ingestd.codecs.lines import record_fault
+from ingestd.config.keys import SOURCES as SOURCES_TABLE
 from ingestd.config.keys import Schema
 from ingestd.config.network import check_address, check_hosts, split_address
-from ingestd.config.sections import Reloadable, Section, ValidationProblems, own_name
+from ingestd.config.sections import Choice, Reloadable, Section, ValidationProblems, own_name
 from ingestd.config.units import Count, Seconds, Size, Words, show_size
 from ingestd.execution.settings import ExecutorSettings, HandlerSettings, RetrySettings
 from ingestd.execution.settings import problems_of as execution_problems
-from ingestd.http.settings import HttpSettings
-from ingestd.http.settings import problems_of as http_problems
 from ingestd.journal.settings import DeadSettings, JournalSettings, beyond_a_row
-from ingestd.sources.fetch.settings import FetchSettings
-from ingestd.sources.fetch.settings import problems_of as fetch_problems
-from ingestd.sources.stdin.settings import StdinSettings
+from ingestd.registry import SOURCES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator, Sequence
+
+    from ingestd.http.settings import HttpSettings
+    from ingestd.sources.base import SourceKind
 
 DEFAULT_PIPELINE = "default"
 
@@ -38,9 +47,6 @@ _MIB = 1024**2
 _GIB = 1024**3
 _TIB = 1024**4
 _DAY = 86400.0
-
-# Bytes that a source which reads a stream appends at once, beside a record.
-_BLOCKS = {"stdin": 1024**2, "fetch": 4 * 1024**2}
 
 
 def _path(value: object) -> object:
@@ -68,10 +74,18 @@ def pipeline_name(value: str) -> str:
 PipelineName = Annotated[str, AfterValidator(pipeline_name)]
 
 
-class SourceSettings(Section):
-    """`[source]`: the source of records."""
+def source_name(value: str) -> str:
+    """See `own_name`."""
+    return own_name(value, "a source")
 
-    kind: Literal["http", "stdin", "fetch"] = Field("http", description="source of records")
+
+SourceName = Annotated[str, AfterValidator(source_name)]
+
+
+class SourceSettings(Section):
+    """`[source]`: the source of a daemon that has one."""
+
+    kind: Annotated[str, Choice(SOURCES.names)] = Field("http", description="source of records")
     pipeline: str = Field(DEFAULT_PIPELINE, description="pipeline of records that name none")
 
 
@@ -155,12 +169,44 @@ class PipelineSettings(Section):
         return record_fault(value, self.format, self.record_bytes_max, self.json_depth_max)
 
 
-class Settings(BaseSettings):
-    """Everything, at top level for the pipeline `default`; `pipelines` come filled in.
+class ConfiguredSource(NamedTuple):
+    """A source that a daemon with these settings has.
 
-    A table under `pipelines` takes what it leaves out, key by key, from the top level; a `handler`
-    table is taken whole, because options belong to their target.
+    Attributes:
+        name: of `[sources.NAME]`, or the kind.
+        kind: of the source.
+        key: of its table: `http`, `sources.web`.
+        settings: its section.
+        pipeline: the name of the one for records that name none.
     """
+
+    name: str
+    kind: str
+    key: str
+    settings: Section
+    pipeline: str
+
+    @property
+    def component(self) -> SourceKind:
+        """The kind, as the registry knows it."""
+        return KINDS[self.kind]
+
+    @property
+    def reads_input(self) -> bool:
+        """Tells if it reads standard input."""
+        return self.component.reads_input(self.settings)
+
+    def feeds(self, pipeline: str) -> bool:
+        """Tells if records of it can go to a pipeline."""
+        return self.component.feeds_all or pipeline == self.pipeline
+
+    def told(self, text: str) -> str:
+        """A text of the component's, with the name of the source where it has one of its own."""
+        return text if self.key == self.kind else f"{self.key}: {text}"
+
+
+class _General(BaseSettings):
+    """The settings that stand before those of the sources."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid")
 
@@ -171,9 +217,87 @@ class Settings(BaseSettings):
     record_bytes_max: Size = Field(_MIB, ge=1, le=_GIB, description="largest record")
     json_depth_max: Count = Field(128, ge=1, le=512, description="deepest nesting of a JSON record")
     source: SourceSettings = SourceSettings()
-    http: HttpSettings = HttpSettings()
-    stdin: StdinSettings = StdinSettings()
-    fetch: FetchSettings = FetchSettings()
+
+
+def _load_kinds(taken: Collection[str]) -> tuple[dict[str, SourceKind], dict[str, str]]:
+    """The kinds of sources by name, and of those that cannot be used, why.
+
+    One that cannot be imported is no reason for a daemon that does not use it not to start.
+    """
+    kinds: dict[str, SourceKind] = {}
+    unusable: dict[str, str] = {}
+    for name in SOURCES.names():
+        try:
+            kind: SourceKind = SOURCES.load(name)()
+            _check_kind(name, kind, taken)
+        except (ConfigError, ValueError, TypeError, AttributeError) as error:
+            unusable[name] = str(error)
+        else:
+            kinds[name] = kind
+    return kinds, unusable
+
+
+def _check_kind(name: str, kind: SourceKind, taken: Collection[str]) -> None:
+    own_name(name, "a kind of source")
+    if name in taken or {"kind", "pipeline"} & kind.settings.model_fields.keys():
+        raise ValueError("it has the name of a setting, or a setting kind or pipeline")
+
+
+_LATER = {"sources", "pipelines", "admin", "log", "drain", *PipelineSettings.model_fields}
+KINDS, UNUSABLE = _load_kinds({*_LATER, *_General.model_fields})
+"""The kinds of sources by name, and why others that are registered cannot be used."""
+
+
+def _entry(kind: str) -> type[Section]:
+    """The model of `[sources.NAME]` with a kind."""
+    fields: dict[str, Any] = {
+        "kind": (Literal[kind], Field(description="source of records")),
+        "pipeline": (str, Field("", description="pipeline of its records; empty: source.pipeline")),
+    }
+    if kind in UNUSABLE:
+        return create_model(f"No_{kind}", __base__=_UnusableSource, **fields)
+    base = KINDS[kind].settings
+    make: Any = create_model
+    made = make(f"{base.__name__}_{kind}", __base__=base, **fields)
+    made.EXAMPLE = ("web", ("kind",))
+    entry: type[Section] = made
+    return entry
+
+
+class _UnusableSource(Section):
+    model_config = ConfigDict(extra="allow")
+    kind: str
+
+    @model_validator(mode="after")
+    def _refuse(self) -> _UnusableSource:
+        raise ValueError(UNUSABLE[self.kind])
+
+
+if TYPE_CHECKING:
+
+    class _WithSources(_General):
+        http: HttpSettings
+        sources: dict[str, Any]
+else:
+    _Entries = Annotated[
+        Union[tuple(map(_entry, [*KINDS, *UNUSABLE]))],  # noqa: UP007
+        Field(discriminator="kind"),
+    ]
+    _tables = {name: (kind.settings, kind.settings()) for name, kind in KINDS.items()}
+    _named = Field(default_factory=dict, max_length=1000, description="more sources, by name")
+    _WithSources = create_model(
+        "_WithSources", __base__=_General, **_tables, sources=(dict[SourceName, _Entries], _named)
+    )
+
+
+class Settings(_WithSources):
+    """Everything, at top level for the pipeline `default`; `pipelines` come filled in.
+
+    A table under `pipelines` takes what it leaves out, key by key, from the top level; a `handler`
+    table is taken whole, because options belong to their target. A kind of source has its own
+    table; tables under `sources` are more of them, and take nothing from there.
+    """
+
     admin: AdminSettings = AdminSettings()
     log: LogSettings = LogSettings()
     batch: Annotated[BatchSettings, Reloadable()] = BatchSettings()
@@ -223,6 +347,28 @@ class Settings(BaseSettings):
         )
         return {DEFAULT_PIPELINE: default, **self.pipelines}
 
+    def running_sources(self) -> list[ConfiguredSource]:
+        """The sources that a daemon has.
+
+        With `[sources.NAME]` these; the one of `source.kind` too if it is said, or alone.
+        """
+        found = []
+        kind = self.source.kind
+        if not self.sources or "kind" in self.source.model_fields_set:
+            section = getattr(self, kind)
+            found.append(ConfiguredSource(kind, kind, kind, section, self.source.pipeline))
+        for name, entry in self.sources.items():
+            pipeline = entry.pipeline or self.source.pipeline
+            key = f"{SOURCES_TABLE}.{name}"
+            found.append(ConfiguredSource(name, entry.kind, key, entry, pipeline))
+        return found
+
+    def section_of(self, source: ConfiguredSource) -> Section:
+        """The section of a source in these settings."""
+        has_own = source.key != source.kind
+        section: Section = self.sources[source.name] if has_own else getattr(self, source.kind)
+        return section
+
 
 def _plain(value: Any) -> Any:
     """A model as the table that was written for it; anything else as it is."""
@@ -249,6 +395,8 @@ def inherit(top: Mapping[str, Any], table: Any) -> Any:
 
 def validation_errors(settings: Settings) -> list[tuple[str, str]]:
     """(dotted key, problem) for each; the key is the one that is most likely to be changed."""
+    if settings.source.kind in UNUSABLE:
+        return [("source.kind", UNUSABLE[settings.source.kind])]
     pipelines = settings.pipeline_settings()
     problems = [*_of_sources(settings, pipelines)]
     if settings.source.pipeline not in pipelines:
@@ -256,7 +404,7 @@ def validation_errors(settings: Settings) -> list[tuple[str, str]]:
     for name, pipeline in pipelines.items():
         prefix = "" if name == DEFAULT_PIPELINE else f"pipelines.{name}."
         problems.extend((prefix + key, text) for key, text in _in_a_pipeline(pipeline))
-        if text := _without_room(settings, pipeline):
+        if text := _without_room(settings, name, pipeline):
             problems.append((f"{prefix}journal.bytes_max", text))
     return problems
 
@@ -264,29 +412,52 @@ def validation_errors(settings: Settings) -> list[tuple[str, str]]:
 def _of_sources(
     settings: Settings, pipelines: Mapping[str, PipelineSettings]
 ) -> Iterator[tuple[str, str]]:
-    http, kind = settings.http, settings.source.kind
-    if kind == "http":
-        if http.listen == settings.admin.listen and split_address(http.listen)[1] != 0:
-            yield "admin.listen", f"http.listen is {http.listen} too"
-        formats = {name: pipeline.format for name, pipeline in pipelines.items()}
-        for key, text in http_problems(http, formats, settings.source.pipeline):
-            yield f"http.{key}", text
-        if any(pipeline.journal.kind == "sqlite" for pipeline in pipelines.values()):
-            for key in ("wire_bytes_max", "body_bytes_max"):
-                if text := beyond_a_row(getattr(http, key)):
-                    yield f"http.{key}", text
-    for key, text in fetch_problems(settings.fetch, runs=kind == "fetch"):
-        yield f"fetch.{key}", text
+    running = settings.running_sources()
+    yield from _clashes(settings, running)
+    formats = {name: pipeline.format for name, pipeline in pipelines.items()}
+    has_rows = any(pipeline.journal.kind == "sqlite" for pipeline in pipelines.values())
+    built = {source.key: source for source in running}
+    for kind in KINDS:  # what is wrong in a table is said, also if nothing uses it
+        section = getattr(settings, kind)
+        built.setdefault(kind, ConfiguredSource(kind, kind, kind, section, ""))
+    for source in built.values():
+        runs, default = source in running, source.pipeline
+        if runs and default not in pipelines and source.key != source.kind:
+            yield f"{source.key}.pipeline", f"there is no pipeline {default!r}"
+        for key, text in source.component.problems(
+            source.settings, formats=formats, default=default, runs=runs
+        ):
+            yield f"{source.key}.{key}", text
+        for key in source.component.stored_whole if runs and has_rows else ():
+            if text := beyond_a_row(getattr(source.settings, key)):
+                yield f"{source.key}.{key}", text
 
 
-def _without_room(settings: Settings, pipeline: PipelineSettings) -> str:
+def _clashes(settings: Settings, running: Sequence[ConfiguredSource]) -> Iterator[tuple[str, str]]:
+    """Finds sources that need the same address, or standard input."""
+    addresses: dict[str, str] = {}
+    listening = [(one.key, one.settings) for one in running if one.component.listens]
+    for key, section in (*listening, ("admin", settings.admin)):
+        listen: str = getattr(section, "listen", "")
+        if listen in addresses and split_address(listen)[1] != 0:
+            yield f"{key}.listen", f"{addresses[listen]}.listen is {listen} too"
+        elif listen:
+            addresses[listen] = key
+    reading = [source for source in running if source.reads_input]
+    for source in reading[1:]:
+        key = "source.kind" if source.key == source.kind else f"{source.key}.kind"
+        yield key, f"{reading[0].key} reads standard input too, and only one source can"
+
+
+def _without_room(settings: Settings, name: str, pipeline: PipelineSettings) -> str:
     """Refuses a journal that one append of a stream can't fit: it would be tried for ever.
 
     A client gets 413 for that; a stream has no such answer.
-
     """
-    block = pipeline.record_bytes_max + _BLOCKS.get(settings.source.kind, 0)
-    if settings.source.kind == "http" or pipeline.journal.bytes_max >= 2 * block:
+    feeding = [one for one in settings.running_sources() if one.feeds(name)]
+    blocks = [one.component.block_bytes for one in feeding if one.component.block_bytes]
+    block = pipeline.record_bytes_max + max(blocks, default=0)
+    if not blocks or pipeline.journal.bytes_max >= 2 * block:
         return ""
     bound = show_size(pipeline.journal.bytes_max)
     return f"{bound} has no room for two blocks of input ({show_size(block)})"

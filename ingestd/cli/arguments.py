@@ -11,9 +11,10 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
 
 from ingestd.base.errors import UsageError
-from ingestd.config.keys import dotted, settings_of, shown, unit_of
+from ingestd.config.keys import dotted, settings_of, shown, tables_of, unit_of
 from ingestd.config.layers import Flag
 from ingestd.config.sections import Choice
+from ingestd.registry import SINKS
 from ingestd.settings import SCHEMA, Settings
 
 if TYPE_CHECKING:
@@ -23,17 +24,15 @@ if TYPE_CHECKING:
 
 # setting, its short flag, the name of its value
 COMMON = (
-    ("source.kind", "--source", "http|stdin|fetch"),
+    ("source.kind", "--source", ""),
     ("http.listen", "--listen", "HOST:PORT"),
     ("data_dir", "--data-dir", "DIR"),
     ("format", "--format", "json|text|bytes"),
 )
-_FREE = ("handler.options", "fetch.headers")
-_TABLES = {
-    "http.tokens": "access tokens: token, hash, file, client_certificate, pipelines, …",
-    "http.webhooks": "signed webhooks: kind, secret, file, pipeline, tolerance",
-}
-_WITH_OWN_NAMES = ("--pipelines.", *(f"--{key}." for key in (*_FREE, *_TABLES)))
+_OWN_NAMES = {dotted(path): (field, keys) for path, field, keys in tables_of(Settings)}
+_FREE = [key for key, (_, keys) in _OWN_NAMES.items() if not keys]
+_WITH_OWN_NAMES = tuple(f"--{key}." for key in _OWN_NAMES)
+_KEYS_SHOWN = 5
 _METAVARS = {"bytes": "SIZE", "seconds": "TIME", "": "NUMBER", "words": "WORD,…"}
 
 
@@ -80,7 +79,7 @@ def add_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
     _add_config(group)
     for key, flag, metavar in COMMON:
         field = fields.pop(key)
-        _add(group, flag, key, metavar, _help(field))
+        _add(group, flag, key, metavar or _metavar(field), _help(field))
         if flag != f"--{key}":
             _add(group, f"--{key}", key, metavar, argparse.SUPPRESS)
     group = parser.add_argument_group(
@@ -93,10 +92,12 @@ def add_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
             _add(group, f"--{key}", key, "JSON", argparse.SUPPRESS)
         else:
             _add(group, f"--{key}", key, _metavar(field), _help(field))
-    for table, text in _TABLES.items():
-        _add(group, f"--{table}.NAME.KEY", f"{table}.NAME.KEY", "VALUE", text)
-    again = "any of format, batch, queue, handler, … for another pipeline"
-    _add(group, "--pipelines.NAME.KEY", "pipelines.NAME.KEY", "VALUE", again)
+    for table, (field, keys) in _OWN_NAMES.items():
+        if keys:
+            more = ", …" if len(keys) > _KEYS_SHOWN else ""
+            text = f"{field.description}: {', '.join(keys[:_KEYS_SHOWN])}{more}"
+            _add(group, f"--{table}.NAME.KEY", f"{table}.NAME.KEY", "VALUE", text)
+    parser.epilog = f"sinks: {', '.join(SINKS.names())}"
     for flag in _own_names(argv):
         _add(group, flag, flag.removeprefix("--"), "VALUE", argparse.SUPPRESS)
 

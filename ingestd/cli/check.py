@@ -13,7 +13,6 @@ from ingestd.base.errors import ConfigError, ExecutorLoadError, Exit, HandlerLoa
 from ingestd.cli.configured import configured
 from ingestd.cli.output import fail, say
 from ingestd.config.keys import dotted, quoted, shown
-from ingestd.config.network import show_url
 from ingestd.config.sections import MASK
 from ingestd.handlers.target import is_ours
 from ingestd.settings import SCHEMA
@@ -51,10 +50,6 @@ def _visible(path: Sequence[str], value: object, origin: str, loaded: Loaded[Set
         return MASK
     if "options" in path:
         return _option(path, value, _harmless(path, loaded))
-    if path[:2] == ("fetch", "headers") and value != {}:
-        return MASK
-    if isinstance(value, tuple) and tuple(path) == ("fetch", "urls"):
-        return [show_url(url) for url in value]
     return shown(SCHEMA.field_at(path), value)
 
 
@@ -135,19 +130,16 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def _check_access(settings: Settings) -> int:
     """Reads the files with tokens, secrets and certificates; returns an exit code."""
-    if settings.source.kind != "http":
-        return int(Exit.OK)
-    from ingestd.sources.http.access import read_access  # noqa: PLC0415  only now it is needed
-
+    code = Exit.OK
     formats = {name: one.format for name, one in settings.pipeline_settings().items()}
-    try:
-        access = read_access(settings.http, formats, settings.source.pipeline)
-        for doubt in access.doubts:
-            fail(f"warning: {doubt}")
-    except ConfigError as error:
-        fail(str(error))
-        return int(error.exit_code)
-    return int(Exit.OK)
+    for source in settings.running_sources():
+        try:
+            for doubt in source.component.check(source.settings, formats, source.pipeline):
+                fail(f"warning: {source.told(doubt)}")
+        except ConfigError as error:
+            fail(source.told(str(error)))
+            code = error.exit_code
+    return int(code)
 
 
 def _resolve(pipeline: PipelineSettings) -> str:

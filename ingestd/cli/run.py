@@ -43,12 +43,6 @@ def execute(arguments: argparse.Namespace) -> int:
     def again() -> Settings:
         return configuration.load().settings
 
-    input_fd = move_input() if _reads_input(settings) else 0
+    # Where no source reads standard input a handler in a thread may have it.
+    input_fd = move_input() if any(one.reads_input for one in settings.running_sources()) else 0
     return serve(settings, again=again, notifier=notifier, passed=passed, input_fd=input_fd)
-
-
-def _reads_input(settings: Settings) -> bool:
-    """Returns True if the daemon reads standard input; else a handler in a thread may have it."""
-    if settings.source.kind == "fetch":
-        return settings.fetch.file == "-"
-    return settings.source.kind == "stdin"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import enum
 import re
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, NamedTuple, TypeGuard, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeGuard, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, SecretStr
 
-from ingestd.config.sections import MASK
+from ingestd.config.sections import MASK, Shown
 from ingestd.config.units import Unit
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _BARE = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
 PIPELINES = "pipelines"
-_NAMED_DEPTH = 2  # the longest path of a table of names, `http.tokens`
+SOURCES = "sources"
 
 
 class KeyKind(enum.Enum):
@@ -27,7 +27,7 @@ class KeyKind(enum.Enum):
 
     TABLE = "a section, or a table with a name of the user's own"
     VALUE = "a setting"
-    NAMED = "`pipelines`, `http.tokens`: a table a name"
+    NAMED = "`pipelines`, `sources`, `http.tokens`: a table a name"
     FREE = "`handler.options`, `fetch.headers`: a table with any keys"
     INSIDE = "something in such a table"
 
@@ -37,12 +37,13 @@ class _LocatedKey(NamedTuple):
 
     Attributes:
         kind: of it.
-        model: whose fields can follow; of a `NAMED` one, in each table with a name.
+        models: whose fields can follow; of a `NAMED` one, in each table with a name. There are
+            several where a key in the table, its `kind`, says which.
         field: the setting, if it is one.
     """
 
     kind: KeyKind
-    model: type[BaseModel]
+    models: tuple[type[BaseModel], ...]
     field: FieldInfo | None = None
 
 
@@ -68,36 +69,33 @@ class Schema:
 
     def wrong_name(self, path: Sequence[str]) -> str | None:
         """Explains a wrong name of the user's own in a path; `None` if it is right."""
-        table = self._named_in(path)
-        found = self._find(table) if table else None
-        if table is None or found is None or found.field is None:
-            return None
-        key = get_args(found.field.annotation)[0]
-        for mark in getattr(key, "__metadata__", ()):
-            if isinstance(mark, AfterValidator):
-                try:
-                    mark.func(path[len(table)])  # type: ignore[call-arg]  # takes a value alone
-                except ValueError as error:
-                    return str(error)
+        for table in self._named_in(path):
+            found = self._find(table)
+            assert found is not None and found.field is not None  # noqa: S101, PT018  it was found
+            key = get_args(found.field.annotation)[0]
+            for mark in getattr(key, "__metadata__", ()):
+                if isinstance(mark, AfterValidator):
+                    try:
+                        mark.func(path[len(table)])  # type: ignore[call-arg]  # takes a value alone
+                    except ValueError as error:
+                        return str(error)
         return None
 
-    def _named_in(self, path: Sequence[str]) -> tuple[str, ...] | None:
-        """The beginning of a path that is a table of names, if a name follows."""
-        for end in range(1, min(len(path), _NAMED_DEPTH + 1)):
-            if self.locate(path[:end]) is KeyKind.NAMED:
-                return tuple(path[:end])
-        return None
+    def _named_in(self, path: Sequence[str]) -> list[tuple[str, ...]]:
+        """The beginnings of a path that are tables of names, each with a name behind it."""
+        beginnings = (tuple(path[:end]) for end in range(1, len(path)))
+        return [table for table in beginnings if self.locate(table) is KeyKind.NAMED]
 
     def _find(self, path: Sequence[str]) -> _LocatedKey | None:
-        found = _LocatedKey(KeyKind.TABLE, self.root)
+        found = _LocatedKey(KeyKind.TABLE, (self.root,))
         for name in path:
             if found.kind in {KeyKind.FREE, KeyKind.INSIDE} and name:
                 found = found._replace(kind=KeyKind.INSIDE)
             elif found.kind is KeyKind.NAMED and name:
-                found = _LocatedKey(KeyKind.TABLE, found.model)
-            elif found.kind is KeyKind.TABLE and name in found.model.model_fields:
-                field = found.model.model_fields[name]
-                found = _LocatedKey(*_kind(field, found.model), field)
+                found = _LocatedKey(KeyKind.TABLE, found.models)
+            elif found.kind is KeyKind.TABLE and (model := _with_field(found.models, name)):
+                field = model.model_fields[name]
+                found = _LocatedKey(*_kind(field), field)
             else:
                 return None
         return found
@@ -123,7 +121,7 @@ class Schema:
                 return found
         same_end = {key: found for key, found in known.items() if found[-1] == path[-1]}
         pipelines = self._find((PIPELINES,))
-        pipeline_keys = pipelines.model.model_fields if pipelines else {}
+        pipeline_keys = pipelines.models[0].model_fields if pipelines else {}
         in_pipelines = {key: found for key, found in same_end.items() if found[0] in pipeline_keys}
         # A slip of the finger first, then a setting whose table was left out, then anything near.
         tries = ((known, 0.85), (in_pipelines, 0.6), (same_end, 0.6), (known, 0.6))
@@ -134,32 +132,40 @@ class Schema:
         return None
 
     def _candidates(self, path: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        table = self._named_in(path)
-        within = self._find(table) if table and len(path) > len(table) + 1 else None
-        if table and within:
-            found = _with_sections(within.model, (*table, path[len(table)]))
-        else:
-            found = _with_sections(self.root, ())
+        tables = [table for table in self._named_in(path) if len(path) > len(table) + 1]
+        within = self._find(tables[-1]) if tables else None
+        models, prefix = ((self.root,), ()) if within is None else (within.models, tables[-1])
+        prefix = tuple(path[: len(prefix) + 1]) if prefix else ()
+        found = (key for model in models for key in _with_sections(model, prefix))
         return {".".join(key): key for key in found}
 
     def example_in(self, path: Sequence[str]) -> tuple[str, ...]:
         """A setting that is in a table: `batch.records_max` for `batch`."""
         found = self._find(path)
         assert found is not None  # noqa: S101  who asks has located it
-        name, key = getattr(found.model, "EXAMPLE", ("", ()))
+        model = found.models[0]
+        name, key = getattr(model, "EXAMPLE", ("", ()))
         if found.kind is KeyKind.NAMED:
             return (*path, name, *key)
-        return (*path, *(key or next(key for key, _ in settings_of(found.model))))
+        return (*path, *(key or next(key for key, _ in settings_of(model))))
 
 
-def _kind(field: FieldInfo, model: type[BaseModel]) -> tuple[KeyKind, type[BaseModel]]:
+def _with_field(models: Sequence[type[BaseModel]], name: str) -> type[BaseModel] | None:
+    return next((model for model in models if name in model.model_fields), None)
+
+
+def _kind(field: FieldInfo) -> tuple[KeyKind, tuple[type[BaseModel], ...]]:
     annotation = field.annotation
     if _is_section(annotation):
-        return KeyKind.TABLE, annotation
+        return KeyKind.TABLE, (annotation,)
     if get_origin(annotation) is dict:
         inner = get_args(annotation)[1]
-        return (KeyKind.NAMED, inner) if _is_section(inner) else (KeyKind.FREE, model)
-    return KeyKind.VALUE, model
+        if get_origin(inner) is Annotated:
+            inner = get_args(inner)[0]
+        members = get_args(inner) if get_origin(inner) is Union else (inner,)
+        sections = tuple(member for member in members if _is_section(member))
+        return (KeyKind.NAMED, sections) if sections else (KeyKind.FREE, ())
+    return KeyKind.VALUE, ()
 
 
 def _is_section(annotation: object) -> TypeGuard[type[BaseModel]]:
@@ -171,20 +177,37 @@ def settings_of(
 ) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
     """Path and field of every setting in a model, sections in their order, without own names."""
     for name, field in model.model_fields.items():
-        kind, section = _kind(field, model)
+        kind, sections = _kind(field)
         if kind is KeyKind.TABLE:
-            yield from settings_of(section, (*prefix, name))
+            yield from settings_of(sections[0], (*prefix, name))
         elif kind is not KeyKind.NAMED:
             yield (*prefix, name), field
+
+
+def tables_of(
+    model: type[BaseModel], prefix: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], FieldInfo, list[str]]]:
+    """Path, field and inner keys of every table in a model whose own keys a user chooses.
+
+    There are no inner keys where anything may be in the table.
+    """
+    for name, field in model.model_fields.items():
+        kind, sections = _kind(field)
+        if kind is KeyKind.TABLE:
+            yield from tables_of(sections[0], (*prefix, name))
+        elif kind is not KeyKind.VALUE:
+            keys = dict.fromkeys(key for section in sections for key in section.model_fields)
+            everywhere = [key for key in keys if all(key in one.model_fields for one in sections)]
+            yield (*prefix, name), field, list(dict.fromkeys((*everywhere, *keys)))
 
 
 def _with_sections(model: type[BaseModel], prefix: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     for name, field in model.model_fields.items():
         path = (*prefix, name)
         yield path
-        kind, section = _kind(field, model)
+        kind, sections = _kind(field)
         if kind is KeyKind.TABLE:
-            yield from _with_sections(section, path)
+            yield from _with_sections(sections[0], path)
 
 
 def dotted(path: Sequence[str]) -> str:
@@ -208,6 +231,11 @@ def shown(field: FieldInfo | None, value: object) -> object:
     """A setting's value as people write it: `4194304` becomes `"4MiB"`; a secret is masked."""
     if isinstance(value, SecretStr):
         return MASK if value.get_secret_value() else ""
+    own = (
+        next((mark for mark in field.metadata if isinstance(mark, Shown)), None) if field else None
+    )
+    if own is not None:
+        value = own.show(value)
     unit = unit_of(field)
     if isinstance(value, tuple):
         return list(value)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from ingestd.base.errors import ConfigError
-from ingestd.config.keys import PIPELINES, Schema, dotted, shown
+from ingestd.config.keys import PIPELINES, SOURCES, Schema, dotted, shown
 from ingestd.config.layers import CONFIG_VARIABLE, Entry, Flag, LayerReader
 from ingestd.config.sections import AFile, Section, ValidationProblems
 from ingestd.config.units import NotUnderstoodError
@@ -260,6 +260,8 @@ def _explain(error: ValidationError, origins: _Origins, schema: Schema) -> list[
             ]
             continue
         path = tuple(str(part) for part in detail["loc"])
+        if path[:1] == (SOURCES,):
+            path = (*path[:2], *path[3:])  # without the kind, which pydantic puts behind the name
         origin = _own(path, origins)
         if origin is None and path[:1] == (PIPELINES,):
             continue  # taken from the top level, where the same is said
@@ -294,6 +296,8 @@ def _problem(detail: ErrorDetails, field: FieldInfo | None, secret: bool) -> str
         return f"should be {_BOUNDS[kind]} {shown(field, bound)}"
     if kind == "literal_error":
         return f"should be {context['expected']}"
+    if kind == "union_tag_invalid":
+        return f"{context['tag']!r} is not one of the kinds {context['expected_tags']}"
     return _PLAIN.get(kind) or detail["msg"].replace("Input should", "should", 1)
 
 
@@ -308,6 +312,8 @@ _PLAIN = {
     "string_too_short": "should not be empty",
     "path_type": "should be the path of a folder",
     "missing": "is missing",
+    "union_tag_not_found": "needs a kind",
+    "extra_forbidden": "is not a setting of this kind",
     "bool_type": "should be true or false",
     "bool_parsing": "should be true or false",
     "list_type": "should be a list",

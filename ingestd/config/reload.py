@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 from pydantic import BaseModel
 
 from ingestd.base.errors import ConfigError
-from ingestd.config.keys import PIPELINES, Schema, dotted
+from ingestd.config.keys import PIPELINES, SOURCES, Schema, dotted
 from ingestd.config.sections import Reloadable
 
 if TYPE_CHECKING:
@@ -60,13 +60,22 @@ def plan(running: S, new: S, check: Callable[[S], list[tuple[str, str]]]) -> Cha
 
 def _different(schema: Schema, running: BaseModel, new: BaseModel) -> Iterator[tuple[str, ...]]:
     before, after = dict(schema.values_of(running)), dict(schema.values_of(new))
-    # A pipeline that came or went is one change, not one for each of its settings.
-    lonely = getattr(running, PIPELINES).keys() ^ getattr(new, PIPELINES).keys()
-    yield from ((PIPELINES, name) for name in sorted(lonely))
+    # A pipeline or source that came, went or is of another kind is one change, not one for each of
+    # its settings.
+    whole = [
+        (table, name)
+        for table in (PIPELINES, SOURCES)
+        for name in _came_or_went(getattr(running, table), getattr(new, table))
+    ]
+    yield from whole
     for path in dict.fromkeys((*before, *after)):
-        alone = path[0] == PIPELINES and path[1] in lonely
-        if not alone and before.get(path) != after.get(path):
+        if path[:2] not in whole and before.get(path) != after.get(path):
             yield path
+
+
+def _came_or_went(running: dict[str, BaseModel], new: dict[str, BaseModel]) -> list[str]:
+    names = sorted(running.keys() | new.keys())
+    return [name for name in names if type(running.get(name)) is not type(new.get(name))]
 
 
 def _is_reloadable(schema: Schema, path: tuple[str, ...]) -> bool:
@@ -89,6 +98,7 @@ def _merge(running: S, new: S) -> S:
             update[name] = _merge(old, value)
         elif isinstance(old, dict) and any(isinstance(one, BaseModel) for one in old.values()):
             update[name] = {
-                key: _merge(one, value[key]) if key in value else one for key, one in old.items()
+                key: _merge(one, value[key]) if type(value.get(key)) is type(one) else one
+                for key, one in old.items()
             }
     return running.model_copy(update=update)

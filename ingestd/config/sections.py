@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, SecretStr
 from pydantic_core import PydanticCustomError
@@ -53,6 +53,21 @@ class ValidationProblems(ValueError):  # noqa: N818  several errors in one
 
 class Reloadable:
     """Marks a field that a reload (SIGHUP) changes; without it a change needs a restart."""
+
+
+class Shown(NamedTuple):
+    """Marks a field that is shown in a way of its own, for example without what is secret in it.
+
+    Attributes:
+        show: gives what may be shown of a value.
+    """
+
+    show: Callable[[Any], object]
+
+
+def masked(value: object) -> object:
+    """`***` for a value, and nothing for nothing."""
+    return MASK if value else value
 
 
 class Choice:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO
+
+from ingestd.config.sections import Section
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from socket import socket
+
     from ingestd.base.append import Append, DeliveryWaiter, IdempotencyClaim, SourceOffset
+    from ingestd.base.clock import Clock
     from ingestd.base.errors import Overloaded
     from ingestd.base.record import Format
 
@@ -75,20 +83,54 @@ class Intake(Protocol):
         ...
 
 
-class Source(Protocol):
-    """Life cycle of one source. Its owner makes these calls in this order, each once."""
+class InputCounts(NamedTuple):
+    """The numbers of an input that is read, in this run.
+
+    Attributes:
+        records: accepted.
+        invalid: never accepted, because they cannot be records.
+        bytes: read.
+        urls_done: of these URLs, how many will not be asked again.
+        urls_total: URLs, of a source that reads some.
+        bytes_left: still to be read, about, if that is known.
+    """
+
+    records: int
+    invalid: int
+    bytes: int
+    urls_done: int | None = None
+    urls_total: int | None = None
+    bytes_left: float | None = None
+
+
+class Source:
+    """Base class of sources. `start` comes first, `stop_taking` before `close`, each once.
+
+    A source overrides `start`, `stop_taking` and `close`, an input that is read also
+    `wait_finished` and `counts`.
+
+    Attributes:
+        addresses: of a server: where it listens, after `start`.
+    """
+
+    addresses: Sequence[str] = ()
 
     async def start(self) -> None:
         """Begins to accept records.
 
         Raises:
             AddressError: it cannot listen where it should.
+            ConfigError: its input cannot be had.
         """
-        ...
+        raise NotImplementedError
 
     def facts(self) -> dict[str, object]:
         """Facts for the log line of a start, such as addresses; valid after `start`."""
-        ...
+        return {}
+
+    def counts(self) -> InputCounts | None:
+        """The numbers so far; `None` for a server."""
+        return None
 
     async def wait_finished(self) -> None:
         """Returns when there is no more input and all of it is accepted; never for a server.
@@ -97,7 +139,21 @@ class Source(Protocol):
             InputIncomplete: some of it was given up; the rest is accepted.
             IngestdError: the input could not be stored, and why.
         """
-        ...
+        await asyncio.get_running_loop().create_future()
+
+    async def prepare(self, settings: Any) -> Callable[[], None]:  # noqa: ARG002
+        """Prepares a reload: reads the files that the settings name.
+
+        Args:
+            settings: this source's new ones; what is not marked `Reloadable` is as it was.
+
+        Returns:
+            A call that changes everything and cannot fail.
+
+        Raises:
+            ConfigError: something is wrong; nothing changes.
+        """
+        return _change_nothing
 
     async def stop_taking(self, deadline: float) -> None:
         """Accepts no new input, and waits until received records are accepted and answered.
@@ -105,11 +161,128 @@ class Source(Protocol):
         Args:
             deadline: in the event loop's time.
         """
-        ...
+        raise NotImplementedError
 
     async def close(self) -> None:
         """Ends all connections, tasks, threads and descriptors that are left."""
-        ...
+        raise NotImplementedError
+
+    def report(self) -> None:
+        """Logs where to go on if the input was left before its end; after `close`."""
+
+
+def _change_nothing() -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class SourceContext:
+    """The surroundings that a source is built with, beside its settings.
+
+    Attributes:
+        pipelines: by name.
+        pipeline: the name of the one for records that name none.
+        clock: gives the time.
+        input_fd: standard input, for a source that reads it.
+        stderr: of the process, for hints to a person at a terminal.
+        sockets: listening ones that a service manager passed, for a source that listens.
+        is_interrupted: tells if a signal has asked the process to leave.
+        on_request: called for each answer of a server with (the template of its route, pipeline or
+            "", status, seconds, problem or "").
+    """
+
+    pipelines: Mapping[str, Intake]
+    pipeline: str
+    clock: Clock
+    input_fd: int
+    stderr: TextIO
+    sockets: Sequence[socket]
+    is_interrupted: Callable[[], bool]
+    on_request: Callable[[str, str, int, float, str], None]
+
+
+class KeyNeeds(NamedTuple):
+    """The demands of a source on the idempotency keys of pipelines.
+
+    Attributes:
+        ttl: seconds that a key is remembered.
+        keys_max: most keys that are remembered, a pipeline.
+        signed_ttl: seconds that ids of signed deliveries are remembered at least.
+        shared: there can be several principals; each has a share of the table.
+    """
+
+    ttl: float
+    keys_max: int
+    signed_ttl: float
+    shared: bool
+
+
+class SourceKind:
+    """Base class of what the registry knows of a kind of source: its settings, and how to build it.
+
+    It is imported with the settings, also for `--help`: what is large is imported in `build`.
+
+    Attributes:
+        settings: its section: the table `[KIND]`, and `[sources.NAME]` with `kind` and `pipeline`
+            beside the section's own keys.
+        listens: it takes requests at `settings.listen`, and can refuse one.
+        feeds_all: its records can go to any pipeline, not to one alone.
+        block_bytes: most bytes, beside a record, that it appends at once and can refuse to nobody.
+        stored_whole: its settings that bound what is one row of a journal.
+    """
+
+    settings: ClassVar[type[Section]] = Section
+    listens: ClassVar[bool] = False
+    feeds_all: ClassVar[bool] = False
+    block_bytes: ClassVar[int] = 0
+    stored_whole: ClassVar[Sequence[str]] = ()
+
+    def problems(
+        self,
+        settings: Any,  # noqa: ARG002
+        *,
+        formats: Mapping[str, str],  # noqa: ARG002
+        default: str,  # noqa: ARG002
+        runs: bool,  # noqa: ARG002
+    ) -> Iterable[tuple[str, str]]:
+        """Finds settings that cannot work together: (key in the section, problem) for each.
+
+        Args:
+            settings: the section.
+            formats: of the records of each pipeline.
+            default: the pipeline of records that name none.
+            runs: a source with these settings is built.
+        """
+        return ()
+
+    def reads_input(self, settings: Any) -> bool:  # noqa: ARG002
+        """Tells if a source with these settings reads standard input."""
+        return False
+
+    def keys(self, settings: Any) -> KeyNeeds | None:  # noqa: ARG002
+        """The demands on idempotency keys; `None` for a source without."""
+        return None
+
+    def check(
+        self,
+        settings: Any,  # noqa: ARG002
+        formats: Mapping[str, Format],  # noqa: ARG002
+        default: str,  # noqa: ARG002
+    ) -> Sequence[str]:
+        """Reads the files that the settings name; returns what should be seen to.
+
+        Raises:
+            ConfigError: something is wrong with them.
+        """
+        return ()
+
+    def build(self, settings: Any, context: SourceContext) -> Source:
+        """Builds a source that is not started yet.
+
+        Raises:
+            ConfigError: something that the settings name is not what it should be.
+        """
+        raise NotImplementedError
 
 
 # -- retries of appends ----------------------------------------------------------------------------

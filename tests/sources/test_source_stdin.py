@@ -527,7 +527,7 @@ def test_as_a_real_process_with_standard_input_closed(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import asyncio\n"
-        "from ingestd.settings import StdinSettings\n"
+        "from ingestd.sources.stdin.settings import StdinSettings\n"
         "from ingestd.sources.stdin.source import StdinSource\n"
         "class In:\n"
         "    name, format, record_bytes_max, json_depth_max = 'default', 'json', 1024, 128\n"

@@ -1,1 +1,47 @@
 """The source `fetch`: lines and events from URLs. Begin with `source.py`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ingestd.sources.base import SourceKind
+from ingestd.sources.fetch.settings import FetchSettings, problems_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from ingestd.sources.base import Source, SourceContext
+
+
+class FetchSourceKind(SourceKind):
+    """`kind = "fetch"`."""
+
+    settings = FetchSettings
+    block_bytes = 4 * 1024**2
+
+    def problems(
+        self,
+        settings: FetchSettings,
+        *,
+        formats: Mapping[str, str],  # noqa: ARG002
+        default: str,  # noqa: ARG002
+        runs: bool,
+    ) -> Iterator[tuple[str, str]]:
+        """See `SourceKind`."""
+        return problems_of(settings, runs=runs)
+
+    def reads_input(self, settings: FetchSettings) -> bool:
+        """See `SourceKind`."""
+        return settings.file == "-"
+
+    def build(self, settings: FetchSettings, context: SourceContext) -> Source:
+        """See `SourceKind`."""
+        from ingestd.sources.fetch.source import FetchSource  # noqa: PLC0415  it needs a client
+
+        return FetchSource(
+            settings,
+            context.pipelines[context.pipeline],
+            clock=context.clock,
+            fd=context.input_fd,
+            stderr=context.stderr,
+        )

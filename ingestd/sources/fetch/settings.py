@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import BeforeValidator, Field
 
-from ingestd.config.network import check_headers, split_urls
-from ingestd.config.sections import FilePath, Section
+from ingestd.config.network import check_headers, show_url, split_urls
+from ingestd.config.sections import FilePath, Section, Shown, masked
 from ingestd.config.units import Count, Seconds, Size, Switch, show_seconds
 
 if TYPE_CHECKING:
@@ -19,10 +19,14 @@ _TIB = 1024**4
 _DAY = 86400.0
 
 
+def _without_secrets(urls: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(show_url(url) for url in urls)
+
+
 class FetchSettings(Section):
     """`[fetch]`: URLs to download, waits and bounds."""
 
-    urls: Annotated[tuple[str, ...], BeforeValidator(split_urls)] = Field(
+    urls: Annotated[tuple[str, ...], BeforeValidator(split_urls), Shown(_without_secrets)] = Field(
         (), description="http and https URLs to download"
     )
     file: FilePath = Field(
@@ -34,7 +38,7 @@ class FetchSettings(Section):
     every: Seconds = Field(
         0.0, ge=0, le=366 * _DAY, description="interval of repeated downloads; 0s downloads once"
     )
-    headers: Annotated[dict[str, str], BeforeValidator(check_headers)] = Field(
+    headers: Annotated[dict[str, str], BeforeValidator(check_headers), Shown(masked)] = Field(
         default_factory=dict, description="request headers, sent to the origins of the URLs only"
     )
     concurrency: Count = Field(4, ge=1, le=1024, description="maximum of concurrent downloads")

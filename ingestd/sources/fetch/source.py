@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from ingestd.base.errors import InputIncomplete
 from ingestd.base.logging import get_logger
+from ingestd.sources.base import InputCounts, Source
 from ingestd.sources.fetch.client import DownloadClient
 from ingestd.sources.fetch.concurrency import (
     DecompressionMemory,
@@ -39,7 +40,7 @@ LISTED_MAX = 100
 """Bound of the URLs given up that the last log line names."""
 
 
-class FetchSource:
+class FetchSource(Source):
     """Downloads a list of URLs and hands the records to one pipeline.
 
     Args:
@@ -132,6 +133,13 @@ class FetchSource:
     def facts(self) -> dict[str, object]:
         """See `Source`."""
         return {"urls": self.totals.total}
+
+    def counts(self) -> InputCounts:
+        """See `Source`."""
+        totals = self.totals
+        return InputCounts(
+            totals.records, totals.refused, totals.bytes, totals.done, totals.total, totals.left
+        )
 
     async def wait_finished(self) -> None:
         """Returns when every URL is done and all of it is accepted.

@@ -15,6 +15,7 @@ from ingestd.http.listener import Listener, bind
 from ingestd.http.routing import Cors, Resource
 from ingestd.http.server import Server
 from ingestd.http.settings import demands_proof, demands_signatures_alone
+from ingestd.sources.base import Source
 from ingestd.sources.http.access import check_exposure, read_access
 from ingestd.sources.http.endpoints.base import SIGNATURE, BodyLimits, Route, UnknownPipeline
 from ingestd.sources.http.handler import IngestHandler
@@ -41,7 +42,7 @@ _HOW_TO_SHARE = {
 }
 
 
-class HttpSource:
+class HttpSource(Source):
     """The server for records.
 
     Args:
@@ -216,10 +217,6 @@ class HttpSource:
     def facts(self) -> dict[str, object]:
         """See `Source`."""
         return {"listening": self.addresses}
-
-    async def wait_finished(self) -> None:
-        """Never returns: a server has no end of input."""
-        await asyncio.get_running_loop().create_future()
 
     async def stop_taking(self, deadline: float) -> None:
         """New connections are refused, new requests get 503; those in progress are finished.

@@ -19,7 +19,7 @@ from ingestd.base.append import Append
 from ingestd.base.errors import InputUnreadable, Overloaded
 from ingestd.base.logging import get_logger
 from ingestd.codecs.framing import HEAD_BYTES, Framer, guess
-from ingestd.sources.base import again_after
+from ingestd.sources.base import InputCounts, Source, again_after
 from ingestd.sources.descriptors import open_reader
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ _SIGNAL_SECONDS = 0.02
 _REFUSED_BYTES = 256  # what a refused record costs beside its payload, about
 
 
-class StdinSource:
+class StdinSource(Source):
     """Reads one descriptor to its end and hands the records to one pipeline.
 
     Many appends are under way at once, bounded by their bytes; at the bound the descriptor is
@@ -158,6 +158,10 @@ class StdinSource:
     def facts(self) -> dict[str, object]:
         """See `Source`."""
         return {"input": self._name or ("terminal" if os.isatty(self._fd) else "stream")}
+
+    def counts(self) -> InputCounts:
+        """See `Source`."""
+        return InputCounts(self.records, self.refused, self.bytes)
 
     async def wait_finished(self) -> None:
         """Returns when the input is at its end, or given up, and all of it is accepted.
