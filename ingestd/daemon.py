@@ -18,7 +18,7 @@ import async_timeout
 
 from ingestd import __version__
 from ingestd.admin.server import AdminServer
-from ingestd.admin.status import Status, stages_of, status_of
+from ingestd.admin.status import Status, stages_of, status_of, status_of_source
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import (
     Exit,
@@ -248,6 +248,7 @@ class Daemon:
                 is_interrupted=self._signals.asked.is_set,
                 on_request=self._answered,
             )
+            self._metrics.watch_sources(self.sources.running)
             await self.sources.start()
         except BaseException:
             for close in reversed(opened):
@@ -445,6 +446,10 @@ class Daemon:
             version=__version__,
             uptime_seconds=round(time.monotonic() - self._started_at, 3),
             pipelines={name: status_of(pipeline) for name, pipeline in self.pipelines.items()},
+            sources={
+                one.configured.name: status_of_source(one)
+                for one in (self.sources.all if self._state != "starting" else ())
+            },
         )
 
     def _answered(self, route: str, pipeline: str, status: int, seconds: float, slug: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Literal, TextIO
 
 from ingestd.base.errors import ConfigError, Exit, InputIncomplete, InputUnreadable
 from ingestd.base.logging import get_logger
@@ -45,6 +45,13 @@ class RunningSource:
         self.incomplete: InputIncomplete | None = None
         self._pipeline = pipeline
         self._before = pipeline.ledger
+
+    @property
+    def state(self) -> Literal["running", "ended", "incomplete"]:
+        """The state, for status."""
+        if not self.ended:
+            return "running"
+        return "incomplete" if self.incomplete else "ended"
 
     def snapshot(self) -> ProgressSnapshot | None:
         """The numbers of this run; `None` for a server."""
@@ -165,6 +172,10 @@ class SourceGroup:
     def addresses(self) -> list[str]:
         """The addresses that any of them listens at."""
         return [address for one in self.all for address in one.source.addresses]
+
+    def running(self) -> dict[tuple[str, str], bool]:
+        """Tells for each, by name and kind, if it is running, for metrics."""
+        return {(one.configured.name, one.configured.kind): not one.ended for one in self.all}
 
     def facts(self) -> dict[str, object]:
         """The kind of each and where its records come from, for the log line of a start."""

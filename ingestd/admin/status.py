@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from ingestd.pipeline import Pipeline
+    from ingestd.source_group import RunningSource
 
 
 NEAR = 0.8
@@ -168,6 +169,25 @@ class PipelineStatus(msgspec.Struct, frozen=True):
         return bool(self.dispatch_stopped)
 
 
+class SourceStatus(msgspec.Struct, frozen=True):
+    """One source.
+
+    Attributes:
+        kind: of the source, as in `source.kind`.
+        state: `ended` when an input was read to its end and is accepted, `incomplete` when some
+            of it was given up.
+        records: accepted in this run, of an input that is read; `None` for a server.
+        invalid: never accepted, because they cannot be records; `None` for a server.
+        bytes: read; `None` for a server.
+    """
+
+    kind: str
+    state: Literal["running", "ended", "incomplete"]
+    records: int | None = None
+    invalid: int | None = None
+    bytes: int | None = None
+
+
 class Status(msgspec.Struct, frozen=True):
     """The whole daemon: the body of `/v1/status`.
 
@@ -176,12 +196,14 @@ class Status(msgspec.Struct, frozen=True):
         version: of ingestd.
         uptime_seconds: since it was started.
         pipelines: by name.
+        sources: by name; none before they are started.
     """
 
     state: Literal["starting", "running", "draining"]
     version: str
     uptime_seconds: float
     pipelines: dict[str, PipelineStatus]
+    sources: dict[str, SourceStatus] = {}
 
 
 class AdminView(Protocol):
@@ -273,6 +295,16 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
                 "retry.waiting_bytes_max": (waiting.bytes, settings.retry.waiting_bytes_max),
             }
         ),
+    )
+
+
+def status_of_source(running: RunningSource) -> SourceStatus:
+    """The state of a source now."""
+    counts = running.source.counts()
+    if counts is None:
+        return SourceStatus(running.configured.kind, running.state)
+    return SourceStatus(
+        running.configured.kind, running.state, counts.records, counts.invalid, counts.bytes
     )
 
 

@@ -99,6 +99,7 @@ class _Watcher(Collector):
     def __init__(self) -> None:
         self.read: Callable[[], Mapping[str, object]] = dict
         self.lost: Callable[[], int] = int
+        self.sources: Callable[[], Mapping[tuple[str, str], bool]] = dict
 
     def describe(self) -> Iterable[Metric]:
         """No names in advance: the registry would otherwise collect to learn them."""
@@ -112,6 +113,14 @@ class _Watcher(Collector):
             for pipeline, state in states.items():
                 family.add_metric([pipeline], attrgetter(field)(state))
             yield family
+        running = GaugeMetricFamily(
+            "ingestd_source_running",
+            "1 while a source takes records, 0 when its input has ended.",
+            labels=["source", "kind"],
+        )
+        for labels, is_running in self.sources().items():
+            running.add_metric(labels, int(is_running))
+        yield running
         yield CounterMetricFamily(
             "ingestd_log_lines_dropped_total",
             "Log lines given up because the log's reader was slow or gone.",
@@ -333,6 +342,10 @@ class Metrics:
     def watch(self, read: Callable[[], Mapping[str, object]]) -> None:
         """Has each scrape read the pipelines' states, by name, from `read`."""
         self._watcher.read = read
+
+    def watch_sources(self, read: Callable[[], Mapping[tuple[str, str], bool]]) -> None:
+        """Has each scrape read from `read` which sources, by name and kind, are running."""
+        self._watcher.sources = read
 
     def watch_log(self, lost: Callable[[], int]) -> None:
         """Has each scrape read the number of dropped log lines from `lost`."""
