@@ -118,8 +118,7 @@ class Pipeline:
             pending=lambda: self.ledger.pending,
             on_idle=self._retime,
         )
-        self._data_dir = data_dir
-        self._surroundings = surroundings
+        self._data_dir, self._surroundings = data_dir, surroundings
         self.outstanding = UnsettledChunks()
         self.watches = DeliveryWaiters()
         self.settlements = SettlementWriter(
@@ -406,9 +405,8 @@ class Pipeline:
         Returns when all of it is settled, when the pipeline broke, at `deadline` (loop time), or
         as soon as all that is left waits for a retry beyond it.
         """
-        self.batcher.draining = True
+        self.end_input()
         self.letters.stop()
-        self._retime()
         joined = self._loop.create_task(self._joined(), name=f"{self.name}-join")
         try:
             while not (joined.done() or self.broken.done()):
