@@ -53,6 +53,15 @@ def test_the_example_of_a_pipeline_works_when_its_comment_signs_are_gone(tmp_pat
     assert clicks.executor.kind == "process"
 
 
+def test_the_example_of_sources_works_when_its_comment_signs_are_gone(tmp_path: Path) -> None:
+    example = TEXT[TEXT.index("# [sources.web]") : TEXT.index("\n[admin]")]
+    text = re.sub(r"(?m)^# ?", "", example) + "\n[pipelines.clicks]\nformat = 'json'\n"
+    (tmp_path / "ingestd.toml").write_text(text)
+    settings = load(Settings, environ={}, cwd=tmp_path, secrets=tmp_path / "none").settings
+    running = {one.name: (one.kind, one.pipeline) for one in settings.running_sources()}
+    assert running == {"web": ("http", "default"), "history": ("fetch", "clicks")}
+
+
 def test_the_examples_of_a_token_and_a_webhook_name_every_key(tmp_path: Path) -> None:
     start, end = TEXT.index("# [http.tokens."), TEXT.index("\n[stdin]")
     example = "\n".join(
