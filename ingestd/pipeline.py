@@ -242,7 +242,7 @@ class Pipeline:
         self._metrics.accepted(len(append.records.payload))
         for reason in {record.reason for record in append.invalid}:
             sizes = [len(one.payload) for one in append.invalid if one.reason == reason]
-            self._metrics.refused(reason, len(sizes), sum(sizes))
+            self._metrics.invalid(reason, len(sizes), sum(sizes))
         if append.unkept:
             self._metrics.unkept(append.unkept)
 

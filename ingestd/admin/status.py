@@ -95,7 +95,7 @@ class DeadLettersStatus(msgspec.Struct, frozen=True):
         invalid_bytes_max: `dead.invalid_bytes_max`.
         dropped: of these, how many went because there were too many, over the life of the journal.
         requeued: records that were dead and are fed again.
-        readmitted: records that were refused and then accepted after all.
+        readmitted: records that were invalid and then accepted after all.
         expired: those that became too old.
         purged: those that an operator deleted.
     """
@@ -121,7 +121,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
         processed: the handler is done with them.
         dead: accepted, then given up.
         pending: accepted and not settled.
-        refused: kept as dead letters without being accepted; in none of the four above.
+        invalid: kept as dead letters without being accepted; in none of the four above.
         balanced: whether `accepted == processed + dead + pending`; the rows are counted, too, once
             a minute.
         journal: how full it is.
@@ -140,7 +140,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
     processed: int
     dead: int
     pending: int
-    refused: int
+    invalid: int
     balanced: bool
     journal: JournalUsage
     queue: QueueStatus
@@ -159,9 +159,9 @@ class PipelineStatus(msgspec.Struct, frozen=True):
         return self.dead + self.dead_letters.requeued
 
     @property
-    def refused_ever(self) -> int:
-        """Records refused, those too that were accepted later."""
-        return self.refused + self.dead_letters.readmitted
+    def invalid_ever(self) -> int:
+        """Invalid records, those too that were accepted later."""
+        return self.invalid + self.dead_letters.readmitted
 
     @property
     def is_stopped(self) -> bool:
@@ -247,7 +247,7 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
         processed=ledger.processed,
         dead=ledger.dead,
         pending=ledger.pending,
-        refused=ledger.refused,
+        invalid=ledger.refused,
         balanced=not difference
         and ledger.accepted == ledger.processed + ledger.dead + ledger.pending,
         journal=JournalUsage(

@@ -48,12 +48,12 @@ _STATE = (
     ("accepted", "records_accepted_total", "Records made durable" + _LIFE),
     ("processed", "records_processed_total", "Records the handler is done with" + _LIFE),
     ("dead_ever", "records_dead_total", "Accepted records given up" + _LIFE),
-    ("refused_ever", "records_refused_total", "Records refused, kept as dead letters" + _LIFE),
+    ("invalid_ever", "records_invalid_total", "Invalid records, kept as dead letters" + _LIFE),
     ("dead_letters.requeued", "records_requeued_total", "Records given up, then requeued" + _LIFE),
     (
         "dead_letters.readmitted",
         "records_readmitted_total",
-        "Records refused, then accepted" + _LIFE,
+        "Invalid records that were accepted later" + _LIFE,
     ),
     ("dead_letters.expired", "letters_expired_total", "Dead letters that became too old" + _LIFE),
     ("dead_letters.purged", "letters_purged_total", "Dead letters that a person deleted" + _LIFE),
@@ -160,8 +160,8 @@ class _Families:
             "http_request_duration_seconds", "From head to answer.", _REQUEST_SECONDS, "route"
         )
         self.accepted_bytes = count("accepted_bytes_total", "Payload bytes made durable.")
-        self.refused_bytes = count(
-            "refused_bytes_total", "Payload bytes never accepted.", *_BY_REASON
+        self.invalid_bytes = count(
+            "invalid_bytes_total", "Payload bytes of invalid records that are kept.", *_BY_REASON
         )
         self.requests_refused = count(
             "requests_refused_total", "Whole requests turned away at a bound.", *_BY_REASON
@@ -170,7 +170,7 @@ class _Families:
             "records_unkept_total", "Invalid records that only their sender was told of."
         )
         self.dead_letters = count(
-            "dead_letters_total", "Dead letters since the start, refused ones too.", *_BY_REASON
+            "dead_letters_total", "Dead letters, of invalid records too.", *_BY_REASON
         )
         # journal
         self.commit_seconds = observe(
@@ -234,7 +234,7 @@ class PipelineMetrics:
         "_commit_seconds",
         "_dead_letters",
         "_handler_seconds",
-        "_refused_bytes",
+        "_invalid_bytes",
         "_requests_refused",
         "_restarts",
         "_unkept",
@@ -243,7 +243,7 @@ class PipelineMetrics:
     def __init__(self, name: str, families: _Families) -> None:
         self._accepted_bytes = families.accepted_bytes.labels(name)
         self._dead_letters = _Reasons(families.dead_letters, name)
-        self._refused_bytes = _Reasons(families.refused_bytes, name)
+        self._invalid_bytes = _Reasons(families.invalid_bytes, name)
         self._requests_refused = _Reasons(families.requests_refused, name)
         self._unkept = families.unkept.labels(name)
         self._commit_seconds = families.commit_seconds.labels(name)
@@ -259,10 +259,10 @@ class PipelineMetrics:
         """A source's append of `size` payload bytes is durable. The records are in the ledger."""
         self._accepted_bytes.inc(size)
 
-    def refused(self, reason: str, records: int, size: int) -> None:
+    def invalid(self, reason: str, records: int, size: int) -> None:
         """Counts records that a source keeps as dead letters instead: once a request and reason."""
         self._dead_letters.inc(reason, records)
-        self._refused_bytes.inc(reason, size)
+        self._invalid_bytes.inc(reason, size)
 
     def unkept(self, records: int) -> None:
         """Invalid records were listed or counted in an answer, and not kept as dead letters."""

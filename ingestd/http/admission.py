@@ -218,7 +218,7 @@ class AdmissionController:
                     problem.BUSY, "http.inflight_bytes_max", self.bytes + size, self.bytes_max
                 )
         detail = f"more than http.inflight_bytes_max = {self.bytes_max} in one request"
-        raise Problem(problem.BODY_TOO_LARGE, detail)
+        raise Problem(problem.PAYLOAD_TOO_LARGE, detail)
 
     def keep(self, size: int, client: _ClientShare, own: int) -> None:
         """Counts bytes as those of a stream between its pieces, of which it has `own` already.

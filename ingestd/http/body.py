@@ -66,7 +66,7 @@ def inflate(
     Args:
         encoding: `gzip`, `deflate` or `zstd`.
         wire: as it came.
-        bytes_max: `http.body_bytes_max`.
+        bytes_max: `http.decompressed_bytes_max`.
         ratio_max: `http.inflate_ratio_max`.
         take: called with the size of each piece before there is another.
 
@@ -85,8 +85,8 @@ def inflate(
         except TooDense as error:
             raise Problem(problem.RATIO, str(error)) from None
         except TooMuch:
-            detail = f"more than http.body_bytes_max = {bytes_max} after decompression"
-            raise Problem(problem.BODY_TOO_LARGE, detail) from None
+            detail = f"more than http.decompressed_bytes_max = {bytes_max} after decompression"
+            raise Problem(problem.PAYLOAD_TOO_LARGE, detail) from None
         return sink.getvalue()
 
 
@@ -116,7 +116,7 @@ def length_of(request: web.BaseRequest, settings: HttpSettings) -> int | None:
     if length is None:
         if "Transfer-Encoding" not in request.headers:
             raise Problem(problem.NO_LENGTH, "send Content-Length, or chunked")
-    elif length > settings.wire_bytes_max:
+    elif length > settings.request_bytes_max:
         raise _too_large(settings)
     return length
 
@@ -225,7 +225,7 @@ def in_our_words(request: web.BaseRequest) -> Iterator[None]:
 
 
 def _check(total: int, settings: HttpSettings) -> None:
-    if total > settings.wire_bytes_max:
+    if total > settings.request_bytes_max:
         raise _too_large(settings)
 
 
@@ -235,8 +235,8 @@ def _hold(total: int, hold: Reservation) -> None:
 
 
 def _too_large(settings: HttpSettings) -> Problem:
-    detail = f"more than http.wire_bytes_max = {settings.wire_bytes_max}"
-    return Problem(problem.BODY_TOO_LARGE, detail)
+    detail = f"more than http.request_bytes_max = {settings.request_bytes_max}"
+    return Problem(problem.PAYLOAD_TOO_LARGE, detail)
 
 
 async def read_piece(

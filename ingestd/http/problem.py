@@ -43,57 +43,45 @@ class ProblemType(NamedTuple):
     closes: bool = False
 
 
-BAD_REQUEST = ProblemType("bad-request", 400, "Not an HTTP request", closes=True)
-CORRUPT = ProblemType("corrupt-encoding", 400, "The body does not fit its Content-Encoding")
-EMPTY = ProblemType("empty", 400, "There is no record in the body")
-MALFORMED = ProblemType("malformed", 400, "No record in the body can be accepted")
-MOSTLY_INVALID = ProblemType("mostly-invalid", 400, "Most records in the body are invalid")
-NOT_STRICT = ProblemType("not-strict", 400, "Not every record in the body can be accepted")
-UNAUTHORIZED = ProblemType(
-    "unauthorized", 401, "Show a token, or a certificate, that is known here"
-)
-SIGNATURE_INVALID = ProblemType("signature-invalid", 401, "The delivery's signature does not fit")
-FORBIDDEN = ProblemType("forbidden", 403, "This token is not for this pipeline")
-FOREIGN_ORIGIN = ProblemType("foreign-origin", 403, "Pages of this origin may not send here")
-MISDIRECTED = ProblemType("misdirected", 421, "This daemon is not known by this name")
-NOT_FOUND = ProblemType("not-found", 404, "There is nothing here")
-UNKNOWN_PIPELINE = ProblemType("unknown-pipeline", 404, "There is no such pipeline")
-METHOD = ProblemType("method-not-allowed", 405, "The path does not take this method")
-TIMEOUT = ProblemType("body-timeout", 408, "The body did not arrive in time", closes=True)
-HEAD_TIMEOUT = ProblemType("head-timeout", 408, "The request did not arrive in time", closes=True)
-NO_LENGTH = ProblemType("length-required", 411, "Neither Content-Length nor chunked")
-BODY_TOO_LARGE = ProblemType("body-too-large", 413, "The body is too large", closes=True)
-RATIO = ProblemType("inflate-ratio", 413, "The body is too large for its compressed size")
-RECORD_TOO_LARGE = ProblemType("record-too-large", 413, "The record is too large")
-TOO_MANY_RECORDS = ProblemType("too-many-records", 413, "There are too many records in the body")
-MEDIA_TYPE = ProblemType(
-    "unsupported-media-type", 415, "The pipeline does not take this Content-Type"
-)
-ENCODING = ProblemType("unsupported-encoding", 415, "The Content-Encoding is not supported")
-EXPECTATION = ProblemType(
-    "expectation-failed", 417, "Only 100-continue can be expected", closes=True
-)
-KEY_INVALID = ProblemType("idempotency-key-invalid", 400, "The Idempotency-Key can't be read")
-KEY_IN_FLIGHT = ProblemType(
-    "idempotency-key-in-flight", 409, "A request with this Idempotency-Key is in progress"
-)
-KEY_REUSED = ProblemType(
-    "idempotency-key-reused", 422, "The Idempotency-Key belongs to another request"
-)
-OVER_SHARE = ProblemType("over-share", 429, "This client holds more than its share")
-RATE_LIMITED = ProblemType("rate-limited", 429, "This token has sent more than it may")
+BAD_REQUEST = ProblemType("bad-request", 400, "Bad Request", closes=True)
+CORRUPT = ProblemType("corrupt-encoding", 400, "Invalid Content-Encoding")
+EMPTY = ProblemType("empty", 400, "No Records")
+MALFORMED = ProblemType("malformed", 400, "Malformed Records")
+MOSTLY_INVALID = ProblemType("mostly-invalid", 400, "Mostly Invalid Records")
+NOT_STRICT = ProblemType("not-strict", 400, "Strict Handling Failed")
+UNAUTHORIZED = ProblemType("unauthorized", 401, "Unauthorized")
+SIGNATURE_INVALID = ProblemType("signature-invalid", 401, "Invalid Signature")
+FORBIDDEN = ProblemType("forbidden", 403, "Forbidden")
+FOREIGN_ORIGIN = ProblemType("foreign-origin", 403, "Origin Not Allowed")
+MISDIRECTED = ProblemType("misdirected", 421, "Misdirected Request")
+NOT_FOUND = ProblemType("not-found", 404, "Not Found")
+UNKNOWN_PIPELINE = ProblemType("unknown-pipeline", 404, "Pipeline Not Found")
+METHOD = ProblemType("method-not-allowed", 405, "Method Not Allowed")
+TIMEOUT = ProblemType("body-timeout", 408, "Request Body Timeout", closes=True)
+HEADER_TIMEOUT = ProblemType("header-timeout", 408, "Request Header Timeout", closes=True)
+NO_LENGTH = ProblemType("length-required", 411, "Length Required")
+PAYLOAD_TOO_LARGE = ProblemType("payload-too-large", 413, "Payload Too Large", closes=True)
+RATIO = ProblemType("inflate-ratio", 413, "Compression Ratio Too High")
+RECORD_TOO_LARGE = ProblemType("record-too-large", 413, "Record Too Large")
+TOO_MANY_RECORDS = ProblemType("too-many-records", 413, "Too Many Records")
+MEDIA_TYPE = ProblemType("unsupported-media-type", 415, "Unsupported Media Type")
+ENCODING = ProblemType("unsupported-encoding", 415, "Unsupported Content-Encoding")
+EXPECTATION = ProblemType("expectation-failed", 417, "Expectation Failed", closes=True)
+KEY_INVALID = ProblemType("idempotency-key-invalid", 400, "Invalid Idempotency-Key")
+KEY_IN_FLIGHT = ProblemType("idempotency-key-in-flight", 409, "Idempotency-Key In Use")
+KEY_REUSED = ProblemType("idempotency-key-reused", 422, "Idempotency-Key Reused")
+OVER_SHARE = ProblemType("over-share", 429, "Client Share Exceeded")
+RATE_LIMITED = ProblemType("rate-limited", 429, "Too Many Requests")
 CLIENT_CONNECTIONS = ProblemType(
-    "client-connections", 429, "This client has too many connections open", closes=True
+    "client-connections", 429, "Too Many Client Connections", closes=True
 )
-OVERLOADED = ProblemType("overloaded", 503, "The pipeline takes no more at the moment")
-HEADERS_TOO_LARGE = ProblemType(
-    "headers-too-large", 431, "The head of the request is too large", True
-)
-INTERNAL = ProblemType("internal", 500, "Something went wrong in ingestd", closes=True)
-BUSY = ProblemType("busy", 503, "Too many requests or bytes are in flight")
-CONNECTIONS = ProblemType("too-many-connections", 503, "Too many connections are open", closes=True)
-DRAINING = ProblemType("draining", 503, "This daemon is about to leave", closes=True)
-JOURNAL_FAILED = ProblemType("journal-failed", 503, "Nothing can be stored any more", closes=True)
+OVERLOADED = ProblemType("overloaded", 503, "Pipeline Overloaded")
+HEADERS_TOO_LARGE = ProblemType("headers-too-large", 431, "Request Header Fields Too Large", True)
+INTERNAL = ProblemType("internal", 500, "Internal Server Error", closes=True)
+BUSY = ProblemType("busy", 503, "Server Overloaded")
+CONNECTIONS = ProblemType("too-many-connections", 503, "Too Many Connections", closes=True)
+DRAINING = ProblemType("draining", 503, "Shutting Down", closes=True)
+JOURNAL_FAILED = ProblemType("journal-failed", 503, "Journal Failed", closes=True)
 
 KEYS_UNSUPPORTED = ProblemType(
     "idempotency-unsupported", 422, "This pipeline remembers no Idempotency-Key"
@@ -171,7 +159,7 @@ def explain(error: Explained) -> Problem:
     if isinstance(error, Overloaded):
         return Problem(OVERLOADED, str(error), headers=retry_after(error.retry_after))
     if isinstance(error, NeverFits):
-        return Problem(BODY_TOO_LARGE, str(error))
+        return Problem(PAYLOAD_TOO_LARGE, str(error))
     if isinstance(error, Draining):
         return Problem(DRAINING, str(error), headers=retry_after(1.0))
     # Not str(error): it names a path on this machine.

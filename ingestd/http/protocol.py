@@ -218,7 +218,7 @@ class Connection(web.RequestHandler):
         super()._process_keepalive()
 
     def _start_head_timer(self) -> None:
-        seconds = self._manager.head_timeout
+        seconds = self._manager.header_timeout
         self._head_timer = self._loop.call_later(seconds, self._end_head)
 
     def _stop_head_timer(self) -> None:
@@ -233,8 +233,8 @@ class Connection(web.RequestHandler):
             return
         self._head_timer = None
         if self._head_bytes:
-            detail = f"no whole head after http.head_timeout = {self._manager.head_timeout:g} s"
-            self._refuse(Problem(problem.HEAD_TIMEOUT, detail))
+            detail = f"no whole head after http.header_timeout = {self._manager.header_timeout:g} s"
+            self._refuse(Problem(problem.HEADER_TIMEOUT, detail))
         else:
             # Nothing was asked: an answer could be taken for that to the first request.
             self.force_close()

@@ -47,7 +47,7 @@ class Server(web.Server):
         handler: answers one request; must not raise.
         connections_max: who comes beyond it is told so (503) and let go.
         per_client_max: the same (429) for connections of one client; 0 for any number.
-        head_timeout: seconds that the head of a request may take.
+        header_timeout: seconds that the head of a request may take.
         keepalive_timeout: seconds until an idle connection is closed; 0 if none is kept open.
 
     Attributes:
@@ -62,14 +62,14 @@ class Server(web.Server):
         *,
         connections_max: int,
         per_client_max: int = 0,
-        head_timeout: float = 10.0,
+        header_timeout: float = 10.0,
         keepalive_timeout: float,
     ) -> None:
         super().__init__(handler)  # type: ignore[arg-type]  # the base's connections want another
         self._answer = handler
         self._connections_max = connections_max
         self._clients = ClientConnections(per_client_max)
-        self._keepalive_timeout = keepalive_timeout or head_timeout
+        self._keepalive_timeout = keepalive_timeout or header_timeout
         self._turned_away: set[asyncio.Transport] = set()
         self._welcomed: set[asyncio.BaseProtocol] = set()
         self._silent: set[web.RequestHandler] = set()
@@ -77,7 +77,7 @@ class Server(web.Server):
         self._held = 0
         self._held_by: Counter[str] = Counter()
         self._cut_until: dict[str, float] = {}
-        self.head_timeout = head_timeout
+        self.header_timeout = header_timeout
         self.authorities: frozenset[bytes] = frozenset()
         self.open = 0
         self.turns = FairQueue(self._loop)

@@ -125,10 +125,10 @@ class HttpSettings(Section):
     reuse_port: Switch = Field(
         False, description="share the port with other daemons (SO_REUSEPORT)"
     )
-    wire_bytes_max: Size = Field(
+    request_bytes_max: Size = Field(
         16 * _MIB, ge=1, le=_TIB, description="largest body before decompression"
     )
-    body_bytes_max: Size = Field(
+    decompressed_bytes_max: Size = Field(
         32 * _MIB, ge=1, le=_TIB, description="largest body after decompression"
     )
     records_max: Count = Field(
@@ -155,7 +155,7 @@ class HttpSettings(Section):
         le=1_000_000,
         description="maximum of open connections of one client; 0: no bound",
     )
-    head_timeout: Seconds = Field(
+    header_timeout: Seconds = Field(
         10.0, gt=0, le=_DAY, description="timeout of reading a request's header"
     )
     body_rate_min: Size = Field(
@@ -237,11 +237,11 @@ def problems_of(
     if http.reuse_port:
         for text in _without_sharing(http.listen):
             yield "reuse_port", text
-    if http.inflight_bytes_max < http.body_bytes_max:
-        room, body = show_size(http.inflight_bytes_max), show_size(http.body_bytes_max)
+    if http.inflight_bytes_max < http.decompressed_bytes_max:
+        room, body = show_size(http.inflight_bytes_max), show_size(http.decompressed_bytes_max)
         yield (
             "inflight_bytes_max",
-            f"{room} has no room for one body of http.body_bytes_max ({body})",
+            f"{room} has no room for one body of http.decompressed_bytes_max ({body})",
         )
     yield from _at_large(http)
     yield from _of_tls(http)

@@ -78,7 +78,7 @@ def kill_at(seed: int, place: int) -> Kill:
 def bounds_of(settings: Settings) -> ProofBounds:
     """The largest requests that fit the settings."""
     pad = min(_PAD_MAX, settings.record_bytes_max - _FRAME)
-    body = min(settings.http.body_bytes_max, settings.http.wire_bytes_max)
+    body = min(settings.http.decompressed_bytes_max, settings.http.request_bytes_max)
     records = min(_RECORDS_MAX, settings.http.records_max, body // (_FRAME + max(pad, 0) + 1))
     return ProofBounds(max(1, records), max(0, pad))
 

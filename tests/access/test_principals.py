@@ -130,7 +130,7 @@ async def test_keys_of_a_journal_without_principals_are_honoured(tmp_path: Path)
     await before.open(lambda _: None)
     claim = await before.idempotency.begin("k", take_fingerprint(b"1", "", "identity"))
     assert not isinstance(claim, bytes)
-    claim.answer = b'{"accepted":1,"rejected":0,"errors":[]}'
+    claim.answer = b'{"accepted":1,"invalid":0,"errors":[]}'
     await before.append(Append(Records.lines([b"1"]), claim=claim))
     await before.close()
     for http, shown in (({"tokens": TOKENS}, bearer(SHOP)), ({}, {})):

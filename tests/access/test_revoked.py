@@ -65,7 +65,7 @@ async def test_a_stream_ends_in_order(after: Any, answer: tuple[int, str]) -> No
             await reload(source, tokens=tokens(**{"logs": {"token": LOGS}, **after}))
             reply = await client.reply()
             assert (reply.status, reply.slug) == answer
-            assert (reply.json["accepted"], reply.json["rejected"]) == (2, 0)
+            assert (reply.json["accepted"], reply.json["invalid"]) == (2, 0)
             assert reply.headers["connection"] == "close"
             other.send(chunk(b"4\n") + END)
             assert (await other.reply()).json["accepted"] == 2

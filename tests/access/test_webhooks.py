@@ -164,7 +164,7 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, Pa
         http.webhooks.std = {{ kind = "standard", file = "standard" }}
         http.webhooks.hub = {{ kind = "github", secret = "{HUB}", pipeline = "hub" }}
         http.webhooks.pay = {{ kind = "stripe", secret = "{STRIPE}" }}
-        http.wire_bytes_max = "8MiB"
+        http.request_bytes_max = "8MiB"
         record_bytes_max = "4MiB"
         """
     )

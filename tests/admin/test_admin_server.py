@@ -43,7 +43,7 @@ STATUS = Status(
             processed=7,
             dead=1,
             pending=2,
-            refused=3,
+            invalid=3,
             balanced=True,
             journal=JournalUsage(bytes=900, bytes_max=1000, poisoned=False),
             queue=QueueStatus(chunks=2, bytes=100, bytes_max=1000),

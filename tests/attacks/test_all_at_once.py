@@ -21,7 +21,7 @@ from tests.daemon.harness import ROOT, Daemon, daemon
 SECONDS = 20
 ALONE_SECONDS = 8
 SLOW_HEADS_SECONDS = 13
-"""Longer than `http.head_timeout`, which is what ends them."""
+"""Longer than `http.header_timeout`, which is what ends them."""
 ATTACKS = {
     *("idle", "slow heads", "slow bodies", "pipelining", "bombs", "deep", "large", "tiny chunks"),
     *("smuggling", "resets", "endless bodies", "endless chunk lines"),

@@ -77,12 +77,12 @@ async def test_a_bomb_in_a_bomb(encoding, pack):
 
 async def test_the_ratio_can_be_switched_off():
     intake = MemoryIntake("text")
-    async with serving(intake, inflate_ratio_max=0, body_bytes_max=8 * MIB) as source:
+    async with serving(intake, inflate_ratio_max=0, decompressed_bytes_max=8 * MIB) as source:
         wire = gzip.compress(b"x" * 1000 * 1000 + b"\n" + bytes(6 * MIB))
         reply = await ask(source, wire, Content_Encoding="gzip")
-        assert reply.json == {"accepted": 1, "rejected": 1, "errors": reply.json["errors"]}
+        assert reply.json == {"accepted": 1, "invalid": 1, "errors": reply.json["errors"]}
         reply = await ask(source, gzip.compress(bytes(9 * MIB)), Content_Encoding="gzip")
-        assert (reply.status, reply.slug) == (413, "body-too-large")
+        assert (reply.status, reply.slug) == (413, "payload-too-large")
 
 
 def run(inflater: Inflater, wire: bytes) -> int:

@@ -39,7 +39,7 @@ async def connected_from(source, address: str):
 async def test_a_slow_head(intake, before):
     """A head that comes a byte at a time is ended with 408, also behind a request."""
     async with (
-        serving(intake, head_timeout=0.3, keepalive_timeout=60) as source,
+        serving(intake, header_timeout=0.3, keepalive_timeout=60) as source,
         connected(source) as client,
     ):
         for _ in range(before):
@@ -53,7 +53,7 @@ async def test_a_slow_head(intake, before):
 
         sending = asyncio.create_task(trickle())
         reply = await client.reply()
-        assert (reply.status, reply.slug) == (408, "head-timeout")
+        assert (reply.status, reply.slug) == (408, "header-timeout")
         assert reply.headers["connection"] == "close"
         assert await client.closed()
         sending.cancel()
@@ -63,7 +63,7 @@ async def test_a_slow_head(intake, before):
 
 async def test_a_connection_that_says_nothing(intake):
     """Closed without a word: an answer could be taken for that to its first request."""
-    async with serving(intake, head_timeout=0.1, keepalive_timeout=60) as source:
+    async with serving(intake, header_timeout=0.1, keepalive_timeout=60) as source:
         async with connected(source) as client:
             assert await client.closed()
         async with connected(source) as client:
@@ -77,7 +77,7 @@ async def test_a_connection_that_says_nothing(intake):
 async def test_a_head_that_comes_just_in_time(intake):
     """The idle timeout does not end a head that has begun."""
     async with (
-        serving(intake, head_timeout=10, keepalive_timeout=0.2) as source,
+        serving(intake, header_timeout=10, keepalive_timeout=0.2) as source,
         connected(source) as client,
     ):
         client.post(b"1")
@@ -107,14 +107,14 @@ async def test_a_client_that_leaves_as_its_time_is_up(intake, caplog):
 async def test_an_answer_before_the_408(intake):
     """A request that is in progress when the next head is late is answered first."""
     intake.gate.clear()
-    async with serving(intake, head_timeout=0.1) as source, connected(source) as client:
+    async with serving(intake, header_timeout=0.1) as source, connected(source) as client:
         client.post(b"1")
         await intake.asked.wait()
         client.send(LINE)
         await until(lambda: next(iter(source._server.connections)).last)
         intake.gate.set()
         assert (await client.reply()).status == 202
-        assert (await client.reply()).slug == "head-timeout"
+        assert (await client.reply()).slug == "header-timeout"
         assert await client.closed()
 
 
@@ -230,7 +230,7 @@ async def test_connections_of_one_client_are_bounded(intake):
 
 async def test_many_idle_connections(intake):
     """They end by themselves, and nobody else notices them."""
-    async with serving(intake, head_timeout=0.5, connections_per_client_max=100) as source:
+    async with serving(intake, header_timeout=0.5, connections_per_client_max=100) as source:
         port = int(source.addresses[0].rpartition(":")[2])
         idle = []
         for n in range(IDLE):

@@ -15,7 +15,7 @@ STATE = PipelineStatus(
     processed=90,
     dead=3,
     pending=7,
-    refused=2,
+    invalid=2,
     balanced=True,
     journal=JournalUsage(bytes=4096, bytes_max=8192, poisoned=False),
     queue=QueueStatus(chunks=5, bytes=1000, bytes_max=2000),
@@ -49,7 +49,7 @@ def metrics() -> Metrics:
     made.route("/v1/records").answered(202, 0.003)
     pipeline = made.pipeline("default")
     pipeline.accepted(500)
-    pipeline.refused("malformed", 2, 30)
+    pipeline.invalid("malformed", 2, 30)
     pipeline.request_refused("journal")
     pipeline.committed(0.004, 3, 500)
     pipeline.batch_tried("done", 1000, 65536, 0.2)
@@ -71,14 +71,14 @@ def test_the_ledger_is_read_at_scrape_time_and_nothing_else_counts_it(metrics: M
     page = samples(metrics)
     told = {
         name: page[f"ingestd_records_{name}", (("pipeline", "default"),)]
-        for name in ("accepted_total", "processed_total", "dead_total", "pending", "refused_total")
+        for name in ("accepted_total", "processed_total", "dead_total", "pending", "invalid_total")
     }
     assert told == {
         "accepted_total": 101,
         "processed_total": 90,
         "dead_total": 3,
         "pending": 8,
-        "refused_total": 2,
+        "invalid_total": 2,
     }
     assert page["ingestd_records_accepted_total", (("pipeline", "clicks"),)] == 100
 
@@ -96,7 +96,7 @@ def test_what_happens_is_counted(metrics: Metrics) -> None:
         return page[f"ingestd_{name}", tuple(sorted({"pipeline": "default", **labels}.items()))]
 
     assert of("accepted_bytes_total") == 500
-    assert of("refused_bytes_total", reason="malformed") == 30
+    assert of("invalid_bytes_total", reason="malformed") == 30
     assert of("dead_letters_total", reason="malformed") == 2
     assert of("dead_letters_total", reason="failed") == 10
     assert of("requests_refused_total", reason="journal") == 1

@@ -49,7 +49,7 @@ def test_a_post_arrives_in_the_jsonl_sink(tmp_path: Path) -> None:
     with daemon(cwd=tmp_path) as one:
         assert one.post(b'{"a":1}\n{"a":2}\n') == (
             202,
-            {"accepted": 2, "rejected": 0, "errors": []},
+            {"accepted": 2, "invalid": 0, "errors": []},
         )
         one.until_settled()
         one.terminate()
@@ -229,14 +229,14 @@ def test_malformed_lines_are_dead_letters_and_listed(tmp_path: Path) -> None:
     with daemon(cwd=tmp_path) as one:
         status, body = one.post(b'{"a":1}\n{"a":\n{"a":3}\nnull null\n')
         assert status == 202
-        assert (body["accepted"], body["rejected"]) == (2, 2)
+        assert (body["accepted"], body["invalid"]) == (2, 2)
         assert [(e["index"], e["reason"]) for e in body["errors"]] == [
             (1, "malformed"),
             (3, "malformed"),
         ]
         assert one.post(b'{"a":\n')[0] == 400
         now = one.until_settled()
-        assert (now["accepted"], now["refused"]) == (2, 2)
+        assert (now["accepted"], now["invalid"]) == (2, 2)
         one.terminate()
         assert one.wait() == 0
     with sqlite3.connect(tmp_path / "ingestd-data" / "journal.db") as db:

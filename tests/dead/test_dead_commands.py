@@ -111,12 +111,12 @@ def test_retry_beside_the_daemon_feeds_each_record_once(folder: Path) -> None:
         # The malformed one was never accepted, and is no better now.
         assert "1 letters were never accepted and are still no records" in done.stderr
         now = until(lambda: (s := status(running))["processed"] == 2501 and s, "they stay away")
-        assert (now["accepted"], now["refused"], now["pending"]) == (2501, 1, 0)
+        assert (now["accepted"], now["invalid"], now["pending"]) == (2501, 1, 0)
         (letter,) = lines(cli("dead", "list", "--json", cwd=folder))
         assert (letter["reason"], letter["retry"]) == ("malformed", False)
         _, _, page = running.request("GET", "/metrics", admin=True)
         assert b'ingestd_records_dead_total{pipeline="default"} 2500.0' in page
-        assert b'ingestd_records_refused_total{pipeline="default"} 1.0' in page
+        assert b'ingestd_records_invalid_total{pipeline="default"} 1.0' in page
         running.terminate()
         assert running.wait() == 0
         assert running.event("drained")["balanced"]
@@ -192,7 +192,7 @@ def test_purging_while_the_daemon_writes(folder: Path) -> None:
         kept = len(lines(cli("dead", "list", "--json", cwd=folder)))
         until(lambda: status(running)["dead_letters"]["kept"] == kept, "the daemon miscounts")
         # Of the 200 of each request `http.invalid_kept` are kept.
-        assert status(running)["refused"] == posted * 10 == purged + kept
+        assert status(running)["invalid"] == posted * 10 == purged + kept
         running.terminate()
         assert running.wait() == 0
     assert cli("journal", "verify", cwd=folder).stdout == "default: ok\n"

@@ -29,7 +29,7 @@ def _connected(one: Daemon, address: str = "") -> socket.socket:
 
 def test_slow_headers(tmp_path: Path) -> None:
     """A client that never ends its headers: its connection is closed, others are served."""
-    with daemon(*into(tmp_path, http__head_timeout="1s"), cwd=tmp_path) as one:
+    with daemon(*into(tmp_path, http__header_timeout="1s"), cwd=tmp_path) as one:
         with _connected(one) as slow:
             slow.sendall(b"POST /v1/records HT")
             assert one.post(b"1\n")[0] == 202

@@ -149,7 +149,7 @@ def _stopped_for(tmp_path: Path, seconds: float, **more: str) -> None:
 @pytest.mark.parametrize("sent", [0, 30, -1], ids=["nothing", "half a head", "half a body"])
 def test_what_came_while_it_was_stopped_is_answered(tmp_path: Path, sent: int) -> None:
     """The deadlines for the next request passed meanwhile, but its client kept them."""
-    deadlines = ("keepalive_timeout", "head_timeout", "body_timeout")
+    deadlines = ("keepalive_timeout", "header_timeout", "body_timeout")
     limits = {f"http__{name}": "1s" for name in deadlines}
     request = b"POST /v1/records HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n1\n"
     with daemon(*into(tmp_path, **limits), cwd=tmp_path) as one:
@@ -177,7 +177,7 @@ def test_sigstop_for_a_moment(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_sigstop_for_longer_than_the_deadlines_of_a_connection(tmp_path: Path) -> None:
     """SIGSTOP for 8 s, with all of them at 2 s; the client waits for 30 s."""
-    deadlines = ("keepalive_timeout", "head_timeout", "body_timeout")
+    deadlines = ("keepalive_timeout", "header_timeout", "body_timeout")
     _stopped_for(tmp_path, 8, **{f"http__{name}": "2s" for name in deadlines})
 
 

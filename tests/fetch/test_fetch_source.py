@@ -112,10 +112,10 @@ async def test_a_great_deal_comes_out_of_little_within_bounds() -> None:
         await fetch(intake, server.url + "/bomb.gz")
         (refused,) = intake.refused
         assert refused.reason == "too_large"
-        reason = await reason_of(Intake(), server.url + "/x.gz", bytes_max=1_000_000)
-        assert reason == "it is larger than fetch.bytes_max"
-        reason = await reason_of(Intake(), server.url + "/x.gz", wire_bytes_max=10_000)
-        assert reason == "it is larger than fetch.wire_bytes_max"
+        reason = await reason_of(Intake(), server.url + "/x.gz", decompressed_bytes_max=1_000_000)
+        assert reason == "it is larger than fetch.decompressed_bytes_max"
+        reason = await reason_of(Intake(), server.url + "/x.gz", response_bytes_max=10_000)
+        assert reason == "it is larger than fetch.response_bytes_max"
 
 
 async def test_what_was_accepted_before_a_bound_stays() -> None:
@@ -130,8 +130,8 @@ async def test_what_was_accepted_before_a_bound_stays() -> None:
         return response
 
     async with serving(two) as server:
-        reason = await reason_of(intake, server.url, bytes_max=len(BODY) + 1)
-    assert reason == "it is larger than fetch.bytes_max"
+        reason = await reason_of(intake, server.url, decompressed_bytes_max=len(BODY) + 1)
+    assert reason == "it is larger than fetch.decompressed_bytes_max"
     assert intake.items == ITEMS
     assert not intake.position.done
 

@@ -36,7 +36,7 @@ async def test_a_body_beyond_the_bound_is_413_and_the_journal_goes_on(
             reply = await ask(door.source, b"12345678\n" * (size // 9))
             assert reply.status == status
             if status == 413:
-                assert reply.slug == "body-too-large"
+                assert reply.slug == "payload-too-large"
                 assert "a row of the journal" in reply.json["detail"]
         # Lengths are stored too: an array whose elements hold line ends.
         array = b"[" + b",".join([b"[\n]"] * (LIMIT // 6)) + b"]"
@@ -59,8 +59,11 @@ ROOM = {"queue": {"bytes_max": "4GiB"}}
 @pytest.mark.parametrize(
     ("written", "key"),
     [
-        ({"http": {"wire_bytes_max": "1GiB"}}, "http.wire_bytes_max"),
-        ({"http": {"body_bytes_max": "1GB", "inflight_bytes_max": "4GiB"}}, "http.body_bytes_max"),
+        ({"http": {"request_bytes_max": "1GiB"}}, "http.request_bytes_max"),
+        (
+            {"http": {"decompressed_bytes_max": "1GB", "inflight_bytes_max": "4GiB"}},
+            "http.decompressed_bytes_max",
+        ),
         ({"record_bytes_max": "1GiB"}, "record_bytes_max"),
         ({"batch": {"bytes_max": "2GiB"}, **ROOM}, "batch.bytes_max"),
         ({"pipelines": {"x": {"batch": {"bytes_max": "2GiB"}, **ROOM}}}, "pipelines.x.batch"),
@@ -76,7 +79,11 @@ def test_the_largest_settings_that_work() -> None:
     most = "900MiB"
     Settings(
         record_bytes_max=most,
-        http={"wire_bytes_max": most, "body_bytes_max": most, "inflight_bytes_max": "4GiB"},
+        http={
+            "request_bytes_max": most,
+            "decompressed_bytes_max": most,
+            "inflight_bytes_max": "4GiB",
+        },
         batch={"bytes_max": most},
         **ROOM,
     )

@@ -206,7 +206,7 @@ def test_a_seed_decides_everything() -> None:
         Settings(),
         Settings(record_bytes_max=64),
         Settings(http=HttpSettings(records_max=3)),
-        Settings(http=HttpSettings(body_bytes_max=500), record_bytes_max=400),
+        Settings(http=HttpSettings(decompressed_bytes_max=500), record_bytes_max=400),
     ],
 )
 def test_requests_fit_the_settings(settings: Settings) -> None:
@@ -219,7 +219,7 @@ def test_requests_fit_the_settings(settings: Settings) -> None:
             (255, n) for n in range(first, first + body.count)
         ]
         assert 1 <= body.count <= settings.http.records_max
-        assert len(body.data) <= settings.http.body_bytes_max
+        assert len(body.data) <= settings.http.decompressed_bytes_max
         assert max(map(len, body.data.splitlines())) <= settings.record_bytes_max
         first += body.count
 

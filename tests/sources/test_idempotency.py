@@ -162,7 +162,7 @@ async def test_the_same_request_is_accepted_once_and_answered_the_same(tmp_path,
         again = await door.post(b"1\nbad\n2\n", "k")
         assert (first.status, again.status) == (202, 202)
         assert first.body == again.body
-        assert first.json["rejected"] == 1
+        assert first.json["invalid"] == 1
         assert "idempotent-replayed" not in first.headers
         assert again.headers["idempotent-replayed"] == "true"
         ledger = door.pipelines["default"].journal.ledger
@@ -346,7 +346,7 @@ def test_keys_survive_kill_9(tmp_path):
             one.process.send_signal(signal.SIGKILL)
             one.wait()
     assert [status for status, _, _ in answers] == [202, 202]
-    assert answers[0][2] == answers[1][2] == {"accepted": 2, "rejected": 0, "errors": []}
+    assert answers[0][2] == answers[1][2] == {"accepted": 2, "invalid": 0, "errors": []}
     assert answers[1][1]["idempotent-replayed"] == "true"
     with daemon(cwd=tmp_path) as one:
         assert one.until_settled()["accepted"] == 2

@@ -134,7 +134,7 @@ async def test_a_client_that_waits_hears_that_all_is_done(tmp_path):
         reply = await ask(source, b"1\n2\n3", Prefer="wait=20")
         assert reply.status == 200
         assert reply.json == {
-            "accepted": 3, "rejected": 0, "processed": 3, "dead": 0, "errors": [],
+            "accepted": 3, "invalid": 0, "processed": 3, "dead": 0, "errors": [],
         }  # fmt: skip
         assert reply.headers["preference-applied"] == "wait=20"
         assert pipeline.journal.ledger.processed == 3
@@ -147,7 +147,7 @@ async def test_each_failed_record_is_named_by_its_place_in_the_body(tmp_path):
         reply = await ask(source, body, Prefer="wait=20")
         assert reply.status == 200
         assert {k: v for k, v in reply.json.items() if k != "errors"} == {
-            "accepted": 5, "rejected": 3, "processed": 2, "dead": 3,
+            "accepted": 5, "invalid": 3, "processed": 2, "dead": 3,
         }  # fmt: skip
         found = [(error["index"], error["reason"]) for error in reply.json["errors"]]
         assert found == [

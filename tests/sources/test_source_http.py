@@ -58,7 +58,7 @@ async def test_lines_are_accepted(intake):
     async with serving(intake) as source:
         reply = await ask(source, b'{"a":1}\n{"a":2}\n')
     assert reply.status == 202
-    assert reply.json == {"accepted": 2, "rejected": 0, "errors": []}
+    assert reply.json == {"accepted": 2, "invalid": 0, "errors": []}
     assert reply.headers["content-type"] == "application/json"
     assert reply.headers["server"] == "ingestd"
     assert "connection" not in reply.headers
@@ -83,7 +83,7 @@ async def test_bad_lines_beside_good_ones_are_kept_and_listed(intake):
     async with serving(intake) as source:
         reply = await ask(source, b"1\nbad\n" + b"x\n" * 150 + b"2\n")
     assert reply.status == 202
-    assert (reply.json["accepted"], reply.json["rejected"]) == (2, 151)
+    assert (reply.json["accepted"], reply.json["invalid"]) == (2, 151)
     assert len(reply.json["errors"]) == 100
     assert reply.json["errors"][0].keys() == {"index", "reason", "detail"}
     assert reply.json["errors"][0]["index"] == 1
@@ -97,7 +97,7 @@ async def test_bad_lines_beside_good_ones_are_kept_and_listed(intake):
 async def test_so_many_invalid_records_of_a_request_are_kept(intake, kept):
     async with serving(intake, invalid_kept=kept) as source:
         reply = await ask(source, b"1\n" + b"x\n" * 120)
-    assert reply.json["rejected"] == 120
+    assert reply.json["invalid"] == 120
     assert [one.index for one in intake.refused] == list(range(1, kept + 1))
     assert intake.unkept == 120 - kept
 
@@ -116,7 +116,7 @@ async def test_a_body_that_is_mostly_invalid_is_refused_whole(intake, good, inva
             assert len(reply.json["errors"]) == 100
             assert not intake.asked.is_set()
         else:
-            assert (reply.json["accepted"], reply.json["rejected"]) == (good, invalid)
+            assert (reply.json["accepted"], reply.json["invalid"]) == (good, invalid)
             assert len(intake.items) == good
             intake.runs.clear()
 
@@ -253,9 +253,9 @@ async def refused(source, body=b"1", path="/v1/records", **headers):
         ({"Content_Encoding": "zstd"}, b"not zstd", (400, "corrupt-encoding")),
         ({"Content_Encoding": "gzip"}, b"", (400, "empty")),
         ({}, b"", (400, "empty")),
-        ({}, b"x" * 1001, (413, "body-too-large")),
-        (CHUNKED, chunked(b"x" * 600, b"x" * 600), (413, "body-too-large")),
-        ({"Content_Encoding": "gzip"}, gzip.compress(b"1" * 5001), (413, "body-too-large")),
+        ({}, b"x" * 1001, (413, "payload-too-large")),
+        (CHUNKED, chunked(b"x" * 600, b"x" * 600), (413, "payload-too-large")),
+        ({"Content_Encoding": "gzip"}, gzip.compress(b"1" * 5001), (413, "payload-too-large")),
         ({}, b'"%b"' % (b"x" * 300), (413, "record-too-large")),
         ({}, b"1\n" * 11, (413, "too-many-records")),
         ({"Expect": "a-miracle"}, b"1", (417, "expectation-failed")),
@@ -265,7 +265,7 @@ async def refused(source, body=b"1", path="/v1/records", **headers):
 )
 async def test_refused_bodies(intake, headers, body, answer):
     intake.record_bytes_max = 256
-    bounds = {"wire_bytes_max": 1000, "body_bytes_max": 5000, "records_max": 10}
+    bounds = {"request_bytes_max": 1000, "decompressed_bytes_max": 5000, "records_max": 10}
     async with serving(intake, **bounds) as source:
         assert await refused(source, body, **headers) == answer
         assert (await ask(source, b"1")).status == 202
@@ -353,10 +353,10 @@ async def test_what_is_not_http(intake, head, answer):
 
 
 async def test_a_length_beyond_the_bound_is_refused_before_the_body(intake):
-    async with serving(intake, wire_bytes_max=1000) as source, connected(source) as client:
+    async with serving(intake, request_bytes_max=1000) as source, connected(source) as client:
         client.post(b"", Content_Length="1001", Expect="100-continue")
         reply = await client.reply()
-        assert (reply.status, reply.slug) == (413, "body-too-large")
+        assert (reply.status, reply.slug) == (413, "payload-too-large")
         assert reply.headers["connection"] == "close"
 
 
@@ -435,7 +435,7 @@ async def test_bytes_in_flight_are_bounded(intake):
         packed = gzip.compress(b'"%b"' % (b"x" * 500))
         assert await refused(source, packed, Content_Encoding="gzip") == (503, "busy")
         # What can never fit is not told to come again.
-        assert await refused(source, b"x" * 1001) == (413, "body-too-large")
+        assert await refused(source, b"x" * 1001) == (413, "payload-too-large")
         intake.gate.set()
         assert (await first.reply()).status == 202
         assert (await ask(source, b'"%b"' % (b"x" * 200))).status == 202
@@ -465,10 +465,10 @@ async def test_idle_connections_are_closed(intake, head):
     async def ends(client):
         client.send(head)
         if head:
-            assert (await client.reply()).slug == "head-timeout"
+            assert (await client.reply()).slug == "header-timeout"
         assert await client.closed()
 
-    async with serving(intake, keepalive_timeout=0.05, head_timeout=0.05) as source:
+    async with serving(intake, keepalive_timeout=0.05, header_timeout=0.05) as source:
         async with connected(source) as client:
             await ends(client)
         async with connected(source) as client:

@@ -48,7 +48,7 @@ async def test_a_chunked_body_that_comes_at_once_is_taken_as_a_whole():
     intake = MemoryIntake()
     async with serving(intake) as source:
         reply = await ask(source, chunk(b"1\nbad\n") + chunk(b"2") + END, **CHUNKED)
-        assert (reply.status, reply.json["accepted"], reply.json["rejected"]) == (202, 2, 1)
+        assert (reply.status, reply.json["accepted"], reply.json["invalid"]) == (202, 2, 1)
         reply = await ask(source, chunk(b"bad\n") + END, **CHUNKED)
         assert (reply.status, reply.slug) == (400, "malformed")
         assert len(intake.refused) == 1  # of the first
@@ -60,7 +60,7 @@ async def test_a_stream_that_begins_with_nothing_good_is_refused_and_leaves_noth
         await begin(client, b"bad\nworse\n")
         reply = await client.reply()
         assert (reply.status, reply.slug) == (400, "malformed")
-        assert (reply.json["accepted"], reply.json["rejected"]) == (0, 0)
+        assert (reply.json["accepted"], reply.json["invalid"]) == (0, 0)
         assert [error["index"] for error in reply.json["errors"]] == [0, 1]
     assert not intake.asked.is_set()
 
@@ -73,7 +73,7 @@ async def test_a_stream_that_turns_into_noise_is_ended():
         client.send(chunk(b"bad\n" * 500))
         reply = await client.reply()
         assert (reply.status, reply.slug) == (400, "mostly-invalid")
-        assert (reply.json["accepted"], reply.json["rejected"]) == (1, 0)
+        assert (reply.json["accepted"], reply.json["invalid"]) == (1, 0)
     assert not intake.refused
 
 
@@ -88,7 +88,7 @@ async def test_lines_are_accepted_while_the_body_goes_on():
         reply = await client.reply()
         assert reply.status == 202
         assert reply.json["accepted"] == 5
-        assert reply.json["rejected"] == 1
+        assert reply.json["invalid"] == 1
         assert [error["index"] for error in reply.json["errors"]] == [4]
         assert intake.items[-1] == b"5"
         # The connection goes on.
@@ -117,7 +117,7 @@ async def test_a_stream_is_longer_than_any_bound_on_bodies_and_memory_stays_flat
     intake = MemoryIntake()
     block = b"".join(b'{"n":%d}\n' % n for n in range(20_000))
     async with serving(
-        intake, wire_bytes_max="300KiB", body_bytes_max="300KiB", records_max=30_000
+        intake, request_bytes_max="300KiB", decompressed_bytes_max="300KiB", records_max=30_000
     ) as source, connected(source) as client:  # fmt: skip
         client.post(b"", **CHUNKED)
         for _ in range(40):
@@ -247,11 +247,11 @@ async def test_a_journal_that_fails_ends_it():
 async def test_what_has_to_be_whole_is_no_stream(setting, headers):
     intake = MemoryIntake()
     intake.begin = _no_key  # type: ignore[attr-defined]
-    async with serving(intake, streams_max=setting, wire_bytes_max=1000) as source:
+    async with serving(intake, streams_max=setting, request_bytes_max=1000) as source:
         async with connected(source) as client:
             await begin(client, b"1\n", **headers)
             client.send(chunk(b"2\n" * 600))
-            assert (await client.reply()).slug == "body-too-large"
+            assert (await client.reply()).slug == "payload-too-large"
         assert not intake.items
 
 
@@ -261,10 +261,10 @@ async def _no_key(*_: object) -> object:
 
 async def test_documents_are_never_streams():
     intake = MemoryIntake()
-    async with serving(intake, wire_bytes_max=1000) as source, connected(source) as client:
+    async with serving(intake, request_bytes_max=1000) as source, connected(source) as client:
         client.post(b"", **CHUNKED, Content_Type="application/json")
         client.send(chunk(b"[1,\n" + b" " * 2000))
-        assert (await client.reply()).slug == "body-too-large"
+        assert (await client.reply()).slug == "payload-too-large"
 
 
 async def test_a_slow_first_line_is_held_to_the_deadline_of_bodies():
@@ -319,4 +319,4 @@ async def test_any_division_gives_the_records_of_the_whole(body, cuts, form):
         return
     assert intake.items == whole_records
     assert [one.index for one in intake.refused] == refused
-    assert (answer["accepted"], answer["rejected"]) == (len(whole_records), len(refused))
+    assert (answer["accepted"], answer["invalid"]) == (len(whole_records), len(refused))

@@ -64,7 +64,7 @@ async def pieces(
     """
     inflater = None
     if encoding != "identity":
-        bytes_max = _NO_BOUND if ending.endless else settings.bytes_max
+        bytes_max = _NO_BOUND if ending.endless else settings.decompressed_bytes_max
         inflater = Inflater(encoding, bytes_max, window_max=0)
     window = _Window(windows, settings.window_max, waits=not ending.endless)
     total = 0
@@ -92,7 +92,7 @@ async def pieces(
     except Corrupt as error:
         raise TryAgain(str(error)) from None
     except TooMuch:
-        raise DownloadFailed("it is larger than fetch.bytes_max") from None
+        raise DownloadFailed("it is larger than fetch.decompressed_bytes_max") from None
     finally:
         window.close()
 
@@ -103,10 +103,10 @@ def _check_size(total: int, ending: Ending, settings: FetchSettings, *, packed: 
         return
     if ending.length is not None and total > ending.length:
         raise ResponseMismatch("more came than its Content-Range says")
-    if total > settings.wire_bytes_max:
-        raise DownloadFailed("it is larger than fetch.wire_bytes_max")
-    if total > settings.bytes_max and not packed:
-        raise DownloadFailed("it is larger than fetch.bytes_max")
+    if total > settings.response_bytes_max:
+        raise DownloadFailed("it is larger than fetch.response_bytes_max")
+    if total > settings.decompressed_bytes_max and not packed:
+        raise DownloadFailed("it is larger than fetch.decompressed_bytes_max")
 
 
 def _check_end(total: int, ending: Ending) -> None:

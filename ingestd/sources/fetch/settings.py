@@ -51,10 +51,10 @@ class FetchSettings(Section):
         le=_TIB,
         description="bound of bytes read but not committed, all URLs together; then reading waits",
     )
-    wire_bytes_max: Size = Field(
+    response_bytes_max: Size = Field(
         64 * _GIB, ge=1, le=1024 * _TIB, description="largest body before decompression"
     )
-    bytes_max: Size = Field(
+    decompressed_bytes_max: Size = Field(
         256 * _GIB, ge=1, le=1024 * _TIB, description="largest body after decompression"
     )
     window_max: Size = Field(

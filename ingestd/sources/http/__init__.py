@@ -20,7 +20,7 @@ class HttpSourceKind(SourceKind):
     settings = HttpSettings
     listens = True
     feeds_all = True
-    stored_whole = ("wire_bytes_max", "body_bytes_max")
+    stored_whole = ("request_bytes_max", "decompressed_bytes_max")
 
     def problems(
         self, settings: HttpSettings, *, formats: Mapping[str, str], default: str, runs: bool

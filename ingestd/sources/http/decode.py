@@ -380,14 +380,18 @@ class BodyDecoder:
             return await self._decode(wire, codec, limits)
         settings = self._settings
         if len(wire) < THREAD_BYTES:
-            short = inflate_short(encoding, wire, settings.body_bytes_max)
+            short = inflate_short(encoding, wire, settings.decompressed_bytes_max)
             if short is not None:
                 hold.grow(len(short))
                 return await self._decode(short, codec, limits)
 
         def finish() -> Parsed:
             body = inflate(
-                encoding, wire, settings.body_bytes_max, settings.inflate_ratio_max, hold.grow
+                encoding,
+                wire,
+                settings.decompressed_bytes_max,
+                settings.inflate_ratio_max,
+                hold.grow,
             )
             return codec.decode(body, limits)
 

@@ -50,9 +50,9 @@ class IngestResult(NamedTuple):
 def count_body(accepted: int, invalid: int, errors: Sequence[InvalidRecord]) -> bytes:
     """Returns the body of a 202; `errors` may be the first ones alone."""
     if not invalid:
-        return b'{"accepted":%d,"rejected":0,"errors":[]}' % accepted
+        return b'{"accepted":%d,"invalid":0,"errors":[]}' % accepted
     return msgspec.json.encode(
-        {"accepted": accepted, "rejected": invalid, "errors": list_errors(errors)}
+        {"accepted": accepted, "invalid": invalid, "errors": list_errors(errors)}
     )
 
 
@@ -70,7 +70,7 @@ def processed_body(errors: Sequence[InvalidRecord], invalid: int, waiter: Delive
     return msgspec.json.encode(
         {
             "accepted": waiter.count,
-            "rejected": invalid,
+            "invalid": invalid,
             "processed": waiter.count - waiter.dead,
             "dead": waiter.dead,
             "errors": listed[:ERRORS_MAX],

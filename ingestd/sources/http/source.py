@@ -114,7 +114,7 @@ class HttpSource(Source):
             self._handler.answer,
             connections_max=settings.connections_max,
             per_client_max=settings.connections_per_client_max,
-            head_timeout=settings.head_timeout,
+            header_timeout=settings.header_timeout,
             keepalive_timeout=settings.keepalive_timeout,
         )
         self._server.authorities = self._access.authorities

@@ -81,7 +81,7 @@ class Stream:
 
     Attributes:
         accepted: records that are durable.
-        rejected: records that were not, some of them kept as dead letters.
+        invalid: records that were not, some of them kept as dead letters.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Stream:
         self._leaving = asyncio.Event()
         self._why: Exception = Draining()
         self.accepted = 0
-        self.rejected = 0
+        self.invalid = 0
 
     async def run(self, begun: bytes) -> IngestResult:
         """Accepts what has arrived, and all that follows.
@@ -141,8 +141,8 @@ class Stream:
         except (Corrupt, TooMuch, Problem, *EXPLAINED) as error:
             raise self._counted(error) from None
         finally:
-            log.info("stream_ended", accepted=self.accepted, rejected=self.rejected)
-        return IngestResult(self.accepted, self.rejected, self._errors)
+            log.info("stream_ended", accepted=self.accepted, invalid=self.invalid)
+        return IngestResult(self.accepted, self.invalid, self._errors)
 
     def leave(self) -> None:
         """Ends it at the last line that has arrived: the daemon drains."""
@@ -218,7 +218,7 @@ class Stream:
             try:
                 self._hold.set(self._lasting + self._committing + passing)
             except Problem as found:
-                if not self._stored or found.kind is problem.BODY_TOO_LARGE:
+                if not self._stored or found.kind is problem.PAYLOAD_TOO_LARGE:
                     raise
                 if self._leaving.is_set() or self._gone():
                     raise self._why from None
@@ -285,7 +285,7 @@ class Stream:
         if not (self._stored or good):
             # As for any body that begins like this and ends.
             raise nothing_good(parsed.refused, parsed.unlisted)
-        if is_mostly_invalid(self.accepted + good, self.rejected + invalid):
+        if is_mostly_invalid(self.accepted + good, self.invalid + invalid):
             raise mostly_invalid(parsed.refused)  # noise without end
         self._committing = len(parsed.records.payload)
         self._waiting = asyncio.create_task(self._accept(parsed), name="stream-accept")
@@ -301,7 +301,7 @@ class Stream:
 
     @property
     def _stored(self) -> int:
-        return self.accepted + self.rejected
+        return self.accepted + self.invalid
 
     async def _accept(self, parsed: Parsed) -> None:
         await self._pause(self._caller.wait())
@@ -327,7 +327,7 @@ class Stream:
                 await self._pause(again_after(overloaded))
         self._caller.charge(parsed.total, len(parsed.records.payload))
         self.accepted += parsed.records.count
-        self.rejected += parsed.invalid
+        self.invalid += parsed.invalid
         self._committing = 0
         self._count()
         self._errors += parsed.refused[: ERRORS_MAX - len(self._errors)]
@@ -346,7 +346,7 @@ class Stream:
             found = Problem(problem.RATIO, str(error))
         else:
             found = error if isinstance(error, Problem) else explain(error)
-        found.members = {"accepted": self.accepted, "rejected": self.rejected}
+        found.members = {"accepted": self.accepted, "invalid": self.invalid}
         return found
 
     async def _end(self) -> None:

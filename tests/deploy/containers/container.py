@@ -56,7 +56,7 @@ class Spoken:
         """How many records were accepted; all of them have to be."""
         status, answer = self.request("POST", "/v1/records", body)
         assert status == 202, answer
-        assert not answer["rejected"]
+        assert not answer["invalid"]
         return int(answer["accepted"])
 
     def ready(self) -> bool:

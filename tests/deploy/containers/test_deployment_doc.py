@@ -90,7 +90,7 @@ def test_the_commands_do_what_they_say(engine: Engine, tmp_path: Path) -> None:
         # Their names are the document's; in this store nobody else has them.
         engine.start("rm", "--force", "--volumes", "--time", "0", "ingestd")
         engine.start("volume", "rm", "--force", "ingestd")
-    assert '{"accepted":1,"rejected":0,"errors":[]}' in said
+    assert '{"accepted":1,"invalid":0,"errors":[]}' in said
     assert '"event":"daemon_left","code":0' in said
     assert '"pending":0' in said
     assert said.count("# default: store:store is store:store") == 2
