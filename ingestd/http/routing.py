@@ -57,7 +57,9 @@ def find(table: Mapping[str, Resource[T_co]], method: str, target: str) -> Resou
     Raises:
         Problem: 404, or 405 with `Allow`.
     """
-    resource = look_up(table, method, target)
+    resource = table.get(target)
+    if resource is None:
+        resource = look_up(table, method, target)
     if resource is None:
         raise Problem(problem.NOT_FOUND, "/ and /openapi.json list the paths")
     if method not in resource.methods:
@@ -67,10 +69,7 @@ def find(table: Mapping[str, Resource[T_co]], method: str, target: str) -> Resou
 
 
 def look_up(table: Mapping[str, Resource[T_co]], method: str, target: str) -> Resource[T_co] | None:
-    """Returns the resource of a target, for any method; see `find`."""
-    resource = table.get(target)
-    if resource is not None:
-        return resource
+    """Returns the resource of a target that may be more than a path, for any method."""
     path = path_of(target, method)
     if path in table:
         return table[path]
