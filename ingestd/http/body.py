@@ -210,7 +210,7 @@ def _deadline(
 
 @contextlib.contextmanager
 def in_our_words(request: web.BaseRequest) -> Iterator[None]:
-    """What can go wrong with a body that comes, as problems."""
+    """Turns the errors of reading a body into problems."""
     try:
         yield
     except BodyTimeout as late:
@@ -246,7 +246,7 @@ async def read_piece(
     *,
     first: bytes = b"",
 ) -> bool:
-    """What arrives until the piece is full or old enough; waits for its first byte.
+    """Reads until the piece is full or old enough; waits for its first byte.
 
     Args:
         content: the body.

@@ -1,4 +1,4 @@
-"""What a client is told when a request is turned away: RFC 9457, one kind a reason."""
+"""Problem documents (RFC 9457), one type a reason."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def _checked(parsed: Parsed, bounds: BodyLimits) -> Parsed:
 
 
 def is_mostly_invalid(good: int, invalid: int) -> bool:
-    """Whether a request is refused whole because of what is in it beside good records.
+    """Tells if a request is refused whole because of its invalid records.
 
     Each invalid record costs as much as many good ones, and its sender has to look anyway.
     """

@@ -1,4 +1,4 @@
-"""A body of lines whose length nobody knows: accepted in pieces as it arrives.
+"""A body of lines of unknown length, accepted in pieces as it arrives.
 
 The first piece decides. If the body ends within it, it is a request like any other, accepted as a
 whole or not at all. Else it is a stream: each piece is durable on its own, the connection is not
@@ -227,7 +227,7 @@ class Stream:
                 self._passing = passing
 
     def grow(self, size: int) -> bool:
-        """Whether a piece that has been read so far may still grow; on the way to `_make_room`."""
+        """Tells if a piece that has been read so far may still grow; on the way to `_make_room`."""
         passing = _COPIES * size + (_INFLATED_BYTES if self._inflater is not None else 0)
         try:
             self._hold.set(self._lasting + self._committing + passing)
@@ -350,6 +350,6 @@ class Stream:
         return found
 
     async def _end(self) -> None:
-        """What was given to the pipeline is counted, even if its stream broke meanwhile."""
+        """Counts records that the pipeline has taken, even if the stream broke meanwhile."""
         with contextlib.suppress(IngestdError):
             await self._committed()
