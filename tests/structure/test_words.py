@@ -24,8 +24,8 @@ OPENING = re.compile(
 """A first word that makes the reader guess the thing that is described."""
 PERSONS = re.compile(r"\b(who|whoever|whom|nobody|somebody|anybody|what comes)\b", re.IGNORECASE)
 """Words that stand for a thing with a name of its own, such as a client or an operator."""
-OPENINGS_LEFT = 10
-PERSONS_LEFT = 1
+OPENINGS_LEFT = 4
+PERSONS_LEFT = 0
 
 
 def first_sentence(text: str) -> str:
