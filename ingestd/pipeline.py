@@ -108,7 +108,7 @@ class Pipeline:
         )
         self.letters = DeadLetterMaintenance(name, self.journal.dead_letters, settings.dead, clock)
         self.auditor = Auditor(name, self.journal.maintenance)
-        self.room = MemoryBudget(settings.queue.bytes_max)
+        self.budget = MemoryBudget(settings.queue.bytes_max)
         self.queue: asyncio.Queue[Chunk] = asyncio.Queue(settings.queue.chunks_max)
         self.batcher = Batcher(**settings.batch.model_dump())
         self.dispatcher = Dispatcher(
@@ -119,16 +119,16 @@ class Pipeline:
             on_idle=self._retime,
         )
         self._data_dir, self._surroundings = data_dir, surroundings
-        self.outstanding = UnsettledChunks()
-        self.watches = DeliveryWaiters()
+        self.unsettled = UnsettledChunks()
+        self.waiters = DeliveryWaiters()
         self.settlements = SettlementWriter(
             self.journal,
             self.dispatcher,
-            self.outstanding,
-            self.room,
+            self.unsettled,
+            self.budget,
             metrics=metrics,
             clock=clock,
-            on_settled=self.watches.settled,
+            on_settled=self.waiters.settled,
             on_finished=self._finished,
         )
         self._metrics = metrics
@@ -184,8 +184,8 @@ class Pipeline:
     def _recover(self, recovered: Recovered) -> None:
         """Sealed batches first, under their old ids; then the chunks from the cursor on."""
         self._cursor = recovered.cursor
-        self.tail = ChunkReader(
-            self.journal, self.room, first=recovered.cursor.chunk, last=recovered.last_chunk
+        self.reader = ChunkReader(
+            self.journal, self.budget, first=recovered.cursor.chunk, last=recovered.last_chunk
         )
         self.settlements.recover(recovered)
         if recovered.set_aside:
@@ -221,7 +221,7 @@ class Pipeline:
 
     def stop_waiting(self, waiter: DeliveryWaiter) -> None:
         """See `Intake.stop_waiting`."""
-        self.watches.remove(waiter)
+        self.waiters.remove(waiter)
 
     async def offset(self, key: str) -> SourceOffset | None:
         """See `Intake.offset`."""
@@ -238,7 +238,7 @@ class Pipeline:
         place = await self.journal.append(append)
         if append.waiter is not None:
             # In time: a record is sealed, in a commit of its own, before anything becomes of it.
-            self.watches.add(place, append.waiter)
+            self.waiters.add(place, append.waiter)
         self._metrics.accepted(len(append.records.payload))
         for reason in {record.reason for record in append.invalid}:
             sizes = [len(one.payload) for one in append.invalid if one.reason == reason]
@@ -248,13 +248,13 @@ class Pipeline:
 
     def _durable(self, chunk: Chunk) -> None:
         """The journal's word that a chunk is durable; comes just before its append resolves."""
-        self.tail.push(chunk)
+        self.reader.push(chunk)
 
     # -- 2. pump: journal → queue --------------------------------------------------------------
 
     async def _pump(self) -> None:
         while True:
-            chunk = await self.tail.next()
+            chunk = await self.reader.next()
             records = chunk.records
             self.settlements.enter(
                 chunk.id,
@@ -320,13 +320,13 @@ class Pipeline:
         first = self._first_of(chunk)
         if first:
             # The sealed part came with the chunk into memory, but no batch will free it.
-            self.room.free(chunk.records.ends()[first - 1])
+            self.budget.free(chunk.records.ends()[first - 1])
         self.batcher.add(chunk.id, chunk.records, first=first, accepted_at=chunk.accepted_at)
 
     def _damaged(self, chunk: Chunk) -> BatchDraft:
         """A chunk that can't be read, as a batch that no worker will see."""
         first, count = self._first_of(chunk), chunk.records.count
-        self.room.free(len(chunk.records.payload))
+        self.budget.free(len(chunk.records.payload))
         return unreadable(chunk.id, first, count - first, chunk.accepted_at)
 
     # -- 4. seal: written down before anyone sees it -------------------------------------------
@@ -424,14 +424,14 @@ class Pipeline:
             joined.cancel()
 
     async def _joined(self) -> None:
-        await self.tail.emptied()
+        await self.reader.emptied()
         await self.queue.join()
-        while len(self.outstanding):  # batches of an earlier life did not come through the queue
+        while len(self.unsettled):  # batches of an earlier life did not come through the queue
             self._moved.clear()
             await self._moved.wait()
 
     def _only_waits_beyond(self, deadline: float | None) -> bool:
-        fed = self.tail.waiting or not self.queue.empty() or self.batcher.open
+        fed = self.reader.waiting or not self.queue.empty() or self.batcher.open
         work = self.dispatcher
         if deadline is None or work.running or (fed and not work.outage.paused):
             return False

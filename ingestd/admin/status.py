@@ -238,7 +238,7 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
     """The status of a pipeline now: the one value that `/v1/status` and the metrics are made of."""
     settings, journal = pipeline.settings, pipeline.journal.status()
     ledger, letters = journal.ledger, journal.dead_letters
-    oldest, waiting = pipeline.outstanding.oldest, pipeline.dispatcher.queue.waiting_load
+    oldest, waiting = pipeline.unsettled.oldest, pipeline.dispatcher.queue.waiting_load
     difference = pipeline.auditor.difference
     age = 0.0 if oldest is None else asyncio.get_running_loop().time() - oldest
     space = pipeline.auditor.free_space()
@@ -255,7 +255,7 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
         ),
         queue=QueueStatus(
             chunks=pipeline.queue.qsize(),
-            bytes=pipeline.room.bytes,
+            bytes=pipeline.budget.bytes,
             bytes_max=settings.queue.bytes_max,
         ),
         batches=BatchesStatus(
@@ -289,7 +289,7 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
                 "journal.bytes_max": (journal.bytes, journal.bytes_max),
                 "dead.bytes_max": (letters.accepted_bytes, settings.dead.bytes_max),
                 "journal.free_min": (space.free_min, space.free) if space else (0, 1),
-                "queue.bytes_max": (pipeline.room.bytes, settings.queue.bytes_max),
+                "queue.bytes_max": (pipeline.budget.bytes, settings.queue.bytes_max),
                 "queue.chunks_max": (pipeline.queue.qsize(), settings.queue.chunks_max),
                 "retry.waiting_records_max": (waiting.records, settings.retry.waiting_records_max),
                 "retry.waiting_bytes_max": (waiting.bytes, settings.retry.waiting_bytes_max),
@@ -325,7 +325,7 @@ def stages_of(pipeline: Pipeline) -> Iterator[Stage]:
     if pipeline.is_closing:
         return
     journal = pipeline.journal.status()
-    reader, consumed = pipeline.tail, pipeline.settlements.next_batch + pipeline.batcher.chunks
+    reader, consumed = pipeline.reader, pipeline.settlements.next_batch + pipeline.batcher.chunks
     for stage in (
         Stage("pump", reader.could_give and not pipeline.queue.full(), reader.given),
         Stage("consumer", pipeline.could_cut, consumed),

@@ -94,7 +94,7 @@ def held(door: Door) -> dict[str, Any]:
         "room": (room.bytes, room.requests, room.streams, room._lasting),
         "shares": dict(room._clients),
         "door": (inner._active, len(taking.streams), len(taking.waiting), len(taking.quiet)),
-        "watches": len(door.pipelines["default"].watches),
+        "watches": len(door.pipelines["default"].waiters),
         "claims": (len(keys._claims), dict(keys._claimed)),
     }
 

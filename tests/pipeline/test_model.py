@@ -107,7 +107,7 @@ class PipelineAgainstModel(RuleBasedStateMachine):
                 for _ in range(12):
                     await asyncio.sleep(0)
                 pipeline, line = self.pipeline, self.pipeline.dispatcher.queue
-                stages = (line.ahead, line.waiting, pipeline.queue.qsize(), pipeline.tail.waiting)
+                stages = (line.ahead, line.waiting, pipeline.queue.qsize(), pipeline.reader.waiting)
                 now = (len(self.jobs), pipeline.journal.ledger, *stages)
                 # A batch that runs and has no job here waits for its records from disk.
                 resting = pipeline.dispatcher.running == len(self.jobs)
@@ -261,8 +261,8 @@ class PipelineAgainstModel(RuleBasedStateMachine):
             assert self.jobs
         else:
             assert not self.jobs
-            assert self.pipeline.room.bytes == 0
-            assert not len(self.pipeline.outstanding)
+            assert self.pipeline.budget.bytes == 0
+            assert not len(self.pipeline.unsettled)
 
     def teardown(self) -> None:
         """Everything left is done; then nothing is missing and nothing came twice."""

@@ -307,7 +307,7 @@ async def test_the_age_of_the_oldest_follows_no_clock_that_is_set(start, tmp_pat
     (tmp_path / "down").touch()
     clock = pipeline._clock = SetClock()
     await pipeline.accept(Append(numbers(0, 2)))
-    await until(lambda: len(pipeline.outstanding))
+    await until(lambda: len(pipeline.unsettled))
     for step in (-7200, 3600, -1e9):
         clock.offset = step
         assert 0 <= status_of(pipeline).oldest_pending_seconds < 1800
@@ -425,7 +425,7 @@ async def test_seventy_records_with_waits_of_their_own_stop_nobody(start, tmp_pa
     await pipeline.accept(Append(numbers(0, 70)))
     await until(lambda: pipeline.dispatcher.queue.waiting_load.records == 70)
     assert pipeline.dispatcher.queue.waiting <= 10  # they share batches
-    assert pipeline.room.bytes == 0  # and hold no payload
+    assert pipeline.budget.bytes == 0  # and hold no payload
     await pipeline.accept(Append(numbers(100, 1000)))
     await until(lambda: pipeline.journal.ledger.processed == 1000)
     assert pipeline.dispatcher.queue.waiting_load.records == 70

@@ -137,7 +137,7 @@ async def test_while_the_workers_are_busy_a_batch_keeps_filling(start, tmp_path)
     await until(lambda: pipeline.dispatcher.running == 2)  # one runs, one is prepared ...
     for n in range(2, 12):
         await pipeline.accept(Append(numbers(n, 1)))
-    await until(lambda: pipeline.tail.waiting == 0 and pipeline.queue.empty())
+    await until(lambda: pipeline.reader.waiting == 0 and pipeline.queue.empty())
     assert pipeline.dispatcher.queue.empty  # ... and only one
     assert pipeline.dispatcher.running == 2
     (tmp_path / "open").touch()
@@ -249,13 +249,13 @@ async def test_more_than_fits_into_memory_goes_through_the_disk(start, tmp_path)
     )
     for n in range(40):
         await pipeline.accept(Append(numbers(n * 100, 100)))
-    assert pipeline.room.bytes <= 8 << 10
-    assert pipeline.tail.waiting > 20
+    assert pipeline.budget.bytes <= 8 << 10
+    assert pipeline.reader.waiting > 20
     (tmp_path / "open").touch()
     report = await drained(pipeline)
     assert sorted(records_of(tmp_path)) == list(range(4000))
     assert report.ledger.processed == 4000
-    assert pipeline.room.bytes == 0
+    assert pipeline.budget.bytes == 0
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ async def test_behind_a_slow_handler_everything_rests(start, tmp_path: Path) -> 
     options = {"folder": str(tmp_path)}
     pipeline = await start(HANDLER + "Gate", executor={"workers": 1}, options=options, **SMALL)
     await fill(pipeline)
-    await until(lambda: pipeline.dispatcher.running and pipeline.tail.waiting)
+    await until(lambda: pipeline.dispatcher.running and pipeline.reader.waiting)
     await until(lambda: not free_to_go(pipeline))
     (tmp_path / "open").touch()
 
@@ -129,7 +129,7 @@ async def test_behind_a_full_line_and_a_full_queue_everything_rests(start, tmp_p
         await pipeline.accept(Append(Records.lines([b"%d" % number])))
     await until(lambda: pipeline.dispatcher.queue.is_long and pipeline.queue.full())
     await until(lambda: not free_to_go(pipeline))
-    assert pipeline.tail.could_give
+    assert pipeline.reader.could_give
     (tmp_path / "open").touch()
 
 
@@ -148,7 +148,7 @@ async def test_behind_a_dead_sink_everything_rests(start, tmp_path: Path) -> Non
     await fill(pipeline)
     await until(lambda: pipeline.dispatcher.queue.waiting >= 2 and not pipeline.dispatcher.running)
     await until(lambda: not free_to_go(pipeline))
-    assert pipeline.tail.waiting
+    assert pipeline.reader.waiting
 
 
 NAMES = {"pump": "pump", "consume": "consumer", "dispatch": "dispatcher"}

@@ -272,7 +272,7 @@ async def test_keys_in_one_commit_are_joined_into_one_chunk(tmp_path):
         await asyncio.gather(*(door.post(b"%d" % n, f"k{n}") for n in range(50)))
         assert door.accepted == 50
         assert len(door.rows()) == 50
-        assert door.pipelines["default"].tail._last < 40  # chunks
+        assert door.pipelines["default"].reader._last < 40  # chunks
 
 
 # -- time and bounds -----------------------------------------------------------------------------

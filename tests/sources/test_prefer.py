@@ -126,7 +126,7 @@ async def door(folder: Path, target: str = "Fussy", http: Any = None, **more: An
     finally:
         await source.close()
         await pipeline.close(asyncio.get_running_loop().time() + 5)
-        assert not len(pipeline.watches)
+        assert not len(pipeline.waiters)
 
 
 async def test_a_client_that_waits_hears_that_all_is_done(tmp_path):
@@ -173,7 +173,7 @@ async def test_a_drain_ends_the_waiting(tmp_path):
         connected(source) as client,
     ):
         client.post(b"".join(b"%d\n" % n for n in range(40)), Prefer="wait=50")
-        await until(lambda: len(pipeline.watches))
+        await until(lambda: len(pipeline.waiters))
         await source.stop_taking(asyncio.get_running_loop().time() + 20)
         reply = await client.reply()
         assert (reply.status, reply.json["accepted"]) == (202, 40)
@@ -199,7 +199,7 @@ async def test_those_who_share_a_chunk_hear_of_their_own_records(tmp_path):
 async def test_a_request_that_waits_holds_no_bytes(tmp_path):
     async with door(tmp_path, "hold") as (source, pipeline), connected(source) as client:
         client.post(b"1\n2", Prefer="wait=20")
-        await until(lambda: len(pipeline.watches))
+        await until(lambda: len(pipeline.waiters))
         await until(lambda: source._handler.ingestion.admission.bytes == 0)
         assert source._handler.ingestion.admission.requests == 1
         assert (await client.reply()).status == 200
