@@ -28,7 +28,6 @@ from ingestd.base.errors import (
 from ingestd.base.logging import get_logger, start_logging
 from ingestd.base.metrics import Metrics, RouteMetrics
 from ingestd.base.watchdog import Liveness
-from ingestd.config.reload import Change, plan
 from ingestd.handlers.runner import CLOSE_SECONDS
 from ingestd.host.data_dir import DataDir
 from ingestd.host.process import Forks, Surroundings, keep_settled, own_stderr, settle_interpreter
@@ -36,7 +35,7 @@ from ingestd.host.signals import Signals
 from ingestd.host.sockets import ListenFds
 from ingestd.host.systemd import Notifier, ServiceNotifier, ServiceState
 from ingestd.pipeline import DrainReport, Pipeline
-from ingestd.settings import validation_errors
+from ingestd.settings import plan_reload
 from ingestd.source_group import SourceGroup, key_rule
 
 if TYPE_CHECKING:
@@ -307,35 +306,31 @@ class Daemon:
             self._signals.hung_up.clear()
             self._herald.reloading()
             try:
-                change = await self._reload()
+                await self._reload()
             except IngestdError as error:
                 log.error("reload_refused", error=str(error))  # noqa: TRY400  it is one line
             except Exception:
                 log.exception("reload_refused")
-            else:
-                log.info("reloaded", changed=change.changed, needs_restart=change.needs_restart)
             finally:
                 self._herald.ready()
 
-    async def _reload(self) -> Change[Settings]:
+    async def _reload(self) -> None:
         """Reads the settings anew, and the files that they name; takes of them what can change.
 
         Raises:
             IngestdError: something is wrong with any of it, and everything stays as it is.
         """
-        change: Change[Settings] = Change(self.settings, [], [])
+        new = self.settings
         if self._again is not None:
-            loop = asyncio.get_running_loop()
-            new = await loop.run_in_executor(None, self._again)
-            change = plan(self.settings, new, validation_errors)
-        settings = change.settings
+            new = await asyncio.get_running_loop().run_in_executor(None, self._again)
+        settings, changed, needs_restart = plan_reload(self.settings, new)
         (await self.sources.prepare(settings))()
         # From here on nothing can be wrong any more.
         self.settings = settings
         self._writer.set_level(settings.log.level)
         for name, pipeline in settings.pipeline_settings().items():
             self.pipelines[name].reload(pipeline.batch, key_rule(settings))
-        return change
+        log.info("reloaded", changed=changed, needs_restart=needs_restart)
 
     # -- drain ---------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from ingestd.codecs.lines import record_fault
 from ingestd.config.keys import SOURCES as SOURCES_TABLE
 from ingestd.config.keys import Schema
 from ingestd.config.network import check_address, check_hosts, split_address
+from ingestd.config.reload import Change, plan
 from ingestd.config.sections import Choice, Reloadable, Section, ValidationProblems, own_name
 from ingestd.config.units import Count, Seconds, Size, Words, show_size
 from ingestd.execution.settings import ExecutorSettings, HandlerSettings, RetrySettings
@@ -391,6 +392,11 @@ def inherit(top: Mapping[str, Any], table: Any) -> Any:
             known = {name: value for name, value in above.items() if name in section.model_fields}
             filled[key] = {**known, **own}
     return filled
+
+
+def plan_reload(running: Settings, new: Settings) -> Change[Settings]:
+    """Compares the settings in effect with new ones; see `plan`."""
+    return plan(running, new, validation_errors)
 
 
 def validation_errors(settings: Settings) -> list[tuple[str, str]]:
