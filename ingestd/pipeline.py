@@ -176,10 +176,10 @@ class Pipeline:
             self._tasks.start(self.dispatcher.failures.run(), "failures"),
         ]
         # Letters that were marked while nothing ran are requeued before anything new is taken.
-        looked = self._loop.create_task(self.letters.looked.wait())
-        ends: set[asyncio.Future[Any]] = {looked, self.broken}
+        polled = self._loop.create_task(self.letters.polled.wait())
+        ends: set[asyncio.Future[Any]] = {polled, self.broken}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        looked.cancel()
+        polled.cancel()
 
     def _recover(self, recovered: Recovered) -> None:
         """Sealed batches first, under their old ids; then the chunks from the cursor on."""
@@ -355,7 +355,7 @@ class Pipeline:
         log.error("dispatch_stopped", reason="dead.bytes_max", **facts)
         self._moved.set()  # a drain does not wait for what will not come
         while self.letters.is_full:
-            await self.letters.looks.wait()
+            await self.letters.polls.wait()
         self.stopped = ""
         log.info("dispatch_resumed", **facts)
 

@@ -42,8 +42,8 @@ class DeadLetterMaintenance:
         clock: where time comes from.
 
     Attributes:
-        looked: set after the first look, when everything that was marked before is back.
-        looks: set for a moment after each look.
+        polled: set after the first poll, when everything that was marked before is back.
+        polls: set for a moment after each poll.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class DeadLetterMaintenance:
         self._age_max = settings.age_max
         self._ages = Ages(clock)
         self._stopped = False
-        self.looked = asyncio.Event()
-        self.looks = asyncio.Event()
+        self.polled = asyncio.Event()
+        self.polls = asyncio.Event()
 
     @property
     def is_full(self) -> bool:
@@ -76,12 +76,12 @@ class DeadLetterMaintenance:
             try:
                 await self.poll()
             except Overloaded:
-                pass  # the disk is full; the marks stay, and the next look finds them
-            self.looked.set()
-            self.looks.set()  # wakes who waits now
-            self.looks.clear()
+                pass  # the disk is full; the marks stay, and the next poll finds them
+            self.polled.set()
+            self.polls.set()  # wakes who waits now
+            self.polls.clear()
             await asyncio.sleep(LOOK_SECONDS)
-        self.looked.set()
+        self.polled.set()
 
     async def poll(self) -> None:
         """Requeues what is marked, and deletes what is too old.

@@ -39,7 +39,7 @@ from ingestd.journal.sqlite import offsets, repair
 from ingestd.journal.sqlite.audit import Count, Difference, SqliteMaintenance
 from ingestd.journal.sqlite.checkpoint import Checkpointer
 from ingestd.journal.sqlite.dead_letters import SqliteDeadLetterStore
-from ingestd.journal.sqlite.letters import look
+from ingestd.journal.sqlite.letters import poll_marked
 from ingestd.journal.sqlite.store import (
     Store,
     check_pages,
@@ -330,7 +330,7 @@ class SqliteJournal:
 
     async def _poll_marked(self) -> bool:
         commits = self._commits
-        totals, marked = await self._read(look)
+        totals, marked = await self._read(poll_marked)
         if commits == self._commits:  # else a commit has told something newer meanwhile
             self._dead_are(totals)
         return marked

@@ -72,7 +72,7 @@ def totals(db: sqlite3.Connection) -> DeadTotals:
     return DeadTotals(*db.execute(f"SELECT {_TOTALS} FROM dead_totals").fetchone())  # noqa: S608
 
 
-def look(db: sqlite3.Connection) -> tuple[DeadTotals, bool]:
+def poll_marked(db: sqlite3.Connection) -> tuple[DeadTotals, bool]:
     """The totals, and whether letters are marked. Two lookups, however many letters there are."""
     marked = db.execute("SELECT EXISTS(SELECT 1 FROM dead WHERE retry = 1)").fetchone()[0]
     return totals(db), bool(marked)
@@ -100,7 +100,7 @@ def groups(db: sqlite3.Connection) -> Iterator[LetterRow]:
         last = row.id
 
 
-def revive(db: sqlite3.Connection, chunk: int, now: float, check: Callable[[bytes], str]) -> Moved:
+def requeue(db: sqlite3.Connection, chunk: int, now: float, check: Callable[[bytes], str]) -> Moved:
     """Takes marked letters out, oldest first, in the transaction that is open.
 
     A letter whose record was never accepted, and still can't be, stays and is not marked any more.

@@ -94,7 +94,7 @@ class Write(NamedTuple):
     """Everything that one commit writes.
 
     Attributes:
-        revive_at: marked dead letters are taken back, accepted at this time.
+        requeue_at: marked dead letters are taken back, accepted at this time.
         expire: dead letters that were given up from the first of these times to the other go.
         claims: idempotency keys that come, accepted at `at`; an expired one of the same name goes.
         bookmarks: in the order of their appends; the last one of a key counts.
@@ -111,7 +111,7 @@ class Write(NamedTuple):
     at: float = 0.0
     sweep: int = 0
     keys_before: float = 0.0
-    revive_at: float | None = None
+    requeue_at: float | None = None
     expire: tuple[float, float] | None = None
 
 
@@ -390,9 +390,9 @@ def _move_letters(
 ) -> tuple[Write, Moved]:
     """Marked dead letters become the last chunks of this commit; old ones go."""
     moved = Moved()
-    if write.revive_at is not None:
+    if write.requeue_at is not None:
         last = write.chunks[-1].id if write.chunks else meta.last_chunk
-        moved = letters.revive(db, last + 1, write.revive_at, invalid.check)
+        moved = letters.requeue(db, last + 1, write.requeue_at, invalid.check)
     if write.expire is not None:
         moved = moved._replace(expired=letters.expire(db, *write.expire))
     if moved.chunks:

@@ -349,7 +349,7 @@ def _with_others(write: Write, ops: Sequence[Op]) -> Write:
         sealed=[change for change in changes if type(change) is Seal],
         postponed=[change.batch for change in changes if type(change) is Postpone],
         settled=[change for change in changes if type(change) is Settle],
-        revive_at=write.at if any(type(op) is Requeue for op in ops) else None,
+        requeue_at=write.at if any(type(op) is Requeue for op in ops) else None,
         expire=max(((op.since, op.before) for op in ops if type(op) is Expire), default=None),
     )
 
