@@ -178,7 +178,7 @@ class Daemon:
             forks.forget()
 
     def _addresses(self) -> list[str]:
-        """Where it listens."""
+        """The listen addresses."""
         return [
             *((getattr(self, "admin", None) and self.admin.addresses) or ()),
             *getattr(getattr(self, "sources", None), "addresses", ()),
@@ -203,10 +203,10 @@ class Daemon:
         await start
 
     async def _asked_for_long(self) -> None:
-        await self._signals.asked.wait()
+        await self._signals.stop_requested.wait()
         try:
             async with async_timeout.timeout(self._drain_timeout()):
-                await self._signals.urged.wait()
+                await self._signals.force_requested.wait()
         except TimeoutError:
             pass
 
@@ -244,7 +244,7 @@ class Daemon:
                 input_fd=self._input_fd,
                 stderr=self._stderr,
                 sockets=self._passed.records,
-                is_interrupted=self._signals.asked.is_set,
+                is_interrupted=self._signals.stop_requested.is_set,
                 on_request=self._answered,
             )
             self._metrics.watch_sources(self.sources.running)
@@ -279,7 +279,7 @@ class Daemon:
         # What start-up made stays: the collector need not look at it again and again.
         gc.collect()
         gc.freeze()
-        asked = asyncio.ensure_future(self._signals.asked.wait())
+        asked = asyncio.ensure_future(self._signals.stop_requested.wait())
         ended = asyncio.ensure_future(self.sources.wait_finished())
         lag = asyncio.ensure_future(self._measure_lag())
         reloads = asyncio.ensure_future(self._reload_when_asked())
@@ -302,8 +302,8 @@ class Daemon:
     async def _reload_when_asked(self) -> None:
         """SIGHUP, also one that came during the start; those that come at once are one."""
         while True:
-            await self._signals.hung_up.wait()
-            self._signals.hung_up.clear()
+            await self._signals.reload_requested.wait()
+            self._signals.reload_requested.clear()
             self._herald.reloading()
             try:
                 await self._reload()
@@ -344,8 +344,8 @@ class Daemon:
             pending = sum(p.ledger.pending for p in self.pipelines.values())
             log.info("input_ended", pending=pending, waits="until all is settled, without deadline")
             work = asyncio.gather(*(p.drain(None) for p in self.pipelines.values()))
-            await self._race(work, self._signals.asked)
-            if not self._signals.asked.is_set():
+            await self._race(work, self._signals.stop_requested)
+            if not self._signals.stop_requested.is_set():
                 return
             reason = self._signals.name
         log.info("drain_started", reason=reason, timeout=self._drain_timeout())
@@ -353,16 +353,18 @@ class Daemon:
             return
         if self.settings.drain.delay and not self._input_ended:
             self._leave_by = self._in(self.settings.drain.delay + self._drain_timeout() + LEAVING)
-            await self._race(asyncio.sleep(self.settings.drain.delay), self._signals.urged)
+            await self._race(
+                asyncio.sleep(self.settings.drain.delay), self._signals.force_requested
+            )
         timeouts = {n: s.drain.timeout for n, s in self.settings.pipeline_settings().items()}
         began = asyncio.get_running_loop().time()
         self._deadline = began + self._drain_timeout()
         self._leave_by = self._deadline + LEAVING
-        await self._race(self.sources.stop_taking(self._deadline), self._signals.urged)
+        await self._race(self.sources.stop_taking(self._deadline), self._signals.force_requested)
         work = asyncio.gather(
             *(p.drain(began + timeouts[name]) for name, p in self.pipelines.items())
         )
-        await self._race(work, self._signals.urged)
+        await self._race(work, self._signals.force_requested)
 
     async def _race(self, work: Awaitable[Any], stop: asyncio.Event) -> None:
         """Waits for the work, or stops waiting when the event comes or a pipeline breaks."""
@@ -385,7 +387,7 @@ class Daemon:
         self._signals.remove()
         self._leave_by = max(self._in(0.0), self._deadline) + LEAVING
         await self.sources.close()
-        grace = 0.0 if self._signals.urged.is_set() else CLOSE_SECONDS
+        grace = 0.0 if self._signals.force_requested.is_set() else CLOSE_SECONDS
         # All at once, and one deadline for all.
         closing = self._in(grace)
         await asyncio.gather(*(one.end_workers(closing) for one in self.pipelines.values()))
@@ -483,7 +485,7 @@ class Daemon:
         )
 
     async def _measure_lag(self) -> None:
-        """How late the loop wakes up: what a handler's thread or a long callback costs all."""
+        """Measures how late the loop wakes up, for a handler's thread or a long callback."""
         loop = asyncio.get_running_loop()
         while True:
             due = loop.time() + LAG_SECONDS
@@ -495,7 +497,7 @@ class Daemon:
 
 
 def _callback_failed(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """What the loop has to say, without the way through `logging`."""
+    """Logs errors of the loop, without `logging`."""
     error = context.get("exception")
     log.error("callback_failed", message=str(context.get("message")), exc_info=error or False)
 

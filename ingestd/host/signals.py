@@ -30,16 +30,16 @@ class Signals:
     """Turns SIGTERM and SIGINT into two events while it is installed, and SIGHUP into a third.
 
     Attributes:
-        hung_up: set by each SIGHUP; whoever acts upon it clears it.
-        asked: set by the first signal.
-        urged: set by the second.
+        reload_requested: set by each SIGHUP; its receiver clears it.
+        stop_requested: set by the first signal.
+        force_requested: set by the second.
         name: the first signal's name.
     """
 
     def __init__(self) -> None:
-        self.hung_up = asyncio.Event()
-        self.asked = asyncio.Event()
-        self.urged = asyncio.Event()
+        self.reload_requested = asyncio.Event()
+        self.stop_requested = asyncio.Event()
+        self.force_requested = asyncio.Event()
         self.name = ""
         self._installed = False
 
@@ -62,7 +62,7 @@ class Signals:
         loop = asyncio.get_running_loop()
         for number in LEAVE:
             loop.add_signal_handler(number, self._arrived, number)
-        loop.add_signal_handler(signal.SIGHUP, self.hung_up.set)
+        loop.add_signal_handler(signal.SIGHUP, self.reload_requested.set)
 
     def remove(self) -> None:
         """Ignores them from now on: there is nothing left that a signal could hurry."""
@@ -73,11 +73,11 @@ class Signals:
             signal.signal(number, signal.SIG_IGN)
 
     def _arrived(self, number: signal.Signals) -> None:
-        if self.asked.is_set():
-            self.urged.set()
+        if self.stop_requested.is_set():
+            self.force_requested.set()
         else:
             self.name = number.name
-            self.asked.set()
+            self.stop_requested.set()
 
 
 def _nothing() -> None:
