@@ -256,6 +256,7 @@ def test_a_cluster_of_dask(tmp_path: Path) -> None:
         assert one.until_settled()["processed"] == 40
         assert one.process.pid not in {call["pid"] for call in calls(tmp_path)}
         assert one.post(b'"raise"')[0] == 202
+        one.until_settled()  # or both would be in one batch
         assert one.post(b'"die"')[0] == 202
         status = one.until_settled(timeout=90)
         assert (status["processed"], status["dead"]) == (42, 0)
