@@ -16,6 +16,7 @@ from ingestd.http.problem import Problem
 from ingestd.http.settings import WebhookSettings
 from ingestd.sources.http.endpoints.webhooks import Webhook, read_webhooks
 from tests.daemon.harness import Daemon, daemon, written
+from tests.service.tools import until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -303,4 +304,4 @@ def test_secrets_are_read_again(there: Any) -> None:
     body = b"[]"
     assert post(door, "std", body, signed=standard(body, "msg_r"))[0] == 401
     assert post(door, "std", body, signed=standard(body, "msg_r", secret=NEW_WHSEC))[0] == 202
-    assert written(folder)
+    until(lambda: written(folder))
