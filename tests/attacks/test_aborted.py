@@ -84,7 +84,7 @@ def held(door: Door) -> dict[str, Any]:
         door.source._server,
         door.source._handler.ingestion,
     )
-    room = taking.room
+    room = taking.admission
     keys = door.pipelines["default"].journal.idempotency
     return {
         "connections": (server.open, len(server._welcomed), len(server._silent)),
