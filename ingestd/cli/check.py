@@ -111,8 +111,9 @@ def execute(arguments: argparse.Namespace) -> int:
 
     loaded = configured(arguments)
     say("\n".join(effective(loaded)))
+    # Before the handlers: from then on modules of the user's folder come before installed ones.
+    code = _check_access(loaded.settings)
     say("\n# handlers")
-    code = 0
     for name, pipeline in loaded.settings.pipeline_settings().items():
         try:
             say(f"# {name}: {pipeline.handler.target} is {_resolve(pipeline)}")
@@ -125,7 +126,7 @@ def execute(arguments: argparse.Namespace) -> int:
         except (HandlerLoadError, ExecutorLoadError, ConfigError) as error:
             fail(f"pipeline {name}: {error}")
             code = int(error.exit_code)
-    return max(code, _check_access(loaded.settings))
+    return code
 
 
 def _check_access(settings: Settings) -> int:

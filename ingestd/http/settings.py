@@ -141,7 +141,7 @@ class HttpSettings(Section):
         description="maximum of invalid records of one request that are kept as dead letters",
     )
     inflight_bytes_max: Size = Field(
-        48 * _MIB,
+        40 * _MIB,
         ge=1,
         le=_TIB,
         description="bound of all bodies being read or waiting for their commit",

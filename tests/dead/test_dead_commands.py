@@ -275,7 +275,7 @@ def test_what_is_no_whole_record_can_not_be_fed_again(folder: Path) -> None:
     with daemon("app:store", "--record_bytes_max", "10", cwd=folder) as running:
         assert running.post(b'"much too long"\n1\n')[0] == 202
         done = cli("dead", "retry", cwd=folder)
-        assert done.stdout.startswith("0 letters")
+        assert done.stdout.startswith("0 dead letters")
         assert "1 letters hold no record" in done.stderr
         assert cli("dead", "purge", "--all", cwd=folder, code=2).stdout == ""
         assert "--all" in cli("dead", "purge", cwd=folder, code=2).stderr
@@ -391,8 +391,8 @@ def test_the_same_forms_everywhere_and_what_is_not_there_is_said(folder: Path) -
             if action != "show":
                 done = cli("dead", action, "--reason", "unheard", cwd=folder, code=2)
                 assert "'unheard' is no reason" in done.stderr
-        assert cli("dead", "purge", "3", "--yes", cwd=folder).stdout.startswith("1 letters")
-        assert cli("dead", "retry", "1", "5", cwd=folder).stdout.startswith("2 letters")
+        assert cli("dead", "purge", "3", "--yes", cwd=folder).stdout.startswith("1 dead letters")
+        assert cli("dead", "retry", "1", "5", cwd=folder).stdout.startswith("2 dead letters")
         until(lambda: status(running)["processed"] == 2, "they did not come back")
         left = lines(cli("dead", "list", "--json", cwd=folder))
         assert [(letter["id"], letter["record"]) for letter in left] == [

@@ -122,7 +122,8 @@ def test_a_database_that_was_down_costs_no_record_and_few_lines(
     numbers = writing.until_settled(timeout=120)
     seconds = time.monotonic() - back
     assert (numbers["processed"], numbers["dead"]) == (sent, 0)
-    assert numbers["handler"] == {"state": "up", "down_since": None, "error": ""}
+    up = {"state": "up", "down_since": None, "down_since_seconds": 0.0, "error": ""}
+    assert numbers["handler"] == up
     assert rows(postgres) == (sent, sent)
     # Noticed within an eighth of the outage; then the backlog at the speed of the database.
     came_back = writing.event("handler_came_back")

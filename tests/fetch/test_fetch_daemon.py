@@ -282,7 +282,7 @@ def test_no_secret_is_in_a_log_a_journal_or_what_check_prints(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "fetch.urls (default): no URL: say some here, or name a file of them in fetch.file"),
+        ([], "fetch.urls (default): no URL: list some here, or name a file of them in fetch.file"),
         (["--fetch.urls", "ftp://u:hunter2@a/x"], "'ftp://a/x' is not http or https"),
         (["--fetch.file", "nowhere.txt"], "nowhere.txt: No such file or directory"),
         (["--fetch.file", "-"], "there is no URL in standard input"),
