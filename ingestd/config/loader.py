@@ -85,14 +85,13 @@ def load(
     if before is not None:
         config = str(before.file) if before.file else config
         problems.extend(_lost_secrets(before))
+    file = find_config(config, environ, cwd, system_config)
     written, origins = _gather(
         flags,
         LayerReader(schema, problems),
         environ=environ,
-        cwd=cwd,
-        config=config,
+        file=file,
         secrets=secrets,
-        system_config=system_config,
         at_start=before is None,
         may_be_empty=before is None or not _said_something(before),
     )
@@ -102,10 +101,7 @@ def load(
         problems.extend(_explain(error, origins, schema))
     if problems:
         raise ConfigError(problem="\n".join(dict.fromkeys(problems)))
-    named = config if config is not None else environ.get(CONFIG_VARIABLE) or None
-    return Loaded(
-        settings, _all_origins(settings, origins, schema), find_config(named, cwd, system_config)
-    )
+    return Loaded(settings, _all_origins(settings, origins, schema), file)
 
 
 def _said_something(before: Loaded[S]) -> bool:
@@ -148,10 +144,8 @@ def peek(
         flags,
         LayerReader(Schema(model), []),
         environ=environ,
-        cwd=cwd,
-        config=config,
+        file=find_config(config, environ, cwd, SYSTEM_CONFIG),
         secrets=SECRETS,
-        system_config=SYSTEM_CONFIG,
     )
     for name in path:
         value = value.get(name) if isinstance(value, dict) else None
@@ -163,17 +157,13 @@ def _gather(
     reader: LayerReader,
     *,
     environ: Mapping[str, str],
-    cwd: Path,
-    config: str | None,
+    file: Path | None,
     secrets: Path,
-    system_config: Path,
     at_start: bool = False,
     may_be_empty: bool = True,
 ) -> tuple[dict[str, Any], _Origins]:
     """Reads all layers, the least important first; see `merge`."""
     layers: list[list[Entry]] = []
-    named = config if config is not None else environ.get(CONFIG_VARIABLE) or None
-    file = find_config(named, cwd, system_config)
     if file is not None:
         layers.append(list(reader.from_file(file, may_wait=at_start, may_be_empty=may_be_empty)))
     layers.append(list(reader.from_secrets(secrets)))
@@ -185,8 +175,11 @@ def _gather(
     return merge(entry for layer in layers for entry in layer)
 
 
-def find_config(named: str | None, cwd: Path, system_config: Path) -> Path | None:
+def find_config(
+    config: str | None, environ: Mapping[str, str], cwd: Path, system_config: Path
+) -> Path | None:
     """The one file that is read: a named one, else `./ingestd.toml`, else the system's."""
+    named = config if config is not None else environ.get(CONFIG_VARIABLE) or None
     if named is not None:
         return absolute(named, cwd, "--config")
     return next((file for file in (cwd / LOCAL_CONFIG, system_config) if _is_there(file)), None)
