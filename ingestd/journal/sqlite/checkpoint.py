@@ -9,6 +9,7 @@ over syncs several times faster than one that grows, and its size stays bounded.
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 import threading
@@ -24,13 +25,15 @@ WAL_BYTES = 64 << 20
 WAL_PART = 16
 """Of a small disk not more than this part: what is kept free of it is a tenth, and a WAL that took
 so much would keep records out although nothing is pending."""
+_ALLOWS_COMMITS = {errno.ENOSPC, errno.EDQUOT, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
+"""Answers to a request for space that tell of a full disk, or of a file system without the call."""
 _ROUNDS_MAX = 4
 _FEW_PAGES = 256
 """What is left to the writer at most, where rounds of copying get ahead of it."""
 
 
 class Checkpointer:
-    """Owns the checkpoint thread. `wrote`, `full` and `ripe` are the writer's, and cheap.
+    """Owns the checkpoint thread. All but `stop` and `close` are the writer's, and cheap.
 
     Args:
         path: the journal's file.
@@ -42,7 +45,7 @@ class Checkpointer:
         self._wal_bytes = min(WAL_BYTES, disk.f_blocks * disk.f_frsize // WAL_PART)
         # POSIX drops every lock that a process has on a file when it closes *any* descriptor of
         # it, so this one lives as long as the connections do (see `close`).
-        self._fd = os.open(path, os.O_RDONLY)
+        self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._written = 0
         self._wanted = threading.Event()
         self._ripe = threading.Event()
@@ -67,6 +70,24 @@ class Checkpointer:
             self._ripe.clear()
             return True
         return False
+
+    def check_disk(self) -> None:
+        """Asks for space that the file has already: a file system that gave itself up refuses it.
+
+        ext4 gives its own journal up some milliseconds before it turns read-only. In between a
+        sync that is under way returns success although nothing was written, and so do the next
+        sync, a write of no bytes and a change of times. A request for space starts a transaction
+        of ext4's journal and fails at once. The file is the database and not the WAL, whose next
+        sync would have to wait for that transaction.
+
+        Raises:
+            OSError: what was synced just now may not be on the disk.
+        """
+        try:
+            os.posix_fallocate(self._fd, 0, 1)
+        except OSError as error:
+            if error.errno not in _ALLOWS_COMMITS:
+                raise
 
     def _run(self) -> None:
         while True:

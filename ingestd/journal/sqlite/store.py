@@ -166,7 +166,6 @@ class Store:
     def __init__(self, path: Path, invalid: InvalidQuota = InvalidQuota()) -> None:  # noqa: B008  immutable
         self.path = path
         self._invalid = invalid
-        self._probe = -1
         self._names = (str(path), f"{path}-wal")  # strings: they are looked up after every commit
         self._files: list[tuple[int, int]] = []
         make_private(path)  # SQLite gives its other files the same mode
@@ -319,25 +318,14 @@ class Store:
         """Returns True if the next start will find what was written under these names.
 
         An open file that was deleted takes every commit, and all of it goes with the process.
-        A file system that gives itself up while a sync is under way may let `fdatasync` return as
-        if all were well, although nothing was written (seen with ext4 on Linux 6.18, in one of six
-        tries). It refuses every later write, one of no bytes too, so that is asked for.
-
-        Raises:
-            OSError: the file system takes no more writes.
         """
         try:
             now = [(found.st_dev, found.st_ino) for found in map(os.stat, self._names)]
         except OSError:
             return False
-        if now != self._files:
-            if self._files:
-                return False
+        if not self._files:
             self._files = now
-            # SQLite keeps no locks on the WAL file, so closing this one drops none.
-            self._probe = os.open(self._names[1], os.O_WRONLY | os.O_CLOEXEC)
-        os.pwrite(self._probe, b"", 0)
-        return True
+        return now == self._files
 
     def shrink(self, seconds: float) -> None:
         """Gives the file's free pages back to the disk, if what is left in it is little.
@@ -365,9 +353,6 @@ class Store:
     def close(self) -> None:
         """Leaves one tidy file where that is possible."""
         self.connection.close()
-        if self._probe >= 0:
-            os.close(self._probe)
-            self._probe = -1
 
 
 def _runs(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:

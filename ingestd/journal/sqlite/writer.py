@@ -244,6 +244,7 @@ class JournalWriter:
         try:
             if not self._store.in_place():
                 raise FileNotFoundError("the file was removed or replaced")
+            self._checkpointer.check_disk()
         except OSError as error:
             self._failed(ops, error)
             return
