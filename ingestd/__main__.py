@@ -1,50 +1,47 @@
-"""Entry point of `ingestd`: parses argv, runs one command and returns its exit code."""
+"""Entry point of `ingestd`: parses argv, runs one command and returns its exit code.
+
+Only the command that is named is imported: `--help` and `--version` need no settings.
+"""
 
 from __future__ import annotations
 
-# First of all: with `python -m` the current folder comes before the standard library.
-from ingestd.base import first  # noqa: F401  isort: skip
+import os
+
+from ingestd.base.path import put_last
+
+try:
+    # First of all: with `python -m` the current folder comes before the standard library.
+    put_last(os.getcwd())  # noqa: PTH109  pathlib imports a lot
+except OSError:  # the current folder is gone; its users report that
+    pass
 
 import io
 import sys
 import traceback
-from typing import TYPE_CHECKING, Protocol
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from ingestd.base.errors import Exit, IngestdError
 from ingestd.base.process import end_process
-from ingestd.cli import check, dead, healthcheck, journal, prove, run, token
-from ingestd.cli.arguments import Parser, add_settings, handler_from
-from ingestd.cli.output import discard_stdout, fail, say
+from ingestd.cli.output import Parser, discard_stdout, fail, say
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Sequence
 
-
-class Command(Protocol):
-    """Interface of a module in `cli` that is a command."""
-
-    HELP: str
-    DESCRIPTION: str
-
-    def execute(self, arguments: argparse.Namespace, /) -> int:
-        """Runs the command; returns the exit code."""
-
-
-class Tool(Command, Protocol):
-    """A command with arguments of its own and no settings."""
-
-    def add_arguments(self, parser: argparse.ArgumentParser, /) -> None:
-        """Adds the arguments; each parser sets itself as the default `leaf`."""
-
-
-COMMANDS: dict[str, Command] = {"run": run, "check": check, "prove": prove}
-TOOLS: dict[str, Tool] = {
-    "dead": dead,
-    "healthcheck": healthcheck,
-    "journal": journal,
-    "token": token,
+COMMANDS = {
+    "run": "run the daemon: accept records, hand them to HANDLER in batches",
+    "check": "check the configuration and the handler, print the effective settings",
+    "prove": "kill a daemon at random moments on this machine, and count the records that it kept",
 }
+"""Modules in `cli` with the flags of all settings, and their help. Each has a `DESCRIPTION`,
+`add_arguments(parser, argv)` and `execute(arguments)`, which returns the exit code."""
+TOOLS = {
+    "dead": "list, show, retry, purge or export dead letters",
+    "healthcheck": "check that the daemon on this machine is ready, or alive",
+    "journal": "show statistics of journals, verify or repair them",
+    "token": "make a token for the http source, or hash one",
+}
+"""The same with arguments of their own; each of their parsers sets itself as the default `leaf`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,24 +87,27 @@ def _execute(argv: Sequence[str]) -> int:
         say(f"ingestd {__version__}")
         return int(Exit.OK)
     if arguments.command is None:
-        handler_from(words, parser)
+        _word_in(words, parser)
         parser.error(f"a command is required: {' or '.join((*COMMANDS, *TOOLS))}")
+    module = _module(arguments.command)
     if arguments.command in TOOLS:
-        return _execute_tool(arguments, words)
-    handler = handler_from(words, commands[arguments.command])
-    if handler:
-        arguments.flags = [*arguments.flags, handler]
-    return COMMANDS[arguments.command].execute(arguments)
+        unexpected = _word_in(words, arguments.leaf)
+        if unexpected is not None:
+            arguments.leaf.error(f"unexpected argument {unexpected!r}")
+    elif handler := _word_in(words, commands[arguments.command]):
+        from ingestd.config.layers import Flag  # noqa: PLC0415  the command has imported it
+
+        flag = Flag("handler.target", handler, "argument HANDLER")
+        arguments.flags = [*arguments.flags, flag]
+    return int(module.execute(arguments))
 
 
-def _execute_tool(arguments: argparse.Namespace, words: Sequence[str]) -> int:
-    unexpected = handler_from(words, arguments.leaf)
-    if unexpected is not None:
-        arguments.leaf.error(f"unexpected argument {unexpected.value!r}")
-    return TOOLS[arguments.command].execute(arguments)
+def _module(command: str) -> Any:
+    return import_module(f"ingestd.cli.{command}")
 
 
 def _parser(argv: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
+    """The parser, and those of the commands; only of the one in `argv` the arguments are known."""
     parser = Parser(
         prog="ingestd",
         description="Turns a Python function into a durable, batched ingestion service.",
@@ -115,21 +115,31 @@ def _parser(argv: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
     )
     parser.add_argument("--version", action="store_true", help="show the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    named = next((word for word in argv if not word.startswith("-")), "")
     commands: dict[str, Parser] = {}
-    for name, command in COMMANDS.items():
-        commands[name] = subparsers.add_parser(
-            name,
-            help=command.HELP,
-            description=command.DESCRIPTION,
-            usage=f"ingestd {name} [HANDLER] [flags]",
-        )
-        add_settings(commands[name], argv)
-        if add_arguments := getattr(command, "add_arguments", None):
-            add_arguments(commands[name])
-    for name, tool in TOOLS.items():
-        commands[name] = subparsers.add_parser(name, help=tool.HELP, description=tool.DESCRIPTION)
-        tool.add_arguments(commands[name])
+    for name, text in {**COMMANDS, **TOOLS}.items():
+        usage = f"ingestd {name} [HANDLER] [flags]" if name in COMMANDS else None
+        one = commands[name] = subparsers.add_parser(name, help=text, usage=usage)
+        if name == named:
+            module = _module(name)
+            one.description = module.DESCRIPTION
+            module.add_arguments(one, argv)
     return parser, commands
+
+
+def _word_in(words: Sequence[str], known: Parser) -> str | None:
+    """The one word among those that are no flags; argparse on 3.11 loses it behind flags.
+
+    Raises:
+        UsageError: an unknown flag, with the nearest known one; or more than one word.
+    """
+    words = [word for word in words if word != "--"]
+    unknown = [word.split("=", 1)[0] for word in words if word.startswith("-") and word != "-"]
+    if unknown:
+        known.error("\n".join(map(known.explain_unknown, unknown)))
+    if len(words) > 1:
+        known.error(f"unexpected argument {words[1]!r}: there is one HANDLER, {words[0]!r}")
+    return words[0] if words else None
 
 
 def _leave_stdout() -> None:

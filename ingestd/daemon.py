@@ -30,10 +30,15 @@ from ingestd.base.metrics import Metrics, RouteMetrics
 from ingestd.base.watchdog import Liveness
 from ingestd.handlers.runner import CLOSE_SECONDS
 from ingestd.host.data_dir import DataDir
-from ingestd.host.process import Forks, Surroundings, keep_settled, own_stderr, settle_interpreter
-from ingestd.host.signals import Signals
-from ingestd.host.sockets import ListenFds
-from ingestd.host.systemd import Notifier, ServiceNotifier, ServiceState
+from ingestd.host.process import (
+    Forks,
+    Signals,
+    Surroundings,
+    keep_settled,
+    own_stderr,
+    settle_interpreter,
+)
+from ingestd.host.systemd import ListenFds, Notifier, ServiceNotifier, ServiceState
 from ingestd.pipeline import DrainReport, Pipeline
 from ingestd.settings import plan_reload
 from ingestd.source_group import SourceGroup, key_rule

@@ -27,8 +27,8 @@ from ingestd.base.record import Format  # noqa: TC001  pydantic reads it
 from ingestd.codecs.lines import record_fault
 from ingestd.config.keys import SOURCES as SOURCES_TABLE
 from ingestd.config.keys import Schema
+from ingestd.config.loader import Change, plan
 from ingestd.config.network import check_address, check_hosts, split_address
-from ingestd.config.reload import Change, plan
 from ingestd.config.sections import Choice, Reloadable, Section, ValidationProblems, own_name
 from ingestd.config.units import Count, Seconds, Size, Words, show_size
 from ingestd.execution.settings import ExecutorSettings, HandlerSettings, RetrySettings

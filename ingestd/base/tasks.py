@@ -1,15 +1,18 @@
-"""Owned tasks: each has a name, a reference and an end, and one that fails is never overlooked."""
+"""Owned tasks and threads: each has a name and an end, and no failure is overlooked."""
 
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+import threading
+from concurrent.futures import Executor, Future
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
 
 from ingestd.base.errors import JournalFailed
 from ingestd.base.logging import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterable
+    from collections.abc import Callable, Coroutine, Iterable
 
 log = get_logger()
 
@@ -59,3 +62,46 @@ class OwnedTasks:
         for task in cancelled:
             task.cancel()
         await asyncio.gather(*cancelled, return_exceptions=True)
+
+
+class OwnThread(Executor):
+    """One thread that runs calls one after the other, also those that fork.
+
+    A child that is forked in a thread of a `ThreadPoolExecutor` waits for that thread at its exit,
+    and is the thread. Nothing waits for this one but `shutdown`.
+
+    Args:
+        name: of the thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+        self._is_shut = False
+
+    def submit(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """See `Executor.submit`."""
+        if self._is_shut:
+            raise RuntimeError("the thread has been shut down")
+        if self._thread.ident is None:
+            self._thread.start()
+        future: Future[Any] = Future()
+        self._calls.put((future, lambda: call(*args, **kwargs)))
+        return future
+
+    def _serve(self) -> None:
+        while (queued := self._calls.get()) is not None:
+            future, call = queued
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:  # noqa: BLE001  it is the caller's
+                    future.set_exception(error)
+            del queued, future, call  # what they hold is not held until the next call
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:  # noqa: ARG002
+        """See `Executor.shutdown`; calls that are queued still run."""
+        self._is_shut = True
+        self._calls.put(None)
+        if wait and self._thread.ident is not None:
+            self._thread.join()

@@ -6,11 +6,8 @@ Only names are checked here: values are settings, and settings are checked in on
 from __future__ import annotations
 
 import argparse
-import shutil
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, get_origin
 
-from ingestd.base.errors import UsageError
 from ingestd.config.keys import dotted, settings_of, shown, tables_of, unit_of
 from ingestd.config.layers import Flag
 from ingestd.config.sections import Choice
@@ -21,6 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pydantic.fields import FieldInfo
+
+    from ingestd.cli.output import Parser
 
 # setting, its short flag, the name of its value
 COMMON = (
@@ -36,25 +35,10 @@ _KEYS_SHOWN = 5
 _METAVARS = {"bytes": "SIZE", "seconds": "TIME", "": "NUMBER", "words": "WORD,…"}
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises instead of exiting, and accepts no abbreviated flags."""
+class _Arguments(Protocol):
+    """A parser, or a group of its arguments."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        kwargs.setdefault("formatter_class", _formatter)
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        """Reports wrong usage as the error that `main` prints.
-
-        Raises:
-            UsageError: always.
-        """
-        raise UsageError(problem=f"{message} (see {self.prog} --help)")
-
-
-def _formatter(prog: str) -> argparse.HelpFormatter:
-    width = min(shutil.get_terminal_size().columns, 110)
-    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=width)
+    def add_argument(self, *names: str, **options: Any) -> Any: ...
 
 
 class _Keep(argparse.Action):
@@ -71,9 +55,10 @@ class _Keep(argparse.Action):
         namespace.flags = [*namespace.flags, flag]
 
 
-def add_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+def add_settings(parser: Parser, argv: Sequence[str]) -> None:
     """Adds the flags of `run` and `check`; those with the user's own names are read in `argv`."""
     parser.set_defaults(flags=[])
+    parser.nearest_setting = _nearest
     fields = {dotted(path): field for path, field in settings_of(Settings)}
     group = parser.add_argument_group("common flags")
     _add_config(group)
@@ -82,6 +67,7 @@ def add_settings(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
         _add(group, flag, key, metavar or _metavar(field), _help(field))
         if flag != f"--{key}":
             _add(group, f"--{key}", key, metavar, argparse.SUPPRESS)
+            parser.hidden.append(f"--{key}")
     group = parser.add_argument_group(
         "settings",
         "or INGESTD_BATCH__RECORDS_MAX=500, or in the file; sizes like 64MiB, times like 250ms",
@@ -119,7 +105,7 @@ def add_admin(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--admin.listen", "admin.listen", "HOST:PORT", text)
 
 
-def _add_config(group: argparse._ActionsContainer) -> None:
+def _add_config(group: _Arguments) -> None:
     group.add_argument(
         "--config",
         metavar="FILE",
@@ -128,7 +114,7 @@ def _add_config(group: argparse._ActionsContainer) -> None:
 
 
 def _add(
-    group: argparse._ActionsContainer,
+    group: _Arguments,
     flag: str,
     key: str,
     metavar: str,
@@ -166,26 +152,8 @@ def _help(field: FieldInfo) -> str:
     return f"{field.description}{known}".replace("%", "%%")
 
 
-def handler_from(words: Sequence[str], known: argparse.ArgumentParser) -> Flag | None:
-    """Finds HANDLER among the words that are no flags; argparse on 3.11 loses one behind flags.
-
-    Raises:
-        UsageError: an unknown flag, with the nearest known one; or more than one word.
-    """
-    words = [word for word in words if word != "--"]
-    unknown = [word.split("=", 1)[0] for word in words if word.startswith("-") and word != "-"]
-    if unknown:
-        known.error("\n".join(_unknown_flag(flag, known) for flag in unknown))
-    if len(words) > 1:
-        known.error(f"unexpected argument {words[1]!r}: there is one HANDLER, {words[0]!r}")
-    return Flag("handler.target", words[0], "argument HANDLER") if words else None
-
-
-def _unknown_flag(flag: str, known: argparse.ArgumentParser) -> str:
-    path = flag.lstrip("-").split(".")
-    close = get_close_matches(flag, known._option_string_actions, n=1)  # noqa: SLF001
-    meant = close[0] if close else None
-    if meant is None or flag.startswith(_WITH_OWN_NAMES):
-        key = SCHEMA.nearest(path)
-        meant = "--" + ".".join(key) if key else None
-    return f"unknown flag {flag}" + (f", did you mean {meant}?" if meant else "")
+def _nearest(flag: str, close: str | None) -> str | None:
+    if close is None or flag.startswith(_WITH_OWN_NAMES):
+        key = SCHEMA.nearest(flag.lstrip("-").split("."))
+        return "--" + ".".join(key) if key else None
+    return close

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import ConfigError, ExecutorLoadError, Exit, HandlerLoadError
+from ingestd.cli.arguments import add_settings as add_arguments
 from ingestd.cli.configured import configured
 from ingestd.cli.output import fail, say
 from ingestd.config.keys import dotted, quoted, shown
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from ingestd.config.loader import Loaded
     from ingestd.settings import PipelineSettings, Settings
 
+
+__all__ = ["DESCRIPTION", "add_arguments", "effective", "execute"]
 
 _SECRET_NAME = re.compile(
     r"pass|pwd|token|secret|key|dsn|credential|auth|private|cookie|signature", re.IGNORECASE
@@ -92,7 +95,6 @@ def _one_line(text: str) -> str:
 
 # -- the command -----------------------------------------------------------------------------------
 
-HELP = "check the configuration and the handler, print the effective settings"
 DESCRIPTION = """\
 Reads the configuration and the files that it names, and imports the handlers, as `ingestd run` with
 the same flags would, and opens nothing: no port, no journal, no folder. Prints every

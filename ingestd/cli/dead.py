@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import base64
+import os
 import sys
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from ingestd.base.errors import ConfigError, Exit, UsageError
-from ingestd.cli.arguments import Parser, add_data_dir
+from ingestd.base.files import create_new, sync_folder
+from ingestd.cli.arguments import add_data_dir
 from ingestd.cli.configured import configured
-from ingestd.cli.letters import as_line, as_page, as_row, head, write_lines
-from ingestd.cli.moments import moment
-from ingestd.cli.output import say
+from ingestd.cli.moments import moment, shown
+from ingestd.cli.output import discard_stdout, say
 from ingestd.codecs.lines import record_fault
 from ingestd.journal.build import stored_journals
 from ingestd.journal.dead_letters import REASONS, LetterFilter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from typing import BinaryIO
 
+    from ingestd.cli.output import Parser
     from ingestd.journal.dead_letters import DeadLetters, LetterCounts, StoredLetter
     from ingestd.settings import Settings
 
-HELP = "list, show, retry, purge or export dead letters"
 DESCRIPTION = """\
 Works on the dead letters in a data directory, with or without a running daemon, and never blocks
 it. Retry marks dead letters, and the daemon requeues them within a second, or at its next start.
@@ -35,34 +41,35 @@ SHOWN = 100
 """Rows of a table without `--limit`."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None:
     """Adds the actions, each with its flags."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
-    one = _action(actions, "list", _list, "one line for each dead letter")
+    add = actions.add_parser
+    one = _action(add, "list", _list, "one line for each dead letter")
     _add_filter(one)
     one.add_argument("--json", action="store_true", help="JSON lines, without payloads")
-    one = _action(actions, "show", _show, "all fields of dead letters, with their payloads")
+    one = _action(add, "show", _show, "all fields of dead letters, with their payloads")
     _add_ids(one)
     one.add_argument("--json", action="store_true", help="a JSON line for each")
-    one = _action(actions, "retry", _retry, "requeue dead letters (all, or those of a filter)")
+    one = _action(add, "retry", _retry, "requeue dead letters (all, or those of a filter)")
     _add_filter(one)
     one.add_argument("--all", action="store_true", help="every dead letter; the same as no filter")
-    one = _action(actions, "purge", _purge, "delete dead letters for good")
+    one = _action(add, "purge", _purge, "delete dead letters for good")
     _add_filter(one)
     one.add_argument("--all", action="store_true", help="every dead letter")
     one.add_argument("--yes", action="store_true", help="do not ask")
-    one = _action(actions, "export", _export, "JSON lines with payloads, to stdout or a file")
+    one = _action(add, "export", _export, "JSON lines with payloads, to stdout or a file")
     _add_filter(one)
     one.add_argument("-o", "--output", metavar="FILE", help="write and sync this file instead")
 
 
 def _action(
-    actions: argparse._SubParsersAction[Any],
+    add_parser: Callable[..., Any],
     name: str,
     run: Callable[[argparse.Namespace, dict[str, DeadLetters]], int],
     text: str,
 ) -> Parser:
-    parser: Parser = actions.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}")
+    parser: Parser = add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}")
     parser.set_defaults(run=run, leaf=parser)
     add_data_dir(parser)
     parser.add_argument(
@@ -305,3 +312,136 @@ def _confirmed(what: str) -> bool:
         raise UsageError(problem=f"to {what} without a terminal, add --yes")
     print(f"{what}? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in {"y", "yes"}
+
+
+# -- rendering -------------------------------------------------------------------------------------
+
+_ROW = "{:>8}  {:<12}  {:<24}  {:<11}  {:>5}  {:>9}  {}"
+
+
+def head() -> str:
+    """The table's first line."""
+    return _ROW.format("ID", "PIPELINE", "GIVEN UP", "REASON", "TRIES", "BYTES", "ERROR")
+
+
+def as_row(pipeline: str, kept: StoredLetter) -> str:
+    """One line of the table."""
+    letter = kept.letter
+    error = _one_line(letter.error, 80)
+    if letter.records > 1:
+        error = f"[{letter.records} records] {error}"
+    if kept.marked:
+        error = f"[requeued] {error}"
+    return _ROW.format(
+        kept.id, pipeline, shown(letter.last_at), letter.reason, letter.attempts, kept.size, error
+    ).rstrip()
+
+
+def as_page(pipeline: str, kept: StoredLetter) -> str:
+    """All fields, for a terminal. Control characters are shown as `?`."""
+    letter = kept.letter
+    lines = [
+        f"letter    {kept.id} of pipeline {pipeline}",
+        f"record    {letter.record or '(never accepted)'}",
+        f"records   {letter.records}",
+        f"reason    {letter.reason}",
+        f"error     {_one_line(letter.error)}",
+        f"attempts  {letter.attempts}",
+        f"first at  {shown(letter.first_at)}",
+        f"given up  {shown(letter.last_at)}",
+        f"requeued  {'yes' if kept.marked else 'no'}",
+    ]
+    if letter.traceback:
+        lines += ["", "traceback", _printable(letter.traceback.rstrip("\n"))]
+    text = _text(letter.payload)
+    if text is None:
+        encoded = base64.b64encode(letter.payload).decode()
+        return "\n".join([*lines, "", f"payload   {kept.size} bytes, base64", encoded])
+    return "\n".join([*lines, "", f"payload   {kept.size} bytes", _printable(text)])
+
+
+def as_line(pipeline: str, kept: StoredLetter, *, whole: bool) -> bytes:
+    """A JSON object and an LF; `whole` with traceback and payload.
+
+    The payload is `payload` if it is UTF-8, else `payload_base64`.
+    """
+    letter = kept.letter
+    facts: dict[str, object] = {
+        "pipeline": pipeline,
+        "id": kept.id,
+        "record": letter.record,
+        "records": letter.records,
+        "reason": letter.reason,
+        "error": letter.error,
+        "attempts": letter.attempts,
+        "first_at": shown(letter.first_at),
+        "last_at": shown(letter.last_at),
+        "bytes": kept.size,
+        "retry": kept.marked,
+    }
+    if whole:
+        facts["traceback"] = letter.traceback
+        text = _text(letter.payload)
+        if text is None:
+            facts["payload_base64"] = base64.b64encode(letter.payload).decode()
+        else:
+            facts["payload"] = text
+    return msgspec.json.encode(facts) + b"\n"
+
+
+def write_lines(lines: Iterable[bytes], path: str | None = None) -> int:
+    """Writes lines to a private file, synced and under its name once it is whole, or to stdout.
+
+    No link is followed: neither at its name nor where it is written first.
+
+    Returns:
+        How many. A reader of stdout that has gone ends it early and is no error.
+
+    Raises:
+        OSError: the file, or a full disk behind stdout.
+    """
+    if path is None:
+        try:
+            count = _write(lines, sys.stdout.buffer)
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            discard_stdout()
+            return 0
+        return count
+    target = Path(path)
+    part = target.with_name(f"{target.name}.part")
+    try:
+        with os.fdopen(create_new(part), "wb") as file:
+            count = _write(lines, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(target)
+    except BaseException:
+        part.unlink(missing_ok=True)  # it may be what fills the disk
+        raise
+    sync_folder(target.parent)
+    return count
+
+
+def _write(lines: Iterable[bytes], file: BinaryIO) -> int:
+    count = 0
+    for line in lines:
+        file.write(line)
+        count += 1
+    return count
+
+
+def _text(payload: bytes) -> str | None:
+    try:
+        return payload.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+
+
+def _one_line(text: str, width: int | None = None) -> str:
+    line = "".join(c if c.isprintable() else " " for c in text)
+    return line if width is None or len(line) <= width else f"{line[: width - 1]}…"

@@ -7,6 +7,7 @@ import http.client
 import ipaddress
 import json
 import os
+from typing import TYPE_CHECKING
 
 from ingestd.base.errors import Exit
 from ingestd.cli.arguments import add_admin
@@ -17,7 +18,9 @@ from ingestd.config.network import split_address
 from ingestd.config.units import parse_seconds
 from ingestd.settings import AdminSettings, Settings
 
-HELP = "check that the daemon on this machine is ready, or alive"
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 DESCRIPTION = """\
 Asks the daemon at the configured admin.listen if it is ready (/readyz), or with --live if it is
 alive (/livez). Prints nothing if it is, and one line if it is not.
@@ -27,7 +30,7 @@ exit codes: 0 it is; 1 it is not, or does not answer in time; 2 usage"""
 _ANSWER_BYTES = 64 * 1024
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None:
     """Adds the flags."""
     parser.set_defaults(leaf=parser)
     parser.add_argument(

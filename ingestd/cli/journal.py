@@ -22,11 +22,10 @@ from ingestd.journal.build import stored_journals
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from ingestd.journal.sqlite.check import Finding, SqliteFile
 
-HELP = "show statistics of journals, verify or repair them"
 DESCRIPTION = """\
 Works on the journals of a data directory. stat and verify only read, with or without a running
 daemon; --repair needs the daemon stopped.
@@ -34,7 +33,7 @@ daemon; --repair needs the daemon stopped.
 exit codes: 0 all is well; 1 verify found damage; 2 usage; 78 configuration, no journal, in use"""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None:
     """Adds the actions, each with its flags."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", title="actions", required=True)
     for name, run, text in (

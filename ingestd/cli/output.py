@@ -1,9 +1,55 @@
-"""Prints results to stdout and problems to stderr."""
+"""Parser of command lines; results on stdout and problems on stderr."""
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
+import shutil
 import sys
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ingestd.base.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises instead of exiting, and accepts no abbreviated flags.
+
+    Attributes:
+        hidden: flags that `--help` does not show.
+        nearest_setting: gives the flag that was probably meant by an unknown one, from it and the
+            nearest of the known ones.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", _formatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+        self.hidden: list[str] = []
+        self.nearest_setting: Callable[[str, str | None], str | None] = lambda _, close: close
+
+    def error(self, message: str) -> NoReturn:
+        """Reports wrong usage as the error that `main` prints.
+
+        Raises:
+            UsageError: always.
+        """
+        raise UsageError(problem=f"{message} (see {self.prog} --help)")
+
+    def explain_unknown(self, flag: str) -> str:
+        """Explains in a line that there is no such flag, and which one was probably meant."""
+        known = [*re.findall(r"--[\w.-]*\w", self.format_help()), *self.hidden]
+        close = get_close_matches(flag, known, n=1)
+        meant = self.nearest_setting(flag, close[0] if close else None)
+        return f"unknown flag {flag}" + (f", did you mean {meant}?" if meant else "")
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    width = min(shutil.get_terminal_size().columns, 110)
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=36, width=width)
 
 
 def say(text: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ingestd.base.errors import ConfigError, Exit, IngestdError, UsageError
+from ingestd.cli.arguments import add_settings
 from ingestd.cli.configured import configured
 from ingestd.cli.output import fail, say
 from ingestd.config.keys import dotted, quoted, shown
@@ -22,11 +23,12 @@ from ingestd.settings import SCHEMA, DrainSettings, LogSettings, Settings, Sourc
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
+    from ingestd.cli.output import Parser
     from ingestd.prove.progress import ProofState
     from ingestd.prove.verdict import ProofReport
 
-HELP = "kill a daemon at random moments on this machine, and count the records that it kept"
 DESCRIPTION = """\
 Starts a daemon with your settings and the sink sqlite in a folder of its own beside the data
 directory, posts numbered records to it from several clients, kills it with SIGKILL at random
@@ -52,8 +54,9 @@ _OPEN = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that are no settings."""
+def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
+    """Adds the settings, and the flags that are none."""
+    add_settings(parser, argv)
     parser.usage = _USAGE
     group = parser.add_argument_group("the proof")
     group.add_argument("--kills", metavar="N", type=int, help=f"number of kills [{_KILLS}]")

@@ -5,19 +5,23 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from ingestd.cli.arguments import add_settings as add_arguments
 from ingestd.cli.configured import Configuration
-from ingestd.host.pid1 import split_off
-from ingestd.host.process import move_input, occupy_standard_streams
-from ingestd.host.signals import ignore_hangups
-from ingestd.host.sockets import take_sockets
-from ingestd.host.systemd import Notifier
+from ingestd.host.process import (
+    ignore_hangups,
+    move_input,
+    occupy_standard_streams,
+    split_off,
+)
+from ingestd.host.systemd import Notifier, take_sockets
 
 if TYPE_CHECKING:
     import argparse
 
     from ingestd.settings import Settings
 
-HELP = "run the daemon: accept records, hand them to HANDLER in batches"
+__all__ = ["DESCRIPTION", "add_arguments", "execute"]
+
 DESCRIPTION = """\
 Accepts records, writes them to disk, and hands them to HANDLER in batches.
 

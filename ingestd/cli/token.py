@@ -11,8 +11,8 @@ from ingestd.http.credentials import hash_of, make_token
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
-HELP = "make a token for the http source, or hash one"
 DESCRIPTION = """\
 Prints a new random token to stdout, and to stderr its hash and how to use both.
 With --hash it reads a token from stdin, one line, and prints its hash to stdout.
@@ -20,7 +20,7 @@ With --hash it reads a token from stdin, one line, and prints its hash to stdout
 The token is for the client. The daemon needs only the hash (http.tokens.NAME.hash)."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None:
     """Adds the flag."""
     parser.set_defaults(leaf=parser)
     parser.add_argument("--hash", action="store_true", help="hash the token on stdin")

@@ -1,1 +1,1 @@
-"""Machinery of settings, which knows no component: sources, keys, units, sections, reload."""
+"""Machinery of settings, which knows no component: layers, keys, units, sections."""

@@ -17,13 +17,13 @@ import asyncio
 import contextlib
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from ingestd.base.errors import ExecutorLoadError, HandlerLoadError
 from ingestd.base.logging import get_logger
+from ingestd.base.tasks import OwnThread
 from ingestd.execution.pool import Pool, Worker, not_started
 from ingestd.handlers.external import ExternalAnswer, call_externally
 from ingestd.handlers.outcome import Failure, Result, flaw_of
@@ -133,7 +133,7 @@ class ExternalPool(Pool[Worker]):
         self._calls: set[_Call] = set()
         self._left = 0  # calls that were given up and still run
         self._moved = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"{name}-executor")
+        self._thread = OwnThread(f"{name}-executor")
 
     @property
     def places(self) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import HandlerLoadError
 from ingestd.base.logging import get_logger
+from ingestd.base.tasks import OwnThread
 from ingestd.execution.pool import TaskPool, not_started
 from ingestd.handlers.failure import failure_of
 from ingestd.handlers.outcome import Failure, Result
@@ -39,7 +39,7 @@ class ThreadWorker:
     def __init__(self, name: str, runner: Runner) -> None:
         self._name = name
         self._runner = runner
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._thread = OwnThread(name)
 
     async def start(self) -> None:
         """See `Worker.start`."""

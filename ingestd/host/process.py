@@ -1,7 +1,8 @@
-"""The daemon's own process: interpreter, standard streams, surroundings, and children it forks."""
+"""The daemon's own process: interpreter, signals, streams, surroundings, children it forks."""
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import fcntl
 import gc
@@ -9,16 +10,96 @@ import os
 import signal
 import socket
 import sys
-from concurrent.futures import thread
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from ingestd.base.process import HeldSignals
-from ingestd.host.signals import ALL
 from ingestd.host.sockets import show_socket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
+
+# -- signals --------------------------------------------------------------------------------------
+#
+# Signals as events: the first asks to drain, the second to leave at once; SIGHUP to reload.
+#
+# A timer's signal, or one that means nothing to us, would end the process: a handler in a thread
+# can set an alarm, and some programs write their state on a signal. Those do nothing here.
+
+LEAVE = (signal.SIGTERM, signal.SIGINT)
+WITHOUT_MEANING = (
+    signal.SIGALRM,
+    signal.SIGVTALRM,
+    signal.SIGPROF,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+SIGNALS = (*LEAVE, signal.SIGHUP, *WITHOUT_MEANING)
+"""What the daemon receives, and a process that is forked from it must not."""
+
+
+def ignore_hangups() -> None:
+    """Ignores SIGHUP until there is a loop: a reload during the start must not end the process."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
+class Signals:
+    """Turns SIGTERM and SIGINT into two events while it is installed, and SIGHUP into a third.
+
+    Attributes:
+        reload_requested: set by each SIGHUP; its receiver clears it.
+        stop_requested: set by the first signal.
+        force_requested: set by the second.
+        name: the first signal's name.
+    """
+
+    def __init__(self) -> None:
+        self.reload_requested = asyncio.Event()
+        self.stop_requested = asyncio.Event()
+        self.force_requested = asyncio.Event()
+        self.name = ""
+        self._installed = False
+
+    def install(self) -> None:
+        """From now on signals arrive here; on the running loop."""
+        self._installed = True
+        self.keep()
+        for number in WITHOUT_MEANING:
+            # Not SIG_IGN: that would be inherited by what a handler starts.
+            asyncio.get_running_loop().add_signal_handler(number, _nothing)
+
+    def keep(self) -> None:
+        """Installs those that mean something again, while they are: call it now and then.
+
+        A handler in a thread can put another function in their place for the operating system
+        (`faulthandler.register`), and Python would know nothing of it.
+        """
+        if not self._installed:
+            return
+        loop = asyncio.get_running_loop()
+        for number in LEAVE:
+            loop.add_signal_handler(number, self._arrived, number)
+        loop.add_signal_handler(signal.SIGHUP, self.reload_requested.set)
+
+    def remove(self) -> None:
+        """Ignores them from now on: there is nothing left that a signal could hurry."""
+        self._installed = False
+        loop = asyncio.get_running_loop()
+        for number in SIGNALS:
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
+
+    def _arrived(self, number: signal.Signals) -> None:
+        if self.stop_requested.is_set():
+            self.force_requested.set()
+        else:
+            self.name = number.name
+            self.stop_requested.set()
+
+
+def _nothing() -> None:
+    pass
+
 
 # -- interpreter and allocator ---------------------------------------------------------------------
 
@@ -202,7 +283,7 @@ class Forks:
         self._fds = tuple(fds)
         self._addresses: Callable[[], Collection[str]] = tuple
         self._active = True
-        HeldSignals(ALL, self._after)
+        HeldSignals(SIGNALS, self._after)
 
     def listen(self, addresses: Callable[[], Collection[str]]) -> None:
         """Adds listen addresses: sockets there, and connections to them, are the daemon's."""
@@ -216,10 +297,8 @@ class Forks:
         if not self._active:
             return
         self._active = False
-        # At its exit the child would wait for the threads of pools: for the one that it is.
-        thread._threads_queues = {}  # noqa: SLF001
         signal.set_wakeup_fd(-1)
-        for number in ALL:
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         # Put in place of what is taken: with a number that is free again SQLite, whose objects are
         # still there, would sooner or later write into somebody else's file.
@@ -254,3 +333,75 @@ def _is_at(fd: int, addresses: set[str], ports: set[str]) -> bool:
     if sock.family in {socket.AF_INET, socket.AF_INET6}:
         return shown.rpartition(":")[2] in ports
     return shown in addresses
+
+
+# -- process 1 of a container ---------------------------------------------------------------------
+#
+# Process 1 of a container forwards signals to the daemon and reaps orphans.
+#
+# The kernel gives every orphan of a PID namespace to its process 1, which has to reap it, or it
+# stays a zombie. The daemon can't do that itself: reaping whatever has ended would take the exit
+# codes of children that a handler waits for. So process 1 forks before anything has begun; the
+# child is the daemon, and process 1 does nothing but this. An init in front (`docker run --init`)
+# does the same.
+
+_PASSED_ON = frozenset(
+    {
+        signal.SIGTERM,
+        signal.SIGINT,
+        signal.SIGHUP,
+        signal.SIGQUIT,
+        signal.SIGUSR1,
+        signal.SIGUSR2,
+        signal.SIGWINCH,
+        signal.SIGCONT,
+    }
+)
+_KILLED = 128
+"""A shell's way to say that a signal ended a process: this and its number."""
+
+
+def split_off() -> None:
+    """Returns at once, but in process 1: there only a child of it returns.
+
+    Process 1 leaves when that child has ended, with its exit code.
+    """
+    if os.getpid() != 1:
+        return
+    # Blocked before the fork, so that none is lost; and SIGTTOU, see `_take_terminal`.
+    watched = {*_PASSED_ON, signal.SIGCHLD}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {*watched, signal.SIGTTOU})
+    child = os.fork()
+    if child:
+        os._exit(_watch(child, watched))
+    _take_terminal()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _take_terminal() -> None:
+    """A process group of its own: a Ctrl-C must not arrive directly and passed on, as two."""
+    os.setpgid(0, 0)
+    try:
+        os.tcsetpgrp(0, os.getpgrp())
+    except OSError:
+        pass  # standard input is no terminal, or not ours
+
+
+def _watch(child: int, watched: set[signal.Signals]) -> int:
+    while True:
+        number = signal.sigwaitinfo(watched).si_signo
+        if number != signal.SIGCHLD:
+            os.kill(child, number)
+        elif (code := _reap(child)) is not None:
+            return code
+
+
+def _reap(child: int) -> int | None:
+    """Reaps all that has ended; the exit code of `child` if it is among them."""
+    while True:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid == 0:
+            return None
+        if pid == child:
+            code = os.waitstatus_to_exitcode(status)
+            return code if code >= 0 else _KILLED - code

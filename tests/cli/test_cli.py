@@ -422,3 +422,31 @@ def test_a_tilde_is_the_home_folder(here: Path) -> None:
     run = ingestd("check", "--data-dir", "~nobody-here/x", cwd=here)
     assert run.returncode == 78
     assert "data_dir: there is no home folder for '~nobody-here/x'" in run.stderr
+
+
+@pytest.mark.parametrize("argument", ["--help", "--version"])
+def test_what_needs_no_settings_imports_none(here: Path, argument: str) -> None:
+    script = (
+        "import sys; from ingestd.__main__ import main; assert main([sys.argv[1]]) == 0; "
+        "print(*sorted(sys.modules), sep='\\n', file=sys.stderr)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", script, argument],
+        cwd=here, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    modules = set(run.stderr.splitlines())
+    assert run.stdout
+    assert "ingestd.cli.output" in modules
+    assert not modules & {"ingestd.settings", "ingestd.daemon", "pydantic", "asyncio", "aiohttp"}
+
+
+def test_a_command_imports_no_other(here: Path) -> None:
+    script = (
+        "import sys; from ingestd.__main__ import main; main(['token']); "
+        "print(*[m for m in sys.modules if m.startswith('ingestd.cli.')])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", script],
+        cwd=here, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert set(run.stdout.splitlines()[-1].split()) == {"ingestd.cli.output", "ingestd.cli.token"}

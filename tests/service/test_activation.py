@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ingestd.host.sockets import is_local, take_sockets
+from ingestd.host.sockets import is_local
+from ingestd.host.systemd import take_sockets
 from tests.access.tools import SHOP, Files, bearer
 from tests.daemon.harness import Daemon, daemon, written
 from tests.service.tools import UnixConnection, listening, passing, refused, until

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ingestd.base.errors import ConfigError
-from ingestd.config.reload import plan
+from ingestd.config.loader import plan
 from ingestd.http.auth import Authenticator
 from ingestd.settings import Settings, validation_errors
 from ingestd.sources.http.access import read_access

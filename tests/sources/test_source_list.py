@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ingestd.config.loader import load
-from ingestd.config.reload import plan
+from ingestd.config.loader import load, plan
 from ingestd.settings import Settings, validation_errors
 from ingestd.source_group import key_rule
 from tests.daemon.harness import ROOT, Daemon, daemon

@@ -15,6 +15,12 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "ingestd"
+PUBLIC = {
+    "__future__": "the language's own",
+    "_exit": "`os._exit` is in the library reference, with its underscore",
+    "_run_exitfuncs": "`atexit` has no other way to run the hooks beside a thread that hangs",
+}
+"""Names with an underscore that may be used, and why."""
 Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -159,6 +165,7 @@ def private_uses(house: House) -> list[str]:
                 and node.module
                 and not node.module.startswith(PACKAGE)
             ):
+                foreign.update(a.asname or a.name for a in node.names)
                 parts = [*node.module.split("."), *(a.name for a in node.names)]
                 found.extend(f"{name}:{node.lineno} {part}" for part in parts if _is_private(part))
         found += [
@@ -169,7 +176,7 @@ def private_uses(house: House) -> list[str]:
             and isinstance(node.value, ast.Name)
             and node.value.id in foreign
         ]
-    return [place for place in found if not place.endswith((" __future__", " os._exit"))]
+    return [place for place in found if place.split(" ")[1].split(".")[-1] not in PUBLIC]
 
 
 def _is_private(name: str) -> bool:

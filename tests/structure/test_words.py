@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ingestd.__main__ import COMMANDS, TOOLS
 from ingestd.config.keys import settings_of
 from ingestd.http import problem
 from ingestd.settings import Settings
@@ -49,7 +50,9 @@ def texts() -> list[tuple[str, str]]:
 
 
 def help_texts() -> Iterator[tuple[str, str]]:
-    """`help=`, `description=`, `HELP` and `DESCRIPTION` of the command line."""
+    """`help=`, `description=`, `DESCRIPTION` and the tables of commands."""
+    for name, text in {**COMMANDS, **TOOLS}.items():
+        yield f"help {name}", text
     for name, module in gates.read().modules.items():
         if not name.startswith("ingestd.cli"):
             continue
@@ -59,7 +62,7 @@ def help_texts() -> Iterator[tuple[str, str]]:
             elif (
                 isinstance(node, ast.Assign)
                 and isinstance(node.targets[0], ast.Name)
-                and (node.targets[0].id in {"HELP", "DESCRIPTION"})
+                and node.targets[0].id == "DESCRIPTION"
             ):
                 value = node.value
             else:
