@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 from collections import deque
 from contextvars import Context, copy_context
@@ -10,7 +11,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from ingestd.handlers.outcome import Job, Result
 
@@ -82,16 +83,65 @@ class JobQueue:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
+        # `None` wakes a worker: a job came back, or the queue was closed.
         self._waiting: queue.SimpleQueue[QueuedJob | None] = queue.SimpleQueue()
+        self._back: deque[QueuedJob] = deque()
+        self._idle: set[str] = set()
         self._results: deque[QueuedJob] = deque()
         self._told = False
-        self._closed = False
+        self.closed = False
 
     def put(self, job: Job) -> QueuedJob:
         """Queues a job; on the loop."""
         queued = QueuedJob(job, self._loop.create_future())
         self._waiting.put(queued)
         return queued
+
+    def take(self, worker: str) -> QueuedJob | None:
+        """Waits for the next job; `None` once the queue is closed. On a worker's thread."""
+        self._idle.add(worker)
+        try:
+            while not self.closed:
+                queued = self._take_back() or self._waiting.get()
+                if queued is not None and not self.closed:
+                    queued.worker, queued.began = worker, monotonic()
+                    return queued
+        finally:
+            self._idle.discard(worker)
+        return None
+
+    def take_ahead(self, worker: str) -> QueuedJob | None:
+        """Takes a job that no idle worker waits for; `None` if there is none at once.
+
+        For a worker that still has another job.
+        """
+        if self.closed or self._waiting.qsize() <= len(self._idle):
+            return None
+        queued = self._take_back()
+        if queued is None:
+            try:
+                queued = self._waiting.get_nowait()
+            except queue.Empty:
+                return None
+        if queued is None:
+            self._waiting.put(None)  # it is meant for another worker
+            return None
+        queued.worker, queued.began = worker, monotonic()
+        return queued
+
+    def _take_back(self) -> QueuedJob | None:
+        try:
+            return self._back.popleft()
+        except IndexError:
+            return None
+
+    def put_back(self, jobs: Iterable[QueuedJob]) -> None:
+        """Puts jobs back that were taken and not begun, the oldest first; they are next."""
+        returned = list(jobs)
+        self._back.extendleft(reversed(returned))
+        for queued in returned:
+            queued.began = 0.0
+            self._waiting.put(None)
 
     def serve(
         self,
@@ -106,22 +156,23 @@ class JobQueue:
             worker: the name of the worker.
             after: called when a job's result is on its way; never raises.
         """
-        while (queued := self._waiting.get()) is not None and not self._closed:
+        while (queued := self.take(worker)) is not None:
             try:
-                queued.worker, queued.began = worker, monotonic()
                 queued.result = queued.context.run(function, queued.job)
             except BaseException as error:  # noqa: BLE001  a bug of ours; `done` raises it
                 queued.error = error
-            self._results.append(queued)
-            if not self._told:
-                # One word for all results that come before the loop turns.
-                self._told = True
-                try:
-                    self._loop.call_soon_threadsafe(self._tell)
-                except RuntimeError:
-                    return  # the loop is gone, and with it the caller
+            self.resolve(queued)
             if after is not None:
                 after()
+
+    def resolve(self, queued: QueuedJob) -> None:
+        """Sends a job's result, or its error, to the event loop; on a worker's thread."""
+        self._results.append(queued)
+        if not self._told:
+            # One word for all results that come before the loop turns.
+            self._told = True
+            with contextlib.suppress(RuntimeError):  # the loop is gone, and with it the caller
+                self._loop.call_soon_threadsafe(self._tell)
 
     def _tell(self) -> None:
         self._told = False
@@ -136,6 +187,6 @@ class JobQueue:
 
     def close(self, workers: int) -> None:
         """Ends the workers' threads; no further job is begun."""
-        self._closed = True
+        self.closed = True
         for _ in range(workers):
             self._waiting.put(None)

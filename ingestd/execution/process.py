@@ -8,6 +8,18 @@ on the terminal does not reach it, and it is killed with all processes that it s
 Nothing that comes from a child is believed. An answer that does not fit the job, bytes that are no
 answer, a connection that ends: the child is killed, the job failed as `crashed`, and the next job
 gets a new child. What is found between two jobs costs no job an attempt.
+
+A child has its next jobs before it has answered the last one (`_hand_ahead`): under load the thread
+waits for the interpreter longer than a job takes. Invariants:
+
+* A child takes its jobs in order, and answers one before it takes the next. So at most one job is
+  begun and not answered, the oldest, and it alone is charged with a crash, a timeout or a kill.
+* A job is begun when the child has received its packet. A packet that the daemon receives instead
+  (`WorkerProcess.take_back`) was not begun; its job goes back to the front of the queue.
+* A job's time begins when it is handed over or when the one before it is answered, whichever is
+  later, not while it lies ready.
+* Nothing is handed ahead to a child whose last job failed, of slow jobs, or while another worker
+  is idle. What lies ready behind a job that is slow for once goes back after `AHEAD_SECONDS`.
 """
 
 from __future__ import annotations
@@ -20,8 +32,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import msgspec
 
@@ -40,7 +53,7 @@ from ingestd.host.process import Surroundings
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ingestd.execution.job_queue import JobQueue
+    from ingestd.execution.job_queue import JobQueue, QueuedJob
     from ingestd.handlers.outcome import Job
 
 log = get_logger()
@@ -52,6 +65,13 @@ FAILING_SECONDS = 10.0
 """A child whose last jobs all raised, so many of them and for so long, is replaced: it may have run
 out of descriptors, say. The time doubles with each one that did no better."""
 FAILING_SECONDS_MAX = 3600.0
+AHEAD_JOBS = 6
+"""Jobs that a child has beside the one that it is at, most of the time fewer: they also have to fit
+into the shared memory."""
+AHEAD_SECONDS = 0.05
+"""Work that they are, and after what time without an answer they go back."""
+_WEIGHT = 0.2  # of the newest job in the mean duration
+_SLOW = 2 * AHEAD_SECONDS  # the mean as long as it is not known
 _IDLE_SECONDS = 0.01
 """A child that was without a job for so long is looked at before it gets one."""
 _PACKETS = getattr(socket, "SOCK_SEQPACKET", socket.SOCK_DGRAM)
@@ -74,6 +94,20 @@ _NO_WORKER = (HandlerLoadError, OSError, RuntimeError, MemoryError)
 """What starting a child raises where it is not the child that dies."""
 
 
+class _Late(Exception):  # noqa: N818
+    """Nothing came for as long as it was waited for."""
+
+
+class _Begun(NamedTuple):
+    """A job that the child has, and the part of the shared memory that is its payload's."""
+
+    batch: str
+    number: int
+    records: int
+    start: int
+    end: int
+
+
 class WorkerProcess:
     """One child process. Blocking; used by one thread.
 
@@ -85,13 +119,19 @@ class WorkerProcess:
     Attributes:
         is_ready: it has loaded the handler.
         is_closing: its handler's call raised, and is not known to be closed yet.
+        answers: jobs that it has answered.
+        not_begun: jobs that it had and had not begun when it ended.
     """
 
     def __init__(self, hello: wire.InitMessage, name: str, surroundings: Surroundings) -> None:
         self._mark = process_monitor.new_mark()
         with contextlib.ExitStack() as theirs, contextlib.ExitStack() as ours:
             self._sock, sock = _both(socket.socketpair(), ours, theirs)
-            packets, log_sock = _both(socket.socketpair(type=_PACKETS), ours, theirs)
+            self._packets, unread = _both(socket.socketpair(type=_PACKETS), ours, theirs)
+            # Another descriptor of the child's end: what the child has not received comes back.
+            self._unread = unread.dup()
+            ours.callback(self._unread.close)
+            logged, log_sock = _both(socket.socketpair(type=_PACKETS), ours, theirs)
             lifeline, self._lifeline = os.pipe()
             theirs.callback(os.close, lifeline)
             ours.callback(os.close, self._lifeline)
@@ -104,11 +144,12 @@ class WorkerProcess:
             self._slot = wire.SharedBuffer(memory, ours=True)
             ours.callback(self._slot.close)
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wire.SOCKET_BYTES)
+            self._packets.setblocking(False)  # it takes the few that there may be at once
             log_sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, wire.SOCKET_BYTES)
-            fds = (sock.fileno(), lifeline, memory, log_sock.fileno())
+            fds = (log_sock.fileno(), sock.fileno(), unread.fileno(), lifeline, memory)
             self.process = subprocess.Popen(  # noqa: S603
                 [sys.executable, "-c", _BOOT, repr(surroundings.path),
-                 *map(str, fds), str(lowest_level())],
+                 *map(str, (fds[0], lowest_level(), *fds[1:]))],
                 stdin=subprocess.DEVNULL,
                 stderr=stderr,
                 pass_fds=[fd for fd in fds if fd >= 0],
@@ -122,21 +163,26 @@ class WorkerProcess:
             ours.pop_all()
         self._timeout = 0.0
         self._number = 0
+        self._jobs: deque[_Begun] = deque()
         self._rest = b""  # of the connection's bytes
         self._deadline = 0.0  # of the answer that is waited for
+        self._began = 0.0  # when the oldest job's time began
+        self._is_late = False
+        self._closing = 0  # the job whose call raised
         self._closed_by = 0.0  # when the handler's close() has to be done
         self._gone = False
         self._answered = time.monotonic()
         self._monitor = Monitor(
             self.process.pid,
             self._sock,
-            Outputs(packets, text),
+            Outputs(logged, text),
             WorkerLog(hello.handler.pipeline, name),
             name=f"{name}-monitor",
         )
         self._hello = hello
         self.is_ready = False
         self.is_closing = False
+        self.answers = self.not_begun = 0
 
     def greet(self) -> wire.ReadyMessage:
         """Waits until the child has loaded the handler; comes before the first job.
@@ -146,7 +192,12 @@ class WorkerProcess:
             _WorkerDiedError: it did not come up.
         """
         hello = self._hello
-        body = self._exchange(wire.encode(hello), START_TIMEOUT)
+        self._wait_at_most(START_TIMEOUT)
+        try:
+            self._send(wire.encode(hello))
+            body = self._receive(0, START_TIMEOUT, time.monotonic() + START_TIMEOUT)
+        except (_Late, BlockingIOError):
+            raise self._overran(START_TIMEOUT) from None
         self._check_end()
         ready = self._decoded(wire.decode_ready, body)
         if ready.load_error:
@@ -155,27 +206,91 @@ class WorkerProcess:
         self.is_ready = True
         return ready
 
-    def run(self, job: Job, timeout: float) -> Result:
-        """One job.
+    def begin(self, job: Job, timeout: float) -> None:
+        """Hands the only job over; `finish` waits for its answer.
+
+        Raises:
+            _WorkerDiedError: the child died, or did not take the job.
+        """
+        self._began = time.monotonic()
+        message = self._slot.pack(job)
+        if len(message) > wire.PACKET_BYTES and timeout != self._timeout:
+            self._wait_at_most(timeout)
+        try:
+            self._hand_over(job, message, 0)
+        except BlockingIOError:
+            raise self._overran(timeout) from None
+
+    def begin_ahead(self, job: Job) -> bool:
+        """Hands one more job over; returns False if it does not fit in beside the others.
+
+        Raises:
+            _WorkerDiedError: the child died.
+        """
+        size = len(job.records.payload)
+        start = _free_place(self._jobs[0].start, self._jobs[-1].end, size)
+        if start < 0:
+            return False
+        message = self._slot.pack(job, start)
+        if len(message) > wire.PACKET_BYTES:
+            return False
+        try:
+            self._hand_over(job, message, start)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _hand_over(self, job: Job, message: bytes, start: int) -> None:
+        self._number += 1
+        self._send(message)
+        end = start + len(job.records.payload)
+        self._jobs.append(_Begun(job.batch, self._number, job.records.count, start, end))
+
+    def finish(self, timeout: float) -> Result | None:
+        """Waits for the answer of the oldest job.
+
+        Returns:
+            `None` if it is late, and others lie ready behind it: take them back, and wait on.
 
         Raises:
             _WorkerDiedError: the child died, overran and was killed, or did not answer the job.
         """
-        self._number += 1
+        job = self._jobs[0]
         self._monitor.batch = job.batch
-        count = job.records.count
-        answer = self._decoded(
-            wire.decode_answer, self._exchange(self._slot.pack(job), timeout, count)
-        )
-        if flaw := flaw_of(answer.result, count):
+        wait = timeout
+        if len(self._jobs) > 1:
+            wait = min(timeout, AHEAD_SECONDS)
+        elif self._is_late:
+            wait = self._began + timeout - time.monotonic()
+        try:
+            body = self._receive(job.number, wait, self._began + timeout, job.records)
+        except _Late:
+            self._is_late = True
+            if len(self._jobs) > 1 and time.monotonic() < self._began + timeout:
+                return None
+            raise self._overran(timeout) from None
+        self._is_late = False
+        answer = self._decoded(wire.decode_answer, body)
+        if flaw := flaw_of(answer.result, job.records):
             raise self._misfit(flaw)
+        self._jobs.popleft()
+        self._began = self._answered
+        self.answers += 1
         if answer.closing:
             # What says that it is closed may have come in one piece with the answer.
             self.is_closing = True
+            self._closing = job.number
             self._closed_by = self._answered + CLOSE_SECONDS
-        elif self._rest:
+        elif self._rest and not self._jobs:
             raise self._misfit(wire.TRAILING)
         return answer.result
+
+    def take_back(self) -> int:
+        """Takes back the jobs that the child has not begun, the newest ones; returns how many."""
+        number = wire.take_packets_back(self._unread)
+        for _ in range(number):
+            self._jobs.pop()
+        return number
 
     def await_closed(self) -> str:
         """Waits until the handler whose call raised last is closed; only if it `is_closing`.
@@ -187,13 +302,16 @@ class WorkerProcess:
             _WorkerDiedError: it took too long, or the child died over it.
         """
         self.is_closing = False
-        left = self._closed_by - time.monotonic()
-        body = self._receive(max(left, 0.001))
+        left = max(self._closed_by - time.monotonic(), 0.001)
+        try:
+            body = self._receive(self._closing, left, self._closed_by)
+        except _Late:
+            raise self._overran(left) from None
         self._check_end()
         return self._decoded(wire.decode_closed, body).error
 
     def _check_end(self) -> None:
-        if self._rest:
+        if self._rest and not self._jobs:
             raise self._misfit(wire.TRAILING)
 
     def flaw(self) -> str:
@@ -214,31 +332,38 @@ class WorkerProcess:
         """Returns True if nothing has to be looked at before the next job."""
         return now - self._answered < _IDLE_SECONDS and not (self.is_closing or self._monitor.ended)
 
-    def _exchange(self, message: bytes, timeout: float, records: int = 0) -> bytes | bytearray:
-        if timeout != self._timeout:
-            self._wait_at_most(timeout)
+    def _send(self, message: bytes) -> None:
         try:
-            wire.send(self._sock, message, worker=self.process.pid, number=self._number)
+            wire.send_packet(
+                self._packets, self._sock, message, worker=self.process.pid, number=self._number
+            )
         except BlockingIOError:
-            raise self._overran(timeout) from None
+            raise  # it does not take it
         except OSError:
             raise _WorkerDiedError("crashed", self._obituary()) from None
-        return self._receive(timeout, records)
 
-    def _receive(self, timeout: float, records: int = 0) -> bytes | bytearray:
-        self._deadline = time.monotonic() + timeout
-        if timeout != self._timeout:
-            self._wait_at_most(timeout)
+    def _receive(
+        self, number: int, wait: float, deadline: float, records: int = 0
+    ) -> bytes | bytearray:
+        """The answer to a job.
+
+        Raises:
+            _Late: nothing of it came for `wait` seconds, or not all of it until `deadline`.
+            _WorkerDiedError: see `finish`.
+        """
+        self._deadline = deadline
         body: bytes | bytearray | None
         try:
+            if not self._rest and wait != self._timeout:
+                self._wait_at_most(wait)
             begun = self._rest or self._sock.recv(wire.BUFFER_BYTES)
-            body = wire.body_at_once(begun, self.process.pid, self._number)
+            body = wire.body_at_once(begun, self.process.pid, number)
             if body is None:
-                body = self._receive_slowly(begun, wire.answer_bytes_max(records))
+                body = self._receive_slowly(begun, number, wire.answer_bytes_max(records))
             else:
                 self._rest = b""
         except BlockingIOError:
-            raise self._overran(timeout) from None
+            raise _Late from None
         except (wire.MessageMismatch, MemoryError) as error:
             raise self._misfit(str(error)) from None
         except OSError:
@@ -248,7 +373,7 @@ class WorkerProcess:
         self._answered = time.monotonic()
         return body
 
-    def _receive_slowly(self, begun: bytes, limit: int) -> bytes | bytearray | None:
+    def _receive_slowly(self, begun: bytes, number: int, limit: int) -> bytes | bytearray | None:
         """A message that came in pieces, with bytes behind it or not as it should be."""
         message = wire.receive(
             self._sock,
@@ -261,8 +386,8 @@ class WorkerProcess:
         if message is None:
             return None
         self._rest = message.rest
-        if message.number != self._number:
-            raise wire.MessageMismatch(f"it is about job {message.number}, not {self._number}")
+        if message.number != number:
+            raise wire.MessageMismatch(f"it is about job {message.number}, not {number}")
         return message.body
 
     def _decoded(self, decode: Callable[[bytes | bytearray], T], body: bytes | bytearray) -> T:
@@ -306,7 +431,7 @@ class WorkerProcess:
     def stop(self, timeout: float) -> None:
         """Lets the idle child end by itself, so that the handler's `close()` runs; else kills."""
         with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_WR)
+            self._packets.shutdown(socket.SHUT_WR)
         self._monitor.wait(timeout)
         self.kill()
 
@@ -326,9 +451,27 @@ class WorkerProcess:
         process_monitor.end_all(self.process.pid, self._mark)
         self._monitor.finish()
         self.process.wait()
+        self.not_begun = wire.take_packets_back(self._unread)
+        self._unread.close()
+        self._packets.close()
         self._sock.close()
         self._slot.close()
         os.close(self._lifeline)
+
+
+def _free_place(first: int, last: int, size: int) -> int:
+    """The place in the shared memory for so many bytes; -1 if there is none now.
+
+    Args:
+        first: where the oldest payload begins.
+        last: where the newest one ends.
+        size: bytes.
+    """
+    if last > first:
+        if last + size <= wire.SLOT_BYTES:
+            return last
+        last = 0
+    return last if last + size < first else -1
 
 
 def _both(
@@ -377,6 +520,8 @@ class ProcessWorker:
         self._failed = 0  # jobs that raised since one did not
         self._failing_since = 0.0
         self._patience = FAILING_SECONDS
+        self._handed: deque[QueuedJob] = deque()  # with the child, in order
+        self._mean = _SLOW  # seconds that a job takes
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
 
     async def start(self) -> None:
@@ -418,30 +563,90 @@ class ProcessWorker:
                 if self._leaving:
                     return
                 log.warning("worker_not_started", worker=self._name, error=describe(error))
-        jobs.serve(self._run, self._name)
+        while queued := self._handed[0] if self._handed else jobs.take(self._name):
+            try:
+                queued.result = queued.context.run(self._run, jobs, queued)
+            except BaseException as error:  # noqa: BLE001  a bug of ours; `done` raises it
+                queued.error = error
+                self._drop(jobs, queued)
+            if queued.result is not None or queued.error is not None:
+                jobs.resolve(queued)
 
-    def _run(self, job: Job) -> Result:
+    def _run(self, jobs: JobQueue, queued: QueuedJob) -> Result | None:
+        """Runs the oldest job; `None` if it went back to the queue."""
         started = time.monotonic()
         try:
             child = self._child
-            if child is None or self._failed or not child.answered_lately(started):
-                child = self._usable()
-            result = child.run(job, self._timeout)
+            if not self._handed:
+                if child is None or self._failed or not child.answered_lately(started):
+                    child = self._usable()
+                self._handed.append(queued)
+                child.begin(queued.job, self._timeout)
+            assert child is not None  # noqa: S101  it has the job
+            if child.is_closing:
+                self._await_closed(child)
+            self._hand_ahead(child, jobs)
+            while (result := child.finish(self._timeout)) is None:
+                self._take_back(child, jobs)
         except _WorkerDiedError as died:
-            failure = died.failure
+            return self._died(died.failure, jobs, queued, started)
         except _NO_WORKER as error:
             why = str(error) if isinstance(error, HandlerLoadError) else describe(error)
-            failure = not_started(why)
-        else:
-            if result.failure is None:
-                self._failed, self._patience = 0, FAILING_SECONDS
-            elif result.failure.reason != POSTPONED:
-                self._failed += 1
-                if self._failed == 1:
-                    self._failing_since = time.monotonic()
-            return result
+            return self._died(not_started(why), jobs, queued, started)
+        self._handed.popleft()
+        self._note(result, time.monotonic() - started)
+        if child.is_closing and self._handed:
+            self._take_back(child, jobs)
+        return result
+
+    def _hand_ahead(self, child: WorkerProcess, jobs: JobQueue) -> None:
+        """Gives the child the jobs that it shall have beside the oldest one."""
+        if jobs.closed or self._failed:
+            if len(self._handed) > 1:
+                self._take_back(child, jobs)
+            return
+        most = min(AHEAD_JOBS, int(AHEAD_SECONDS / self._mean))
+        while len(self._handed) <= most and (queued := jobs.take_ahead(self._name)):
+            self._handed.append(queued)
+            if not child.begin_ahead(queued.job):
+                jobs.put_back([self._handed.pop()])
+                return
+
+    def _take_back(self, child: WorkerProcess, jobs: JobQueue) -> None:
+        """Gives the jobs that the child has not begun back to the queue."""
+        number = child.take_back()
+        jobs.put_back([self._handed.pop() for _ in range(number)][::-1])
+
+    def _note(self, result: Result, seconds: float) -> None:
+        """Takes note of what a result and its duration say of the child."""
+        self._mean += _WEIGHT * (seconds - self._mean)
+        if result.failure is None:
+            self._failed, self._patience = 0, FAILING_SECONDS
+        elif result.failure.reason != POSTPONED:
+            self._failed += 1
+            if self._failed == 1:
+                self._failing_since = time.monotonic()
+
+    def _died(
+        self, failure: Failure, jobs: JobQueue, queued: QueuedJob, started: float
+    ) -> Result | None:
+        """The result of the oldest job, whose child is gone; `None` if it had not begun it."""
+        child, had = self._child, len(self._handed)
+        if child is not None:
+            child.kill()
         self._bury(failure)
+        if child is not None and child.answers and 0 < had <= child.not_begun:
+            jobs.put_back(self._handed)  # it ended between two jobs
+            self._handed.clear()
+            return None
+        self._drop(jobs, queued)
         return Result(failure=failure, seconds=time.monotonic() - started)
+
+    def _drop(self, jobs: JobQueue, queued: QueuedJob) -> None:
+        """Forgets a job that was run; those behind it go back to the queue."""
+        jobs.put_back(one for one in self._handed if one is not queued)
+        self._handed.clear()
+        self._mean = _SLOW
 
     def _is_no_use(self) -> bool:
         """Returns True after so many failures in a row that a new child may do better."""
@@ -456,15 +661,10 @@ class ProcessWorker:
             return self._spawn()
         if child.is_closing:
             try:
-                failed = child.await_closed()
+                self._await_closed(child)
             except _WorkerDiedError as died:
-                overran = died.failure.reason == "timeout"
-                error = f"it was not done after {CLOSE_SECONDS:g} s" if overran else str(died)
-                log.warning("handler_close_failed", worker=self._name, error=error)
                 self._bury(died.failure)
                 return self._spawn()
-            if failed:
-                log.warning("handler_close_failed", worker=self._name, error=failed)
         if flaw := child.flaw():
             child.kill()
             self._bury(Failure("crashed", f"between two jobs {flaw}"))
@@ -476,6 +676,18 @@ class ProcessWorker:
             self._child = None
             return self._spawn()
         return child
+
+    def _await_closed(self, child: WorkerProcess) -> None:
+        """Waits until the handler whose call raised last is closed."""
+        try:
+            error = child.await_closed()
+        except _WorkerDiedError as died:
+            overran = died.failure.reason == "timeout"
+            error = f"it was not done after {CLOSE_SECONDS:g} s" if overran else str(died)
+            log.warning("handler_close_failed", worker=self._name, error=error)
+            raise
+        if error:
+            log.warning("handler_close_failed", worker=self._name, error=error)
 
     def _bury(self, failure: Failure) -> None:
         log.warning("worker_died", worker=self._name, error=failure.error)

@@ -1,13 +1,17 @@
-"""Messages between a process worker and its child: a head, then MessagePack, over a socket.
+"""Messages between a process worker and its child: a head, then MessagePack, over two sockets.
 
-One side speaks and the other one answers, so there is never more than one message on its way. A
-head says whose message it is: the child's process id and the number of the job. Whatever does not
+What the daemon sends is a packet (`send_packet`), and what the child answers comes in a stream. The
+next jobs are there before the last one is answered, and the kernel decides to whom a packet goes:
+the daemon can receive what it sent as well, so that a job which it gets back was not begun, and one
+that it does not get back was.
+
+A head says whose message it is: the child's process id and the number of the job. Whatever does not
 fit (bytes that a handler wrote to every descriptor it found, an answer from a process that the
 worker forked) is a `MessageMismatch`: nothing that comes after it on this connection can be
 believed.
 
-The payload of a job usually lies in memory that both sides share (`SharedBuffer`) and only its size
-is in the message: copied in once and out once, where the socket would need several copies and let
+The payload of a job usually lies in memory that both sides share (`SharedBuffer`) and its place is
+in the message: copied in once and out once, where the socket would need several copies and let
 other threads of the daemon in between them. The child's copy is its own, so nothing that a handler
 keeps changes under it; and the child can't write to that memory, nor make it shorter.
 """
@@ -39,6 +43,8 @@ ANSWER_BYTES_MAX = 256 * 1024
 """Largest answer beside what it says of single records."""
 BUFFER_BYTES = 64 * 1024
 """A message up to this size is usually received at once."""
+PACKET_BYTES = 8 * 1024
+"""A message up to this size is one packet: some of them never fill a socket's buffer."""
 
 _MAGIC = b"igd\x01"
 _HEAD = struct.Struct("<4sIQQ")  # magic, the child's process id, number of the job, length
@@ -79,10 +85,12 @@ class RunMessage(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         job: without its payload, if that is in the slot.
         shared: bytes of payload in the slot.
+        start: where they begin.
     """
 
     job: Job
     shared: int = 0
+    start: int = 0
 
 
 class ResultMessage(msgspec.Struct, frozen=True, array_like=True):
@@ -142,7 +150,7 @@ def answer_bytes_max(records: int) -> int:
 
 
 class SharedBuffer:
-    """Shared memory for the payload of the one job that is under way.
+    """Shared memory for the payloads of the jobs that are under way.
 
     Args:
         fd: the memory's descriptor; stays the caller's, -1 for none: then nothing ever fits.
@@ -171,23 +179,24 @@ class SharedBuffer:
             return -1
         return fd
 
-    def pack(self, job: Job) -> bytes:
-        """The message for a job; its payload is in the slot if it fits."""
+    def pack(self, job: Job, start: int = 0) -> bytes:
+        """The message for a job; its payload is in the slot, from `start` on, if it fits."""
         layout, count, payload, sizes, names = job.records
         size = len(payload)
-        if self._map is None or size > SLOT_BYTES:
+        if self._map is None or start + size > SLOT_BYTES:
             return encode(RunMessage(job))
-        self._map[:size] = payload
+        self._map[start : start + size] = payload
         # A `RunMessage` without objects that nothing else needs: their fields, in order.
         records = (layout, count, b"", sizes, names)
-        return encode(((job.batch, job.attempt, records, job.spans, job.origin), size))
+        return encode(((job.batch, job.attempt, records, job.spans, job.origin), size, start))
 
     def unpack(self, message: bytes | bytearray) -> Job:
         """The job of a message, complete."""
         order = _decode_order(message)
         if not order.shared or self._map is None:
             return order.job
-        return _with_payload(order.job, self._map[: order.shared])
+        end = order.start + order.shared
+        return _with_payload(order.job, self._map[order.start : end])
 
     def close(self) -> None:
         """Gives the memory back."""
@@ -249,6 +258,68 @@ def send(sock: socket.socket, message: bytes, *, worker: int, number: int) -> No
         sock.sendall(memoryview(message)[sent - len(head) :])
 
 
+def send_packet(
+    packets: socket.socket, stream: socket.socket, message: bytes, *, worker: int, number: int
+) -> None:
+    """Sends one message as a packet; one that is large goes over the stream behind its head.
+
+    Args:
+        packets: keeps the bounds of messages.
+        stream: for the other ones.
+        message: its body.
+        worker: the child's process id.
+        number: of the job.
+
+    Raises:
+        OSError: the other side is gone, or the socket's timeout passed.
+    """
+    head = _HEAD.pack(_MAGIC, worker, number, len(message))
+    if len(message) <= PACKET_BYTES:
+        packets.send(head + message)
+        return
+    packets.send(head)
+    send(stream, message, worker=worker, number=number)
+
+
+def receive_packet(
+    packets: socket.socket, stream: socket.socket, *, worker: int, limit: int
+) -> Message | None:
+    """Receives one message that was sent by `send_packet`; `None` when the other side has gone.
+
+    Args:
+        packets: where from.
+        stream: for large messages.
+        worker: the child's process id.
+        limit: most bytes of a body.
+
+    Raises:
+        MessageMismatch: it is no message, or not this child's, or too large.
+        OSError: the connection broke.
+    """
+    packet = packets.recv(BUFFER_BYTES)
+    if not packet:
+        return None
+    if len(packet) < _HEAD.size:
+        raise MessageMismatch("it does not begin like a message")
+    number, length = _read_head(packet, worker, limit)
+    if len(packet) == _HEAD.size + length:
+        return Message(number, packet[_HEAD.size :])
+    return receive(stream, worker=worker, limit=limit)
+
+
+def take_packets_back(unread: socket.socket) -> int:
+    """Receives the packets that the other side has not received yet; returns their number.
+
+    Args:
+        unread: the other side's end.
+    """
+    number = 0
+    with contextlib.suppress(OSError):
+        while unread.recv(_HEAD.size, socket.MSG_DONTWAIT):
+            number += 1
+    return number
+
+
 def body_at_once(begun: bytes, worker: int, number: int) -> bytes | None:
     """Returns the body if these bytes are one whole message about a job; `receive` says what else.
 
@@ -284,7 +355,7 @@ def receive(
         before_more: called before each piece but the first; may raise.
 
     Raises:
-        Misfit: it is no message, or not this child's, or too large.
+        MessageMismatch: it is no message, or not this child's, or too large.
         OSError: the connection broke, or the socket's timeout passed.
     """
     begun = begun or sock.recv(BUFFER_BYTES)  # usually all of it

@@ -1,6 +1,6 @@
 """Main loop of a child process: handshake, then job after job until the daemon goes.
 
-The child dies with its parent, three times over: an idle child reads the end of its socket, a busy
+The child dies with its parent, three times over: an idle child reads the end of its packets, a busy
 one has a thread that waits for the end of the lifeline, and on Linux the kernel kills one whose C
 code holds the interpreter (`PR_SET_PDEATHSIG`). It leaves SIGINT, SIGTERM and SIGHUP to
 the daemon: a terminal and systemd send them to everyone, and only the daemon knows what is still to
@@ -39,24 +39,25 @@ _JOB_BYTES_MAX = 1 << 40
 
 
 class _DaemonConnection:
-    """The worker's end of the socket, the lifeline and the memory.
+    """The worker's end of the two sockets, the lifeline and the memory.
 
     Attributes:
         number: of the job that was received last.
         job: gives the job of a message.
     """
 
-    def __init__(self, socket_fd: int, lifeline_fd: int, memory_fd: int) -> None:
-        for fd in (socket_fd, lifeline_fd):
+    def __init__(self, socket_fd: int, packets_fd: int, lifeline_fd: int, memory_fd: int) -> None:
+        for fd in (socket_fd, packets_fd, lifeline_fd):
             os.set_inheritable(fd, False)
         self._sock = socket.socket(fileno=socket_fd)
+        self._packets = socket.socket(fileno=packets_fd)
         with contextlib.suppress(OSError):
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, wire.SOCKET_BYTES)
         self._lifeline = lifeline_fd
         self._slot = wire.SharedBuffer(memory_fd, ours=False)
         if memory_fd >= 0:
             os.close(memory_fd)
-        self._is = {fd: _identity(fd) for fd in (socket_fd, lifeline_fd)}
+        self._is = {fd: _identity(fd) for fd in (socket_fd, packets_fd, lifeline_fd)}
         self._worker = os.getpid()
         self.number = 0
         self.job = self._slot.unpack
@@ -64,9 +65,11 @@ class _DaemonConnection:
 
     def receive(self) -> bytes | bytearray | None:
         """The next message for this worker; `None` when the daemon has gone."""
-        # No look here: it is read right after something was sent, which looks.
+        self._look(self._packets.fileno())
         # By the number of this process: a child of the worker's gets nothing.
-        message = wire.receive(self._sock, worker=os.getpid(), limit=_JOB_BYTES_MAX)
+        message = wire.receive_packet(
+            self._packets, self._sock, worker=os.getpid(), limit=_JOB_BYTES_MAX
+        )
         if message is None:
             return None
         self.number = message.number
@@ -92,17 +95,16 @@ class _DaemonConnection:
 
     def _leave_to_parent(self) -> None:
         """In a forked child: these are the parent's, and it answers alone."""
-        fd = self._sock.detach()
-        for one in (fd, self._lifeline):
+        for one in (self._sock.detach(), self._packets.detach(), self._lifeline):
             with contextlib.suppress(OSError):
                 if _identity(one) == self._is[one]:
                     os.close(one)
         self._slot.close()
 
 
-def main(socket_fd: int, lifeline_fd: int, memory_fd: int, log_fd: int, level: int) -> None:
-    """The child's whole life."""
-    connection = _DaemonConnection(socket_fd, lifeline_fd, memory_fd)
+def main(log_fd: int, level: int, *connection_fds: int) -> None:
+    """The child's whole life; takes the descriptors of its connection in their order."""
+    connection = _DaemonConnection(*connection_fds)
     relay = Relay(log_fd, level)
     relay.install()
     for number in _LEFT_TO_DAEMON:

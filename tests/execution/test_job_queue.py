@@ -104,3 +104,40 @@ def test_what_lies_ready_is_a_moments_work(workers: int) -> None:
     for _ in range(200):
         ahead.ran(30.0, failed=False)
     assert ahead.jobs == workers
+
+
+async def test_a_job_that_comes_back_is_the_next_one() -> None:
+    jobs = JobQueue()
+    queued = [jobs.put(job(number)) for number in range(4)]
+    assert jobs.take("a") is queued[0]
+    ahead = [jobs.take_ahead("a"), jobs.take_ahead("a")]
+    assert ahead == queued[1:3]
+    jobs.put_back(queued[1:3])
+    assert [jobs.take("b") for _ in range(3)] == queued[1:]
+    assert jobs.take_ahead("a") is None
+
+
+async def test_no_job_is_taken_ahead_of_an_idle_worker() -> None:
+    jobs, taken = JobQueue(), []
+    with ThreadPoolExecutor(1) as threads:
+        waits = threads.submit(jobs.take, "idle")
+        while not jobs._idle:
+            await asyncio.sleep(0.001)
+        # Put while the idle worker can't run, were it not for the interpreter's switch.
+        queued = [jobs.put(job(number)) for number in range(2)]
+        taken += [jobs.take_ahead("busy"), jobs.take_ahead("busy")]
+        taken.append(waits.result(20))
+    assert taken.count(None) >= 1
+    assert [one for one in taken if one is not None and one not in queued] == []
+    assert taken[2] is not None
+
+
+async def test_a_job_that_comes_back_wakes_an_idle_worker_and_the_end_wakes_all() -> None:
+    jobs = JobQueue()
+    queued = jobs.put(job(0))
+    assert jobs.take("a") is queued
+    with ThreadPoolExecutor(2) as threads:
+        waits = [threads.submit(jobs.take, worker) for worker in ("b", "c")]
+        jobs.put_back([queued])
+        jobs.close(2)
+        assert {one.result(20) for one in waits} <= {queued, None}
