@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="PATTERN",
         help="scenario, probe, peer or scenario/peer, like 'http-*' or stdin-file/ingestd or "
-        "latency; again for more",
+        "latency-1; again for more",
     )
     parser.add_argument("--age", type=_seconds, default=1.0, help="of a batch, seconds [1]")
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
 
 IDLE_SECONDS = 1.0
 """A daemon that is ready has settled after this."""
-LATENCY_RECORDS = 100
-"""Of one body."""
 MEMORY_RECORDS = 1000
 JOURNAL_SECONDS_MAX = 3.0
 JOURNAL_SECONDS_LIMIT = 120.0
@@ -83,7 +82,7 @@ def probe(one: Probe, peer: Peer, plan: Plan, folder: Path) -> dict[str, float]:
 
 
 def _start(peer: Peer, plan: Plan, folder: Path) -> dict[str, float]:
-    service = peer.service(folder / "peer", plan.age)
+    service = peer.starter(folder / "peer", plan.age)
     began = time.perf_counter()
     with serving(service):
         return {"ready": time.perf_counter() - began}
@@ -114,8 +113,8 @@ def _memory(peer: Peer, plan: Plan, folder: Path) -> dict[str, float]:
     }
 
 
-def _latency(peer: Peer, plan: Plan, folder: Path) -> dict[str, float]:
-    bodies = write_bodies(folder, LATENCY_RECORDS)
+def _latency(records: int, peer: Peer, plan: Plan, folder: Path) -> dict[str, float]:
+    bodies = write_bodies(folder, records)
     service = peer.service(folder / "peer", plan.age)
     with serving(service):
         warm_up = min(WARM_UP_SECONDS, plan.seconds)
@@ -131,7 +130,7 @@ def _latency(peer: Peer, plan: Plan, folder: Path) -> dict[str, float]:
     if seen.refused:
         raise Failed(f"{seen.refused} of {seen.sent} requests were refused at half the rate")
     return {
-        "rate": rate * LATENCY_RECORDS,
+        "rate": rate * records,
         "p50": seen.p50 * 1e3,
         "p99": seen.p99 * 1e3,
         "max": seen.max * 1e3,
@@ -147,10 +146,28 @@ def _journal(peer: Peer, plan: Plan, folder: Path) -> dict[str, float]:  # noqa:
     return {"journal": journal / MB, "plain": plain / MB, "share": journal / plain}
 
 
+def _latency_probe(records: int) -> Probe:
+    return Probe(
+        f"latency-{records}",
+        f"of the 2xx, bodies of {records}, an open loop at half of what a closed loop got accepted "
+        "just before; each request is measured from when it was due. `sender late` is in it, and "
+        "is what the load itself added",
+        {
+            "rate": Figure("sent at", "records/s"),
+            "p50": Figure("p50", "ms", 1),
+            "p99": Figure("p99", "ms", 1),
+            "max": Figure("max", "ms", 1),
+            "late_p99": Figure("sender late, p99", "ms", 1),
+        },
+        functools.partial(_latency, records),
+    )
+
+
 PROBES = (
     Probe(
         "start",
-        "from exec until the page that says so answers that records are taken",
+        "from exec until the page that says so answers that records are taken; ingestd with a "
+        "thread for the handler",
         {"ready": Figure("exec to ready", "s", 2)},
         _start,
     ),
@@ -167,20 +184,8 @@ PROBES = (
         },
         _memory,
     ),
-    Probe(
-        "latency",
-        "of the 2xx, bodies of 100, an open loop at half of what a closed loop got accepted just "
-        "before; each request is measured from when it was due. `sender late` is in it, and is "
-        "what the load itself added",
-        {
-            "rate": Figure("sent at", "records/s"),
-            "p50": Figure("p50", "ms", 1),
-            "p99": Figure("p99", "ms", 1),
-            "max": Figure("max", "ms", 1),
-            "late_p99": Figure("sender late, p99", "ms", 1),
-        },
-        _latency,
-    ),
+    _latency_probe(1),
+    _latency_probe(100),
     Probe(
         "journal",
         "chunks of 1 MB through ingestd's journal (appended, sealed, settled, deleted) beside a "

@@ -109,6 +109,10 @@ class Peer(ABC):
         """It over HTTP, on free ports, with its data in `folder` and batches up to `age` s old."""
         raise Failed(f"{self.name} is not measured over HTTP")
 
+    def starter(self, folder: Path, age: float) -> Service:
+        """It over HTTP as its start is measured; mostly as everything else is."""
+        return self.service(folder, age)
+
     def reader(self, folder: Path, age: float) -> Command:  # noqa: ARG002
         """The command that reads standard input to its end."""
         raise Failed(f"{self.name} is not measured with standard input")

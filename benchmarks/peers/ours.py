@@ -20,7 +20,7 @@ class Ingestd(Peer):
     """The daemon as it is installed: journal on disk, a sync before every yes, one process."""
 
     name = "ingestd"
-    scenarios: tuple[str, ...] = ("http-*", "stdin-*", "start", "memory", "latency", "journal")
+    scenarios: tuple[str, ...] = ("http-*", "stdin-*", "start", "memory", "latency-*", "journal")
     durable = True
     accepted = "in the journal, and the journal was synced to disk"
 
@@ -38,8 +38,15 @@ class Ingestd(Peer):
 
     def service(self, folder: Path, age: float) -> Service:
         """See `Peer`."""
+        return self._service(folder, age)
+
+    def starter(self, folder: Path, age: float) -> Service:
+        """See `Peer`; without a worker process, whose own start would be waited for."""
+        return self._service(folder, age, "--executor.kind", "thread")
+
+    def _service(self, folder: Path, age: float, *more: str) -> Service:
         port, admin = free_ports(2)
-        command = self._daemon(folder, age, port, admin)
+        command = self._daemon(folder, age, port, admin, *more)
         return Service((command,), port, (Page(admin, "/readyz"),), (Page(admin, "/v1/status"),))
 
     def reader(self, folder: Path, age: float) -> Command:

@@ -126,7 +126,7 @@ taken_total_created{component="input"} 1.7e9
     assert Logprep().counts(page) == Counts(42, 40)
     numbers = {
         "input": {"door": {"records": 9, "bytes": 90}},
-        "output": {"nowhere": {"proc_records": 7, "dropped_records": 1}},
+        "output": {"out": {"proc_records": 7, "dropped_records": 1}},
     }
     assert FluentBit().counts(json.dumps(numbers).encode()) == Counts(9, 7, 1)
 
@@ -159,7 +159,12 @@ def test_a_pipe_is_moved_into_a_daemon_that_is_ended_after_it(tmp_path: Path) ->
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "cell"),
-    [("logprep", "http-100"), ("syslog-ng", "stdin-pipe"), ("rsyslog", "stdin-pipe")],
+    [
+        ("logprep", "http-100"),
+        ("fluent-bit", "http-100"),
+        ("syslog-ng", "stdin-pipe"),
+        ("rsyslog", "stdin-pipe"),
+    ],
 )
 def test_who_is_installed_is_measured(tmp_path: Path, name: str, cell: str) -> None:
     (peer,) = [peer for peer in all_peers() if peer.name == name]
