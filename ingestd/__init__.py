@@ -32,15 +32,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ingestd.base.envelope import Envelope
     from ingestd.handlers.batch import Batch, Reject, Retry
 
     __version__: str
 
-__all__ = ["Batch", "Reject", "Retry", "__version__"]
+__all__ = ["Batch", "Envelope", "Reject", "Retry", "__version__"]
 
 
 def __getattr__(name: str) -> object:
-    if name in {"Batch", "Reject", "Retry"}:
+    if name in {"Batch", "Envelope", "Reject", "Retry"}:
         from ingestd.handlers import batch  # noqa: PLC0415
 
         value: object = getattr(batch, name)

@@ -259,7 +259,7 @@ class Pipeline:
             self.settlements.enter(
                 chunk.id,
                 records.count - self._first_of(chunk),
-                size=len(records.payload) + len(records.sizes),
+                size=records.stored_bytes,
                 accepted_at=chunk.accepted_at,
             )
             await self.queue.put(chunk)
@@ -326,7 +326,7 @@ class Pipeline:
     def _damaged(self, chunk: Chunk) -> BatchDraft:
         """A chunk that can't be read, as a batch that no worker will see."""
         first, count = self._first_of(chunk), chunk.records.count
-        self.budget.free(len(chunk.records.payload))
+        self.budget.free(chunk.records.held_bytes)
         return unreadable(chunk.id, first, count - first, chunk.accepted_at)
 
     # -- 4. seal: written down before anyone sees it -------------------------------------------
@@ -383,7 +383,10 @@ class Pipeline:
             return  # its worker was ended under it: that is not the batch's fault
         verdict = self.dispatcher.judge(batch, result)
         self._metrics.batch_tried(
-            outcome(batch.count, result, verdict), batch.count, batch.size, result.seconds
+            outcome(batch.count, result, verdict),
+            batch.count,
+            len(records.payload),
+            result.seconds,
         )
         await self.settlements.write(batch, records, verdict, split=result.failure is not None)
         self._moved.set()

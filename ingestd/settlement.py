@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from ingestd.base import envelope
 from ingestd.base.batch import SealedBatch
 from ingestd.base.logging import get_logger
 from ingestd.base.record import select, without
@@ -52,6 +53,7 @@ def as_sealed(batch: SealedBatch, due_at: float, now: float = 0.0) -> Sealed:
         due_at,
         batch.accepted_at,
         failing,
+        batch.lineage,
     )
 
 
@@ -81,6 +83,7 @@ def resumed(sealed: Sealed, sizes: Mapping[int, int], now: float) -> SealedBatch
         sealed.count,
         attempts=sealed.attempts,
         accepted_at=sealed.accepted_at,
+        lineage=sealed.lineage,
     )
     batch.bytes = sum(sizes.get(chunk, 0) for chunk in {span.chunk for span in sealed.spans})
     batch.counted = batch.counted_before = sealed.failing.counted
@@ -103,12 +106,12 @@ def outcome(count: int, result: Result, verdict: Resolve | RetryBatch) -> Tried:
 
 
 def replacements(
-    batch: SealedBatch, again: Sequence[RetryRecords], *, first_number: int
+    batch: SealedBatch, again: Sequence[RetryRecords], *, first_number: int, split: bool
 ) -> list[tuple[SealedBatch, float]]:
     """The batches that replace some of a batch's records, and the seconds until each is due."""
     return [
         (
-            batch.part(number, select(batch.spans, one.indices), len(one.indices)),
+            batch.part(number, select(batch.spans, one.indices), len(one.indices), split=split),
             one.after,
         )
         for number, one in enumerate(again, first_number)
@@ -137,6 +140,7 @@ def dead_letters(
     payloads = records.items()
     places = [Place(span.chunk, span.first + i) for span in batch.spans for i in range(span.count)]
     names = records.names
+    envelopes = envelope.singles(records.envelopes, records.count)
     return [
         DeadLetter(
             record=(names and names[one.index])
@@ -149,6 +153,7 @@ def dead_letters(
             first_at=batch.accepted_at,
             last_at=now,
             place=places[one.index],
+            envelope=envelopes[one.index],
         )
         for one in given_up
     ]
@@ -156,7 +161,7 @@ def dead_letters(
 
 def remainder(batch: SealedBatch, spans: Sequence[Span], *, number: int) -> SealedBatch:
     """The remaining records of a batch, as a batch of their own."""
-    return batch.part(number, tuple(spans), sum(span.count for span in spans))
+    return batch.part(number, tuple(spans), sum(span.count for span in spans), split=True)
 
 
 def damage_letters(
@@ -257,7 +262,7 @@ class SettlementWriter:
         """Brings a batch's payload back from the journal."""
         batch.records = await self._journal.load(batch.spans)
         if batch.records is not None:
-            batch.size = len(batch.records.payload)
+            batch.size = batch.records.held_bytes
             self._budget.take(batch.size)
 
     async def write(
@@ -288,7 +293,7 @@ class SettlementWriter:
         now = self._clock.now()
         dead = dead_letters(batch, records, verdict.given_up, origin=self.journal_id, now=now)
         number = self.take_numbers(len(verdict.again))
-        successors = replacements(batch, verdict.again, first_number=number)
+        successors = replacements(batch, verdict.again, first_number=number, split=split)
         if split and successors:
             self._dispatcher.splitter.split(batch, [successor for successor, _ in successors])
             log.debug("batch_split", records=batch.count)

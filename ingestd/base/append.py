@@ -137,6 +137,8 @@ class Append(NamedTuple):
         offset: becomes durable too, in place of the one of its key.
         principal: the sender: a token, a certificate, a webhook, else an address.
         unkept: how many more records were invalid and are counted alone.
+        envelope: packed (`ingestd.base.envelope`): of the invalid records, and of `records` where
+            these have no envelopes of their own.
     """
 
     records: Records
@@ -146,3 +148,11 @@ class Append(NamedTuple):
     offset: SourceOffset | None = None
     principal: str = ""
     unkept: int = 0
+    envelope: bytes = b""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that its records take in a journal at most, about."""
+        records = self.records
+        size = records.stored_bytes
+        return size if records.envelopes or not records.count else size + len(self.envelope)

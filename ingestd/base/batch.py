@@ -19,7 +19,10 @@ class SealedBatch:
         count: how many.
         bytes: what its records take in the journal, about.
         attempts: tries that have been made.
-        accepted_at: when its oldest record was accepted, seconds since the epoch.
+        accepted_at: when its first record was accepted, seconds since the epoch; that of the batch
+            that was sealed, in all parts of it.
+        lineage: the numbers of the batches that it was split from, oldest first. Each of them held
+            all of its records, and no call of them has said what became of these.
         records: the payload; `None` while it waits for a retry, and after a restart.
         size: the bytes that count as held in memory for it; 0 without a payload.
         counted: tries that count against it.
@@ -33,7 +36,8 @@ class SealedBatch:
 
     __slots__ = (
         "accepted_at", "attempts", "bytes", "count", "counted", "counted_before", "failing_since",
-        "family", "first_failed", "last_failed", "number", "records", "sealed", "size", "spans",
+        "family", "first_failed", "last_failed", "lineage", "number", "records", "sealed", "size",
+        "spans",
     )  # fmt: skip
 
     def __init__(
@@ -47,6 +51,7 @@ class SealedBatch:
         records: Records | None = None,
         size: int = 0,
         sealed: Future[None] | None = None,
+        lineage: tuple[int, ...] = (),
     ) -> None:
         self.number = number
         self.spans = spans
@@ -56,6 +61,7 @@ class SealedBatch:
         self.records = records
         self.size = size
         self.sealed = sealed
+        self.lineage = lineage
         self.bytes = size
         self.counted = self.counted_before = 0
         self.failing_since: float | None = None
@@ -63,10 +69,23 @@ class SealedBatch:
         self.last_failed = 0
         self.family: int | None = None
 
-    def part(self, number: int, spans: tuple[Span, ...], count: int) -> SealedBatch:
-        """Some of its records as a batch of their own, which has failed as often as this one."""
+    def part(self, number: int, spans: tuple[Span, ...], count: int, *, split: bool) -> SealedBatch:
+        """Some of its records as a batch of their own, which has failed as often as this one.
+
+        Args:
+            number: of the new batch.
+            spans: where its records lie.
+            count: how many they are.
+            split: a sink may have stored them under this batch's id; else the handler has said
+                that it did not.
+        """
         part = SealedBatch(
-            number, spans, count, attempts=self.attempts, accepted_at=self.accepted_at
+            number,
+            spans,
+            count,
+            attempts=self.attempts,
+            accepted_at=self.accepted_at,
+            lineage=(*self.lineage, self.number) if split else self.lineage,
         )
         part.bytes = self.bytes * count // max(self.count, 1)
         part.counted, part.counted_before = self.counted, self.counted_before

@@ -18,6 +18,8 @@ from bisect import bisect_right
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from ingestd.base import envelope
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -60,6 +62,7 @@ class Records(NamedTuple):
         sizes: `SIZED` only: one little-endian u32 a record; empty for `LINES`.
         names: the ids of records that got theirs in another place, one a record, and an empty one
             where the place is the name; empty as long as all are where they were accepted.
+        envelopes: the records' envelopes, packed (`ingestd.base.envelope`).
     """
 
     layout: Layout
@@ -67,6 +70,17 @@ class Records(NamedTuple):
     payload: bytes
     sizes: bytes = b""
     names: tuple[str, ...] = ()
+    envelopes: bytes = b""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes that the records take in a journal, about."""
+        return len(self.payload) + len(self.sizes) + len(self.envelopes)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that the records take in memory, about."""
+        return len(self.payload) + len(self.envelopes)
 
     @classmethod
     def lines(cls, records: Sequence[bytes]) -> Records:
@@ -131,7 +145,12 @@ class Records(NamedTuple):
         start = ends[first - 1] if first else 0
         payload = self.payload[start : ends[first + count - 1]]
         sizes = self.sizes[4 * first : 4 * (first + count)]
-        return Records(self.layout, count, payload, sizes, self.names[first : first + count])
+        return Records(self.layout, count, payload, sizes, *self.aside(first, count))
+
+    def aside(self, first: int, count: int) -> tuple[tuple[str, ...], bytes]:
+        """The names and the envelopes of records `first` to `first + count - 1`."""
+        envelopes = envelope.part(self.envelopes, first, count)
+        return self.names[first : first + count], envelopes
 
     def pieces(self, bytes_max: int) -> list[Records]:
         """The same records in runs of at most so many bytes, or of one record that is larger."""
@@ -148,8 +167,8 @@ class Records(NamedTuple):
                 end, count = len(self.payload), self.count - first
             else:
                 count = self.payload.count(b"\n", start, end)
-            names = self.names[first : first + count]
-            pieces.append(Records(Layout.LINES, count, self.payload[start:end], names=names))
+            payload, aside = self.payload[start:end], self.aside(first, count)
+            pieces.append(Records(Layout.LINES, count, payload, b"", *aside))
             start, first = end, first + count
         return pieces
 
@@ -157,9 +176,9 @@ class Records(NamedTuple):
         ends, pieces, start, first = self.ends(), [], 0, 0
         while first < self.count:
             upto = max(first + 1, bisect_right(ends, start + bytes_max, lo=first))
-            sizes, names = self.sizes[4 * first : 4 * upto], self.names[first:upto]
-            payload = self.payload[start : ends[upto - 1]]
-            pieces.append(Records(Layout.SIZED, upto - first, payload, sizes, names))
+            sizes, count = self.sizes[4 * first : 4 * upto], upto - first
+            payload, aside = self.payload[start : ends[upto - 1]], self.aside(first, count)
+            pieces.append(Records(Layout.SIZED, count, payload, sizes, *aside))
             start, first = ends[upto - 1], upto
         return pieces
 
@@ -167,7 +186,7 @@ class Records(NamedTuple):
         """The same records in the layout that holds any record."""
         if self.layout is Layout.SIZED:
             return self
-        return Records.sized(self.items())._replace(names=self.names)
+        return Records.sized(self.items())._replace(names=self.names, envelopes=self.envelopes)
 
 
 def join(runs: Sequence[Records]) -> Records:
@@ -178,9 +197,10 @@ def join(runs: Sequence[Records]) -> Records:
     names: tuple[str, ...] = ()
     if any(run.names for run in runs):
         names = tuple(name for run in runs for name in run.names or ("",) * run.count)
+    envelopes = envelope.joined([(run.count, run.envelopes) for run in runs])
     if all(run.layout is Layout.LINES for run in runs):
         payload = b"".join([run.payload for run in runs])
-        return Records(Layout.LINES, count, payload, names=names)
+        return Records(Layout.LINES, count, payload, b"", names, envelopes)
     runs = [run.as_sized() for run in runs]
     return Records(
         Layout.SIZED,
@@ -188,6 +208,7 @@ def join(runs: Sequence[Records]) -> Records:
         b"".join([run.payload for run in runs]),
         b"".join([run.sizes for run in runs]),
         names,
+        envelopes,
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import NamedTuple
 
+from ingestd.base.envelope import EnvelopeRuns
 from ingestd.base.record import Layout, Records, Span, join
 
 
@@ -18,7 +19,7 @@ class BatchDraft(NamedTuple):
     Attributes:
         spans: where its records lie, in order.
         records: the records themselves; `None` if they can't be read.
-        size: the bytes that they took in their chunks' payloads.
+        size: the bytes that they took in memory; a chunk's envelopes are its last batch's.
         accepted_at: when the oldest was accepted, seconds since the epoch.
         cursor: chunk and record behind its last one: where the unsealed records begin.
     """
@@ -38,7 +39,7 @@ def unreadable(chunk: int, first: int, count: int, accepted_at: float) -> BatchD
 class _ChunkReader:
     """A chunk that is being cut: what is left of it."""
 
-    __slots__ = ("_ends", "accepted_at", "chunk", "first", "records", "start")
+    __slots__ = ("_ends", "_envelopes", "accepted_at", "chunk", "first", "records", "start")
 
     def __init__(self, chunk: int, records: Records, first: int, accepted_at: float) -> None:
         self.chunk = chunk
@@ -47,6 +48,7 @@ class _ChunkReader:
         self.accepted_at = accepted_at
         # Needed only where batches end by their bytes; most chunks go whole, or are cut by count.
         self._ends: list[int] | None = None
+        self._envelopes: EnvelopeRuns | None = None
         self.start = self._all_ends()[first - 1] if first else 0
 
     @property
@@ -87,9 +89,13 @@ class _ChunkReader:
         """The next records, which end at this offset."""
         span, part = Span(self.chunk, self.first, count), self.records
         if count < part.count:
+            if self._envelopes is None:
+                self._envelopes = EnvelopeRuns(part.envelopes, part.count)
             sizes = part.sizes[4 * self.first : 4 * (self.first + count)]
             names = part.names[self.first : self.first + count]
-            part = Records(part.layout, count, part.payload[self.start : end], sizes, names)
+            envelopes = self._envelopes.part(self.first, count)
+            payload = part.payload[self.start : end]
+            part = Records(part.layout, count, payload, sizes, names, envelopes)
         self.first += count
         self.start = end
         return span, part
@@ -116,7 +122,7 @@ class Batcher:
         self._spans: list[Span] = []
         self._parts: list[Records] = []
         self._count = 0
-        self._bytes = 0
+        self._bytes = self._held = 0
         self._accepted_at = 0.0
         self._cursor = (0, 0)
         self._rest: _ChunkReader | None = None
@@ -176,8 +182,8 @@ class Batcher:
         if not self._count:
             return None
         records = join(self._parts)
-        cut = BatchDraft(tuple(self._spans), records, self._bytes, self._accepted_at, self._cursor)
-        self._spans, self._parts, self._count, self._bytes = [], [], 0, 0
+        cut = BatchDraft(tuple(self._spans), records, self._held, self._accepted_at, self._cursor)
+        self._spans, self._parts, self._count, self._bytes, self._held = [], [], 0, 0, 0
         return cut
 
     def _full(self) -> bool:
@@ -191,4 +197,5 @@ class Batcher:
         self._parts.append(part)
         self._count += count
         self._bytes += len(part.payload)
+        self._held += len(part.payload) + (0 if rest.count else len(rest.records.envelopes))
         self._cursor = (rest.chunk, rest.first) if rest.count else (rest.chunk + 1, 0)

@@ -108,7 +108,9 @@ class Dispatcher:
     async def call(self, batch: SealedBatch, records: Records, journal: str) -> Result:
         """Calls the handler with a batch; `journal` is the id that record ids begin with."""
         name, spans = f"{journal}-{batch.number}", list(batch.spans)
-        return await self.pool.run(Job(name, batch.attempts + 1, records, spans, journal))
+        lineage = [f"{journal}-{number}" for number in batch.lineage]
+        job = Job(name, batch.attempts + 1, records, spans, journal, batch.accepted_at, lineage)
+        return await self.pool.run(job)
 
     def ended(self) -> None:
         """Gives the place of a batch back."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Generic, TypeVar, cast, overload
 
 import msgspec
 
+from ingestd.base import envelope as envelopes
+from ingestd.base.envelope import Envelope, EnvelopeRuns
 from ingestd.base.record import Records, Span
 from ingestd.handlers.outcome import AFTER_MAX, Job, Rejection
 from ingestd.handlers.outcome import RetryRequest as RetryMark
@@ -76,7 +78,7 @@ class Batch(Sequence[T_co], Generic[T_co]):
     Places (`i`) are those of this sequence, and may be negative, as everywhere in Python.
     """
 
-    __slots__ = ("_ids", "_job", "_places", "_records", "_said", "_undecodable")
+    __slots__ = ("_envelopes", "_ids", "_job", "_places", "_records", "_said", "_undecodable")
 
     def __init__(
         self, records: Sequence[T_co] | None, job: Job, undecodable: Sequence[Rejection] = ()
@@ -90,17 +92,38 @@ class Batch(Sequence[T_co], Generic[T_co]):
         self._undecodable = undecodable
         self._said: dict[int, Rejection | RetryMark] = {}
         self._ids: list[str] | None = None
+        self._envelopes: EnvelopeRuns | None = None
         self._places: Sequence[int] = range(job.records.count)
         if undecodable:
             gone = {rejection.index for rejection in undecodable}
             self._places = [place for place in self._places if place not in gone]
 
     @classmethod
-    def of(cls, records: Iterable[T_co], *, id: str = "test-1", attempt: int = 1) -> Batch[T_co]:  # noqa: A002  it is the attribute's name
-        """A batch made by hand, to try a handler out: in a test, at the prompt."""
+    def of(
+        cls,
+        records: Iterable[T_co],
+        *,
+        id: str = "test-1",  # noqa: A002  it is the attribute's name
+        attempt: int = 1,
+        accepted_at: datetime = datetime(2026, 1, 1, tzinfo=UTC),
+        lineage: Sequence[str] = (),
+        envelope: Envelope = envelopes.EMPTY,
+    ) -> Batch[T_co]:
+        """A batch made by hand, to try a handler out: in a test, at the prompt.
+
+        Args:
+            records: decoded, as the handler gets them.
+            id: see the attribute.
+            attempt: see the attribute.
+            accepted_at: see the attribute; with a time zone.
+            lineage: see the attribute.
+            envelope: of each record.
+        """
         values = list(records)
         raw = Records.sized([_encoded(value) for value in values])
-        return cls(values, Job(id, attempt, raw, [Span(1, 0, len(values))], "test"))
+        raw = raw._replace(envelopes=envelopes.pack(envelope))
+        spans, at = [Span(1, 0, len(values))], accepted_at.timestamp()
+        return cls(values, Job(id, attempt, raw, spans, "test", at, list(lineage)))
 
     @overload
     def __getitem__(self, i: int) -> T_co: ...
@@ -142,6 +165,39 @@ class Batch(Sequence[T_co], Generic[T_co]):
                 every = [name or place for name, place in zip(names, every, strict=True)]
             self._ids = [every[place] for place in self._places] if self._undecodable else every
         return self._ids
+
+    @property
+    def accepted_at(self) -> datetime:
+        """The time in UTC at which the batch's first record was accepted, as the journal has it.
+
+        It is the same through retries, splits and restarts: all parts of a split batch have the
+        time of the batch that was sealed. A record that is requeued is accepted anew.
+        """
+        return datetime.fromtimestamp(self._job.accepted_at, UTC)
+
+    @property
+    def lineage(self) -> list[str]:
+        """The ids of the batches that this one was split from, oldest first; mostly none.
+
+        Each of them held all records of this batch, and ended without an outcome for any of them:
+        where a sink finds one of these ids, it has stored these records. A record that comes again
+        by `retry` is not split from the batch whose call asked for that.
+        """
+        return list(self._job.lineage)
+
+    def envelope(self, i: int) -> Envelope:
+        """The origin of record `i`: source, client, chosen headers; kept in the journal.
+
+        Nothing is decoded before the first call. A record that an earlier version of ingestd
+        accepted has an empty envelope.
+
+        Raises:
+            IndexError: there is no record `i`.
+        """
+        if self._envelopes is None:
+            records = self._job.records
+            self._envelopes = EnvelopeRuns(records.envelopes, records.count)
+        return self._envelopes.of(self._place(i))
 
     @property
     def records(self) -> Records:

@@ -22,6 +22,8 @@ class Job(msgspec.Struct, frozen=True, array_like=True):
         records: the batch's records, as they came.
         spans: where each record lies in its journal, in order; gives the records their ids.
         origin: the journal's own id, the first part of each record's id.
+        accepted_at: when the batch's first record was accepted, seconds since the epoch.
+        lineage: the ids of the batches that this one was split from, oldest first.
     """
 
     batch: str
@@ -29,6 +31,8 @@ class Job(msgspec.Struct, frozen=True, array_like=True):
     records: Records
     spans: list[Span]
     origin: str
+    accepted_at: float = 0.0
+    lineage: list[str] = []
 
 
 class Rejection(msgspec.Struct, frozen=True, array_like=True):

@@ -181,14 +181,15 @@ class SharedBuffer:
 
     def pack(self, job: Job, start: int = 0) -> bytes:
         """The message for a job; its payload is in the slot, from `start` on, if it fits."""
-        layout, count, payload, sizes, names = job.records
+        layout, count, payload, sizes, names, envelopes = job.records
         size = len(payload)
         if self._map is None or start + size > SLOT_BYTES:
             return encode(RunMessage(job))
         self._map[start : start + size] = payload
         # A `RunMessage` without objects that nothing else needs: their fields, in order.
-        records = (layout, count, b"", sizes, names)
-        return encode(((job.batch, job.attempt, records, job.spans, job.origin), size, start))
+        records = (layout, count, b"", sizes, names, envelopes)
+        facts = (job.spans, job.origin, job.accepted_at, job.lineage)
+        return encode(((job.batch, job.attempt, records, *facts), size, start))
 
     def unpack(self, message: bytes | bytearray) -> Job:
         """The job of a message, complete."""
@@ -214,9 +215,10 @@ def _seal(fd: int) -> None:
 
 
 def _with_payload(job: Job, payload: bytes) -> Job:
-    layout, count, _, sizes, names = job.records
-    records = Records(layout, count, payload, sizes, names)
-    return Job(job.batch, job.attempt, records, job.spans, job.origin)
+    layout, count, _, sizes, names, envelopes = job.records
+    records = Records(layout, count, payload, sizes, names, envelopes)
+    facts = (job.spans, job.origin, job.accepted_at, job.lineage)
+    return Job(job.batch, job.attempt, records, *facts)
 
 
 def set_timeout(sock: socket.socket, seconds: float) -> None:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from asyncio import Future
     from collections.abc import Callable, Collection, Iterator, Sequence
 
+    from ingestd.base.append import Append
     from ingestd.base.record import InvalidRecord
     from ingestd.journal.interface import Chunk, Place
 
@@ -38,6 +39,7 @@ class DeadLetter(NamedTuple):
         records: how many records it stands for: 1, or all of a damaged chunk.
         principal: the sender of one that was never accepted.
         place: of its record in the journal, for clients that wait for it; not kept.
+        envelope: of the record, packed (`ingestd.base.envelope`).
     """
 
     record: str
@@ -51,13 +53,15 @@ class DeadLetter(NamedTuple):
     records: int = 1
     principal: str = ""
     place: Place | None = None
+    envelope: bytes = b""
 
 
-def invalid_letter(invalid: InvalidRecord, now: float, principal: str = "") -> DeadLetter:
-    """Makes the dead letter of a record that was found invalid at `now`."""
+def invalid_letter(invalid: InvalidRecord, now: float, append: Append) -> DeadLetter:
+    """Makes the dead letter of an append's record that was found invalid at `now`."""
     return DeadLetter(
-        "", invalid.reason, invalid.detail, "", invalid.payload, 0, now, now, principal=principal
-    )
+        "", invalid.reason, invalid.detail, "", invalid.payload, 0, now, now,
+        principal=append.principal, envelope=append.envelope,
+    )  # fmt: skip
 
 
 class InvalidQuota(NamedTuple):

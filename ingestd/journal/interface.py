@@ -80,8 +80,9 @@ class Sealed(NamedTuple):
         count: how many.
         attempts: tries that have been made.
         due_at: not to be tried before this, seconds since the epoch; 0 for at once.
-        accepted_at: when its oldest record was accepted.
+        accepted_at: see `SealedBatch`.
         failing: its failures.
+        lineage: see `SealedBatch`.
     """
 
     number: int
@@ -91,6 +92,7 @@ class Sealed(NamedTuple):
     due_at: float = 0.0
     accepted_at: float = 0.0
     failing: Failing = Failing()
+    lineage: tuple[int, ...] = ()
 
 
 class Seal(NamedTuple):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
+from ingestd.base import envelope
 from ingestd.base.record import pack_sizes, unpack_sizes
 from ingestd.journal.dead_letters import DeadLetter
 
@@ -33,7 +34,7 @@ text for all of them."""
 
 COLUMNS = (
     "id", "record", "records", "reason", "error", "traceback", "attempts", "first_at", "last_at",
-    "retry", "bytes", "payload", "letters", "principal", "facts",
+    "retry", "bytes", "payload", "letters", "principal", "facts", "envelopes",
 )  # fmt: skip
 
 
@@ -48,6 +49,7 @@ class LetterRow(NamedTuple):
         size: what it counts for; the column `bytes`.
         letters: how many it holds.
         facts: what differs between them, packed; empty for one.
+        envelopes: theirs, as `Records.envelopes`.
     """
 
     id: int
@@ -65,6 +67,7 @@ class LetterRow(NamedTuple):
     letters: int
     principal: str
     facts: bytes
+    envelopes: bytes
 
     @property
     def numbers(self) -> range:
@@ -147,11 +150,12 @@ def _row(group: Sequence[DeadLetter], last: int, *, retry: int, room: int) -> Le
         payload = b"".join([letter.payload for letter in group])
         facts = _pack(group, room + len(payload) // 2)
         error, traceback = error[:200], ""
-    size = letter_bytes(payload, error, traceback) + len(facts)
+    envelopes = envelope.joined([(1, letter.envelope) for letter in group])
+    size = letter_bytes(payload, error, traceback) + len(facts) + len(envelopes)
     return LetterRow(
         last, first.record, sum(letter.records for letter in group), first.reason, error, traceback,
         first.attempts, first.first_at, first.last_at, retry, size, payload, len(group),
-        first.principal, facts,
+        first.principal, facts, envelopes,
     )  # fmt: skip
 
 
@@ -215,7 +219,9 @@ def taken_apart(row: LetterRow, *, whole: bool = True) -> list[tuple[int, int, D
     if row.letters == 1:
         size = len(row.payload)
         payload, traceback = (row.payload, row.traceback) if whole else (b"", "")
-        return [(row.id, size, _letter(row, row.record, row.error, traceback, payload))]
+        (origin,) = _envelopes(row)
+        letter = _letter(row, row.record, row.error, traceback, payload, origin=origin)
+        return [(row.id, size, letter)]
     try:
         facts = _decode(zlib.decompress(row.facts))
     except zlib.error as broken:
@@ -225,13 +231,23 @@ def taken_apart(row: LetterRow, *, whole: bool = True) -> list[tuple[int, int, D
         ids = [""] * row.letters
     texts = unpack_sizes(facts.which) if facts.which else [0] * row.letters
     found, start = [], 0
-    for number, size, record, text in zip(row.numbers, sizes, ids, texts, strict=True):
+    for number, size, record, text, origin in zip(
+        row.numbers, sizes, ids, texts, _envelopes(row), strict=True
+    ):
         error, traceback = facts.texts[text]
         payload = row.payload[start : start + size] if whole else b""
         start += size
-        letter = _letter(row, record, error, traceback if whole else "", payload)
+        letter = _letter(row, record, error, traceback if whole else "", payload, origin=origin)
         found.append((number, size, letter))
     return found
+
+
+def _envelopes(row: LetterRow) -> list[bytes]:
+    """The envelope of each letter; damaged ones are dropped, because the records are whole."""
+    try:
+        return envelope.singles(row.envelopes, row.letters)
+    except UNREADABLE:
+        return [b""] * row.letters
 
 
 def readable(row: LetterRow) -> LetterRow:
@@ -240,16 +256,24 @@ def readable(row: LetterRow) -> LetterRow:
         taken_apart(row, whole=False)
     except UNREADABLE:
         return row._replace(
-            letters=1, facts=b"", reason="damaged", error=DAMAGED, traceback="", retry=0
+            letters=1,
+            facts=b"",
+            envelopes=b"",
+            reason="damaged",
+            error=DAMAGED,
+            traceback="",
+            retry=0,
         )
     return row
 
 
-def _letter(row: LetterRow, record: str, error: str, traceback: str, payload: bytes) -> DeadLetter:
+def _letter(
+    row: LetterRow, record: str, error: str, traceback: str, payload: bytes, *, origin: bytes
+) -> DeadLetter:
     records = row.records if row.letters == 1 else 1
     return DeadLetter(
         record, row.reason, error, traceback, payload, row.attempts, row.first_at, row.last_at,
-        records, row.principal,
+        records, row.principal, envelope=origin,
     )  # fmt: skip
 
 

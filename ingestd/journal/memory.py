@@ -117,7 +117,9 @@ class MemoryJournal:
     def append(self, append: Append) -> asyncio.Future[Place]:
         """See `Journal.append`."""
         records, claim = append.records, append.claim
-        size = len(records.payload) + len(records.sizes)
+        if not records.envelopes:
+            records = records._replace(envelopes=append.envelope)
+        size = append.stored_bytes
         whole = size + size_of(claim) + offsets.size_of(append.offset)
         if whole > self.bytes_max:
             raise NeverFits(size=whole, what="journal.bytes_max", bound=self.bytes_max)
@@ -131,7 +133,7 @@ class MemoryJournal:
             self._keep_key(claim, now)
         if append.offset is not None:
             self.bytes += self.offsets.keep(append.offset)
-        self._keep_letters([invalid_letter(one, now, append.principal) for one in append.invalid])
+        self._keep_letters([invalid_letter(one, now, append) for one in append.invalid])
         self.ledger = self.ledger._replace(
             accepted=self.ledger.accepted + records.count,
             refused=self.ledger.refused + len(append.invalid),
@@ -197,10 +199,10 @@ class MemoryJournal:
         size, expired = self.dead_totals.bytes, self.dead_totals.expired
         for letter in letters:
             self.dead.append(letter)
-            size += letter_bytes(letter.payload, letter.error, letter.traceback)
+            size += _size(letter)
         while self.dead and (len(self.dead) > DEAD_MAX or size > self.dead_bytes_max):
             old = self.dead.popleft()
-            size -= letter_bytes(old.payload, old.error, old.traceback)
+            size -= _size(old)
             expired += 1
         self.dead_totals = DeadTotals(len(self.dead), size, expired=expired)
 
@@ -222,6 +224,10 @@ class MemoryJournal:
     async def close(self, deadline: float | None = None) -> Closed:  # noqa: ARG002
         """See `Journal.close`; there are no rows to count."""
         return Closed(self.ledger, durable=False)
+
+
+def _size(letter: DeadLetter) -> int:
+    return letter_bytes(letter.payload, letter.error, letter.traceback) + len(letter.envelope)
 
 
 def build(settings: JournalSettings, context: JournalContext) -> MemoryJournal:

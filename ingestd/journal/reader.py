@@ -135,7 +135,7 @@ class ChunkReader:
     def push(self, chunk: Chunk) -> None:
         """A chunk that has just become durable; on the loop, in order."""
         contiguous = self._fresh[-1].id if self._fresh else self._next - 1
-        size = len(chunk.records.payload)
+        size = chunk.records.held_bytes
         fits = len(self._fresh) < FRESH_MAX and self._room.has(size)
         if contiguous == chunk.id - 1 and fits:
             self._room.take(size)
@@ -179,5 +179,5 @@ class ChunkReader:
             self._next = last + 1  # rows that are gone; the ledger's own count will tell
             return
         for chunk in chunks:
-            self._room.take(len(chunk.records.payload))
+            self._room.take(chunk.records.held_bytes)
             self._fresh.append(chunk)

@@ -49,12 +49,14 @@ def receive(sock: socket.socket, limit: int = 1 << 30) -> bytes | bytearray | No
 
 
 def job(records: Records) -> Job:
-    return Job("abc-7", 2, records, [Span(3, 0, records.count)], "abc")
+    spans, lineage = [Span(3, 0, records.count)], ["abc-3", "abc-5"]
+    return Job("abc-7", 2, records, spans, "abc", 1234.5, lineage)
 
 
 RUNS = [
     pytest.param(Records.lines([b'{"a":1}', b"2"]), id="lines"),
     pytest.param(Records.sized([b"\n", b"", b"\0" * 1000]), id="sized"),
+    pytest.param(Records.lines([b"1"])._replace(envelopes=b"\x90"), id="with an envelope"),
     pytest.param(Records.lines([b"1" * (wire.SLOT_BYTES - 1)]), id="as large as the slot"),
 ]
 

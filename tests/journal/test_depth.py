@@ -280,7 +280,7 @@ async def test_statements_of_another_process_are_summed_up(opened, tmp_path: Pat
     await j.journal.close()
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db, db:
         row = store.chunk_row(store.Chunk(2, 1.0, Records.lines([b"22"])))
-        db.execute("INSERT INTO chunks VALUES(?,?,?,?,?,?,?,?,?)", row)
+        db.execute("INSERT INTO chunks VALUES(?,?,?,?,?,?,?,?,?,?)", row)
         db.execute("DELETE FROM chunks WHERE id=?", (1,))
         moved = store.Meta(Ledger(accepted=2, processed=1), Cursor(2, 0), 2, 1)
         store.write_meta(db, j.journal.id, moved)

@@ -19,8 +19,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from ingestd.base import envelope
 from ingestd.base.append import Append
 from ingestd.base.clock import SystemClock
+from ingestd.base.envelope import Envelope, EnvelopeRuns
 from ingestd.base.metrics import Metrics
 from ingestd.base.record import InvalidRecord, Records
 from ingestd.codecs.lines import json_fault
@@ -34,6 +36,9 @@ from ingestd.pipeline import Pipeline
 from ingestd.settings import Settings
 
 ATTEMPTS = 2
+CLIENTS = [envelope.pack(Envelope("http", client=name)) for name in ("shop", "till")]
+FILE = envelope.pack(Envelope("fetch", attributes={"url": "u"}, numbered="line"))
+ORIGINS = [b"", *CLIENTS, FILE]
 
 
 class Desk:
@@ -69,6 +74,9 @@ class PipelineAgainstModel(RuleBasedStateMachine):
         self.dead: set[int] = set()
         self.batches: dict[str, list[bytes]] = {}
         self.names: dict[bytes, str] = {}
+        self.origins: dict[int, Envelope] = {}
+        self.facts: dict[str, tuple[Any, list[str]]] = {}
+        self.returned: set[str] = set()
         self.start()
 
     def start(self) -> None:
@@ -118,14 +126,24 @@ class PipelineAgainstModel(RuleBasedStateMachine):
 
         self.loop.run_until_complete(asyncio.wait_for(quiet(), 30))
 
-    @rule(count=st.integers(1, 8), bad=st.integers(0, 2), sized=st.booleans())
-    def append(self, count: int, bad: int, sized: bool) -> None:
+    @rule(
+        count=st.integers(1, 8),
+        bad=st.integers(0, 2),
+        sized=st.booleans(),
+        origin=st.sampled_from(ORIGINS),
+    )
+    def append(self, count: int, bad: int, sized: bool, origin: bytes) -> None:
         numbers = list(range(self.next, self.next + count))
         self.next += count
         made = [b"%d" % n for n in numbers]
         records = Records.sized(made) if sized else Records.lines(made)
+        if origin == FILE:  # the number of a record is its line
+            records = records._replace(envelopes=envelope.numbered(FILE, count, numbers[0]))
         refused = [InvalidRecord(i, "malformed", "x", b"{") for i in range(bad)]
-        self.loop.run_until_complete(self.pipeline.accept(Append(records, refused)))
+        append = Append(records, refused, envelope=origin)
+        self.loop.run_until_complete(self.pipeline.accept(append))
+        known = EnvelopeRuns(records.envelopes or origin, count)
+        self.origins |= {n: known.of(i) for i, n in enumerate(numbers)}
         self.pending |= set(numbers)
         self.refused += bad
         self.settle_down()
@@ -152,6 +170,7 @@ class PipelineAgainstModel(RuleBasedStateMachine):
         )
         rejected = [i for i, mark in enumerate(marks) if mark == "reject"]
         again = [i for i, mark in enumerate(marks) if mark == "retry"]
+        self.returned.add(job.batch)
         self.decide(
             Result(
                 [Rejection(i, "rejected", "no") for i in rejected],
@@ -202,6 +221,12 @@ class PipelineAgainstModel(RuleBasedStateMachine):
             kept = {one.id: one.letter for one in letters(db, LetterFilter(), whole=True)}
         records = {int(one.payload): one.record for one in kept.values() if one.record}
         assert records == {value: self.names[b"%d" % value] for value in self.dead}
+        for one in kept.values():
+            origin = EnvelopeRuns(one.envelope, 1).of(0)
+            if one.record:
+                assert origin == self.origins[int(one.payload)]
+            else:
+                assert one.envelope in ORIGINS
         ids = data.draw(st.sets(st.sampled_from(sorted(kept)), min_size=1))
         with opened(path, write=True) as db:
             marked = mark(db, LetterFilter(ids=tuple(ids)), max(ids), json_fault)
@@ -251,9 +276,22 @@ class PipelineAgainstModel(RuleBasedStateMachine):
             assert 1 <= len(items) <= 3
             for name, item in zip(Batch[bytes](None, job).ids, items, strict=True):
                 assert self.names.setdefault(item, name) == name
+            self.check_facts(Batch[bytes](None, job))
             on_desk += [int(item) for item in items]
         assert len(on_desk) == len(set(on_desk))
         assert set(on_desk) <= self.pending
+
+    def check_facts(self, batch: Batch[bytes]) -> None:
+        """Envelopes are the records' own; time and lineage are the same for every try of a batch,
+        and the batches that it was split from held all of its records and never returned."""
+        for i, item in enumerate(batch):
+            assert batch.envelope(i) == self.origins[int(item)]
+        facts = batch.accepted_at, batch.lineage
+        assert self.facts.setdefault(batch.id, facts) == facts
+        assert not self.returned.intersection(batch.lineage)
+        for place, ancestor in enumerate(batch.lineage):
+            assert set(batch) < set(self.batches[ancestor])
+            assert self.facts[ancestor] == (batch.accepted_at, batch.lineage[:place])
 
     @invariant()
     def what_is_pending_gets_to_a_worker(self) -> None:
@@ -262,6 +300,8 @@ class PipelineAgainstModel(RuleBasedStateMachine):
         else:
             assert not self.jobs
             assert self.pipeline.budget.bytes == 0
+            journal = self.pipeline.journal
+            assert journal.bytes == journal.dead_totals.accepted_bytes
             assert not len(self.pipeline.unsettled)
 
     def teardown(self) -> None:

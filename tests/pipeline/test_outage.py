@@ -239,7 +239,7 @@ def test_what_may_be_said_without_the_sink_ends_no_outage(how: str) -> None:
     first = batches[0]
     result = Result([Rejection(i, "rejected", "no") for i in range(2)])
     if how == "part":
-        part = first.part(9, (Span(0, 0, 1),), 1)
+        part = first.part(9, (Span(0, 0, 1),), 1, split=True)
         isolation.split(first, [part])
         isolation.settled(first)
         first, result = part, Result([Rejection(0, "rejected", "no")])

@@ -257,7 +257,7 @@ class SqliteJournal:
         if self.failed.done():
             raise JournalFailed(path=self.path, problem="an earlier commit failed")
         records, claim = append.records, append.claim
-        size = _size(records)
+        size = append.stored_bytes
         if claim is not None:
             size += size_of(claim)
         whole = size + offsets.size_of(append.offset)
@@ -385,9 +385,8 @@ class SqliteJournal:
                 self._claim_ended(op.append.claim, committed)
         if committed.dead is not None:
             self._dead_are(committed.dead)
-        for chunk in committed.moved.chunks:
-            self.bytes += _size(chunk.records)
         for chunk in committed.chunks:
+            self.bytes += chunk.records.stored_bytes
             self._on_chunk(chunk)
         self._resolve(committed)
         if isinstance(error, JournalFailed) and not self.failed.done():
@@ -430,8 +429,8 @@ class SqliteJournal:
 
     def _account(self, op: Op, *, applied: bool) -> None:
         """Without dead letters that are there now: `_dead_are` counts those."""
-        if type(op) is QueuedAppend and not applied:
-            self.bytes -= _size(op.append.records)
+        if type(op) is QueuedAppend:
+            self.bytes -= op.append.stored_bytes  # if it is applied, its chunks count
         elif applied and type(op) is QueuedChange and type(op.change) is Settle:
             self.bytes -= op.change.finished_bytes
             self._drained.add(op.change.finished_bytes, self._clock.monotonic())
@@ -476,10 +475,6 @@ class SqliteJournal:
             if self._loop.time() > until:
                 return None
         return self._store.meta.ledger.pending - found.records
-
-
-def _size(records: Records) -> int:
-    return len(records.payload) + len(records.sizes)
 
 
 def _check_numbers(store: Store, recovered: Recovered) -> None:

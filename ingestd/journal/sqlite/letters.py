@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ingestd.base import envelope
 from ingestd.base.record import Records
 from ingestd.journal.dead_letters import DeadTotals, Moved
 from ingestd.journal.interface import Chunk
@@ -115,6 +116,7 @@ def requeue(db: sqlite3.Connection, chunk: int, now: float, check: Callable[[byt
         Their chunks, which the caller writes, and how the ledger moves.
     """
     names, payloads, size, unfit = list[str](), list[bytes](), 0, 0
+    envelopes = list[tuple[int, bytes]]()
     rows = list[tuple[LetterRow, list[LetterRow]]]()
     found = db.execute(f"{_ROW} WHERE retry = 1 ORDER BY id LIMIT ?", (REVIVE_RECORDS,))
     for values in found:
@@ -129,6 +131,7 @@ def requeue(db: sqlite3.Connection, chunk: int, now: float, check: Callable[[byt
         unfit += len(bad)
         names += [letter.record for n, _, letter in letters if n not in bad]
         payloads += [letter.payload for n, _, letter in letters if n not in bad]
+        envelopes += [(1, letter.envelope) for n, _, letter in letters if n not in bad]
         size += len(row.payload)
         if size >= REVIVE_BYTES or len(payloads) >= REVIVE_RECORDS:
             break
@@ -143,7 +146,9 @@ def requeue(db: sqlite3.Connection, chunk: int, now: float, check: Callable[[byt
         "UPDATE dead_totals SET revived = revived + ?, readmitted = readmitted + ?",
         (revived, readmitted),
     )
-    records = Records.sized(payloads)._replace(names=tuple(names) if revived else ())
+    records = Records.sized(payloads)._replace(
+        names=tuple(names) if revived else (), envelopes=envelope.joined(envelopes)
+    )
     chunks = [Chunk(n, now, part) for n, part in enumerate(records.pieces(CHUNK_BYTES), chunk)]
     return Moved(tuple(chunks), revived, readmitted, unfit=unfit)
 

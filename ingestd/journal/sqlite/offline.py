@@ -89,7 +89,7 @@ def _carry_over(path: Path) -> None:
         ) as db:
             (application,) = db.execute("PRAGMA application_id").fetchone()
             (version,) = db.execute("PRAGMA user_version").fetchone()
-        if application != APPLICATION_ID or version != 1:
+        if application != APPLICATION_ID or not 0 < version < VERSION:
             return
     except _ERRORS:
         return  # the opener raises the reason
@@ -99,6 +99,7 @@ def _carry_over(path: Path) -> None:
         for place in places:  # an earlier daemon has locked the data directory, whichever that is
             if (place / LOCK_NAME).is_file():
                 held.callback(FileLock(place / LOCK_NAME, of=place).close)
+        held.callback(FileLock(path, of=path).close)
         try:
             with contextlib.closing(connect(path)) as db:
                 carry_over(db)

@@ -38,6 +38,7 @@ from ingestd.journal.sqlite.store import (
     batch_row,
     chunk_row,
     connect,
+    read_lineage,
     read_one,
     write_meta,
 )
@@ -74,6 +75,8 @@ _UNREADABLE = (
     msgspec.MsgspecError,
 )
 _spans = msgspec.msgpack.Decoder(tuple[Span, ...])
+_WITH_LINEAGE = 3
+"""The first version that has it."""
 
 
 def is_damage(error: BaseException) -> bool:
@@ -190,7 +193,7 @@ def _fill(store: Store, path: Path, now: float) -> None:
         holes: set[str] = set()
         chunks = dict(_copy_chunks(old, db, version, holes))
         found = _Salvaged(*_meta(old, version), chunks, [], holes)
-        found.batches.extend(_copy_batches(old, db, found.chunks, holes))
+        found.batches.extend(_copy_batches(old, db, version, found))
         _copy_letters(old, db)
         for table in ("damaged", "keys", "failing"):
             _copy_rows(old, db, table)
@@ -203,7 +206,8 @@ def _fill(store: Store, path: Path, now: float) -> None:
 def _version(old: sqlite3.Connection) -> int:
     """Of the tables, as far as they tell."""
     with contextlib.suppress(*_UNREADABLE):
-        return 1 if "names" not in schema.columns(old, "chunks") else schema.VERSION
+        columns = schema.columns(old, "chunks")
+        return schema.VERSION if "envelopes" in columns else 2 if "names" in columns else 1
     return schema.VERSION
 
 
@@ -285,7 +289,7 @@ def _copy_chunks(
         try:
             chunk = read_one(old, key, version=version)
             if chunk is not None and not chunk.damaged and chunk.records.count > 0:
-                db.execute("INSERT INTO chunks VALUES(?,?,?,?,?,?,?,?,?)", chunk_row(chunk))
+                db.execute("INSERT INTO chunks VALUES(?,?,?,?,?,?,?,?,?,?)", chunk_row(chunk))
                 yield key, chunk.records.count
             elif chunk is not None:
                 holes.add("chunks")
@@ -294,27 +298,41 @@ def _copy_chunks(
 
 
 def _copy_batches(
-    old: sqlite3.Connection, db: sqlite3.Connection, chunks: dict[int, int], holes: set[str]
+    old: sqlite3.Connection, db: sqlite3.Connection, version: int, found: _Salvaged
 ) -> Iterator[Sealed]:
     """Sealed batches keep their numbers, without the records that are lost."""
-    columns = "number, count, attempts, due_at, accepted_at, spans"
-    for number, said, attempts, due_at, accepted_at, spans in _rows(old, "batches", columns, holes):
+    lineage = "lineage" if version >= _WITH_LINEAGE else "x''"
+    columns = f"number, count, attempts, due_at, accepted_at, spans, {lineage}"
+    for number, said, attempts, due_at, accepted_at, spans, packed in _rows(
+        old, "batches", columns, found.holes
+    ):
         try:
             left = tuple(
                 span
                 for span in _spans.decode(spans)
-                if 0 <= span.first < span.first + span.count <= chunks.get(span.chunk, 0)
+                if 0 <= span.first < span.first + span.count <= found.chunks.get(span.chunk, 0)
             )
             count = sum(span.count for span in left)
-            batch = Sealed(number, left, count, max(0, attempts), due_at, accepted_at)
+            batch = Sealed(
+                number, left, count, max(0, attempts), due_at, accepted_at,
+                lineage=_lineage(packed),
+            )  # fmt: skip
             if count != said:
-                holes.add("batches")
+                found.holes.add("batches")
             if left:
                 row = batch_row(batch, time.time())
-                db.execute("INSERT INTO batches VALUES(?,?,?,?,?,?,?)", row)
+                db.execute("INSERT INTO batches VALUES(?,?,?,?,?,?,?,?)", row)
                 yield batch
         except _UNREADABLE:
-            holes.add("batches")
+            found.holes.add("batches")
+
+
+def _lineage(packed: bytes) -> tuple[int, ...]:
+    """The lineage of a batch; a damaged one is dropped, because the records are whole."""
+    try:
+        return read_lineage(packed)
+    except _UNREADABLE:
+        return ()
 
 
 def _copy_rows(old: sqlite3.Connection, db: sqlite3.Connection, table: str) -> None:

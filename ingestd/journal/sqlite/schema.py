@@ -2,12 +2,14 @@
 
 A journal is created as version 1 was and then carried over, so both ways end with the same tables.
 Each step adds columns and tables and changes no row that holds a record: it takes as long as many
-dead letters as there are, and one transaction, so a crash leaves the old version or the new one.
+dead letters as there are. All steps together are one transaction, so a crash leaves the old version
+or this one.
 
 | version | came with |
 | --- | --- |
 | 1 | chunks, batches, dead letters, keys, the ledger; later the bytes of all chunks, bookmarks |
 | 2 | names of records that are fed again, many dead letters in a row, a checksum over the ledger |
+| 3 | envelopes of records and dead letters, the lineage of batches |
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 APPLICATION_ID = 0x696E6764  # "ingd"
-VERSION = 2
+VERSION = 3
 COUNTERS = (
     "accepted", "processed", "dead", "refused",
     "cursor_chunk", "cursor_record", "last_chunk", "next_batch",
@@ -117,6 +119,12 @@ _VERSION_2 = (
     DELETE FROM invalid WHERE principal = old.principal AND letters <= 0; END""",
 )
 
+_VERSION_3 = (
+    "ALTER TABLE chunks ADD COLUMN envelopes BLOB NOT NULL DEFAULT x''",
+    "ALTER TABLE damaged ADD COLUMN envelopes BLOB NOT NULL DEFAULT x''",
+    "ALTER TABLE dead ADD COLUMN envelopes BLOB NOT NULL DEFAULT x''",
+    "ALTER TABLE batches ADD COLUMN lineage BLOB NOT NULL DEFAULT x''",
+)
 
 _META = " ".join(["%s"] * (1 + len(COUNTERS)))
 
@@ -150,12 +158,12 @@ def create(db: sqlite3.Connection, journal: str) -> None:
     for statement in _VERSION_1:
         db.execute(statement)
     db.execute("INSERT INTO meta VALUES(1, ?, 0, 0, 0, 0, 1, 0, 0, 1)", (journal,))
-    _carry_over(db)
+    _carry_over(db, 1)
     db.execute(f"PRAGMA application_id={APPLICATION_ID}")
 
 
 def carry_over(db: sqlite3.Connection) -> None:
-    """Makes a journal of version 1 one of this version, in one transaction.
+    """Makes a journal of an earlier version one of this version, in one transaction.
 
     Raises:
         sqlite3.Error: it is as it was.
@@ -163,8 +171,8 @@ def carry_over(db: sqlite3.Connection) -> None:
     db.execute("BEGIN IMMEDIATE")
     try:
         (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version == 1:  # no other process did it meanwhile
-            _carry_over(db)
+        if 0 < version < VERSION:  # no other process did it meanwhile
+            _carry_over(db, version)
         db.execute("COMMIT")
     except BaseException:
         if db.in_transaction:
@@ -172,7 +180,15 @@ def carry_over(db: sqlite3.Connection) -> None:
         raise
 
 
-def _carry_over(db: sqlite3.Connection) -> None:
+def _carry_over(db: sqlite3.Connection, version: int) -> None:
+    if version == 1:
+        _to_version_2(db)
+    for statement in _VERSION_3:
+        db.execute(statement)
+    db.execute(f"PRAGMA user_version={VERSION}")
+
+
+def _to_version_2(db: sqlite3.Connection) -> None:
     if "chunk_bytes" not in columns(db, "meta"):
         for statement in _CHUNK_BYTES:
             db.execute(statement)
@@ -184,7 +200,6 @@ def _carry_over(db: sqlite3.Connection) -> None:
         raise sqlite3.DatabaseError("the meta row is missing")
     write_identity(db, row[0])
     db.execute("UPDATE meta SET crc = ?", (meta_checksum(row[0], row[1:]),))
-    db.execute(f"PRAGMA user_version={VERSION}")
 
 
 def columns(db: sqlite3.Connection, table: str) -> list[str]:

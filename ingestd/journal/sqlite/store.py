@@ -61,7 +61,8 @@ READ_CHUNKS = 4096
 """Most chunks that one read brings into memory."""
 
 _spans_decoder = msgspec.msgpack.Decoder(tuple[Span, ...])
-_spans_encode = msgspec.msgpack.Encoder().encode
+_spans_encode = _lineage_encode = msgspec.msgpack.Encoder().encode
+_lineage_decoder = msgspec.msgpack.Decoder(tuple[int, ...])
 
 
 class Meta(NamedTuple):
@@ -120,6 +121,8 @@ def checksum(chunk: int, records: Records) -> int:
     head = b"%d %d %d " % (chunk, records.count, records.layout)
     if records.names:
         head += "\n".join(records.names).encode()
+    if records.envelopes:
+        head += records.envelopes
     return zlib.crc32(records.payload, zlib.crc32(records.sizes, zlib.crc32(head)))
 
 
@@ -189,7 +192,7 @@ class Store:
             self._create()
         elif application != schema.APPLICATION_ID:
             raise JournalUnreadable(path=self.path, problem="this is not a journal of ingestd")
-        elif version == 1:
+        elif 0 < version < schema.VERSION:
             check_pages(db, self.path)
             schema.carry_over(db)
         elif version != schema.VERSION:
@@ -271,8 +274,8 @@ class Store:
             for number, seconds, counted in db.execute("SELECT * FROM failing")
         }
         batches, waits = [], {}
-        for number, count, attempts, due_at, accepted_at, spans, wait in db.execute(
-            "SELECT number, count, attempts, due_at, accepted_at, spans, wait"
+        for number, count, attempts, due_at, accepted_at, spans, wait, lineage in db.execute(
+            "SELECT number, count, attempts, due_at, accepted_at, spans, wait, lineage"
             " FROM batches ORDER BY number"
         ):
             batches.append(
@@ -284,6 +287,7 @@ class Store:
                     due_at,
                     accepted_at,
                     failing.get(number, Failing()),
+                    read_lineage(lineage),
                 )
             )
             if due_at:
@@ -439,14 +443,14 @@ def _new_batches(write: Write) -> list[Sealed]:
 def _insert(db: sqlite3.Connection, write: Write) -> None:
     if write.chunks:
         db.executemany(
-            "INSERT INTO chunks VALUES(?,?,?,?,?,?,?,?,?)", [chunk_row(c) for c in write.chunks]
+            "INSERT INTO chunks VALUES(?,?,?,?,?,?,?,?,?,?)", [chunk_row(c) for c in write.chunks]
         )
     if not (write.sealed or write.postponed or write.settled):
         return
     sealed = _new_batches(write)
     if sealed:
         rows = [batch_row(b, write.at) for b in sealed]
-        db.executemany("INSERT INTO batches VALUES(?,?,?,?,?,?,?)", rows)
+        db.executemany("INSERT INTO batches VALUES(?,?,?,?,?,?,?,?)", rows)
     failing = [b for b in (*sealed, *write.postponed) if b.failing.seconds or b.failing.counted]
     if failing:
         db.executemany(
@@ -547,12 +551,11 @@ def find_key(db: sqlite3.Connection, key: str) -> RememberedKey | None:
 def chunk_row(chunk: Chunk) -> tuple[object, ...]:
     """A chunk as its table has it."""
     records = chunk.records
-    size = len(records.payload) + len(records.sizes)
     crc = checksum(chunk.id, records)
     names = "\n".join(records.names).encode() if records.names else b""
     return (
-        chunk.id, chunk.accepted_at, records.count, size, int(records.layout), crc,
-        records.sizes, records.payload, names,
+        chunk.id, chunk.accepted_at, records.count, records.stored_bytes, int(records.layout), crc,
+        records.sizes, records.payload, names, records.envelopes,
     )  # fmt: skip
 
 
@@ -561,8 +564,13 @@ def batch_row(batch: Sealed, now: float) -> tuple[object, ...]:
     spans = _spans_encode(batch.spans)
     return (
         batch.number, batch.count, batch.attempts, batch.due_at, batch.accepted_at, spans,
-        _wait(batch, now),
+        _wait(batch, now), _lineage_encode(batch.lineage) if batch.lineage else b"",
     )  # fmt: skip
+
+
+def read_lineage(packed: bytes) -> tuple[int, ...]:
+    """The lineage of a batch from its column."""
+    return _lineage_decoder.decode(packed) if packed else ()
 
 
 def _wait(batch: Sealed, now: float) -> float:
@@ -571,15 +579,15 @@ def _wait(batch: Sealed, now: float) -> float:
 
 
 _CHUNK = "SELECT id, accepted_at, count, layout, crc, sizes, payload, {} FROM chunks"
-_WITH_NAMES = _CHUNK.format("names")
-_WITHOUT_NAMES = _CHUNK.format("x''")
+_CHUNKS = {1: "x'', x''", 2: "names, x''", 3: "names, envelopes"}
+"""Columns that came later, or what stands for them, by version."""
 
 
-def _chunk(row: tuple[int, float, int, int, int, bytes, bytes, bytes]) -> Chunk:
-    number, accepted_at, count, layout, crc, sizes, payload, packed = row
+def _chunk(row: tuple[int, float, int, int, int, bytes, bytes, bytes, bytes]) -> Chunk:
+    number, accepted_at, count, layout, crc, sizes, payload, packed, envelopes = row
     try:
         names = tuple(packed.decode().split("\n")) if packed else ()
-        records = Records(Layout(layout), count, payload, sizes, names)
+        records = Records(Layout(layout), count, payload, sizes, names, envelopes)
         whole = checksum(number, records) == crc
     except (ValueError, TypeError, AttributeError):
         records, whole = Records(Layout.SIZED, count, payload, sizes), False
@@ -592,10 +600,10 @@ def read_chunks(db: sqlite3.Connection, first: int, bytes_max: int) -> list[Chun
     At most `READ_CHUNKS`: of small ones more lies beside the payload than in it.
     """
     chunks, size = [], 0
-    query = f"{_WITH_NAMES} WHERE id >= ? ORDER BY id LIMIT {READ_CHUNKS}"
-    for row in db.execute(query, (first,)):
+    select = _CHUNK.format(_CHUNKS[schema.VERSION])
+    for row in db.execute(f"{select} WHERE id >= ? ORDER BY id LIMIT {READ_CHUNKS}", (first,)):
         chunks.append(_chunk(row))
-        size += len(row[6]) + len(row[5])
+        size += len(row[5]) + len(row[6]) + len(row[8])
         if size >= bytes_max:
             break
     return chunks
@@ -603,7 +611,7 @@ def read_chunks(db: sqlite3.Connection, first: int, bytes_max: int) -> list[Chun
 
 def read_one(db: sqlite3.Connection, number: int, *, version: int = schema.VERSION) -> Chunk | None:
     """The chunk of an id, of a journal of this version or an earlier one; `None` if it is gone."""
-    select = _WITHOUT_NAMES if version == 1 else _WITH_NAMES
+    select = _CHUNK.format(_CHUNKS[version])
     row = db.execute(f"{select} WHERE id = ?", (number,)).fetchone()
     return None if row is None else _chunk(row)
 

@@ -24,6 +24,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+from ingestd.base import envelope
 from ingestd.base.errors import JournalFailed, Overloaded
 from ingestd.base.rate import STALLED
 from ingestd.base.record import Layout, Records, join
@@ -253,7 +254,7 @@ class JournalWriter:
         chunks = [*write.chunks, *moved.chunks]
         written = (4 + len(write.claims) + len(write.bookmarks)) * PAGE_BYTES
         for chunk in chunks:
-            written += len(chunk.records.payload)
+            written += chunk.records.held_bytes
         for letter in write.refused:
             written += len(letter.payload)
         self._checkpointer.wrote(written)
@@ -291,13 +292,13 @@ class JournalWriter:
         appends = [op.append for op in ops if type(op) is QueuedAppend]
         sweep = self._sweep(ops, now)
         next_chunk = self._store.meta.last_chunk + 1
-        runs, places = _joined([one.records for one in appends], next_chunk)
+        runs, places = _joined(appends, next_chunk)
         refused: list[DeadLetter] = []
         claims: list[IdempotencyClaim] = []
         bookmarks: list[SourceOffset] = []
         for one in appends:
             for invalid in one.invalid:
-                refused.append(invalid_letter(invalid, now, one.principal))  # noqa: PERF401
+                refused.append(invalid_letter(invalid, now, one))  # noqa: PERF401
             if one.claim is not None:
                 claims.append(one.claim)
             if one.offset is not None:
@@ -355,34 +356,46 @@ def _with_others(write: Write, ops: Sequence[Op]) -> Write:
     )
 
 
-def _joined(runs: Sequence[Records], number: int) -> tuple[list[Records], list[Place]]:
+def _joined(appends: Sequence[Append], number: int) -> tuple[list[Records], list[Place]]:
     """Small neighbours as one run, large ones in pieces, everything in the order it came in.
 
     Returns:
-        The runs, and where each of those that came is if they are the chunks from `number` on.
+        The runs, and where each append's records are if they are the chunks from `number` on.
     """
     chunks: list[Records] = []
     places: list[Place] = []
-    group: list[Records] = []
+    group: list[Append] = []
     size = first = 0
-    for run in runs:
+    for append in appends:
+        run = append.records
         if run.count == 0:
             places.append(Place(0, 0))
             continue
         small = len(run.payload) < JOIN_BYTES and run.layout is Layout.LINES
         if group and (not small or size + len(run.payload) > CHUNK_BYTES):
-            chunks.append(join(group))
+            chunks.append(_together(group))
             group, size, first = [], 0, 0
         if small:
             places.append(Place(number + len(chunks), first))
-            group.append(run)
             size += len(run.payload)
+            if not group or append.envelope is not group[-1].envelope:
+                size += len(append.envelope)
+            group.append(append)
             first += run.count
             continue
-        pieces = run.pieces(CHUNK_BYTES)
+        pieces = _together([append]).pieces(CHUNK_BYTES)
         counts = tuple(piece.count for piece in pieces) if len(pieces) > 1 else ()
         places.append(Place(number + len(chunks), 0, counts))
         chunks += pieces
     if group:
-        chunks.append(join(group))
+        chunks.append(_together(group))
     return chunks, places
+
+
+def _together(group: Sequence[Append]) -> Records:
+    """The records of some appends as one run, with their envelopes."""
+    records = join([append.records for append in group])
+    envelopes = envelope.joined(
+        [(one.records.count, one.records.envelopes or one.envelope) for one in group]
+    )
+    return records._replace(envelopes=envelopes) if envelopes else records
