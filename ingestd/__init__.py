@@ -33,15 +33,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ingestd.base.envelope import Envelope
-    from ingestd.handlers.batch import Batch, Reject, Retry
+    from ingestd.handlers.batch import Batch, Blocked, Reject, Retry, RetryAfter, Unavailable
 
     __version__: str
 
-__all__ = ["Batch", "Envelope", "Reject", "Retry", "__version__"]
+__all__ = [
+    "Batch", "Blocked", "Envelope", "Reject", "Retry", "RetryAfter", "Unavailable", "__version__",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
-    if name in {"Batch", "Envelope", "Reject", "Retry"}:
+    if name in __all__ and name != "__version__":
         from ingestd.handlers import batch  # noqa: PLC0415
 
         value: object = getattr(batch, name)

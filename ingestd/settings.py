@@ -8,6 +8,7 @@ A component's section is in its own folder; here are those of the daemon and of 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union
 
@@ -30,14 +31,15 @@ from ingestd.config.keys import Schema
 from ingestd.config.loader import Change, plan
 from ingestd.config.network import check_address, check_hosts, split_address
 from ingestd.config.sections import Choice, Reloadable, Section, ValidationProblems, own_name
-from ingestd.config.units import Count, Seconds, Size, Words, show_size
+from ingestd.config.units import Count, Seconds, Size, Words, parse_size, parse_words, show_size
 from ingestd.execution.settings import ExecutorSettings, HandlerSettings, RetrySettings
 from ingestd.execution.settings import problems_of as execution_problems
+from ingestd.handlers.target import own_sink
 from ingestd.journal.settings import DeadSettings, JournalSettings, beyond_a_row
 from ingestd.registry import SOURCES
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Sequence
 
     from ingestd.http.settings import HttpSettings
     from ingestd.sources.base import SourceKind
@@ -327,12 +329,14 @@ class Settings(_WithSources):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_pipelines(cls, values: dict[str, Any]) -> dict[str, Any]:
+    def _fill_pipelines(cls, values: dict[str, Any]) -> Any:
         named = values.get("pipelines")
         if not isinstance(named, Mapping):
-            return values
-        filled = {name: inherit(values, _plain(table)) for name, table in named.items()}
-        return {**values, "pipelines": filled}
+            return _with_hints(values)
+        filled = {
+            name: _with_hints(inherit(values, _plain(table))) for name, table in named.items()
+        }
+        return _with_hints({**values, "pipelines": filled})
 
     @model_validator(mode="after")
     def _check_together(self) -> Settings:
@@ -391,6 +395,45 @@ def inherit(top: Mapping[str, Any], table: Any) -> Any:
         elif isinstance(above, Mapping) and isinstance(own, Mapping):
             known = {name: value for name, value in above.items() if name in section.model_fields}
             filled[key] = {**known, **own}
+    return filled
+
+
+def hints_for(targets: Iterable[str]) -> dict[str, Any]:
+    """Settings of `[batch]` that suit the sinks of ingestd's among some handlers: the largest."""
+    found: dict[str, Any] = {}
+    for target in targets:
+        hints = getattr(own_sink(target), "BATCH", None)
+        wanted: dict[str, Any] = hints._asdict() if hints is not None else {}
+        for key, value in wanted.items():
+            if value is not None:
+                found[key] = max(value, found.get(key, value))
+    return found
+
+
+def _with_hints(table: Any) -> Any:
+    """A pipeline's table, with the bounds that suit its sink where the user says nothing."""
+    if not isinstance(table, Mapping):
+        return table
+    handler, batch, queue = (_plain(table.get(key, {})) for key in ("handler", "batch", "queue"))
+    if not all(isinstance(one, Mapping) for one in (handler, batch, queue)):
+        return table
+    try:
+        targets = parse_words(handler.get("targets", ())) or (handler.get("target", "jsonl"),)
+    except ValueError:  # which the model says better
+        return table
+    hints = hints_for(targets)
+    if not hints:
+        return table
+    filled = {**table, "batch": {**hints, **batch}}
+    if "bytes_max" in hints and "bytes_max" not in batch:
+        if "bytes_max" in queue:
+            # The user's bound; two batches are to find room in it.
+            with suppress(ValueError):
+                room = parse_size(queue["bytes_max"])
+                filled["batch"]["bytes_max"] = max(1, min(hints["bytes_max"], room // 2))
+        else:
+            room = max(2 * hints["bytes_max"], QueueSettings().bytes_max)
+            filled["queue"] = {**queue, "bytes_max": room}
     return filled
 
 
@@ -470,7 +513,7 @@ def _without_room(settings: Settings, name: str, pipeline: PipelineSettings) -> 
 
 
 def _in_a_pipeline(pipeline: PipelineSettings) -> Iterator[tuple[str, str]]:
-    yield from execution_problems(pipeline.retry, pipeline.executor)
+    yield from execution_problems(pipeline.retry, pipeline.executor, pipeline.handler)
     if pipeline.queue.bytes_max < pipeline.batch.bytes_max:
         room, batch = show_size(pipeline.queue.bytes_max), show_size(pipeline.batch.bytes_max)
         text = f"{room} has no room for one batch of batch.bytes_max ({batch})"

@@ -71,16 +71,22 @@ class HandlerStatus(msgspec.Struct, frozen=True):
     """State of the handler.
 
     Attributes:
-        state: `down` when it has failed for everything lately.
+        state: `down` when it has failed for everything lately; `blocked` when it says that an
+            operator has to act, as with a table or a right that is missing.
         down_since: when that began, UTC.
         error: the newest failure in one line.
         down_since_seconds: the same, since the epoch; 0 while it works.
     """
 
-    state: Literal["up", "down"] = "up"
+    state: Literal["up", "down", "blocked"] = "up"
     down_since: str | None = None
     error: str = ""
     down_since_seconds: float = 0.0
+
+    @property
+    def is_blocked(self) -> bool:
+        """Tells if it waits for an operator."""
+        return self.state == "blocked"
 
 
 class DeadLettersStatus(msgspec.Struct, frozen=True):
@@ -309,12 +315,13 @@ def status_of_source(running: RunningSource) -> SourceStatus:
 
 
 def _handler(pipeline: Pipeline) -> HandlerStatus:
-    since = pipeline.dispatcher.failures.down_since
+    failures = pipeline.dispatcher.failures
+    since = failures.down_since
     if not since:
         return HandlerStatus()
     at = datetime.fromtimestamp(since, UTC).isoformat(timespec="seconds")
-    error = pipeline.dispatcher.failures.last_error
-    return HandlerStatus("down", at.replace("+00:00", "Z"), error, since)
+    state: Literal["down", "blocked"] = "blocked" if failures.blocked else "down"
+    return HandlerStatus(state, at.replace("+00:00", "Z"), failures.last_error, since)
 
 
 def stages_of(pipeline: Pipeline) -> Iterator[Stage]:

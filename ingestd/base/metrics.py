@@ -89,6 +89,7 @@ _STATE = (
         "handler_down_since_seconds",
         "Unix time since when all tries fail; 0 if not.",
     ),
+    ("handler.is_blocked", "handler_blocked", "1 while the sink waits for an operator."),
     ("oldest_pending_seconds", "oldest_pending_seconds", "Age of the oldest unsettled record."),
 )
 

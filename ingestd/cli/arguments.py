@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, get_origin
 from ingestd.config.keys import dotted, settings_of, shown, tables_of, unit_of
 from ingestd.config.layers import Flag
 from ingestd.config.sections import Choice
+from ingestd.handlers.options import options_of
+from ingestd.handlers.target import own_sink
 from ingestd.registry import SINKS
 from ingestd.settings import SCHEMA, Settings
 
@@ -83,9 +85,27 @@ def add_settings(parser: Parser, argv: Sequence[str]) -> None:
             more = ", …" if len(keys) > _KEYS_SHOWN else ""
             text = f"{field.description}: {', '.join(keys[:_KEYS_SHOWN])}{more}"
             _add(group, f"--{table}.NAME.KEY", f"{table}.NAME.KEY", "VALUE", text)
-    parser.epilog = f"sinks: {', '.join(SINKS.names())}"
+    parser.epilog = f"sinks: {', '.join(SINKS.names())}; with one, the flags of its options follow"
+    for target in [word for word in SINKS.own if {word, f"--handler.target={word}"} & set(argv)]:
+        _add_options(parser, target)
+    taken = parser._option_string_actions  # noqa: SLF001
     for flag in _own_names(argv):
+        if flag in taken:
+            continue
         _add(group, flag, flag.removeprefix("--"), "VALUE", argparse.SUPPRESS)
+
+
+def _add_options(parser: argparse.ArgumentParser, sink: str) -> None:
+    """Adds the flags of a sink's options."""
+    struct = options_of(own_sink(sink))
+    if struct is None:
+        return
+    group = parser.add_argument_group(f"options of {sink}")
+    for one in struct.help():
+        known = f" [{one.default}]" if one.default else ""
+        flag = f"--handler.options.{one.name}"
+        text = f"{one.text}{known if one.default is not None else ' (required)'}"
+        _add(group, flag, flag[2:], one.kind.upper(), text.replace("%", "%%"))
 
 
 def add_data_dir(parser: argparse.ArgumentParser) -> None:

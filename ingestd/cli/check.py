@@ -5,17 +5,22 @@ Each setting is a line of TOML with its origin; secrets are masked. Nothing is o
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import ConfigError, ExecutorLoadError, Exit, HandlerLoadError
-from ingestd.cli.arguments import add_settings as add_arguments
+from ingestd.cli.arguments import Parser, add_settings
 from ingestd.cli.configured import configured
 from ingestd.cli.output import fail, say
 from ingestd.config.keys import dotted, quoted, shown
+from ingestd.config.loader import DEFAULT
 from ingestd.config.sections import MASK
-from ingestd.handlers.target import is_ours
+from ingestd.handlers.options import Secret, options_of
+from ingestd.handlers.target import own_sink
 from ingestd.settings import SCHEMA
 
 if TYPE_CHECKING:
@@ -23,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from ingestd.config.loader import Loaded
+    from ingestd.handlers.outcome import SinkFinding
+    from ingestd.handlers.runner import HandlerConfig, Runner
     from ingestd.settings import PipelineSettings, Settings
 
 
@@ -40,11 +47,19 @@ def effective(loaded: Loaded[Settings]) -> Iterator[str]:
     lines = []
     for path, value in SCHEMA.values_of(loaded.settings):
         origin = loaded.origins[dotted(path)]
+        if origin == DEFAULT and _is_hint(path, value):
+            origin = "suits the sink"
         text = f"{dotted(path)} = {_toml(_visible(path, value, origin, loaded))}"
         lines.append((text, origin))
     width = min(max(len(text) for text, _ in lines), _WIDTH_MAX)
     for text, origin in lines:
         yield f"{text:<{width}}  # {_one_line(origin)}"
+
+
+def _is_hint(path: Sequence[str], value: object) -> bool:
+    """Returns True for a bound that is neither written nor the default."""
+    field = SCHEMA.field_at(path)
+    return path[-2:-1] in [("batch",), ("queue",)] and field is not None and value != field.default
 
 
 def _visible(path: Sequence[str], value: object, origin: str, loaded: Loaded[Settings]) -> object:
@@ -57,10 +72,13 @@ def _visible(path: Sequence[str], value: object, origin: str, loaded: Loaded[Set
 
 
 def _harmless(path: Sequence[str], loaded: Loaded[Settings]) -> bool:
-    """Returns True for options of our own sinks, which have no secrets."""
+    """Returns True for an option of our own sinks that is no secret."""
     settings: Any = loaded.settings
     handler = settings.handler if path[0] == "handler" else settings.pipelines[path[1]].handler
-    return is_ours(handler.target)
+    names = path[path.index("options") + 1 :]
+    target = handler.target if not handler.targets else names[0] if names else ""
+    struct = options_of(own_sink(target))
+    return struct is not None and not set(names) & set(struct.named(Secret))
 
 
 def _option(path: Sequence[str], value: object, harmless: bool) -> object:
@@ -98,9 +116,19 @@ def _one_line(text: str) -> str:
 DESCRIPTION = """\
 Reads the configuration and the files that it names, and imports the handlers, as `ingestd run` with
 the same flags would, and opens nothing: no port, no journal, no folder. Prints every
-effective setting with its origin, as TOML; secrets are masked.
+effective setting with its origin, as TOML; secrets are masked. --connect asks the sinks as well.
 
-exit codes: 0 all is well; 2 usage; 78 configuration or handler"""
+exit codes: 0 all is well; 2 usage; 78 configuration or handler, or an error that a sink found"""
+
+
+def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
+    """Adds the flags: those of `run`, and one that asks the sinks."""
+    add_settings(parser, argv)
+    parser.add_argument(
+        "--connect",
+        action="store_true",
+        help="ask the sinks too: reachable, rights, tables, settings that promises rest on",
+    )
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -109,6 +137,7 @@ def execute(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: the configuration is wrong.
     """
+    from ingestd.execution.build import handler_config  # noqa: PLC0415
     from ingestd.journal.build import build_journal  # noqa: PLC0415  help needs no SQLite
 
     loaded = configured(arguments)
@@ -117,8 +146,18 @@ def execute(arguments: argparse.Namespace) -> int:
     code = _check_access(loaded.settings)
     say("\n# handlers")
     for name, pipeline in loaded.settings.pipeline_settings().items():
+        config = handler_config(
+            name,
+            pipeline.executor,
+            pipeline.handler,
+            pipeline.format,
+            loaded.settings.data_dir,
+        )
         try:
-            say(f"# {name}: {pipeline.handler.target} is {_resolve(pipeline)}")
+            targets = ", ".join(pipeline.handler.all_targets)
+            say(f"# {name}: {targets} is {_resolve(pipeline, config)}")
+            if arguments.connect:
+                code = max(code, _connect(name, config))
             build_journal(
                 pipeline.journal,
                 pipeline.dead,
@@ -145,28 +184,45 @@ def _check_access(settings: Settings) -> int:
     return int(code)
 
 
-def _resolve(pipeline: PipelineSettings) -> str:
+def _resolve(pipeline: PipelineSettings, config: HandlerConfig) -> str:
     """The handler's full name, and the executor that will run it.
 
     Raises:
         HandlerLoadError: it can't be imported, or does not fit its pipeline or its options.
         ExecutorLoadError: the factory of its executor can't be imported.
     """
+    from ingestd.execution.build import fitting_kind  # noqa: PLC0415
     from ingestd.execution.external import load_factory  # noqa: PLC0415
-    from ingestd.handlers.load import load  # noqa: PLC0415  only now the user's code is needed
-    from ingestd.handlers.target import is_ours  # noqa: PLC0415
+    from ingestd.handlers.chain import load_configured  # noqa: PLC0415  only now it is needed
 
-    handler = pipeline.handler
     executor = pipeline.executor
     kind: str = "external" if executor.factory else executor.kind
-    spec = load(handler.target, record_format=pipeline.format, executor=kind)
-    spec.check_options(handler.options)
-    found = spec.found
-    module = getattr(found, "__module__", type(found).__module__)
+    spec = load_configured(msgspec.structs.replace(config, executor=kind))
+    spec.check_options(config.options)
     if executor.factory:
         load_factory(executor.factory)
         kind = executor.factory
     elif kind == "auto":
-        kind = "thread" if is_ours(handler.target) else "async" if spec.is_async else "process"
-    qualified = getattr(found, "__qualname__", type(found).__qualname__)
-    return f"{module}:{qualified} (executor: {kind})"
+        fitting = fitting_kind(config)
+        kind = "async" if spec.is_async and fitting == "process" else fitting
+    return f"{spec.full_name} (executor: {kind})"
+
+
+def _connect(name: str, config: HandlerConfig) -> Exit:
+    """Prints the findings of a handler's `check()`."""
+    from ingestd.handlers.runner import Runner  # noqa: PLC0415
+
+    runner = Runner(config, fail)
+    runner.prepare()
+    findings = asyncio.run(_checked(runner)) if runner.is_async else runner.check()
+    for one in findings:
+        say(f"# {name}: {one.level}: {one.text}")
+    if not runner.is_async:
+        runner.close()
+    return Exit.CONFIG if any(one.level == "error" for one in findings) else Exit.OK
+
+
+async def _checked(runner: Runner) -> list[SinkFinding]:
+    findings = await runner.check_async()
+    await runner.close_async()
+    return findings

@@ -49,8 +49,6 @@ class Configuration:
         Raises:
             ConfigError: with one line for everything that is wrong.
         """
-        from ingestd.handlers.target import PATH_OPTIONS  # noqa: PLC0415  not for --help
-
         loaded = load(
             Settings,
             self._arguments.flags,
@@ -60,7 +58,7 @@ class Configuration:
             before=self._before,
         )
         self._before = loaded
-        return replace(loaded, settings=anchored(loaded.settings, self._cwd, PATH_OPTIONS))
+        return replace(loaded, settings=anchored(loaded.settings, self._cwd))
 
 
 def here() -> Path:

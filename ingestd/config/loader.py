@@ -21,7 +21,7 @@ from ingestd.config.sections import AFile, Reloadable, Section, ValidationProble
 from ingestd.config.units import NotUnderstoodError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from pydantic.fields import FieldInfo
     from pydantic_core import ErrorDetails
@@ -315,18 +315,17 @@ _PLAIN = {
 }
 
 
-def anchored(settings: S, cwd: Path, sink_paths: Mapping[str, Collection[str]] = {}) -> S:
+def anchored(settings: S, cwd: Path) -> S:
     """The settings with every path absolute, and with the user's folder for a leading `~`.
 
     Args:
         settings: as they were written.
         cwd: what a relative path starts from.
-        sink_paths: the options that are paths, for each handler that is known to have some.
 
     Raises:
         ConfigError: there is no such user's folder; names the setting.
     """
-    return settings.model_copy(update=dict(_changes(settings, cwd, sink_paths, ())))
+    return settings.model_copy(update=dict(_changes(settings, cwd, ())))
 
 
 def absolute(path: str | Path, cwd: Path, key: str) -> Path:
@@ -344,35 +343,39 @@ def absolute(path: str | Path, cwd: Path, key: str) -> Path:
         ) from None
 
 
-def _changes(
-    model: BaseModel,
-    cwd: Path,
-    sink_paths: Mapping[str, Collection[str]],
-    above: tuple[str, ...],
-) -> Iterator[tuple[str, Any]]:
-    options = model.path_options(sink_paths) if isinstance(model, Section) else ()
+def _changes(model: BaseModel, cwd: Path, above: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    options = model.path_options() if isinstance(model, Section) else ()
     for name, field in type(model).model_fields.items():
         value, path = getattr(model, name), (*above, name)
         if _names_a_file(field, value):
             yield name, type(value)(absolute(value, cwd, dotted(path)))
         elif isinstance(value, BaseModel):
-            changed = dict(_changes(value, cwd, sink_paths, path))
-            yield name, value.model_copy(update=changed)
+            yield name, value.model_copy(update=dict(_changes(value, cwd, path)))
         elif isinstance(value, dict) and any(isinstance(one, BaseModel) for one in value.values()):
             yield (
                 name,
                 {
-                    key: one.model_copy(update=dict(_changes(one, cwd, sink_paths, (*path, key))))
+                    key: one.model_copy(update=dict(_changes(one, cwd, (*path, key))))
                     for key, one in value.items()
                 },
             )
-        elif isinstance(value, dict) and any(_is_path(value.get(key)) for key in options):
-            made = {
-                key: str(absolute(value[key], cwd, dotted((*path, key))))
-                for key in options
-                if _is_path(value.get(key))
-            }
-            yield name, {**value, **made}
+        elif isinstance(value, dict) and options:
+            for keys in options:
+                value = _with_absolute(value, keys, cwd, path)
+            yield name, value
+
+
+def _with_absolute(
+    table: dict[str, Any], keys: tuple[str, ...], cwd: Path, above: tuple[str, ...]
+) -> dict[str, Any]:
+    """A table of options with the path at some keys absolute, if there is one."""
+    first, *rest = keys
+    value, path = table.get(first), (*above, first)
+    if rest and isinstance(value, dict):
+        return {**table, first: _with_absolute(value, tuple(rest), cwd, path)}
+    if rest or not _is_path(value):
+        return table
+    return {**table, first: str(absolute(table[first], cwd, dotted(path)))}
 
 
 def _is_path(value: object) -> bool:

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from pydantic import GetCoreSchemaHandler
 
@@ -30,12 +30,8 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     EXAMPLE: ClassVar[tuple[str, tuple[str, ...]]] = ("", ())
 
-    def path_options(self, known: Mapping[str, Collection[str]]) -> Collection[str]:  # noqa: ARG002
-        """The keys of this section's table of options that are paths.
-
-        Args:
-            known: the options that are paths, for each handler that is known to have some.
-        """
+    def path_options(self) -> Collection[tuple[str, ...]]:
+        """The keys of paths in this section's table of options, each from the table on."""
         return ()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 from functools import partial
+from inspect import iscoroutinefunction
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import msgspec
@@ -22,7 +23,7 @@ from ingestd.execution.inprocess import CoroutinePool, CoroutineWorker, ThreadWo
 from ingestd.execution.pool import START_TIMEOUT, Pool, ThreadedPool
 from ingestd.execution.process import ProcessWorker
 from ingestd.handlers.runner import HandlerConfig, Runner
-from ingestd.handlers.target import is_ours
+from ingestd.handlers.target import own_sink
 from ingestd.handlers.wire import InitMessage
 from ingestd.registry import EXECUTORS
 
@@ -91,19 +92,32 @@ async def start_pool(
         HandlerLoadError: the handler can't be loaded.
         ExecutorLoadError: `executor.factory` can't be, or gives no executor.
     """
-    config = HandlerConfig(
+    config = handler_config(name, executor, handler, record_format, data_dir)
+    context = PoolContext(name, config, on_restart, surroundings)
+    if executor.factory:
+        return await _start_external(executor, _with_kind(context, "external"))
+    start: StartPool = EXECUTORS.load(executor.kind)
+    return await start(executor, context)
+
+
+def handler_config(
+    name: str,
+    executor: ExecutorSettings,
+    handler: HandlerSettings,
+    record_format: Format,
+    data_dir: Path,
+) -> HandlerConfig:
+    """The configuration of a pipeline's workers; takes what `start_pool` takes."""
+    return HandlerConfig(
         target=handler.target,
         options=dict(handler.options),
         record_format=record_format,
         executor=executor.kind,
         pipeline=name,
         data_dir=os.fsencode(data_dir),
+        transform=handler.transform,
+        targets=handler.targets,
     )
-    context = PoolContext(name, config, on_restart, surroundings)
-    if executor.factory:
-        return await _start_external(executor, _with_kind(context, "external"))
-    start: StartPool = EXECUTORS.load(executor.kind)
-    return await start(executor, context)
 
 
 async def _start_external(
@@ -125,9 +139,22 @@ async def _start_external(
 
 async def start_fitting(executor: ExecutorSettings, context: PoolContext) -> tuple[Pool[Any], str]:
     """Starts threads for a sink of ingestd's, an event loop for a coroutine, else processes."""
-    if is_ours(context.config.target):
-        return await start_threads(executor, _with_kind(context, "thread"))
-    return await start_processes(executor, context)
+    kind = fitting_kind(context.config)
+    if kind == "process":
+        return await start_processes(executor, context)
+    start = start_coroutines if kind == "async" else start_threads
+    return await start(executor, _with_kind(context, kind))
+
+
+def fitting_kind(config: HandlerConfig) -> str:
+    """The executor that suits a handler: `process` for all that is not ingestd's own.
+
+    A process may still find that it is async; see `start_processes`.
+    """
+    sinks = [own_sink(target) for target in config.targets or (config.target,)]
+    if config.transform or None in sinks:
+        return "process"
+    return "async" if any(iscoroutinefunction(sink.__call__) for sink in sinks) else "thread"
 
 
 async def start_processes(
@@ -162,8 +189,8 @@ async def start_processes(
 async def start_threads(executor: ExecutorSettings, context: PoolContext) -> tuple[Pool[Any], str]:
     """Starts threads of the daemon."""
     threads = [
-        ThreadWorker(worker, _runner(context.config, worker))
-        for worker in context.workers(executor)
+        ThreadWorker(worker, _runner(context.config, worker), checks=number == 0)
+        for number, worker in enumerate(context.workers(executor))
     ]
     pool = ThreadedPool(threads, overrun=executor.timeout)
     await _start(pool, context.config.target)
@@ -177,9 +204,13 @@ async def start_coroutines(
     loops = HandlerLoops(context.name)
     coroutines = [
         CoroutineWorker(
-            worker, partial(_runner, context.config, worker), loops, timeout=executor.timeout
+            worker,
+            partial(_runner, context.config, worker),
+            loops,
+            timeout=executor.timeout,
+            checks=number == 0,
         )
-        for worker in context.workers(executor)
+        for number, worker in enumerate(context.workers(executor))
     ]
     pool = CoroutinePool(coroutines, loops)
     await _start(pool, context.config.target)

@@ -128,6 +128,8 @@ class FailureLog:
         self._down_since: float | None = None
         self.down_since = 0.0
         """Seconds since the epoch; 0 while the handler works."""
+        self.blocked = False
+        """The sink says that an operator has to act."""
         self.last_error = ""
         """The newest failure in one line, while it is down."""
 
@@ -142,14 +144,11 @@ class FailureLog:
         since, self._down_since = self._down_since, self._outage.down_since
         if since is None and self._down_since is not None and failure is not None:
             self.down_since = self._clock.now() - (now - self._down_since)
-            log.error(
-                "handler_went_down",
-                pipeline=self._pipeline,
-                reason=failure.reason,
-                error=failure.error,
-                exception=failure.traceback,
-                pending=self._pending(),
-            )
+            if not self._outage.blocked:  # which has a line of its own
+                log.error("handler_went_down", reason=failure.reason, **self._told(failure))
+        blocked, self.blocked = self.blocked, self._outage.blocked
+        if failure is not None and self.blocked and not blocked:
+            log.error("handler_blocked", **self._told(failure))
         if since is None or self._down_since is not None:
             return False
         self.down_since, self.last_error = 0.0, ""
@@ -160,6 +159,14 @@ class FailureLog:
             pending=self._pending(),
         )
         return True
+
+    def _told(self, failure: Failure) -> dict[str, object]:
+        return {
+            "pipeline": self._pipeline,
+            "error": failure.error,
+            "exception": failure.traceback,
+            "pending": self._pending(),
+        }
 
     def _failed(self, failure: Failure, now: float, **facts: object) -> None:
         self.last_error = failure.error

@@ -14,11 +14,11 @@ from ingestd.handlers.failure import failure_of
 from ingestd.handlers.outcome import Failure, Result
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from ingestd.execution.event_loops import Call, HandlerLoops
     from ingestd.execution.job_queue import JobQueue
-    from ingestd.handlers.outcome import Job
+    from ingestd.handlers.outcome import Job, SinkFinding
     from ingestd.handlers.runner import Runner
 
 
@@ -34,11 +34,13 @@ class ThreadWorker:
     Args:
         name: for the thread and the log.
         runner: loads and calls the handler; used by this thread only.
+        checks: it asks for the findings of the handler's `check()` before its first job.
     """
 
-    def __init__(self, name: str, runner: Runner) -> None:
+    def __init__(self, name: str, runner: Runner, *, checks: bool = False) -> None:
         self._name = name
         self._runner = runner
+        self._checks = checks
         self._thread = OwnThread(name)
 
     async def start(self) -> None:
@@ -49,6 +51,8 @@ class ThreadWorker:
 
     def serve(self, jobs: JobQueue) -> None:
         """See `ThreadedWorker.serve`."""
+        if self._checks:
+            self._thread.submit(lambda: log_findings(self._runner.check()))
         self._thread.submit(jobs.serve, self._runner.run, self._name, self._runner.renew)
 
     def _close(self) -> None:
@@ -84,15 +88,23 @@ class CoroutineWorker:
         runners: makes what loads and calls the handler.
         loops: of its pool.
         timeout: seconds after which a job is cancelled.
+        checks: it asks for the findings of the handler's `check()` beside its first jobs.
     """
 
     def __init__(
-        self, name: str, runners: Callable[[], Runner], loops: HandlerLoops, *, timeout: float
+        self,
+        name: str,
+        runners: Callable[[], Runner],
+        loops: HandlerLoops,
+        *,
+        timeout: float,
+        checks: bool = False,
     ) -> None:
         self._name = name
         self._runners = runners
         self._runner = runners()
         self._loops = loops
+        self._checks = checks
         self._timeout = timeout
         self._grace = min(timeout, GRACE_SECONDS)
         self._prepared = False
@@ -107,6 +119,8 @@ class CoroutineWorker:
         self._prepared = True
         if error:
             log.warning("handler_not_ready", worker=self._name, error=error)
+        if self._checks:
+            self._loops.current.call(partial(_check, self._runner))
 
     async def run(self, job: Job) -> Result:
         """See `Worker.run`."""
@@ -200,6 +214,17 @@ def _result_of(call: Call[Result]) -> Result:
     if error := call.done.exception():
         return Result(failure=failure_of(error))
     return call.done.result()
+
+
+async def _check(runner: Runner) -> None:
+    log_findings(await runner.check_async())
+
+
+def log_findings(findings: Iterable[SinkFinding]) -> None:
+    """Logs what the `check()` of a sink found, a line each."""
+    write = {"error": log.error, "warning": log.warning, "info": log.info}
+    for one in findings:
+        write[one.level]("sink_checked", finding=one.text)
 
 
 async def _prepare(runner: Runner) -> str:

@@ -11,6 +11,9 @@ something about itself, a fresh failure may say something about the sink.
 * **down**: at least `DOWN_TRIES` fresh tries have failed over at least `DOWN_SECONDS`. This is what
   is reported. Down and paused together are an *outage*: its tries are not counted against batches.
 
+A fresh failure that the handler calls `blocked` (a table or a right that is missing) is enough
+alone: the handler is paused and down at once, and *blocked*.
+
 The answers that lead to up:
 
 * a record was processed. This alone is evidence against batches that fail (`successes`);
@@ -29,13 +32,16 @@ Invariants, each with a test:
    unless that has not come back for `retry.backoff_max` (a call that hangs must not keep a handler
    down that has come back).
 3. A wait is never longer than `retry.backoff_max`, nor than an eighth of the outage so far (and
-   10 ms): a sink that is back is noticed within an eighth of the time for which it was down.
+   10 ms): a sink that is back is noticed within an eighth of the time for which it was down. Where
+   the handler says `unavailable` or `blocked` it is never longer than `KNOWN_SECONDS` either.
 4. Without a fresh failure nothing is paused, and nothing is down.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+
+from ingestd.handlers.outcome import BLOCKED, UNAVAILABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +52,8 @@ WAIT_MIN = 0.01
 """Seconds; the bound of the first waits, when an outage has lasted for no time yet."""
 PROBE_SECONDS = 10.0
 """A probe that has run for so long, and for `retry.backoff_max`, does not keep others waiting."""
+KNOWN_SECONDS = 5.0
+"""Longest wait between probes of a sink that says itself that it cannot: asking costs it little."""
 _PART = 8  # of the outage so far
 
 
@@ -70,6 +78,7 @@ class Outage:
     Attributes:
         successes: how many there have been; says what came before what.
         on_change: called when a try may start earlier than `next_at` said before.
+        blocked: the sink says that an operator has to act.
     """
 
     def __init__(self, longest: float, random: Callable[[], float]) -> None:
@@ -84,13 +93,14 @@ class Outage:
         self._tries = 0
         self._since = 0.0
         self._is_down = False
+        self.blocked = False
         self._probe: int | None = None
         self._next_at = 0.0
 
     @property
     def paused(self) -> bool:
         """Returns True if only probes may start."""
-        return len(self._families) > 1
+        return self.blocked or len(self._families) > 1
 
     @property
     def down_since(self) -> float | None:
@@ -126,7 +136,14 @@ class Outage:
             self.on_change()
 
     def failed(
-        self, batch: int, family: int, now: float, *, fresh: bool, after: float | None = None
+        self,
+        batch: int,
+        family: int,
+        now: float,
+        *,
+        fresh: bool,
+        after: float | None = None,
+        reason: str = "",
     ) -> None:
         """A try failed.
 
@@ -136,17 +153,21 @@ class Outage:
             now: the time.
             fresh: the batch had not failed before the last success.
             after: seconds that the handler asked to be left alone.
+            reason: of the failure.
         """
         if fresh:
             self._since = self._since if self._tries else now
             self._tries += 1
-            if not self.paused:
+            if len(self._families) < 2:
                 self._families.add(family)
-            if self._tries >= DOWN_TRIES and now - self._since >= DOWN_SECONDS:
-                self._is_down = True
+            self.blocked = reason == BLOCKED
+            is_long = self._tries >= DOWN_TRIES and now - self._since >= DOWN_SECONDS
+            self._is_down = self._is_down or self.blocked or is_long
         if self.paused and self._probe in (None, batch):
             self._probe = None
-            seconds = wait(now - self._since, self._longest, self._random)
+            known = reason in {UNAVAILABLE, BLOCKED}
+            longest = min(self._longest, KNOWN_SECONDS) if known else self._longest
+            seconds = wait(now - self._since, longest, self._random)
             self._next_at = now + max(seconds, min(after or 0.0, self._longest))
             self.on_change()
 
@@ -161,6 +182,7 @@ class Outage:
         """No batch that has failed is left; whether the handler works is not known."""
         paused = self.paused
         self._families.clear()
+        self.blocked = False
         self._probe = None
         if paused:
             self.on_change()

@@ -19,6 +19,11 @@ evidence a failure may be the handler's own (its database is down), and the batc
 
 `raise Retry` is neither: it spends no try. It is bounded by `give_up_after` alone.
 
+`raise Unavailable` is like any other failure, but time alone gives nothing up: the sink said that
+no record is at fault. `raise Blocked` is known to be the sink's at once. Its batch stays whole and
+waits, unless something else has succeeded since it first failed: then it is judged like any other,
+for then it is this batch alone that the sink refuses.
+
 The backoff is exponential with full jitter, see `ingestd/base/backoff.py`.
 """
 
@@ -28,7 +33,7 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base import backoff as base
-from ingestd.handlers.outcome import POSTPONED
+from ingestd.handlers.outcome import BLOCKED, POSTPONED, SAID, UNAVAILABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -199,9 +204,11 @@ def _is_too_old(context: RetryContext, rule: RetryRule, *, asked: bool = False) 
 def _failed(
     failure: Failure, context: RetryContext, rule: RetryRule, usual: float
 ) -> Resolve | RetryBatch:
+    if failure.reason == BLOCKED and not context.proven:
+        return RetryBatch(usual, failure)
     asked = failure.reason == POSTPONED
     guilty = not asked and _is_guilty(context, rule)
-    too_old = _is_too_old(context, rule, asked=asked)
+    too_old = failure.reason != UNAVAILABLE and _is_too_old(context, rule, asked=asked)
     if context.count > 1 and not asked:
         most = min(rule.attempts_max, PART_TRIES) if context.is_part else rule.attempts_max
         spent = context.attempts >= most and context.may_split
@@ -209,7 +216,7 @@ def _failed(
         if guilty or (not context.paused if too_old else spent):
             return _halves(context.count)
     if guilty or too_old:
-        reason = "failed" if failure.reason in {"raised", POSTPONED} else failure.reason
+        reason = "failed" if failure.reason in SAID else failure.reason
         return Resolve(
             tuple(
                 DeadLettered(index, reason, failure.error, failure.traceback)
@@ -279,6 +286,7 @@ class BatchSplitter:
                 now,
                 fresh=batch.first_failed == outage.successes,
                 after=result.failure.after,
+                reason=result.failure.reason,
             )
             if outage.is_outage and not was:
                 self._forgive()

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from ingestd.config.sections import Choice, Section
-from ingestd.config.units import Count, Seconds, Size, show_seconds
+from ingestd.config.units import Count, Seconds, Size, Words, show_seconds
+from ingestd.handlers.options import FilePath, options_of
+from ingestd.handlers.target import own_sink
 from ingestd.registry import EXECUTORS
 
 if TYPE_CHECKING:
@@ -49,6 +51,13 @@ def _name(key: object) -> str:
     return key
 
 
+def _callable(value: str) -> str:
+    module, colon, name = value.partition(":")
+    if value and not (module and colon and name):
+        raise ValueError("should be module:callable")
+    return value
+
+
 class HandlerSettings(Section):
     """`[handler]`: the handler that gets the batches."""
 
@@ -59,16 +68,31 @@ class HandlerSettings(Section):
         default_factory=dict, description="keyword arguments for a handler class or a sink"
     )
 
-    def path_options(self, known: Mapping[str, Collection[str]]) -> Collection[str]:
+    transform: Annotated[str, AfterValidator(_callable)] = Field(
+        "", description="module:callable for each record in front of the handler"
+    )
+    targets: Words = Field(
+        (), max_length=16, description="handlers that get each batch, in order, instead of target"
+    )
+
+    @property
+    def all_targets(self) -> tuple[str, ...]:
+        """The handlers that get each batch, in order."""
+        return self.targets or (self.target,)
+
+    def options_for(self, target: str) -> Mapping[str, Any]:
+        """The options of one of the handlers."""
+        return self.options.get(target, {}) if self.targets else self.options
+
+    def path_options(self) -> Collection[tuple[str, ...]]:
         """See `Section`."""
-        return known.get(self.target, ())
-
-
-def _factory(value: str) -> str:
-    module, colon, name = value.partition(":")
-    if value and not (module and colon and name):
-        raise ValueError("should be module:callable")
-    return value
+        found = {target: options_of(own_sink(target)) for target in self.all_targets}
+        return [
+            (target, name) if self.targets else (name,)
+            for target, struct in found.items()
+            if struct is not None
+            for name in struct.named(FilePath)
+        ]
 
 
 class ExecutorSettings(Section):
@@ -78,7 +102,7 @@ class ExecutorSettings(Section):
         "auto",
         description="auto: process for your function, async for your coroutine, thread for a sink",
     )
-    factory: Annotated[str, AfterValidator(_factory)] = Field(
+    factory: Annotated[str, AfterValidator(_callable)] = Field(
         "", description="module:callable that returns a concurrent.futures.Executor for the handler"
     )
     workers: Count = Field(
@@ -114,8 +138,18 @@ class RetrySettings(Section):
     )
 
 
-def problems_of(retry: RetrySettings, executor: ExecutorSettings) -> Iterator[tuple[str, str]]:
+def problems_of(
+    retry: RetrySettings, executor: ExecutorSettings, handler: HandlerSettings
+) -> Iterator[tuple[str, str]]:
     """Finds settings that cannot work together: (key, what is wrong) for each."""
+    for target in handler.targets:
+        if handler.targets.count(target) > 1:
+            yield "handler.targets", f"{target} is there more than once"
+    for name, table in handler.options.items() if handler.targets else ():
+        if name not in handler.targets:
+            yield "handler.options", f"{name!r} is none of handler.targets, which have a table each"
+        elif not isinstance(table, dict):
+            yield "handler.options", f"{name!r} should be a table, of the options of that target"
     if retry.backoff_max < retry.backoff:
         longest, first = show_seconds(retry.backoff_max), show_seconds(retry.backoff)
         yield "retry.backoff_max", f"{longest} is shorter than retry.backoff ({first})"

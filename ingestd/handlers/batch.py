@@ -12,7 +12,7 @@ import msgspec
 from ingestd.base import envelope as envelopes
 from ingestd.base.envelope import Envelope, EnvelopeRuns
 from ingestd.base.record import Records, Span
-from ingestd.handlers.outcome import AFTER_MAX, Job, Rejection
+from ingestd.handlers.outcome import AFTER_MAX, Failure, Job, Rejection
 from ingestd.handlers.outcome import RetryRequest as RetryMark
 from ingestd.handlers.text import plain
 
@@ -52,6 +52,46 @@ class Retry(Exception):  # noqa: N818  it is an answer, not an error
         super().__init__(why)
         self.why = why
         self.after = seconds_of(after)
+
+
+class RetryAfter(Retry):
+    """`Retry` for as long as the other side said: a `Retry-After`, a rate limit.
+
+    Args:
+        seconds: that this batch waits at least.
+        why: one line for people.
+    """
+
+    def __init__(self, seconds: float | timedelta, why: str = "") -> None:
+        super().__init__(why, seconds)
+
+
+class Unavailable(Exception):  # noqa: N818  it is an answer, not an error
+    """Raised by a sink: it is down, overloaded or restarting, which passes.
+
+    No record is at fault. The batch comes again as after any other exception, and the instance is
+    made anew, but time alone never gives up a record that fails like this.
+    """
+
+
+class Blocked(Exception):  # noqa: N818  it is an answer, not an error
+    """Raised by a sink: it cannot work until an operator acts, as with a missing table or right.
+
+    The pipeline waits and says so once in its log, status and metrics. It tries again every few
+    seconds, and no record is given up meanwhile.
+    """
+
+
+class PartFailed(Exception):  # noqa: N818  it carries an answer
+    """Raised by a chain of handlers: one of them failed.
+
+    Attributes:
+        failure: that of the handler.
+    """
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.error)
+        self.failure = failure
 
 
 def seconds_of(after: float | timedelta | None) -> float | None:
@@ -249,6 +289,15 @@ class Batch(Sequence[T_co], Generic[T_co]):
         """
         place = self._place(i)
         self._said[place] = RetryMark(place, seconds_of(after), plain(why))
+
+    @property
+    def job(self) -> Job:
+        """The job that the batch was made of; for ingestd."""
+        return self._job
+
+    def adopt(self, said: Rejection | RetryMark) -> None:
+        """Says of a record, by its place in the whole batch, what a part of a chain said of it."""
+        self._said[said.index] = said
 
     def reject_all(self, why: str = "") -> None:
         """Give every record up; those rejected before keep their own `why`."""

@@ -9,20 +9,29 @@ from os import getpid
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from ingestd.handlers.batch import Batch, Reject, Retry, seconds_of
+from ingestd.handlers.batch import (
+    Batch,
+    Blocked,
+    PartFailed,
+    Reject,
+    Retry,
+    Unavailable,
+    seconds_of,
+)
 from ingestd.handlers.failure import failure_of
 from ingestd.handlers.forked import ParentOnly, end_child
-from ingestd.handlers.outcome import POSTPONED, Failure, Job, Result
+from ingestd.handlers.outcome import BLOCKED, POSTPONED, UNAVAILABLE, Failure, Job, Result
 from ingestd.handlers.text import definer_of, message_of, name_of, plain
 
 if TYPE_CHECKING:
     from asyncio import Task
     from collections.abc import Callable
 
+    from ingestd.handlers.chain import ChainSpec
     from ingestd.handlers.load import HandlerSpec
 
 
-def call(spec: HandlerSpec, handler: Callable[[Any], Any], job: Job) -> Result:
+def call(spec: HandlerSpec | ChainSpec, handler: Callable[[Any], Any], job: Job) -> Result:
     """Call a handler that is not async, in this thread. Raises nothing, whatever it raises."""
     process = getpid()
     prepared = _prepared(spec, job)
@@ -43,7 +52,9 @@ def call(spec: HandlerSpec, handler: Callable[[Any], Any], job: Job) -> Result:
     return _after(batch, seconds, None, returned)
 
 
-async def call_async(spec: HandlerSpec, handler: Callable[[Any], Any], job: Job) -> Result:
+async def call_async(
+    spec: HandlerSpec | ChainSpec, handler: Callable[[Any], Any], job: Job
+) -> Result:
     """Call an async handler, in this task.
 
     Raises:
@@ -71,7 +82,7 @@ async def call_async(spec: HandlerSpec, handler: Callable[[Any], Any], job: Job)
     return _after(batch, perf_counter() - started, None, returned)
 
 
-def close(spec: HandlerSpec, handler: object) -> Failure | None:
+def close(spec: HandlerSpec | ChainSpec, handler: object) -> Failure | None:
     """Call `close()` of a handler that was made by `create`, if it is a class and has one.
 
     What it raises comes back as data: a worker leaves in good order all the same.
@@ -84,7 +95,7 @@ def close(spec: HandlerSpec, handler: object) -> Failure | None:
         return failure_of(exc)
 
 
-async def close_async(spec: HandlerSpec, handler: object) -> Failure | None:
+async def close_async(spec: HandlerSpec | ChainSpec, handler: object) -> Failure | None:
     """`close` for an async handler; its `close` may be async or not.
 
     Raises:
@@ -111,7 +122,7 @@ def _is_cancelled(task: Task[Any] | None) -> bool:
     return task is not None and task.cancelling() > 0
 
 
-def _prepared(spec: HandlerSpec, job: Job) -> tuple[Batch[Any], Any] | Result:
+def _prepared(spec: HandlerSpec | ChainSpec, job: Job) -> tuple[Batch[Any], Any] | Result:
     """The decoded batch and what the handler is called with, or the result if there is nothing."""
     if spec.wants_batch and spec.decoder.one is None and job.records.count:
         batch: Batch[Any] = Batch(None, job)
@@ -152,7 +163,16 @@ def _why(raised: Any) -> Any:
 
 def failure_from(raised: Any) -> Failure:
     """The failure that an exception of the handler's leaves, with what `Retry` asks for."""
-    if not issubclass(type(raised), Retry):
+    kind = type(raised)
+    if kind is PartFailed:
+        failure: Failure = raised.failure
+        return failure
+    if issubclass(kind, Unavailable | Blocked):
+        failure = failure_of(raised)
+        line = plain(message_of(raised, 4000)) or failure.error
+        reason = BLOCKED if issubclass(kind, Blocked) else UNAVAILABLE
+        return Failure(reason, line, failure.traceback)
+    if not issubclass(kind, Retry):
         return failure_of(raised)
     try:  # a subclass need not call our constructor
         after = raised.after

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import types
 import typing
 from collections import abc
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar, get_args, get_origin
 
 from ingestd.handlers.batch import Batch
 from ingestd.handlers.context import Context
 from ingestd.handlers.decode import CannotDecode, Decoder, decoder_for
 from ingestd.handlers.forked import ParentOnly
+from ingestd.handlers.options import Extra, OptionError, Options, options_of, unknown_option
 from ingestd.handlers.target import find, refuse, where_raised
 from ingestd.handlers.text import describe
 
@@ -55,10 +56,10 @@ def shape_of(handler: object) -> HandlerSignature:
     call = _method(handler) if isinstance(handler, type) else handler
     if not callable(call):
         raise NotAHandler(f"is not callable: it is {_a(type(handler).__name__)}")
-    code = _code(call)
+    code = code_of(call)
     if inspect.isgeneratorfunction(code) or inspect.isasyncgenfunction(code):
         raise NotAHandler("contains yield: a handler does its work and returns")
-    wants_batch, record = _batch_of(_annotation(call))
+    wants_batch, record = _batch_of(annotation_of(call))
     return HandlerSignature(is_class, inspect.iscoroutinefunction(code), wants_batch, record)
 
 
@@ -75,7 +76,7 @@ def _method(kind: type) -> object:
     raise NotAHandler(f"class {kind.__name__} has no __call__(self, batch)")
 
 
-def _code(call: Any) -> Any:
+def code_of(call: Any) -> Any:
     """The function itself: below partials, and behind the `__call__` of an object."""
     while isinstance(call, functools.partial):
         call = call.func
@@ -84,7 +85,7 @@ def _code(call: Any) -> Any:
     return getattr(type(call), "__call__", call)  # noqa: B004  its own function is wanted
 
 
-def _annotation(call: Any) -> Any:
+def annotation_of(call: Any) -> Any:
     """The resolved annotation of the parameter that a call with one argument fills."""
     try:
         signature = inspect.signature(call)
@@ -179,13 +180,24 @@ class HandlerSpec(NamedTuple):
     wants_batch: bool
     decoder: Decoder
 
+    @property
+    def full_name(self) -> str:
+        """`module:name`, as far as the object says it."""
+        module = getattr(self.found, "__module__", type(self.found).__module__)
+        return f"{module}:{getattr(self.found, '__qualname__', type(self.found).__qualname__)}"
+
     def check_options(self, options: Mapping[str, object]) -> None:
-        """Checks that the handler takes these options, by name, without making it.
+        """Checks that the handler takes these options, without making it.
 
         Raises:
             HandlerLoadError: it does not; names the option.
         """
         self._arguments(options, Context())
+
+    def secrets_of(self, options: Mapping[str, object]) -> list[str]:
+        """The texts among the options that may be shown nowhere."""
+        kind = options_of(self.found)
+        return kind.of(**options).secrets() if kind is not None else []
 
     def create(
         self,
@@ -223,13 +235,21 @@ class HandlerSpec(NamedTuple):
                 names = ", ".join(sorted(options))
                 refuse(self.target, f"is no class and takes no options, but got: {names}")
             return {}
-        try:
-            parameters = list(inspect.signature(self.found).parameters.values())
-        except (ValueError, TypeError):  # written in C: it will say itself what it does not like
+        parameters = self._parameters()
+        if parameters is None:  # written in C: it will say itself what it does not like
             return dict(options)
-        filled = self._context_parameter(parameters)
-        self._refuse_unknown(options, parameters, filled)
-        arguments = dict(options)
+        filled = self._parameter_of(lambda kind: kind is Context)
+        struct = self._parameter_of(_is_options)
+        if filled in options:
+            refuse(self.target, f"{filled!r} is filled in by ingestd and can't be an option")
+        if struct is not None:
+            try:
+                arguments: dict[str, object] = {struct: self._resolved(struct).of(**options)}
+            except OptionError as error:
+                refuse(self.target, str(error))
+        else:
+            self._refuse_unknown(options, parameters, filled)
+            arguments = dict(options)
         if filled is not None:
             arguments[filled] = context
         for parameter in parameters:
@@ -238,18 +258,27 @@ class HandlerSpec(NamedTuple):
                 refuse(self.target, f"needs the option {parameter.name!r}")
         return arguments
 
-    def _context_parameter(self, parameters: list[inspect.Parameter]) -> str | None:
-        """The parameter that is annotated `Context`, if the class has one."""
-        init = getattr(self.found, "__init__", None)
-        for parameter in parameters:
+    def _parameters(self) -> list[inspect.Parameter] | None:
+        try:
+            return list(inspect.signature(self.found).parameters.values())
+        except (ValueError, TypeError):
+            return None
+
+    def _parameter_of(self, fits: Callable[[Any], bool]) -> str | None:
+        """The parameter whose annotation fits, if the class has one."""
+        for parameter in (self._parameters() or ()) if self.is_class else ():
             if parameter.annotation is inspect.Parameter.empty or parameter.kind not in _NAMED:
                 continue
             try:
-                if resolve(parameter.annotation, init) is Context:
+                if fits(resolve(parameter.annotation, getattr(self.found, "__init__", None))):
                     return parameter.name
             except NotAHandler:  # someone else's annotation; not ours to read
                 continue
         return None
+
+    def _resolved(self, name: str) -> Any:
+        annotation = inspect.signature(self.found).parameters[name].annotation
+        return resolve(annotation, getattr(self.found, "__init__", None))
 
     def _refuse_unknown(
         self,
@@ -257,17 +286,16 @@ class HandlerSpec(NamedTuple):
         parameters: list[inspect.Parameter],
         filled: str | None,
     ) -> None:
-        if filled in options:
-            refuse(self.target, f"{filled!r} is filled in by ingestd and can't be an option")
         if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
             return
         known = [p.name for p in parameters if p.kind in _NAMED and p.name != filled]
         for name in options:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                has = f" (it has: {', '.join(known)})" if known and not near else ""
-                refuse(self.target, f"has no option {name!r}{hint}{has}")
+                refuse(self.target, unknown_option(name, known))
+
+
+def _is_options(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Options)
 
 
 def load(target: str, *, record_format: str, executor: str) -> HandlerSpec:
@@ -282,26 +310,42 @@ def load(target: str, *, record_format: str, executor: str) -> HandlerSpec:
         HandlerLoadError: one line that says what is wrong and what to do.
     """
     found = find(target)
+    _check_extra(target, found)
     try:
         shape = shape_of(found)
         decoder = decoder_for(shape.record, record_format)
     except (NotAHandler, CannotDecode) as exc:
         refuse(target, str(exc), exc)
-    _check_executor(target, shape, executor)
+    check_executor(target, executor, is_async=shape.is_async)
     assert callable(found)  # noqa: S101  shape_of saw to it; this tells the type checker
     return HandlerSpec(
         target, found, record_format, shape.is_class, shape.is_async, shape.wants_batch, decoder
     )
 
 
-def _check_executor(target: str, shape: HandlerSignature, executor: str) -> None:
+def _check_extra(target: str, found: object) -> None:
+    extra = getattr(found, "EXTRA", None)
+    if not isinstance(extra, Extra):
+        return
+    missing = [name for name in extra.modules if find_spec(name) is None]
+    if missing:
+        names = " and ".join(missing)
+        refuse(target, f"needs {names}: pip install 'ingestd[{extra.name}]'")
+
+
+def check_executor(target: str, executor: str, *, is_async: bool) -> None:
+    """Refuses an executor that cannot run a handler.
+
+    Raises:
+        HandlerLoadError: it cannot; says what to set.
+    """
     if executor == "auto":
         return
-    if executor == "external" and shape.is_async:
+    if executor == "external" and is_async:
         refuse(target, "is async, which an executor of executor.factory can't run: make it def")
-    if shape.is_async and executor != "async":
+    if is_async and executor != "async":
         refuse(target, f'is async; set executor.kind = "auto" or "async" (it is "{executor}")')
-    if executor == "async" and not shape.is_async:
+    if executor == "async" and not is_async:
         refuse(
             target,
             'is not async; set executor.kind = "auto", "process" or "thread", or make it async def',

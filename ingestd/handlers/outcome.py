@@ -7,6 +7,7 @@ everything, so a result always comes back unless the worker itself died.
 from __future__ import annotations
 
 import math
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -71,13 +72,31 @@ AFTER_MAX = 3650 * 86400.0
 """Seconds; the longest wait that a handler may ask for. A time of day in its place is longer."""
 POSTPONED = "postponed"
 """The reason of a failure that the handler asked for with `raise Retry`."""
+UNAVAILABLE = "unavailable"
+"""The reason of a failure of the sink's that passes, `raise Unavailable`: it is no record's."""
+BLOCKED = "blocked"
+"""The reason of a failure of the sink's that lasts until an operator acts, `raise Blocked`."""
+SAID = frozenset({"raised", POSTPONED, UNAVAILABLE, BLOCKED})
+"""Reasons of a failure that a worker may give; the others are found by the pool."""
+
+
+class SinkFinding(NamedTuple):
+    """One line of what the `check()` of a sink found.
+
+    Attributes:
+        level: `error`: it cannot work like this; `warning`: a promise does not hold; `info`.
+        text: for people, without a secret.
+    """
+
+    level: Literal["error", "warning", "info"]
+    text: str
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):
     """The call as a whole did not succeed: nothing else in the result counts.
 
     Attributes:
-        reason: `raised`, `timeout`, `crashed` or `postponed`.
+        reason: `raised`, `unavailable`, `blocked`, `postponed`, `timeout` or `crashed`.
         error: one line: the exception's type and message, or how the worker died.
         traceback: as Python prints it, bounded; empty where there is none.
         after: with `postponed`, seconds that the batch shall wait; `None` for the usual backoff.
@@ -139,7 +158,7 @@ def flaw_of(result: Result, records: int) -> str:
 
 def _flaw_of_failure(failure: Failure) -> str:
     # How a worker died is said by who watches it, never by the worker.
-    if failure.reason not in {"raised", POSTPONED}:
+    if failure.reason not in SAID:
         return "its reason for the failure is none of ours"
     if len(failure.error) > ERROR_CHARS_MAX:
         return f"its error is {len(failure.error)} characters long"

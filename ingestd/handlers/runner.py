@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
+from inspect import isawaitable
 from os import getpid
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +13,25 @@ import msgspec
 
 from ingestd.base.errors import HandlerLoadError
 from ingestd.handlers.call import call, call_async, close, close_async, failure_from
+from ingestd.handlers.chain import load_configured
 from ingestd.handlers.failure import failure_of
 from ingestd.handlers.forked import ParentOnly, end_child
-from ingestd.handlers.load import load
-from ingestd.handlers.outcome import POSTPONED, Failure, Result, flaw_of
+from ingestd.handlers.options import redactor
+from ingestd.handlers.outcome import (
+    POSTPONED,
+    Failure,
+    Rejection,
+    Result,
+    RetryRequest,
+    SinkFinding,
+    flaw_of,
+)
+from ingestd.handlers.text import plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ingestd.handlers.chain import ChainSpec
     from ingestd.handlers.load import HandlerSpec
     from ingestd.handlers.outcome import Job
 
@@ -38,6 +50,8 @@ class HandlerConfig(msgspec.Struct, frozen=True):
             async.
         pipeline: its name.
         data_dir: the daemon's data directory; its name need not be UTF-8.
+        transform: `module:callable` in front of the handler; empty for none.
+        targets: handlers instead of `target`; `options` has a table for each.
     """
 
     target: str
@@ -46,6 +60,8 @@ class HandlerConfig(msgspec.Struct, frozen=True):
     executor: str
     pipeline: str
     data_dir: bytes
+    transform: str = ""
+    targets: tuple[str, ...] = ()
 
 
 class Runner:
@@ -68,8 +84,9 @@ class Runner:
     ) -> None:
         self._wanted = wanted
         self._report = report
-        self._spec: HandlerSpec | None = None
+        self._spec: HandlerSpec | ChainSpec | None = None
         self._handler: Callable[[Any], Any] | None = None
+        self._redact: Callable[[str], str] = str
         self.spoiled = False
 
     @property
@@ -90,15 +107,59 @@ class Runner:
         """
         wanted = self._wanted
         with ParentOnly():
-            spec = load(wanted.target, record_format=wanted.record_format, executor=wanted.executor)
+            spec = load_configured(wanted)
             spec.check_options(wanted.options)
             self._spec = spec
+            self._redact = redactor(spec.secrets_of(wanted.options))
             if spec.is_async and wanted.executor == "auto":
                 return ""
             _, failure = self._made()
-        return failure.error if failure else ""
+        return self._redact(failure.error) if failure else ""
 
-    def _made(self) -> tuple[tuple[HandlerSpec, Callable[[Any], Any]] | None, Failure | None]:
+    def check(self) -> list[SinkFinding]:
+        """Findings of the handler's `check()`, if it has one; raises nothing.
+
+        A check that fails is a finding, and so is a handler that cannot be made.
+        """
+        look, found = self._look()
+        try:
+            with ParentOnly():
+                found += look() if look is not None else ()
+        except BaseException as error:  # noqa: BLE001  a sink that is down, say
+            found.append(SinkFinding("error", failure_from(error).error))
+        return self._told(found)
+
+    async def check_async(self) -> list[SinkFinding]:
+        """`check` for an `async def` handler, whose `check` may be async or not.
+
+        Raises:
+            asyncio.CancelledError: this task was cancelled.
+        """
+        from asyncio import CancelledError  # noqa: PLC0415  other workers do without
+
+        look, found = self._look()
+        try:
+            given = look() if look is not None else ()
+            found += await given if isawaitable(given) else given
+        except CancelledError:
+            raise
+        except BaseException as error:  # noqa: BLE001
+            found.append(SinkFinding("error", failure_from(error).error))
+        return self._told(found)
+
+    def _look(self) -> tuple[Callable[[], Any] | None, list[SinkFinding]]:
+        made, failure = self._made()
+        if made is None:
+            return None, [SinkFinding("error", failure.error)] if failure else []
+        look = getattr(made[1], "check", None) if made[0].is_class else None
+        return look if callable(look) else None, []
+
+    def _told(self, found: list[SinkFinding]) -> list[SinkFinding]:
+        return [SinkFinding(one.level, plain(self._redact(one.text))) for one in found]
+
+    def _made(
+        self,
+    ) -> tuple[tuple[HandlerSpec | ChainSpec, Callable[[Any], Any]] | None, Failure | None]:
         """The handler, created now if it is not yet; or why it can't be."""
         assert self._spec is not None  # noqa: S101  prepare() came first
         if self._handler is None:
@@ -152,12 +213,27 @@ class Runner:
     def _looked_at(self, result: Result, job: Job) -> Result:
         if result.failure is None and not (result.rejections or result.retries):
             return result  # all is done
+        if self._redact is not str:
+            result = self._redacted(result)
         if flaw := flaw_of(result, job.records.count):
             error = f"the handler reached into its batch: {flaw}"
             result = Result(failure=Failure("raised", error))
         if result.failure is not None and result.failure.reason != POSTPONED:
             self._spoil()
         return result
+
+    def _redacted(self, result: Result) -> Result:
+        """The result with no secret of the options in anything that is told."""
+        redact, failure = self._redact, result.failure
+        if failure is not None:
+            told = redact(failure.error), redact(failure.traceback)
+            failure = Failure(failure.reason, *told, failure.after)
+        return Result(
+            [Rejection(one.index, one.reason, redact(one.error)) for one in result.rejections],
+            [RetryRequest(one.index, one.after, redact(one.error)) for one in result.retries],
+            failure,
+            result.seconds,
+        )
 
     def _spoil(self) -> None:
         # A function stays, and so does an object of the module's: neither was made by us.
@@ -202,14 +278,14 @@ class Runner:
         if self._spec is None or self._handler is None:
             return ""
         failure = close(self._spec, self._handler)
-        return failure.error if failure else ""
+        return self._redact(failure.error) if failure else ""
 
     async def close_async(self) -> str:
         """`close` for an `async def` handler."""
         if self._spec is None or self._handler is None:
             return ""
         failure = await close_async(self._spec, self._handler)
-        return failure.error if failure else ""
+        return self._redact(failure.error) if failure else ""
 
 
 _OVERRAN = f"it was not done after {CLOSE_SECONDS:g} s"

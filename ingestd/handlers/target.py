@@ -14,15 +14,13 @@ import sys
 import sysconfig
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ingestd.base.errors import ConfigError, HandlerLoadError
 from ingestd.base.path import put_behind_library
 from ingestd.handlers.text import describe, one_line
 from ingestd.registry import HANDLERS, SINKS
 
-PATH_OPTIONS = dict.fromkeys((*SINKS.own, *SINKS.own.values()), ("path",))
-"""The options of ingestd's sinks that are paths."""
 _LIBRARY_FILES = {f"{name}.py" for name in sys.stdlib_module_names}
 _INSTALLED = tuple(
     path + os.sep for path in {sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")}
@@ -32,6 +30,17 @@ _INSTALLED = tuple(
 def is_ours(target: str) -> bool:
     """Tells if a target is a sink that comes with ingestd; any other handler is the user's."""
     return target in SINKS.own or target in SINKS.own.values()
+
+
+def own_sink(target: str) -> Any:
+    """The class of a sink that comes with ingestd, imported; `None` for any other target.
+
+    Its module imports nothing that an extra brings, so this works where the extra is missing.
+    """
+    if not is_ours(target):
+        return None
+    names = [name for name, place in SINKS.own.items() if target in {name, place}]
+    return SINKS.load(names[0])
 
 
 def find(target: str) -> object:

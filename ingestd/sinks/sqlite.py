@@ -13,12 +13,16 @@ import sqlite3
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+from msgspec import Meta
 
 from ingestd.base.files import make_folder, tighten
 from ingestd.handlers.batch import Batch  # noqa: TC001  the loader reads the annotations
 from ingestd.handlers.context import Context
 from ingestd.handlers.decode import decoder_for
+from ingestd.handlers.options import FilePath  # noqa: TC001  msgspec reads it
+from ingestd.sinks.base import SinkOptions
 from ingestd.sinks.tables import EXTRA, ID, RECORD, has_extra, keys_of, new_columns, rows_of
 
 if TYPE_CHECKING:
@@ -27,7 +31,6 @@ if TYPE_CHECKING:
 LEDGER = "ingestd_batches"
 """The table of the batches that were written."""
 _BUSY_SECONDS = 30.0
-_COLUMNS = ("auto", "json")
 _HERE = Context()
 _MAKE_LEDGER = f"""
     CREATE TABLE IF NOT EXISTS {LEDGER}(
@@ -50,38 +53,48 @@ class _Columns(NamedTuple):
     writable: frozenset[str]
 
 
+class SqliteOptions(SinkOptions, frozen=True, kw_only=True):
+    """Options of the sink `sqlite`."""
+
+    path: Annotated[
+        FilePath | None,
+        Meta(description="the file; default `out.db` in the data directory, or `out-NAME.db`"),
+    ] = None
+    table: Annotated[
+        str, Meta(description="table of the rows; one that is there needs a unique column `_id`")
+    ] = "records"
+    columns: Annotated[
+        Literal["auto", "json"],
+        Meta(description="auto: a column a key; json: one column `record`, as with text and bytes"),
+    ] = "auto"
+
+    def __post_init__(self) -> None:
+        table = self.table
+        if not table or "\0" in table:
+            raise ValueError(f"table: {table!r} is not a name")
+        if table.lower() == LEDGER or table.lower().startswith("sqlite_"):
+            raise ValueError(f"table: the name {table!r} is taken")
+
+
+_DEFAULTS = SqliteOptions()
+
+
 class SqliteSink:
     """Writes each batch in one synced transaction.
 
     Any number of these, in threads and processes, may write to the same file. A batch or a record
-    that comes again changes nothing.
-
-    Options:
-        path: the file; by default `out.db` in the data directory, for a named pipeline
-            `out-NAME.db`. Made with mode 0600.
-        table: its rows' table; made if it is not there. One that is there needs a column `_id`
-            that is unique.
-        columns: of JSON records. `auto`: a column a key; new keys become new columns. `json`: one
-            column, `record`, as in the formats text and bytes.
-
-    Raises:
-        ValueError: an option makes no sense; names it.
+    that comes again changes nothing. The table is made if it is not there, the file with mode 0600.
     """
 
     def __init__(
         self,
-        *,
-        path: str | Path | None = None,
-        table: str = "records",
-        columns: str = "auto",
+        options: SqliteOptions = _DEFAULTS,
         context: Context = _HERE,
     ) -> None:
-        if columns not in _COLUMNS:
-            raise ValueError(f"columns: {columns!r} is not {' or '.join(_COLUMNS)}")
-        self._path = _file(path, context)
-        self._table = quoted(_table_name(table))
+        self._path = _file(options.path, context)
+        self._table = quoted(options.table)
         self._format = context.record_format
-        self._is_auto = columns == "auto" and self._format == "json"
+        self._is_auto = options.columns == "auto" and self._format == "json"
         self._decode = decoder_for(Any, "json").decode
         self._open: _Open | None = None
         self._columns: _Columns | None = None
@@ -268,18 +281,8 @@ def _is_there(path: Path, file: os.stat_result) -> bool:
         return False
 
 
-def _file(path: object, context: Context) -> Path:
-    if path is None:
-        name = "out.db" if context.pipeline == "default" else f"out-{context.pipeline}.db"
-        return Path(context.data_dir, name)
-    if not isinstance(path, str | Path) or not str(path) or "\0" in str(path):
-        raise ValueError(f"path: {path!r} is not a file's path")
-    return Path(path)
-
-
-def _table_name(table: object) -> str:
-    if not isinstance(table, str) or not table or "\0" in table:
-        raise ValueError(f"table: {table!r} is not a name")
-    if table.lower() == LEDGER or table.lower().startswith("sqlite_"):
-        raise ValueError(f"table: the name {table!r} is taken")
-    return table
+def _file(path: str | None, context: Context) -> Path:
+    if path is not None:
+        return Path(path)
+    name = "out.db" if context.pipeline == "default" else f"out-{context.pipeline}.db"
+    return Path(context.data_dir, name)

@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from ingestd.execution.outage import DOWN_SECONDS, DOWN_TRIES, PROBE_SECONDS, Outage, wait
+from ingestd.execution.outage import (
+    DOWN_SECONDS,
+    DOWN_TRIES,
+    KNOWN_SECONDS,
+    PROBE_SECONDS,
+    Outage,
+    wait,
+)
 
 LONGEST = 60.0
 
@@ -195,3 +202,33 @@ class Outages(RuleBasedStateMachine):
 
 
 TestOutages = Outages.TestCase
+
+
+def test_what_is_blocked_pauses_at_once_and_alone_and_is_asked_every_few_seconds() -> None:
+    outage = Outage(LONGEST, half)
+    outage.failed(1, 1, 100.0, fresh=True, reason="blocked")
+    assert (outage.paused, outage.blocked, outage.down_since) == (True, True, 100.0)
+    for now in (1000.0, 5000.0):
+        assert outage.next_at is not None
+        outage.started(1, now)
+        outage.failed(1, 1, now, fresh=True, reason="blocked")
+        assert outage.next_at <= now + KNOWN_SECONDS
+    outage.succeeded()
+    assert (outage.paused, outage.blocked, outage.down_since) == (False, False, None)
+
+
+def test_a_sink_that_is_no_longer_blocked_and_down_stays_paused() -> None:
+    outage = Outage(LONGEST, half)
+    for reason in ("blocked", "unavailable"):
+        outage.started(1, 100.0)
+        outage.failed(1, 1, 100.0, fresh=True, reason=reason)
+        outage.failed(2, 2, 100.0, fresh=True, reason=reason)
+    assert (outage.paused, outage.blocked, outage.down_since) == (True, False, 100.0)
+    outage.nothing_fails()
+    assert not outage.paused
+
+
+def test_one_batch_that_is_refused_beside_successes_blocks_nothing() -> None:
+    outage = Outage(LONGEST, half)
+    outage.failed(1, 1, 100.0, fresh=False, reason="blocked")
+    assert (outage.paused, outage.blocked) == (False, False)

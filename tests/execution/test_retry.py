@@ -202,3 +202,27 @@ def test_while_paused_parts_come_first_and_then_the_batch_that_is_nearest_to_be_
     assert places == sorted(places)
     assert len(set(places)) == len(places)
     assert rank(1, 1, 8, is_part=True) == places[-1]
+
+
+def test_a_sink_that_says_that_it_is_down_is_no_reason_to_give_up_by_age() -> None:
+    down = Result(failure=Failure("unavailable", "connection refused"))
+    for context in (
+        RetryContext(1, 99, 0, age=1e9, proven=False, paused=True),
+        RetryContext(1, 99, 0, age=1e9, proven=True, paused=True),
+        RetryContext(5, 1, 1, age=1e9, proven=False, may_split=False),
+    ):
+        assert isinstance(decide(down, context, rule=RULE, random=half), RetryBatch)
+    # Beside successes it is the record's own after all: one that ends each connection, say.
+    assert decide(down, tried(1, 3), rule=RULE, random=half) == Resolve(
+        (DeadLettered(0, "failed", "connection refused"),), ()
+    )
+
+
+def test_what_is_blocked_is_neither_split_nor_given_up_while_nothing_succeeds() -> None:
+    blocked = Result(failure=Failure("blocked", "no table"))
+    for count in (1, 5):
+        context = RetryContext(count, 99, 99, age=1e9, proven=False)
+        assert isinstance(decide(blocked, context, rule=RULE, random=half), RetryBatch)
+    assert decide(blocked, tried(1, 3), rule=RULE, random=half) == Resolve(
+        (DeadLettered(0, "failed", "no table"),), ()
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import re
 import sqlite3
 import subprocess
@@ -14,9 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ingestd.base.record import Records, Span
+from ingestd.execution.settings import HandlerSettings
 from ingestd.handlers.call import call, close
+from ingestd.handlers.chain import Transform
 from ingestd.handlers.load import load
-from ingestd.sinks.jsonl import JsonlSink
+from ingestd.handlers.outcome import Job
+from ingestd.sinks.jsonl import JsonlOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -45,7 +48,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_no_example_is_left_out() -> None:
     assert PAGE.count("```python") == len(BLOCKS)
     handlers = {"store", "clicks", "pages", "placed", "orders", "once", "test_orders"}
-    assert set(BLOCKS) == handlers | {"pools", "cluster"}
+    assert set(BLOCKS) == handlers | {"pools", "cluster", "shop", "warehouse"}
 
 
 def test_a_pool_of_processes(example) -> None:
@@ -120,15 +123,32 @@ def test_exactly_once(example, job, tmp_path: Path) -> None:
     db.close()
 
 
+def test_a_function_in_front_of_two_sinks(example) -> None:
+    (chained,) = (one["handler"] for one in TOML if "targets" in one.get("handler", {}))
+    assert HandlerSettings(**chained).all_targets == ("jsonl", "sqlite")
+    transform = Transform(chained["transform"], "json")
+    records = [b'{"user":"Ann","page":1}', b'{"user":"x","page":2,"bot":true}']
+    changed = transform.apply(Job("j-1", 1, Records.lines(records), [Span(1, 0, 2)], "j"))
+    assert changed.job is not None
+    assert changed.job.records.payload == b'{"user":"ann","page":1}\n'
+
+
+def test_options_as_a_struct(example) -> None:
+    spec = example("warehouse:Store")
+    made: Any = spec.create({"dsn": "s3cret", "piece": "1MiB"})
+    assert made.options.piece == 1024**2
+    assert spec.secrets_of({"dsn": "s3cret"}) == ["s3cret"]
+
+
 def test_the_users_own_test(example) -> None:
     importlib.import_module("test_orders").test_orders_without_a_total_are_rejected()
 
 
 def test_the_sinks_options(tmp_path: Path) -> None:
-    handler = TOML[2]["handler"]
+    handler = next(t["handler"] for t in TOML if t.get("handler", {}).get("target") == "jsonl")
     spec = load(handler["target"], record_format="json", executor="thread")
     spec.check_options(handler["options"])
     close(spec, spec.create(handler["options"] | {"path": str(tmp_path)}))
     table = PAGE[PAGE.index("## The sink `jsonl`") :].partition("```toml")[0]
     documented = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
-    assert documented == set(inspect.signature(JsonlSink).parameters) - {"context"}
+    assert documented == {one.name for one in JsonlOptions.help()}

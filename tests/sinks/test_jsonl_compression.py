@@ -10,7 +10,7 @@ import pytest
 
 from ingestd.sinks import files
 from ingestd.sinks.files import Compressor, PackingPlan, plan_packing
-from ingestd.sinks.jsonl import JsonlSink
+from ingestd.sinks.jsonl import JsonlOptions, JsonlSink
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -74,7 +74,7 @@ def test_what_there_is_to_do_is_read_from_the_names() -> None:
 
 def test_full_and_past_files_are_packed_while_it_writes(tmp_path, batch, kind, until) -> None:
     suffix, unpack = READ[kind]
-    sink = At(path=tmp_path, rotate_bytes=10, compress=kind)
+    sink = At(JsonlOptions.of(path=tmp_path, rotate_bytes=10, compress=kind))
     for item in (b"11111", b"22222", b"33333"):
         sink(batch([item]))
     sink.seconds += 3600
@@ -101,7 +101,7 @@ def test_the_next_start_does_what_the_last_one_left(tmp_path, kind, until) -> No
     }
     for name, content in left.items():
         (tmp_path / name).write_bytes(content)
-    sink = At(path=tmp_path, compress=kind)
+    sink = At(JsonlOptions.of(path=tmp_path, compress=kind))
     after = ["2026-01-01T07.1.jsonl", "2026-01-01T07.2.jsonl", "2026-01-01T08.1.jsonl"]
     until(lambda: names(tmp_path) == [*(name + suffix for name in after), "notes.txt"])
     sink.close()
@@ -168,7 +168,7 @@ def test_closing_gives_up_in_the_middle(tmp_path, compressor, kind) -> None:
 def test_a_straggler_still_gets_its_line_in(tmp_path, batch, kind, compressor) -> None:
     """A writer whose clock is behind writes to an hour that was packed already."""
     suffix, unpack = READ[kind]
-    late = At(path=tmp_path)
+    late = At(JsonlOptions.of(path=tmp_path))
     late.seconds = NINE - 1
     late(batch([b"1"]))
     assert compressor.work()
@@ -181,7 +181,7 @@ def test_a_straggler_still_gets_its_line_in(tmp_path, batch, kind, compressor) -
 
 def test_many_writers_and_packers_lose_no_line(tmp_path, batch, until) -> None:
     def write(name: int) -> None:
-        sink = At(path=tmp_path, rotate_bytes=2000, compress="gzip")
+        sink = At(JsonlOptions.of(path=tmp_path, rotate_bytes=2000, compress="gzip"))
         for number in range(60):
             sink.seconds = NINE + 100 * number
             sink(batch([b"%d-%d-%d" % (name, number, place) for place in range(20)]))

@@ -16,7 +16,7 @@ from ingestd.handlers.call import call, close
 from ingestd.handlers.context import Context
 from ingestd.handlers.load import load
 from ingestd.handlers.outcome import Job
-from ingestd.sinks.jsonl import JsonlSink, lines
+from ingestd.sinks.jsonl import JsonlOptions, JsonlSink, lines
 from tests.real_input import real_input
 
 ROOT = Path(__file__).parents[2]
@@ -78,7 +78,9 @@ def test_any_json_means_the_same_afterwards(values: list[object], indent) -> Non
 )
 def test_where_it_writes(tmp_path, batch, context, options, folder) -> None:
     place = Context(context.pipeline, "json", context.data_dir.format(tmp=tmp_path))
-    sink = JsonlSink(context=place, **{k: v.format(tmp=tmp_path) for k, v in options.items()})
+    sink = JsonlSink(
+        JsonlOptions.of(**{k: v.format(tmp=tmp_path) for k, v in options.items()}), context=place
+    )
     sink(batch([b"1"]))
     sink.close()
     assert read(tmp_path / folder) == b"1\n"
@@ -107,7 +109,7 @@ def test_options_that_make_no_sense(options, says) -> None:
 
 
 def test_sizes_as_people_write_them(tmp_path: Path, batch) -> None:
-    sink = JsonlSink(path=str(tmp_path), rotate_bytes="1KiB")
+    sink = JsonlSink(JsonlOptions.of(path=str(tmp_path), rotate_bytes="1KiB"))
     sink(batch([b"1" * 1000]))
     sink(batch([b"2" * 22]))
     assert len(list(tmp_path.iterdir())) == 1
@@ -146,8 +148,8 @@ import sys
 from ingestd.base.record import Records, Span
 from ingestd.handlers.batch import Batch
 from ingestd.handlers.outcome import Job
-from ingestd.sinks.jsonl import JsonlSink
-sink = JsonlSink(path=sys.argv[1], rotate_bytes=20_000)
+from ingestd.sinks.jsonl import JsonlOptions, JsonlSink
+sink = JsonlSink(JsonlOptions.of(path=sys.argv[1], rotate_bytes=20_000))
 for number in range(40):
     items = [b'{"writer":"%s","batch":%d,"place":%d}' % (sys.argv[2].encode(), number, place)
              for place in range(25)]
@@ -164,7 +166,7 @@ def test_threads_and_processes_write_to_one_folder(tmp_path: Path, batch) -> Non
     ]
 
     def write(name: bytes) -> None:
-        sink = JsonlSink(path=tmp_path, rotate_bytes=20_000)
+        sink = JsonlSink(JsonlOptions.of(path=tmp_path, rotate_bytes=20_000))
         for number in range(40):
             text = b'{"writer":"%s","batch":%d,"place":%d}'
             sink(batch([text % (name, number, place) for place in range(25)]))
@@ -198,7 +200,7 @@ def test_threads_and_processes_write_to_one_folder(tmp_path: Path, batch) -> Non
 def test_real_records_come_out_as_they_went_in(tmp_path, batch, name, record_format) -> None:
     raw = real_input(name).read_bytes()
     items = raw.split(b"\n")[:-1]
-    sink = JsonlSink(path=tmp_path, context=Context(record_format=record_format))
+    sink = JsonlSink(JsonlOptions.of(path=tmp_path), context=Context(record_format=record_format))
     for start in range(0, len(items), 100):
         sink(batch(items[start : start + 100]))
     sink.close()

@@ -1,0 +1,82 @@
+"""The contract of a sink: an ordinary handler class that writes outward.
+
+    class MySink:
+        EXTRA = Extra("mysink", ("its_client",))  # a missing dependency is an error with a pip line
+        BATCH = BatchHints(records_max=100_000)   # used where the user says nothing
+
+        def __init__(self, options: MyOptions, context: Context) -> None: ...
+        def __call__(self, batch: Batch[bytes]) -> None: ...
+        def check(self) -> Iterable[SinkFinding]: ...  # reachable, rights, table; bounded in time
+        def close(self) -> None: ...
+
+`MyOptions` is a `SinkOptions`. The sink is registered with one line in `ingestd/registry.py`, or
+in the entry-point group `ingestd.sinks`. One with `async def __call__` runs on an event loop of the
+daemon's. `__init__` opens nothing, so that the daemon starts while the other side is down.
+
+**Errors** are told apart by what the other side said:
+
+* transient (no connection, overload, deadlock, restart): `raise Unavailable("why")`. The outage
+  rule (`execution/outage.py`) paces the tries, and none of them counts while the sink is down.
+  `raise RetryAfter(seconds)` where the other side says when.
+* permanent for a record: `batch.reject(i, "why")`, once for each of them, and the rest is stored.
+* permanent for the sink (a missing table or right): `raise Blocked("why, and what to do")`. The
+  pipeline waits and says so once; nothing is given up.
+* anything else that is raised counts as a try, and a batch that fails for long is split.
+
+**Exactly once** rests on the batch's id: "already there" is done. After a split the ancestors are
+asked as well, see `ids_of`. Records are rejected before that question, in every call, for a call
+whose answer was lost is the one that counts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from ingestd.handlers.options import Options, Seconds
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from ingestd.handlers.batch import Batch
+
+
+class BatchHints(NamedTuple):
+    """Bounds of a batch that suit a sink; used where the user says nothing.
+
+    Attributes:
+        records_max: as in `batch.records_max`.
+        bytes_max: as in `batch.bytes_max`.
+        age_max: as in `batch.age_max`, seconds.
+    """
+
+    records_max: int | None = None
+    bytes_max: int | None = None
+    age_max: float | None = None
+
+
+class SinkOptions(Options, frozen=True, kw_only=True):
+    """Options with sizes and times as they are written everywhere in the settings."""
+
+    @classmethod
+    def read(cls, kind: type, value: object) -> float:
+        """See `Options.read`."""
+        # Only here: it brings pydantic, which a worker with the defaults does without.
+        from ingestd.config.units import parse_seconds, parse_size  # noqa: PLC0415
+
+        return parse_seconds(value) if kind is Seconds else parse_size(value)
+
+    @classmethod
+    def show(cls, value: float) -> object:
+        """See `Options.show`."""
+        from ingestd.config.units import show_seconds, show_size  # noqa: PLC0415
+
+        return show_size(value) if isinstance(value, int) else show_seconds(value)
+
+
+def ids_of(batch: Batch[Any]) -> tuple[str, ...]:
+    """The names under which a batch may be stored already: its ancestors', then its own.
+
+    A batch that failed until it was split may have been stored before its answer was lost. A sink
+    that stores a batch whole or not at all finds that under the name of an ancestor.
+    """
+    return (*batch.lineage, batch.id)
