@@ -13,7 +13,8 @@ import base64
 import binascii
 import socket
 import time
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from urllib.parse import parse_qs
 
 from ingestd.base.logging import get_logger
 from ingestd.config.network import ANY_ORIGIN, Hosts, authority_of, is_foreign
@@ -25,7 +26,7 @@ from ingestd.http.problem import Problem
 from ingestd.http.settings import ALL, demands_proof, demands_signatures_alone
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from aiohttp import web
 
@@ -33,8 +34,11 @@ if TYPE_CHECKING:
     from ingestd.http.protocol import Connection
     from ingestd.http.settings import HttpSettings, TokenSettings
 
+    Ways = Sequence[str | "TokenScheme"]
+
 log = get_logger()
 
+_FIELDS_MAX = 100
 DENIED_SECONDS = 10.0
 """Interval of log lines about refused requests: no client can fill the log."""
 ANONYMOUS = "anonymous"
@@ -46,7 +50,51 @@ ONLY_DELIVERIES = (
     "there are webhooks and no tokens: only signed deliveries are accepted. To accept records too,"
     " set a token (http.tokens.NAME.hash) or http.allow_anonymous = true"
 )
+IN_BODY = "body"
+"""Among the ways to authenticate: there is a token in the body, for `Authenticator.identify_by`."""
 _CHALLENGE = 'Bearer realm="ingestd"{}, Basic realm="ingestd", charset="UTF-8"'
+
+
+class TokenScheme(NamedTuple):
+    """A way of a protocol's own to show a token in the head of a request.
+
+    Attributes:
+        name: of the way.
+        read: gives the token in headers and target; `None` if it is not shown in this way.
+        security: the way as an OpenAPI security scheme.
+    """
+
+    name: str
+    read: Callable[[Mapping[str, str], str], str | None]
+    security: Mapping[str, Any]
+
+
+def by_authorization(word: str) -> TokenScheme:
+    """`Authorization: WORD token`."""
+    prefix = f"{word.lower()} "
+
+    def read(headers: Mapping[str, str], _target: str) -> str | None:
+        value = headers.get("Authorization", "")
+        return value[len(prefix) :].strip(" ") if value.lower().startswith(prefix) else None
+
+    return TokenScheme(word.lower(), read, {"type": "http", "scheme": word})
+
+
+def by_header(name: str) -> TokenScheme:
+    """A header with the bare token."""
+    security = {"type": "apiKey", "in": "header", "name": name}
+    return TokenScheme(name.lower(), lambda headers, _: headers.get(name), security)
+
+
+def by_query(name: str) -> TokenScheme:
+    """A parameter of the query; nothing of a query is logged or kept."""
+
+    def read(_headers: Mapping[str, str], target: str) -> str | None:
+        query = target.partition("#")[0].partition("?")[2]
+        found = parse_qs(query, max_num_fields=_FIELDS_MAX).get(name) if name in query else None
+        return found[0] if found else None
+
+    return TokenScheme(f"query_{name}", read, {"type": "apiKey", "in": "query", "name": name})
 
 
 class Credentials(Protocol):
@@ -71,10 +119,10 @@ class Principal:
         pipelines: where it may send to; `None` for everywhere.
         limits: shared by all requests of this name.
         monotonic: seconds that do not go back.
-        principal: whose requests these are, for what is kept apart: keys, and what is held.
+        id: whose requests these are, for what is kept apart: keys, and what is held.
     """
 
-    __slots__ = ("_limits", "_monotonic", "name", "pipelines", "principal")
+    __slots__ = ("_limits", "_monotonic", "id", "name", "pipelines")
 
     def __init__(
         self,
@@ -82,13 +130,26 @@ class Principal:
         pipelines: frozenset[str] | None = None,
         limits: RateLimiter | None = None,
         monotonic: Callable[[], float] = time.monotonic,
-        principal: str = ANONYMOUS,
+        id: str = ANONYMOUS,  # noqa: A002
     ) -> None:
         self.name = name
-        self.principal = principal
+        self.id = id
         self.pipelines = pipelines
         self._limits = limits
         self._monotonic = monotonic
+
+    def authorize(self, pipeline: str) -> None:
+        """Checks that it may send to a pipeline.
+
+        Raises:
+            Problem: 403.
+        """
+        if self.pipelines is not None and pipeline not in self.pipelines:
+            raise self.forbidden()
+
+    def forbidden(self) -> Problem:
+        """The problem of a request that it may not send."""
+        return Problem(problem.FORBIDDEN, f"{self.name} may not send here")
 
     def wait(self) -> float:
         """Seconds until it may send again; 0 if it may now."""
@@ -121,6 +182,10 @@ def _is_unix(request: web.BaseRequest) -> bool:
 
 def _rates(token: TokenSettings) -> tuple[int, int]:
     return token.records_per_second, token.bytes_per_second
+
+
+UNIDENTIFIED = Principal()
+"""The principal of a request whose token is in its body, until that was read."""
 
 
 class Authenticator:
@@ -156,7 +221,7 @@ class Authenticator:
             for name, token in settings.tokens.items()
             if any(_rates(token))
         }
-        self._callers = {
+        self._principals = {
             name: Principal(
                 name,
                 None if ALL in token.pipelines else frozenset(token.pipelines),
@@ -181,47 +246,72 @@ class Authenticator:
         self._say_denied_at = 0.0
 
     def admit(
-        self, request: web.BaseRequest, pipeline: str, schemes: Sequence[str] = TOKEN_SCHEMES
+        self, request: web.BaseRequest, pipeline: str, schemes: Ways = TOKEN_SCHEMES
     ) -> Principal:
         """Authenticates a request, and authorizes it for a pipeline.
 
         Args:
             request: the one.
             pipeline: where it sends to.
-            schemes: the ways to show a token that count, out of `TOKEN_SCHEMES`.
+            schemes: the ways to show a token that count.
 
         Raises:
             Problem: 401 if that can't be told, 403 if it may not send to the pipeline, 429 if it
                 has sent too much.
         """
-        caller = self.identify(request, pipeline, schemes)
-        caller.check()
-        return caller
+        principal = self.identify(request, pipeline, schemes)
+        principal.check()
+        return principal
 
     def identify(
-        self, request: web.BaseRequest, pipeline: str, schemes: Sequence[str] = TOKEN_SCHEMES
+        self, request: web.BaseRequest, pipeline: str, schemes: Ways = TOKEN_SCHEMES
     ) -> Principal:
         """Does the same, however much the principal has sent.
 
         Raises:
             Problem: 401 if that can't be told, 403 if it may not send to the pipeline.
         """
-        caller = self._who(request, schemes)
-        if caller.pipelines is not None and pipeline not in caller.pipelines:
-            raise self._forbid(request, caller)
-        return caller
+        principal = self._who(request, schemes)
+        self._authorize(request, principal, pipeline)
+        return principal
 
-    def explain_unknown(self, request: web.BaseRequest, schemes: Sequence[str]) -> Problem:
+    def identify_by(self, request: web.BaseRequest, token: str, pipeline: str) -> Principal:
+        """Identifies the principal of a request by the token in its body; see `IN_BODY`.
+
+        Args:
+            request: the one.
+            token: as it is in the body; empty if there is none.
+            pipeline: where it sends to.
+
+        Raises:
+            Problem: 401, 403 or 429.
+        """
+        if not token:
+            raise self._deny(request, self._missing, "")
+        principal = self._known(request, self.access.tokens.owner_of(token))
+        self._authorize(request, principal, pipeline)
+        principal.check()
+        return principal
+
+    def _authorize(self, request: web.BaseRequest, principal: Principal, pipeline: str) -> None:
+        try:
+            principal.authorize(pipeline)
+        except Problem:
+            self._count(request)
+            raise
+
+    def explain_unknown(self, request: web.BaseRequest, schemes: Ways) -> Problem:
         """Returns the answer of a pipeline that does not exist.
 
         Only a principal that may send to all pipelines learns that there is none.
         """
         try:
-            caller = self._who(request, schemes)
+            principal = self._who(request, schemes)
         except Problem as stranger:
             return stranger
-        if caller.pipelines is not None:
-            return self._forbid(request, caller)
+        if principal.pipelines is not None:
+            self._count(request)
+            return principal.forbidden()
         return Problem(problem.UNKNOWN_PIPELINE, "no pipeline has this name")
 
     def check_host(self, request: web.BaseRequest) -> None:
@@ -256,13 +346,19 @@ class Authenticator:
         if is_foreign(origin, site, authority_of(request.raw_path, headers.get("Host", ""))):
             raise Problem(problem.FOREIGN_ORIGIN, "it is not among http.cors_origins")
 
-    def _who(self, request: web.BaseRequest, schemes: Sequence[str]) -> Principal:
+    def _who(self, request: web.BaseRequest, schemes: Ways) -> Principal:
         self.check_host(request)
         headers = request.headers
         if self._anybody is not None:
             if self._shields and ("Origin" in headers or "Sec-Fetch-Site" in headers):
                 self._check_origin(request)
             return self._anybody
+        if schemes is not TOKEN_SCHEMES:
+            for scheme in schemes:
+                if isinstance(scheme, TokenScheme):
+                    token = scheme.read(headers, request.raw_path)
+                    if token is not None:
+                        return self._known(request, self.access.tokens.owner_of(token))
         if "Authorization" in headers:
             shown = headers.getall("Authorization")
             owner = self._owner_of(shown[0], schemes) if len(shown) == 1 else None
@@ -270,15 +366,21 @@ class Authenticator:
             shown = headers.getall(API_KEY)
             owner = self.access.tokens.owner_of(shown[0]) if len(shown) == 1 else None
         else:
-            return self._certified(request)
+            return self._certified(request, schemes)
+        return self._known(request, owner)
+
+    def _known(self, request: web.BaseRequest, owner: str | None) -> Principal:
+        """The principal of a name; `None` is a token that has none."""
         if owner is None:
             raise self._deny(request, "it is not known here", ', error="invalid_token"')
-        return self._callers[owner]
+        return self._principals[owner]
 
-    def _certified(self, request: web.BaseRequest) -> Principal:
+    def _certified(self, request: web.BaseRequest, schemes: Ways) -> Principal:
         """Returns the principal of a certificate, for a request without a token."""
         transport = request.transport
         certificate = transport.get_extra_info("peercert") if transport is not None else None
+        if IN_BODY in schemes and not certificate:
+            return UNIDENTIFIED
         if not certificate:
             raise self._deny(request, self._missing, "")
         if has_expired(certificate, self._now()):
@@ -288,13 +390,13 @@ class Authenticator:
             raise self._deny(request, why, "")
         owner = self.access.tokens.owner_of_certificate(certificate)
         if owner is not None:
-            return self._callers[owner]
+            return self._principals[owner]
         if not self._takes_certificates:
             raise self._deny(request, self._missing, "")
         principal = principal_of_certificate(certificate)
-        return Principal(principal, principal=principal)
+        return Principal(principal, id=principal)
 
-    def _owner_of(self, authorization: str, schemes: Sequence[str]) -> str | None:
+    def _owner_of(self, authorization: str, schemes: Ways) -> str | None:
         scheme, _, rest = authorization.partition(" ")
         scheme, rest = scheme.lower(), rest.strip(" ")
         if scheme not in schemes:
@@ -315,11 +417,9 @@ class Authenticator:
     def _deny(self, request: web.BaseRequest, why: str, error: str) -> Problem:
         self._count(request)
         challenge = {"WWW-Authenticate": _CHALLENGE.format(error)}
-        return Problem(problem.UNAUTHORIZED, f"a token is needed; {why}", headers=challenge)
-
-    def _forbid(self, request: web.BaseRequest, caller: Principal) -> Problem:
-        self._count(request)
-        return Problem(problem.FORBIDDEN, f"{caller.name} may not send here")
+        found = Problem(problem.UNAUTHORIZED, f"a token is needed; {why}", headers=challenge)
+        found.without_credentials = not error
+        return found
 
     def _count(self, request: web.BaseRequest) -> None:
         self._denied += 1

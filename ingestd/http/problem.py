@@ -109,6 +109,7 @@ class Problem(IngestdError):  # noqa: N818 - the RFC's word
         self.refused = refused
         self.headers = headers or {}
         self.members: dict[str, int] = {}  # more that the document says, as RFC 9457 allows
+        self.without_credentials = False  # a 401 to a request that showed none
 
     def __reduce__(self) -> tuple[object, ...]:
         """By its own arguments; see the base class."""

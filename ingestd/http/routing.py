@@ -22,10 +22,14 @@ T_co = TypeVar("T_co", covariant=True)
 SERVER = "*"
 """The target of an `OPTIONS` that asks about the server and not about a resource (RFC 9110)."""
 
+PREFLIGHT = "Access-Control-Request-Method"
+"""The header of an `OPTIONS` that a browser sends before another request."""
+ALL_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 READ = ("GET", "HEAD", "OPTIONS")
 ASK = ("OPTIONS",)
+ANY_SEGMENT = "*"
 _SEGMENTS_MAX = 8
-"""Of a path that is not in the table as it is: each is one more look-up."""
+"""Of a path that is not in the table as it is: each is two more look-ups."""
 
 
 class Resource(NamedTuple, Generic[T_co]):
@@ -34,10 +38,12 @@ class Resource(NamedTuple, Generic[T_co]):
     Attributes:
         methods: what may be done with it, in the order of `Allow`.
         what: the thing itself, for its handler.
+        alone: it does not stand for the paths below its own, although that ends with `/`.
     """
 
     methods: tuple[str, ...]
     what: T_co
+    alone: bool = False
 
     @property
     def allow(self) -> str:
@@ -50,7 +56,8 @@ def find(table: Mapping[str, Resource[T_co]], method: str, target: str) -> Resou
 
     Args:
         table: the resources by path, `*` for the server as a whole. A path that ends with `/` also
-            stands for the paths below it that are not in the table.
+            stands for the paths below it that are not in the table, and `*` as a segment for any
+            other segment.
         method: of the request.
         target: as the request line has it: a path with or without a query, or a whole URL.
 
@@ -73,10 +80,14 @@ def look_up(table: Mapping[str, Resource[T_co]], method: str, target: str) -> Re
     path = path_of(target, method)
     if path in table:
         return table[path]
-    above = path.split("/", _SEGMENTS_MAX)[:-1]
-    for count in range(len(above), 1, -1):
-        resource = table.get("/".join(above[:count]) + "/")
-        if resource is not None:
+    segments = path.split("/", _SEGMENTS_MAX)
+    for place in range(1, len(segments)):
+        pattern = "/".join((*segments[:place], ANY_SEGMENT, *segments[place + 1 :]))
+        if segments[place] and (resource := table.get(pattern)) is not None:
+            return resource
+    for count in range(len(segments) - 1, 1, -1):
+        resource = table.get("/".join(segments[:count]) + "/")
+        if resource is not None and not resource.alone:
             return resource
     return None
 
@@ -186,7 +197,7 @@ def tell_options(
         cors: what is said to browsers, if anything is.
     """
     allow = {"Allow": resource.allow}
-    if cors is None or "Access-Control-Request-Method" not in headers:
+    if cors is None or PREFLIGHT not in headers:
         return allow
     return allow | cors.preflight(headers.get("Origin", ""), resource.methods)
 

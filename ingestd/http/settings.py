@@ -222,6 +222,8 @@ class HttpSettings(Section):
     webhooks: Annotated[dict[WebhookName, WebhookSettings], Reloadable()] = Field(
         default_factory=dict, max_length=1000, description="signed webhooks, by name"
     )
+    # A table each for the endpoints that are switched on: `sources/http/__init__.py` puts them in.
+    endpoints: Annotated[Section, Reloadable()] = Section()
 
 
 def problems_of(

@@ -96,7 +96,7 @@ async def test_a_stream_goes_on_with_the_limits_of_its_token_as_they_are_now() -
         await reload(source, tokens=tokens(shop={"token": SHOP, "records_per_second": 1}))
         client.send(chunk(b"2\n" * 1000))
         await until(lambda: len(intake.items) == 1001)
-        assert source._authenticator._callers["shop"].wait() > 60
+        assert source._authenticator._principals["shop"].wait() > 60
         await reload(source, tokens=tokens(logs={"token": LOGS}))
         client.send(chunk(b"3\n"))
         assert (await client.reply()).json["accepted"] == 1001

@@ -168,8 +168,8 @@ async def test_records_beyond_the_rate_wait(intakes: Any) -> None:
     burst = int(10 * BURST_SECONDS)
     async with serving(*intakes, tokens=tokens) as source:
         now = [0.0]
-        caller = source._authenticator._callers["shop"]
-        caller._monotonic = lambda: now[0]
+        principal = source._authenticator._principals["shop"]
+        principal._monotonic = lambda: now[0]
         now[0] = 1e9  # long idle
         # Whole, although it is more than there is.
         assert (await limited(source, b"1\n" * (burst + 100))).status == 202
@@ -190,7 +190,7 @@ async def test_bytes_are_those_of_the_records_decompressed(intakes: Any) -> None
     tokens = {"shop": {"token": SHOP, "bytes_per_second": "1kB"}}
     async with serving(*intakes, tokens=tokens) as source:
         now = [1e9]
-        source._authenticator._callers["shop"]._monotonic = lambda: now[0]
+        source._authenticator._principals["shop"]._monotonic = lambda: now[0]
         body = b'"' + b"x" * 10_000 + b'"\n'
         reply = await ask(source, gzip.compress(body), Content_Encoding="gzip", **bearer(SHOP))
         assert reply.status == 202

@@ -122,11 +122,13 @@ CODECS = (*JSON_CODECS, LinesCodec("text"), LinesCodec("bytes"), WholeCodec())
 def test_bodies(body, codec, records_max):
     """A body is parsed or refused, and what is refused has a reason that a client can read."""
     bounds = BodyLimits(records_max, RECORD_MAX, DEPTH_MAX)
-    parsed = outcome(codec.decode, body, bounds)
-    if isinstance(parsed, Problem):
-        assert parsed.kind.status in {400, 413}
-        assert json.loads(parsed.body())["detail"]
+    found = outcome(codec.decode, body, bounds)
+    if isinstance(found, Problem):
+        assert found.kind.status in {400, 413}
+        assert json.loads(found.body())["detail"]
         return
+    (part,) = found
+    parsed = part.parsed
     check(parsed.records)
     assert 1 <= parsed.records.count <= parsed.total <= records_max
     assert all(len(item) <= RECORD_MAX for item in parsed.records.items())

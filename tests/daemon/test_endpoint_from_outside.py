@@ -20,7 +20,7 @@ from ingestd.codecs.lines import Parsed
 from ingestd.http import problem
 from ingestd.http.response import Response
 from ingestd.sources.http.endpoints.base import (
-    BodyCodec, Description, Endpoint, RouteSpec, Target,
+    BodyCodec, Decoded, Description, Endpoint, RouteSpec, Target,
 )
 
 
@@ -32,7 +32,7 @@ class Semicolons(BodyCodec):
         parts = [part for part in body.split(b";") if part]
         if not parts:
             raise problem.Problem(problem.EMPTY, "nothing")
-        return Parsed(Records.lines(parts), [])
+        return [Decoded(Parsed(Records.lines(parts), []))]
 
 
 class SemicolonEndpoint(Endpoint):
@@ -49,16 +49,19 @@ class SemicolonEndpoint(Endpoint):
             raise problem.Problem(problem.MEDIA_TYPE, "semicolons only")
         return Semicolons()
 
-    def answer(self, result):
+    def answer(self, result, head):
         return Response(200, b"text/plain", b"took %d" % result.accepted, {"X-Taken": "yes"})
 
-    def error(self, found):
+    def error(self, found, head):
         return Response(found.kind.status, b"text/plain", b"no: " + found.kind.slug.encode())
 
     def describe(self, route, target, form):
         body = {"required": True, "content": {"text/x-semi": {"schema": {"type": "string"}}}}
         return Description("text/x-semi", {"requestBody": body}, [("Semicolons", "-d '1;2'")])
 '''
+
+
+ON = ("--http.endpoints.semi.pipeline", "default")
 
 
 @pytest.fixture
@@ -74,7 +77,7 @@ def installed(tmp_path: Path) -> dict[str, str]:
 
 
 def test_an_endpoint_of_another_package(tmp_path: Path, installed: dict[str, str]) -> None:
-    arguments = ("--http.cors_origins", "https://app.example")
+    arguments = (*ON, "--http.cors_origins", "https://app.example")
     with Daemon(*arguments, cwd=tmp_path, environ=installed) as one:
         path, kind = "/semi/default/push", {"Content-Type": "text/x-semi"}
         status, headers, answer = one.request("POST", path, b'1;{"a":2};3', kind)
@@ -108,7 +111,7 @@ def test_an_endpoint_of_another_package(tmp_path: Path, installed: dict[str, str
 
 def test_only_its_own_ways_to_authenticate_count(tmp_path: Path, installed: dict[str, str]) -> None:
     token = "token-of-the-tests-0123456789-abcdef"
-    with Daemon("--http.tokens.shop.token", token, cwd=tmp_path, environ=installed) as one:
+    with Daemon(*ON, "--http.tokens.shop.token", token, cwd=tmp_path, environ=installed) as one:
         path, kind = "/semi/default/push", {"Content-Type": "text/x-semi"}
         assert one.request("POST", path, b"1", kind)[0] == 401
         assert one.request("POST", path, b"1", {**kind, "X-API-Key": token})[0] == 200

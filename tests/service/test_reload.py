@@ -106,15 +106,15 @@ def test_what_a_token_owes_it_goes_on_owing() -> None:
     settings = Settings(http={"tokens": slow}).http
     access = read_access(settings, {"default": "json"}, "default")
     gate = Authenticator(settings, access)
-    caller = gate._callers["shop"]
-    caller.charge(100, 0)
-    assert caller.wait() > 50
+    principal = gate._principals["shop"]
+    principal.charge(100, 0)
+    assert principal.wait() > 50
     again = Authenticator(settings, access, before=gate)
-    assert again._callers["shop"].wait() > 50
+    assert again._principals["shop"].wait() > 50
     faster = Settings(http={"tokens": fast}).http
     assert (
         Authenticator(faster, read_access(faster, {"default": "json"}, "default"), before=again)
-        ._callers["shop"]
+        ._principals["shop"]
         .wait()
         == 0
     )

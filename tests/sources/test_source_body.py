@@ -26,7 +26,7 @@ BOUNDS = BodyLimits(records_max=1000, record_bytes_max=64)
 
 
 def read(body, content_type="", form="json", bounds=BOUNDS):
-    parsed = codec_of(content_type, form).decode(body, bounds)
+    ((parsed, *_),) = codec_of(content_type, form).decode(body, bounds)
     check(parsed.records)
     return parsed
 

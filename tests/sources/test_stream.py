@@ -287,7 +287,7 @@ async def test_any_division_gives_the_records_of_the_whole(body, cuts, form):
     whole_records: list[bytes] = []
     refused: list[int] = []
     try:
-        parsed = LinesCodec(form).decode(body, BodyLimits(10**6, 30))
+        parsed = LinesCodec(form).decode(body, BodyLimits(10**6, 30))[0].parsed
         whole_records, refused = parsed.records.items(), [one.index for one in parsed.refused]
     except Problem as found:
         refused = [one.index for one in found.refused]

@@ -2,22 +2,71 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import TYPE_CHECKING, Annotated, Any
 
+from pydantic import ConfigDict, create_model
+
+from ingestd.base.errors import ConfigError
+from ingestd.config.sections import Reloadable, Section
 from ingestd.http.settings import HttpSettings, has_one_principal, problems_of, signatures_valid
+from ingestd.registry import ENDPOINTS
 from ingestd.sources.base import KeyNeeds, SourceKind
+from ingestd.sources.http.endpoints.base import EndpointSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from ingestd.base.record import Format
     from ingestd.sources.base import Source, SourceContext
+    from ingestd.sources.http.endpoints.base import Endpoint
+
+
+class _UnusableEndpoint(EndpointSettings):
+    model_config = ConfigDict(extra="allow")
+
+
+def _tables() -> tuple[dict[str, type[Endpoint]], dict[str, str]]:
+    """The endpoints that a table switches on, and of those that cannot be used, why."""
+    endpoints: dict[str, type[Endpoint]] = {}
+    unusable: dict[str, str] = {}
+    for name in ENDPOINTS.names():
+        try:
+            endpoint: type[Endpoint] = ENDPOINTS.load(name)
+            table = endpoint.settings
+            if table is None and name in ENDPOINTS.own:
+                continue
+            usable = table is not None and issubclass(table, EndpointSettings)
+        except (ConfigError, TypeError, AttributeError) as error:
+            unusable[name] = str(error)
+            continue
+        if usable and _NAME.fullmatch(name):
+            endpoints[name] = endpoint
+        else:
+            unusable[name] = "its name should be a-z 0-9 _, and its settings EndpointSettings"
+    return endpoints, unusable
+
+
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}", re.ASCII)
+_ENDPOINTS, _UNUSABLE = _tables()
+
+
+def _with_endpoints() -> type[HttpSettings]:
+    """`[http]` with a table for each endpoint that can be switched on."""
+    make: Any = create_model
+    tables: dict[str, Any] = {name: one.settings for name, one in _ENDPOINTS.items()}
+    tables |= dict.fromkeys(_UNUSABLE, _UnusableEndpoint)
+    fields = {name: (table, table()) for name, table in tables.items()}
+    endpoints = make("EndpointTables", __base__=Section, **fields)
+    field = (Annotated[endpoints, Reloadable()], endpoints())
+    made: type[HttpSettings] = make("HttpSettings", __base__=HttpSettings, endpoints=field)
+    return made
 
 
 class HttpSourceKind(SourceKind):
     """`kind = "http"`."""
 
-    settings = HttpSettings
+    settings = _with_endpoints()
     listens = True
     feeds_all = True
     stored_whole = ("request_bytes_max", "decompressed_bytes_max")
@@ -28,6 +77,9 @@ class HttpSourceKind(SourceKind):
         """See `SourceKind`."""
         if runs:
             yield from problems_of(settings, formats, default)
+        for name, table in settings.endpoints:
+            for key, text in _in_a_table(name, table, formats) if table.pipeline else ():
+                yield f"endpoints.{name}.{key}", text
 
     def keys(self, settings: HttpSettings) -> KeyNeeds:
         """See `SourceKind`."""
@@ -57,3 +109,19 @@ class HttpSourceKind(SourceKind):
             on_request=context.on_request,
             sockets=context.sockets,
         )
+
+
+def _in_a_table(
+    name: str, table: EndpointSettings, formats: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """Finds what is wrong in the table of an endpoint that is switched on."""
+    if name in _UNUSABLE:
+        yield "pipeline", _UNUSABLE[name]
+        return
+    endpoint, to = _ENDPOINTS[name], table.pipeline
+    if to not in formats:
+        yield "pipeline", f"there is no pipeline {to!r}"
+    elif endpoint.formats and formats[to] not in endpoint.formats:
+        takes = " or ".join(endpoint.formats)
+        yield "pipeline", f"{to!r} has the format {formats[to]}; records of {name} are {takes}"
+    yield from endpoint.check(table, formats)

@@ -58,10 +58,9 @@ def read_access(
     problems: list[str] = []
     doubts: list[str] = []
     tokens = read_tokens(settings.tokens, problems)
-    context = EndpointContext(settings, formats, default, problems)
     access = Access(
         tokens,
-        {name: build(context) for name, build in ENDPOINTS.load_all().items()},
+        _endpoints(EndpointContext(settings, formats, default, problems)),
         make_context(settings.tls, problems, doubts),
         read_authorities(settings.tls),
         doubts,
@@ -69,6 +68,24 @@ def read_access(
     if problems:
         raise ConfigError(problem="\n".join(problems))
     return access
+
+
+def _endpoints(context: EndpointContext) -> dict[str, Endpoint]:
+    """Builds the endpoints that are in use, by name."""
+    found: dict[str, Endpoint] = {}
+    paths = {"/": "the page", "/openapi.json": "the description"}
+    for name in ENDPOINTS.names():
+        own = getattr(context.settings.endpoints, name, None)
+        if own is None and name in ENDPOINTS.own:
+            found[name] = ENDPOINTS.load(name)(context)
+        elif own is not None and own.pipeline:
+            theirs = context._replace(default=own.pipeline, own=own)
+            found[name] = ENDPOINTS.load(name)(theirs)
+        for path in {spec.path for spec in found[name].routes} if name in found else ():
+            if paths.setdefault(path, name) != name:
+                text = f"its path {path} is that of {paths[path]}"
+                context.problems.append(f"http.endpoints.{name}: {text}")
+    return found
 
 
 def check_exposure(settings: HttpSettings, sockets: Sequence[socket.socket]) -> None:

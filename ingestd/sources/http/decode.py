@@ -25,11 +25,11 @@ from ingestd.codecs.lines import too_large as refuse_too_large
 from ingestd.http import problem
 from ingestd.http.body import inflate, inflate_short
 from ingestd.http.problem import ERRORS_MAX, Problem
-from ingestd.sources.http.endpoints.base import QUICK_BYTES, BodyCodec
+from ingestd.sources.http.endpoints.base import QUICK_BYTES, BodyCodec, Decoded
 from ingestd.sources.http.headers import take_fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from ingestd.base.record import Format
     from ingestd.http.admission import Reservation
@@ -49,8 +49,8 @@ _ELEMENTS = msgspec.json.Decoder(list[msgspec.Raw])
 _WHITESPACE = b" \t\r\n"
 
 
-def _checked(parsed: Parsed, bounds: BodyLimits) -> Parsed:
-    """Returns the records of a body if they can be accepted.
+def checked(parsed: Parsed, bounds: BodyLimits) -> tuple[Decoded]:
+    """Returns the records of a body, as one part, if they can be accepted.
 
     Raises:
         Problem: 400 if none can, or most can't, 413 if there are too many.
@@ -63,7 +63,7 @@ def _checked(parsed: Parsed, bounds: BodyLimits) -> Parsed:
         raise nothing_good(parsed.refused, parsed.unlisted)
     if is_mostly_invalid(parsed.records.count, parsed.invalid):
         raise mostly_invalid(parsed.refused)
-    return parsed
+    return (Decoded(parsed),)
 
 
 def is_mostly_invalid(good: int, invalid: int) -> bool:
@@ -279,28 +279,28 @@ class LinesCodec(BodyCodec):
     def __init__(self, form: Format) -> None:
         self._form = form
 
-    def decode(self, body: bytes, limits: BodyLimits) -> Parsed:
+    def decode(self, body: bytes, limits: BodyLimits) -> tuple[Decoded]:
         """See `BodyCodec`."""
-        return _checked(_parse_all_lines(body, self._form, limits), limits)
+        return checked(_parse_all_lines(body, self._form, limits), limits)
 
-    def decode_quickly(self, body: bytes, limits: BodyLimits) -> Parsed | None:
+    def decode_quickly(self, body: bytes, limits: BodyLimits) -> tuple[Decoded] | None:
         """See `BodyCodec`."""
         if self._form != "json":
             return self.decode(body, limits)
         parsed = _decode_canonical(body, limits)
-        if parsed is None and len(body) < QUICK_BYTES:
-            return self.decode(body, limits)
-        return parsed
+        if parsed is not None:
+            return (Decoded(parsed),)
+        return self.decode(body, limits) if len(body) < QUICK_BYTES else None
 
 
 class DocumentCodec(BodyCodec):
     """One JSON text: an array is one record an element, anything else is one record."""
 
-    def decode(self, body: bytes, limits: BodyLimits) -> Parsed:
+    def decode(self, body: bytes, limits: BodyLimits) -> tuple[Decoded]:
         """See `BodyCodec`."""
-        return _checked(_parse_document(body, limits), limits)
+        return checked(_parse_document(body, limits), limits)
 
-    def decode_quickly(self, body: bytes, limits: BodyLimits) -> Parsed | None:
+    def decode_quickly(self, body: bytes, limits: BodyLimits) -> tuple[Decoded] | None:
         """See `BodyCodec`."""
         quick = len(body) < QUICK_BYTES or body.count(b",") < _ELEMENTS_FEW
         return self.decode(body, limits) if quick else None
@@ -309,9 +309,9 @@ class DocumentCodec(BodyCodec):
 class ValueCodec(BodyCodec):
     """One JSON text, one record."""
 
-    def decode(self, body: bytes, limits: BodyLimits) -> Parsed:
+    def decode(self, body: bytes, limits: BodyLimits) -> tuple[Decoded]:
         """See `BodyCodec`."""
-        return _checked(_parse_value(body, limits), limits)
+        return checked(_parse_value(body, limits), limits)
 
     decode_quickly = decode
 
@@ -319,9 +319,9 @@ class ValueCodec(BodyCodec):
 class WholeCodec(BodyCodec):
     """The body is the record."""
 
-    def decode(self, body: bytes, limits: BodyLimits) -> Parsed:
+    def decode(self, body: bytes, limits: BodyLimits) -> tuple[Decoded]:
         """See `BodyCodec`."""
-        return _checked(_parse_one(body, limits, Layout.SIZED), limits)
+        return checked(_parse_one(body, limits, Layout.SIZED), limits)
 
     decode_quickly = decode
 
@@ -370,7 +370,7 @@ class BodyDecoder:
 
     async def decode(
         self, wire: bytes, hold: Reservation, *, encoding: str, codec: BodyCodec, limits: BodyLimits
-    ) -> Parsed:
+    ) -> Sequence[Decoded]:
         """Returns the records of a body.
 
         Raises:
@@ -385,7 +385,7 @@ class BodyDecoder:
                 hold.grow(len(short))
                 return await self._decode(short, codec, limits)
 
-        def finish() -> Parsed:
+        def finish() -> Sequence[Decoded]:
             body = inflate(
                 encoding,
                 wire,
@@ -397,11 +397,11 @@ class BodyDecoder:
 
         return await self._loop.run_in_executor(self._large, finish)
 
-    async def _decode(self, body: bytes, codec: BodyCodec, limits: BodyLimits) -> Parsed:
+    async def _decode(self, body: bytes, codec: BodyCodec, limits: BodyLimits) -> Sequence[Decoded]:
         if len(body) < THREAD_BYTES:
-            parsed = codec.decode_quickly(body, limits)
-            if parsed is not None:
-                return parsed
+            parts = codec.decode_quickly(body, limits)
+            if parts is not None:
+                return parts
         thread = self._thread if len(body) < LARGE_BYTES else self._large
         return await self._loop.run_in_executor(thread, codec.decode, body, limits)
 

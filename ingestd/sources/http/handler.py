@@ -17,12 +17,13 @@ from structlog.contextvars import bind_contextvars, unbind_contextvars
 
 from ingestd.base.logging import get_logger
 from ingestd.http import problem
+from ingestd.http.auth import Principal
 from ingestd.http.body import ClientGone
 from ingestd.http.problem import EXPLAINED, Problem, explain
 from ingestd.http.response import Response, StaticResponse, unless_known
-from ingestd.http.routing import find, look_up, tell_options
+from ingestd.http.routing import PREFLIGHT, find, look_up, tell_options
 from ingestd.sources.http import headers
-from ingestd.sources.http.endpoints.base import Route, UnknownPipeline, problem_response
+from ingestd.sources.http.endpoints.base import Route, UnknownPath, problem_response
 from ingestd.sources.http.ingestion import Ingestion
 
 if TYPE_CHECKING:
@@ -30,12 +31,12 @@ if TYPE_CHECKING:
 
     from aiohttp import web
 
-    from ingestd.http.auth import Authenticator, Principal
+    from ingestd.http.auth import Authenticator
     from ingestd.http.routing import Cors, Resource
     from ingestd.http.settings import HttpSettings
 
     OnRequest = Callable[[str, str, int, float, str], None]
-    Found = Route | UnknownPipeline | StaticResponse
+    Found = Route | UnknownPath | StaticResponse
     Resources = Mapping[str, Resource[Found]]
 
 log = get_logger()
@@ -43,6 +44,7 @@ log = get_logger()
 NO_ROUTE = "other"
 """The route, in the metrics, of requests that are for none."""
 
+_ANYONE = Principal()
 _CLIENT_GONE = 499
 _REFUSED = 400
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
@@ -74,7 +76,7 @@ class IngestHandler:
         self.draining = False
         self.authenticator = authenticator
         self.cors: Cors | None = None
-        self.ingestion = Ingestion(settings, self._authorize)
+        self.ingestion = Ingestion(settings, self._authorize, self._identify)
         self._settings = settings
         self._resources = resources
         self._on_request = on_request
@@ -113,12 +115,16 @@ class IngestHandler:
         Raises:
             Problem: 401, 403 or 404 if it may not.
         """
-        if route.caller is None:
+        if route.principal is None:
             return self.authenticator.identify(request, route.intake.name, route.spec.auth)
         resource = self._resources.get(route.spec.path_of(route.value))
-        if resource is None or not isinstance(resource.what, Route) or not resource.what.caller:
+        if resource is None or not isinstance(resource.what, Route) or not resource.what.principal:
             raise Problem(problem.NOT_FOUND, "the path is there no more")
-        return resource.what.caller
+        return resource.what.principal
+
+    def _identify(self, request: web.BaseRequest, route: Route, token: str) -> Principal:
+        """Returns the principal of a token in the body; see `Authenticator.identify_by`."""
+        return self.authenticator.identify_by(request, token, route.intake.name)
 
     # -- the answer ----------------------------------------------------------------------------
 
@@ -138,7 +144,7 @@ class IngestHandler:
         try:
             found = find(self._resources, request.method, request.raw_path)
             let_in = self._let_in(request, found)
-            if isinstance(let_in, StaticResponse):
+            if isinstance(let_in, Response | StaticResponse):
                 outcome = let_in
             else:
                 outcome = await self.ingestion.run(request, *let_in)
@@ -167,7 +173,7 @@ class IngestHandler:
         answer = self._write(request, request_id, outcome, route)
         if self._on_request is not None and not isinstance(outcome, StaticResponse):
             self._on_request(
-                NO_ROUTE if route is None else route.spec.path,
+                NO_ROUTE if route is None or route.spec is None else route.spec.path,
                 route.intake.name if isinstance(route, Route) else "",
                 _CLIENT_GONE if gone else answer.status,
                 self._loop.time() - started,
@@ -182,7 +188,7 @@ class IngestHandler:
         request: web.BaseRequest,
         request_id: str,
         outcome: Response | StaticResponse | Problem,
-        route: Route | UnknownPipeline | None,
+        route: Route | UnknownPath | None,
     ) -> Response:
         more = {"X-Request-Id": request_id}
         if self.cors is not None:
@@ -190,7 +196,7 @@ class IngestHandler:
         close = self.draining or not self._settings.keepalive_timeout
         if isinstance(outcome, Problem):
             close = close or outcome.kind.closes
-            outcome = _show(outcome, route)
+            outcome = _show(outcome, route, request)
         if not isinstance(outcome, Response) or outcome.status >= _REFUSED:
             # A body that is not wanted is not waited for.
             close = close or not request.content.is_eof()
@@ -213,30 +219,42 @@ class IngestHandler:
 
     def _let_in(
         self, request: web.BaseRequest, resource: Resource[Found]
-    ) -> StaticResponse | tuple[Route, Principal]:
+    ) -> Response | StaticResponse | tuple[Route, Principal]:
         """Authenticates and authorizes a request, or answers it at once."""
-        route = resource.what
-        if request.method == "OPTIONS":
+        route, method = resource.what, request.method
+        probed = isinstance(route, Route) and method in route.spec.probes
+        if method == "OPTIONS" and not (probed and PREFLIGHT not in request.headers):
             return StaticResponse(204, headers=tell_options(resource, request.headers, self.cors))
         if isinstance(route, StaticResponse):
             self.authenticator.check_host(request)
             return unless_known(route, request.headers.get("If-None-Match", ""))
         if self.draining:
             raise problem.draining()
-        if isinstance(route, UnknownPipeline):
+        if isinstance(route, UnknownPath):
+            if route.spec is None:
+                self.authenticator.check_host(request)
+                raise Problem(problem.NOT_FOUND, "/ and /openapi.json list the paths")
             raise self.authenticator.explain_unknown(request, route.spec.auth)
-        caller = route.caller or self.authenticator.admit(
-            request, route.intake.name, route.spec.auth
-        )
-        return route, caller
+        if not route.spec.auth:
+            self.authenticator.check_host(request)
+            principal = _ANYONE
+        else:
+            principal = route.principal or self.authenticator.admit(
+                request, route.intake.name, route.spec.auth
+            )
+        if probed:
+            head = route.head_of(method, request.raw_path, request.headers)
+            return route.endpoint.probe(head)
+        return route, principal
 
 
-def _show(found: Problem, route: Route | UnknownPipeline | None) -> Response:
+def _show(found: Problem, route: Route | UnknownPath | None, request: web.BaseRequest) -> Response:
     """Returns a problem as its endpoint shows it."""
     if route is None:
         return problem_response(found)
     try:
-        return route.endpoint.error(found)
+        head = route.head_of(request.method, request.raw_path, request.headers)
+        return route.endpoint.error(found, head)
     except Exception:
         log.exception("request_failed")
         return problem_response(found)

@@ -113,6 +113,7 @@ KEY_CHARACTERS_MAX = 255
 
 _IDEMPOTENCY_QUOTED = re.compile(r'"((?:[!#-\[\]-~]|\\["\\])*)"', re.ASCII)
 _BARE = re.compile(r"[!#-+\--:<-\[\]-~]*", re.ASCII)  # visible, but for " , ; and \
+_VISIBLE = re.compile(r"[!-~]+", re.ASCII)
 _ESCAPED = re.compile(r"\\(.)")
 
 
@@ -136,6 +137,13 @@ def parse_key(values: Sequence[str]) -> str:
     if not 1 <= len(key) <= KEY_CHARACTERS_MAX:
         raise Problem(problem.KEY_INVALID, f"it has 1 to {KEY_CHARACTERS_MAX} characters")
     return key
+
+
+def safe_key(key: str) -> str:
+    """A key of a protocol's own as keys are written here: itself, or its digest."""
+    if len(key) <= KEY_CHARACTERS_MAX and _VISIBLE.fullmatch(key):
+        return key
+    return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=32).hexdigest()
 
 
 def take_fingerprint(wire: bytes, content_type: str, encoding: str) -> bytes:

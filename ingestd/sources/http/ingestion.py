@@ -16,6 +16,7 @@ from ingestd.base.append import Append, DeliveryWaiter, scoped
 from ingestd.base.errors import Draining
 from ingestd.http import problem
 from ingestd.http.admission import AdmissionController
+from ingestd.http.auth import UNIDENTIFIED
 from ingestd.http.body import (
     BLOCK_BYTES,
     in_our_words,
@@ -28,10 +29,10 @@ from ingestd.http.body import (
 )
 from ingestd.http.deadlines import BodyDeadline
 from ingestd.http.peer import peer_of
-from ingestd.http.problem import Problem
+from ingestd.http.problem import EXPLAINED, Problem, explain
 from ingestd.http.protocol import size_of_head
 from ingestd.sources.http.decode import BodyDecoder
-from ingestd.sources.http.endpoints.base import Delivery, Head
+from ingestd.sources.http.endpoints.base import Delivery
 from ingestd.sources.http.headers import (
     IDEMPOTENCY_HEADER,
     NOTHING,
@@ -40,25 +41,25 @@ from ingestd.sources.http.headers import (
     parse_key,
     parse_prefer,
 )
-from ingestd.sources.http.result import IngestResult
+from ingestd.sources.http.result import IngestResult, PartResult, count_body, counted
 from ingestd.sources.http.stream import Stream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from aiohttp import web
 
     from ingestd.base.append import IdempotencyClaim
-    from ingestd.codecs.lines import Parsed
     from ingestd.http.admission import Reservation
     from ingestd.http.auth import Principal
     from ingestd.http.protocol import Connection
     from ingestd.http.response import Response
     from ingestd.http.settings import HttpSettings
-    from ingestd.sources.http.endpoints.base import Route
+    from ingestd.sources.http.endpoints.base import Decoded, Head, Route
     from ingestd.sources.http.headers import Preferences
 
     Authorize = Callable[[web.BaseRequest, Route], Principal]
+    Identify = Callable[[web.BaseRequest, Route, str], Principal]
 
 HEAD_BYTES_FREE = 8 * 1024
 """A head that takes more counts as held while its request is answered."""
@@ -70,13 +71,33 @@ class Durable(NamedTuple):
     Attributes:
         answer: the 202, for when the time is up.
         result: for the answer with the outcomes.
+        head: of the request.
         waiter: of these records.
         prefer: the client's preferences.
     """
 
     answer: Response
     result: IngestResult
+    head: Head
     waiter: DeliveryWaiter
+    prefer: Preferences
+
+
+class _Admitted(NamedTuple):
+    """A request that was let in, while its records are accepted.
+
+    Attributes:
+        route: where it goes.
+        head: of it.
+        principal: its sender.
+        hold: what it holds.
+        prefer: its sender's preferences.
+    """
+
+    route: Route
+    head: Head
+    principal: Principal
+    hold: Reservation
     prefer: Preferences
 
 
@@ -87,6 +108,7 @@ class Ingestion:
         settings: the bounds.
         authorize: returns the principal of a request that was let in before, or raises a `Problem`
             if it may not send there any more.
+        identify: returns the principal of the token in a body, or raises a `Problem`.
 
     Attributes:
         admission: what all requests together may hold.
@@ -95,7 +117,7 @@ class Ingestion:
         quiet: requests whose body may be a stream and has not begun.
     """
 
-    def __init__(self, settings: HttpSettings, authorize: Authorize) -> None:
+    def __init__(self, settings: HttpSettings, authorize: Authorize, identify: Identify) -> None:
         self.admission = AdmissionController(
             settings.inflight_bytes_max,
             requests_max=settings.requests_max,
@@ -104,6 +126,7 @@ class Ingestion:
         )
         self._settings = settings
         self._authorize = authorize
+        self._identify = identify
         self._decoder = BodyDecoder(settings)
         self._loop = asyncio.get_running_loop()
         self.streams: set[Stream] = set()
@@ -138,88 +161,101 @@ class Ingestion:
         """Ends the threads."""
         self._decoder.close()
 
-    async def run(self, request: web.BaseRequest, route: Route, caller: Principal) -> Response:
+    async def run(self, request: web.BaseRequest, route: Route, principal: Principal) -> Response:
         """Takes a request's records, and returns its answer.
 
         Raises:
             Problem: none was accepted, or not all of a stream.
         """
-        with self.admission.enter(caller.name or peer_of(request)) as hold:
+        with self.admission.enter(principal.name or peer_of(request)) as hold:
             if (head := size_of_head(request.raw_headers)) > HEAD_BYTES_FREE:
                 hold.add_base(head)
-            taken = await self._take(request, route, caller, hold)
+            taken = await self._take(request, route, principal, hold)
             # Nothing holds the body any more, however long this takes.
             return await self._wait(request, route, taken) if isinstance(taken, Durable) else taken
 
     async def _take(
-        self, request: web.BaseRequest, route: Route, caller: Principal, hold: Reservation
+        self, request: web.BaseRequest, route: Route, principal: Principal, hold: Reservation
     ) -> Response | Durable:
         """Reads a body and makes its records durable."""
         headers, settings = request.headers, self._settings
-        head = Head(request.method, request.raw_path, headers, route.value, route.intake.format)
+        head = route.head_of(request.method, request.raw_path, headers)
         codec = route.endpoint.open(head)
-        encoding = name_encoding(headers.getall("Content-Encoding", ()))
+        encoding = codec.encoding or name_encoding(headers.getall("Content-Encoding", ()))
         length = length_of(request, settings)
         key = None
         if IDEMPOTENCY_HEADER in headers and not codec.verifies:
-            key = scoped(caller.principal, parse_key(headers.getall(IDEMPOTENCY_HEADER)))
+            key = parse_key(headers.getall(IDEMPOTENCY_HEADER))
         prefer = NOTHING
         if PREFER_HEADER in headers:
             prefer = parse_prefer(headers.getall(PREFER_HEADER), settings.wait_max)
         hold.expect(length or 0)
         say_continue(request)
-        streams = length is None and codec.streamable and key is None
-        if streams and not prefer.strict and hold.begin_stream():
-            try:
-                first = await self._first_bytes(request, route)
-                wire, ended = await read_first(
-                    request, hold, settings, encoding=encoding, first=first
-                )
-                if not ended:
-                    return await self._stream(
-                        request, route, caller, hold, encoding=encoding, begun=wire
-                    )
-            finally:
-                hold.end_stream()
-        else:
-            wire = await read_whole(request, hold, settings)
-        delivery = None
+        # Of these each part has a claim of its own, once its pipeline and its sender are known.
+        by_part = codec.routes or principal is UNIDENTIFIED
+        to = _Admitted(route, head, principal, hold, prefer)
+        streams = length is None and codec.streamable and key is None and not by_part
+        wire = await self._read(request, to, encoding, streams=streams and not prefer.strict)
+        if not isinstance(wire, bytes):
+            return wire
+        delivery = claim = None
         if codec.verifies:
             delivery = await self._decoder.verify(codec, wire)
         elif key is not None:
             kind = headers.get("Content-Type", "")
-            delivery = Delivery(key, await self._decoder.fingerprint(wire, kind, encoding))
+            fingerprint = await self._decoder.fingerprint(wire, kind, encoding)
+            delivery = Delivery(key if by_part else scoped(principal.id, key), fingerprint)
         # Claimed only now: a connection that died in the middle of a body must not keep the next
         # try of the same request waiting.
-        claim = None if delivery is None else await route.intake.begin(*delivery)
+        if delivery is not None and not by_part:
+            claim = await route.intake.begin(*delivery)
         if isinstance(claim, bytes):
-            answer = route.endpoint.answer(IngestResult(0, stored=claim))
+            answer = route.endpoint.answer(IngestResult(0, stored=claim), head)
             return answer._replace(headers={**answer.headers, **REPLAYED})
         try:
-            parsed = await self._decoder.decode(
+            parts = await self._decoder.decode(
                 wire, hold, encoding=encoding, codec=codec, limits=route.limits
             )
             del wire
-            caller.charge(parsed.total, len(parsed.records.payload))
-            return await self._accept(parsed, route, prefer, hold, claim)
+            if principal is UNIDENTIFIED:
+                to = to._replace(principal=self._identify(request, route, _token_in(parts)))
+            for part in parts:
+                to.principal.charge(part.parsed.total, len(part.parsed.records.payload))
+            if len(parts) == 1 and not by_part and parts[0].delivery is None:
+                return await self._accept(parts[0], to, claim)
+            return await self._accept_parts(parts, to, delivery)
         finally:
             if claim is not None:
                 route.intake.forget(claim)
 
+    async def _read(
+        self, request: web.BaseRequest, to: _Admitted, encoding: str, *, streams: bool
+    ) -> bytes | Response:
+        """Reads a body as it comes; one that is accepted in pieces gives its answer instead."""
+        hold = to.hold
+        if not (streams and hold.begin_stream()):
+            return await read_whole(request, hold, self._settings)
+        try:
+            first = await self._first_bytes(request, to.route)
+            wire, ended = await read_first(
+                request, hold, self._settings, encoding=encoding, first=first
+            )
+            return wire if ended else await self._stream(request, to, encoding, begun=wire)
+        finally:
+            hold.end_stream()
+
     async def _accept(
-        self,
-        parsed: Parsed,
-        route: Route,
-        prefer: Preferences,
-        hold: Reservation,
-        claim: IdempotencyClaim | None,
+        self, part: Decoded, to: _Admitted, claim: IdempotencyClaim | None
     ) -> Response | Durable:
         """Makes records durable."""
+        parsed, (route, head, _, hold, prefer) = part.parsed, to
         if prefer.strict and parsed.refused:
             detail = f"{parsed.invalid} of {parsed.total} records; nothing was stored"
             raise Problem(problem.NOT_STRICT, detail, refused=parsed.refused)
-        result = IngestResult(parsed.records.count, parsed.invalid, parsed.refused)
-        answer = route.endpoint.answer(result)
+        result = IngestResult(
+            parsed.records.count, parsed.invalid, parsed.refused, notes=part.notes
+        )
+        answer = route.endpoint.answer(result, head)
         if claim is not None:
             claim.answer = answer.body
         kept = parsed.refused[: route.limits.invalid_kept]
@@ -245,7 +281,44 @@ class Ingestion:
             return answer
         hold.give_back()
         listed = [one._replace(payload=b"") for one in parsed.refused]
-        return Durable(answer, result._replace(errors=listed, waiter=waiter), waiter, prefer)
+        result = result._replace(errors=listed, waiter=waiter)
+        return Durable(answer, result, head, waiter, prefer)
+
+    async def _accept_parts(
+        self, parts: Sequence[Decoded], to: _Admitted, delivery: Delivery | None
+    ) -> Response:
+        """Makes the records of each part durable, each for itself.
+
+        Raises:
+            Problem: nothing was accepted: that of the first part.
+        """
+        refused = [one for part in parts for one in part.parsed.refused]
+        if to.prefer.strict and refused:
+            detail = f"{sum(part.parsed.invalid for part in parts)} records; nothing was stored"
+            raise Problem(problem.NOT_STRICT, detail, refused=refused)
+        results = await asyncio.gather(
+            *(_accept_part(part, to, delivery) for part in parts),
+            return_exceptions=True,
+        )
+        done = []
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+            done.append(result)
+        problems = [result.problem for result in done if result.problem is not None]
+        if problems and len(problems) == len(done):
+            raise problems[0]
+        answer = to.route.endpoint.answer(
+            IngestResult(
+                sum(result.accepted for result in done),
+                sum(result.invalid for result in done),
+                [one for result in done for one in result.errors],
+                parts=done,
+            ),
+            to.head,
+        )
+        applied = to.prefer._replace(wait=None).applied()  # the outcomes of several are not told
+        return answer._replace(headers={**answer.headers, **applied}) if applied else answer
 
     async def _wait(self, request: web.BaseRequest, route: Route, durable: Durable) -> Response:
         """Returns once all records have their outcome, the time is up, or the client has left."""
@@ -263,7 +336,7 @@ class Ingestion:
             route.intake.stop_waiting(waiter)
         if waiter.left:
             return durable.answer
-        answer = route.endpoint.answer(durable.result)
+        answer = route.endpoint.answer(durable.result, durable.head)
         return answer._replace(headers={**answer.headers, **durable.prefer.applied()})
 
     async def _first_bytes(self, request: web.BaseRequest, route: Route) -> bytes:
@@ -284,16 +357,10 @@ class Ingestion:
             del self.quiet[deadline]
 
     async def _stream(
-        self,
-        request: web.BaseRequest,
-        route: Route,
-        caller: Principal,
-        hold: Reservation,
-        *,
-        encoding: str,
-        begun: bytes,
+        self, request: web.BaseRequest, to: _Admitted, encoding: str, *, begun: bytes
     ) -> Response:
         """Accepts a body in pieces."""
+        route, head, principal, hold, _ = to
         connection = cast("Connection", request.protocol)
 
         async def read() -> tuple[bytes, bool]:
@@ -304,7 +371,7 @@ class Ingestion:
         stream = Stream(
             read,
             route.intake,
-            caller,
+            principal,
             hold,
             self._decoder.stream_thread,
             invalid_kept=self._settings.invalid_kept,
@@ -316,6 +383,47 @@ class Ingestion:
         )
         self.streams.add(stream)
         try:
-            return route.endpoint.answer(await stream.run(begun))
+            return route.endpoint.answer(await stream.run(begun), head)
         finally:
             self.streams.discard(stream)
+
+
+def _token_in(parts: Sequence[Decoded]) -> str:
+    """The token in a body; empty if there is none, or more than one."""
+    tokens = {part.token for part in parts}
+    return tokens.pop() if len(tokens) == 1 else ""
+
+
+async def _accept_part(part: Decoded, to: _Admitted, delivery: Delivery | None) -> PartResult:
+    """Makes the records of one part durable; a refusal is a result of it."""
+    parsed = part.parsed
+    intake = to.route.intakes[part.pipeline] if part.pipeline else to.route.intake
+    principal = to.principal
+    claim = None
+    try:
+        principal.authorize(intake.name)
+        if named := part.delivery or delivery:
+            begun = await intake.begin(*named.of(principal.id))
+            if isinstance(begun, bytes):
+                return PartResult(intake.name, *counted(begun), notes=part.notes)
+            claim = begun
+            claim.answer = count_body(parsed.records.count, parsed.invalid, ())
+        kept = parsed.refused[: to.route.limits.invalid_kept]
+        await intake.accept(
+            Append(
+                parsed.records,
+                kept,
+                claim=claim,
+                principal=principal.name or to.hold.client,
+                unkept=parsed.invalid - len(kept),
+            )
+        )
+    except Problem as found:
+        return PartResult(intake.name, problem=found.with_traceback(None), notes=part.notes)
+    except EXPLAINED as error:
+        return PartResult(intake.name, problem=explain(error), notes=part.notes)
+    finally:
+        if claim is not None:
+            intake.forget(claim)
+    counts = parsed.records.count, parsed.invalid
+    return PartResult(intake.name, *counts, parsed.refused, notes=part.notes)

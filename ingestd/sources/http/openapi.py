@@ -21,10 +21,11 @@ import msgspec
 
 from ingestd import __version__
 from ingestd.config.network import is_loopback
+from ingestd.http.auth import IN_BODY, TokenScheme
 from ingestd.http.problem import FORBIDDEN, FOREIGN_ORIGIN, KINDS, ProblemType
 from ingestd.http.response import HTML, JSON, StaticResponse, make_document
 from ingestd.http.routing import ASK, READ, SERVER, Resource
-from ingestd.sources.http.endpoints.base import PIPELINE, SIGNATURE
+from ingestd.sources.http.endpoints.base import ANY, PIPELINE, SIGNATURE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -64,7 +65,11 @@ def describe(
         for path, route, value, form in _described(endpoint, formats, public_names=public_names):
             item = document["paths"].setdefault(path, {})
             if route.variable in path and route.variable:
-                item["parameters"] = [_variable(route.variable.strip("{}"))]
+                item["parameters"] = [_variable(route.variable.strip("{}"), route)]
+            ways = {way.name: way for way in route.auth if isinstance(way, TokenScheme)}
+            parts["securitySchemes"] |= {way: dict(one.security) for way, one in ways.items()}
+            for method in route.probes:
+                item[method.lower()] = _probe(common, name, f"{path} {method}")
             for method in route.methods:
                 operation = _operation(
                     common, name, f"{path} {method}", route, public_names=public_names
@@ -99,28 +104,44 @@ def _operation(
 ) -> dict[str, Any]:
     """Returns what all operations have in common, as far as it holds for this one."""
     operation = copy.deepcopy(dict(common))
-    words = re.sub(r"[^a-z0-9]+", "_", f"{name} {where}".lower()).strip("_")
-    operation |= {"operationId": words, "summary": f"Send records as {name}"}
+    operation |= {"operationId": _id(name, where), "summary": f"Send records as {name}"}
     responses = operation["responses"]
     if route.auth == SIGNATURE:
         del responses["403"]
     elif public_names:
         del responses["401"]
     else:
-        operation["security"] = [{scheme: []} for scheme in route.auth]
+        names = [way.name if isinstance(way, TokenScheme) else way for way in route.auth]
+        operation["security"] = [{} if way == IN_BODY else {way: []} for way in names]
     if route.variable and not (public_names and route.variable == PIPELINE):
         responses["404"] = _ref("responses/Problem404")
     return operation
 
 
-def _variable(name: str) -> dict[str, Any]:
-    pattern = "^[a-z][a-z0-9_-]{0,62}$"
+def _id(name: str, where: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", f"{name} {where}".lower()).strip("_")
+
+
+def _probe(common: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    """Returns an operation that has no records."""
+    return {
+        "operationId": _id(name, where),
+        "tags": common["tags"],
+        "summary": f"Probe of {name} clients",
+        "responses": {"2XX": {"description": "As the protocol has it"}},
+    }
+
+
+def _variable(name: str, route: RouteSpec) -> dict[str, Any]:
+    schema = {"type": "string"}
+    if ANY not in route.targets:
+        schema["pattern"] = "^[a-z][a-z0-9_-]{0,62}$"
     return {
         "name": name,
         "in": "path",
         "required": True,
         "description": f"The name of a {name}.",
-        "schema": {"type": "string", "pattern": pattern},
+        "schema": schema,
     }
 
 
@@ -215,6 +236,8 @@ def make_page(
     examples, rows = [], []
     for endpoint in endpoints.values():
         for path, route, value, form in _described(endpoint, formats, public_names=public_names):
+            if not route.methods:
+                continue
             told = endpoint.describe(route, value, form)
             examples += [f"# {title}\ncurl {body} {url}{path}" for title, body in told.examples]
             to = route.targets[value].pipeline if form else "-"

@@ -14,10 +14,31 @@ if TYPE_CHECKING:
 
     from ingestd.base.append import DeliveryWaiter, FailedRecord
     from ingestd.base.record import InvalidRecord
+    from ingestd.http.problem import Problem
 
 _TOLD = frozenset({"rejected", "undecodable"})
 """Reasons whose detail is about the record. Others come with what the handler raised, which may
 tell more of the machine than its clients should know."""
+
+
+class PartResult(NamedTuple):
+    """The result of the records of a request that went to one pipeline.
+
+    Attributes:
+        pipeline: its name.
+        accepted: records.
+        invalid: records that were not accepted.
+        errors: the first ones of these.
+        problem: the reason why no record of the part was accepted; `None` if it was.
+        notes: of `Decoded`.
+    """
+
+    pipeline: str
+    accepted: int = 0
+    invalid: int = 0
+    errors: Sequence[InvalidRecord] = ()
+    problem: Problem | None = None
+    notes: object = None
 
 
 class IngestResult(NamedTuple):
@@ -29,6 +50,8 @@ class IngestResult(NamedTuple):
         errors: the first ones of these.
         waiter: knows the outcome of each accepted record, if the client waited for all.
         stored: the body of the first answer, if the request was accepted before; `None` else.
+        notes: of `Decoded`, if it has one part.
+        parts: of a body whose codec `routes`, or that names its idempotency keys.
     """
 
     accepted: int
@@ -36,6 +59,8 @@ class IngestResult(NamedTuple):
     errors: Sequence[InvalidRecord] = ()
     waiter: DeliveryWaiter | None = None
     stored: bytes | None = None
+    notes: object = None
+    parts: Sequence[PartResult] = ()
 
     def response(self) -> Response:
         """Returns our own protocol's answer: 202, or 200 with the outcomes."""
@@ -45,6 +70,20 @@ class IngestResult(NamedTuple):
         if self.stored is not None:
             return Response(202, JSON, self.stored)
         return Response(202, JSON, count_body(self.accepted, self.invalid, self.errors))
+
+
+class _Counts(msgspec.Struct):
+    accepted: int
+    invalid: int
+
+
+_COUNTS = msgspec.json.Decoder(_Counts)
+
+
+def counted(body: bytes) -> tuple[int, int]:
+    """The numbers of accepted and invalid records in what `count_body` made."""
+    counts = _COUNTS.decode(body)
+    return counts.accepted, counts.invalid
 
 
 def count_body(accepted: int, invalid: int, errors: Sequence[InvalidRecord]) -> bytes:

@@ -12,12 +12,12 @@ from ingestd.config.network import is_loopback, split_address
 from ingestd.host.sockets import is_local, show_socket
 from ingestd.http.auth import ONLY_DELIVERIES, Authenticator, Principal
 from ingestd.http.listener import Listener, bind
-from ingestd.http.routing import Cors, Resource
+from ingestd.http.routing import ALL_METHODS, Cors, Resource
 from ingestd.http.server import Server
 from ingestd.http.settings import demands_proof, demands_signatures_alone
 from ingestd.sources.base import Source
 from ingestd.sources.http.access import check_exposure, read_access
-from ingestd.sources.http.endpoints.base import SIGNATURE, BodyLimits, Route, UnknownPipeline
+from ingestd.sources.http.endpoints.base import ANY, SIGNATURE, BodyLimits, Route, UnknownPath
 from ingestd.sources.http.handler import IngestHandler
 from ingestd.sources.http.openapi import published
 
@@ -92,6 +92,7 @@ class HttpSource(Source):
         self._authenticator = Authenticator(settings, access, local=self._local)
         if demands_signatures_alone(settings):
             log.warning("records_refused", reason=ONLY_DELIVERIES)
+        self._limits = self._bound()
         # The handler looks here; `_publish` puts everything in.
         self._resources: dict[str, Resource[Found]] = {}
         self.addresses: list[str] = []
@@ -99,6 +100,21 @@ class HttpSource(Source):
     def _read(self, settings: HttpSettings) -> Access:
         formats = {name: intake.format for name, intake in self._intakes.items()}
         return read_access(settings, formats, self._default)
+
+    def _bound(self) -> dict[str, BodyLimits]:
+        """Returns the bounds of a request by pipeline, each with all of them."""
+        settings = self._settings
+        limits: dict[str, BodyLimits] = {}
+        for name, intake in self._intakes.items():
+            limits[name] = BodyLimits(
+                settings.records_max,
+                intake.record_bytes_max,
+                intake.json_depth_max,
+                settings.invalid_kept,
+                settings.decompressed_bytes_max,
+                limits,
+            )
+        return limits
 
     async def start(self) -> None:
         """Listens.
@@ -142,6 +158,9 @@ class HttpSource(Source):
         for endpoint in endpoints.values():
             for spec in endpoint.routes:
                 found |= self._resources_of(endpoint, spec)
+            if endpoint.prefix:
+                unknown = UnknownPath(endpoint)
+                found.setdefault(f"{endpoint.prefix}/", Resource(ALL_METHODS, unknown))
         found |= published(
             endpoints,
             {name: intake.format for name, intake in self._intakes.items()},
@@ -158,23 +177,18 @@ class HttpSource(Source):
 
     def _resources_of(self, endpoint: Endpoint, spec: RouteSpec) -> dict[str, Resource[Found]]:
         """Returns a resource for each value of a template's variable, and one for all others."""
-        methods = (*spec.methods, "OPTIONS")
+        methods = tuple(dict.fromkeys((*spec.methods, *spec.probes, "OPTIONS")))
         found: dict[str, Resource[Found]] = {}
         for value, target in spec.targets.items():
             intake = self._intakes[target.pipeline]
-            limits = BodyLimits(
-                self._settings.records_max,
-                intake.record_bytes_max,
-                intake.json_depth_max,
-                self._settings.invalid_kept,
-            )
             name = target.principal
-            caller = Principal(name, principal=name) if name else None
-            route = Route(endpoint, spec, value, intake, limits, caller)
-            found[spec.path_of(value)] = Resource(methods, route)
-        if spec.variable and spec.auth != SIGNATURE:
+            principal = Principal(name, id=name) if name else None
+            limits = self._limits[target.pipeline]
+            route = Route(endpoint, spec, value, intake, limits, principal, self._intakes)
+            found[spec.path_of(value)] = Resource(methods, route, alone=True)
+        if spec.variable and ANY not in spec.targets and spec.auth != SIGNATURE:
             below = spec.path.partition("{")[0]
-            found.setdefault(below, Resource(methods, UnknownPipeline(endpoint, spec)))
+            found.setdefault(below, Resource(methods, UnknownPath(endpoint, spec)))
         return found
 
     async def prepare(self, settings: HttpSettings) -> Callable[[], None]:

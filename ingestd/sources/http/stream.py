@@ -68,7 +68,7 @@ class Stream:
     Args:
         read: the next piece, and whether the body ended with it.
         intake: where its records go.
-        caller: who sends it; at its limits it is not read, until it may send again.
+        principal: who sends it; at its limits it is not read, until it may send again.
         hold: what it counts as.
         thread: where large pieces are parsed.
         invalid_kept: `http.invalid_kept`.
@@ -88,7 +88,7 @@ class Stream:
         self,
         read: Callable[[], Awaitable[tuple[bytes, bool]]],
         intake: Intake,
-        caller: Principal,
+        principal: Principal,
         hold: Reservation,
         thread: Executor,
         *,
@@ -99,10 +99,10 @@ class Stream:
         gone: Callable[[], bool],
         allowed: Callable[[], Principal] | None = None,
     ) -> None:
-        self._allowed = allowed or (lambda: caller)
+        self._allowed = allowed or (lambda: principal)
         self._read = read
         self._intake = intake
-        self._caller = caller
+        self._principal = principal
         self._silence = silence
         self._gone = gone
         self._hold = hold
@@ -152,7 +152,7 @@ class Stream:
     def look_again(self) -> None:
         """Ends it if its client may not send here any more; what was accepted stays accepted."""
         try:
-            self._caller = self._allowed()
+            self._principal = self._allowed()
         except Problem as found:
             self._why = found.with_traceback(None)
             self.leave()
@@ -304,11 +304,11 @@ class Stream:
         return self.accepted + self.invalid
 
     async def _accept(self, parsed: Parsed) -> None:
-        await self._pause(self._caller.wait())
+        await self._pause(self._principal.wait())
         kept = parsed.refused[: self._invalid_kept]
         self._invalid_kept -= len(kept)
         while True:
-            self._caller = self._allowed()
+            self._principal = self._allowed()
             try:
                 await self._intake.accept(
                     Append(
@@ -325,7 +325,7 @@ class Stream:
                 if self._leaving.is_set() or self._gone():
                     raise self._why from None
                 await self._pause(again_after(overloaded))
-        self._caller.charge(parsed.total, len(parsed.records.payload))
+        self._principal.charge(parsed.total, len(parsed.records.payload))
         self.accepted += parsed.records.count
         self.invalid += parsed.invalid
         self._committing = 0

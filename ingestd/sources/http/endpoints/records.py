@@ -101,6 +101,8 @@ class RecordsEndpoint(Endpoint):
         context: the pipelines.
     """
 
+    settings = None
+
     def __init__(self, context: EndpointContext) -> None:
         self.routes = [
             RouteSpec(RECORDS, {"": Target(context.default)}),

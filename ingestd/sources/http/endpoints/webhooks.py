@@ -155,6 +155,8 @@ class WebhooksEndpoint(Endpoint):
         context: has their settings.
     """
 
+    settings = None
+
     def __init__(self, context: EndpointContext) -> None:
         settings = context.settings.webhooks
         secrets = read_webhooks(settings, context.problems)
