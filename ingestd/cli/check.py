@@ -13,7 +13,7 @@ import msgspec
 
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import ConfigError, ExecutorLoadError, Exit, HandlerLoadError
-from ingestd.cli.arguments import Parser, add_settings
+from ingestd.cli.arguments import add_settings
 from ingestd.cli.configured import configured
 from ingestd.cli.output import fail, say
 from ingestd.config.keys import dotted, quoted, shown
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator, Sequence
 
+    from ingestd.cli.output import Parser
     from ingestd.config.loader import Loaded
     from ingestd.handlers.outcome import SinkFinding
     from ingestd.handlers.runner import HandlerConfig, Runner
