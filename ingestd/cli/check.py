@@ -15,7 +15,7 @@ from ingestd.base.clock import SystemClock
 from ingestd.base.errors import ConfigError, ExecutorLoadError, Exit, HandlerLoadError
 from ingestd.cli.arguments import add_settings
 from ingestd.cli.configured import configured
-from ingestd.cli.output import fail, say
+from ingestd.cli.output import Parser, fail, say
 from ingestd.config.keys import dotted, quoted, shown
 from ingestd.config.loader import DEFAULT
 from ingestd.config.sections import MASK
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from ingestd.handlers.outcome import SinkFinding
     from ingestd.handlers.runner import HandlerConfig, Runner
     from ingestd.settings import PipelineSettings, Settings
-
-
-__all__ = ["DESCRIPTION", "add_arguments", "effective", "execute"]
 
 _SECRET_NAME = re.compile(
     r"pass|pwd|token|secret|key|dsn|credential|auth|private|cookie|signature", re.IGNORECASE
