@@ -13,7 +13,7 @@ import base64
 import binascii
 import socket
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import parse_qs
 
 from ingestd.base.logging import get_logger
@@ -28,10 +28,8 @@ from ingestd.http.settings import ALL, demands_proof, demands_signatures_alone
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from aiohttp import web
-
     from ingestd.http.credentials import Tokens
-    from ingestd.http.protocol import Connection
+    from ingestd.http.request import Request
     from ingestd.http.settings import HttpSettings, TokenSettings
 
     Ways = Sequence[str | "TokenScheme"]
@@ -174,7 +172,7 @@ class Principal:
             self._limits.charge(records, size, self._monotonic())
 
 
-def _is_unix(request: web.BaseRequest) -> bool:
+def _is_unix(request: Request) -> bool:
     """Returns True if it came over a Unix socket, which no browser reaches."""
     sock = request.transport.get_extra_info("socket") if request.transport is not None else None
     return sock is not None and sock.family == socket.AF_UNIX
@@ -245,9 +243,7 @@ class Authenticator:
         self._denied = 0
         self._say_denied_at = 0.0
 
-    def admit(
-        self, request: web.BaseRequest, pipeline: str, schemes: Ways = TOKEN_SCHEMES
-    ) -> Principal:
+    def admit(self, request: Request, pipeline: str, schemes: Ways = TOKEN_SCHEMES) -> Principal:
         """Authenticates a request, and authorizes it for a pipeline.
 
         Args:
@@ -263,9 +259,7 @@ class Authenticator:
         principal.check()
         return principal
 
-    def identify(
-        self, request: web.BaseRequest, pipeline: str, schemes: Ways = TOKEN_SCHEMES
-    ) -> Principal:
+    def identify(self, request: Request, pipeline: str, schemes: Ways = TOKEN_SCHEMES) -> Principal:
         """Does the same, however much the principal has sent.
 
         Raises:
@@ -275,7 +269,7 @@ class Authenticator:
         self._authorize(request, principal, pipeline)
         return principal
 
-    def identify_by(self, request: web.BaseRequest, token: str, pipeline: str) -> Principal:
+    def identify_by(self, request: Request, token: str, pipeline: str) -> Principal:
         """Identifies the principal of a request by the token in its body; see `IN_BODY`.
 
         Args:
@@ -293,14 +287,14 @@ class Authenticator:
         principal.check()
         return principal
 
-    def _authorize(self, request: web.BaseRequest, principal: Principal, pipeline: str) -> None:
+    def _authorize(self, request: Request, principal: Principal, pipeline: str) -> None:
         try:
             principal.authorize(pipeline)
         except Problem:
             self._count(request)
             raise
 
-    def explain_unknown(self, request: web.BaseRequest, schemes: Ways) -> Problem:
+    def explain_unknown(self, request: Request, schemes: Ways) -> Problem:
         """Returns the answer of a pipeline that does not exist.
 
         Only a principal that may send to all pipelines learns that there is none.
@@ -314,7 +308,7 @@ class Authenticator:
             return principal.forbidden()
         return Problem(problem.UNKNOWN_PIPELINE, "no pipeline has this name")
 
-    def check_host(self, request: web.BaseRequest) -> None:
+    def check_host(self, request: Request) -> None:
         """Checks that the request is for a name of this server.
 
         Raises:
@@ -332,7 +326,7 @@ class Authenticator:
         detail = "Host is neither an IP address nor localhost nor one of http.hosts"
         raise Problem(problem.MISDIRECTED, detail)
 
-    def _check_origin(self, request: web.BaseRequest) -> None:
+    def _check_origin(self, request: Request) -> None:
         """Refuses requests of pages of foreign origins.
 
         Raises:
@@ -346,7 +340,7 @@ class Authenticator:
         if is_foreign(origin, site, authority_of(request.raw_path, headers.get("Host", ""))):
             raise Problem(problem.FOREIGN_ORIGIN, "it is not among http.cors_origins")
 
-    def _who(self, request: web.BaseRequest, schemes: Ways) -> Principal:
+    def _who(self, request: Request, schemes: Ways) -> Principal:
         self.check_host(request)
         headers = request.headers
         if self._anybody is not None:
@@ -369,13 +363,13 @@ class Authenticator:
             return self._certified(request, schemes)
         return self._known(request, owner)
 
-    def _known(self, request: web.BaseRequest, owner: str | None) -> Principal:
+    def _known(self, request: Request, owner: str | None) -> Principal:
         """The principal of a name; `None` is a token that has none."""
         if owner is None:
             raise self._deny(request, "it is not known here", ', error="invalid_token"')
         return self._principals[owner]
 
-    def _certified(self, request: web.BaseRequest, schemes: Ways) -> Principal:
+    def _certified(self, request: Request, schemes: Ways) -> Principal:
         """Returns the principal of a certificate, for a request without a token."""
         transport = request.transport
         certificate = transport.get_extra_info("peercert") if transport is not None else None
@@ -385,7 +379,7 @@ class Authenticator:
             raise self._deny(request, self._missing, "")
         if has_expired(certificate, self._now()):
             raise self._deny(request, "the certificate has expired", "")
-        if not cast("Connection", request.protocol).authorities <= self.access.authorities:
+        if not request.protocol.authorities <= self.access.authorities:
             why = "an authority has gone since the certificate was verified; connect anew"
             raise self._deny(request, why, "")
         owner = self.access.tokens.owner_of_certificate(certificate)
@@ -414,14 +408,14 @@ class Authenticator:
         owner = self.access.tokens.owner_of(token)
         return owner if owner == user else None
 
-    def _deny(self, request: web.BaseRequest, why: str, error: str) -> Problem:
+    def _deny(self, request: Request, why: str, error: str) -> Problem:
         self._count(request)
         challenge = {"WWW-Authenticate": _CHALLENGE.format(error)}
         found = Problem(problem.UNAUTHORIZED, f"a token is needed; {why}", headers=challenge)
         found.without_credentials = not error
         return found
 
-    def _count(self, request: web.BaseRequest) -> None:
+    def _count(self, request: Request) -> None:
         self._denied += 1
         now = self._monotonic()
         if now >= self._say_denied_at:

@@ -8,20 +8,18 @@ from io import BytesIO
 from typing import TYPE_CHECKING
 
 import async_timeout
-from aiohttp import ClientPayloadError, HttpVersion11
-from aiohttp.web_protocol import RequestPayloadError
 
 from ingestd.codecs.compression import INFLATED_PIECE_BYTES, Corrupt, Inflater, TooDense, TooMuch
 from ingestd.http import problem
 from ingestd.http.deadlines import BodyDeadline, BodyTimeout
 from ingestd.http.problem import Problem
+from ingestd.http.request import HTTP11, BrokenBody, ClientGone
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from aiohttp import StreamReader, web
-
     from ingestd.http.admission import Reservation
+    from ingestd.http.request import BodyBuffer, Request
     from ingestd.http.settings import HttpSettings
 
 
@@ -102,11 +100,7 @@ BLOCK_BYTES = 64 * 1024
 """What is read of a stream at once, before it is counted."""
 
 
-class ClientGone(Exception):  # noqa: N818 - nobody's error
-    """The client went away in the middle of its body."""
-
-
-def length_of(request: web.BaseRequest, settings: HttpSettings) -> int | None:
+def length_of(request: Request, settings: HttpSettings) -> int | None:
     """The body's length on the wire; `None` if it is chunked.
 
     Raises:
@@ -121,7 +115,7 @@ def length_of(request: web.BaseRequest, settings: HttpSettings) -> int | None:
     return length
 
 
-def say_continue(request: web.BaseRequest) -> None:
+def say_continue(request: Request) -> None:
     """Tells a client that waits for it to send its body.
 
     Raises:
@@ -132,12 +126,12 @@ def say_continue(request: web.BaseRequest) -> None:
     if request.headers["Expect"].strip().lower() != "100-continue":
         raise Problem(problem.EXPECTATION, "only 100-continue can be expected")
     transport = request.transport
-    if request.version == HttpVersion11 and transport is not None:
+    if request.version == HTTP11 and transport is not None:
         transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
 
 async def read_first(
-    request: web.BaseRequest,
+    request: Request,
     hold: Reservation,
     settings: HttpSettings,
     *,
@@ -174,7 +168,7 @@ async def read_first(
                 return sink.getvalue(), True
 
 
-async def read_whole(request: web.BaseRequest, hold: Reservation, settings: HttpSettings) -> bytes:
+async def read_whole(request: Request, hold: Reservation, settings: HttpSettings) -> bytes:
     """The body as it came.
 
     Raises:
@@ -196,9 +190,7 @@ async def read_whole(request: web.BaseRequest, hold: Reservation, settings: Http
         return sink.getvalue()
 
 
-def _deadline(
-    request: web.BaseRequest, total: Callable[[], int], settings: HttpSettings
-) -> BodyDeadline:
+def _deadline(request: Request, total: Callable[[], int], settings: HttpSettings) -> BodyDeadline:
     return BodyDeadline(
         asyncio.get_running_loop(),
         request.content,
@@ -209,16 +201,15 @@ def _deadline(
 
 
 @contextlib.contextmanager
-def in_our_words(request: web.BaseRequest) -> Iterator[None]:
+def in_our_words(request: Request) -> Iterator[None]:
     """Turns the errors of reading a body into problems."""
     try:
         yield
     except BodyTimeout as late:
         raise Problem(problem.TIMEOUT, str(late)) from None
-    except (RequestPayloadError, ClientPayloadError, OSError, RuntimeError) as error:
+    except (BrokenBody, OSError) as error:
         if isinstance(error, TimeoutError):
             raise  # whoever waits for the next piece of a stream has a deadline of its own
-        # RuntimeError: aiohttp's word for reading on a connection that has just gone.
         if request.transport is None:
             raise ClientGone from None
         raise Problem(problem.BAD_REQUEST, "the body's framing is broken") from None
@@ -240,7 +231,7 @@ def _too_large(settings: HttpSettings) -> Problem:
 
 
 async def read_piece(
-    content: StreamReader,
+    content: BodyBuffer,
     sink: BytesIO,
     grow: Callable[[int], bool] | None = None,
     *,

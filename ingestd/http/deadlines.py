@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from types import TracebackType
 
-    from aiohttp.streams import StreamReader
+    from ingestd.http.request import BodyBuffer
 
 
 GRACE_SECONDS = 5.0
@@ -83,7 +83,7 @@ class BodyDeadline:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        content: StreamReader,
+        content: BodyBuffer,
         total: Callable[[], int],
         *,
         timeout: float,
@@ -113,7 +113,7 @@ class BodyDeadline:
         self._timer.cancel()
         if error is not None and error is self._error:
             # What still comes is read for a while, so that the client gets to see its answer.
-            self._content.set_exception(None)  # type: ignore[arg-type]
+            self._content.set_exception(None)
 
     def end(self, error: Exception) -> None:
         """Raises this where the body is read."""

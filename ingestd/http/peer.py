@@ -9,13 +9,12 @@ from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aiohttp import web
-
+    from ingestd.http.request import Request
 
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
-def peer_of(request: web.BaseRequest) -> str:
+def peer_of(request: Request) -> str:
     """An IP address; `uid N` on a unix socket; empty if it has gone."""
     if request.remote or request.transport is None:
         return request.remote or ""

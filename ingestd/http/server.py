@@ -1,25 +1,25 @@
-"""HTTP server on aiohttp's protocol: bounded connections, problems as errors, fair turns."""
+"""HTTP server: bounded connections, problems as errors, fair turns."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections import Counter, deque
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import async_timeout
-from aiohttp import web
 
 from ingestd.base.logging import get_logger
 from ingestd.http import problem
 from ingestd.http.peer import ClientConnections
 from ingestd.http.problem import Problem
-from ingestd.http.protocol import READ_BYTES, Connection
+from ingestd.http.protocol import Connection
 from ingestd.http.response import PROBLEM, encode
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
+    from ingestd.http.request import Request
     from ingestd.http.response import Response
 
 
@@ -40,7 +40,7 @@ _HELD_BYTES_FREE = 4 * 1024
 _TURNED_AWAY_MAX = 256
 
 
-class Server(web.Server):
+class Server:
     """A protocol factory for a `Listener`.
 
     Args:
@@ -52,34 +52,33 @@ class Server(web.Server):
 
     Attributes:
         authorities: see `Access`; for the handshakes that come.
-        open: connections.
         turns: whose request is next.
     """
 
     def __init__(
         self,
-        handler: Callable[[web.BaseRequest], Awaitable[Response]],
+        handler: Callable[[Request], Awaitable[Response]],
         *,
         connections_max: int,
         per_client_max: int = 0,
         header_timeout: float = 10.0,
         keepalive_timeout: float,
     ) -> None:
-        super().__init__(handler)  # type: ignore[arg-type]  # the base's connections want another
         self._answer = handler
+        self._loop = asyncio.get_running_loop()
         self._connections_max = connections_max
         self._clients = ClientConnections(per_client_max)
-        self._keepalive_timeout = keepalive_timeout or header_timeout
         self._turned_away: set[asyncio.Transport] = set()
         self._welcomed: set[asyncio.BaseProtocol] = set()
-        self._silent: set[web.RequestHandler] = set()
+        self._silent: set[Connection] = set()
         self._spoken = asyncio.Event()
         self._held = 0
         self._held_by: Counter[str] = Counter()
         self._cut_until: dict[str, float] = {}
         self.header_timeout = header_timeout
+        self.keepalive_timeout = keepalive_timeout or header_timeout
+        self._connections: dict[Connection, None] = {}
         self.authorities: frozenset[bytes] = frozenset()
-        self.open = 0
         self.turns = FairQueue(self._loop)
 
     @property
@@ -102,21 +101,12 @@ class Server(web.Server):
             self._welcomed.discard(protocol)
             self._spoken.set()
 
-    def __call__(self) -> Any:  # the base class names one kind only
+    def __call__(self) -> asyncio.Protocol:
         """A protocol for a connection that has just been accepted."""
         if self.open + self._greetings >= self._connections_max:
             refusal = Problem(problem.CONNECTIONS, "http.connections_max is reached")
             return _Refusal(self._turned_away, refusal)
-        # Compressed bodies come as they are: aiohttp would decompress without a bound that we
-        # can set, and answer 500 to a corrupt one.
-        return Connection(
-            self,
-            loop=self._loop,
-            keepalive_timeout=self._keepalive_timeout,
-            access_log=None,  # aiohttp's way to say: no access log
-            auto_decompress=False,
-            read_bufsize=READ_BYTES,
-        )
+        return Connection(self)
 
     def let_in(self, connection: Connection, transport: asyncio.Transport) -> bool:
         """Counts a connection in, or turns its transport away."""
@@ -128,25 +118,30 @@ class Server(web.Server):
         other.connection_made(transport)
         return False
 
-    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+    def connection_made(self, connection: Connection) -> None:
         """Counts it."""
-        self.open += 1
-        self._welcomed.discard(handler)
-        self._silent.add(handler)
-        super().connection_made(handler, transport)
+        self._connections[connection] = None
+        self._welcomed.discard(connection)
+        self._silent.add(connection)
 
-    def connection_lost(
-        self, handler: web.RequestHandler, exc: BaseException | None = None
-    ) -> None:
+    def connection_lost(self, connection: Connection) -> None:
         """Counts it out."""
-        assert isinstance(handler, Connection)  # noqa: S101 - see __call__
-        self.open -= 1
-        self._clients.leave(handler.client)
-        self._hold(handler, 0)
-        if not self._held_by[handler.client]:
-            del self._held_by[handler.client]
-        self.spoke(handler)
-        super().connection_lost(handler, exc)
+        self._connections.pop(connection, None)
+        self._clients.leave(connection.client)
+        self._hold(connection, 0)
+        if not self._held_by[connection.client]:
+            del self._held_by[connection.client]
+        self.spoke(connection)
+
+    @property
+    def connections(self) -> list[Connection]:
+        """The connections that were let in."""
+        return list(self._connections)
+
+    @property
+    def open(self) -> int:
+        """Number of connections."""
+        return len(self._connections)
 
     def hold(self, connection: Connection, size: int) -> None:
         """A connection holds that many bytes now; if all of them hold too many, it is ended."""
@@ -173,17 +168,13 @@ class Server(web.Server):
             return 0.0
         return max(0.0, self._cut_until[client] - self._loop.time())
 
-    def let_go(self, connection: Connection) -> None:
-        """A connection holds nothing any more."""
-        self._hold(connection, 0)
-
     def _hold(self, connection: Connection, size: int) -> None:
         more = size - connection.held
         self._held += more
         self._held_by[connection.client] += more
         connection.held = size
 
-    def answer(self, request: web.BaseRequest) -> Awaitable[Response]:
+    def answer(self, request: Request) -> Awaitable[Response]:
         """Answers one request of a connection."""
         self.spoke(request.protocol)
         return self._answer(request)
@@ -191,14 +182,13 @@ class Server(web.Server):
     def end_certified(self) -> None:
         """Connections that showed a certificate end, each after the request that it is at."""
         for connection in self.connections:
-            assert isinstance(connection, Connection)  # noqa: S101 - see __call__
             if connection.has_certificate:
                 connection.end_soon()
 
-    def spoke(self, handler: web.RequestHandler) -> None:
+    def spoke(self, connection: Connection) -> None:
         """A connection's first request has come, or it has gone."""
-        if handler in self._silent:
-            self._silent.discard(handler)
+        if connection in self._silent:
+            self._silent.discard(connection)
             self._spoken.set()
 
     async def hear_out(self, seconds: float) -> None:
@@ -218,7 +208,16 @@ class Server(web.Server):
 
     async def close(self, seconds: float) -> None:
         """Closes every connection; requests in progress have some seconds to end."""
-        await self.shutdown(seconds)
+        for connection in self.connections:
+            connection.end_soon()
+        tasks = [one.task for one in self.connections if one.task is not None]
+        if tasks:
+            _, left = await asyncio.wait(tasks, timeout=seconds)
+            for task in left:
+                task.cancel()
+            await asyncio.gather(*left, return_exceptions=True)
+        for connection in self.connections:
+            connection.close()
         for transport in list(self._turned_away):
             transport.abort()
 

@@ -18,8 +18,8 @@ from structlog.contextvars import bind_contextvars, unbind_contextvars
 from ingestd.base.logging import get_logger
 from ingestd.http import problem
 from ingestd.http.auth import Principal
-from ingestd.http.body import ClientGone
 from ingestd.http.problem import EXPLAINED, Problem, explain
+from ingestd.http.request import ClientGone, Request
 from ingestd.http.response import Response, StaticResponse, unless_known
 from ingestd.http.routing import PREFLIGHT, find, look_up, tell_options
 from ingestd.sources.http import headers
@@ -28,8 +28,6 @@ from ingestd.sources.http.ingestion import Ingestion
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-
-    from aiohttp import web
 
     from ingestd.http.auth import Authenticator
     from ingestd.http.routing import Cors, Resource
@@ -109,7 +107,7 @@ class IngestHandler:
         self.draining = True
         self.ingestion.close()
 
-    def _authorize(self, request: web.BaseRequest, route: Route) -> Principal:
+    def _authorize(self, request: Request, route: Route) -> Principal:
         """Returns the principal of a request that was let in before, if it still may send.
 
         Raises:
@@ -122,13 +120,13 @@ class IngestHandler:
             raise Problem(problem.NOT_FOUND, "the path is there no more")
         return resource.what.principal
 
-    def _identify(self, request: web.BaseRequest, route: Route, token: str) -> Principal:
+    def _identify(self, request: Request, route: Route, token: str) -> Principal:
         """Returns the principal of a token in the body; see `Authenticator.identify_by`."""
         return self.authenticator.identify_by(request, token, route.intake.name)
 
     # -- the answer ----------------------------------------------------------------------------
 
-    async def answer(self, request: web.BaseRequest) -> Response:
+    async def answer(self, request: Request) -> Response:
         """Turns the outcome of a request into its answer; never raises."""
         started = self._loop.time()
         request_id = self._name(request)
@@ -185,7 +183,7 @@ class IngestHandler:
 
     def _write(
         self,
-        request: web.BaseRequest,
+        request: Request,
         request_id: str,
         outcome: Response | StaticResponse | Problem,
         route: Route | UnknownPath | None,
@@ -210,7 +208,7 @@ class IngestHandler:
             self._settings.body_timeout,
         )
 
-    def _name(self, request: web.BaseRequest) -> str:
+    def _name(self, request: Request) -> str:
         """Returns the client's id for the request if it is a decent one, else one of our own."""
         given = request.headers.get("X-Request-Id")
         if given is not None and _REQUEST_ID.fullmatch(given):
@@ -218,7 +216,7 @@ class IngestHandler:
         return next(self._ids)
 
     def _let_in(
-        self, request: web.BaseRequest, resource: Resource[Found]
+        self, request: Request, resource: Resource[Found]
     ) -> Response | StaticResponse | tuple[Route, Principal]:
         """Authenticates and authorizes a request, or answers it at once."""
         route, method = resource.what, request.method
@@ -248,7 +246,7 @@ class IngestHandler:
         return route, principal
 
 
-def _show(found: Problem, route: Route | UnknownPath | None, request: web.BaseRequest) -> Response:
+def _show(found: Problem, route: Route | UnknownPath | None, request: Request) -> Response:
     """Returns a problem as its endpoint shows it."""
     if route is None:
         return problem_response(found)

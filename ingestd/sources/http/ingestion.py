@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from io import BytesIO
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple
 
 import async_timeout
 
@@ -30,7 +30,7 @@ from ingestd.http.body import (
 from ingestd.http.deadlines import BodyDeadline
 from ingestd.http.peer import peer_of
 from ingestd.http.problem import EXPLAINED, Problem, explain
-from ingestd.http.protocol import size_of_head
+from ingestd.http.request import size_of_head
 from ingestd.sources.http.decode import BodyDecoder
 from ingestd.sources.http.endpoints.base import Delivery
 from ingestd.sources.http.headers import (
@@ -47,19 +47,17 @@ from ingestd.sources.http.stream import Stream
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from aiohttp import web
-
     from ingestd.base.append import IdempotencyClaim
     from ingestd.http.admission import Reservation
     from ingestd.http.auth import Principal
-    from ingestd.http.protocol import Connection
+    from ingestd.http.request import Request
     from ingestd.http.response import Response
     from ingestd.http.settings import HttpSettings
     from ingestd.sources.http.endpoints.base import Decoded, Head, Route
     from ingestd.sources.http.headers import Preferences
 
-    Authorize = Callable[[web.BaseRequest, Route], Principal]
-    Identify = Callable[[web.BaseRequest, Route, str], Principal]
+    Authorize = Callable[[Request, Route], Principal]
+    Identify = Callable[[Request, Route, str], Principal]
 
 HEAD_BYTES_FREE = 8 * 1024
 """A head that takes more counts as held while its request is answered."""
@@ -130,8 +128,8 @@ class Ingestion:
         self._decoder = BodyDecoder(settings)
         self._loop = asyncio.get_running_loop()
         self.streams: set[Stream] = set()
-        self.waiting: dict[DeliveryWaiter, tuple[web.BaseRequest, Route]] = {}
-        self.quiet: dict[BodyDeadline, tuple[web.BaseRequest, Route]] = {}
+        self.waiting: dict[DeliveryWaiter, tuple[Request, Route]] = {}
+        self.quiet: dict[BodyDeadline, tuple[Request, Route]] = {}
 
     def begin_to_drain(self) -> None:
         """Brings streams and waits to an end."""
@@ -161,7 +159,7 @@ class Ingestion:
         """Ends the threads."""
         self._decoder.close()
 
-    async def run(self, request: web.BaseRequest, route: Route, principal: Principal) -> Response:
+    async def run(self, request: Request, route: Route, principal: Principal) -> Response:
         """Takes a request's records, and returns its answer.
 
         Raises:
@@ -175,7 +173,7 @@ class Ingestion:
             return await self._wait(request, route, taken) if isinstance(taken, Durable) else taken
 
     async def _take(
-        self, request: web.BaseRequest, route: Route, principal: Principal, hold: Reservation
+        self, request: Request, route: Route, principal: Principal, hold: Reservation
     ) -> Response | Durable:
         """Reads a body and makes its records durable."""
         headers, settings = request.headers, self._settings
@@ -229,7 +227,7 @@ class Ingestion:
                 route.intake.forget(claim)
 
     async def _read(
-        self, request: web.BaseRequest, to: _Admitted, encoding: str, *, streams: bool
+        self, request: Request, to: _Admitted, encoding: str, *, streams: bool
     ) -> bytes | Response:
         """Reads a body as it comes; one that is accepted in pieces gives its answer instead."""
         hold = to.hold
@@ -320,10 +318,10 @@ class Ingestion:
         applied = to.prefer._replace(wait=None).applied()  # the outcomes of several are not told
         return answer._replace(headers={**answer.headers, **applied}) if applied else answer
 
-    async def _wait(self, request: web.BaseRequest, route: Route, durable: Durable) -> Response:
+    async def _wait(self, request: Request, route: Route, durable: Durable) -> Response:
         """Returns once all records have their outcome, the time is up, or the client has left."""
         waiter = durable.waiter
-        connection = cast("Connection", request.protocol)
+        connection = request.protocol
         self.waiting[waiter] = request, route
         try:
             with connection.at_end(waiter.done.set):
@@ -339,7 +337,7 @@ class Ingestion:
         answer = route.endpoint.answer(durable.result, durable.head)
         return answer._replace(headers={**answer.headers, **durable.prefer.applied()})
 
-    async def _first_bytes(self, request: web.BaseRequest, route: Route) -> bytes:
+    async def _first_bytes(self, request: Request, route: Route) -> bytes:
         """Returns the first bytes of a body that may be a stream; nothing if it is empty.
 
         The first line of a stream may come as late as any other.
@@ -357,11 +355,11 @@ class Ingestion:
             del self.quiet[deadline]
 
     async def _stream(
-        self, request: web.BaseRequest, to: _Admitted, encoding: str, *, begun: bytes
+        self, request: Request, to: _Admitted, encoding: str, *, begun: bytes
     ) -> Response:
         """Accepts a body in pieces."""
         route, head, principal, hold, _ = to
-        connection = cast("Connection", request.protocol)
+        connection = request.protocol
 
         async def read() -> tuple[bytes, bool]:
             with in_our_words(request), BytesIO() as sink:
