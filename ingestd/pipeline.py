@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ingestd.base.clock import Clock
     from ingestd.base.metrics import PipelineMetrics
     from ingestd.host.process import Surroundings
-    from ingestd.settings import BatchSettings, PipelineSettings
+    from ingestd.pipeline_settings import BatchSettings, PipelineSettings
 
 log = get_logger()
 

@@ -10,9 +10,15 @@ from __future__ import annotations
 import sys
 from functools import lru_cache
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ingestd.base.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+_WITH_SETTINGS = ("Kind", "Endpoint")
 
 
 class Components:
@@ -65,13 +71,33 @@ class Components:
             problem = f"the {self.kind} {name!r} cannot be loaded from {place}: {error}"
             raise ConfigError(problem=" ".join(problem.split())[:500]) from error
 
-    def load_all(self) -> dict[str, Any]:
-        """Imports all components, by name.
+    def load_kinds(self, fault: Callable[[str, Any], str]) -> tuple[dict[str, Any], dict[str, str]]:
+        """Imports the components that may have settings of their own, for the tables of these.
 
-        Raises:
-            ConfigError: see `load`.
+        Of ingestd's own these are the light classes whose names end with `Kind` or `Endpoint`. One
+        that cannot be used is no reason for a daemon that does not use it not to start.
+
+        Args:
+            fault: gives for name and component why it cannot be used; empty if it can.
+
+        Returns:
+            The components by name, and of those that cannot be used, why.
         """
-        return {name: self.load(name) for name in self.names()}
+        kinds: dict[str, Any] = {}
+        unusable: dict[str, str] = {}
+        for name in self.names():
+            if name in self.own and not self.own[name].endswith(_WITH_SETTINGS):
+                continue
+            try:
+                kind = self.load(name)
+                problem = fault(name, kind)
+            except (ConfigError, ValueError, TypeError, AttributeError) as error:
+                problem = str(error)
+            if problem:
+                unusable[name] = problem
+            else:
+                kinds[name] = kind
+        return kinds, unusable
 
     def _others(self) -> dict[str, dict[str, str]]:
         return _registered(self.group, tuple(sys.path))

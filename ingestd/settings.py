@@ -2,19 +2,17 @@
 
 Sizes are `int` bytes and times `float` seconds once they are here. `Settings(...)` takes exactly
 the values that its caller gives; flags, environment, secrets and files are read in `config/`.
-A component's section is in its own folder; here are those of the daemon and of a pipeline.
+A component's section is in its own folder, those of a pipeline are in `pipeline_settings.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -23,23 +21,38 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from ingestd.base.errors import ConfigError
 from ingestd.base.record import Format  # noqa: TC001  pydantic reads it
-from ingestd.codecs.lines import record_fault
 from ingestd.config.keys import SOURCES as SOURCES_TABLE
 from ingestd.config.keys import Schema
 from ingestd.config.loader import Change, plan
 from ingestd.config.network import check_address, check_hosts, split_address
-from ingestd.config.sections import Choice, Reloadable, Section, ValidationProblems, own_name
-from ingestd.config.units import Count, Seconds, Size, Words, parse_size, parse_words, show_size
-from ingestd.execution.settings import ExecutorSettings, HandlerSettings, RetrySettings
-from ingestd.execution.settings import problems_of as execution_problems
-from ingestd.handlers.target import own_sink
-from ingestd.journal.settings import DeadSettings, JournalSettings, beyond_a_row
+from ingestd.config.sections import (
+    Choice,
+    Reloadable,
+    Section,
+    ValidationProblems,
+    own_name,
+    table_fault,
+)
+from ingestd.config.units import Count, Seconds, Size, Words, show_size
+from ingestd.execution.settings import HandlerSettings, RetrySettings
+from ingestd.journal.settings import DeadSettings, beyond_a_row
+from ingestd.pipeline_settings import (
+    BatchSettings,
+    ExecutorTables,
+    JournalTables,
+    PipelineDrainSettings,
+    PipelineSettings,
+    QueueSettings,
+    inherit,
+    plain,
+    problems_of,
+    with_hints,
+)
 from ingestd.registry import SOURCES
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from ingestd.http.settings import HttpSettings
     from ingestd.sources.base import SourceKind
@@ -117,59 +130,12 @@ class LogSettings(Section):
     )
 
 
-class BatchSettings(Section):
-    """`[batch]`: bounds of a batch; the first one that is met closes it."""
-
-    records_max: Count = Field(1000, ge=1, le=10**7, description="maximum of records in a batch")
-    bytes_max: Size = Field(4 * _MIB, ge=1, le=16 * _GIB, description="maximum of bytes in a batch")
-    age_max: Seconds = Field(
-        1.0, ge=0, le=_DAY, description="maximum age of a batch, from its oldest record on"
-    )
-
-
-class QueueSettings(Section):
-    """`[queue]`: bounds of the records in memory; beyond them records wait on disk."""
-
-    chunks_max: Count = Field(1024, ge=1, le=10**6, description="maximum of chunks in memory")
-    bytes_max: Size = Field(16 * _MIB, ge=1, le=_TIB, description="maximum of bytes in memory")
-
-
-class PipelineDrainSettings(Section):
-    """`[pipelines.NAME.drain]`: draining of a pipeline."""
-
-    timeout: Seconds = Field(
-        30.0, ge=0, le=_DAY, description="time limit; records that are left stay in the journal"
-    )
-
-
 class DrainSettings(PipelineDrainSettings):
     """`[drain]`: draining of the daemon."""
 
     delay: Seconds = Field(
         0.0, ge=0, le=3600, description="time of serving after SIGTERM while not ready"
     )
-
-
-class PipelineSettings(Section):
-    """One pipeline, everything filled in. The daemon gets these from `pipeline_settings()`."""
-
-    EXAMPLE = ("clicks", ("handler", "target"))
-
-    format: Format = Field("json", description="format of the records")
-    record_bytes_max: Size = Field(_MIB, ge=1, le=_GIB, description="largest record")
-    json_depth_max: Count = Field(128, ge=1, le=512, description="deepest nesting of a JSON record")
-    batch: Annotated[BatchSettings, Reloadable()] = BatchSettings()
-    queue: QueueSettings = QueueSettings()
-    handler: HandlerSettings = HandlerSettings()
-    executor: ExecutorSettings = ExecutorSettings()
-    retry: RetrySettings = RetrySettings()
-    journal: JournalSettings = JournalSettings()
-    dead: DeadSettings = DeadSettings()
-    drain: PipelineDrainSettings = PipelineDrainSettings()
-
-    def record_fault(self, value: bytes) -> str:
-        """Describes in one line why bytes are no record of this pipeline; empty if they are."""
-        return record_fault(value, self.format, self.record_bytes_max, self.json_depth_max)
 
 
 class ConfiguredSource(NamedTuple):
@@ -222,32 +188,19 @@ class _General(BaseSettings):
     source: SourceSettings = SourceSettings()
 
 
-def _load_kinds(taken: Collection[str]) -> tuple[dict[str, SourceKind], dict[str, str]]:
-    """The kinds of sources by name, and of those that cannot be used, why.
-
-    One that cannot be imported is no reason for a daemon that does not use it not to start.
-    """
-    kinds: dict[str, SourceKind] = {}
-    unusable: dict[str, str] = {}
-    for name in SOURCES.names():
-        try:
-            kind: SourceKind = SOURCES.load(name)()
-            _check_kind(name, kind, taken)
-        except (ConfigError, ValueError, TypeError, AttributeError) as error:
-            unusable[name] = str(error)
-        else:
-            kinds[name] = kind
-    return kinds, unusable
-
-
-def _check_kind(name: str, kind: SourceKind, taken: Collection[str]) -> None:
-    own_name(name, "a kind of source")
-    if name in taken or {"kind", "pipeline"} & kind.settings.model_fields.keys():
-        raise ValueError("it has the name of a setting, or a setting kind or pipeline")
+def _kind_fault(name: str, kind: type[SourceKind]) -> str:
+    if {"kind", "pipeline"} & kind.settings.model_fields.keys():
+        return "it has a setting kind or pipeline"
+    return (
+        f"{name!r} is the name of a setting"
+        if name in _LATER
+        else table_fault(name, kind.settings, _General)
+    )
 
 
 _LATER = {"sources", "pipelines", "admin", "log", "drain", *PipelineSettings.model_fields}
-KINDS, UNUSABLE = _load_kinds({*_LATER, *_General.model_fields})
+_LOADED, UNUSABLE = SOURCES.load_kinds(_kind_fault)
+KINDS: dict[str, SourceKind] = {name: kind() for name, kind in _LOADED.items()}
 """The kinds of sources by name, and why others that are registered cannot be used."""
 
 
@@ -306,9 +259,9 @@ class Settings(_WithSources):
     batch: Annotated[BatchSettings, Reloadable()] = BatchSettings()
     queue: QueueSettings = QueueSettings()
     handler: HandlerSettings = HandlerSettings()
-    executor: ExecutorSettings = ExecutorSettings()
+    executor: ExecutorTables = ExecutorTables()
     retry: RetrySettings = RetrySettings()
-    journal: JournalSettings = JournalSettings()
+    journal: JournalTables = JournalTables()
     dead: DeadSettings = DeadSettings()
     drain: DrainSettings = DrainSettings()
     pipelines: dict[PipelineName, PipelineSettings] = Field(
@@ -332,11 +285,9 @@ class Settings(_WithSources):
     def _fill_pipelines(cls, values: dict[str, Any]) -> Any:
         named = values.get("pipelines")
         if not isinstance(named, Mapping):
-            return _with_hints(values)
-        filled = {
-            name: _with_hints(inherit(values, _plain(table))) for name, table in named.items()
-        }
-        return _with_hints({**values, "pipelines": filled})
+            return with_hints(values)
+        filled = {name: with_hints(inherit(values, plain(table))) for name, table in named.items()}
+        return with_hints({**values, "pipelines": filled})
 
     @model_validator(mode="after")
     def _check_together(self) -> Settings:
@@ -375,68 +326,6 @@ class Settings(_WithSources):
         return section
 
 
-def _plain(value: Any) -> Any:
-    """A model as the table that was written for it; anything else as it is."""
-    return value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
-
-
-def inherit(top: Mapping[str, Any], table: Any) -> Any:
-    """A pipeline's table with what it leaves out from the top level, before any checking."""
-    if not isinstance(table, Mapping):
-        return table
-    filled = dict(table)
-    for key, field in PipelineSettings.model_fields.items():
-        if key not in top or (key == "handler" and key in table):
-            continue
-        above, own = _plain(top[key]), _plain(table.get(key, {}))
-        section = field.annotation
-        if not (isinstance(section, type) and issubclass(section, BaseModel)):
-            filled.setdefault(key, above)
-        elif isinstance(above, Mapping) and isinstance(own, Mapping):
-            known = {name: value for name, value in above.items() if name in section.model_fields}
-            filled[key] = {**known, **own}
-    return filled
-
-
-def hints_for(targets: Iterable[str]) -> dict[str, Any]:
-    """Settings of `[batch]` that suit the sinks of ingestd's among some handlers: the largest."""
-    found: dict[str, Any] = {}
-    for target in targets:
-        hints = getattr(own_sink(target), "BATCH", None)
-        wanted: dict[str, Any] = hints._asdict() if hints is not None else {}
-        for key, value in wanted.items():
-            if value is not None:
-                found[key] = max(value, found.get(key, value))
-    return found
-
-
-def _with_hints(table: Any) -> Any:
-    """A pipeline's table, with the bounds that suit its sink where the user says nothing."""
-    if not isinstance(table, Mapping):
-        return table
-    handler, batch, queue = (_plain(table.get(key, {})) for key in ("handler", "batch", "queue"))
-    if not all(isinstance(one, Mapping) for one in (handler, batch, queue)):
-        return table
-    try:
-        targets = parse_words(handler.get("targets", ())) or (handler.get("target", "jsonl"),)
-    except ValueError:  # which the model says better
-        return table
-    hints = hints_for(targets)
-    if not hints:
-        return table
-    filled = {**table, "batch": {**hints, **batch}}
-    if "bytes_max" in hints and "bytes_max" not in batch:
-        if "bytes_max" in queue:
-            # The user's bound; two batches are to find room in it.
-            with suppress(ValueError):
-                room = parse_size(queue["bytes_max"])
-                filled["batch"]["bytes_max"] = max(1, min(hints["bytes_max"], room // 2))
-        else:
-            room = max(2 * hints["bytes_max"], QueueSettings().bytes_max)
-            filled["queue"] = {**queue, "bytes_max": room}
-    return filled
-
-
 def plan_reload(running: Settings, new: Settings) -> Change[Settings]:
     """Compares the settings in effect with new ones; see `plan`."""
     return plan(running, new, validation_errors)
@@ -452,7 +341,7 @@ def validation_errors(settings: Settings) -> list[tuple[str, str]]:
         problems.append(("source.pipeline", f"there is no pipeline {settings.source.pipeline!r}"))
     for name, pipeline in pipelines.items():
         prefix = "" if name == DEFAULT_PIPELINE else f"pipelines.{name}."
-        problems.extend((prefix + key, text) for key, text in _in_a_pipeline(pipeline))
+        problems.extend((prefix + key, text) for key, text in problems_of(pipeline))
         if text := _without_room(settings, name, pipeline):
             problems.append((f"{prefix}journal.bytes_max", text))
     return problems
@@ -510,21 +399,6 @@ def _without_room(settings: Settings, name: str, pipeline: PipelineSettings) -> 
         return ""
     bound = show_size(pipeline.journal.bytes_max)
     return f"{bound} has no room for two blocks of input ({show_size(block)})"
-
-
-def _in_a_pipeline(pipeline: PipelineSettings) -> Iterator[tuple[str, str]]:
-    yield from execution_problems(pipeline.retry, pipeline.executor, pipeline.handler)
-    if pipeline.queue.bytes_max < pipeline.batch.bytes_max:
-        room, batch = show_size(pipeline.queue.bytes_max), show_size(pipeline.batch.bytes_max)
-        text = f"{room} has no room for one batch of batch.bytes_max ({batch})"
-        yield "queue.bytes_max", text
-    if pipeline.journal.kind == "sqlite":
-        # A record is stored whole, and so are the dead letters of a batch.
-        sizes = {"record_bytes_max": pipeline.record_bytes_max}
-        sizes["batch.bytes_max"] = pipeline.batch.bytes_max
-        for key, size in sizes.items():
-            if text := beyond_a_row(size):
-                yield key, text
 
 
 SCHEMA = Schema(Settings)

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from ingestd.config.loader import Loaded
     from ingestd.handlers.outcome import SinkFinding
     from ingestd.handlers.runner import HandlerConfig, Runner
-    from ingestd.settings import PipelineSettings, Settings
+    from ingestd.pipeline_settings import PipelineSettings
+    from ingestd.settings import Settings
 
 _SECRET_NAME = re.compile(
     r"pass|pwd|token|secret|key|dsn|credential|auth|private|cookie|signature", re.IGNORECASE

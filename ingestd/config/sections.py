@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, SecretStr
+from pydantic import AfterValidator, BaseModel, ConfigDict, SecretStr, create_model
 from pydantic_core import PydanticCustomError
 from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from pydantic import GetCoreSchemaHandler
 
@@ -33,6 +33,33 @@ class Section(BaseModel):
     def path_options(self) -> Collection[tuple[str, ...]]:
         """The keys of paths in this section's table of options, each from the table on."""
         return ()
+
+
+S = TypeVar("S", bound=Section)
+
+
+def table_fault(name: str, table: object, above: type[BaseModel]) -> str:
+    """Explains why a component cannot have its table in another one; empty if it can.
+
+    Args:
+        name: of the component, and of its table.
+        table: the model of its settings.
+        above: the model of the table that it lies in.
+    """
+    if not (isinstance(table, type) and issubclass(table, Section)):
+        return f"its settings are {table!r}, which is no Section"
+    if not OWN_NAME.fullmatch(name) or name in above.model_fields:
+        return f"{name!r} cannot be the name of a table here"
+    return ""
+
+
+def with_tables(model: type[S], tables: Mapping[str, type[Section]]) -> type[S]:
+    """Returns a section with tables in it: those of components, by their names."""
+    make: Any = create_model
+    fields = {name: (table, table()) for name, table in tables.items()}
+    made: type[S] = make(model.__name__, __base__=model, **fields)
+    made.__doc__ = model.__doc__
+    return made
 
 
 class ValidationProblems(ValueError):  # noqa: N818  several errors in one

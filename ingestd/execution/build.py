@@ -22,6 +22,7 @@ from ingestd.execution.event_loops import HandlerLoops
 from ingestd.execution.inprocess import CoroutinePool, CoroutineWorker, ThreadWorker
 from ingestd.execution.pool import START_TIMEOUT, Pool, ThreadedPool
 from ingestd.execution.process import ProcessWorker
+from ingestd.execution.settings import ExecutorKind
 from ingestd.handlers.runner import HandlerConfig, Runner
 from ingestd.handlers.target import own_sink
 from ingestd.handlers.wire import InitMessage
@@ -29,6 +30,7 @@ from ingestd.registry import EXECUTORS
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
+    from concurrent.futures import Executor
     from pathlib import Path
 
     from ingestd.base.record import Format
@@ -86,7 +88,8 @@ async def start_pool(
         surroundings: what processes are started with; those of now if not given.
 
     Returns:
-        The pool, and the kind that it is: `process`, `thread`, `async` or `external`.
+        The pool, and the kind that it is: `process`, `thread`, `async`, `external`, or one from
+        outside.
 
     Raises:
         HandlerLoadError: the handler can't be loaded.
@@ -95,8 +98,12 @@ async def start_pool(
     config = handler_config(name, executor, handler, record_format, data_dir)
     context = PoolContext(name, config, on_restart, surroundings)
     if executor.factory:
-        return await _start_external(executor, _with_kind(context, "external"))
-    start: StartPool = EXECUTORS.load(executor.kind)
+        return await _start_external(executor, context, executor.factory)
+    kind = EXECUTORS.load(executor.kind)
+    if isinstance(kind, type) and issubclass(kind, ExecutorKind):
+        factory = partial(kind().build, executor.own)
+        return await _start_external(executor, context, factory, executor.kind)
+    start: StartPool = kind
     return await start(executor, context)
 
 
@@ -121,20 +128,23 @@ def handler_config(
 
 
 async def _start_external(
-    executor: ExecutorSettings, context: PoolContext
+    executor: ExecutorSettings,
+    context: PoolContext,
+    factory: str | Callable[[], Executor],
+    kind: str = "external",
 ) -> tuple[Pool[Any], str]:
     from ingestd.execution.external import ExternalPool  # noqa: PLC0415  others do without
 
     pool = ExternalPool(
         context.name,
-        executor.factory,
-        context.config,
+        factory,
+        _with_kind(context, "external").config,
         workers=executor.workers,
         timeout=executor.timeout,
         on_restart=context.on_restart,
     )
     await pool.start()
-    return pool, "external"
+    return pool, kind
 
 
 async def start_fitting(executor: ExecutorSettings, context: PoolContext) -> tuple[Pool[Any], str]:

@@ -17,7 +17,7 @@ import asyncio
 import contextlib
 import os
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
@@ -51,12 +51,17 @@ that was submitted to its executor is waited for."""
 _decode = msgspec.msgpack.Decoder(ExternalAnswer).decode
 
 
-def load_factory(target: str) -> Callable[[], concurrent.futures.Executor]:
-    """Finds an executor's factory, `module:callable`.
+Factory: TypeAlias = "Callable[[], concurrent.futures.Executor]"
+
+
+def load_factory(target: str | Factory) -> Factory:
+    """Finds an executor's factory, `module:callable`, or the callable itself.
 
     Raises:
         ExecutorLoadError: it can't be imported or called.
     """
+    if callable(target):
+        return target
     try:
         found = find(target)
     except HandlerLoadError as error:
@@ -103,7 +108,7 @@ class ExternalPool(Pool[Worker]):
 
     Args:
         name: of the pipeline.
-        factory: `module:callable`.
+        factory: `module:callable`, or the callable itself.
         config: the handler.
         workers: calls that are submitted at once.
         timeout: seconds after which a call is given up.
@@ -113,7 +118,7 @@ class ExternalPool(Pool[Worker]):
     def __init__(
         self,
         name: str,
-        factory: str,
+        factory: str | Factory,
         config: HandlerConfig,
         *,
         workers: int,
@@ -122,7 +127,8 @@ class ExternalPool(Pool[Worker]):
     ) -> None:
         super().__init__(())
         self._name = name
-        self._target = factory
+        self._factory_of = factory
+        self._target = factory if isinstance(factory, str) else "executor.kind"
         self._handler = config.target
         self._config = msgspec.msgpack.encode(config)
         self._workers = workers
@@ -149,7 +155,7 @@ class ExternalPool(Pool[Worker]):
         """
         loop = asyncio.get_running_loop()
         try:
-            self._factory = await loop.run_in_executor(self._thread, load_factory, self._target)
+            self._factory = await loop.run_in_executor(self._thread, load_factory, self._factory_of)
             answer, failure = await self._answer(None, START_SECONDS)
         except BaseException:
             await self.close(loop.time())
@@ -230,7 +236,7 @@ class ExternalPool(Pool[Worker]):
         try:
             made = self._factory()
         except BaseException as error:  # it is the user's code
-            problem = f"executor.factory {self._target!r} raised {describe(error)}"
+            problem = f"the factory {self._target!r} of the executor raised {describe(error)}"
             raise _NoExecutorError(problem) from error
         if not (callable(getattr(made, "submit", None)) and hasattr(made, "shutdown")):
             problem = f"gave {type(made).__name__}, which is no concurrent.futures.Executor"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -13,7 +13,8 @@ from ingestd.handlers.target import own_sink
 from ingestd.registry import EXECUTORS
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
+    from concurrent.futures import Executor
 
 OPTIONS_DEPTH_MAX = 16
 
@@ -109,6 +110,34 @@ class ExecutorSettings(Section):
         4, ge=1, le=1024, description="maximum of batches that are handled at once"
     )
     timeout: Seconds = Field(60.0, gt=0, le=30 * _DAY, description="timeout of one call")
+
+    @property
+    def own(self) -> Any:
+        """The table `[executor.KIND]` of its kind; `None` if that has none."""
+        return getattr(self, self.kind, None)
+
+
+class ExecutorKind:
+    """Base class of a kind of executor with settings of its own, in the table `[executor.NAME]`.
+
+    It is imported with the settings, also for `--help`: what is large is imported in `build`.
+
+    Attributes:
+        settings: its table.
+    """
+
+    settings: ClassVar[type[Section]] = Section
+
+    def problems(self, own: Any) -> Iterable[tuple[str, str]]:  # noqa: ARG002
+        """Finds settings that cannot work together: (key in the table, problem) for each."""
+        return ()
+
+    def build(self, own: Any) -> Executor:
+        """Builds an executor, as the callable of `executor.factory` does; may block.
+
+        Called in a thread, and again after an executor has failed.
+        """
+        raise NotImplementedError
 
 
 class RetrySettings(Section):

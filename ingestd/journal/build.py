@@ -8,7 +8,7 @@ from ingestd.base.errors import ConfigError
 from ingestd.journal.dead_letters import InvalidQuota
 from ingestd.journal.idempotency import KeyRule
 from ingestd.journal.interface import JournalContext
-from ingestd.journal.settings import JournalSettings
+from ingestd.journal.settings import JournalKind, JournalSettings
 from ingestd.registry import JOURNALS
 
 if TYPE_CHECKING:
@@ -47,7 +47,12 @@ def build_journal(
     """
     quota = InvalidQuota(dead.invalid_bytes_max, check)
     context = JournalContext(folder, clock, on_commit, dead.bytes_max, keys, quota)
-    journal: Journal = JOURNALS.load(settings.kind)(settings, context)
+    kind = JOURNALS.load(settings.kind)
+    journal: Journal = (
+        kind().build(settings, context, settings.own)
+        if isinstance(kind, type) and issubclass(kind, JournalKind)
+        else kind(settings, context)
+    )
     lacking = " and ".join(_lacking(journal, settings, dead))
     if lacking:
         raise ConfigError(problem=f"a journal of the kind {settings.kind!r} {lacking}")

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
 from ingestd.config.sections import Choice, Section
 from ingestd.config.units import Seconds, Size, show_size
 from ingestd.registry import JOURNALS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from ingestd.journal.interface import Journal, JournalContext
 
 _MIB = 1024**2
 _GIB = 1024**3
@@ -38,6 +43,41 @@ class JournalSettings(Section):
         le=1024 * _TIB,
         description="minimum of free disk space; below it new records are refused (503)",
     )
+
+    @property
+    def own(self) -> Any:
+        """The table `[journal.KIND]` of its kind; `None` if that has none."""
+        return getattr(self, self.kind, None)
+
+
+class JournalKind:
+    """Base class of a kind of journal with settings of its own, in the table `[journal.NAME]`.
+
+    It is imported with the settings, also for `--help`: what is large is imported in `build`. A
+    kind without settings may be a function that takes what `build` takes, but its table.
+
+    Attributes:
+        settings: its table.
+    """
+
+    settings: ClassVar[type[Section]] = Section
+
+    def problems(self, own: Any) -> Iterable[tuple[str, str]]:  # noqa: ARG002
+        """Finds settings that cannot work together: (key in the table, problem) for each."""
+        return ()
+
+    def build(self, settings: JournalSettings, context: JournalContext, own: Any) -> Journal:
+        """Builds the journal of a pipeline, not opened yet.
+
+        Args:
+            settings: `[journal]`.
+            context: its surroundings.
+            own: its table.
+
+        Raises:
+            ConfigError: something that the settings name is not what it should be.
+        """
+        raise NotImplementedError
 
 
 class DeadSettings(Section):

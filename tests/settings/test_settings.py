@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from ingestd.config.keys import settings_of, unit_of
 from ingestd.config.sections import Section
 from ingestd.execution.settings import HandlerSettings
-from ingestd.settings import BatchSettings, DrainSettings, PipelineSettings, Settings
+from ingestd.pipeline_settings import BatchSettings, PipelineSettings
+from ingestd.settings import DrainSettings, Settings
 
 
 def test_settings_made_in_code_see_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:

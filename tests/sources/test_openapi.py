@@ -33,7 +33,7 @@ def built(default: str = "default", *, webhooks: bool = False) -> dict[str, Any]
     """All endpoints."""
     hooks = {"hub": {"kind": "github", "secret": "x" * 16}} if webhooks else {}
     context = EndpointContext(HttpSettings(webhooks=hooks), FORMATS, default, [])  # type: ignore[arg-type]
-    return {name: build(context) for name, build in ENDPOINTS.load_all().items()}
+    return {name: ENDPOINTS.load(name)(context) for name in ENDPOINTS.own}
 
 
 def references(value: Any):

@@ -230,11 +230,14 @@ def test_keys_are_remembered_long_enough_for_each_server() -> None:
 
 COUNTER = '''
 import asyncio
+import sys
 from pathlib import Path
 from pydantic import Field
 from ingestd.base.append import Append
 from ingestd.base.record import Records
 from ingestd.config.sections import Section
+from ingestd.execution.settings import ExecutorKind
+from ingestd.journal.settings import JournalKind
 from ingestd.sources.base import InputCounts, Source, SourceKind
 
 class CounterSettings(Section):
@@ -267,6 +270,35 @@ class CounterKind(SourceKind):
     def build(self, settings, context):
         return Counter(settings, context.pipelines[context.pipeline])
 
+class KeptSettings(Section):
+    """`[journal.kept]`."""
+    note: str = Field("", description="a word for the log")
+    records_max: int = Field(100, ge=1, description="most records that are kept")
+
+class KeptKind(JournalKind):
+    settings = KeptSettings
+    def problems(self, own):
+        if own.note == "bad":
+            yield "note", "is a bad word"
+    def build(self, settings, context, own):
+        from ingestd.journal.memory import MemoryJournal
+        print(f"journal {own.note} {own.records_max} {settings.bytes_max}", file=sys.stderr)
+        return MemoryJournal(bytes_max=settings.bytes_max, clock=context.clock)
+
+class PoolSettings(Section):
+    """`[executor.pool]`."""
+    threads: int = Field(1, ge=1, description="threads of the pool")
+
+class PoolKind(ExecutorKind):
+    settings = PoolSettings
+    def problems(self, own):
+        if own.threads == 13:
+            yield "threads", "bring bad luck"
+    def build(self, own):
+        from concurrent.futures import ThreadPoolExecutor
+        print(f"executor {own.threads}", file=sys.stderr)
+        return ThreadPoolExecutor(own.threads)
+
 class Adder:
     def __init__(self, path: str):
         self.path = Path(path)
@@ -278,7 +310,7 @@ class Adder:
 
 @pytest.fixture
 def outside(tmp_path: Path) -> dict[str, str]:
-    """A package with a source, a broken source and a sink, installed in a folder of its own."""
+    """A package with a component of each kind but endpoints, in a folder of its own."""
     folder = tmp_path / "site"
     info = folder / "counting-1.0.dist-info"
     info.mkdir(parents=True)
@@ -287,6 +319,8 @@ def outside(tmp_path: Path) -> dict[str, str]:
     (info / "entry_points.txt").write_text(
         "[ingestd.sources]\ncounter = counting:CounterKind\nbroken = counting:Nothing\n"
         "[ingestd.sinks]\nadder = counting:Adder\n"
+        "[ingestd.journals]\nkept = counting:KeptKind\ngone = counting:Nothing\n"
+        "[ingestd.executors]\npool = counting:PoolKind\n"
     )
     return {"PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
 
@@ -349,3 +383,61 @@ def test_a_source_that_cannot_be_imported_is_an_error_only_where_it_is_used(
     told = ingestd("check", *flags, cwd=tmp_path, environ=outside)
     assert told.returncode == 78
     assert "the source 'broken' cannot be loaded from counting:Nothing" in told.stderr
+
+
+def test_a_journal_and_an_executor_from_outside_have_settings_of_their_own(
+    tmp_path: Path, outside: dict[str, str]
+) -> None:
+    out = tmp_path / "numbers"
+    (tmp_path / "ingestd.toml").write_text(
+        "[journal]\nkind = 'kept'\n[journal.kept]\nnote = 'hello'\n"
+        "[executor]\nkind = 'pool'\n[executor.pool]\nthreads = 3\n"
+        "[pipelines.other.journal.kept]\nrecords_max = 7\n"
+        f"[handler]\ntarget = 'adder'\noptions = {{ path = {json.dumps(str(out))} }}\n"
+    )
+    with daemon("--source", "counter", cwd=tmp_path, environ=outside) as one:
+        executors = one.event("daemon_started")["executors"]
+        assert executors == {"default": "pool", "other": "pool"}
+        assert one.wait() == 0
+        assert one.other.count("executor 3") == 2
+        assert [line for line in one.other if "journal" in line] == [
+            "journal hello 100 8589934592",
+            "journal hello 7 8589934592",
+        ]
+    assert sorted(map(int, out.read_text().split())) == [1, 2, 3]
+    told = ingestd("check", cwd=tmp_path, environ=outside)
+    assert told.returncode == 0, told.stderr
+    lines = [" ".join(line.split()) for line in told.stdout.splitlines()]
+    file = f"file {tmp_path}/ingestd.toml"
+    assert f'journal.kept.note = "hello" # {file}' in lines
+    assert "journal.kept.records_max = 100 # default" in lines
+    assert 'pipelines.other.journal.kept.note = "hello" # as journal.kept.note' in lines
+    assert f"pipelines.other.journal.kept.records_max = 7 # {file}" in lines
+    assert "# default: adder is counting:Adder (executor: pool)" in lines
+
+
+def test_help_shows_the_settings_of_journals_and_executors_from_outside(
+    tmp_path: Path, outside: dict[str, str]
+) -> None:
+    shown = ingestd("run", "--help", cwd=tmp_path, environ=outside).stdout
+    assert "most records that are kept [100]" in shown
+    assert "--executor.pool.threads" in shown
+    assert "--journal.kind sqlite|memory|gone|kept" in shown
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (("--journal.kind", "kept", "--journal.kept.note", "bad"), "is a bad word"),
+        (("--executor.kind", "pool", "--executor.pool.threads", "13"), "bring bad luck"),
+        (("--executor.pool.threads", "0"), "should be at least 1"),
+        (("--journal.kept.nte", "x"), "did you mean --journal.kept.note?"),
+        (("--journal.kind", "gone"), "the journal 'gone' cannot be loaded from counting:Nothing"),
+    ],
+)
+def test_mistakes_in_settings_of_journals_and_executors_from_outside(
+    tmp_path: Path, outside: dict[str, str], flags: tuple[str, ...], problem: str
+) -> None:
+    told = ingestd("check", *flags, cwd=tmp_path, environ=outside)
+    assert told.returncode in {2, 78}
+    assert problem in told.stderr

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import ConfigDict, create_model
+from pydantic import create_model
 
-from ingestd.base.errors import ConfigError
-from ingestd.config.sections import Reloadable, Section
+from ingestd.config.sections import (
+    Reloadable,
+    Section,
+    table_fault,
+    with_tables,
+)
 from ingestd.http.settings import HttpSettings, has_one_principal, problems_of, signatures_valid
 from ingestd.registry import ENDPOINTS
 from ingestd.sources.base import KeyNeeds, SourceKind
@@ -22,42 +25,25 @@ if TYPE_CHECKING:
     from ingestd.sources.http.endpoints.base import Endpoint
 
 
-class _UnusableEndpoint(EndpointSettings):
-    model_config = ConfigDict(extra="allow")
+def _fault(name: str, endpoint: Any) -> str:
+    if endpoint.settings is None and name in ENDPOINTS.own:
+        return ""
+    fault = table_fault(name, endpoint.settings, Section)
+    if fault or endpoint.settings is None or issubclass(endpoint.settings, EndpointSettings):
+        return fault
+    return "its settings are no EndpointSettings"
 
 
-def _tables() -> tuple[dict[str, type[Endpoint]], dict[str, str]]:
-    """The endpoints that a table switches on, and of those that cannot be used, why."""
-    endpoints: dict[str, type[Endpoint]] = {}
-    unusable: dict[str, str] = {}
-    for name in ENDPOINTS.names():
-        try:
-            endpoint: type[Endpoint] = ENDPOINTS.load(name)
-            table = endpoint.settings
-            if table is None and name in ENDPOINTS.own:
-                continue
-            usable = table is not None and issubclass(table, EndpointSettings)
-        except (ConfigError, TypeError, AttributeError) as error:
-            unusable[name] = str(error)
-            continue
-        if usable and _NAME.fullmatch(name):
-            endpoints[name] = endpoint
-        else:
-            unusable[name] = "its name should be a-z 0-9 _, and its settings EndpointSettings"
-    return endpoints, unusable
-
-
-_NAME = re.compile(r"[a-z][a-z0-9_]{0,62}", re.ASCII)
-_ENDPOINTS, _UNUSABLE = _tables()
+_LOADED, _UNUSABLE = ENDPOINTS.load_kinds(_fault)
+_ENDPOINTS: dict[str, type[Endpoint]] = _LOADED
 
 
 def _with_endpoints() -> type[HttpSettings]:
     """`[http]` with a table for each endpoint that can be switched on."""
+    tables = {name: one.settings for name, one in _ENDPOINTS.items() if one.settings is not None}
+    tables |= dict.fromkeys(_UNUSABLE, EndpointSettings)
+    endpoints = with_tables(Section, dict(tables))
     make: Any = create_model
-    tables: dict[str, Any] = {name: one.settings for name, one in _ENDPOINTS.items()}
-    tables |= dict.fromkeys(_UNUSABLE, _UnusableEndpoint)
-    fields = {name: (table, table()) for name, table in tables.items()}
-    endpoints = make("EndpointTables", __base__=Section, **fields)
     field = (Annotated[endpoints, Reloadable()], endpoints())
     made: type[HttpSettings] = make("HttpSettings", __base__=HttpSettings, endpoints=field)
     return made
