@@ -48,11 +48,17 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_no_example_is_left_out() -> None:
     assert PAGE.count("```python") == len(BLOCKS)
     handlers = {"store", "clicks", "pages", "placed", "orders", "once", "test_orders"}
-    assert set(BLOCKS) == handlers | {"pools", "cluster", "shop", "warehouse"}
+    assert set(BLOCKS) == handlers | {"pools", "own_pool", "cluster", "shop", "warehouse"}
 
 
 def test_a_pool_of_processes(example) -> None:
     with importlib.import_module("pools").processes() as executor:
+        assert executor.submit(abs, -1).result() == 1
+
+
+def test_an_executor_of_a_package(example) -> None:
+    pool = importlib.import_module("own_pool")
+    with pool.PoolKind().build(pool.PoolKind.settings(threads=2)) as executor:
         assert executor.submit(abs, -1).result() == 1
 
 
