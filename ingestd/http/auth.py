@@ -20,7 +20,7 @@ from ingestd.base.logging import get_logger
 from ingestd.config.network import ANY_ORIGIN, Hosts, authority_of, is_foreign
 from ingestd.http import problem
 from ingestd.http.admission import RateLimiter
-from ingestd.http.credentials import has_expired, principal_of_certificate
+from ingestd.http.credentials import has_expired, names_in, principal_of_certificate
 from ingestd.http.peer import peer_of
 from ingestd.http.problem import Problem
 from ingestd.http.settings import ALL, demands_proof, demands_signatures_alone
@@ -118,9 +118,10 @@ class Principal:
         limits: shared by all requests of this name.
         monotonic: seconds that do not go back.
         id: whose requests these are, for what is kept apart: keys, and what is held.
+        client: the name of the token, certificate or webhook, for people; `name` if not given.
     """
 
-    __slots__ = ("_limits", "_monotonic", "id", "name", "pipelines")
+    __slots__ = ("_limits", "_monotonic", "client", "id", "name", "pipelines")
 
     def __init__(
         self,
@@ -129,8 +130,11 @@ class Principal:
         limits: RateLimiter | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         id: str = ANONYMOUS,  # noqa: A002
+        *,
+        client: str | None = None,
     ) -> None:
         self.name = name
+        self.client = name if client is None else client
         self.id = id
         self.pipelines = pipelines
         self._limits = limits
@@ -388,7 +392,8 @@ class Authenticator:
         if not self._takes_certificates:
             raise self._deny(request, self._missing, "")
         principal = principal_of_certificate(certificate)
-        return Principal(principal, id=principal)
+        client = next(iter(names_in(certificate)), "")
+        return Principal(principal, id=principal, client=client)
 
     def _owner_of(self, authorization: str, schemes: Ways) -> str | None:
         scheme, _, rest = authorization.partition(" ")
