@@ -23,7 +23,7 @@ from pydantic import Field
 from ingestd.base.append import scoped
 from ingestd.codecs.json import DEPTH_MAX
 from ingestd.config.sections import Section
-from ingestd.http.auth import TOKEN_SCHEMES
+from ingestd.http.credentials import TOKEN_SCHEMES
 from ingestd.http.response import PROBLEM, Response
 from ingestd.http.routing import path_of
 from ingestd.sources.http.headers import safe_key
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
     from ingestd.base.record import Format
     from ingestd.codecs.lines import Parsed
-    from ingestd.http.auth import Principal, TokenScheme
+    from ingestd.http.auth import Principal
+    from ingestd.http.credentials import TokenScheme
     from ingestd.http.problem import Problem
     from ingestd.http.settings import HttpSettings
     from ingestd.sources.base import Intake
