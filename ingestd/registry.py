@@ -134,7 +134,11 @@ ENDPOINTS = Components(
 SINKS = Components(
     "sink",
     "ingestd.sinks",
-    {"jsonl": "ingestd.sinks.jsonl:JsonlSink", "sqlite": "ingestd.sinks.sqlite:SqliteSink"},
+    {
+        "jsonl": "ingestd.sinks.jsonl:JsonlSink",
+        "postgres": "ingestd.sinks.postgres.sink:PostgresSink",
+        "sqlite": "ingestd.sinks.sqlite:SqliteSink",
+    },
 )
 HANDLERS = Components("handler", "ingestd.handlers", {})
 JOURNALS = Components(

@@ -15,10 +15,18 @@ from tests.deploy.containers.engine import wait
 
 
 class Postgres:
-    """A cluster of its own that listens on a socket in its folder, and nowhere else."""
+    """A cluster of its own that listens on a socket in its folder.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: others than its owner can read it.
+        port: where it listens on 127.0.0.1, too; nowhere if not given.
+        durable: it syncs what it commits.
+    """
+
+    def __init__(self, folder: Path, *, port: int = 0, durable: bool = False) -> None:
         self.folder = folder
+        self.port = port
+        self._durable = durable
         self._bin = _binaries()
         # It refuses to be root.
         self._user = pwd.getpwnam("postgres")
@@ -38,13 +46,25 @@ class Postgres:
 
     def start(self) -> None:
         self._process = subprocess.Popen(
-            [self._bin / "postgres", "-D", self.folder / "data", "-h", "", "-F",
-             "-k", self.folder],
+            [self._bin / "postgres", "-D", self.folder / "data", "-k", self.folder,
+             *(["-h", "127.0.0.1", "-p", str(self.port)] if self.port else ["-h", ""]),
+             *([] if self._durable else ["-F"])],
             cwd=self.folder, user=self._user.pw_uid, group=self._user.pw_gid, extra_groups=[],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        ready = [self._bin / "pg_isready", "-q", "-h", self.folder]
+        ready = [self._bin / "pg_isready", "-q", "-h", self.folder, *self._at_port]
         wait(lambda: subprocess.run(ready).returncode == 0, what="PostgreSQL")
+
+    @property
+    def _at_port(self) -> list[str]:
+        return ["-p", str(self.port)] if self.port else []
+
+    def kill(self) -> None:
+        """SIGKILL of the postmaster; its children end by themselves."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(30)
+            self._process = None
 
     def stop(self) -> None:
         """Connections are broken off, as in a restart of the server."""
@@ -55,7 +75,7 @@ class Postgres:
 
     def sql(self, statement: str, database: str = "ingestd") -> str:
         return self._run(
-            "psql", "-h", str(self.folder), "-U", "ingestd", "-d", database,
+            "psql", "-h", str(self.folder), *self._at_port, "-U", "ingestd", "-d", database,
             "-v", "ON_ERROR_STOP=1", "-Atc", statement,
         )  # fmt: skip
 

@@ -13,15 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ingestd.base.envelope import Envelope
 from ingestd.base.record import Records, Span
 from ingestd.execution.settings import HandlerSettings
-from ingestd.handlers.batch import Batch
 from ingestd.handlers.call import call, close
 from ingestd.handlers.chain import Transform
 from ingestd.handlers.load import load
 from ingestd.handlers.outcome import Job
-from ingestd.sinks.jsonl import JsonlOptions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +46,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_no_example_is_left_out() -> None:
     assert PAGE.count("```python") == len(BLOCKS)
-    handlers = {"store", "clicks", "pages", "placed", "orders", "events", "once", "test_orders"}
+    handlers = {"store", "clicks", "pages", "placed", "orders", "once", "test_orders"}
     assert set(BLOCKS) == handlers | {"pools", "own_pool", "cluster", "shop", "warehouse"}
 
 
@@ -122,14 +119,6 @@ def test_outcomes(example, job, capsys) -> None:
     assert [r.error for r in result.rejections] == ["a batch of test orders"] * 2
 
 
-def test_where_a_record_came_from(example, capsys) -> None:
-    sent = Envelope("http", client="shop", headers={"x-github-event": "push"})
-    importlib.import_module("events").store(Batch.of([1], id="j-1", envelope=sent))
-    assert capsys.readouterr().out == "2026/01/01/j-1 shop push 1\n"
-    importlib.import_module("events").store(Batch.of([2]))
-    assert capsys.readouterr().out == "2026/01/01/test-1   2\n"
-
-
 def test_exactly_once(example, job, tmp_path: Path) -> None:
     for _ in range(3):
         result = run(example("once:Store"), job(CLICKS), options={"path": "once.db"})
@@ -158,13 +147,3 @@ def test_options_as_a_struct(example) -> None:
 
 def test_the_users_own_test(example) -> None:
     importlib.import_module("test_orders").test_orders_without_a_total_are_rejected()
-
-
-def test_the_sinks_options(tmp_path: Path) -> None:
-    handler = next(t["handler"] for t in TOML if t.get("handler", {}).get("target") == "jsonl")
-    spec = load(handler["target"], record_format="json", executor="thread")
-    spec.check_options(handler["options"])
-    close(spec, spec.create(handler["options"] | {"path": str(tmp_path)}))
-    table = PAGE[PAGE.index("## The sink `jsonl`") :].partition("```toml")[0]
-    documented = set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE))
-    assert documented == {one.name for one in JsonlOptions.help()}

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import sqlite3
 import subprocess
 import sys
 import threading
-import tomllib
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -352,14 +350,3 @@ def test_every_key_is_in_its_column_or_in_extra(values: list[Any], taken: list[s
             else:
                 assert cell == inner
         assert set(rest) == set(value) - set(columns)
-
-
-def test_the_page_about_it() -> None:
-    page = (ROOT / "docs" / "HANDLERS.md").read_text()
-    about = page[page.index("## The sink `sqlite`") :]
-    documented = set(re.findall(r"^\| `(\w+)` \|", about.partition("```toml")[0], re.MULTILINE))
-    assert documented == {one.name for one in SqliteOptions.help()}
-    example = re.search(r"```toml\n(.*?)```", about, re.DOTALL)
-    assert example
-    handler = tomllib.loads(example[1])["handler"]
-    load(handler["target"], record_format="json", executor="thread").create(handler["options"])

@@ -42,7 +42,6 @@ class FetchSourceKind(SourceKind):
             settings,
             context.pipelines[context.pipeline],
             clock=context.clock,
-            name=context.name,
             fd=context.input_fd,
             stderr=context.stderr,
         )

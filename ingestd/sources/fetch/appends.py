@@ -40,9 +40,6 @@ class Appends:
         intake: the pipeline.
         budget: shared with the other URLs.
         accepted: called after each append with its numbers of good and refused records.
-
-    Attributes:
-        envelope: packed, of records that have none of their own.
     """
 
     def __init__(
@@ -51,7 +48,6 @@ class Appends:
         self._intake = intake
         self._budget = budget
         self._accepted = accepted
-        self.envelope = b""
         self._waiting: deque[_Sized] = deque()
         self._held = 0
         self._task: asyncio.Task[None] | None = None
@@ -72,11 +68,7 @@ class Appends:
     def put_now(self, parsed: Parsed, offset: SourceOffset | None) -> None:
         """The same without waiting, for the last ones."""
         size = _size(parsed)
-        records, envelope = parsed.records, self.envelope
-        if not records.envelopes:
-            records = records._replace(envelopes=envelope)
-        refused = [one._replace(envelope=one.envelope or envelope) for one in parsed.refused]
-        append = Append(records, refused, offset=offset, unkept=parsed.unlisted)
+        append = Append(parsed.records, parsed.refused, offset=offset, unkept=parsed.unlisted)
         self._waiting.append(_Sized(append, size))
         self._hold(size)
         if self._task is None:

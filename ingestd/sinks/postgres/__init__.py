@@ -1,0 +1,1 @@
+"""The sink `postgres`: `sink` writes batches, `server` knows PostgreSQL, `rows` makes rows."""

@@ -1,0 +1,24 @@
+"""The pages of the sinks say what the code does."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+
+import pytest
+
+from ingestd.handlers.load import load
+from ingestd.registry import SINKS
+from tests.sinks.tables import PAGES, marked
+
+
+@pytest.mark.parametrize("sink", SINKS.own)
+def test_the_table_of_options_is_the_codes(sink: str) -> None:
+    page = (PAGES / f"{sink}.md").read_text()
+    assert page == marked(page, sink), "run python -m tests.sinks.tables"
+    for example in re.findall(r"```toml\n(.*?)```", page, re.DOTALL):
+        handler = tomllib.loads(example)["handler"]
+        load(handler["target"], record_format="json", executor="auto").check_options(
+            handler["options"]
+        )
+    assert (PAGES / "README.md").read_text().count(f"[`{sink}`]({sink}.md)") == 1
