@@ -131,6 +131,7 @@ class SourceGroup:
         self.all = []
         for one in configured:
             context = SourceContext(
+                name=one.name,
                 pipelines=pipelines,
                 pipeline=one.pipeline,
                 clock=clock,

@@ -21,7 +21,7 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
-from msgspec.structs import replace
+from msgspec.structs import asdict, replace
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -222,6 +222,12 @@ class EnvelopeRuns:
         number += index - (self._ends[place] - count)
         attributes = {**envelope.attributes, envelope.numbered: number - 1}
         return replace(envelope, attributes=attributes, numbered="")
+
+
+def facts_of(packed: bytes) -> dict[str, object]:
+    """The fields of one record's envelope that are not empty, by name."""
+    fields = asdict(EnvelopeRuns(packed, 1).of(0))
+    return {name: value for name, value in fields.items() if value}
 
 
 def _runs(packed: bytes, records: int) -> list[_Run]:

@@ -220,12 +220,14 @@ class InvalidRecord(NamedTuple):
         reason: `malformed`, `too_large` or `unfinished`.
         detail: one line for the sender: what is wrong and where.
         payload: the record, or its beginning if it was too large.
+        envelope: its own, packed; empty if it has that of its append.
     """
 
     index: int  # type: ignore[assignment]  # hides tuple.index
     reason: str
     detail: str
     payload: bytes
+    envelope: bytes = b""
 
 
 class Span(NamedTuple):

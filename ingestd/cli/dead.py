@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ingestd.base.envelope import facts_of
 from ingestd.base.errors import ConfigError, Exit, UsageError
 from ingestd.base.files import create_new, sync_folder
 from ingestd.cli.arguments import add_data_dir
@@ -351,6 +352,7 @@ def as_page(pipeline: str, kept: StoredLetter) -> str:
         f"given up  {shown(letter.last_at)}",
         f"requeued  {'yes' if kept.marked else 'no'}",
     ]
+    lines += [f"{name:<9} {_one_line(text)}" for name, text in _origin(letter.envelope)]
     if letter.traceback:
         lines += ["", "traceback", _printable(letter.traceback.rstrip("\n"))]
     text = _text(letter.payload)
@@ -378,6 +380,7 @@ def as_line(pipeline: str, kept: StoredLetter, *, whole: bool) -> bytes:
         "last_at": shown(letter.last_at),
         "bytes": kept.size,
         "retry": kept.marked,
+        "envelope": facts_of(letter.envelope),
     }
     if whole:
         facts["traceback"] = letter.traceback
@@ -387,6 +390,16 @@ def as_line(pipeline: str, kept: StoredLetter, *, whole: bool) -> bytes:
         else:
             facts["payload"] = text
     return msgspec.json.encode(facts) + b"\n"
+
+
+def _origin(packed: bytes) -> Iterator[tuple[str, str]]:
+    """The facts of an envelope, by the names of their lines on a page."""
+    for name, value in facts_of(packed).items():
+        if isinstance(value, dict):
+            label = "header" if name == "headers" else "attribute"
+            yield from ((label, f"{key}: {one}") for key, one in value.items())
+        else:
+            yield name.removeprefix("content_"), str(value)
 
 
 def write_lines(lines: Iterable[bytes], path: str | None = None) -> int:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
+from ingestd.base.envelope import joined, numbered
 from ingestd.base.record import InvalidRecord, Records
 from ingestd.codecs.json import DEPTH_MAX
 from ingestd.codecs.lines import BOM, KEPT_BYTES, LISTED_MAX, Parsed, parse_lines, too_large
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from ingestd.base.record import Format
 
 
@@ -148,6 +151,95 @@ class Framer:
 def _only(refused: list[InvalidRecord]) -> Parsed:
     """Refused records alone."""
     return Parsed(Records.lines([]), refused)
+
+
+# -- numbers of lines ------------------------------------------------------------------------------
+
+
+class LineNumbers:
+    """Counts the lines of an input, and puts the number of its line into each record's envelope.
+
+    Lines count from 1, blank ones too. Where it is not known which lines are records (more were
+    refused than a piece lists) the records have no numbers.
+
+    Args:
+        form: what the records are.
+        packed: the envelope of all of them, which names the attribute of the number; empty if the
+            lines are only counted.
+        lines: that ended before; `None` if that is not known: then there are no numbers.
+    """
+
+    def __init__(self, form: Format, packed: bytes, lines: int | None = 0) -> None:
+        self._form = form
+        self._packed = packed
+        self._known = lines is not None
+        self._lines = lines or 0
+
+    @property
+    def lines(self) -> int:
+        """Lines that ended so far; 0 if that is not known."""
+        return self._lines if self._known else 0
+
+    def number(
+        self, piece: bytes, parsed: Parsed | None, *, size: int, index: int
+    ) -> Parsed | None:
+        """Numbers the records that a piece has completed.
+
+        Args:
+            piece: of the input.
+            parsed: what it completed.
+            size: bytes of that as they came.
+            index: of its first record.
+        """
+        before = self._lines
+        if parsed is not None and not parsed.invalid and len(parsed.records.payload) == size:
+            ended = parsed.records.count  # nothing was left out; counting reads every byte again
+        else:
+            ended = piece.count(b"\n")
+        self._lines += ended
+        if parsed is None or parsed.unlisted or not (self._known and self._packed):
+            return parsed
+        lines: Sequence[int] = range(before + 1, before + 1 + ended)
+        if parsed.total != ended:
+            lines = self._lines_of_records(piece, parsed.total, before)
+        return self._numbered(parsed, lines, index) if lines else parsed
+
+    def _lines_of_records(self, piece: bytes, records: int, before: int) -> Sequence[int]:
+        """The lines of a piece's records, where there are blank lines; none if that is unclear."""
+        others = piece[: piece.rfind(b"\n") + 1].split(b"\n")[1:-1]
+        lines = [
+            number
+            for number, line in enumerate(others, before + 2)
+            if (line.strip(b" \t\r") if self._form == "json" else line not in {b"", b"\r"})
+        ]
+        # The beginning of the first line came before; the number of records tells if it is blank.
+        return {0: lines, 1: [before + 1, *lines]}.get(records - len(lines), ())
+
+    def _numbered(self, parsed: Parsed, lines: Sequence[int], index: int) -> Parsed:
+        packed, place = self._packed, 0
+        refused = [
+            one._replace(envelope=numbered(packed, 1, lines[one.index - index]))
+            for one in parsed.refused
+        ]
+        runs = list[tuple[int, bytes]]()
+        for end in [*(one.index - index for one in parsed.refused), len(lines)]:
+            for first, count in _stretches(lines[place:end]):
+                runs.append((count, numbered(packed, count, first)))
+            place = end + 1
+        return Parsed(parsed.records._replace(envelopes=joined(runs)), refused)
+
+
+def _stretches(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Growing numbers as stretches without a gap: the first one of each, and how many."""
+    if isinstance(numbers, range):
+        if numbers:
+            yield numbers.start, len(numbers)
+        return
+    start = 0
+    for end in range(1, len(numbers) + 1):
+        if end == len(numbers) or numbers[end] != numbers[end - 1] + 1:
+            yield numbers[start], end - start
+            start = end
 
 
 # -- detection of other formats --------------------------------------------------------------------

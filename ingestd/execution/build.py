@@ -18,14 +18,11 @@ import msgspec
 
 from ingestd.base.errors import HandlerLoadError
 from ingestd.base.logging import get_logger
-from ingestd.execution.event_loops import HandlerLoops
 from ingestd.execution.inprocess import CoroutinePool, CoroutineWorker, ThreadWorker
 from ingestd.execution.pool import START_TIMEOUT, Pool, ThreadedPool
-from ingestd.execution.process import ProcessWorker
 from ingestd.execution.settings import ExecutorKind
 from ingestd.handlers.runner import HandlerConfig, Runner
 from ingestd.handlers.target import own_sink
-from ingestd.handlers.wire import InitMessage
 from ingestd.registry import EXECUTORS
 
 if TYPE_CHECKING:
@@ -171,6 +168,9 @@ async def start_processes(
     executor: ExecutorSettings, context: PoolContext
 ) -> tuple[Pool[Any], str]:
     """Starts child processes; of a coroutine that may choose, an event loop instead."""
+    from ingestd.execution.process import ProcessWorker  # noqa: PLC0415  threads do without
+    from ingestd.handlers.wire import InitMessage  # noqa: PLC0415
+
     hello = InitMessage(context.config, os.getpid())
     processes = [
         ProcessWorker(
@@ -211,6 +211,8 @@ async def start_coroutines(
     executor: ExecutorSettings, context: PoolContext
 ) -> tuple[Pool[Any], str]:
     """Starts coroutines on an event loop in a thread of its own."""
+    from ingestd.execution.event_loops import HandlerLoops  # noqa: PLC0415  others do without
+
     loops = HandlerLoops(context.name)
     coroutines = [
         CoroutineWorker(

@@ -13,86 +13,45 @@ import base64
 import binascii
 import socket
 import time
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-from urllib.parse import parse_qs
+from typing import TYPE_CHECKING, Protocol
 
 from ingestd.base.logging import get_logger
 from ingestd.config.network import ANY_ORIGIN, Hosts, authority_of, is_foreign
 from ingestd.http import problem
 from ingestd.http.admission import RateLimiter
-from ingestd.http.credentials import has_expired, principal_of_certificate
+from ingestd.http.credentials import (
+    API_KEY,
+    IN_BODY,
+    TOKEN_SCHEMES,
+    TokenScheme,
+    has_expired,
+    names_in,
+    principal_of_certificate,
+)
 from ingestd.http.peer import peer_of
 from ingestd.http.problem import Problem
 from ingestd.http.settings import ALL, demands_proof, demands_signatures_alone
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from ingestd.http.credentials import Tokens
     from ingestd.http.request import Request
     from ingestd.http.settings import HttpSettings, TokenSettings
 
-    Ways = Sequence[str | "TokenScheme"]
+    Ways = Sequence[str | TokenScheme]
 
 log = get_logger()
 
-_FIELDS_MAX = 100
 DENIED_SECONDS = 10.0
 """Interval of log lines about refused requests: no client can fill the log."""
 ANONYMOUS = "anonymous"
 """The principal of all requests without credentials."""
-API_KEY = "X-API-Key"
-TOKEN_SCHEMES = ("bearer", "basic", "key")
-"""The ways to show a token: two of `Authorization`, and the header `API_KEY`."""
 ONLY_DELIVERIES = (
     "there are webhooks and no tokens: only signed deliveries are accepted. To accept records too,"
     " set a token (http.tokens.NAME.hash) or http.allow_anonymous = true"
 )
-IN_BODY = "body"
-"""Among the ways to authenticate: there is a token in the body, for `Authenticator.identify_by`."""
 _CHALLENGE = 'Bearer realm="ingestd"{}, Basic realm="ingestd", charset="UTF-8"'
-
-
-class TokenScheme(NamedTuple):
-    """A way of a protocol's own to show a token in the head of a request.
-
-    Attributes:
-        name: of the way.
-        read: gives the token in headers and target; `None` if it is not shown in this way.
-        security: the way as an OpenAPI security scheme.
-    """
-
-    name: str
-    read: Callable[[Mapping[str, str], str], str | None]
-    security: Mapping[str, Any]
-
-
-def by_authorization(word: str) -> TokenScheme:
-    """`Authorization: WORD token`."""
-    prefix = f"{word.lower()} "
-
-    def read(headers: Mapping[str, str], _target: str) -> str | None:
-        value = headers.get("Authorization", "")
-        return value[len(prefix) :].strip(" ") if value.lower().startswith(prefix) else None
-
-    return TokenScheme(word.lower(), read, {"type": "http", "scheme": word})
-
-
-def by_header(name: str) -> TokenScheme:
-    """A header with the bare token."""
-    security = {"type": "apiKey", "in": "header", "name": name}
-    return TokenScheme(name.lower(), lambda headers, _: headers.get(name), security)
-
-
-def by_query(name: str) -> TokenScheme:
-    """A parameter of the query; nothing of a query is logged or kept."""
-
-    def read(_headers: Mapping[str, str], target: str) -> str | None:
-        query = target.partition("#")[0].partition("?")[2]
-        found = parse_qs(query, max_num_fields=_FIELDS_MAX).get(name) if name in query else None
-        return found[0] if found else None
-
-    return TokenScheme(f"query_{name}", read, {"type": "apiKey", "in": "query", "name": name})
 
 
 class Credentials(Protocol):
@@ -118,9 +77,10 @@ class Principal:
         limits: shared by all requests of this name.
         monotonic: seconds that do not go back.
         id: whose requests these are, for what is kept apart: keys, and what is held.
+        client: the name of the token, certificate or webhook, for people; `name` if not given.
     """
 
-    __slots__ = ("_limits", "_monotonic", "id", "name", "pipelines")
+    __slots__ = ("_limits", "_monotonic", "client", "id", "name", "pipelines")
 
     def __init__(
         self,
@@ -129,8 +89,11 @@ class Principal:
         limits: RateLimiter | None = None,
         monotonic: Callable[[], float] = time.monotonic,
         id: str = ANONYMOUS,  # noqa: A002
+        *,
+        client: str | None = None,
     ) -> None:
         self.name = name
+        self.client = name if client is None else client
         self.id = id
         self.pipelines = pipelines
         self._limits = limits
@@ -388,7 +351,8 @@ class Authenticator:
         if not self._takes_certificates:
             raise self._deny(request, self._missing, "")
         principal = principal_of_certificate(certificate)
-        return Principal(principal, id=principal)
+        client = next(iter(names_in(certificate)), "")
+        return Principal(principal, id=principal, client=client)
 
     def _owner_of(self, authorization: str, schemes: Ways) -> str | None:
         scheme, _, rest = authorization.partition(" ")

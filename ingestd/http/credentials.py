@@ -14,12 +14,13 @@ import secrets
 import ssl
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import parse_qs
 
 from ingestd.base.files import read_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from ingestd.http.settings import TokenSettings
 
@@ -79,6 +80,61 @@ def read_hash(written: str) -> str:
 def digest_in(hashed: str) -> bytes:
     """The 32 bytes in a hash as `hash_of` or `read_hash` gave it."""
     return bytes.fromhex(hashed.removeprefix("sha256:"))
+
+
+# -- ways to show a token -------------------------------------------------------------------------
+
+API_KEY = "X-API-Key"
+TOKEN_SCHEMES = ("bearer", "basic", "key")
+"""The ways to show a token: two of `Authorization`, and the header `API_KEY`."""
+IN_BODY = "body"
+"""Among the ways to authenticate: there is a token in the body, for `Authenticator.identify_by`."""
+_FIELDS_MAX = 100
+
+
+class TokenScheme(NamedTuple):
+    """A way of a protocol's own to show a token in the head of a request.
+
+    Attributes:
+        name: of the way.
+        read: gives the token in headers and target; `None` if it is not shown in this way.
+        security: the way as an OpenAPI security scheme.
+    """
+
+    name: str
+    read: Callable[[Mapping[str, str], str], str | None]
+    security: Mapping[str, Any]
+
+
+def by_authorization(word: str) -> TokenScheme:
+    """`Authorization: WORD token`."""
+    prefix = f"{word.lower()} "
+
+    def read(headers: Mapping[str, str], _target: str) -> str | None:
+        value = headers.get("Authorization", "")
+        return value[len(prefix) :].strip(" ") if value.lower().startswith(prefix) else None
+
+    return TokenScheme(word.lower(), read, {"type": "http", "scheme": word})
+
+
+def by_header(name: str) -> TokenScheme:
+    """A header with the bare token."""
+    security = {"type": "apiKey", "in": "header", "name": name}
+    return TokenScheme(name.lower(), lambda headers, _: headers.get(name), security)
+
+
+def by_query(name: str) -> TokenScheme:
+    """A parameter of the query; nothing of a query is logged or kept."""
+
+    def read(_headers: Mapping[str, str], target: str) -> str | None:
+        query = target.partition("#")[0].partition("?")[2]
+        try:
+            found = parse_qs(query, max_num_fields=_FIELDS_MAX).get(name) if name in query else None
+        except ValueError:  # more fields than a client means
+            return None
+        return found[0] if found else None
+
+    return TokenScheme(f"query_{name}", read, {"type": "apiKey", "in": "query", "name": name})
 
 
 # -- files of secrets ------------------------------------------------------------------------------

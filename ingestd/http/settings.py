@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -42,6 +43,34 @@ def _hashed(value: SecretStr) -> SecretStr:
 
 def _hash(value: str) -> str:
     return read_hash(value) if value else value
+
+
+KEPT_HEADERS_MAX = 16
+_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}")
+_SECRET = re.compile(
+    r"authori[sz]ation|cookie|signature|token|secret|passw|credential|api-?key|hmac", re.IGNORECASE
+)
+
+
+def secret_header(name: str) -> str:
+    """Tells why a request header can't be kept in envelopes; empty if it can."""
+    if not _HEADER.fullmatch(name):
+        return f"{name[:80]!r} is no name of a header"
+    if found := _SECRET.search(name):
+        return f"{name} is not kept, because headers with {found[0]!r} in their names hold secrets"
+    return ""
+
+
+def check_kept(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of headers that may be kept; as they are.
+
+    Raises:
+        ValueError: one is no name, or holds a secret.
+    """
+    for name in names:
+        if fault := secret_header(name):
+            raise ValueError(fault)
+    return names
 
 
 def token_name(value: str) -> str:
@@ -211,6 +240,11 @@ class HttpSettings(Section):
         (),
         max_length=1000,
         description="accepted Host names, beside IP addresses and localhost; * is all",
+    )
+    keep_headers: Annotated[Words, AfterValidator(check_kept), Reloadable()] = Field(
+        (),
+        max_length=KEPT_HEADERS_MAX,
+        description="request headers that the envelopes of records keep",
     )
     allow_anonymous: Annotated[bool, Reloadable()] = Field(
         False, description="accept requests without credentials, also on a public address"

@@ -60,7 +60,7 @@ def invalid_letter(invalid: InvalidRecord, now: float, append: Append) -> DeadLe
     """Makes the dead letter of an append's record that was found invalid at `now`."""
     return DeadLetter(
         "", invalid.reason, invalid.detail, "", invalid.payload, 0, now, now,
-        principal=append.principal, envelope=append.envelope,
+        principal=append.principal, envelope=invalid.envelope or append.envelope,
     )  # fmt: skip
 
 

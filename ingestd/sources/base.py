@@ -180,6 +180,7 @@ class SourceContext:
     """The surroundings that a source is built with, beside its settings.
 
     Attributes:
+        name: of the source.
         pipelines: by name.
         pipeline: the name of the one for records that name none.
         clock: gives the time.
@@ -191,6 +192,7 @@ class SourceContext:
             "", status, seconds, problem or "").
     """
 
+    name: str
     pipelines: Mapping[str, Intake]
     pipeline: str
     clock: Clock

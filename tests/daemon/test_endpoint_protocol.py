@@ -24,7 +24,7 @@ from pydantic import Field
 from ingestd.base.record import Records
 from ingestd.codecs.lines import Parsed
 from ingestd.http import problem
-from ingestd.http.auth import IN_BODY, by_authorization, by_header, by_query
+from ingestd.http.credentials import IN_BODY, by_authorization, by_header, by_query
 from ingestd.http.problem import Problem
 from ingestd.http.response import JSON, Response
 from ingestd.sources.http.endpoints.base import (
@@ -208,6 +208,8 @@ def test_its_own_ways_to_authenticate(tmp_path: Path, installed: dict[str, str])
             (SPLUNK, ""), ({"DD-API-KEY": TOKEN}, ""), ({}, f"?a=b&token={TOKEN}")
         ):  # fmt: skip
             assert one.request("POST", f"{PATH}{query}", event, headers)[0] == 200
+        many = "&".join(f"token={n}" for n in range(200))
+        assert one.request("POST", f"{PATH}?{many}", event)[0] == 401
         inside = json.dumps({"event": 1, "token": TOKEN}).encode()
         assert one.request("POST", f"{PATH}/open", inside)[0] == 200
         assert one.request("POST", f"{PATH}/open", event, bearer)[0] == 200

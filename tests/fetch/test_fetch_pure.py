@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +15,7 @@ from multidict import CIMultiDict
 
 from ingestd.base.append import STATE_BYTES_MAX, SourceOffset
 from ingestd.base.backoff import backoff
+from ingestd.base.envelope import Envelope, EnvelopeRuns, pack
 from ingestd.base.errors import ConfigError
 from ingestd.codecs.compression import Inflater
 from ingestd.config.network import show_url, split_urls
@@ -38,6 +40,9 @@ from tests.fetch.tools import lines, packed
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from ingestd.base.record import Format
+    from ingestd.codecs.lines import Parsed
 
 # -- waits -----------------------------------------------------------------------------------------
 
@@ -596,3 +601,57 @@ def test_headers_that_can_not_be_sent(headers: Any, says: str) -> None:
     with pytest.raises(ValueError, match=r".") as caught:
         FetchSettings(headers=headers)
     assert says in str(caught.value)
+
+
+# -- numbers of lines ------------------------------------------------------------------------------
+
+LINES = pack(Envelope("fetch", attributes={"url": "u"}, numbered="line"))
+
+
+def lines_of(parsed: Parsed) -> tuple[list[object], list[object]]:
+    """The number of the line of each good and of each refused record."""
+    records = parsed.records
+    known = EnvelopeRuns(records.envelopes, records.count)
+    good = [known.of(i).attributes.get("line") for i in range(records.count)]
+    bad = [EnvelopeRuns(one.envelope, 1).of(0).attributes.get("line") for one in parsed.refused]
+    return good, bad
+
+
+@given(st.data())
+@pytest.mark.parametrize("form", ["json", "text", "bytes"])
+def test_each_record_knows_the_number_of_its_line(form: Format, data: st.DataObject) -> None:
+    """However the body is cut, and whatever else is in it."""
+    kinds = [b'"%d"', b"", b"\r", b'"%d"\r', b"{%d"] + ([b" \t"] if form == "json" else [])
+    lines = data.draw(st.lists(st.sampled_from(kinds), max_size=12))
+    made = [line % n if b"%d" in line else line for n, line in enumerate(lines, 1)]
+    body = b"\n".join(made)
+    if data.draw(st.booleans()):
+        body += b"\n"
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(body)))))
+    at = data.draw(st.integers(0, 3))
+    decoder, found = LineDecoder(form, 8, Position(), envelope=LINES), []
+    for number, (start, end) in enumerate(pairwise([0, *cuts, len(body)])):
+        if number == at and decoder.position.offset == start:  # a restart, where a line has ended
+            decoder = LineDecoder(form, 8, decoder.position, envelope=LINES)
+        found += [parsed] if (parsed := decoder.feed(body[start:end])) else []
+    found += [parsed] if (parsed := decoder.end(certain=True)) else []
+    good, bad = [], []
+    for parsed in found:
+        more, refused = lines_of(parsed)
+        for item, line in zip(parsed.records.items(), more, strict=True):
+            assert item.strip(b"\r") == body.split(b"\n")[line - 1].strip(b"\r")
+        good += more
+        bad += refused
+    there = body.split(b"\n")[: -1 if body.endswith(b"\n") or not body else None]
+    assert sorted([*good, *bad]) == [
+        n for n, line in enumerate(there, 1) if form == "bytes" or line.strip(b" \t\r")
+    ]
+
+
+def test_where_lines_were_not_counted_records_have_no_numbers() -> None:
+    """A position that an earlier version stored."""
+    decoder = LineDecoder("json", 99, Position(offset=2, records=1), envelope=LINES)
+    parsed = decoder.feed(b"2\n3\n")
+    assert parsed is not None
+    assert lines_of(parsed) == ([None, None], [])
+    assert decoder.position.lines == 0

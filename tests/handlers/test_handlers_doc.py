@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ingestd.base.envelope import Envelope
 from ingestd.base.record import Records, Span
 from ingestd.execution.settings import HandlerSettings
+from ingestd.handlers.batch import Batch
 from ingestd.handlers.call import call, close
 from ingestd.handlers.chain import Transform
 from ingestd.handlers.load import load
@@ -46,7 +48,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_no_example_is_left_out() -> None:
     assert PAGE.count("```python") == len(BLOCKS)
-    handlers = {"store", "clicks", "pages", "placed", "orders", "once", "test_orders"}
+    handlers = {"store", "clicks", "pages", "placed", "orders", "events", "once", "test_orders"}
     assert set(BLOCKS) == handlers | {"pools", "own_pool", "cluster", "shop", "warehouse"}
 
 
@@ -117,6 +119,14 @@ def test_outcomes(example, job, capsys) -> None:
     assert capsys.readouterr().out == "again: j1-7\n"
     result = run(example("orders:store"), job([b'{"total":1,"test":true}'] * 2))
     assert [r.error for r in result.rejections] == ["a batch of test orders"] * 2
+
+
+def test_where_a_record_came_from(example, capsys) -> None:
+    sent = Envelope("http", client="shop", headers={"x-github-event": "push"})
+    importlib.import_module("events").store(Batch.of([1], id="j-1", envelope=sent))
+    assert capsys.readouterr().out == "2026/01/01/j-1 shop push 1\n"
+    importlib.import_module("events").store(Batch.of([2]))
+    assert capsys.readouterr().out == "2026/01/01/test-1   2\n"
 
 
 def test_exactly_once(example, job, tmp_path: Path) -> None:

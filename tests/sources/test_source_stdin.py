@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingestd.base.errors import InputUnreadable, JournalFailed, Overloaded
-from ingestd.base.record import Records
+from ingestd.base.record import InvalidRecord, Records
 from ingestd.codecs.framing import Framer
 from ingestd.codecs.lines import LISTED_MAX, Parsed
 from ingestd.sources.descriptors import READ_BYTES, ReadyReader, ThreadReader
@@ -155,7 +155,7 @@ def test_a_line_that_was_begun_is_refused_where_reading_stops():
     assert framer.feed(b'1\n{"a":').records.count == 1
     assert framer.cut() == Parsed(
         Records.lines([]),
-        [(1, "unfinished", "reading stopped after 5 bytes of the line", b'{"a":')],
+        [InvalidRecord(1, "unfinished", "reading stopped after 5 bytes of the line", b'{"a":')],
     )
     assert framer.cut() is None
     framer.feed(b"x" * 200)

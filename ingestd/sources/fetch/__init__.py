@@ -42,6 +42,7 @@ class FetchSourceKind(SourceKind):
             settings,
             context.pipelines[context.pipeline],
             clock=context.clock,
+            name=context.name,
             fd=context.input_fd,
             stderr=context.stderr,
         )

@@ -40,6 +40,9 @@ class Appends:
         intake: the pipeline.
         budget: shared with the other URLs.
         accepted: called after each append with its numbers of good and refused records.
+
+    Attributes:
+        envelope: packed, of records that have none of their own.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Appends:
         self._intake = intake
         self._budget = budget
         self._accepted = accepted
+        self.envelope = b""
         self._waiting: deque[_Sized] = deque()
         self._held = 0
         self._task: asyncio.Task[None] | None = None
@@ -68,7 +72,11 @@ class Appends:
     def put_now(self, parsed: Parsed, offset: SourceOffset | None) -> None:
         """The same without waiting, for the last ones."""
         size = _size(parsed)
-        append = Append(parsed.records, parsed.refused, offset=offset, unkept=parsed.unlisted)
+        records, envelope = parsed.records, self.envelope
+        if not records.envelopes:
+            records = records._replace(envelopes=envelope)
+        refused = [one._replace(envelope=one.envelope or envelope) for one in parsed.refused]
+        append = Append(records, refused, offset=offset, unkept=parsed.unlisted)
         self._waiting.append(_Sized(append, size))
         self._hold(size)
         if self._task is None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from msgspec.structs import replace
 
 from ingestd.base.record import InvalidRecord, Records
-from ingestd.codecs.framing import MARK_BYTES, Framer, marked
+from ingestd.codecs.framing import MARK_BYTES, Framer, LineNumbers, marked
 from ingestd.codecs.json import DEPTH_MAX
 from ingestd.codecs.lines import BOM, KEPT_BYTES, Parsed, json_fault, too_large
 from ingestd.sources.fetch.failure import DownloadFailed, ResourceChanged, TryAgain
@@ -216,6 +216,7 @@ class LineDecoder:
         position: where the body's first new byte lies.
         skip: bytes that come before it; compared with what was accepted.
         depth_max: JSON that is nested deeper is refused.
+        envelope: of the records, packed; names the attribute of their lines' numbers.
     """
 
     def __init__(
@@ -226,6 +227,7 @@ class LineDecoder:
         skip: int = 0,
         *,
         depth_max: int = DEPTH_MAX,
+        envelope: bytes = b"",
     ) -> None:
         self.position = position
         self._skip = skip
@@ -233,6 +235,8 @@ class LineDecoder:
         self._head: bytes | None = b"" if position.offset == 0 and form != "bytes" else None
         self._end = position.offset  # of everything that was fed
         begun = position.offset > 0
+        uncounted = begun and not position.lines
+        self._numbers = LineNumbers(form, envelope, None if uncounted else position.lines)
         self._framer = Framer(
             form, record_bytes_max, depth_max, begun=begun, index=position.records
         )
@@ -250,7 +254,10 @@ class LineDecoder:
             return None
         if self._head is not None:
             self._look_at(piece)
+        held, index = self._framer.held, self._framer.index
         parsed = self._framer.feed(piece)
+        size = held + len(piece) - self._framer.held
+        parsed = self._numbers.number(piece, parsed, size=size, index=index)
         end = piece.rfind(b"\n") + 1
         if end:
             self._crc = zlib.crc32(memoryview(piece)[:end], self._crc)
@@ -288,18 +295,28 @@ class LineDecoder:
             raise (
                 ResourceChanged if certain else TryAgain("the body ended before what was accepted")
             )
-        parsed = self._framer.end() if certain else self._framer.cut()
+        parsed = self._last(certain=certain)
         self._move(self._end)
         self.position = replace(self.position, done=True)
         return parsed
 
     def cut(self) -> Parsed | None:
         """See `RecordDecoder`."""
-        return self._framer.cut()
+        return self._last(certain=False)
+
+    def _last(self, *, certain: bool) -> Parsed | None:
+        index = self._framer.index
+        parsed = self._framer.end() if certain else self._framer.cut()
+        return self._numbers.number(b"\n", parsed, size=-1, index=index) if parsed else None
 
     def _move(self, offset: int) -> None:
-        records = self._framer.index
-        self.position = replace(self.position, offset=offset, crc=self._crc, records=records)
+        self.position = replace(
+            self.position,
+            offset=offset,
+            crc=self._crc,
+            records=self._framer.index,
+            lines=self._numbers.lines,
+        )
 
 
 class EventDecoder:

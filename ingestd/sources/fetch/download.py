@@ -11,7 +11,10 @@ import random
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from ingestd.base.backoff import backoff
+from ingestd.base.envelope import Envelope, pack
 from ingestd.base.logging import get_logger
 from ingestd.sources.fetch import concurrency
 from ingestd.sources.fetch.appends import Appends
@@ -71,6 +74,7 @@ class DownloadAttempts:
         memory: of their zstd windows.
         totals: counters of all of them.
         clock: gives the time.
+        source: the name of the source.
 
     Attributes:
         position: of the URL.
@@ -90,6 +94,7 @@ class DownloadAttempts:
         memory: DecompressionMemory,
         totals: DownloadTotals,
         clock: Clock,
+        source: str = "fetch",
     ) -> None:
         self.position = Position()
         self.appends = Appends(intake, budget, totals.accepted)
@@ -100,6 +105,8 @@ class DownloadAttempts:
         self._intake = intake
         self._client = client
         self._clock = clock
+        self._source = source
+        self._of_lines = b""
         self._memory = memory
         self._ranges = True
         self._endless = settings.follow
@@ -149,6 +156,7 @@ class DownloadAttempts:
                     self._settings.retry_after_max,
                 )
                 raise
+            self._begin(response)
             if isinstance(verdict, Finished):
                 await self._finish(verdict.position)
             elif media_type(response.headers) == EVENT_STREAM:
@@ -159,6 +167,15 @@ class DownloadAttempts:
                 await self._follow_lines(response, verdict)
             else:
                 await self._read(response, verdict)
+
+    def _begin(self, response: ClientResponse) -> None:
+        """Packs the envelopes of an answer's records."""
+        content_type = response.headers.get("Content-Type", "")
+        envelope = Envelope(
+            self._source, content_type=content_type, attributes={"url": self.link.shown}
+        )
+        self.appends.envelope = pack(envelope)
+        self._of_lines = pack(replace(envelope, numbered="line"))
 
     def _misfit(self, reason: str) -> ResponseMismatch:
         """Requests the whole body next time, whose beginning can be compared."""
@@ -185,6 +202,7 @@ class DownloadAttempts:
             verdict.position,
             verdict.skip,
             depth_max=intake.json_depth_max,
+            envelope=self._of_lines,
         )
         begun = verdict.position.offset
         framed = verdict.length is not None or ends_by_itself(response.headers)
@@ -247,6 +265,7 @@ class DownloadAttempts:
             intake.record_bytes_max,
             verdict.position,
             depth_max=intake.json_depth_max,
+            envelope=self._of_lines,
         )
         try:
             await self._follow(response, verdict.position.encoding, decoder)

@@ -44,6 +44,7 @@ class Position(msgspec.Struct, frozen=True, omit_defaults=True):
         offset: bytes after decompression that are accepted, whole lines.
         crc: CRC-32 of these bytes.
         records: records in them, refused ones too.
+        lines: lines in them; 0 if they were not counted, as by earlier versions.
         done: that was all of it.
         event_id: of a stream of events: `Last-Event-ID`.
     """
@@ -56,6 +57,7 @@ class Position(msgspec.Struct, frozen=True, omit_defaults=True):
     offset: int = 0
     crc: int = 0
     records: int = 0
+    lines: int = 0
     done: bool = False
     event_id: str = ""
 

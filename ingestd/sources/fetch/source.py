@@ -47,6 +47,7 @@ class FetchSource(Source):
         settings: what and how.
         intake: the pipeline.
         clock: gives the time.
+        name: of the source.
         fd: standard input, if the list comes from there.
         stderr: where the hint for a terminal goes.
         allowed: tells if an address may be connected to; `fetch.allow_private` decides by default.
@@ -62,6 +63,7 @@ class FetchSource(Source):
         intake: Intake,
         *,
         clock: Clock,
+        name: str = "fetch",
         fd: int = 0,
         stderr: TextIO | None = None,
         allowed: Callable[[str], bool] | None = None,
@@ -71,6 +73,7 @@ class FetchSource(Source):
         self._settings = settings
         self._intake = intake
         self._clock = clock
+        self._name = name
         self._fd = fd
         self._stderr = stderr
         self._client = DownloadClient(settings, allowed=allowed, resolver=resolver)
@@ -111,6 +114,7 @@ class FetchSource(Source):
             memory=memory,
             totals=self.totals,
             clock=self._clock,
+            source=self._name,
         )
 
     async def _run(self, download: Download) -> None:

@@ -92,6 +92,7 @@ class HttpSourceKind(SourceKind):
             settings,
             context.pipelines,
             default=context.pipeline,
+            name=context.name,
             on_request=context.on_request,
             sockets=context.sockets,
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ingestd.base.errors import ConfigError
 from ingestd.host.sockets import is_local, show_socket
 from ingestd.http.credentials import Tokens, read_tokens
-from ingestd.http.settings import at_large
+from ingestd.http.settings import at_large, secret_header
 from ingestd.http.tls import make_context, read_authorities
 from ingestd.registry import ENDPOINTS
 from ingestd.sources.http.endpoints.base import EndpointContext
@@ -65,6 +65,12 @@ def read_access(
         read_authorities(settings.tls),
         doubts,
     )
+    problems += [
+        f"endpoint {name}: {fault}"
+        for name, endpoint in access.endpoints.items()
+        for header in endpoint.keep_headers
+        if (fault := secret_header(header))
+    ]
     if problems:
         raise ConfigError(problem="\n".join(problems))
     return access

@@ -1,4 +1,4 @@
-"""`traceparent`: the trace that a request is part of, for the lines of the log. No I/O.
+"""`traceparent`: the trace that a request is part of, for log and envelope. No I/O.
 
 https://www.w3.org/TR/trace-context/#traceparent-header
 """
@@ -9,12 +9,14 @@ import hashlib
 import re
 from typing import TYPE_CHECKING, NamedTuple
 
+from ingestd.base.envelope import NAME_CHARACTERS_MAX, Envelope, pack
 from ingestd.http import problem
 from ingestd.http.problem import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
+    from multidict import MultiMapping
 
 HEADER = "traceparent"
 _VALUE = re.compile(
@@ -33,6 +35,54 @@ def read_trace(values: Sequence[str]) -> dict[str, str]:
     if match is None or (match["more"] and match["version"] == "00"):
         return {}
     return {"trace_id": match["trace"], "parent_id": match["parent"]}
+
+
+# -- envelopes -------------------------------------------------------------------------------------
+
+_KNOWN_MAX = 256
+
+
+class RequestEnvelopes:
+    """Packs the envelopes of requests to one endpoint; usual ones once for many requests.
+
+    Args:
+        source: its name.
+        endpoint: its name.
+        keep: names of request headers that are kept.
+    """
+
+    def __init__(self, source: str, endpoint: str, keep: Iterable[str]) -> None:
+        self._source, self._endpoint = source, endpoint
+        self._keep = tuple(dict.fromkeys(name.lower() for name in keep))
+        self._known: dict[tuple[str, str], bytes] = {}
+
+    def of(self, headers: MultiMapping[str], client: str) -> bytes:
+        """Returns the packed envelope of a request.
+
+        Args:
+            headers: of the request, in any case.
+            client: the principal's name.
+        """
+        content_type = headers.get("Content-Type", "")
+        trace = headers.getall(HEADER) if HEADER in headers else ()
+        kept = {name: ", ".join(headers.getall(name)) for name in self._keep if name in headers}
+        traceparent = trace[0] if trace and read_trace(trace) else ""
+        if kept or traceparent:
+            return self._packed(client, content_type, kept, traceparent)
+        packed = self._known.get((client, content_type))
+        if packed is None:
+            if len(self._known) >= _KNOWN_MAX:
+                self._known.clear()
+            packed = self._packed(client, content_type, {}, "")
+            self._known[client, content_type[:NAME_CHARACTERS_MAX]] = packed
+        return packed
+
+    def _packed(
+        self, client: str, content_type: str, headers: dict[str, str], traceparent: str
+    ) -> bytes:
+        return pack(
+            Envelope(self._source, self._endpoint, client, content_type, headers, traceparent)
+        )
 
 
 # -- `Prefer` (RFC 7240) ---------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from io import BytesIO
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import async_timeout
 
@@ -46,6 +46,8 @@ from ingestd.sources.http.stream import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from multidict import MultiMapping
 
     from ingestd.base.append import IdempotencyClaim
     from ingestd.http.admission import Reservation
@@ -97,6 +99,11 @@ class _Admitted(NamedTuple):
     principal: Principal
     hold: Reservation
     prefer: Preferences
+
+    def envelope(self) -> bytes:
+        """The envelope of its records, packed."""
+        headers = cast("MultiMapping[str]", self.head.headers)
+        return self.route.envelopes.of(headers, self.principal.client)
 
 
 class Ingestion:
@@ -267,6 +274,7 @@ class Ingestion:
                     waiter=waiter,
                     principal=hold.client,
                     unkept=parsed.invalid - len(kept),
+                    envelope=to.envelope(),
                 )
             )
         except BaseException:
@@ -376,6 +384,7 @@ class Ingestion:
             encoding=encoding,
             ratio_max=self._settings.inflate_ratio_max,
             silence=self._settings.stream_silence_max,
+            envelope=to.envelope(),
             gone=lambda: request.transport is None or connection.half_closed,
             allowed=lambda: self._authorize(request, route),
         )
@@ -414,6 +423,7 @@ async def _accept_part(part: Decoded, to: _Admitted, delivery: Delivery | None) 
                 claim=claim,
                 principal=principal.name or to.hold.client,
                 unkept=parsed.invalid - len(kept),
+                envelope=to.envelope(),
             )
         )
     except Problem as found:

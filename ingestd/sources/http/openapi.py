@@ -21,7 +21,7 @@ import msgspec
 
 from ingestd import __version__
 from ingestd.config.network import is_loopback
-from ingestd.http.auth import IN_BODY, TokenScheme
+from ingestd.http.credentials import IN_BODY, TokenScheme
 from ingestd.http.problem import FORBIDDEN, FOREIGN_ORIGIN, KINDS, ProblemType
 from ingestd.http.response import HTML, JSON, StaticResponse, make_document
 from ingestd.http.routing import ASK, READ, SERVER, Resource

@@ -19,6 +19,7 @@ from ingestd.sources.base import Source
 from ingestd.sources.http.access import check_exposure, read_access
 from ingestd.sources.http.endpoints.base import ANY, SIGNATURE, BodyLimits, Route, UnknownPath
 from ingestd.sources.http.handler import IngestHandler
+from ingestd.sources.http.headers import RequestEnvelopes
 from ingestd.sources.http.openapi import published
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class HttpSource(Source):
         settings: its address and its bounds.
         intakes: the pipelines by name.
         default: the pipeline of requests that name none.
+        name: of the source.
         on_request: called for each answer about records, and for each problem, with the template of
             the route (`other` if there is none), the pipeline (empty if it is not known), the
             status (499 if the client left), the seconds since the head was read, and the slug of
@@ -68,12 +70,14 @@ class HttpSource(Source):
         intakes: Mapping[str, Intake],
         *,
         default: str,
+        name: str = "http",
         on_request: OnRequest | None = None,
         sockets: Sequence[socket.socket] = (),
     ) -> None:
         self._settings = settings
         self._intakes = intakes
         self._default = default
+        self._name = name
         self._on_request = on_request
         self._sockets = list(sockets)
         if settings.reuse_port and self._sockets:
@@ -155,9 +159,11 @@ class HttpSource(Source):
         """Puts everything that can be asked for in place of what there was, by its path."""
         endpoints = access.endpoints
         found: dict[str, Resource[Found]] = {}
-        for endpoint in endpoints.values():
+        for name, endpoint in endpoints.items():
+            keep = (*settings.keep_headers, *endpoint.keep_headers)
+            envelopes = RequestEnvelopes(self._name, name, keep)
             for spec in endpoint.routes:
-                found |= self._resources_of(endpoint, spec)
+                found |= self._resources_of(endpoint, spec, envelopes)
             if endpoint.prefix:
                 unknown = UnknownPath(endpoint)
                 found.setdefault(f"{endpoint.prefix}/", Resource(ALL_METHODS, unknown))
@@ -175,16 +181,20 @@ class HttpSource(Source):
             shown = [name for one in endpoints.values() for name in one.response_headers]
             self._handler.cors = Cors(settings.cors_origins, sent, shown)
 
-    def _resources_of(self, endpoint: Endpoint, spec: RouteSpec) -> dict[str, Resource[Found]]:
+    def _resources_of(
+        self, endpoint: Endpoint, spec: RouteSpec, envelopes: RequestEnvelopes
+    ) -> dict[str, Resource[Found]]:
         """Returns a resource for each value of a template's variable, and one for all others."""
         methods = tuple(dict.fromkeys((*spec.methods, *spec.probes, "OPTIONS")))
         found: dict[str, Resource[Found]] = {}
         for value, target in spec.targets.items():
             intake = self._intakes[target.pipeline]
             name = target.principal
-            principal = Principal(name, id=name) if name else None
+            principal = Principal(name, id=name, client=value) if name else None
             limits = self._limits[target.pipeline]
-            route = Route(endpoint, spec, value, intake, limits, principal, self._intakes)
+            route = Route(
+                endpoint, spec, value, intake, limits, envelopes, principal, self._intakes
+            )
             found[spec.path_of(value)] = Resource(methods, route, alone=True)
         if spec.variable and ANY not in spec.targets and spec.auth != SIGNATURE:
             below = spec.path.partition("{")[0]

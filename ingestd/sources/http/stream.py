@@ -75,6 +75,7 @@ class Stream:
         encoding: its `Content-Encoding`.
         ratio_max: `http.inflate_ratio_max`.
         silence: seconds without a byte after which it is ended.
+        envelope: of its records, packed.
         gone: whether its client has left.
         allowed: who sends it, asked again before each piece; raises a `Problem` when its client
             may not send here any more.
@@ -96,6 +97,7 @@ class Stream:
         encoding: str,
         ratio_max: int,
         silence: float,
+        envelope: bytes = b"",
         gone: Callable[[], bool],
         allowed: Callable[[], Principal] | None = None,
     ) -> None:
@@ -104,6 +106,7 @@ class Stream:
         self._intake = intake
         self._principal = principal
         self._silence = silence
+        self._envelope = envelope
         self._gone = gone
         self._hold = hold
         self._thread = thread
@@ -316,6 +319,7 @@ class Stream:
                         kept,
                         principal=self._hold.client,
                         unkept=parsed.invalid - len(kept),
+                        envelope=self._envelope,
                     )
                 )
                 break

@@ -28,6 +28,7 @@ class StdinSourceKind(SourceKind):
         return StdinSource(
             settings,
             context.pipelines[context.pipeline],
+            name=context.name,
             fd=context.input_fd,
             stderr=context.stderr,
             is_interrupted=context.is_interrupted,

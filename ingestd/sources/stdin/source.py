@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from ingestd.base.append import Append
+from ingestd.base.envelope import Envelope, pack
 from ingestd.base.errors import InputUnreadable, Overloaded
 from ingestd.base.logging import get_logger
 from ingestd.codecs.framing import HEAD_BYTES, Framer, guess
@@ -107,6 +108,7 @@ class StdinSource(Source):
     Args:
         settings: its bound.
         intake: the pipeline.
+        name: of the source.
         fd: the descriptor; it stays open.
         stderr: where the hint for a terminal goes.
         is_interrupted: tells if a signal has asked the process to leave.
@@ -123,6 +125,7 @@ class StdinSource(Source):
         settings: StdinSettings,
         intake: Intake,
         *,
+        name: str = "stdin",
         fd: int = 0,
         stderr: TextIO | None = None,
         is_interrupted: Callable[[], bool] = lambda: False,
@@ -131,6 +134,7 @@ class StdinSource(Source):
         self._bytes_max = settings.inflight_bytes_max
         self._intake = intake
         self._fd = fd
+        self._envelope = pack(Envelope(name))
         self._stderr = stderr
         self._framer = Framer(intake.format, intake.record_bytes_max, intake.json_depth_max)
         self._inflight = 0
@@ -303,7 +307,10 @@ class StdinSource(Source):
             self._moved.set()
 
     async def _take(self, parsed: Parsed) -> None:
-        await self._intake.accept(Append(parsed.records, parsed.refused, unkept=parsed.unlisted))
+        records, unkept = parsed.records, parsed.unlisted
+        await self._intake.accept(
+            Append(records, parsed.refused, unkept=unkept, envelope=self._envelope)
+        )
 
     async def _accept_later(self, parsed: Parsed, overloaded: Overloaded) -> None:
         """Retries until the pipeline accepts. One append at a time does this, in their order."""

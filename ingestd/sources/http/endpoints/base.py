@@ -23,7 +23,7 @@ from pydantic import Field
 from ingestd.base.append import scoped
 from ingestd.codecs.json import DEPTH_MAX
 from ingestd.config.sections import Section
-from ingestd.http.auth import TOKEN_SCHEMES
+from ingestd.http.credentials import TOKEN_SCHEMES
 from ingestd.http.response import PROBLEM, Response
 from ingestd.http.routing import path_of
 from ingestd.sources.http.headers import safe_key
@@ -33,10 +33,12 @@ if TYPE_CHECKING:
 
     from ingestd.base.record import Format
     from ingestd.codecs.lines import Parsed
-    from ingestd.http.auth import Principal, TokenScheme
+    from ingestd.http.auth import Principal
+    from ingestd.http.credentials import TokenScheme
     from ingestd.http.problem import Problem
     from ingestd.http.settings import HttpSettings
     from ingestd.sources.base import Intake
+    from ingestd.sources.http.headers import RequestEnvelopes
     from ingestd.sources.http.result import IngestResult
 
 SIGNATURE = ("signature",)
@@ -259,6 +261,7 @@ class Endpoint(Protocol):
         prefix: paths below it that are no routes are 404 in its own form; empty if there are none.
         request_headers: that pages of other origins may send, beside the usual ones.
         response_headers: that they may read, beside the usual ones.
+        keep_headers: request headers that envelopes keep, beside those of `http.keep_headers`.
     """
 
     settings: ClassVar[type[EndpointSettings] | None] = EndpointSettings
@@ -267,6 +270,7 @@ class Endpoint(Protocol):
     prefix: str = ""
     request_headers: Sequence[str] = ()
     response_headers: Sequence[str] = ()
+    keep_headers: Sequence[str] = ()
 
     @classmethod
     def check(cls, own: Any, formats: Mapping[str, Format]) -> Iterable[tuple[str, str]]:  # noqa: ARG003
@@ -322,6 +326,7 @@ class Route(NamedTuple):
         value: the variable of this path.
         intake: of the pipeline.
         limits: of one request.
+        envelopes: packs those of its records.
         principal: of the requests, where the body's signature authenticates them.
         intakes: of all pipelines.
     """
@@ -331,6 +336,7 @@ class Route(NamedTuple):
     value: str
     intake: Intake
     limits: BodyLimits
+    envelopes: RequestEnvelopes
     principal: Principal | None = None
     intakes: Mapping[str, Intake] = MappingProxyType({})
 

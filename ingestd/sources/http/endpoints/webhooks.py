@@ -156,6 +156,10 @@ class WebhooksEndpoint(Endpoint):
     """
 
     settings = None
+    keep_headers = (
+        "Webhook-Id", "Webhook-Timestamp",
+        "X-GitHub-Event", "X-GitHub-Delivery", "X-GitHub-Hook-ID",
+    )  # fmt: skip
 
     def __init__(self, context: EndpointContext) -> None:
         settings = context.settings.webhooks
