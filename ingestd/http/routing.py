@@ -23,8 +23,9 @@ ALL_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 READ = ("GET", "HEAD", "OPTIONS")
 ASK = ("OPTIONS",)
 ANY_SEGMENT = "*"
+BELOW = "/**"
 _SEGMENTS_MAX = 8
-"""Of a path that is not in the table as it is: each is two more look-ups."""
+"""Of a path that is not in the table as it is: each is three more look-ups."""
 
 
 class Resource(NamedTuple, Generic[T_co]):
@@ -51,8 +52,8 @@ def find(table: Mapping[str, Resource[T_co]], method: str, target: str) -> Resou
 
     Args:
         table: the resources by path, `*` for the server as a whole. A path that ends with `/` also
-            stands for the paths below it that are not in the table, and `*` as a segment for any
-            other segment.
+            stands for the paths below it that are not in the table, one that ends with `BELOW` for
+            these alone, and `*` as a segment for any other segment.
         method: of the request.
         target: as the request line has it: a path with or without a query, or a whole URL.
 
@@ -81,8 +82,11 @@ def look_up(table: Mapping[str, Resource[T_co]], method: str, target: str) -> Re
         if segments[place] and (resource := table.get(pattern)) is not None:
             return resource
     for count in range(len(segments) - 1, 1, -1):
-        resource = table.get("/".join(segments[:count]) + "/")
-        if resource is not None and not resource.alone:
+        above = "/".join(segments[:count])
+        resource = table.get(f"{above}/")
+        if resource is None or resource.alone:
+            resource = table.get(above + BELOW)
+        if resource is not None:
             return resource
     return None
 

@@ -54,6 +54,8 @@ class Events(BodyCodec):
 
     def decode(self, body, limits):
         text, parts, at = body.decode(), {}, 0
+        if 'acks' in text:
+            return [Decoded(Parsed(Records.lines([]), []), notes=json.loads(text)["acks"])]
         while at < len(text):
             try:
                 event, at = json.JSONDecoder().raw_decode(text, at)
@@ -87,6 +89,7 @@ class HecEndpoint(Endpoint):
             RouteSpec("/services/collector/open", to, auth=(IN_BODY, "bearer")),
             RouteSpec("/services/collector/raw/{channel}/", {ANY: Target(context.default)},
                       auth=TOKENS),
+            RouteSpec("/services/collector/", to, (), OPEN, ("GET",)),
             RouteSpec("/services/collector/health", to, (), OPEN, ("GET", "HEAD", "OPTIONS")),
         ]
 
@@ -160,6 +163,9 @@ def test_one_body_goes_into_two_pipelines(tmp_path: Path, installed: dict[str, s
         answer = one.request("POST", f"{PATH}/raw/some-channel/", BOTH)[2]
         assert answer["channel"] == "some-channel"
         assert one.request("POST", PATH, b"")[2]["parts"] == {}  # nothing to accept, and no error
+        accepted = one.status()["pipelines"]["default"]["accepted"]
+        assert one.request("POST", PATH, b'{"acks": [1, 2]}')[2]["notes"] == [[1, 2]]
+        assert one.status()["pipelines"]["default"]["accepted"] == accepted
         status, answer = told(one.request("POST", PATH, b"}"))
         assert (status, answer) == (400, {"text": "Malformed Records", "code": 6})
 
@@ -257,7 +263,8 @@ def test_probes_and_paths_that_are_not_there(tmp_path: Path, installed: dict[str
         assert one.request("POST", f"{PATH}/health")[0] == 405
         assert one.request("PUT", PATH, b"{}")[0] == 401
         assert one.request("PUT", PATH, b"{}", SPLUNK)[2]["code"] == 17
-        for path in ("/other", "/raw", "/raw/a/b", "/"):
+        assert one.request("GET", f"{PATH}/")[2]["code"] == 17
+        for path in ("/other", "/raw", "/raw/a/b", "/other/"):
             for method in ("GET", "POST", "DELETE"):
                 status, answer = told(one.request(method, PATH + path, headers=SPLUNK))
                 assert (status, answer) == (404, {"text": "Not Found", "code": 404})

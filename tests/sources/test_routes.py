@@ -71,6 +71,34 @@ def test_not_found(method: str, target: str, slug: str, allow: str | None) -> No
     assert caught.value.headers.get("Allow") == allow
 
 
+def test_a_segment_of_any_value_and_the_paths_below_a_prefix() -> None:
+    table = {
+        "/elastic": Resource(READ, "probe"),
+        "/elastic/": Resource(READ, "probe", alone=True),
+        "/elastic/_bulk": Resource(WRITE, "bulk"),
+        "/elastic/*/_bulk": Resource(WRITE, "index"),
+        "/elastic/**": Resource((*WRITE, "GET"), "unknown"),
+        "/batch/": Resource(WRITE, "batch", alone=True),
+    }
+    for target, what in (
+        ("/elastic/?pretty", "probe"),
+        ("/elastic/_bulk?x", "bulk"),
+        ("/elastic/logs/_bulk", "index"),
+        ("/elastic//_bulk", "unknown"),
+        ("/elastic/a/b/_bulk", "unknown"),
+        ("/elastic/_license", "unknown"),
+        ("/batch/", "batch"),
+    ):
+        method = "GET" if what == "probe" else "POST"
+        assert find(table, method, target).what == what
+    for target in ("/batch/more", "/elastics/x", "/elastic/" + "a/" * 20 + "_bulk"):
+        if target.startswith("/elastic/"):
+            assert find(table, "POST", target).what == "unknown"
+        else:
+            with pytest.raises(Problem):
+                find(table, "POST", target)
+
+
 def test_what_is_written_in_the_target_is_not_interpreted() -> None:
     assert path_of("/a%2Fb/../c", "GET") == "/a%2Fb/../c"
     assert path_of("http://h//x", "GET") == "//x"

@@ -188,21 +188,25 @@ class Ingestion:
         codec = route.endpoint.open(head)
         encoding = codec.encoding or name_encoding(headers.getall("Content-Encoding", ()))
         length = length_of(request, settings)
-        key = None
-        if IDEMPOTENCY_HEADER in headers and not codec.verifies:
-            key = parse_key(headers.getall(IDEMPOTENCY_HEADER))
-        prefer = NOTHING
-        if PREFER_HEADER in headers:
-            prefer = parse_prefer(headers.getall(PREFER_HEADER), settings.wait_max)
+        keyed = IDEMPOTENCY_HEADER in headers and not codec.verifies
+        key = parse_key(headers.getall(IDEMPOTENCY_HEADER)) if keyed else None
+        prefers = PREFER_HEADER in headers
+        prefer = (
+            parse_prefer(headers.getall(PREFER_HEADER), settings.wait_max) if prefers else NOTHING
+        )
         hold.expect(length or 0)
         say_continue(request)
         # Of these each part has a claim of its own, once its pipeline and its sender are known.
         by_part = codec.routes or principal is UNIDENTIFIED
         to = _Admitted(route, head, principal, hold, prefer)
         streams = length is None and codec.streamable and key is None and not by_part
-        wire = await self._read(request, to, encoding, streams=streams and not prefer.strict)
-        if not isinstance(wire, bytes):
-            return wire
+        wire: bytes | Response
+        if streams and not prefer.strict and hold.begin_stream():
+            wire = await self._begin_stream(request, to, encoding)
+            if not isinstance(wire, bytes):
+                return wire
+        else:
+            wire = await read_whole(request, hold, settings)
         delivery = claim = None
         if codec.verifies:
             delivery = await self._decoder.verify(codec, wire)
@@ -226,20 +230,18 @@ class Ingestion:
                 to = to._replace(principal=self._identify(request, route, _token_in(parts)))
             for part in parts:
                 to.principal.charge(part.parsed.total, len(part.parsed.records.payload))
-            if len(parts) == 1 and not by_part and parts[0].delivery is None:
+            if len(parts) == 1 and not by_part and _is_plain(parts[0]):
                 return await self._accept(parts[0], to, claim)
             return await self._accept_parts(parts, to, delivery)
         finally:
             if claim is not None:
                 route.intake.forget(claim)
 
-    async def _read(
-        self, request: Request, to: _Admitted, encoding: str, *, streams: bool
+    async def _begin_stream(
+        self, request: Request, to: _Admitted, encoding: str
     ) -> bytes | Response:
-        """Reads a body as it comes; one that is accepted in pieces gives its answer instead."""
+        """Reads a body that may be a stream; one that is gives its answer instead."""
         hold = to.hold
-        if not (streams and hold.begin_stream()):
-            return await read_whole(request, hold, self._settings)
         try:
             first = await self._first_bytes(request, to.route)
             wire, ended = await read_first(
@@ -395,6 +397,11 @@ class Ingestion:
             self.streams.discard(stream)
 
 
+def _is_plain(part: Decoded) -> bool:
+    """Tells if a part is records without a key of their own."""
+    return part.delivery is None and part.parsed.total > 0
+
+
 def _token_in(parts: Sequence[Decoded]) -> str:
     """The token in a body; empty if there is none, or more than one."""
     tokens = {part.token for part in parts}
@@ -409,6 +416,8 @@ async def _accept_part(part: Decoded, to: _Admitted, delivery: Delivery | None) 
     claim = None
     try:
         principal.authorize(intake.name)
+        if not parsed.total:
+            return PartResult(intake.name, notes=part.notes)
         if named := part.delivery or delivery:
             begun = await intake.begin(*named.of(principal.id))
             if isinstance(begun, bytes):

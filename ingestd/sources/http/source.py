@@ -12,7 +12,7 @@ from ingestd.config.network import is_loopback, split_address
 from ingestd.host.sockets import is_local, show_socket
 from ingestd.http.auth import ONLY_DELIVERIES, Authenticator, Principal
 from ingestd.http.listener import Listener, bind
-from ingestd.http.routing import ALL_METHODS, Cors, Resource
+from ingestd.http.routing import ALL_METHODS, BELOW, Cors, Resource
 from ingestd.http.server import Server
 from ingestd.http.settings import demands_proof, demands_signatures_alone
 from ingestd.sources.base import Source
@@ -166,7 +166,7 @@ class HttpSource(Source):
                 found |= self._resources_of(endpoint, spec, envelopes)
             if endpoint.prefix:
                 unknown = UnknownPath(endpoint)
-                found.setdefault(f"{endpoint.prefix}/", Resource(ALL_METHODS, unknown))
+                found[endpoint.prefix + BELOW] = Resource(ALL_METHODS, unknown)
         found |= published(
             endpoints,
             {name: intake.format for name, intake in self._intakes.items()},

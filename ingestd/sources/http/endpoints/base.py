@@ -111,7 +111,8 @@ class Decoded(NamedTuple):
     """The records of a body that go to one pipeline.
 
     Attributes:
-        parsed: the records; one part of several may have invalid ones alone.
+        parsed: the records; one part of several may have invalid ones alone, and one that has only
+            `notes` has none.
         pipeline: where they go to; empty for that of the route.
         delivery: their idempotency key, if the protocol has it in the body.
         token: that authenticates them, if the protocol has it in the body.
