@@ -137,7 +137,7 @@ class Daemon:
         self._writer = writer
         self._again = again
         self._passed = passed
-        self._herald = ServiceNotifier(notifier)
+        self._service = ServiceNotifier(notifier)
         self._liveness = Liveness()
         self._hung = ""
         self._leave_by: float | None = None  # loop time
@@ -259,7 +259,7 @@ class Daemon:
                 await close()
             raise
         self._state = "running"
-        self._herald.ready()
+        self._service.ready()
         if self.sources.progress is not None:
             self._writer.above_live = self.sources.progress.is_live
         log.info(
@@ -309,7 +309,7 @@ class Daemon:
         while True:
             await self._signals.reload_requested.wait()
             self._signals.reload_requested.clear()
-            self._herald.reloading()
+            self._service.reloading()
             try:
                 await self._reload()
             except IngestdError as error:
@@ -317,7 +317,7 @@ class Daemon:
             except Exception:
                 log.exception("reload_refused")
             finally:
-                self._herald.ready()
+                self._service.ready()
 
     async def _reload(self) -> None:
         """Reads the settings anew, and the files that they name; takes of them what can change.
@@ -342,7 +342,7 @@ class Daemon:
     async def _drain(self, reason: str) -> None:
         """Not ready; serve on for the delay; stop taking; finish what was taken."""
         self._state = "draining"
-        self._herald.stopping()
+        self._service.stopping()
         self._input_ended = reason == "end of input"
         if self._input_ended:
             # Everything was accepted; a signal gives the work its usual deadline.
@@ -473,10 +473,10 @@ class Daemon:
             hung, self._hung = self._hung, self._liveness.hung()
             if self._hung and not hung:
                 log.error("pipeline_hung", problem=self._hung)
-            self._herald.turn(self._standing(), now)
+            self._service.turn(self._standing(), now)
             self._signals.keep()
             keep_settled()
-            await asyncio.sleep(self._herald.period)
+            await asyncio.sleep(self._service.period)
 
     def _standing(self) -> ServiceState:
         ledgers = [pipeline.ledger for pipeline in self.pipelines.values()]
@@ -517,7 +517,7 @@ def _log_report(name: str, report: DrainReport) -> None:
         processed=report.ledger.processed,
         dead=report.ledger.dead,
         pending=report.ledger.pending,
-        invalid=report.ledger.refused,  # kept without being accepted
+        invalid=report.ledger.invalid,  # kept without being accepted
         balanced=report.balanced,
         workers_gone=report.workers_gone,
     )

@@ -253,7 +253,7 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
         processed=ledger.processed,
         dead=ledger.dead,
         pending=ledger.pending,
-        invalid=ledger.refused,
+        invalid=ledger.invalid,
         balanced=not difference
         and ledger.accepted == ledger.processed + ledger.dead + ledger.pending,
         journal=JournalUsage(
@@ -281,7 +281,7 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
             invalid_bytes=letters.invalid_bytes,
             invalid_bytes_max=settings.dead.invalid_bytes_max,
             dropped=letters.dropped,
-            requeued=letters.revived,
+            requeued=letters.requeued,
             readmitted=letters.readmitted,
             expired=letters.expired,
             purged=letters.purged,

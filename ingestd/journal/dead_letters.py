@@ -83,7 +83,7 @@ class DeadTotals(NamedTuple):
     Attributes:
         letters: kept now.
         bytes: of them, with their errors and tracebacks.
-        revived: accepted records that were given up and then requeued.
+        requeued: accepted records that were given up and then requeued.
         readmitted: invalid records that were accepted after all.
         expired: went because they were older than `dead.age_max`.
         purged: an operator deleted them.
@@ -94,7 +94,7 @@ class DeadTotals(NamedTuple):
 
     letters: int = 0
     bytes: int = 0
-    revived: int = 0
+    requeued: int = 0
     readmitted: int = 0
     expired: int = 0
     purged: int = 0
@@ -113,7 +113,7 @@ class Moved(NamedTuple):
 
     Attributes:
         chunks: the marked ones that are records again, if there were any.
-        revived: of these, how many had been accepted: they go from dead to pending.
+        requeued: of these, how many had been accepted: they go from dead to pending.
         readmitted: the others: accepted for the first time.
         expired: letters that were too old.
         unfit: marked ones that can't be accepted now either: they stay, and are not marked.
@@ -121,7 +121,7 @@ class Moved(NamedTuple):
     """
 
     chunks: tuple[Chunk, ...] = ()
-    revived: int = 0
+    requeued: int = 0
     readmitted: int = 0
     expired: int = 0
     unfit: int = 0

@@ -137,14 +137,14 @@ Change = Seal | Postpone | Settle
 class Ledger(NamedTuple):
     """The numbers of promise 2 over the life of the data directory, after some commit.
 
-    `accepted == processed + dead + pending` always holds. `refused` counts records that were never
+    `accepted == processed + dead + pending` always holds. `invalid` counts records that were never
     accepted and kept as dead letters; they are in none of the four.
     """
 
     accepted: int = 0
     processed: int = 0
     dead: int = 0
-    refused: int = 0
+    invalid: int = 0
 
     @property
     def pending(self) -> int:

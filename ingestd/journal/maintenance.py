@@ -100,23 +100,23 @@ class DeadLetterMaintenance:
             await self._expire(letters)
 
     async def _requeue(self, letters: DeadLetterStore) -> None:
-        revived = readmitted = unfit = 0
+        requeued = readmitted = unfit = 0
         try:
             while not self._stopped:
                 moved = await letters.requeue()
                 if not moved.chunks and not moved.unfit:
                     break
-                revived += moved.revived
+                requeued += moved.requeued
                 readmitted += moved.readmitted
                 unfit += moved.unfit
         finally:
             if unfit:
                 log.warning("dead_letters_still_invalid", pipeline=self._pipeline, letters=unfit)
-            if revived or readmitted:
+            if requeued or readmitted:
                 log.info(
                     "dead_letters_requeued",
                     pipeline=self._pipeline,
-                    requeued=revived,
+                    requeued=requeued,
                     readmitted=readmitted,
                 )
 

@@ -136,7 +136,7 @@ class MemoryJournal:
         self._keep_letters([invalid_letter(one, now, append) for one in append.invalid])
         self.ledger = self.ledger._replace(
             accepted=self.ledger.accepted + records.count,
-            refused=self.ledger.refused + len(append.invalid),
+            invalid=self.ledger.invalid + len(append.invalid),
         )
         if records.count:
             self._last += 1

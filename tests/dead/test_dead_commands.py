@@ -123,7 +123,7 @@ def test_retry_beside_the_daemon_feeds_each_record_once(folder: Path) -> None:
     assert sorted(got(folder)) == sorted([str(n) for n in range(2500)] + ["7"])
     (stat,) = lines(cli("journal", "stat", "--json", cwd=folder))
     assert stat["balanced"]
-    assert stat["dead_letters"]["revived"] == 2500
+    assert stat["dead_letters"]["requeued"] == 2500
     assert stat["dead_letters"]["readmitted"] == 0
 
 

@@ -52,7 +52,7 @@ async def check_all(j) -> None:
     """All that was in it is in it."""
     assert not j.recovered.set_aside
     assert j.journal.id == ID
-    assert j.journal.ledger == Ledger(accepted=8, processed=1, dead=2, refused=3)
+    assert j.journal.ledger == Ledger(accepted=8, processed=1, dead=2, invalid=3)
     (batch,) = j.recovered.batches
     assert (batch.number, batch.attempts, batch.spans) == (2, 3, (Span(1, 3, 1), Span(2, 0, 1)))
     assert (await j.journal.load(batch.spans)).items() == [b"4", b"5"]
@@ -71,7 +71,7 @@ async def test_nothing_changes_but_the_version(opened, earlier: Path) -> None:
     j = await opened()
     await check_all(j)
     moved = await j.journal.dead_letters.requeue()
-    assert (moved.revived, moved.readmitted) == (1, 1)
+    assert (moved.requeued, moved.readmitted) == (1, 1)
     assert j.chunks[-1].records.items() == [b"7", b"1"]
     assert j.chunks[-1].records.names == ("", f"{ID}.1.0")
     assert (await j.journal.close()).counted == 7
@@ -203,7 +203,7 @@ async def test_a_damaged_one_is_rebuilt_in_this_version(opened, earlier: Path) -
     j = await opened()
     assert not j.recovered.set_aside
     assert j.journal.id == ID
-    assert j.journal.ledger == Ledger(accepted=8, processed=1, dead=2, refused=3)
+    assert j.journal.ledger == Ledger(accepted=8, processed=1, dead=2, invalid=3)
     assert j.recovered.next_batch > 100_000
     assert [batch.number for batch in j.recovered.batches] == [2]
     assert j.journal.dead_totals.letters == 5
@@ -257,7 +257,7 @@ async def test_what_an_earlier_daemon_left_is_all_there(opened, tmp_path, versio
     before = rows(path)
     j = await opened()
     assert not j.recovered.set_aside
-    assert j.journal.ledger == Ledger(accepted=16, processed=8, dead=2, refused=1)
+    assert j.journal.ledger == Ledger(accepted=16, processed=8, dead=2, invalid=1)
     (batch,) = j.recovered.batches
     assert (batch.number, batch.count, batch.lineage) == (3, 4, ())
     assert from_offset(await j.journal.offsets.find(key)).records == 3
@@ -322,7 +322,7 @@ async def test_an_earlier_directory_that_is_damaged_is_rebuilt(opened, tmp_path,
     assert Path(repair(path, 2e9)).exists()
     j = await opened()
     assert not j.recovered.set_aside
-    assert j.journal.ledger == Ledger(accepted=16, processed=8, dead=2, refused=1)
+    assert j.journal.ledger == Ledger(accepted=16, processed=8, dead=2, invalid=1)
     assert [(batch.number, batch.count) for batch in j.recovered.batches] == [(3, 4)]
     assert j.journal.dead_totals.letters == 3
     assert (await j.journal.close()).counted == 6

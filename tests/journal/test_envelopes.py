@@ -140,7 +140,7 @@ async def test_a_letter_whose_envelope_is_damaged_loses_that_alone(
         db.execute("UPDATE dead SET envelopes = ?, retry = 1", (damage,))
     assert kept(path) == {n + 1: (b"%d" % n, Envelope()) for n in range(3)}
     again = await opened()
-    assert (await again.journal.dead_letters.requeue()).revived == 3
+    assert (await again.journal.dead_letters.requeue()).requeued == 3
     assert again.chunks[-1].records.envelopes == b""
 
 

@@ -44,13 +44,13 @@ async def test_revived_letters_are_one_chunk_behind_the_appends_of_the_commit(
     letter = DeadLetter("j.1.0", "failed", "no", "trace", b"1", 8, 1.0, 2.0)
     done = Settle(1, 1, [letter], [], [1], 4)
     await j.journal.write(done)
-    assert j.journal.ledger == Ledger(accepted=2, processed=1, dead=1, refused=1)
+    assert j.journal.ledger == Ledger(accepted=2, processed=1, dead=1, invalid=1)
     assert not await j.journal.dead_letters.poll_marked()
     mark(tmp_path)
     assert await j.journal.dead_letters.poll_marked()
     futures = [j.journal.append(Append(Records.lines([b"3"]))), j.journal.dead_letters.requeue()]
     _, moved = await asyncio.gather(*futures)
-    assert (moved.revived, moved.readmitted) == (1, 1)
+    assert (moved.requeued, moved.readmitted) == (1, 1)
     assert j.journal.ledger == Ledger(accepted=4, processed=1)
     assert [chunk.records.items() for chunk in j.chunks[1:]] == [[b"3"], [b"a\nb", b"1"]]
     assert [chunk.id for chunk in j.chunks] == [1, 2, 3]
@@ -61,7 +61,7 @@ async def test_revived_letters_are_one_chunk_behind_the_appends_of_the_commit(
     assert counted == 3
     again = await opened()
     assert again.journal.bytes == size
-    assert again.journal.dead_totals.revived == again.journal.dead_totals.readmitted == 1
+    assert again.journal.dead_totals.requeued == again.journal.dead_totals.readmitted == 1
 
 
 async def test_one_transaction_takes_back_a_bounded_number(opened, tmp_path) -> None:
@@ -119,7 +119,7 @@ async def test_a_principal_has_a_share_and_its_oldest_letters_go(tmp_path: Path)
     totals = journal.dead_totals
     assert totals.invalid_bytes <= (64 << 10) // 4 + 4 * 300
     assert totals.dropped == 44 - totals.letters
-    assert journal.ledger.refused == 44
+    assert journal.ledger.invalid == 44
     for number in range(200):  # many who each keep to their share: the oldest of the largest go
         many = refused(b"x" * 2000)
         await journal.append(Append(Records.lines([]), many, principal=f"many{number}"))
@@ -212,7 +212,7 @@ async def test_commands_that_take_the_same_row_apart_at_once_each_do_their_part(
         assert kept(db) == {n: (b"%d" % n, True) for n in (1, 3, 4, 5)}
         assert list(check.findings(db)) == []
     j = await opened()
-    assert (await j.journal.dead_letters.requeue()).revived == 4
+    assert (await j.journal.dead_letters.requeue()).requeued == 4
     assert j.chunks[-1].records.items() == [b"1", b"3", b"4", b"5"]
 
 
@@ -248,7 +248,7 @@ async def test_a_row_that_does_not_tell_what_is_in_it_is_one_damaged_letter(
         assert finding.text == "the dead letters 1 to 10 can't be told apart any more"
     assert await j.dead_letters.poll_marked()
     moved = await j.dead_letters.requeue()
-    assert (moved.revived, moved.unfit) == (0, 1)
+    assert (moved.requeued, moved.unfit) == (0, 1)
     assert not await j.dead_letters.poll_marked()
     assert j.ledger == Ledger(accepted=11, dead=10)
     with opened_beside(tmp_path / "journal.db", write=True) as db:

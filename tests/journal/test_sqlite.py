@@ -76,7 +76,7 @@ async def test_large_appends_are_stored_without_joining(opened) -> None:
 async def test_refused_records_are_dead_letters_outside_the_four_numbers(opened, tmp_path) -> None:
     j = await opened()
     await j.journal.append(Append(lines(b"1"), [InvalidRecord(1, "malformed", "line 2", b"{")]))
-    assert j.journal.ledger == Ledger(accepted=1, refused=1)
+    assert j.journal.ledger == Ledger(accepted=1, invalid=1)
     assert j.journal.ledger.pending == 1
     await j.journal.close()
     with sqlite3.connect(tmp_path / "journal.db") as db:

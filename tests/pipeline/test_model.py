@@ -265,7 +265,7 @@ class PipelineAgainstModel(RuleBasedStateMachine):
         assert ledger.processed == len(self.done)
         assert ledger.dead == len(self.dead)
         assert ledger.pending == len(self.pending)
-        assert ledger.refused == self.refused
+        assert ledger.invalid == self.refused
 
     @invariant()
     def a_batch_keeps_its_records_and_a_record_its_id(self) -> None:

@@ -166,7 +166,7 @@ async def test_the_same_request_is_accepted_once_and_answered_the_same(tmp_path,
         assert "idempotent-replayed" not in first.headers
         assert again.headers["idempotent-replayed"] == "true"
         ledger = door.pipelines["default"].journal.ledger
-        assert (ledger.accepted, ledger.refused) == (2, 1)
+        assert (ledger.accepted, ledger.invalid) == (2, 1)
         assert (await door.post(b"1\nbad\n2\n", "other")).status == 202
         assert door.accepted == 4
 

@@ -81,7 +81,8 @@ def stat(db: sqlite3.Connection) -> dict[str, Any]:
     return {
         "journal": meta["journal"],
         "version": version,
-        **{name: meta[name] for name in ("accepted", "processed", "dead", "refused")},
+        **{name: meta[name] for name in ("accepted", "processed", "dead")},
+        "invalid": meta["refused"],
         "pending": pending,
         "balanced": pending == by_ledger,
         "chunks": chunks,
@@ -91,10 +92,8 @@ def stat(db: sqlite3.Connection) -> dict[str, Any]:
             "bytes": dead["bytes"],
             "marked": marked,
             "never_accepted": {"rows": dead["invalid"], "bytes": dead["invalid_bytes"]},
-            **{
-                name: dead[name]
-                for name in ("revived", "readmitted", "expired", "purged", "dropped")
-            },
+            "requeued": dead["revived"],
+            **{name: dead[name] for name in ("readmitted", "expired", "purged", "dropped")},
         },
         "damaged": damaged,
         "bookmarks": {"rows": marks.count, "bytes": marks.bytes},

@@ -49,7 +49,8 @@ SHARES = 4
 DROP_ROWS = 1000
 """Most rows that one look for old letters to drop reads."""
 
-_TOTALS = ", ".join(DeadTotals._fields)
+# The column of requeued letters has the name of the first version.
+_TOTALS = ", ".join(DeadTotals._fields).replace("requeued", "revived")
 _ROW = f"SELECT {', '.join(COLUMNS)} FROM dead"  # noqa: S608
 _INSERT = f"INSERT INTO dead({', '.join(COLUMNS)}) VALUES({','.join('?' * len(COLUMNS))})"
 
@@ -140,17 +141,17 @@ def requeue(db: sqlite3.Connection, chunk: int, now: float, check: Callable[[byt
         replace(db, row, stay)
     if not payloads:
         return Moved(unfit=unfit)
-    revived = sum(1 for name in names if name)
-    readmitted = len(names) - revived
+    requeued = sum(1 for name in names if name)
+    readmitted = len(names) - requeued
     db.execute(
         "UPDATE dead_totals SET revived = revived + ?, readmitted = readmitted + ?",
-        (revived, readmitted),
+        (requeued, readmitted),
     )
     records = Records.sized(payloads)._replace(
-        names=tuple(names) if revived else (), envelopes=envelope.joined(envelopes)
+        names=tuple(names) if requeued else (), envelopes=envelope.joined(envelopes)
     )
     chunks = [Chunk(n, now, part) for n, part in enumerate(records.pieces(CHUNK_BYTES), chunk)]
-    return Moved(tuple(chunks), revived, readmitted, unfit=unfit)
+    return Moved(tuple(chunks), requeued, readmitted, unfit=unfit)
 
 
 def expire(db: sqlite3.Connection, since: float, before: float) -> int:

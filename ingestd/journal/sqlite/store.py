@@ -103,7 +103,7 @@ class Write(NamedTuple):
     """
 
     chunks: Sequence[Chunk] = ()
-    refused: Sequence[DeadLetter] = ()
+    invalid: Sequence[DeadLetter] = ()
     sealed: Sequence[Seal] = ()
     postponed: Sequence[Sealed] = ()
     settled: Sequence[Settle] = ()
@@ -243,8 +243,8 @@ class Store:
             write, moved = _move_letters(db, self.meta, write, self._invalid)
             meta = _advance(self.meta, write, moved)
             _insert(db, write)
-            if write.refused:
-                moved = _insert_refused(db, write.refused, moved, self._invalid.bytes_max)
+            if write.invalid:
+                moved = _insert_invalid(db, write.invalid, moved, self._invalid.bytes_max)
             _remove(db, write)
             if write.claims or write.sweep:
                 gone = _change_keys(db, write)
@@ -389,7 +389,7 @@ def _move_letters(
     return write, moved
 
 
-def _insert_refused(
+def _insert_invalid(
     db: sqlite3.Connection, refused: Sequence[DeadLetter], moved: Moved, bytes_max: int
 ) -> Moved:
     """Letters of records that were never accepted come, and old ones of them go."""
@@ -417,10 +417,10 @@ def _advance(meta: Meta, write: Write, moved: Moved) -> Meta:
     """Computes the one moving row after this commit."""
     # Loops, not sums: a commit under little load has one append, and five empty sums cost more.
     ledger = meta.ledger
-    accepted = ledger.accepted - moved.revived  # what is revived was accepted once already
+    accepted = ledger.accepted - moved.requeued  # what is requeued was accepted once already
     for chunk in write.chunks:
         accepted += chunk.records.count
-    processed, dead, next_batch = ledger.processed, ledger.dead - moved.revived, meta.next_batch
+    processed, dead, next_batch = ledger.processed, ledger.dead - moved.requeued, meta.next_batch
     for settle in write.settled:
         processed += settle.processed
         for letter in settle.dead:
@@ -428,7 +428,7 @@ def _advance(meta: Meta, write: Write, moved: Moved) -> Meta:
     if write.sealed or write.settled:
         next_batch = max([next_batch, *(batch.number + 1 for batch in _new_batches(write))])
     return Meta(
-        Ledger(accepted, processed, dead, ledger.refused + len(write.refused) - moved.readmitted),
+        Ledger(accepted, processed, dead, ledger.invalid + len(write.invalid) - moved.readmitted),
         write.sealed[-1].cursor if write.sealed else meta.cursor,
         write.chunks[-1].id if write.chunks else meta.last_chunk,
         next_batch,

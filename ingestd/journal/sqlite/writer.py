@@ -255,7 +255,7 @@ class JournalWriter:
         written = (4 + len(write.claims) + len(write.bookmarks)) * PAGE_BYTES
         for chunk in chunks:
             written += chunk.records.held_bytes
-        for letter in write.refused:
+        for letter in write.invalid:
             written += len(letter.payload)
         self._checkpointer.wrote(written)
         self._count_keys(write)
