@@ -134,6 +134,8 @@ def _grouped(letters: Iterable[DeadLetter], row_bytes: int) -> Iterator[list[Dea
                not letter.record, letter.principal)  # fmt: skip
         group = open_.setdefault(key, [])
         size = sizes.get(key, 0) + len(letter.payload)
+        if group and letter.envelope != group[-1].envelope:
+            size += len(letter.envelope)
         if group and (len(group) >= ROW_LETTERS or size > row_bytes):
             yield group
             group = open_[key] = []

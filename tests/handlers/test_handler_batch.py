@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
+import msgspec
 import pytest
 
+from ingestd.base import envelope
+from ingestd.base.envelope import Envelope
 from ingestd.base.record import Records, Span
 from ingestd.handlers.batch import Batch
 from ingestd.handlers.outcome import Job, Rejection, RetryRequest
@@ -29,6 +32,27 @@ def test_ids_follow_the_spans_and_leave_out_what_was_left_out() -> None:
         list("bd"), JOB, [Rejection(0, "undecodable", ""), Rejection(2, "undecodable", "")]
     )
     assert batch.ids == ["j.7.0", "j.7.2"]
+
+
+def test_envelopes_follow_the_records_and_leave_out_what_was_left_out() -> None:
+    numbered = envelope.pack(Envelope("fetch", attributes={"url": "u"}, numbered="line"))
+    records = JOB.records._replace(envelopes=envelope.numbered(numbered, 4, 7))
+    job = msgspec.structs.replace(JOB, records=records)
+    batch = Batch(
+        list("bd"), job, [Rejection(0, "undecodable", ""), Rejection(2, "undecodable", "")]
+    )
+    assert [batch.envelope(i).attributes["line"] for i in (0, 1, -1)] == [8, 10, 10]
+    with pytest.raises(IndexError):
+        batch.envelope(2)
+    assert Batch(list("abcd"), JOB).envelope(3) == Envelope()
+
+
+def test_a_batch_by_hand_has_what_it_is_given() -> None:
+    sent = Envelope("http", client="shop")
+    at = datetime(2026, 5, 1, 12, tzinfo=UTC)
+    batch = Batch.of([1, 2], accepted_at=at, lineage=["test-0"], envelope=sent)
+    assert (batch.accepted_at, batch.lineage, batch.envelope(1)) == (at, ["test-0"], sent)
+    assert Batch.of([1]).envelope(0) == Envelope()
 
 
 def test_places_are_mapped_back_past_undecodable_records() -> None:
@@ -94,3 +118,11 @@ def test_a_batch_made_by_hand_for_the_users_own_tests() -> None:
     assert batch.ids == ["test.1.0", "test.1.1", "test.1.2"]
     batch.reject(2, "why")
     assert batch.rejections == [Rejection(2, "rejected", "why")]
+
+
+def test_no_envelope_is_decoded_before_it_is_asked_for() -> None:
+    job = msgspec.structs.replace(JOB, records=JOB.records._replace(envelopes=b"R\xff"))
+    batch = Batch(list("abcd"), job)
+    assert (list(batch), len(batch.ids), batch.lineage) == (list("abcd"), 4, [])
+    with pytest.raises(msgspec.DecodeError):
+        batch.envelope(0)

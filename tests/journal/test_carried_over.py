@@ -307,7 +307,7 @@ def test_an_earlier_data_directory_is_worked_off_after_kills_amid_the_carrying_o
     names = {call[0]: call[2] for call in calls}
     assert names[4] == f"{identity}.2.3"
     assert names[13] == f"{identity}.5.1"
-    assert {call[6] for call in calls if call[0] != 14} == {""}
+    assert {call[0]: call[6] for call in calls if call[6]} == {14: "http"}
     with opened_beside(copy / "journal.db") as db:
         assert list(check.findings(db)) == []
         kept = dead_letters.letters(db, LetterFilter(), whole=True)
