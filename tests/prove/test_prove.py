@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from ingestd.base.errors import ConfigError
-from ingestd.http.settings import HttpSettings
 from ingestd.prove.plan import SERVING_SECONDS_MAX, ProofBounds, body_at, bounds_of, kill_at
 from ingestd.prove.progress import RESERVED, STATE, ProofProgress, ProofState, Sent, resumed
 from ingestd.prove.verdict import compare, lines, report, rows_in
@@ -205,8 +204,8 @@ def test_a_seed_decides_everything() -> None:
     [
         Settings(),
         Settings(record_bytes_max=64),
-        Settings(http=HttpSettings(records_max=3)),
-        Settings(http=HttpSettings(decompressed_bytes_max=500), record_bytes_max=400),
+        Settings(http={"records_max": 3}),
+        Settings(http={"decompressed_bytes_max": 500}, record_bytes_max=400),
     ],
 )
 def test_requests_fit_the_settings(settings: Settings) -> None:
