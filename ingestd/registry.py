@@ -138,6 +138,7 @@ SINKS = Components(
         "jsonl": "ingestd.sinks.jsonl:JsonlSink",
         "postgres": "ingestd.sinks.postgres.sink:PostgresSink",
         "sqlite": "ingestd.sinks.sqlite:SqliteSink",
+        "elasticsearch": "ingestd.sinks.elasticsearch:ElasticsearchSink",
     },
 )
 HANDLERS = Components("handler", "ingestd.handlers", {})

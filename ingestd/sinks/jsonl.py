@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import base64
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import msgspec
 from msgspec import Meta
 
-from ingestd.base.record import Layout, Records
 from ingestd.handlers.batch import Batch  # noqa: TC001  the loader reads the annotations
 from ingestd.handlers.context import Context
 from ingestd.handlers.options import FilePath, Size
 from ingestd.sinks.base import SinkOptions
 from ingestd.sinks.files import Compressor, Folder
+from ingestd.sinks.tables import lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 _HERE = Context()
-# In JSON a raw line break can only be white space, and may as well be a space.
-_BREAKS_TO_SPACES = bytes.maketrans(b"\n\r", b"  ")
-_ENCODER = msgspec.json.Encoder()
 
 
 class JsonlOptions(SinkOptions, frozen=True, kw_only=True):
@@ -81,27 +76,6 @@ class JsonlSink:
         self._folder.close()
         if self._compressor:
             self._compressor.close()
-
-
-def lines(records: Records, record_format: str) -> bytes:
-    """Renders records as lines of JSON.
-
-    JSON lines go as they came, without a copy. Text and bytes become JSON strings; what is not
-    UTF-8 becomes `{"base64": "..."}`.
-    """
-    if record_format == "json":
-        if records.layout is Layout.LINES:
-            return records.payload
-        spaced = records._replace(payload=records.payload.translate(_BREAKS_TO_SPACES))
-        return Records.lines(spaced.items()).payload
-    return _ENCODER.encode_lines([_shown(item) for item in records.items()])
-
-
-def _shown(item: bytes) -> str | dict[str, str]:
-    try:
-        return item.decode("utf-8")
-    except UnicodeDecodeError:
-        return {"base64": base64.b64encode(item).decode("ascii")}
 
 
 def _folder(path: str | None, context: Context) -> Path:

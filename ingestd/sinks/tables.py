@@ -1,4 +1,4 @@
-"""Converts JSON records to columns and rows of a table. Pure.
+"""Converts records to columns and rows of a table, or to lines of JSON. Pure.
 
 A key of a JSON object is a column of the same spelling. What can be no column (see `fits`), or came
 when there were `COLUMNS_MAX` already, is kept as JSON in the column `_extra`; so is a record that
@@ -7,10 +7,13 @@ is no object. Nothing of a record is ever left out.
 
 from __future__ import annotations
 
+import base64
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+
+from ingestd.base.record import Layout, Records
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -23,7 +26,10 @@ COLUMNS_MAX = 500
 _KEY_CHARS_MAX = 200
 _INTEGER_MIN, _INTEGER_MAX = -(2**63), 2**63 - 1
 _PLAIN = {str, float, bool, type(None), bytes}
-_encode = msgspec.json.Encoder().encode
+_ENCODER = msgspec.json.Encoder()
+_encode = _ENCODER.encode
+# In JSON a raw line break can only be white space, and may as well be a space.
+_BREAKS_TO_SPACES = bytes.maketrans(b"\n\r", b"  ")
 
 
 def folded(name: str) -> str:
@@ -108,3 +114,27 @@ def _column(values: list[Any]) -> list[Any]:
 def _cell(value: Any) -> str:
     """Objects and arrays as JSON; a number that no 64 bits hold as its digits."""
     return str(value) if type(value) is int else _encode(value).decode()
+
+
+# -- lines -----------------------------------------------------------------------------------------
+
+
+def lines(records: Records, record_format: str) -> bytes:
+    """Renders records as lines of JSON.
+
+    JSON lines go as they came, without a copy. Text and bytes become JSON strings; what is not
+    UTF-8 becomes `{"base64": "..."}`.
+    """
+    if record_format == "json":
+        if records.layout is Layout.LINES:
+            return records.payload
+        spaced = records._replace(payload=records.payload.translate(_BREAKS_TO_SPACES))
+        return Records.lines(spaced.items()).payload
+    return _ENCODER.encode_lines([_shown(item) for item in records.items()])
+
+
+def _shown(item: bytes) -> str | dict[str, str]:
+    try:
+        return item.decode("utf-8")
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(item).decode("ascii")}

@@ -248,7 +248,7 @@ def test_the_line_is_the_users_own(write: Callable[[str], str]) -> None:
         ("their", "which name in it? write their:NAME"),
         ("pack.mod", "write pack.mod:NAME"),
         ("jsnol", "did you mean 'jsonl'?"),
-        ("nothing", "is neither module:name nor a registered handler (jsonl, sqlite)"),
+        ("nothing", f"is neither module:name nor a registered handler ({', '.join(SINKS.own)})"),
         ("", "is neither"),
         (":store", "written module:name"),
         ("pack.mod:store", "module 'pack.mod' imports 'pack.gone', which is not there"),

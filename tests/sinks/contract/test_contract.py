@@ -278,7 +278,8 @@ def test_a_secret_is_shown_nowhere(sink: SinkAdapter, tmp_path: Path) -> None:
         if disturbed is None:
             continue
         with disturbed, daemon(
-            sink.target, *flags(sink, log__level="debug"), cwd=tmp_path, environ=sink.environ
+            sink.target, *flags(sink, log__level="debug", drain__timeout="1s"), cwd=tmp_path,
+            environ=sink.environ,
         ) as one:  # fmt: skip
             assert one.post(sink.bad + b"\n" if sink.bad else body(0, 1))[0] == 202
             until(lambda: any(line.get("event") in {"batch_failed", "records_given_up"}

@@ -1,0 +1,306 @@
+"""HTTP client of sinks: one kept connection, bounded answers, errors in the classes of a sink.
+
+`HttpOptions` has the options that all such sinks share, `HttpPeer` sends requests with them, and
+`refuse` raises what the status of an answer means where the sink itself knows nothing better.
+
+* Synchronous, for a thread or process worker; it opens nothing before the first request.
+* What a request does must be safe to do twice: one whose kept connection turned out to be gone is
+  sent again on a new one, and one that an address cannot take goes to the next address.
+* No redirect is followed and no proxy of the environment is used: what is sent carries a secret.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import http.client
+import ssl
+import time
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
+from urllib.parse import urlsplit
+
+from msgspec import Meta
+
+from ingestd.handlers.batch import Blocked, RetryAfter, Unavailable
+from ingestd.handlers.options import FilePath, Seconds, Secret
+from ingestd.handlers.text import one_line
+from ingestd.sinks.base import SinkOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+REPLY_BYTES_MAX = 128 * 1024 * 1024
+"""Longest body of an answer that is read."""
+RETRY_AFTER_MAX = 300.0
+"""Longest wait that is taken from a `Retry-After`, seconds."""
+_PIECE = 64 * 1024
+_SAID_CHARS = 500
+
+
+class HttpOptions(SinkOptions, frozen=True, kw_only=True):
+    """Options of a sink that speaks HTTP."""
+
+    url: Annotated[
+        str,
+        Meta(
+            description="address, `https://host:port`, a path may follow; of several, with commas"
+            " between them, the next one is taken when one cannot be reached"
+        ),
+    ]
+    username: Annotated[str | None, Meta(description="name for Basic authentication")] = None
+    password: Annotated[Secret | None, Meta(description="password of `username`")] = None
+    compress: Annotated[
+        Literal["none", "gzip"], Meta(description="compression of what is sent")
+    ] = "none"
+    timeout: Annotated[
+        Seconds,
+        Meta(description="bound of one request; keep it below `executor.timeout`"),
+    ] = Seconds(30)
+    tls_ca: Annotated[
+        FilePath | None, Meta(description="file of authorities (PEM) instead of the system's")
+    ] = None
+    tls_certificate: Annotated[
+        FilePath | None, Meta(description="file of a client certificate (PEM), with its chain")
+    ] = None
+    tls_key: Annotated[
+        FilePath | None, Meta(description="file of its key, if it is not in the same file")
+    ] = None
+    tls_verify: Annotated[bool, Meta(description="check the server's certificate and its name")] = (
+        True
+    )
+
+    def __post_init__(self) -> None:
+        for text in self.url.split(","):
+            _origin(text)
+        if (self.username is None) != (self.password is None):
+            raise ValueError("username: username and password belong together")
+        if self.timeout <= 0:
+            raise ValueError("timeout: it has to be more than 0")
+        if self.tls_key and not self.tls_certificate:
+            raise ValueError("tls_key: it needs tls_certificate")
+
+
+class _Origin(NamedTuple):
+    is_tls: bool
+    host: str
+    port: int
+    path: str
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http{'s' * self.is_tls}://{host}:{self.port}{self.path}"
+
+
+class HttpReply(NamedTuple):
+    """An answer, read whole.
+
+    Attributes:
+        origin: address that gave it, for people.
+        status: of HTTP.
+        headers: by name in lower case.
+        body: as it came.
+    """
+
+    origin: str
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        """The beginning of the body in one line, for people."""
+        return one_line(self.body[: 4 * _SAID_CHARS].decode("utf-8", "replace"), _SAID_CHARS)
+
+
+class HttpPeer:
+    """Sends requests to one of some addresses, over a connection that is kept.
+
+    Args:
+        options: addresses, authentication, TLS.
+        headers: sent with every request.
+    """
+
+    def __init__(self, options: HttpOptions, headers: Mapping[str, str]) -> None:
+        self._origins = [_origin(text) for text in options.url.split(",")]
+        self._timeout = float(options.timeout)
+        self._gzips = options.compress == "gzip"
+        self._options = options
+        self._headers = {"User-Agent": "ingestd", **headers}
+        if options.username is not None:
+            pair = f"{options.username}:{options.password}".encode()
+            self._headers["Authorization"] = f"Basic {base64.b64encode(pair).decode()}"
+        self._open: http.client.HTTPConnection | None = None
+
+    def request(
+        self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+    ) -> HttpReply:
+        """Sends one request and reads the answer, whatever its status is.
+
+        Args:
+            method: of HTTP.
+            path: behind the address's own path, with the query; ASCII.
+            body: is sent with gzip if the options say so.
+            headers: beside those of all requests.
+
+        Raises:
+            Unavailable: no address gave an answer in time.
+            Blocked: a certificate is not trusted, or a file of TLS cannot be used.
+        """
+        sent = {**self._headers, **(headers or {})}
+        if self._gzips and body:
+            body, sent["Content-Encoding"] = gzip.compress(body, 1), "gzip"
+        end = time.monotonic() + self._timeout
+        tries = len(self._origins) + (self._open is not None)
+        while True:
+            tries -= 1
+            is_kept, origin = self._open is not None, self._origins[0]
+            try:
+                return self._exchange(origin, end, method, path, body=body, headers=sent)
+            except ssl.SSLCertVerificationError as error:
+                self.close()
+                raise Blocked(f"{origin}: {error.verify_message}") from error
+            except (OSError, http.client.HTTPException) as error:
+                self.close()
+                if not is_kept:
+                    self._origins.append(self._origins.pop(0))
+                if tries > 0 and time.monotonic() < end:
+                    continue
+                why = "no answer in time" if isinstance(error, TimeoutError) else _told(error)
+                raise Unavailable(f"{origin}: {why}") from error
+
+    def close(self) -> None:
+        """Closes the connection; the next request opens one again."""
+        opened, self._open = self._open, None
+        if opened is not None:
+            opened.close()
+
+    def _exchange(
+        self,
+        origin: _Origin,
+        end: float,
+        method: str,
+        path: str,
+        *,
+        body: bytes,
+        headers: dict[str, str],
+    ) -> HttpReply:
+        connection = self._open = self._open or self._connection(origin)
+        if connection.sock is None:
+            connection.timeout = _left(end)
+            connection.connect()
+        connection.sock.settimeout(_left(end))
+        is_whole = True
+        try:
+            connection.request(method, origin.path + path, body or None, headers)
+        except (BrokenPipeError, ConnectionResetError):
+            # It may have answered before it had all, with 413, and that answer can be read.
+            is_whole = False
+        response = connection.getresponse()
+        content = _read(response, connection.sock, end)
+        if not is_whole or response.will_close:
+            self.close()
+        found = {name.lower(): value for name, value in response.getheaders()}
+        return HttpReply(str(origin), response.status, found, content)
+
+    def _connection(self, origin: _Origin) -> http.client.HTTPConnection:
+        if not origin.is_tls:
+            return http.client.HTTPConnection(origin.host, origin.port)
+        options = self._options
+        try:
+            context = ssl.create_default_context(cafile=options.tls_ca)
+            if options.tls_certificate:
+                # With a password it would ask the terminal.
+                key = options.tls_key
+                context.load_cert_chain(options.tls_certificate, key, password=lambda: b"")
+        except (OSError, ValueError) as error:
+            raise Blocked(f"TLS: {_told(error)}") from error
+        if not options.tls_verify:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        return http.client.HTTPSConnection(origin.host, origin.port, context=context)
+
+
+def refuse(reply: HttpReply, said: str = "") -> NoReturn:
+    """Raises what the status of an answer that is no success means for a sink.
+
+    Args:
+        reply: the answer.
+        said: for people, instead of the beginning of its body.
+
+    Raises:
+        RetryAfter: it is overloaded, and says for how long.
+        Unavailable: it is overloaded, or something between here and there is down.
+        Blocked: a right or the resource is missing, or it is another service.
+        RuntimeError: anything else, such as 400 and 500, which a single record may cause.
+    """
+    told = f"{reply.origin}: {reply.status} {said or reply.text}".rstrip()
+    if reply.status in {408, 425, 429, 502, 503, 504}:
+        wait = _wait_of(reply.headers)
+        raise Unavailable(told) if wait is None else RetryAfter(wait, told)
+    if 300 <= reply.status < 400 or reply.status in {401, 403, 404, 405, 406, 407, 415, 421}:
+        raise Blocked(told)
+    raise RuntimeError(told)
+
+
+def _wait_of(headers: dict[str, str]) -> float | None:
+    """Seconds of a `Retry-After`, which is a number or a date; `None` if there is none."""
+    text = headers.get("retry-after", "").strip()
+    if text.isascii() and text.isdigit():
+        return min(float(text[:12]), RETRY_AFTER_MAX)
+    try:
+        wait = parsedate_to_datetime(text).timestamp() - time.time()
+    except (ValueError, OverflowError):
+        return None
+    return min(max(0.0, wait), RETRY_AFTER_MAX)
+
+
+def _origin(text: str) -> _Origin:
+    """One address.
+
+    Raises:
+        ValueError: it is none; the message does not contain it, for a password may be in it.
+    """
+    try:
+        parts = urlsplit(text.strip())
+        port = parts.port
+    except ValueError:
+        raise ValueError("url: it is no address") from None
+    if parts.scheme not in {"http", "https"} or not parts.hostname or not text.isascii():
+        raise ValueError("url: an address begins with http:// or https:// and has a host")
+    if "@" in parts.netloc:
+        raise ValueError("url: the name and the password are the options username and password")
+    if parts.query or parts.fragment or any(one <= " " for one in text.strip()):
+        raise ValueError("url: nothing but a path may follow the address")
+    is_tls = parts.scheme == "https"
+    return _Origin(is_tls, parts.hostname, port or (443 if is_tls else 80), parts.path.rstrip("/"))
+
+
+def _left(end: float) -> float:
+    left = end - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
+
+
+def _read(response: http.client.HTTPResponse, sock: Any, end: float) -> bytes:
+    """The whole body; `sock` is `None` where the answer closed the connection."""
+    pieces, size = [], 0
+    while True:
+        if sock is not None:
+            sock.settimeout(_left(end))
+        piece = response.read1(_PIECE)
+        if not piece:
+            break
+        size += len(piece)
+        if size > REPLY_BYTES_MAX:
+            raise http.client.HTTPException("the answer is too long")
+        pieces.append(piece)
+    if response.length:
+        raise http.client.IncompleteRead(b"", response.length)
+    response.close()  # `read1` leaves that undone, and the connection is not used again
+    return b"".join(pieces)
+
+
+def _told(error: Exception) -> str:
+    """One line without what was sent."""
+    return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"

@@ -1,0 +1,226 @@
+"""The HTTP client of sinks, against real servers on sockets of their own."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import time
+from email.utils import formatdate
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import trustme
+
+from ingestd.handlers.batch import Blocked, RetryAfter, Unavailable
+from ingestd.handlers.options import OptionError
+from ingestd.sinks import client
+from ingestd.sinks.client import RETRY_AFTER_MAX, HttpOptions, HttpPeer, HttpReply, refuse
+from tests.sinks.http_server import BREAK, Answer, Asked, FakeServer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+
+class Echo(FakeServer):
+    def answer(self, asked: Asked) -> Answer:
+        return Answer(200, asked.path.encode() + b" " + asked.body)
+
+
+@pytest.fixture
+def server() -> Iterator[Echo]:
+    one = Echo()
+    yield one
+    one.stop()
+
+
+@pytest.fixture
+def peer() -> Iterator[Callable[..., HttpPeer]]:
+    made: list[HttpPeer] = []
+
+    def peer(url: str, **options: Any) -> HttpPeer:
+        made.append(HttpPeer(HttpOptions.of(url=url, **options), {"X-One": "1"}))
+        return made[-1]
+
+    yield peer
+    for one in made:
+        one.close()
+
+
+def test_a_connection_is_kept(server: Echo, peer) -> None:
+    one = peer(f"{server.url}/base/")
+    for _ in range(3):
+        assert one.request("POST", "/x?y", b"body").body == b"/base/x?y body"
+    assert len(server._server.connections) == 1
+    assert server.asked[0].headers["x-one"] == "1"
+
+
+def test_one_that_was_closed_meanwhile_is_opened_again(server: Echo, peer) -> None:
+    one = peer(server.url)
+    assert one.request("GET", "/").status == 200
+    with server.down():
+        pass
+    assert one.request("POST", "/x", b"again").body == b"/x again"
+
+
+def test_a_broken_answer_on_a_new_connection_is_no_second_request(server: Echo, peer) -> None:
+    one = peer(server.url)
+    server.script.append(BREAK)
+    with pytest.raises(Unavailable, match="Remote"):
+        one.request("POST", "/x", b"1")
+    assert len(server.asked) == 1
+    assert one.request("POST", "/x", b"1").status == 200
+
+
+def test_the_next_address_is_taken(server: Echo, peer) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        gone = listener.getsockname()[1]
+    one = peer(f"http://127.0.0.1:{gone}, {server.url}")
+    assert one.request("GET", "/1").body == b"/1 "
+    assert one.request("GET", "/2").body == b"/2 "
+    with server.down(), pytest.raises(Unavailable):
+        one.request("GET", "/3")
+    assert one.request("GET", "/4").body == b"/4 "
+
+
+def test_nothing_is_waited_for_longer_than_the_timeout(server: Echo, peer) -> None:
+    one = peer(server.url, timeout="200ms")
+    with server.slow(), pytest.raises(Unavailable, match="no answer in time"):
+        one.request("GET", "/")
+
+
+def test_a_dripping_answer_ends_with_the_timeout(peer) -> None:
+    import threading
+
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+                while not ended.wait(0.02):
+                    try:
+                        connection.sendall(b"x")
+                    except OSError:
+                        return
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        one = peer(f"http://127.0.0.1:{listener.getsockname()[1]}", timeout="300ms")
+        with pytest.raises(Unavailable, match="no answer in time"):
+            one.request("GET", "/")
+        ended.set()
+        thread.join(10)
+
+
+def test_an_answer_in_the_middle_of_a_body_is_read(peer) -> None:
+    """As a proxy does with 413: it answers, and takes no more."""
+    import threading
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def refuse_early() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(
+                    b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+                )
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(1 << 20):
+                    pass
+
+        thread = threading.Thread(target=refuse_early)
+        thread.start()
+        one = peer(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        assert one.request("POST", "/", bytes(8 << 20)).status == 413
+        thread.join(10)
+
+
+def test_a_long_answer_is_not_read_to_its_end(server: Echo, peer, monkeypatch) -> None:
+    monkeypatch.setattr(client, "REPLY_BYTES_MAX", 1000)
+    with pytest.raises(Unavailable, match="too long"):
+        peer(server.url).request("POST", "/", bytes(2000))
+
+
+def test_gzip_and_basic_authentication(server: Echo, peer) -> None:
+    one = peer(server.url, compress="gzip", username="me", password="sécret")
+    assert one.request("POST", "/", b"body").body == b"/ body"
+    asked = server.asked[0].headers
+    assert (asked["content-encoding"], asked["authorization"]) == (
+        "gzip", "Basic bWU6c8OpY3JldA==")  # fmt: skip
+
+
+class Tls:
+    """A server with a certificate of an authority of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        authority = trustme.CA()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1").configure_cert(context)
+        authority.configure_trust(context)
+        context.verify_mode = ssl.CERT_OPTIONAL
+        self.server = Echo(context)
+        self.ca, self.client = folder / "ca.pem", folder / "client.pem"
+        authority.cert_pem.write_to_path(self.ca)
+        authority.issue_cert("client").private_key_and_cert_chain_pem.write_to_path(self.client)
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> Iterator[Tls]:
+    one = Tls(tmp_path)
+    yield one
+    one.server.stop()
+
+
+def test_tls(tls: Tls, peer, tmp_path: Path) -> None:
+    trusting = peer(tls.server.url, tls_ca=str(tls.ca), tls_certificate=str(tls.client))
+    assert trusting.request("POST", "/", b"1").body == b"/ 1"
+    assert peer(tls.server.url, tls_verify="false").request("GET", "/").status == 200
+    with pytest.raises(Blocked, match="certificate"):
+        peer(tls.server.url).request("GET", "/")
+    for option in ("tls_ca", "tls_certificate"):
+        with pytest.raises(Blocked, match="TLS"):
+            peer(tls.server.url, **{option: str(tmp_path / "none")}).request("GET", "/")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(429, Unavailable), (503, Unavailable), (302, Blocked), (401, Blocked), (404, Blocked),
+     (400, RuntimeError), (500, RuntimeError)],
+)  # fmt: skip
+def test_classes_of_errors(status: int, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match=f"^http://x: {status} why$"):
+        refuse(HttpReply("http://x", status, {}, b"why"))
+
+
+@pytest.mark.parametrize(
+    ("text", "low", "high"),
+    [("7", 7, 7), ("999999999999999", RETRY_AFTER_MAX, RETRY_AFTER_MAX), ("soon", 60, 100),
+     ("Thu, 01 Jan 1970 00:00:00 GMT", 0, 0)],
+)  # fmt: skip
+def test_retry_after(text: str, low: float, high: float) -> None:
+    text = formatdate(time.time() + 100, usegmt=True) if text == "soon" else text
+    with pytest.raises(RetryAfter) as raised:
+        refuse(HttpReply("http://x", 429, {"retry-after": text}, b""))
+    assert raised.value.after is not None
+    assert low <= raised.value.after <= high
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"url": "ftp://x"}, {"url": "http://"}, {"url": "http://x:y"}, {"url": "http://x/?a=b"},
+     {"url": "http://x", "username": "a"}, {"url": "http://x", "timeout": "0s"},
+     {"url": "http://x", "tls_key": "/k"}, {"url": "http://x,"}, {"url": "http://x/a b"}],
+)  # fmt: skip
+def test_options_that_cannot_be(options: dict[str, Any]) -> None:
+    with pytest.raises(OptionError):
+        HttpOptions.of(**options)
+
+
+def test_a_password_in_an_address_is_refused_and_not_shown() -> None:
+    with pytest.raises(OptionError) as raised:
+        HttpOptions.of(url="http://me:geheim@x")
+    assert "geheim" not in str(raised.value)
