@@ -167,6 +167,10 @@ async def test_a_repair_of_a_damaged_lineage_keeps_the_batch(opened, tmp_path) -
     await j.close()
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db, db:
         db.execute("UPDATE batches SET lineage = x'ff'")
+    with opened_beside(tmp_path / "journal.db") as db:
+        assert [one.text for one in check.findings(db)] == [
+            "the batches that batch 7 was split from can't be read"
+        ]
     again = await opened()
     assert again.recovered.set_aside
     assert [(b.number, b.count, b.lineage) for b in again.recovered.batches] == [(7, 4, ())]

@@ -18,6 +18,7 @@ import pytest
 
 from ingestd.__main__ import main
 from ingestd.http.settings import KEPT_HEADERS_MAX
+from ingestd.sources.http.endpoints.records import RecordsEndpoint
 from tests.daemon.harness import ROOT, Daemon
 
 if TYPE_CHECKING:
@@ -168,6 +169,15 @@ def test_a_header_that_holds_a_secret_is_refused_by_name(
     assert "http.keep_headers" in error
     assert name in error
     assert "x-fine" not in error
+
+
+def test_an_endpoint_can_not_keep_a_secret_either(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(RecordsEndpoint, "keep_headers", ("X-Fine", "X-Hub-Signature"))
+    assert main(["check", "lib:store"]) == 78
+    assert "endpoint records: X-Hub-Signature is not kept" in capsys.readouterr().err
 
 
 def test_so_many_headers_are_kept_at_most(

@@ -20,7 +20,7 @@ from ingestd.journal.dead_letters import DeadLetter
 from ingestd.journal.sqlite import letters, offsets, repair, schema
 from ingestd.journal.sqlite.dead_letters import SqliteDeadLetters
 from ingestd.journal.sqlite.offline import opened, transaction
-from ingestd.journal.sqlite.store import meta_of, read_chunks, write_meta
+from ingestd.journal.sqlite.store import meta_of, read_chunks, read_lineage, write_meta
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -162,10 +162,15 @@ def _places(db: sqlite3.Connection) -> Iterator[Finding]:
     db.execute("BEGIN")
     try:
         meta = _row(db, "SELECT * FROM meta")
-        batches = [
-            (number, count, _spans.decode(spans))
-            for number, count, spans in db.execute("SELECT number, count, spans FROM batches")
-        ]
+        batches, unread = [], []
+        for number, count, spans, lineage in db.execute(
+            "SELECT number, count, spans, lineage FROM batches"
+        ):
+            batches.append((number, count, _spans.decode(spans)))
+            try:
+                read_lineage(lineage)
+            except msgspec.MsgspecError:
+                unread.append(number)
         # Only of those that something names: of all there may be millions.
         named = {span.chunk for _, _, spans in batches for span in spans} | {meta["cursor_chunk"]}
         counts = {chunk: count for chunk in named for count in _count(db, chunk)}
@@ -186,6 +191,8 @@ def _places(db: sqlite3.Connection) -> Iterator[Finding]:
         db.execute("COMMIT")
     yield from _identity(meta, journal)
     yield from _batches(meta, counts, batches)
+    for number in unread:
+        yield Finding(f"the batches that batch {number} was split from can't be read")
     if last > meta["last_chunk"]:
         yield Finding(f"chunk {last} is newer than the last one that was written down")
     if meta["cursor_record"] > counts.get(meta["cursor_chunk"], meta["cursor_record"]):
