@@ -20,6 +20,7 @@ from ingestd.codecs.lines import (
     parse_lines,
     squeeze,
     too_deep,
+    whole_lines,
 )
 from ingestd.codecs.lines import too_large as refuse_too_large
 from ingestd.http import problem
@@ -29,7 +30,7 @@ from ingestd.sources.http.endpoints.base import QUICK_BYTES, BodyCodec, Decoded
 from ingestd.sources.http.headers import take_fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from ingestd.base.record import Format
     from ingestd.http.admission import Reservation
@@ -84,15 +85,10 @@ def _decode_canonical(body: bytes, bounds: BodyLimits) -> Parsed | None:
         Problem: 413.
     """
     block = body if body[-1:] == b"\n" else body + b"\n"
-    count = 0
-    for piece in _pieces(block) if len(block) > PIECE_BYTES else (block,):
-        parsed = parse_canonical(piece, bounds.record_bytes_max, bounds.depth_max)
-        if parsed is None:
-            return None
-        count += parsed.total
-    if count > bounds.records_max:
+    parsed = parse_canonical(block, bounds.record_bytes_max, bounds.depth_max)
+    if parsed is not None and parsed.total > bounds.records_max:
         raise _too_many(bounds)
-    return Parsed(Records(Layout.LINES, count, block), [])
+    return parsed
 
 
 def _parse_all_lines(body: bytes, form: Format, bounds: BodyLimits) -> Parsed:
@@ -122,7 +118,7 @@ def _parse_pieces(body: bytes, form: Format, bounds: BodyLimits, lines_max: int)
     good: list[bytes] = []  # stays empty as long as all of the body is good as it is
     refused: list[InvalidRecord] = []
     count = invalid = end = 0
-    for piece in _pieces(body):
+    for piece in whole_lines(body, PIECE_BYTES):
         let_loop_go_first()
         part = parse_lines(
             piece,
@@ -144,17 +140,6 @@ def _parse_pieces(body: bytes, form: Format, bounds: BodyLimits, lines_max: int)
             raise mostly_invalid(refused)
     payload = b"".join(good) if good else body
     return Parsed(Records(Layout.LINES, count, payload), refused, invalid - len(refused))
-
-
-def _pieces(body: bytes) -> Iterator[bytes]:
-    """Whole lines, about `PIECE_BYTES` at a time."""
-    start = 0
-    while start < len(body):
-        end = body.rfind(b"\n", start, start + PIECE_BYTES) + 1
-        if not end:
-            end = body.index(b"\n", start) + 1
-        yield body[start:end]
-        start = end
 
 
 def _parse_document(body: bytes, bounds: BodyLimits) -> Parsed:
