@@ -6,6 +6,7 @@ Only names are checked here: values are settings, and settings are checked in on
 from __future__ import annotations
 
 import argparse
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, get_origin
 
 from ingestd.config.keys import dotted, settings_of, shown, tables_of, unit_of
@@ -173,7 +174,9 @@ def _help(field: FieldInfo) -> str:
 
 
 def _nearest(flag: str, close: str | None) -> str | None:
-    if close is None or flag.startswith(_WITH_OWN_NAMES):
-        key = SCHEMA.nearest(flag.lstrip("-").split("."))
-        return "--" + ".".join(key) if key else None
-    return close
+    """A slip of the finger first, then the setting that was meant, then any flag that is near."""
+    is_slip = close is not None and get_close_matches(flag, [close], cutoff=0.85)
+    if is_slip and not flag.startswith(_WITH_OWN_NAMES):
+        return close
+    key = SCHEMA.nearest(flag.lstrip("-").split("."))
+    return "--" + ".".join(key) if key else close

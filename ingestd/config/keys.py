@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeGuard, Union, get_a
 
 from pydantic import AfterValidator, BaseModel, SecretStr
 
-from ingestd.config.sections import MASK, Shown
+from ingestd.config.sections import MASK, OtherName, Shown
 from ingestd.config.units import Unit
 
 if TYPE_CHECKING:
@@ -115,6 +115,11 @@ class Schema:
     def nearest(self, path: Sequence[str]) -> tuple[str, ...] | None:
         """The key that was probably meant by one that does not exist; `None` if none is near."""
         known = self._candidates(path)
+        for found in known.values():
+            field = self.field_at(found)
+            marks = field.metadata if field and found[:-1] == tuple(path[:-1]) else ()
+            if OtherName(path[-1]) in marks:
+                return found
         words = set(path[-1].split("_"))
         for found in known.values():  # a word was left out: the first one that is longer
             if found[:-1] == tuple(path[:-1]) and words < set(found[-1].split("_")):

@@ -88,6 +88,16 @@ class Shown(NamedTuple):
     show: Callable[[Any], object]
 
 
+class OtherName(NamedTuple):
+    """Marks a field by a name that it had, or is looked for under: an error suggests the field.
+
+    Attributes:
+        name: the last part of the other key.
+    """
+
+    name: str
+
+
 def masked(value: object) -> object:
     """`***` for a value, and nothing for nothing."""
     return MASK if value else value

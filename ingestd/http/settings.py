@@ -15,7 +15,7 @@ from ingestd.config.network import (
     is_loopback,
     split_address,
 )
-from ingestd.config.sections import FilePath, Reloadable, Secret, Section, own_name
+from ingestd.config.sections import FilePath, OtherName, Reloadable, Secret, Section, own_name
 from ingestd.config.units import Count, Seconds, Share, Size, Switch, Words, show_size
 from ingestd.http.credentials import hash_of, read_hash
 
@@ -157,7 +157,7 @@ class HttpSettings(Section):
     request_bytes_max: Size = Field(
         16 * _MIB, ge=1, le=_TIB, description="largest body before decompression"
     )
-    decompressed_bytes_max: Size = Field(
+    decompressed_bytes_max: Annotated[Size, OtherName("body_bytes_max")] = Field(
         32 * _MIB, ge=1, le=_TIB, description="largest body after decompression"
     )
     records_max: Count = Field(

@@ -204,6 +204,7 @@ def test_an_unknown_name_is_said_with_the_nearest(
         ("records_max", "records_max", "batch.records_max"),
         ("batch.record_max", "batch.record_max", "batch.records_max"),
         ("bacth.records_max", "bacth", "batch"),
+        ("http.body_bytes_max", "http.body_bytes_max", "http.decompressed_bytes_max"),
         ("handler.option.dsn", "handler.option", "handler.options"),
         ("pipeline.clicks.format", "pipeline", "pipelines"),
         ("pipelines.clicks.bach.records_max", "pipelines.clicks.bach", "pipelines.clicks.batch"),
