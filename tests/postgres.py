@@ -45,6 +45,16 @@ class Postgres:
         return done.stdout.strip()
 
     def start(self) -> None:
+        wait(self._started, what="PostgreSQL")
+
+    def _started(self) -> bool:
+        """Starts it if it does not run: after a SIGKILL its children may need a moment to go."""
+        if self._process is None or self._process.poll() is not None:
+            self._launch()
+        ready = [self._bin / "pg_isready", "-q", "-h", self.folder, *self._at_port]
+        return subprocess.run(ready).returncode == 0 and self._process.poll() is None
+
+    def _launch(self) -> None:
         self._process = subprocess.Popen(
             [self._bin / "postgres", "-D", self.folder / "data", "-k", self.folder,
              *(["-h", "127.0.0.1", "-p", str(self.port)] if self.port else ["-h", ""]),
@@ -52,8 +62,6 @@ class Postgres:
             cwd=self.folder, user=self._user.pw_uid, group=self._user.pw_gid, extra_groups=[],
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        ready = [self._bin / "pg_isready", "-q", "-h", self.folder, *self._at_port]
-        wait(lambda: subprocess.run(ready).returncode == 0, what="PostgreSQL")
 
     @property
     def _at_port(self) -> list[str]:

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from ingestd.base.record import Layout, Records
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
 COLUMNS_MAX = 500
 """Columns that are made of keys; PostgreSQL has room for 1,600, dropped ones included."""
@@ -23,10 +25,11 @@ _SYSTEM = frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"})
 _INTEGER_MIN, _INTEGER_MAX = -(2**63), 2**63 - 1
 _NULL = r"\N"
 _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
-_SPECIAL = re.compile(r"[\\\t\n\r]")
+_SPECIAL = "\\\t\n\r"
 _ESCAPES = str.maketrans({"\\": r"\\", "\t": r"\t", "\n": r"\n", "\r": r"\r"})
 _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder().decode
+_decode_lines = msgspec.json.Decoder().decode_lines
 NO_NUL = "contains U+0000, which PostgreSQL cannot store"
 
 
@@ -42,11 +45,15 @@ class Column(NamedTuple):
     type: str
 
 
-def nul_places(items: Sequence[bytes], record_format: str) -> list[int]:
+def nul_places(records: Records, record_format: str) -> list[int]:
     """The places of records that have a U+0000 in a text."""
+    sign = {"json": b"\\u0000", "text": b"\0"}.get(record_format)
+    if sign is None or sign not in records.payload:
+        return []
+    items = records.items()
     if record_format == "json":
         return [i for i, item in enumerate(items) if b"\\u0000" in item and _NUL.search(item)]
-    return [i for i, item in enumerate(items) if b"\0" in item] if record_format == "text" else []
+    return [i for i, item in enumerate(items) if sign in item]
 
 
 def can_be_column(key: str) -> bool:
@@ -54,7 +61,7 @@ def can_be_column(key: str) -> bool:
     return 0 < len(key.encode()) <= NAME_BYTES_MAX and key not in _SYSTEM and "\0" not in key
 
 
-def type_of(values: Iterable[Any]) -> str | None:
+def type_of(values: Sequence[Any]) -> str | None:
     """The type of a column that all values of a key fit in; `None` where all are null."""
     kinds = {type(value) for value in values} - {type(None)}
     if not kinds:
@@ -79,29 +86,57 @@ def new_columns(
         taken: names that there are.
         reserved: names that no key may have.
     """
-    found: dict[str, list[Any]] = {}
-    known = frozenset((*taken, *reserved))
-    for value in values:
-        if type(value) is dict and not value.keys() <= known:
-            for key in value.keys() - known:
-                found.setdefault(key, []).append(value[key])
-    if not found:
+    objects = [value for value in values if type(value) is dict]
+    new = keys_of(objects) - {*taken, *reserved}
+    if not new:
         return []
-    room = COLUMNS_MAX - len(taken)
-    # The order of the first object that has the key: a set of keys has none.
-    order = dict.fromkeys(key for value in values if type(value) is dict for key in value)
-    made = [(key, type_of(found[key])) for key in order if key in found and can_be_column(key)]
-    return [Column(key, kind) for key, kind in made if kind is not None][: max(0, room)]
+    # In the order in which they came: a set has none.
+    order = dict.fromkeys(key for value in objects for key in value if key in new)
+    made = [
+        (key, type_of([value.get(key) for value in objects])) for key in order if can_be_column(key)
+    ]
+    room = max(0, COLUMNS_MAX - len(taken))
+    return [Column(key, kind) for key, kind in made if kind is not None][:room]
+
+
+def keys_of(objects: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Every key of some objects."""
+    return set[str]().union(*objects)
 
 
 # -- cells -----------------------------------------------------------------------------------------
 
-_FITS: dict[str, Callable[[Any], bool]] = {
-    "bigint": lambda v: type(v) is int and _INTEGER_MIN <= v <= _INTEGER_MAX,
-    "numeric": lambda v: type(v) in {int, float},
-    "double precision": lambda v: type(v) in {int, float},
-    "boolean": lambda v: type(v) is bool,
+_NUMBERS = frozenset({int, float})
+_KINDS: dict[str, frozenset[type]] = {
+    "bigint": frozenset({int}),
+    "numeric": _NUMBERS,
+    "double precision": _NUMBERS,
+    "boolean": frozenset({bool}),
 }
+
+
+def _misfits(values: list[Any], present: set[type], kind: str) -> list[int]:
+    """The places of values that do not fit the type of a column that was made of a key."""
+    fitting = _KINDS.get(kind)
+    if fitting is None:
+        return []
+    is_wide = kind == "bigint" and any(
+        type(v) is int and not _INTEGER_MIN <= v <= _INTEGER_MAX for v in _extremes(values)
+    )
+    if present <= fitting and not is_wide:
+        return []
+    return [
+        i
+        for i, v in enumerate(values)
+        if v is not None
+        and (type(v) not in fitting or (kind == "bigint" and not _INTEGER_MIN <= v <= _INTEGER_MAX))
+    ]
+
+
+def _extremes(values: list[Any]) -> tuple[Any, ...]:
+    """The least and the greatest integer."""
+    found = [v for v in values if type(v) is int]
+    return (min(found), max(found)) if found else ()
 
 
 def _text_of(value: Any) -> str:
@@ -114,7 +149,8 @@ def _text_of(value: Any) -> str:
 
 def _escaped(cells: list[str]) -> list[str]:
     """Cells with what COPY gives a meaning escaped; most columns have nothing of it."""
-    if _SPECIAL.search("".join(cells)) is None:
+    text = "".join(cells)
+    if not any(sign in text for sign in _SPECIAL):
         return cells
     return [cell.translate(_ESCAPES) for cell in cells]
 
@@ -133,18 +169,15 @@ def cells_of(values: list[Any], kind: str) -> tuple[list[str], list[int]]:
     if kind in {"json", "jsonb"}:
         cells = [_NULL if v is None else _encode(v).decode().translate(_ESCAPES) for v in values]
         return cells, []
-    fits = _FITS.get(kind)
-    misfits = [] if fits is None else [
-        i for i, v in enumerate(values) if v is not None and not fits(v)
-    ]  # fmt: skip
+    misfits = _misfits(values, kinds, kind)
     if misfits:
         values, has_null = list(values), True
         for i in misfits:
             values[i] = None
     if kinds == {str} and not has_null:
         return _escaped(values), misfits
-    if kinds == {int} and not has_null:
-        return list(map(str, values)), misfits
+    if kinds <= _NUMBERS and not has_null:
+        return list(map(repr, values)), misfits
     if kinds == {str}:
         texts = _escaped(["" if v is None else v for v in values])
     else:
@@ -202,7 +235,7 @@ def object_rows(
         names.append(name)
         cells.append(made)
     known = columns.keys()
-    if not leave_out:
+    if not leave_out and not keys_of(objects) <= known:
         for i, one in enumerate(objects):
             if not one.keys() <= known:
                 left.setdefault(i, {}).update((k, one[k]) for k in one if k not in known)
@@ -222,7 +255,8 @@ def object_rows(
         return Rows(
             names, [], dict.fromkeys(range(len(values)), "the table has none of its columns")
         )
-    lines = [line.encode() for line in map("\t".join, zip(*cells, strict=True))]
+    # No cell has a line end of its own: see `_escaped`.
+    lines = "\n".join(map("\t".join, zip(*cells, strict=True))).encode().split(b"\n")
     return Rows(names, lines, rejected)
 
 
@@ -250,11 +284,17 @@ def whole_rows(
     return Rows(names, lines, {})
 
 
-def decoded(items: Sequence[bytes]) -> tuple[list[Any], dict[int, str]]:
+def decoded(records: Records) -> tuple[list[Any], dict[int, str]]:
     """The values of records, in order, and why some have none, by place."""
-    values: list[Any] = []
-    rejected: dict[int, str] = {}
-    for i, item in enumerate(items):
+    if records.layout is Layout.LINES:
+        try:
+            values = _decode_lines(records.payload)
+            if len(values) == records.count:
+                return values, {}
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError):
+            pass  # which one it is, is found below
+    values, rejected = [], {}
+    for i, item in enumerate(records.items()):
         try:
             values.append(_decode(item))
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ValueError) as error:

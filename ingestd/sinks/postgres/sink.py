@@ -152,25 +152,28 @@ class PostgresSink:
             Unavailable: the server is down or overloaded, or the transaction has to come again.
             Blocked: a table, a column or a right is missing.
         """
-        items = batch.records.items()
+        records = batch.records
         refused: dict[int, str] = dict.fromkeys(
-            making.nul_places(items, self._format), making.NO_NUL
+            making.nul_places(records, self._format), making.NO_NUL
         )
-        values: list[Any] = []
-        if self._format == "text":
-            refused |= {i: "not UTF-8" for i, item in enumerate(items) if not _is_text(item)}
-        elif not self._is_whole:
-            values, undecodable = making.decoded(items)
+        # A record as it came where it is stored whole, else its value.
+        items: Sequence[Any]
+        if self._is_whole:
+            items = records.items()
+            if self._format == "text":
+                refused |= {i: "not UTF-8" for i, item in enumerate(items) if not _is_text(item)}
+        else:
+            items, undecodable = making.decoded(records)
             refused |= undecodable
         if len(refused) < len(items):
             was_known = self._known is not None
             try:
-                found = self._store(batch, items, values, refused)
+                found = self._store(batch, items, refused)
             except Blocked:
                 if not was_known:
                     raise
                 self._known = None  # somebody changed the table: look at it once more
-                found = self._store(batch, items, values, refused)
+                found = self._store(batch, items, refused)
             refused |= found
         for place, why in refused.items():
             batch.reject(place, why)
@@ -197,8 +200,7 @@ class PostgresSink:
     def _store(
         self,
         batch: Batch[bytes],
-        items: Sequence[bytes],
-        values: Sequence[Any],
+        items: Sequence[Any],
         refused: Mapping[int, str],
     ) -> dict[int, str]:
         """Writes all records but those refused; gives those that are refused besides, by place."""
@@ -207,9 +209,10 @@ class PostgresSink:
             self._prune(db)
             fine = [i for i in range(len(items)) if i not in refused]
             ids = batch.ids
-            parts = [values[i] for i in fine] if values else ()
-            table = self._prepared(db, parts)
-            made = self._rows(table, [ids[i] for i in fine], [items[i] for i in fine], parts)
+            if refused:
+                ids, items = [ids[i] for i in fine], [items[i] for i in fine]
+            table = self._prepared(db, () if self._is_whole else items)
+            made = self._rows(table, ids, items)
             without = {fine[i]: why for i, why in made.rejected.items()}
             lines = {fine[i]: line for i, line in enumerate(made.lines) if i not in made.rejected}
             return without | self._write(db, batch, made.columns, lines)
@@ -343,9 +346,7 @@ class PostgresSink:
 
     # -- rows ----------------------------------------------------------------------------------
 
-    def _rows(
-        self, table: Table, ids: Sequence[str], items: Sequence[bytes], values: Sequence[Any]
-    ) -> Rows:
+    def _rows(self, table: Table, ids: Sequence[str], items: Sequence[Any]) -> Rows:
         if self._is_whole:
             return making.whole_rows(ids, items, self._format, names=(ID, RECORD))
         types = {column.name: column.type for column in table.columns}
@@ -359,8 +360,8 @@ class PostgresSink:
         has_extra = self._on_new != "reject" and EXTRA_COLUMN in types
         return making.object_rows(
             ids,
-            values,
-            self._used(columns, values),
+            items,
+            self._used(columns, items),
             id_column=ID if ID in types else None,
             extra_column=EXTRA_COLUMN if has_extra else None,
             leave_out=bool(mapping),
@@ -370,7 +371,7 @@ class PostgresSink:
         self, columns: Mapping[str, tuple[str, str]], values: Sequence[Any]
     ) -> dict[str, tuple[str, str]]:
         """The columns that some record has: the others keep their defaults."""
-        used: set[str] = set().union(*(value for value in values if type(value) is dict))
+        used = making.keys_of(value for value in values if type(value) is dict)
         key = set(self._options.key) if self._options.mode == "upsert" else set()
         return {k: column for k, column in columns.items() if k in used or column[0] in key}
 

@@ -32,6 +32,7 @@ class SinkAdapter:
         bad: a JSON record that the sink or the other side refuses; `None` if it takes all.
         executor: that the sink runs in where it is not chosen.
         environ: of a daemon with this sink.
+        can_be_killed: the other side is a process, see `kill`.
     """
 
     target = ""
@@ -39,6 +40,7 @@ class SinkAdapter:
     exactly_once = True
     bad: bytes | None = None
     executor = "thread"
+    can_be_killed = False
     environ: dict[str, str] = {}  # noqa: RUF012
 
     def __init__(self, folder: Path) -> None:
@@ -62,6 +64,10 @@ class SinkAdapter:
 
     def slow(self) -> AbstractContextManager[Slow]:
         """While entered, and until `end()` of what it gives, a call does not come to its end."""
+        raise NotImplementedError
+
+    def kill(self) -> None:
+        """Ends the other side with SIGKILL, and starts it again."""
         raise NotImplementedError
 
     def close(self) -> None:

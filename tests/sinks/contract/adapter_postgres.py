@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class Adapter(SinkAdapter):
     target = "postgres"
     secret = SECRET
+    can_be_killed = True
     bad = b'{"n":5,"text":"\\u0000"}'
 
     def __init__(self, folder: Path) -> None:
@@ -40,6 +41,10 @@ class Adapter(SinkAdapter):
             yield
         finally:
             self.database.server.start()
+
+    def kill(self) -> None:
+        self.database.server.kill()
+        self.database.server.start()
 
     @contextmanager
     def unusable(self) -> Iterator[None]:
