@@ -141,6 +141,11 @@ def numbered(packed: bytes, records: int, first: int) -> bytes:
     return _form([_Run(packed, records, first + 1)])
 
 
+def is_shared(packed: bytes) -> bool:
+    """Returns True if all records have the same envelope, or none."""
+    return packed[:1] != _RUNS
+
+
 def joined(parts: Sequence[tuple[int, bytes]]) -> bytes:
     """The envelopes of runs of records that are joined: (records, envelopes) of each."""
     first = parts[0][1] if parts else b""

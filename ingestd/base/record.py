@@ -189,15 +189,23 @@ class Records(NamedTuple):
         return Records.sized(self.items())._replace(names=self.names, envelopes=self.envelopes)
 
 
-def join(runs: Sequence[Records]) -> Records:
-    """The records of all runs, in order; `SIZED` as soon as one of them is."""
-    if len(runs) == 1:
+def join(runs: Sequence[Records], envelopes: bytes | None = None) -> Records:
+    """The records of all runs, in order; `SIZED` as soon as one of them is.
+
+    Args:
+        runs: at least one.
+        envelopes: of all of them, if they are not the runs' own.
+    """
+    if len(runs) == 1 and envelopes is None:
         return runs[0]
     count = sum(run.count for run in runs)
     names: tuple[str, ...] = ()
     if any(run.names for run in runs):
         names = tuple(name for run in runs for name in run.names or ("",) * run.count)
-    envelopes = envelope.joined([(run.count, run.envelopes) for run in runs])
+    if envelopes is None:
+        envelopes = runs[0].envelopes
+        if len({run.envelopes for run in runs}) > 1 or not envelope.is_shared(envelopes):
+            envelopes = envelope.joined([(run.count, run.envelopes) for run in runs])
     if all(run.layout is Layout.LINES for run in runs):
         payload = b"".join([run.payload for run in runs])
         return Records(Layout.LINES, count, payload, b"", names, envelopes)

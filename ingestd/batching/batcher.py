@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from typing import NamedTuple
 
-from ingestd.base.envelope import EnvelopeRuns
+from ingestd.base.envelope import EnvelopeRuns, is_shared
 from ingestd.base.record import Layout, Records, Span, join
 
 
@@ -89,16 +89,22 @@ class _ChunkReader:
         """The next records, which end at this offset."""
         span, part = Span(self.chunk, self.first, count), self.records
         if count < part.count:
-            if self._envelopes is None:
-                self._envelopes = EnvelopeRuns(part.envelopes, part.count)
             sizes = part.sizes[4 * self.first : 4 * (self.first + count)]
             names = part.names[self.first : self.first + count]
-            envelopes = self._envelopes.part(self.first, count)
             payload = part.payload[self.start : end]
-            part = Records(part.layout, count, payload, sizes, names, envelopes)
+            part = Records(part.layout, count, payload, sizes, names, self._envelopes_of(count))
         self.first += count
         self.start = end
         return span, part
+
+    def _envelopes_of(self, count: int) -> bytes:
+        """Those of the next records; runs of them are unpacked once for all cuts."""
+        packed = self.records.envelopes
+        if is_shared(packed):
+            return packed
+        if self._envelopes is None:
+            self._envelopes = EnvelopeRuns(packed, self.records.count)
+        return self._envelopes.part(self.first, count)
 
 
 class Batcher:
@@ -197,5 +203,9 @@ class Batcher:
         self._parts.append(part)
         self._count += count
         self._bytes += len(part.payload)
-        self._held += len(part.payload) + (0 if rest.count else len(rest.records.envelopes))
-        self._cursor = (rest.chunk, rest.first) if rest.count else (rest.chunk + 1, 0)
+        self._held += len(part.payload)
+        if rest.count:
+            self._cursor = (rest.chunk, rest.first)
+        else:
+            self._cursor = (rest.chunk + 1, 0)
+            self._held += len(rest.records.envelopes)

@@ -394,8 +394,12 @@ def _joined(appends: Sequence[Append], number: int) -> tuple[list[Records], list
 
 def _together(group: Sequence[Append]) -> Records:
     """The records of some appends as one run, with their envelopes."""
-    records = join([append.records for append in group])
-    envelopes = envelope.joined(
-        [(one.records.count, one.records.envelopes or one.envelope) for one in group]
-    )
-    return records._replace(envelopes=envelopes) if envelopes else records
+    packed = group[0].envelope
+    for one in group:
+        if one.envelope is not packed or one.records.envelopes:
+            parts = [(one.records.count, one.records.envelopes or one.envelope) for one in group]
+            packed = envelope.joined(parts)
+            break
+    if len(group) == 1:
+        return Records(*group[0].records[:5], packed)
+    return join([one.records for one in group], packed)
