@@ -180,7 +180,7 @@ class SqliteJournal:
             self._bookmarks = store.bookmarks
             self.idempotency.opened(self._key_owners)
             if self.space is not None:
-                self.space.reusable = store.reusable_bytes()
+                self.space.reusable = store.reusable
                 if self.space.low(self._clock.monotonic()):
                     free, free_min = self.space.free, self.space.free_min
                     self._refusing("journal.free_min", free=free, free_min=free_min)

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import sqlite3
 import zlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.journal.sqlite import offsets
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 APPLICATION_ID = 0x696E6764  # "ingd"
 VERSION = 3
@@ -205,3 +205,141 @@ def _to_version_2(db: sqlite3.Connection) -> None:
 def columns(db: sqlite3.Connection, table: str) -> list[str]:
     """The names of a table's columns; none if there is no such table."""
     return [row[1] for row in db.execute(f"PRAGMA table_info({table})")]
+
+
+# -- commits ---------------------------------------------------------------------------------------
+#
+# One statement writes a whole commit.
+#
+# Each statement lets the other threads of the process have the interpreter, and has to wait for it
+# again, which beside a busy event loop takes longer than the statement. So the rows of a commit are
+# the columns of one row of a view, and triggers put them into their tables. Views and triggers are
+# temporary: they belong to the connection and are not in the file.
+#
+# There are a small view and a large one, because each place in a row costs something even if
+# nothing is in it. What does not fit into the large one goes into several rows of it, in one
+# transaction.
+
+_CHUNK_COLUMNS = 10
+_BATCH_COLUMNS = 8
+_META_COLUMNS = (*COUNTERS, "crc")
+
+
+class _View:
+    """A view for the rows of a commit.
+
+    Args:
+        name: of it.
+        rows: the chunks, and the batches, that fit in.
+        runs: the runs of batches, and of chunks, that go.
+    """
+
+    def __init__(self, name: str, rows: int, runs: int) -> None:
+        self.name, self.rows, self.runs = name, rows, runs
+        self._chunks = [_names(f"c{row}", _CHUNK_COLUMNS) for row in range(rows)]
+        self._batches = [_names(f"b{row}", _BATCH_COLUMNS) for row in range(rows)]
+        self._settled = [_names(f"s{run}", 2) for run in range(runs)]
+        self._finished = [_names(f"f{run}", 2) for run in range(runs)]
+        parts = (self._chunks, self._batches, self._settled, self._finished)
+        self._columns = [f"m_{column}" for column in _META_COLUMNS]
+        self._columns += [column for part in parts for row in part for column in row]
+        self.insert = f"INSERT INTO {name} VALUES({', '.join('?' * len(self._columns))})"
+
+    def create(self, db: sqlite3.Connection) -> None:
+        """Makes it, with its triggers."""
+        columns = ", ".join(f"NULL AS {column}" for column in self._columns)
+        db.execute(f"CREATE TEMP VIEW {self.name} AS SELECT {columns}")
+        for row in self._chunks:
+            # One by one: a row that another statement selects would be copied on its way.
+            self._trigger(db, row[0], f"INSERT INTO chunks VALUES({_new(row)})", row[0])
+        self._trigger(db, "meta", f"UPDATE meta SET {_assigned()}", "m_crc")  # noqa: S608
+        for row in self._batches:
+            self._trigger(db, row[0], f"INSERT INTO batches VALUES({_new(row)})", row[0])
+        for run in self._settled:
+            within = "number BETWEEN new.{} AND new.{}".format(*run)
+            gone = (f"DELETE FROM {table} WHERE {within}" for table in ("batches", "failing"))  # noqa: S608
+            self._trigger(db, run[0], "; ".join(gone), run[0])
+        for run in self._finished:
+            gone_chunks = "DELETE FROM chunks WHERE id BETWEEN new.{} AND new.{}".format(*run)  # noqa: S608
+            self._trigger(db, run[0], gone_chunks, run[0])
+
+    def _trigger(self, db: sqlite3.Connection, name: str, does: str, given: str) -> None:
+        db.execute(
+            f"CREATE TEMP TRIGGER {self.name}_{name} INSTEAD OF INSERT ON {self.name}"
+            f" WHEN new.{given} IS NOT NULL BEGIN {does}; END"
+        )
+
+
+def _names(prefix: str, columns: int) -> list[str]:
+    return [f"{prefix}_{column}" for column in range(columns)]
+
+
+def _new(names: Sequence[str]) -> str:
+    return ", ".join(f"new.{name}" for name in names)
+
+
+def _assigned() -> str:
+    return ", ".join(f"{column} = new.m_{column}" for column in _META_COLUMNS)
+
+
+_SMALL = _View("small_commit", 1, 1)
+_LARGE = _View("large_commit", 8, 4)
+
+
+def prepare_commits(db: sqlite3.Connection) -> None:
+    """Makes the views for a connection that writes."""
+    for view in (_SMALL, _LARGE):
+        view.create(db)
+
+
+class CommitRows(NamedTuple):
+    """The rows that most commits write.
+
+    Attributes:
+        meta: the counters of `COUNTERS`, and their checksum.
+        chunks: that come.
+        batches: that come.
+        settled: runs of numbers of batches that go, first and last.
+        finished: runs of chunks that go.
+    """
+
+    meta: Sequence[int]
+    chunks: Sequence[Sequence[object]]
+    batches: Sequence[Sequence[object]]
+    settled: Sequence[tuple[int, int]]
+    finished: Sequence[tuple[int, int]]
+
+    def fits(self, view: _View = _LARGE) -> bool:
+        """Tells if one statement writes all of them, which is a transaction by itself."""
+        rows, runs = len(self.chunks), len(self.settled)
+        rows = max(rows, len(self.batches))
+        runs = max(runs, len(self.finished))
+        return rows <= view.rows and runs <= view.runs
+
+    def write(self, db: sqlite3.Connection) -> None:
+        """Writes all of them, on a connection that was prepared.
+
+        Raises:
+            sqlite3.Error: nothing of the last statement was written.
+        """
+        view = _SMALL if self.fits(_SMALL) else _LARGE
+        for row in self._rows(view):
+            db.execute(view.insert, row)
+
+    def _rows(self, view: _View) -> Iterator[list[object]]:
+        parts = (
+            (self.chunks, view.rows, _CHUNK_COLUMNS),
+            (self.batches, view.rows, _BATCH_COLUMNS),
+            (self.settled, view.runs, 2),
+            (self.finished, view.runs, 2),
+        )
+        number = 0
+        while not number or any(len(values) > number * room for values, room, _ in parts):
+            row: list[object] = [None] * len(_META_COLUMNS) if number else [*self.meta]
+            for values, room, columns in parts:
+                some = values[number * room : (number + 1) * room]
+                for value in some:
+                    row += value
+                row += [None] * ((room - len(some)) * columns)
+            yield row
+            number += 1

@@ -11,6 +11,7 @@ Nothing here knows threads or the event loop; a connection belongs to its opener
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import sqlite3
@@ -57,6 +58,8 @@ SHRINK_BYTES = 16 << 20
 """A file with more free pages than this, and less else, is made smaller when it is closed."""
 CHECKED_BYTES_MAX = 16 << 20
 """A file up to this size is looked at page by page at a start, which takes milliseconds."""
+LOOK_SECONDS = 0.05
+"""How often, while one commit follows the other, it is read what else has changed."""
 READ_CHUNKS = 4096
 """Most chunks that one read brings into memory."""
 
@@ -89,6 +92,7 @@ class KeyChange(NamedTuple):
 
 
 _NO_CHANGE = KeyChange()
+_NOT_MOVED = Moved()
 
 
 class Write(NamedTuple):
@@ -160,7 +164,8 @@ class Store:
 
     Attributes:
         meta: the moving row after the last commit.
-        dead: the dead letters after it.
+        dead: the dead letters after it, or shortly before it.
+        reusable: bytes of free pages in the file then: the next rows go there first.
         moved: what it did to dead letters that were there before.
         bookmarks: what there is of them after it.
         keys: the idempotency keys that are there after it, expired ones included.
@@ -176,7 +181,9 @@ class Store:
         self.connection = connect(path, cache_kib=WRITER_CACHE_KIB)
         try:
             self.id, self.meta = self._open()
-            self.dead, self.moved = letters.totals(self.connection), Moved()
+            schema.prepare_commits(self.connection)
+            self.dead, self.moved = letters.totals(self.connection), _NOT_MOVED
+            self.reusable, self._looked_at = self._reusable_bytes(), 0.0
             self.bookmarks = offsets.totals(self.connection)
             self.keys = _key_totals(self.connection)
         except BaseException:
@@ -227,8 +234,12 @@ class Store:
         # The file's name must survive a power cut as surely as its content.
         sync_folder(self.path.parent)
 
-    def write(self, write: Write) -> KeyChange:
+    def write(self, write: Write, *, hurried: bool = False) -> KeyChange:
         """Applies everything in one transaction and returns once it is synced.
+
+        Args:
+            write: everything.
+            hurried: another commit follows at once, and may do what need not be done each time.
 
         Returns:
             The idempotency keys that went.
@@ -237,34 +248,52 @@ class Store:
             sqlite3.Error: nothing was applied; `meta` is unchanged.
         """
         db = self.connection
+        if _is_plain(write):
+            meta = _advance(self.meta, write, _NOT_MOVED)
+            rows = _rows(write, self.id, meta)
+            if rows.fits():
+                rows.write(db)
+                self.meta, self.moved = meta, _NOT_MOVED
+                self._look(hurried=hurried)
+                return _NO_CHANGE
         gone = _NO_CHANGE
         db.execute("BEGIN IMMEDIATE")
         try:
             write, moved = _move_letters(db, self.meta, write, self._invalid)
             meta = _advance(self.meta, write, moved)
-            _insert(db, write)
+            _write_others(db, write)
             if write.invalid:
                 moved = _insert_invalid(db, write.invalid, moved, self._invalid.bytes_max)
-            _remove(db, write)
+            _rows(write, self.id, meta).write(db)
             if write.claims or write.sweep:
                 gone = _change_keys(db, write)
             marked = self.bookmarks
             if write.bookmarks:
                 marked = offsets.put(db, write.bookmarks, marked)
-            write_meta(db, self.id, meta)
-            dead = letters.totals(db)
             db.execute("COMMIT")
         except BaseException:
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
-        self.meta, self.dead, self.moved, self.bookmarks = meta, dead, moved, marked
+        self.meta, self.moved, self.bookmarks = meta, moved, marked
+        self._look(hurried=False)
         if write.claims or gone.count:
             self.keys = KeyChange(
                 self.keys.count + len(write.claims) - gone.count,
                 self.keys.bytes + sum(size_of(claim) for claim in write.claims) - gone.bytes,
             )
         return gone
+
+    def _look(self, *, hurried: bool) -> None:
+        """Reads what other processes change as well, and what only says how much room there is."""
+        now = time.monotonic()
+        if hurried and now - self._looked_at < LOOK_SECONDS:
+            return
+        self._looked_at = now
+        # Nothing of it decides about the commit, which is done.
+        with contextlib.suppress(sqlite3.Error):
+            self.dead = letters.totals(self.connection)
+            self.reusable = self._reusable_bytes()
 
     def recovered(self, failed: Future[None]) -> Recovered:
         """Reads what is to be done; `failed` is the journal's."""
@@ -313,8 +342,7 @@ class Store:
         (chunks,) = self.connection.execute("SELECT chunk_bytes FROM meta").fetchone()
         return chunks  # type: ignore[no-any-return]
 
-    def reusable_bytes(self) -> int:
-        """Returns the bytes of free pages in the file: the next rows go there first."""
+    def _reusable_bytes(self) -> int:
         (pages,) = self.connection.execute("PRAGMA freelist_count").fetchone()
         return int(pages) * PAGE_BYTES
 
@@ -342,7 +370,7 @@ class Store:
         """
         db = self.connection
         (pages,) = db.execute("PRAGMA page_count").fetchone()
-        free = self.reusable_bytes()
+        free = self._reusable_bytes()
         if free < SHRINK_BYTES or int(pages) * PAGE_BYTES - free > SHRINK_BYTES:
             return
         until = time.monotonic() + seconds
@@ -405,12 +433,16 @@ def meta_of(counters: Sequence[int]) -> Meta:
 
 def write_meta(db: sqlite3.Connection, journal: str, meta: Meta) -> None:
     """Writes the one moving row, with its checksum."""
-    counters = (*meta.ledger, *meta.cursor, meta.last_chunk, meta.next_batch)
     db.execute(
         "UPDATE meta SET accepted=?, processed=?, dead=?, refused=?,"
         " cursor_chunk=?, cursor_record=?, last_chunk=?, next_batch=?, crc=?",
-        (*counters, schema.meta_checksum(journal, counters)),
+        _meta_row(journal, meta),
     )
+
+
+def _meta_row(journal: str, meta: Meta) -> tuple[int, ...]:
+    counters = (*meta.ledger, *meta.cursor, meta.last_chunk, meta.next_batch)
+    return (*counters, schema.meta_checksum(journal, counters))
 
 
 def _advance(meta: Meta, write: Write, moved: Moved) -> Meta:
@@ -440,44 +472,51 @@ def _new_batches(write: Write) -> list[Sealed]:
     return [*sealed, *(batch for settle in write.settled for batch in settle.successors)]
 
 
-def _insert(db: sqlite3.Connection, write: Write) -> None:
-    if write.chunks:
-        db.executemany(
-            "INSERT INTO chunks VALUES(?,?,?,?,?,?,?,?,?,?)", [chunk_row(c) for c in write.chunks]
-        )
-    if not (write.sealed or write.postponed or write.settled):
-        return
-    sealed = _new_batches(write)
-    if sealed:
-        rows = [batch_row(b, write.at) for b in sealed]
-        db.executemany("INSERT INTO batches VALUES(?,?,?,?,?,?,?,?)", rows)
-    failing = [b for b in (*sealed, *write.postponed) if b.failing.seconds or b.failing.counted]
+def _is_plain(write: Write) -> bool:
+    """Tells if a commit has nothing but chunks, batches, and batches that are done."""
+    if write.invalid or write.postponed or write.claims or write.bookmarks or write.sweep:
+        return False
+    if write.requeue_at is not None or write.expire is not None:
+        return False
+    if any(settle.dead or settle.damaged or settle.successors for settle in write.settled):
+        return False
+    return not any(_has_failed(seal.batch) for seal in write.sealed)
+
+
+def _has_failed(batch: Sealed) -> bool:
+    return bool(batch.failing.seconds or batch.failing.counted)
+
+
+def _rows(write: Write, journal: str, meta: Meta) -> schema.CommitRows:
+    """The rows of chunks and batches, and the one moving row."""
+    return schema.CommitRows(
+        _meta_row(journal, meta),
+        [chunk_row(chunk) for chunk in write.chunks],
+        [batch_row(batch, write.at) for batch in _new_batches(write)],
+        list(_runs([settle.batch for settle in write.settled])),
+        list(_runs([chunk for settle in write.settled for chunk in settle.finished])),
+    )
+
+
+def _write_others(db: sqlite3.Connection, write: Write) -> None:
+    """Writes what becomes of batches beside the rows that come and go."""
+    failing = [b for b in (*_new_batches(write), *write.postponed) if _has_failed(b)]
     if failing:
         db.executemany(
             "INSERT OR REPLACE INTO failing VALUES(?,?,?)",
             [(b.number, *b.failing) for b in failing],
         )
-    for settlement in write.settled:
-        if settlement.dead:
-            letters.insert(db, settlement.dead)
-
-
-def _remove(db: sqlite3.Connection, write: Write) -> None:
     if write.postponed:
         db.executemany(
             "UPDATE batches SET attempts=?, due_at=?, wait=? WHERE number=?",
             [(b.attempts, b.due_at, _wait(b, write.at), b.number) for b in write.postponed],
         )
-    if write.settled:
-        numbers = [(s.batch,) for s in write.settled]
-        db.executemany("DELETE FROM batches WHERE number=?", numbers)
-        db.executemany("DELETE FROM failing WHERE number=?", numbers)
-        damaged = [(chunk,) for s in write.settled for chunk in s.damaged]
-        if damaged:
-            db.executemany("INSERT OR IGNORE INTO damaged SELECT * FROM chunks WHERE id=?", damaged)
-        finished = [(chunk,) for s in write.settled for chunk in s.finished]
-        if finished:
-            db.executemany("DELETE FROM chunks WHERE id=?", finished)
+    for settlement in write.settled:
+        if settlement.dead:
+            letters.insert(db, settlement.dead)
+    damaged = [(chunk,) for s in write.settled for chunk in s.damaged]
+    if damaged:
+        db.executemany("INSERT OR IGNORE INTO damaged SELECT * FROM chunks WHERE id=?", damaged)
 
 
 def _change_keys(db: sqlite3.Connection, write: Write) -> KeyChange:

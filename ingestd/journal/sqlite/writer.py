@@ -238,7 +238,7 @@ class JournalWriter:
         started = time.perf_counter()
         write, places = self._plan(ops)
         try:
-            gone = self._store.write(write)
+            gone = self._store.write(write, hurried=not self._waiting.empty())
         except Exception as error:  # noqa: BLE001  whatever it is, it decides about the journal
             self._failed(ops, error)
             return
@@ -270,7 +270,7 @@ class JournalWriter:
                 dead=self._store.dead,
                 moved=moved,
                 at=write.at,
-                reusable=self._store.reusable_bytes(),
+                reusable=self._store.reusable,
                 bookmarks=self._store.bookmarks,
             )
         )
