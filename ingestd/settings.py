@@ -8,6 +8,7 @@ A component's section is in its own folder, those of a pipeline are in `pipeline
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union
 
@@ -90,12 +91,7 @@ def pipeline_name(value: str) -> str:
 PipelineName = Annotated[str, AfterValidator(pipeline_name)]
 
 
-def source_name(value: str) -> str:
-    """See `own_name`."""
-    return own_name(value, "a source")
-
-
-SourceName = Annotated[str, AfterValidator(source_name)]
+SourceName = Annotated[str, AfterValidator(partial(own_name, what="a source"))]
 
 
 class SourceSettings(Section):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field, SecretStr
@@ -73,18 +74,8 @@ def check_kept(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def token_name(value: str) -> str:
-    """See `own_name`."""
-    return own_name(value, "a token")
-
-
-def webhook_name(value: str) -> str:
-    """See `own_name`."""
-    return own_name(value, "a webhook")
-
-
-TokenName = Annotated[str, AfterValidator(token_name)]
-WebhookName = Annotated[str, AfterValidator(webhook_name)]
+TokenName = Annotated[str, AfterValidator(partial(own_name, what="a token"))]
+WebhookName = Annotated[str, AfterValidator(partial(own_name, what="a webhook"))]
 
 
 class TlsSettings(Section):

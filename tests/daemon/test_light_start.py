@@ -33,7 +33,6 @@ NOT_NEEDED = (
     "ingestd.journal.sqlite.check",
     "ingestd.prove",
     "ingestd.sinks",
-    "ingestd.sources.fetch.body",
     "ingestd.sources.fetch.client",
     "ingestd.sources.fetch.download",
     "ingestd.sources.fetch.source",

@@ -18,7 +18,7 @@ from ingestd.base.envelope import Envelope, pack
 from ingestd.base.logging import get_logger
 from ingestd.sources.fetch import concurrency
 from ingestd.sources.fetch.appends import Appends
-from ingestd.sources.fetch.body import Ending, pieces
+from ingestd.sources.fetch.client import Ending, pieces
 from ingestd.sources.fetch.decoders import NOTHING, EventDecoder, LineDecoder
 from ingestd.sources.fetch.failure import (
     DownloadFailed,
