@@ -139,6 +139,7 @@ SINKS = Components(
         "postgres": "ingestd.sinks.postgres.sink:PostgresSink",
         "sqlite": "ingestd.sinks.sqlite:SqliteSink",
         "elasticsearch": "ingestd.sinks.elasticsearch:ElasticsearchSink",
+        "kafka": "ingestd.sinks.kafka:KafkaSink",
     },
 )
 HANDLERS = Components("handler", "ingestd.handlers", {})

@@ -33,6 +33,7 @@ class SinkAdapter:
         executor: that the sink runs in where it is not chosen.
         environ: of a daemon with this sink.
         can_be_killed: the other side is a process, see `kill`.
+        is_slow: it needs packages that only `.ci/run` installs.
     """
 
     target = ""
@@ -42,6 +43,7 @@ class SinkAdapter:
     executor = "thread"
     can_be_killed = False
     environ: dict[str, str] = {}  # noqa: RUF012
+    is_slow = False
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -24,7 +24,10 @@ KILLER = "tests.sinks.contract.killer:"
 QUICK = ("--retry.backoff", "50ms", "--retry.backoff_max", "200ms", "--batch.age_max", "50ms")
 
 
-@pytest.fixture(params=adapters(), ids=lambda kind: kind.target)
+@pytest.fixture(params=[
+    pytest.param(kind, id=kind.target, marks=[pytest.mark.slow] if kind.is_slow else [])
+    for kind in adapters()
+])  # fmt: skip
 def sink(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SinkAdapter]:
     one: SinkAdapter = request.param(tmp_path)
     yield one
