@@ -87,26 +87,28 @@ def add_settings(parser: Parser, argv: Sequence[str]) -> None:
             text = f"{field.description}: {', '.join(keys[:_KEYS_SHOWN])}{more}"
             _add(group, f"--{table}.NAME.KEY", f"{table}.NAME.KEY", "VALUE", text)
     parser.epilog = f"sinks: {', '.join(SINKS.names())}; with one, the flags of its options follow"
+    taken: set[str] = set()
     for target in [word for word in SINKS.own if {word, f"--handler.target={word}"} & set(argv)]:
-        _add_options(parser, target)
-    taken = parser._option_string_actions  # noqa: SLF001
+        taken |= _add_options(parser, target)
     for flag in _own_names(argv):
-        if flag in taken:
-            continue
-        _add(group, flag, flag.removeprefix("--"), "VALUE", argparse.SUPPRESS)
+        if flag not in taken:
+            _add(group, flag, flag.removeprefix("--"), "VALUE", argparse.SUPPRESS)
 
 
-def _add_options(parser: argparse.ArgumentParser, sink: str) -> None:
-    """Adds the flags of a sink's options."""
+def _add_options(parser: argparse.ArgumentParser, sink: str) -> set[str]:
+    """Adds the flags of a sink's options, and returns them."""
     struct = options_of(own_sink(sink))
     if struct is None:
-        return
+        return set()
+    flags = set()
     group = parser.add_argument_group(f"options of {sink}")
     for one in struct.help():
         known = f" [{one.default}]" if one.default else ""
         flag = f"--handler.options.{one.name}"
         text = f"{one.text}{known if one.default is not None else ' (required)'}"
         _add(group, flag, flag[2:], one.kind.upper(), text.replace("%", "%%"))
+        flags.add(flag)
+    return flags
 
 
 def add_data_dir(parser: argparse.ArgumentParser) -> None:

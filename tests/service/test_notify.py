@@ -138,14 +138,14 @@ def test_a_manager_that_is_busy_hears_the_change_later(tmp_path: Path) -> None:
 
 
 class Told:
-    """What a herald says at each turn."""
+    """What the notifier says at each turn."""
 
     def __init__(self, tmp_path: Path, watchdog: float = 0.0) -> None:
         self.said: list[str] = []
         self.effort = Effort(0.0, 0)
         notifier = Notifier(f"{tmp_path}/notify", watchdog)
         notifier.tell = lambda *lines: self.said.extend(lines)  # type: ignore[method-assign]
-        self.herald = ServiceNotifier(notifier, lambda: self.effort)
+        self.notifying = ServiceNotifier(notifier, lambda: self.effort)
 
     def turn(self, at: float, **facts: object) -> list[str]:
         self.said.clear()
@@ -153,7 +153,7 @@ class Told:
             "state": "running", "hung": "", "leave_by": None,
             "accepted": 0, "processed": 0, "pending": 0,
         }  # fmt: skip
-        self.herald.turn(ServiceState(**{**standing, **facts}), at)  # type: ignore[arg-type]
+        self.notifying.turn(ServiceState(**{**standing, **facts}), at)  # type: ignore[arg-type]
         return self.said
 
 

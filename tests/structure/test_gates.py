@@ -46,6 +46,7 @@ def test_a_circle_and_a_repeated_class_are_found(tmp_path) -> None:
     (folder / "b.py").write_text(
         "import json\nfrom ingestd import a\nfrom xml import sax\n"
         "class One: x = json._hidden, sax._more\n"
+        "y = One()._kept  # noqa: SLF001\n"
     )
     house = gates.read(tmp_path)
     assert gates.circles(house) == [["ingestd.a", "ingestd.b"]]
@@ -53,5 +54,6 @@ def test_a_circle_and_a_repeated_class_are_found(tmp_path) -> None:
     assert gates.private_uses(house) == [
         "ingestd.b:4 json._hidden",
         "ingestd.b:4 sax._more",
+        "ingestd.b:5 SLF001",
     ]
     assert gates.single_importers(house) == ["ingestd.a", "ingestd.b"]
