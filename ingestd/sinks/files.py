@@ -12,6 +12,8 @@ Writers are threads and processes that know nothing of each other, so the rules 
 * What stands behind the last LF was torn by a crash. Its batch was not acknowledged and comes
   again, so the next one to hold the lock cuts it off.
 * A write that fails, for want of space say, is cut off by the writer itself.
+* A batch with names goes through the folder's ledger (`ledger.py`), whose lock comes first: then
+  whole lines that a crash left of it are cut off as well, and it is there once.
 """
 
 from __future__ import annotations
@@ -24,14 +26,16 @@ import re
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from ingestd.base.files import make_folder, open_private, sync_folder
+from ingestd.sinks.ledger import NAME as LEDGER
+from ingestd.sinks.ledger import BatchLedger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 
 _LOG = logging.getLogger(__name__)
@@ -58,6 +62,7 @@ class Folder:
         rotate_bytes: a file is set aside before a write would make it longer than this.
         now: seconds since the epoch.
         set_aside: called after a file of this folder stopped being written to.
+        ledger: of the folder; batches with names need it.
     """
 
     def __init__(
@@ -67,6 +72,7 @@ class Folder:
         rotate_bytes: int,
         now: Callable[[], float] = time.time,
         set_aside: Callable[[], None] = lambda: None,
+        ledger: BatchLedger | None = None,
     ) -> None:
         self.path = path
         self._rotate_bytes = rotate_bytes
@@ -74,13 +80,31 @@ class Folder:
         self._set_aside = set_aside
         self._fd = -1
         self._file = path
+        self._ledger = ledger
+        self._looked = False
 
-    def append(self, lines: bytes) -> None:
+    def append(self, lines: bytes, names: Sequence[str] = ()) -> None:
         """Appends whole lines to the file of this hour; they are on disk when this returns.
+
+        Args:
+            lines: of one batch.
+            names: of the batches that it was split from and, last, its own: if one of them is in
+                the ledger, nothing is written. Without names it is written in any case.
 
         Raises:
             OSError: nothing of it was written, or what was written has been cut off again.
         """
+        if not names or self._ledger is None:
+            self._append(lines, None)
+            return
+        with self._ledger.locked() as ledger:
+            if not self._looked:
+                cut_unfinished(ledger)
+                self._looked = True
+            if not ledger.has(names):
+                self._append(lines, ledger, names[-1])
+
+    def _append(self, lines: bytes, ledger: BatchLedger | None, name: str = "") -> None:
         while True:
             file = self.path / f"{hour_of(self._now())}.jsonl"
             if file != self._file or self._fd < 0:
@@ -88,23 +112,38 @@ class Folder:
             with self._locked() as is_current:
                 if not is_current:
                     continue  # set aside or removed by another writer: open the new one
-                size = os.fstat(self._fd).st_size
+                size = ledger.settle(file, self._fd) if ledger else os.fstat(self._fd).st_size
                 if not size or size + len(lines) <= self._rotate_bytes:
                     self._write(lines, size)
+                    if ledger:
+                        self._enter(ledger, name, file, size, len(lines))
                     return
                 set_aside(file)
-            self.close()
+            self._close_file()
             self._set_aside()
 
+    def _enter(self, ledger: BatchLedger, name: str, file: Path, size: int, written: int) -> None:
+        try:
+            ledger.enter(name, file, size + written)
+        except BaseException:
+            with suppress(OSError):  # else the next writer cuts it off
+                os.ftruncate(self._fd, size)
+            raise
+
     def close(self) -> None:
-        """Closes the open file; the next `append` opens it again."""
+        """Closes the open files; the next `append` opens them again."""
+        if self._ledger is not None:
+            self._ledger.close()
+        self._close_file()
+
+    def _close_file(self) -> None:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
     def _open(self, file: Path) -> None:
         if self._fd >= 0:
-            self.close()
+            self._close_file()
             self._set_aside()
         make_folder(self.path)
         self._fd = open_private(file, os.O_RDWR | os.O_CREAT | os.O_APPEND)
@@ -122,12 +161,12 @@ class Folder:
                 cut_torn_tail(self._file, self._fd)
             yield is_current
         except BaseException:
-            self.close()
+            self._close_file()
             raise
         if self._fd >= 0:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
             if not is_current:
-                self.close()
+                self._close_file()
 
     def _write(self, lines: bytes, size: int) -> None:
         try:
@@ -142,6 +181,15 @@ class Folder:
             except OSError:  # then the next one to lock the file finds the torn tail
                 pass
             raise
+
+
+def cut_unfinished(ledger: BatchLedger) -> None:
+    """Cuts what a crash left of a batch off the files that are not being written any more."""
+    for file in ledger.unfinished():
+        with suppress(FileNotFoundError), file.open("r+b") as opened:
+            fcntl.flock(opened, fcntl.LOCK_EX)
+            if is_same(file, opened.fileno()):
+                ledger.settle(file, opened.fileno())
 
 
 def is_same(file: Path, fd: int) -> bool:
@@ -291,6 +339,12 @@ class Compressor:
             plan = plan_packing([file.name for file in self._path.iterdir()], hour_of(self._now()))
             for name in plan.remove:
                 (self._path / name).unlink(missing_ok=True)
+            if plan.set_aside and (self._path / LEDGER).exists():
+                # With all that is finished, and nothing else.
+                ledger = BatchLedger(self._path)
+                with ledger.locked():
+                    cut_unfinished(ledger)
+                ledger.close()
             retired = [_retire(self._path / name) for name in plan.set_aside]
             for file in (*[self._path / name for name in plan.pack], *retired):
                 if file is not None and not self._closed:

@@ -11,8 +11,9 @@ from msgspec import Meta
 from ingestd.handlers.batch import Batch  # noqa: TC001  the loader reads the annotations
 from ingestd.handlers.context import Context
 from ingestd.handlers.options import FilePath, Size
-from ingestd.sinks.base import SinkOptions
+from ingestd.sinks.base import SinkOptions, ids_of
 from ingestd.sinks.files import Compressor, Folder
+from ingestd.sinks.ledger import BatchLedger
 from ingestd.sinks.tables import lines
 
 if TYPE_CHECKING:
@@ -44,8 +45,7 @@ class JsonlSink:
     """Appends each batch to the file of this hour (UTC) and syncs it.
 
     Any number of these, in threads and processes, may write to the same folder. A batch that comes
-    again after a crash is written again: at least once. Folders are made with mode 0700, files
-    with 0600.
+    again, also in parts, is in the files once. Folders are made with mode 0700, files with 0600.
     """
 
     # Seconds since the epoch; a subclass may have another clock.
@@ -61,7 +61,13 @@ class JsonlSink:
         self._compressor = Compressor(folder, compress, self.now) if compress != "none" else None
         wake = self._compressor.wake if self._compressor else (lambda: None)
         size = options.rotate_bytes
-        self._folder = Folder(folder, rotate_bytes=size, now=self.now, set_aside=wake)
+        self._folder = Folder(
+            folder,
+            rotate_bytes=size,
+            now=self.now,
+            set_aside=wake,
+            ledger=BatchLedger(folder),
+        )
 
     def __call__(self, batch: Batch[bytes]) -> None:
         """Writes the batch.
@@ -69,7 +75,7 @@ class JsonlSink:
         Raises:
             OSError: it is not in the file, not even in part.
         """
-        self._folder.append(lines(batch.records, self._format))
+        self._folder.append(lines(batch.records, self._format), ids_of(batch))
 
     def close(self) -> None:
         """Closes the file and ends the compression."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import time
 from typing import TYPE_CHECKING
 
@@ -15,11 +16,12 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def batch() -> Callable[..., Batch[bytes]]:
-    """A batch of raw records, as the sink gets it."""
+    """A batch of raw records, as the sink gets it; each has an id of its own."""
+    numbers = itertools.count(1)
 
     def batch(items: Sequence[bytes], *, sized: bool = False) -> Batch[bytes]:
         records = Records.sized(items) if sized else Records.lines(items)
-        return Batch(items, Job("j-1", 1, records, [Span(1, 0, len(items))], "j"))
+        return Batch(items, Job(f"j-{next(numbers)}", 1, records, [Span(1, 0, len(items))], "j"))
 
     return batch
 

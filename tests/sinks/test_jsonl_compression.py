@@ -22,7 +22,9 @@ READ = {"gzip": (".gz", gzip.decompress), "zstd": (".zst", zstd.decompress)}
 
 
 def names(path: Path) -> list[str]:
-    return sorted(file.name for file in path.iterdir() if file.name != ".compress.lock")
+    return sorted(
+        file.name for file in path.iterdir() if file.name not in {".compress.lock", ".batches"}
+    )
 
 
 class At(JsonlSink):

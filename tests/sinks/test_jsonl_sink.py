@@ -112,10 +112,10 @@ def test_sizes_as_people_write_them(tmp_path: Path, batch) -> None:
     sink = JsonlSink(JsonlOptions.of(path=str(tmp_path), rotate_bytes="1KiB"))
     sink(batch([b"1" * 1000]))
     sink(batch([b"2" * 22]))
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("*.jsonl"))) == 1
     sink(batch([b"3"]))
     sink.close()
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("*.jsonl"))) == 2
 
 
 @pytest.mark.parametrize("executor", ["thread", "process"])
@@ -153,7 +153,8 @@ sink = JsonlSink(JsonlOptions.of(path=sys.argv[1], rotate_bytes=20_000))
 for number in range(40):
     items = [b'{"writer":"%s","batch":%d,"place":%d}' % (sys.argv[2].encode(), number, place)
              for place in range(25)]
-    sink(Batch(items, Job("j", 1, Records.lines(items), [Span(1, 0, 25)], "j")))
+    name = f"{sys.argv[2]}-{number}"
+    sink(Batch(items, Job(name, 1, Records.lines(items), [Span(1, 0, 25)], "j")))
 sink.close()
 """
 
@@ -180,7 +181,7 @@ def test_threads_and_processes_write_to_one_folder(tmp_path: Path, batch) -> Non
     assert [process.wait() for process in processes] == [0, 0, 0]
 
     found = []
-    for file in tmp_path.iterdir():
+    for file in tmp_path.glob("*.jsonl"):
         assert file.stat().st_size <= 20_000
         rows = [json.loads(line) for line in file.read_bytes().splitlines()]
         assert len(rows) % 25 == 0

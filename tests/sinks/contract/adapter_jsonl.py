@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 class Adapter(SinkAdapter):
     target = "jsonl"
-    exactly_once = False
 
     def options(self) -> dict[str, Any]:
         return {"path": str(self.folder / "lines")}
