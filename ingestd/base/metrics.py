@@ -13,11 +13,13 @@ Names follow https://prometheus.io/docs/practices/naming/: base units, `_total` 
 from __future__ import annotations
 
 import platform
+from bisect import bisect_left
+from itertools import accumulate
 from operator import attrgetter
 from typing import TYPE_CHECKING, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
@@ -156,10 +158,6 @@ class _Families:
         self._registry = registry
         count, observe = self._counter, self._histogram
         # sources
-        self.requests = count("http_requests_total", "HTTP requests answered.", "route", "code")
-        self.request_seconds = observe(
-            "http_request_duration_seconds", "From head to answer.", _REQUEST_SECONDS, "route"
-        )
         self.accepted_bytes = count("accepted_bytes_total", "Payload bytes made durable.")
         self.invalid_bytes = count(
             "invalid_bytes_total", "Payload bytes of invalid records that are kept.", *_BY_REASON
@@ -206,20 +204,55 @@ class _Families:
 
 
 class RouteMetrics:
-    """The requests of one route. From `Metrics.route`."""
+    """The requests of one route. From `Metrics.route`; to be called on one thread.
 
-    __slots__ = ("_classes", "_seconds")
+    The numbers are plain integers, which a scrape reads: they move with every request.
 
-    def __init__(self, route: str, families: _Families) -> None:
-        self._classes = tuple(
-            families.requests.labels(route, f"{first}xx") for first in range(2, 6)
+    Attributes:
+        classes: requests by the first digit of their status, from 2 to 5.
+        buckets: requests by `_REQUEST_SECONDS`, the last ones beyond all of these.
+        seconds: of all requests.
+    """
+
+    __slots__ = ("buckets", "classes", "seconds")
+
+    def __init__(self) -> None:
+        self.classes = [0] * 4
+        self.buckets = [0] * (len(_REQUEST_SECONDS) + 1)
+        self.seconds = 0.0
+
+    def answered(self, status: int, seconds: float, requests: int = 1) -> None:
+        """Requests got their answers, each `seconds` after its head was read."""
+        self.classes[min(max(status // 100, 2), 5) - 2] += requests
+        self.buckets[bisect_left(_REQUEST_SECONDS, seconds)] += requests
+        self.seconds += seconds * requests
+
+
+class _Routes(Collector):
+    """Reads the requests of all routes at each scrape."""
+
+    def __init__(self) -> None:
+        self.routes: dict[str, RouteMetrics] = {}
+
+    def describe(self) -> Iterable[Metric]:
+        """No names in advance: the registry would otherwise collect to learn them."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            "ingestd_http_requests_total", "HTTP requests answered.", labels=["route", "code"]
         )
-        self._seconds = families.request_seconds.labels(route)
-
-    def answered(self, status: int, seconds: float) -> None:
-        """One request got its answer, `seconds` after its head was read."""
-        self._classes[min(max(status // 100, 2), 5) - 2].inc()
-        self._seconds.observe(seconds)
+        seconds = HistogramMetricFamily(
+            "ingestd_http_request_duration_seconds", "From head to answer.", labels=["route"]
+        )
+        bounds = [*map(str, map(float, _REQUEST_SECONDS)), "+Inf"]
+        for route, counted in self.routes.items():
+            for first, count in enumerate(counted.classes, 2):
+                requests.add_metric([route, f"{first}xx"], count)
+            sums = list(accumulate(counted.buckets))
+            seconds.add_metric([route], list(zip(bounds, sums, strict=True)), counted.seconds)
+        yield requests
+        yield seconds
 
 
 class PipelineMetrics:
@@ -310,9 +343,10 @@ class Metrics:
     def __init__(self, version: str) -> None:
         self._registry = CollectorRegistry()
         self._watcher = _Watcher()
-        self._routes: dict[str, RouteMetrics] = {}
+        self._routes = _Routes()
         self._pipelines: dict[str, PipelineMetrics] = {}
         self._registry.register(self._watcher)
+        self._registry.register(self._routes)
         ProcessCollector(registry=self._registry)
         self._families = _Families(self._registry)
         build = Gauge(
@@ -330,9 +364,7 @@ class Metrics:
 
     def route(self, route: str) -> RouteMetrics:
         """The requests of a route, named by its template (`/v1/records/{pipeline}`)."""
-        if route not in self._routes:
-            self._routes[route] = RouteMetrics(route, self._families)
-        return self._routes[route]
+        return self._routes.routes.setdefault(route, RouteMetrics())
 
     def pipeline(self, name: str) -> PipelineMetrics:
         """The metrics of the pipeline of that name; the same object every time."""

@@ -111,7 +111,7 @@ EXPECTED_BYTES = 64 * 1024
 _SPARE = 8
 
 
-class _ClientShare:
+class ClientShare:
     """Requests and bytes of one client."""
 
     __slots__ = ("address", "bytes", "lasting", "requests", "streams")
@@ -158,7 +158,7 @@ class AdmissionController:
         self._lasting_share = bytes_max * share / 2
         self._bytes_share = bytes_max * share
         self._requests_share = requests_max * share
-        self._clients: dict[str, _ClientShare] = {}
+        self._clients: dict[str, ClientShare] = {}
         self._turned_away: dict[str, float] = {}  # the last two clients, and until when it counts
         self._monotonic = monotonic
         self._drained = Rate(monotonic())
@@ -177,10 +177,36 @@ class AdmissionController:
         if over_share or self.requests >= self.requests_max:
             self._check_requests(address, over_share=over_share)
         if client is None:
-            client = self._clients[address] = _ClientShare(address)
+            client = self._clients[address] = ClientShare(address)
         client.requests = requests
         self.requests += 1
         return Reservation(self, client)
+
+    def enter_quickly(self, address: str, size: int) -> ClientShare | None:
+        """A place and bytes for a request that is here as a whole; `None` if a bound is near.
+
+        Args:
+            address: see `client_of`, which made it.
+            size: its bytes, which `leave` gives back with the place.
+        """
+        client = self._clients.get(address)
+        if self.requests >= self.requests_max:
+            return None
+        if client is not None:
+            if client.requests >= self._requests_share or client.bytes + size > self._bytes_share:
+                return None
+        elif size > self._bytes_share:
+            return None
+        with self._lock:
+            if self.bytes + size > self.bytes_max:
+                return None
+            self.bytes += size
+            if client is None:
+                client = self._clients[address] = ClientShare(address)
+            client.bytes += size
+        client.requests += 1
+        self.requests += 1
+        return client
 
     def _check_requests(self, address: str, *, over_share: bool) -> None:
         with self._lock:
@@ -191,7 +217,7 @@ class AdmissionController:
                 self._turn_away(address)
                 raise self._refusal(problem.BUSY, "http.requests_max")
 
-    def take(self, size: int, client: _ClientShare, own: int) -> None:
+    def take(self, size: int, client: ClientShare, own: int) -> None:
         """Takes bytes for one request, of which it has `own` already.
 
         Raises:
@@ -220,7 +246,7 @@ class AdmissionController:
         detail = f"more than http.inflight_bytes_max = {self.bytes_max} in one request"
         raise Problem(problem.PAYLOAD_TOO_LARGE, detail)
 
-    def keep(self, size: int, client: _ClientShare, own: int) -> None:
+    def keep(self, size: int, client: ClientShare, own: int) -> None:
         """Counts bytes as those of a stream between its pieces, of which it has `own` already.
 
         Args:
@@ -240,7 +266,7 @@ class AdmissionController:
             self._lasting += size
             client.lasting += size
 
-    def begin_stream(self, client: _ClientShare) -> bool:
+    def begin_stream(self, client: ClientShare) -> bool:
         """Counts a stream in, unless there are too many, or too many of its client's."""
         if self.streams >= self.streams_max or client.streams >= self._streams_share:
             return False
@@ -248,26 +274,26 @@ class AdmissionController:
         client.streams += 1
         return True
 
-    def end_stream(self, client: _ClientShare) -> None:
+    def end_stream(self, client: ClientShare) -> None:
         """Counts one out that was counted in."""
         self.streams -= 1
         client.streams -= 1
 
-    def give(self, size: int, client: _ClientShare) -> None:
+    def give(self, size: int, client: ClientShare) -> None:
         """Takes back what a request asked for and does not hold yet."""
         with self._lock:
             self.bytes -= size
             client.bytes -= size
 
-    def leave(self, client: _ClientShare, size: int) -> None:
-        """A request is over, and gives its bytes back; on the event loop."""
+    def leave(self, client: ClientShare, size: int, requests: int = 1) -> None:
+        """Requests of a client are over, and give their bytes back; on the event loop."""
         self.give_back(client, size)
-        self.requests -= 1
-        client.requests -= 1
+        self.requests -= requests
+        client.requests -= requests
         if not client.requests:
             del self._clients[client.address]
 
-    def give_back(self, client: _ClientShare, size: int) -> None:
+    def give_back(self, client: ClientShare, size: int) -> None:
         """A request gives bytes back."""
         with self._lock:
             self.bytes -= size
@@ -306,7 +332,7 @@ class Reservation:
 
     __slots__ = ("_admission", "_client", "_lasting", "base", "bytes")
 
-    def __init__(self, admission: AdmissionController, client: _ClientShare) -> None:
+    def __init__(self, admission: AdmissionController, client: ClientShare) -> None:
         self._admission = admission
         self._client = client
         self._lasting = 0

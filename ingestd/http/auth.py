@@ -257,6 +257,12 @@ class Authenticator:
             self._count(request)
             raise
 
+    def decides_by_head(self, request: Request) -> bool:
+        """Returns True if the bytes of its head alone decided that a request was let in."""
+        if self._hosts is not None and _is_unix(request):
+            return False
+        return self._anybody is not None or not request.protocol.has_certificate
+
     def explain_unknown(self, request: Request, schemes: Ways) -> Problem:
         """Returns the answer of a pipeline that does not exist.
 

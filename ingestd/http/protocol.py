@@ -51,6 +51,7 @@ from ingestd.http.tls import Secured
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from ingestd.http.known_heads import KnownHead
     from ingestd.http.server import Server
 
 log = get_logger()
@@ -84,6 +85,7 @@ class Connection(asyncio.Protocol):
     """
 
     __slots__ = (
+        "_answering",
         "_at",
         "_at_end",
         "_buffer",
@@ -96,6 +98,7 @@ class Connection(asyncio.Protocol):
         "_idle_timer",
         "_idle_until",
         "_incoming",
+        "_known",
         "_left",
         "_loop",
         "_messages",
@@ -141,6 +144,8 @@ class Connection(asyncio.Protocol):
         self._left = 0
         self._chunks: ChunkDecoder | None = None
         self._messages: deque[Request | Problem] = deque()
+        self._known: KnownHead | None = None  # the last one, for the next request
+        self._answering = False  # in a task, or by the source
         self._turn: asyncio.Future[None] | None = None
         self._task_handler: asyncio.Task[None] | None = None
 
@@ -219,7 +224,7 @@ class Connection(asyncio.Protocol):
     @property
     def is_busy(self) -> bool:
         """Returns True while a request is answered, or waits for that."""
-        return self._task_handler is not None or bool(self._messages)
+        return self._answering or bool(self._messages)
 
     @property
     def task(self) -> asyncio.Task[None] | None:
@@ -309,6 +314,9 @@ class Connection(asyncio.Protocol):
         """Parses what came, as far as there is room for requests, and answers the first one."""
         if self.last or self.half_closed:
             return
+        idle = not (self._answering or self._buffer or self._head_bytes or self._write_paused)
+        if idle and self._take_quickly(data):
+            return
         if self._incoming is not None:
             data = self._take_body(self._incoming, data)
         if data:
@@ -317,6 +325,24 @@ class Connection(asyncio.Protocol):
             self._parse()
         if self._buffer or self._messages or self._head_bytes or self.held:
             self._hold()
+
+    def _take_quickly(self, data: bytes) -> bool:
+        """Hands a whole request with a known head to the source; returns False for any other."""
+        known = self._known
+        body = known.body_of(data) if known is not None else None
+        if known is None or body is None:
+            known = self._server.heads.find(data)
+            if known is None or (body := known.body_of(data)) is None:
+                return False
+        if not known.generation.is_valid:
+            self._known = None
+            return False
+        self._known = known
+        self._answering = known.take(self, body)
+        if self._answering and self._head_timer is not None:
+            self._stop_head_timer()
+            self._server.spoke(self)
+        return self._answering
 
     def _parse(self) -> None:
         """Reads requests out of the buffer; the first one is begun if none is answered."""
@@ -330,7 +356,7 @@ class Connection(asyncio.Protocol):
             if request is None or not self._find_body(request):
                 break
             self._messages.append(request)
-            if self._task_handler is None:
+            if not self._answering:
                 self._begin()
         self.adjust_reading()
 
@@ -469,7 +495,7 @@ class Connection(asyncio.Protocol):
         if self.transport is None or self.transport.is_closing():
             return
         self._messages.append(found)
-        if self._task_handler is None:
+        if not self._answering:
             self._begin()
 
     def _drop_input(self) -> None:
@@ -516,6 +542,7 @@ class Connection(asyncio.Protocol):
 
     def _begin(self) -> None:
         """Answers the next request, in a task whose context is its own."""
+        self._answering = True
         self._task_handler = self._loop.create_task(self._respond())
 
     async def _respond(self) -> None:
@@ -550,6 +577,40 @@ class Connection(asyncio.Protocol):
             # To close now, with the body unread, would take the answer from the client.
             goes_on = await self._linger(asked.content) and goes_on
         return goes_on
+
+    def finish_quick(self, answer: bytes, *, close: bool, write_timeout: float) -> None:
+        """Writes the answer of a request that was taken quickly.
+
+        Args:
+            answer: head and body, without `Connection`.
+            close: the connection ends with it.
+            write_timeout: see `Response`.
+        """
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            self._answering = False
+            return
+        close = close or self.ending or self._is_last
+        if close:
+            answer = answer.replace(b"\r\n\r\n", b"\r\n" + CLOSE + b"\r\n", 1)
+        transport.write(answer)
+        if self._write_paused:
+            self._task_handler = self._loop.create_task(self._stall(write_timeout, not close))
+        else:
+            self._ended(None, not close)
+
+    async def _stall(self, seconds: float, goes_on: bool) -> None:
+        try:
+            goes_on = await self._sent(seconds) and goes_on
+        finally:
+            self._ended(None, goes_on)
+
+    def go_ordinary_way(self, body: bytes, found: Problem | None = None) -> None:
+        """Answers a request that was taken quickly like any other, or with a problem."""
+        self._answering = False
+        if self.transport is not None and self._known is not None:
+            self._messages.appendleft(found or self._known.request(self, body))
+            self._begin()
 
     def _send(self, answer: Response, asked: Request | Problem) -> bool:
         """Writes an answer; returns True if the connection is to be kept open after it."""
@@ -625,6 +686,7 @@ class Connection(asyncio.Protocol):
 
     def _ended(self, asked: Request | Problem | None, goes_on: bool) -> None:
         """A request is over: the next one follows, or the connection ends, or it is idle."""
+        self._answering = False
         self._task_handler = None
         error = asked.content.exception() if isinstance(asked, Request) else None
         if error is not None:
@@ -641,7 +703,7 @@ class Connection(asyncio.Protocol):
         if self._messages:
             self._begin()
         self._parse()
-        if self._task_handler is None:
+        if not self._answering:
             if self.last or self.half_closed or self.ending:
                 self.close()
             else:

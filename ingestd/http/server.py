@@ -11,6 +11,7 @@ import async_timeout
 
 from ingestd.base.logging import get_logger
 from ingestd.http import problem
+from ingestd.http.known_heads import KnownHeads
 from ingestd.http.peer import ClientConnections
 from ingestd.http.problem import Problem
 from ingestd.http.protocol import Connection
@@ -52,6 +53,7 @@ class Server:
 
     Attributes:
         authorities: see `Access`; for the handshakes that come.
+        heads: those that were read before.
         turns: whose request is next.
     """
 
@@ -80,6 +82,7 @@ class Server:
         self._connections: dict[Connection, None] = {}
         self.authorities: frozenset[bytes] = frozenset()
         self.turns = FairQueue(self._loop)
+        self.heads = KnownHeads()
 
     @property
     def _greetings(self) -> int:
@@ -274,6 +277,9 @@ TURN_SECONDS = 0.01
 REQUESTS_A_TURN = 8
 """Of those that wait, so many are answered in each turn."""
 
+QUICK_COST = 0.125
+"""What a quick request (`known_heads.py`) counts for there."""
+
 
 class FairQueue:
     """On one event loop.
@@ -284,7 +290,7 @@ class FairQueue:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}
+        self._waiting: dict[str, deque[asyncio.Future[None] | Callable[[], None]]] = {}
         self._end = 0.0
         self._begun = False
 
@@ -293,27 +299,39 @@ class FairQueue:
 
         Who does not want it any more ends the future.
         """
+        if self.is_free(client):
+            return None
+        waiter = self._loop.create_future()
+        self._waiting.setdefault(client, deque()).append(waiter)
+        return waiter
+
+    def is_free(self, client: str) -> bool:
+        """Returns True if a request of this client may be answered now."""
         now = self._loop.time()
         if not self._begun:
             self._begun = True
             self._end = now + TURN_SECONDS
             self._loop.call_soon(self._next)
-        elif now >= self._end or client in self._waiting:
-            waiter = self._loop.create_future()
-            self._waiting.setdefault(client, deque()).append(waiter)
-            return waiter
-        return None
+            return True
+        return now < self._end and client not in self._waiting
+
+    def defer(self, client: str, call: Callable[[], None]) -> None:
+        """Calls this when it is the turn of a request of this client, which was not free."""
+        self._waiting.setdefault(client, deque()).append(call)
 
     def _next(self) -> None:
         """A new turn begins."""
-        left = REQUESTS_A_TURN
-        while self._waiting and left:
+        left = float(REQUESTS_A_TURN)
+        while self._waiting and left > 0:
             client = next(iter(self._waiting))
             waiters = self._waiting.pop(client)
             waiter = waiters.popleft()
             if waiters:
                 self._waiting[client] = waiters  # behind the others
-            if not waiter.done():
+            if not isinstance(waiter, asyncio.Future):
+                waiter()
+                left -= QUICK_COST
+            elif not waiter.done():
                 waiter.set_result(None)
                 left -= 1
         self._begun = bool(self._waiting)

@@ -107,6 +107,41 @@ class IngestHandler:
         self.draining = True
         self.ingestion.close()
 
+    # -- for all requests, whichever way they go -----------------------------------------------
+
+    @property
+    def closes(self) -> bool:
+        """Returns True if each answer is the last one of its connection."""
+        return self.draining or not self._settings.keepalive_timeout
+
+    @property
+    def write_timeout(self) -> float:
+        """Seconds that a client may leave its answers unread."""
+        return self._settings.body_timeout
+
+    def begin(self) -> None:
+        """A request is in progress."""
+        self._active += 1
+
+    def end(self, requests: int) -> None:
+        """Requests have their outcome."""
+        self._active -= requests
+        if not self._active:
+            self._idle.set()
+
+    def next_id(self) -> str:
+        """Makes the id of a request."""
+        return next(self._ids)
+
+    def headers_for(self, request: Request) -> dict[str, str]:
+        """Returns headers of every answer to requests with this head."""
+        return {} if self.cors is None else self.cors.headers(request.headers.get("Origin", ""))
+
+    def count_accepted(self, route: Route, status: int, seconds: float) -> None:
+        """Counts a request whose records were accepted."""
+        if self._on_request is not None:
+            self._on_request(route.spec.path, route.intake.name, status, seconds, "")
+
     def _authorize(self, request: Request, route: Route) -> Principal:
         """Returns the principal of a request that was let in before, if it still may send.
 
@@ -138,7 +173,7 @@ class IngestHandler:
         found: Resource[Found] | None = None
         outcome: Response | StaticResponse | Problem
         gone = False
-        self._active += 1
+        self.begin()
         try:
             found = find(self._resources, request.method, request.raw_path)
             let_in = self._let_in(request, found)
@@ -162,9 +197,7 @@ class IngestHandler:
             log.exception("request_failed")
             outcome = Problem(problem.INTERNAL, f"see the log for {request_id}")
         finally:
-            self._active -= 1
-            if not self._active:
-                self._idle.set()
+            self.end(1)
         if found is None:
             found = look_up(self._resources, request.method, request.raw_path)
         route = None if found is None or isinstance(found.what, StaticResponse) else found.what
@@ -188,10 +221,8 @@ class IngestHandler:
         outcome: Response | StaticResponse | Problem,
         route: Route | UnknownPath | None,
     ) -> Response:
-        more = {"X-Request-Id": request_id}
-        if self.cors is not None:
-            more.update(self.cors.headers(request.headers.get("Origin", "")))
-        close = self.draining or not self._settings.keepalive_timeout
+        more = {"X-Request-Id": request_id, **self.headers_for(request)}
+        close = self.closes
         if isinstance(outcome, Problem):
             close = close or outcome.kind.closes
             outcome = _show(outcome, route, request)
@@ -205,7 +236,7 @@ class IngestHandler:
             outcome.body,
             more,
             close,
-            self._settings.body_timeout,
+            self.write_timeout,
         )
 
     def _name(self, request: Request) -> str:

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from ingestd.http.request import Request
     from ingestd.http.response import Response
     from ingestd.http.settings import HttpSettings
-    from ingestd.sources.http.endpoints.base import Decoded, Head, Route
+    from ingestd.sources.http.endpoints.base import BodyCodec, Decoded, Head, Route
     from ingestd.sources.http.headers import Preferences
 
     Authorize = Callable[[Request, Route], Principal]
@@ -83,7 +83,7 @@ class Durable(NamedTuple):
     prefer: Preferences
 
 
-class _Admitted(NamedTuple):
+class Admitted(NamedTuple):
     """A request that was let in, while its records are accepted.
 
     Attributes:
@@ -92,6 +92,8 @@ class _Admitted(NamedTuple):
         principal: its sender.
         hold: what it holds.
         prefer: its sender's preferences.
+        request: the one.
+        codec: of its body.
     """
 
     route: Route
@@ -99,6 +101,8 @@ class _Admitted(NamedTuple):
     principal: Principal
     hold: Reservation
     prefer: Preferences
+    request: Request
+    codec: BodyCodec
 
     def envelope(self) -> bytes:
         """The envelope of its records, packed."""
@@ -120,6 +124,7 @@ class Ingestion:
         streams: in progress.
         waiting: requests that wait for the outcomes of their records.
         quiet: requests whose body may be a stream and has not begun.
+        on_plain: called with a request whose records were accepted, all of them.
     """
 
     def __init__(self, settings: HttpSettings, authorize: Authorize, identify: Identify) -> None:
@@ -133,6 +138,7 @@ class Ingestion:
         self._authorize = authorize
         self._identify = identify
         self._decoder = BodyDecoder(settings)
+        self.on_plain: Callable[[Admitted], None] = lambda _: None
         self._loop = asyncio.get_running_loop()
         self.streams: set[Stream] = set()
         self.waiting: dict[DeliveryWaiter, tuple[Request, Route]] = {}
@@ -198,7 +204,7 @@ class Ingestion:
         say_continue(request)
         # Of these each part has a claim of its own, once its pipeline and its sender are known.
         by_part = codec.routes or principal is UNIDENTIFIED
-        to = _Admitted(route, head, principal, hold, prefer)
+        to = Admitted(route, head, principal, hold, prefer, request, codec)
         streams = length is None and codec.streamable and key is None and not by_part
         wire: bytes | Response
         if streams and not prefer.strict and hold.begin_stream():
@@ -238,7 +244,7 @@ class Ingestion:
                 route.intake.forget(claim)
 
     async def _begin_stream(
-        self, request: Request, to: _Admitted, encoding: str
+        self, request: Request, to: Admitted, encoding: str
     ) -> bytes | Response:
         """Reads a body that may be a stream; one that is gives its answer instead."""
         hold = to.hold
@@ -252,10 +258,10 @@ class Ingestion:
             hold.end_stream()
 
     async def _accept(
-        self, part: Decoded, to: _Admitted, claim: IdempotencyClaim | None
+        self, part: Decoded, to: Admitted, claim: IdempotencyClaim | None
     ) -> Response | Durable:
         """Makes records durable."""
-        parsed, (route, head, _, hold, prefer) = part.parsed, to
+        parsed, (route, head, _, hold, prefer, *_) = part.parsed, to
         if prefer.strict and parsed.refused:
             detail = f"{parsed.invalid} of {parsed.total} records; nothing was stored"
             raise Problem(problem.NOT_STRICT, detail, refused=parsed.refused)
@@ -286,6 +292,8 @@ class Ingestion:
         if prefer is not NOTHING:
             answer = answer._replace(headers={**answer.headers, **prefer.applied()})
         if waiter is None:
+            if not parsed.invalid:
+                self.on_plain(to)
             return answer
         hold.give_back()
         listed = [one._replace(payload=b"") for one in parsed.refused]
@@ -293,7 +301,7 @@ class Ingestion:
         return Durable(answer, result, head, waiter, prefer)
 
     async def _accept_parts(
-        self, parts: Sequence[Decoded], to: _Admitted, delivery: Delivery | None
+        self, parts: Sequence[Decoded], to: Admitted, delivery: Delivery | None
     ) -> Response:
         """Makes the records of each part durable, each for itself.
 
@@ -365,10 +373,10 @@ class Ingestion:
             del self.quiet[deadline]
 
     async def _stream(
-        self, request: Request, to: _Admitted, encoding: str, *, begun: bytes
+        self, request: Request, to: Admitted, encoding: str, *, begun: bytes
     ) -> Response:
         """Accepts a body in pieces."""
-        route, head, principal, hold, _ = to
+        route, head, principal, hold, *_ = to
         connection = request.protocol
 
         async def read() -> tuple[bytes, bool]:
@@ -408,7 +416,7 @@ def _token_in(parts: Sequence[Decoded]) -> str:
     return tokens.pop() if len(tokens) == 1 else ""
 
 
-async def _accept_part(part: Decoded, to: _Admitted, delivery: Delivery | None) -> PartResult:
+async def _accept_part(part: Decoded, to: Admitted, delivery: Delivery | None) -> PartResult:
     """Makes the records of one part durable; a refusal is a result of it."""
     parsed = part.parsed
     intake = to.route.intakes[part.pipeline] if part.pipeline else to.route.intake

@@ -21,6 +21,7 @@ from ingestd.sources.http.endpoints.base import ANY, SIGNATURE, BodyLimits, Rout
 from ingestd.sources.http.handler import IngestHandler
 from ingestd.sources.http.headers import RequestEnvelopes
 from ingestd.sources.http.openapi import published
+from ingestd.sources.http.quick import QuickRequests
 
 if TYPE_CHECKING:
     import socket
@@ -138,6 +139,7 @@ class HttpSource(Source):
             keepalive_timeout=settings.keepalive_timeout,
         )
         self._server.authorities = self._access.authorities
+        self._quick = QuickRequests(self._handler, self._server)
         try:
             sockets = self._sockets or await bind(
                 *split_address(settings.listen), _BACKLOG, shared=settings.reuse_port
@@ -228,6 +230,7 @@ class HttpSource(Source):
             self._publish(settings, access)
             self._listener.context = access.context
             self._server.authorities = access.authorities
+            self._server.heads.forget()
             self._handler.ingestion.look_again()
             if fewer:
                 self._server.end_certified()
@@ -262,6 +265,7 @@ class HttpSource(Source):
         self._handler.close()
         self._listener.close()
         await self._listener.wait_closed()  # or a handshake would end as one more connection
+        self._quick.close()
         await self._server.close(_SHUTDOWN_SECONDS)
 
 

@@ -259,6 +259,8 @@ class Endpoint(Protocol):
             those of ingestd that are always there.
         formats: of pipelines that its records can go to; empty for all.
         routes: its paths; none if it is not in use.
+        is_pure: codecs keep nothing of a body, and an answer depends on head and result alone. Then
+            requests with the same head share the codec, and the answer for a number of records.
         prefix: paths below it that are no routes are 404 in its own form; empty if there are none.
         request_headers: that pages of other origins may send, beside the usual ones.
         response_headers: that they may read, beside the usual ones.
@@ -268,6 +270,7 @@ class Endpoint(Protocol):
     settings: ClassVar[type[EndpointSettings] | None] = EndpointSettings
     formats: ClassVar[Sequence[Format]] = ()
     routes: Sequence[RouteSpec]
+    is_pure: bool = False
     prefix: str = ""
     request_headers: Sequence[str] = ()
     response_headers: Sequence[str] = ()

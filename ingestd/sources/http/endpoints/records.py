@@ -103,6 +103,8 @@ class RecordsEndpoint(Endpoint):
 
     settings = None
 
+    is_pure = True
+
     def __init__(self, context: EndpointContext) -> None:
         self.routes = [
             RouteSpec(RECORDS, {"": Target(context.default)}),
