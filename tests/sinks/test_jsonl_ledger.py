@@ -183,3 +183,73 @@ def test_a_writer_that_is_killed_leaves_each_batch_once(tmp_path: Path) -> None:
     ]
     assert len(found) == len(set(found))
     assert set(range((following + 1) * 20)) <= set(found)
+
+
+def by_folder(path: Path) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for file in sorted(path.rglob("*.jsonl")):
+        held = found.setdefault(str(file.parent.relative_to(path)), [])
+        held += [json.loads(line)["n"] for line in file.read_bytes().splitlines()]
+    return found
+
+
+def of(name: str, *records: object) -> Batch[bytes]:
+    lines = Records.lines([json.dumps(one).encode() for one in records])
+    return Batch(None, Job(name, 1, lines, [Span(1, 0, len(records))], "j"))
+
+
+def test_folders_by_fields(tmp_path: Path) -> None:
+    records = [
+        {"n": 1, "c": "de", "k": 1}, {"n": 2, "c": "fr", "k": True}, {"n": 3, "c": "de", "k": 1},
+        {"n": 4}, {"n": 5, "c": "../..", "k": "a b"}, {"n": 6, "c": ".", "k": {}},
+        {"n": 7, "c": "x" * 65, "k": 1.5},
+    ]  # fmt: skip
+    for _ in range(2):
+        one = sink(tmp_path, partition="c={c}/{k}")
+        one(of("j-1", *records))
+        one.close()
+    assert by_folder(tmp_path) == {
+        "c=de/1": [1, 3], "c=fr/true": [2], "c=_none/_none": [4], "c=%2E.%2F../a%20b": [5],
+        "c=%2E/_none": [6], "c=_other/1.5": [7],
+    }  # fmt: skip
+
+
+def test_a_batch_that_is_in_some_of_its_folders_comes_again(tmp_path: Path) -> None:
+    one = sink(tmp_path, partition="{c}")
+    (tmp_path / "b").write_bytes(b"")  # in the way of a folder
+    with pytest.raises(OSError, match="b"):
+        one(of("j-1", {"n": 1, "c": "a"}, {"n": 2, "c": "b"}, {"n": 3, "c": "c"}))
+    (tmp_path / "b").unlink()
+    one(of("j-1", {"n": 1, "c": "a"}, {"n": 2, "c": "b"}, {"n": 3, "c": "c"}))
+    one.close()
+    assert by_folder(tmp_path) == {"a": [1], "b": [2], "c": [3]}
+
+
+def test_folders_and_open_files_are_bounded(tmp_path: Path) -> None:
+    for life in range(2):
+        one = sink(tmp_path, partition="{c}", partitions_max=40)
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        one(of(f"j-{life}", *({"n": life * 100 + n, "c": f"c{n}"} for n in range(60))))
+        assert len(list(Path("/proc/self/fd").iterdir())) - before <= 2 * 33
+        one.close()
+    found = by_folder(tmp_path)
+    assert len(found) == 41
+    assert len(found["_other"]) == 40
+    assert sorted(n for numbers in found.values() for n in numbers) == [
+        *range(60),
+        *range(100, 160),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"partition": "all"}, "has no {field}"), ({"partition": "/{a}"}, "is not a path"),
+        ({"partition": "../{a}"}, "is not a path"), ({"partition": "{a}//{b}"}, "is not a path"),
+        ({"partition": "{a}", "compress": "gzip"}, "compress: does not go"),
+        ({"partition": "{a}", "partitions_max": 0}, "of at least 1"),
+    ],
+)  # fmt: skip
+def test_patterns_that_make_no_sense(options: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        JsonlOptions.of(**options)
