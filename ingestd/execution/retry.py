@@ -19,10 +19,10 @@ evidence a failure may be the handler's own (its database is down), and the batc
 
 `raise Retry` is neither: it spends no try. It is bounded by `give_up_after` alone.
 
-`raise Unavailable` is like any other failure, but time alone gives nothing up: the sink said that
-no record is at fault. `raise Blocked` is known to be the sink's at once. Its batch stays whole and
-waits, unless something else has succeeded since it first failed: then it is judged like any other,
-for then it is this batch alone that the sink refuses.
+`raise Unavailable` is like any other failure, but it takes evidence and `give_up_after` to give a
+record up: the sink said that none is at fault. `raise Blocked` is known to be the sink's at once.
+Its batch stays whole and waits, unless something else has succeeded since it first failed: then it
+is judged like any other, for then it is this batch alone that the sink refuses.
 
 The backoff is exponential with full jitter, see `ingestd/base/backoff.py`.
 """
@@ -215,6 +215,9 @@ def _failed(
         # Alone in failing, an old one may be bad in a single record.
         if guilty or (not context.paused if too_old else spent):
             return _halves(context.count)
+    if failure.reason == UNAVAILABLE and context.age < rule.give_up_after:
+        # The sink restarts again and again, perhaps, and this record was there each time.
+        return RetryBatch(usual, failure)
     if guilty or too_old:
         reason = "failed" if failure.reason in SAID else failure.reason
         return Resolve(

@@ -213,9 +213,16 @@ def test_a_sink_that_says_that_it_is_down_is_no_reason_to_give_up_by_age() -> No
     ):
         assert isinstance(decide(down, context, rule=RULE, random=half), RetryBatch)
     # Beside successes it is the record's own after all: one that ends each connection, say.
-    assert decide(down, tried(1, 3), rule=RULE, random=half) == Resolve(
+    guilty = RetryContext(1, 99, 99, age=RULE.give_up_after)
+    assert decide(down, guilty, rule=RULE, random=half) == Resolve(
         (DeadLettered(0, "failed", "connection refused"),), ()
     )
+
+
+def test_a_sink_that_restarts_often_costs_no_record_but_a_batch_is_split() -> None:
+    down = Result(failure=Failure("unavailable", "connection lost"))
+    assert isinstance(decide(down, tried(1, 99), rule=RULE, random=half), RetryBatch)
+    assert isinstance(decide(down, tried(4, 99), rule=RULE, random=half), Resolve)
 
 
 def test_what_is_blocked_is_neither_split_nor_given_up_while_nothing_succeeds() -> None:
