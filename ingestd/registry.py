@@ -140,6 +140,7 @@ SINKS = Components(
         "sqlite": "ingestd.sinks.sqlite:SqliteSink",
         "elasticsearch": "ingestd.sinks.elasticsearch:ElasticsearchSink",
         "kafka": "ingestd.sinks.kafka:KafkaSink",
+        "clickhouse": "ingestd.sinks.clickhouse:ClickHouseSink",
     },
 )
 HANDLERS = Components("handler", "ingestd.handlers", {})

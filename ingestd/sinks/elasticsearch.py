@@ -28,7 +28,7 @@ from ingestd.handlers.outcome import SinkFinding
 from ingestd.handlers.text import one_line
 from ingestd.sinks.base import BatchHints
 from ingestd.sinks.client import HttpOptions, HttpPeer, refuse
-from ingestd.sinks.tables import lines
+from ingestd.sinks.tables import objects_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -177,15 +177,9 @@ class ElasticsearchSink:
         """Runs of records that one request takes."""
         part: _Part = []
         size = 0
-        is_json = self._context.record_format == "json"
-        documents = lines(batch.records, self._context.record_format).split(b"\n")
-        for place, (name, document) in enumerate(zip(batch.ids, documents, strict=False)):
-            if document.lstrip(b" \t\r")[:1] != b"{":
-                if is_json:
-                    batch.reject(place, "it is no JSON object, so it can be no document")
-                    continue
-                document = b'{"message":%b}' % document  # noqa: PLW2901
-            action = b'{"create":{"_id":%b}}\n%b\n' % (_encode(name), document)
+        names = batch.ids
+        for place, document in objects_of(batch, self._context.record_format):
+            action = b'{"create":{"_id":%b}}\n%b\n' % (_encode(names[place]), document)
             if part and size + len(action) > self._bytes_max:
                 yield part
                 part, size = [], 0

@@ -18,6 +18,8 @@ from ingestd.base.record import Layout, Records
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Sequence
 
+    from ingestd.handlers.batch import Batch
+
 ID = "_id"
 EXTRA = "_extra"
 RECORD = "record"
@@ -138,3 +140,20 @@ def _shown(item: bytes) -> str | dict[str, str]:
         return item.decode("utf-8")
     except UnicodeDecodeError:
         return {"base64": base64.b64encode(item).decode("ascii")}
+
+
+def objects_of(batch: Batch[bytes], record_format: str) -> Iterator[tuple[int, bytes]]:
+    """Each record as a JSON object in one line, with its place; others are rejected.
+
+    A JSON object goes as it came. Text becomes `{"message": "..."}`, and bytes too, or
+    `{"base64": "..."}` where they are not UTF-8.
+    """
+    is_json = record_format == "json"
+    texts = lines(batch.records, record_format).split(b"\n")
+    for place, text in enumerate(texts[:-1]):
+        if text.lstrip(b" \t\r")[:1] == b"{":
+            yield place, text
+        elif is_json:
+            batch.reject(place, "it is no JSON object")
+        else:
+            yield place, b'{"message":%b}' % text
