@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
 import threading
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -17,11 +19,14 @@ from ingestd.handlers.outcome import Job
 from ingestd.handlers.runner import HandlerConfig
 from ingestd.sinks.postgres import rows as making
 from ingestd.sinks.postgres.rows import Column
+from ingestd.sinks.postgres.sink import PostgresOptions
+from tests.daemon.harness import ROOT, daemon
 from tests.sinks.contract.adapter import Worker
 from tests.sinks.postgres_server import SECRET, Database
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from ingestd.handlers.outcome import Result
 
@@ -575,3 +580,39 @@ def test_columns_of_keys() -> None:
         Column("b", "text")
     ]
     assert making.new_columns(values, ["a", "b"], ()) == []
+
+
+# -- the commands of the page ----------------------------------------------------------------------
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ingestd", *arguments],
+        cwd=cwd, capture_output=True, text=True, timeout=60,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def test_the_pages_commands(sink: Sink, tmp_path: Path) -> None:
+    dsn = ("--handler.options.dsn", sink.database.dsn())
+    checked = command("check", "postgres", "--connect", *dsn, cwd=tmp_path)
+    assert checked.returncode == 0, checked.stderr
+    assert "# default: info: PostgreSQL" in checked.stdout
+    assert 'handler.options.dsn = "***"' in checked.stdout
+    bound = next(one for one in checked.stdout.splitlines() if "batch.records_max" in one)
+    assert bound.split("#")[0].split() == ["batch.records_max", "=", "20000"]
+    assert bound.endswith("# suits the sink")
+    with daemon("postgres", *dsn, cwd=tmp_path) as one:
+        found = one.event("sink_checked")
+        assert (found["level"], found["finding"][:10]) == ("info", "PostgreSQL")
+        assert one.post(b'{"user":"ann","page":1}')[0] == 202
+        assert one.until_settled()["processed"] == 1
+    assert [(row["user"], row["page"]) for row in sink.rows()] == [("ann", 1)]
+    sink.database.sql("REVOKE INSERT ON records FROM writer")
+    sink.database.sql("ALTER TABLE records OWNER TO ingestd")
+    checked = command("check", "postgres", "--connect", *dsn, cwd=tmp_path)
+    assert checked.returncode == 78
+    assert "# default: error: the user has no INSERT right" in checked.stdout
+    helped = command("run", "postgres", "--help", cwd=tmp_path)
+    for option in PostgresOptions.help():
+        assert f"--handler.options.{option.name} " in helped.stdout
