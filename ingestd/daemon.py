@@ -8,7 +8,6 @@ pipelines, the sources, the admin server. Each step below is one method of `Daem
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import time
 from functools import partial
@@ -37,6 +36,7 @@ from ingestd.host.process import (
     keep_settled,
     own_stderr,
     settle_interpreter,
+    settle_memory,
 )
 from ingestd.host.systemd import ListenFds, Notifier, ServiceNotifier, ServiceState
 from ingestd.pipeline import DrainReport, Pipeline
@@ -281,9 +281,7 @@ class Daemon:
 
     async def _serve(self) -> str:
         """Turns until a signal, the end of input, or a pipeline that broke; says which."""
-        # What start-up made stays: the collector need not look at it again and again.
-        gc.collect()
-        gc.freeze()
+        settle_memory()
         asked = asyncio.ensure_future(self._signals.stop_requested.wait())
         ended = asyncio.ensure_future(self.sources.wait_finished())
         lag = asyncio.ensure_future(self._measure_lag())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import fcntl
 import gc
@@ -138,6 +139,14 @@ def settle_interpreter(*, for_strangers: bool) -> None:
         return  # another C library
     mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES if for_strangers else _STREAM_BYTES)
     mallopt(_M_ARENA_MAX, _ARENAS)
+
+
+def settle_memory() -> None:
+    """What the start has made stays, and what it has thrown away goes back to the system."""
+    gc.collect()
+    gc.freeze()  # the collector need not look at it again and again
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def keep_settled() -> None:
