@@ -142,7 +142,7 @@ def settle_interpreter(*, for_strangers: bool) -> None:
 
 
 def settle_memory() -> None:
-    """What the start has made stays, and what it has thrown away goes back to the system."""
+    """Memory that the start has made stays; what it has thrown away goes back to the system."""
     gc.collect()
     gc.freeze()  # the collector need not look at it again and again
     with contextlib.suppress(OSError, AttributeError):  # another C library
