@@ -188,8 +188,10 @@ class SharedBuffer:
         self._map[start : start + size] = payload
         # A `RunMessage` without objects that nothing else needs: their fields, in order.
         records = (layout, count, b"", sizes, names, envelopes)
-        facts = (job.spans, job.origin, job.accepted_at, job.lineage)
-        return encode(((job.batch, job.attempt, records, *facts), size, start))
+        facts = (
+            job.batch, job.attempt, records, job.spans, job.origin, job.accepted_at, job.lineage,
+        )  # fmt: skip
+        return encode((facts, size, start))
 
     def unpack(self, message: bytes | bytearray) -> Job:
         """The job of a message, complete."""
@@ -217,8 +219,7 @@ def _seal(fd: int) -> None:
 def _with_payload(job: Job, payload: bytes) -> Job:
     layout, count, _, sizes, names, envelopes = job.records
     records = Records(layout, count, payload, sizes, names, envelopes)
-    facts = (job.spans, job.origin, job.accepted_at, job.lineage)
-    return Job(job.batch, job.attempt, records, *facts)
+    return Job(job.batch, job.attempt, records, job.spans, job.origin, job.accepted_at, job.lineage)
 
 
 def set_timeout(sock: socket.socket, seconds: float) -> None:

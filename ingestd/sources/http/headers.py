@@ -64,11 +64,12 @@ class RequestEnvelopes:
             client: the principal's name.
         """
         content_type = headers.get("Content-Type", "")
-        trace = headers.getall(HEADER) if HEADER in headers else ()
-        kept = {name: ", ".join(headers.getall(name)) for name in self._keep if name in headers}
-        traceparent = trace[0] if trace and read_trace(trace) else ""
-        if kept or traceparent:
-            return self._packed(client, content_type, kept, traceparent)
+        if self._keep or HEADER in headers:
+            trace = headers.getall(HEADER, ())
+            kept = {name: ", ".join(headers.getall(name)) for name in self._keep if name in headers}
+            traceparent = trace[0] if trace and read_trace(trace) else ""
+            if kept or traceparent:
+                return self._packed(client, content_type, kept, traceparent)
         packed = self._known.get((client, content_type))
         if packed is None:
             if len(self._known) >= _KNOWN_MAX:
