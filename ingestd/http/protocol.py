@@ -596,8 +596,11 @@ class Connection(asyncio.Protocol):
         transport.write(answer)
         if self._write_paused:
             self._task_handler = self._loop.create_task(self._stall(write_timeout, not close))
-        else:
+        elif close or self._buffer or self._messages or self.held:
             self._ended(None, not close)
+        else:
+            self._answering = False
+            self._become_idle()
 
     async def _stall(self, seconds: float, goes_on: bool) -> None:
         try:

@@ -528,6 +528,34 @@ async def test_a_client_that_leaves_holds_nothing() -> None:
     assert intake.items == [b"1", b"2"]  # it had no answer, as after any lost connection
 
 
+@on_both_loops
+async def test_requests_that_come_together_wait_for_their_turn() -> None:
+    """Once a turn of the loop is full, each client has its requests in rotation."""
+    intake = MemoryIntake()
+    async with serving(intake) as source, contextlib.AsyncExitStack() as stack:
+        mine = [await stack.enter_async_context(at(source, ONE)) for _ in range(20)]
+        other = await stack.enter_async_context(at(source, OTHER))
+        assert await post(other) == 202
+        deferred: list[str] = []
+        turns = source._server.turns
+        turns.is_free = lambda client: False
+        defer = turns.defer
+
+        def noted(client: str, call: Any) -> None:
+            deferred.append(client)
+            defer(client, call)
+            if len(deferred) == 1:
+                asyncio.get_running_loop().call_soon(turns._next)
+
+        turns.defer = noted
+        for number, client in enumerate((*mine, other)):
+            client.post(b"%d\n" % number)
+        assert [(await one.reply()).status for one in (*mine, other)] == [202] * 21
+        assert sorted(deferred) == [ONE] * 20 + [OTHER]
+        assert source._handler._active == 0
+    assert sorted(map(int, intake.items[1:])) == list(range(21))
+
+
 async def test_answers_that_are_not_read_end_the_connection(quick: list[int]) -> None:
     intake = MemoryIntake()
     async with (
