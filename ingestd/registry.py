@@ -141,6 +141,7 @@ SINKS = Components(
         "elasticsearch": "ingestd.sinks.elasticsearch:ElasticsearchSink",
         "kafka": "ingestd.sinks.kafka:KafkaSink",
         "clickhouse": "ingestd.sinks.clickhouse:ClickHouseSink",
+        "http": "ingestd.sinks.http:HttpSink",
     },
 )
 HANDLERS = Components("handler", "ingestd.handlers", {})

@@ -118,6 +118,11 @@ class KeyReused(IngestdError):
 
     message = "this Idempotency-Key came with another body, Content-Type or Content-Encoding"
 
+    @property
+    def in_progress(self) -> bool:
+        """The other request has no answer yet, and may still come to nothing."""
+        return self.facts.get("in_progress") is True
+
 
 class KeysUnsupported(IngestdError):
     """An Idempotency-Key came to a pipeline whose journal keeps none."""

@@ -156,7 +156,9 @@ def explain(error: Explained) -> Problem:
     if isinstance(error, KeysUnsupported):
         return Problem(KEYS_UNSUPPORTED, str(error))
     if isinstance(error, KeyReused):
-        return Problem(KEY_REUSED, str(error))
+        # The key may become free again: the other request is not accepted yet.
+        headers = retry_after(1.0) if error.in_progress else None
+        return Problem(KEY_REUSED, str(error), headers=headers)
     if isinstance(error, Overloaded):
         return Problem(OVERLOADED, str(error), headers=retry_after(error.retry_after))
     if isinstance(error, NeverFits):

@@ -125,7 +125,8 @@ class IdempotencyKeys:
         """
         other = self._claims.get(key)
         if other is not None:
-            raise KeyInFlight() if other.fingerprint == fingerprint else KeyReused()
+            same = other.fingerprint == fingerprint
+            raise KeyInFlight() if same else KeyReused(in_progress=True)
         kept = self._recent.get(key)
         if kept is not None and self._lives(key, kept):
             self._recent.move_to_end(key)

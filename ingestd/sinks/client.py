@@ -14,10 +14,9 @@ from __future__ import annotations
 import base64
 import gzip
 import http.client
-import ssl
 import time
 from email.utils import parsedate_to_datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
 from msgspec import Meta
@@ -26,6 +25,7 @@ from ingestd.handlers.batch import Blocked, RetryAfter, Unavailable
 from ingestd.handlers.options import FilePath, Seconds, Secret
 from ingestd.handlers.text import one_line
 from ingestd.sinks.base import SinkOptions
+from ingestd.sinks.connection import HttpConnection, HttpTarget, told
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,7 +34,6 @@ REPLY_BYTES_MAX = 128 * 1024 * 1024
 """Longest body of an answer that is read."""
 RETRY_AFTER_MAX = 300.0
 """Longest wait that is taken from a `Retry-After`, seconds."""
-_PIECE = 64 * 1024
 _SAID_CHARS = 500
 
 
@@ -81,17 +80,6 @@ class HttpOptions(SinkOptions, frozen=True, kw_only=True):
             raise ValueError("tls_key: it needs tls_certificate")
 
 
-class _Origin(NamedTuple):
-    is_tls: bool
-    host: str
-    port: int
-    path: str
-
-    def __str__(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http{'s' * self.is_tls}://{host}:{self.port}{self.path}"
-
-
 class HttpReply(NamedTuple):
     """An answer, read whole.
 
@@ -122,15 +110,13 @@ class HttpPeer:
     """
 
     def __init__(self, options: HttpOptions, headers: Mapping[str, str]) -> None:
-        self._origins = [_origin(text) for text in options.url.split(",")]
+        self._connections = [_connection(text, options) for text in options.url.split(",")]
         self._timeout = float(options.timeout)
         self._gzips = options.compress == "gzip"
-        self._options = options
         self._headers = {"User-Agent": "ingestd", **headers}
         if options.username is not None:
             pair = f"{options.username}:{options.password}".encode()
             self._headers["Authorization"] = f"Basic {base64.b64encode(pair).decode()}"
-        self._open: http.client.HTTPConnection | None = None
 
     def request(
         self, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
@@ -151,73 +137,29 @@ class HttpPeer:
         if self._gzips and body:
             body, sent["Content-Encoding"] = gzip.compress(body, 1), "gzip"
         end = time.monotonic() + self._timeout
-        tries = len(self._origins) + (self._open is not None)
+        tries = len(self._connections) + self._connections[0].is_open
         while True:
             tries -= 1
-            is_kept, origin = self._open is not None, self._origins[0]
+            one = self._connections[0]
+            was_open, shown = one.is_open, one.target.shown
             try:
-                return self._exchange(origin, end, method, path, body=body, headers=sent)
-            except ssl.SSLCertVerificationError as error:
-                self.close()
-                raise Blocked(f"{origin}: {error.verify_message}") from error
+                status, found, content = one.exchange(
+                    method, one.target.path + path, body, sent, end
+                )
             except (OSError, http.client.HTTPException) as error:
-                self.close()
-                if not is_kept:
-                    self._origins.append(self._origins.pop(0))
+                one.close()
+                if not was_open:
+                    self._connections.append(self._connections.pop(0))
                 if tries > 0 and time.monotonic() < end:
                     continue
-                why = "no answer in time" if isinstance(error, TimeoutError) else _told(error)
-                raise Unavailable(f"{origin}: {why}") from error
+                raise Unavailable(f"{shown}: {told(error)}") from error
+            headers = {name.lower(): value for name, value in found.items()}
+            return HttpReply(shown, status, headers, content)
 
     def close(self) -> None:
         """Closes the connection; the next request opens one again."""
-        opened, self._open = self._open, None
-        if opened is not None:
-            opened.close()
-
-    def _exchange(
-        self,
-        origin: _Origin,
-        end: float,
-        method: str,
-        path: str,
-        *,
-        body: bytes,
-        headers: dict[str, str],
-    ) -> HttpReply:
-        connection = self._open = self._open or self._connection(origin)
-        if connection.sock is None:
-            connection.timeout = _left(end)
-            connection.connect()
-        connection.sock.settimeout(_left(end))
-        is_whole = True
-        try:
-            connection.request(method, origin.path + path, body or None, headers)
-        except (BrokenPipeError, ConnectionResetError):
-            # It may have answered before it had all, with 413, and that answer can be read.
-            is_whole = False
-        response = connection.getresponse()
-        content = _read(response, connection.sock, end)
-        if not is_whole or response.will_close:
-            self.close()
-        found = {name.lower(): value for name, value in response.getheaders()}
-        return HttpReply(str(origin), response.status, found, content)
-
-    def _connection(self, origin: _Origin) -> http.client.HTTPConnection:
-        if not origin.is_tls:
-            return http.client.HTTPConnection(origin.host, origin.port)
-        options = self._options
-        try:
-            context = ssl.create_default_context(cafile=options.tls_ca)
-            if options.tls_certificate:
-                # With a password it would ask the terminal.
-                key = options.tls_key
-                context.load_cert_chain(options.tls_certificate, key, password=lambda: b"")
-        except (OSError, ValueError) as error:
-            raise Blocked(f"TLS: {_told(error)}") from error
-        if not options.tls_verify:
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        return http.client.HTTPSConnection(origin.host, origin.port, context=context)
+        for one in self._connections:
+            one.close()
 
 
 def refuse(reply: HttpReply, said: str = "") -> NoReturn:
@@ -254,7 +196,19 @@ def _wait_of(headers: dict[str, str]) -> float | None:
     return min(max(0.0, wait), RETRY_AFTER_MAX)
 
 
-def _origin(text: str) -> _Origin:
+def _connection(text: str, options: HttpOptions) -> HttpConnection:
+    return HttpConnection(
+        _origin(text),
+        connect_timeout=options.timeout,
+        timeout=options.timeout,
+        allow_private=True,
+        tls=(options.tls_ca, options.tls_certificate, options.tls_key),
+        tls_verify=options.tls_verify,
+        answer_bytes_max=REPLY_BYTES_MAX,
+    )
+
+
+def _origin(text: str) -> HttpTarget:
     """One address.
 
     Raises:
@@ -272,35 +226,7 @@ def _origin(text: str) -> _Origin:
     if parts.query or parts.fragment or any(one <= " " for one in text.strip()):
         raise ValueError("url: nothing but a path may follow the address")
     is_tls = parts.scheme == "https"
-    return _Origin(is_tls, parts.hostname, port or (443 if is_tls else 80), parts.path.rstrip("/"))
-
-
-def _left(end: float) -> float:
-    left = end - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
-
-
-def _read(response: http.client.HTTPResponse, sock: Any, end: float) -> bytes:
-    """The whole body; `sock` is `None` where the answer closed the connection."""
-    pieces, size = [], 0
-    while True:
-        if sock is not None:
-            sock.settimeout(_left(end))
-        piece = response.read1(_PIECE)
-        if not piece:
-            break
-        size += len(piece)
-        if size > REPLY_BYTES_MAX:
-            raise http.client.HTTPException("the answer is too long")
-        pieces.append(piece)
-    if response.length:
-        raise http.client.IncompleteRead(b"", response.length)
-    response.close()  # `read1` leaves that undone, and the connection is not used again
-    return b"".join(pieces)
-
-
-def _told(error: Exception) -> str:
-    """One line without what was sent."""
-    return f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
+    port, path = port or (443 if is_tls else 80), parts.path.rstrip("/")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    shown = f"{parts.scheme}://{host}:{port}{path}"
+    return HttpTarget(is_tls, parts.hostname, port, path, shown)

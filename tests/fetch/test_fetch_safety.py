@@ -9,10 +9,11 @@ import pytest
 from aiohttp import web
 from aiohttp.abc import AbstractResolver
 
+from ingestd.base.addresses import is_public
 from ingestd.base.errors import InputIncomplete
 from ingestd.sources.fetch.client import next_url, proxy_for
 from ingestd.sources.fetch.failure import DownloadFailed
-from ingestd.sources.fetch.safety import ForbiddenAddress, Resolver, is_public
+from ingestd.sources.fetch.safety import ForbiddenAddress, Resolver
 from ingestd.sources.fetch.urls import as_url
 from tests.fetch.tools import Intake, answers, fetching, lines, serving
 

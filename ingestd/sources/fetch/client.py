@@ -11,6 +11,7 @@ import async_timeout
 from aiohttp import ClientTimeout, DummyCookieJar, TCPConnector
 
 from ingestd import __version__
+from ingestd.base.addresses import is_public
 from ingestd.codecs.compression import Corrupt, Inflater, TooMuch, WindowTooLarge, mib
 from ingestd.sources.fetch.failure import (
     HEADER_BYTES_MAX,
@@ -19,7 +20,7 @@ from ingestd.sources.fetch.failure import (
     TryAgain,
     explain,
 )
-from ingestd.sources.fetch.safety import Resolver, is_public, open_socket
+from ingestd.sources.fetch.safety import Resolver, open_socket
 from ingestd.sources.fetch.urls import as_url
 
 if TYPE_CHECKING:
