@@ -21,9 +21,17 @@ class Postgres:
         folder: others than its owner can read it.
         port: where it listens on 127.0.0.1, too; nowhere if not given.
         durable: it syncs what it commits.
+        primary: it is a standby of this one, which runs.
     """
 
-    def __init__(self, folder: Path, *, port: int = 0, durable: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        port: int = 0,
+        durable: bool = False,
+        primary: Postgres | None = None,
+    ) -> None:
         self.folder = folder
         self.port = port
         self._durable = durable
@@ -33,7 +41,12 @@ class Postgres:
         os.chown(folder, self._user.pw_uid, self._user.pw_gid)
         folder.chmod(0o755)  # who is in the container is neither
         self._process: subprocess.Popen[bytes] | None = None
-        self._run("initdb", "-D", str(folder / "data"), "-U", "ingestd", "-A", "trust", "-N")
+        data = str(folder / "data")
+        if primary is None:
+            self._run("initdb", "-D", data, "-U", "ingestd", "-A", "trust", "-N")
+        else:
+            at = ("-h", str(primary.folder), *primary._at_port)
+            self._run("pg_basebackup", *at, "-U", "ingestd", "-D", data, "-R", "-c", "fast")
 
     def _run(self, tool: str, *args: str) -> str:
         done = subprocess.run(
@@ -66,6 +79,10 @@ class Postgres:
     @property
     def _at_port(self) -> list[str]:
         return ["-p", str(self.port)] if self.port else []
+
+    def promote(self) -> None:
+        """A standby takes writes from now on."""
+        self._run("pg_ctl", "promote", "-w", "-D", str(self.folder / "data"))
 
     def kill(self) -> None:
         """SIGKILL of the postmaster; its children end by themselves."""
