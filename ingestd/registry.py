@@ -139,7 +139,7 @@ SINKS = Components(
         "postgres": "ingestd.sinks.postgres.sink:PostgresSink",
         "sqlite": "ingestd.sinks.sqlite:SqliteSink",
         "elasticsearch": "ingestd.sinks.elasticsearch:ElasticsearchSink",
-        "kafka": "ingestd.sinks.kafka:KafkaSink",
+        "kafka": "ingestd.sinks.kafka.sink:KafkaSink",
         "clickhouse": "ingestd.sinks.clickhouse:ClickHouseSink",
         "http": "ingestd.sinks.http:HttpSink",
     },

@@ -12,7 +12,8 @@ from ingestd.handlers.call import call, close
 from ingestd.handlers.load import load
 from ingestd.handlers.options import OptionError
 from ingestd.handlers.outcome import Job, Result
-from ingestd.sinks.kafka import KafkaOptions, _Ledger
+from ingestd.sinks.kafka.ledger import KafkaLedger
+from ingestd.sinks.kafka.options import KafkaOptions
 from tests.sinks.kafka_cluster import PRODUCE, Cluster
 
 if TYPE_CHECKING:
@@ -213,9 +214,9 @@ def isolated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             made = real(config, isolation)
             return Isolated(made, **how) if isolation == "read_committed" else made
 
-        monkeypatch.setattr(_Ledger, "_consumer", staticmethod(consumer))
+        monkeypatch.setattr(KafkaLedger, "_consumer", staticmethod(consumer))
 
-    real = _Ledger._consumer
+    real = KafkaLedger._consumer
     return isolated
 
 

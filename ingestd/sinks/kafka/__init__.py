@@ -1,0 +1,1 @@
+"""The sink `kafka`: `sink` produces batches, `message` makes messages, `ledger` knows batches."""

@@ -1,0 +1,134 @@
+"""Options of the sink `kafka`, and the configuration of librdkafka's clients that they make."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from ingestd.handlers.options import FilePath, Seconds, Secret, Size
+from ingestd.sinks.base import SinkOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CONNECT_SECONDS = 5.0
+"""Bound of a connection, and of a question that needs no work."""
+TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
+"""Names that a topic can have."""
+PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
+"""A placeholder in a topic, a key or a header."""
+# librdkafka would write to standard error; what matters of it is told with the failure.
+LOGGER = logging.getLogger("ingestd.sinks.kafka")
+"""Logger of librdkafka's clients, which goes nowhere."""
+LOGGER.addHandler(logging.NullHandler())
+LOGGER.propagate = False
+_OURS = frozenset({
+    "acks", "bootstrap.servers", "enable.idempotence", "metadata.broker.list",
+    "request.required.acks", "transactional.id", "isolation.level",
+})  # fmt: skip
+"""Properties that promises rest on."""
+
+
+class KafkaOptions(SinkOptions, frozen=True, kw_only=True):
+    """Options of the sink `kafka`."""
+
+    brokers: Annotated[str, Meta(description="`host:port` of brokers, with commas between them")]
+    topic: Annotated[
+        str,
+        Meta(
+            description="topic; placeholders as in `key`, and a record without one is a dead letter"
+        ),
+    ] = "ingestd-{_pipeline}"
+    key: Annotated[
+        str,
+        Meta(
+            description="key of a message; `{name}` or `{name.inner}` is a value of the record,"
+            " `{_id}` its id, `{_batch}` its batch's, `{_pipeline}` the pipeline's name; a record"
+            " without one has no key"
+        ),
+    ] = ""
+    headers: Annotated[
+        dict[str, str],
+        Meta(description="headers of a message, with placeholders as in `key`"),
+    ] = msgspec.field(default_factory=lambda: {"ingestd-id": "{_id}"})
+    exactly_once: Annotated[
+        bool, Meta(description="a batch is a transaction that is known by its id")
+    ] = False
+    ledger_topic: Annotated[
+        str, Meta(description="topic of the ids of batches, for `exactly_once`")
+    ] = "ingestd-ledger"
+    compression: Annotated[
+        Literal["none", "gzip", "snappy", "lz4", "zstd"], Meta(description="compression")
+    ] = "lz4"
+    message_bytes_max: Annotated[
+        Size,
+        Meta(description="a larger record is a dead letter; at most the topic's max.message.bytes"),
+    ] = Size(1_000_000)
+    timeout: Annotated[
+        Seconds, Meta(description="bound of the delivery of a batch; below `executor.timeout`")
+    ] = Seconds(30)
+    security: Annotated[
+        Literal["plaintext", "ssl", "sasl_plaintext", "sasl_ssl"],
+        Meta(description="security.protocol"),
+    ] = "plaintext"
+    sasl_mechanism: Annotated[
+        Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"], Meta(description="with sasl_…")
+    ] = "SCRAM-SHA-512"
+    username: Annotated[str | None, Meta(description="name, with sasl_…")] = None
+    password: Annotated[Secret | None, Meta(description="password of `username`")] = None
+    tls_ca: Annotated[
+        FilePath | None, Meta(description="file of authorities (PEM) instead of the system's")
+    ] = None
+    tls_certificate: Annotated[
+        FilePath | None, Meta(description="file of a client certificate (PEM), with its chain")
+    ] = None
+    tls_key: Annotated[FilePath | None, Meta(description="file of its key (PEM)")] = None
+    properties: Annotated[
+        dict[str, str],
+        Meta(description="more properties of librdkafka; none with a secret in it"),
+    ] = msgspec.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for option in ("topic", "ledger_topic"):
+            if not TOPIC.fullmatch(PLACEHOLDER.sub("x", getattr(self, option))):
+                raise ValueError(f"{option}: {getattr(self, option)!r} is no name of a topic")
+        if not self.brokers.strip():
+            raise ValueError("brokers: there are none")
+        if self.timeout < 1:
+            raise ValueError("timeout: it has to be at least 1 s")
+        if (self.username is None) != (self.password is None):
+            raise ValueError("username: username and password belong together")
+        if self.security.startswith("sasl") and self.username is None:
+            raise ValueError(f"security: {self.security} needs username and password")
+        for name in self.properties:
+            if name in _OURS or name.endswith("timeout.ms"):
+                raise ValueError(f"properties: {name} is the sink's own")
+            if "password" in name or "secret" in name:
+                raise ValueError(f"properties: {name} would be shown; no secret belongs there")
+
+
+def client_config(options: KafkaOptions, error_cb: Callable[[Any], None]) -> dict[str, Any]:
+    """The configuration that all clients of a sink share, without the options' `properties`.
+
+    Args:
+        options: of the sink.
+        error_cb: gets errors that belong to no call, when a client is polled.
+    """
+    config: dict[str, Any] = {
+        "bootstrap.servers": options.brokers, "client.id": "ingestd",
+        "security.protocol": options.security, "error_cb": error_cb,
+        "socket.connection.setup.timeout.ms": int(CONNECT_SECONDS * 1000),
+        "reconnect.backoff.max.ms": 1000,
+    }  # fmt: skip
+    if options.security.startswith("sasl"):
+        config["sasl.mechanism"] = options.sasl_mechanism
+        config["sasl.username"], config["sasl.password"] = options.username, options.password
+    for name, value in (("ca", options.tls_ca), ("certificate", options.tls_certificate),
+                        ("key", options.tls_key)):  # fmt: skip
+        if value:
+            config[f"ssl.{name}.location"] = str(value)
+    return config
