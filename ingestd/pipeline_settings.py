@@ -14,6 +14,7 @@ from ingestd.config.sections import (
     Reloadable,
     Section,
     table_fault,
+    unusable,
     with_tables,
 )
 from ingestd.config.units import Count, Seconds, Size, parse_size, parse_words, show_size
@@ -50,11 +51,15 @@ def _kinds(components: Components, base: type, above: type[Section]) -> Kinds:
         # A function has no settings.
         return table_fault(name, kind.settings, above) if is_kind(kind) else ""
 
-    kinds, unusable = components.load_kinds(fault)
+    kinds, faults = components.load_kinds(fault)
     made = {name: kind() for name, kind in kinds.items() if is_kind(kind)}
     tables: dict[str, type[Section]] = {name: kind.settings for name, kind in made.items()}
-    tables |= {name: Section for name in unusable if not table_fault(name, Section, above)}
-    return Kinds(made, unusable, with_tables(above, tables))
+    tables |= {
+        name: unusable(Section, fault)
+        for name, fault in faults.items()
+        if not table_fault(name, Section, above)
+    }
+    return Kinds(made, faults, with_tables(above, tables))
 
 
 class Kinds(NamedTuple):

@@ -62,6 +62,7 @@ def add_settings(parser: Parser, argv: Sequence[str]) -> None:
     """Adds the flags of `run` and `check`; those with the user's own names are read in `argv`."""
     parser.set_defaults(flags=[])
     parser.nearest_setting = _nearest
+    parser.fault_of = lambda flag: SCHEMA.fault_at(flag.lstrip("-").split("."))
     fields = {dotted(path): field for path, field in settings_of(Settings)}
     group = parser.add_argument_group("common flags")
     _add_config(group)

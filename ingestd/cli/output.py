@@ -21,6 +21,7 @@ class Parser(argparse.ArgumentParser):
 
     Attributes:
         hidden: flags that `--help` does not show.
+        fault_of: gives the reason why a flag is not known, if there is one.
         nearest_setting: gives the flag that was probably meant by an unknown one, from it and the
             nearest of the known ones.
     """
@@ -29,6 +30,7 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault("formatter_class", _formatter)
         super().__init__(allow_abbrev=False, **kwargs)
         self.hidden: list[str] = []
+        self.fault_of: Callable[[str], str] = lambda _: ""
         self.nearest_setting: Callable[[str, str | None], str | None] = lambda _, close: close
 
     def error(self, message: str) -> NoReturn:
@@ -43,6 +45,8 @@ class Parser(argparse.ArgumentParser):
         """Explains in a line that there is no such flag, and which one was probably meant."""
         known = [*re.findall(r"--[\w.-]*\w", self.format_help()), *self.hidden]
         close = get_close_matches(flag, known, n=1)
+        if fault := self.fault_of(flag):
+            return f"unknown flag {flag}: {fault}"
         meant = self.nearest_setting(flag, close[0] if close else None)
         return f"unknown flag {flag}" + (f", did you mean {meant}?" if meant else "")
 

@@ -67,6 +67,15 @@ class Schema:
         found = self._find(path)
         return found.field if found else None
 
+    def fault_at(self, path: Sequence[str]) -> str:
+        """Explains why the component whose table a path is in cannot be used; empty if it can."""
+        for end in range(1, len(path)):
+            found = self._find(path[:end])
+            for model in found.models if found else ():
+                if fault := getattr(model, "FAULT", ""):
+                    return str(fault)
+        return ""
+
     def wrong_name(self, path: Sequence[str]) -> str | None:
         """Explains a wrong name of the user's own in a path; `None` if it is right."""
         for table in self._named_in(path):

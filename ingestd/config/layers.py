@@ -199,6 +199,8 @@ class LayerReader:
     def _unknown(
         self, what: str, path: tuple[str, ...], name: Callable[[tuple[str, ...]], str]
     ) -> str:
+        if fault := self._schema.fault_at(path):
+            return f"unknown {what}: {fault}"
         meant = self._schema.nearest(path)
         return f"unknown {what}" + (f", did you mean {name(meant)}?" if meant else "")
 

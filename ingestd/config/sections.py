@@ -25,10 +25,12 @@ class Section(BaseModel):
 
     Attributes:
         EXAMPLE: of a section that the user names: a name, and the path of a setting in it.
+        FAULT: why the component of this table cannot be used, so that its settings are not known.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     EXAMPLE: ClassVar[tuple[str, tuple[str, ...]]] = ("", ())
+    FAULT: ClassVar[str] = ""
 
     def path_options(self) -> Collection[tuple[str, ...]]:
         """The keys of paths in this section's table of options, each from the table on."""
@@ -60,6 +62,11 @@ def with_tables(model: type[S], tables: Mapping[str, type[Section]]) -> type[S]:
     made: type[S] = make(model.__name__, __base__=model, **fields)
     made.__doc__ = model.__doc__
     return made
+
+
+def unusable(base: type[S], fault: str) -> type[S]:
+    """Returns the table of a component that cannot be used; see `Section.FAULT`."""
+    return type(base.__name__, (base,), {"FAULT": fault, "__module__": base.__module__})
 
 
 class ValidationProblems(ValueError):  # noqa: N818  several errors in one

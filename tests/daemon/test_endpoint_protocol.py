@@ -315,6 +315,7 @@ def test_it_is_off_until_its_table_names_a_pipeline(
         (("hec.pipline", "default"), "did you mean --http.endpoints.hec.pipeline?"),
         (("gone.pipeline", "default"), "the endpoint 'gone' cannot be loaded from hec:Nothing"),
         ((*ON[:2], "hec.sourcetypes.a", "b"), "hec.sourcetypes.a"),
+        (("gone.more", "1"), "gone.more: the endpoint 'gone' cannot be loaded from hec:Nothing"),
     ],
 )
 def test_mistakes(

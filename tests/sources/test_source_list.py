@@ -434,6 +434,7 @@ def test_help_shows_the_settings_of_journals_and_executors_from_outside(
         (("--executor.kind", "pool", "--executor.pool.threads", "13"), "bring bad luck"),
         (("--executor.pool.threads", "0"), "should be at least 1"),
         (("--journal.kept.nte", "x"), "did you mean --journal.kept.note?"),
+        (("--journal.gone.x", "1"), "unknown flag --journal.gone.x: the journal 'gone' cannot be"),
         (("--journal.kind", "gone"), "the journal 'gone' cannot be loaded from counting:Nothing"),
     ],
 )

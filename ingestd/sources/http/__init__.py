@@ -10,6 +10,7 @@ from ingestd.config.sections import (
     Reloadable,
     Section,
     table_fault,
+    unusable,
     with_tables,
 )
 from ingestd.http.settings import HttpSettings, has_one_principal, problems_of, signatures_valid
@@ -41,7 +42,7 @@ _ENDPOINTS: dict[str, type[Endpoint]] = _LOADED
 def _with_endpoints() -> type[HttpSettings]:
     """`[http]` with a table for each endpoint that can be switched on."""
     tables = {name: one.settings for name, one in _ENDPOINTS.items() if one.settings is not None}
-    tables |= dict.fromkeys(_UNUSABLE, EndpointSettings)
+    tables |= {name: unusable(EndpointSettings, fault) for name, fault in _UNUSABLE.items()}
     endpoints = with_tables(Section, dict(tables))
     make: Any = create_model
     field = (Annotated[endpoints, Reloadable()], endpoints())
