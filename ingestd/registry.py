@@ -142,6 +142,7 @@ SINKS = Components(
         "kafka": "ingestd.sinks.kafka.sink:KafkaSink",
         "clickhouse": "ingestd.sinks.clickhouse:ClickHouseSink",
         "http": "ingestd.sinks.http:HttpSink",
+        "objects": "ingestd.sinks.objects:ObjectsSink",
     },
 )
 HANDLERS = Components("handler", "ingestd.handlers", {})
