@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
+from ingestd.base import envelope
 from ingestd.base.append import Append
 from ingestd.base.clock import SystemClock
+from ingestd.base.envelope import Envelope
 from ingestd.base.errors import JournalFailed, JournalUnreadable
 from ingestd.base.record import Records, Span
 from ingestd.journal.dead_letters import DeadLetter
@@ -34,6 +36,14 @@ def records(chunk: int) -> list[bytes]:
     return [b"%d-%d-" % (chunk, n) + b"x" * (size // 3) for n in range(3)]
 
 
+def envelopes(chunk: int) -> bytes:
+    """Where its records came from: those of some share an envelope, those of others are lines."""
+    if chunk % 2:
+        return envelope.pack(Envelope("http", "records", f"client-{chunk}"))
+    lines = envelope.pack(Envelope("fetch", attributes={"url": "u"}, numbered="line"))
+    return envelope.numbered(lines, 3, chunk)
+
+
 def journal_in(folder: Path) -> SqliteJournal:
     return SqliteJournal(
         folder / "journal.db", bytes_max=1 << 30, clock=SystemClock(), on_commit=lambda *_: None
@@ -45,14 +55,18 @@ async def _build(folder: Path, *, checkpointed: bool) -> None:
     journal = journal_in(folder)
     await journal.open(lambda _: None)
     for chunk in range(1, CHUNKS + 1):
-        await journal.append(Append(Records.lines(records(chunk))))
+        await journal.append(Append(Records.lines(records(chunk)), envelope=envelopes(chunk)))
     for number in range(1, 10):
         span = Span(number, 0, 3)
         await journal.write(
-            Seal(Sealed(number, (span,), 3, accepted_at=1.0), Cursor(number + 1, 0))
+            Seal(
+                Sealed(number, (span,), 3, accepted_at=1.0, lineage=(number - 1,)),
+                Cursor(number + 1, 0),
+            )
         )
-    letter = DeadLetter("j.1.0", "rejected", "no", "", b"1", 1, 1.0, 2.0)
-    await journal.write(Settle(1, 2, [letter], [], [1], sum(map(len, records(1))) + 3))
+    letter = DeadLetter("j.1.0", "rejected", "no", "", b"1", 1, 1.0, 2.0, envelope=envelopes(1))
+    size = sum(map(len, records(1))) + 3 + len(envelopes(1))
+    await journal.write(Settle(1, 2, [letter], [], [1], size))
     if not checkpointed:  # as SIGKILL leaves it
         for suffix in ("", "-wal"):
             shutil.copy(folder / f"journal.db{suffix}", folder / f"kept{suffix}")
@@ -75,7 +89,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 class Life(NamedTuple):
     """What came out of a damaged journal."""
 
-    read: dict[int, list[bytes]]
+    read: dict[int, tuple[list[bytes], bytes]]
     damaged: int
     pending: int
     set_aside: str
@@ -85,11 +99,11 @@ async def live(folder: Path) -> Life:
     """One life: opens, reads everything back and settles it, accepts, closes."""
     journal = journal_in(folder)
     opened = await journal.open(lambda _: None)
-    read: dict[int, list[bytes]] = {}
+    read: dict[int, tuple[list[bytes], bytes]] = {}
     written: list[asyncio.Future[None]] = []
     damaged = 0
 
-    def settle(number: int, count: int, chunks: list[int], items: list[bytes] | None) -> None:
+    def settle(number: int, count: int, chunks: list[int], items: object) -> None:
         letter = DeadLetter("r", "damaged", "", "", b"", 1, 1.0, 2.0, count)
         dead, aside = ([], []) if items is not None else ([letter], chunks)
         done = 0 if items is None else count
@@ -103,7 +117,7 @@ async def live(folder: Path) -> Life:
             if got is None:
                 damaged += batch.count
             else:
-                read[batch.number] = got.items()
+                read[batch.number] = got.items(), got.envelopes
             items = None if got is None else read[batch.number]
             settle(batch.number, batch.count, [span.chunk for span in batch.spans], items)
         number, chunk = opened.next_batch, opened.cursor.chunk
@@ -117,7 +131,7 @@ async def live(folder: Path) -> Life:
                 if one.damaged:
                     damaged += count
                 else:
-                    read[one.id] = one.records.items()
+                    read[one.id] = one.records.items(), one.records.envelopes
                 settle(number, count, [one.id], None if one.damaged else read[one.id])
                 number += 1
                 chunk = one.id + 1
@@ -157,8 +171,9 @@ def check(life: Life | None) -> int:
     """Nothing was read wrongly; how many of the 29 chunks that were to be done came back."""
     if life is None:
         return 0
-    for chunk, items in life.read.items():
+    for chunk, (items, packed) in life.read.items():
         assert items == records(chunk)
+        assert packed == envelopes(chunk)
     return len(life.read)
 
 

@@ -283,3 +283,17 @@ async def test_the_wal_is_started_over(opened, tmp_path: Path) -> None:
     wal = (tmp_path / "journal.db-wal").stat().st_size
     assert wal < 110 << 20
     assert (await j.journal.close()).counted == 120
+
+
+async def test_a_batch_that_is_sealed_and_settled_in_one_commit_leaves_no_row(opened) -> None:
+    j = await opened()
+    records = lines(*[b"%d" % n for n in range(40)])
+    await j.journal.append(Append(records))
+    written = []
+    for n in range(40):  # more than one statement takes
+        written.append(j.journal.write(Seal(Sealed(n + 1, (Span(1, n, 1),), 1), Cursor(1, n + 1))))
+        written.append(j.journal.write(Settle(n + 1, 1, [], [], [1] if n == 39 else [], 0)))
+    await asyncio.gather(*written)
+    assert (await j.journal.close()).counted == 0
+    again = await opened()
+    assert again.recovered.batches == []

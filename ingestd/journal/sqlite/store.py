@@ -489,10 +489,14 @@ def _has_failed(batch: Sealed) -> bool:
 
 def _rows(write: Write, journal: str, meta: Meta) -> schema.CommitRows:
     """The rows of chunks and batches, and the one moving row."""
+    batches = _new_batches(write)
+    if batches and write.settled:  # one that goes at once has no row: rows come and go in no order
+        over = {settle.batch for settle in write.settled}
+        batches = [batch for batch in batches if batch.number not in over]
     return schema.CommitRows(
         _meta_row(journal, meta),
         [chunk_row(chunk) for chunk in write.chunks],
-        [batch_row(batch, write.at) for batch in _new_batches(write)],
+        [batch_row(batch, write.at) for batch in batches],
         list(_runs([settle.batch for settle in write.settled])),
         list(_runs([chunk for settle in write.settled for chunk in settle.finished])),
     )
