@@ -8,8 +8,9 @@ import threading
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from ingestd.client.clients import LOGGER, Client
+from ingestd.client.clients import Client
 from ingestd.client.exchange import BufferFull, ClientClosed
+from ingestd.client.sender import LOGGER
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

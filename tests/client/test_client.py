@@ -472,6 +472,31 @@ def test_a_fork_has_a_buffer_of_its_own(tmp_path: Path) -> None:
     assert proxy.connections == 3  # the parent kept its own
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_a_fork_while_a_request_is_under_way(tmp_path: Path) -> None:
+    """The child leaves the parent's request alone, and the parent goes on with it."""
+    with (
+        daemon(*THREAD, cwd=tmp_path) as one,
+        Proxy(lambda number: "hang" if number == 1 else "") as proxy,
+    ):
+        proxy.port = one.port
+        with Client(proxy.url, batch_records=1, close_timeout=60) as client:
+            client.send({"n": 0})
+            proxy.until(1)
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    client.send({"n": 1})
+                    code = client.close(30) != Counts(1, 1)
+                finally:
+                    os._exit(code)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            proxy.released.set()
+        assert client.counts == Counts(1, 1)
+        arrives(tmp_path, one, [0, 1])
+
+
 @pytest.mark.parametrize(
     ("url", "options"),
     [

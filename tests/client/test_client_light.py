@@ -17,6 +17,7 @@ OWN = {
     "ingestd.client.clients",
     "ingestd.client.exchange",
     "ingestd.client.log_handler",
+    "ingestd.client.sender",
 }
 OWN_STANDARD_MAX = 15
 """Modules of the standard library beside those that an HTTP client in it needs anyway."""
