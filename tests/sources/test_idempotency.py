@@ -197,6 +197,7 @@ async def test_another_request_with_the_key_is_422(tmp_path, kind):
         ]
         assert [one.slug for one in others] == ["idempotency-key-reused"] * 3
         assert {one.status for one in others} == {422}
+        assert not any("retry-after" in one.headers for one in others)
         assert door.accepted == 1
 
 
@@ -229,6 +230,8 @@ async def test_a_key_in_flight_is_409_until_its_commit(tmp_path):
                 await until(lambda: any(claim.submitted for claim in keys._claims.values()))
                 again = await door.post(b"1", "k")
                 assert (again.status, again.slug) == (409, "idempotency-key-in-flight")
+                other = await door.post(b"another", "k")
+                assert (other.status, other.headers["retry-after"]) == (422, "1")
                 assert int(again.headers["retry-after"]) >= 1
                 assert (await door.post(b"2", "k")).status == 422
             assert (await client.reply()).status == 202
