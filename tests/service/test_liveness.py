@@ -179,9 +179,9 @@ async def test_a_commit_that_does_not_end_is_noticed(start, tmp_path: Path) -> N
     let_go, store = threading.Event(), pipeline.journal._store
     write = store.write
 
-    def held(order: Any) -> Any:
+    def held(order: Any, **more: Any) -> Any:
         let_go.wait(30)
-        return write(order)
+        return write(order, **more)
 
     store.write = held
     accepting = asyncio.ensure_future(pipeline.accept(Append(Records.lines([b"1"]))))
@@ -203,12 +203,12 @@ async def test_a_full_disk_is_no_reason(start, tmp_path: Path) -> None:
     store = pipeline.journal._store
     write, full = store.write, True
 
-    def no_space(order: Any) -> Any:
+    def no_space(order: Any, **more: Any) -> Any:
         if full and not order.chunks:
             error = sqlite3.OperationalError("full")
             error.sqlite_errorcode = sqlite3.SQLITE_FULL
             raise error
-        return write(order)
+        return write(order, **more)
 
     store.write = no_space
     await pipeline.accept(Append(Records.lines([b"%d" % number for number in range(20)])))
