@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.daemon.harness import ROOT
+from tests.sinks.postgres_server import Database
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +31,7 @@ BLOCKS = re.findall(r"(?:^<!-- (\S+) -->\n)?^```sh\n(.*?)\n```$", README, re.MUL
 LINES = [line for mark, block in BLOCKS for line in block.splitlines() if not mark]
 SAMPLES = b"".join(b'{"user": "ada", "page": "/%d"}\n' % n for n in range(100))
 ACTIVATE, RUN = ". .venv/bin/activate", "ingestd run app:store"
+DSN = "postgresql://localhost/shop"
 EXAMPLE = "https://example.com/2026-01.ndjson.gz"
 
 
@@ -83,6 +85,20 @@ def test_the_pipe(folder: Path) -> None:
     summary = ended(shell(line_with("--source stdin"), folder))["input_summed_up"]
     assert (summary["accepted"], summary["processed"], summary["dead"]) == (100, 100, 0)
     assert visits(folder) == 100
+
+
+@pytest.mark.slow
+def test_the_sink(folder: Path) -> None:
+    pytest.importorskip("psycopg", reason="needs the extra postgres")
+    database = Database()
+    try:
+        line = line_with("run postgres")
+        assert DSN in line
+        line = f"zcat visits.ndjson.gz | {line.replace(DSN, database.dsn())} --source stdin"
+        assert ended(shell(line, folder))["input_summed_up"]["processed"] == 100
+        assert database.sql("SELECT count(DISTINCT page) FROM records") == "100"
+    finally:
+        database.drop()
 
 
 class _Files(BaseHTTPRequestHandler):
@@ -139,7 +155,8 @@ def test_the_server(folder: Path) -> None:
 
 
 def test_every_line_is_one_of_these() -> None:
-    known = (ACTIVATE, RUN, line_with("curl -i"), line_with("stdin"), line_with("fetch"))
+    parts = ("curl -i", "stdin", "fetch", "run postgres")
+    known = (ACTIVATE, RUN, *map(line_with, parts))
     assert sorted(LINES) == sorted(known)
     assert [mark for mark, _ in BLOCKS if mark] == ["run-line", "test-line"]
 
