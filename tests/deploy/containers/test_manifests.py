@@ -173,6 +173,17 @@ def test_without_a_volume_it_is_the_same_pod_but_for_the_journal() -> None:
     assert ours == theirs
 
 
+def test_the_sink_gets_its_connection_from_a_secret() -> None:
+    found = objects(FOLDER / "overlays" / "postgres")
+    pod = manifests.workload(found)["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["args"] == ["run", "postgres"]
+    (mount,) = [m for m in container["volumeMounts"] if m["mountPath"] == "/run/secrets"]
+    (volume,) = [v for v in pod["volumes"] if v["name"] == mount["name"]]
+    secret = one(found, "Secret", volume["secret"]["secretName"])
+    assert list(secret["data"]) == ["ingestd_handler__options__dsn"]
+
+
 @pytest.mark.parametrize("name", ["autoscale", "autoscale-keda"])
 def test_who_scales_decides_how_many(name: str) -> None:
     found = objects(FOLDER / "overlays" / name)

@@ -1,4 +1,4 @@
-"""The handler that writes to PostgreSQL, as compose.yaml ships it, with a real PostgreSQL."""
+"""The image with the sink `postgres`, as compose.yaml ships it, with a real PostgreSQL."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ FOLDER = ROOT / "deploy" / "docker" / "postgres"
 IMAGE = "localhost/ingestd-postgres"
 PATIENT = {
     "INGESTD_HANDLER__OPTIONS__DSN": "host=/pg user=ingestd dbname=ingestd",
+    "INGESTD_HANDLER__OPTIONS__COLUMNS": "json",
     # An outage of seconds, not of minutes.
     "INGESTD_RETRY__BACKOFF": "100ms",
     "INGESTD_RETRY__BACKOFF_MAX": "300ms",
@@ -42,7 +43,6 @@ def postgres(engine: Engine) -> Iterator[Postgres]:
         try:
             server.start()
             server.sql("CREATE DATABASE ingestd", "postgres")
-            server.sql((FOLDER / "schema.sql").read_text())
             yield server
         finally:
             server.stop()
