@@ -204,6 +204,7 @@ def test_ctrl_c_of_a_terminal_ends_whoever_feeds_the_pipe_too(tmp_path: Path) ->
         _login(theirs)
         os.chdir(tmp_path)
         os.environ["PYTHONPATH"] = str(ROOT)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job's is ignored
         os.execvp("bash", ["bash", "-c", line])
     os.close(theirs)
     said, status, asked = b"", None, False

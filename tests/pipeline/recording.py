@@ -31,7 +31,10 @@ def _note(folder: str, batch: Any, **facts: Any) -> None:
 def calls(folder: Path) -> list[dict[str, Any]]:
     """What was written down so far."""
     path = folder / "calls.ndjson"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if not path.exists():
+        return []
+    # What stands behind the last line break is being written.
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 class Note:
