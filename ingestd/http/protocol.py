@@ -26,6 +26,7 @@ import asyncio
 import contextlib
 import socket
 from collections import deque
+from itertools import islice
 from typing import TYPE_CHECKING, cast
 
 import async_timeout
@@ -98,6 +99,7 @@ class Connection(asyncio.Protocol):
         "_idle_timer",
         "_idle_until",
         "_incoming",
+        "_is_next",
         "_known",
         "_left",
         "_loop",
@@ -146,6 +148,7 @@ class Connection(asyncio.Protocol):
         self._messages: deque[Request | Problem] = deque()
         self._known: KnownHead | None = None  # the last one, for the next request
         self._answering = False  # in a task, or by the source
+        self._is_next = False  # the first message's task has not begun to answer it
         self._turn: asyncio.Future[None] | None = None
         self._task_handler: asyncio.Task[None] | None = None
 
@@ -533,7 +536,9 @@ class Connection(asyncio.Protocol):
             size += 3 * self._head_bytes + HEADER_BYTES * lines
         else:
             size += waiting
-        for one in self._messages:
+        # One that is answered next asks for what it holds when that begins. To count it here would
+        # end the connections of a client whose large requests come in one turn of the loop.
+        for one in islice(self._messages, self._is_next, None):
             if isinstance(one, Request):
                 size += one.held
         self._server.hold(self, size)
@@ -542,7 +547,7 @@ class Connection(asyncio.Protocol):
 
     def _begin(self) -> None:
         """Answers the next request, in a task whose context is its own."""
-        self._answering = True
+        self._answering = self._is_next = True
         self._task_handler = self._loop.create_task(self._respond())
 
     async def _respond(self) -> None:
@@ -555,6 +560,7 @@ class Connection(asyncio.Protocol):
                 self._turn = None
             if self.transport is not None:
                 asked = self._messages.popleft()
+                self._is_next = False
                 if self.held:
                     self._hold()
                 goes_on = await self._answer(asked)

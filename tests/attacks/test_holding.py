@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
+import signal
+import socket
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,7 @@ from ingestd.base.append import DeliveryWaiter
 from ingestd.sources.http.ingestion import HEAD_BYTES_FREE
 from tests.attacks.holders import WINDOW, ZSTD, chunk, noise
 from tests.attacks.smuggling import CHUNKED, HOST, LINE
+from tests.daemon.harness import daemon
 from tests.sources.source_tools import Client, MemoryIntake, ask, serving, until
 
 if sys.version_info >= (3, 14):
@@ -284,3 +288,28 @@ async def test_who_was_cut_waits_with_new_connections_and_others_do_not(monkeypa
         assert (await other.reply()).status == 202
         assert not late.done()
         assert (await late).status == 202
+
+
+def test_large_requests_that_come_in_one_turn_are_answered(tmp_path):
+    """96 connections of one client, each with a body that is read in one piece."""
+    body = b"".join(b'{"n":%d,"text":"%s"}\n' % (n, b"x" * 80) for n in range(1200))
+    request = LINE + HOST + b"Content-Length: %d\r\n\r\n" % len(body) + body
+    with daemon(cwd=tmp_path) as one, contextlib.ExitStack() as stack:
+        connections = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", one.port)))
+            for _ in range(96)
+        ]
+        for connection in connections:
+            connection.settimeout(30)
+            connection.sendall(LINE + HOST + b"Content-Length: 8\r\n\r\n" + b'{"a":1}\n')
+            assert connection.recv(4096).startswith(b"HTTP/1.1 202 ")
+        for _ in range(3):
+            os.kill(one.pid, signal.SIGSTOP)
+            for connection in connections:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2 * len(request))
+                connection.sendall(request)
+            os.kill(one.pid, signal.SIGCONT)
+            for connection in connections:
+                assert connection.recv(4096).startswith(b"HTTP/1.1 202 ")
+        one.terminate()
+        assert one.wait() == 0
