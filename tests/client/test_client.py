@@ -65,6 +65,7 @@ def url_of(one: Daemon) -> str:
     return f"http://127.0.0.1:{one.port}"
 
 
+@pytest.mark.slow
 def test_each_record_once_through_refusals_lost_answers_and_a_restart(tmp_path: Path) -> None:
     with Proxy(spoilt) as proxy, restarting(proxy, tmp_path, *THREAD, after=30) as daemons:
         with Client(proxy.url, batch_records=10, close_timeout=60) as client:
@@ -79,6 +80,7 @@ def test_each_record_once_through_refusals_lost_answers_and_a_restart(tmp_path: 
     assert proxy.faults["lose"] >= 5
 
 
+@pytest.mark.slow
 async def test_each_record_once_from_coroutines(tmp_path: Path) -> None:
     with Proxy(spoilt) as proxy, restarting(proxy, tmp_path, *THREAD, after=30) as daemons:
         # So small that the coroutines wait for room again and again.
@@ -337,6 +339,7 @@ def test_a_request_is_given_up_after_retry_timeout() -> None:
     assert "refused" in str(dropped[1])
 
 
+@pytest.mark.slow
 def test_a_token_that_is_put_right_later_loses_nothing(tmp_path: Path, caplog: Any) -> None:
     secret = "an-example-of-a-token-0123456789"
     (tmp_path / "tokens").write_text("another-example-of-a-token-01234\n")
@@ -371,6 +374,7 @@ def test_tls_with_an_authority_and_a_client_certificate(tmp_path: Path) -> None:
         arrives(tmp_path, one, [1, 2])
 
 
+@pytest.mark.slow
 def test_a_client_killed_in_the_middle_doubles_nothing(tmp_path: Path) -> None:
     text = """
 import sys

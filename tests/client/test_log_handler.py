@@ -30,6 +30,7 @@ def logger() -> Iterator[logging.Logger]:
         handler.close()
 
 
+@pytest.mark.slow
 def test_each_log_record_once(tmp_path: Path, logger: logging.Logger) -> None:
     with Proxy(spoilt) as proxy, restarting(proxy, tmp_path, *THREAD, after=30) as daemons:
         handler = LogHandler(proxy.url, batch_records=10, close_timeout=120)

@@ -158,6 +158,7 @@ def test_a_connection_that_breaks_at_the_answer_asks_again_under_the_same_token(
     assert first == second
 
 
+@pytest.mark.slow
 def test_too_many_rows_that_cannot_be_read_split_the_batch(fake: FakeClickHouse) -> None:
     fake.script.extend([None, None, *[row_error(1)] * 101])
     result = write(fake, [{"n": n} for n in range(200)])

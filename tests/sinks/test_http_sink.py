@@ -498,6 +498,7 @@ def test_check_says_what_it_found(receiver: Receiver, serve: Callable[..., Servi
     assert receiver.daemon.status()["pipelines"]["default"]["accepted"] == 0
 
 
+@pytest.mark.slow
 def test_a_receiver_that_stops_in_the_middle(tmp_path: Path) -> None:
     """A try that overran its timeout is one whose request may still be accepted."""
     receiver = Receiver(tmp_path / "receiver")

@@ -157,6 +157,7 @@ for number in range(int(sys.argv[2]), 100_000):
 """
 
 
+@pytest.mark.slow
 def test_a_writer_that_is_killed_leaves_each_batch_once(tmp_path: Path) -> None:
     following = 0
     for kill in range(8):

@@ -593,6 +593,7 @@ def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_pages_commands(sink: Sink, tmp_path: Path) -> None:
     dsn = ("--handler.options.dsn", sink.database.dsn())
     checked = command("check", "postgres", "--connect", *dsn, cwd=tmp_path)

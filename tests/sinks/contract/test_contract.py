@@ -176,6 +176,7 @@ def test_a_missing_table_or_right_is_the_sinks_and_no_records(sink: SinkAdapter)
     assert sorted(sink.stored()) == list(range(10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disturb", ["down", "unusable"])
 def test_the_pipeline_waits_says_so_once_and_gives_nothing_up(
     sink: SinkAdapter, tmp_path: Path, disturb: str
@@ -217,6 +218,7 @@ def test_the_pipeline_waits_says_so_once_and_gives_nothing_up(
     assert sorted(sink.stored()) == list(range(420))
 
 
+@pytest.mark.slow
 def test_a_slow_answer_beyond_the_timeout(sink: SinkAdapter, tmp_path: Path) -> None:
     kind = "process" if sink.executor == "thread" else sink.executor
     with sink.slow() as slow, daemon(
@@ -233,6 +235,7 @@ def test_a_slow_answer_beyond_the_timeout(sink: SinkAdapter, tmp_path: Path) -> 
     assert len(stored) == 100 or not sink.exactly_once
 
 
+@pytest.mark.slow
 def test_a_kill_between_the_sinks_commit_and_the_settlement(
     sink: SinkAdapter, tmp_path: Path
 ) -> None:
@@ -265,6 +268,7 @@ def test_a_kill_between_the_sinks_commit_and_the_settlement(
     assert len(stored) == 200 or not sink.exactly_once
 
 
+@pytest.mark.slow
 def test_a_secret_is_shown_nowhere(sink: SinkAdapter, tmp_path: Path) -> None:
     if not sink.secret:
         pytest.skip("it has no secret")
