@@ -100,14 +100,15 @@ class FluentBit(Program):
         values["folder"] = folder
         file.write_text(FLUENT_BIT.format(**values))
         command = Command([self.executable, "-c", str(file)], folder)
-        return Service(
-            (command,),
-            port,
-            (Page(metrics, "/"),),
-            (Page(metrics, "/api/v1/metrics"),),
-            # Its http input knows no NDJSON by name, but takes several objects in one body.
-            content_type="application/json",
-        )
+        numbers = (Page(metrics, "/api/v1/metrics"),)
+        # Its http input knows no NDJSON by name, but takes several objects in one body. It has no
+        # numbers in its first second, and then not before a load ends.
+        return Service((command,), port, numbers, numbers, content_type="application/json")
+
+    def starter(self, folder: Path, age: float) -> Service:
+        """See `Peer`; it takes records before it has numbers."""
+        service = self.service(folder, age)
+        return service._replace(ready=(service.ready[0]._replace(path="/"),))
 
     def counts(self, page: bytes) -> Counts:
         """What its input took and its output did away with."""

@@ -310,9 +310,11 @@ class Misbehaves:
         dice = random.Random(f"{self.seed} {batch.id} {batch.attempt}")
         poisoned = any(record >= POISON for record in batch)
         turns = self._turns()
-        more = turns < len(self.names) if self.in_turn else False
-        if poisoned or (batch.attempt <= 2 and (more or dice.random() < 0.6)):
-            name = self.names[turns % len(self.names)] if self.in_turn else dice.choice(self.names)
+        # Calls in several threads may take the same one: the missing ones are those without a note.
+        missing = [name for name in self.names if name not in turns] if self.in_turn else []
+        if poisoned or (batch.attempt <= 2 and (missing or dice.random() < 0.6)):
+            in_turn = missing or [self.names[len(turns) % len(self.names)]]
+            name = in_turn[0] if self.in_turn else dice.choice(self.names)
             if poisoned and batch.attempt > 2:
                 name = "ValueError"
             else:
@@ -330,9 +332,11 @@ class Misbehaves:
     def __call__(self, batch: ingestd.Batch[int]) -> Any:
         return self._call(batch)
 
-    def _turns(self) -> int:
+    def _turns(self) -> list[str]:
         turns = Path(self.folder, "turns")
-        return len(turns.read_text().splitlines()) if self.in_turn and turns.exists() else 0
+        if not (self.in_turn and turns.exists()):
+            return []
+        return [json.loads(line)[0] for line in turns.read_text().splitlines()]
 
     def _note(self, name: str, values: list[Any]) -> None:
         fd = os.open(Path(self.folder, name), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
