@@ -102,7 +102,7 @@ def test_the_settings_are_settings(folder: Path) -> None:
     mounts = {m["name"]: m["mountPath"] for m in container(found)["volumeMounts"]}
     for name, token in settings_of(found)["http"]["tokens"].items():
         assert token["file"] == f"{mounts['tokens']}/{name}"
-        assert name in one(found, "Secret")["data"]
+        assert name in one(found, "Secret", "ingestd-tokens")["data"]
     assert variable(container(found), "INGESTD_DATA_DIR") == f"{mounts['data']}/data"
 
 
@@ -125,7 +125,8 @@ def test_selectors_meet_what_they_select(folder: Path) -> None:
     for service in (o for o in found if o["kind"] == "Service"):
         for port in service["spec"]["ports"]:
             assert ports[port["targetPort"]] == port["port"]
-    assert container(found)["image"] == f"ingestd:{ingestd.__version__}"
+    image = "ingestd-postgres" if folder.name == "postgres" else "ingestd"
+    assert container(found)["image"] == f"{image}:{ingestd.__version__}"
 
 
 def test_strangers_reach_neither_records_nor_numbers() -> None:
