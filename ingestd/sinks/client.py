@@ -15,7 +15,6 @@ import base64
 import gzip
 import http.client
 import time
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
@@ -25,7 +24,7 @@ from ingestd.handlers.batch import Blocked, RetryAfter, Unavailable
 from ingestd.handlers.options import FilePath, Seconds, Secret
 from ingestd.handlers.text import one_line
 from ingestd.sinks.base import SinkOptions
-from ingestd.sinks.connection import HttpConnection, HttpTarget, told
+from ingestd.sinks.connection import HttpConnection, HttpTarget, parse_retry_after, told
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -177,23 +176,11 @@ def refuse(reply: HttpReply, said: str = "") -> NoReturn:
     """
     told = f"{reply.origin}: {reply.status} {said or reply.text}".rstrip()
     if reply.status in {408, 425, 429, 502, 503, 504}:
-        wait = _wait_of(reply.headers)
+        wait = parse_retry_after(reply.headers.get("retry-after", ""), RETRY_AFTER_MAX)
         raise Unavailable(told) if wait is None else RetryAfter(wait, told)
     if 300 <= reply.status < 400 or reply.status in {401, 403, 404, 405, 406, 407, 415, 421}:
         raise Blocked(told)
     raise RuntimeError(told)
-
-
-def _wait_of(headers: dict[str, str]) -> float | None:
-    """Seconds of a `Retry-After`, which is a number or a date; `None` if there is none."""
-    text = headers.get("retry-after", "").strip()
-    if text.isascii() and text.isdigit():
-        return min(float(text[:12]), RETRY_AFTER_MAX)
-    try:
-        wait = parsedate_to_datetime(text).timestamp() - time.time()
-    except (ValueError, OverflowError):
-        return None
-    return min(max(0.0, wait), RETRY_AFTER_MAX)
 
 
 def _connection(text: str, options: HttpOptions) -> HttpConnection:

@@ -86,14 +86,7 @@ class HttpAnswer(NamedTuple):
     @property
     def retry_after(self) -> float | None:
         """Seconds of its `Retry-After`, bounded; `None` without one."""
-        value = self.headers.get("Retry-After", "").strip()
-        if value.isascii() and value.isdigit():
-            return min(float(value[:9]), RETRY_AFTER_MAX)
-        try:
-            at = email.utils.parsedate_to_datetime(value).timestamp()
-        except (ValueError, TypeError, OverflowError):
-            return None
-        return min(max(at - time.time(), 0.0), RETRY_AFTER_MAX)
+        return parse_retry_after(self.headers.get("Retry-After", ""), RETRY_AFTER_MAX)
 
     def __str__(self) -> str:
         document = self.document
@@ -101,6 +94,18 @@ class HttpAnswer(NamedTuple):
         if not isinstance(told, str) or not told:
             told = self.body[:_DETAIL_CHARS].decode(errors="replace")
         return f"{self.status} {' '.join(told.split())[:_DETAIL_CHARS]}".strip()
+
+
+def parse_retry_after(text: str, longest: float) -> float | None:
+    """Returns the seconds of a `Retry-After`, a number or a date; `None` if it is neither."""
+    text = text.strip()
+    if text.isascii() and text.isdigit():
+        return min(float(text[:12]), longest)
+    try:
+        wait = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return min(max(0.0, wait), longest)
 
 
 class HttpConnection:
