@@ -32,8 +32,9 @@ class Daemon:
         prefix: tuple[str, ...] = (),
         environ: Mapping[str, str] | None = None,
         fds: tuple[int, ...] = (),
+        module: str = "ingestd",
     ) -> None:
-        command = [sys.executable, "-m", "ingestd", "run", *args]
+        command = [sys.executable, "-m", module, "run", *args]
         if "--listen" not in args and not {"stdin", "fetch"} & set(args):
             command += ["--listen", "127.0.0.1:0"]
         command += ["--admin.listen", "127.0.0.1:0"]
