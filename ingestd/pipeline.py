@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import async_timeout
 from structlog.contextvars import bind_contextvars
 
+from ingestd.base.append import RecentIds
 from ingestd.base.errors import KeysUnsupported
 from ingestd.base.logging import get_logger
 from ingestd.base.tasks import OwnedTasks
@@ -121,6 +122,7 @@ class Pipeline:
         self._data_dir, self._surroundings = data_dir, surroundings
         self.unsettled = UnsettledChunks()
         self.waiters = DeliveryWaiters()
+        self.recent_ids = RecentIds(keys.ids_max)
         self.settlements = SettlementWriter(
             self.journal,
             self.dispatcher,
@@ -188,6 +190,7 @@ class Pipeline:
             self.journal, self.budget, first=recovered.cursor.chunk, last=recovered.last_chunk
         )
         self.settlements.recover(recovered)
+        self.recent_ids.restore(recovered.ids)
         if recovered.set_aside:
             log.error("journal_set_aside", pipeline=self.name, moved_to=recovered.set_aside)
         if self.ledger.pending:
@@ -202,6 +205,7 @@ class Pipeline:
         """Uses other bounds for batches, and another rule for keys, from now on."""
         if self.journal.idempotency is not None:
             self.journal.idempotency.rule = keys
+        self.recent_ids.kept_max = keys.ids_max
         self.settings = self.settings.model_copy(update={"batch": batch})
         self.batcher.bound(**batch.model_dump())
         self._retime()
@@ -235,7 +239,7 @@ class Pipeline:
             Overloaded: the journal is at its bound, or its disk.
             JournalFailed: it is poisoned.
         """
-        place = await self.journal.append(append)
+        place = await self.recent_ids.follow(append.ids, self.journal.append(append))
         if append.waiter is not None:
             # In time: a record is sealed, in a commit of its own, before anything becomes of it.
             self.waiters.add(place, append.waiter)

@@ -304,4 +304,5 @@ def key_rule(settings: Settings) -> KeyRule:
         max(one.keys_max for one in needs),
         signed_ttl=max(one.signed_ttl for one in needs),
         shared=len(needs) > 1 or any(one.shared for one in needs),
+        ids_max=max(one.ids_max for one in needs),
     )

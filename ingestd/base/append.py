@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING, NamedTuple
+import hashlib
+from collections import defaultdict, deque
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from ingestd.base.errors import IdsInFlight
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from ingestd.base.record import InvalidRecord, Records
+
+T = TypeVar("T")
 
 WEBHOOK = "webhook"
 """The kind of principal whose keys are the signed ids of deliveries."""
@@ -46,6 +53,136 @@ class IdempotencyClaim:
         self.fingerprint = fingerprint
         self.answer = b""
         self.submitted = False
+
+
+# -- ids that senders give their records -----------------------------------------------------------
+#
+# A client that lost an answer sends its records again, often in other requests than before: mixed
+# with new ones, or in another order. So it is the record that has to be recognised. The ids of the
+# last records are kept in memory, a journal stores those of an append in its commit and gives them
+# back at its start (`Recovered.ids`). They are bounded by their number alone: older ones go, and
+# nothing is refused for want of room.
+
+ID_BYTES = 16
+IN_FLIGHT_SECONDS = 1.0
+
+
+class SenderIds(NamedTuple):
+    """The ids of the records of a request.
+
+    Attributes:
+        each: one a record, `ID_BYTES` long; empty for one without an id. None comes twice.
+        known: those that are not empty.
+    """
+
+    each: tuple[bytes, ...]
+    known: frozenset[bytes]
+
+
+def sender_id(*parts: str) -> bytes:
+    """Returns the id of what a sender calls a record, whatever its length."""
+    text = "\0".join(parts).encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(text, digest_size=ID_BYTES).digest()
+
+
+class HeldIds:
+    """Ids of one request, held until its append has resolved or is given up.
+
+    Attributes:
+        principal: whose they are.
+        accepted: those of records that were accepted before.
+        new: the others.
+        kept_max: so many ids of the pipeline are kept.
+        submitted: an append carries them; its end is theirs.
+    """
+
+    __slots__ = ("accepted", "kept_max", "new", "principal", "submitted")
+
+    def __init__(
+        self, principal: str, accepted: frozenset[bytes], new: frozenset[bytes], kept_max: int
+    ) -> None:
+        self.principal, self.accepted, self.new = principal, accepted, new
+        self.kept_max = kept_max
+        self.submitted = False
+
+
+class RecentIds:
+    """The ids of the last records of one pipeline, each known to its principal alone.
+
+    Args:
+        kept_max: most ids that are kept; the oldest go first.
+
+    Attributes:
+        kept_max: may be replaced.
+        count: ids that are kept.
+    """
+
+    def __init__(self, kept_max: int) -> None:
+        self.kept_max = kept_max
+        self.count = 0
+        self._kept: defaultdict[str, set[bytes]] = defaultdict(set)
+        self._order: deque[tuple[str, frozenset[bytes]]] = deque()
+        self._held: defaultdict[str, set[bytes]] = defaultdict(set)
+
+    def restore(self, stored: Iterable[tuple[str, bytes]]) -> None:
+        """Takes what a journal has stored: principal and ids of each append, the oldest first."""
+        for principal, packed in stored:
+            starts = range(0, len(packed), ID_BYTES)
+            ids = frozenset(packed[start : start + ID_BYTES] for start in starts)
+            self._keep(principal, ids - self._kept[principal])
+
+    def hold(self, principal: str, ids: frozenset[bytes]) -> HeldIds:
+        """Tells which records were accepted before, and holds the ids of the others.
+
+        The holder hands them to an append, and calls `release` in any case.
+
+        Raises:
+            IdsInFlight: another request holds some of them.
+        """
+        held = self._held.get(principal)
+        if held is not None and not held.isdisjoint(ids):
+            raise IdsInFlight(retry_after=IN_FLIGHT_SECONDS)
+        kept = self._kept.get(principal)
+        accepted = ids.intersection(kept) if kept else frozenset[bytes]()
+        new = ids - accepted if accepted else ids
+        self._held[principal].update(new)
+        return HeldIds(principal, accepted, new, self.kept_max)
+
+    def release(self, held: HeldIds) -> None:
+        """Ends a hold that no append carries; with one under way, its end is the append's."""
+        if not held.submitted:
+            self._let_go(held)
+
+    async def follow(self, held: HeldIds | None, placed: asyncio.Future[T]) -> T:
+        """Waits for an append; its ids are kept once it is committed, even if the wait ends."""
+        if held is None:
+            return await placed
+        held.submitted = True
+        placed.add_done_callback(partial(self._resolved, held))
+        return await asyncio.shield(placed)
+
+    def _resolved(self, held: HeldIds, placed: asyncio.Future[object]) -> None:
+        self._let_go(held)
+        if not placed.cancelled() and placed.exception() is None:
+            self._keep(held.principal, held.new)
+
+    def _let_go(self, held: HeldIds) -> None:
+        ids = self._held[held.principal]
+        ids -= held.new
+        if not ids:
+            del self._held[held.principal]
+
+    def _keep(self, principal: str, ids: frozenset[bytes]) -> None:
+        self._kept[principal] |= ids
+        self._order.append((principal, ids))
+        self.count += len(ids)
+        while self.count > self.kept_max:
+            owner, oldest = self._order.popleft()
+            kept = self._kept[owner]
+            kept -= oldest
+            if not kept:
+                del self._kept[owner]
+            self.count -= len(oldest)
 
 
 # -- delivery of the records of one append --------------------------------------------------------
@@ -139,6 +276,7 @@ class Append(NamedTuple):
         unkept: how many more records were invalid and are counted alone.
         envelope: packed (`ingestd.base.envelope`): of the invalid records, and of `records` where
             these have no envelopes of their own.
+        ids: that their sender gave the records; the new ones become durable too.
     """
 
     records: Records
@@ -149,6 +287,7 @@ class Append(NamedTuple):
     principal: str = ""
     unkept: int = 0
     envelope: bytes = b""
+    ids: HeldIds | None = None
 
     @property
     def stored_bytes(self) -> int:

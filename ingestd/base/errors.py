@@ -89,6 +89,12 @@ class Overloaded(IngestdError):
         return after if isinstance(after, float) else 1.0
 
 
+class IdsInFlight(Overloaded):
+    """A record with the same sender's id is being accepted for another request."""
+
+    message = "another request with some of these records is in progress"
+
+
 class NeverFits(IngestdError):
     """Records are larger than a bound: no later try can succeed."""
 

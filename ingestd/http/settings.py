@@ -224,6 +224,12 @@ class HttpSettings(Section):
         le=10**9,
         description="maximum of stored Idempotency-Keys per pipeline (503)",
     )
+    idempotency_ids_max: Count = Field(
+        200_000,
+        ge=0,
+        le=10**8,
+        description="number of records per pipeline whose senders' ids are stored, the last ones",
+    )
     cors_origins: Annotated[Words, AfterValidator(check_origins)] = Field(
         (), max_length=1000, description="CORS: origins whose pages may read the answers; * is all"
     )

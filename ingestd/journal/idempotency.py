@@ -46,12 +46,14 @@ class KeyRule(NamedTuple):
         signed_ttl: ids of signed deliveries are remembered at least as long as their signatures
             are valid, seconds.
         shared: there can be several principals; each has a share of the table.
+        ids_max: `http.idempotency_ids_max`, of `RecentIds`.
     """
 
     ttl: float = 86400.0
     keys_max: int = 1_000_000
     signed_ttl: float = 0.0
     shared: bool = False
+    ids_max: int = 200_000
 
     @property
     def kept(self) -> float:

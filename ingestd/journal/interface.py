@@ -186,6 +186,7 @@ class Recovered(NamedTuple):
         waits: by number, seconds until `due_at` when that was written down: it is never longer,
             whatever the clock says now.
         set_aside: where an unreadable journal was moved to, if that happened.
+        ids: that senders gave the last records: principal and ids, packed, of each append.
     """
 
     journal: str
@@ -197,6 +198,7 @@ class Recovered(NamedTuple):
     sizes: Mapping[int, int] = MappingProxyType({})
     waits: Mapping[int, float] = MappingProxyType({})
     set_aside: str = ""
+    ids: Sequence[tuple[str, bytes]] = ()
 
 
 class JournalStatus(NamedTuple):

@@ -13,7 +13,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
     from socket import socket
 
-    from ingestd.base.append import Append, DeliveryWaiter, IdempotencyClaim, SourceOffset
+    from ingestd.base.append import (
+        Append,
+        DeliveryWaiter,
+        IdempotencyClaim,
+        RecentIds,
+        SourceOffset,
+    )
     from ingestd.base.clock import Clock
     from ingestd.base.errors import Overloaded
     from ingestd.base.record import Format
@@ -27,6 +33,7 @@ class Intake(Protocol):
         format: what its records are.
         record_bytes_max: a longer record is refused.
         json_depth_max: JSON that is nested deeper is refused.
+        recent_ids: that senders gave the last records.
     """
 
     @property
@@ -37,6 +44,8 @@ class Intake(Protocol):
     def record_bytes_max(self) -> int: ...  # noqa: D102
     @property
     def json_depth_max(self) -> int: ...  # noqa: D102
+    @property
+    def recent_ids(self) -> RecentIds: ...  # noqa: D102
 
     async def begin(self, key: str, fingerprint: bytes) -> IdempotencyClaim | bytes:
         """Returns the stored answer of a request that was accepted before, else claims its key.
@@ -211,12 +220,14 @@ class KeyNeeds(NamedTuple):
         keys_max: most keys that are remembered, a pipeline.
         signed_ttl: seconds that ids of signed deliveries are remembered at least.
         shared: there can be several principals; each has a share of the table.
+        ids_max: most ids of senders' that are remembered, a pipeline.
     """
 
     ttl: float
     keys_max: int
     signed_ttl: float
     shared: bool
+    ids_max: int
 
 
 class SourceKind:

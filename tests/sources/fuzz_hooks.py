@@ -11,7 +11,6 @@ import sys
 import zlib
 from typing import Any
 
-import cramjam
 import schemathesis
 from hypothesis import strategies as st
 
@@ -25,7 +24,6 @@ PACK = {
     "x-gzip": gzip.compress,
     "deflate": zlib.compress,
     "zstd": zstd.compress,
-    "snappy": lambda body: bytes(cramjam.snappy.compress_raw(body)),
 }
 LINE_TYPES = ("application/x-ndjson", "application/jsonl")
 

@@ -7,6 +7,7 @@ import contextlib
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ingestd.base.append import RecentIds
 from ingestd.http.settings import HttpSettings
 from ingestd.sources.http.source import HttpSource
 
@@ -35,6 +36,7 @@ class MemoryIntake:
         self.waiting = 0
         self.waiting_most = 0
         self.errors: list[Exception] = []
+        self.recent_ids = RecentIds(1000)
 
     async def accept(self, append: Append) -> None:
         records = append.records

@@ -17,7 +17,7 @@ from ingestd.base.record import Span
 from ingestd.host.data_dir import FileLock
 from ingestd.journal import letter_rows
 from ingestd.journal.dead_letters import DeadLetter
-from ingestd.journal.sqlite import letters, offsets, repair, schema
+from ingestd.journal.sqlite import letters, offsets, repair, schema, sender_ids
 from ingestd.journal.sqlite.dead_letters import SqliteDeadLetters
 from ingestd.journal.sqlite.offline import opened, transaction
 from ingestd.journal.sqlite.store import meta_of, read_chunks, read_lineage, write_meta
@@ -112,7 +112,7 @@ def _row(db: sqlite3.Connection, query: str) -> dict[str, Any]:
 
 def findings(db: sqlite3.Connection) -> Iterator[Finding]:
     """Everything that is wrong; nothing for a journal that is well."""
-    for check in (_file, _places, _checksums, _bookmarks, _letters):
+    for check in (_file, _places, _checksums, _bookmarks, _sender_ids, _letters):
         try:
             yield from check(db)
         except (sqlite3.DatabaseError, msgspec.MsgspecError, TypeError) as error:
@@ -140,6 +140,12 @@ def _checksums(db: sqlite3.Connection) -> Iterator[Finding]:
                 text = f"chunk {chunk.id} is damaged: the checksum of its {chunk.records.count}"
                 yield Finding(f"{text} records does not fit", chunk.id)
         first = chunks[-1].id + 1
+
+
+def _sender_ids(db: sqlite3.Connection) -> Iterator[Finding]:
+    """They can be read; a wrong one would be no record's."""
+    for _ in sender_ids.stored(db):
+        yield from ()
 
 
 def _bookmarks(db: sqlite3.Connection) -> Iterator[Finding]:

@@ -39,14 +39,14 @@ from ingestd.journal.interface import (
     Sealed,
     Settle,
 )
-from ingestd.journal.sqlite import first_page, letters, offsets, schema
+from ingestd.journal.sqlite import first_page, letters, offsets, schema, sender_ids
 
 if TYPE_CHECKING:
     from asyncio import Future
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from ingestd.base.append import IdempotencyClaim, SourceOffset
+    from ingestd.base.append import HeldIds, IdempotencyClaim, SourceOffset
     from ingestd.journal.dead_letters import DeadLetter
 
 PAGE_BYTES = 16384
@@ -103,6 +103,7 @@ class Write(NamedTuple):
         expire: dead letters that were given up from the first of these times to the other go.
         claims: idempotency keys that come, accepted at `at`; an expired one of the same name goes.
         bookmarks: in the order of their appends; the last one of a key counts.
+        ids: that senders gave the records.
         sweep: at most so many of the oldest keys go, as far as they came before `keys_before`.
     """
 
@@ -113,6 +114,7 @@ class Write(NamedTuple):
     settled: Sequence[Settle] = ()
     claims: Sequence[IdempotencyClaim] = ()
     bookmarks: Sequence[SourceOffset] = ()
+    ids: Sequence[HeldIds] = ()
     at: float = 0.0
     sweep: int = 0
     keys_before: float = 0.0
@@ -211,6 +213,7 @@ class Store:
         if mode != "wal":
             raise sqlite3.OperationalError("this file system can't have a database with a WAL")
         db.execute("DELETE FROM failing WHERE number NOT IN (SELECT number FROM batches)")
+        db.execute(sender_ids.SCHEMA)
         db.execute(first_page.SCHEMA)
         first_page.keep(db)
         counters = ", ".join(schema.COUNTERS)
@@ -270,6 +273,8 @@ class Store:
             marked = self.bookmarks
             if write.bookmarks:
                 marked = offsets.put(db, write.bookmarks, marked)
+            if write.ids:
+                sender_ids.put(db, write.ids)
             db.execute("COMMIT")
         except BaseException:
             if db.in_transaction:
@@ -329,8 +334,9 @@ class Store:
             sizes.update(rows.fetchall())
         meta = self.meta
         return Recovered(
-            self.id, failed, batches, meta.cursor, meta.last_chunk, meta.next_batch, sizes, waits
-        )
+            self.id, failed, batches, meta.cursor, meta.last_chunk, meta.next_batch, sizes, waits,
+            ids=list(sender_ids.stored(db)),
+        )  # fmt: skip
 
     def stored_bytes(self) -> int:
         """Bytes of everything but dead letters (see `dead`), for the journal's bound."""
@@ -476,7 +482,7 @@ def _is_plain(write: Write) -> bool:
     """Tells if a commit has nothing but chunks, batches, and batches that are done."""
     if write.invalid or write.postponed or write.claims or write.bookmarks or write.sweep:
         return False
-    if write.requeue_at is not None or write.expire is not None:
+    if write.ids or write.requeue_at is not None or write.expire is not None:
         return False
     if any(settle.dead or settle.damaged or settle.successors for settle in write.settled):
         return False

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Sequence
 
-    from ingestd.base.append import Append, IdempotencyClaim, SourceOffset
+    from ingestd.base.append import Append, HeldIds, IdempotencyClaim, SourceOffset
     from ingestd.base.clock import Clock
     from ingestd.journal.dead_letters import DeadLetter
 
@@ -252,7 +252,8 @@ class JournalWriter:
         seconds = time.perf_counter() - started
         moved = self._store.moved
         chunks = [*write.chunks, *moved.chunks]
-        written = (4 + len(write.claims) + len(write.bookmarks)) * PAGE_BYTES
+        rows = len(write.claims) + len(write.bookmarks) + len(write.ids)
+        written = (4 + rows) * PAGE_BYTES
         for chunk in chunks:
             written += chunk.records.held_bytes
         for letter in write.invalid:
@@ -296,6 +297,7 @@ class JournalWriter:
         refused: list[DeadLetter] = []
         claims: list[IdempotencyClaim] = []
         bookmarks: list[SourceOffset] = []
+        ids: list[HeldIds] = []
         for one in appends:
             for invalid in one.invalid:
                 refused.append(invalid_letter(invalid, now, one))  # noqa: PERF401
@@ -303,11 +305,14 @@ class JournalWriter:
                 claims.append(one.claim)
             if one.offset is not None:
                 bookmarks.append(one.offset)
+            if one.ids is not None:
+                ids.append(one.ids)
         write = Write(
             [Chunk(number, now, run) for number, run in enumerate(runs, next_chunk)],
             refused,
             claims=claims,
             bookmarks=bookmarks,
+            ids=ids,
             at=now,
             sweep=sweep,
             keys_before=self._keys_before() if sweep else 0.0,

@@ -75,6 +75,7 @@ class HttpSourceKind(SourceKind):
             settings.idempotency_keys_max,
             signatures_valid(settings),
             shared=not has_one_principal(settings),
+            ids_max=settings.idempotency_ids_max,
         )
 
     def check(

@@ -14,12 +14,12 @@ import async_timeout
 
 from ingestd.base.append import Append, DeliveryWaiter, scoped
 from ingestd.base.errors import Draining
+from ingestd.base.record import Layout, Records
 from ingestd.http import problem
 from ingestd.http.admission import AdmissionController
 from ingestd.http.auth import UNIDENTIFIED
 from ingestd.http.body import (
     BLOCK_BYTES,
-    SNAPPY,
     in_our_words,
     length_of,
     name_encoding,
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from multidict import MultiMapping
 
-    from ingestd.base.append import IdempotencyClaim
+    from ingestd.base.append import IdempotencyClaim, SenderIds
     from ingestd.http.admission import Reservation
     from ingestd.http.auth import Principal
     from ingestd.http.request import Request
@@ -206,8 +206,7 @@ class Ingestion:
         # Of these each part has a claim of its own, once its pipeline and its sender are known.
         by_part = codec.routes or principal is UNIDENTIFIED
         to = Admitted(route, head, principal, hold, prefer, request, codec)
-        streams = length is None and codec.streamable and encoding != SNAPPY
-        streams = streams and key is None and not by_part
+        streams = length is None and codec.streamable and key is None and not by_part
         wire: bytes | Response
         if streams and not prefer.strict and hold.begin_stream():
             wire = await self._begin_stream(request, to, encoding)
@@ -408,8 +407,8 @@ class Ingestion:
 
 
 def _is_plain(part: Decoded) -> bool:
-    """Tells if a part is records without a key of their own."""
-    return part.delivery is None and part.parsed.total > 0
+    """Tells if a part is records without keys or ids of their own."""
+    return part.delivery is None and part.ids is None and part.parsed.total > 0
 
 
 def _token_in(parts: Sequence[Decoded]) -> str:
@@ -423,7 +422,7 @@ async def _accept_part(part: Decoded, to: Admitted, delivery: Delivery | None) -
     parsed = part.parsed
     intake = to.route.intakes[part.pipeline] if part.pipeline else to.route.intake
     principal = to.principal
-    claim = None
+    claim = held = None
     try:
         principal.authorize(intake.name)
         if not parsed.total:
@@ -434,15 +433,20 @@ async def _accept_part(part: Decoded, to: Admitted, delivery: Delivery | None) -
                 return PartResult(intake.name, *counted(begun), notes=part.notes)
             claim = begun
             claim.answer = count_body(parsed.records.count, parsed.invalid, ())
+        records = parsed.records
+        if part.ids is not None:
+            held = intake.recent_ids.hold(principal.id, part.ids.known)
+            records = _without(records, part.ids, held.accepted)
         kept = parsed.refused[: to.route.limits.invalid_kept]
         await intake.accept(
             Append(
-                parsed.records,
+                records,
                 kept,
                 claim=claim,
                 principal=principal.name or to.hold.client,
                 unkept=parsed.invalid - len(kept),
                 envelope=to.envelope(),
+                ids=held,
             )
         )
     except Problem as found:
@@ -452,5 +456,16 @@ async def _accept_part(part: Decoded, to: Admitted, delivery: Delivery | None) -
     finally:
         if claim is not None:
             intake.forget(claim)
+        if held is not None:
+            intake.recent_ids.release(held)
     counts = parsed.records.count, parsed.invalid
     return PartResult(intake.name, *counts, parsed.refused, notes=part.notes)
+
+
+def _without(records: Records, ids: SenderIds, accepted: frozenset[bytes]) -> Records:
+    """Returns the records whose ids are not among those that were accepted before."""
+    if not accepted:
+        return records
+    pairs = zip(records.items(), ids.each, strict=True)
+    left = [item for item, sender_id in pairs if sender_id not in accepted]
+    return Records.lines(left) if records.layout is Layout.LINES else Records.sized(left)

@@ -31,6 +31,7 @@ from ingestd.sources.http.headers import safe_key
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from ingestd.base.append import SenderIds
     from ingestd.base.record import Format
     from ingestd.codecs.lines import Parsed
     from ingestd.http.auth import Principal
@@ -116,6 +117,8 @@ class Decoded(NamedTuple):
         pipeline: where they go to; empty for that of the route.
         delivery: their idempotency key, if the protocol has it in the body.
         token: that authenticates them, if the protocol has it in the body.
+        ids: that their sender gave the records, if the protocol has some: those that were accepted
+            before are not accepted again, and count as accepted.
         notes: what the answer needs to know of them, for the endpoint.
     """
 
@@ -123,6 +126,7 @@ class Decoded(NamedTuple):
     pipeline: str = ""
     delivery: Delivery | None = None
     token: str = ""
+    ids: SenderIds | None = None
     notes: object = None
 
 
