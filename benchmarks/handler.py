@@ -13,3 +13,13 @@ def store(batch: list[dict[str, Any]]) -> None:
     """
     if "id" not in batch[0] or "id" not in batch[-1]:
         raise ValueError("not a record of this benchmark")
+
+
+def take(batch: list[dict[str, Any]]) -> None:
+    """Looks at both ends of a batch, whatever its records are.
+
+    Raises:
+        ValueError: these are no JSON objects.
+    """
+    if not isinstance(batch[0], dict) or not isinstance(batch[-1], dict):
+        raise ValueError("not a record of this benchmark")  # noqa: TRY004 - as above

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from benchmarks.load import send
 from benchmarks.processes import Failed, finish, running
-from benchmarks.records import write_bodies
 from benchmarks.service import serving, wait_processed
 
 if TYPE_CHECKING:
@@ -122,7 +121,7 @@ def measure(peer: Peer, scenario: Scenario, plan: Plan, folder: Path) -> Run:
 
 
 def _measure_http(peer: Peer, scenario: Scenario, plan: Plan, folder: Path) -> Run:
-    bodies = write_bodies(folder, scenario.records)
+    bodies = peer.bodies(folder, scenario.records)
     service = peer.service(folder / "peer", plan.age)
     with serving(service):
         warm_up = min(WARM_UP_SECONDS, plan.seconds)

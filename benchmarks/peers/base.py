@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.processes import Failed
+from benchmarks.records import write_bodies
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -112,6 +113,10 @@ class Peer(ABC):
     def starter(self, folder: Path, age: float) -> Service:
         """It over HTTP as its start is measured; mostly as everything else is."""
         return self.service(folder, age)
+
+    def bodies(self, folder: Path, size: int) -> list[Path]:
+        """Files of requests of `size` records each, sent in turn."""
+        return write_bodies(folder, size)
 
     def reader(self, folder: Path, age: float) -> Command:  # noqa: ARG002
         """The command that reads standard input to its end."""

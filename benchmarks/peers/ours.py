@@ -20,6 +20,7 @@ class Ingestd(Peer):
     """The daemon as it is installed: journal on disk, a sync before every yes, one process."""
 
     name = "ingestd"
+    handler = "benchmarks.handler:store"
     scenarios: tuple[str, ...] = ("http-*", "stdin-*", "start", "memory", "latency-*", "journal")
     durable = True
     accepted = "in the journal, and the journal was synced to disk"
@@ -75,7 +76,7 @@ class Ingestd(Peer):
     def _run(self, age: float) -> list[str]:
         """Everything that differs from the defaults, except addresses and the data directory."""
         return [
-            *[sys.executable, "-m", "ingestd", "run", "benchmarks.handler:store"],
+            *[sys.executable, "-m", "ingestd", "run", self.handler],
             *["--executor.kind", "process", "--executor.workers", "1"],
             *["--batch.records_max", "1000", "--batch.age_max", f"{age:g}s"],
             *["--log.format", "json"],

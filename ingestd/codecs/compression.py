@@ -1,10 +1,12 @@
-"""Incremental decompression of gzip, deflate and zstd, bounded in size, ratio and window."""
+"""Decompression of gzip, deflate and zstd as they arrive, and of whole snappy bodies; bounded."""
 
 from __future__ import annotations
 
 import sys
 import zlib
 from collections import deque
+from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol
 
 if sys.version_info >= (3, 14):
@@ -33,6 +35,10 @@ WINDOW_MAX = 8 * 1024**2
 _WINDOW_LOG_MIN = 10
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 _ZSTD_SKIPPED = b"\x2a\x4d\x18"  # behind a byte from 0x50 to 0x5f
+_SNAPPY_STREAM = b"\xff\x06\x00\x00sNaPpY"
+_SNAPPY_RATIO = 22  # three bytes are a copy of 64 at most
+_SNAPPY_CHUNK = 64 * 1024
+_VARINT_BYTES = 5
 
 
 class Corrupt(Exception):  # noqa: N818 - names the condition
@@ -170,19 +176,11 @@ class Inflater:
 
     def _count(self, size: int) -> None:
         self._bytes += size
-        if self._bytes > self._bytes_max:
-            raise TooMuch(f"more than {self._bytes_max} bytes after decompression")
-        if (
-            self._ratio_max
-            and self._bytes > RATIO_FREE_BYTES
-            and self._bytes > self._ratio_max * self._wire_bytes
-        ):
-            raise TooDense(f"more than {self._ratio_max} times its size after decompression")
+        _check_size(self._bytes, self._wire_bytes, self._bytes_max, self._ratio_max)
 
     def _count_member(self) -> None:
         self._members += 1
-        if self._members > _MEMBERS_FREE + self._bytes // _MEMBER_BYTES:
-            raise TooDense("too many members with next to nothing in them")
+        _check_members(self._members, self._bytes)
 
     def _open(self, wire: bytes) -> _Stream:
         """Opens the first stream or the next one, which only gzip and zstd may have."""
@@ -198,6 +196,18 @@ class Inflater:
 
     def _corrupt(self, what: str) -> Corrupt:
         return Corrupt(f"the {self._encoding} body is not valid: {what}")
+
+
+def _check_size(size: int, wire_bytes: int, bytes_max: int, ratio_max: int) -> None:
+    if size > bytes_max:
+        raise TooMuch(f"more than {bytes_max} bytes after decompression")
+    if ratio_max and size > RATIO_FREE_BYTES and size > ratio_max * wire_bytes:
+        raise TooDense(f"more than {ratio_max} times its size after decompression")
+
+
+def _check_members(members: int, size: int) -> None:
+    if members > _MEMBERS_FREE + size // _MEMBER_BYTES:
+        raise TooDense("too many members with next to nothing in them")
 
 
 class _Stream(Protocol):
@@ -289,6 +299,92 @@ def zstd_window(head: bytes) -> int | None:
         return None
     size = int.from_bytes(head[at : at + width], "little")
     return size + 256 if width == 2 else size
+
+
+# -- snappy ----------------------------------------------------------------------------------------
+#
+# One block, as most clients send it (Fluent Bit, Loki, Prometheus), or the framed form, which has a
+# mark at its beginning; https://github.com/google/snappy, format_description.txt and
+# framing_format.txt. A copy in a block may reach back to the block's beginning, so a body is read
+# whole. It says its size itself, which is checked before anything is allocated.
+
+
+@cache
+def has_snappy() -> bool:
+    """Returns True if the package for snappy, the extra `snappy`, is installed."""
+    return find_spec("cramjam") is not None
+
+
+def measure_snappy(wire: bytes, bytes_max: int, ratio_max: int = 0) -> int:
+    """Returns the size of a body after decompression, as the body says it.
+
+    Args:
+        wire: the whole body.
+        bytes_max: see `Inflater`.
+        ratio_max: see `Inflater`.
+
+    Raises:
+        Corrupt: it cannot be true.
+        TooMuch: it is more than `bytes_max`.
+        TooDense: it is above `ratio_max`, or there is next to nothing in its chunks.
+    """
+    if not wire.startswith(_SNAPPY_STREAM):
+        size = _measure_block(wire, 0, len(wire))
+        _check_size(size, len(wire), bytes_max, ratio_max)
+        return size
+    at = size = chunks = 0
+    while at < len(wire):
+        begin = at + 4
+        kind, at = wire[at], begin + int.from_bytes(wire[at + 1 : begin], "little")
+        if at > len(wire) or begin > len(wire):
+            raise _not_snappy("it is cut off")
+        if kind < 2:  # compressed or not, behind a checksum
+            begin += 4
+            chunk = at - begin if kind else _measure_block(wire, begin, at)
+            if not 0 <= chunk <= _SNAPPY_CHUNK:
+                raise _not_snappy("a chunk has more than 64 KiB")
+            size += chunk
+        chunks += 1
+        _check_members(chunks, size)
+        _check_size(size, len(wire), bytes_max, ratio_max)
+    return size
+
+
+def _measure_block(wire: bytes, begin: int, end: int) -> int:
+    """The number in front of a block, seven bits a byte, the lowest ones first."""
+    size = shift = 0
+    for byte in wire[begin : min(end, begin + _VARINT_BYTES)]:
+        size |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            if size > _SNAPPY_RATIO * (end - begin):
+                raise _not_snappy("its length is not that of its content")
+            return size
+        shift += 7
+    raise _not_snappy("it has no length")
+
+
+def inflate_snappy(wire: bytes, size: int) -> bytes:
+    """Returns a body of a size that was measured, after decompression.
+
+    Raises:
+        Corrupt: it is not valid.
+    """
+    import cramjam  # noqa: PLC0415  an extra
+
+    body = bytearray(size)
+    framed = wire.startswith(_SNAPPY_STREAM)
+    inflate = cramjam.snappy.decompress_into if framed else cramjam.snappy.decompress_raw_into
+    try:
+        written = inflate(wire, body)
+    except cramjam.DecompressionError:
+        raise _not_snappy("it can't be decompressed") from None
+    if written != size:
+        raise _not_snappy("its length is not that of its content")
+    return bytes(body)
+
+
+def _not_snappy(what: str) -> Corrupt:
+    return Corrupt(f"the snappy body is not valid: {what}")
 
 
 def mib(size: int) -> str:

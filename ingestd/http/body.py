@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING
 
 import async_timeout
 
-from ingestd.codecs.compression import INFLATED_PIECE_BYTES, Corrupt, Inflater, TooDense, TooMuch
+from ingestd.codecs.compression import (
+    INFLATED_PIECE_BYTES,
+    Corrupt,
+    Inflater,
+    TooDense,
+    TooMuch,
+    has_snappy,
+    inflate_snappy,
+    measure_snappy,
+)
 from ingestd.http import problem
 from ingestd.http.deadlines import BodyDeadline, BodyTimeout
 from ingestd.http.problem import Problem
@@ -23,23 +32,44 @@ if TYPE_CHECKING:
     from ingestd.http.settings import HttpSettings
 
 
-ENCODINGS = "gzip, deflate, zstd, identity"
+SNAPPY = "snappy"
+"""The encoding that only a whole body can be read in."""
+_NAMES = {"": "identity", "x-gzip": "gzip", "x-snappy-framed": SNAPPY}
 
 
 def name_encoding(headers: Sequence[str]) -> str:
-    """`identity`, `gzip`, `deflate` or `zstd`, from all the `Content-Encoding`s of a request.
+    """`identity`, `gzip`, `deflate`, `zstd` or `snappy`, from all `Content-Encoding`s of a request.
 
     Raises:
-        Problem: 415 for any other, and for more than one.
+        Problem: 415 for any other, for more than one, and for snappy without its package.
     """
     if not headers:
         return "identity"
     name = headers[0].strip().lower() if len(headers) == 1 else ", ".join(headers)
-    name = {"": "identity", "x-gzip": "gzip"}.get(name, name)
+    name = _NAMES.get(name, name)
+    if name == SNAPPY:
+        demand_snappy()
+        return name
     if name in ("identity", "gzip", "deflate", "zstd"):
         return name
-    detail = f"{name[:80]!r}; one of {ENCODINGS} is read"
-    raise Problem(problem.ENCODING, detail, headers={"Accept-Encoding": ENCODINGS})
+    raise _unread(f"{name[:80]!r}; one of {{}} is read")
+
+
+def demand_snappy() -> None:
+    """Checks that snappy can be read.
+
+    Raises:
+        Problem: 415.
+    """
+    if not has_snappy():
+        extra = "`pip install 'ingestd[snappy]'` where it runs"
+        raise _unread(f"snappy is read with the extra package: {extra}; else one of {{}}")
+
+
+def _unread(detail: str) -> Problem:
+    encodings = f"gzip, deflate, zstd,{' snappy,' if has_snappy() else ''} identity"
+    headers = {"Accept-Encoding": encodings}
+    return Problem(problem.ENCODING, detail.format(encodings), headers=headers)
 
 
 def inflate_short(encoding: str, wire: bytes, bytes_max: int) -> bytes | None:
@@ -47,8 +77,11 @@ def inflate_short(encoding: str, wire: bytes, bytes_max: int) -> bytes | None:
 
     A long one is begun anew, in a thread: its window and output are there only when its turn comes.
     """
-    inflater = Inflater(encoding, min(INFLATED_PIECE_BYTES, bytes_max))
+    bytes_max = min(INFLATED_PIECE_BYTES, bytes_max)
     try:
+        if encoding == SNAPPY:
+            return inflate_snappy(wire, measure_snappy(wire, bytes_max))
+        inflater = Inflater(encoding, bytes_max)
         body = b"".join(inflater.feed(wire))
         inflater.finish()
     except (Corrupt, TooMuch):
@@ -62,7 +95,7 @@ def inflate(
     """A whole body.
 
     Args:
-        encoding: `gzip`, `deflate` or `zstd`.
+        encoding: `gzip`, `deflate`, `zstd` or `snappy`.
         wire: as it came.
         bytes_max: `http.decompressed_bytes_max`.
         ratio_max: `http.inflate_ratio_max`.
@@ -71,21 +104,24 @@ def inflate(
     Raises:
         Problem: 400 if it is corrupt or cut off, 413 if it is too much.
     """
-    inflater = Inflater(encoding, bytes_max, ratio_max)
-    with BytesIO() as sink:
-        try:
+    try:
+        if encoding == SNAPPY:
+            take(size := measure_snappy(wire, bytes_max, ratio_max))
+            return inflate_snappy(wire, size)
+        with BytesIO() as sink:
+            inflater = Inflater(encoding, bytes_max, ratio_max)
             for piece in inflater.feed(wire):
                 take(len(piece))
                 sink.write(piece)
             inflater.finish()
-        except Corrupt as error:
-            raise Problem(problem.CORRUPT, str(error)) from None
-        except TooDense as error:
-            raise Problem(problem.RATIO, str(error)) from None
-        except TooMuch:
-            detail = f"more than http.decompressed_bytes_max = {bytes_max} after decompression"
-            raise Problem(problem.PAYLOAD_TOO_LARGE, detail) from None
-        return sink.getvalue()
+            return sink.getvalue()
+    except Corrupt as error:
+        raise Problem(problem.CORRUPT, str(error)) from None
+    except TooDense as error:
+        raise Problem(problem.RATIO, str(error)) from None
+    except TooMuch:
+        detail = f"more than http.decompressed_bytes_max = {bytes_max} after decompression"
+        raise Problem(problem.PAYLOAD_TOO_LARGE, detail) from None
 
 
 # -- A body as it comes from the connection --------------------------------------------------------

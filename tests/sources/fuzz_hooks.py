@@ -11,6 +11,7 @@ import sys
 import zlib
 from typing import Any
 
+import cramjam
 import schemathesis
 from hypothesis import strategies as st
 
@@ -24,6 +25,7 @@ PACK = {
     "x-gzip": gzip.compress,
     "deflate": zlib.compress,
     "zstd": zstd.compress,
+    "snappy": lambda body: bytes(cramjam.snappy.compress_raw(body)),
 }
 LINE_TYPES = ("application/x-ndjson", "application/jsonl")
 

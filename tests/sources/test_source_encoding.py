@@ -143,6 +143,8 @@ def test_real_data(name, encoding, pack):
         (("x-gzip",), "gzip"),
         (("deflate",), "deflate"),
         (("zstd",), "zstd"),
+        (("Snappy",), "snappy"),
+        (("x-snappy-framed",), "snappy"),
     ],
 )
 def test_encodings_by_name(headers, name):
@@ -156,5 +158,5 @@ def test_other_encodings_are_415_and_say_which_are_read(headers):
     with pytest.raises(Problem) as caught:
         name_encoding(headers)
     assert caught.value.kind.status == 415
-    assert caught.value.headers["Accept-Encoding"] == "gzip, deflate, zstd, identity"
+    assert caught.value.headers["Accept-Encoding"] == "gzip, deflate, zstd, snappy, identity"
     assert caught.value.body()

@@ -20,6 +20,7 @@ from ingestd.http.admission import AdmissionController
 from ingestd.http.auth import UNIDENTIFIED
 from ingestd.http.body import (
     BLOCK_BYTES,
+    SNAPPY,
     in_our_words,
     length_of,
     name_encoding,
@@ -206,7 +207,8 @@ class Ingestion:
         # Of these each part has a claim of its own, once its pipeline and its sender are known.
         by_part = codec.routes or principal is UNIDENTIFIED
         to = Admitted(route, head, principal, hold, prefer, request, codec)
-        streams = length is None and codec.streamable and key is None and not by_part
+        streams = length is None and codec.streamable and encoding != SNAPPY
+        streams = streams and key is None and not by_part
         wire: bytes | Response
         if streams and not prefer.strict and hold.begin_stream():
             wire = await self._begin_stream(request, to, encoding)

@@ -1,0 +1,223 @@
+"""Each endpoint beside the records endpoint: `python -m benchmarks.endpoints --rounds 5`.
+
+All of them get the same 100 records of 1 KB a request, each in its own encoding, from the same load
+on the same daemon, another endpoint first in each round. What counts is the payload: `EVENT_BYTES`
+a record, however it is encoded, by the lower of accepted and settled a second. The table has each
+endpoint's share of what the records endpoint took in the same round, beside its bar.
+
+An endpoint is one entry of `ENDPOINTS` with the function that encodes a request. A missing package
+that an encoding needs leaves its endpoint out, with a line on stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from benchmarks.bars import TIMES
+from benchmarks.cells import measure_all
+from benchmarks.load import wrk_fits
+from benchmarks.measure import Plan, Scenario
+from benchmarks.peers.ours import Ingestd
+from benchmarks.processes import ROOT
+from benchmarks.records import BODIES
+from benchmarks.report import table
+from benchmarks.results import problems, rates, ratio, spread
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from benchmarks.peers.base import Service
+    from benchmarks.results import Result
+
+EVENT_BYTES = 1024
+"""Of a record, as JSON without white space."""
+EVENTS = 100
+"""A request."""
+RECORDS = "records"
+SCENARIO = Scenario("endpoints", "http", EVENTS)
+_WORDS = ("order", "basket", "payment", "accepted", "declined", "retry", "timeout", "session")
+
+
+class Event(NamedTuple):
+    """One record, for every encoding.
+
+    Attributes:
+        at: nanoseconds since the epoch.
+        level: `info`, `warning` or `error`.
+        message: about 850 characters.
+        fields: texts and integers by name; some are the same in most records.
+    """
+
+    at: int
+    level: str
+    message: str
+    fields: dict[str, str | int]
+
+    def as_json(self) -> bytes:
+        """`EVENT_BYTES` of JSON without white space."""
+        return msgspec.json.encode(
+            {"at": self.at, "level": self.level, "message": self.message, **self.fields}
+        )
+
+
+def events(number: int) -> list[Event]:
+    """The events of one request; the same at every run.
+
+    Args:
+        number: of the request.
+    """
+    chance = random.Random(number)
+    found = []
+    for place in range(EVENTS):
+        fields: dict[str, str | int] = {
+            "method": chance.choice(("GET", "GET", "POST")),
+            "route": f"/p/{chance.randrange(20)}",
+            "status": chance.choice((200, 200, 200, 404)),
+            "user": f"u-{chance.getrandbits(32):08x}",
+            "bytes": chance.randrange(10_000, 99_999),
+        }
+        level = chance.choice(("info", "info", "warning", "error"))
+        event = Event(1_760_000_000_000_000_000 + number * EVENTS + place, level, "", fields)
+        left = EVENT_BYTES - len(event.as_json())
+        message = " ".join(chance.choices(_WORDS, k=left // 3))[:left]
+        found.append(event._replace(message=message))
+    return found
+
+
+# -- encodings -------------------------------------------------------------------------------------
+
+
+def lines(batch: Sequence[Event]) -> bytes:
+    return b"".join([event.as_json() + b"\n" for event in batch])
+
+
+def array(batch: Sequence[Event]) -> bytes:
+    return b"[" + b",".join([event.as_json() for event in batch]) + b"]"
+
+
+class Case(NamedTuple):
+    """One endpoint in one encoding.
+
+    Attributes:
+        name: in the table.
+        path: of its requests.
+        content_type: of these.
+        encode: makes a body.
+        bar: the least share of the records endpoint's bytes a second; 0 where there is none.
+        flags: switch it on.
+    """
+
+    name: str
+    path: str
+    content_type: str
+    encode: Callable[[Sequence[Event]], bytes]
+    bar: float = 0.0
+    flags: tuple[str, ...] = ()
+
+
+ENDPOINTS = (
+    Case(RECORDS, "/v1/records", "application/x-ndjson", lines),
+    Case("records, an array", "/v1/records", "application/json", array),
+)
+
+
+class Taker(Ingestd):
+    """The daemon, asked at one endpoint.
+
+    Args:
+        case: the endpoint.
+    """
+
+    handler = "benchmarks.handler:take"
+
+    def __init__(self, case: Case) -> None:
+        self.name = case.name
+        self.case = case
+
+    def missing(self) -> str:
+        """See `Peer`."""
+        try:
+            self.case.encode(events(0))
+        except ImportError as error:
+            return str(error)
+        return ""
+
+    def service(self, folder: Path, age: float) -> Service:
+        """See `Peer`."""
+        service = self._service(folder, age, *self.case.flags)
+        return service._replace(path=self.case.path, content_type=self.case.content_type)
+
+    def bodies(self, folder: Path, size: int) -> list[Path]:  # noqa: ARG002 - always `EVENTS`
+        """See `Peer`."""
+        paths = [folder / f"body-{number}" for number in range(BODIES)]
+        for number, path in enumerate(paths):
+            path.write_bytes(self.case.encode(events(number)))
+        return paths
+
+
+# -- the table -------------------------------------------------------------------------------------
+
+
+def report(results: Sequence[Result], cases: Sequence[Case]) -> str:
+    """The table, in Markdown; pure."""
+    rows = []
+    ours = rates(results, SCENARIO.name, RECORDS)
+    for case in cases:
+        runs = rates(results, SCENARIO.name, case.name)
+        speed = spread(runs, lambda run: run.rate * EVENT_BYTES / 1e6)
+        share = ratio(runs, ours)
+        wanted = f"≥ {case.bar:g} {TIMES}" if case.bar else ""
+        met = ("yes" if share.median >= case.bar else "**no**") if share and case.bar else ""
+        rows.append(
+            [
+                case.name,
+                speed.text(1) if speed else "",
+                share.text(2) if share else "",
+                wanted,
+                met,
+            ]
+        )
+    return table(["endpoint", "MB/s", "÷ records", "bar", "met"], rows)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures and prints; the exit code says whether every run counted."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.endpoints")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of load a run [2]")
+    parser.add_argument("--only", action="append", default=[], help="an endpoint; again for more")
+    parser.add_argument("--directory", type=Path, default=ROOT / "build", help="[build/]")
+    arguments = parser.parse_args(argv)
+    takers = [
+        Taker(case)
+        for case in ENDPOINTS
+        if case.name == RECORDS or not arguments.only or case.name in arguments.only
+    ]
+    for taker in takers:
+        if missing := taker.missing():
+            print(f"{taker.name} is left out: {missing}", file=sys.stderr)
+    takers = [taker for taker in takers if not taker.missing()]
+    tool = "wrk" if wrk_fits(arguments.seconds) else "python"
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="benchmark-", dir=arguments.directory))
+    try:
+        plan = Plan(arguments.rounds, arguments.seconds, 0, 1.0, tool, folder)
+        results = list(measure_all([(SCENARIO, taker) for taker in takers], plan, folder))
+    finally:
+        shutil.rmtree(folder)
+    print(report(results, [taker.case for taker in takers]))
+    for problem in problems(results):
+        print(f"- does not count: {problem}")
+    return 1 if problems(results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
