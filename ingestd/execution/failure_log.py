@@ -10,7 +10,6 @@ import asyncio
 from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base.logging import get_logger
-from ingestd.handlers.outcome import POSTPONED
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -172,7 +171,7 @@ class FailureLog:
         self.last_error = failure.error
         write = log.debug
         if self._kinds.note(failure, now):
-            write = log.info if failure.reason == POSTPONED else log.warning
+            write = log.info if failure.is_asked else log.warning
             if failure.traceback:
                 facts["exception"] = failure.traceback
         write("batch_failed", reason=failure.reason, error=failure.error, **facts)

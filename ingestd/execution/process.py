@@ -45,7 +45,7 @@ from ingestd.execution.pool import START_TIMEOUT, not_started
 from ingestd.execution.process_monitor import Monitor, Outputs
 from ingestd.execution.worker_log import WorkerLog
 from ingestd.handlers import wire
-from ingestd.handlers.outcome import POSTPONED, Failure, Result, flaw_of
+from ingestd.handlers.outcome import Failure, Result, flaw_of
 from ingestd.handlers.runner import CLOSE_SECONDS
 from ingestd.handlers.text import describe
 from ingestd.host.process import Surroundings
@@ -622,7 +622,7 @@ class ProcessWorker:
         self._mean += _WEIGHT * (seconds - self._mean)
         if result.failure is None:
             self._failed, self._patience = 0, FAILING_SECONDS
-        elif result.failure.reason != POSTPONED:
+        elif not result.failure.is_asked:
             self._failed += 1
             if self._failed == 1:
                 self._failing_since = time.monotonic()

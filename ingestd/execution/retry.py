@@ -20,7 +20,8 @@ evidence a failure may be the handler's own (its database is down), and the batc
 `raise Retry` is neither: it spends no try. It is bounded by `give_up_after` alone.
 
 `raise Unavailable` is like any other failure, but it takes evidence and `give_up_after` to give a
-record up: the sink said that none is at fault. `raise Blocked` is known to be the sink's at once.
+record up: the sink said that none is at fault. With a time to wait it spends no try, as `Retry`,
+and nothing gives its records up. `raise Blocked` is known to be the sink's at once.
 Its batch stays whole and waits, unless something else has succeeded since it first failed: then it
 is judged like any other, for then it is this batch alone that the sink refuses.
 
@@ -33,7 +34,7 @@ import math
 from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base import backoff as base
-from ingestd.handlers.outcome import BLOCKED, POSTPONED, SAID, UNAVAILABLE
+from ingestd.handlers.outcome import BLOCKED, SAID, UNAVAILABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -127,8 +128,8 @@ def backoff(attempts: int, rule: RetryRule, random: Callable[[], float]) -> floa
 
 
 def spends_try(result: Result) -> bool:
-    """Returns True if the try counts; `raise Retry` does not."""
-    return result.failure is None or result.failure.reason != POSTPONED
+    """Returns True if the try counts; one after which the batch is asked for again does not."""
+    return result.failure is None or not result.failure.is_asked
 
 
 def rank(count: int, attempts: int, attempts_max: int, *, is_part: bool) -> int:
@@ -206,7 +207,7 @@ def _failed(
 ) -> Resolve | RetryBatch:
     if failure.reason == BLOCKED and not context.proven:
         return RetryBatch(usual, failure)
-    asked = failure.reason == POSTPONED
+    asked = failure.is_asked
     guilty = not asked and _is_guilty(context, rule)
     too_old = failure.reason != UNAVAILABLE and _is_too_old(context, rule, asked=asked)
     if context.count > 1 and not asked:
@@ -217,7 +218,7 @@ def _failed(
             return _halves(context.count)
     if failure.reason == UNAVAILABLE and context.age < rule.give_up_after:
         # The sink restarts again and again, perhaps, and this record was there each time.
-        return RetryBatch(usual, failure)
+        return RetryBatch(failure.after or usual, failure, asked=asked)
     if guilty or too_old:
         reason = "failed" if failure.reason in SAID else failure.reason
         return Resolve(

@@ -71,7 +71,20 @@ class Unavailable(Exception):  # noqa: N818  it is an answer, not an error
 
     No record is at fault. The batch comes again as after any other exception, and the instance is
     made anew, but time alone never gives up a record that fails like this.
+
+    Attributes:
+        why: one line for people.
+        after: seconds that this batch waits at least, where the other side says so: then no attempt
+            is spent, as after `Retry`, and the instance stays. `None` for the usual backoff.
+
+    Raises:
+        ValueError: see `Retry`.
     """
+
+    def __init__(self, why: str = "", after: float | timedelta | None = None) -> None:
+        super().__init__(why)
+        self.why = why
+        self.after = seconds_of(after)
 
 
 class Blocked(Exception):  # noqa: N818  it is an answer, not an error

@@ -171,15 +171,19 @@ def failure_from(raised: Any) -> Failure:
         failure = failure_of(raised)
         line = plain(message_of(raised, 4000)) or failure.error
         reason = BLOCKED if issubclass(kind, Blocked) else UNAVAILABLE
-        return Failure(reason, line, failure.traceback)
+        after = _wait_of(raised) if reason == UNAVAILABLE else None
+        return Failure(reason, line, failure.traceback, after)
     if not issubclass(kind, Retry):
         return failure_of(raised)
-    try:  # a subclass need not call our constructor
-        after = raised.after
-    except AttributeError:
-        after = None
     why = plain(_why(raised)) or "the handler asked to wait"
-    return Failure(POSTPONED, why, "", seconds_of(after))
+    return Failure(POSTPONED, why, "", _wait_of(raised))
+
+
+def _wait_of(raised: Any) -> float | None:
+    try:  # a subclass need not call our constructor
+        return seconds_of(raised.after)
+    except AttributeError:
+        return None
 
 
 _GENERATORS = (types.GeneratorType, types.AsyncGeneratorType)

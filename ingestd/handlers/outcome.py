@@ -99,13 +99,19 @@ class Failure(msgspec.Struct, frozen=True, array_like=True):
         reason: `raised`, `unavailable`, `blocked`, `postponed`, `timeout` or `crashed`.
         error: one line: the exception's type and message, or how the worker died.
         traceback: as Python prints it, bounded; empty where there is none.
-        after: with `postponed`, seconds that the batch shall wait; `None` for the usual backoff.
+        after: with `postponed` and `unavailable`, seconds that the batch shall wait; `None` for the
+            usual backoff.
     """
 
     reason: str
     error: str
     traceback: str = ""
     after: float | None = None
+
+    @property
+    def is_asked(self) -> bool:
+        """Returns True if handler or sink asked for the batch again: that spends no try."""
+        return self.reason == POSTPONED or (self.reason == UNAVAILABLE and self.after is not None)
 
 
 class Result(msgspec.Struct, frozen=True, array_like=True):

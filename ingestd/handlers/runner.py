@@ -18,7 +18,6 @@ from ingestd.handlers.failure import failure_of
 from ingestd.handlers.forked import ParentOnly, end_child
 from ingestd.handlers.options import redactor
 from ingestd.handlers.outcome import (
-    POSTPONED,
     Failure,
     Rejection,
     Result,
@@ -218,7 +217,7 @@ class Runner:
         if flaw := flaw_of(result, job.records.count):
             error = f"the handler reached into its batch: {flaw}"
             result = Result(failure=Failure("raised", error))
-        if result.failure is not None and result.failure.reason != POSTPONED:
+        if result.failure is not None and not result.failure.is_asked:
             self._spoil()
         return result
 

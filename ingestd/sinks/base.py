@@ -17,7 +17,7 @@ daemon's. `__init__` opens nothing, so that the daemon starts while the other si
 
 * transient (no connection, overload, deadlock, restart): `raise Unavailable("why")`. The outage
   rule (`execution/outage.py`) paces the tries, and none of them counts while the sink is down.
-  `raise RetryAfter(seconds)` where the other side says when.
+  `raise Unavailable("why", seconds)` where the other side says when.
 * permanent for a record: `batch.reject(i, "why")`, once for each of them, and the rest is stored.
 * permanent for the sink (a missing table or right): `raise Blocked("why, and what to do")`. The
   pipeline waits and says so once; nothing is given up.

@@ -134,7 +134,6 @@ class ClickHouseSink:
 
         Raises:
             Unavailable: the server is down or overloaded.
-            RetryAfter: the same, and something in between says for how long.
             Blocked: the table or a right is missing, or the table cannot keep `exactly_once`.
             RuntimeError: an error of the server's that a record may have caused.
         """

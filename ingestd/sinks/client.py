@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from msgspec import Meta
 
-from ingestd.handlers.batch import Blocked, RetryAfter, Unavailable
+from ingestd.handlers.batch import Blocked, Unavailable
 from ingestd.handlers.options import FilePath, Seconds, Secret
 from ingestd.handlers.text import one_line
 from ingestd.sinks.base import SinkOptions
@@ -169,15 +169,15 @@ def refuse(reply: HttpReply, said: str = "") -> NoReturn:
         said: for people, instead of the beginning of its body.
 
     Raises:
-        RetryAfter: it is overloaded, and says for how long.
-        Unavailable: it is overloaded, or something between here and there is down.
+        Unavailable: it is overloaded, perhaps with a time to wait, or something between here and
+            there is down.
         Blocked: a right or the resource is missing, or it is another service.
         RuntimeError: anything else, such as 400 and 500, which a single record may cause.
     """
     told = f"{reply.origin}: {reply.status} {said or reply.text}".rstrip()
     if reply.status in {408, 425, 429, 502, 503, 504}:
         wait = parse_retry_after(reply.headers.get("retry-after", ""), RETRY_AFTER_MAX)
-        raise Unavailable(told) if wait is None else RetryAfter(wait, told)
+        raise Unavailable(told, wait)
     if 300 <= reply.status < 400 or reply.status in {401, 403, 404, 405, 406, 407, 415, 421}:
         raise Blocked(told)
     raise RuntimeError(told)

@@ -151,7 +151,6 @@ class ElasticsearchSink:
 
         Raises:
             Unavailable: the cluster is down or overloaded; what it stored is known to it.
-            RetryAfter: the same, and it says for how long.
             Blocked: the index, a right or an ingest pipeline is missing.
             RuntimeError: an error of the cluster's that a record may have caused.
         """

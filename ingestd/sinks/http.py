@@ -30,7 +30,7 @@ from msgspec import Meta
 
 from ingestd import __version__
 from ingestd.base.record import Layout, Records
-from ingestd.handlers.batch import Batch, Blocked, Retry, RetryAfter, Unavailable
+from ingestd.handlers.batch import Batch, Blocked, Unavailable
 from ingestd.handlers.context import Context
 from ingestd.handlers.options import FilePath, Seconds, Secret, Size
 from ingestd.handlers.outcome import SinkFinding
@@ -194,8 +194,7 @@ class HttpSink:
         """Sends the batch, whole or in parts.
 
         Raises:
-            Unavailable: the service is down or overloaded.
-            RetryAfter: the service says when to come again.
+            Unavailable: the service is down or overloaded, and perhaps says when to come again.
             Blocked: the service, the path or the token is wrong.
             HttpFailed: the service has an error.
         """
@@ -212,7 +211,7 @@ class HttpSink:
                 if self._settle(batch, first, size):
                     settled, in_a_row = settled + 1, 0
                     continue
-            except (Unavailable, RetryAfter, HttpFailed) as error:
+            except (Unavailable, HttpFailed) as error:
                 if not one_by_one:
                     raise  # each part has its key: those that are there cost a look next time
                 in_a_row += 1
@@ -226,7 +225,7 @@ class HttpSink:
         if failed and not settled:
             raise failed[0][1]
         for place, why in failed:
-            batch.retry(place, why.after if isinstance(why, Retry) else None, str(why))
+            batch.retry(place, getattr(why, "after", None), str(why))
 
     def check(self) -> Iterator[SinkFinding]:
         """Findings: the service answers, has the path, takes the token and keeps keys."""
@@ -327,7 +326,7 @@ class HttpSink:
         if status == 409 or answer.problem.startswith("idempotency-key-"):
             raise Unavailable(told)  # another try of it is in progress, which is soon over
         if after is not None and status >= 400 and (status == 429 or after > _SOON):
-            raise RetryAfter(after, told)
+            raise Unavailable(told, after)
         if status in _LATER or status > 511:
             raise Unavailable(told)
         if status >= 500 and status not in _SERVER_BLOCKS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +19,7 @@ from ingestd.execution.retry import (
     decide,
     rank,
     rounded,
+    spends_try,
 )
 from ingestd.handlers.outcome import POSTPONED, Failure, Rejection, Result, RetryRequest
 
@@ -223,6 +226,21 @@ def test_a_sink_that_restarts_often_costs_no_record_but_a_batch_is_split() -> No
     down = Result(failure=Failure("unavailable", "connection lost"))
     assert isinstance(decide(down, tried(1, 99), rule=RULE, random=half), RetryBatch)
     assert isinstance(decide(down, tried(4, 99), rule=RULE, random=half), Resolve)
+
+
+def test_a_sink_that_says_for_how_long_costs_no_try_and_no_record_however_old_it_is() -> None:
+    later = Result(failure=Failure("unavailable", "429", after=30.0))
+    assert not spends_try(later)
+    for count in (1, 5):
+        for proven, paused in itertools.product((False, True), repeat=2):
+            context = RetryContext(count, 99, 99, age=1e9, proven=proven, paused=paused)
+            assert decide(later, context, rule=RULE, random=half) == RetryBatch(
+                30.0, later.failure, asked=True
+            )
+    at_once = Result(failure=Failure("unavailable", "429", after=0.0))
+    again = decide(at_once, tried(1, 3), rule=RULE, random=half)
+    assert isinstance(again, RetryBatch)
+    assert again.after > 0
 
 
 def test_what_is_blocked_is_neither_split_nor_given_up_while_nothing_succeeds() -> None:

@@ -11,7 +11,7 @@ import pytest
 import ingestd
 from ingestd.base.record import Records, Span
 from ingestd.handlers.call import failure_from
-from ingestd.handlers.outcome import POSTPONED, Failure, Job, Result, flaw_of
+from ingestd.handlers.outcome import POSTPONED, UNAVAILABLE, Failure, Job, Result, flaw_of
 from ingestd.handlers.runner import HandlerConfig, Runner
 
 JOB = Job("j-1", 1, Records.lines([b"1", b"2"]), [Span(1, 0, 2)], "j")
@@ -27,6 +27,14 @@ class Limited:
     def __call__(self, batch: ingestd.Batch[Any]) -> None:
         batch.reject(0, "said before it raised")
         raise ingestd.Retry("a rate limit", after=timedelta(minutes=1))
+
+
+class Overloaded:
+    def __init__(self) -> None:
+        MADE.append(self)
+
+    def __call__(self, batch: list[Any]) -> None:
+        raise ingestd.Unavailable("429", after=timedelta(minutes=1))
 
 
 class NotYet:
@@ -65,6 +73,16 @@ def test_it_is_a_failure_with_a_wait_and_the_instance_stays() -> None:
     assert result.failure == Failure(POSTPONED, "a rate limit", "", 60.0)
     assert not result.rejections
     assert runner.run(JOB).failure == result.failure
+    assert len(MADE) == 1
+    runner.close()
+
+
+def test_so_it_is_with_a_sink_that_says_for_how_long_it_is_unavailable() -> None:
+    MADE.clear()
+    runner, result = run("Overloaded")
+    assert result.failure is not None
+    assert (result.failure.reason, result.failure.after) == (UNAVAILABLE, 60.0)
+    runner.run(JOB)
     assert len(MADE) == 1
     runner.close()
 

@@ -179,7 +179,7 @@ def test_too_many_rows_that_cannot_be_read_split_the_batch(fake: FakeClickHouse)
         (failed(999, "Keeper: Connection loss"), "unavailable"),
         (failed(49, "Logical error"), "raised"),
         (Answer(503, b"no healthy upstream"), "unavailable"),
-        (Answer(429, b"", (("Retry-After", "2"),)), "postponed"),
+        (Answer(429, b"", (("Retry-After", "2"),)), "unavailable"),
         (Answer(413), "raised"), (Answer(404, b"<html>"), "blocked"),
         (Answer(200, b"Code: 241. DB::Exception: Memory limit exceeded",
                 (("X-ClickHouse-Exception-Code", "241"),)), "unavailable"),

@@ -178,7 +178,7 @@ def test_413_splits_and_is_remembered(cluster, write) -> None:
 @pytest.mark.parametrize(
     ("answer", "reason"),
     [
-        (Answer(503), "unavailable"), (Answer(429, b"", (("Retry-After", "3"),)), "postponed"),
+        (Answer(503), "unavailable"), (Answer(429, b"", (("Retry-After", "3"),)), "unavailable"),
         (Answer(401), "blocked"), (Answer(200, b"<html>"), "blocked"),
         (Answer(200, b'{"items":[]}'), "blocked"), (Answer(400, b"{}"), "raised"),
         (BREAK, "unavailable"),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import trustme
 
-from ingestd.handlers.batch import Blocked, RetryAfter, Unavailable
+from ingestd.handlers.batch import Blocked, Unavailable
 from ingestd.handlers.options import OptionError
 from ingestd.sinks import client
 from ingestd.sinks.client import RETRY_AFTER_MAX, HttpOptions, HttpPeer, HttpReply, refuse
@@ -203,7 +203,7 @@ def test_classes_of_errors(status: int, kind: type[Exception]) -> None:
 )  # fmt: skip
 def test_retry_after(text: str, low: float, high: float) -> None:
     text = formatdate(time.time() + 100, usegmt=True) if text == "soon" else text
-    with pytest.raises(RetryAfter) as raised:
+    with pytest.raises(Unavailable) as raised:
         refuse(HttpReply("http://x", 429, {"retry-after": text}, b""))
     assert raised.value.after is not None
     assert low <= raised.value.after <= high
