@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -365,11 +364,6 @@ def test_registered_handlers(write: Callable[[str], str], tmp_path: Path) -> Non
     check_refusal("twice", "registered by more than one package: three and two")
     check_refusal("their", "did you mean 'theirs'?")
     assert load("jsonl", record_format="json", executor="thread").found is JsonlSink
-
-
-def test_the_built_in_table_is_what_the_package_registers() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    assert project["entry-points"]["ingestd.handlers"] == SINKS.own
 
 
 def test_a_worker_imports_little() -> None:
