@@ -252,7 +252,7 @@ class Daemon:
                 is_interrupted=self._signals.stop_requested.is_set,
                 on_request=self._answered,
             )
-            self._metrics.watch_sources(self.sources.running)
+            self._metrics.watch_sources(self.sources.running, self.sources.numbers)
             await self.sources.start()
         except BaseException:
             for close in reversed(opened):

@@ -370,9 +370,8 @@ def _of_sources(
 def _clashes(settings: Settings, running: Sequence[ConfiguredSource]) -> Iterator[tuple[str, str]]:
     """Finds sources that need the same address, or standard input."""
     addresses: dict[str, str] = {}
-    listening = [(one.key, one.settings) for one in running if one.component.listens]
-    for key, section in (*listening, ("admin", settings.admin)):
-        listen: str = getattr(section, "listen", "")
+    listening = [(one.key, at) for one in running for at in one.component.addresses(one.settings)]
+    for key, listen in (*listening, ("admin", settings.admin.listen)):
         if listen in addresses and split_address(listen)[1] != 0:
             yield f"{key}.listen", f"{addresses[listen]}.listen is {listen} too"
         elif listen:

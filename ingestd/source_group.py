@@ -178,6 +178,12 @@ class SourceGroup:
         """Tells for each, by name and kind, if it is running, for metrics."""
         return {(one.configured.name, one.configured.kind): not one.ended for one in self.all}
 
+    def numbers(self) -> dict[tuple[str, str], Mapping[str, float]]:
+        """The numbers of each server, by name and kind, for metrics."""
+        return {
+            (one.configured.name, one.configured.kind): one.source.numbers() for one in self.all
+        }
+
     def facts(self) -> dict[str, object]:
         """The kind of each and where its records come from, for the log line of a start."""
         facts = [{"source": one.configured.kind, **one.source.facts()} for one in self.all]

@@ -95,6 +95,28 @@ _STATE = (
     ("oldest_pending_seconds", "oldest_pending_seconds", "Age of the oldest unsettled record."),
 )
 
+# Name among the numbers of a source (`Source.numbers`), metric, help.
+_SOURCE = (
+    ("connections", "source_connections", "Open connections of a source over TCP."),
+    (
+        "connections_refused",
+        "source_connections_refused_total",
+        "Connections that were too many, at once or for their client.",
+    ),
+    (
+        "connections_cut",
+        "source_connections_cut_total",
+        "Connections ended at a bound, a deadline or a fault of their peer.",
+    ),
+    ("received_bytes", "source_received_bytes_total", "Bytes that a source over TCP or UDP read."),
+    ("datagrams", "source_datagrams_total", "Datagrams that a source read."),
+    (
+        "datagrams_dropped",
+        "source_datagrams_dropped_total",
+        "Datagrams that came and were lost, because too many waited.",
+    ),
+)
+
 
 class _Watcher(Collector):
     """Reads the pipelines' states at each scrape."""
@@ -103,6 +125,7 @@ class _Watcher(Collector):
         self.read: Callable[[], Mapping[str, object]] = dict
         self.lost: Callable[[], int] = int
         self.sources: Callable[[], Mapping[tuple[str, str], bool]] = dict
+        self.numbers: Callable[[], Mapping[tuple[str, str], Mapping[str, float]]] = dict
 
     def describe(self) -> Iterable[Metric]:
         """No names in advance: the registry would otherwise collect to learn them."""
@@ -124,11 +147,24 @@ class _Watcher(Collector):
         for labels, is_running in self.sources().items():
             running.add_metric(labels, int(is_running))
         yield running
+        yield from self._numbers()
         yield CounterMetricFamily(
             "ingestd_log_lines_dropped_total",
             "Log lines given up because the log's reader was slow or gone.",
             value=self.lost(),
         )
+
+    def _numbers(self) -> Iterator[Metric]:
+        """Yields the numbers of servers; a family that no source has is left out."""
+        numbers = self.numbers()
+        for key, name, text in _SOURCE:
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            family = kind(f"ingestd_{name}", text, labels=["source", "kind"])
+            for labels, values in numbers.items():
+                if key in values:
+                    family.add_metric(labels, values[key])
+            if family.samples:
+                yield family
 
 
 class _Reasons:
@@ -376,9 +412,13 @@ class Metrics:
         """Has each scrape read the pipelines' states, by name, from `read`."""
         self._watcher.read = read
 
-    def watch_sources(self, read: Callable[[], Mapping[tuple[str, str], bool]]) -> None:
-        """Has each scrape read from `read` which sources, by name and kind, are running."""
-        self._watcher.sources = read
+    def watch_sources(
+        self,
+        running: Callable[[], Mapping[tuple[str, str], bool]],
+        numbers: Callable[[], Mapping[tuple[str, str], Mapping[str, float]]] = dict,
+    ) -> None:
+        """Has each scrape read which sources, by name and kind, are running, and their numbers."""
+        self._watcher.sources, self._watcher.numbers = running, numbers
 
     def watch_log(self, lost: Callable[[], int]) -> None:
         """Has each scrape read the number of dropped log lines from `lost`."""

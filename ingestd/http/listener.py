@@ -14,13 +14,13 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ingestd.base.logging import get_logger
 from ingestd.http.tls import secure
 
 if TYPE_CHECKING:
-    from ingestd.http.server import Server
+    from contextlib import AbstractContextManager
 
 log = get_logger()
 
@@ -30,6 +30,18 @@ SHUTDOWN_SECONDS = 2.0
 ACCEPTED_A_TURN = 32
 """A connection takes about 0.2 ms; who is served already shall not wait long for those who come."""
 _RETRY_SECONDS = 0.5
+
+
+class Greeter(Protocol):
+    """Makes the protocols of connections, and bounds these."""
+
+    def has_room_to_say_no(self) -> bool:
+        """Returns True if one more connection can at least be refused with a reason."""
+        ...
+
+    def greeting(self) -> AbstractContextManager[asyncio.BaseProtocol]:
+        """The protocol for a connection whose handshake is in progress, which is counted too."""
+        ...
 
 
 class Listener:
@@ -45,7 +57,7 @@ class Listener:
 
     def __init__(
         self,
-        server: Server,
+        server: Greeter,
         sockets: list[socket.socket],
         context: ssl.SSLContext | None,
         *,
@@ -123,7 +135,7 @@ class Listener:
             return True  # it went before we came
         if self._server.has_room_to_say_no():
             sock.setblocking(False)
-            task = self._loop.create_task(self._greet(sock), name="http-greeting")
+            task = self._loop.create_task(self._greet(sock), name="greeting")
             self._handshakes.add(task)
             task.add_done_callback(self._handshakes.discard)
         else:

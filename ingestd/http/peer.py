@@ -9,6 +9,8 @@ from ipaddress import IPv6Address, ip_address
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import asyncio
+
     from ingestd.http.request import Request
 
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
@@ -18,7 +20,12 @@ def peer_of(request: Request) -> str:
     """An IP address; `uid N` on a unix socket; empty if it has gone."""
     if request.remote or request.transport is None:
         return request.remote or ""
-    sock = request.transport.get_extra_info("socket")
+    return uid_of(request.transport)
+
+
+def uid_of(transport: asyncio.BaseTransport) -> str:
+    """`uid N` of the process at the other side of a unix socket; empty for any other socket."""
+    sock = transport.get_extra_info("socket")
     if sock is None or sock.family != socket.AF_UNIX:
         return ""
     whose = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)

@@ -79,7 +79,7 @@ WebhookName = Annotated[str, AfterValidator(partial(own_name, what="a webhook"))
 
 
 class TlsSettings(Section):
-    """`[http.tls]`: encryption, and the certificates of clients. Paths are of PEM files."""
+    """`[http.tls]` and others: encryption, certificates of clients. Paths are of PEM files."""
 
     certificate: FilePath = Field(
         "", description="PEM file: certificate and its chain; enables TLS"
@@ -277,7 +277,8 @@ def problems_of(
             f"{room} has no room for one body of http.decompressed_bytes_max ({body})",
         )
     yield from _at_large(http)
-    yield from _of_tls(http)
+    for key, text in problems_of_tls(http.tls, "http.tls"):
+        yield f"tls.{key}", text
     for name, token in http.tokens.items():
         yield from _of_a_token(f"tokens.{name}", token, formats)
         if token.client_certificate and not http.tls.client_ca:
@@ -350,13 +351,13 @@ def signatures_valid(http: HttpSettings) -> float:
     return 2 * max(timed) + _CLOCK_STEP if timed else 0.0
 
 
-def _of_tls(http: HttpSettings) -> Iterator[tuple[str, str]]:
-    tls = http.tls
+def problems_of_tls(tls: TlsSettings, table: str) -> Iterator[tuple[str, str]]:
+    """Finds settings of TLS that need others: (key below `table`, what is wrong) for each."""
     for key in ("key", "client_ca"):
         if getattr(tls, key) and not tls.certificate:
-            yield f"tls.{key}", "needs http.tls.certificate, which switches TLS on"
+            yield key, f"needs {table}.certificate, which switches TLS on"
     if tls.client_required and not tls.client_ca:
-        yield "tls.client_required", "needs http.tls.client_ca"
+        yield "client_required", f"needs {table}.client_ca"
 
 
 def _of_a_token(

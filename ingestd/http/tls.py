@@ -13,13 +13,14 @@ import hashlib
 import re
 import ssl
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from ingestd.base.errors import ConfigError
 from ingestd.base.files import read_file
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ingestd.http.settings import TlsSettings
 
@@ -186,7 +187,12 @@ _CERTIFICATE = re.compile(rb"-----BEGIN [A-Z0-9 ]*CERTIFICATE-----([^-]*)-----EN
 
 
 def make_context(
-    settings: TlsSettings, problems: list[str], doubts: list[str]
+    settings: TlsSettings,
+    problems: list[str],
+    doubts: list[str],
+    *,
+    table: str = "http.tls",
+    protocols: Sequence[str] = ("http/1.1",),
 ) -> ssl.SSLContext | None:
     """Makes the TLS context; `None` without TLS, or with problems.
 
@@ -194,35 +200,70 @@ def make_context(
         settings: of TLS.
         problems: gets a line for everything that is wrong.
         doubts: gets a line for what keeps nobody from starting.
+        table: of the settings, for these lines.
+        protocols: that ALPN offers.
     """
     if not settings.certificate:
         return None
     named = ("certificate", "key", "client_ca")
-    bad = [_unreadable(getattr(settings, key), f"http.tls.{key}") for key in named]
+    bad = [_unreadable(getattr(settings, key), f"{table}.{key}") for key in named]
     if any(bad):
         problems += [line for line in bad if line]
         return None
     context = SecuredContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["http/1.1"])
-    wrong = _load_chain(context, settings) or _load_client_ca(context, settings)
+    if protocols:
+        context.set_alpn_protocols(protocols)
+    wrong = _load_chain(context, settings, table) or _load_client_ca(context, settings, table)
     if wrong:
         problems.append(wrong)
         return None
     doubt = _rehearse(context, settings.certificate)
     if doubt:
-        doubts.append(f"http.tls.certificate: {settings.certificate}: {doubt}")
+        doubts.append(f"{table}.certificate: {settings.certificate}: {doubt}")
     return context
 
 
 def read_authorities(settings: TlsSettings) -> frozenset[bytes]:
-    """Digests of the certificates in the file of `http.tls.client_ca`; none without one."""
+    """Digests of the certificates in the file of `client_ca`; none without one."""
     try:
         content = read_file(Path(settings.client_ca))
     except OSError:
         return frozenset()  # no file; or `make_context` has said so
     blocks = _CERTIFICATE.findall(content)
     return frozenset(hashlib.sha256(b"".join(block.split())).digest() for block in blocks)
+
+
+class TlsAccess(NamedTuple):
+    """TLS of a server whose protocol is not HTTP, as the files say; a reload replaces it.
+
+    Attributes:
+        context: `None` without TLS.
+        authorities: digests of the CAs of client certificates.
+        doubts: what should be seen to and is no reason to refuse.
+    """
+
+    context: ssl.SSLContext | None
+    authorities: frozenset[bytes]
+    doubts: Sequence[str]
+
+
+def read_tls(settings: TlsSettings, table: str) -> TlsAccess:
+    """Reads certificates and keys; for a thread, if something else is going on.
+
+    Args:
+        settings: that name the files.
+        table: of the settings, for errors.
+
+    Raises:
+        ConfigError: with one line for everything that is wrong.
+    """
+    problems: list[str] = []
+    doubts: list[str] = []
+    context = make_context(settings, problems, doubts, table=table, protocols=())
+    if problems:
+        raise ConfigError(problem="\n".join(problems))
+    return TlsAccess(context, read_authorities(settings), doubts)
 
 
 def _unreadable(path: str, key: str) -> str | None:
@@ -237,10 +278,10 @@ def _unreadable(path: str, key: str) -> str | None:
     return None
 
 
-def _load_chain(context: ssl.SSLContext, settings: TlsSettings) -> str | None:
+def _load_chain(context: ssl.SSLContext, settings: TlsSettings, table: str) -> str | None:
     """Certificate and key; what is wrong with them."""
     key = settings.key or settings.certificate
-    setting = "http.tls.key" if settings.key else "http.tls.certificate"
+    setting = f"{table}.key" if settings.key else f"{table}.certificate"
     asked = False
 
     def password() -> str:
@@ -254,18 +295,18 @@ def _load_chain(context: ssl.SSLContext, settings: TlsSettings) -> str | None:
     except (ssl.SSLError, ValueError, OSError) as error:
         reason = getattr(error, "reason", None) or ""
         if asked and not settings.key_password.get_secret_value():
-            return f"{setting}: {key} is encrypted; set http.tls.key_password"
+            return f"{setting}: {key} is encrypted; set {table}.key_password"
         if asked:
-            return f"http.tls.key_password: does not open {key}"
+            return f"{table}.key_password: does not open {key}"
         if reason == "KEY_VALUES_MISMATCH":
             return f"{setting}: {key} is not the key of {settings.certificate}"
         if b"PRIVATE KEY-----" not in read_file(Path(key)):
             return f"{setting}: there is no private key in {key}"
-        return f"http.tls.certificate: {settings.certificate} can't be used ({_words(reason)})"
+        return f"{table}.certificate: {settings.certificate} can't be used ({_words(reason)})"
     return None
 
 
-def _load_client_ca(context: ssl.SSLContext, settings: TlsSettings) -> str | None:
+def _load_client_ca(context: ssl.SSLContext, settings: TlsSettings, table: str) -> str | None:
     """Loads the CA of client certificates; returns its problem, if any."""
     if not settings.client_ca:
         return None
@@ -273,7 +314,7 @@ def _load_client_ca(context: ssl.SSLContext, settings: TlsSettings) -> str | Non
         context.load_verify_locations(settings.client_ca)
     except (ssl.SSLError, OSError) as error:
         words = _words(getattr(error, "reason", None) or "")
-        return f"http.tls.client_ca: {settings.client_ca} can't be used ({words})"
+        return f"{table}.client_ca: {settings.client_ca} can't be used ({words})"
     required = settings.client_required
     context.verify_mode = ssl.CERT_REQUIRED if required else ssl.CERT_OPTIONAL
     return None

@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO
 
+from ingestd.base.errors import Overloaded
 from ingestd.config.sections import Section
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
         SourceOffset,
     )
     from ingestd.base.clock import Clock
-    from ingestd.base.errors import Overloaded
     from ingestd.base.record import Format
 
 
@@ -140,6 +140,10 @@ class Source:
     def counts(self) -> InputCounts | None:
         """The numbers so far; `None` for a server."""
         return None
+
+    def numbers(self) -> Mapping[str, float]:
+        """The numbers of a server for metrics, by the names in `ingestd.base.metrics`."""
+        return {}
 
     async def wait_finished(self) -> None:
         """Returns when there is no more input and all of it is accepted; never for a server.
@@ -268,6 +272,10 @@ class SourceKind:
         """
         return ()
 
+    def addresses(self, settings: Any) -> Sequence[str]:
+        """Returns the TCP addresses, `HOST:PORT`, that a source with these settings listens at."""
+        return (settings.listen,) if self.listens else ()
+
     def reads_input(self, settings: Any) -> bool:  # noqa: ARG002
         """Tells if a source with these settings reads standard input."""
         return False
@@ -302,6 +310,21 @@ class SourceKind:
 
 AGAIN_SECONDS = 1.0
 """The longest wait: a try costs nothing here, and records that were read wait meanwhile."""
+
+
+async def accept_patiently(intake: Intake, append: Append) -> None:
+    """Has records accepted by a pipeline, which may be overloaded for any time.
+
+    Raises:
+        IngestdError: see `Intake.accept`.
+    """
+    while True:
+        try:
+            await intake.accept(append)
+        except Overloaded as overloaded:
+            await asyncio.sleep(again_after(overloaded))
+        else:
+            return
 
 
 def again_after(overloaded: Overloaded) -> float:

@@ -11,9 +11,8 @@ from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base.append import Append
-from ingestd.base.errors import Overloaded
 from ingestd.base.record import join
-from ingestd.sources.base import again_after
+from ingestd.sources.base import accept_patiently
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -118,7 +117,7 @@ class Appends:
         while self._waiting:
             append, size = self._next()
             try:
-                await self._accept(append)
+                await accept_patiently(self._intake, append)
             except BaseException:
                 self._budget.wake()  # waiters for the budget see the failure
                 raise
@@ -144,16 +143,6 @@ class Appends:
             unkept=sum(one.unkept for one in appends),
         )
         return _Sized(joined, size)
-
-    async def _accept(self, append: Append) -> None:
-        """Tries until the pipeline accepts."""
-        while True:
-            try:
-                await self._intake.accept(append)
-            except Overloaded as overloaded:
-                await asyncio.sleep(again_after(overloaded))
-            else:
-                return
 
 
 def _size(parsed: Parsed) -> int:

@@ -1,0 +1,602 @@
+"""One connection of a source over TCP: read, decode, accept, reply.
+
+A connection has one task and, while records wait for their commit, one more. Bytes wait in
+`_pieces` until the task takes all of them at once, so what comes during a commit is the next
+append: a connection that sends one line at a time is not slower than its commits, and one that
+sends much makes large appends.
+
+Invariants:
+
+1. What is held is in the account of the source before more is read: bytes that wait and are
+   decoded twice (as they came, and as records), records that wait for their commit, the codec's
+   begun frame. At the bound reading stops, and goes on when there is room again.
+2. Where there is no room, one more read takes `SMALL_BYTES` at most, so that many connections are
+   not many times that which one read can bring.
+3. A deadline runs only while the task waits for the peer: for anything, or for the rest of a frame.
+   Time that this process takes (a full journal) is not the peer's.
+4. The task is the only one that writes, decides and ends; callbacks of the transport wake it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import async_timeout
+
+from ingestd.base.append import Append, scoped
+from ingestd.base.envelope import Envelope, pack
+from ingestd.base.errors import IngestdError, KeyInFlight, KeyReused, KeysUnsupported, Overloaded
+from ingestd.base.logging import get_logger
+from ingestd.base.record import join
+from ingestd.http.credentials import has_expired, names_in, principal_of_certificate
+from ingestd.http.deadlines import LATE_SECONDS, MinimumRate, is_late
+from ingestd.http.peer import client_of, uid_of
+from ingestd.http.problem import Problem
+from ingestd.http.tls import Secured
+from ingestd.sources.base import AGAIN_SECONDS, accept_patiently, again_after
+from ingestd.sources.tcp import Frames, Peer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from concurrent.futures import ThreadPoolExecutor
+
+    from ingestd.base.append import IdempotencyClaim
+    from ingestd.base.clock import Clock
+    from ingestd.http.admission import AdmissionController, Reservation
+    from ingestd.sources.base import Intake
+    from ingestd.sources.tcp import Received, StreamCodec
+    from ingestd.sources.tcp.settings import TcpSettings
+
+log = get_logger()
+
+READ_BYTES = 256 * 1024
+"""The most that one read takes, and from where on reading waits until what came is decoded."""
+SMALL_BYTES = 4 * 1024
+"""The most that one read takes where there is no room."""
+THREAD_BYTES = 16 * 1024
+"""From this size on bytes are decoded in a thread."""
+ROOM_SECONDS = 0.1
+"""How long a connection waits before it asks for room again."""
+LEAVE_SECONDS = 1.0
+QUIET_SECONDS = 0.2
+"""A drain reads what arrives for so long at most, until nothing has come for so long."""
+WRITE_SECONDS = 30.0
+"""How long a peer may take to read its replies."""
+WRITE_BUFFER_BYTES = 64 * 1024
+LINGER_SECONDS = 2.0
+ANONYMOUS = "anonymous"
+_COPIES = 2
+_HELD_FREE = 4 * 1024
+_REFUSED_BYTES = 256  # what a refused record costs beside its payload, about
+
+
+class Totals:
+    """The numbers of a source over TCP, in this run.
+
+    Attributes:
+        refused: connections that were too many.
+        cut: connections that were ended at a bound, a deadline or a fault.
+        received: bytes.
+        datagrams: that were read.
+        dropped: of these, dropped because too many waited.
+    """
+
+    __slots__ = ("cut", "datagrams", "dropped", "received", "refused")
+
+    def __init__(self) -> None:
+        self.refused = self.cut = self.received = self.datagrams = self.dropped = 0
+
+
+class Owner(Protocol):
+    """The source, as its connections see it.
+
+    Attributes:
+        settings: the bounds.
+        name: of the source.
+        intake: the pipeline.
+        clock: gives the time.
+        admission: the account of connections and held bytes.
+        thread: decodes large pieces.
+        totals: the numbers.
+        buffer: of `READ_BYTES`, for one read at a time.
+        authorities: digests of the CAs of client certificates.
+        codec: makes that of a connection.
+        is_leaving: the source drains.
+    """
+
+    settings: TcpSettings
+    name: str
+    intake: Intake
+    clock: Clock
+    admission: AdmissionController
+    thread: ThreadPoolExecutor
+    totals: Totals
+    buffer: memoryview
+    codec: Callable[[Peer], StreamCodec]
+    is_leaving: bool
+
+    @property
+    def authorities(self) -> frozenset[bytes]: ...  # noqa: D102 - see the class
+
+    def opened(self, connection: TcpConnection) -> None:
+        """Counts a connection in."""
+
+    def closed(self, connection: TcpConnection) -> None:
+        """Counts a connection out."""
+
+    def tell_refused(self, peer: str, why: str) -> None:
+        """Logs, now and then, that connections were refused."""
+
+    def tell_cut(self, peer: str, why: str) -> None:
+        """Logs, now and then, that connections were cut."""
+
+
+class _Cut(Exception):  # noqa: N818 - what it is
+    """The connection has to end, and why."""
+
+
+class TcpConnection(asyncio.BufferedProtocol):
+    """A peer's connection.
+
+    Args:
+        owner: the source.
+
+    Attributes:
+        task: reads it; `None` before it begins.
+        peer: the other side, once it is connected.
+        authorities: see `Owner`; those of its handshake.
+    """
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        self._settings = owner.settings
+        self._loop = asyncio.get_running_loop()
+        self.task: asyncio.Task[None] | None = None
+        self.authorities: frozenset[bytes] = frozenset()
+        self._transport: asyncio.Transport | None = None
+        # -- of its input
+        self._pieces: list[bytes] = []
+        self._queued = 0  # bytes in there
+        self._waiter: asyncio.Future[None] | None = None
+        self._has_ended = self._is_gone = self._is_paused = False
+        self._why = ""  # it has to end
+        self._leave_by: float | None = None
+        # -- of what was taken
+        self._passing = self._committing = 0
+        self._pending: asyncio.Task[None] | None = None
+        self._total = 0
+        self._pace: MinimumRate | None = None  # of the frame that was begun
+        self._frame_end = 0.0
+        # -- of its output
+        self._drained: asyncio.Future[None] | None = None
+        self._linger: asyncio.TimerHandle | None = None
+        self._is_done = self._is_secure = False
+
+    # -- callbacks of the transport ------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begins, or refuses the connection."""
+        transport = self._transport = cast("asyncio.Transport", transport)
+        owner = self._owner
+        self.certificate = transport.get_extra_info("peercert")
+        self.peer = self._make_peer(transport)
+        try:
+            self._hold: Reservation = owner.admission.enter(self.peer.address)
+        except Problem as problem:
+            owner.totals.refused += 1
+            owner.tell_refused(self.peer.address, problem.kind.slug)
+            transport.abort()
+            return
+        self.authorities = owner.authorities
+        transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+        sock = transport.get_extra_info("socket")
+        if sock is not None:
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        secured = transport.get_extra_info("ssl_object")
+        self._is_secure = isinstance(secured, Secured)
+        if self._is_secure:
+            secured.tell(self._ended)
+        self._codec = owner.codec(self.peer)
+        self.task = self._loop.create_task(self._run(), name=f"{owner.name}-connection")
+        owner.opened(self)
+        if owner.is_leaving:
+            self.leave()
+
+    def _make_peer(self, transport: asyncio.Transport) -> Peer:
+        name = transport.get_extra_info("peername")
+        address = str(name[0]) if isinstance(name, tuple) else uid_of(transport)
+        certificate = self.certificate
+        called = next(iter(names_in(certificate)), "") if certificate else ""
+        principal = principal_of_certificate(certificate) if certificate else ANONYMOUS
+        envelope = Envelope(self._owner.name, client=called, attributes={"peer": address})
+        encrypted = transport.get_extra_info("ssl_object") is not None
+        return Peer(address, client_of(address), called, principal, encrypted, pack(envelope))
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's
+        """The buffer of the next read."""
+        owner = self._owner
+        admission = owner.admission
+        return owner.buffer[: READ_BYTES if admission.bytes < admission.bytes_max else SMALL_BYTES]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Takes bytes that were read."""
+        self.data_received(bytes(self._owner.buffer[:nbytes]))
+
+    def data_received(self, data: bytes) -> None:
+        """Takes bytes that came."""
+        if self.task is None or self._is_done:
+            return
+        self._pieces.append(data)
+        self._queued += len(data)
+        self._total += len(data)
+        self._owner.totals.received += len(data)
+        if not self._count() or self._queued >= READ_BYTES:
+            self._pause()
+        self._wake()
+
+    def eof_received(self) -> bool:
+        """Goes on until everything is accepted and answered.
+
+        Under TLS the peer's goodbye is that end (`Secured.tell`); this one is a truncation.
+        """
+        if self._is_secure:
+            return False
+        self._ended()
+        return True
+
+    def _ended(self) -> None:
+        self._has_ended = True
+        self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's
+        """Ends the connection behind what has arrived."""
+        self._is_gone = True
+        if self._linger is not None:
+            self._linger.cancel()
+        self._wake()
+        self.resume_writing()
+
+    def pause_writing(self) -> None:
+        """Waits for the peer to read its replies."""
+        self._drained = self._drained or self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        """Goes on."""
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+        self._drained = None
+
+    # -- called by the source ------------------------------------------------------------------
+
+    def leave(self) -> None:
+        """Ends it behind what arrives for a moment more: the source drains."""
+        if self._leave_by is None:
+            self._leave_by = self._loop.time() + LEAVE_SECONDS
+            transport = self._transport
+            if transport is not None and not self._codec.replies and not self._is_gone:
+                with contextlib.suppress(OSError, RuntimeError, NotImplementedError):
+                    # The peer sees that nothing more is read, and may stop before its next frame.
+                    if transport.can_write_eof():
+                        transport.write_eof()
+            self._wake()
+
+    def cut(self, why: str) -> None:
+        """Ends it behind what has arrived."""
+        self._why = self._why or why
+        self._wake()
+
+    def abort(self) -> None:
+        """Ends it as it is."""
+        if self._transport is not None:
+            self._transport.abort()
+
+    @property
+    def unaccepted(self) -> int:
+        """Bytes that have arrived and are not accepted."""
+        return self._queued + self._passing + self._committing
+
+    # -- the task ------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        why = ""
+        try:
+            why = await self._serve()
+        except IngestdError as error:
+            why = str(error)
+        except Exception:
+            log.exception("connection_failed", source=self._owner.name, peer=self.peer.address)
+            why = "internal error"
+        finally:
+            self._finish(why)
+
+    async def _serve(self) -> str:
+        """The way of all bytes; returns why the connection was cut, empty if the peer ended it."""
+        why = ""
+        try:
+            await self._write(self._codec.greet())
+            while data := await self._next():
+                if why := await self._take(data):
+                    break
+        except _Cut as cut:
+            why = str(cut)
+        is_whole = self._has_ended and not why
+        last = await self._decode(
+            self._codec.end, None if is_whole else why or "the connection was lost"
+        )
+        await self._commit(last)
+        await self._committed()
+        return why or last.fault
+
+    async def _decode(self, call: Callable[[Any], Frames], argument: object) -> Frames:
+        """Calls the codec, in a thread if that may take long."""
+        if self._passing + self._codec.held < THREAD_BYTES:
+            return call(argument)
+        return await self._loop.run_in_executor(self._owner.thread, call, argument)
+
+    async def _take(self, data: bytes) -> str:
+        """Decodes bytes and has their records accepted; returns a fault of theirs."""
+        codec = self._codec
+        frames = await self._decode(codec.feed, data)
+        held = codec.held
+        try:
+            self._hold.keep(held if held > _HELD_FREE else 0)
+        except Problem:
+            frames = frames._replace(fault="messages that were begun hold too much")
+        await self._commit(frames)
+        if not held:
+            self._pace = None
+        elif self._pace is None or frames.received:
+            now = self._loop.time()
+            self._pace = MinimumRate(self._settings.frame_rate_min, now)
+            self._frame_end = now + self._settings.frame_timeout
+        return frames.fault
+
+    async def _next(self) -> bytes:
+        """All that has arrived; nothing at the end.
+
+        Raises:
+            _Cut: it has to end before that.
+        """
+        while not self._pieces:
+            if self._has_ended or self._is_gone:
+                return b""
+            if self._why:
+                raise _Cut(self._why)
+            self._resume()
+            await self._wait()
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        self._passing, self._queued = self._queued, 0
+        self._resume()
+        return data
+
+    async def _wait(self) -> None:
+        """Waits until something has come, or there may be room to read again.
+
+        Raises:
+            _Cut: nothing came in time, or too little.
+        """
+        due, why = self._deadline()
+        self._waiter = self._loop.create_future()
+        try:
+            async with async_timeout.timeout_at(due):
+                await self._waiter
+            why = ""
+        except TimeoutError:
+            pass
+        finally:
+            self._waiter = None
+        now, pace = self._loop.time(), self._pace
+        if pace is not None and now >= pace.due and pace.is_slow(self._total, now):
+            raise _Cut(f"slower than frame_rate_min = {self._settings.frame_rate_min} bytes/s")
+        if self._pieces or not why:
+            return
+        if is_late(due, now):  # this process had no time
+            self._frame_end = now + LATE_SECONDS
+        else:
+            raise _Cut(why)
+
+    def _deadline(self) -> tuple[float, str]:
+        """The loop time until which something has to come, and why; nothing if it is only a look.
+
+        While there is no room nothing is read, so nothing can come.
+        """
+        now = self._loop.time()
+        if self._leave_by is not None:
+            return min(self._leave_by, now + QUIET_SECONDS), "the daemon is shutting down"
+        if self._is_paused:
+            return now + ROOM_SECONDS, ""
+        if self._pace is None:
+            limit = self._settings.idle_timeout
+            return now + limit, f"nothing came for idle_timeout = {limit:g} s"
+        if self._pace.due < self._frame_end:
+            return self._pace.due, ""
+        limit = self._settings.frame_timeout
+        return self._frame_end, f"a message took longer than frame_timeout = {limit:g} s"
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # -- room ----------------------------------------------------------------------------------
+
+    def _count(self) -> bool:
+        """Counts what it holds; returns False if there is no room for it."""
+        if self._is_done:
+            return False
+        held = self._codec.held
+        size = _COPIES * (self._queued + self._passing) + self._committing + held
+        try:
+            self._hold.set(size)
+        except Problem:
+            return False
+        return True
+
+    def _pause(self) -> None:
+        transport = self._transport
+        if not self._is_paused and transport is not None and not transport.is_closing():
+            self._is_paused = True
+            transport.pause_reading()
+
+    def _resume(self) -> None:
+        transport = self._transport
+        if self._is_paused and transport is not None and self._count():
+            self._is_paused = False
+            if not transport.is_closing():
+                transport.resume_reading()
+
+    # -- acceptance ----------------------------------------------------------------------------
+
+    async def _commit(self, frames: Frames) -> None:
+        """Begins to have records accepted, one `Frames` at a time: the next ones arrive meanwhile.
+
+        Its size is known before those before it are accepted, and counts.
+        """
+        received = frames.received
+        self._passing = 0
+        size = sum(_size_of(one) for one in received)
+        self._committing += size
+        self._count()
+        await self._committed()
+        self._committing = size
+        if received:
+            self._pending = self._loop.create_task(
+                self._accept(received), name=f"{self._owner.name}-accept"
+            )
+            self._pending.add_done_callback(self._notice)
+
+    async def _committed(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            await pending
+            self._committing = 0
+
+    def _notice(self, accepting: asyncio.Task[None]) -> None:
+        """Counts what was accepted, also if nothing more ever comes."""
+        if accepting is self._pending:
+            self._committing = 0
+            self._count()
+        if not accepting.cancelled() and (error := accepting.exception()) is not None:
+            self.cut(str(error))
+
+    async def _accept(self, received: Sequence[Received]) -> None:
+        """Has all of it accepted, and sends the replies."""
+        groups = _groups(received)
+        if len(groups) == 1:
+            await self._write(await self._store(groups[0]))
+            return
+        replies = []
+        for done in await asyncio.gather(*map(self._store, groups), return_exceptions=True):
+            if isinstance(done, BaseException):
+                raise done
+            replies.append(done)
+        await self._write(b"".join(replies))
+
+    async def _store(self, group: Sequence[Received]) -> bytes:
+        """Has one append accepted; returns its replies."""
+        first, reply = group[0], b"".join([one.reply for one in group])
+        append = self._append_of(group)
+        if append is None:
+            return reply
+        claim = await self._claim(first) if first.key else None
+        if isinstance(claim, bytes):
+            return claim
+        if claim is None:
+            await accept_patiently(self._owner.intake, append)
+            return reply
+        claim.answer = reply
+        try:
+            await accept_patiently(self._owner.intake, append._replace(claim=claim))
+        finally:
+            self._owner.intake.forget(claim)
+        return reply
+
+    async def _claim(self, received: Received) -> IdempotencyClaim | bytes | None:
+        """Claims a key, or returns the reply that was sent under it; `None` where it has no use."""
+        key = scoped(received.principal or self.peer.principal, received.key)
+        while True:
+            try:
+                return await self._owner.intake.begin(key, received.fingerprint)
+            except KeyInFlight:  # of a connection that was lost, and its records are on their way
+                await asyncio.sleep(AGAIN_SECONDS)
+            except Overloaded as overloaded:
+                await asyncio.sleep(again_after(overloaded))
+            except (KeyReused, KeysUnsupported):
+                return None
+
+    def _append_of(self, group: Sequence[Received]) -> Append | None:
+        parts = [one.parsed for one in group if one.parsed.total]
+        if not parts:
+            return None
+        runs = [part.records for part in parts if part.records.count]
+        return Append(
+            join(runs) if runs else parts[0].records,
+            [record for part in parts for record in part.refused],
+            principal=self.peer.name or self.peer.client,
+            unkept=sum(part.unlisted for part in parts),
+            envelope=self.peer.envelope,
+        )
+
+    async def _write(self, data: bytes) -> None:
+        """Sends bytes, and waits until the peer has read enough of them.
+
+        Raises:
+            _Cut: it does not read.
+        """
+        transport = self._transport
+        if not data or transport is None or self._is_gone or transport.is_closing():
+            return
+        transport.write(data)
+        if self._drained is not None:
+            try:
+                async with async_timeout.timeout(WRITE_SECONDS):
+                    await self._drained
+            except TimeoutError:
+                raise _Cut("its replies are not read") from None
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def _finish(self, why: str) -> None:
+        owner, transport = self._owner, self._transport
+        self._is_done = True
+        self._hold.keep(0)
+        self._hold.__exit__(None, None, None)
+        if self._pending is not None:
+            self._pending.cancel()
+        if why and self._leave_by is None:
+            owner.totals.cut += 1
+            owner.tell_cut(self.peer.address, why)
+        owner.closed(self)
+        if transport is not None and not self._is_gone:
+            transport.close()  # which sends what is left first
+            self._linger = self._loop.call_later(LINGER_SECONDS, transport.abort)
+
+    def look_again(self) -> None:
+        """Cuts it if its certificate is not valid any more."""
+        if not self.certificate:
+            return
+        if has_expired(self.certificate, self._owner.clock.now()):
+            self.cut("its certificate has expired")
+        elif not self.authorities <= self._owner.authorities:
+            self.cut("an authority has gone since its certificate was verified")
+
+
+def _size_of(received: Received) -> int:
+    parsed = received.parsed
+    kept = sum(len(one.payload) + _REFUSED_BYTES for one in parsed.refused)
+    return parsed.records.stored_bytes + kept
+
+
+def _groups(received: Sequence[Received]) -> list[list[Received]]:
+    """Neighbours without a key together, each one with a key by itself."""
+    groups: list[list[Received]] = []
+    for one in received:
+        if one.key or not groups or groups[-1][0].key:
+            groups.append([one])
+        else:
+            groups[-1].append(one)
+    return groups
