@@ -63,7 +63,8 @@ def test_the_example_of_sources_works_when_its_comment_signs_are_gone(tmp_path: 
 
 
 def test_the_examples_of_a_token_and_a_webhook_name_every_key(tmp_path: Path) -> None:
-    start, end = TEXT.index("# [http.tokens."), TEXT.index("\n[stdin]")
+    start = TEXT.index("# [http.tokens.")
+    end = TEXT.index("\n[", start)
     example = "\n".join(
         re.sub(r"^# ?", "", line).replace("…", "x" * 16)
         for line in TEXT[start:end].splitlines()

@@ -1,0 +1,309 @@
+"""Loki's push API: streams of lines with labels.
+
+https://grafana.com/docs/loki/latest/reference/loki-http-api/#ingest-logs
+
+Each entry is a record of its own with the labels of its stream in it; see `docs/clients/loki.md`.
+Labels stand in a body once and in each record, so what the records of a body take together is
+bounded before they are put together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field
+
+from ingestd.base.bursts import let_loop_go_first
+from ingestd.base.record import InvalidRecord, Layout, Records
+from ingestd.codecs.json import is_json
+from ingestd.codecs.lines import KEPT_BYTES, Parsed, parse_lines
+from ingestd.codecs.loki import FEW_COMMAS, PushFault, TooManyEntries, read_json
+from ingestd.http import problem
+from ingestd.http.problem import ERRORS_MAX, Problem
+from ingestd.http.response import Response
+from ingestd.sources.http.decode import is_mostly_invalid, mostly_invalid, nothing_good
+from ingestd.sources.http.endpoints.base import (
+    OPEN,
+    QUICK_BYTES,
+    BodyCodec,
+    Decoded,
+    Delivery,
+    Description,
+    Endpoint,
+    EndpointSettings,
+    RouteSpec,
+    Target,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from ingestd.base.record import Format
+    from ingestd.codecs.loki import PushStream
+    from ingestd.sources.http.endpoints.base import BodyLimits, EndpointContext, Head
+    from ingestd.sources.http.result import IngestResult
+
+PUSH = "/loki/api/v1/push"
+TENANT_HEADER = "X-Scope-OrgID"
+_TEXT = b"text/plain; charset=utf-8"
+_TENANT = re.compile(r"[A-Za-z0-9!\-_.*'()]{1,150}", re.ASCII)
+_BAD = 400
+_AGAIN = (408, 409, 429, 500, 503)
+_OF_RECORDS = (problem.RECORD_TOO_LARGE, problem.TOO_MANY_RECORDS)
+_TAKES = "application/json"
+
+
+class LokiSettings(EndpointSettings):
+    """`[http.endpoints.loki]`."""
+
+    label: str = Field("", description="label of a stream that chooses its pipeline in routes")
+    routes: dict[str, str] = Field(
+        default_factory=dict,
+        description="pipelines of streams by the value of that label; others go to pipeline",
+    )
+    deduplicate: bool = Field(
+        False,
+        description="accept a push with the same content once within http.idempotency_ttl",
+    )
+
+
+class _Part:
+    """Records on their way to one pipeline.
+
+    Args:
+        limits: of its records.
+    """
+
+    def __init__(self, limits: BodyLimits) -> None:
+        self._limits = limits
+        self._blocks: list[bytes] = []
+        self.refused: list[InvalidRecord] = []
+        self.count = self.unlisted = 0
+
+    def add(self, lines: bytes, count: int, index: int) -> None:
+        """Adds `count` records, each ended by LF; the first is record `index` of the body."""
+        longest = self._limits.record_bytes_max
+        if len(lines) > longest and max(map(len, lines.split(b"\n"))) > longest:
+            listed = ERRORS_MAX - len(self.refused)
+            depth = self._limits.depth_max
+            parsed = parse_lines(lines, "json", longest, index, depth, listed_max=listed)
+            self.refused += parsed.refused
+            self.unlisted += parsed.unlisted
+            lines, count = parsed.records.payload, parsed.records.count
+        self._blocks.append(lines)
+        self.count += count
+
+    def refuse(self, lines: bytes, count: int, index: int, why: str) -> None:
+        """Adds records that are invalid."""
+        listed = min(ERRORS_MAX - len(self.refused), count)
+        for at, line in enumerate(lines.split(b"\n", listed)[:listed]):
+            self.refused.append(InvalidRecord(index + at, "malformed", why, line[:KEPT_BYTES]))
+        self.unlisted += count - listed
+
+    def parsed(self) -> Parsed:
+        """All of them."""
+        payload = self._blocks[0] if len(self._blocks) == 1 else b"".join(self._blocks)
+        return Parsed(Records(Layout.LINES, self.count, payload), self.refused, self.unlisted)
+
+
+class PushCodec(BodyCodec):
+    """Reads a push in JSON.
+
+    Args:
+        own: the endpoint's settings.
+        tenant: of the request; empty if it has none.
+    """
+
+    def __init__(self, own: LokiSettings, tenant: str) -> None:
+        self._label, self._targets = own.label, own.routes
+        self._deduplicates = own.deduplicate
+        self.routes = bool(own.routes)
+        self._end = b',"tenant":"%b"}\n' % tenant.encode() if tenant else b"}\n"
+
+    def _streams(self, body: bytes, limits: BodyLimits) -> Iterator[PushStream]:
+        return read_json(body, limits.records_max, limits.record_bytes_max)
+
+    def decode(self, body: bytes, limits: BodyLimits) -> Sequence[Decoded]:
+        """See `BodyCodec`."""
+        parts: dict[str, _Part] = {}
+        try:
+            self._fill(parts, body, limits)
+        except PushFault as fault:
+            raise Problem(problem.MALFORMED, f"the push is malformed: {fault}") from None
+        except TooManyEntries:
+            detail = f"more than http.records_max = {limits.records_max}"
+            raise Problem(problem.TOO_MANY_RECORDS, detail) from None
+        refused = [one for part in parts.values() for one in part.refused]
+        invalid = len(refused) + sum(part.unlisted for part in parts.values())
+        good = sum(part.count for part in parts.values())
+        if invalid and not good:
+            raise nothing_good(refused, invalid - len(refused))
+        if is_mostly_invalid(good, invalid):
+            raise mostly_invalid(refused)
+        return [self._decoded(part.parsed(), to) for to, part in parts.items()]
+
+    def _fill(self, parts: dict[str, _Part], body: bytes, limits: BodyLimits) -> None:
+        total, left = 0, limits.bytes_max
+        for stream in self._streams(body, limits):
+            let_loop_go_first()
+            if not (count := len(stream.times)):
+                continue
+            lines = self._records(stream, left)
+            left -= len(lines)
+            if total + count > limits.records_max:
+                raise TooManyEntries
+            to = self._targets.get(stream.labels.get(self._label, ""), "")
+            part = parts.get(to)
+            if part is None:
+                part = parts[to] = _Part(limits.by_pipeline.get(to, limits))
+            if stream.fault:
+                part.refuse(lines, count, total, stream.fault)
+            else:
+                part.add(lines, count, total)
+            total += count
+
+    def _records(self, stream: PushStream, bytes_max: int) -> bytes:
+        """Puts the records of a stream together, each ended by LF."""
+        count, tail = len(stream.times), b',"labels":' + stream.written
+        if count * (len(tail) + len(self._end)) > bytes_max:
+            detail = "as records with labels, more than http.decompressed_bytes_max"
+            raise Problem(problem.PAYLOAD_TOO_LARGE, detail)
+        end = tail + self._end
+        pieces: list[Any] = [b'{"timestamp":', b"", b',"line":', b"", end] * count
+        pieces[1::5] = stream.times
+        pieces[3::5] = stream.lines
+        if stream.metadata is not None:
+            tail += b',"metadata":'
+            pieces[4::5] = [tail + one + self._end if one else end for one in stream.metadata]
+        return b"".join(pieces)
+
+    def _decoded(self, parsed: Parsed, to: str) -> Decoded:
+        if not self._deduplicates:
+            return Decoded(parsed, to)
+        digest = hashlib.blake2b(parsed.records.payload, digest_size=32)
+        for one in parsed.refused:
+            digest.update(one.payload)
+        return Decoded(parsed, to, Delivery(digest.hexdigest(), digest.digest()[:16]))
+
+    def decode_quickly(self, body: bytes, limits: BodyLimits) -> Sequence[Decoded] | None:
+        """See `BodyCodec`."""
+        quick = len(body) < QUICK_BYTES or body.count(b",") < FEW_COMMAS
+        return self.decode(body, limits) if quick else None
+
+
+class LokiEndpoint(Endpoint):
+    """Loki's push API, and the probe of its clients.
+
+    Args:
+        context: the pipelines and the settings.
+    """
+
+    settings = LokiSettings
+    formats = ("json",)
+    is_pure = True
+    prefix = "/loki"
+    request_headers = (TENANT_HEADER,)
+
+    def __init__(self, context: EndpointContext) -> None:
+        self._own: LokiSettings = context.own
+        to = {"": Target(context.default)}
+        self.routes = [
+            RouteSpec(PUSH, to),
+            RouteSpec("/ready", to, (), OPEN, ("GET", "HEAD")),
+        ]
+
+    @classmethod
+    def check(cls, own: LokiSettings, formats: Mapping[str, Format]) -> Iterator[tuple[str, str]]:
+        """See `Endpoint`."""
+        for value, to in own.routes.items():
+            if to not in formats:
+                yield f"routes.{value}", f"there is no pipeline {to!r}"
+            elif formats[to] != "json":
+                yield f"routes.{value}", f"{to!r} has the format {formats[to]}, not json"
+        if bool(own.routes) != bool(own.label):
+            yield "label", "label and routes need each other"
+
+    def open(self, head: Head) -> BodyCodec:
+        """See `Endpoint`."""
+        tenant = head.headers.get(TENANT_HEADER, "")
+        if tenant and not _TENANT.fullmatch(tenant):
+            detail = f"{TENANT_HEADER} has up to 150 letters, digits and characters of !-_.*'()"
+            raise Problem(problem.MALFORMED, detail)
+        kind = head.headers.get("Content-Type", "").partition(";")[0].strip().lower()
+        if is_json(kind):
+            return PushCodec(self._own, tenant)
+        detail = f"{kind[:80]!r}; {_TAKES} is read"
+        raise Problem(problem.MEDIA_TYPE, detail, headers={"Accept": _TAKES})
+
+    def answer(self, result: IngestResult, head: Head) -> Response:  # noqa: ARG002
+        """See `Endpoint`."""
+        problems = [part.problem for part in result.parts if part.problem is not None]
+        if problems:
+            # One that passes comes first: then the client sends all of it again.
+            found = max(problems, key=lambda one: one.kind.status in _AGAIN)
+            return _said(found, f"{found.detail}; {result.accepted} other entries were accepted")
+        if result.stored:  # the text of the first answer
+            return Response(_BAD, _TEXT, result.stored)
+        if not result.invalid:
+            return Response(204, b"", b"")
+        text = f"{result.invalid} of {result.accepted + result.invalid} entries were not accepted"
+        if result.errors:
+            text += f"; entry {result.errors[0].index}: {result.errors[0].detail}"
+        return Response(_BAD, _TEXT, f"{text}\n".encode())
+
+    def error(self, problem: Problem, head: Head) -> Response:  # noqa: ARG002
+        """See `Endpoint`."""
+        return _said(problem, f"{problem.kind.title}: {problem.detail}")
+
+    def probe(self, head: Head) -> Response:  # noqa: ARG002
+        """See `Endpoint`."""
+        return Response(200, _TEXT, b"ready\n")
+
+    def describe(self, route: RouteSpec, target: str, form: Format | None) -> Description:  # noqa: ARG002
+        """See `Endpoint`."""
+        return Description(_TAKES, _OPERATION, (("A line as Loki takes it", _EXAMPLE),))
+
+
+def _said(found: Problem, text: str) -> Response:
+    """An error as Loki writes it; one of a record is 400, after which clients drop the push."""
+    status = _BAD if found.kind in _OF_RECORDS else found.kind.status
+    return Response(status, _TEXT, f"{text}\n".encode(), found.headers)
+
+
+_STREAM = {
+    "type": "object",
+    "required": ["values"],
+    "properties": {
+        "stream": {"type": "object", "additionalProperties": {"type": "string"}},
+        "values": {
+            "type": "array",
+            "items": {
+                "type": "array",
+                "prefixItems": [
+                    {"type": "string", "pattern": "^-?[0-9]{1,19}$"},
+                    {"type": "string"},
+                    {"type": "object", "additionalProperties": {"type": "string"}},
+                ],
+                "minItems": 2,
+                "maxItems": 3,
+            },
+        },
+    },
+}
+_PUSH = {
+    "type": "object",
+    "required": ["streams"],
+    "properties": {"streams": {"type": "array", "items": _STREAM}},
+}
+_OPERATION = {
+    "summary": "Push log lines as to Loki",
+    "description": "204 comes once all entries are durable; errors are plain text.",
+    "requestBody": {"required": True, "content": {"application/json": {"schema": _PUSH}}},
+    "responses": {"204": {"description": "All entries are durable."}},
+}
+_EXAMPLE = (
+    """--json '{"streams": [{"stream": {"app": "web"},"""
+    """ "values": [["1760000000000000000", "a line"]]}]}'"""
+)

@@ -1,0 +1,395 @@
+"""Loki's push API as its clients see it: a real server, intakes in memory; and the codec alone."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from base64 import b64encode
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from ingestd.base.errors import Overloaded
+from ingestd.codecs import loki as codec
+from ingestd.codecs.loki import PushFault, TooManyEntries, read_json
+from ingestd.http.problem import Problem
+from ingestd.sources.http.endpoints.base import BodyLimits
+from ingestd.sources.http.endpoints.loki import LokiEndpoint, LokiSettings, PushCodec
+from tests.peak import peak
+from tests.sources.endpoints.endpoint_tools import KeyIntake, serving_endpoint
+from tests.sources.source_tools import Client, Reply, connected
+
+if TYPE_CHECKING:
+    from ingestd.sources.http.source import HttpSource
+
+TOKEN = "token-of-the-tests-0123456789-abcdef"
+PUSH = "/loki/api/v1/push"
+JSON = "application/json"
+LIMITS = BodyLimits(100_000, 1024**2)
+
+
+def push(*streams: tuple[dict[str, str], list[Any]]) -> bytes:
+    return json.dumps({"streams": [{"stream": s, "values": v} for s, v in streams]}).encode()
+
+
+def record(time: int, line: str, labels: dict[str, str], **more: Any) -> dict[str, Any]:
+    return {"timestamp": str(time), "line": line, "labels": labels, **more}
+
+
+class Asked(Reply):
+    @property
+    def text(self) -> str:
+        assert self.headers["content-type"] == "text/plain; charset=utf-8"
+        return self.body.decode()
+
+
+async def send(
+    source: HttpSource, body: bytes, path: str = PUSH, method: str = "POST", **headers: str
+) -> Any:
+    async with connected(source) as client:
+        return Asked(*await said(client, body, path, method, **headers))
+
+
+async def said(client: Client, body: bytes, path: str, method: str, **headers: str) -> Reply:
+    headers.setdefault("Content_Type", JSON)
+    head = [f"{method} {path} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}"]
+    head += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    client.send("\r\n".join([*head, "", ""]).encode() + body)
+    return await client.reply(bodiless=method == "HEAD")
+
+
+def loads(intake: KeyIntake) -> list[Any]:
+    return [json.loads(item) for item in intake.items]
+
+
+async def test_entries_become_records_with_the_labels_of_their_stream() -> None:
+    intake = KeyIntake()
+    web, jobs = {"app": "web", "level": "info"}, {"app": "jobs"}
+    meta = {"trace_id": "0242ac", "user": "ä\n"}
+    body = push(
+        (web, [["1760000000000000001", "first"], ["1760000000000000002", 'a "quoted"\n\tline ä']]),
+        (jobs, [["-5", "", meta], ["7", "no metadata", {}], ["8", "none"]]),
+        ({}, []),
+        ({}, [["9", "without labels"]]),
+    )
+    async with serving_endpoint("loki", intake) as source:
+        for headers in (
+            {},
+            {"Content_Encoding": "gzip"},
+            {"Content_Type": f"{JSON}; charset=utf-8"},
+        ):
+            wire = gzip.compress(body) if "Content_Encoding" in headers else body
+            reply = await send(source, wire, X_Scope_OrgID="team-a", **headers)
+            assert (reply.status, reply.body) == (204, b"")
+            assert "content-type" not in reply.headers
+    expected = [
+        record(1760000000000000001, "first", web, tenant="team-a"),
+        record(1760000000000000002, 'a "quoted"\n\tline ä', web, tenant="team-a"),
+        record(-5, "", jobs, metadata=meta, tenant="team-a"),
+        record(7, "no metadata", jobs, tenant="team-a"),
+        record(8, "none", jobs, tenant="team-a"),
+        record(9, "without labels", {}, tenant="team-a"),
+    ]
+    assert loads(intake) == expected * 3
+    assert list(json.loads(intake.items[2])) == [
+        "timestamp",
+        "line",
+        "labels",
+        "metadata",
+        "tenant",
+    ]
+
+
+async def test_a_tenant_belongs_to_its_own_requests() -> None:
+    intake = KeyIntake()
+    body = push(({"a": "b"}, [["1", "x"]]))
+    async with serving_endpoint("loki", intake) as source, connected(source) as client:
+        for tenant in ("one", "", "two", "one"):
+            headers = {"X_Scope_OrgID": tenant} if tenant else {}
+            assert (await said(client, body, PUSH, "POST", **headers)).status == 204
+        assert [one.get("tenant") for one in loads(intake)] == ["one", None, "two", "one"]
+        for bad in ("a|b", "x" * 151, "a/b"):
+            reply = await send(source, body, X_Scope_OrgID=bad)
+            assert reply.status == 400
+            assert "X-Scope-OrgID has up to 150" in reply.text
+
+
+async def test_a_push_without_entries_succeeds() -> None:
+    intake = KeyIntake()
+    async with serving_endpoint("loki", intake) as source:
+        for body in (b'{"streams": []}', push(({"a": "b"}, []))):
+            assert (await send(source, body)).status == 204
+    assert not intake.runs
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b"", "malformed"),
+        (b"[]", "Expected `object`, got `array`"),
+        (b"{}", "missing required field `streams`"),
+        (b'{"streams": {}}', "Expected `array`, got `object`"),
+        (b'{"streams": [{"labels": "{}", "entries": []}]}', "missing required field `values`"),
+        (push(({}, [["1", "x"]]))[:-1], "truncated"),
+        (push(({}, [["1"]])), "at least length 2"),
+        (push(({}, [["1", "x", {}, 1]])), "at most length 3"),
+        (push(({}, [[1, "x"]])), "a string of nanoseconds"),
+        (push(({}, [["1.5", "x"]])), "a string of nanoseconds"),
+        (push(({}, [["", "x"]])), "a string of nanoseconds"),
+        (push(({}, [["1", 5]])), "nanoseconds since the epoch, a line"),
+        (push(({}, [["1", ["x"]]])), "nanoseconds since the epoch, a line"),
+        (push(({}, [["1", "x", {"a": 1}]])), "Expected `str`, got `int`"),
+        (push(({}, [["1", "x", "y"]])), "Expected `object`, got `str`"),
+        (push(({"a": 1}, [["1", "x"]])), "Expected `str`, got `int`"),  # type: ignore[dict-item]
+        (b'{"streams": [{"stream": {}, "values": [["1", "a\\q"]]}]}', "invalid escaped character"),
+        (b'{"streams": [{"stream": {}, "values": [["1", ' + b"[" * 200_000, "malformed"),
+    ],
+)
+async def test_what_is_no_push_is_400_in_plain_text(body: bytes, why: str) -> None:
+    intake = KeyIntake()
+    async with serving_endpoint("loki", intake) as source:
+        reply = await send(source, body)
+        assert reply.status == 400
+        assert reply.text.startswith("Malformed Records: the push is malformed: ")
+        assert why in reply.text
+        assert reply.text.endswith("\n")
+    assert not intake.runs
+
+
+async def test_bytes_that_are_not_utf_8_are_replaced() -> None:
+    intake = KeyIntake()
+    async with serving_endpoint("loki", intake) as source:
+        body = push(({"a": "?"}, [["1", "b?c"]])).replace(b"?", b"\xff")
+        assert (await send(source, body)).status == 204
+    assert loads(intake) == [record(1, "b\ufffdc", {"a": "\ufffd"})]
+
+
+async def test_a_record_that_is_too_large_costs_no_other_one() -> None:
+    intake = KeyIntake(record_bytes_max=300)
+    entries: list[Any] = [[str(n), "x" * (400 if n % 3 == 1 else 10)] for n in range(9)]
+    entries.append(["9", "long metadata", {"a": "\n" * 400}])
+    async with serving_endpoint("loki", intake) as source:
+        reply = await send(source, push(({"a": "b"}, entries)))
+        assert reply.status == 400
+        assert reply.text.startswith("4 of 10 entries were not accepted; entry 1: ")
+        assert "more than record_bytes_max = 300" in reply.text
+        assert [int(one["timestamp"]) for one in loads(intake)] == [0, 2, 3, 5, 6, 8]
+        assert [one.index for one in intake.refused] == [1, 4, 7, 9]
+        # 413 makes Fluent Bit send it again, as often as it may.
+        reply = await send(source, push(({"a": "b"}, entries[1:2])))
+        assert reply.status == 400
+        assert reply.text.startswith("Record Too Large: ")
+        reply = await send(source, push(({"a": "b" * 400}, [["1", ""]])))
+        assert reply.status == 400
+
+
+async def test_overload_is_the_whole_push_and_errors_are_plain_text() -> None:
+    intake = KeyIntake()
+    slow = TOKEN[::-1]
+    tokens = {"shop": {"token": TOKEN}, "slow": {"token": slow, "records_per_second": 1}}
+    body = push(({}, [[str(n), "x"] for n in range(9)]))
+    async with serving_endpoint("loki", intake, tokens=tokens, request_bytes_max=1000) as source:
+        reply = await send(source, body)
+        assert reply.status == 401
+        assert reply.text == "Unauthorized: a token is needed; there is none\n"
+        assert "bearer" in reply.headers["www-authenticate"].lower()
+        shown = {"Authorization": f"Bearer {TOKEN}"}
+        intake.errors = [Overloaded(what="the journal", retry_after=3.0)]
+        reply = await send(source, body, **shown)
+        assert (reply.status, reply.headers["retry-after"]) == (503, "3")
+        assert reply.text.startswith("Pipeline Overloaded: ")
+        assert (await send(source, body, **shown)).status == 204
+        basic = {"Authorization": "Basic " + b64encode(f"slow:{slow}".encode()).decode()}
+        assert (await send(source, body, **basic)).status == 204
+        reply = await send(source, body, **basic)
+        assert (reply.status, reply.text[:17]) == (429, "Too Many Requests")
+        assert int(reply.headers["retry-after"]) > 0
+    async with serving_endpoint("loki", intake, request_bytes_max=1000) as source:
+        assert (await send(source, b" " * 1001)).status == 413
+        reply = await send(source, body, Content_Type="text/plain")
+        assert (reply.status, reply.headers["accept"]) == (415, "application/json")
+        assert (await send(source, body, Content_Encoding="br")).text.startswith("Unsupported")
+        for path, method, status in (
+            ("/loki/api/v1/other", "POST", 404), ("/loki/", "GET", 404), (PUSH, "GET", 405)
+        ):  # fmt: skip
+            reply = await send(source, b"", path, method)
+            assert (reply.status, ":" in reply.text) == (status, True)
+
+
+async def test_the_probe_of_clients() -> None:
+    async with serving_endpoint("loki", KeyIntake(), tokens={"a": {"token": TOKEN}}) as source:
+        reply = await send(source, b"", "/ready", "GET")
+        assert (reply.status, reply.text) == (200, "ready\n")
+        assert (await send(source, b"", "/ready", "HEAD")).status == 200
+
+
+async def test_the_same_push_is_accepted_once_if_asked_for() -> None:
+    intake = KeyIntake(record_bytes_max=300)
+    one, other = (push(({"a": "b"}, [["1", text], ["2", "x"]])) for text in ("x", "y"))
+    async with serving_endpoint("loki", intake, own={"deduplicate": True}) as source:
+        for body in (one, other, one):
+            assert (await send(source, body)).status == 204
+        assert (await send(source, one, X_Scope_OrgID="other")).status == 204
+        assert [one["line"] for one in loads(intake)] == ["x", "x", "y", "x", "x", "x"]
+        mixed = push(({"a": "b"}, [["1", "x" * 400], ["2", "x"]]))
+        for _ in range(2):
+            assert (await send(source, mixed)).text.startswith("1 of 2 entries")
+        assert len(intake.refused) == 1
+    async with serving_endpoint("loki", KeyIntake()) as source:
+        for _ in range(2):
+            assert (await send(source, one)).status == 204
+
+
+ROUTES = {"label": "app", "routes": {"pay": "audit", "noise": "noise"}, "deduplicate": True}
+
+
+async def test_a_label_chooses_the_pipeline_and_each_part_is_told() -> None:
+    default, audit, noise = KeyIntake(), KeyIntake("audit"), KeyIntake("noise")
+    body = push(
+        ({"app": "pay"}, [["1", "p1"], ["2", "p2"]]),
+        ({"app": "web"}, [["3", "w"]]),
+        ({}, [["4", "none"]]),
+        ({"app": "pay", "b": "c"}, [["5", "p3"]]),
+    )
+    async with serving_endpoint("loki", default, audit, noise, own=ROUTES) as source:
+        audit.errors = [Overloaded(what="the journal", retry_after=2.0)]
+        reply = await send(source, body)
+        assert (reply.status, reply.headers["retry-after"]) == (503, "2")
+        assert reply.text.endswith("; 2 other entries were accepted\n")
+        assert [one["line"] for one in loads(default)] == ["w", "none"]
+        assert not audit.items
+        assert (await send(source, body)).status == 204  # the client sends all of it again
+        assert [one["line"] for one in loads(default)] == ["w", "none"]
+        assert [one["line"] for one in loads(audit)] == ["p1", "p2", "p3"]
+        assert not noise.items
+
+
+async def test_a_part_that_may_not_be_sent_is_told_last() -> None:
+    default, audit, noise = KeyIntake(), KeyIntake("audit"), KeyIntake("noise")
+    tokens = {"a": {"token": TOKEN, "pipelines": "default noise"}}
+    body = push(*(({"app": app}, [["1", app]]) for app in ("pay", "web", "noise")))
+    shown = {"Authorization": f"Bearer {TOKEN}"}
+    async with serving_endpoint("loki", default, audit, noise, own=ROUTES, tokens=tokens) as source:
+        noise.errors = [Overloaded(what="the journal", retry_after=2.0)]
+        assert (await send(source, body, **shown)).status == 503
+        reply = await send(source, body, **shown)
+        assert (reply.status, len(default.items), len(noise.items)) == (403, 1, 1)
+        assert reply.text == "a may not send here; 2 other entries were accepted\n"
+
+
+def test_settings_that_lead_nowhere_are_found() -> None:
+    def found(**own: Any) -> list[tuple[str, str]]:
+        formats: Any = {"default": "json", "text": "text"}
+        return list(LokiEndpoint.check(LokiSettings(**own), formats))
+
+    assert found(label="a", routes={"b": "default"}) == []
+    assert [key for key, _ in found(label="a")] == ["label"]
+    assert [key for key, _ in found(routes={"b": "default"})] == ["label"]
+    assert found(label="a", routes={"b": "none", "c": "text"}) == [
+        ("routes.b", "there is no pipeline 'none'"),
+        ("routes.c", "'text' has the format text, not json"),
+    ]
+
+
+# -- the codec -------------------------------------------------------------------------------------
+
+
+def decoded(body: bytes, limits: BodyLimits = LIMITS, tenant: str = "") -> list[Any]:
+    parts = PushCodec(LokiSettings(), tenant).decode(body, limits)
+    return [json.loads(item) for part in parts for item in part.parsed.records.items()]
+
+
+def test_a_body_with_many_commas_is_read_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    body = push(({"a": "b"}, [["1", "a,b,c"], ["2", "d", {"e": "f"}]]), ({}, [["3", "g"]] * 5))
+    expected = decoded(body)
+    assert len(expected) == 7
+    monkeypatch.setattr(codec, "_COMMAS_SURE", 1)
+    assert decoded(body) == expected
+    with pytest.raises(TooManyEntries):
+        list(read_json(body, 6, 1000))
+    for wrong in (b'{"streams":{"a":1,"b":2}}', b'{"streams":[{"values":{"a":1,"b":2}}]}'):
+        with pytest.raises(PushFault):
+            list(read_json(wrong, 6, 1000))
+
+
+@pytest.mark.parametrize(
+    ("body", "slug"),
+    [
+        (b'{"streams":[' + b'{"values":[]},' * 210_000 + b"1]}", "too-many-records"),
+        (b'{"streams":[{"values":[' + b'["1",""],' * 110_000 + b"1]}]}", "too-many-records"),
+        (b'{"streams":[{"values":[[' + b"0," * 1_000_000 + b"1]]}]}", "malformed"),
+        (b'{"streams":[' + b"0," * 1_000_000 + b"1]}", "malformed"),
+        (
+            b'{"streams":[{"stream":{'
+            + b",".join(b'"%d":""' % n for n in range(210_000))
+            + b'},"values":[]}]}',
+            "malformed",
+        ),
+        (
+            b'{"streams":[{"stream":{"a":"' + b"x" * 100_000 + b'"},"values":['
+            + b'["1",""],' * 990 + b'["1",""]]}]}',
+            "payload-too-large",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_body_takes_is_bounded(body: bytes, slug: str) -> None:
+    with peak() as most, pytest.raises(Problem) as caught:
+        decoded(body, LIMITS._replace(records_max=1000))
+    assert caught.value.kind.slug == slug
+    assert most.bytes < 2 * len(body) + 8 * 1024**2
+
+
+labels = st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3)
+entries = st.lists(
+    st.tuples(st.integers(-(2**63), 2**63 - 1).map(str), st.text(max_size=20))
+    | st.tuples(st.integers(0, 2**63 - 1).map(str), st.text(max_size=20), labels),
+    max_size=5,
+)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(labels, entries), max_size=4), st.sampled_from(["", "a'b"]))
+def test_every_entry_of_any_push_is_there(streams: list[Any], tenant: str) -> None:
+    expected = [
+        {
+            "timestamp": time,
+            "line": line,
+            "labels": stream,
+            **({"metadata": more[0]} if more and more[0] else {}),
+            **({"tenant": tenant} if tenant else {}),
+        }
+        for stream, values in streams
+        for time, line, *more in values
+    ]
+    assert decoded(push(*streams), tenant=tenant) == expected
+    with patch.object(codec, "_COMMAS_SURE", 0):  # as a body with many commas
+        assert decoded(push(*streams), tenant=tenant) == expected
+
+
+PIECES = [
+    b'{"streams":[',
+    b'{"stream":{"a":"b"},"values":[',
+    b'["1","x"]',
+    b",",
+    b"]}",
+    b"]}",
+    b"{}",
+]
+
+
+@given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=9), max_size=12).map(b"".join))
+@example(b'{"streams":[{"stream":{"a":"b"},"values":[["1","x"],["1","x"]]}]}')
+def test_any_bytes_are_records_or_a_problem(body: bytes) -> None:
+    try:
+        found = decoded(body)
+    except Problem:
+        found = None
+    with patch.object(codec, "_COMMAS_SURE", 0):
+        try:
+            assert decoded(body) == found
+        except Problem:
+            assert found is None
+    assert all(one.keys() >= {"timestamp", "line", "labels"} for one in found or ())
