@@ -16,9 +16,18 @@ from ingestd.config.network import (
     is_loopback,
     split_address,
 )
-from ingestd.config.sections import FilePath, OtherName, Reloadable, Secret, Section, own_name
+from ingestd.config.sections import (
+    Choice,
+    FilePath,
+    OtherName,
+    Reloadable,
+    Secret,
+    Section,
+    own_name,
+)
 from ingestd.config.units import Count, Seconds, Share, Size, Switch, Words, show_size
 from ingestd.http.credentials import hash_of, read_hash
+from ingestd.http.schemes import SCHEMES, problems_of_scheme
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -74,6 +83,13 @@ def check_kept(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+def _header_name(value: str) -> str:
+    if value and not _HEADER.fullmatch(value):
+        raise ValueError("should be the name of a header")
+    return value
+
+
+HeaderName = Annotated[str, AfterValidator(_header_name)]
 TokenName = Annotated[str, AfterValidator(partial(own_name, what="a token"))]
 WebhookName = Annotated[str, AfterValidator(partial(own_name, what="a webhook"))]
 
@@ -127,13 +143,30 @@ class WebhookSettings(Section):
 
     EXAMPLE = ("github", ("secret",))
 
-    kind: Literal["standard", "github", "stripe"] = Field(description="scheme of the signature")
+    kind: Annotated[str, Choice(lambda: list(SCHEMES))] = Field(
+        description="scheme of the signature"
+    )
     secret: Secret = Field(_UNSET, description="secret of the signature")
     file: FilePath = Field("", description="file of secrets, one a line; each is accepted")
     pipeline: str = Field("", description="pipeline of the deliveries; empty: the default pipeline")
     tolerance: Seconds = Field(
         300.0, gt=0, le=_DAY, description="largest difference of a signed time from now"
     )
+    public_url: str = Field("", description="twilio: URL that deliveries are sent to")
+    signature_header: HeaderName = Field("", description="hmac: header with the signature")
+    signature_prefix: str = Field("", description="hmac: text before the signature in its header")
+    algorithm: Literal["sha256", "sha1", "sha384", "sha512"] = Field(
+        "sha256", description="hmac: hash function"
+    )
+    encoding: Literal["hex", "base64"] = Field("hex", description="hmac: form of the signature")
+    signed: str = Field(
+        "{body}", description="hmac: text that is signed, with {body}, {timestamp} and {id}"
+    )
+    timestamp_header: HeaderName = Field(
+        "", description="hmac: header with the time, in seconds or milliseconds since the epoch"
+    )
+    id_header: HeaderName = Field("", description="hmac: header with the id of a delivery")
+    id_field: str = Field("", description="hmac: field of the body with the id, names with dots")
 
 
 class HttpSettings(Section):
@@ -347,7 +380,7 @@ def signatures_valid(http: HttpSettings) -> float:
     One of a sender whose clock is ahead is valid from `tolerance` before its time until
     `tolerance` after it.
     """
-    timed = [hook.tolerance for hook in http.webhooks.values() if hook.kind != "github"]
+    timed = [hook.tolerance for hook in http.webhooks.values() if SCHEMES[hook.kind](hook).timed]
     return 2 * max(timed) + _CLOCK_STEP if timed else 0.0
 
 
@@ -376,6 +409,8 @@ def _of_a_webhook(
 ) -> Iterator[tuple[str, str]]:
     if not (webhook.secret.get_secret_value() or webhook.file):
         yield key, "needs one of secret and file"
+    for name, text in problems_of_scheme(webhook):
+        yield f"{key}.{name}", text
     if to not in formats:
         yield f"{key}.pipeline", f"there is no pipeline {to!r}"
     elif formats[to] != "json":

@@ -94,7 +94,7 @@ def test_what_check_prints_lets_nobody_in_who_has_only_seen_it(tmp_path: Path) -
         ('http.tokens = "x"', "like http.tokens.shop.file"),
         ('http.tokens.shop = "x"', "like http.tokens.shop.file"),
         ('http.webhooks.a.secret = "x"', "http.webhooks.a.kind (default): is missing"),
-        ('http.webhooks.a = {kind = "gitlab", secret = "x"}', "'standard', 'github' or 'stripe'"),
+        ('http.webhooks.a = {kind = "paypal", secret = "x"}', "'sendgrid' or 'hmac'"),
         ('http.webhooks.A = {kind = "github", secret = "x"}', "a webhook's name starts with a-z"),
         ('http.webhooks.a = {kind = "github"}', "needs one of secret and file"),
         ('http.webhooks.a = {kind = "github", secret = "x", pipeline = "no"}', "no pipeline 'no'"),

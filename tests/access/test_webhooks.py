@@ -15,6 +15,7 @@ import pytest
 from ingestd.http.problem import Problem
 from ingestd.http.settings import WebhookSettings
 from ingestd.sources.http.endpoints.webhooks import Webhook, read_webhooks
+from tests.access import test_webhook_schemes as schemes
 from tests.daemon.harness import Daemon, daemon, written
 from tests.service.tools import until
 
@@ -26,6 +27,7 @@ WHSEC = "whsec_plJ3nmyCDGBKInavdOK15jsl"
 NEW_WHSEC = "whsec_" + base64.b64encode(b"the secret after it").decode()
 HUB = "It's a Secret to Everybody"
 STRIPE = "whsec_stripe_takes_it_as_it_is"
+S = schemes.SECRET
 JSON = {"Content-Type": "application/json"}
 
 
@@ -165,6 +167,10 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Daemon, Pa
         http.webhooks.std = {{ kind = "standard", file = "standard" }}
         http.webhooks.hub = {{ kind = "github", secret = "{HUB}", pipeline = "hub" }}
         http.webhooks.pay = {{ kind = "stripe", secret = "{STRIPE}" }}
+        http.webhooks.slack = {{ kind = "slack", secret = "{S}" }}
+        http.webhooks.mail = {{ kind = "sendgrid", secret = "{schemes.public(schemes.KEY)}" }}
+        http.webhooks.x = {{ kind = "twilio", secret = "{S}", public_url = "{schemes.URL}" }}
+        http.webhooks.other = {{ kind = "hmac", secret = "{S}", signature_header = "X-S" }}
         http.request_bytes_max = "8MiB"
         record_bytes_max = "4MiB"
         """
@@ -292,6 +298,62 @@ def test_a_large_one_is_checked_too(there: Any) -> None:
     body = b'{"a": "' + b"x" * 3_000_000 + b'"}'
     assert post(door, "hub", body, signed=github(body, "large"))[0] == 202
     assert post(door, "hub", body + b" ", signed=github(body, "large2"))[0] == 401
+
+
+def test_slack_gets_its_challenge_and_answers_without_a_body(there: Any) -> None:
+    door, _ = there
+    before, now = accepted(door), int(time.time())
+    question = b'{"type": "url_verification", "challenge": "3eZ"}'
+    for _ in range(2):
+        answer = door.request(
+            "POST", "/v1/webhooks/slack", question, {**JSON, **schemes.slack(question, now, "")}
+        )
+        assert (answer[0], answer[2]) == (200, {"challenge": "3eZ"})
+        forged = {**JSON, **schemes.slack(question, now, "", schemes.OTHER)}
+        assert door.request("POST", "/v1/webhooks/slack", question, forged)[0] == 401
+    assert accepted(door) == before
+    for body, kind in ((b'{"event_id": "Ev1"}', JSON), (b"command=%2Fx&text=", schemes.FORM_TYPE)):
+        for replayed in (False, True):
+            headers = {**kind, **schemes.slack(body, now, "")}
+            status, told, content = door.request("POST", "/v1/webhooks/slack", body, headers)
+            assert (status, content) == (200, b"")
+            assert ("idempotent-replayed" in told) == replayed
+    assert accepted(door) == before + 2
+
+
+def test_twilio_and_sendgrid_and_any_other(there: Any) -> None:
+    door, folder = there
+    before, now = accepted(door), int(time.time())
+    body = b"From=%2B1&Body=caf%C3%A9&Media=1&Media=2"
+    for at, status in (("t1", 204), ("t1", 204), ("t2", 204)):
+        headers = {**schemes.FORM_TYPE, **schemes.twilio(body, now, at)}
+        assert door.request("POST", "/v1/webhooks/x", body, headers)[0] == status
+    assert door.request("POST", "/v1/webhooks/x?a=1", body, headers)[0] == 401
+    events = b'[{"event": "open"}, {"event": "click"}]'
+    status, _, _ = post(door, "mail", events, signed=schemes.sendgrid(events, now, ""))
+    assert status == 202
+    assert post(door, "mail", events, signed=schemes.sendgrid(events, now + 1, ""))[0] == 202
+    for _ in range(2):  # nothing tells these two from a retry
+        signed = {"X-S": sha(S.encode(), b"{}").hexdigest()}
+        assert post(door, "other", b"{}", signed=signed)[0] == 202
+    assert accepted(door) == before + 2 + 2 + 2
+    door.until_settled()
+    lines = written(folder)
+    form = '{"From":"+1","Body":"caf\u00e9","Media":["1","2"]}'.encode()
+    assert (lines.count(form), lines.count(b'{"event": "open"}')) == (2, 1)
+
+
+def test_what_is_not_a_form_of_theirs_is_refused(there: Any) -> None:
+    door, _ = there
+    now = int(time.time())
+    for body, status in ((b"a&" * 2000, 400), (b"a=%FF", 400), (b"&", 400), (b"a" * 2**21, 413)):
+        headers = {**schemes.FORM_TYPE, **schemes.slack(body, now, "")}
+        assert door.request("POST", "/v1/webhooks/slack", body, headers)[0] == status
+        headers = {**schemes.FORM_TYPE, "X-Twilio-Signature": "x" * 28}
+        assert door.request("POST", "/v1/webhooks/x", body, headers)[0] == 401
+    headers = {"Content-Type": "multipart/form-data", **schemes.slack(b"a", now, "")}
+    status, told, _ = door.request("POST", "/v1/webhooks/slack", b"a", headers)
+    assert (status, told["accept"]) == (415, f"application/json, {schemes.FORM}")
 
 
 def test_secrets_are_read_again(there: Any) -> None:

@@ -73,8 +73,12 @@ def test_the_examples_of_a_token_and_a_webhook_name_every_key(tmp_path: Path) ->
     (tmp_path / "ingestd.toml").write_text(example)
     settings = load(Settings, environ={}, cwd=tmp_path, secrets=tmp_path / "none").settings
     token, webhook = settings.http.tokens["shop"], settings.http.webhooks["github"]
+    others = [settings.http.webhooks[name] for name in ("calls", "other")]
+    named = {key for one in (webhook, *others) for key in one.model_fields_set}
     assert token.model_fields_set | {"client_certificate"} == set(TokenSettings.model_fields)
-    assert webhook.model_fields_set == set(WebhookSettings.model_fields)
+    assert named == set(WebhookSettings.model_fields)
+    usual = {"signature_prefix", "algorithm", "encoding", "signed", "timestamp_header", "id_field"}
+    assert others[1].model_dump(include=usual) == webhook.model_dump(include=usual)
     unsaid = {"pipelines", "records_per_second", "bytes_per_second"}
     assert token.model_dump(include=unsaid) == TokenSettings().model_dump(include=unsaid)
     assert webhook.tolerance == WebhookSettings(kind="github").tolerance

@@ -1,33 +1,33 @@
 """Signed deliveries: the signature authenticates, so they need no token.
 
-Checked on the bytes as they came, before anything is parsed or decompressed. The sender's id of a
-delivery becomes its idempotency key, so one that is delivered again is accepted once.
-
-standard: Standard Webhooks 1.0, https://www.standardwebhooks.com
-github:   https://docs.github.com/webhooks/using-webhooks/validating-webhook-deliveries
-stripe:   https://docs.stripe.com/webhooks#verify-manually
+Checked on the bytes as they came, before anything is parsed or decompressed, by the scheme of the
+webhook's kind (`ingestd.http.signatures`). The sender's id of a delivery becomes its idempotency
+key, so one that is delivered again is accepted once.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import hashlib
-import hmac
-import re
 import time
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
 
 from ingestd.base.append import WEBHOOK, scoped
+from ingestd.base.record import Records
+from ingestd.codecs.forms import FORM, FORM_BYTES_MAX, parse_form, to_object
 from ingestd.codecs.json import is_json
+from ingestd.codecs.lines import Parsed
 from ingestd.http import problem
 from ingestd.http.credentials import read_lines
 from ingestd.http.problem import Problem
-from ingestd.sources.http.decode import ValueCodec
+from ingestd.http.response import JSON, Response
+from ingestd.http.schemes import SCHEMES
+from ingestd.http.signatures import SignedRequest, check_time, media_type
+from ingestd.sources.http.decode import DocumentCodec, ValueCodec
 from ingestd.sources.http.endpoints.base import (
     SIGNATURE,
+    BodyCodec,
+    Decoded,
     Delivery,
     Description,
     Endpoint,
@@ -39,35 +39,15 @@ from ingestd.sources.http.headers import take_fingerprint
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from multidict import MultiMapping
+
     from ingestd.base.record import Format
     from ingestd.http.settings import WebhookSettings
-    from ingestd.sources.http.endpoints.base import BodyCodec, EndpointContext, Head
+    from ingestd.sources.http.endpoints.base import BodyLimits, EndpointContext, Head
+    from ingestd.sources.http.result import IngestResult
 
 WEBHOOKS = "/v1/webhooks"
-_ID = re.compile(r"[!-~]{1,255}", re.ASCII)
-_SECONDS = re.compile(r"[0-9]{1,12}", re.ASCII)
-_WHSEC = "whsec_"
-_SIGNATURES_MAX = 20
-SECRET_BYTES_MIN = 16
-"""Of a secret, decoded; Standard Webhooks asks for 24, GitHub and Stripe make longer ones."""
-
-
-class Signed(NamedTuple):
-    """Signature headers of a delivery.
-
-    Attributes:
-        id: the sender's; empty if it is in the body.
-        at: when it was signed, as it was written; `None` if that is not said.
-        prefix: what is signed before the body.
-        signatures: one of them has to fit.
-        encoded: how they are written.
-    """
-
-    id: str
-    at: str | None
-    prefix: str
-    signatures: Sequence[str]
-    encoded: str = "hex"
+_JSON_TYPE = "application/json"
 
 
 class Webhook:
@@ -76,76 +56,99 @@ class Webhook:
     Args:
         name: of it.
         settings: of it.
-        keys: the secrets as HMAC takes them; any of them is good.
+        keys: the secrets as its scheme takes them; any of them is good.
+
+    Attributes:
+        scheme: of its kind.
     """
 
-    def __init__(self, name: str, settings: WebhookSettings, keys: Sequence[bytes]) -> None:
+    def __init__(self, name: str, settings: WebhookSettings, keys: Sequence[Any]) -> None:
         self.name = name
         self.keys = keys
-        self._kind = settings.kind
+        self.scheme = SCHEMES[settings.kind](settings)
         self._tolerance = settings.tolerance
 
-    def check(self, headers: Mapping[str, str], wire: bytes, now: float) -> Delivery:
+    def check(
+        self, headers: MultiMapping[str], wire: bytes, now: float, target: str = ""
+    ) -> Delivery | None:
         """Verifies the signature and its time.
 
         Args:
             headers: of the request; whatever their case.
             wire: the body as it came.
             now: seconds since the epoch.
+            target: as the request line has it.
+
+        Returns:
+            Its id; `None` if nothing tells it from another delivery.
 
         Raises:
             Problem: 401, or 400 if a delivery of this kind has an id in its body and this has none.
         """
-        signed = _READERS[self._kind](headers)
-        if not self._fits(signed, wire):
-            raise _wrong("it was not made with a secret that is known here, or the body is another")
+        request = SignedRequest(headers, wire, target)
+        signed = self.scheme.verify(request, self.keys)
         if signed.at is not None:
-            self._check_time(float(signed.at), now)
-        delivery_id = signed.id or _id_in(wire)
+            check_time(signed.at, now, self._tolerance)
+        delivery_id = self.scheme.find_id(request, signed)
+        if not delivery_id:
+            return None
         key = scoped(f"{WEBHOOK} {self.name}", delivery_id)
-        if self._kind == "github":
-            # Its id is not signed: another body under the same id is somebody else's.
-            return Delivery(key, take_fingerprint(wire, "", ""))
-        return Delivery(key, take_fingerprint(b"", key, ""))
-
-    def _fits(self, signed: Signed, wire: bytes) -> bool:
-        fits = False
-        for key in self.keys:
-            mac = hmac.new(key, signed.prefix.encode(), hashlib.sha256)
-            mac.update(wire)
-            digest = mac.digest()
-            right = (
-                base64.b64encode(digest) if signed.encoded == "base64" else digest.hex().encode()
-            )
-            for signature in signed.signatures:
-                fits |= hmac.compare_digest(right, signature.encode())
-        return fits
-
-    def _check_time(self, at: float, now: float) -> None:
-        if abs(now - at) > self._tolerance:
-            when = "ago" if at < now else "ahead"
-            raise _wrong(
-                f"it was made {abs(now - at):.0f} s {when}; tolerance is {self._tolerance:g} s"
-            )
+        if signed.id_signed:
+            return Delivery(key, take_fingerprint(b"", key, ""))
+        # Another body under the same id is somebody else's.
+        return Delivery(key, take_fingerprint(wire, "", ""))
 
 
-class DeliveryCodec(ValueCodec):
-    """A signed delivery: one JSON text, one record.
+class DeliveryCodec(BodyCodec):
+    """A signed delivery: a JSON text or a form, and mostly one record.
 
     Args:
         webhook: the one it is sent to.
-        headers: of the request.
+        head: of the request.
     """
 
     verifies = True
 
-    def __init__(self, webhook: Webhook, headers: Mapping[str, str]) -> None:
+    def __init__(self, webhook: Webhook, head: Head) -> None:
         self._webhook = webhook
-        self._headers = headers
+        self._head = head
+        self._records: BodyCodec = DocumentCodec() if webhook.scheme.each else ValueCodec()
+        self._is_form = media_type(head.headers.get("Content-Type", "")) == FORM
 
-    def verify(self, wire: bytes) -> Delivery:
+    def verify(self, wire: bytes) -> Delivery | None:
         """See `BodyCodec`."""
-        return self._webhook.check(self._headers, wire, time.time())
+        headers = cast("MultiMapping[str]", self._head.headers)
+        return self._webhook.check(headers, wire, time.time(), self._head.target)
+
+    def decode(self, body: bytes, limits: BodyLimits) -> Sequence[Decoded]:
+        """See `BodyCodec`."""
+        if self._is_form:
+            return self._records.decode(_form_as_json(body), limits)
+        return self._question(body) or self._records.decode(body, limits)
+
+    def decode_quickly(self, body: bytes, limits: BodyLimits) -> Sequence[Decoded] | None:
+        """See `BodyCodec`."""
+        if self._is_form:
+            return super().decode_quickly(body, limits)
+        return self._question(body) or self._records.decode_quickly(body, limits)
+
+    def _question(self, body: bytes) -> Sequence[Decoded]:
+        """Returns a part without records if the body asks for an answer; nothing if it does not."""
+        question = self._webhook.scheme.question(body)
+        return (Decoded(Parsed(Records.lines([]), []), notes=question),) if question else ()
+
+
+def _form_as_json(body: bytes) -> bytes:
+    if len(body) > FORM_BYTES_MAX:
+        detail = f"{len(body)} bytes, more than the {FORM_BYTES_MAX} of a form"
+        raise Problem(problem.RECORD_TOO_LARGE, detail)
+    try:
+        fields = parse_form(body)
+    except ValueError as error:
+        raise Problem(problem.MALFORMED, str(error)) from None
+    if not fields:
+        raise Problem(problem.EMPTY, "the form has no field")
+    return to_object(fields)
 
 
 class WebhooksEndpoint(Endpoint):
@@ -156,10 +159,6 @@ class WebhooksEndpoint(Endpoint):
     """
 
     settings = None
-    keep_headers = (
-        "Webhook-Id", "Webhook-Timestamp",
-        "X-GitHub-Event", "X-GitHub-Delivery", "X-GitHub-Hook-ID",
-    )  # fmt: skip
 
     def __init__(self, context: EndpointContext) -> None:
         settings = context.settings.webhooks
@@ -171,48 +170,72 @@ class WebhooksEndpoint(Endpoint):
         }
         path = f"{WEBHOOKS}/{{webhook}}"
         self.routes = [RouteSpec(path, targets, auth=SIGNATURE)] if targets else []
+        kept = [name for one in self._webhooks.values() for name in one.scheme.event_headers]
+        self.keep_headers = tuple(dict.fromkeys(kept))
 
     def open(self, head: Head) -> BodyCodec:
         """See `Endpoint`."""
-        said = head.headers.get("Content-Type", "").partition(";")[0].strip().lower()
-        if is_json(said):
-            return DeliveryCodec(self._webhooks[head.value], head.headers)
-        detail = (
-            f"{said[:80]!r}; set the content type of the webhook to application/json at its sender"
-        )
-        raise Problem(problem.MEDIA_TYPE, detail, headers={"Accept": "application/json"})
+        webhook = self._webhooks[head.value]
+        said = media_type(head.headers.get("Content-Type", ""))
+        if is_json(said) or (said == FORM and webhook.scheme.forms):
+            return DeliveryCodec(webhook, head)
+        takes = f"{_JSON_TYPE}, {FORM}" if webhook.scheme.forms else _JSON_TYPE
+        detail = f"{said[:80]!r}; set the content type of the webhook to {_JSON_TYPE} at its sender"
+        raise Problem(problem.MEDIA_TYPE, detail, headers={"Accept": takes})
+
+    def answer(self, result: IngestResult, head: Head) -> Response:
+        """See `Endpoint`."""
+        status = self._webhooks[head.value].scheme.status
+        if result.parts and result.parts[0].notes:
+            return Response(200, JSON, msgspec.json.encode({"challenge": result.parts[0].notes}))
+        if status == 202 or result.waiter is not None:
+            return result.response()
+        return Response(status, b"text/plain" if status == 200 else b"", b"")
 
     def describe(self, route: RouteSpec, target: str, form: Format | None) -> Description:  # noqa: ARG002
         """See `Endpoint`."""
-        return Description("application/json (a signed delivery is one record)", _OPERATION)
+        schemes = [one.scheme for one in self._webhooks.values()]
+        forms = [FORM] if any(one.forms for one in schemes) else []
+        body = {
+            "description": (
+                "The delivery as its sender signs it; any `application/…+json` is read the same."
+            ),
+            "required": True,
+            "content": {kind: {"schema": {}} for kind in (_JSON_TYPE, *forms)},
+        }
+        answers = {str(one.status) for one in schemes} - {"202"}
+        responses = {status: {"description": _ACCEPTED[status]} for status in sorted(answers)}
+        takes = " or ".join((_JSON_TYPE, *forms))
+        return Description(
+            f"{takes} (a signed delivery is one record)",
+            {**_OPERATION, "requestBody": body, "responses": responses},
+        )
 
 
+_ACCEPTED = {
+    "200": "Accepted, with no body (Slack), or the challenge of a check of the URL",
+    "204": "Accepted (Twilio)",
+}
 _OPERATION = {
     "operationId": "deliver",
     "summary": "Deliver to a webhook by name",
     "description": (
-        "A signed delivery (Standard Webhooks, GitHub or Stripe) is one record. The signature is"
-        " checked on the body as it comes; one that does not fit is 401. A delivery that comes"
-        " again is accepted once and gets the first one's answer."
+        "A delivery that its sender signs, in the scheme of the webhook, is one record (SendGrid:"
+        " one record an event). The signature is checked on the body as it comes; one that does"
+        " not fit is 401. A delivery that comes again is accepted once and gets the first one's"
+        " answer. A form becomes an object; the values of a name that comes again are an array."
     ),
     "parameters": [
         {"$ref": f"#/components/parameters/{name}"}
         for name in ("ContentEncoding", "RequestId", "TraceParent")
     ],
-    "requestBody": {
-        "description": (
-            "The delivery as its sender signs it; any `application/…+json` is read the same."
-        ),
-        "required": True,
-        "content": {"application/json": {"schema": {}}},
-    },
 }
 
 
 def read_webhooks(
     settings: Mapping[str, WebhookSettings], problems: list[str]
-) -> dict[str, list[bytes]]:
-    """The secrets of every webhook, as HMAC takes them.
+) -> dict[str, list[Any]]:
+    """The secrets of every webhook, as its scheme takes them.
 
     Args:
         settings: by name.
@@ -221,8 +244,9 @@ def read_webhooks(
     return {name: list(_keys(name, webhook, problems)) for name, webhook in settings.items()}
 
 
-def _keys(name: str, webhook: WebhookSettings, problems: list[str]) -> Iterable[bytes]:
+def _keys(name: str, webhook: WebhookSettings, problems: list[str]) -> Iterable[Any]:
     key = f"http.webhooks.{name}"
+    scheme = SCHEMES[webhook.kind](webhook)
     written = []
     if secret := webhook.secret.get_secret_value():
         written.append((f"{key}.secret", secret))
@@ -231,94 +255,8 @@ def _keys(name: str, webhook: WebhookSettings, problems: list[str]) -> Iterable[
         written += [(f"{key}.file: line {number}", line) for number, line in lines]
     for where, secret in written:
         try:
-            decoded = _decode(secret, webhook.kind)
+            decoded = scheme.key(secret)
         except ValueError as error:
             problems.append(f"{where}: {error}")
         else:
             yield decoded
-
-
-def _decode(secret: str, kind: str) -> bytes:
-    """A secret as HMAC takes it.
-
-    Raises:
-        ValueError: it is none; the message does not quote it.
-    """
-    decoded = secret.encode()
-    if kind == "standard":
-        try:
-            decoded = base64.b64decode(secret.removeprefix(_WHSEC), validate=True)
-        except (binascii.Error, ValueError):
-            raise ValueError(f"should be {_WHSEC} and base64") from None
-    if len(decoded) < SECRET_BYTES_MIN:
-        # The empty one above all, which a variable that is not set leaves behind its prefix.
-        raise ValueError(
-            f"{len(decoded)} bytes, fewer than {SECRET_BYTES_MIN}: it could be guessed"
-        )
-    return decoded
-
-
-# -- headers ---------------------------------------------------------------------------------------
-
-
-def _standard(headers: Mapping[str, str]) -> Signed:
-    delivery_id = _one(headers, "webhook-id", _ID)
-    at = _one(headers, "webhook-timestamp", _SECONDS)
-    versions = [part.partition(",") for part in headers.get("webhook-signature", "").split(" ")]
-    signatures = [signature for version, _, signature in versions if version == "v1"]
-    return Signed(delivery_id, at, f"{delivery_id}.{at}.", _some(signatures), "base64")
-
-
-def _github(headers: Mapping[str, str]) -> Signed:
-    delivery_id = _one(headers, "x-github-delivery", _ID)
-    algorithm, _, signature = headers.get("x-hub-signature-256", "").partition("=")
-    return Signed(delivery_id, None, "", _some([signature] if algorithm == "sha256" else []))
-
-
-def _stripe(headers: Mapping[str, str]) -> Signed:
-    parts = [part.strip().partition("=") for part in headers.get("stripe-signature", "").split(",")]
-    times = [value for key, _, value in parts if key == "t"]
-    if len(times) != 1 or not _SECONDS.fullmatch(times[0]):
-        raise _wrong("Stripe-Signature has no time")
-    signatures = _some([value for key, _, value in parts if key == "v1"])
-    return Signed("", times[0], f"{times[0]}.", signatures)
-
-
-_READERS = {"standard": _standard, "github": _github, "stripe": _stripe}
-
-
-def _one(headers: Mapping[str, str], name: str, form: re.Pattern[str]) -> str:
-    value = headers.get(name, "")
-    if not form.fullmatch(value):
-        raise _wrong(f"{name} is missing, or can't be read")
-    return value
-
-
-def _some(signatures: Sequence[str]) -> Sequence[str]:
-    signatures = [signature for signature in signatures if signature.isascii()][:_SIGNATURES_MAX]
-    if not signatures:
-        raise _wrong("there is none of a kind that is known here")
-    return signatures
-
-
-def _wrong(detail: str) -> Problem:
-    scheme = {"WWW-Authenticate": 'Signature realm="ingestd"'}
-    return Problem(problem.SIGNATURE_INVALID, detail, headers=scheme)
-
-
-class _Event(msgspec.Struct):
-    id: str
-
-
-_EVENT = msgspec.json.Decoder(_Event)
-
-
-def _id_in(wire: bytes) -> str:
-    """The id of an event, which is in the body and thereby signed."""
-    try:
-        event_id = _EVENT.decode(wire).id
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        event_id = ""
-    if not _ID.fullmatch(event_id):
-        raise Problem(problem.MALFORMED, "the body is not an event: a JSON object with an id")
-    return event_id
