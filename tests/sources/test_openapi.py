@@ -21,19 +21,22 @@ from tests.sources.source_tools import MemoryIntake, ask, connected, serving
 FORMATS = {"default": "json", "logs": "text", "blobs": "bytes"}
 
 
-def described(
-    *, public_names: bool = True, default: str = "default", webhooks: bool = False
+def described(*, public_names: bool = True, **more: Any) -> dict[str, Any]:
+    return json.loads(describe("1.2", built(**more), FORMATS, public_names=public_names))  # type: ignore[arg-type]
+
+
+def built(
+    default: str = "default", *, webhooks: bool = False, every: bool = False
 ) -> dict[str, Any]:
-    return json.loads(
-        describe("1.2", built(default, webhooks=webhooks), FORMATS, public_names=public_names)  # type: ignore[arg-type]
-    )
-
-
-def built(default: str = "default", *, webhooks: bool = False) -> dict[str, Any]:
-    """All endpoints."""
+    """The endpoints that are always there, or all that there are."""
     hooks = {"hub": {"kind": "github", "secret": "x" * 16}} if webhooks else {}
     context = EndpointContext(HttpSettings(webhooks=hooks), FORMATS, default, [])  # type: ignore[arg-type]
-    return {name: ENDPOINTS.load(name)(context) for name in ENDPOINTS.own}
+    kinds = {name: ENDPOINTS.load(name) for name in ENDPOINTS.own}
+    return {
+        name: kind(context._replace(own=kind.settings and kind.settings(pipeline=default)))
+        for name, kind in kinds.items()
+        if every or kind.settings is None
+    }
 
 
 def references(value: Any):
@@ -63,9 +66,10 @@ def operations(document: dict[str, Any]):
                 yield path, method, operation
 
 
+@pytest.mark.parametrize("every", [True, False])
 @pytest.mark.parametrize("public_names", [True, False])
-def test_it_is_valid_openapi_3_1(public_names: bool) -> None:
-    document = described(public_names=public_names)
+def test_it_is_valid_openapi_3_1(public_names: bool, every: bool) -> None:
+    document = described(public_names=public_names, every=every)
     assert document["openapi"].startswith("3.1.")
     assert document["info"]["version"] == "1.2"
     schemathesis.openapi.from_dict(document).validate()

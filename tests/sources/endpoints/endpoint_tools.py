@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,9 @@ class KeyIntake(MemoryIntake):
 
     async def accept(self, append: Append) -> None:
         await super().accept(append)
+        placed = asyncio.get_running_loop().create_future()
+        placed.set_result(None)
+        await self.recent_ids.follow(append.ids, placed)
         if append.claim is not None:
             self.keys[append.claim.key] = append.claim.answer
 

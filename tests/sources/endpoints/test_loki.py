@@ -13,11 +13,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ingestd.base.errors import Overloaded
-from ingestd.codecs import loki as codec
-from ingestd.codecs.loki import PushFault, TooManyEntries, read_json
 from ingestd.http.problem import Problem
+from ingestd.sources.http.endpoints import loki
 from ingestd.sources.http.endpoints.base import BodyLimits
-from ingestd.sources.http.endpoints.loki import LokiEndpoint, LokiSettings, PushCodec
+from ingestd.sources.http.endpoints.loki import (
+    LokiEndpoint,
+    LokiSettings,
+    PushCodec,
+    PushFault,
+    TooManyEntries,
+    read_json,
+)
 from tests.peak import peak
 from tests.sources.endpoints.endpoint_tools import KeyIntake, serving_endpoint
 from tests.sources.source_tools import Client, Reply, connected
@@ -226,21 +232,27 @@ async def test_the_probe_of_clients() -> None:
         assert (await send(source, b"", "/ready", "HEAD")).status == 200
 
 
-async def test_the_same_push_is_accepted_once_if_asked_for() -> None:
+async def test_the_same_entry_is_accepted_once_if_asked_for() -> None:
     intake = KeyIntake(record_bytes_max=300)
-    one, other = (push(({"a": "b"}, [["1", text], ["2", "x"]])) for text in ("x", "y"))
+    one, two, big = ["1", "x"], ["2", "x"], ["3", "x" * 400]
+
+    async def lines_of(*values: list[str], labels: str = "b", **headers: str) -> list[str]:
+        seen = len(intake.items)
+        await send(source, push(({"a": labels}, list(values))), **headers)
+        return [one["timestamp"] for one in loads(intake)[seen:]]
+
     async with serving_endpoint("loki", intake, own={"deduplicate": True}) as source:
-        for body in (one, other, one):
-            assert (await send(source, body)).status == 204
-        assert (await send(source, one, X_Scope_OrgID="other")).status == 204
-        assert [one["line"] for one in loads(intake)] == ["x", "x", "y", "x", "x", "x"]
-        mixed = push(({"a": "b"}, [["1", "x" * 400], ["2", "x"]]))
-        for _ in range(2):
-            assert (await send(source, mixed)).text.startswith("1 of 2 entries")
+        assert await lines_of(one, two, one) == ["1", "2"]
+        assert await lines_of(["4", "x"], two, big) == ["4"]
         assert len(intake.refused) == 1
-    async with serving_endpoint("loki", KeyIntake()) as source:
-        for _ in range(2):
-            assert (await send(source, one)).status == 204
+        assert await lines_of(one, two) == []
+        assert await lines_of(one, labels="c") == ["1"]
+        assert await lines_of(one, X_Scope_OrgID="other") == ["1"]
+        assert await lines_of(["1", "y"]) == ["1"]
+    intake = KeyIntake()
+    async with serving_endpoint("loki", intake) as source:
+        assert await lines_of(one, one) == ["1", "1"]
+        assert await lines_of(one) == ["1"]
 
 
 ROUTES = {"label": "app", "routes": {"pay": "audit", "noise": "noise"}, "deduplicate": True}
@@ -306,7 +318,7 @@ def test_a_body_with_many_commas_is_read_like_any_other(monkeypatch: pytest.Monk
     body = push(({"a": "b"}, [["1", "a,b,c"], ["2", "d", {"e": "f"}]]), ({}, [["3", "g"]] * 5))
     expected = decoded(body)
     assert len(expected) == 7
-    monkeypatch.setattr(codec, "_COMMAS_SURE", 1)
+    monkeypatch.setattr(loki, "_COMMAS_SURE", 1)
     assert decoded(body) == expected
     with pytest.raises(TooManyEntries):
         list(read_json(body, 6, 1000))
@@ -365,7 +377,7 @@ def test_every_entry_of_any_push_is_there(streams: list[Any], tenant: str) -> No
         for time, line, *more in values
     ]
     assert decoded(push(*streams), tenant=tenant) == expected
-    with patch.object(codec, "_COMMAS_SURE", 0):  # as a body with many commas
+    with patch.object(loki, "_COMMAS_SURE", 0):  # as a body with many commas
         assert decoded(push(*streams), tenant=tenant) == expected
 
 
@@ -387,7 +399,7 @@ def test_any_bytes_are_records_or_a_problem(body: bytes) -> None:
         found = decoded(body)
     except Problem:
         found = None
-    with patch.object(codec, "_COMMAS_SURE", 0):
+    with patch.object(loki, "_COMMAS_SURE", 0):
         try:
             assert decoded(body) == found
         except Problem:

@@ -3,23 +3,33 @@
 https://grafana.com/docs/loki/latest/reference/loki-http-api/#ingest-logs
 
 Each entry is a record of its own with the labels of its stream in it; see `docs/clients/loki.md`.
-Labels stand in a body once and in each record, so what the records of a body take together is
-bounded before they are put together.
+
+1. A time and a line are JSON in a JSON body already, and stay it: they are pieces of the body until
+   a record is put together from them. Labels are read once a stream, and once for many pushes.
+2. What is held is little more than the body. Sizes are bounded before objects are made: streams and
+   entries by the number of records that there may be, labels and metadata by the size of a record.
+   As objects, entries of nine bytes take twenty times as much; so a body in which there may be many
+   is taken apart one entry after the other.
+3. Labels stand in a body once and in each record, so what the records of a body take together is
+   bounded before they are put together.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from typing import TYPE_CHECKING, Any
+from functools import lru_cache
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import msgspec
 from pydantic import Field
 
+from ingestd.base.append import ID_BYTES, SenderIds
 from ingestd.base.bursts import let_loop_go_first
 from ingestd.base.record import InvalidRecord, Layout, Records
 from ingestd.codecs.json import is_json
 from ingestd.codecs.lines import KEPT_BYTES, Parsed, parse_lines
-from ingestd.codecs.loki import FEW_COMMAS, PushFault, TooManyEntries, read_json
 from ingestd.http import problem
 from ingestd.http.problem import ERRORS_MAX, Problem
 from ingestd.http.response import Response
@@ -29,7 +39,6 @@ from ingestd.sources.http.endpoints.base import (
     QUICK_BYTES,
     BodyCodec,
     Decoded,
-    Delivery,
     Description,
     Endpoint,
     EndpointSettings,
@@ -41,7 +50,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from ingestd.base.record import Format
-    from ingestd.codecs.loki import PushStream
     from ingestd.sources.http.endpoints.base import BodyLimits, EndpointContext, Head
     from ingestd.sources.http.result import IngestResult
 
@@ -51,6 +59,7 @@ _TEXT = b"text/plain; charset=utf-8"
 _TENANT = re.compile(r"[A-Za-z0-9!\-_.*'()]{1,150}", re.ASCII)
 _BAD = 400
 _AGAIN = (408, 409, 429, 500, 503)
+_TO_503 = (408, 409)
 _OF_RECORDS = (problem.RECORD_TOO_LARGE, problem.TOO_MANY_RECORDS)
 _TAKES = "application/json"
 
@@ -65,11 +74,181 @@ class LokiSettings(EndpointSettings):
     )
     deduplicate: bool = Field(
         False,
-        description="accept a push with the same content once within http.idempotency_ttl",
+        description="accept an entry with the same time, line, labels, metadata and tenant once",
     )
 
 
-class _Part:
+# -- JSON bodies -----------------------------------------------------------------------------------
+
+_COMMAS_FEW = 5_000
+"""A JSON body with fewer commas is read in some milliseconds."""
+_COMMAS_SURE = 200_000
+_KNOWN_BYTES = 2048
+_NONE = msgspec.Raw(b"")
+_NO_LABELS = msgspec.Raw(b"{}")
+_TIMES = re.compile(rb'"-?[0-9]{1,19}"(?:,"-?[0-9]{1,19}")*+')
+_QUOTE = {ord('"')}
+_STRING = rb'"(?:[^"\\]++|\\.)*+"'
+_ENTRY = re.compile(
+    rb'[\s,]*+\[\s*+("-?[0-9]{1,19}")\s*+,\s*+(%b)\s*+(?:,\s*+(\{(?:[^"{}]++|%b)*+\})\s*+)?\]'
+    % (_STRING, _STRING),
+    re.DOTALL,
+)
+"""An entry of an array that is JSON; `\\s` are all of JSON's white space and more."""
+_VALUES_KEY = re.compile(
+    rb'"(?:v|\\u0076)(?:a|\\u0061)(?:l|\\u006[cC])(?:u|\\u0075)(?:e|\\u0065)(?:s|\\u0073)"'
+)
+_SHAPE = (
+    "an entry is a timestamp, a string of nanoseconds since the epoch, a line, and metadata or not"
+)
+
+
+class PushFault(ValueError):  # noqa: N818 - names the condition
+    """A body that is no push; its text says why."""
+
+
+class TooManyEntries(ValueError):  # noqa: N818 - names the condition
+    """A push has more entries than there may be records in a body."""
+
+
+class PushStream(NamedTuple):
+    """The entries of one stream.
+
+    Attributes:
+        labels: of the stream.
+        written: the labels as JSON.
+        times: nanoseconds since the epoch of each entry, as a string in JSON.
+        lines: of each entry, as a string in JSON.
+        metadata: of each entry as an object in JSON, empty where it has none; `None` if none has.
+            More than `size_max` bytes are as they came.
+        fault: why the labels are none; empty if they are.
+    """
+
+    labels: Mapping[str, str]
+    written: bytes
+    times: Sequence[Any]
+    lines: Sequence[Any]
+    metadata: Sequence[bytes] | None = None
+    fault: str = ""
+
+
+class _Entry(msgspec.Struct, array_like=True, forbid_unknown_fields=True, gc=False):
+    time: msgspec.Raw
+    line: msgspec.Raw
+    metadata: msgspec.Raw = _NONE
+
+
+class _PushStream(msgspec.Struct, gc=False):
+    values: list[_Entry]
+    stream: msgspec.Raw = _NO_LABELS
+
+
+class _UnreadPushStream(msgspec.Struct, gc=False):
+    values: msgspec.Raw
+    stream: msgspec.Raw = _NO_LABELS
+
+
+class _Push(msgspec.Struct):
+    streams: list[_PushStream]
+
+
+class _UnreadPush(msgspec.Struct):
+    streams: list[_UnreadPushStream]
+
+
+_PUSH = msgspec.json.Decoder(_Push)
+_UNREAD_PUSH = msgspec.json.Decoder(_UnreadPush)
+_TEXTS = msgspec.json.Decoder(dict[str, str])
+
+
+def read_json(body: bytes, entries_max: int, size_max: int) -> Iterator[PushStream]:
+    """Yields the streams of `{"streams": [{"stream": {…}, "values": [[time, line], …]}]}`.
+
+    Bytes that are not UTF-8 are replaced, as Loki itself shows them.
+
+    Args:
+        body: the push.
+        entries_max: most entries.
+        size_max: most bytes of a stream's labels.
+
+    Raises:
+        PushFault: it is none.
+        TooManyEntries: there are more, where they would take much memory.
+    """
+    if not body.isascii():
+        body = body.decode(errors="replace").encode()
+    try:
+        if body.count(b",") < _COMMAS_SURE:
+            for one in _PUSH.decode(body).streams:
+                yield _read_stream(one, size_max)
+            return
+        if next(islice(_VALUES_KEY.finditer(body), entries_max, None), None):
+            raise TooManyEntries
+        left = entries_max
+        for unread in _UNREAD_PUSH.decode(body).streams:
+            entries = _take_apart(bytes(unread.values), left)
+            left -= len(entries)
+            yield _read_stream(_PushStream(entries, unread.stream), size_max)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise PushFault(str(error)) from None
+
+
+def _take_apart(values: bytes, left: int) -> list[_Entry]:
+    """Returns the entries of an array, at most so many."""
+    entries: list[_Entry] = []
+    at, end = 1, len(values) - 1
+    if values[:1] != b"[":
+        raise PushFault(_SHAPE)
+    while found := _ENTRY.match(values, at, end):
+        if len(entries) == left:
+            raise TooManyEntries
+        entries.append(_Entry(*(msgspec.Raw(part) for part in found.groups() if part)))
+        at = found.end()
+    if values[at:end].strip():
+        raise PushFault(_SHAPE)
+    return entries
+
+
+def _read_stream(stream: _PushStream, size_max: int) -> PushStream:
+    if len(memoryview(stream.stream)) > size_max:
+        raise PushFault(f"the labels of a stream have more than {size_max} bytes")
+    text, entries = bytes(stream.stream), stream.values
+    labels, written = _cached_labels(text) if len(text) < _KNOWN_BYTES else _labels(text)
+    times = [entry.time for entry in entries]
+    lines = [entry.line for entry in entries]
+    views: Any = map(memoryview, lines)
+    if entries and (
+        _TIMES.fullmatch(b",".join(times)) is None or {line[0] for line in views} != _QUOTE
+    ):
+        raise PushFault(_SHAPE)
+    metadata = [entry.metadata for entry in entries]
+    if all(one is _NONE for one in metadata):
+        return PushStream(labels, written, times, lines)
+    read = [_read_metadata(one, size_max) for one in metadata]
+    return PushStream(labels, written, times, lines, read)
+
+
+def _read_metadata(metadata: msgspec.Raw, size_max: int) -> bytes:
+    if metadata is _NONE:
+        return b""
+    if len(memoryview(metadata)) > size_max:
+        return bytes(metadata).replace(b"\n", b" ")
+    texts = _TEXTS.decode(metadata)
+    return msgspec.json.encode(texts) if texts else b""
+
+
+def _labels(stream: bytes) -> tuple[Mapping[str, str], bytes]:
+    labels = _TEXTS.decode(stream)
+    return labels, msgspec.json.encode(labels)
+
+
+_cached_labels = lru_cache(maxsize=1024)(_labels)
+
+
+# -- records ---------------------------------------------------------------------------------------
+
+
+class _PipelineRecords:
     """Records on their way to one pipeline.
 
     Args:
@@ -127,7 +306,7 @@ class PushCodec(BodyCodec):
 
     def decode(self, body: bytes, limits: BodyLimits) -> Sequence[Decoded]:
         """See `BodyCodec`."""
-        parts: dict[str, _Part] = {}
+        parts: dict[str, _PipelineRecords] = {}
         try:
             self._fill(parts, body, limits)
         except PushFault as fault:
@@ -144,7 +323,7 @@ class PushCodec(BodyCodec):
             raise mostly_invalid(refused)
         return [self._decoded(part.parsed(), to) for to, part in parts.items()]
 
-    def _fill(self, parts: dict[str, _Part], body: bytes, limits: BodyLimits) -> None:
+    def _fill(self, parts: dict[str, _PipelineRecords], body: bytes, limits: BodyLimits) -> None:
         total, left = 0, limits.bytes_max
         for stream in self._streams(body, limits):
             let_loop_go_first()
@@ -157,7 +336,7 @@ class PushCodec(BodyCodec):
             to = self._targets.get(stream.labels.get(self._label, ""), "")
             part = parts.get(to)
             if part is None:
-                part = parts[to] = _Part(limits.by_pipeline.get(to, limits))
+                part = parts[to] = _PipelineRecords(limits.by_pipeline.get(to, limits))
             if stream.fault:
                 part.refuse(lines, count, total, stream.fault)
             else:
@@ -180,17 +359,24 @@ class PushCodec(BodyCodec):
         return b"".join(pieces)
 
     def _decoded(self, parsed: Parsed, to: str) -> Decoded:
-        if not self._deduplicates:
+        if not self._deduplicates or not parsed.records.count:
             return Decoded(parsed, to)
-        digest = hashlib.blake2b(parsed.records.payload, digest_size=32)
-        for one in parsed.refused:
-            digest.update(one.payload)
-        return Decoded(parsed, to, Delivery(digest.hexdigest(), digest.digest()[:16]))
+        by_id = {_id_of(item): item for item in parsed.records.items()}
+        if len(by_id) < parsed.records.count:
+            parsed = parsed._replace(records=Records.lines(list(by_id.values())))
+        return Decoded(parsed, to, ids=SenderIds(tuple(by_id), frozenset(by_id)))
 
     def decode_quickly(self, body: bytes, limits: BodyLimits) -> Sequence[Decoded] | None:
         """See `BodyCodec`."""
-        quick = len(body) < QUICK_BYTES or body.count(b",") < FEW_COMMAS
+        quick = len(body) < QUICK_BYTES or body.count(b",") < _COMMAS_FEW
         return self.decode(body, limits) if quick else None
+
+
+def _id_of(record: bytes) -> bytes:
+    return hashlib.blake2b(record, digest_size=ID_BYTES).digest()
+
+
+# -- the endpoint ----------------------------------------------------------------------------------
 
 
 class LokiEndpoint(Endpoint):
@@ -267,12 +453,16 @@ class LokiEndpoint(Endpoint):
 
 
 def _said(found: Problem, text: str) -> Response:
-    """An error as Loki writes it; one of a record is 400, after which clients drop the push."""
+    """An error as Loki writes it: after 429 and 5xx clients send the push again, else they drop it.
+
+    Fluent Bit drops it after 400 alone.
+    """
     status = _BAD if found.kind in _OF_RECORDS else found.kind.status
+    status = 503 if status in _TO_503 else status
     return Response(status, _TEXT, f"{text}\n".encode(), found.headers)
 
 
-_STREAM = {
+_STREAM_SCHEMA = {
     "type": "object",
     "required": ["values"],
     "properties": {
@@ -292,15 +482,15 @@ _STREAM = {
         },
     },
 }
-_PUSH = {
+_PUSH_SCHEMA = {
     "type": "object",
     "required": ["streams"],
-    "properties": {"streams": {"type": "array", "items": _STREAM}},
+    "properties": {"streams": {"type": "array", "items": _STREAM_SCHEMA}},
 }
 _OPERATION = {
     "summary": "Push log lines as to Loki",
     "description": "204 comes once all entries are durable; errors are plain text.",
-    "requestBody": {"required": True, "content": {"application/json": {"schema": _PUSH}}},
+    "requestBody": {"required": True, "content": {"application/json": {"schema": _PUSH_SCHEMA}}},
     "responses": {"204": {"description": "All entries are durable."}},
 }
 _EXAMPLE = (
