@@ -657,3 +657,33 @@ def test_no_bytes_but_signed_ones_get_in(name: str, body: bytes, text: str, data
     except Problem as found:
         statuses.append(found.kind.status)
     assert statuses in ([400], [401]) or name == "gitlab" or body == body_of(name)
+
+
+# -- what may not depend on the secret, and what is described --------------------------------------
+
+
+@pytest.mark.parametrize("name", ["standard", "github", "stripe", "slack", "hmac", "gitlab"])
+def test_every_secret_is_compared_whichever_fits(name: str, monkeypatch: Any) -> None:
+    kind, sign = SIGNERS[name]
+    secret, another = WRITTEN.get(name, (SECRET, OTHER))
+    compared: list[bool] = []
+    right = hmac.compare_digest
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.append(right(one, other))
+        return compared[-1]
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    for secrets in ((secret, another, another), (another, another, secret)):
+        compared.clear()
+        assert ask(hook(kind, *secrets), sign(body_of(name), NOW, "d"), body_of(name))
+        assert sorted(compared) == [False, False, True]
+
+
+def test_forms_and_answers_of_their_own_are_described() -> None:
+    for kind, scheme in SCHEMES.items():
+        endpoint, _ = built(kind)
+        (route,) = endpoint.routes
+        told = endpoint.describe(route, "x", "json").operation
+        assert (FORM in told["requestBody"]["content"]) == scheme.forms
+        assert list(told["responses"]) == [str(scheme.status)] * (scheme.status != 202)
