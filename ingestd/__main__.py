@@ -31,10 +31,13 @@ if TYPE_CHECKING:
 COMMANDS = {
     "run": "run the daemon: accept records, hand them to HANDLER in batches",
     "check": "check the configuration and the handler, print the effective settings",
+    "try": "call the handler with the records of files, without a daemon",
     "prove": "kill a daemon at random moments on this machine, and count the records that it kept",
 }
 """Modules in `cli` with the flags of all settings, and their help. Each has a `DESCRIPTION`,
 `add_arguments(parser, argv)` and `execute(arguments)`, which returns the exit code."""
+WITH_FILES = {"try": "trial"}
+"""Commands whose words behind HANDLER are files, and their modules: `try` can't be a name."""
 TOOLS = {
     "dead": "list, show, retry, purge or export dead letters",
     "healthcheck": "check that the daemon on this machine is ready, or alive",
@@ -94,7 +97,14 @@ def _execute(argv: Sequence[str]) -> int:
         unexpected = _word_in(words, arguments.leaf)
         if unexpected is not None:
             arguments.leaf.error(f"unexpected argument {unexpected!r}")
-    elif handler := _word_in(words, commands[arguments.command]):
+        return int(module.execute(arguments))
+    handler, *files = _words_in(words, commands[arguments.command]) or [""]
+    if arguments.command in WITH_FILES:
+        arguments.files = files
+    elif files:
+        problem = f"unexpected argument {files[0]!r}: there is one HANDLER, {handler!r}"
+        commands[arguments.command].error(problem)
+    if handler:
         from ingestd.config.layers import Flag  # noqa: PLC0415  the command has imported it
 
         flag = Flag("handler.target", handler, "argument HANDLER")
@@ -103,7 +113,7 @@ def _execute(argv: Sequence[str]) -> int:
 
 
 def _module(command: str) -> Any:
-    return import_module(f"ingestd.cli.{command}")
+    return import_module(f"ingestd.cli.{WITH_FILES.get(command, command)}")
 
 
 def _parser(argv: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
@@ -119,6 +129,8 @@ def _parser(argv: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
     commands: dict[str, Parser] = {}
     for name, text in {**COMMANDS, **TOOLS}.items():
         usage = f"ingestd {name} [HANDLER] [flags]" if name in COMMANDS else None
+        if name in WITH_FILES:
+            usage = f"ingestd {name} HANDLER FILE [FILE …] [flags]"
         one = commands[name] = subparsers.add_parser(name, help=text, usage=usage)
         if name == named:
             module = _module(name)
@@ -128,18 +140,28 @@ def _parser(argv: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:
 
 
 def _word_in(words: Sequence[str], known: Parser) -> str | None:
-    """The one word among those that are no flags; argparse on 3.11 loses it behind flags.
+    """The one word among those that are no flags.
 
     Raises:
-        UsageError: an unknown flag, with the nearest known one; or more than one word.
+        UsageError: see `_words_in`; or there are more.
+    """
+    words = _words_in(words, known)
+    if len(words) > 1:
+        known.error(f"unexpected argument {words[1]!r}")
+    return words[0] if words else None
+
+
+def _words_in(words: Sequence[str], known: Parser) -> Sequence[str]:
+    """The words among those that are no flags; argparse on 3.11 loses some behind flags.
+
+    Raises:
+        UsageError: an unknown flag, with the nearest known one.
     """
     words = [word for word in words if word != "--"]
     unknown = [word.split("=", 1)[0] for word in words if word.startswith("-") and word != "-"]
     if unknown:
         known.error("\n".join(map(known.explain_unknown, unknown)))
-    if len(words) > 1:
-        known.error(f"unexpected argument {words[1]!r}: there is one HANDLER, {words[0]!r}")
-    return words[0] if words else None
+    return words
 
 
 def _leave_stdout() -> None:
