@@ -129,6 +129,7 @@ ENDPOINTS = Components(
     {
         "records": "ingestd.sources.http.endpoints.records:RecordsEndpoint",
         "webhooks": "ingestd.sources.http.endpoints.webhooks:WebhooksEndpoint",
+        "datadog": "ingestd.sources.http.endpoints.datadog:DatadogEndpoint",
         "loki": "ingestd.sources.http.endpoints.loki:LokiEndpoint",
     },
 )

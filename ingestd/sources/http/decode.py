@@ -59,12 +59,30 @@ def checked(parsed: Parsed, bounds: BodyLimits) -> tuple[Decoded]:
     if not parsed.total:
         raise Problem(problem.EMPTY, "the body holds no record")
     if parsed.total > bounds.records_max:
-        raise _too_many(bounds)
+        raise too_many(bounds)
     if not parsed.records.count:
         raise nothing_good(parsed.refused, parsed.unlisted)
     if is_mostly_invalid(parsed.records.count, parsed.invalid):
         raise mostly_invalid(parsed.refused)
     return (Decoded(parsed),)
+
+
+def parse_made(
+    lines: bytes, count: int, bounds: BodyLimits, first: int = 0, *, listed_max: int = ERRORS_MAX
+) -> Parsed:
+    """Returns records that an endpoint has made of a body, less those that are too large.
+
+    Args:
+        lines: JSON, each ended by LF.
+        count: of them.
+        bounds: of the records.
+        first: the index of the first one in the body.
+        listed_max: so many of those that are too large are listed.
+    """
+    longest = bounds.record_bytes_max
+    if len(lines) <= longest or max(map(len, lines.split(b"\n"))) <= longest:
+        return Parsed(Records(Layout.LINES, count, lines), [])
+    return parse_lines(lines, "json", longest, first, bounds.depth_max, listed_max=listed_max)
 
 
 def is_mostly_invalid(good: int, invalid: int) -> bool:
@@ -87,7 +105,7 @@ def _decode_canonical(body: bytes, bounds: BodyLimits) -> Parsed | None:
     block = body if body[-1:] == b"\n" else body + b"\n"
     parsed = parse_canonical(block, bounds.record_bytes_max, bounds.depth_max)
     if parsed is not None and parsed.total > bounds.records_max:
-        raise _too_many(bounds)
+        raise too_many(bounds)
     return parsed
 
 
@@ -109,7 +127,7 @@ def _parse_all_lines(body: bytes, form: Format, bounds: BodyLimits) -> Parsed:
         body = squeeze(body)
         lines_max = body.count(b"\n")
         if lines_max > bounds.records_max:
-            raise _too_many(bounds)
+            raise too_many(bounds)
     return _parse_pieces(body, form, bounds, lines_max)
 
 
@@ -155,7 +173,7 @@ def _parse_document(body: bytes, bounds: BodyLimits) -> Parsed:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise _malformed(body, json_fault(body, bounds.depth_max)) from None
     if len(values) > bounds.records_max:
-        raise _too_many(bounds)
+        raise too_many(bounds)
     return _lay_out(values, bounds)
 
 
@@ -167,7 +185,7 @@ def _bound_elements(body: bytes, bounds: BodyLimits) -> None:
         detail = json_fault(body, bounds.depth_max) or too_deep(bounds.depth_max)
         raise _malformed(body, detail) from None
     if many:
-        raise _too_many(bounds)
+        raise too_many(bounds)
 
 
 def _lay_out(values: list[msgspec.Raw], bounds: BodyLimits) -> Parsed:
@@ -248,8 +266,15 @@ def mostly_invalid(refused: list[InvalidRecord]) -> Problem:
     return Problem(problem.MOSTLY_INVALID, detail, refused=refused)
 
 
-def _too_many(bounds: BodyLimits) -> Problem:
+def too_many(bounds: BodyLimits) -> Problem:
+    """The problem of a body with more records than there may be."""
     return Problem(problem.TOO_MANY_RECORDS, f"more than http.records_max = {bounds.records_max}")
+
+
+def too_large_expanded(bounds: BodyLimits) -> Problem:
+    """The problem of records that are much larger than their body, as each repeats parts of it."""
+    detail = f"as records, more than http.decompressed_bytes_max = {bounds.bytes_max}"
+    return Problem(problem.PAYLOAD_TOO_LARGE, detail)
 
 
 class LinesCodec(BodyCodec):
@@ -281,11 +306,11 @@ class LinesCodec(BodyCodec):
 class DocumentCodec(BodyCodec):
     """One JSON text: an array is one record an element, anything else is one record."""
 
-    def decode(self, body: bytes, limits: BodyLimits) -> tuple[Decoded]:
+    def decode(self, body: bytes, limits: BodyLimits) -> Sequence[Decoded]:
         """See `BodyCodec`."""
         return checked(_parse_document(body, limits), limits)
 
-    def decode_quickly(self, body: bytes, limits: BodyLimits) -> tuple[Decoded] | None:
+    def decode_quickly(self, body: bytes, limits: BodyLimits) -> Sequence[Decoded] | None:
         """See `BodyCodec`."""
         quick = len(body) < QUICK_BYTES or body.count(b",") < _ELEMENTS_FEW
         return self.decode(body, limits) if quick else None

@@ -147,9 +147,9 @@ async def test_a_push_without_entries_succeeds() -> None:
         (push(({}, [["", "x"]])), "a string of nanoseconds"),
         (push(({}, [["1", 5]])), "nanoseconds since the epoch, a line"),
         (push(({}, [["1", ["x"]]])), "nanoseconds since the epoch, a line"),
-        (push(({}, [["1", "x", {"a": 1}]])), "Expected `str`, got `int`"),
+        (push(({}, [["1", "x", ["a"]]])), "Expected `object`, got `array`"),
         (push(({}, [["1", "x", "y"]])), "Expected `object`, got `str`"),
-        (push(({"a": 1}, [["1", "x"]])), "Expected `str`, got `int`"),  # type: ignore[dict-item]
+        (b'{"streams": [{"stream": [], "values": []}]}', "Expected `object`, got `array`"),
         (b'{"streams": [{"stream": {}, "values": [["1", "a\\q"]]}]}', "invalid escaped character"),
         (b'{"streams": [{"stream": {}, "values": [["1", ' + b"[" * 200_000, "malformed"),
     ],
@@ -163,6 +163,15 @@ async def test_what_is_no_push_is_400_in_plain_text(body: bytes, why: str) -> No
         assert why in reply.text
         assert reply.text.endswith("\n")
     assert not intake.runs
+
+
+async def test_labels_and_metadata_that_are_no_texts_become_some() -> None:
+    intake = KeyIntake()
+    odd: Any = {"n": 1, "f": 1.5, "t": True, "o": {"a": [1]}, "s": "\u00e4"}
+    async with serving_endpoint("loki", intake) as source:
+        assert (await send(source, push((odd, [["1", "x", odd]])))).status == 204
+    texts = {"n": "1", "f": "1.5", "t": "true", "o": '{"a": [1]}', "s": "\u00e4"}
+    assert loads(intake) == [record(1, "x", texts, metadata=texts)]
 
 
 async def test_bytes_that_are_not_utf_8_are_replaced() -> None:

@@ -29,11 +29,18 @@ from ingestd.base.append import ID_BYTES, SenderIds
 from ingestd.base.bursts import let_loop_go_first
 from ingestd.base.record import InvalidRecord, Layout, Records
 from ingestd.codecs.json import is_json
-from ingestd.codecs.lines import KEPT_BYTES, Parsed, parse_lines
+from ingestd.codecs.lines import KEPT_BYTES, Parsed
 from ingestd.http import problem
 from ingestd.http.problem import ERRORS_MAX, Problem
 from ingestd.http.response import Response
-from ingestd.sources.http.decode import is_mostly_invalid, mostly_invalid, nothing_good
+from ingestd.sources.http.decode import (
+    is_mostly_invalid,
+    mostly_invalid,
+    nothing_good,
+    parse_made,
+    too_large_expanded,
+    too_many,
+)
 from ingestd.sources.http.endpoints.base import (
     OPEN,
     QUICK_BYTES,
@@ -82,6 +89,7 @@ class LokiSettings(EndpointSettings):
 
 _COMMAS_FEW = 5_000
 """A JSON body with fewer commas is read in some milliseconds."""
+_QUICK_RECORDS_BYTES = 1024 * 1024
 _COMMAS_SURE = 200_000
 _KNOWN_BYTES = 2048
 _NONE = msgspec.Raw(b"")
@@ -159,6 +167,8 @@ class _UnreadPush(msgspec.Struct):
 _PUSH = msgspec.json.Decoder(_Push)
 _UNREAD_PUSH = msgspec.json.Decoder(_UnreadPush)
 _TEXTS = msgspec.json.Decoder(dict[str, str])
+_VALUES = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_TEXT_IN = msgspec.json.Decoder(str)
 
 
 def read_json(body: bytes, entries_max: int, size_max: int) -> Iterator[PushStream]:
@@ -233,13 +243,23 @@ def _read_metadata(metadata: msgspec.Raw, size_max: int) -> bytes:
         return b""
     if len(memoryview(metadata)) > size_max:
         return bytes(metadata).replace(b"\n", b" ")
-    texts = _TEXTS.decode(metadata)
+    texts = _read_texts(metadata)
     return msgspec.json.encode(texts) if texts else b""
 
 
 def _labels(stream: bytes) -> tuple[Mapping[str, str], bytes]:
-    labels = _TEXTS.decode(stream)
+    labels = _read_texts(stream)
     return labels, msgspec.json.encode(labels)
+
+
+def _read_texts(members: bytes | msgspec.Raw) -> dict[str, str]:
+    """Labels or metadata; numbers and the like become texts, as in Loki."""
+    try:
+        return _TEXTS.decode(members)
+    except msgspec.ValidationError:
+        values = _VALUES.decode(members)
+    texts = {name: bytes(value).decode() for name, value in values.items()}
+    return {k: _TEXT_IN.decode(v) if v[:1] == '"' else v for k, v in texts.items()}
 
 
 _cached_labels = lru_cache(maxsize=1024)(_labels)
@@ -263,16 +283,12 @@ class _PipelineRecords:
 
     def add(self, lines: bytes, count: int, index: int) -> None:
         """Adds `count` records, each ended by LF; the first is record `index` of the body."""
-        longest = self._limits.record_bytes_max
-        if len(lines) > longest and max(map(len, lines.split(b"\n"))) > longest:
-            listed = ERRORS_MAX - len(self.refused)
-            depth = self._limits.depth_max
-            parsed = parse_lines(lines, "json", longest, index, depth, listed_max=listed)
-            self.refused += parsed.refused
-            self.unlisted += parsed.unlisted
-            lines, count = parsed.records.payload, parsed.records.count
-        self._blocks.append(lines)
-        self.count += count
+        listed = ERRORS_MAX - len(self.refused)
+        parsed = parse_made(lines, count, self._limits, index, listed_max=listed)
+        self.refused += parsed.refused
+        self.unlisted += parsed.unlisted
+        self._blocks.append(parsed.records.payload)
+        self.count += parsed.records.count
 
     def refuse(self, lines: bytes, count: int, index: int, why: str) -> None:
         """Adds records that are invalid."""
@@ -312,8 +328,7 @@ class PushCodec(BodyCodec):
         except PushFault as fault:
             raise Problem(problem.MALFORMED, f"the push is malformed: {fault}") from None
         except TooManyEntries:
-            detail = f"more than http.records_max = {limits.records_max}"
-            raise Problem(problem.TOO_MANY_RECORDS, detail) from None
+            raise too_many(limits) from None
         refused = [one for part in parts.values() for one in part.refused]
         invalid = len(refused) + sum(part.unlisted for part in parts.values())
         good = sum(part.count for part in parts.values())
@@ -329,7 +344,7 @@ class PushCodec(BodyCodec):
             let_loop_go_first()
             if not (count := len(stream.times)):
                 continue
-            lines = self._records(stream, left)
+            lines = self._records(stream, left, limits)
             left -= len(lines)
             if total + count > limits.records_max:
                 raise TooManyEntries
@@ -343,12 +358,11 @@ class PushCodec(BodyCodec):
                 part.add(lines, count, total)
             total += count
 
-    def _records(self, stream: PushStream, bytes_max: int) -> bytes:
+    def _records(self, stream: PushStream, bytes_max: int, limits: BodyLimits) -> bytes:
         """Puts the records of a stream together, each ended by LF."""
         count, tail = len(stream.times), b',"labels":' + stream.written
         if count * (len(tail) + len(self._end)) > bytes_max:
-            detail = "as records with labels, more than http.decompressed_bytes_max"
-            raise Problem(problem.PAYLOAD_TOO_LARGE, detail)
+            raise too_large_expanded(limits)
         end = tail + self._end
         pieces: list[Any] = [b'{"timestamp":', b"", b',"line":', b"", end] * count
         pieces[1::5] = stream.times
@@ -368,8 +382,14 @@ class PushCodec(BodyCodec):
 
     def decode_quickly(self, body: bytes, limits: BodyLimits) -> Sequence[Decoded] | None:
         """See `BodyCodec`."""
-        quick = len(body) < QUICK_BYTES or body.count(b",") < _COMMAS_FEW
-        return self.decode(body, limits) if quick else None
+        if len(body) >= QUICK_BYTES and body.count(b",") >= _COMMAS_FEW:
+            return None
+        try:
+            return self.decode(body, limits._replace(bytes_max=_QUICK_RECORDS_BYTES))
+        except Problem as found:
+            if found.kind is problem.PAYLOAD_TOO_LARGE:  # of labels that each record repeats
+                return None
+            raise
 
 
 def _id_of(record: bytes) -> bytes:
