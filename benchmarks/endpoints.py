@@ -103,6 +103,20 @@ def array(batch: Sequence[Event]) -> bytes:
     return b"[" + b",".join([event.as_json() for event in batch]) + b"]"
 
 
+def bulk(batch: Sequence[Event]) -> bytes:
+    """`_bulk` as shippers of logs send it: one index, ids are made by the cluster."""
+    return b"".join([b'{"create":{"_index":"logs"}}\n%b\n' % event.as_json() for event in batch])
+
+
+def bulk_with_ids(batch: Sequence[Event]) -> bytes:
+    return b"".join(
+        [
+            b'{"index":{"_index":"logs","_id":"%d"}}\n%b\n' % (event.at, event.as_json())
+            for event in batch
+        ]
+    )
+
+
 class Case(NamedTuple):
     """One endpoint in one encoding.
 
@@ -126,7 +140,15 @@ class Case(NamedTuple):
 ENDPOINTS = (
     Case(RECORDS, "/v1/records", "application/x-ndjson", lines),
     Case("records, an array", "/v1/records", "application/json", array),
-)
+    Case(
+        "elasticsearch", "/elastic/_bulk", "application/x-ndjson", bulk, 0.6,
+        ("--http.endpoints.elasticsearch.pipeline", "default"),
+    ),
+    Case(
+        "elasticsearch, ids", "/elastic/_bulk", "application/x-ndjson", bulk_with_ids, 0.0,
+        ("--http.endpoints.elasticsearch.pipeline", "default"),
+    ),
+)  # fmt: skip
 
 
 class Taker(Ingestd):

@@ -131,6 +131,8 @@ ENDPOINTS = Components(
         "webhooks": "ingestd.sources.http.endpoints.webhooks:WebhooksEndpoint",
         "datadog": "ingestd.sources.http.endpoints.datadog:DatadogEndpoint",
         "loki": "ingestd.sources.http.endpoints.loki:LokiEndpoint",
+        "elasticsearch": "ingestd.sources.http.endpoints.elasticsearch:ElasticsearchEndpoint",
+        "splunk_hec": "ingestd.sources.http.endpoints.splunk_hec:SplunkHecEndpoint",
     },
 )
 SINKS = Components(

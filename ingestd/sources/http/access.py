@@ -83,7 +83,9 @@ def _endpoints(context: EndpointContext) -> dict[str, Endpoint]:
     for name in ENDPOINTS.names():
         own = getattr(context.settings.endpoints, name, None)
         if own is None and name in ENDPOINTS.own:
-            found[name] = ENDPOINTS.load(name)(context)
+            kind = ENDPOINTS.load(name)
+            if kind.settings is None:
+                found[name] = kind(context)
         elif own is not None and own.pipeline:
             theirs = context._replace(default=own.pipeline, own=own)
             found[name] = ENDPOINTS.load(name)(theirs)

@@ -174,7 +174,7 @@ def _parse_document(body: bytes, bounds: BodyLimits) -> Parsed:
         raise _malformed(body, json_fault(body, bounds.depth_max)) from None
     if len(values) > bounds.records_max:
         raise too_many(bounds)
-    return _lay_out(values, bounds)
+    return lay_out(values, bounds)
 
 
 def _bound_elements(body: bytes, bounds: BodyLimits) -> None:
@@ -188,8 +188,8 @@ def _bound_elements(body: bytes, bounds: BodyLimits) -> None:
         raise too_many(bounds)
 
 
-def _lay_out(values: list[msgspec.Raw], bounds: BodyLimits) -> Parsed:
-    """The elements of an array as records: lines if none holds an LF."""
+def lay_out(values: list[msgspec.Raw], bounds: BodyLimits) -> Parsed:
+    """Lays out JSON values as records: lines if none holds an LF."""
     sizes = [memoryview(value).nbytes for value in values]
     refused: list[InvalidRecord] = []
     # Only a long element can be nested deeply; see `ingestd.codecs.json`.

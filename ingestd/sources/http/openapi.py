@@ -25,13 +25,13 @@ from ingestd.http.credentials import IN_BODY, TokenScheme
 from ingestd.http.problem import FORBIDDEN, FOREIGN_ORIGIN, KINDS, ProblemType
 from ingestd.http.response import HTML, JSON, StaticResponse, make_document
 from ingestd.http.routing import ASK, READ, SERVER, Resource
-from ingestd.sources.http.endpoints.base import ANY, PIPELINE, SIGNATURE
+from ingestd.sources.http.endpoints.base import ANY, PIPELINE, SIGNATURE, Endpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from ingestd.base.record import Format
-    from ingestd.sources.http.endpoints.base import Endpoint, RouteSpec
+    from ingestd.sources.http.endpoints.base import RouteSpec
 
 PROBLEM_TYPE = "application/problem+json"
 _REFERENCE = re.compile(r'"\$ref":"([^"]*)"')
@@ -76,6 +76,7 @@ def describe(
                 )
                 more = endpoint.describe(route, value, form).operation
                 operation |= {key: member for key, member in more.items() if key != "responses"}
+                operation["responses"] = _in_its_own_form(endpoint, operation["responses"])
                 operation["responses"] |= more.get("responses", {})
                 item[method.lower()] = operation
     _drop_unused(document)
@@ -118,7 +119,21 @@ def _operation(
     return operation
 
 
+def _in_its_own_form(endpoint: Endpoint, responses: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the responses of an operation, less those whose form is the endpoint's own."""
+    if endpoint.settings is None:
+        return dict(responses)
+    own = {
+        "2": type(endpoint).answer is not Endpoint.answer,
+        "45": type(endpoint).error is not Endpoint.error,
+    }
+    digits = "".join(which for which, is_own in own.items() if is_own)
+    kept = {status: what for status, what in responses.items() if status[0] not in digits}
+    return kept | {f"{digit}XX": {"description": "As the protocol has it"} for digit in digits}
+
+
 def _id(name: str, where: str) -> str:
+    where = where.replace("/ ", "/root ")  # another one than without the slash
     return re.sub(r"[^a-z0-9]+", "_", f"{name} {where}".lower()).strip("_")
 
 
