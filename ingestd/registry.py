@@ -121,6 +121,7 @@ SOURCES = Components(
         "http": "ingestd.sources.http:HttpSourceKind",
         "stdin": "ingestd.sources.stdin:StdinSourceKind",
         "fetch": "ingestd.sources.fetch:FetchSourceKind",
+        "syslog": "ingestd.sources.syslog:SyslogSourceKind",
     },
 )
 ENDPOINTS = Components(

@@ -109,6 +109,11 @@ _SOURCE = (
         "Connections ended at a bound, a deadline or a fault of their peer.",
     ),
     ("received_bytes", "source_received_bytes_total", "Bytes that a source over TCP or UDP read."),
+    (
+        "framing_faults",
+        "source_framing_faults_total",
+        "Wrong lengths of messages in connections that went on.",
+    ),
     ("datagrams", "source_datagrams_total", "Datagrams that a source read."),
     (
         "datagrams_dropped",

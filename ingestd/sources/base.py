@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO
 
 from ingestd.base.errors import Overloaded
@@ -123,6 +124,12 @@ class Source:
     """
 
     addresses: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, settings: Any, context: SourceContext) -> Source:
+        """Builds one with the settings of its kind; see `SourceKind.build`."""
+        make: Callable[[Any, SourceContext], Source] = cls
+        return make(settings, context)
 
     async def start(self) -> None:
         """Begins to accept records.
@@ -246,6 +253,7 @@ class SourceKind:
         feeds_all: its records can go to any pipeline, not to one alone.
         block_bytes: most bytes, beside a record, that it appends at once and can refuse to nobody.
         stored_whole: its settings that bound what is one row of a journal.
+        source: the class that `build` builds, `module:name`, as in the registry.
     """
 
     settings: ClassVar[type[Section]] = Section
@@ -253,6 +261,7 @@ class SourceKind:
     feeds_all: ClassVar[bool] = False
     block_bytes: ClassVar[int] = 0
     stored_whole: ClassVar[Sequence[str]] = ()
+    source: ClassVar[str]
 
     def problems(
         self,
@@ -303,7 +312,9 @@ class SourceKind:
         Raises:
             ConfigError: something that the settings name is not what it should be.
         """
-        raise NotImplementedError
+        module, _, name = self.source.partition(":")
+        source: type[Source] = getattr(import_module(module), name)
+        return source.of(settings, context)
 
 
 # -- retries of appends ----------------------------------------------------------------------------

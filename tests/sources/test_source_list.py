@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ingestd.config.loader import load, plan
+from ingestd.registry import SOURCES
 from ingestd.settings import Settings, validation_errors
 from ingestd.source_group import key_rule
 from tests.daemon.harness import ROOT, Daemon, daemon
@@ -23,6 +24,8 @@ from tests.daemon.harness import ROOT, Daemon, daemon
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+OWN_KINDS = ", ".join(map(repr, SOURCES.own))
 
 
 class Web:
@@ -168,10 +171,7 @@ def test_an_input_of_which_nothing_was_accepted_is_said_by_the_exit_code(
         ),
         (
             "[sources.x]\nkind = 'carrier'\n",
-            (
-                "sources.x (file ingestd.toml): 'carrier' is not one of the kinds 'http', 'stdin',"
-                " 'fetch'"
-            ),
+            f"sources.x (file ingestd.toml): 'carrier' is not one of the kinds {OWN_KINDS}",
         ),
         ("[sources.x]\npipeline = 'a'\n", "sources.x (file ingestd.toml): needs a kind"),
         (
@@ -357,7 +357,7 @@ def test_help_and_check_know_components_from_outside(
     tmp_path: Path, outside: dict[str, str]
 ) -> None:
     shown = ingestd("run", "--help", cwd=tmp_path, environ=outside).stdout
-    assert "--source http|stdin|fetch|broken|counter" in shown
+    assert f"--source {'|'.join(SOURCES.own)}|broken|counter" in shown
     assert "the last number that is counted [3]" in shown
     own, _, others = shown.partition("sinks: jsonl, ")[2].partition(", adder")
     assert "sqlite" in own

@@ -10,14 +10,13 @@ from ingestd.sources.fetch.settings import FetchSettings, problems_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from ingestd.sources.base import Source, SourceContext
-
 
 class FetchSourceKind(SourceKind):
     """`kind = "fetch"`."""
 
     settings = FetchSettings
     block_bytes = 4 * 1024**2
+    source = "ingestd.sources.fetch.source:FetchSource"
 
     def problems(
         self,
@@ -33,16 +32,3 @@ class FetchSourceKind(SourceKind):
     def reads_input(self, settings: FetchSettings) -> bool:
         """See `SourceKind`."""
         return settings.file == "-"
-
-    def build(self, settings: FetchSettings, context: SourceContext) -> Source:
-        """See `SourceKind`."""
-        from ingestd.sources.fetch.source import FetchSource  # noqa: PLC0415  it needs a client
-
-        return FetchSource(
-            settings,
-            context.pipelines[context.pipeline],
-            clock=context.clock,
-            name=context.name,
-            fd=context.input_fd,
-            stderr=context.stderr,
-        )

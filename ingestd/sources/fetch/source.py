@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from aiohttp.abc import AbstractResolver
 
     from ingestd.base.clock import Clock
-    from ingestd.sources.base import Intake
+    from ingestd.sources.base import Intake, SourceContext
     from ingestd.sources.fetch.settings import FetchSettings
     from ingestd.sources.fetch.urls import Link
 
@@ -80,6 +80,18 @@ class FetchSource(Source):
         self._downloads: list[Download] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._error: BaseException | None = None
+
+    @classmethod
+    def of(cls, settings: FetchSettings, context: SourceContext) -> FetchSource:
+        """See `Source`."""
+        return cls(
+            settings,
+            context.pipelines[context.pipeline],
+            clock=context.clock,
+            name=context.name,
+            fd=context.input_fd,
+            stderr=context.stderr,
+        )
 
     async def start(self) -> None:
         """Reads the list and begins to download.

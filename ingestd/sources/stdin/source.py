@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from ingestd.base.record import InvalidRecord
     from ingestd.codecs.lines import Parsed
-    from ingestd.sources.base import Intake
+    from ingestd.sources.base import Intake, SourceContext
     from ingestd.sources.descriptors import Reader
     from ingestd.sources.stdin.settings import StdinSettings
 
@@ -150,6 +150,18 @@ class StdinSource(Source):
         self.bytes = 0
         self.records = 0
         self.refused = 0
+
+    @classmethod
+    def of(cls, settings: StdinSettings, context: SourceContext) -> StdinSource:
+        """See `Source`."""
+        return cls(
+            settings,
+            context.pipelines[context.pipeline],
+            name=context.name,
+            fd=context.input_fd,
+            stderr=context.stderr,
+            is_interrupted=context.is_interrupted,
+        )
 
     async def start(self) -> None:
         """Begins to read."""

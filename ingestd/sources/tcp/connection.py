@@ -82,12 +82,13 @@ class Totals:
         received: bytes.
         datagrams: that were read.
         dropped: of these, dropped because too many waited.
+        faults: places in connections at which framing went wrong, and which went on.
     """
 
-    __slots__ = ("cut", "datagrams", "dropped", "received", "refused")
+    __slots__ = ("cut", "datagrams", "dropped", "faults", "received", "refused")
 
     def __init__(self) -> None:
-        self.refused = self.cut = self.received = self.datagrams = self.dropped = 0
+        self.refused = self.cut = self.received = self.datagrams = self.dropped = self.faults = 0
 
 
 class Owner(Protocol):

@@ -109,7 +109,7 @@ class TcpSettings(Section):
 
 
 class TcpSourceKind(SourceKind):
-    """Base class of kinds of sources over TCP. A subclass has `settings` and `build`.
+    """Base class of kinds of sources over TCP. A subclass has `settings` and `source`.
 
     Attributes:
         table: the name of the kind, and of its table.

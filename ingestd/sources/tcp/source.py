@@ -163,6 +163,7 @@ class TcpSource(Source):
             "connections_refused": totals.refused,
             "connections_cut": totals.cut,
             "received_bytes": totals.received,
+            "framing_faults": totals.faults,
         }
 
     # -- connections ---------------------------------------------------------------------------

@@ -1,0 +1,359 @@
+"""Framing of syslog over TCP (RFC 6587, RFC 5425), and messages as records.
+
+The framing of a connection is told by its first bytes, and only then:
+
+* *counted*: `LENGTH SP MESSAGE`, if they are a number, a space and `<`. White space and NULs before
+  a length are skipped: some senders put an LF behind each message. Where there is no length the
+  count before it was wrong. What follows up to the next LF is a record as it is, and the
+  connection goes on: a wrong count costs no more than the messages that it covers.
+* *terminated*: anything else. Messages end with LF. From a NUL on that stands before a `<`, or at
+  the end of a piece, they end with NUL (as Python's `SysLogHandler` has them) and may have LFs in
+  them; if that is in the first piece, so do those before it.
+
+A message that is longer than `record_bytes_max` is an invalid record, `too_large`, with its
+beginning. So is one that was not received to its end: `unfinished`. Everything else is a record.
+
+Blocks of messages are lines, ended by LF. In a block whose messages may hold LFs each of these is a
+NUL until the block is parsed, so NULs of such a message become LFs.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from ingestd.base.record import InvalidRecord, Layout, Records
+from ingestd.codecs.framing import Framer
+from ingestd.codecs.lines import KEPT_BYTES, Parsed, too_large
+from ingestd.sources.tcp import UNFINISHED, Frames, Received, StreamCodec
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from ingestd.sources.syslog.parser import MessageParser
+
+COUNT_BYTES = 9
+"""The longest length of a frame, in digits; a longer number is no length."""
+_COUNTED = re.compile(rb"[1-9]\d{0,8} <")
+_MAY_BE_COUNTED = re.compile(rb"(?:[1-9]\d{0,8} ?)?")
+_NUL_END = re.compile(rb"\0(?=<|\Z)")
+_SWAPPED = bytes.maketrans(b"\n\0", b"\0\n")
+_FILLERS = b"\n\r\0 "
+_LF = b"\\n"
+_NUL = b"\\u0000"
+
+
+class RecordMaker:
+    """Makes records of messages, as the settings say.
+
+    Args:
+        parser: of messages; `None` for records that are the messages themselves.
+        record_bytes_max: a longer record is invalid.
+    """
+
+    def __init__(self, parser: MessageParser | None, record_bytes_max: int) -> None:
+        self._parser = parser
+        self.record_bytes_max = record_bytes_max
+
+    def make(self, parsed: Parsed, peers: Sequence[bytes], *, folded: bool) -> Parsed:
+        """Returns the records of a block.
+
+        Args:
+            parsed: lines, and what was refused before.
+            peers: the JSON text of the peer's address, one for all lines or one for each.
+            folded: a NUL in it stands for an LF.
+        """
+        block, count = parsed.records.payload, parsed.records.count
+        if self._parser is None:
+            if b"\0" in block and folded:
+                block = block.replace(b"\0", b"#012")  # as rsyslog writes it
+            return parsed._replace(records=Records(Layout.LINES, count, block))
+        if not count:
+            return parsed
+        found = self._parser.parse(block, _LF if folded else _NUL)
+        if len(peers) == 1:
+            tail = b',"peer":%b}\n' % peers[0]
+            found.append(b"")
+            payload = tail.join(found)
+        else:
+            pairs = zip(found, peers, strict=True)
+            payload = b"".join([b'%b,"peer":%b}\n' % pair for pair in pairs])
+        if len(payload) <= self.record_bytes_max:
+            return parsed._replace(records=Records(Layout.LINES, count, payload))
+        return self._bounded(payload, parsed)
+
+    def _bounded(self, payload: bytes, parsed: Parsed) -> Parsed:
+        """Refuses objects that are too large, although their messages were not."""
+        objects = payload[:-1].split(b"\n")
+        if max(map(len, objects)) <= self.record_bytes_max:
+            return parsed._replace(records=Records(Layout.LINES, len(objects), payload))
+        good, refused = [], list(parsed.refused)
+        for index, one in enumerate(objects):
+            if len(one) <= self.record_bytes_max:
+                good.append(one)
+            else:
+                refused.append(too_large(index, len(one), self.record_bytes_max, one))
+        return parsed._replace(records=Records.lines(good), refused=refused)
+
+
+def fold(messages: Sequence[bytes]) -> tuple[bytes, bool]:
+    """A block of messages that may hold anything: (lines, whether NULs in them stand for LFs)."""
+    block = b"\n".join([*messages, b""])
+    if block.count(b"\n") == len(messages):
+        return block, False
+    return b"\n".join([*[one.replace(b"\n", b"\0") for one in messages], b""]), True
+
+
+class SyslogCodec(StreamCodec):
+    """The messages of one connection.
+
+    Args:
+        maker: of their records.
+        peer: the JSON text of its address.
+        on_fault: called where a length was wrong.
+    """
+
+    def __init__(self, maker: RecordMaker, peer: bytes, on_fault: Callable[[], None]) -> None:
+        self._maker = maker
+        self._peers = (peer,)
+        self._on_fault = on_fault
+        self._framing: CountedFraming | TerminatedFraming | None = None
+        self._begun = b""
+
+    @property
+    def held(self) -> int:  # type: ignore[override]
+        """See `StreamCodec`."""
+        return len(self._begun) if self._framing is None else self._framing.held
+
+    def feed(self, data: bytes) -> Frames:
+        """See `StreamCodec`."""
+        framing = self._framing
+        if framing is None:
+            data = (self._begun + data).lstrip(_FILLERS)
+            may_be = _MAY_BE_COUNTED.fullmatch(data)
+            if may_be is not None:
+                self._begun = data
+                return Frames()
+            self._begun = b""
+            framing = self._framing = self._choose(data)
+        return self._framed(framing.feed(data))
+
+    def _choose(self, data: bytes) -> CountedFraming | TerminatedFraming:
+        bound = self._maker.record_bytes_max
+        if _COUNTED.match(data):
+            return CountedFraming(bound, self._on_fault)
+        return TerminatedFraming(bound)
+
+    def end(self, why: str | None) -> Frames:
+        """See `StreamCodec`."""
+        if self._framing is None:
+            if not self._begun:
+                return Frames()
+            self._framing = TerminatedFraming(self._maker.record_bytes_max)
+            self._framing.feed(self._begun)
+        return self._framed(self._framing.end(why))
+
+    def _framed(self, parsed: Parsed | None) -> Frames:
+        if parsed is None or not parsed.total:
+            return Frames()
+        folded = self._framing is not None and self._framing.folded
+        return Frames([Received(self._maker.make(parsed, self._peers, folded=folded))])
+
+
+class TerminatedFraming:
+    """Messages with a terminator.
+
+    Args:
+        record_bytes_max: a longer message is refused.
+
+    Attributes:
+        folded: NULs in the lines that it gives stand for LFs.
+    """
+
+    def __init__(self, record_bytes_max: int) -> None:
+        self._record_bytes_max = record_bytes_max
+        self._framer = Framer("text", record_bytes_max)
+        self._is_decided = self.folded = False
+
+    @property
+    def held(self) -> int:
+        """Bytes of the message that was begun."""
+        return self._framer.held
+
+    def feed(self, data: bytes) -> Parsed | None:
+        """Returns lines, and messages that were too long."""
+        if not self._is_decided:
+            self._decide(data)
+        if self.folded:
+            return _without_nuls(self._framer.feed(data.translate(_SWAPPED)))
+        end = _NUL_END.search(data)
+        if end is None:
+            return _without_nuls(self._framer.feed(data))
+        parsed = _joined(self._framer.feed(data[: end.start()]), self._framer.end())
+        self.folded = True
+        self._framer = Framer("text", self._record_bytes_max, begun=True, index=self._framer.index)
+        more = self._framer.feed(data[end.end() :].translate(_SWAPPED))
+        return _without_nuls(_joined(parsed, more))
+
+    def _decide(self, data: bytes) -> None:
+        """Looks for the first terminator."""
+        self.folded = _NUL_END.search(data) is not None
+        self._is_decided = self.folded or b"\n" in data
+
+    def end(self, why: str | None) -> Parsed | None:
+        """Returns what is held: a message if the peer has ended, else an invalid record."""
+        if why is None:
+            return _without_nuls(self._framer.end())
+        parsed = self._framer.cut()
+        if parsed is None:
+            return None
+        return parsed._replace(refused=[_with_reason(one, why) for one in parsed.refused])
+
+
+def _with_reason(record: InvalidRecord, why: str) -> InvalidRecord:
+    return record._replace(detail=why) if record.reason == UNFINISHED else record
+
+
+def _without_nuls(parsed: Parsed | None) -> Parsed | None:
+    """Takes NULs away that stand at the beginning and the end of lines."""
+    block = parsed.records.payload if parsed is not None else b""
+    if b"\0" not in block or not (b"\0\n" in block or b"\n\0" in block or block[:1] == b"\0"):
+        return parsed
+    lines = [line.strip(b"\0") for line in block[:-1].split(b"\n")]
+    return parsed and parsed._replace(records=Records.lines([line for line in lines if line]))
+
+
+def _joined(first: Parsed | None, last: Parsed | None) -> Parsed | None:
+    if first is None or last is None:
+        return first or last
+    payload = first.records.payload + last.records.payload
+    count = first.records.count + last.records.count
+    records = Records(Layout.LINES, count, payload)
+    return Parsed(records, first.refused + last.refused, first.unlisted + last.unlisted)
+
+
+class CountedFraming:
+    """Messages with their lengths before them.
+
+    Args:
+        record_bytes_max: a longer message is refused.
+        on_fault: called where there is no length.
+
+    Attributes:
+        folded: NULs in the lines that it gave last stand for LFs.
+    """
+
+    def __init__(self, record_bytes_max: int, on_fault: Callable[[], None]) -> None:
+        self._record_bytes_max = record_bytes_max
+        self._on_fault = on_fault
+        self._tail = bytearray()
+        self._needed = 0  # bytes of the message that was begun, with its length
+        self._index = 0
+        self._over_left = 0  # bytes of a message that is too long that are still to come
+        self._is_lost = False  # within what has no length, up to the next LF
+        self.folded = False
+
+    @property
+    def held(self) -> int:
+        """Bytes of the message that was begun."""
+        return len(self._tail)
+
+    def feed(self, data: bytes) -> Parsed | None:
+        """Returns lines, and messages that were too long."""
+        if self._over_left:
+            skipped = min(self._over_left, len(data))
+            self._over_left -= skipped
+            data = data[skipped:]
+        tail = self._tail
+        tail += data
+        if self._is_lost:
+            # Not searched again from its beginning for each piece.
+            if b"\n" not in data and len(tail) <= self._record_bytes_max:
+                return None
+        elif len(tail) < self._needed:
+            return None
+        messages: list[bytes] = []
+        refused: list[InvalidRecord] = []
+        self._needed = 0
+        at = self._split(bytes(tail), messages, refused)
+        del tail[:at]
+        return self._parsed(messages, refused)
+
+    def _parsed(self, messages: list[bytes], refused: list[InvalidRecord]) -> Parsed | None:
+        messages = [one for one in messages if one]
+        if not messages and not refused:
+            return None
+        block, self.folded = fold(messages)
+        return Parsed(Records(Layout.LINES, len(messages), block if messages else b""), refused)
+
+    def _split(self, data: bytes, messages: list[bytes], refused: list[InvalidRecord]) -> int:
+        """Cuts messages off; returns where the rest begins."""
+        at, size = 0, len(data)
+        while at < size:
+            if data[at] in _FILLERS and not self._is_lost:
+                at += 1
+                continue
+            space = -1 if self._is_lost else data.find(b" ", at, at + COUNT_BYTES + 1)
+            digits = data[at:space] if space >= 0 else b""
+            if digits.isdigit() and digits[:1] != b"0":
+                length = int(digits)
+                start, end = space + 1, space + 1 + length
+                if length > self._record_bytes_max:
+                    at = self._begin_over(data, start, length, refused)
+                elif end > size:
+                    self._needed = end - at
+                    return at
+                else:
+                    messages.append(data[start:end].rstrip(b"\n\r\0"))
+                    at = end
+            elif not self._is_lost and size - at <= COUNT_BYTES and data[at:].isdigit():
+                return at
+            else:
+                end = self._lost(data, at, messages, refused)
+                if end < 0:
+                    return at
+                at = end
+        return at
+
+    def _lost(
+        self, data: bytes, at: int, messages: list[bytes], refused: list[InvalidRecord]
+    ) -> int:
+        """Takes what has no length up to the next LF; returns -1 if that has not come."""
+        if not self._is_lost:
+            self._on_fault()
+            self._is_lost = True
+        end = data.find(b"\n", at)
+        if end < 0 and len(data) - at <= self._record_bytes_max:
+            return -1
+        self._is_lost = False
+        if end < 0 or end - at > self._record_bytes_max:
+            end = len(data) if end < 0 else end
+            refused.append(too_large(self._next(), end - at, self._record_bytes_max, data[at:end]))
+        else:
+            messages.append(data[at:end].rstrip(b"\r\0"))
+        return end
+
+    def _begin_over(
+        self, data: bytes, start: int, length: int, refused: list[InvalidRecord]
+    ) -> int:
+        """Refuses a message that is too long, of which all or a part is here."""
+        here = data[start : start + length]
+        refused.append(too_large(self._next(), length, self._record_bytes_max, here))
+        self._over_left = length - len(here)
+        return start + len(here)
+
+    def _next(self) -> int:
+        self._index += 1
+        return self._index - 1
+
+    def end(self, why: str | None) -> Parsed | None:
+        """Returns the message that was begun, as an invalid record."""
+        tail = bytes(self._tail.strip(_FILLERS))
+        self._tail.clear()
+        if not tail:
+            return None
+        if self._is_lost and why is None:
+            return self._parsed([tail], [])
+        detail = why or f"the connection ended after {len(tail)} bytes of the message"
+        record = InvalidRecord(self._next(), UNFINISHED, detail, tail[:KEPT_BYTES])
+        return Parsed(Records.lines([]), [record])
