@@ -117,6 +117,29 @@ def bulk_with_ids(batch: Sequence[Event]) -> bytes:
     )
 
 
+def otlp_logs(batch: Sequence[Event]) -> bytes:
+    from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
+    from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+
+    def pair(name: str, value: str | int) -> KeyValue:
+        kind = "int_value" if isinstance(value, int) else "string_value"
+        return KeyValue(key=name, value=AnyValue(**{kind: value}))  # type: ignore[arg-type]
+
+    request = ExportLogsServiceRequest()
+    resource = request.resource_logs.add()
+    resource.resource.attributes.append(pair("service.name", "shop"))
+    scope = resource.scope_logs.add()
+    scope.scope.name = "shop.checkout"
+    for event in batch:
+        scope.log_records.add(
+            time_unix_nano=event.at,
+            severity_text=event.level,
+            body=AnyValue(string_value=event.message),
+            attributes=[pair(name, value) for name, value in event.fields.items()],
+        )
+    return request.SerializeToString()
+
+
 class Case(NamedTuple):
     """One endpoint in one encoding.
 
@@ -147,6 +170,10 @@ ENDPOINTS = (
     Case(
         "elasticsearch, ids", "/elastic/_bulk", "application/x-ndjson", bulk_with_ids, 0.0,
         ("--http.endpoints.elasticsearch.pipeline", "default"),
+    ),
+    Case(
+        "otlp", "/v1/logs", "application/x-protobuf", otlp_logs, 0.35,
+        ("--http.endpoints.otlp.pipeline", "default"),
     ),
 )  # fmt: skip
 

@@ -129,14 +129,12 @@ ENDPOINTS = Components(
     "ingestd.endpoints",
     {
         "records": "ingestd.sources.http.endpoints.records:RecordsEndpoint",
+        "otlp": "ingestd.sources.http.endpoints.otlp:OtlpEndpoint",
         "webhooks": "ingestd.sources.http.endpoints.webhooks:WebhooksEndpoint",
         "datadog": "ingestd.sources.http.endpoints.datadog:DatadogEndpoint",
         "loki": "ingestd.sources.http.endpoints.loki:LokiEndpoint",
         "elasticsearch": "ingestd.sources.http.endpoints.elasticsearch:ElasticsearchEndpoint",
         "splunk_hec": "ingestd.sources.http.endpoints.splunk_hec:SplunkHecEndpoint",
-        "segment": "ingestd.sources.http.endpoints.segment:SegmentEndpoint",
-        "posthog": "ingestd.sources.http.endpoints.posthog:PosthogEndpoint",
-        "cloudevents": "ingestd.sources.http.endpoints.cloudevents:CloudeventsEndpoint",
     },
 )
 SINKS = Components(
