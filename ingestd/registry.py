@@ -122,6 +122,7 @@ SOURCES = Components(
         "stdin": "ingestd.sources.stdin:StdinSourceKind",
         "fetch": "ingestd.sources.fetch:FetchSourceKind",
         "syslog": "ingestd.sources.syslog:SyslogSourceKind",
+        "forward": "ingestd.sources.forward.settings:ForwardSourceKind",
     },
 )
 ENDPOINTS = Components(
