@@ -108,12 +108,9 @@ def bulk(batch: Sequence[Event]) -> bytes:
     return b"".join([b'{"create":{"_index":"logs"}}\n%b\n' % event.as_json() for event in batch])
 
 
-def bulk_with_ids(batch: Sequence[Event]) -> bytes:
+def hec(batch: Sequence[Event]) -> bytes:
     return b"".join(
-        [
-            b'{"index":{"_index":"logs","_id":"%d"}}\n%b\n' % (event.at, event.as_json())
-            for event in batch
-        ]
+        [b'{"time":%.3f,"event":%b}' % (event.at / 1e9, event.as_json()) for event in batch]
     )
 
 
@@ -168,8 +165,8 @@ ENDPOINTS = (
         ("--http.endpoints.elasticsearch.pipeline", "default"),
     ),
     Case(
-        "elasticsearch, ids", "/elastic/_bulk", "application/x-ndjson", bulk_with_ids, 0.0,
-        ("--http.endpoints.elasticsearch.pipeline", "default"),
+        "splunk_hec", "/services/collector", "application/json", hec, 0.4,
+        ("--http.endpoints.splunk_hec.pipeline", "default"),
     ),
     Case(
         "otlp", "/v1/logs", "application/x-protobuf", otlp_logs, 0.35,
