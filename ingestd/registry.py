@@ -136,6 +136,9 @@ ENDPOINTS = Components(
         "loki": "ingestd.sources.http.endpoints.loki:LokiEndpoint",
         "elasticsearch": "ingestd.sources.http.endpoints.elasticsearch:ElasticsearchEndpoint",
         "splunk_hec": "ingestd.sources.http.endpoints.splunk_hec:SplunkHecEndpoint",
+        "segment": "ingestd.sources.http.endpoints.segment:SegmentEndpoint",
+        "posthog": "ingestd.sources.http.endpoints.posthog:PosthogEndpoint",
+        "cloudevents": "ingestd.sources.http.endpoints.cloudevents:CloudeventsEndpoint",
     },
 )
 SINKS = Components(

@@ -79,10 +79,13 @@ class SenderIds(NamedTuple):
     known: frozenset[bytes]
 
 
-def sender_id(*parts: str) -> bytes:
-    """Returns the id of what a sender calls a record, whatever its length."""
-    text = "\0".join(parts).encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(text, digest_size=ID_BYTES).digest()
+def sender_id(*parts: bytes) -> bytes:
+    """Returns the id of what a sender calls a record, whatever its length.
+
+    Args:
+        parts: without NUL.
+    """
+    return hashlib.blake2b(b"\0".join(parts), digest_size=ID_BYTES).digest()
 
 
 class HeldIds:

@@ -32,7 +32,11 @@ if TYPE_CHECKING:
 
 PAGES = [
     page
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for page in (
+        ROOT / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "docs" / "clients").glob("*.md")),
+    )
     # The blocks of DEPLOYMENT.md need what stands before them: tests/deploy runs them in order.
     if "curl" in page.read_text() and page.stem != "DEPLOYMENT"
 ]

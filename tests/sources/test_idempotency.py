@@ -23,11 +23,11 @@ from ingestd.base.errors import KeyInFlight, KeyReused, Overloaded
 from ingestd.base.metrics import Metrics
 from ingestd.base.record import Records
 from ingestd.http.problem import Problem
-from ingestd.http.settings import HttpSettings
 from ingestd.journal.idempotency import KeyRule
 from ingestd.journal.sqlite.journal import SqliteJournal
 from ingestd.pipeline import Pipeline
 from ingestd.settings import Settings
+from ingestd.sources.http import HttpSourceKind
 from ingestd.sources.http.headers import parse_key
 from ingestd.sources.http.source import HttpSource
 from tests.daemon.harness import daemon
@@ -72,7 +72,7 @@ class Door:
             )  # fmt: skip
             await self.pipelines[name].open()
         self.source = HttpSource(
-            HttpSettings(listen="127.0.0.1:0", **self.http),
+            HttpSourceKind.settings(listen="127.0.0.1:0", **self.http),
             self.pipelines,
             default=self.names[0],
         )

@@ -27,7 +27,7 @@ def reads_ids(patch: pytest.MonkeyPatch) -> None:
     def decode_ids(self: Any, body: bytes, limits: Any) -> tuple[Decoded]:
         (part,) = plain(self, body, limits)
         ids = [str(json.loads(item).get("id", "")) for item in part.parsed.records.items()]
-        each = tuple(sender_id(one) if one else b"" for one in ids)
+        each = tuple(sender_id(one.encode()) if one else b"" for one in ids)
         return (part._replace(ids=SenderIds(each, frozenset(each) - {b""})),)
 
     patch.setattr(decode.DocumentCodec, "decode", decode_ids)
