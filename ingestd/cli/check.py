@@ -21,7 +21,7 @@ from ingestd.cli.connect import (
     sink_findings,
 )
 from ingestd.cli.output import Parser, fail, say
-from ingestd.config.keys import dotted, quoted, shown
+from ingestd.config.keys import dotted, shown, toml_of
 from ingestd.config.loader import DEFAULT
 from ingestd.config.sections import MASK
 from ingestd.handlers.options import Secret, options_of
@@ -47,7 +47,9 @@ _WIDTH_MAX = 48
 
 def effective(loaded: Loaded[Settings]) -> Iterator[str]:
     """One line a setting: `batch.records_max = 500   # flag --batch.records_max`."""
-    lines = [(f"{key} = {_toml(value)}", origin) for key, value, origin in effective_values(loaded)]
+    lines = [
+        (f"{key} = {toml_of(value)}", origin) for key, value, origin in effective_values(loaded)
+    ]
     width = min(max(len(text) for text, _ in lines), _WIDTH_MAX)
     for text, origin in lines:
         yield f"{text:<{width}}  # {_one_line(origin)}"
@@ -99,18 +101,6 @@ def _option(path: Sequence[str], value: object, harmless: bool) -> object:
     if isinstance(value, str) and not (harmless or _PLAIN.fullmatch(value)):
         return MASK
     return value
-
-
-def _toml(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{dotted([key])} = {_toml(v)}" for key, v in value.items()) + "}"
-    return quoted(str(value))
 
 
 def _one_line(text: str) -> str:
