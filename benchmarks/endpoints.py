@@ -108,33 +108,61 @@ def bulk(batch: Sequence[Event]) -> bytes:
     return b"".join([b'{"create":{"_index":"logs"}}\n%b\n' % event.as_json() for event in batch])
 
 
-def hec(batch: Sequence[Event]) -> bytes:
+def bulk_with_ids(batch: Sequence[Event]) -> bytes:
     return b"".join(
-        [b'{"time":%.3f,"event":%b}' % (event.at / 1e9, event.as_json()) for event in batch]
+        [
+            b'{"index":{"_index":"logs","_id":"%d"}}\n%b\n' % (event.at, event.as_json())
+            for event in batch
+        ]
     )
 
 
-def otlp_logs(batch: Sequence[Event]) -> bytes:
-    from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
-    from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+def datadog(batch: Sequence[Event]) -> bytes:
+    """Logs with Datadog's attributes; the agent sends such arrays."""
+    tags = {"ddsource": "shop", "service": "web"}
+    return msgspec.json.encode([{**msgspec.json.decode(one.as_json()), **tags} for one in batch])
 
-    def pair(name: str, value: str | int) -> KeyValue:
-        kind = "int_value" if isinstance(value, int) else "string_value"
-        return KeyValue(key=name, value=AnyValue(**{kind: value}))  # type: ignore[arg-type]
 
-    request = ExportLogsServiceRequest()
-    resource = request.resource_logs.add()
-    resource.resource.attributes.append(pair("service.name", "shop"))
-    scope = resource.scope_logs.add()
-    scope.scope.name = "shop.checkout"
+def _by_level(batch: Sequence[Event]) -> dict[str, list[tuple[int, str]]]:
+    """Streams: times and lines by level. A line is the event as JSON, as most shippers send it."""
+    streams: dict[str, list[tuple[int, str]]] = {}
     for event in batch:
-        scope.log_records.add(
-            time_unix_nano=event.at,
-            severity_text=event.level,
-            body=AnyValue(string_value=event.message),
-            attributes=[pair(name, value) for name, value in event.fields.items()],
-        )
-    return request.SerializeToString()
+        streams.setdefault(event.level, []).append((event.at, event.as_json().decode()))
+    return streams
+
+
+def loki(batch: Sequence[Event]) -> bytes:
+    streams = [
+        {
+            "stream": {"app": "web", "level": level},
+            "values": [[str(at), line] for at, line in lines],
+        }
+        for level, lines in _by_level(batch).items()
+    ]
+    return msgspec.json.encode({"streams": streams})
+
+
+def loki_protobuf(batch: Sequence[Event]) -> bytes:
+    """A `PushRequest` as a snappy block."""
+    import cramjam
+
+    def varint(number: int) -> bytes:
+        low = bytes([number & 0x7F | (0x80 if number > 0x7F else 0)])
+        return low + varint(number >> 7) if number > 0x7F else low
+
+    def field(number: int, value: bytes) -> bytes:
+        return bytes([number << 3 | 2]) + varint(len(value)) + value
+
+    streams = []
+    for level, lines in _by_level(batch).items():
+        entries = [
+            field(1, b"\x08" + varint(at // 10**9) + b"\x10" + varint(at % 10**9))
+            + field(2, line.encode())
+            for at, line in lines
+        ]
+        labels = field(1, f'{{app="web", level="{level}"}}'.encode())
+        streams.append(field(1, labels + b"".join([field(2, entry) for entry in entries])))
+    return bytes(cramjam.snappy.compress_raw(b"".join(streams)))
 
 
 class Case(NamedTuple):
@@ -165,12 +193,20 @@ ENDPOINTS = (
         ("--http.endpoints.elasticsearch.pipeline", "default"),
     ),
     Case(
-        "splunk_hec", "/services/collector", "application/json", hec, 0.4,
-        ("--http.endpoints.splunk_hec.pipeline", "default"),
+        "elasticsearch, ids", "/elastic/_bulk", "application/x-ndjson", bulk_with_ids, 0.0,
+        ("--http.endpoints.elasticsearch.pipeline", "default"),
     ),
     Case(
-        "otlp", "/v1/logs", "application/x-protobuf", otlp_logs, 0.35,
-        ("--http.endpoints.otlp.pipeline", "default"),
+        "datadog", "/api/v2/logs", "application/json", datadog, 0.4,
+        ("--http.endpoints.datadog.pipeline", "default"),
+    ),
+    Case(
+        "loki", "/loki/api/v1/push", "application/json", loki, 0.4,
+        ("--http.endpoints.loki.pipeline", "default"),
+    ),
+    Case(
+        "loki, protobuf", "/loki/api/v1/push", "application/x-protobuf", loki_protobuf, 0.4,
+        ("--http.endpoints.loki.pipeline", "default"),
     ),
 )  # fmt: skip
 

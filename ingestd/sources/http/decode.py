@@ -48,6 +48,7 @@ _ELEMENTS_SURE = 200_000
 _ELEMENTS_FEW = 20_000
 _ELEMENTS = msgspec.json.Decoder(list[msgspec.Raw])
 _WHITESPACE = b" \t\r\n"
+_CONTROLS = bytes(range(0x20))
 
 
 def checked(parsed: Parsed, bounds: BodyLimits) -> tuple[Decoded]:
@@ -277,6 +278,18 @@ def too_large_expanded(bounds: BodyLimits) -> Problem:
     return Problem(problem.PAYLOAD_TOO_LARGE, detail)
 
 
+def bound_as_json(text: bytes, bounds: BodyLimits) -> None:
+    """Checks what texts take as strings in JSON, where a control character has six bytes.
+
+    Raises:
+        Problem: 413.
+    """
+    if 6 * len(text) > bounds.bytes_max:
+        controls = len(text) - len(text.translate(None, _CONTROLS))
+        if len(text) + 5 * controls > bounds.bytes_max:
+            raise too_large_expanded(bounds)
+
+
 class LinesCodec(BodyCodec):
     """One record a line.
 
@@ -381,20 +394,11 @@ class BodyDecoder:
     async def decode(
         self, wire: bytes, hold: Reservation, *, encoding: str, codec: BodyCodec, limits: BodyLimits
     ) -> Sequence[Decoded]:
-        """Returns the records of a body, which may be larger than it was.
+        """Returns the records of a body.
 
         Raises:
-            Problem: see `BodyCodec.decode` and `inflate`, or there is no room for them.
+            Problem: see `BodyCodec.decode` and `inflate`.
         """
-        parts = await self._read(wire, hold, encoding=encoding, codec=codec, limits=limits)
-        size = sum(len(part.parsed.records.payload) for part in parts)
-        if size > hold.bytes:
-            hold.grow(size - hold.bytes)
-        return parts
-
-    async def _read(
-        self, wire: bytes, hold: Reservation, *, encoding: str, codec: BodyCodec, limits: BodyLimits
-    ) -> Sequence[Decoded]:
         if encoding == "identity" or not wire:
             return await self._decode(wire, codec, limits)
         settings = self._settings

@@ -70,7 +70,6 @@ LINGER_SECONDS = 2.0
 ANONYMOUS = "anonymous"
 _COPIES = 2
 _HELD_FREE = 4 * 1024
-_APPEND_BYTES = 2048  # what an append of its own costs, about
 _REFUSED_BYTES = 256  # what a refused record costs beside its payload, about
 
 
@@ -203,7 +202,6 @@ class TcpConnection(asyncio.BufferedProtocol):
         if self._is_secure:
             secured.tell(self._ended)
         self._codec = owner.codec(self.peer)
-        self._codec.grow = self._hold.grow
         self.task = self._loop.create_task(self._run(), name=f"{owner.name}-connection")
         owner.opened(self)
         if owner.is_leaving:
@@ -328,24 +326,22 @@ class TcpConnection(asyncio.BufferedProtocol):
             why = str(cut)
         is_whole = self._has_ended and not why
         last = await self._decode(
-            self._codec.end, None if is_whole else why or "the connection was lost", is_quick=True
+            self._codec.end, None if is_whole else why or "the connection was lost"
         )
         await self._commit(last)
         await self._committed()
         return why or last.fault
 
-    async def _decode(
-        self, call: Callable[[Any], Frames], argument: object, *, is_quick: bool
-    ) -> Frames:
+    async def _decode(self, call: Callable[[Any], Frames], argument: object) -> Frames:
         """Calls the codec, in a thread if that may take long."""
-        if self._passing + self._codec.held < THREAD_BYTES and is_quick:
+        if self._passing + self._codec.held < THREAD_BYTES:
             return call(argument)
         return await self._loop.run_in_executor(self._owner.thread, call, argument)
 
     async def _take(self, data: bytes) -> str:
         """Decodes bytes and has their records accepted; returns a fault of theirs."""
         codec = self._codec
-        frames = await self._decode(codec.feed, data, is_quick=codec.is_quick(data))
+        frames = await self._decode(codec.feed, data)
         held = codec.held
         try:
             self._hold.keep(held if held > _HELD_FREE else 0)
@@ -593,7 +589,7 @@ class TcpConnection(asyncio.BufferedProtocol):
 def _size_of(received: Received) -> int:
     parsed = received.parsed
     kept = sum(len(one.payload) + _REFUSED_BYTES for one in parsed.refused)
-    return parsed.records.stored_bytes + kept + (_APPEND_BYTES if received.key else 0)
+    return parsed.records.stored_bytes + kept
 
 
 def _groups(received: Sequence[Received]) -> list[list[Received]]:

@@ -86,8 +86,7 @@ class TcpSource(Source):
 
     def _check_exposure(self) -> None:
         """Passed sockets are where they are, whatever `listen` says."""
-        settings = self.settings
-        if settings.allow_anonymous or settings.tls.client_required or settings.demands_proof:
+        if self.settings.allow_anonymous or self.settings.tls.client_required:
             return
         for sock in self._sockets:
             if not is_local(sock):

@@ -8,21 +8,25 @@ from base64 import b64encode
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
+import cramjam
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ingestd.base.errors import Overloaded
+from ingestd.http import body as http_body
 from ingestd.http.problem import Problem
 from ingestd.sources.http.endpoints import loki
 from ingestd.sources.http.endpoints.base import BodyLimits
 from ingestd.sources.http.endpoints.loki import (
     LokiEndpoint,
     LokiSettings,
+    ProtobufPushCodec,
     PushCodec,
     PushFault,
     TooManyEntries,
     read_json,
+    read_labels,
 )
 from tests.peak import peak
 from tests.sources.endpoints.endpoint_tools import KeyIntake, serving_endpoint
@@ -43,6 +47,50 @@ def push(*streams: tuple[dict[str, str], list[Any]]) -> bytes:
 
 def record(time: int, line: str, labels: dict[str, str], **more: Any) -> dict[str, Any]:
     return {"timestamp": str(time), "line": line, "labels": labels, **more}
+
+
+def varint(number: int) -> bytes:
+    out = b""
+    number &= 2**64 - 1
+    while number > 0x7F:
+        out, number = out + bytes([number & 0x7F | 0x80]), number >> 7
+    return out + bytes([number])
+
+
+def field(number: int, value: bytes | int) -> bytes:
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def written(labels: dict[str, str]) -> str:
+    return "{" + ", ".join(f"{name}={json.dumps(value)}" for name, value in labels.items()) + "}"
+
+
+def entry(time: str, line: str, metadata: dict[str, str] | None = None) -> bytes:
+    seconds, nanos = divmod(int(time), 10**9)
+    pairs = [
+        field(3, field(1, k.encode()) + field(2, v.encode())) for k, v in (metadata or {}).items()
+    ]
+    at = field(1, seconds) + field(2, nanos)
+    return field(1, at) + field(2, line.encode()) + b"".join(pairs)
+
+
+def proto(*streams: tuple[dict[str, str] | str, list[Any]]) -> bytes:
+    """A push as `push` makes it, in protobuf."""
+    return b"".join(
+        field(
+            1,
+            field(1, (labels if isinstance(labels, str) else written(labels)).encode())
+            + b"".join(field(2, entry(*value)) for value in values)
+            + field(3, 2**63),  # the hash of the stream, which is skipped
+        )
+        for labels, values in streams
+    )
+
+
+def snappy(body: bytes) -> bytes:
+    return bytes(cramjam.snappy.compress_raw(body))
 
 
 class Asked(Reply):
@@ -107,6 +155,126 @@ async def test_entries_become_records_with_the_labels_of_their_stream() -> None:
         "metadata",
         "tenant",
     ]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Content_Type": "application/x-protobuf"},
+        {"Content_Type": "application/x-protobuf", "Content_Encoding": "snappy"},
+        {"Content_Type": ""},
+    ],
+)
+async def test_entries_in_protobuf_become_the_same_records(headers: dict[str, str]) -> None:
+    intake = KeyIntake(record_bytes_max=1000)
+    web = {"app": "web", "path": 'C:\\temp\n"\u00e4"'}
+    meta = {"trace_id": "0242ac", "user": "\u00e4\n"}
+    streams: Any = [
+        (web, [["1760000000000000001", 'a "quoted"\n\tline \u00e4'], ["2", "x", meta], ["-5", ""]]),
+        ({}, []),
+        ("", [["9", "without labels"]]),
+    ]
+    async with serving_endpoint("loki", intake) as source:
+        reply = await send(source, snappy(proto(*streams)), X_Scope_OrgID="a", **headers)
+        assert (reply.status, reply.body) == (204, b"")
+        assert loads(intake) == [
+            record(1760000000000000001, 'a "quoted"\n\tline \u00e4', web, tenant="a"),
+            record(2, "x", web, metadata=meta, tenant="a"),
+            record(-5, "", web, tenant="a"),
+            record(9, "without labels", {}, tenant="a"),
+        ]
+        intake.runs.clear()
+        body = proto(({"a": "b"}, [["1", "x" * 2000], ["2", "y"], ["3", "z", {"m": "n" * 2000}]]))
+        reply = await send(source, snappy(body), **headers)
+        assert reply.text.startswith("2 of 3 entries were not accepted; entry 0: ")
+        assert [one["line"] for one in loads(intake)] == ["y"]
+        assert [one.reason for one in intake.refused] == ["too_large"] * 2
+
+
+async def test_a_stream_whose_labels_are_none_costs_no_other_one() -> None:
+    intake = KeyIntake()
+    kind = {"Content_Type": "application/x-protobuf"}
+    body = proto(('{a="b"', [["1", "x"], ["2", "y"]]), ({"a": "b"}, [["3", "z"]]))
+    async with serving_endpoint("loki", intake) as source:
+        reply = await send(source, snappy(body), **kind)
+        assert reply.status == 400
+        assert reply.text == "2 of 3 entries were not accepted; entry 0: labels are not in braces\n"
+        assert loads(intake) == [record(3, "z", {"a": "b"})]
+        kept = [json.loads(one.payload) for one in intake.refused]
+        assert kept == [record(1, "x", '{a="b"'), record(2, "y", '{a="b"')]  # type: ignore[arg-type]
+        reply = await send(source, snappy(proto(('{a!="b"}', [["1", "x"]]))), **kind)
+        assert reply.text == "Malformed Records: record 0: labels are malformed at character 2\n"
+
+
+PROTO = proto(({"a": "b"}, [["1", "x", {"c": "d"}], ["2", "y"]]))
+
+
+@pytest.mark.parametrize(
+    ("wire", "why"),
+    [
+        (PROTO, "snappy"),
+        (snappy(PROTO)[:-1], "snappy body is not valid"),
+        (varint(len(PROTO) + 1) + snappy(PROTO)[1:], "snappy body is not valid"),
+        (varint(2**31) + snappy(PROTO)[1:], "its length is not that of its content"),
+        (snappy(PROTO[:-1]), "the protobuf is cut off"),
+        (snappy(PROTO[:3]), "the protobuf is cut off"),
+        (snappy(PROTO[:1]), "the protobuf is cut off"),
+        (snappy(field(1, field(2, b"\x0a\xff\xff"))), "the protobuf is cut off"),
+        (snappy(field(1, field(2, field(1, b"\x08\x80")))), "the protobuf is cut off"),
+        (snappy(field(1, field(2, field(1, b"\x09\x80")))), "the protobuf is cut off"),
+        (snappy(field(1, b"\x0b\x0c")), "wire type 3"),
+        (snappy(b"\x02\x00"), "a field with the number 0"),
+        (snappy(b"\x08" + b"\xff" * 12), "more than 64 bits"),
+    ],
+)
+async def test_what_is_no_push_in_protobuf_is_400(wire: bytes, why: str) -> None:
+    intake = KeyIntake()
+    async with serving_endpoint("loki", intake) as source:
+        reply = await send(source, wire, Content_Type="application/x-protobuf")
+        assert reply.status == 400
+        assert why in reply.text
+    assert not intake.runs
+
+
+async def test_protobuf_is_snappy_and_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = {"Content_Type": "application/x-protobuf"}
+    async with serving_endpoint("loki", KeyIntake()) as source:
+        reply = await send(source, gzip.compress(PROTO), Content_Encoding="gzip", **kind)
+        assert (reply.status, "comes as a snappy block" in reply.text) == (415, True)
+        assert (await send(source, snappy(b""), **kind)).status == 204
+        monkeypatch.setattr(http_body, "has_snappy", lambda: False)
+        reply = await send(source, snappy(PROTO), **kind)
+        assert reply.status == 415
+        assert "pip install 'ingestd[snappy]'" in reply.text
+        assert (await send(source, push(({}, [["1", "x"]])))).status == 204
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("", {}),
+        ("{}", {}),
+        (' { a = "b" , c="d", } ', {"a": "b", "c": "d"}),
+        (r'{a="\\\"\n\t\x41\101\u00e4\U0001F600"}', {"a": '\\"\n\tAA\u00e4\U0001f600'}),
+        (r'{a="\ud83d\ude00"}', {"a": "\U0001f600"}),
+        (r"{a='b\'c', d=`e\n\f`}", {"a": "b'c", "d": r"e\n\f"}),
+        (r'{"a.b\n"="c", d:e_1="}"}', {"a.b\n": "c", "d:e_1": "}"}),
+    ],
+)
+def test_labels_in_a_text(text: str, labels: dict[str, str]) -> None:
+    assert read_labels(text) == labels
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "}", "a", "{a}", "{a=}", "{a=b}", '{a="b}', '{a="b"', '{a=~"b"}', '{a="b" c="d"}',
+        r'{a="\q"}', r'{a="\x4"}', r'{a="\Uffffffff"}', '{1a="b"}', '{a="b\n"}', r'{a="\777"}',
+    ],
+)  # fmt: skip
+def test_what_are_no_labels(text: str) -> None:
+    with pytest.raises(ValueError, match="labels "):
+        read_labels(text)
 
 
 async def test_a_tenant_belongs_to_its_own_requests() -> None:
@@ -225,7 +393,7 @@ async def test_overload_is_the_whole_push_and_errors_are_plain_text() -> None:
     async with serving_endpoint("loki", intake, request_bytes_max=1000) as source:
         assert (await send(source, b" " * 1001)).status == 413
         reply = await send(source, body, Content_Type="text/plain")
-        assert (reply.status, reply.headers["accept"]) == (415, "application/json")
+        assert (reply.status, reply.headers["accept"][:16]) == (415, "application/json")
         assert (await send(source, body, Content_Encoding="br")).text.startswith("Unsupported")
         for path, method, status in (
             ("/loki/api/v1/other", "POST", 404), ("/loki/", "GET", 404), (PUSH, "GET", 405)
@@ -399,6 +567,76 @@ PIECES = [
     b"]}",
     b"{}",
 ]
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(labels, entries), max_size=4))
+def test_every_entry_in_protobuf_is_there(streams: list[Any]) -> None:
+    named = [
+        ({f"n{n}": v for n, v in enumerate(stream.values())}, values) for stream, values in streams
+    ]
+    parts = ProtobufPushCodec(LokiSettings(), "").decode(proto(*named), LIMITS)
+    found = [json.loads(item) for part in parts for item in part.parsed.records.items()]
+    assert found == decoded(push(*named))
+
+
+ENTRY = entry("1760000000123456789", "a line", {"name": "value", "b": ""})
+
+
+@given(st.integers(0, len(ENTRY) - 1), st.integers(0, 255), st.integers(0, 60), st.integers(0, 9))
+def test_usual_entries_are_read_like_any_other(at: int, to: int, cut: int, size_max: int) -> None:
+    wire = bytearray(ENTRY)
+    for body in (ENTRY, ENTRY[:cut], bytes([*wire[:at], to, *wire[at + 1 :]])):
+        for most in (1000, size_max):
+            try:
+                found: Any = loki._read_entry(body, 0, len(body), most)
+            except PushFault:
+                found = PushFault
+            try:
+                assert loki._entry(body, 0, len(body), most) == found
+            except PushFault:
+                assert found is PushFault
+
+
+@given(st.binary(max_size=60) | st.binary(max_size=9).map(lambda body: PROTO[:20] + body))
+def test_any_protobuf_is_records_or_a_problem(body: bytes) -> None:
+    for wire in (body, field(1, body), field(1, field(2, body)), field(1, field(1, body))):
+        try:
+            parts = ProtobufPushCodec(LokiSettings(), "").decode(wire, LIMITS)
+        except Problem:
+            continue
+        assert all(json.loads(one) for part in parts for one in part.parsed.records.items())
+
+
+@given(st.text(max_size=12), st.lists(st.sampled_from("{}a=\"'`,\\x ")).map("".join))
+def test_any_text_is_labels_or_a_fault(value: str, text: str) -> None:
+    for one in (text, "{" + text + "}", value, '{a="' + value + '"}'):
+        try:
+            json.dumps(read_labels(one)).encode()
+        except ValueError:
+            continue
+    assert read_labels(written({"a": value})) == {"a": value}
+
+
+@pytest.mark.parametrize(
+    ("body", "slug"),
+    [
+        (field(1, field(2, field(2, b"\1" * 7_000_000))), "payload-too-large"),
+        (field(1, field(2, field(2, b"a" * 7_000_000 + b"\xf0\x9f\x98\x80"))), "record-too-large"),
+        (field(1, b"") * 300_000, "too-many-records"),
+        (field(1, field(2, b"") * 300_000), "too-many-records"),
+        (field(1, field(1, b"x" * 2_000_000)), "malformed"),
+        (field(1, field(2, field(3, field(1, b"a")) * 300_000)), "record-too-large"),
+        (field(5, b"x") * 50_000, "too-many-records"),
+        (field(1, field(1, b'{a="%b"}' % bytes(99_999)) + field(2, b"") * 99), "payload-too-large"),
+    ],
+)  # fmt: skip
+def test_what_a_protobuf_takes_is_bounded(body: bytes, slug: str) -> None:
+    codec = ProtobufPushCodec(LokiSettings(), "")
+    with peak() as most, pytest.raises(Problem) as caught:
+        codec.decode(body, LIMITS._replace(records_max=1000, bytes_max=LIMITS.bytes_max // 2))
+    assert caught.value.kind.slug == slug
+    assert most.bytes < 2 * len(body) + 20 * 1024**2
 
 
 @given(st.lists(st.sampled_from(PIECES) | st.binary(max_size=9), max_size=12).map(b"".join))

@@ -24,6 +24,7 @@ from ingestd.http.response import JSON, Response
 from ingestd.http.routing import path_of
 from ingestd.sources.http.decode import (
     DocumentCodec,
+    bound_as_json,
     checked,
     parse_made,
     too_large_expanded,
@@ -137,15 +138,20 @@ class TextCodec(BodyCodec):
             if body.count(b"\n") > limits.records_max:
                 raise too_many(limits)
             texts = body.split(b"\n")
-        messages = [text.decode(errors="replace").rstrip("\r") for text in texts if text.strip()]
-        count = len(messages)
+        bound_as_json(body, limits)
+        strings = [_string(text) for text in texts if text.strip()]
+        count = len(strings)
         if count * len(self._end) > limits.bytes_max:
             raise too_large_expanded(limits)
         if not count:
             return ()
         pieces = [b'{"message":', b"", self._end] * count
-        pieces[1::3] = _ENCODER.encode_lines(messages).split(b"\n")[:count]
+        pieces[1::3] = strings
         return checked(parse_made(b"".join(pieces), count, limits), limits)
+
+
+def _string(text: bytes) -> bytes:
+    return _ENCODER.encode(text.decode(errors="replace").rstrip("\r"))
 
 
 def _frames(body: bytes, limits: BodyLimits) -> list[bytes] | None:
