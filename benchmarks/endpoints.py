@@ -108,15 +108,35 @@ def bulk(batch: Sequence[Event]) -> bytes:
     return b"".join([b'{"create":{"_index":"logs"}}\n%b\n' % event.as_json() for event in batch])
 
 
-def bulk_with_ids(batch: Sequence[Event]) -> bytes:
+def hec(batch: Sequence[Event]) -> bytes:
     return b"".join(
-        [
-            b'{"index":{"_index":"logs","_id":"%d"}}\n%b\n' % (event.at, event.as_json())
-            for event in batch
-        ]
+        [b'{"time":%.3f,"event":%b}' % (event.at / 1e9, event.as_json()) for event in batch]
     )
 
 
+<<<<<<< ours
+def otlp_logs(batch: Sequence[Event]) -> bytes:
+    from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
+    from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
+
+    def pair(name: str, value: str | int) -> KeyValue:
+        kind = "int_value" if isinstance(value, int) else "string_value"
+        return KeyValue(key=name, value=AnyValue(**{kind: value}))  # type: ignore[arg-type]
+
+    request = ExportLogsServiceRequest()
+    resource = request.resource_logs.add()
+    resource.resource.attributes.append(pair("service.name", "shop"))
+    scope = resource.scope_logs.add()
+    scope.scope.name = "shop.checkout"
+    for event in batch:
+        scope.log_records.add(
+            time_unix_nano=event.at,
+            severity_text=event.level,
+            body=AnyValue(string_value=event.message),
+            attributes=[pair(name, value) for name, value in event.fields.items()],
+        )
+    return request.SerializeToString()
+=======
 def datadog(batch: Sequence[Event]) -> bytes:
     """Logs with Datadog's attributes; the agent sends such arrays."""
     tags = {"ddsource": "shop", "service": "web"}
@@ -163,6 +183,7 @@ def loki_protobuf(batch: Sequence[Event]) -> bytes:
         labels = field(1, f'{{app="web", level="{level}"}}'.encode())
         streams.append(field(1, labels + b"".join([field(2, entry) for entry in entries])))
     return bytes(cramjam.snappy.compress_raw(b"".join(streams)))
+>>>>>>> theirs
 
 
 class Case(NamedTuple):
@@ -193,8 +214,12 @@ ENDPOINTS = (
         ("--http.endpoints.elasticsearch.pipeline", "default"),
     ),
     Case(
-        "elasticsearch, ids", "/elastic/_bulk", "application/x-ndjson", bulk_with_ids, 0.0,
-        ("--http.endpoints.elasticsearch.pipeline", "default"),
+        "splunk_hec", "/services/collector", "application/json", hec, 0.4,
+        ("--http.endpoints.splunk_hec.pipeline", "default"),
+    ),
+    Case(
+        "otlp", "/v1/logs", "application/x-protobuf", otlp_logs, 0.35,
+        ("--http.endpoints.otlp.pipeline", "default"),
     ),
     Case(
         "datadog", "/api/v2/logs", "application/json", datadog, 0.4,

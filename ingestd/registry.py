@@ -122,6 +122,7 @@ SOURCES = Components(
         "stdin": "ingestd.sources.stdin:StdinSourceKind",
         "fetch": "ingestd.sources.fetch:FetchSourceKind",
         "syslog": "ingestd.sources.syslog:SyslogSourceKind",
+        "forward": "ingestd.sources.forward.settings:ForwardSourceKind",
     },
 )
 ENDPOINTS = Components(
@@ -129,6 +130,7 @@ ENDPOINTS = Components(
     "ingestd.endpoints",
     {
         "records": "ingestd.sources.http.endpoints.records:RecordsEndpoint",
+        "otlp": "ingestd.sources.http.endpoints.otlp:OtlpEndpoint",
         "webhooks": "ingestd.sources.http.endpoints.webhooks:WebhooksEndpoint",
         "datadog": "ingestd.sources.http.endpoints.datadog:DatadogEndpoint",
         "loki": "ingestd.sources.http.endpoints.loki:LokiEndpoint",

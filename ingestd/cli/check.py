@@ -5,9 +5,8 @@ Each setting is a line of TOML with its origin; secrets are masked. Nothing is o
 
 from __future__ import annotations
 
-import asyncio
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -15,8 +14,14 @@ from ingestd.base.clock import SystemClock
 from ingestd.base.errors import ConfigError, ExecutorLoadError, Exit, HandlerLoadError
 from ingestd.cli.arguments import add_settings
 from ingestd.cli.configured import configured
+from ingestd.cli.connect import (
+    ConnectFinding,
+    certificate_findings,
+    disk_findings,
+    sink_findings,
+)
 from ingestd.cli.output import Parser, fail, say
-from ingestd.config.keys import dotted, quoted, shown
+from ingestd.config.keys import dotted, shown, toml_of
 from ingestd.config.loader import DEFAULT
 from ingestd.config.sections import MASK
 from ingestd.handlers.options import Secret, options_of
@@ -29,8 +34,7 @@ if TYPE_CHECKING:
 
     from ingestd.cli.output import Parser
     from ingestd.config.loader import Loaded
-    from ingestd.handlers.outcome import SinkFinding
-    from ingestd.handlers.runner import HandlerConfig, Runner
+    from ingestd.handlers.runner import HandlerConfig
     from ingestd.pipeline_settings import PipelineSettings
     from ingestd.settings import Settings
 
@@ -43,16 +47,21 @@ _WIDTH_MAX = 48
 
 def effective(loaded: Loaded[Settings]) -> Iterator[str]:
     """One line a setting: `batch.records_max = 500   # flag --batch.records_max`."""
-    lines = []
+    lines = [
+        (f"{key} = {toml_of(value)}", origin) for key, value, origin in effective_values(loaded)
+    ]
+    width = min(max(len(text) for text, _ in lines), _WIDTH_MAX)
+    for text, origin in lines:
+        yield f"{text:<{width}}  # {_one_line(origin)}"
+
+
+def effective_values(loaded: Loaded[Settings]) -> Iterator[tuple[str, object, str]]:
+    """Yields key, value and origin of each setting; secrets are masked."""
     for path, value in SCHEMA.values_of(loaded.settings):
         origin = loaded.origins[dotted(path)]
         if origin == DEFAULT and _is_hint(path, value):
             origin = "suits the sink"
-        text = f"{dotted(path)} = {_toml(_visible(path, value, origin, loaded))}"
-        lines.append((text, origin))
-    width = min(max(len(text) for text, _ in lines), _WIDTH_MAX)
-    for text, origin in lines:
-        yield f"{text:<{width}}  # {_one_line(origin)}"
+        yield dotted(path), _visible(path, value, origin, loaded), origin
 
 
 def _is_hint(path: Sequence[str], value: object) -> bool:
@@ -94,18 +103,6 @@ def _option(path: Sequence[str], value: object, harmless: bool) -> object:
     return value
 
 
-def _toml(value: object) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{dotted([key])} = {_toml(v)}" for key, v in value.items()) + "}"
-    return quoted(str(value))
-
-
 def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
@@ -115,7 +112,9 @@ def _one_line(text: str) -> str:
 DESCRIPTION = """\
 Reads the configuration and the files that it names, and imports the handlers, as `ingestd run` with
 the same flags would, and opens nothing: no port, no journal, no folder. Prints every
-effective setting with its origin, as TOML; secrets are masked. --connect asks the sinks as well.
+effective setting with its origin, as TOML; secrets are masked. --connect asks the sinks as well
+(reachable, rights, tables, settings that promises rest on), measures 20 syncs of the data
+directory, and looks at its free space, its journals and the certificates.
 
 exit codes: 0 all is well; 2 usage; 78 configuration or handler, or an error that a sink found"""
 
@@ -126,8 +125,9 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--connect",
         action="store_true",
-        help="ask the sinks too: reachable, rights, tables, settings that promises rest on",
+        help="ask the sinks too, and look at disk, journals and certificates",
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -136,51 +136,122 @@ def execute(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: the configuration is wrong.
     """
+    loaded = configured(arguments)
+    report = _Report(as_json=arguments.json)
+    report.settings(loaded)
+    # Before the handlers: from then on modules of the user's folder come before installed ones.
+    _check_access(loaded.settings, report)
+    report.heading("handlers")
+    for name, pipeline in loaded.settings.pipeline_settings().items():
+        _check_pipeline(name, pipeline, loaded.settings, report, connect=arguments.connect)
+    if arguments.connect:
+        report.heading("disk and certificates")
+        for look in (disk_findings, certificate_findings):
+            for one in look(loaded.settings):
+                report.found(one)
+    return report.end()
+
+
+class _Report:
+    """Prints as it goes, or one JSON object at the end.
+
+    Args:
+        as_json: the object.
+    """
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._as_json = as_json
+        self._settings: list[dict[str, object]] = []
+        self._handlers: list[dict[str, str]] = []
+        self._findings: list[ConnectFinding] = []
+        self._code = Exit.OK
+
+    def settings(self, loaded: Loaded[Settings]) -> None:
+        """Tells the effective settings."""
+        if self._as_json:
+            self._settings = [
+                {"key": key, "value": value, "origin": origin}
+                for key, value, origin in effective_values(loaded)
+            ]
+        else:
+            say("\n".join(effective(loaded)))
+
+    def heading(self, text: str) -> None:
+        """Begins a part."""
+        if not self._as_json:
+            say(f"\n# {text}")
+
+    def handler(self, pipeline: str, targets: str, resolved: str) -> None:
+        """Tells what the handler of a pipeline is."""
+        if self._as_json:
+            self._handlers.append({"pipeline": pipeline, "targets": targets, "is": resolved})
+        else:
+            say(f"# {pipeline}: {targets} is {resolved}")
+
+    def found(self, finding: ConnectFinding) -> None:
+        """Tells one finding; an error decides the exit code."""
+        if finding.level == "error":
+            self.fail(Exit.CONFIG)
+        if self._as_json:
+            self._findings.append(finding)
+        else:
+            say(f"# {finding.about.removeprefix('pipeline ')}: {finding.level}: {finding.text}")
+
+    def problem(self, about: str, text: str, code: Exit = Exit.OK) -> None:
+        """Tells what is wrong, or a doubt if `code` is OK."""
+        self.fail(code)
+        if self._as_json:
+            level: Literal["error", "warning"] = "warning" if code == Exit.OK else "error"
+            self._findings.append(ConnectFinding(about, level, text))
+        else:
+            fail(text if code != Exit.OK else f"warning: {text}")
+
+    def fail(self, code: Exit) -> None:
+        """Raises the exit code."""
+        self._code = max(self._code, code)
+
+    def end(self) -> int:
+        """Prints what is left; returns the exit code."""
+        if self._as_json:
+            told = {
+                "settings": self._settings, "handlers": self._handlers,
+                "findings": self._findings, "exit_code": int(self._code),
+            }  # fmt: skip
+            say(msgspec.json.encode(told, enc_hook=str).decode())
+        return int(self._code)
+
+
+def _check_pipeline(
+    name: str, pipeline: PipelineSettings, settings: Settings, report: _Report, *, connect: bool
+) -> None:
     from ingestd.execution.build import handler_config  # noqa: PLC0415
     from ingestd.journal.build import build_journal  # noqa: PLC0415  help needs no SQLite
 
-    loaded = configured(arguments)
-    say("\n".join(effective(loaded)))
-    # Before the handlers: from then on modules of the user's folder come before installed ones.
-    code = _check_access(loaded.settings)
-    say("\n# handlers")
-    for name, pipeline in loaded.settings.pipeline_settings().items():
-        config = handler_config(
-            name,
-            pipeline.executor,
-            pipeline.handler,
-            pipeline.format,
-            loaded.settings.data_dir,
+    config = handler_config(
+        name, pipeline.executor, pipeline.handler, pipeline.format, settings.data_dir
+    )
+    try:
+        targets = ", ".join(pipeline.handler.all_targets)
+        report.handler(name, targets, _resolve(pipeline, config))
+        if connect:
+            for one in sink_findings(name, config):
+                report.found(one)
+        build_journal(
+            pipeline.journal, pipeline.dead, folder=settings.data_dir, clock=SystemClock()
         )
-        try:
-            targets = ", ".join(pipeline.handler.all_targets)
-            say(f"# {name}: {targets} is {_resolve(pipeline, config)}")
-            if arguments.connect:
-                code = max(code, _connect(name, config))
-            build_journal(
-                pipeline.journal,
-                pipeline.dead,
-                folder=loaded.settings.data_dir,
-                clock=SystemClock(),
-            )
-        except (HandlerLoadError, ExecutorLoadError, ConfigError) as error:
-            fail(f"pipeline {name}: {error}")
-            code = int(error.exit_code)
-    return code
+    except (HandlerLoadError, ExecutorLoadError, ConfigError) as error:
+        report.problem(f"pipeline {name}", f"pipeline {name}: {error}", error.exit_code)
 
 
-def _check_access(settings: Settings) -> int:
-    """Reads the files with tokens, secrets and certificates; returns an exit code."""
-    code = Exit.OK
+def _check_access(settings: Settings, report: _Report) -> None:
+    """Reads the files with tokens, secrets and certificates."""
     formats = {name: one.format for name, one in settings.pipeline_settings().items()}
     for source in settings.running_sources():
         try:
             for doubt in source.component.check(source.settings, formats, source.pipeline):
-                fail(f"warning: {source.told(doubt)}")
+                report.problem(source.key, source.told(doubt))
         except ConfigError as error:
-            fail(source.told(str(error)))
-            code = error.exit_code
-    return int(code)
+            report.problem(source.key, source.told(str(error)), error.exit_code)
 
 
 def _resolve(pipeline: PipelineSettings, config: HandlerConfig) -> str:
@@ -205,23 +276,3 @@ def _resolve(pipeline: PipelineSettings, config: HandlerConfig) -> str:
         fitting = fitting_kind(config)
         kind = "async" if spec.is_async and fitting == "process" else fitting
     return f"{spec.full_name} (executor: {kind})"
-
-
-def _connect(name: str, config: HandlerConfig) -> Exit:
-    """Prints the findings of a handler's `check()`."""
-    from ingestd.handlers.runner import Runner  # noqa: PLC0415
-
-    runner = Runner(config, fail)
-    runner.prepare()
-    findings = asyncio.run(_checked(runner)) if runner.is_async else runner.check()
-    for one in findings:
-        say(f"# {name}: {one.level}: {one.text}")
-    if not runner.is_async:
-        runner.close()
-    return Exit.CONFIG if any(one.level == "error" for one in findings) else Exit.OK
-
-
-async def _checked(runner: Runner) -> list[SinkFinding]:
-    findings = await runner.check_async()
-    await runner.close_async()
-    return findings

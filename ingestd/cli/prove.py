@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 from ingestd.base.errors import ConfigError, Exit, IngestdError, UsageError
 from ingestd.cli.arguments import add_settings
 from ingestd.cli.configured import configured
+from ingestd.cli.connect import disk_findings
 from ingestd.cli.output import fail, say
-from ingestd.config.keys import dotted, quoted, shown
+from ingestd.config.keys import dotted, shown, toml_of
 from ingestd.config.units import parse_seconds
 from ingestd.execution.settings import HandlerSettings
 from ingestd.http.settings import TlsSettings
@@ -87,6 +88,9 @@ def execute(arguments: argparse.Namespace) -> int:
         folder, settings, state = _begin(arguments)
     else:
         folder, settings, state = _resume(arguments)
+    for one in disk_findings(settings):
+        if one.level != "info":  # a kill proves little where a sync reaches no disk
+            fail(f"{one.level}: {one.text}")
     # SIGTERM ends the run like a Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -173,11 +177,8 @@ def _toml(settings: Settings) -> list[str]:
         if path[0] == "fetch":
             continue  # nothing is downloaded, and headers may be secret
         text = shown(SCHEMA.field_at(path), value)
-        if isinstance(text, bool):
-            written = "true" if text else "false"
-        else:
-            written = repr(text) if isinstance(text, int | float) else quoted(str(text))
-        lines.append(f"{dotted(path)} = {written}")
+        if text != {}:
+            lines.append(f"{dotted(path)} = {toml_of(text)}")
     return lines
 
 

@@ -229,6 +229,19 @@ def dotted(path: Sequence[str]) -> str:
     return ".".join(name if _BARE.fullmatch(name) else quoted(name) for name in path)
 
 
+def toml_of(value: object) -> str:
+    """A setting's value in TOML, in one line."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(toml_of(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{dotted([key])} = {toml_of(v)}" for key, v in value.items()) + "}"
+    return quoted(str(value))
+
+
 def quoted(name: str) -> str:
     """Text as a TOML basic string on one line."""
     escaped = name.replace("\\", "\\\\").replace('"', '\\"')

@@ -12,6 +12,7 @@ import asyncio
 import hashlib
 import re
 import ssl
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -65,9 +66,14 @@ class Secured(ssl.SSLObject):
 
 
 class SecuredContext(ssl.SSLContext):
-    """A context whose connections are `Secured`."""
+    """A context whose connections are `Secured`.
+
+    Attributes:
+        valid_until: last second of its certificate, since the epoch; 0 if that is not known.
+    """
 
     sslobject_class = Secured
+    valid_until = 0.0
 
     def wrap_bio(self, incoming: ssl.MemoryBIO, *args: Any, **more: Any) -> Secured:
         """See `ssl.SSLContext`."""
@@ -183,6 +189,8 @@ async def secure(
 # -- the context -----------------------------------------------------------------------------------
 
 _STEPS_MAX = 10
+SOON_SECONDS = 14 * 86400.0
+"""A certificate that expires within this time is a doubt."""
 _CERTIFICATE = re.compile(rb"-----BEGIN [A-Z0-9 ]*CERTIFICATE-----([^-]*)-----END ")
 
 
@@ -193,7 +201,7 @@ def make_context(
     *,
     table: str = "http.tls",
     protocols: Sequence[str] = ("http/1.1",),
-) -> ssl.SSLContext | None:
+) -> SecuredContext | None:
     """Makes the TLS context; `None` without TLS, or with problems.
 
     Args:
@@ -218,7 +226,7 @@ def make_context(
     if wrong:
         problems.append(wrong)
         return None
-    doubt = _rehearse(context, settings.certificate)
+    doubt = _rehearse(context, settings.certificate) or _expires_soon(context.valid_until)
     if doubt:
         doubts.append(f"{table}.certificate: {settings.certificate}: {doubt}")
     return context
@@ -243,7 +251,7 @@ class TlsAccess(NamedTuple):
         doubts: what should be seen to and is no reason to refuse.
     """
 
-    context: ssl.SSLContext | None
+    context: SecuredContext | None
     authorities: frozenset[bytes]
     doubts: Sequence[str]
 
@@ -263,10 +271,6 @@ def read_tls(settings: TlsSettings, table: str) -> TlsAccess:
     context = make_context(settings, problems, doubts, table=table, protocols=())
     if problems:
         raise ConfigError(problem="\n".join(problems))
-    if context is not None:
-        # A client that only sends reads no tickets, and one that closes with something unread ends
-        # with a reset, which takes what it sent last.
-        context.num_tickets = 0
     return TlsAccess(context, read_authorities(settings), doubts)
 
 
@@ -328,8 +332,17 @@ def _words(reason: str) -> str:
     return reason.replace("_", " ").lower() or "no reason given"
 
 
-def _rehearse(server: ssl.SSLContext, certificate: str) -> str | None:
-    """Tests the certificate by a handshake with ourselves.
+def _expires_soon(valid_until: float) -> str | None:
+    left = valid_until - time.time()
+    return f"it expires on {_day(valid_until)}" if valid_until and left < SOON_SECONDS else None
+
+
+def _day(at: float) -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime(at))
+
+
+def _rehearse(server: SecuredContext, certificate: str) -> str | None:
+    """Tests the certificate by a handshake with ourselves, and notes how long it is valid.
 
     Faults do not prevent the start: a certificate that has expired is better than no service.
     """
@@ -348,6 +361,8 @@ def _rehearse(server: ssl.SSLContext, certificate: str) -> str | None:
                 except ssl.SSLWantReadError:
                     continue
                 if side is asking:
+                    shown = asking.getpeercert() or {}
+                    server.valid_until = ssl.cert_time_to_seconds(str(shown["notAfter"]))
                     return None
     except ssl.SSLCertVerificationError as error:
         return error.verify_message

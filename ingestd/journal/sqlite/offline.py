@@ -77,6 +77,25 @@ def opened(path: Path, *, write: bool = False) -> Iterator[sqlite3.Connection]:
         raise DataDirError(path=path, problem=why(error)) from error
 
 
+def version_of(path: Path) -> int:
+    """Reads the version of a journal's tables; changes nothing.
+
+    Raises:
+        JournalUnreadable: the file is no journal.
+        DataDirError: it can't be read.
+    """
+    try:
+        uri = f"{path.absolute().as_uri()}?mode=ro"
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
+            (application,) = db.execute("PRAGMA application_id").fetchone()
+            (version,) = db.execute("PRAGMA user_version").fetchone()
+    except _ERRORS as error:
+        raise DataDirError(path=path, problem=why(error)) from error
+    if application != APPLICATION_ID:
+        raise JournalUnreadable(path=path, problem="this is not a journal of ingestd")
+    return int(version)
+
+
 def _carry_over(path: Path) -> None:
     """Makes a journal of an earlier version one of this version, as the daemon does at its start.
 
@@ -84,14 +103,9 @@ def _carry_over(path: Path) -> None:
         DataDirError: an earlier ingestd runs on it, or it can't be written.
     """
     try:
-        with contextlib.closing(
-            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
-        ) as db:
-            (application,) = db.execute("PRAGMA application_id").fetchone()
-            (version,) = db.execute("PRAGMA user_version").fetchone()
-        if application != APPLICATION_ID or not 0 < version < VERSION:
+        if not 0 < version_of(path) < VERSION:
             return
-    except _ERRORS:
+    except (DataDirError, JournalUnreadable):
         return  # the opener raises the reason
     folder = path.absolute().parent
     places = [folder, *([folder.parent.parent] if folder.parent.name == "pipelines" else [])]

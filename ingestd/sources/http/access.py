@@ -14,11 +14,11 @@ from ingestd.sources.http.endpoints.base import EndpointContext
 
 if TYPE_CHECKING:
     import socket
-    import ssl
     from collections.abc import Mapping, Sequence
 
     from ingestd.base.record import Format
     from ingestd.http.settings import HttpSettings
+    from ingestd.http.tls import SecuredContext
     from ingestd.sources.http.endpoints.base import Endpoint
 
 
@@ -35,7 +35,7 @@ class Access(NamedTuple):
 
     tokens: Tokens
     endpoints: Mapping[str, Endpoint]
-    context: ssl.SSLContext | None
+    context: SecuredContext | None
     authorities: frozenset[bytes]
     doubts: Sequence[str]
 

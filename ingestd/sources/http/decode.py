@@ -394,11 +394,20 @@ class BodyDecoder:
     async def decode(
         self, wire: bytes, hold: Reservation, *, encoding: str, codec: BodyCodec, limits: BodyLimits
     ) -> Sequence[Decoded]:
-        """Returns the records of a body.
+        """Returns the records of a body, which may be larger than it was.
 
         Raises:
-            Problem: see `BodyCodec.decode` and `inflate`.
+            Problem: see `BodyCodec.decode` and `inflate`, or there is no room for them.
         """
+        parts = await self._read(wire, hold, encoding=encoding, codec=codec, limits=limits)
+        size = sum(len(part.parsed.records.payload) for part in parts)
+        if size > hold.bytes:
+            hold.grow(size - hold.bytes)
+        return parts
+
+    async def _read(
+        self, wire: bytes, hold: Reservation, *, encoding: str, codec: BodyCodec, limits: BodyLimits
+    ) -> Sequence[Decoded]:
         if encoding == "identity" or not wire:
             return await self._decode(wire, codec, limits)
         settings = self._settings

@@ -235,6 +235,7 @@ class Ingestion:
                 wire, hold, encoding=encoding, codec=codec, limits=route.limits
             )
             del wire
+            _hold_records(parts, hold)
             if principal is UNIDENTIFIED:
                 to = to._replace(principal=self._identify(request, route, _token_in(parts)))
             for part in parts:
@@ -406,6 +407,13 @@ class Ingestion:
             return route.endpoint.answer(await stream.run(begun), head)
         finally:
             self.streams.discard(stream)
+
+
+def _hold_records(parts: Sequence[Decoded], hold: Reservation) -> None:
+    """Counts records that are larger than their body: what stands in it once may be in each."""
+    size = sum(len(part.parsed.records.payload) for part in parts)
+    if (more := size + hold.base - hold.bytes) > 0:
+        hold.grow(more)
 
 
 def _is_plain(part: Decoded) -> bool:

@@ -35,7 +35,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ingestd.codecs.lines import Parsed
 
@@ -99,14 +99,22 @@ class StreamCodec(Protocol):
     Attributes:
         held: bytes of frames that were begun, kept until the next call.
         replies: it may reply, so its direction stays open to the end.
+        grow: the connection's; takes bytes from the account for what `feed` makes beyond the size
+            of its bytes, before it is there. Raises a `Problem` where there is no room, which is a
+            fault. They are given back when the records of that `feed` are counted.
     """
 
     held: int = 0
     replies: bool = False
+    grow: Callable[[int], None] = staticmethod(lambda _: None)
 
     def greet(self) -> bytes:
         """Returns bytes that are sent before anything is read."""
         return b""
+
+    def is_quick(self, data: bytes) -> bool:  # noqa: ARG002 - see the docstring
+        """Tells if `feed` takes a few milliseconds at most with bytes that are few."""
+        return True
 
     def feed(self, data: bytes) -> Frames:
         """Returns what bytes complete.

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -71,6 +70,7 @@ LINGER_SECONDS = 2.0
 ANONYMOUS = "anonymous"
 _COPIES = 2
 _HELD_FREE = 4 * 1024
+_APPEND_BYTES = 2048  # what an append of its own costs, about
 _REFUSED_BYTES = 256  # what a refused record costs beside its payload, about
 
 
@@ -203,6 +203,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         if self._is_secure:
             secured.tell(self._ended)
         self._codec = owner.codec(self.peer)
+        self._codec.grow = self._hold.grow
         self.task = self._loop.create_task(self._run(), name=f"{owner.name}-connection")
         owner.opened(self)
         if owner.is_leaving:
@@ -278,26 +279,13 @@ class TcpConnection(asyncio.BufferedProtocol):
         """Ends it behind what arrives for a moment more: the source drains."""
         if self._leave_by is None:
             self._leave_by = self._loop.time() + LEAVE_SECONDS
-            if not (self._codec.replies or self._is_gone):
-                self._end_writing()
+            transport = self._transport
+            if transport is not None and not self._codec.replies and not self._is_gone:
+                with contextlib.suppress(OSError, RuntimeError, NotImplementedError):
+                    # The peer sees that nothing more is read, and may stop before its next frame.
+                    if transport.can_write_eof():
+                        transport.write_eof()
             self._wake()
-
-    def _end_writing(self) -> None:
-        """Tells the peer that nothing more is read, so that it may stop before its next frame.
-
-        Transports of TLS cannot end one direction. A FIN without a goodbye truncates nothing here:
-        nothing is ever sent.
-        """
-        transport = self._transport
-        sock = transport.get_extra_info("socket") if transport is not None else None
-        if transport is None or sock is None:
-            return
-        with contextlib.suppress(OSError, RuntimeError):
-            if transport.can_write_eof():
-                transport.write_eof()
-                return
-            with socket.socket(fileno=os.dup(sock.fileno())) as same:
-                same.shutdown(socket.SHUT_WR)
 
     def cut(self, why: str) -> None:
         """Ends it behind what has arrived."""
@@ -340,22 +328,24 @@ class TcpConnection(asyncio.BufferedProtocol):
             why = str(cut)
         is_whole = self._has_ended and not why
         last = await self._decode(
-            self._codec.end, None if is_whole else why or "the connection was lost"
+            self._codec.end, None if is_whole else why or "the connection was lost", is_quick=True
         )
         await self._commit(last)
         await self._committed()
         return why or last.fault
 
-    async def _decode(self, call: Callable[[Any], Frames], argument: object) -> Frames:
+    async def _decode(
+        self, call: Callable[[Any], Frames], argument: object, *, is_quick: bool
+    ) -> Frames:
         """Calls the codec, in a thread if that may take long."""
-        if self._passing + self._codec.held < THREAD_BYTES:
+        if self._passing + self._codec.held < THREAD_BYTES and is_quick:
             return call(argument)
         return await self._loop.run_in_executor(self._owner.thread, call, argument)
 
     async def _take(self, data: bytes) -> str:
         """Decodes bytes and has their records accepted; returns a fault of theirs."""
         codec = self._codec
-        frames = await self._decode(codec.feed, data)
+        frames = await self._decode(codec.feed, data, is_quick=codec.is_quick(data))
         held = codec.held
         try:
             self._hold.keep(held if held > _HELD_FREE else 0)
@@ -603,7 +593,7 @@ class TcpConnection(asyncio.BufferedProtocol):
 def _size_of(received: Received) -> int:
     parsed = received.parsed
     kept = sum(len(one.payload) + _REFUSED_BYTES for one in parsed.refused)
-    return parsed.records.stored_bytes + kept
+    return parsed.records.stored_bytes + kept + (_APPEND_BYTES if received.key else 0)
 
 
 def _groups(received: Sequence[Received]) -> list[list[Received]]:

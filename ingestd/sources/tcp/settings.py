@@ -102,6 +102,11 @@ class TcpSettings(Section):
     )
     tls: Annotated[TlsSettings, Reloadable()] = TlsSettings()
 
+    @property
+    def demands_proof(self) -> bool:
+        """Tells if the protocol itself authenticates its clients."""
+        return False
+
     def addresses(self, *transports: str) -> list[str]:
         """`HOST:PORT` of the addresses with one of some transports."""
         found = map(parse_listen_address, self.listen)
@@ -115,8 +120,10 @@ class TcpSourceKind(SourceKind):
         table: the name of the kind, and of its table.
         transports: of `listen`.
         formats: of pipelines that its records can go to; empty for all.
+        proof: advice to one that every client could reach.
     """
 
+    proof: ClassVar[str] = "require certificates"
     settings: ClassVar[type[Section]] = TcpSettings
     table: ClassVar[str]
     transports: ClassVar[Sequence[str]] = (TCP, TLS)
@@ -154,10 +161,11 @@ class TcpSourceKind(SourceKind):
     def at_large(self, settings: TcpSettings, address: ListenAddress) -> str:
         """Explains an address that is open to all clients without a setting; empty if not."""
         shows = address.transport == TLS and settings.tls.client_required
-        if settings.allow_anonymous or shows or is_loopback(address.text):
+        proof = shows or settings.demands_proof
+        if settings.allow_anonymous or proof or is_loopback(address.text):
             return ""
         return (
-            "is reachable from other machines, and every client could send; require certificates"
+            f"is reachable from other machines, and every client could send; {self.proof}"
             f" ({self.table}.tls.client_ca and {self.table}.tls.client_required, on tls://), or set"
             f" {self.table}.allow_anonymous = true"
         )

@@ -86,7 +86,8 @@ class TcpSource(Source):
 
     def _check_exposure(self) -> None:
         """Passed sockets are where they are, whatever `listen` says."""
-        if self.settings.allow_anonymous or self.settings.tls.client_required:
+        settings = self.settings
+        if settings.allow_anonymous or settings.tls.client_required or settings.demands_proof:
             return
         for sock in self._sockets:
             if not is_local(sock):

@@ -43,9 +43,9 @@ async def send(
     **headers: str,
 ) -> Reply:
     async with connected(source) as client:
-        headers.setdefault("Content_Type", NDJSON)
+        headers = {"Content_Type": NDJSON, "User_Agent": "tests", **headers}
         head = [f"{method} /elastic{path} HTTP/1.1", "Host: localhost"]
-        head += [f"{k.replace('_', '-')}: {v}" for k, v in headers.items()]
+        head += [f"{k.replace('_', '-')}: {v}" for k, v in headers.items() if v]
         head += [f"Content-Length: {len(body)}", "", ""]
         client.send("\r\n".join(head).encode() + body)
         reply = await client.reply(bodiless=method == "HEAD")
@@ -192,6 +192,10 @@ async def test_an_index_has_a_pipeline_and_each_part_an_answer_of_its_own() -> N
         reply = await send(source, body())
         assert (reply.status, reply.headers["retry-after"]) == (503, "7")
         assert reply.json["error"]["type"] == "es_rejected_execution_exception"
+        for intake in (default, web, day):
+            intake.errors = [Overloaded(what="the journal", retry_after=7.0)]
+        reply = await send(source, body(), User_Agent="")  # as of rsyslog
+        assert (reply.status, reply.body) == (503, b"the journal is full\n")
 
 
 async def test_a_document_with_an_id_is_accepted_once() -> None:

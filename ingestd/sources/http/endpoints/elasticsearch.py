@@ -256,9 +256,14 @@ class ElasticsearchEndpoint(Endpoint):
             body = _with_problems(notes.bulk.items, result.parts)
         return Response(200, JSON, body, _PRODUCT)
 
-    def error(self, problem: Problem, head: Head) -> Response:  # noqa: ARG002
+    def error(self, problem: Problem, head: Head) -> Response:
         """See `Endpoint`."""
         status, kind = _status_of(problem)
+        if status in _BUSY and "User-Agent" not in head.headers:
+            # rsyslog, which names itself nowhere, drops what is answered with an error in JSON,
+            # and sends again what has an answer that it cannot read.
+            text = problem.detail.encode() + b"\n"
+            return Response(status, b"text/plain", text, {**problem.headers, **_PRODUCT})
         cause = {"type": kind, "reason": problem.detail}
         body = _encode({"error": {"root_cause": [cause], **cause}, "status": status})
         return Response(status, JSON, body, {**problem.headers, **_PRODUCT})

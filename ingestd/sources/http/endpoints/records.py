@@ -6,12 +6,25 @@ import re
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from ingestd.base.record import InvalidRecord
+from ingestd.codecs.compression import TooMuch
+from ingestd.codecs.fluent import RecordBounds, TooManyRecords, parse_body
 from ingestd.codecs.json import is_json
+from ingestd.codecs.lines import KEPT_BYTES
+from ingestd.codecs.msgpack import MessagePackFault
 from ingestd.http import problem
-from ingestd.http.problem import Problem
-from ingestd.sources.http.decode import DocumentCodec, LinesCodec, WholeCodec
+from ingestd.http.problem import ERRORS_MAX, Problem
+from ingestd.sources.http.decode import (
+    DocumentCodec,
+    LinesCodec,
+    WholeCodec,
+    checked,
+    nothing_good,
+)
 from ingestd.sources.http.endpoints.base import (
     PIPELINE,
+    BodyCodec,
+    Decoded,
     Description,
     Endpoint,
     RouteSpec,
@@ -20,9 +33,33 @@ from ingestd.sources.http.endpoints.base import (
 
 if TYPE_CHECKING:
     from ingestd.base.record import Format
-    from ingestd.sources.http.endpoints.base import BodyCodec, EndpointContext, Head
+    from ingestd.sources.http.endpoints.base import BodyLimits, EndpointContext, Head
 
 RECORDS = "/v1/records"
+
+
+class MessagePackCodec(BodyCodec):
+    """MessagePack: an array of records, or values one behind the other."""
+
+    def decode(self, body: bytes, limits: BodyLimits) -> tuple[Decoded]:
+        """See `BodyCodec`."""
+        bounds = RecordBounds(
+            limits.records_max,
+            limits.record_bytes_max,
+            limits.depth_max,
+            limits.bytes_max,
+            ERRORS_MAX,
+        )
+        try:
+            parsed = parse_body(body, bounds)
+        except MessagePackFault as fault:
+            refused = InvalidRecord(0, "malformed", str(fault), body[:KEPT_BYTES])
+            raise nothing_good([refused]) from None
+        except TooManyRecords as fault:
+            raise Problem(problem.TOO_MANY_RECORDS, str(fault)) from None
+        except TooMuch as fault:
+            raise Problem(problem.PAYLOAD_TOO_LARGE, str(fault)) from None
+        return checked(parsed, limits)
 
 
 _UNSAID = ("", "application/x-www-form-urlencoded")  # curl says the second one by itself
@@ -33,9 +70,14 @@ _NDJSON = (
     "application/x-jsonlines",
     *_UNSAID,
 )
+_MSGPACK = ("application/msgpack", "application/vnd.msgpack", "application/x-msgpack")
 _DOCUMENT = DocumentCodec()
 _CODECS: dict[Format, dict[str, BodyCodec]] = {
-    "json": {"application/json": _DOCUMENT, **dict.fromkeys(_NDJSON, LinesCodec("json"))},
+    "json": {
+        "application/json": _DOCUMENT,
+        **dict.fromkeys(_NDJSON, LinesCodec("json")),
+        **dict.fromkeys(_MSGPACK, MessagePackCodec()),
+    },
     "text": dict.fromkeys(("text/plain", *_UNSAID), LinesCodec("text")),
     "bytes": dict.fromkeys(("application/octet-stream", *_UNSAID), WholeCodec()),
 }
@@ -70,13 +112,13 @@ def _codec_of(content_type: str, form: Format) -> BodyCodec:
         raise Problem(problem.MEDIA_TYPE, detail, headers={"Accept": takes})
     found = _CHARSET.search(";" + parameters)
     charset = found[1].strip('"').lower() if found else ""
-    if not isinstance(codec, WholeCodec) and charset not in _CHARSETS:
+    if not isinstance(codec, WholeCodec | MessagePackCodec) and charset not in _CHARSETS:
         raise Problem(problem.MEDIA_TYPE, f"charset {charset[:40]!r}; only utf-8 is read")
     return codec
 
 
 _TAKES: dict[Format, str] = {
-    "json": "application/x-ndjson (one value a line), application/json",
+    "json": "application/x-ndjson (one value a line), application/json, application/msgpack",
     "text": "text/plain (one record a line)",
     "bytes": "application/octet-stream (the whole body is one record)",
 }
