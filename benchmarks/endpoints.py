@@ -114,7 +114,6 @@ def hec(batch: Sequence[Event]) -> bytes:
     )
 
 
-<<<<<<< ours
 def otlp_logs(batch: Sequence[Event]) -> bytes:
     from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
     from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
@@ -136,7 +135,8 @@ def otlp_logs(batch: Sequence[Event]) -> bytes:
             attributes=[pair(name, value) for name, value in event.fields.items()],
         )
     return request.SerializeToString()
-=======
+
+
 def datadog(batch: Sequence[Event]) -> bytes:
     """Logs with Datadog's attributes; the agent sends such arrays."""
     tags = {"ddsource": "shop", "service": "web"}
@@ -183,7 +183,6 @@ def loki_protobuf(batch: Sequence[Event]) -> bytes:
         labels = field(1, f'{{app="web", level="{level}"}}'.encode())
         streams.append(field(1, labels + b"".join([field(2, entry) for entry in entries])))
     return bytes(cramjam.snappy.compress_raw(b"".join(streams)))
->>>>>>> theirs
 
 
 class Case(NamedTuple):

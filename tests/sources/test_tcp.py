@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import select
 import socket
 import ssl
 from functools import partial
@@ -212,6 +214,26 @@ async def test_frames_are_accepted_and_answered(secure: bool, tmp_path: Path) ->
     await exchange(KeyedIntake(), Files(tmp_path) if secure else None)
 
 
+@on_both_loops
+async def test_a_tls_client_that_closes_at_once_loses_nothing(tmp_path: Path) -> None:
+    """It reads nothing and says no goodbye: nothing unread may make a reset of its end."""
+    files, intake = Files(tmp_path), KeyedIntake()
+    tls = TlsSettings(certificate=files.server())
+    async with serving(intake, Silent, listen=("tls://127.0.0.1:0",), tls=tls) as source:
+
+        def send() -> None:
+            host, port = source.addresses[0].split(":")
+            context = ssl.create_default_context(cafile=files.ca)
+            with context.wrap_socket(
+                socket.create_connection((host, int(port))), server_hostname=host
+            ) as one:
+                for number in range(500):
+                    one.sendall(b"+%d\n" % number)
+
+        await asyncio.to_thread(send)
+        assert await intake.until(500) == [b"%d" % number for number in range(500)]
+
+
 async def test_a_connection_waits_for_an_overloaded_pipeline_and_loses_nothing() -> None:
     intake = KeyedIntake()
     intake.errors = [Overloaded(what="it", retry_after=0.01) for _ in range(3)]
@@ -409,21 +431,36 @@ async def drain(source: TcpSource, seconds: float = 5.0) -> None:
     await source.stop_taking(asyncio.get_running_loop().time() + seconds)
 
 
-async def test_a_drain_accepts_what_has_arrived_and_keeps_what_was_begun() -> None:
-    intake = KeyedIntake()
-    async with serving(intake, Silent) as source, connected(source) as (reader, writer):
-        writer.write(b"+a\n")
-        await intake.until(1)
-        draining = asyncio.create_task(drain(source))
-        writer.write(b"+b\n+beg")
-        assert await closes(reader) == b""  # a peer that looks sees it at once
-        writer.write(b"un\n+c")
-        await draining
-        assert intake.items == [b"a", b"b", b"begun"]
-        assert [one.payload for one in intake.refused] == [b"+c"]
-        assert source.totals.cut == 0
-        with pytest.raises(ConnectionRefusedError):
-            await asyncio.open_connection(*source.addresses[0].split(":"))
+@pytest.mark.parametrize("secure", [False, True])
+@on_both_loops
+async def test_a_drain_accepts_what_has_arrived_and_keeps_what_was_begun(
+    secure: bool, tmp_path: Path
+) -> None:
+    """A client that looks sees at once that nothing more is read."""
+    intake, files = KeyedIntake(), Files(tmp_path)
+    tls = TlsSettings(certificate=files.server())
+    scheme = "tls" if secure else "tcp"
+    async with serving(intake, Silent, listen=(f"{scheme}://127.0.0.1:0",), tls=tls) as source:
+        raw = socket.create_connection(source.addresses[0].split(":"), timeout=10)
+        if secure:
+            context = ssl.create_default_context(cafile=files.ca)
+            shake = partial(context.wrap_socket, raw, server_hostname="127.0.0.1")
+        with await asyncio.to_thread(shake) if secure else raw as writer:
+            writer.sendall(b"+a\n")
+            await intake.until(1)
+            draining = asyncio.create_task(drain(source))
+            with socket.socket(fileno=os.dup(writer.fileno())) as same:
+                await asyncio.to_thread(select.select, [same], [], [], 10)
+                assert same.recv(1, socket.MSG_PEEK) == b""
+            writer.sendall(b"+b\n+beg")
+            await intake.until(2)
+            writer.sendall(b"un\n+c")
+            await draining
+            assert intake.items == [b"a", b"b", b"begun"]
+            assert [one.payload for one in intake.refused] == [b"+c"]
+            assert source.totals.cut == 0
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(source.addresses[0].split(":"))
 
 
 async def test_a_drain_sends_the_replies() -> None:

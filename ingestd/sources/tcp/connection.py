@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -279,13 +280,26 @@ class TcpConnection(asyncio.BufferedProtocol):
         """Ends it behind what arrives for a moment more: the source drains."""
         if self._leave_by is None:
             self._leave_by = self._loop.time() + LEAVE_SECONDS
-            transport = self._transport
-            if transport is not None and not self._codec.replies and not self._is_gone:
-                with contextlib.suppress(OSError, RuntimeError, NotImplementedError):
-                    # The peer sees that nothing more is read, and may stop before its next frame.
-                    if transport.can_write_eof():
-                        transport.write_eof()
+            if not (self._codec.replies or self._is_gone):
+                self._end_writing()
             self._wake()
+
+    def _end_writing(self) -> None:
+        """Tells the peer that nothing more is read, so that it may stop before its next frame.
+
+        Transports of TLS cannot end one direction. A FIN without a goodbye truncates nothing here:
+        nothing is ever sent.
+        """
+        transport = self._transport
+        sock = transport.get_extra_info("socket") if transport is not None else None
+        if transport is None or sock is None:
+            return
+        with contextlib.suppress(OSError, RuntimeError):
+            if transport.can_write_eof():
+                transport.write_eof()
+                return
+            with socket.socket(fileno=os.dup(sock.fileno())) as same:
+                same.shutdown(socket.SHUT_WR)
 
     def cut(self, why: str) -> None:
         """Ends it behind what has arrived."""

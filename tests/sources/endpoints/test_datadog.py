@@ -216,7 +216,11 @@ def test_what_attributes_add_is_bounded() -> None:
     assert most.bytes < 1024**2
 
 
-@given(st.lists(st.text(st.characters(exclude_characters="\r\n"), max_size=9), max_size=5))
+@given(
+    st.lists(
+        st.text(st.characters(codec="utf-8", exclude_characters="\r\n"), max_size=9), max_size=5
+    )
+)
 def test_every_line_of_any_text_is_there(lines: list[str]) -> None:
     body = "\n".join(lines).encode()
     for framed in (False, True):
