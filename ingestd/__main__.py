@@ -39,6 +39,7 @@ COMMANDS = {
 WITH_FILES = {"try": "trial"}
 """Commands whose words behind HANDLER are files, and their modules: `try` can't be a name."""
 TOOLS = {
+    "init": "write a small project: a handler with its settings, tests and deployment files",
     "dead": "list, show, retry, purge or export dead letters",
     "healthcheck": "check that the daemon on this machine is ready, or alive",
     "journal": "show statistics of journals, verify or repair them",

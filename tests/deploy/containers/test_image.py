@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import ingestd
+from ingestd.__main__ import main
 from tests.deploy.base import ROOT
 from tests.deploy.containers.container import TOKEN, Container
 from tests.deploy.containers.engine import BASE, IMAGE, run, tool, volume, wait, written
@@ -150,6 +151,22 @@ def test_a_handler_in_an_image_of_its_own(engine: Engine) -> None:
     engine.build(folder, "localhost/ingestd-handler")
     with Container(engine, "handler", image="localhost/ingestd-handler") as one:
         _counts_servers(one)
+
+
+def test_the_project_that_init_writes(engine: Engine, tmp_path: Path) -> None:
+    assert main(["init", str(tmp_path / "shop")]) == 0
+    hadolint = tool("hadolint")
+    if hadolint:
+        config = str(ROOT / "deploy/docker/hadolint.yaml")
+        done = run(hadolint, "--config", config, str(tmp_path / "shop" / "Dockerfile"))
+        assert (done.returncode, done.stdout) == (0, "")
+    engine.build(tmp_path / "shop", "localhost/ingestd-project")
+    with Container(engine, "project", image="localhost/ingestd-project") as one:
+        one.until_ready()
+        assert one.post(b'{"user": "ann", "action": "buy"}\n{"user": 1}\n') == 2
+        now = one.until_settled()
+        assert (now["processed"], now["dead"]) == (1, 1)
+        assert one.stop() == 0
 
 
 def test_a_handler_in_a_mounted_folder(engine: Engine, tmp_path: Path) -> None:
