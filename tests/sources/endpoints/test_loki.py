@@ -14,19 +14,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ingestd.base.errors import Overloaded
+from ingestd.codecs import loki
+from ingestd.codecs.loki import PushFault, TooManyEntries, read_json, read_labels
+from ingestd.codecs.protobuf import FieldBudget, WireFault
 from ingestd.http import body as http_body
 from ingestd.http.problem import Problem
-from ingestd.sources.http.endpoints import loki
 from ingestd.sources.http.endpoints.base import BodyLimits
 from ingestd.sources.http.endpoints.loki import (
     LokiEndpoint,
     LokiSettings,
     ProtobufPushCodec,
     PushCodec,
-    PushFault,
-    TooManyEntries,
-    read_json,
-    read_labels,
 )
 from tests.peak import peak
 from tests.sources.endpoints.endpoint_tools import KeyIntake, serving_endpoint
@@ -216,14 +214,14 @@ PROTO = proto(({"a": "b"}, [["1", "x", {"c": "d"}], ["2", "y"]]))
         (snappy(PROTO)[:-1], "snappy body is not valid"),
         (varint(len(PROTO) + 1) + snappy(PROTO)[1:], "snappy body is not valid"),
         (varint(2**31) + snappy(PROTO)[1:], "its length is not that of its content"),
-        (snappy(PROTO[:-1]), "the protobuf is cut off"),
-        (snappy(PROTO[:3]), "the protobuf is cut off"),
-        (snappy(PROTO[:1]), "the protobuf is cut off"),
-        (snappy(field(1, field(2, b"\x0a\xff\xff"))), "the protobuf is cut off"),
-        (snappy(field(1, field(2, field(1, b"\x08\x80")))), "the protobuf is cut off"),
-        (snappy(field(1, field(2, field(1, b"\x09\x80")))), "the protobuf is cut off"),
-        (snappy(field(1, b"\x0b\x0c")), "wire type 3"),
-        (snappy(b"\x02\x00"), "a field with the number 0"),
+        (snappy(PROTO[:-1]), "a field is cut off"),
+        (snappy(PROTO[:3]), "a field is cut off"),
+        (snappy(PROTO[:1]), "a field is cut off"),
+        (snappy(field(1, field(2, b"\x0a\xff\xff"))), "a field is cut off"),
+        (snappy(field(1, field(2, field(1, b"\x08\x80")))), "a field is cut off"),
+        (snappy(field(1, field(2, field(1, b"\x09\x80")))), "a field is cut off"),
+        (snappy(field(1, b"\x0b\x0c")), "a field has the wire type 3"),
+        (snappy(b"\x02\x00"), "a field has the number 0"),
         (snappy(b"\x08" + b"\xff" * 12), "more than 64 bits"),
     ],
 )
@@ -589,13 +587,18 @@ def test_usual_entries_are_read_like_any_other(at: int, to: int, cut: int, size_
     for body in (ENTRY, ENTRY[:cut], bytes([*wire[:at], to, *wire[at + 1 :]])):
         for most in (1000, size_max):
             try:
-                found: Any = loki._read_entry(body, 0, len(body), most)
-            except PushFault:
-                found = PushFault
+                found: Any = loki._read_entry(
+                    body, 0, len(body), loki._PushBounds(most, FieldBudget(99))
+                )
+            except WireFault:
+                found = WireFault
             try:
-                assert loki._entry(body, 0, len(body), most) == found
-            except PushFault:
-                assert found is PushFault
+                assert (
+                    loki._entry(body, 0, len(body), loki._PushBounds(most, FieldBudget(99)))
+                    == found
+                )
+            except WireFault:
+                assert found is WireFault
 
 
 @given(st.binary(max_size=60) | st.binary(max_size=9).map(lambda body: PROTO[:20] + body))
@@ -626,8 +629,8 @@ def test_any_text_is_labels_or_a_fault(value: str, text: str) -> None:
         (field(1, b"") * 300_000, "too-many-records"),
         (field(1, field(2, b"") * 300_000), "too-many-records"),
         (field(1, field(1, b"x" * 2_000_000)), "malformed"),
-        (field(1, field(2, field(3, field(1, b"a")) * 300_000)), "record-too-large"),
-        (field(5, b"x") * 50_000, "too-many-records"),
+        (field(1, field(2, field(3, field(1, b"a")) * 300_000)), "too-many-records"),
+        (field(5, b"x") * 70_000, "too-many-records"),
         (field(1, field(1, b'{a="%b"}' % bytes(99_999)) + field(2, b"") * 99), "payload-too-large"),
     ],
 )  # fmt: skip
