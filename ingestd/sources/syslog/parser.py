@@ -64,7 +64,7 @@ _USUAL = re.compile(
 )
 _OBJECT5 = b'{"format":"rfc5424",%b,"timestamp":%b,%b,"structured_data":%b,"message":"%b"'
 _OBJECT3 = b'{"format":"rfc3164",%b,"timestamp":%b,%b,"structured_data":{},"message":"%b"'
-_SPECIAL = re.compile(rb'["\\\x00-\x09\x0b-\x1f]')
+_CONTROLS = bytes({*range(32)} - {10})
 _CONTROL = re.compile(rb"[\x00-\x09\x0b-\x1f]")
 _ESCAPES = {bytes([n]): b"\\u%04x" % n for n in range(32)} | {b"\t": b"\\t", b"\r": b"\\r"}
 _encode: Callable[[Any], bytes] = msgspec.json.Encoder().encode
@@ -139,11 +139,11 @@ class MessageParser:
                 block.decode()
             except UnicodeDecodeError:
                 return [self._unreadable(line, zero) for line in block[:-1].split(b"\n")]
-        if _SPECIAL.search(block):
-            block = block.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\t", b"\\t")
-            if _CONTROL.search(block):
-                escapes = {**_ESCAPES, b"\0": zero}
-                block = _CONTROL.sub(lambda found: escapes[found[0]], block)
+        block = block.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\t", b"\\t")
+        # Ten times as fast as a search for one of them.
+        if len(block.translate(None, _CONTROLS)) != len(block):
+            escapes = {**_ESCAPES, b"\0": zero}
+            block = _CONTROL.sub(lambda found: escapes[found[0]], block)
         marked = BOM in block
         found: list[bytes] = []
         add, heads, stamps = found.append, self._heads, self._stamps
