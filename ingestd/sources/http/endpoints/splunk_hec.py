@@ -86,6 +86,9 @@ _VALUE_CHARACTERS_MAX = 1024
 _QUICK_EVENTS = 2000
 _QUICK_EVENT_BYTES = 64 * 1024
 _TOKENS_TOGETHER = 4096
+_TOKENS_MAX = 2_000_000
+"""Brackets and strings of a body with a fault: a second's work, or two."""
+_QUOTE = ord('"')
 _WHITESPACE = b" \t\r\n"
 _BLANK = frozenset({b'""', b"null"})
 # Strings are passed over as a whole, so that brackets in them do not count.
@@ -272,6 +275,8 @@ def _split(body: bytes) -> Iterator[tuple[bytes, bool]]:
         if not count % _TOKENS_TOGETHER:
             let_loop_go_first()
         first = body[token.start()]
+        if count > _TOKENS_MAX or (not depth and first == _QUOTE):
+            break
         if first in b"[{":
             if not depth:
                 start = token.start()
@@ -329,22 +334,25 @@ class RawCodec(BodyCodec):
     def _read(self, body: bytes, limits: BodyLimits) -> Decoded:
         if body.count(b"\n") > 2 * limits.records_max:
             raise too_many(limits)
-        lines = body.decode(errors="backslashreplace").replace("\r\n", "\n").split("\n")
-        lines = [line for line in lines if line and not line.isspace()]
+        lines = [line for line in body.replace(b"\r\n", b"\n").split(b"\n") if line.strip()]
         if not lines:
             raise Problem(problem.EMPTY, "the body holds no line")
         if len(lines) > limits.records_max:
             raise too_many(limits)
-        values = [b'{"event":%b%b' % (_encode(line), self._end) for line in lines]
-        limits = _limits_of(limits, self._to)
-        if max(map(len, values)) <= limits.record_bytes_max:
-            return Decoded(Parsed(Records.lines(values), []), self._to)
-        part, fault = PartBuilder(), None
-        for number, value in enumerate(values):
-            if len(value) <= limits.record_bytes_max:
+        size_max = _limits_of(limits, self._to).record_bytes_max
+        part, fault, size = PartBuilder(), None, 0
+        for number, line in enumerate(lines):
+            value = line  # what is too long as it is needs no look
+            if len(line) <= size_max:
+                value = b'{"event":%b%b' % (_encode(line.decode(errors="replace")), self._end)
+                size += len(value)
+            if size > limits.bytes_max:
+                detail = f"its events have more than {limits.bytes_max} bytes"
+                raise Problem(problem.PAYLOAD_TOO_LARGE, detail)
+            if len(value) <= size_max:
                 part.records.append(value)
                 continue
-            detail = f"{len(value)} bytes, more than record_bytes_max = {limits.record_bytes_max}"
+            detail = f"{len(value)} bytes, more than record_bytes_max = {size_max}"
             part.refuse("too_large", detail, value)
             fault = fault or _Fault(6, number, detail)
         if fault is not None and not part.records:
