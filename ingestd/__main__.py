@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "run": "run the daemon: accept records, hand them to HANDLER in batches",
     "check": "check the configuration and the handler, print the effective settings",
+    "dev": "run a daemon for trying out: reloads the handler, prints every batch",
     "try": "call the handler with the records of files, without a daemon",
     "prove": "kill a daemon at random moments on this machine, and count the records that it kept",
 }

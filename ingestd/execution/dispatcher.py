@@ -122,6 +122,7 @@ class Dispatcher:
         """Decides what becomes of a batch, and takes note of what its try says of the handler."""
         batch.attempts += spends_try(result)
         now = self._loop.time()
+        self.failures.tried(result, batch.count, batch.attempts)
         context = self.splitter.retry_context(batch, result, now)
         if self.failures.ended(result.failure, now, attempts=batch.attempts, records=batch.count):
             self.queue.wake(now)

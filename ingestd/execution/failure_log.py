@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ingestd.base.clock import Clock
     from ingestd.execution.outage import Outage
-    from ingestd.handlers.outcome import Failure
+    from ingestd.handlers.outcome import Failure, Result
 
 
 KINDS_MAX = 64
@@ -158,6 +158,18 @@ class FailureLog:
             pending=self._pending(),
         )
         return True
+
+    def tried(self, result: Result, records: int, attempts: int) -> None:
+        """Writes a line about one try, on the level `debug`."""
+        log.debug(
+            "batch_tried",
+            records=records,
+            attempts=attempts,
+            seconds=round(result.seconds, 6),
+            failed=result.failure is not None,
+            rejected=len(result.rejections),
+            retries=len(result.retries),
+        )
 
     def _told(self, failure: Failure) -> dict[str, object]:
         return {

@@ -1,0 +1,199 @@
+"""`ingestd dev` as a person uses it: files that change, a terminal, Ctrl-C; real processes."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.cli.test_cli import ROOT, ingestd
+from tests.clients.harness import free_port
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.slow
+
+APP = """
+VERSION = 1
+
+def store(batch: list[dict]) -> None:
+    with open("seen", "a") as file:
+        file.writelines(f"{VERSION} {record['n']}\\n" for record in batch)
+
+def fail(batch: list[dict]) -> None:
+    print("printed", len(batch), flush=True)
+    raise ValueError("not this one")  # here
+
+def stop(batch: list[dict]) -> None:
+    breakpoint()
+    print("went on", flush=True)
+"""
+
+
+class Terminal:
+    """The command in a pseudo-terminal."""
+
+    def __init__(self, *arguments: str, cwd: Path) -> None:
+        self.port = free_port()
+        self._ours, theirs = pty.openpty()
+        self.process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "ingestd", "dev", *arguments,
+             "--listen", f"127.0.0.1:{self.port}", "--admin.listen", "127.0.0.1:0",
+             "--batch.age_max", "50ms"],
+            cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "TMPDIR": str(cwd)},
+        )  # fmt: skip
+        os.close(theirs)
+        self.seen = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                data = os.read(self._ours, 4096)
+            except OSError:
+                return
+            if not data:
+                return
+            self.seen += data.decode(errors="replace").replace("\r\n", "\n")
+
+    def until(self, text: str, times: int = 1) -> None:
+        deadline = time.monotonic() + 60
+        while self.seen.count(text) < times:
+            assert time.monotonic() < deadline, f"no {text!r} in:\n{self.seen[-3000:]}"
+            time.sleep(0.02)
+
+    def write(self, text: str) -> None:
+        os.write(self._ours, text.encode())
+
+    def interrupt(self) -> None:
+        """Ctrl-C: a terminal sends it to all processes in front of it."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def post(self, body: bytes) -> int:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        try:
+            connection.request("POST", "/v1/records", body)
+            return connection.getresponse().status
+        finally:
+            connection.close()
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        os.close(self._ours)
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Path:
+    (tmp_path / "app.py").write_text(APP)
+    return tmp_path
+
+
+@pytest.fixture
+def started(here: Path, request: pytest.FixtureRequest) -> Iterator[Terminal]:
+    one = Terminal(*request.param, cwd=here)
+    try:
+        one.until("-- ready at ")
+        yield one
+    finally:
+        one.close()
+
+
+@pytest.mark.parametrize("started", [("app:store",)], indirect=True)
+def test_the_handler_is_loaded_again_and_no_record_is_lost(started: Terminal, here: Path) -> None:
+    stopped, posted = threading.Event(), 0
+
+    def post() -> None:
+        nonlocal posted
+        while not stopped.is_set():
+            assert started.post(b'{"n": %d}' % posted) == 202
+            posted += 1
+            time.sleep(0.005)
+
+    poster = threading.Thread(target=post)
+    poster.start()
+    for version in (2, 3):
+        time.sleep(0.5)
+        (here / "app.py").write_text(APP.replace("VERSION = 1", f"VERSION = {version}"))
+        started.until("-- ready at ", version)
+    (here / "app.py").write_text("def store(batch: list[dict]) -> None: oops oops")
+    started.until("cannot be used; the handler before it works on")
+    time.sleep(0.5)
+    stopped.set()
+    poster.join(30)
+    assert not poster.is_alive()
+    deadline = time.monotonic() + 20
+    while len(lines := (here / "seen").read_text().splitlines()) < posted:
+        assert time.monotonic() < deadline, (len(lines), posted)
+        time.sleep(0.05)
+    assert sorted(int(line.split()[1]) for line in lines) == list(range(posted))
+    assert {line.split()[0] for line in lines} == {"1", "2", "3"}
+    started.process.send_signal(signal.SIGTERM)
+    assert started.process.wait(20) == 0
+    assert not list(here.glob("ingestd-dev-*"))
+
+
+@pytest.mark.parametrize("started", [("app:fail", "--retry.backoff", "10ms")], indirect=True)
+def test_what_it_prints_and_ctrl_c(started: Terminal) -> None:
+    assert started.post(b'{"n": 1}\n{"n": 2}') == 202
+    started.until("ValueError: not this one")
+    assert re.search(r"batch \w+-1: 2 failed in \d", started.seen)
+    assert 'raise ValueError("not this one")  # here' in started.seen
+    assert re.search(r'File ".*/app.py", line 10, in fail', started.seen)
+    started.until("printed 2\n", 2)
+    began = time.monotonic()
+    started.interrupt()
+    assert started.process.wait(20) == 0
+    assert time.monotonic() - began < 15
+    assert "Traceback (most recent call last):\n  File" in started.seen
+    assert "KeyboardInterrupt" not in started.seen
+
+
+@pytest.mark.parametrize("started", [("app:stop", "--send", "two.ndjson")], indirect=True)
+@pytest.mark.usefixtures("two")
+def test_the_debugger_and_a_sample(started: Terminal) -> None:
+    started.until('-- sent: 202 {"accepted":2,')
+    started.until("(Pdb)")
+    started.write("p sum(record['n'] for record in batch)\n")
+    started.until("\n7\n")
+    started.write("c\n")
+    started.until("went on")
+    started.until(": 2 done in ")
+    assert started.post(b'{"n": 1}') == 202
+    started.until("(Pdb)", 2)
+    started.interrupt()
+    assert started.process.wait(20) == 0
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> None:
+    (tmp_path / "two.ndjson").write_text('{"n": 3}\n{"n": 4}\n')
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (("app:store", "--source", "stdin"), 2, "dev is for the source http alone"),
+        (("app:stor",), 78, "did you mean 'store'?"),
+        (("app:store", "--send", "gone"), 2, "gone: No such file or directory"),
+        (("app:store", "--listen", "192.0.2.1:80"), 78, "http.listen"),
+        (("app:store", "--sned", "x"), 2, "did you mean --send?"),
+    ],
+)
+def test_mistakes(here: Path, arguments: tuple[str, ...], code: int, says: str) -> None:
+    run = ingestd("dev", *arguments, cwd=here)
+    assert (run.returncode, says in run.stderr) == (code, True), run.stderr
