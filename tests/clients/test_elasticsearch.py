@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -21,6 +21,7 @@ from tests.clients.harness import (
     python_client,
     report,
 )
+from tests.clients.losing import LosingProxy
 from tests.daemon.harness import ROOT, daemon
 
 if TYPE_CHECKING:
@@ -29,44 +30,59 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 ON = ("--http.endpoints.elasticsearch.pipeline", "default")
+TOKEN = "token-of-the-tests-0123456789-abcdef"
+
+
+def deliver(folder: Path, client: Client, *more: str) -> list[Any]:
+    with (
+        Receiver(folder, *ON, "--http.tokens.shop.token", TOKEN) as receiver,
+        LosingProxy(receiver.port) as proxy,
+    ):
+        records = receiver.deliver(client, TOKEN, *more, address=proxy.url)
+        assert proxy.lost
+    return records
 
 
 @pytest.mark.parametrize("library", ["elasticsearch", "async", "opensearch-py"])
 def test_python_clients(tmp_path: Path, library: str) -> None:
     package = "opensearch-py" if library == "opensearch-py" else "elasticsearch"
     client = python_client(package, "elasticsearch_client.py")
-    with Receiver(tmp_path, *ON) as receiver:
-        records = receiver.deliver(client, library)
+    records = deliver(tmp_path, client, library)
     check([record["n"] for record in records], once=True)
     assert all(one["@metadata"] == {"_index": "logs", "_id": str(one["n"])} for one in records)
     if library != "async":
         told = "helpers.bulk" + (", async_streaming_bulk" if library == "elasticsearch" else "")
-        report("elasticsearch", client, f"1,000 documents with `_id`, {told}; exactly once")
+        report(
+            "elasticsearch",
+            client,
+            f"1,000 documents with `_id`, {told}, answers lost; exactly once",
+        )
 
 
 def test_pino(tmp_path: Path) -> None:
     client = npm_client("pino-elasticsearch", "pino_elasticsearch_client.mjs")
-    with Receiver(tmp_path, *ON) as receiver:
-        check([record["n"] for record in receiver.deliver(client)], once=False)
-    report("elasticsearch", client, "1,000 logs of pino")
+    check([record["n"] for record in deliver(tmp_path, client)], once=False)
+    report("elasticsearch", client, "1,000 logs of pino, answers lost")
 
 
 def test_winston(tmp_path: Path) -> None:
     client = npm_client("winston-elasticsearch", "winston_elasticsearch_client.mjs")
-    with Receiver(tmp_path, *ON) as receiver:
-        records = receiver.deliver(client)
+    records = deliver(tmp_path, client)
     check([record["fields"]["n"] for record in records], once=False)
-    report("elasticsearch", client, "1,000 logs of winston, index template and health asked before")
+    report(
+        "elasticsearch",
+        client,
+        "1,000 logs of winston, index template and health asked before, answers lost",
+    )
 
 
 def test_rsyslog(tmp_path: Path) -> None:
     found = found_client("rsyslogd", ["-v"], ["rsyslogd"])
     command = (sys.executable, str(PROGRAMS / "rsyslog_elasticsearch_client.py"))
     client = Client("rsyslog omelasticsearch", found.version, command, pinned=False)
-    with Receiver(tmp_path, *ON) as receiver:
-        records = receiver.deliver(client, found.command[0])
+    records = deliver(tmp_path, client, found.command[0])
     check([record["n"] for record in records], once=False)
-    report("elasticsearch", client, "1,000 messages, bulkmode")
+    report("elasticsearch", client, "1,000 messages, bulkmode, answers lost")
 
 
 def test_our_own_sink_in_another_daemon(tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""Sends with elasticsearch-py or opensearch-py: ADDRESS COUNT LIBRARY; see `harness.py`."""
+"""Sends with elasticsearch-py or opensearch-py: ADDRESS COUNT TOKEN LIBRARY; see `harness.py`."""
 
 import asyncio
 import sys
 import time
 from collections.abc import Iterator
 
-address, count, library = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+address, count, token, library = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 node = f"{address}/elastic"
 CHUNK = 50
 
@@ -22,7 +22,7 @@ if library == "async":
     from elasticsearch import ApiError, AsyncElasticsearch, TransportError, helpers
 
     async def send() -> None:
-        async with AsyncElasticsearch(node, api_key="unused", max_retries=3) as client:
+        async with AsyncElasticsearch(node, api_key=token, max_retries=3) as client:
             for chunk in chunks():
                 while True:
                     try:
@@ -39,12 +39,12 @@ if library == "elasticsearch":
     from elasticsearch import ApiError, Elasticsearch, TransportError, helpers
 
     errors: tuple[type[Exception], ...] = (TransportError, ApiError)
-    client = Elasticsearch(node, api_key="unused", max_retries=3, retry_on_timeout=True)
+    client = Elasticsearch(node, api_key=token, max_retries=3, retry_on_timeout=True)
 else:
     from opensearchpy import OpenSearch, TransportError, helpers
 
     errors = (TransportError,)
-    client = OpenSearch(node, http_auth=("shop", "unused"), max_retries=3, retry_on_timeout=True)
+    client = OpenSearch(node, http_auth=("shop", token), max_retries=3, retry_on_timeout=True)
 assert client.ping()
 assert client.info()["version"]["number"]
 for chunk in chunks():

@@ -1,9 +1,9 @@
-// Sends with pino and pino-elasticsearch: ADDRESS COUNT; see `harness.py`.
+// Sends with pino and pino-elasticsearch: ADDRESS COUNT TOKEN; see `harness.py`.
 import elasticsearch from '@elastic/elasticsearch'
 import pino from 'pino'
 import pinoElastic from 'pino-elasticsearch'
 
-const [address, count] = [process.argv[2], Number(process.argv[3])]
+const [address, count, token] = [process.argv[2], Number(process.argv[3]), process.argv[4]]
 
 // pino-elasticsearch passes on no setting for retries; its second argument is the client to use.
 class Client extends elasticsearch.Client {
@@ -13,7 +13,13 @@ class Client extends elasticsearch.Client {
 }
 
 const stream = pinoElastic(
-  { node: `${address}/elastic`, index: 'logs-%{DATE}', esVersion: 8, flushBytes: 2000 },
+  {
+    node: `${address}/elastic`,
+    auth: { apiKey: token },
+    index: 'logs-%{DATE}',
+    esVersion: 8,
+    flushBytes: 2000
+  },
   { Client }
 )
 stream.on('error', (error) => { console.error(error); process.exit(1) })

@@ -1,4 +1,4 @@
-"""Sends with rsyslog's omelasticsearch: ADDRESS COUNT RSYSLOGD; see `harness.py`."""
+"""Sends with rsyslog's omelasticsearch: ADDRESS COUNT TOKEN RSYSLOGD; see `harness.py`."""
 
 import json
 import socket
@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-address, count, rsyslogd = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+address, count, token, rsyslogd = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 folder = Path(tempfile.mkdtemp())
 with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
@@ -24,6 +24,8 @@ template(name="document" type="string" string="{{\\"n\\":%msg%}}")
 action(
     type="omelasticsearch"
     server=["{address}/elastic"]
+    uid="shop"
+    pwd="{token}"
     searchIndex="logs"
     searchType=""
     template="document"

@@ -1,4 +1,4 @@
-"""Sends with splunk-handler: ADDRESS COUNT; see `harness.py`."""
+"""Sends with splunk-handler: ADDRESS COUNT TOKEN; see `harness.py`."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ handler = SplunkHandler(
     host=address.hostname,
     port=address.port,
     protocol="http",
-    token="unused",
+    token=sys.argv[3],
     index="main",
     sourcetype="shop",
     flush_interval=0.1,

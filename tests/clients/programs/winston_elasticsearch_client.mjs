@@ -1,11 +1,16 @@
-// Sends with winston and winston-elasticsearch: ADDRESS COUNT; see `harness.py`.
+// Sends with winston and winston-elasticsearch: ADDRESS COUNT TOKEN; see `harness.py`.
 import winston from 'winston'
 import { ElasticsearchTransport } from 'winston-elasticsearch'
 
-const [address, count] = [process.argv[2], Number(process.argv[3])]
+const [address, count, token] = [process.argv[2], Number(process.argv[3]), process.argv[4]]
 
 const transport = new ElasticsearchTransport({
-  clientOpts: { node: `${address}/elastic`, maxRetries: 30, retryBackoff: () => 300 },
+  clientOpts: {
+    node: `${address}/elastic`,
+    auth: { username: 'shop', password: token },
+    maxRetries: 30,
+    retryBackoff: () => 300
+  },
   indexPrefix: 'logs',
   flushInterval: 50
 })

@@ -1,4 +1,4 @@
-// Sends with winston and winston-splunk-httplogger: ADDRESS COUNT; see `harness.py`.
+// Sends with winston and winston-splunk-httplogger: ADDRESS COUNT TOKEN; see `harness.py`.
 import winston from 'winston'
 import SplunkStreamEvent from 'winston-splunk-httplogger'
 
@@ -9,7 +9,7 @@ const transport = new SplunkStreamEvent({
     protocol: 'http',
     host: address.hostname,
     port: Number(address.port),
-    token: 'unused',
+    token: process.argv[4],
     index: 'main',
     sourcetype: 'shop',
     maxRetries: 10
