@@ -185,6 +185,10 @@ def loki_protobuf(batch: Sequence[Event]) -> bytes:
     return bytes(cramjam.snappy.compress_raw(b"".join(streams)))
 
 
+def msgpack_array(batch: Sequence[Event]) -> bytes:
+    return msgspec.msgpack.encode([msgspec.json.decode(event.as_json()) for event in batch])
+
+
 class Case(NamedTuple):
     """One endpoint in one encoding.
 
@@ -208,6 +212,7 @@ class Case(NamedTuple):
 ENDPOINTS = (
     Case(RECORDS, "/v1/records", "application/x-ndjson", lines),
     Case("records, an array", "/v1/records", "application/json", array),
+    Case("records, MessagePack", "/v1/records", "application/msgpack", msgpack_array, 0.4),
     Case(
         "elasticsearch", "/elastic/_bulk", "application/x-ndjson", bulk, 0.6,
         ("--http.endpoints.elasticsearch.pipeline", "default"),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from ingestd.base.bursts import let_loop_go_first
-from ingestd.base.record import InvalidRecord, Records
+from ingestd.base.record import InvalidRecord, Layout, Records
 from ingestd.codecs.compression import TooMuch
 from ingestd.codecs.json import is_deeper
 from ingestd.codecs.lines import KEPT_BYTES, Parsed, too_deep, too_large
@@ -76,12 +76,18 @@ class RecordList:
         self._bytes = 0
         self._refused: list[InvalidRecord] = []
         self._unlisted = 0
-        self._index_end, self._bytes_end = bounds.records_max, bounds.bytes_max
+        self.begin()
 
     def begin(self) -> None:
         """Begins a message: the bounds, but for `listed_max`, hold for each."""
         self._index_end = self._index() + self._bounds.records_max
         self._bytes_end = self._bytes + self._bounds.bytes_max
+        self._begun = len(self._texts), self._bytes, len(self._refused), self._unlisted
+
+    def give_up(self) -> None:
+        """Drops all of the message that was begun last."""
+        texts, self._bytes, refused, self._unlisted = self._begun
+        del self._texts[texts:], self._refused[refused:]
 
     def add(self, text: bytes) -> None:
         """Takes a JSON text without an LF in it.
@@ -105,25 +111,28 @@ class RecordList:
             self._next()
             self._texts.append(text)
 
-    def refuse_large(self, size: int, head: bytes) -> None:
+    def refuse_large(self, size: int, head: bytes | bytearray) -> None:
         """Takes a value of `size` bytes that is too large, of which `head` is the beginning.
 
         Raises:
             TooManyRecords: they are more than `records_max`.
         """
-        self._refuse(too_large(self._next(), size, self._bounds.record_bytes_max, head))
+        self._refuse(too_large(self._next(), size, self._bounds.record_bytes_max, bytes(head)))
 
-    def refuse(self, detail: str, payload: bytes) -> None:
+    def refuse(self, detail: str, payload: bytes | bytearray) -> None:
         """Takes a value that can be no record.
 
         Raises:
             TooManyRecords: they are more than `records_max`.
         """
-        self._refuse(InvalidRecord(self._next(), "malformed", detail, payload[:KEPT_BYTES]))
+        head = bytes(payload[:KEPT_BYTES])
+        self._refuse(InvalidRecord(self._next(), "malformed", detail, head))
 
     def parsed(self) -> Parsed:
         """The records."""
-        return Parsed(Records.lines(self._texts), self._refused, self._unlisted)
+        texts = self._texts
+        payload = b"\n".join([*texts, b""])
+        return Parsed(Records(Layout.LINES, len(texts), payload), self._refused, self._unlisted)
 
     def _index(self) -> int:
         return len(self._texts) + len(self._refused) + self._unlisted
@@ -166,7 +175,7 @@ class EventReader:
     def __init__(self) -> None:
         self._group: dict[Any, Any] | None = None
 
-    def read(self, data: bytes, at: int, end: int) -> LogEvent | None:
+    def read(self, data: bytes | bytearray, at: int, end: int) -> LogEvent | None:
         """Reads an event; `None` for a mark.
 
         Args:
@@ -205,14 +214,14 @@ def _time(value: Any) -> bytes:
     raise MessagePackFault("the time of an event is no number of seconds and no EventTime")
 
 
-def _behind_time(data: bytes, at: int) -> int:
+def _behind_time(data: bytes | bytearray, at: int) -> int:
     """The offset up to which an event surely holds no bin: its time may have any byte."""
     if data.startswith(_EVENT_TIMES[0], at + 1):
         return at + 11
     return at + 12 if data.startswith(_EVENT_TIMES[0], at + 2) else at
 
 
-def is_event(data: bytes, at: int) -> bool:
+def is_event(data: bytes | bytearray, at: int) -> bool:
     """Tells if a value is an event of Fluent Bit's: its time is an EventTime.
 
     A number in place of that could be anything else.
@@ -254,7 +263,7 @@ def parse_body(body: bytes, bounds: RecordBounds) -> Parsed:
 
 
 def parse_events(
-    data: bytes, values: Iterable[tuple[int, int]], tag: bytes, gathered: RecordList
+    data: bytes | bytearray, values: Iterable[tuple[int, int]], tag: bytes, gathered: RecordList
 ) -> None:
     """Reads the events of a message of the forward protocol.
 
@@ -300,7 +309,7 @@ def _array_head(body: bytes) -> tuple[int, int] | None:
 
 
 def _gather(
-    data: bytes,
+    data: bytes | bytearray,
     values: Iterable[tuple[int, int]],
     gathered: RecordList,
     write: Callable[[LogEvent], bytes],

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 DEPTH_MAX = 600
 """A value in a stream that is nested deeper is refused: `json_depth_max` is 512 at most."""
@@ -163,7 +163,7 @@ _raws = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
 _MORE = re.compile(r"trailing characters \(byte ([0-9]+)\)$")
 
 
-def end_of(data: bytes, at: int = 0) -> int:
+def end_of(data: bytes | bytearray, at: int = 0) -> int:
     """Returns the offset behind the value at an offset.
 
     Raises:
@@ -177,14 +177,16 @@ def end_of(data: bytes, at: int = 0) -> int:
     return len(data)
 
 
-def _scan(data: bytes, at: int, end: int) -> int:
+def _scan(data: bytes | bytearray, at: int, end: int) -> int:
     scanner = Scanner(at, end)
     if not scanner.run(data) or scanner.at > end:
         raise MessagePackFault("the MessagePack is cut off")
     return scanner.at
 
 
-def spans(data: bytes, at: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+def spans(
+    data: bytes | bytearray, at: int = 0, end: int | None = None
+) -> Iterator[tuple[int, int]]:
     """Yields the offsets of values one behind the other, and of their ends.
 
     Args:
@@ -227,7 +229,7 @@ _BILLION = 10**9
 _encode = msgspec.json.Encoder().encode
 
 
-def to_object(data: bytes, at: int, end: int, *, sure: int = 0) -> Any:
+def to_object(data: bytes | bytearray, at: int, end: int, *, sure: int = 0) -> Any:
     """Decodes a value whose end was found into what `encode_json` takes.
 
     Args:
@@ -249,7 +251,7 @@ def to_object(data: bytes, at: int, end: int, *, sure: int = 0) -> Any:
             data.find(b"\xc4", start, end) >= 0
             or data.find(b"\xc5", start, end) >= 0
             or data.find(b"\xc6", start, end) >= 0
-        ):
+        ) and _holds_bin(value):
             return _with_text(value)
     except RecursionError:
         raise MessagePackFault("nested too deeply") from None
@@ -271,7 +273,7 @@ def encode_json(value: Any) -> bytes:
         raise MessagePackFault("nested too deeply") from None
 
 
-def event_time(payload: bytes | memoryview) -> bytes:
+def event_time(payload: bytes | bytearray | memoryview) -> bytes:
     """Returns the JSON text of the 8 bytes of an EventTime: seconds and nanoseconds, 32 bits each.
 
     https://github.com/fluent/fluentd/wiki/Forward-Protocol-Specification-v1#eventtime-ext-format
@@ -281,7 +283,7 @@ def event_time(payload: bytes | memoryview) -> bytes:
     return b"%d.%09d" % (seconds + more, nanoseconds)
 
 
-def _ext(code: int, payload: bytes | memoryview) -> Any:
+def _ext(code: int, payload: bytes | bytearray | memoryview) -> Any:
     if code == 0 and len(payload) == _EVENT_TIME.size:
         return msgspec.Raw(event_time(payload))
     return {"ext": code, "data": _data_url(payload)}
@@ -298,7 +300,7 @@ class _Reader:
         at: its offset.
     """
 
-    def __init__(self, data: bytes, at: int) -> None:
+    def __init__(self, data: bytes | bytearray, at: int) -> None:
         self._data = data
         self._at = at
 
@@ -326,14 +328,14 @@ class _Reader:
         return payload.decode("utf-8", "replace") if kind == STR else _text(payload)
 
 
-def _text(payload: bytes) -> str:
+def _text(payload: bytes | bytearray) -> str:
     try:
         return payload.decode()
     except UnicodeDecodeError:
         return _data_url(payload)
 
 
-def _data_url(payload: bytes | memoryview) -> str:
+def _data_url(payload: bytes | bytearray | memoryview) -> str:
     return "data:;base64," + base64.b64encode(payload).decode()
 
 
@@ -343,6 +345,24 @@ def _key(key: Any) -> str | int | float:
     if isinstance(key, bytes):
         return _text(key)
     return encode_json(_with_text(key)).decode()
+
+
+_PLAIN = frozenset((str, int, float, bool, type(None)))
+_TEXT = {str}
+
+
+def _holds_bin(value: Any) -> bool:
+    """Tells if there may be bytes, or keys that are no str, in a value."""
+    inner: Collection[Any]
+    if isinstance(value, dict):
+        if not _TEXT.issuperset(map(type, value)):
+            return True
+        inner = value.values()
+    elif isinstance(value, list):
+        inner = value
+    else:
+        return isinstance(value, bytes)
+    return not _PLAIN.issuperset(map(type, inner)) and any(map(_holds_bin, inner))
 
 
 def _with_text(value: Any) -> Any:

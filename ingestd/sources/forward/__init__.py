@@ -17,8 +17,8 @@ and then, in any of them, a map of options. Invariants:
    is accepted, too.
 2. What cannot be read of the events of a message is an invalid record, and the message is
    acknowledged: to send it again would change nothing. What goes beyond a bound of a message ends
-   the connection without an acknowledgement: its client keeps it until the bound is raised. So
-   does what is no message at all.
+   the connection without an acknowledgement, and nothing of it is accepted: its client keeps it
+   until the bound is raised. So does what is no message at all.
 3. Before the handshake is done, where there is one, nothing longer than a PING is taken.
 4. What decompression and JSON make of a message beyond its size is taken from the account of the
    source before it is there.
@@ -63,9 +63,12 @@ ID_BYTES_MAX = 1024
 INVALID_KEPT = 10
 """So many invalid records of a message are kept as dead letters; others are counted."""
 OPTIONS_BYTES_MAX = 64 * 1024
-GROWN_BYTES = 64 * 1024
 APPEND_BYTES = 2048
 """What the append of a message with an id costs beside its records, about."""
+FREE_BYTES = 8 * 1024
+"""So much a few bytes may become where there is no room: a small message is never refused."""
+GROWN_BYTES = 16 * 1024
+"""The least that is taken from the account at a time."""
 _PARTS_MAX = 4
 _ARRAYS = frozenset((*range(0x90, 0xA0), 0xDC, 0xDD))
 _NIL = 0xC0
@@ -100,8 +103,6 @@ class ForwardCodec(StreamCodec):
         secrets: of the handshake.
     """
 
-    replies = True
-
     def __init__(
         self, peer: Peer, settings: ForwardSettings, intake: Intake, secrets: Secrets
     ) -> None:
@@ -120,6 +121,7 @@ class ForwardCodec(StreamCodec):
         self._room = 0
         self._handshake = Handshake(secrets) if secrets.keys else None
         self._principal, self._envelope = "", b""
+        self._has_ids = False
         self._buffer = bytearray()
         self._scanner: Scanner | None = None  # of the message that was begun
 
@@ -127,6 +129,11 @@ class ForwardCodec(StreamCodec):
     def held(self) -> int:  # type: ignore[override]
         """See `StreamCodec`."""
         return len(self._buffer)
+
+    @property
+    def replies(self) -> bool:  # type: ignore[override]
+        """See `StreamCodec`: a client without ids learns as early as it can that a drain began."""
+        return self._has_ids or self._handshake is not None
 
     def greet(self) -> bytes:
         """See `StreamCodec`."""
@@ -140,7 +147,7 @@ class ForwardCodec(StreamCodec):
     def feed(self, data: bytes) -> Frames:
         """See `StreamCodec`."""
         fault = ""
-        self._room = len(data)
+        self._room = len(data) + FREE_BYTES
         self._run = self._make_run()
         try:
             for whole, at, end in self._messages(data):
@@ -233,6 +240,7 @@ class ForwardCodec(StreamCodec):
         options = _options(message, parts[2:] if events is not None else parts[3:])
         gathered = self._run
         if options.chunk:
+            self._has_ids = True
             self._flush()
             self._take(APPEND_BYTES)
             gathered = self._make_run()
@@ -242,6 +250,9 @@ class ForwardCodec(StreamCodec):
             parse_events(data, values, tag, gathered)
         except (_Unreadable, Corrupt) as fault:
             gathered.refuse(str(fault), message)
+        except (TooMuch, TooManyRecords, Problem):
+            gathered.give_up()
+            raise
         if options.chunk:
             self._received.append(self._acknowledged(self._parsed(gathered), options.chunk))
 
@@ -251,7 +262,7 @@ class ForwardCodec(StreamCodec):
         parts: Sequence[tuple[int, int]],
         events: tuple[int, int, int] | None,
         options: MessageOptions,
-    ) -> tuple[bytes, Iterable[tuple[int, int]]]:
+    ) -> tuple[bytes | bytearray, Iterable[tuple[int, int]]]:
         """The events of a message: bytes, and the offsets of each in there.
 
         Args:
@@ -264,14 +275,14 @@ class ForwardCodec(StreamCodec):
             raise _Unreadable("metrics, traces or others of Fluent Bit: only logs are records")
         at, end = parts[1]
         if events is None:
-            data = b"\x92" + message[at : parts[2][1]]
-            return data, [(0, len(data))]
+            event = b"\x92" + message[at : parts[2][1]]
+            return event, [(0, len(event))]
         if events[0] == ARRAY:
             return message, spans(message, events[2], end)
         data = self._inflate(message[events[2] : end], options.compressed)
         return data, spans(data)
 
-    def _inflate(self, payload: bytes, compressed: bytes) -> bytes:
+    def _inflate(self, payload: bytes, compressed: bytes) -> bytes | bytearray:
         """Decompresses packed events, where they are compressed."""
         if compressed in (b"", b"text"):
             return payload
@@ -280,12 +291,12 @@ class ForwardCodec(StreamCodec):
             raise _Unreadable(f"events are compressed as {encoding[:40]!r}")
         settings = self._settings
         inflater = Inflater(encoding, settings.decompressed_bytes_max, settings.inflate_ratio_max)
-        pieces = []
+        events = bytearray()
         for piece in inflater.feed(payload):
-            self._take(2 * len(piece))  # joined there are two of them
-            pieces.append(piece)
+            self._take(len(piece))
+            events += piece
         inflater.finish()
-        return b"".join(pieces)
+        return events
 
     # -- records -------------------------------------------------------------------------------
 

@@ -6,11 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field, SecretStr
 
-from ingestd.base.errors import ConfigError
 from ingestd.config.sections import FilePath, Secret, Section, own_name
-from ingestd.config.units import Count, Seconds, Size  # noqa: TC001  pydantic reads them
+from ingestd.config.units import Count, Seconds, Size, show_size
 from ingestd.sources.base import KeyNeeds
-from ingestd.sources.tcp.settings import ListenAddresses, TcpSettings, TcpSourceKind, check_room
+from ingestd.sources.tcp.settings import ListenAddresses, TcpSettings, TcpSourceKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 _DAY = 86400.0
 _MIB = 1024**2
 _GIB = 1024**3
+_TIB = 1024**4
 _UNSET = SecretStr("")
 
 
@@ -55,11 +55,17 @@ class ForwardSettings(TcpSettings):
     hostname: str = Field(
         "ingestd", min_length=1, max_length=255, description="name in the handshake"
     )
+    inflight_bytes_max: Size = Field(
+        40 * _MIB,
+        ge=1,
+        le=_TIB,
+        description="bound of bytes read but not committed; then reading waits",
+    )
     message_bytes_max: Size = Field(
-        8 * _MIB, ge=1024, le=_GIB, description="largest message before decompression"
+        9 * _MIB, ge=1024, le=_GIB, description="largest message before decompression"
     )
     decompressed_bytes_max: Size = Field(
-        16 * _MIB, ge=1024, le=_GIB, description="largest message after decompression, and as JSON"
+        15 * _MIB, ge=1024, le=_GIB, description="largest message after decompression, and as JSON"
     )
     inflate_ratio_max: Count = Field(
         200, ge=0, le=10**6, description="largest compression ratio beyond 1 MiB; 0: no bound"
@@ -99,10 +105,12 @@ class ForwardSourceKind(TcpSourceKind):
         for name, user in settings.users.items():
             if not (user.password.get_secret_value() or user.file):
                 yield f"users.{name}", "has neither a password nor a file of passwords"
-        try:
-            check_room(settings, settings.message_bytes_max, self.table)
-        except ConfigError as error:
-            yield "inflight_bytes_max", str(error).partition(": ")[2]
+        needed = settings.message_bytes_max + 2 * settings.decompressed_bytes_max + _MIB
+        if settings.inflight_bytes_max < needed:
+            bound = show_size(settings.inflight_bytes_max)
+            parts = "message_bytes_max, twice decompressed_bytes_max and 1 MiB"
+            text = f"{bound} has no room for one message: {show_size(needed)}, {parts}"
+            yield "inflight_bytes_max", text
 
     def keys(self, settings: Any) -> KeyNeeds:
         """See `SourceKind`."""

@@ -23,6 +23,7 @@ import asyncio
 import contextlib
 import os
 import socket
+import threading
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import async_timeout
@@ -32,6 +33,7 @@ from ingestd.base.envelope import Envelope, pack
 from ingestd.base.errors import IngestdError, KeyInFlight, KeyReused, KeysUnsupported, Overloaded
 from ingestd.base.logging import get_logger
 from ingestd.base.record import join
+from ingestd.http import problem
 from ingestd.http.credentials import has_expired, names_in, principal_of_certificate
 from ingestd.http.deadlines import LATE_SECONDS, MinimumRate, is_late
 from ingestd.http.peer import client_of, uid_of
@@ -168,7 +170,8 @@ class TcpConnection(asyncio.BufferedProtocol):
         self._why = ""  # it has to end
         self._leave_by: float | None = None
         # -- of what was taken
-        self._passing = self._committing = 0
+        self._passing = self._committing = self._grown = 0
+        self._lock = threading.Lock()  # of what it holds, while the codec is in a thread
         self._pending: asyncio.Task[None] | None = None
         self._total = 0
         self._pace: MinimumRate | None = None  # of the frame that was begun
@@ -188,9 +191,9 @@ class TcpConnection(asyncio.BufferedProtocol):
         self.peer = self._make_peer(transport)
         try:
             self._hold: Reservation = owner.admission.enter(self.peer.address)
-        except Problem as problem:
+        except Problem as refusal:
             owner.totals.refused += 1
-            owner.tell_refused(self.peer.address, problem.kind.slug)
+            owner.tell_refused(self.peer.address, refusal.kind.slug)
             transport.abort()
             return
         self.authorities = owner.authorities
@@ -204,7 +207,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         if self._is_secure:
             secured.tell(self._ended)
         self._codec = owner.codec(self.peer)
-        self._codec.grow = self._hold.grow
+        self._codec.grow = self._grow
         self.task = self._loop.create_task(self._run(), name=f"{owner.name}-connection")
         owner.opened(self)
         if owner.is_leaving:
@@ -221,10 +224,9 @@ class TcpConnection(asyncio.BufferedProtocol):
         return Peer(address, client_of(address), called, principal, encrypted, pack(envelope))
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's
-        """The buffer of the next read."""
-        owner = self._owner
-        admission = owner.admission
-        return owner.buffer[: READ_BYTES if admission.bytes < admission.bytes_max else SMALL_BYTES]
+        """The buffer of the next read, for which there is room before it comes."""
+        has_room = self._is_done or self._count(_COPIES * READ_BYTES)
+        return self._owner.buffer[: READ_BYTES if has_room else SMALL_BYTES]
 
     def buffer_updated(self, nbytes: int) -> None:
         """Takes bytes that were read."""
@@ -254,6 +256,7 @@ class TcpConnection(asyncio.BufferedProtocol):
 
     def _ended(self) -> None:
         self._has_ended = True
+        self._count()
         self._wake()
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's
@@ -443,17 +446,25 @@ class TcpConnection(asyncio.BufferedProtocol):
 
     # -- room ----------------------------------------------------------------------------------
 
-    def _count(self) -> bool:
-        """Counts what it holds; returns False if there is no room for it."""
+    def _count(self, more: int = 0) -> bool:
+        """Counts what it holds, and more; returns False if there is no room for it."""
         if self._is_done:
             return False
-        held = self._codec.held
-        size = _COPIES * (self._queued + self._passing) + self._committing + held
+        size = _COPIES * (self._queued + self._passing) + self._committing + self._codec.held
         try:
-            self._hold.set(size)
+            with self._lock:
+                self._hold.set(size + self._grown + more)
         except Problem:
             return False
         return True
+
+    def _grow(self, size: int) -> None:
+        """See `StreamCodec.grow`; in any thread."""
+        with self._lock:
+            if self._is_done:
+                raise Problem(problem.BUSY, "the connection has ended")
+            self._hold.grow(size)
+            self._grown += size
 
     def _pause(self) -> None:
         transport = self._transport
@@ -476,7 +487,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         Its size is known before those before it are accepted, and counts.
         """
         received = frames.received
-        self._passing = 0
+        self._passing = self._grown = 0
         size = sum(_size_of(one) for one in received)
         self._committing += size
         self._count()
@@ -581,9 +592,10 @@ class TcpConnection(asyncio.BufferedProtocol):
 
     def _finish(self, why: str) -> None:
         owner, transport = self._owner, self._transport
-        self._is_done = True
-        self._hold.keep(0)
-        self._hold.__exit__(None, None, None)
+        with self._lock:
+            self._is_done = True
+            self._hold.keep(0)
+            self._hold.__exit__(None, None, None)
         if self._pending is not None:
             self._pending.cancel()
         if why and self._leave_by is None:

@@ -1,0 +1,95 @@
+"""Clients of Fluentd's protocol, and Fluent Bit's http output, as `docs/clients/fluent*.md` say."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.clients.harness import (
+    PROGRAMS,
+    Client,
+    Receiver,
+    check,
+    found_client,
+    free_port,
+    npm_client,
+    python_client,
+    report,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+pytestmark = pytest.mark.slow
+
+
+def receiver(cwd: Path) -> tuple[Receiver, str]:
+    address = f"127.0.0.1:{free_port()}"
+    args = ("--source", "forward", "--forward.listen", f"tcp://{address}")
+    return Receiver(cwd, *args, listens=False), address
+
+
+def fluent_bit() -> Client:
+    program = str(PROGRAMS / "fluent_bit_client.py")
+    return found_client("fluent-bit", ["--version"], [sys.executable, program, "fluent-bit"])
+
+
+def test_fluent_logger_of_python(tmp_path: Path) -> None:
+    client = python_client("fluent-logger", "fluent_logger_client.py")
+    daemon, address = receiver(tmp_path)
+    with daemon:
+        records = daemon.deliver(client, address=address)
+    check([one["record"]["n"] for one in records if one["record"]], once=False)
+    assert {one["tag"] for one in records} == {"app.web"}
+    report("forward", client, "1,000 events, Message mode, without acknowledgements")
+
+
+MODES = ("Message", "Forward", "PackedForward", "CompressedPackedForward")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fluent_logger_of_node(tmp_path: Path, mode: str) -> None:
+    client = npm_client("@fluent-org/logger", "fluent_logger_client.mjs")
+    daemon, address = receiver(tmp_path)
+    with daemon:
+        records = daemon.deliver(client, mode, address=address)
+    check([one["record"]["n"] for one in records], once=False)
+    if mode == MODES[-1]:
+        what = "1,000 events in each of the four modes, acknowledged; its retries have new ids"
+        report("forward", client, what)
+
+
+@pytest.mark.parametrize("compress", ["text", "gzip"])
+def test_fluent_bit_forward(tmp_path: Path, compress: str) -> None:
+    client = fluent_bit()
+    daemon, address = receiver(tmp_path)
+    with daemon:
+        more = ("forward", "require_ack_response=true", f"compress={compress}")
+        records = daemon.deliver(client, *more, address=address)
+    check([one["record"]["n"] for one in records], once=True)
+    if compress == "gzip":
+        report("forward", client, "1,000 events, gzip and not, acknowledged; exactly once")
+
+
+FORMATS = [
+    ("msgpack", "gzip"),
+    ("msgpack", "zstd"),
+    ("msgpack", "snappy"),
+    ("json", "gzip"),
+    ("json_lines", "zstd"),
+]
+
+
+@pytest.mark.parametrize(("form", "compress"), FORMATS)
+def test_fluent_bit_http(tmp_path: Path, form: str, compress: str) -> None:
+    client = fluent_bit()
+    with Receiver(tmp_path) as daemon:
+        more = ("http", "uri=/v1/records", f"format={form}", f"compress={compress}")
+        records = daemon.deliver(client, *more)
+    check([one["n"] for one in records], once=False)
+    assert all(1.7e9 < one["date"] < 5e9 for one in records)
+    if (form, compress) == FORMATS[-1]:
+        what = "1,000 events as msgpack, json and json_lines, with gzip, zstd and snappy"
+        report("records", client, what)
