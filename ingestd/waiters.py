@@ -6,7 +6,7 @@ from bisect import bisect_right, insort
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ingestd.base.append import DeliveryWaiter
     from ingestd.base.record import Span
@@ -34,9 +34,14 @@ def _first(placed: _Placed) -> int:
 
 
 class DeliveryWaiters:
-    """The waiters of one pipeline. Records without a waiter cost nothing."""
+    """The waiters of one pipeline. Records without a waiter cost nothing.
+
+    Attributes:
+        on_settled: gets what `settled` gets, of all records; `None` for no call.
+    """
 
     def __init__(self) -> None:
+        self.on_settled: Callable[[Sequence[Span], Sequence[DeadLetter]], None] | None = None
         self._chunks: dict[int, list[_Placed]] = {}
         self._homes: dict[DeliveryWaiter, range] = {}
 
@@ -67,6 +72,8 @@ class DeliveryWaiters:
             spans: all that are settled.
             dead: the letters among them.
         """
+        if self.on_settled is not None:
+            self.on_settled(spans, dead)
         if not self._chunks:
             return
         for letter in dead:

@@ -277,6 +277,27 @@ def _say(level: str, event: str, fields: dict[str, object]) -> None:
         pass
 
 
+def use_library_logging() -> Callable[[], None]:
+    """Hands the events of our own code to `logging.getLogger("ingestd")`, for a program's tests.
+
+    Returns:
+        A function that ends it.
+    """
+    logger = logging.getLogger("ingestd")
+
+    def tell(_: WrappedLogger, level: str, event: EventDict) -> bytes:
+        if logger.isEnabledFor(_LEVELS[level]):
+            name, traceback = event.pop("event"), event.pop("exception", "")
+            facts = [f"{key}={value!r}" for key, value in event.items()]
+            line = " ".join([name, *facts])
+            logger.log(_LEVELS[level], "%s", f"{line}\n{traceback}".rstrip())
+        return b""
+
+    own = _LoggerState([structlog.contextvars.merge_contextvars, tell], 0, lambda _: None)
+    _own.append(own)
+    return partial(_own.remove, own)
+
+
 def say_for(level: str, event: str, fields: dict[str, object]) -> None:
     """Logs an event of a worker process, at the level that it has there. Never raises."""
     _say(level if level in _LEVELS else "info", event, fields)

@@ -44,6 +44,7 @@ class Dispatcher:
         on_idle: called when a worker becomes free, or the last new batch has gone to one.
 
     Attributes:
+        start_pool: starts the workers; a harness for tests has others.
         executor: `process`, `thread`, `async` or `external`; empty before `open`.
         queue: the batches that wait for a worker or for their next try.
         running: batches that are with a worker, or lie ready before one.
@@ -71,6 +72,7 @@ class Dispatcher:
         self._rule = RetryRule(
             retry.attempts_max, retry.backoff, retry.backoff_max, retry.give_up_after
         )
+        self.start_pool = start_pool
         self.executor = ""
         self.running = 0
         self._dispatched = 0
@@ -84,7 +86,7 @@ class Dispatcher:
         """
         self._loop = asyncio.get_running_loop()
         self.pool: Pool[Any]
-        self.pool, self.executor = await start_pool(self._pipeline, *settings, **context)
+        self.pool, self.executor = await self.start_pool(self._pipeline, *settings, **context)
 
     def busy(self, workers: int) -> bool:
         """Tells if a batch that is sealed now would have to wait for a worker."""

@@ -161,22 +161,39 @@ class Batch(Sequence[T_co], Generic[T_co]):
         accepted_at: datetime = datetime(2026, 1, 1, tzinfo=UTC),
         lineage: Sequence[str] = (),
         envelope: Envelope = envelopes.EMPTY,
+        handler: object = None,
+        record_format: str = "json",
     ) -> Batch[T_co]:
         """A batch made by hand, to try a handler out: in a test, at the prompt.
 
         Args:
-            records: decoded, as the handler gets them.
+            records: decoded, as the handler gets them; with `handler` as they are sent.
             id: see the attribute.
             attempt: see the attribute.
             accepted_at: see the attribute; with a time zone.
             lineage: see the attribute.
             envelope: of each record.
+            handler: function or class by whose annotation the records are decoded; what does not
+                fit is left out, and among the `rejections`.
+            record_format: of these records.
+
+        Raises:
+            NotAHandler: it can't be one.
+            CannotDecode: its annotation does not go with the format.
         """
         values = list(records)
-        raw = Records.sized([_encoded(value) for value in values])
+        form = "text" if handler is None else record_format
+        raw = Records.sized([_encoded(value, form) for value in values])
         raw = raw._replace(envelopes=envelopes.pack(envelope))
         spans, at = [Span(1, 0, len(values))], accepted_at.timestamp()
-        return cls(values, Job(id, attempt, raw, spans, "test", at, list(lineage)))
+        job = Job(id, attempt, raw, spans, "test", at, list(lineage))
+        if handler is None:
+            return cls(values, job)
+        from ingestd.handlers.decode import decoder_for  # noqa: PLC0415  these import this module
+        from ingestd.handlers.load import shape_of  # noqa: PLC0415
+
+        values, undecodable = decoder_for(shape_of(handler).record, record_format).decode(raw)
+        return cls(values, job, undecodable)
 
     @overload
     def __getitem__(self, i: int) -> T_co: ...
@@ -332,7 +349,9 @@ class Batch(Sequence[T_co], Generic[T_co]):
         return self._places[i]
 
 
-def _encoded(value: object) -> bytes:
+def _encoded(value: object, record_format: str) -> bytes:
     if isinstance(value, bytes):
         return value
-    return value.encode() if isinstance(value, str) else msgspec.json.encode(value, enc_hook=str)
+    if isinstance(value, str) and record_format != "json":
+        return value.encode()
+    return msgspec.json.encode(value, enc_hook=str)

@@ -212,6 +212,7 @@ class JournalStatus(NamedTuple):
         busy: its thread is at something.
         commits: how many it has begun; with `busy` this shows if it moves.
         poisoned: it takes and writes nothing any more.
+        unanswered: operations that were submitted, and of which the event loop knows no end yet.
     """
 
     ledger: Ledger
@@ -221,6 +222,7 @@ class JournalStatus(NamedTuple):
     busy: bool = False
     commits: int = 0
     poisoned: bool = False
+    unanswered: int = 0
 
 
 class Closed(NamedTuple):

@@ -44,7 +44,10 @@ class DeadLetterMaintenance:
     Attributes:
         polled: set after the first poll, when everything that was marked before is back.
         polls: set for a moment after each poll.
+        pause: seconds between two polls.
     """
+
+    pause = LOOK_SECONDS
 
     def __init__(
         self, pipeline: str, letters: DeadLetterStore | None, settings: DeadSettings, clock: Clock
@@ -80,7 +83,7 @@ class DeadLetterMaintenance:
             self.polled.set()
             self.polls.set()  # wakes who waits now
             self.polls.clear()
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(self.pause)
         self.polled.set()
 
     async def poll(self) -> None:

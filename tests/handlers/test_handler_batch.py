@@ -120,6 +120,24 @@ def test_a_batch_made_by_hand_for_the_users_own_tests() -> None:
     assert batch.rejections == [Rejection(2, "rejected", "why")]
 
 
+class Click(msgspec.Struct):
+    page: int
+
+
+def test_a_batch_made_by_hand_is_decoded_as_a_handler_says() -> None:
+    def store(batch: Batch[Click]) -> None: ...
+
+    batch = Batch.of([{"page": 1}, {"page": "x"}, b'{"page":3}'], handler=store)
+    assert list(batch) == [Click(1), Click(3)]
+    assert [(one.index, one.reason) for one in batch.rejections] == [(1, "undecodable")]
+    batch.reject(1, "why")
+    assert batch.rejections[-1] == Rejection(2, "rejected", "why")
+    assert list(Batch.of(["text"], handler=lambda batch: None)) == ["text"]
+    text = Batch.of(["text", b"\xff"], handler=lambda batch: None, record_format="text")
+    assert (list(text), len(text.rejections)) == (["text"], 1)
+    assert list(Batch.of([b"\xff"], handler=len, record_format="bytes")) == [b"\xff"]
+
+
 def test_no_envelope_is_decoded_before_it_is_asked_for() -> None:
     job = msgspec.structs.replace(JOB, records=JOB.records._replace(envelopes=b"R\xff"))
     batch = Batch(list("abcd"), job)

@@ -21,9 +21,12 @@ from ingestd.handlers.call import call, close
 from ingestd.handlers.chain import Transform
 from ingestd.handlers.load import load
 from ingestd.handlers.outcome import Job
+from ingestd.testing.plugin import ingestd_async_harness, ingestd_harness
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+__all__ = ["ingestd_async_harness", "ingestd_harness"]
 
 PAGE = (Path(__file__).parents[2] / "docs" / "HANDLERS.md").read_text()
 BLOCKS = {
@@ -49,6 +52,7 @@ def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def test_no_example_is_left_out() -> None:
     assert PAGE.count("```python") == len(BLOCKS)
     handlers = {"store", "clicks", "pages", "placed", "orders", "events", "once", "test_orders"}
+    handlers |= {"test_stored", "test_pushed"}
     assert set(BLOCKS) == handlers | {"pools", "own_pool", "cluster", "shop", "warehouse"}
 
 
@@ -157,3 +161,14 @@ def test_options_as_a_struct(example) -> None:
 
 def test_the_users_own_test(example) -> None:
     importlib.import_module("test_orders").test_orders_without_a_total_are_rejected()
+
+
+def test_the_users_own_tests_with_a_harness(example, ingestd_harness, tmp_path: Path) -> None:
+    tests = importlib.import_module("test_stored")
+    tests.test_a_refund_comes_again_and_its_neighbours_go_on(ingestd_harness)
+    tests.test_each_click_is_stored_once(ingestd_harness, tmp_path)
+
+
+async def test_the_users_own_test_that_is_a_coroutine(example, ingestd_async_harness) -> None:
+    tests = importlib.import_module("test_pushed")
+    await tests.test_a_batch_is_pushed(ingestd_async_harness)

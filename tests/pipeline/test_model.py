@@ -100,9 +100,8 @@ class PipelineAgainstModel(RuleBasedStateMachine):
             await pool.start()
             return pool, "thread"
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("ingestd.execution.dispatcher.start_pool", start_pool)
-            self.loop.run_until_complete(self.pipeline.open())
+        self.pipeline.dispatcher.start_pool = start_pool
+        self.loop.run_until_complete(self.pipeline.open())
         self.settle_down()
 
     def settle_down(self) -> None:

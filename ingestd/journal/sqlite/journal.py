@@ -124,7 +124,7 @@ class SqliteJournal:
         self.bytes = 0
         self.dead_totals = DeadTotals()
         self._bookmarks = offsets.OffsetTotals()
-        self._commits = 0
+        self._commits = self._unanswered = 0
         self.refusing = ""
         self._gathered: list[Op] = []
         self._clock = clock
@@ -250,6 +250,7 @@ class SqliteJournal:
             self._committer.busy,
             self._committer.commits,
             self.failed.done(),
+            self._unanswered,
         )
 
     def append(self, append: Append) -> asyncio.Future[Place]:
@@ -301,6 +302,7 @@ class SqliteJournal:
         if not self._gathered:
             self._loop.call_soon(self._hand_over)
         self._gathered.append(op)
+        self._unanswered += 1
 
     def _queue(self, kind: Callable[..., Op], *parts: object) -> asyncio.Future[Any]:
         """Submits an operation of a kind, which begins with its future."""
@@ -379,6 +381,7 @@ class SqliteJournal:
         self.ledger = committed.ledger
         self._tables_changed(committed)
         self._commits += 1
+        self._unanswered -= len(committed.ops)
         for op in committed.ops:
             self._account(op, applied=error is None)
             if type(op) is QueuedAppend and op.append.claim is not None:
