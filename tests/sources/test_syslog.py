@@ -355,6 +355,32 @@ def test_any_stream_is_taken_whole(parts: list[bytes], data: st.DataObject) -> N
         assert (one.messages, one.refused) == (other.messages, other.refused)
 
 
+@pytest.mark.parametrize(
+    "stream",
+    [
+        b"\n".join([b"x"] * 3000),
+        b"<1>\n" * 3000,
+        b"3 abc" * 3000,
+        b"1 a\n" * 3000,
+        b"4 <1>b" * 3000,
+    ],
+)
+def test_what_becomes_of_tiny_messages_is_known_before(stream: bytes) -> None:
+    """An object is a hundred times as large as the shortest message."""
+    codec = Feed(10**6).codec
+    codec.feed(b"4 <1>b" if stream[:1].isdigit() else b"<")
+    made = 0
+    for piece in in_pieces(stream, 4096):
+        cost = codec.cost(piece)
+        assert not codec.is_quick(piece)
+        frames = codec.feed(piece)
+        size = sum(len(one.parsed.records.payload) for one in frames.received)
+        assert size <= cost
+        made += size
+    assert made > 20 * len(stream)
+    assert codec.is_quick(b"x" * 10_000)
+
+
 def test_raw_records_are_the_messages() -> None:
     codec = SyslogCodec(RecordMaker(None, 1000), b'"p"', lambda: None)
     (received,) = codec.feed(counted(b"<1>a", b"<1>b\nc")).received

@@ -34,6 +34,11 @@ if TYPE_CHECKING:
 
 COUNT_BYTES = 9
 """The longest length of a frame, in digits; a longer number is no length."""
+OBJECT_BYTES = 512
+"""What the object of a message takes beside its text, about: as JSON, and while it is made."""
+QUICK_BYTES = 256
+QUICK_MESSAGES = 64
+"""So few bytes or messages are parsed on the event loop; one of an unusual form takes 0.03 ms."""
 _COUNTED = re.compile(rb"[1-9]\d{0,8} <")
 _MAY_BE_COUNTED = re.compile(rb"(?:[1-9]\d{0,8} ?)?")
 _NUL_END = re.compile(rb"\0(?=<|\Z)")
@@ -125,6 +130,20 @@ class SyslogCodec(StreamCodec):
         """See `StreamCodec`."""
         return len(self._begun) if self._framing is None else self._framing.held
 
+    def is_quick(self, data: bytes) -> bool:
+        """See `StreamCodec`."""
+        return len(data) <= QUICK_BYTES or self._messages(data) <= QUICK_MESSAGES
+
+    def cost(self, data: bytes) -> int:
+        """See `StreamCodec`."""
+        return 2 * len(data) + OBJECT_BYTES * self._messages(data)
+
+    def _messages(self, data: bytes) -> int:
+        """The most messages that bytes complete, about."""
+        if self._framing is None:
+            return len(data) // 2
+        return self._framing.messages_in(data)
+
     def feed(self, data: bytes) -> Frames:
         """See `StreamCodec`."""
         framing = self._framing
@@ -194,6 +213,10 @@ class TerminatedFraming:
         self._framer = Framer("text", self._record_bytes_max, begun=True, index=self._framer.index)
         more = self._framer.feed(data[end.end() :].translate(_SWAPPED))
         return _without_nuls(_joined(parsed, more))
+
+    def messages_in(self, data: bytes) -> int:
+        """The most messages that bytes complete."""
+        return data.count(b"\n") + data.count(b"\0")
 
     def _decide(self, data: bytes) -> None:
         """Looks for the first terminator."""
@@ -279,6 +302,18 @@ class CountedFraming:
         del tail[:at]
         return self._parsed(messages, refused)
 
+    def messages_in(self, data: bytes) -> int:
+        """The most messages that bytes complete, about."""
+        at, size, count = max(self._needed - len(self._tail), self._over_left, 0), len(data), 1
+        while at < size:
+            space = data.find(b" ", at, at + COUNT_BYTES + 2)
+            digits = data[at:space].lstrip(_FILLERS) if space >= 0 else b""
+            if not digits.isdigit():
+                return count + data.count(b" ", at) + data.count(b"\n", at)
+            count += 1
+            at = space + 1 + int(digits)
+        return count
+
     def _parsed(self, messages: list[bytes], refused: list[InvalidRecord]) -> Parsed | None:
         messages = [one for one in messages if one]
         if not messages and not refused:
@@ -348,12 +383,13 @@ class CountedFraming:
 
     def end(self, why: str | None) -> Parsed | None:
         """Returns the message that was begun, as an invalid record."""
-        tail = bytes(self._tail.strip(_FILLERS))
+        size, is_lost = len(self._tail), self._is_lost
+        tail = bytes(self._tail if is_lost else self._tail[:KEPT_BYTES]).strip(_FILLERS)
         self._tail.clear()
         if not tail:
             return None
-        if self._is_lost and why is None:
+        if is_lost and why is None:
             return self._parsed([tail], [])
-        detail = why or f"the connection ended after {len(tail)} bytes of the message"
+        detail = why or f"the connection ended after {size} bytes of the message"
         record = InvalidRecord(self._next(), UNFINISHED, detail, tail[:KEPT_BYTES])
         return Parsed(Records.lines([]), [record])

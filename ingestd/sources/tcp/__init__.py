@@ -116,6 +116,10 @@ class StreamCodec(Protocol):
         """Tells if `feed` takes a few milliseconds at most with bytes that are few."""
         return True
 
+    def cost(self, data: bytes) -> int:
+        """The most bytes that `feed` makes of bytes, about; counted before it is called."""
+        return 2 * len(data)
+
     def feed(self, data: bytes) -> Frames:
         """Returns what bytes complete.
 

@@ -7,9 +7,11 @@ sends much makes large appends.
 
 Invariants:
 
-1. What is held is in the account of the source before more is read: bytes that wait and are
-   decoded twice (as they came, and as records), records that wait for their commit, the codec's
-   begun frame. At the bound reading stops, and goes on when there is room again.
+1. What is held is in the account of the source: bytes that wait, what becomes of those that are
+   decoded (`StreamCodec.cost`, before they are), records that wait for their commit, the codec's
+   begun frame. At the bound reading stops, and goes on when there is room again. What was read by
+   then is decoded and accepted all the same, or nothing would ever be given back: but for one
+   connection of the source after the other.
 2. Where there is no room, one more read takes `SMALL_BYTES` at most, so that many connections are
    not many times that which one read can bring.
 3. A deadline runs only while the task waits for the peer: for anything, or for the rest of a frame.
@@ -59,6 +61,9 @@ READ_BYTES = 256 * 1024
 """The most that one read takes, and from where on reading waits until what came is decoded."""
 SMALL_BYTES = 4 * 1024
 """The most that one read takes where there is no room."""
+PIECE_COST = 2 * 1024**2
+PIECE_BYTES = 16 * 1024
+"""Bytes of which more would become than this are decoded so many at a time."""
 THREAD_BYTES = 16 * 1024
 """From this size on bytes are decoded in a thread."""
 ROOM_SECONDS = 0.1
@@ -71,7 +76,7 @@ WRITE_SECONDS = 30.0
 WRITE_BUFFER_BYTES = 64 * 1024
 LINGER_SECONDS = 2.0
 ANONYMOUS = "anonymous"
-_COPIES = 2
+_COPIES = 2  # of what waits: it is joined
 _HELD_FREE = 4 * 1024
 _APPEND_BYTES = 2048  # what an append of its own costs, about
 _REFUSED_BYTES = 256  # what a refused record costs beside its payload, about
@@ -109,6 +114,7 @@ class Owner(Protocol):
         buffer: of `READ_BYTES`, for one read at a time.
         authorities: digests of the CAs of client certificates.
         codec: makes that of a connection.
+        overdraft: held by the connection that may hold more than there is room for.
         is_leaving: the source drains.
     """
 
@@ -121,6 +127,7 @@ class Owner(Protocol):
     totals: Totals
     buffer: memoryview
     codec: Callable[[Peer], StreamCodec]
+    overdraft: asyncio.Lock
     is_leaving: bool
 
     @property
@@ -170,7 +177,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         self._why = ""  # it has to end
         self._leave_by: float | None = None
         # -- of what was taken
-        self._passing = self._committing = self._grown = 0
+        self._passing = self._committing = self._grown = self._expected = 0
         self._lock = threading.Lock()  # of what it holds, while the codec is in a thread
         self._pending: asyncio.Task[None] | None = None
         self._total = 0
@@ -338,17 +345,17 @@ class TcpConnection(asyncio.BufferedProtocol):
         why = ""
         try:
             await self._write(self._codec.greet())
-            while data := await self._next():
-                if why := await self._take(data):
-                    break
+            while not why and (data := await self._next()):
+                why = await self._take_all(data)
         except _Cut as cut:
             why = str(cut)
         is_whole = self._has_ended and not why
-        last = await self._decode(
-            self._codec.end, None if is_whole else why or "the connection was lost", is_quick=True
-        )
-        await self._commit(last)
-        await self._committed()
+        reason = None if is_whole else why or "the connection was lost"
+        self._expected = self._codec.held
+        async with contextlib.nullcontext() if self._count() else self._owner.overdraft:
+            last = await self._decode(self._codec.end, reason, is_quick=True)
+            await self._commit(last)
+            await self._committed()
         return why or last.fault
 
     async def _decode(
@@ -358,6 +365,25 @@ class TcpConnection(asyncio.BufferedProtocol):
         if self._passing + self._codec.held < THREAD_BYTES and is_quick:
             return call(argument)
         return await self._loop.run_in_executor(self._owner.thread, call, argument)
+
+    async def _take_all(self, data: bytes) -> str:
+        """Takes bytes, in pieces if much would become of them; returns a fault of theirs."""
+        codec, why = self._codec, ""
+        step = len(data) if codec.cost(data) <= PIECE_COST else PIECE_BYTES
+        for at in range(0, len(data), step):
+            piece = data[at : at + step]
+            self._passing = len(data) - at
+            self._expected = codec.cost(piece)
+            if self._count():
+                why = await self._take(piece)
+            else:
+                # Only one connection of the source has more than there is room for.
+                async with self._owner.overdraft:
+                    why = await self._take(piece)
+                    await self._committed()
+            if why:
+                break
+        return why
 
     async def _take(self, data: bytes) -> str:
         """Decodes bytes and has their records accepted; returns a fault of theirs."""
@@ -450,7 +476,8 @@ class TcpConnection(asyncio.BufferedProtocol):
         """Counts what it holds, and more; returns False if there is no room for it."""
         if self._is_done:
             return False
-        size = _COPIES * (self._queued + self._passing) + self._committing + self._codec.held
+        held = self._codec.held
+        size = _COPIES * self._queued + self._passing + self._expected + self._committing + held
         try:
             with self._lock:
                 self._hold.set(size + self._grown + more)
@@ -487,7 +514,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         Its size is known before those before it are accepted, and counts.
         """
         received = frames.received
-        self._passing = self._grown = 0
+        self._passing = self._grown = self._expected = 0
         size = sum(_size_of(one) for one in received)
         self._committing += size
         self._count()

@@ -116,6 +116,7 @@ class TcpSource(Source):
         self.thread = ThreadPoolExecutor(
             1, thread_name_prefix=self.name, initializer=compute_beside, initargs=(loop,)
         )
+        self.overdraft = asyncio.Lock()
         self.admission = AdmissionController(
             settings.inflight_bytes_max,
             requests_max=settings.connections_max,
