@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 _GROUP_START = b"4294967295.000000000"  # -1 and -2 as EventTime has them
 _GROUP_END = b"4294967294.000000000"
 _EVENT_TIMES = (b"\xd7\x00", b"\xc7\x08\x00")
+_PAIR = 0x92  # an array of two
 _TOGETHER = 64
 _HEAD_BYTES = 64  # of an event, before its record
 
@@ -226,9 +227,9 @@ def is_event(data: bytes | bytearray, at: int) -> bool:
 
     A number in place of that could be anything else.
     """
-    if data[at : at + 1] != b"\x92":
+    if data[at] != _PAIR or at + 1 == len(data):
         return False
-    behind = at + 2 if data[at + 1 : at + 2] == b"\x92" else at + 1
+    behind = at + 2 if data[at + 1] == _PAIR else at + 1
     return data.startswith(_EVENT_TIMES, behind)
 
 

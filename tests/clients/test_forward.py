@@ -93,3 +93,13 @@ def test_fluent_bit_http(tmp_path: Path, form: str, compress: str) -> None:
     if (form, compress) == FORMATS[-1]:
         what = "1,000 events as msgpack, json and json_lines, with gzip, zstd and snappy"
         report("records", client, what)
+
+
+def test_fluent_bit_http_gelf(tmp_path: Path) -> None:
+    client = fluent_bit()
+    lines = ("header=Content-Type application/x-ndjson", "allow_duplicated_headers=off")
+    with Receiver(tmp_path) as daemon:
+        more = ("http", "uri=/v1/records", "format=gelf", "gelf_short_message_key=text", *lines)
+        records = daemon.deliver(client, *more)
+    check([one["_n"] for one in records], once=False)
+    assert {one["short_message"] for one in records} == {"an event"}

@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import hashlib
 import json
+import re
 from typing import TYPE_CHECKING, Any
 
 import msgpack
@@ -17,14 +18,17 @@ from hypothesis import strategies as st
 from ingestd.base.clock import SystemClock
 from ingestd.base.envelope import Envelope, EnvelopeRuns, pack
 from ingestd.base.errors import ConfigError, Overloaded
+from ingestd.config.loader import load
 from ingestd.http import problem
 from ingestd.http.problem import Problem
+from ingestd.settings import Settings
 from ingestd.sources.base import SourceContext
 from ingestd.sources.forward import GROWN_BYTES, ForwardCodec
 from ingestd.sources.forward.handshake import Secrets
 from ingestd.sources.forward.settings import ForwardSettings, ForwardSourceKind
 from ingestd.sources.tcp import Frames, Peer
 from ingestd.sources.tcp import connection as connection_module
+from tests.daemon.harness import ROOT
 from tests.sources.source_tools import MemoryIntake
 from tests.sources.test_tcp import KeyedIntake
 
@@ -463,3 +467,16 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path):
         kind.check(ForwardSettings(shared_key_file=str(keys)), {}, "default")
     keys.write_text("one\ntwo\n")
     kind.check(ForwardSettings(shared_key_file=str(keys)), {}, "default")
+
+
+def test_the_settings_on_the_page_can_be_used(tmp_path: Path):
+    page = (ROOT / "docs" / "clients" / "fluent.md").read_text()
+    blocks = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        (tmp_path / "ingestd.toml").write_text(block)
+        settings = load(Settings, environ={}, cwd=tmp_path, secrets=tmp_path / "none").settings
+        (one,) = settings.running_sources()
+        assert (one.name, one.kind, one.pipeline) == ("fluent", "forward", "default")
+    assert one.settings.demands_proof
+    assert set(one.settings.users) == {"shop"}

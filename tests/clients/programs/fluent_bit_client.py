@@ -1,4 +1,4 @@
-"""Runs Fluent Bit with one output: FLUENT_BIT ADDRESS COUNT OUTPUT [KEY=VALUE …]."""
+"""Sends with an output of Fluent Bit: FLUENT_BIT ADDRESS COUNT OUTPUT [KEY=VALUE …]."""
 
 import json
 import subprocess
@@ -12,7 +12,7 @@ for option in (f"host={host}", f"port={port}", "retry_limit=no_limits", *options
     command += ["-p", option]
 with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=sys.stderr) as process:
     for n in range(int(count)):
-        process.stdin.write(json.dumps({"n": n}).encode() + b"\n")
+        process.stdin.write(json.dumps({"n": n, "text": "an event"}).encode() + b"\n")
         process.stdin.flush()
         time.sleep(0.002)
         if n == int(count) // 2:
