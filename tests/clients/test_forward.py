@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.access.tools import Files
 from tests.clients.harness import (
     PROGRAMS,
     Client,
@@ -71,6 +72,37 @@ def test_fluent_bit_forward(tmp_path: Path, compress: str) -> None:
     check([one["record"]["n"] for one in records], once=True)
     if compress == "gzip":
         report("forward", client, "1,000 events, gzip and not, acknowledged; exactly once")
+
+
+SECURE = """
+[source]
+kind = "forward"
+
+[forward]
+listen = ["tls://{address}"]
+shared_key_file = "keys"
+tls.certificate = "{certificate}"
+
+[forward.users.shop]
+password = "its password"
+"""
+
+
+def test_fluent_bit_forward_with_tls_key_and_password(tmp_path: Path) -> None:
+    client = fluent_bit()
+    files = Files(tmp_path / "tls")
+    address = f"127.0.0.1:{free_port()}"
+    (tmp_path / "keys").write_text("an old key\na shared key\n")
+    text = SECURE.format(address=address, certificate=files.server())
+    (tmp_path / "ingestd.toml").write_text(text)
+    with Receiver(tmp_path, listens=False) as daemon:
+        records = daemon.deliver(
+            client, "forward", "require_ack_response=true", "shared_key=a shared key",
+            "self_hostname=web-1", "username=shop", "password=its password",
+            "tls=on", "tls.verify=on", f"tls.ca_file={files.ca}", "compress=gzip",
+            address=address,
+        )  # fmt: skip
+    check([one["record"]["n"] for one in records], once=True)
 
 
 FORMATS = [
