@@ -28,7 +28,8 @@ DEPTH_MAX = 128
 _GROUP_BYTES = 16 * 1024
 _GROUP_BYTES_MIN = 512
 _TINY = 24
-_SMALL = 200
+SMALL = 200
+"""Bytes of values, on average, from which on `holds_deeper` looks at no length of one."""
 _ROUNDS = 3
 _STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _NO_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
@@ -65,7 +66,7 @@ def holds_deeper(block: bytes, values: Sequence[Sized], depth_max: int) -> bool:
         return False
     if size < _TINY * count:
         return _has_longer_line(block, 2 * depth_max) and _any_deeper(block, depth_max)
-    if size < _SMALL * count and max(map(len, values)) <= 2 * depth_max:
+    if size < SMALL * count and max(map(len, values)) <= 2 * depth_max:
         return False
     start, step = 0, _GROUP_BYTES
     while start < size:

@@ -3,7 +3,7 @@
 https://protobuf.dev/programming-guides/encoding/
 
 Classes that protoc generates are not used for what clients send: they build all objects of a body
-before one can be counted, and each field is a call from Python all the same.
+before one can be counted.
 
 1. Fields that the table does not have are skipped, and so are those with another wire type.
 2. A field that comes twice counts the last time; a repeated one is a list, packed or not.
@@ -59,16 +59,15 @@ class WireTable(NamedTuple):
 
     Attributes:
         single: fields that are there once.
-        many: repeated ones.
-        packed: the same ones in their packed form; a list is made of its bytes.
+        many: repeated ones, and whether this tag is that of their packed form, of whose bytes a
+            list is made.
         pairs_tag: of a repeated message of key and value; they become a dict.
         pairs_name: its name.
         pair: makes key and value of the bytes of one.
     """
 
     single: Mapping[int, WireField]
-    many: Mapping[int, WireField]
-    packed: Mapping[int, WireField]
+    many: Mapping[int, tuple[str, Callable[..., Any], bool]]
     pairs_tag: int
     pairs_name: str
     pair: Callable[[bytes], tuple[str, Any]]
@@ -86,6 +85,12 @@ def varint(data: bytes, pos: int) -> tuple[int, int]:
         IndexError: it is cut off.
         WireFault: it is longer than 64 bits.
     """
+    byte = data[pos]
+    if byte < 128:
+        return byte, pos + 1
+    more = data[pos + 1]
+    if more < 128:  # as most lengths of texts
+        return byte + ((more - 1) << 7), pos + 2
     number = shift = 0
     for at in range(pos, pos + _VARINT_BYTES_MAX):
         byte = data[at]
@@ -141,15 +146,7 @@ def spans(data: bytes, start: int, end: int, budget: FieldBudget) -> Iterator[tu
                 continue
             if tag < 8:
                 raise WireFault(_NUMBER)
-            size = data[pos]
-            pos += 1
-            if size > 127:
-                more = data[pos]
-                if more < 128:
-                    size += (more - 1) << 7
-                    pos += 1
-                else:
-                    size, pos = varint(data, pos - 1)
+            size, pos = varint(data, pos)
             stop = pos + size
             if stop > end:
                 pos = -1
@@ -177,19 +174,20 @@ def _skip(data: bytes, pos: int, tag: int) -> int:
 
 
 def read(  # noqa: PLR0912, PLR0915 - a call for each field would take as long as all of this
-    data: bytes, table: WireTable, found: dict[str, Any]
+    table: WireTable, data: bytes, start: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Reads a message into a dict, and returns that.
+    """Reads a message into a copy of a dict, and returns that.
 
     Args:
+        table: of its fields.
         data: the whole message.
-        table: its fields.
-        found: gets them.
+        start: is copied.
 
     Raises:
-        WireFault: it is none, or what a field's `read` raises.
+        WireFault: it is none, or has a value that cannot be.
     """
-    single, many, packed, pairs_tag, pairs_name, pair = table
+    single, many, pairs_tag, pairs_name, pair = table
+    found = dict(start)
     pairs: list[bytes] = []
     name = ""
     pos, end = 0, len(data)
@@ -197,75 +195,90 @@ def read(  # noqa: PLR0912, PLR0915 - a call for each field would take as long a
         while pos < end:
             tag = data[pos]
             pos += 1
+            if tag == pairs_tag:
+                size = data[pos]
+                pos += 1
+                if size > 127:
+                    size, pos = varint(data, pos - 1)
+                stop = pos + size
+                pairs.append(data[pos:stop])
+                pos = stop
+                continue
             if tag > 127:
                 tag, pos = varint(data, pos - 1)
+            field = single.get(tag)
+            if field is None:
+                pos = _read_other(data, pos, tag, many, found)
+                continue
+            name, make = field
             wire = tag & 7
             if wire == 2:
                 size = data[pos]
                 pos += 1
                 if size > 127:
-                    more = data[pos]
-                    if more < 128:
-                        size += (more - 1) << 7
-                        pos += 1
-                    else:
-                        size, pos = varint(data, pos - 1)
-                start = pos
-                pos += size
-                if tag == pairs_tag:
-                    pairs.append(data[start:pos])
+                    size, pos = varint(data, pos - 1)
+                stop = pos + size
+                value = make(data[pos:stop])
+                pos = stop
+                if value is UNSET:
                     continue
-                field = single.get(tag)
-                if field is not None:
-                    name, make = field
-                    value = make(data[start:pos])
-                elif (field := many.get(tag)) is not None:
-                    name, make = field
-                    values = found.setdefault(name, [])
-                    if len(values) >= MANY_MAX:
-                        raise WireFault(f"{name}: more than {MANY_MAX}")  # noqa: TRY301
-                    values.append(make(data[start:pos]))
-                    continue
-                elif (field := packed.get(tag)) is not None:
-                    name, make = field
-                    found.setdefault(name, []).extend(make(data[start:pos]))
-                    continue
-                else:
-                    continue
+            elif wire == 0:
+                number, pos = varint(data, pos)
+                value = make(number)
             else:
-                field = single.get(tag) or many.get(tag)
-                if field is None:
-                    pos = _skip(data, pos, tag)
-                    continue
-                name, make = field
-                if wire == 0:
-                    number = data[pos]
-                    pos += 1
-                    if number > 127:
-                        number, pos = varint(data, pos - 1)
-                    value = make(number)
-                else:
-                    (value,) = make(data, pos)
-                    pos += 8 if wire == 1 else 4
-                if tag in many:
-                    found.setdefault(name, []).append(value)
-                    continue
-            if value is not UNSET:
-                found[name] = value
+                (value,) = make(data, pos)
+                pos += 8 if wire == 1 else 4
+            found[name] = value
         if pairs and pos == end:
             name = pairs_name
             found[name] = dict(map(pair, pairs))
-    except UnicodeDecodeError:
-        raise WireFault(f"{name}: a text is not UTF-8") from None
     except WireFault:
         raise
     except ValueError as error:
-        raise WireFault(f"{name}: {error}") from None
+        raise WireFault(f"{name}: {fault_of(error)}") from None
     except (IndexError, struct.error):
         raise WireFault(_CUT_OFF) from None
     if pos != end:
         raise WireFault(_CUT_OFF)
     return found
+
+
+def _read_other(
+    data: bytes,
+    pos: int,
+    tag: int,
+    many: Mapping[int, tuple[str, Callable[..., Any], bool]],
+    found: dict[str, Any],
+) -> int:
+    """Reads a repeated field, or skips one that is not known; the place behind it."""
+    name, make, packed = many.get(tag, ("", None, False))
+    wire, stop = tag & 7, pos
+    if wire == LENGTH:
+        size, pos = varint(data, pos)
+        stop = pos + size
+    elif make is None:
+        return _skip(data, pos, tag)
+    if make is None:
+        return stop
+    values = found.setdefault(name, [])
+    if len(values) >= MANY_MAX:
+        raise WireFault(f"{name}: more than {MANY_MAX}")
+    try:
+        if wire == LENGTH:
+            made = make(data[pos:stop])
+        elif wire == VARINT:
+            number, stop = varint(data, pos)
+            made = make(number)
+        else:
+            (made,) = make(data, pos)
+            stop = pos + (8 if wire == FIXED64 else 4)
+    except ValueError as error:
+        raise WireFault(f"{name}: {fault_of(error)}") from None
+    if packed:
+        values += made
+    else:
+        values.append(made)
+    return stop
 
 
 # -- values of fields ------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ class Group(NamedTuple):
     def of(self, message: str, items: Iterable[bytes], *, json: bool = False) -> Group:
         """The same with records."""
         one = MESSAGES[message]
-        read = one.read_json if json else one.read
+        read = one.parse_from if json else one.read_from
         return Group(items, read, {**self.context, **one.start}, self.fault)
 
     def within(
@@ -138,7 +138,7 @@ def read_groups(signal: Signal, body: bytes, record_bytes_max: int, most: int) -
     """
     budget = FieldBudget(_FIELDS_A_RECORD * most + _FIELDS_MORE)
     bounds = _Bounds(record_bytes_max, most, budget)
-    start = Group((), MESSAGES[signal.item].read, {"signal": signal.name})
+    start = Group((), MESSAGES[signal.item].read_from, {"signal": signal.name})
     for owner in _parts((body, 0, len(body)), 1, budget):
         resource, inner = _head(start, "resource", owner, bounds)
         if not inner:
@@ -275,7 +275,7 @@ def parse_groups(signal: Signal, body: bytes, record_bytes_max: int, most: int) 
         depth = _POINTS_DEPTH if signal.item == "Metric" else _ITEMS_DEPTH
         if _holds_more(body, _ELEMENTS_A_RECORD * most + _FIELDS_MORE, depth):
             raise TooManyFields
-    start = Group((), MESSAGES[signal.item].read_json, {"signal": signal.name})
+    start = Group((), MESSAGES[signal.item].parse_from, {"signal": signal.name})
     for owner in _DECODERS[signal.name].decode(body).items or ():
         resource = _parse_head(start, "resource", owner, record_bytes_max)
         for inner in owner.items or ():
@@ -308,8 +308,13 @@ def _parse_metric(scope: Group, text: bytes, size_max: int) -> Group:
     head, more = _as_object(metric, _METRIC_FIELDS), _as_object(data, _DATA_FIELDS)
 
     def make() -> dict[str, Any]:
-        part = MESSAGES["Metric"].read_json(head)
-        return {"type": name, **part, **_ALWAYS.get(name, {}), **MESSAGES["Data"].read_json(more)}
+        part = MESSAGES["Metric"].parse_from(head, {})
+        return {
+            "type": name,
+            **part,
+            **_ALWAYS.get(name, {}),
+            **MESSAGES["Data"].parse_from(more, {}),
+        }
 
     group = scope.within("metric", len(head) + len(more), size_max, make)
     return group.of(message, data.dataPoints, json=True)

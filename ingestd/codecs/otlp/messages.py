@@ -124,11 +124,9 @@ def _id_kind(size: int) -> FieldKind:
 def _read_any(value: bytes) -> Any:
     size = len(value)
     if size > 2 and value[0] == _TEXT_TAG:  # a text, as nearly all are
-        length = value[1]
-        if length == size - 2 and length < 128:
-            return value[2:].decode()
-        if length > 127 and value[2] < 128 and (length & 127 | value[2] << 7) == size - 3:
-            return value[3:].decode()
+        length, at = wire.varint(value, 1)
+        if length == size - at:
+            return value[at:].decode()
     elif size > 1 and value[0] == _INT_TAG:
         number, end = wire.varint(value, 1)
         if end == size:
@@ -142,10 +140,10 @@ def _parse_any(value: Any) -> Any:
 
 def _read_pair(value: bytes) -> tuple[str, Any]:
     end = len(value)
-    if end > 4 and value[0] == _TEXT_TAG and (size := value[1]) < 128:
-        at = size + 2  # of the value, after its tag and its length
-        if at + 2 < end and value[at] == _VALUE_TAG and value[at + 1] == end - at - 2:
-            if value[at + 2] == _TEXT_TAG and at + 3 < end and value[at + 3] == end - at - 4:
+    if end > 4 and value[0] == _TEXT_TAG and (at := value[1] + 2) < 130:
+        size = end - at - 2  # of the value, behind its tag and its length
+        if 0 < size < 128 and value[at] == _VALUE_TAG and value[at + 1] == size:
+            if size > 2 and value[at + 2] == _TEXT_TAG and value[at + 3] == size - 2:
                 return value[2:at].decode(), value[at + 4 :].decode()
             return value[2:at].decode(), _read_any(value[at + 2 :])
     found = MESSAGES["KeyValue"].read(value)
@@ -290,14 +288,15 @@ class OtlpMessage:
 
     Attributes:
         start: what a message has that is empty.
+        read_from: reads protobuf into a copy of a dict, both its arguments.
+        kind: of fields that are this message.
     """
 
     def __init__(self, fields: str) -> None:
         self.start: dict[str, Any] = {}
         self._members: dict[str, _Member] = {}
         single: dict[int, Any] = {}
-        many_fields: dict[int, Any] = {}
-        packed: dict[int, Any] = {}
+        repeated: dict[int, Any] = {}
         pairs, pairs_name = 0, ""
         for number, name, other, kind, many, mark in _FIELD.findall(fields):
             called = other or name
@@ -308,40 +307,44 @@ class OtlpMessage:
             if kind == "pairs":
                 pairs, pairs_name = int(number), name
                 continue
-            own = many_fields if many else single
-            own[tag_of(int(number), how.wire)] = called, how.read
-            if many and how.packed is not None:
-                packed[tag_of(int(number), LENGTH)] = called, how.packed
-        self._table = WireTable(
-            single, many_fields, packed, tag_of(pairs, LENGTH), pairs_name, _known
-        )
+            if not many:
+                single[tag_of(int(number), how.wire)] = called, how.read
+                continue
+            repeated[tag_of(int(number), how.wire)] = called, how.read, False
+            if how.packed is not None:
+                repeated[tag_of(int(number), LENGTH)] = called, how.packed, True
+        table = WireTable(single, repeated, tag_of(pairs, LENGTH), pairs_name, _known)
+        self.read_from = partial(wire.read, table)
         self.kind: FieldKind = FieldKind(LENGTH, self.read, self.parse)
 
-    def read(self, data: bytes, found: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    def read(self, data: bytes) -> dict[str, Any]:
         """Reads protobuf.
-
-        Args:
-            data: the message.
-            found: what is there before it is read, which is copied; `start` if it is not told.
 
         Raises:
             WireFault, RecursionError: it is not this message.
         """
-        return wire.read(data, self._table, dict(self.start if found is None else found))
+        return self.read_from(data, self.start)
 
-    def read_json(self, text: bytes, found: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Reads a JSON text; see `read`.
+    def parse_from(self, text: bytes, start: Mapping[str, Any]) -> dict[str, Any]:
+        """Reads a JSON text into a copy of `start`.
 
         Raises:
             ValueError, RecursionError: it is not this message.
         """
-        return self.parse(_JSON.decode(text), found)
+        return self._parse(_JSON.decode(text), start)
 
-    def parse(self, value: Any, found: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """Reads a JSON value; null and unknown fields are ignored. See `read_json`."""
+    def parse(self, value: Any) -> dict[str, Any]:
+        """Reads a JSON value; null and unknown fields are ignored.
+
+        Raises:
+            ValueError, RecursionError: it is not this message.
+        """
+        return self._parse(value, self.start)
+
+    def _parse(self, value: Any, start: Mapping[str, Any]) -> dict[str, Any]:
         if type(value) is not dict:
             raise ValueError("should be an object")
-        made_of = dict(self.start if found is None else found)
+        found = dict(start)
         for name, one in value.items():
             member = self._members.get(name)
             if member is None or one is None:
@@ -355,8 +358,8 @@ class OtlpMessage:
             except ValueError as error:
                 raise ValueError(f"{name}: {fault_of(error)}") from None
             if made is not wire.UNSET and (made or member.shown):
-                made_of[member.name] = made
-        return made_of
+                found[member.name] = made
+        return found
 
 
 _JSON = msgspec.json.Decoder()

@@ -3,13 +3,14 @@
 https://opentelemetry.io/docs/specs/otlp/#otlphttp
 
 A record is a log record, a span, or a data point of a metric, with its resource, scope and metric
-in it: one JSON object with the names of OTLP/JSON (`codecs/otlp.py`).
+in it: one JSON object with the names of OTLP/JSON (`codecs/otlp`).
 
 Protobuf is read by tables of our own and not by the classes of opentelemetry-proto, after measuring
 both. Those build all objects of a body before one can be counted (8 MiB of empty log records take
-530 MB), they take or leave a body as a whole, and they are no faster: each field is a call from
-Python all the same, while here attributes, most of which come again with each record, are looked
-up.
+530 MB), they take or leave a body as a whole, and they are hardly faster: each field is a call from
+Python all the same (6.9 million instructions for 100 records of 1 KB without any check of ours, 7.5
+million here with all of them), while attributes, most of which come again with each record, are
+looked up here.
 
 Clients drop what is answered with 4xx, and send the same again on 429, 502, 503 and 504 alone. So
 an invalid record beside good ones is told in a 200 (`partial_success`), and what may succeed later
@@ -26,7 +27,7 @@ from pydantic import Field
 
 from ingestd.base.bursts import let_loop_go_first
 from ingestd.base.record import InvalidRecord, Layout, Records
-from ingestd.codecs.json import holds_deeper, is_deeper
+from ingestd.codecs.json import SMALL, holds_deeper, is_deeper
 from ingestd.codecs.lines import KEPT_BYTES, Parsed, too_deep, too_large
 from ingestd.codecs.protobuf import FAULTS, TooManyFields, fault_of, pack
 from ingestd.http import problem
@@ -172,18 +173,21 @@ class _RecordLines:
     def _flush(self) -> None:
         """Encodes what is read, and looks for records that are too large or nested too deeply."""
         limits, payload = self._limits, _ENCODER.encode_lines(self._batch)
-        lines = payload.split(b"\n")
-        lines.pop()
-        if max(map(len, lines), default=0) > limits.record_bytes_max or holds_deeper(
-            payload, lines, limits.depth_max
+        count, lines = len(self._batch), None
+        if len(payload) > limits.record_bytes_max or len(payload) < SMALL * count:
+            lines = payload.split(b"\n")[:-1]
+        # Else there is none that is too large, and only the number of lines is looked at.
+        if (lines and max(map(len, lines)) > limits.record_bytes_max) or holds_deeper(
+            payload, lines or self._batch, limits.depth_max
         ):
+            lines = payload.split(b"\n")[:-1]
             good = [line for at, line in enumerate(lines, self._first) if self._fits(at, line)]
-            payload, lines = b"".join([line + b"\n" for line in good]), good
+            payload, count = b"".join([line + b"\n" for line in good]), len(good)
         self._sink.write(payload)
         if self._sink.tell() > limits.bytes_max:
             detail = f"its records are more than http.decompressed_bytes_max = {limits.bytes_max}"
             raise Problem(problem.PAYLOAD_TOO_LARGE, f"{detail} with their resources and scopes")
-        self._good += len(lines)
+        self._good += count
         self._batch.clear()
         self._size, self._first = 0, self._index
         let_loop_go_first()
