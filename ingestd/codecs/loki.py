@@ -225,7 +225,7 @@ _cached_labels = lru_cache(maxsize=1024)(_labels)
 _FIRST, _SECOND, _THIRD = (tag_of(number, LENGTH) for number in (1, 2, 3))
 _TIME = WireTable(
     {tag_of(1, VARINT): ("seconds", signed), tag_of(2, VARINT): ("nanos", signed)},
-    {}, {}, -1, "", lambda _: ("", ""),
+    {}, -1, "", lambda _: ("", ""),
 )  # fmt: skip
 _FIELDS_AN_ENTRY = 64
 _NANOS = 1_000_000_000
@@ -370,7 +370,7 @@ def _read_entry(body: bytes, at: int, end: int, bounds: _PushBounds) -> tuple[by
     metadata: dict[str, str] = {}
     for number, begin, stop in spans(body, at, end, bounds.budget):
         if number == 1:
-            time = read(body[begin:stop], _TIME, {})
+            time = read(_TIME, body[begin:stop], {})
         elif number == 2:
             line = _ENCODER.encode(_text(body[begin : min(stop, begin + bounds.size_max + 1)]))
         elif number == 3 and end - at <= bounds.size_max:
