@@ -1,1 +1,1 @@
-"""Sources `http`, `stdin` and `fetch` check, bound and count records and hand them to pipelines."""
+"""Sources check, bound and count records and hand them to pipelines; a package for each kind."""
