@@ -189,6 +189,30 @@ def msgpack_array(batch: Sequence[Event]) -> bytes:
     return msgspec.msgpack.encode([msgspec.json.decode(event.as_json()) for event in batch])
 
 
+# The bodies come again and again, so messages have no ids here: each would be accepted once. What
+# an id costs is less than what differs from run to run.
+
+
+def segment(batch: Sequence[Event]) -> bytes:
+    return msgspec.json.encode(
+        {
+            "batch": [
+                {"type": "track", "userId": "u", "properties": msgspec.Raw(event.as_json())}
+                for event in batch
+            ],
+            "sentAt": "2026-01-01T00:00:00Z",
+        }
+    )
+
+
+def posthog(batch: Sequence[Event]) -> bytes:
+    captured = [
+        {"event": "e", "distinct_id": "u", "properties": msgspec.Raw(event.as_json())}
+        for event in batch
+    ]
+    return msgspec.json.encode({"batch": captured, "sent_at": "2026-01-01T00:00:00Z"})
+
+
 class Case(NamedTuple):
     """One endpoint in one encoding.
 
@@ -236,6 +260,14 @@ ENDPOINTS = (
     Case(
         "loki, protobuf", "/loki/api/v1/push", "application/x-protobuf", loki_protobuf, 0.4,
         ("--http.endpoints.loki.pipeline", "default"),
+    ),
+    Case(
+        "segment", "/v1/batch", "application/json", segment, 0.4,
+        ("--http.endpoints.segment.pipeline", "default"),
+    ),
+    Case(
+        "posthog", "/batch/", "application/json", posthog, 0.4,
+        ("--http.endpoints.posthog.pipeline", "default"),
     ),
 )  # fmt: skip
 

@@ -444,7 +444,7 @@ async def _accept_part(part: Decoded, to: Admitted, delivery: Delivery | None) -
             claim = begun
             claim.answer = count_body(parsed.records.count, parsed.invalid, ())
         records = parsed.records
-        if part.ids is not None:
+        if part.ids is not None and part.ids.known:
             held = intake.recent_ids.hold(principal.id, part.ids.known)
             records = _without(records, part.ids, held.accepted)
         kept = parsed.refused[: to.route.limits.invalid_kept]
@@ -456,7 +456,7 @@ async def _accept_part(part: Decoded, to: Admitted, delivery: Delivery | None) -
                 principal=principal.name or to.hold.client,
                 unkept=parsed.invalid - len(kept),
                 envelope=to.envelope(),
-                ids=held,
+                ids=held if held and held.new else None,
             )
         )
     except Problem as found:

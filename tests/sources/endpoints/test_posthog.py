@@ -79,13 +79,27 @@ def test_forms_of_older_libraries_are_read() -> None:
 
 
 def test_bad_events_go_beside_good_ones() -> None:
-    bad = [7, {}, {"event": ""}, {"event": 3}, None]
+    bad = [7, {}, {"event": ""}, {"event": 3}, [EVENT]]
     long = EVENT | {"token": KEY, "long": "x" * 5000}
     part = read({"api_key": KEY, "batch": [*bad, long, EVENT]})
     assert records(part) == [EVENT]
     assert [one.index for one in part.parsed.refused] == [0, 1, 2, 3, 4, 5]
     assert not any(KEY.encode() in one.payload for one in part.parsed.refused)
     assert read({"api_key": KEY, "batch": []}).parsed.total == 0
+
+
+def test_odd_properties_and_large_events_are_no_fault_of_others() -> None:
+    odd = b'{"event": "a", "properties": 1e999}'
+    part = read(b'{"batch": [%b, {"event": "b", "properties": [1]}]}' % odd)
+    assert [one["event"] for one in records(part)] == ["b"]
+    assert part.parsed.refused[0].payload == odd
+    large = EVENT | {"token": KEY, "long": "x" * 5000}
+    part = read([large, EVENT, "x" * 5000])
+    assert (records(part), part.token) == ([EVENT], KEY)
+    many = b'{"event": "a", "properties": [' + b"1," * 600_000 + b"1]}"
+    with pytest.raises(Problem) as found:
+        read(many)
+    assert found.value.kind.status == 400
 
 
 @pytest.mark.parametrize(
@@ -129,7 +143,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     st.binary(max_size=60)
     | st.binary(max_size=60).map(lambda data: b"data=" + data)

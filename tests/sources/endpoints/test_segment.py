@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingestd.http.problem import Problem
+from ingestd.sources.http.endpoints import messages
 from ingestd.sources.http.endpoints.base import BodyLimits
 from ingestd.sources.http.endpoints.segment import (
     BATCH,
@@ -148,7 +149,7 @@ def test_bad_messages_go_beside_good_ones() -> None:
         (b'{"batch": ' + b"[" * 100_000, 400),
         (b'{"batch": ' + b"[" * 900 + b"]" * 900 + b"}", 400),
         ({"batch": [{}] * 1001}, 413),
-        (b'{"batch": [' + b"1," * 250_000 + b"1]}", 413),
+        (b'{"batch": [' + b"1," * 600_000 + b"1]}", 413),
         ({"batch": [{"n": "x" * 5000}]}, 413),
         ({"batch": [{}, {}], "sentAt": "x" * 5000}, 413),
         ({"batch": [{}] * 900, "context": {"x": "y" * 4000}}, 413),
@@ -179,7 +180,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value, indent=1).encode()))
 def test_any_body_is_read_or_refused(body: bytes) -> None:
     for codec in (SegmentBatchCodec(), SegmentMessageCodec("track")):
@@ -190,6 +191,26 @@ def test_any_body_is_read_or_refused(body: bytes) -> None:
         for one in records(parts[0]):
             assert isinstance(one, dict)
             assert "writeKey" not in one
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(JSON, max_size=12), st.integers(0, 12), st.sampled_from([None, 1]))
+def test_elements_are_counted_a_window_at_a_time(
+    elements: list[Any], most: int, indent: int | None
+) -> None:
+    array = json.dumps(elements, indent=indent, ensure_ascii=False).encode()
+    longest = max((len(json.dumps(one, indent=8).encode()) for one in elements), default=0)
+    limits = LIMITS._replace(records_max=most, record_bytes_max=longest + 20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(messages, "_WINDOW_BYTES", 0)
+        patch.setattr(messages, "_ELEMENTS_SURE", 0)
+        for body in (array, b'{"x": 1, "batch":  ' + array + b"}"):
+            if len(elements) <= most:
+                messages.bound_elements(body, limits)
+                continue
+            with pytest.raises(Problem) as found:
+                messages.bound_elements(body, limits)
+            assert found.value.kind.slug == "too-many-records"
 
 
 # -- through a source and a journal ----------------------------------------------------------------

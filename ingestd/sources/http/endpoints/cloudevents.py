@@ -35,12 +35,14 @@ from ingestd.sources.http.endpoints.base import (
     Target,
 )
 from ingestd.sources.http.endpoints.messages import (
+    ARRAY,
+    VALUE,
     ClientMessage,
     MessagesCodec,
+    bound_elements,
     lay_out,
     malformed,
     operation,
-    read_array,
     read_body,
     write_object,
 )
@@ -78,14 +80,13 @@ class CloudeventsSettings(EndpointSettings):
     )
 
 
-class _CloudEvent(msgspec.Struct):
-    id: Any = None
-    source: Any = None
-    specversion: Any = None
-    type: Any = None
+class _CloudEvent(msgspec.Struct, gc=False):
+    id: str
+    source: str
+    specversion: str
+    type: str
 
 
-_read_raw = msgspec.json.Decoder(Raw)
 _read_event = msgspec.json.Decoder(_CloudEvent).decode
 
 
@@ -101,16 +102,18 @@ def _fault(attributes: Mapping[str, Any]) -> str:
 
 
 def _identity(source: str, event_id: str) -> bytes:
-    parts = (msgspec.json.encode(source), msgspec.json.encode(event_id))  # in which there is no NUL
-    return sender_id(b"cloudevents", *parts)
+    return sender_id(b"cloudevents", msgspec.json.encode((source, event_id)))
 
 
 def _message(raw: bytes) -> ClientMessage:
     """An event in the JSON format."""
-    event = _read_event(raw) if raw[:1] == b"{" else _CloudEvent()
-    attributes = {name: getattr(event, name) for name in _REQUIRED}
-    if fault := _fault(attributes):
-        return ClientMessage(raw, fault=fault)
+    try:
+        event = _read_event(raw)
+    except msgspec.DecodeError as error:
+        return ClientMessage(raw, fault=f"an event: {error}")
+    if not (event.id and event.source and event.type and event.specversion == "1.0"):
+        attributes = {name: getattr(event, name) for name in _REQUIRED}
+        return ClientMessage(raw, fault=_fault(attributes))
     return ClientMessage(raw, _identity(event.source, event.id))
 
 
@@ -119,7 +122,7 @@ class StructuredEventCodec(MessagesCodec):
 
     def decode(self, body: bytes, limits: BodyLimits) -> Sequence[Decoded]:
         """See `BodyCodec`."""
-        return lay_out([_message(bytes(read_body(_read_raw, body, limits)))], limits)
+        return lay_out([_message(bytes(read_body(VALUE, body, limits)))], limits)
 
 
 class EventBatchCodec(MessagesCodec):
@@ -127,9 +130,9 @@ class EventBatchCodec(MessagesCodec):
 
     def decode(self, body: bytes, limits: BodyLimits) -> Sequence[Decoded]:
         """See `BodyCodec`."""
-        array = read_body(_read_raw, body, limits)
-        raws = read_array(array, body, limits, "a batch is an array of events")
-        return lay_out([_message(raw) for raw in raws], limits)
+        bound_elements(body, limits)
+        raws = read_body(ARRAY, body, limits)
+        return lay_out([_message(bytes(raw)) for raw in raws], limits)
 
 
 class BinaryEventCodec(MessagesCodec):
@@ -151,7 +154,7 @@ class BinaryEventCodec(MessagesCodec):
             members["datacontenttype"] = self._content_type
         said = self._content_type.partition(";")[0].strip().lower()
         if body and (is_json(said) or said == "text/json"):
-            members["data"] = read_body(_read_raw, body, limits)
+            members["data"] = read_body(VALUE, body, limits)
         elif body and not said and not json_fault(body, limits.depth_max):
             members["data"] = Raw(body)  # data of which nothing is said is JSON, where it can be
         elif body:

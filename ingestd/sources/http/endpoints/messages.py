@@ -6,13 +6,16 @@ laid out as records, with the ids by which one that comes again is recognised (`
 
 from __future__ import annotations
 
+import hashlib
+import json
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 
-from ingestd.base.append import SenderIds, sender_id
+from ingestd.base.append import ID_BYTES, SenderIds
+from ingestd.base.bursts import let_loop_go_first
 from ingestd.base.record import InvalidRecord, Layout, Records
-from ingestd.codecs.json import holds_deeper, holds_more, is_deeper
+from ingestd.codecs.json import holds_deeper, is_deeper
 from ingestd.codecs.lines import KEPT_BYTES, Parsed, json_fault, too_deep, too_large
 from ingestd.http import problem
 from ingestd.http.problem import Problem
@@ -27,11 +30,20 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _NO_ID = frozenset((b"", b"null", b'""'))
-_ELEMENTS_SURE = 200_000
+_ELEMENTS_SURE = 500_000
+_WINDOW_BYTES = 1024 * 1024
 _QUICK_BRACES = 2000
 """With so few braces a body has few enough messages for a few milliseconds."""
 _text = msgspec.json.Decoder(str).decode
-_list = msgspec.json.Decoder(list[msgspec.Raw]).decode
+VALUE = msgspec.json.Decoder(msgspec.Raw)
+ARRAY = msgspec.json.Decoder(list[msgspec.Raw])
+
+
+class _Outer(msgspec.Struct):
+    batch: msgspec.Raw = msgspec.Raw()
+
+
+_OUTER = msgspec.json.Decoder(_Outer)
 _object = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode = msgspec.json.encode
 
@@ -50,7 +62,7 @@ class ClientMessage(NamedTuple):
 
     Attributes:
         payload: a JSON text; the beginning of what was sent if there is a fault.
-        id: as `message_id` makes it.
+        id: as `MessageIds` makes it.
         fault: why it is no record; empty if it is one.
     """
 
@@ -66,13 +78,24 @@ def unfit(raw: bytes, longest: int, *, keyed: bool) -> ClientMessage:
     return ClientMessage(b"", fault=f"{len(raw)} bytes, more than record_bytes_max = {longest}")
 
 
-def message_id(endpoint: bytes, *parts: bytes | msgspec.Raw) -> bytes:
-    """Returns the id of a message from its fields as they are written in JSON.
+class MessageIds:
+    """Makes the ids of an endpoint's messages from how these write them in JSON.
 
-    Empty if one of them is empty or null.
+    Args:
+        endpoint: its name.
     """
-    written = [bytes(part) for part in parts]
-    return b"" if _NO_ID.intersection(written) else sender_id(endpoint, *written)
+
+    def __init__(self, endpoint: str) -> None:
+        self._begun = hashlib.blake2b(f"{endpoint}\0".encode(), digest_size=ID_BYTES)
+
+    def of(self, raw: bytes | msgspec.Raw) -> bytes:
+        """Returns the id of a message; empty if it is missing, empty or null."""
+        written = bytes(raw)
+        if written in _NO_ID:
+            return b""
+        digest = self._begun.copy()
+        digest.update(written)
+        return digest.digest()
 
 
 def read_object(raw: bytes | msgspec.Raw) -> dict[str, msgspec.Raw] | None:
@@ -110,30 +133,50 @@ def read_body(decoder: msgspec.json.Decoder[T], body: bytes, limits: BodyLimits)
     return read
 
 
-def read_array(
-    array: bytes | msgspec.Raw, body: bytes, limits: BodyLimits, what: str
-) -> list[bytes]:
-    """Returns the elements of an array in a body that was read.
+def bound_elements(body: bytes, limits: BodyLimits) -> None:
+    """Checks that a body, or its member `batch`, has no more elements than it may have records.
 
-    Args:
-        array: as it is written.
-        body: that has it.
-        limits: of the request.
-        what: should be the array, for people.
+    Before the body is read: as objects, elements of two bytes take fifty times as much.
 
     Raises:
-        Problem: 400 if it is no array, 413 if it has too many elements.
+        Problem: 413, or 400 if the body cannot be read.
     """
-    written = bytes(array)
-    if written[:1] != b"[":
-        raise malformed(what)
-    try:
-        # As objects, elements of two bytes take fifty times as much.
-        if written.count(b",") >= _ELEMENTS_SURE and holds_more(written, limits.records_max):
-            raise too_many(limits)
-        return [bytes(element) for element in _list(written)]
-    except RecursionError:
-        raise malformed(json_fault(body, limits.depth_max) or "nested too deeply") from None
+    if len(body) < 2 * _ELEMENTS_SURE or body.count(b",") < _ELEMENTS_SURE:
+        return
+    array = bytes(read_body(VALUE, body, limits))
+    if array[:1] == b"{":
+        array = bytes(read_body(_OUTER, array, limits).batch)
+    if array[:1] == b"[":
+        _bound_array(array, limits)
+
+
+def _bound_array(array: bytes, limits: BodyLimits) -> None:
+    """Counts the elements of an array that is well-formed, a window of it in memory at a time."""
+    window = max(2 * limits.record_bytes_max, _WINDOW_BYTES)
+    decode = json.JSONDecoder(parse_int=len, parse_float=len).raw_decode
+    skip = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]
+    start, count = 1, 0
+    while start < len(array):
+        # As Latin-1 each byte is one character, and what parts elements is the same.
+        text, at = array[start : start + window].decode("latin-1"), 0
+        try:
+            while text[skip(text, at).end()] != "]":
+                end = skip(text, decode(text, skip(text, at).end())[1]).end()
+                if text[end] not in ",]":
+                    raise malformed("a batch is an array")
+                at, count = end + (text[end] == ","), count + 1
+                if count > limits.records_max:
+                    raise too_many(limits)
+        except (ValueError, IndexError):
+            if not at:
+                detail = f"a record has more than record_bytes_max = {limits.record_bytes_max}"
+                raise Problem(problem.RECORD_TOO_LARGE, detail) from None
+        except RecursionError:
+            raise malformed(too_deep(limits.depth_max)) from None
+        else:
+            return
+        let_loop_go_first()
+        start += at
 
 
 def too_many(limits: BodyLimits) -> Problem:
@@ -195,13 +238,11 @@ def lay_out(
     if len(known) < len(ids) - ids.count(b""):
         _remove(_repeated(ids), payloads, ids)
         block = b""
-    block = block or b"\n".join([*payloads, b""])
     count = len(payloads)
-    records = (
-        Records(Layout.LINES, count, block)
-        if block.count(b"\n") == count
-        else Records.sized(payloads)
-    )
+    if any(b"\n" in payload for payload in payloads):
+        records = Records.sized(payloads)
+    else:
+        records = Records(Layout.LINES, count, block or b"\n".join([*payloads, b""]))
     (part,) = checked(Parsed(records, refused), limits)
     return (part._replace(ids=SenderIds(tuple(ids), known), token=token),)
 

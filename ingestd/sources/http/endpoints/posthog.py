@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
 import msgspec
-from msgspec import Raw
+from msgspec import UNSET, Raw, UnsetType
 
+from ingestd.http import problem
 from ingestd.http.credentials import IN_BODY
+from ingestd.http.problem import Problem
 from ingestd.http.response import JSON, Response
 from ingestd.sources.http.endpoints.base import (
     OPEN,
@@ -28,14 +30,15 @@ from ingestd.sources.http.endpoints.base import (
     Target,
 )
 from ingestd.sources.http.endpoints.messages import (
+    ARRAY,
     ClientMessage,
+    MessageIds,
     MessagesCodec,
+    bound_elements,
     check_growth,
     lay_out,
     malformed,
-    message_id,
     operation,
-    read_array,
     read_body,
     read_object,
     read_text,
@@ -47,7 +50,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ingestd.base.record import Format
-    from ingestd.http.problem import Problem
     from ingestd.sources.http.endpoints.base import (
         BodyCodec,
         BodyLimits,
@@ -62,6 +64,8 @@ FLAGS = ("/flags", "/decide")
 _WAYS = ("bearer", IN_BODY)
 _ACCEPTED = b'{"status":1}'
 _FIELDS_MAX = 20
+_FORM_BYTES_MAX = 1024 * 1024
+"""While it is taken apart, a form can take fifty times as much."""
 _TYPES = {400: "validation_error", 401: "authentication_error", 413: "validation_error"}
 
 
@@ -69,28 +73,38 @@ class _PosthogBody(msgspec.Struct):
     """A batch, or an event that came alone.
 
     Attributes:
-        batch: the events; empty if the body is one.
+        batch: the events; unset if the body is one.
     """
 
-    batch: Raw = Raw()
+    batch: list[Raw] | UnsetType = UNSET
     api_key: Raw = Raw()
     token: Raw = Raw()
     sent_at: Raw = Raw()
     historical_migration: Raw = Raw()
 
 
-class _PosthogEvent(msgspec.Struct):
+class _PosthogKeys(msgspec.Struct):
+    api_key: Raw = Raw()
+    token: Raw = Raw()
+
+
+class _PosthogProperties(msgspec.Struct, gc=False):
+    token: Raw = Raw()
+
+
+class _PosthogEvent(msgspec.Struct, gc=False):
     event: Raw = Raw()
     uuid: Raw = Raw()
     api_key: Raw = Raw()
     token: Raw = Raw()
     sent_at: Raw = Raw()
     historical_migration: Raw = Raw()
-    properties: Raw = Raw()
+    properties: _PosthogProperties | list[Raw] | str | float | bool | None = None
 
 
-_read_raw = msgspec.json.Decoder(Raw)
 _read_body = msgspec.json.Decoder(_PosthogBody)
+_identify = MessageIds("posthog").of
+_read_keys = msgspec.json.Decoder(_PosthogKeys).decode
 _read_event = msgspec.json.Decoder(_PosthogEvent).decode
 
 
@@ -116,15 +130,21 @@ class _PosthogCommon:
 
     def message(self, raw: bytes) -> ClientMessage:
         """Returns an event on its own."""
-        event = _read_event(raw) if raw[:1] == b"{" else _PosthogEvent()
+        if len(raw) > self._longest:
+            if raw[:1] == b"{":
+                keys = _read_keys(raw)
+                self.key = self.key or read_text(keys.api_key) or read_text(keys.token)
+            return unfit(raw, self._longest, keyed=True)
+        try:
+            event = _read_event(raw)
+        except msgspec.DecodeError as error:
+            return ClientMessage(raw, fault=f"an event: {error}")
         if not read_text(event.event):
             return ClientMessage(raw, fault="an event is a JSON object with a name in `event`")
-        identity = message_id(b"posthog", event.uuid)
+        identity = _identify(event.uuid)
         keyed = bool(event.api_key or event.token)
-        if not keyed and b'"token"' in raw and event.properties:
-            keyed = bool((read_object(event.properties) or {}).get("token"))
-        if len(raw) > self._longest:
-            return unfit(raw, self._longest, keyed=keyed)
+        if not keyed and type(event.properties) is _PosthogProperties:
+            keyed = bool(event.properties.token)
         if not keyed and not event.sent_at and not event.historical_migration:
             return ClientMessage(raw[:-1] + self._tail, identity)
         return ClientMessage(self._merged(raw), identity)
@@ -154,18 +174,22 @@ class PosthogCodec(MessagesCodec):
     def decode(self, body: bytes, limits: BodyLimits) -> Sequence[Decoded]:
         """See `BodyCodec`."""
         if body[:5] == b"data=":
+            if len(body) > _FORM_BYTES_MAX:
+                detail = f"a form of more than {_FORM_BYTES_MAX} bytes"
+                raise Problem(problem.PAYLOAD_TOO_LARGE, detail)
             body = _form_data(body)
-        whole = bytes(read_body(_read_raw, body, limits))
-        outer = read_body(_read_body, whole, limits) if whole[:1] == b"{" else _PosthogBody()
-        if outer.batch:
-            raws = read_array(outer.batch, body, limits, "`batch` is an array of events")
-        elif whole[:1] == b"[":
-            raws = read_array(whole, body, limits, "")
+        body = body.strip(b" \t\r\n")
+        bound_elements(body, limits)
+        if body[:1] == b"{":
+            outer = read_body(_read_body, body, limits)
+            if outer.batch is UNSET:
+                outer = _PosthogBody([Raw(body)], outer.api_key, outer.token)
         else:
-            raws, outer = [whole], _PosthogBody(api_key=outer.api_key, token=outer.token)
+            outer = _PosthogBody(read_body(ARRAY, body, limits))
+        raws = outer.batch or []
         check_growth(len(raws), len(outer.sent_at), limits)
         common = _PosthogCommon(outer, limits.record_bytes_max)
-        messages = [common.message(raw) for raw in raws]
+        messages = [common.message(bytes(raw)) for raw in raws]
         return lay_out(messages, limits, token=common.key)
 
 

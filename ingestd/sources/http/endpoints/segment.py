@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import msgspec
-from msgspec import Raw
+from msgspec import UNSET, Raw, UnsetType
 
 from ingestd.http.credentials import IN_BODY
 from ingestd.http.response import JSON, Response
@@ -25,13 +25,15 @@ from ingestd.sources.http.endpoints.base import (
     Target,
 )
 from ingestd.sources.http.endpoints.messages import (
+    VALUE,
     ClientMessage,
+    MessageIds,
     MessagesCodec,
+    bound_elements,
     check_growth,
     lay_out,
-    message_id,
+    malformed,
     operation,
-    read_array,
     read_body,
     read_object,
     read_text,
@@ -61,21 +63,21 @@ _MERGED = ("context", "integrations")
 
 
 class _SegmentBatch(msgspec.Struct):
-    batch: Raw = Raw()
+    batch: list[Raw] | UnsetType = UNSET
     context: Raw = Raw()
     integrations: Raw = Raw()
     sentAt: Raw = Raw()  # noqa: N815 - the protocol's word
     writeKey: Raw = Raw()  # noqa: N815
 
 
-class _SegmentMessage(msgspec.Struct):
+class _SegmentMessage(msgspec.Struct, gc=False):
     messageId: Raw = Raw()  # noqa: N815
     sentAt: Raw = Raw()  # noqa: N815
     writeKey: Raw = Raw()  # noqa: N815
 
 
 _read_batch = msgspec.json.Decoder(_SegmentBatch)
-_read_raw = msgspec.json.Decoder(Raw)
+_identify = MessageIds("segment").of
 _read_named = msgspec.json.Decoder(_SegmentMessage).decode
 
 
@@ -103,7 +105,7 @@ class _SegmentCommon:
         if raw[:1] != b"{":
             return ClientMessage(raw, fault="a message is a JSON object"), b""
         named = _read_named(raw)
-        identity = message_id(b"segment", named.messageId)
+        identity = _identify(named.messageId)
         if len(raw) > self._longest:
             return unfit(raw, self._longest, keyed=bool(named.writeKey)), bytes(named.writeKey)
         if self.kind or self.members or named.writeKey or not (named.messageId or named.sentAt):
@@ -131,14 +133,14 @@ class SegmentBatchCodec(MessagesCodec):
 
     def decode(self, body: bytes, limits: BodyLimits) -> Sequence[Decoded]:
         """See `BodyCodec`."""
+        bound_elements(body, limits)
         batch = read_body(_read_batch, body, limits)
-        what = "a batch is an object with its messages in the array `batch`"
-        raws = read_array(batch.batch, body, limits, what)
-        check_growth(
-            len(raws), len(batch.context) + len(batch.integrations) + len(batch.sentAt), limits
-        )
+        if batch.batch is UNSET:
+            raise malformed("a batch is an object with its messages in the array `batch`")
+        common_bytes = len(batch.context) + len(batch.integrations) + len(batch.sentAt)
+        check_growth(len(batch.batch), common_bytes, limits)
         common = _SegmentCommon(batch, limits.record_bytes_max)
-        found = [common.message(raw) for raw in raws]
+        found = [common.message(bytes(raw)) for raw in batch.batch]
         written = bytes(batch.writeKey) or next((key for _, key in found if key), b"")
         return lay_out([message for message, _ in found], limits, token=read_text(written))
 
@@ -155,7 +157,7 @@ class SegmentMessageCodec(MessagesCodec):
 
     def decode(self, body: bytes, limits: BodyLimits) -> Sequence[Decoded]:
         """See `BodyCodec`."""
-        raw = read_body(_read_raw, body, limits)
+        raw = read_body(VALUE, body, limits)
         common = _SegmentCommon(_SegmentBatch(), limits.record_bytes_max, self._kind)
         message, written = common.message(bytes(raw))
         return lay_out([message], limits, token=read_text(written))
