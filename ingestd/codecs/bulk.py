@@ -10,8 +10,9 @@ are the same, and `_cut_usual`, where each has an id or an index of its own, as 
 `_walk` reads any body line by line, and alone decides what is wrong. All three read a body in
 the same way: what one of the first two does not find exactly as it should be is left to the next.
 
-A document that its client names (`_id`) is accepted once: by `create` whatever is in it, by `index`
-with the same content, because another content under that name is a new version.
+A document that is created under a name of its client's (`_id`) is accepted once. One that is
+indexed is a version of that name, and may be what an earlier version was: only where that is asked
+for is one with the same name and content accepted once.
 """
 
 from __future__ import annotations
@@ -159,6 +160,7 @@ class BulkReader:
         find: gives the pipeline of an index; empty for that of the endpoint.
         bounds: gives for a pipeline the bytes of a record, and how deeply it is nested, at most.
         records_max: actions of a body at most.
+        names_versions: an indexed document has an id as well, of its name and content.
     """
 
     def __init__(
@@ -169,6 +171,7 @@ class BulkReader:
         find: Callable[[str], str],
         bounds: Callable[[str], tuple[int, int]],
         records_max: int,
+        names_versions: bool = False,
     ) -> None:
         self._index = index
         self._path_index = b'"_index":%b,' % _encode(index) if index else b""
@@ -176,6 +179,7 @@ class BulkReader:
         self._find = find
         self._bounds = bounds
         self._records_max = records_max
+        self._names_versions = names_versions
 
     def read(self, body: bytes) -> Bulk:
         """Reads any body.
@@ -284,7 +288,9 @@ class BulkReader:
         before = start + more
         members = [line[len(start) : -2] for line in said]
         items = [b'%b%b,"status":201}}' % (before, one) for one in members]
-        names = _names_of(metadata, items, documents, grows=start == b'{"index":{')
+        names: Sequence[bytes] = ()
+        if self._names_versions or start != b'{"index":{':
+            names = _names_of(metadata, items, documents, grows=start == b'{"index":{')
         if self._field:
             before = self._field + more
             documents = [
@@ -327,7 +333,7 @@ class BulkReader:
 
     def _walk(self, body: bytes) -> Bulk:
         """Reads a body line by line."""
-        walk = _Walk(self._bounds)
+        walk = _Walk(self._bounds, names_versions=self._names_versions)
         known: dict[bytes, _Action] = {}
         lines = enumerate(body.split(b"\n"), 1)
         for number, line in lines:
@@ -452,13 +458,15 @@ class _Walk:
 
     Args:
         bounds: see `BulkReader`.
+        names_versions: see `BulkReader`.
 
     Attributes:
         items: of the answer.
     """
 
-    def __init__(self, bounds: Callable[[str], tuple[int, int]]) -> None:
+    def __init__(self, bounds: Callable[[str], tuple[int, int]], *, names_versions: bool) -> None:
         self.items: list[bytes] = []
+        self._names_versions = names_versions
         self._bounds = bounds
         self._errors = 0
         self._groups: dict[str, PartBuilder] = {}
@@ -493,7 +501,9 @@ class _Walk:
             self._fail(action, 400, "document_parsing_exception", f"failed to parse: {detail}")
             return
         item = action.item + _CREATED
-        name = _name(item, document if action.op == "index" else b"") if action.has_id else b""
+        name = b""
+        if action.has_id and (self._names_versions or action.op == "create"):
+            name = _name(item, document if action.op == "index" else b"")
         group.places.append(len(self.items))
         self.items.append(item)
         if name and name in group.known:

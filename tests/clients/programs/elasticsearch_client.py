@@ -8,6 +8,7 @@ from collections.abc import Iterator
 address, count, token, library = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 node = f"{address}/elastic"
 CHUNK = 50
+op = "index" if library == "async" else "create"
 
 
 def chunks() -> Iterator[list[dict[str, object]]]:
@@ -15,7 +16,9 @@ def chunks() -> Iterator[list[dict[str, object]]]:
         if start == count // 2:
             print("half", flush=True)
         numbers = range(start, start + CHUNK)
-        yield [{"_index": "logs", "_id": str(n), "_source": {"n": n}} for n in numbers]
+        yield [
+            {"_op_type": op, "_index": "logs", "_id": str(n), "_source": {"n": n}} for n in numbers
+        ]
 
 
 if library == "async":

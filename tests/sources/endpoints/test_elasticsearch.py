@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ingestd.base.append import RecentIds
 from ingestd.base.errors import Overloaded
 from ingestd.codecs import bulk as codec
 from ingestd.codecs.bulk import BulkError, BulkReader, TooManyDocuments
@@ -171,7 +170,7 @@ async def test_an_index_has_a_pipeline_and_each_part_an_answer_of_its_own() -> N
         names = ("web", "other", "logs-2026.11.29", "web")
         return lines(*[
             line for name in names
-            for line in ({"index": {"_index": name, "_id": f"{next(ids)}"}}, {"at": name})
+            for line in ({"create": {"_index": name, "_id": f"{next(ids)}"}}, {"at": name})
         ])  # fmt: skip
 
     async with serving_endpoint("elasticsearch", default, web, day, own=own) as source:
@@ -182,10 +181,12 @@ async def test_an_index_has_a_pipeline_and_each_part_an_answer_of_its_own() -> N
             web.errors = [Overloaded(what="the journal", retry_after=7.0)]
             answer = (await send(source, sent)).json
             assert answer["errors"] is True
-            assert [item["index"]["status"] for item in answer["items"]] == [429, 201, 201, 429]
-            assert answer["items"][0]["index"]["error"]["type"] == "es_rejected_execution_exception"
+            assert [item["create"]["status"] for item in answer["items"]] == [429, 201, 201, 429]
+            assert (
+                answer["items"][0]["create"]["error"]["type"] == "es_rejected_execution_exception"
+            )
             answer = (await send(source, sent)).json  # again, whole: what was accepted is not twice
-            assert [item["index"]["status"] for item in answer["items"]] == [201] * 4
+            assert [item["create"]["status"] for item in answer["items"]] == [201] * 4
             assert [len(one.items) for one in (default, web, day)] == [1, 2, 1]
         for intake in (default, web, day):
             intake.errors = [Overloaded(what="the journal", retry_after=7.0)]
@@ -198,27 +199,29 @@ async def test_an_index_has_a_pipeline_and_each_part_an_answer_of_its_own() -> N
         assert (reply.status, reply.body) == (503, b"the journal is full\n")
 
 
-async def test_a_document_with_an_id_is_accepted_once() -> None:
+@pytest.mark.parametrize("spaced", [False, True])  # cut as a whole, and line by line
+@pytest.mark.parametrize("deduplicate", [False, True])
+async def test_a_document_with_an_id_is_accepted_once(spaced: bool, deduplicate: bool) -> None:
     intake = KeyIntake()
 
-    def body(*pairs: tuple[dict[str, Any], int], spaced: bool = False) -> bytes:
-        made = lines(*[line for action, n in pairs for line in (action, {"n": n})])
-        return made if spaced else made.replace(b": ", b":").replace(b", ", b",")
+    async def put(*pairs: tuple[str, str, int], path: str = "/_bulk") -> list[int]:
+        values = [({op: {"_index": "x", "_id": name}}, {"n": n}) for op, name, n in pairs]
+        body = lines(*[line for pair in values for line in pair])
+        if not spaced:
+            body = body.replace(b": ", b":").replace(b", ", b",")
+        assert not (await send(source, body, path)).json["errors"]
+        found = [json.loads(item)["n"] for item in intake.items]
+        intake.runs.clear()
+        return found
 
-    a, b = {"index": {"_id": "a"}}, {"create": {"_index": "x", "_id": "b"}}
-    async with serving_endpoint("elasticsearch", intake) as source:
-        for spaced in (False, True):  # cut as a whole, and line by line
-            intake.runs.clear()
-            intake.recent_ids = RecentIds(1000)
-            first = await send(source, body((a, 1), (b, 2), spaced=spaced))
-            assert (await send(source, body((a, 1), (b, 2), spaced=spaced))).body == first.body
-            await send(source, body((b, 2), (a, 1), (a, 3), spaced=spaced))  # 3 is a new version
-            await send(source, body((b, 4), spaced=spaced))  # is there already
-            assert [json.loads(item)["n"] for item in intake.items] == [1, 2, 3]
-            await send(source, body((a, 1), spaced=spaced), "/other/_bulk")
-            for _ in range(2):
-                await send(source, body(({"index": {}}, 5), (a, 6), (a, 6), spaced=spaced))
-            assert [json.loads(item)["n"] for item in intake.items] == [1, 2, 3, 1, 5, 6, 5]
+    own = {"deduplicate": deduplicate}
+    async with serving_endpoint("elasticsearch", intake, own=own) as source:
+        assert await put(("create", "a", 1), ("create", "b", 2)) == [1, 2]
+        assert await put(("create", "b", 3), ("create", "c", 4), ("create", "c", 4)) == [4]
+        again = [("index", "v", 1), ("index", "v", 2), ("index", "v", 1)]
+        assert await put(*again) == ([1, 2] if deduplicate else [1, 2, 1])
+        assert await put(*again) == ([] if deduplicate else [1, 2, 1])
+        assert await put(("create", "", 5), ("create", "", 5)) == [5, 5]
 
 
 async def test_tokens_in_the_ways_of_its_clients() -> None:
@@ -294,6 +297,7 @@ def reader(index: str = "", field: str = "m", **more: int) -> BulkReader:
         find=lambda name: "other" if name == "b" else "",
         bounds=lambda _: bounds,
         records_max=more.get("records_max", 50),
+        names_versions=bool(more.get("names_versions")),
     )
 
 
@@ -341,12 +345,13 @@ loose = st.lists(st.one_of(actions, documents), max_size=8)
     st.booleans(),
     st.sampled_from(["", "a", 'b"\\']),
     st.sampled_from(["", "m"]),
+    st.integers(0, 1),
 )
 def test_all_ways_read_a_body_alike(
-    some: list[bytes], end: bytes, ended: bool, index: str, field: str
+    some: list[bytes], end: bytes, ended: bool, index: str, field: str, names: int
 ) -> None:
     body = end.join(some) + (end if ended else b"")
-    one = reader(index, field)
+    one = reader(index, field, names_versions=names)
     assert read(one, body, whole=True) == read(one, body, whole=False)
 
 

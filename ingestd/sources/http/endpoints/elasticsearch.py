@@ -24,6 +24,7 @@ from ingestd.codecs.bulk import (
     make_answer,
 )
 from ingestd.codecs.lines import Parsed
+from ingestd.config.units import Switch  # noqa: TC001 - the model needs it
 from ingestd.http import problem
 from ingestd.http.credentials import TOKEN_SCHEMES, TokenScheme, is_token
 from ingestd.http.problem import Problem
@@ -77,6 +78,11 @@ class ElasticsearchSettings(EndpointSettings):
         max_length=255,
         description='field of a record with the _index and _id of its action; "" leaves them out',
     )
+    deduplicate: Switch = Field(
+        False,
+        description="true: a document that is indexed again with the same _id and content is"
+        " accepted once, among the last http.idempotency_ids_max; created ones always are",
+    )
     version: str = Field(
         "9.1.0",
         pattern=r"^[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}$",
@@ -106,11 +112,15 @@ class BulkCodec(BodyCodec):
         index: that of the path; empty if it has none.
         field: of records, for what their actions say; empty for none.
         targets: pipelines by index.
+        names_versions: see `BulkReader`.
     """
 
     routes = True
 
-    def __init__(self, index: str, field: str, targets: TargetTable) -> None:
+    def __init__(
+        self, index: str, field: str, targets: TargetTable, *, names_versions: bool = False
+    ) -> None:
+        self._names_versions = names_versions
         self._index = index
         self._field = field
         self._targets = targets
@@ -142,6 +152,7 @@ class BulkCodec(BodyCodec):
             find=self._targets.find,
             bounds=bounds,
             records_max=limits.records_max,
+            names_versions=self._names_versions,
         )
 
 
@@ -213,7 +224,7 @@ class ElasticsearchEndpoint(Endpoint):
     def __init__(self, context: EndpointContext) -> None:
         own: ElasticsearchSettings = context.own
         self._targets = TargetTable(own.indexes)
-        self._field = own.metadata_field
+        self._field, self._names_versions = own.metadata_field, own.deduplicate
         self._about = _about(own.version)
         here, any_of = {"": Target(context.default)}, {ANY: Target(context.default)}
         self.routes = [
@@ -246,7 +257,7 @@ class ElasticsearchEndpoint(Endpoint):
         if len(index) > INDEX_CHARACTERS_MAX:
             detail = f"the index has more than {INDEX_CHARACTERS_MAX} characters"
             raise Problem(problem.BAD_REQUEST, detail)
-        return BulkCodec(index, self._field, self._targets)
+        return BulkCodec(index, self._field, self._targets, names_versions=self._names_versions)
 
     def answer(self, result: IngestResult, head: Head) -> Response:  # noqa: ARG002
         """See `Endpoint`."""
