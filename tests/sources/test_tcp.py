@@ -284,6 +284,18 @@ async def test_a_key_of_other_records_is_no_reason_to_lose_these(monkeypatch) ->
         assert not intake.keys
 
 
+async def test_a_table_of_keys_that_stays_full_keeps_no_record_out() -> None:
+    intake = KeyedIntake()
+    intake.begin_errors = [Overloaded(what="keys", retry_after=0.01) for _ in range(3)]
+    async with serving(intake) as source, connected(source) as (reader, writer):
+        writer.write(b"one=a\n")
+        assert await line(reader) == b"hello\n"
+        assert await line(reader) == b"ok one=a\n"
+        writer.write(b"two=b\n")
+        assert await line(reader) == b"ok two=b\n"
+    assert (intake.items, intake.keys, len(intake.begin_errors)) == ([b"a", b"b"], {}, 1)
+
+
 @pytest.mark.parametrize("bad", [b"!it is bad\n", b"crash\n"])
 async def test_a_fault_ends_the_connection_after_what_was_good(bad: bytes) -> None:
     intake = KeyedIntake()

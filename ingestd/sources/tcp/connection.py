@@ -75,6 +75,8 @@ WRITE_SECONDS = 30.0
 """How long a peer may take to read its replies."""
 WRITE_BUFFER_BYTES = 64 * 1024
 LINGER_SECONDS = 2.0
+KEYLESS_SECONDS = 60.0
+"""How long a connection does without keys where there is no room for more of them."""
 ANONYMOUS = "anonymous"
 _COPIES = 2  # of what waits: it is joined
 _HELD_FREE = 4 * 1024
@@ -180,7 +182,8 @@ class TcpConnection(asyncio.BufferedProtocol):
         self._passing = self._committing = self._grown = self._expected = 0
         self._lock = threading.Lock()  # of what it holds, while the codec is in a thread
         self._pending: asyncio.Task[None] | None = None
-        self._total = 0
+        self._total = self._refused_keys = 0
+        self._keyless_until = 0.0
         self._pace: MinimumRate | None = None  # of the frame that was begun
         self._frame_end = 0.0
         # -- of its output
@@ -573,17 +576,29 @@ class TcpConnection(asyncio.BufferedProtocol):
         return reply
 
     async def _claim(self, received: Received) -> IdempotencyClaim | bytes | None:
-        """Claims a key, or returns the reply that was sent under it; `None` where it has no use."""
+        """Claims a key, or returns the reply that was sent under it; `None` where it has no use.
+
+        A table of keys that is full keeps no record out: what comes then is accepted without.
+        """
         key = scoped(received.principal or self.peer.principal, received.key)
-        while True:
+        while self._loop.time() >= self._keyless_until:
             try:
-                return await self._owner.intake.begin(key, received.fingerprint)
+                claim = await self._owner.intake.begin(key, received.fingerprint)
             except KeyInFlight:  # of a connection that was lost, and its records are on their way
                 await asyncio.sleep(AGAIN_SECONDS)
             except Overloaded as overloaded:
+                self._refused_keys += 1
+                if self._refused_keys > 1:
+                    log.warning("keys_left_out", source=self._owner.name, reason=str(overloaded))
+                    self._keyless_until = self._loop.time() + KEYLESS_SECONDS
+                    break
                 await asyncio.sleep(again_after(overloaded))
             except (KeyReused, KeysUnsupported):
-                return None
+                break
+            else:
+                self._refused_keys = 0
+                return claim
+        return None
 
     def _append_of(self, group: Sequence[Received]) -> Append | None:
         parts = [one.parsed for one in group if one.parsed.total]
