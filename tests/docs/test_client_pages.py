@@ -12,7 +12,7 @@ PROGRAMS = [path.read_text() for path in (ROOT / "tests/clients/programs").glob(
 BLOCK = re.compile(r"^```(?:python|js|)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", ["elasticsearch", "splunk"])
+@pytest.mark.parametrize("page", ["elasticsearch", "splunk", "datadog", "loki"])
 def test_configurations_are_those_of_the_programs(page: str) -> None:
     text = (ROOT / f"docs/clients/{page}.md").read_text().partition("\n## Clients\n")[2]
     blocks = BLOCK.findall(text)
