@@ -16,6 +16,7 @@ from ingestd.base.errors import Overloaded
 from ingestd.codecs import bulk as codec
 from ingestd.codecs.bulk import BulkError, BulkReader, TooManyDocuments
 from ingestd.sources.http.endpoints.targets import TargetTable, table_problems
+from tests.peak import peak
 from tests.sources.endpoints.endpoint_tools import KeyIntake, serving_endpoint
 from tests.sources.source_tools import Reply, connected
 
@@ -384,6 +385,20 @@ def test_usual_bodies_are_cut_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> Non
         found = reader("path").read(body)
         assert found.parts[0].parsed.records.count == 20
         assert found == reader("path").read_quickly(body)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"\n" * 2**20, b"{" * 2**20, b'{"delete":{}}\n' * 2**17, b'{"index":{}}\n' * 2**17,
+        b'{"index":{}}\n{}\n' * 2**17, b'{"index":' * 2**17, b'{"index":{}}\n' + b"[" * 2**20,
+    ],
+)  # fmt: skip
+def test_hostile_bodies_take_little_memory(body: bytes) -> None:
+    one = reader(records_max=10_000)
+    with peak() as most:
+        read(one, body, whole=True)
+    assert most.bytes < 5 * len(body)
 
 
 def test_an_answer_is_not_many_times_as_long_as_its_request() -> None:
