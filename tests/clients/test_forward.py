@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,7 @@ import pytest
 from tests.access.tools import Files
 from tests.clients.harness import (
     PROGRAMS,
+    TABLE,
     Client,
     Receiver,
     check,
@@ -135,3 +138,15 @@ def test_fluent_bit_http_gelf(tmp_path: Path) -> None:
         records = daemon.deliver(client, *more)
     check([one["_n"] for one in records], once=False)
     assert {one["short_message"] for one in records} == {"an event"}
+
+
+@pytest.mark.parametrize("page", ["fluent.md", "fluent-bit.md"])
+def test_fluent_bit_reads_the_configuration_on_the_page(tmp_path: Path, page: str) -> None:
+    program = fluent_bit().command[-1]
+    (output,) = re.findall(r"```yaml\n(.*?)```", (TABLE.parent / page).read_text(), re.DOTALL)
+    config = tmp_path / "fluent-bit.yaml"
+    inputs = "pipeline:\n  inputs:\n    - name: stdin\n"
+    config.write_text(output.replace("pipeline:\n", inputs))
+    command = [program, "-c", str(config), "--dry-run"]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert "configuration test is successful" in said.stdout + said.stderr
