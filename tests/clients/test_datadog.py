@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.clients.harness import Receiver, check, npm_client, python_client, report
+from tests.clients.harness import (
+    PROGRAMS,
+    Receiver,
+    check,
+    found_client,
+    npm_client,
+    python_client,
+    report,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,3 +43,14 @@ def test_pino(tmp_path: Path) -> None:
     check([json.loads(record["message"])["n"] for record in records], once=False)
     assert all(one["service"] == "shop" for one in records)
     report("datadog", client, "1,000 logs of pino, gzip, with a key")
+
+
+def test_fluent_bit(tmp_path: Path) -> None:
+    program = str(PROGRAMS / "fluent_bit_client.py")
+    client = found_client("fluent-bit", ["--version"], [sys.executable, program, "fluent-bit"])
+    options = (f"apikey={KEY[1]}", "tls=off", "dd_service=shop", "compress=gzip")
+    with Receiver(tmp_path, *ON, *KEY) as receiver:
+        records = receiver.deliver(client, "datadog", *options)
+    check([record["n"] for record in records], once=False)
+    assert {one["service"] for one in records} == {"shop"}
+    report("datadog", client, "1,000 logs, gzip, with a key")

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.clients.harness import Receiver, check, npm_client, python_client, report
+from tests.clients.harness import (
+    PROGRAMS,
+    Receiver,
+    check,
+    found_client,
+    npm_client,
+    python_client,
+    report,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,3 +54,17 @@ def test_winston(tmp_path: Path, form: str) -> None:
     check([json.loads(record["line"])["n"] for record in records], once=True)
     assert {one["labels"]["app"] for one in records} == {"shop"}
     report("loki", client, "1,000 lines each, JSON and snappy protobuf, deduplicate; exactly once")
+
+
+def test_fluent_bit(tmp_path: Path) -> None:
+    program = str(PROGRAMS / "fluent_bit_client.py")
+    client = found_client("fluent-bit", ["--version"], [sys.executable, program, "fluent-bit"])
+    options = ("labels=app=shop", "line_format=json", "structured_metadata=n=$n", "compress=gzip")
+    with Receiver(tmp_path, *ON) as receiver:
+        records = receiver.deliver(client, "loki", *options)
+    # What goes into labels or metadata, it takes out of the line.
+    check([int(record["metadata"]["n"]) for record in records], once=True)
+    assert {(one["labels"]["app"], json.loads(one["line"])["text"]) for one in records} == {
+        ("shop", "an event")
+    }
+    report("loki", client, "1,000 lines with metadata, JSON, gzip, deduplicate; exactly once")

@@ -154,7 +154,7 @@ async def test_errors_are_its_own() -> None:
         assert (await send(source, b"", LOGS, "GET")).json["errors"][0]["status"] == "405"
 
 
-async def test_keys_in_header_query_and_path() -> None:
+async def test_keys_in_header_query_and_path(capsys: pytest.CaptureFixture[str]) -> None:
     intake = KeyIntake()
     tokens = {"shop": {"token": KEY}, "web": {"token": KEY[::-1], "pipelines": "other"}}
     other = KeyIntake("other")
@@ -187,6 +187,9 @@ async def test_keys_in_header_query_and_path() -> None:
         reply = await send(source, b"", probe, "GET", DD_API_KEY="wrong")
         assert (reply.status, reply.json) == (403, {"errors": ["Forbidden"]})
     assert len(intake.items) == 14
+    logged = capsys.readouterr().out
+    assert "request_refused" in logged
+    assert KEY not in logged
     assert not any(KEY.encode() in run.payload for run in intake.runs)
 
 
