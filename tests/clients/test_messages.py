@@ -6,6 +6,8 @@ reach the client, which sends its records again in its own way: the same batch, 
 
 from __future__ import annotations
 
+import json
+import signal
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -76,3 +78,26 @@ def test_cloudevents(tmp_path: Path, find: Any, program: str) -> None:
     report(
         "cloudevents", named, f"{COUNT:,} events, binary and structured, answers lost; exactly once"
     )
+
+
+def test_a_crash_forgets_no_id(tmp_path: Path) -> None:
+    """Batches overlap as those of a client that lost its answers; the daemon is killed between."""
+    on = ("--http.endpoints.segment.pipeline", "default")
+    with Receiver(tmp_path, *on, flaky=False) as receiver:
+        for start in range(0, 200, 20):
+            messages = [
+                {"messageId": str(n), "n": n} for n in range(max(0, start - 50), start + 20)
+            ]
+            body = json.dumps({"batch": messages}).encode()
+            answer = receiver.daemon.request("POST", "/v1/batch", body)
+            assert (answer[0], answer[2]) == (200, {"success": True})
+            if start % 60 == 0:
+                receiver.daemon.terminate(signal.SIGKILL)
+                receiver.daemon.wait()
+                receiver.daemon.__exit__()
+                receiver.start()
+        accepted = receiver.daemon.status()["pipelines"]["default"]["accepted"]
+        records = receiver.finish()
+    assert accepted == 200
+    check([one["n"] for one in records], once=False, count=200)  # a kill amid the sink's write
+    assert {one["messageId"] for one in records} == {str(n) for n in range(200)}
