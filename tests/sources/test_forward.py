@@ -23,7 +23,7 @@ from ingestd.http import problem
 from ingestd.http.problem import Problem
 from ingestd.settings import Settings
 from ingestd.sources.base import SourceContext
-from ingestd.sources.forward import GROWN_BYTES, ForwardCodec
+from ingestd.sources.forward.codec import GROWN_BYTES, ForwardCodec
 from ingestd.sources.forward.handshake import Secrets
 from ingestd.sources.forward.settings import ForwardSettings, ForwardSourceKind
 from ingestd.sources.tcp import Frames, Peer

@@ -127,7 +127,7 @@ class ForwardSourceKind(TcpSourceKind):
 
     def build(self, settings: ForwardSettings, context: SourceContext) -> Source:
         """See `SourceKind`."""
-        from ingestd.sources.forward import ForwardCodec  # noqa: PLC0415  it needs this module
+        from ingestd.sources.forward.codec import ForwardCodec  # noqa: PLC0415  it needs this module
         from ingestd.sources.forward.handshake import read_secrets  # noqa: PLC0415
         from ingestd.sources.tcp.source import TcpSource  # noqa: PLC0415  large
 
