@@ -11,8 +11,10 @@ from pydantic import BaseModel, Field
 from ingestd.base.record import Format  # noqa: TC001  pydantic reads it
 from ingestd.codecs.lines import record_fault
 from ingestd.config.sections import (
+    Own,
     Reloadable,
     Section,
+    defaults_of,
     table_fault,
     unusable,
     with_tables,
@@ -131,14 +133,14 @@ class PipelineSettings(Section):
     format: Format = Field("json", description="format of the records")
     record_bytes_max: Size = Field(_MIB, ge=1, le=_GIB, description="largest record")
     json_depth_max: Count = Field(128, ge=1, le=512, description="deepest nesting of a JSON record")
-    batch: Annotated[BatchSettings, Reloadable()] = BatchSettings()
-    queue: QueueSettings = QueueSettings()
-    handler: HandlerSettings = HandlerSettings()
-    executor: ExecutorTables = ExecutorTables()
-    retry: RetrySettings = RetrySettings()
-    journal: JournalTables = JournalTables()
-    dead: DeadSettings = DeadSettings()
-    drain: PipelineDrainSettings = PipelineDrainSettings()
+    batch: Annotated[Own[BatchSettings], Reloadable()] = defaults_of(BatchSettings)
+    queue: Own[QueueSettings] = defaults_of(QueueSettings)
+    handler: Own[HandlerSettings] = defaults_of(HandlerSettings)
+    executor: Own[ExecutorTables] = defaults_of(ExecutorTables)
+    retry: Own[RetrySettings] = defaults_of(RetrySettings)
+    journal: Own[JournalTables] = defaults_of(JournalTables)
+    dead: Own[DeadSettings] = defaults_of(DeadSettings)
+    drain: Own[PipelineDrainSettings] = defaults_of(PipelineDrainSettings)
 
     def record_fault(self, value: bytes) -> str:
         """Describes in one line why bytes are no record of this pipeline; empty if they are."""
@@ -147,7 +149,9 @@ class PipelineSettings(Section):
 
 def plain(value: Any) -> Any:
     """A model as the table that was written for it; anything else as it is."""
-    return value.model_dump(exclude_unset=True) if isinstance(value, BaseModel) else value
+    if isinstance(value, BaseModel):
+        return {name: plain(getattr(value, name)) for name in value.model_fields_set}
+    return value
 
 
 def inherit(top: Mapping[str, Any], table: Any) -> Any:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
-_WITH_SETTINGS = ("Kind", "Endpoint")
+_WITH_SETTINGS = "Kind"
 
 
 class Components:
@@ -74,8 +74,8 @@ class Components:
     def load_kinds(self, fault: Callable[[str, Any], str]) -> tuple[dict[str, Any], dict[str, str]]:
         """Imports the components that may have settings of their own, for the tables of these.
 
-        Of ingestd's own these are the light classes whose names end with `Kind` or `Endpoint`. One
-        that cannot be used is no reason for a daemon that does not use it not to start.
+        Of ingestd's own these are the light classes whose names end with `Kind`. One that cannot be
+        used is no reason for a daemon that does not use it not to start.
 
         Args:
             fault: gives for name and component why it cannot be used; empty if it can.
@@ -141,6 +141,8 @@ ENDPOINTS = Components(
         "cloudevents": "ingestd.sources.http.endpoints.cloudevents:CloudeventsEndpoint",
     },
 )
+WITHOUT_TABLE = frozenset({"records", "webhooks"})
+"""Endpoints that have no `[http.endpoints.NAME]`, which switches the others on."""
 SINKS = Components(
     "sink",
     "ingestd.sinks",

@@ -8,18 +8,20 @@ A component's section is in its own folder, those of a pipeline are in `pipeline
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
     AfterValidator,
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     create_model,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from ingestd.base.record import Format  # noqa: TC001  pydantic reads it
@@ -29,9 +31,12 @@ from ingestd.config.loader import Change, plan
 from ingestd.config.network import check_address, check_hosts, split_address
 from ingestd.config.sections import (
     Choice,
+    LateModels,
+    Own,
     Reloadable,
     Section,
     ValidationProblems,
+    defaults_of,
     own_name,
     table_fault,
 )
@@ -173,7 +178,9 @@ class ConfiguredSource(NamedTuple):
 class _General(BaseSettings):
     """The settings that stand before those of the sources."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        frozen=True, extra="forbid", defer_build=True, validate_default=False
+    )
 
     data_dir: Annotated[Path, BeforeValidator(_path)] = Field(
         Path("ingestd-data"), description="folder of the journals and of the sinks' files"
@@ -181,7 +188,7 @@ class _General(BaseSettings):
     format: Format = Field("json", description="format of the records")
     record_bytes_max: Size = Field(_MIB, ge=1, le=_GIB, description="largest record")
     json_depth_max: Count = Field(128, ge=1, le=512, description="deepest nesting of a JSON record")
-    source: SourceSettings = SourceSettings()
+    source: Own[SourceSettings] = defaults_of(SourceSettings)
 
 
 def _kind_fault(name: str, kind: type[SourceKind]) -> str:
@@ -200,6 +207,7 @@ KINDS: dict[str, SourceKind] = {name: kind() for name, kind in _LOADED.items()}
 """The kinds of sources by name, and why others that are registered cannot be used."""
 
 
+@lru_cache(1000)
 def _entry(kind: str) -> type[Section]:
     """The model of `[sources.NAME]` with a kind."""
     fields: dict[str, Any] = {
@@ -214,6 +222,26 @@ def _entry(kind: str) -> type[Section]:
     made.EXAMPLE = ("web", ("kind",))
     entry: type[Section] = made
     return entry
+
+
+def _entries() -> list[type[Section]]:
+    return [_entry(kind) for kind in (*KINDS, *UNUSABLE)]
+
+
+def _checked_entry(value: Any) -> Section:
+    """A table `[sources.NAME]`, checked by the model of its kind."""
+    if isinstance(value, Section):
+        return value
+    if not isinstance(value, dict):
+        raise PydanticCustomError("dict_type", "should be a table")
+    if "kind" not in value:
+        raise PydanticCustomError("union_tag_not_found", "needs a kind")
+    kind = value["kind"]
+    if kind not in (*KINDS, *UNUSABLE):
+        kinds = ", ".join(map(repr, (*KINDS, *UNUSABLE)))
+        facts = {"tag": str(kind), "expected_tags": kinds}
+        raise PydanticCustomError("union_tag_invalid", "{tag} is none of {expected_tags}", facts)
+    return _entry(kind).model_validate(value)
 
 
 class _UnusableSource(Section):
@@ -231,14 +259,15 @@ if TYPE_CHECKING:
         http: HttpSettings
         sources: dict[str, Any]
 else:
+    _tables = {
+        name: (Own[kind.settings], defaults_of(kind.settings)) for name, kind in KINDS.items()
+    }
     _Entries = Annotated[
-        Union[tuple(map(_entry, [*KINDS, *UNUSABLE]))],  # noqa: UP007
-        Field(discriminator="kind"),
+        dict[SourceName, Annotated[Any, PlainValidator(_checked_entry)]], LateModels(_entries)
     ]
-    _tables = {name: (kind.settings, kind.settings()) for name, kind in KINDS.items()}
     _named = Field(default_factory=dict, max_length=1000, description="more sources, by name")
     _WithSources = create_model(
-        "_WithSources", __base__=_General, **_tables, sources=(dict[SourceName, _Entries], _named)
+        "_WithSources", __base__=_General, **_tables, sources=(_Entries, _named)
     )
 
 
@@ -250,17 +279,17 @@ class Settings(_WithSources):
     table; tables under `sources` are more of them, and take nothing from there.
     """
 
-    admin: AdminSettings = AdminSettings()
-    log: LogSettings = LogSettings()
-    batch: Annotated[BatchSettings, Reloadable()] = BatchSettings()
-    queue: QueueSettings = QueueSettings()
-    handler: HandlerSettings = HandlerSettings()
-    executor: ExecutorTables = ExecutorTables()
-    retry: RetrySettings = RetrySettings()
-    journal: JournalTables = JournalTables()
-    dead: DeadSettings = DeadSettings()
-    drain: DrainSettings = DrainSettings()
-    pipelines: dict[PipelineName, PipelineSettings] = Field(
+    admin: Own[AdminSettings] = defaults_of(AdminSettings)
+    log: Own[LogSettings] = defaults_of(LogSettings)
+    batch: Annotated[Own[BatchSettings], Reloadable()] = defaults_of(BatchSettings)
+    queue: Own[QueueSettings] = defaults_of(QueueSettings)
+    handler: Own[HandlerSettings] = defaults_of(HandlerSettings)
+    executor: Own[ExecutorTables] = defaults_of(ExecutorTables)
+    retry: Own[RetrySettings] = defaults_of(RetrySettings)
+    journal: Own[JournalTables] = defaults_of(JournalTables)
+    dead: Own[DeadSettings] = defaults_of(DeadSettings)
+    drain: Own[DrainSettings] = defaults_of(DrainSettings)
+    pipelines: dict[PipelineName, Own[PipelineSettings]] = Field(
         default_factory=dict, max_length=1000, description="more pipelines, by name"
     )
 
@@ -294,7 +323,8 @@ class Settings(_WithSources):
 
     def pipeline_settings(self) -> dict[str, PipelineSettings]:
         """All pipelines by name, `default` first, everything filled in."""
-        default = PipelineSettings(
+        # Not checked again.
+        default = PipelineSettings.model_construct(
             **{key: getattr(self, key) for key in PipelineSettings.model_fields}
         )
         return {DEFAULT_PIPELINE: default, **self.pipelines}

@@ -11,7 +11,6 @@ from ingestd.base.logging import get_logger
 from ingestd.journal.idempotency import KeyRule
 from ingestd.settings import KINDS
 from ingestd.sources.base import SourceContext
-from ingestd.sources.progress import Progress, ProgressSnapshot
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from ingestd.pipeline import Pipeline
     from ingestd.settings import ConfiguredSource, Settings
     from ingestd.sources.base import Source
+    from ingestd.sources.progress import Progress, ProgressSnapshot
 
 log = get_logger()
 
@@ -59,6 +59,8 @@ class RunningSource:
         if counts is None:
             return None
         now, before = self._pipeline.ledger, self._before
+        from ingestd.sources.progress import ProgressSnapshot  # noqa: PLC0415  not for servers
+
         return ProgressSnapshot(
             lines=counts.records + counts.invalid,
             bytes=counts.bytes,
@@ -146,8 +148,11 @@ class SourceGroup:
             except ConfigError as error:
                 raise _of(one, error) from error
             self.all.append(RunningSource(one, source, pipelines[one.pipeline]))
-        reads = any(one.source.counts() is not None for one in self.all)
-        self.progress = Progress(self._snapshot, stderr, clock=clock) if reads else None
+        self.progress: Progress | None = None
+        if any(one.source.counts() is not None for one in self.all):
+            from ingestd.sources.progress import Progress  # noqa: PLC0415  servers have none
+
+            self.progress = Progress(self._snapshot, stderr, clock=clock)
 
     async def start(self) -> None:
         """Starts all; if one cannot be, those before it are closed again.
@@ -258,6 +263,8 @@ class SourceGroup:
 
     def _snapshot(self) -> ProgressSnapshot:
         """The sum over all inputs; a pipeline that several of them feed counts once."""
+        from ingestd.sources.progress import ProgressSnapshot  # noqa: PLC0415  not for servers
+
         snapshots = {one: snapshot for one in self.all if (snapshot := one.snapshot())}
         read: Counter[str] = Counter()
         fed = {one.configured.pipeline: snapshot for one, snapshot in snapshots.items()}

@@ -1,15 +1,17 @@
 """Flags of the command line: every setting by its dotted name, common ones by short names too.
 
-Only names are checked here: values are settings, and settings are checked in one place.
+Only names are checked here: values are settings, and settings are checked in one place. The parser
+of a start knows the flags that are in use; for `--help`, and to explain a wrong one, it knows all.
 """
 
 from __future__ import annotations
 
 import argparse
 from difflib import get_close_matches
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, get_origin
 
-from ingestd.config.keys import dotted, settings_of, shown, tables_of, unit_of
+from ingestd.config.keys import KeyKind, dotted, settings_of, shown, tables_of, unit_of
 from ingestd.config.layers import Flag
 from ingestd.config.sections import Choice
 from ingestd.handlers.options import options_of
@@ -31,9 +33,8 @@ COMMON = (
     ("data_dir", "--data-dir", "DIR"),
     ("format", "--format", "json|text|bytes"),
 )
-_OWN_NAMES = {dotted(path): (field, keys) for path, field, keys in tables_of(Settings)}
-_FREE = [key for key, (_, keys) in _OWN_NAMES.items() if not keys]
-_WITH_OWN_NAMES = tuple(f"--{key}." for key in _OWN_NAMES)
+_SHORT = {flag: key for key, flag, _ in COMMON}
+_WITHOUT_HELP = ("--config", "--version", "--")
 _KEYS_SHOWN = 5
 _METAVARS = {"bytes": "SIZE", "seconds": "TIME", "": "NUMBER", "words": "WORD,…"}
 
@@ -59,9 +60,29 @@ class _Keep(argparse.Action):
 
 
 def add_settings(parser: Parser, argv: Sequence[str]) -> None:
-    """Adds the flags of `run` and `check`; those with the user's own names are read in `argv`."""
+    """Adds the flags of `run` and `check`: those in `argv`, or all where that may be asked for."""
     parser.set_defaults(flags=[])
-    parser.nearest_setting = _nearest
+    used = {word.split("=", 1)[0] for word in argv if word.startswith("-")}
+    settings = {flag: _SHORT.get(flag, flag.removeprefix("--")) for flag in used}
+    if not all(flag in _WITHOUT_HELP or _is_setting(key) for flag, key in settings.items()):
+        _add_all(parser, argv)
+        return
+    _add_config(parser)
+    for flag in sorted(used.difference(_WITHOUT_HELP)):
+        _add(parser, flag, settings[flag], "VALUE", argparse.SUPPRESS)
+
+
+def _is_setting(key: str) -> bool:
+    kind = SCHEMA.locate(key.split("."))
+    return kind in {KeyKind.VALUE, KeyKind.FREE, KeyKind.INSIDE}
+
+
+def _add_all(parser: Parser, argv: Sequence[str]) -> None:
+    """Adds all flags, with their help; those with the user's own names are read in `argv`."""
+    own_names = {dotted(path): (field, keys) for path, field, keys in tables_of(Settings)}
+    free = [key for key, (_, keys) in own_names.items() if not keys]
+    with_own_names = tuple(f"--{key}." for key in own_names)
+    parser.nearest_setting = partial(_nearest, with_own_names)
     parser.fault_of = lambda flag: SCHEMA.fault_at(flag.lstrip("-").split("."))
     fields = {dotted(path): field for path, field in settings_of(Settings)}
     group = parser.add_argument_group("common flags")
@@ -77,12 +98,12 @@ def add_settings(parser: Parser, argv: Sequence[str]) -> None:
         "or INGESTD_BATCH__RECORDS_MAX=500, or in the file; sizes like 64MiB, times like 250ms",
     )
     for key, field in fields.items():
-        if key in _FREE:
+        if key in free:
             _add(group, f"--{key}.NAME", f"{key}.NAME", "TEXT", _help(field))
             _add(group, f"--{key}", key, "JSON", argparse.SUPPRESS)
         else:
             _add(group, f"--{key}", key, _metavar(field), _help(field))
-    for table, (field, keys) in _OWN_NAMES.items():
+    for table, (field, keys) in own_names.items():
         if keys:
             more = ", …" if len(keys) > _KEYS_SHOWN else ""
             text = f"{field.description}: {', '.join(keys[:_KEYS_SHOWN])}{more}"
@@ -91,7 +112,7 @@ def add_settings(parser: Parser, argv: Sequence[str]) -> None:
     taken: set[str] = set()
     for target in [word for word in SINKS.own if {word, f"--handler.target={word}"} & set(argv)]:
         taken |= _add_options(parser, target)
-    for flag in _own_names(argv):
+    for flag in _own_names(argv, with_own_names):
         if flag not in taken:
             _add(group, flag, flag.removeprefix("--"), "VALUE", argparse.SUPPRESS)
 
@@ -149,9 +170,9 @@ def _add(
     )
 
 
-def _own_names(argv: Sequence[str]) -> list[str]:
-    flags = {word.split("=", 1)[0] for word in argv if word.startswith(_WITH_OWN_NAMES)}
-    flags -= {f"{table}{rest}" for table in _WITH_OWN_NAMES for rest in ("NAME", "NAME.KEY")}
+def _own_names(argv: Sequence[str], tables: tuple[str, ...]) -> list[str]:
+    flags = {word.split("=", 1)[0] for word in argv if word.startswith(tables)}
+    flags -= {f"{table}{rest}" for table in tables for rest in ("NAME", "NAME.KEY")}
     return sorted(flag for flag in flags if SCHEMA.locate(flag.removeprefix("--").split(".")))
 
 
@@ -176,10 +197,10 @@ def _help(field: FieldInfo) -> str:
     return f"{field.description}{known}".replace("%", "%%")
 
 
-def _nearest(flag: str, close: str | None) -> str | None:
+def _nearest(with_own_names: tuple[str, ...], flag: str, close: str | None) -> str | None:
     """A slip of the finger first, then the setting that was meant, then any flag that is near."""
     is_slip = close is not None and get_close_matches(flag, [close], cutoff=0.85)
-    if is_slip and not flag.startswith(_WITH_OWN_NAMES):
+    if is_slip and not flag.startswith(with_own_names):
         return close
     key = SCHEMA.nearest(flag.lstrip("-").split("."))
     return "--" + ".".join(key) if key else close

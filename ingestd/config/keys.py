@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeGuard, Union, get_a
 
 from pydantic import AfterValidator, BaseModel, SecretStr
 
-from ingestd.config.sections import MASK, OtherName, Shown
+from ingestd.config.sections import MASK, LateModels, LateTables, OtherName, Shown
 from ingestd.config.units import Unit
 
 if TYPE_CHECKING:
@@ -39,11 +39,13 @@ class _LocatedKey(NamedTuple):
         kind: of it.
         models: whose fields can follow; of a `NAMED` one, in each table with a name. There are
             several where a key in the table, its `kind`, says which.
+        late: the tables that can follow, in place of models.
         field: the setting, if it is one.
     """
 
     kind: KeyKind
     models: tuple[type[BaseModel], ...]
+    late: LateTables | None = None
     field: FieldInfo | None = None
 
 
@@ -69,9 +71,8 @@ class Schema:
 
     def fault_at(self, path: Sequence[str]) -> str:
         """Explains why the component whose table a path is in cannot be used; empty if it can."""
-        for end in range(1, len(path)):
-            found = self._find(path[:end])
-            for model in found.models if found else ():
+        for found in self._ways(path[:-1]):
+            for model in found.models:
                 if fault := getattr(model, "FAULT", ""):
                     return str(fault)
         return ""
@@ -92,22 +93,29 @@ class Schema:
 
     def _named_in(self, path: Sequence[str]) -> list[tuple[str, ...]]:
         """The beginnings of a path that are tables of names, each with a name behind it."""
-        beginnings = (tuple(path[:end]) for end in range(1, len(path)))
-        return [table for table in beginnings if self.locate(table) is KeyKind.NAMED]
+        ways = enumerate(self._ways(path[:-1]), start=1)
+        return [tuple(path[:end]) for end, found in ways if found.kind is KeyKind.NAMED]
 
     def _find(self, path: Sequence[str]) -> _LocatedKey | None:
+        found = [_LocatedKey(KeyKind.TABLE, (self.root,)), *self._ways(path)]
+        return found[-1] if len(found) > len(path) else None
+
+    def _ways(self, path: Sequence[str]) -> Iterator[_LocatedKey]:
+        """The keys on the way to a path, one a name; it ends where there is no such key."""
         found = _LocatedKey(KeyKind.TABLE, (self.root,))
         for name in path:
             if found.kind in {KeyKind.FREE, KeyKind.INSIDE} and name:
                 found = found._replace(kind=KeyKind.INSIDE)
             elif found.kind is KeyKind.NAMED and name:
                 found = _LocatedKey(KeyKind.TABLE, found.models)
+            elif found.late is not None and name in found.late.names():
+                found = _LocatedKey(KeyKind.TABLE, (found.late.model(name),))
             elif found.kind is KeyKind.TABLE and (model := _with_field(found.models, name)):
                 field = model.model_fields[name]
-                found = _LocatedKey(*_kind(field), field)
+                found = _LocatedKey(*_kind(field), _late(field), field)
             else:
-                return None
-        return found
+                return
+            yield found
 
     def values_of(
         self, table: BaseModel | Mapping[str, object], prefix: tuple[str, ...] = ()
@@ -116,6 +124,8 @@ class Schema:
         items = table.items() if not isinstance(table, BaseModel) else iter(table)
         for name, value in items:
             path = (*prefix, name)
+            if isinstance(value, dict) and (found := self._find(path)) and found.late:
+                value = dict(found.late.filled(value))  # noqa: PLW2901
             if isinstance(value, BaseModel) or (isinstance(value, dict) and value):
                 yield from self.values_of(value, path)
             elif self.locate(path) is not KeyKind.NAMED:
@@ -157,6 +167,9 @@ class Schema:
         """A setting that is in a table: `batch.records_max` for `batch`."""
         found = self._find(path)
         assert found is not None  # noqa: S101  who asks has located it
+        if found.late is not None:
+            name = (*found.late.names(), "NAME")[0]
+            return (*path, name, next(iter(found.late.model(name).model_fields)))
         model = found.models[0]
         name, key = getattr(model, "EXAMPLE", ("", ()))
         if found.kind is KeyKind.NAMED:
@@ -168,8 +181,17 @@ def _with_field(models: Sequence[type[BaseModel]], name: str) -> type[BaseModel]
     return next((model for model in models if name in model.model_fields), None)
 
 
+def _late(field: FieldInfo) -> LateTables | None:
+    return next((mark for mark in field.metadata if isinstance(mark, LateTables)), None)
+
+
 def _kind(field: FieldInfo) -> tuple[KeyKind, tuple[type[BaseModel], ...]]:
     annotation = field.annotation
+    if _late(field) is not None:
+        return KeyKind.TABLE, ()
+    for mark in field.metadata:
+        if isinstance(mark, LateModels):
+            return KeyKind.NAMED, tuple(mark.models())
     if _is_section(annotation):
         return KeyKind.TABLE, (annotation,)
     if get_origin(annotation) is dict:
@@ -191,9 +213,10 @@ def settings_of(
 ) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
     """Path and field of every setting in a model, sections in their order, without own names."""
     for name, field in model.model_fields.items():
-        kind, sections = _kind(field)
+        kind, _ = _kind(field)
         if kind is KeyKind.TABLE:
-            yield from settings_of(sections[0], (*prefix, name))
+            for path, section in _tables_at(field, (*prefix, name)):
+                yield from settings_of(section, path)
         elif kind is not KeyKind.NAMED:
             yield (*prefix, name), field
 
@@ -208,7 +231,8 @@ def tables_of(
     for name, field in model.model_fields.items():
         kind, sections = _kind(field)
         if kind is KeyKind.TABLE:
-            yield from tables_of(sections[0], (*prefix, name))
+            for path, section in _tables_at(field, (*prefix, name)):
+                yield from tables_of(section, path)
         elif kind is not KeyKind.VALUE:
             keys = dict.fromkeys(key for section in sections for key in section.model_fields)
             everywhere = [key for key in keys if all(key in one.model_fields for one in sections)]
@@ -217,11 +241,23 @@ def tables_of(
 
 def _with_sections(model: type[BaseModel], prefix: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
     for name, field in model.model_fields.items():
-        path = (*prefix, name)
-        yield path
-        kind, sections = _kind(field)
-        if kind is KeyKind.TABLE:
-            yield from _with_sections(sections[0], path)
+        yield (*prefix, name)
+        if _kind(field)[0] is KeyKind.TABLE:
+            for path, section in _tables_at(field, (*prefix, name)):
+                if path != (*prefix, name):
+                    yield path
+                yield from _with_sections(section, path)
+
+
+def _tables_at(
+    field: FieldInfo, path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], type[BaseModel]]]:
+    """Path and model of the table that a field is, or of the tables that components have in it."""
+    late = _late(field)
+    if late is None:
+        yield path, _kind(field)[1][0]
+    else:
+        yield from (((*path, name), late.model(name)) for name in late.names())
 
 
 def dotted(path: Sequence[str]) -> str:

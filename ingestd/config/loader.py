@@ -9,6 +9,7 @@ the current folder in good faith.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -38,20 +39,29 @@ _Origins = dict[tuple[str, ...], str]
 _NO_PATHS = ("", "-")  # nothing, and standard input
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Loaded(Generic[S]):
     """Settings, and where each value came from.
 
     Attributes:
         settings: checked, pipelines filled in.
-        origins: dotted key of everything in effect to `default`, `flag --x`, `env X`, `secret F`,
-            `file F`, or `as KEY` for what a pipeline takes from the top level.
+        written: path of each setting that is written, to `flag --x`, `env X`, `secret F`, `file F`.
         file: the configuration file that was read, if there was one.
     """
 
     settings: S
-    origins: Mapping[str, str]
+    written: _Origins
     file: Path | None = None
+
+    @cached_property
+    def origins(self) -> dict[str, str]:
+        """The origin of each setting that is in effect, by its dotted key.
+
+        `default`, `flag --x`, `env X`, `secret F`, `file F`, or `as KEY` for what a pipeline takes
+        from the top level.
+        """
+        paths = Schema(type(self.settings)).values_of(self.settings)
+        return {dotted(path): _origin(path, self.written) for path, _ in paths}
 
 
 def load(
@@ -103,7 +113,7 @@ def load(
         problems.extend(_explain(error, origins, schema))
     if problems:
         raise ConfigError(problem="\n".join(dict.fromkeys(problems)))
-    return Loaded(settings, _all_origins(settings, origins, schema), file)
+    return Loaded(settings, origins, file)
 
 
 def _said_something(before: Loaded[S]) -> bool:
@@ -113,7 +123,7 @@ def _said_something(before: Loaded[S]) -> bool:
 def _lost_secrets(before: Loaded[S]) -> Iterator[str]:
     """Folders of secrets that had some and have none of them any more."""
     folders: dict[Path, list[Path]] = {}
-    for origin in before.origins.values():
+    for origin in before.written.values():
         if origin.startswith("secret "):
             file = Path(origin.removeprefix("secret "))
             folders.setdefault(file.parent, []).append(file)
@@ -220,10 +230,6 @@ def _forget(origins: _Origins, path: tuple[str, ...]) -> None:
         del origins[known]
 
 
-def _all_origins(settings: BaseModel, origins: _Origins, schema: Schema) -> dict[str, str]:
-    return {dotted(path): _origin(path, origins) for path, _ in schema.values_of(settings)}
-
-
 def _origin(path: tuple[str, ...], origins: _Origins) -> str:
     if path in origins:
         return origins[path]
@@ -255,8 +261,6 @@ def _explain(error: ValidationError, origins: _Origins, schema: Schema) -> list[
             ]
             continue
         path = tuple(str(part) for part in detail["loc"])
-        if path[:1] == (SOURCES,):
-            path = (*path[:2], *path[3:])  # without the kind, which pydantic puts behind the name
         origin = _own(path, origins)
         if origin is None and path[:1] == (PIPELINES,):
             continue  # taken from the top level, where the same is said

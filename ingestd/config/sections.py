@@ -1,18 +1,31 @@
-"""Sections of the settings: their base class, marks on their fields, and types that several use."""
+"""Sections of the settings: their base class, marks on their fields, and types that several use.
+
+A start pays for what is written. A section's validators, which take ten times as long to build as
+the section itself, are built with the first value that is to be checked, so a section that lies in
+another one is an `Own` field: its own model checks what is written in it, and one that nothing is
+written in is its defaults, unchecked as all defaults are. Tables of components that may not be in
+use are `LateTables`: a component is imported when its table is written, or when all tables are
+listed, as `--help` and `check` do.
+"""
 
 from __future__ import annotations
 
 import re
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, SecretStr, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, create_model
 from pydantic_core import PydanticCustomError
-from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
+from pydantic_core.core_schema import (
+    CoreSchema,
+    no_info_after_validator_function,
+    no_info_plain_validator_function,
+    plain_serializer_function_ser_schema,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
-    from pydantic import GetCoreSchemaHandler
+    from pydantic import GetCoreSchemaHandler, SerializationInfo
 
 MASK = "***"
 """What is shown instead of a secret."""
@@ -28,7 +41,7 @@ class Section(BaseModel):
         FAULT: why the component of this table cannot be used, so that its settings are not known.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     EXAMPLE: ClassVar[tuple[str, tuple[str, ...]]] = ("", ())
     FAULT: ClassVar[str] = ""
 
@@ -38,6 +51,92 @@ class Section(BaseModel):
 
 
 S = TypeVar("S", bound=Section)
+T = TypeVar("T", bound=BaseModel)
+
+
+class _ByItself:
+    """Marks a field, or the values of a table of names, that a model of their own checks."""
+
+    def __get_pydantic_core_schema__(
+        self,
+        source: type[BaseModel],
+        handler: GetCoreSchemaHandler,
+    ) -> CoreSchema:
+        return _checked_by(source.model_validate)
+
+
+def _checked_by(check: Callable[[Any], BaseModel]) -> CoreSchema:
+    return no_info_plain_validator_function(
+        check, serialization=plain_serializer_function_ser_schema(_dumped, info_arg=True)
+    )
+
+
+def _dumped(value: BaseModel, info: SerializationInfo) -> dict[str, Any]:
+    return value.model_dump(mode=info.mode, exclude_unset=info.exclude_unset)
+
+
+Own = Annotated[T, _ByItself()]
+"""A section in another one, see the module."""
+
+
+def defaults_of(section: type[T]) -> T:
+    """Returns the default of an `Own` field, as a class body wants it; made when it is used."""
+    field: Any = Field(default_factory=section.model_construct)
+    made: T = field
+    return made
+
+
+class LateTables:
+    """Marks a dictionary of tables of components by name: those that are not as by default.
+
+    Args:
+        names: gives the names of all components that have a table.
+        model: gives the model of one of these tables; may import its component.
+    """
+
+    def __init__(
+        self, names: Callable[[], Sequence[str]], model: Callable[[str], type[Section]]
+    ) -> None:
+        self.names = names
+        self.model = model
+
+    def __get_pydantic_core_schema__(
+        self,
+        source: object,
+        handler: GetCoreSchemaHandler,
+    ) -> CoreSchema:
+        return no_info_plain_validator_function(
+            self._check, serialization=plain_serializer_function_ser_schema(_all_dumped)
+        )
+
+    def _check(self, value: object) -> dict[str, Section]:
+        if not isinstance(value, dict):
+            raise PydanticCustomError("dict_type", "should be a table")
+        names = self.names()
+        # A model of exactly these tables gives errors their places.
+        models = {name: self.model(name) for name in value if name in names}
+        checked = with_tables(Section, models).model_validate(value)
+        tables = {name: getattr(checked, name) for name in value}
+        return {name: one for name, one in tables.items() if one != models[name].model_construct()}
+
+    def filled(self, tables: Mapping[str, Section]) -> Iterator[tuple[str, Section]]:
+        """Name and table of all components, with the defaults where nothing is written."""
+        for name in self.names():
+            yield name, tables[name] if name in tables else self.model(name).model_construct()
+
+
+def _all_dumped(tables: Mapping[str, Section]) -> dict[str, Any]:
+    return {name: table.model_dump() for name, table in tables.items()}
+
+
+class LateModels(NamedTuple):
+    """Marks a dictionary of tables with names of the user's, whose key `kind` says their model.
+
+    Attributes:
+        models: gives all of them.
+    """
+
+    models: Callable[[], Sequence[type[Section]]]
 
 
 def table_fault(name: str, table: object, above: type[BaseModel]) -> str:
@@ -57,8 +156,12 @@ def table_fault(name: str, table: object, above: type[BaseModel]) -> str:
 
 def with_tables(model: type[S], tables: Mapping[str, type[Section]]) -> type[S]:
     """Returns a section with tables in it: those of components, by their names."""
+    if not tables:
+        return model
     make: Any = create_model
-    fields = {name: (table, table()) for name, table in tables.items()}
+    fields = {
+        name: (Annotated[table, _ByItself()], defaults_of(table)) for name, table in tables.items()
+    }
     made: type[S] = make(model.__name__, __base__=model, **fields)
     made.__doc__ = model.__doc__
     return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import socket
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, SecretStr
 
@@ -20,18 +20,20 @@ from ingestd.config.sections import (
     Choice,
     FilePath,
     OtherName,
+    Own,
     Reloadable,
     Secret,
     Section,
+    defaults_of,
     own_name,
 )
 from ingestd.config.units import Count, Seconds, Share, Size, Switch, Words, show_size
 from ingestd.http.credentials import hash_of, read_hash
-from ingestd.http.schemes import SCHEMES, problems_of_scheme
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from ingestd.http.signatures import Scheme
 
 ALL = "*"
 """In a list of pipelines: every one."""
@@ -94,6 +96,12 @@ TokenName = Annotated[str, AfterValidator(partial(own_name, what="a token"))]
 WebhookName = Annotated[str, AfterValidator(partial(own_name, what="a webhook"))]
 
 
+def _schemes() -> Mapping[str, type[Scheme]]:
+    from ingestd.http.schemes import SCHEMES  # noqa: PLC0415  for those that have a webhook
+
+    return SCHEMES
+
+
 class TlsSettings(Section):
     """`[http.tls]` and others: encryption, certificates of clients. Paths are of PEM files."""
 
@@ -143,7 +151,7 @@ class WebhookSettings(Section):
 
     EXAMPLE = ("github", ("secret",))
 
-    kind: Annotated[str, Choice(lambda: list(SCHEMES))] = Field(
+    kind: Annotated[str, Choice(lambda: list(_schemes()))] = Field(
         description="scheme of the signature"
     )
     secret: Secret = Field(_UNSET, description="secret of the signature")
@@ -279,15 +287,17 @@ class HttpSettings(Section):
     allow_anonymous: Annotated[bool, Reloadable()] = Field(
         False, description="accept requests without credentials, also on a public address"
     )
-    tls: Annotated[TlsSettings, Reloadable()] = TlsSettings()
-    tokens: Annotated[dict[TokenName, TokenSettings], Reloadable()] = Field(
+    tls: Annotated[Own[TlsSettings], Reloadable()] = defaults_of(TlsSettings)
+    tokens: Annotated[dict[TokenName, Own[TokenSettings]], Reloadable()] = Field(
         default_factory=dict, max_length=1000, description="clients with credentials, by name"
     )
-    webhooks: Annotated[dict[WebhookName, WebhookSettings], Reloadable()] = Field(
+    webhooks: Annotated[dict[WebhookName, Own[WebhookSettings]], Reloadable()] = Field(
         default_factory=dict, max_length=1000, description="signed webhooks, by name"
     )
-    # A table each for the endpoints that are switched on: `sources/http/__init__.py` puts them in.
-    endpoints: Annotated[Section, Reloadable()] = Section()
+    # `sources/http/__init__.py` says which tables there are.
+    endpoints: Annotated[dict[str, Any], Reloadable()] = Field(
+        default_factory=dict, description="endpoints that are switched on, by name"
+    )
 
 
 def problems_of(
@@ -380,7 +390,8 @@ def signatures_valid(http: HttpSettings) -> float:
     One of a sender whose clock is ahead is valid from `tolerance` before its time until
     `tolerance` after it.
     """
-    timed = [hook.tolerance for hook in http.webhooks.values() if SCHEMES[hook.kind](hook).timed]
+    hooks = http.webhooks.values()
+    timed = [hook.tolerance for hook in hooks if _schemes()[hook.kind](hook).timed]
     return 2 * max(timed) + _CLOCK_STEP if timed else 0.0
 
 
@@ -409,6 +420,8 @@ def _of_a_webhook(
 ) -> Iterator[tuple[str, str]]:
     if not (webhook.secret.get_secret_value() or webhook.file):
         yield key, "needs one of secret and file"
+    from ingestd.http.schemes import problems_of_scheme  # noqa: PLC0415  see `_schemes`
+
     for name, text in problems_of_scheme(webhook):
         yield f"{key}.{name}", text
     if to not in formats:

@@ -23,7 +23,7 @@ from ingestd.journal.disk_space import CHECK_SECONDS, DiskSpaceGuard
 from ingestd.journal.interface import Cursor, Seal, Sealed, Settle
 from ingestd.journal.sqlite.journal import SqliteJournal
 from ingestd.sources.http.source import HttpSource
-from ingestd.sources.stdin.settings import StdinSettings
+from ingestd.sources.stdin import StdinSettings
 from ingestd.sources.stdin.source import StdinSource
 from tests.pipeline import recording
 from tests.pipeline.test_pipeline import drained, numbers, until

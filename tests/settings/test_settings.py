@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -10,6 +13,8 @@ from ingestd.config.sections import Section
 from ingestd.execution.settings import HandlerSettings
 from ingestd.pipeline_settings import BatchSettings, PipelineSettings
 from ingestd.settings import DrainSettings, Settings
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_settings_made_in_code_see_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,3 +134,25 @@ def test_options_are_plain_data() -> None:
     for wrong in (None, object(), {1: 2}, {"": 1}, b"x"):
         with pytest.raises(ValidationError):
             HandlerSettings(options={"x": wrong})
+
+
+def test_a_start_builds_validators_for_what_is_written_alone(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from ingestd.config.layers import Flag; "
+        "from ingestd.config.loader import load; from ingestd.settings import Settings; "
+        "flags = [Flag('batch.records_max', '5', '--batch.records_max')]; "
+        "one = load(Settings, flags, environ={}, cwd=Path('.')).settings; "
+        "built = [n for n, v in one if getattr(v, '__pydantic_complete__', False)]; "
+        "late = [m for m in sys.modules if m.startswith('ingestd.sources.http.endpoints.')]; "
+        "print(built, one.batch.records_max, one.queue.chunks_max, late)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    expected = "['batch'] 5 1024 ['ingestd.sources.http.endpoints.base']\n"
+    assert (run.stdout, run.stderr) == (expected, "")

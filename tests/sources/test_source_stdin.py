@@ -28,7 +28,7 @@ from ingestd.base.record import InvalidRecord, Records
 from ingestd.codecs.framing import Framer
 from ingestd.codecs.lines import LISTED_MAX, Parsed
 from ingestd.sources.descriptors import READ_BYTES, ReadyReader, ThreadReader
-from ingestd.sources.stdin.settings import StdinSettings
+from ingestd.sources.stdin import StdinSettings
 from ingestd.sources.stdin.source import StdinSource
 from tests.real_input import real_input
 from tests.sources.source_tools import MemoryIntake, until
@@ -527,7 +527,7 @@ def test_as_a_real_process_with_standard_input_closed(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
         "import asyncio\n"
-        "from ingestd.sources.stdin.settings import StdinSettings\n"
+        "from ingestd.sources.stdin import StdinSettings\n"
         "from ingestd.sources.stdin.source import StdinSource\n"
         "class In:\n"
         "    name, format, record_bytes_max, json_depth_max = 'default', 'json', 1024, 128\n"

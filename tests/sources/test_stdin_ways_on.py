@@ -22,7 +22,7 @@ from ingestd.base.append import Append
 from ingestd.base.errors import InputUnreadable, JournalFailed, Overloaded
 from ingestd.codecs.framing import Framer, guess
 from ingestd.codecs.lines import BOM
-from ingestd.sources.stdin.settings import StdinSettings
+from ingestd.sources.stdin import StdinSettings
 from ingestd.sources.stdin.source import AcceptedPrefix, StdinSource, _lines_of
 from tests.sources.source_tools import MemoryIntake, until
 

@@ -38,8 +38,14 @@ from ingestd.handlers.text import one_line
 from ingestd.sinks.base import BatchHints, ids_of
 from ingestd.sinks.kafka.brokers import ledger_findings, topic_findings
 from ingestd.sinks.kafka.ledger import KafkaLedger
-from ingestd.sinks.kafka.message import KafkaMessage, KafkaMessages
-from ingestd.sinks.kafka.options import CONNECT_SECONDS, LOGGER, KafkaOptions, client_config
+from ingestd.sinks.kafka.options import (
+    CONNECT_SECONDS,
+    LOGGER,
+    KafkaMessage,
+    KafkaMessages,
+    KafkaOptions,
+    client_config,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import create_model
+from pydantic import Field
 
-from ingestd.config.sections import (
-    Reloadable,
-    Section,
-    table_fault,
-    unusable,
-    with_tables,
-)
+from ingestd.base.errors import ConfigError
+from ingestd.config.sections import LateTables, Reloadable, Section, table_fault, unusable
 from ingestd.http.settings import HttpSettings, has_one_principal, problems_of, signatures_valid
-from ingestd.registry import ENDPOINTS
+from ingestd.registry import ENDPOINTS, WITHOUT_TABLE
 from ingestd.sources.base import KeyNeeds, SourceKind
 from ingestd.sources.http.endpoints.base import EndpointSettings
 
@@ -26,34 +22,37 @@ if TYPE_CHECKING:
     from ingestd.sources.http.endpoints.base import Endpoint
 
 
-def _fault(name: str, endpoint: Any) -> str:
-    if endpoint.settings is None and name in ENDPOINTS.own:
-        return ""
-    fault = table_fault(name, endpoint.settings, Section)
-    if fault or endpoint.settings is None or issubclass(endpoint.settings, EndpointSettings):
-        return fault
-    return "its settings are no EndpointSettings"
+def _switched() -> Sequence[str]:
+    """The names of the endpoints that have a table, whose `pipeline` switches them on."""
+    return [name for name in ENDPOINTS.names() if name not in WITHOUT_TABLE]
 
 
-_LOADED, _UNUSABLE = ENDPOINTS.load_kinds(_fault)
-_ENDPOINTS: dict[str, type[Endpoint]] = _LOADED
+@lru_cache(1000)
+def _table(name: str) -> type[EndpointSettings]:
+    """The model of `[http.endpoints.NAME]`; imports the endpoint."""
+    try:
+        settings = ENDPOINTS.load(name).settings
+        fault = table_fault(name, settings, Section)
+        if not fault and not issubclass(settings, EndpointSettings):
+            fault = "its settings are no EndpointSettings"
+    except (ConfigError, ValueError, TypeError, AttributeError) as error:
+        fault = str(error)
+    # One that cannot be used is no reason for a daemon that does not use it not to start.
+    return unusable(EndpointSettings, fault) if fault else settings
 
 
-def _with_endpoints() -> type[HttpSettings]:
-    """`[http]` with a table for each endpoint that can be switched on."""
-    tables = {name: one.settings for name, one in _ENDPOINTS.items() if one.settings is not None}
-    tables |= {name: unusable(EndpointSettings, fault) for name, fault in _UNUSABLE.items()}
-    endpoints = with_tables(Section, dict(tables))
-    make: Any = create_model
-    field = (Annotated[endpoints, Reloadable()], endpoints())
-    made: type[HttpSettings] = make("HttpSettings", __base__=HttpSettings, endpoints=field)
-    return made
+class HttpTables(HttpSettings):
+    """`[http]`, with a table for each endpoint that can be switched on."""
+
+    endpoints: Annotated[dict[str, Any], Reloadable(), LateTables(_switched, _table)] = Field(
+        default_factory=dict
+    )
 
 
 class HttpSourceKind(SourceKind):
     """`kind = "http"`."""
 
-    settings = _with_endpoints()
+    settings = HttpTables
     listens = True
     feeds_all = True
     stored_whole = ("request_bytes_max", "decompressed_bytes_max")
@@ -64,7 +63,7 @@ class HttpSourceKind(SourceKind):
         """See `SourceKind`."""
         if runs:
             yield from problems_of(settings, formats, default)
-        for name, table in settings.endpoints:
+        for name, table in settings.endpoints.items():
             for key, text in _in_a_table(name, table, formats) if table.pipeline else ():
                 yield f"endpoints.{name}.{key}", text
 
@@ -104,10 +103,11 @@ def _in_a_table(
     name: str, table: EndpointSettings, formats: Mapping[str, Any]
 ) -> Iterator[tuple[str, str]]:
     """Finds what is wrong in the table of an endpoint that is switched on."""
-    if name in _UNUSABLE:
-        yield "pipeline", _UNUSABLE[name]
+    if table.FAULT:
+        yield "pipeline", table.FAULT
         return
-    endpoint, to = _ENDPOINTS[name], table.pipeline
+    endpoint: type[Endpoint] = ENDPOINTS.load(name)
+    to = table.pipeline
     if to not in formats:
         yield "pipeline", f"there is no pipeline {to!r}"
     elif endpoint.formats and formats[to] not in endpoint.formats:

@@ -9,7 +9,7 @@ from ingestd.host.sockets import is_local, show_socket
 from ingestd.http.credentials import Tokens, read_tokens
 from ingestd.http.settings import at_large, secret_header
 from ingestd.http.tls import make_context, read_authorities
-from ingestd.registry import ENDPOINTS
+from ingestd.registry import ENDPOINTS, WITHOUT_TABLE
 from ingestd.sources.http.endpoints.base import EndpointContext
 
 if TYPE_CHECKING:
@@ -80,12 +80,11 @@ def _endpoints(context: EndpointContext) -> dict[str, Endpoint]:
     """Builds the endpoints that are in use, by name."""
     found: dict[str, Endpoint] = {}
     paths = {"/": "the page", "/openapi.json": "the description"}
+    needed = WITHOUT_TABLE if context.settings.webhooks else WITHOUT_TABLE - {"webhooks"}
     for name in ENDPOINTS.names():
-        own = getattr(context.settings.endpoints, name, None)
-        if own is None and name in ENDPOINTS.own:
-            kind = ENDPOINTS.load(name)
-            if kind.settings is None:
-                found[name] = kind(context)
+        own = context.settings.endpoints.get(name)
+        if name in needed:
+            found[name] = ENDPOINTS.load(name)(context)
         elif own is not None and own.pipeline:
             theirs = context._replace(default=own.pipeline, own=own)
             found[name] = ENDPOINTS.load(name)(theirs)

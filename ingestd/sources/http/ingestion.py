@@ -44,7 +44,6 @@ from ingestd.sources.http.headers import (
     parse_prefer,
 )
 from ingestd.sources.http.result import IngestResult, PartResult, count_body, counted
-from ingestd.sources.http.stream import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -59,6 +58,7 @@ if TYPE_CHECKING:
     from ingestd.http.settings import HttpSettings
     from ingestd.sources.http.endpoints.base import BodyCodec, Decoded, Head, Route
     from ingestd.sources.http.headers import Preferences
+    from ingestd.sources.http.stream import Stream
 
     Authorize = Callable[[Request, Route], Principal]
     Identify = Callable[[Request, Route, str], Principal]
@@ -387,6 +387,8 @@ class Ingestion:
             with in_our_words(request), BytesIO() as sink:
                 ended = await read_piece(request.content, sink, stream.grow)
                 return sink.getvalue(), ended
+
+        from ingestd.sources.http.stream import Stream  # noqa: PLC0415  few daemons get one
 
         stream = Stream(
             read,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ingestd.codecs.lines import Parsed
     from ingestd.sources.base import Intake, SourceContext
     from ingestd.sources.descriptors import Reader
-    from ingestd.sources.stdin.settings import StdinSettings
+    from ingestd.sources.stdin import StdinSettings
 
 
 class Part:

@@ -8,8 +8,8 @@ of any of these steps ends the request with what `error` makes of it. A method a
 `RouteSpec.probes` is answered by `probe`, and its body is not read.
 
 An endpoint is one file: its class, its settings, and a line in the registry or an entry point of
-the group `ingestd.endpoints`. It is imported with the settings, also for `--help`: what is large is
-imported where it is used.
+the group `ingestd.endpoints`. It is imported when something is written in its table, and for
+`--help`: what is large is imported where it is used.
 """
 
 from __future__ import annotations
