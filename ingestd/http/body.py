@@ -52,7 +52,7 @@ def name_encoding(headers: Sequence[str]) -> str:
         return name
     if name in ("identity", "gzip", "deflate", "zstd"):
         return name
-    raise _unread(f"{name[:80]!r}; one of {{}} is read")
+    raise _unread(f"{name[:80]!r}; one of", "is read")
 
 
 def demand_snappy() -> None:
@@ -63,13 +63,14 @@ def demand_snappy() -> None:
     """
     if not has_snappy():
         extra = "`pip install 'ingestd[snappy]'` where it runs"
-        raise _unread(f"snappy is read with the extra package: {extra}; else one of {{}}")
+        raise _unread(f"snappy is read with the extra package: {extra}; else one of")
 
 
-def _unread(detail: str) -> Problem:
+def _unread(before: str, behind: str = "") -> Problem:
     encodings = f"gzip, deflate, zstd,{' snappy,' if has_snappy() else ''} identity"
     headers = {"Accept-Encoding": encodings}
-    return Problem(problem.ENCODING, detail.format(encodings), headers=headers)
+    detail = f"{before} {encodings} {behind}".rstrip()
+    return Problem(problem.ENCODING, detail, headers=headers)
 
 
 def inflate_short(encoding: str, wire: bytes, bytes_max: int) -> bytes | None:

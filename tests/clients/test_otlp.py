@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.clients.harness import Receiver, check, npm_client, python_client, report
+from tests.clients.harness import (
+    PROGRAMS,
+    Receiver,
+    check,
+    found_client,
+    npm_client,
+    python_client,
+    report,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,3 +58,14 @@ def test_rotel_sends_logs_on(tmp_path: Path) -> None:
     client = python_client("rotel", "otlp_rotel_client.py")
     run(tmp_path, client, "logs")
     report("otlp", client, "1,000 logs that the agent got over OTLP, protobuf, gzip")
+
+
+def test_fluent_bit(tmp_path: Path) -> None:
+    program = str(PROGRAMS / "fluent_bit_client.py")
+    client = found_client("fluent-bit", ["--version"], [sys.executable, program, "fluent-bit"])
+    options = ("logs_uri=/v1/logs", "logs_body_key=$text", "logs_body_key_attributes=true")
+    with Receiver(tmp_path, *ON) as receiver:
+        records = receiver.deliver(client, "opentelemetry", *options, "compress=gzip")
+    check([record["attributes"]["n"] for record in records], once=False)
+    assert {record["body"] for record in records} == {"an event"}
+    report("otlp", client, "1,000 logs, protobuf, gzip")

@@ -152,7 +152,15 @@ def test_encodings_by_name(headers, name):
 
 
 @pytest.mark.parametrize(
-    "headers", [("br",), ("gzip, gzip",), ("gzip", "gzip"), ("identity, gzip",), ("\udcff",)]
+    "headers",
+    [
+        ("br",),
+        ("{0.__class__} {}{9}",),
+        ("gzip, gzip",),
+        ("gzip", "gzip"),
+        ("identity, gzip",),
+        ("\udcff",),
+    ],
 )
 def test_other_encodings_are_415_and_say_which_are_read(headers):
     with pytest.raises(Problem) as caught:

@@ -183,6 +183,9 @@ def _head(group: Group, name: str, span: Span, bounds: _Bounds) -> tuple[Group, 
         elif number == 3:
             schema = data[at:end]
 
+    if not inner:
+        return group, inner  # there are no records that it could be told in
+
     def make() -> dict[str, Any]:
         part = MESSAGES[name].read(b"".join(found))
         return {**part, "schemaUrl": schema.decode()} if schema else part
