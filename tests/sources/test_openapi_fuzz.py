@@ -51,12 +51,13 @@ def requests_in(report: Path) -> Counter[tuple[str, str, int]]:
 TOKEN = "an-example-of-a-token-0123456789"
 
 
-@pytest.mark.parametrize(("protected", "operations"), [(False, 6), (True, 4)])
+@pytest.mark.parametrize(("protected", "operations"), [(False, 9), (True, 7)])
 def test_what_is_described_is_what_is_answered(
     tmp_path: Path, protected: bool, operations: int
 ) -> None:
     report = tmp_path / "report.ndjson"
     pipelines = ["--pipelines.logs.format", "text", "--pipelines.blobs.format", "bytes"]
+    pipelines += ["--http.endpoints.otlp.pipeline", "default"]
     shown = []
     if protected:
         pipelines += ["--http.tokens.shop.token", TOKEN]
