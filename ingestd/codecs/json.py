@@ -65,7 +65,7 @@ def holds_deeper(block: bytes, values: Sequence[Sized], depth_max: int) -> bool:
     if size <= 2 * depth_max + 1:
         return False
     if size < _TINY * count:
-        return _has_longer_line(block, 2 * depth_max) and _any_deeper(block, depth_max)
+        return has_longer_line(block, 2 * depth_max) and _any_deeper(block, depth_max)
     if size < SMALL * count and max(map(len, values)) <= 2 * depth_max:
         return False
     start, step = 0, _GROUP_BYTES
@@ -92,7 +92,8 @@ def _openers(text: bytes) -> int:
     return count
 
 
-def _has_longer_line(block: bytes, length: int) -> bool:
+def has_longer_line(block: bytes, length: int) -> bool:
+    """Returns True if a line of a block, each ended by LF, has more bytes than that."""
     start, size = 0, len(block)
     while start < size:
         end = block.rfind(b"\n", start, start + length + 1) + 1

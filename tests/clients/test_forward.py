@@ -140,7 +140,7 @@ def test_fluent_bit_http_gelf(tmp_path: Path) -> None:
     assert {one["short_message"] for one in records} == {"an event"}
 
 
-@pytest.mark.parametrize("page", ["fluent.md", "fluent-bit.md"])
+@pytest.mark.parametrize("page", ["fluent.md", "fluent-bit.md", "loki.md", "datadog.md"])
 def test_fluent_bit_reads_the_configuration_on_the_page(tmp_path: Path, page: str) -> None:
     program = fluent_bit().command[-1]
     (output,) = re.findall(r"```yaml\n(.*?)```", (TABLE.parent / page).read_text(), re.DOTALL)

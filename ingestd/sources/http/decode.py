@@ -10,7 +10,7 @@ import msgspec
 
 from ingestd.base.bursts import compute_beside, let_loop_go_first
 from ingestd.base.record import InvalidRecord, Layout, Records, pack_sizes
-from ingestd.codecs.json import holds_more, is_deeper
+from ingestd.codecs.json import has_longer_line, holds_more, is_deeper
 from ingestd.codecs.lines import (
     BOM,
     KEPT_BYTES,
@@ -81,7 +81,7 @@ def parse_made(
         listed_max: so many of those that are too large are listed.
     """
     longest = bounds.record_bytes_max
-    if len(lines) <= longest or max(map(len, lines.split(b"\n"))) <= longest:
+    if not has_longer_line(lines, longest):
         return Parsed(Records(Layout.LINES, count, lines), [])
     return parse_lines(lines, "json", longest, first, bounds.depth_max, listed_max=listed_max)
 

@@ -139,15 +139,20 @@ class TextCodec(BodyCodec):
                 raise too_many(limits)
             texts = body.split(b"\n")
         bound_as_json(body, limits)
-        strings = [_string(text) for text in texts if text.strip()]
-        count = len(strings)
+        count = 0
+        for text in texts:
+            if text.strip():
+                texts[count] = _string(text)  # in place: together they are as large as the body
+                count += 1
         if count * len(self._end) > limits.bytes_max:
             raise too_large_expanded(limits)
         if not count:
             return ()
         pieces = [b'{"message":', b"", self._end] * count
-        pieces[1::3] = strings
-        return checked(parse_made(b"".join(pieces), count, limits), limits)
+        pieces[1::3] = texts[:count]
+        lines = b"".join(pieces)
+        del pieces, texts
+        return checked(parse_made(lines, count, limits), limits)
 
 
 def _string(text: bytes) -> bytes:
