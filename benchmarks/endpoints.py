@@ -25,6 +25,7 @@ from benchmarks.bars import TIMES
 from benchmarks.cells import measure_all
 from benchmarks.load import wrk_fits
 from benchmarks.measure import Plan, Scenario
+from benchmarks.peers.base import Page, Service, free_ports
 from benchmarks.peers.ours import Ingestd
 from benchmarks.processes import ROOT
 from benchmarks.records import BODIES
@@ -34,7 +35,6 @@ from benchmarks.results import problems, rates, ratio, spread
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from benchmarks.peers.base import Service
     from benchmarks.results import Result
 
 EVENT_BYTES = 1024
@@ -213,16 +213,29 @@ def posthog(batch: Sequence[Event]) -> bytes:
     return msgspec.json.encode({"batch": captured, "sent_at": "2026-01-01T00:00:00Z"})
 
 
+def syslog(batch: Sequence[Event]) -> bytes:
+    """Messages of RFC 5424 with their lengths, as relays send them."""
+    head = b"<165>1 2026-01-01T00:00:00.000000Z web1.example.com shop 4242 ORDER - "
+    messages = [head + event.as_json() for event in batch]
+    return b"".join([b"%d %b" % (len(message), message) for message in messages])
+
+
+def syslog_lines(batch: Sequence[Event]) -> bytes:
+    """Messages of RFC 3164, one a line, as most devices send them."""
+    head = b"<165>Jan  1 00:00:00 web1 shop[4242]: "
+    return b"".join([b"%b%b\n" % (head, event.as_json()) for event in batch])
+
+
 class Case(NamedTuple):
-    """One endpoint in one encoding.
+    """One endpoint in one encoding, or one source over TCP.
 
     Attributes:
         name: in the table.
-        path: of its requests.
+        path: of its requests; empty for a source over TCP.
         content_type: of these.
         encode: makes a body.
         bar: the least share of the records endpoint's bytes a second; 0 where there is none.
-        flags: switch it on.
+        flags: switch it on; `{port}` is where it shall listen.
     """
 
     name: str
@@ -269,6 +282,14 @@ ENDPOINTS = (
         "posthog", "/batch/", "application/json", posthog, 0.4,
         ("--http.endpoints.posthog.pipeline", "default"),
     ),
+    Case(
+        "syslog", "", "", syslog, 0.4,
+        ("--source", "syslog", "--syslog.listen", "127.0.0.1:{port}"),
+    ),
+    Case(
+        "syslog, lines", "", "", syslog_lines, 0.4,
+        ("--source", "syslog", "--syslog.listen", "127.0.0.1:{port}"),
+    ),
 )  # fmt: skip
 
 
@@ -295,7 +316,10 @@ class Taker(Ingestd):
 
     def service(self, folder: Path, age: float) -> Service:
         """See `Peer`."""
-        service = self._service(folder, age, *self.case.flags)
+        port, admin = free_ports(2)
+        flags = [flag.format(port=port) for flag in self.case.flags]
+        command = self._daemon(folder, age, port, admin, *flags)
+        service = Service((command,), port, (Page(admin, "/readyz"),), (Page(admin, "/v1/status"),))
         return service._replace(path=self.case.path, content_type=self.case.content_type)
 
     def bodies(self, folder: Path, size: int) -> list[Path]:  # noqa: ARG002 - always `EVENTS`

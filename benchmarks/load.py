@@ -2,7 +2,8 @@
 
 `wrk` where it is installed, because it leaves the most CPU to the server. Otherwise this module as
 a process of its own: `python -m benchmarks.load PORT SECONDS PATH TYPE BODY…`. Both print the
-same line.
+same line. Without a path the bodies are written as they are, one after the other, and counted when
+the other side has closed: a protocol over TCP without answers.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def send(tool: str, service: Service, bodies: Sequence[Path], seconds: float, fo
         Failed: it did not end well, or nobody answered.
     """
     files = [str(path) for path in bodies]
-    if tool == "wrk":
+    if tool == "wrk" and service.path:
         script = str(Path(__file__).with_name("body.lua"))
         url = f"http://127.0.0.1:{service.port}{service.path}"
         options = ["-t1", f"-c{CONNECTIONS}", f"-d{seconds:.0f}s", "--timeout", "30s"]
@@ -161,6 +162,28 @@ class _Sender:
         return load
 
 
+async def stream(port: int, seconds: float, bodies: Sequence[bytes]) -> Load:
+    """Writes bodies on all connections, and waits until the other side has read them."""
+    began = time.perf_counter()
+    written = 0
+
+    async def write(first: int) -> None:
+        nonlocal written
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for body in itertools.islice(itertools.cycle(bodies), first, None):
+            if time.perf_counter() >= began + seconds:
+                break
+            writer.write(body)
+            await writer.drain()
+            written += 1
+        writer.write_eof()
+        await reader.read()
+        writer.close()
+
+    await asyncio.gather(*(write(number % len(bodies)) for number in range(CONNECTIONS)))
+    return Load(written, 0, 0, time.perf_counter() - began)
+
+
 def request(path: str, content_type: str, body: bytes) -> bytes:
     """A POST, as it goes over the wire."""
     return (
@@ -170,7 +193,12 @@ def request(path: str, content_type: str, body: bytes) -> bytes:
 
 if __name__ == "__main__":
     target, kind, *names = sys.argv[3:]
-    sender = _Sender([request(target, kind, Path(name).read_bytes()) for name in names])
+    at, lasting = int(sys.argv[1]), float(sys.argv[2])
+    sent = [Path(name).read_bytes() for name in names]
     with asyncio.Runner(loop_factory=loop_factory()) as runner:
-        load = runner.run(sender.run(int(sys.argv[1]), float(sys.argv[2])))
+        if target:
+            sender = _Sender([request(target, kind, body) for body in sent])
+            load = runner.run(sender.run(at, lasting))
+        else:
+            load = runner.run(stream(at, lasting, sent))
     print(json.dumps(load._asdict()))
