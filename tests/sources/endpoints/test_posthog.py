@@ -81,9 +81,11 @@ def test_forms_of_older_libraries_are_read() -> None:
 def test_bad_events_go_beside_good_ones() -> None:
     bad = [7, {}, {"event": ""}, {"event": 3}, [EVENT]]
     long = EVENT | {"token": KEY, "long": "x" * 5000}
-    part = read({"api_key": KEY, "batch": [*bad, long, EVENT]})
+    keyed = [{"token": KEY}, {"event": "", "properties": {"token": KEY}}]
+    part = read({"api_key": KEY, "batch": [*bad, long, *keyed, EVENT]})
     assert records(part) == [EVENT]
-    assert [one.index for one in part.parsed.refused] == [0, 1, 2, 3, 4, 5]
+    assert [one.index for one in part.parsed.refused] == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert part.parsed.refused[1].payload == b"{}"
     assert not any(KEY.encode() in one.payload for one in part.parsed.refused)
     assert read({"api_key": KEY, "batch": []}).parsed.total == 0
 

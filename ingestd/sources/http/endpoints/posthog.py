@@ -138,13 +138,16 @@ class _PosthogCommon:
         try:
             event = _read_event(raw)
         except msgspec.DecodeError as error:
-            return ClientMessage(raw, fault=f"an event: {error}")
-        if not read_text(event.event):
-            return ClientMessage(raw, fault="an event is a JSON object with a name in `event`")
-        identity = _identify(event.uuid)
+            keyed = b"token" in raw or b"api_key" in raw
+            return ClientMessage(b"" if keyed else raw, fault=f"an event: {error}")
         keyed = bool(event.api_key or event.token)
         if not keyed and type(event.properties) is _PosthogProperties:
             keyed = bool(event.properties.token)
+        if not read_text(event.event):
+            # A dead letter keeps no key.
+            fault = "an event is a JSON object with a name in `event`"
+            return ClientMessage(b"" if keyed else raw, fault=fault)
+        identity = _identify(event.uuid)
         if not keyed and not event.sent_at and not event.historical_migration:
             return ClientMessage(raw[:-1] + self._tail, identity)
         return ClientMessage(self._merged(raw), identity)
