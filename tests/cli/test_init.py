@@ -50,7 +50,7 @@ def test_it_passes_its_own_tests_and_the_check(project: Path) -> None:
         cwd=project, env=environ, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout
-    assert "3 passed" in run.stdout
+    assert "4 passed" in run.stdout
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "."]
     assert subprocess.run(command, cwd=project, capture_output=True).returncode == 0
     run = ingestd("check", cwd=project)
