@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NamedTuple
 
 from pydantic import AfterValidator, Field
 
-from ingestd.base.errors import ConfigError
 from ingestd.config.network import is_loopback, split_address
 from ingestd.config.sections import Reloadable, Section
-from ingestd.config.units import Count, Seconds, Share, Size, Words, show_size
+from ingestd.config.units import Count, Seconds, Share, Size, Words
 from ingestd.http.settings import TlsSettings, problems_of_tls
 from ingestd.sources.base import SourceKind
 
@@ -23,8 +22,6 @@ _MIB = 1024**2
 _GIB = 1024**3
 _TIB = 1024**4
 TCP, TLS, UDP = "tcp", "tls", "udp"
-FRAME_COPIES = 4
-"""A frame may be held so many times at once: its bytes as they came, its records, those before."""
 
 
 class ListenAddress(NamedTuple):
@@ -180,18 +177,3 @@ class TcpSourceKind(SourceKind):
         from ingestd.http.tls import read_tls  # noqa: PLC0415  the server's
 
         return read_tls(settings.tls, f"{self.table}.tls").doubts
-
-
-def check_room(settings: TcpSettings, frame_bytes_max: int, table: str) -> None:
-    """Checks that one frame alone fits into what may be in flight.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    needed = FRAME_COPIES * frame_bytes_max
-    if settings.inflight_bytes_max < needed:
-        bound = show_size(settings.inflight_bytes_max)
-        raise ConfigError(
-            problem=f"{table}.inflight_bytes_max: {bound} has no room for a message of"
-            f" {show_size(frame_bytes_max)}, which takes {show_size(needed)}"
-        )
