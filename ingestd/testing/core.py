@@ -40,7 +40,6 @@ from ingestd.base import envelope as envelopes
 from ingestd.base.append import Append
 from ingestd.base.logging import use_library_logging
 from ingestd.base.metrics import Metrics
-from ingestd.base.record import Records
 from ingestd.base.tasks import OwnThread
 from ingestd.pipeline import Pipeline
 from ingestd.settings import DEFAULT_PIPELINE
@@ -49,7 +48,7 @@ from ingestd.testing.values import (
     GivenHandlers,
     HarnessError,
     as_sent,
-    payloads_of,
+    records_of,
     settings_from,
 )
 from ingestd.testing.workers import (
@@ -266,7 +265,6 @@ class HarnessCore:
         pipeline, self._pipeline = self._pipeline, None
         if pipeline is None:
             return
-        pipeline.is_closing = True
         self._pool.stop()
         await pipeline.close(self._loop.time() + CLOSE_SECONDS)
         if not self._hangs:
@@ -316,24 +314,16 @@ class HarnessCore:
                 payload = self._known.pop((chunk, index), b"")
                 if (chunk, index) not in gone:
                     self.processed.append(as_sent(payload, form))
-        self.dead += [
-            DeadRecord(
-                as_sent(one.payload, form), one.reason, one.error, one.traceback, one.attempts,
-                one.record,
-            )
-            for one in dead
-        ]  # fmt: skip
+        self.dead += [DeadRecord.of(letter, form) for letter in dead]
         self._changed.set()
 
     # -- the methods of both harnesses -------------------------------------------------------------
 
     async def _send(self, records: Iterable[object], origin: Envelope) -> None:
-        payloads = payloads_of(records, self.settings)
+        accepted = records_of(records, self.settings)
         pipeline = await self._open()
-        if payloads:
-            has_breaks = any(b"\n" in one for one in payloads)
-            run = Records.sized(payloads) if has_breaks else Records.lines(payloads)
-            await pipeline.accept(Append(run, envelope=envelopes.pack(origin)))
+        if accepted.count:
+            await pipeline.accept(Append(accepted, envelope=envelopes.pack(origin)))
 
     async def _run(self, seconds: float | None) -> None:
         began, calls, self._fruitless = self._loop.time(), len(self.batches), 0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ingestd.base.errors import IngestdError
+from ingestd.base.record import Records
 from ingestd.config.layers import Flag
 from ingestd.config.loader import anchored, load
 from ingestd.settings import Settings
@@ -104,7 +105,7 @@ def _as_text(value: object) -> str:
     return f"{value.total_seconds()}s" if isinstance(value, timedelta) else str(value)
 
 
-def payloads_of(records: Iterable[object], settings: PipelineSettings) -> list[bytes]:
+def records_of(records: Iterable[object], settings: PipelineSettings) -> Records:
     """The records as a source would accept them.
 
     Raises:
@@ -122,7 +123,8 @@ def payloads_of(records: Iterable[object], settings: PipelineSettings) -> list[b
         if fault := settings.record_fault(payload):
             raise HarnessError(problem=f"record {index} would not be accepted: {fault}")
         payloads.append(payload)
-    return payloads
+    has_breaks = any(b"\n" in one for one in payloads)
+    return Records.sized(payloads) if has_breaks else Records.lines(payloads)
 
 
 def _encoded(record: object, form: Format) -> bytes:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ingestd.base.record import Format
     from ingestd.execution.settings import ExecutorSettings, HandlerSettings
     from ingestd.handlers.runner import HandlerConfig
+    from ingestd.journal.dead_letters import DeadLetter
     from ingestd.testing.fake_time import FakeClock, FakeTimeLoop
 
 log = get_logger()
@@ -96,6 +97,13 @@ class DeadRecord(NamedTuple):
     traceback: str
     attempts: int
     id: str
+
+    @classmethod
+    def of(cls, letter: DeadLetter, form: str) -> DeadRecord:
+        """The record of a dead letter of a pipeline with a format."""
+        record = as_sent(letter.payload, form)
+        said = letter.reason, letter.error, letter.traceback
+        return cls(record, *said, letter.attempts, letter.record)
 
 
 # -- planned outcomes ------------------------------------------------------------------------------
@@ -324,6 +332,6 @@ class ObservedPool(Pool[Any]):
             return await self._inner.close(self._loop.time() + CLOSE_SECONDS)
 
     def stop(self) -> None:
-        """Lets jobs that wait at the gate end without a call; `close` follows."""
+        """Lets jobs that wait at the gate end without a call, once the pipeline is closing."""
         self._closing = True
         self.gate.set()

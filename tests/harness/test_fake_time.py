@@ -144,3 +144,5 @@ def test_both_clocks_follow_the_loop(loop: FakeTimeLoop) -> None:
     before = clock.monotonic()
     loop.run_until_complete(asyncio.sleep(90))
     assert clock.now() - begin.timestamp() == clock.monotonic() - before == 90
+    loop.run_until_complete(asyncio.sleep(0.1))
+    assert clock.now() - begin.timestamp() == clock.monotonic() - before

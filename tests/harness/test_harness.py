@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -356,6 +357,9 @@ def test_a_crash_loses_the_result_and_not_the_batch(ingestd_harness, store) -> N
     assert harness.processed == [0, 1, 2, 3]
     assert (store.made, store.closed) == (2, 0)  # nothing is closed in a crash
     assert harness.lives == 2
+    # The second life has the files as they were, not as a journal that is closed leaves them.
+    in_use = harness.data_dir.parent.glob("journal*/journal.db-wal")
+    assert [file.parent.name for file in in_use] == ["journal-2"]
     harness.close()
     assert store.closed == 1
 
@@ -378,7 +382,7 @@ def test_a_restart_goes_on_with_the_same_journal(ingestd_harness, store) -> None
     harness = ingestd_harness(store)
     harness.fail_batch(1, ConnectionError("down"))
     harness.send([1])
-    harness.run(1.1)
+    harness.run(1)  # the backoff is longer than nothing
     assert (harness.pending, len(harness.batches)) == (1, 1)
     harness.restart()
     assert (harness.pending, harness.lives) == (1, 2)
@@ -391,6 +395,37 @@ def test_a_restart_goes_on_with_the_same_journal(ingestd_harness, store) -> None
     harness.send([2])
     harness.run()
     assert harness.processed == [1, 2]
+
+
+def test_what_waits_for_run_outlives_a_restart(ingestd_harness, store) -> None:
+    harness = ingestd_harness(store, **SMALL)
+    harness.send(range(5))  # batches are sealed, and one lies before a worker
+    harness.restart()
+    assert (harness.batches, harness.pending, store.closed) == ([], 5, 1)
+    harness.run()
+    assert harness.processed == list(range(5))
+    assert {call.attempt for call in harness.batches} == {1}
+
+
+def test_an_async_instance_is_closed_whatever_waits(ingestd_harness) -> None:
+    closed: list[int] = []
+
+    class Slow:
+        async def __call__(self, batch: list[int]) -> None: ...
+
+        async def close(self) -> None:
+            await asyncio.sleep(0.01)
+            closed.append(1)
+
+    harness = ingestd_harness(Slow, **SMALL)
+    harness.send(range(5))
+    harness.run()
+    harness.send(range(5))
+    harness.restart()
+    assert closed == [1]
+    harness.close()
+    assert closed == [1, 1]
+    assert len(harness.processed) == 5
 
 
 # -- runs that do not end by themselves ------------------------------------------------------------
@@ -446,6 +481,28 @@ def test_a_handler_that_does_not_come_back_is_an_error(ingestd_harness) -> None:
     with pytest.raises(HarnessError, match=r"has not come back from batch \w+-1 for 0\.05 real"):
         harness.run()
     harness.close()
+    may_end.set()
+
+
+def test_an_interrupt_ends_a_run_that_hangs(ingestd_harness) -> None:
+    may_end = threading.Event()
+    main = threading.main_thread().ident
+    assert main is not None
+
+    def store(batch: list[Any]) -> None:
+        signal.pthread_kill(main, signal.SIGINT)
+        may_end.wait(60)
+
+    harness = ingestd_harness(store)
+    harness.send([1])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            harness.run()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    harness.close()
+    assert not may_end.is_set()
     may_end.set()
 
 
