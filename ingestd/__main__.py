@@ -15,6 +15,7 @@ try:
 except OSError:  # the current folder is gone; its users report that
     pass
 
+import gc
 import io
 import sys
 import traceback
@@ -49,11 +50,18 @@ TOOLS = {
 """The same with arguments of their own; each of their parsers sets itself as the default `leaf`."""
 
 
+IMPORTED_MAX = 100_000
+"""Objects after which Python looks for cycles until a daemon has settled."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code. Problems are lines on stderr.
 
     Without `argv`, that is as a program, it ends the process.
     """
+    if argv is None:
+        # What is imported stays: looking through it again and again is a twentieth of a start.
+        gc.set_threshold(IMPORTED_MAX)
     code = _main(argv)
     if argv is None:
         end_process(code)

@@ -104,14 +104,20 @@ class Components:
 
 
 @lru_cache(16)
-def _registered(group: str, path: tuple[str, ...]) -> dict[str, dict[str, str]]:  # noqa: ARG001
+def _registered(group: str, path: tuple[str, ...]) -> dict[str, dict[str, str]]:
     """The entry points of a group: name to place to the package that registers it."""
-    from importlib.metadata import entry_points  # noqa: PLC0415  slow, and workers need it seldom
-
     found: dict[str, dict[str, str]] = {}
-    for point in entry_points(group=group):
+    for point in _entry_points(path).select(group=group):
         found.setdefault(point.name, {})[point.value] = point.dist.name if point.dist else "?"
     return found
+
+
+@lru_cache(4)
+def _entry_points(path: tuple[str, ...]) -> Any:  # noqa: ARG001
+    """The entry points of all packages, read once for all groups: each package has a file."""
+    from importlib.metadata import entry_points  # noqa: PLC0415  slow, and workers need it seldom
+
+    return entry_points()
 
 
 SOURCES = Components(
