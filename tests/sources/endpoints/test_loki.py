@@ -655,3 +655,13 @@ def test_any_bytes_are_records_or_a_problem(body: bytes) -> None:
         except Problem:
             assert found is None
     assert all(one.keys() >= {"timestamp", "line", "labels"} for one in found or ())
+
+
+def test_few_entries_in_protobuf_are_read_at_once() -> None:
+    codec = ProtobufPushCodec(LokiSettings(), "")
+    for count in (1, 300, 301):
+        parts = codec.decode_quickly(proto(({"a": "b"}, [["1", "x"]] * count)), LIMITS)
+        assert (parts is None) == (count > 300)
+    assert codec.decode_quickly(proto(({"a": "b" * 9000}, [["1", "x"]] * 200)), LIMITS) is None
+    with pytest.raises(Problem):
+        codec.decode_quickly(PROTO[:-1], LIMITS)
