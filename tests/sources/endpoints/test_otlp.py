@@ -265,6 +265,18 @@ def test_bodies_of_nothing_but_fields_are_refused_in_little_memory(name: str) ->
     assert most.bytes < 10 * 1024**2
 
 
+@pytest.mark.parametrize("size", [900_000, 1_040_000])
+def test_a_large_resource_of_many_records_is_in_few_of_them_at_a_time(size: int) -> None:
+    value = field(1, b"k") + field(2, field(1, b"v" * size))
+    resource, scope = field(1, field(1, value)), field(2, field(2, b"") * 1000)
+    part = field(1, b"s" * (size // 4))
+    for body in (field(1, resource + scope), field(1, resource + field(2, field(1, part) + scope))):
+        with peak() as most, pytest.raises(Problem) as found:
+            decode("logs", PROTOBUF, body, BodyLimits(1000, 1024**2))
+        assert found.value.kind.status in {400, 413}
+        assert most.bytes < 60 * 1024**2
+
+
 def test_bodies_of_nothing_but_json_elements_are_refused_in_little_memory() -> None:
     outer, inner, items = NAMES["logs"]
     many = ",".join(["{}"] * MANY)

@@ -117,7 +117,9 @@ class OtlpCodec(BodyCodec):
 _QUICK_RECORDS_BYTES = 64 * 1024
 _TOGETHER = 128
 _TOGETHER_BYTES = 64 * 1024
-"""Records are encoded and checked together, so many at most: their dicts are there until then."""
+_CONTEXT_BYTES = 1024 * 1024
+"""Records are encoded and checked together, so many at most: their dicts are there until then. So
+much is what they have in common, which is in each of them only then."""
 _ENCODER = msgspec.json.Encoder()
 
 
@@ -131,7 +133,8 @@ class _RecordLines:
     def __init__(self, limits: BodyLimits) -> None:
         self._limits = limits
         self._sink = BytesIO()
-        self._good = self._index = self._first = self._size = self._unlisted = 0
+        self._good = self._index = self._first = self._unlisted = 0
+        self._size = self._common = 0  # of the batch: bytes of its records, and of their contexts
         self._batch: list[dict[str, Any]] = []
         self._refused: list[InvalidRecord] = []
 
@@ -144,6 +147,10 @@ class _RecordLines:
         let_loop_go_first()
         records_max, record_bytes_max = self._limits.records_max, self._limits.record_bytes_max
         batch = self._batch
+        common = sum(len(part) for part in group.context.values() if isinstance(part, msgspec.Raw))
+        if common > record_bytes_max and not group.fault:
+            detail = f"{common} bytes of its context, more than record_bytes_max"
+            group = group._replace(fault=f"{detail} = {record_bytes_max}")
         for item in group.items:
             if self._index >= records_max:
                 raise _too_many(self._limits)
@@ -161,7 +168,12 @@ class _RecordLines:
                 self._refuse(item, fault_of(error))
                 continue
             self._size += size
-            if self._size >= _TOGETHER_BYTES or len(batch) >= _TOGETHER:
+            self._common += common
+            if (
+                self._size >= _TOGETHER_BYTES
+                or self._common >= _CONTEXT_BYTES
+                or len(batch) >= _TOGETHER
+            ):
                 self._flush()
 
     def parsed(self) -> Parsed:
@@ -189,7 +201,8 @@ class _RecordLines:
             raise Problem(problem.PAYLOAD_TOO_LARGE, f"{detail} with their resources and scopes")
         self._good += count
         self._batch.clear()
-        self._size, self._first = 0, self._index
+        self._size = self._common = 0
+        self._first = self._index
         let_loop_go_first()
 
     def _fits(self, index: int, line: bytes) -> bool:
