@@ -386,6 +386,25 @@ async def test_an_acknowledgement_comes_after_the_commit_and_a_retried_chunk_is_
     assert len(intake.items) == 4
 
 
+async def test_thousands_of_tiny_messages_with_ids_are_accepted_a_few_at_a_time():
+    class Counting(KeyedIntake):
+        running = most = 0
+
+        async def accept(self, append):
+            self.running += 1
+            self.most = max(self.most, self.running)
+            await asyncio.sleep(0)
+            await super().accept(append)
+            self.running -= 1
+
+    intake, count = Counting(), 8_000
+    async with serving(intake) as source, connected(source) as (writer, read):
+        writer.write(b"".join([message(1, {}, {"chunk": str(one)}) for one in range(count)]))
+        assert [await read() for _ in range(count)] == [{"ack": str(one)} for one in range(count)]
+    assert len(intake.items) == count
+    assert intake.most < 1000
+
+
 async def test_an_overloaded_pipeline_is_waited_for_and_nothing_acknowledged_meanwhile(monkeypatch):
     monkeypatch.setattr(connection_module, "AGAIN_SECONDS", 0.01)
     intake = KeyedIntake()

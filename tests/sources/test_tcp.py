@@ -475,6 +475,27 @@ async def test_a_drain_accepts_what_has_arrived_and_keeps_what_was_begun(
                 socket.create_connection(source.addresses[0].split(":"))
 
 
+async def test_a_drain_does_not_wait_for_a_peer_that_goes_on_sending() -> None:
+    intake = KeyedIntake()
+    async with serving(intake, Silent) as source:
+        with socket.create_connection(source.addresses[0].split(":"), timeout=30) as peer:
+
+            def send() -> int:
+                with contextlib.suppress(OSError):
+                    for sent in range(10**9):
+                        peer.sendall(b"+%07d\n" % sent * 100)
+                return sent
+
+            sending = asyncio.get_running_loop().run_in_executor(None, send)
+            await intake.until(1)
+            async with asyncio.timeout(20):
+                await drain(source, 60)
+            assert await sending > 0
+    numbers = [int(item) for item in intake.items]
+    assert numbers == sorted(numbers)
+    assert source.totals.cut == 0
+
+
 async def test_a_drain_sends_the_replies() -> None:
     intake = KeyedIntake()
     intake.gate.clear()

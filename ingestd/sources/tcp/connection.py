@@ -78,6 +78,9 @@ LINGER_SECONDS = 2.0
 KEYLESS_SECONDS = 60.0
 """How long a connection does without keys where there is no room for more of them."""
 ANONYMOUS = "anonymous"
+_GROUPS_TOGETHER = 128
+"""So many appends of one connection are under way at a time, each with a task: tens of thousands of
+tiny messages with ids would hold the event loop."""
 _COPIES = 2  # of what waits: it is joined
 _HELD_FREE = 4 * 1024
 _APPEND_BYTES = 2048  # what an append of its own costs, about
@@ -422,8 +425,14 @@ class TcpConnection(asyncio.BufferedProtocol):
         data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces.clear()
         self._passing, self._queued = self._queued, 0
+        if self._leaves_now:
+            self._pause()  # of a peer that goes on sending this is the last
         self._resume()
         return data
+
+    @property
+    def _leaves_now(self) -> bool:
+        return self._leave_by is not None and self._loop.time() >= self._leave_by
 
     async def _wait(self) -> None:
         """Waits until something has come, or there may be room to read again.
@@ -504,6 +513,8 @@ class TcpConnection(asyncio.BufferedProtocol):
 
     def _resume(self) -> None:
         transport = self._transport
+        if self._leaves_now:
+            return
         if self._is_paused and transport is not None and self._count():
             self._is_paused = False
             if not transport.is_closing():
@@ -549,12 +560,14 @@ class TcpConnection(asyncio.BufferedProtocol):
         if len(groups) == 1:
             await self._write(await self._store(groups[0]))
             return
-        replies = []
-        for done in await asyncio.gather(*map(self._store, groups), return_exceptions=True):
-            if isinstance(done, BaseException):
-                raise done
-            replies.append(done)
-        await self._write(b"".join(replies))
+        for at in range(0, len(groups), _GROUPS_TOGETHER):
+            replies = []
+            some = map(self._store, groups[at : at + _GROUPS_TOGETHER])
+            for done in await asyncio.gather(*some, return_exceptions=True):
+                if isinstance(done, BaseException):
+                    raise done
+                replies.append(done)
+            await self._write(b"".join(replies))
 
     async def _store(self, group: Sequence[Received]) -> bytes:
         """Has one append accepted; returns its replies."""
