@@ -262,6 +262,15 @@ def test_good_events_are_cut_as_a_whole(some: list[bytes]) -> None:
         assert sum(one.parsed.records.count for one in CODEC._cut(body, LIMITS) or ()) == len(some)
 
 
+@pytest.mark.parametrize("around", [(b"", b"", b""), (b"[", b",", b"]")])
+def test_many_good_events_with_many_braces_are_all_accepted(around: tuple[bytes, ...]) -> None:
+    event = b'{"event":{"a":{"b":[' + b",".join([b'"x"'] * 120) + b"]}}}"
+    limits, count = BodyLimits(20_000, 1024**2), 18_000
+    body = around[0] + around[1].join([event] * count) + around[2]
+    (part,) = CODEC.decode(body, limits)
+    assert (part.parsed.records.count, part.parsed.refused, part.notes) == (count, [], None)
+
+
 @pytest.mark.parametrize(
     "body",
     [b'"' * 2**21, b"[" * 2**21, b"1 " * 2**20, b"[" + b"1," * 2**20 + b"1]", b"\xff" * 2**21],
