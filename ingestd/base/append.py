@@ -113,7 +113,7 @@ class RecentIds:
     """The ids of the last records of one pipeline, each known to its principal alone.
 
     Args:
-        kept_max: most ids that are kept; the oldest go first.
+        kept_max: so many ids are kept, and the rest of the append that the oldest came in.
 
     Attributes:
         kept_max: may be replaced.
@@ -179,7 +179,8 @@ class RecentIds:
         self._kept[principal] |= ids
         self._order.append((principal, ids))
         self.count += len(ids)
-        while self.count > self.kept_max:
+        # Those of an append go together, once as many as are kept came behind all of them.
+        while self._order and self.count - len(self._order[0][1]) >= self.kept_max:
             owner, oldest = self._order.popleft()
             kept = self._kept[owner]
             kept -= oldest

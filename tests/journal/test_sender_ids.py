@@ -82,13 +82,26 @@ async def test_the_oldest_go_at_the_bound() -> None:
     await accept(recent, "p", names("1", "2"))
     await accept(recent, "q", names("1"))
     await accept(recent, "p", names("2", "3"))
-    assert recent.count == 2
-    assert recent.hold("p", names("1", "2", "3")).accepted == names("3")
+    # Of these `1` and `2` came in one append, and behind it no three others.
+    assert recent.hold("p", names("1", "2")).accepted == names("1", "2")
+    await accept(recent, "p", names("2", "3", "4"))
+    assert recent.count == 3
+    assert recent.hold("p", names("1", "2", "3", "4")).accepted == names("3", "4")
     assert recent.hold("q", names("1")).accepted == names("1")
     recent.kept_max = 0
     await accept(recent, "r", names("1"))
     assert recent.count == 0
     assert not recent._kept
+
+
+async def test_an_append_with_more_than_are_kept_is_known_until_as_many_came_behind_it() -> None:
+    recent, many = RecentIds(3), names("1", "2", "3", "4", "5")
+    await accept(recent, "p", many)
+    assert recent.hold("p", many).accepted == many
+    await accept(recent, "p", names("6", "7"))
+    assert recent.hold("p", many).accepted == many
+    await accept(recent, "p", names("8"))
+    assert recent.count == 3
 
 
 def append(recent: RecentIds, *texts: str, principal: str = "p") -> Append:
@@ -127,7 +140,9 @@ async def test_a_journal_drops_the_oldest(opened) -> None:
     assert [len(ids) // 16 for _, ids in stored] == [2, 2, 2]  # the third one is not wholly too old
     fresh = RecentIds(5)
     fresh.restore(stored)
-    assert fresh.hold("p", names("19a", "18b", "17b")).accepted == names("19a", "18b")
+    last = names("19a", "18b", "17b")
+    assert fresh.hold("p", last | names("16b")).accepted == last
+    assert recent.hold("p", last | names("16b")).accepted == last
 
 
 async def test_a_rebuilt_journal_has_them_and_a_damaged_one_is_told(opened, tmp_path) -> None:
