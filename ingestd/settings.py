@@ -7,6 +7,7 @@ A component's section is in its own folder, those of a pipeline are in `pipeline
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import lru_cache, partial
 from pathlib import Path
@@ -172,7 +173,14 @@ class ConfiguredSource(NamedTuple):
 
     def told(self, text: str) -> str:
         """A text of the component's, with the name of the source where it has one of its own."""
-        return text if self.key == self.kind else f"{self.key}: {text}"
+        return text if self.key == self.kind else f"{self.key}: {self.renamed(text)}"
+
+    def renamed(self, text: str) -> str:
+        """A text of the component's, with the names of settings as they are in its table.
+
+        `http.listen` is a setting of `[http]`, which a source `[sources.web]` does not read.
+        """
+        return re.sub(rf"(?<![\w./]){self.kind}\.(?=[a-z_]+\b)", f"{self.key}.", text)
 
 
 class _General(BaseSettings):
@@ -345,11 +353,33 @@ class Settings(_WithSources):
             found.append(ConfiguredSource(name, entry.kind, key, entry, pipeline))
         return found
 
+    def unread_sections(self) -> list[str]:
+        """The kinds whose tables say something that no source reads beside `[sources.NAME]`.
+
+        Without such tables it is `source.kind` that chooses, and other tables wait for their turn.
+        """
+        if not self.sources:
+            return []
+        read = {source.kind for source in self.running_sources() if source.key == source.kind}
+        return [
+            kind
+            for kind in KINDS
+            if kind not in read and getattr(self, kind).model_dump(exclude_defaults=True)
+        ]
+
     def section_of(self, source: ConfiguredSource) -> Section:
         """The section of a source in these settings."""
         has_own = source.key != source.kind
         section: Section = self.sources[source.name] if has_own else getattr(self, source.kind)
         return section
+
+
+def unread(kind: str) -> str:
+    """Tells that nothing reads the table of a kind of source, and what to do."""
+    return (
+        f"no source reads [{kind}], because there are tables [sources.NAME]: set"
+        f' source.kind = "{kind}", or put its keys into a table [sources.NAME] of that kind'
+    )
 
 
 def plan_reload(running: Settings, new: Settings) -> Change[Settings]:
@@ -391,7 +421,7 @@ def _of_sources(
         for key, text in source.component.problems(
             source.settings, formats=formats, default=default, runs=runs
         ):
-            yield f"{source.key}.{key}", text
+            yield f"{source.key}.{key}", source.renamed(text)
         for key in source.component.stored_whole if runs and has_rows else ():
             if text := beyond_a_row(getattr(source.settings, key)):
                 yield f"{source.key}.{key}", text

@@ -444,3 +444,25 @@ def test_mistakes_in_settings_of_journals_and_executors_from_outside(
     told = ingestd("check", *flags, cwd=tmp_path, environ=outside)
     assert told.returncode in {2, 78}
     assert problem in told.stderr
+
+
+def test_a_table_that_no_source_reads_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "ingestd.toml").write_text(
+        '[http]\nlisten = "127.0.0.1:1"\n[sources.s]\nkind = "syslog"\nlisten = "udp://127.0.0.1:0"\n'
+    )
+    told = ingestd("check", cwd=tmp_path, environ={})
+    assert told.returncode == 0
+    (line,) = told.stderr.splitlines()
+    assert line.startswith("ingestd: warning: no source reads [http], because there are tables")
+    (tmp_path / "ingestd.toml").write_text("[http]\nrequests_max = 7\n")
+    flags = ("--sources.s.kind", "syslog", "--sources.s.listen", "udp://127.0.0.1:0")
+    with Daemon(*flags, "--listen", "127.0.0.1:0", cwd=tmp_path) as one:
+        assert one.event("settings_unread")["problem"].startswith("no source reads [http]")
+
+
+def test_errors_of_a_named_source_name_its_own_keys(tmp_path: Path) -> None:
+    flags = ("--sources.s.kind", "syslog", "--sources.s.listen", "udp://0.0.0.0:5514")
+    told = ingestd("check", *flags, cwd=tmp_path, environ={})
+    assert told.returncode == 78
+    assert "set sources.s.allow_anonymous = true" in told.stderr
+    assert "syslog.allow_anonymous" not in told.stderr.replace("sources.s", "")
