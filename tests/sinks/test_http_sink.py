@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import trustme
+from multidict import CIMultiDict
 
 from ingestd.base.record import Records, Span
 from ingestd.handlers.options import OptionError
@@ -206,7 +207,7 @@ def test_a_signature_is_that_of_standard_webhooks(serve: Callable[..., Service])
 
     key = base64.b64decode(SIGN.removeprefix("whsec_"))
     hook = webhooks.Webhook("x", Settings(), [key])  # type: ignore[arg-type]
-    lower = {name.lower(): value for name, value in one.headers.items()}
+    lower = CIMultiDict((name, value) for name, value in one.headers.items())
     assert lower["webhook-id"] == "j-1"
     assert hook.check(lower, one.body, time.time())
     with pytest.raises(Exception, match="another"):
