@@ -23,6 +23,8 @@ from tests.sources.test_stream import CHUNKED, END, begin, chunk
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 TOKENS = {"shop": {"token": SHOP}, "logs": {"token": LOGS}}
 held = threading.Event()
 

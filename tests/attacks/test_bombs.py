@@ -26,6 +26,8 @@ else:
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 MIB = 1024**2
 LINES = b'{"a":1}\n' * (4 * MIB)  # 32 MiB
 

@@ -17,6 +17,8 @@ from tests.daemon.harness import ROOT, Daemon, daemon
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 SEED = int(os.environ.get("FAULTS_SEED", "1"))
 EXECUTORS = [
     ("Misbehaves", "thread", ""),

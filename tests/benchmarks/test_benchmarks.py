@@ -22,6 +22,8 @@ from benchmarks.processes import ROOT, Failed
 from benchmarks.report import as_json, rate_table
 from benchmarks.results import Result, problems
 
+pytestmark = pytest.mark.slow
+
 QUICK = ("--rounds", "1", "--age", "0.1", "--lines", "3000")
 
 

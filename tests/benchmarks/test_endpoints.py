@@ -10,6 +10,8 @@ from benchmarks.endpoints import ENDPOINTS, EVENT_BYTES, EVENTS, RECORDS, Taker,
 from benchmarks.measure import Run
 from benchmarks.results import Result
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_events_are_as_large_as_they_should_be_and_the_same_at_every_run() -> None:
     batch = events(3)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 NAMES = [program.name for program in PROGRAMS]
 SINK = """\
 import socket, sys, time, pathlib
+
+pytestmark = pytest.mark.slow
 listening = socket.socket(socket.AF_UNIX)
 listening.bind("in.sock")
 listening.listen()

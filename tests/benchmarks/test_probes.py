@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 STALL_SECONDS = 0.6
 """The server answers nobody for so long, once."""
 RATE = 200.0

@@ -19,6 +19,8 @@ from benchmarks.peers.baselines import PlainLoop
 from benchmarks.peers.ours import Ingestd
 from benchmarks.records import write_lines
 
+pytestmark = pytest.mark.slow
+
 ROUNDS_MAX = 4
 SECONDS = 1.0
 LINES = 500_000

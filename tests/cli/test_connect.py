@@ -17,6 +17,8 @@ from tests.cli.test_cli import ROOT, ingestd
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 HANDLER = """
 class Store:
     def __init__(self, token: str = "") -> None: ...

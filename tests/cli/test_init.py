@@ -23,6 +23,8 @@ from tests.deploy.test_units import analyze, needs_analyze
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 EVENTS = b'{"user": "ann", "action": "buy", "amount": 5}\n{"user": "bob", "action": "x"}\n'
 
 

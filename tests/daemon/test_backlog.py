@@ -16,6 +16,8 @@ from tests.daemon.harness import Daemon, daemon
 HANDLERS = """
 import time
 
+pytestmark = pytest.mark.slow
+
 def hang(batch: list[bytes]) -> None:
     time.sleep(3600)
 

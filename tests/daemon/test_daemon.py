@@ -389,6 +389,7 @@ def _expected(name: str, form: str) -> Counter[str]:
     return Counter(json.dumps(value, sort_keys=True) for value in values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["thread", "process"])
 @pytest.mark.parametrize(("name", "form", "content_type"), REAL)
 def test_real_input_over_http_into_a_handler(tmp_path, name, form, content_type, kind) -> None:
@@ -413,6 +414,7 @@ def test_real_input_over_http_into_a_handler(tmp_path, name, form, content_type,
     assert seen(tmp_path) == _expected(name, form)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "form", "content_type"), REAL)
 def test_real_input_over_http_into_jsonl(tmp_path, name, form, content_type) -> None:
     raw = real_input(name).read_bytes()
@@ -429,6 +431,7 @@ def test_real_input_over_http_into_jsonl(tmp_path, name, form, content_type) -> 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["thread", "process"])
 @pytest.mark.parametrize("way", ["redirected", "piped", "fifo"])
 @pytest.mark.parametrize(("name", "form", "content_type"), REAL)

@@ -32,6 +32,8 @@ from ingestd.sources.http.endpoints.base import (
     Target,
 )
 
+pytestmark = pytest.mark.slow
+
 CODES = {401: 2, 404: 404, 405: 405, 413: 27, 429: 9, 503: 9}
 TOKENS = (by_authorization("Splunk"), by_header("DD-API-KEY"), by_query("token"))
 

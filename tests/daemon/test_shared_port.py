@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.slow,  # each starts processes of its own
     pytest.mark.skipif(
         not hasattr(socket, "SO_REUSEPORT"), reason="the platform has no SO_REUSEPORT"

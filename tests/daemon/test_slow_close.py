@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 STORE = """
 import asyncio, time
+
+pytestmark = pytest.mark.slow
 class Sync:
     def __init__(self, seconds: float): self.seconds = float(seconds)
     def __call__(self, batch): pass

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
     from ingestd.execution.pool import Pool
 
+pytestmark = pytest.mark.slow
+
 HERE = "tests.execution.pools"
 KINDS = ["processes", "threads"]
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 BODY = lines(0, 500)
 ITEMS = BODY.splitlines()
 TAGGED = {"ETag": '"v1"'}

@@ -34,6 +34,8 @@ from ingestd.journal.sqlite.repair import repair
 from ingestd.sources.fetch.position import from_offset
 from tests.daemon.harness import Daemon
 
+pytestmark = pytest.mark.slow
+
 MADE = Path(__file__).with_name("version-1.db.gz")
 ID = "15c8523a3962"
 TABLES = "SELECT name, sql FROM sqlite_schema WHERE name NOT LIKE 'sqlite_%' ORDER BY name"

@@ -22,6 +22,8 @@ from ingestd.journal.letter_rows import packed, split, taken_apart
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 
 @given(st.data())
 def test_names_go_with_their_records_through_cuts_and_joins(data: st.DataObject) -> None:

@@ -336,7 +336,7 @@ def run(examples: int, steps: int) -> Any:
 
 
 def test_the_pipeline_does_what_the_model_says() -> None:
-    run(15, 30)("runTest").runTest()
+    run(5, 30)("runTest").runTest()
 
 
 @pytest.mark.slow

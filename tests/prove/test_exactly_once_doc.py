@@ -26,6 +26,8 @@ BLOCKS = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGE, re.DOTALL))
 PSYCOPG = """
 import contextlib, sqlite3
 
+pytestmark = pytest.mark.slow
+
 class Cursor(contextlib.closing):
     def __init__(self, db): self.db, self.rowcount = db, -1; super().__init__(self)
     def __enter__(self): return self

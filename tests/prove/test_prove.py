@@ -21,6 +21,8 @@ from ingestd.prove.progress import RESERVED, STATE, ProofProgress, ProofState, S
 from ingestd.prove.verdict import compare, lines, report, rows_in
 from ingestd.settings import Settings
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 
 

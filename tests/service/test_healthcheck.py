@@ -17,6 +17,8 @@ from tests.service.tools import listening
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 
 def check(*arguments: str, cwd: Path, **environ: str) -> tuple[int, str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith("INGESTD_")}

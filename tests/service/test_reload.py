@@ -20,6 +20,8 @@ from tests.access.tools import LOGS, SHOP, Files, bearer
 from tests.daemon.harness import Daemon, daemon
 from tests.service.tools import until
 
+pytestmark = pytest.mark.slow
+
 TOKEN = {"shop": {"token": SHOP}}
 
 

@@ -485,5 +485,5 @@ class KeysModel(RuleBasedStateMachine):
             assert not self._lives(key) or rows[key] == answer
 
 
-TestKeysModel = KeysModel.TestCase
+TestKeysModel = pytest.mark.slow(KeysModel.TestCase)
 TestKeysModel.settings = hypothesis_settings(max_examples=25, stateful_step_count=25, deadline=None)

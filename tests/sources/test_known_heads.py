@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
     from ingestd.base.append import Append
 
+pytestmark = pytest.mark.slow
+
 TOKENS = {"shop": {"token": SHOP}, "logs": {"token": LOGS, "pipelines": ["text"]}}
 
 
