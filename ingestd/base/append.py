@@ -64,6 +64,8 @@ class IdempotencyClaim:
 # nothing is refused for want of room.
 
 ID_BYTES = 16
+HELD_ID_BYTES = 160
+"""Memory of an id of a request that is not answered yet: the id itself, and its places in sets."""
 IN_FLIGHT_SECONDS = 1.0
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import async_timeout
 
-from ingestd.base.append import Append, DeliveryWaiter, scoped
+from ingestd.base.append import HELD_ID_BYTES, Append, DeliveryWaiter, scoped
 from ingestd.base.errors import Draining
 from ingestd.base.record import Layout, Records
 from ingestd.http import problem
@@ -412,8 +412,9 @@ class Ingestion:
 
 
 def _hold_records(parts: Sequence[Decoded], hold: Reservation) -> None:
-    """Counts records that are larger than their body: what stands in it once may be in each."""
+    """Counts the ids of senders, and records that are larger than their body, as some become."""
     size = sum(len(part.parsed.records.payload) for part in parts)
+    size += HELD_ID_BYTES * sum(len(part.ids.known) for part in parts if part.ids is not None)
     if (more := size + hold.base - hold.bytes) > 0:
         hold.grow(more)
 
