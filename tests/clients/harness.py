@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -130,7 +131,11 @@ class Receiver:
 
     def start(self) -> None:
         self.daemon = Daemon(*self._args, cwd=self._cwd, **self._more)
-        self.daemon.event("daemon_started")
+        try:
+            self.daemon.event("daemon_started")
+        except BaseException:
+            self.daemon.__exit__()
+            raise
 
     def stop(self) -> None:
         """Drains the daemon; nothing that is odd may stand in its log."""
@@ -197,13 +202,22 @@ class Receiver:
         return [json.loads(line) for line in written(self._cwd)]
 
 
+_ports = itertools.count()
+
+
 def free_port() -> int:
-    """A port that is free now; below those that the system gives to outgoing connections."""
-    with socket.socket() as one:
-        for port in range(20_000 + os.getpid() % 5_000, 32_000):
-            with contextlib.suppress(OSError):
-                one.bind(("127.0.0.1", port))
-                return port
+    """A port that is free now, below those that the system gives to outgoing connections.
+
+    None is given twice by one process, and workers of the tests have ranges of their own: a daemon
+    that is being restarted has left its port for a moment.
+    """
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    first = 20_000 + 1000 * (int(worker) if worker else 6 + os.getpid() % 5)
+    for _ in range(1000):
+        port = first + next(_ports) % 1000
+        with socket.socket() as one, contextlib.suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return port
     raise AssertionError("no port is free")
 
 
