@@ -66,6 +66,7 @@ def test_a_post_arrives_in_the_jsonl_sink(tmp_path: Path) -> None:
     assert not one.other
 
 
+@pytest.mark.slow
 def test_the_data_directory_is_private(tmp_path: Path) -> None:
     with daemon(cwd=tmp_path) as one:
         one.post(b"{}")
@@ -77,6 +78,7 @@ def test_the_data_directory_is_private(tmp_path: Path) -> None:
             assert path.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["thread", "process"])
 def test_every_record_once_over_a_sigterm_in_the_middle(tmp_path: Path, kind: str) -> None:
     """32 clients post; SIGTERM comes in the middle; what got a 202 arrives exactly once."""
@@ -143,6 +145,7 @@ def test_a_sigkill_loses_nothing_and_keeps_batch_ids(tmp_path: Path) -> None:
     assert {c["id"]: c["records"] for c in after}[before["id"]] == before["records"]
 
 
+@pytest.mark.slow
 def test_a_second_signal_leaves_at_once_and_keeps_everything(tmp_path: Path) -> None:
     with daemon(*into(tmp_path, GATE), cwd=tmp_path) as one:
         assert one.post(b"1\n2\n3\n")[0] == 202
@@ -160,6 +163,7 @@ def test_a_second_signal_leaves_at_once_and_keeps_everything(tmp_path: Path) -> 
     assert set(seen(tmp_path)) == {"1", "2", "3"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["thread", "process"])
 def test_a_drain_that_runs_out_of_time_leaves_the_rest_in_the_journal(
     tmp_path: Path, kind: str
@@ -180,6 +184,7 @@ def test_a_memory_journal_says_that_it_loses(tmp_path: Path) -> None:
         assert one.wait() == 75
 
 
+@pytest.mark.slow
 def test_during_the_delay_it_serves_but_is_not_ready(tmp_path: Path) -> None:
     arguments = into(tmp_path, drain__delay="60s")
     with daemon(*arguments, cwd=tmp_path) as one:
@@ -194,6 +199,7 @@ def test_during_the_delay_it_serves_but_is_not_ready(tmp_path: Path) -> None:
         assert one.wait() == 0, (one.events, one.other)
 
 
+@pytest.mark.slow
 def test_several_pipelines_have_their_own_everything(tmp_path: Path) -> None:
     (tmp_path / "ingestd.toml").write_text(
         """
@@ -282,6 +288,7 @@ def test_logs_are_json_lines_without_payloads(tmp_path: Path) -> None:
     assert one.other == []
 
 
+@pytest.mark.slow
 def test_a_stalled_log_reader_does_not_stall_ingestion(tmp_path: Path) -> None:
     """Nobody reads stderr, and every batch logs: requests are answered all the same."""
     read, write = os.pipe()
@@ -336,6 +343,7 @@ def _until_connects(port: int) -> None:
     raise AssertionError("nothing listens")
 
 
+@pytest.mark.slow
 def test_a_killed_daemon_leaves_no_worker_behind(tmp_path: Path) -> None:
     arguments = into(tmp_path, GATE, executor__kind="process", executor__workers="2",
                      batch__records_max="1")  # fmt: skip
@@ -366,6 +374,7 @@ def _alive(pid: int) -> bool:
     return stat.rsplit(")", 1)[1].split()[0] != "Z"
 
 
+@pytest.mark.slow
 def test_ctrl_c_reaches_the_group_and_the_workers_finish(tmp_path: Path) -> None:
     arguments = into(tmp_path, executor__kind="process", executor__workers="2")
     with daemon(*arguments, cwd=tmp_path, prefix=("setsid", "-w")) as one:
@@ -460,6 +469,7 @@ def test_real_input_over_stdin(tmp_path, name, form, content_type, way, kind) ->
     assert seen(tmp_path) == _expected(name, form)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["thread", "process"])
 def test_made_input_over_http_and_stdin(tmp_path: Path, kind: str) -> None:

@@ -33,6 +33,8 @@ import time
 
 import ingestd
 
+pytestmark = pytest.mark.slow
+
 def picky(batch: ingestd.Batch[dict]) -> None:
     for place, record in enumerate(batch):
         if record.get("bad"):

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 HANDLER = """
 import json, ingestd
 from msgspec.structs import asdict
+
+pytestmark = pytest.mark.slow
 def store(batch: ingestd.Batch[dict]) -> None:
     with open("calls", "a") as calls:
         for i, record in enumerate(batch):
