@@ -285,12 +285,18 @@ class WorkerProcess:
             raise self._misfit(wire.TRAILING)
         return answer.result
 
-    def take_back(self) -> int:
-        """Takes back the jobs that the child has not begun, the newest ones; returns how many."""
-        number = wire.take_packets_back(self._unread)
-        for _ in range(number):
-            self._jobs.pop()
-        return number
+    def take_back(self) -> set[int]:
+        """Takes back the jobs that the child has not begun; returns their places, from 0.
+
+        Mostly they are the newest ones, but the child may receive a job while its neighbours are
+        taken back.
+        """
+        taken = wire.take_packets_back(self._unread)
+        places = {place for place, job in enumerate(self._jobs) if job.number in taken}
+        self._jobs = deque(job for job in self._jobs if job.number not in taken)
+        if 0 in places:  # the one that is the oldest now has just been begun
+            self._is_late, self._began = False, time.monotonic()
+        return places
 
     def await_closed(self) -> str:
         """Waits until the handler whose call raised last is closed; only if it `is_closing`.
@@ -451,7 +457,7 @@ class WorkerProcess:
         process_monitor.end_all(self.process.pid, self._mark)
         self._monitor.finish()
         self.process.wait()
-        self.not_begun = wire.take_packets_back(self._unread)
+        self.not_begun = len(wire.take_packets_back(self._unread))
         self._unread.close()
         self._packets.close()
         self._sock.close()
@@ -586,8 +592,12 @@ class ProcessWorker:
             if child.is_closing:
                 self._await_closed(child)
             self._hand_ahead(child, jobs)
-            while (result := child.finish(self._timeout)) is None:
+            while self._has_oldest(queued):
+                if (result := child.finish(self._timeout)) is not None:
+                    break
                 self._take_back(child, jobs)
+            else:
+                return None
         except _WorkerDiedError as died:
             return self._died(died.failure, jobs, queued, started)
         except _NO_WORKER as error:
@@ -614,8 +624,13 @@ class ProcessWorker:
 
     def _take_back(self, child: WorkerProcess, jobs: JobQueue) -> None:
         """Gives the jobs that the child has not begun back to the queue."""
-        number = child.take_back()
-        jobs.put_back([self._handed.pop() for _ in range(number)][::-1])
+        places = child.take_back()
+        jobs.put_back([one for place, one in enumerate(self._handed) if place in places])
+        self._handed = deque(one for place, one in enumerate(self._handed) if place not in places)
+
+    def _has_oldest(self, queued: QueuedJob) -> bool:
+        """Tells if the child still has this job as its oldest one: it may be taken back, too."""
+        return bool(self._handed) and self._handed[0] is queued
 
     def _note(self, result: Result, seconds: float) -> None:
         """Takes note of what a result and its duration say of the child."""

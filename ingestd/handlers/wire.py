@@ -310,17 +310,19 @@ def receive_packet(
     return receive(stream, worker=worker, limit=limit)
 
 
-def take_packets_back(unread: socket.socket) -> int:
-    """Receives the packets that the other side has not received yet; returns their number.
+def take_packets_back(unread: socket.socket) -> set[int]:
+    """Receives the packets that the other side has not received yet; returns their jobs' numbers.
+
+    They need not be the newest ones: the other side may receive one between two of them.
 
     Args:
         unread: the other side's end.
     """
-    number = 0
+    numbers = set()
     with contextlib.suppress(OSError):
-        while unread.recv(_HEAD.size, socket.MSG_DONTWAIT):
-            number += 1
-    return number
+        while head := unread.recv(_HEAD.size, socket.MSG_DONTWAIT):
+            numbers.add(_HEAD.unpack(head)[2])
+    return numbers
 
 
 def body_at_once(begun: bytes, worker: int, number: int) -> bytes | None:

@@ -24,11 +24,11 @@ from benchmarks.processes import running
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 NAMES = [program.name for program in PROGRAMS]
 SINK = """\
 import socket, sys, time, pathlib
-
-pytestmark = pytest.mark.slow
 listening = socket.socket(socket.AF_UNIX)
 listening.bind("in.sock")
 listening.listen()

@@ -13,10 +13,10 @@ from ingestd.execution.ready_queue import AHEAD_MAX
 from tests.backlog import fill
 from tests.daemon.harness import Daemon, daemon
 
+pytestmark = pytest.mark.slow
+
 HANDLERS = """
 import time
-
-pytestmark = pytest.mark.slow
 
 def hang(batch: list[bytes]) -> None:
     time.sleep(3600)

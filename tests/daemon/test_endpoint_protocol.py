@@ -16,6 +16,8 @@ from tests.daemon.harness import ROOT, daemon
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 TOKEN = "token-of-the-tests-0123456789-abcdef"
 HEC = '''
 """Events as JSON objects one after the other; own tokens, answers, errors, probes and routing."""
@@ -31,8 +33,6 @@ from ingestd.sources.http.endpoints.base import (
     ANY, OPEN, BodyCodec, Decoded, Delivery, Description, Endpoint, EndpointSettings, RouteSpec,
     Target,
 )
-
-pytestmark = pytest.mark.slow
 
 CODES = {401: 2, 404: 404, 405: 405, 413: 27, 429: 9, 503: 9}
 TOKENS = (by_authorization("Splunk"), by_header("DD-API-KEY"), by_query("token"))

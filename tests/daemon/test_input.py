@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 HANDLER = """
 import time
 
 import ingestd
-
-pytestmark = pytest.mark.slow
 
 def picky(batch: ingestd.Batch[dict]) -> None:
     for place, record in enumerate(batch):

@@ -13,10 +13,10 @@ from tests.daemon.harness import daemon
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 STORE = """
 import asyncio, time
-
-pytestmark = pytest.mark.slow
 class Sync:
     def __init__(self, seconds: float): self.seconds = float(seconds)
     def __call__(self, batch): pass

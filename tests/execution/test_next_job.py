@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import socket
 import textwrap
 import time
 from collections import Counter
@@ -18,6 +20,7 @@ from ingestd.base.record import Records, Span
 from ingestd.execution import process
 from ingestd.execution.pool import ThreadedPool
 from ingestd.execution.process import ProcessWorker
+from ingestd.handlers import wire
 from ingestd.handlers.outcome import Job, Result
 from ingestd.handlers.runner import HandlerConfig
 from ingestd.handlers.wire import InitMessage
@@ -266,3 +269,36 @@ async def _end(left: list[asyncio.Task[Result]]) -> None:
     for one in left:
         one.cancel()
     await asyncio.wait(left)
+
+
+async def test_a_job_that_the_child_begins_while_others_are_taken_back_is_its_own(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Packets are taken back one after the other, and the child may receive one in between."""
+    raced = 0
+
+    def take_back(unread: socket.socket) -> set[int]:
+        nonlocal raced
+        try:
+            head = unread.recv(wire._HEAD.size, socket.MSG_DONTWAIT)
+        except OSError:
+            return set()
+        deadline = time.monotonic() + 5
+        with contextlib.suppress(OSError):  # until the child has received all that is behind it
+            while unread.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                raced += 1
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+        return {wire._HEAD.unpack(head)[2]}
+
+    await pool.start()
+    await pool.warm()
+    monkeypatch.setattr(wire, "take_packets_back", take_back)
+    for _ in range(10):
+        results = await pool.all(pool.submit(*["quick"] * 5, "raise", *["quick"] * 20))
+        assert [one.failure.reason for one in results if one.failure is not None] == ["raised"]
+        if raced:
+            break
+    assert raced
+    assert pool.restarts == []
+    assert set(pool.begun().values()) == {1}

@@ -18,6 +18,8 @@ from ingestd.handlers.load import load
 from ingestd.handlers.outcome import Job
 from ingestd.prove.verdict import FoundRows, ProofReport, lines
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "EXACTLY_ONCE.md").read_text()
 BLOCKS = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGE, re.DOTALL))
@@ -25,8 +27,6 @@ BLOCKS = dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", PAGE, re.DOTALL))
 # What psycopg is to the example, on SQLite: the same statements, the same transaction.
 PSYCOPG = """
 import contextlib, sqlite3
-
-pytestmark = pytest.mark.slow
 
 class Cursor(contextlib.closing):
     def __init__(self, db): self.db, self.rowcount = db, -1; super().__init__(self)

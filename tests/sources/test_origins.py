@@ -24,11 +24,11 @@ from tests.daemon.harness import ROOT, Daemon
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 HANDLER = """
 import json, ingestd
 from msgspec.structs import asdict
-
-pytestmark = pytest.mark.slow
 def store(batch: ingestd.Batch[dict]) -> None:
     with open("calls", "a") as calls:
         for i, record in enumerate(batch):
