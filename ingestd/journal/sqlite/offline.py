@@ -87,10 +87,14 @@ def version_of(path: Path) -> int:
     try:
         uri = f"{path.absolute().as_uri()}?mode=ro"
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
-            (application,) = db.execute("PRAGMA application_id").fetchone()
-            (version,) = db.execute("PRAGMA user_version").fetchone()
+            return _version(db, path)
     except _ERRORS as error:
         raise DataDirError(path=path, problem=why(error)) from error
+
+
+def _version(connection: sqlite3.Connection, path: Path) -> int:
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
     if application != APPLICATION_ID:
         raise JournalUnreadable(path=path, problem="this is not a journal of ingestd")
     return int(version)
@@ -122,10 +126,7 @@ def _carry_over(path: Path) -> None:
 
 
 def _check(connection: sqlite3.Connection, path: Path) -> None:
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
-    if application != APPLICATION_ID:
-        raise JournalUnreadable(path=path, problem="this is not a journal of ingestd")
+    version = _version(connection, path)
     if version != VERSION:
         text = f"it has version {version}, this ingestd reads version {VERSION}"
         raise JournalUnreadable(path=path, problem=text)
