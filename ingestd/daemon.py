@@ -40,7 +40,7 @@ from ingestd.host.process import (
 )
 from ingestd.host.systemd import ListenFds, Notifier, ServiceNotifier, ServiceState
 from ingestd.pipeline import DrainReport, Pipeline
-from ingestd.settings import plan_reload, unread
+from ingestd.settings import plan_reload
 from ingestd.source_group import SourceGroup, key_rule
 
 if TYPE_CHECKING:
@@ -272,8 +272,8 @@ class Daemon:
             pipelines=list(self.pipelines),
             executors={name: one.dispatcher.executor for name, one in self.pipelines.items()},
         )
-        for kind in self.settings.unread_sections():
-            log.warning("settings_unread", problem=unread(kind))
+        for _, problem in self.settings.unread():
+            log.warning("settings_unread", problem=problem)
 
     async def _close_pipeline(self, pipeline: Pipeline) -> None:
         await pipeline.end_workers(self._in(CLOSE_SECONDS))

@@ -353,33 +353,23 @@ class Settings(_WithSources):
             found.append(ConfiguredSource(name, entry.kind, key, entry, pipeline))
         return found
 
-    def unread_sections(self) -> list[str]:
-        """The kinds whose tables say something that no source reads beside `[sources.NAME]`.
+    def unread(self) -> Iterator[tuple[str, str]]:
+        """Yields (kind, what to do) for tables that no source reads beside `[sources.NAME]`.
 
         Without such tables it is `source.kind` that chooses, and other tables wait for their turn.
         """
-        if not self.sources:
-            return []
         read = {source.kind for source in self.running_sources() if source.key == source.kind}
-        return [
-            kind
-            for kind in KINDS
-            if kind not in read and getattr(self, kind).model_dump(exclude_defaults=True)
-        ]
+        for kind in KINDS if self.sources else ():
+            if kind not in read and getattr(self, kind).model_dump(exclude_defaults=True):
+                text = f"no source reads [{kind}], because there are tables [sources.NAME]: set"
+                text += f' source.kind = "{kind}", or put its keys into a table [sources.NAME] of'
+                yield kind, f"{text} that kind"
 
     def section_of(self, source: ConfiguredSource) -> Section:
         """The section of a source in these settings."""
         has_own = source.key != source.kind
         section: Section = self.sources[source.name] if has_own else getattr(self, source.kind)
         return section
-
-
-def unread(kind: str) -> str:
-    """Tells that nothing reads the table of a kind of source, and what to do."""
-    return (
-        f"no source reads [{kind}], because there are tables [sources.NAME]: set"
-        f' source.kind = "{kind}", or put its keys into a table [sources.NAME] of that kind'
-    )
 
 
 def plan_reload(running: Settings, new: Settings) -> Change[Settings]:

@@ -26,7 +26,7 @@ from ingestd.config.loader import DEFAULT
 from ingestd.config.sections import MASK
 from ingestd.handlers.options import Secret, options_of
 from ingestd.handlers.target import own_sink
-from ingestd.settings import SCHEMA, unread
+from ingestd.settings import SCHEMA
 
 if TYPE_CHECKING:
     import argparse
@@ -141,8 +141,8 @@ def execute(arguments: argparse.Namespace) -> int:
     report.settings(loaded)
     # Before the handlers: from then on modules of the user's folder come before installed ones.
     _check_access(loaded.settings, report)
-    for kind in loaded.settings.unread_sections():
-        report.problem(kind, unread(kind))
+    for kind, problem in loaded.settings.unread():
+        report.problem(kind, problem)
     report.heading("handlers")
     for name, pipeline in loaded.settings.pipeline_settings().items():
         _check_pipeline(name, pipeline, loaded.settings, report, connect=arguments.connect)
