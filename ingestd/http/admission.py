@@ -99,7 +99,7 @@ class RateLimiter:
 # never refused for its share, or it could never be sent at all.
 #
 # A client that fills a bound does not keep others out until its requests end: an eighth more is
-# there for the first request, and the first `EXPECTED_BYTES`, of each client.
+# there for the first `SPARE_REQUESTS` requests, and the first `EXPECTED_BYTES`, of each client.
 #
 # Streams have no end. What one keeps between two pieces (a decompression window, an unfinished
 # line) is held to half of the bytes, and so is the number of streams to a share for each client,
@@ -107,6 +107,8 @@ class RateLimiter:
 
 EXPECTED_BYTES = 64 * 1024
 """What a body that was announced takes at once."""
+SPARE_REQUESTS = 4
+"""A client that connects again has its last connections there still: their ends are seen later."""
 
 _SPARE = 8
 
@@ -212,7 +214,9 @@ class AdmissionController:
         with self._lock:
             if over_share and self._is_contended(address):
                 raise self._refusal(problem.OVER_SHARE, "this client's share of http.requests_max")
-            spare = 0 if address in self._clients else self._requests_spare
+            client = self._clients.get(address)
+            has_few = client is None or client.requests < SPARE_REQUESTS
+            spare = self._requests_spare if has_few else 0
             if self.requests >= self.requests_max + spare:
                 self._turn_away(address)
                 raise self._refusal(problem.BUSY, "http.requests_max")

@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ingestd.http.admission import BURST_SECONDS, RateLimiter, TokenBucket
+from ingestd.http.admission import (
+    BURST_SECONDS,
+    SPARE_REQUESTS,
+    AdmissionController,
+    RateLimiter,
+    TokenBucket,
+)
+from ingestd.http.problem import Problem
 
 
 def test_a_bucket_is_full_in_the_beginning_and_then_in_debt() -> None:
@@ -44,3 +51,16 @@ def test_the_longer_of_two_waits_counts() -> None:
     assert limits.wait(2.9)[1] == "bytes_per_second"
     assert limits.wait(3.1)[0] == 0
     assert RateLimiter(0, 0, 0.0).wait(0.0) == (0.0, "")
+
+
+def test_a_client_that_comes_again_finds_a_place_while_its_last_request_is_there_still() -> None:
+    room = AdmissionController(10**6, requests_max=64, share=1)
+    for _ in range(64):
+        room.enter("127.0.1.1")
+    for _ in range(SPARE_REQUESTS):
+        room.enter("127.0.2.1")
+    for address in ("127.0.1.1", "127.0.2.1"):
+        with pytest.raises(Problem) as refusal:
+            room.enter(address)
+        assert refusal.value.kind.slug == "busy"
+    room.enter("127.0.3.1")

@@ -44,8 +44,11 @@ class Watch(threading.Thread):
 
     def run(self) -> None:
         while not self._ended.wait(0.02):
-            line = next(x for x in self._status.read_text().splitlines() if x.startswith("VmRSS"))
-            self.samples.append(int(line.split()[1]) * 1024)
+            lines = self._status.read_text().splitlines()
+            resident = [line for line in lines if line.startswith("VmRSS")]
+            if not resident:
+                return  # the process has ended
+            self.samples.append(int(resident[0].split()[1]) * 1024)
 
     def end(self) -> int:
         self._ended.set()
