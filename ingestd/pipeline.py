@@ -111,13 +111,16 @@ class Pipeline:
         self.auditor = Auditor(name, self.journal.maintenance)
         self.budget = MemoryBudget(settings.queue.bytes_max)
         self.queue: asyncio.Queue[Chunk] = asyncio.Queue(settings.queue.chunks_max)
+        self._moved = asyncio.Event()
         self.batcher = Batcher(**settings.batch.model_dump())
         self.dispatcher = Dispatcher(
             name,
             settings.retry,
             clock,
+            letters=self.letters,
             pending=lambda: self.ledger.pending,
             on_idle=self._retime,
+            on_gate=self._moved.set,
         )
         self._data_dir, self._surroundings = data_dir, surroundings
         self.unsettled = UnsettledChunks()
@@ -135,11 +138,9 @@ class Pipeline:
         )
         self._metrics = metrics
         self._clock = clock
-        self.stopped = ""  # why no batch is given out, for people
         self.is_closing = False
         self._gone = True  # the workers
         self._timer: asyncio.Timeout | None = None
-        self._moved = asyncio.Event()
 
     # -- start ---------------------------------------------------------------------------------
 
@@ -175,7 +176,7 @@ class Pipeline:
             self._tasks.start(self._dispatch(), "dispatch"),
             self._tasks.start(self.letters.run(), "letters"),
             self._tasks.start(self.auditor.run(), "auditor"),
-            self._tasks.start(self.dispatcher.failures.run(), "failures"),
+            *(self._tasks.start(run, name) for name, run in self.dispatcher.tasks().items()),
         ]
         # Letters that were marked while nothing ran are requeued before anything new is taken.
         polled = self._loop.create_task(self.letters.polled.wait())
@@ -347,21 +348,8 @@ class Pipeline:
 
     async def _dispatch(self) -> None:
         while True:
-            if self.letters.is_full:
-                await self._wait_for_letters()
             batch = await self.dispatcher.next()
             self._tasks.start(self._run(batch), f"batch-{batch.number}")
-
-    async def _wait_for_letters(self) -> None:
-        """Stops while dead letters of accepted records are at their bound: more would come."""
-        facts = {"pipeline": self.name, "bytes_max": self.settings.dead.bytes_max}
-        self.stopped = "the dead letters are at dead.bytes_max: purge some or requeue them"
-        log.error("dispatch_stopped", reason="dead.bytes_max", **facts)
-        self._moved.set()  # a drain does not wait for what will not come
-        while self.letters.is_full:
-            await self.letters.polls.wait()
-        self.stopped = ""
-        log.info("dispatch_resumed", **facts)
 
     # -- 6. run: one try of one batch ----------------------------------------------------------
 
@@ -420,8 +408,8 @@ class Pipeline:
                 left = None if deadline is None else deadline - self._loop.time()
                 if left is not None and (left <= 0 or self._only_waits_beyond(deadline)):
                     return
-                if self.stopped and not self.dispatcher.running:
-                    return
+                if self.dispatcher.stopped and not self.dispatcher.running:
+                    return  # it does not wait for what will not come
                 self._moved.clear()
                 moved = self._loop.create_task(self._moved.wait())
                 ends: set[asyncio.Future[Any]] = {joined, self.broken, moved}

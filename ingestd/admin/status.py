@@ -287,7 +287,7 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
             purged=letters.purged,
         ),
         executor=pipeline.dispatcher.executor,
-        dispatch_stopped=pipeline.stopped,
+        dispatch_stopped=pipeline.dispatcher.stopped,
         unaccounted=difference,
         oldest_pending_seconds=round(age, 3),
         bounds_near=bounds_near(
@@ -336,7 +336,7 @@ def stages_of(pipeline: Pipeline) -> Iterator[Stage]:
     for stage in (
         Stage("pump", reader.could_give and not pipeline.queue.full(), reader.given),
         Stage("consumer", pipeline.could_cut, consumed),
-        pipeline.dispatcher.stage(stopped=bool(pipeline.stopped)),
+        pipeline.dispatcher.stage(),
         Stage("journal", journal.busy, journal.commits),
     ):
         yield stage._replace(name=f"the {stage.name} of {pipeline.name}")

@@ -1,7 +1,7 @@
 """The dispatcher: gives ready batches to free workers, and judges each try of a batch.
 
-It owns the pool of workers and everything that decides which batch is tried next: the ready queue,
-the outage, the splitter and the retry rule. It writes nothing down.
+It owns the pool of workers and everything that decides which batch is tried next, and when: the
+ready queue, the gate, the outage, the splitter and the retry rule. It writes nothing down.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 from ingestd.base.watchdog import Stage
 from ingestd.execution.build import start_pool
 from ingestd.execution.failure_log import FailureLog
+from ingestd.execution.gate import DispatchGate
 from ingestd.execution.outage import Outage
 from ingestd.execution.ready_queue import Load, ReadyQueue
 from ingestd.execution.retry import BatchSplitter, RetryRule, decide, rank, spends_try
 from ingestd.handlers.outcome import Job
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine, Mapping
 
     from ingestd.base.batch import SealedBatch
     from ingestd.base.clock import Clock
     from ingestd.base.record import Records
+    from ingestd.execution.gate import BoundedLetters
     from ingestd.execution.pool import Pool
     from ingestd.execution.retry import Resolve, RetryBatch
     from ingestd.execution.settings import RetrySettings
@@ -40,12 +42,15 @@ class Dispatcher:
         pipeline: its name.
         retry: `[retry]`.
         clock: for the time of day in logs.
+        letters: the dead letters, which stop it at their bound.
         pending: gives the number of records that are not settled.
         on_idle: called when a worker becomes free, or the last new batch has gone to one.
+        on_gate: called when a reason why no batch is given out has come or gone.
 
     Attributes:
         start_pool: starts the workers; a harness for tests has others.
         executor: `process`, `thread`, `async` or `external`; empty before `open`.
+        gate: says when a batch may be given out at all.
         queue: the batches that wait for a worker or for their next try.
         running: batches that are with a worker, or lie ready before one.
     """
@@ -56,16 +61,20 @@ class Dispatcher:
         retry: RetrySettings,
         clock: Clock,
         *,
+        letters: BoundedLetters,
         pending: Callable[[], int],
         on_idle: Callable[[], None],
+        on_gate: Callable[[], object],
     ) -> None:
         self._pipeline = pipeline
-        self._on_idle = on_idle
+        self._on_idle, self._on_gate = on_idle, on_gate
+        self.gate = DispatchGate(pipeline, letters, on_change=self._gate_changed)
         self.outage = Outage(retry.backoff_max, random.random)
         self.queue: ReadyQueue[SealedBatch] = ReadyQueue(
             waiting_max=Load(retry.waiting_records_max, retry.waiting_bytes_max),
             outage=self.outage,
             on_empty=on_idle,
+            open_at=self.gate.open_at,
         )
         self.splitter = BatchSplitter(self.outage, retry.attempts_max)
         self.failures = FailureLog(pipeline, self.outage, clock, pending)
@@ -88,6 +97,19 @@ class Dispatcher:
         self.pool: Pool[Any]
         self.pool, self.executor = await self.start_pool(self._pipeline, *settings, **context)
 
+    def tasks(self) -> Mapping[str, Coroutine[None, None, None]]:
+        """Coroutines that turn until they are cancelled, by name."""
+        return {"failures": self.failures.run(), "gate": self.gate.run()}
+
+    def _gate_changed(self) -> None:
+        self.queue.look_again()
+        self._on_gate()
+
+    @property
+    def stopped(self) -> str:
+        """Reason for people why no batch is given out; empty while batches are."""
+        return self.gate.stopped
+
     def busy(self, workers: int) -> bool:
         """Tells if a batch that is sealed now would have to wait for a worker."""
         return not self.queue.empty or self.running > workers
@@ -96,6 +118,7 @@ class Dispatcher:
         """Waits for a place with a worker, for a batch, and until its seal is durable."""
         await self.pool.acquire()
         self._has_place = True
+        self.gate.look()
         batch = await self.queue.next()
         self._has_place = False
         self.outage.started(batch.number, self._loop.time())
@@ -137,13 +160,11 @@ class Dispatcher:
         place = rank(batch.count, batch.attempts, self._rule.attempts_max, is_part=is_part)
         self.queue.park(batch, self._loop.time() + after, load, asked=asked, rank=place)
 
-    def stage(self, *, stopped: bool) -> Stage:
-        """The dispatcher as the watchdog sees it; `stopped`: no batch may be given out."""
+    def stage(self) -> Stage:
+        """The dispatcher as the watchdog sees it."""
         free = self._has_place or self.pool.has_free
         ready = self.queue.could_give(self._loop.time())
-        return Stage(
-            "dispatcher", free and ready and not (self._sealing or stopped), self._dispatched
-        )
+        return Stage("dispatcher", free and ready and not self._sealing, self._dispatched)
 
     async def close(self, deadline: float) -> bool:
         """Ends the workers; see `Pool.close`. One that runs a batch then gets no time for it."""

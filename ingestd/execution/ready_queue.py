@@ -58,12 +58,21 @@ class ReadyQueue(Generic[T]):
         waiting_max: what may wait for a retry before no new batch is given, but as a probe.
         outage: says whether the handler is paused.
         on_empty: called when the last new batch has been given.
+        open_at: gives the loop time from which on any batch may be given; see `gate.py`.
     """
 
-    def __init__(self, *, waiting_max: Load, outage: Outage, on_empty: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        *,
+        waiting_max: Load,
+        outage: Outage,
+        on_empty: Callable[[], None],
+        open_at: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         self._waiting_max = waiting_max
         self._outage = outage
         self._on_empty = on_empty
+        self._open_at = open_at
         self._new: deque[T] = deque()
         self._failed: list[_Waiting[T]] = []  # in a backoff of ours; heaps
         self._asked: list[_Waiting[T]] = []  # as long as the handler wants
@@ -103,6 +112,9 @@ class ReadyQueue(Generic[T]):
     @property
     def ready_at(self) -> float:
         """Loop time at which `next` gives a batch; infinite if there is none."""
+        return max(self._open_at(), self._due_at())
+
+    def _due_at(self) -> float:
         asked = self._asked[0].due if self._asked else math.inf
         paused_until = self._outage.next_at
         if paused_until is not None:
@@ -157,6 +169,10 @@ class ReadyQueue(Generic[T]):
         """The handler works again: what waits for nothing else is due, in the order it had."""
         self._failed = [one._replace(due=min(one.due, now)) for one in self._failed]
         heapq.heapify(self._failed)
+        self._changed.set()
+
+    def look_again(self) -> None:
+        """Asks `open_at` again: it has changed."""
         self._changed.set()
 
     async def next(self) -> T:

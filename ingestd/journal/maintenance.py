@@ -43,8 +43,8 @@ class DeadLetterMaintenance:
 
     Attributes:
         polled: set after the first poll, when everything that was marked before is back.
-        polls: set for a moment after each poll.
         pause: seconds between two polls.
+        bytes_max: bound of the letters of accepted records.
     """
 
     pause = LOOK_SECONDS
@@ -54,11 +54,10 @@ class DeadLetterMaintenance:
     ) -> None:
         self._pipeline = pipeline
         self._letters = letters
-        self._age_max = settings.age_max
+        self._age_max, self.bytes_max = settings.age_max, settings.bytes_max
         self._ages = Ages(clock)
         self._stopped = False
         self.polled = asyncio.Event()
-        self.polls = asyncio.Event()
 
     @property
     def is_full(self) -> bool:
@@ -81,8 +80,6 @@ class DeadLetterMaintenance:
             except Overloaded:
                 pass  # the disk is full; the marks stay, and the next poll finds them
             self.polled.set()
-            self.polls.set()  # wakes who waits now
-            self.polls.clear()
             await asyncio.sleep(self.pause)
         self.polled.set()
 

@@ -252,7 +252,7 @@ class HarnessCore:
         )
         pipeline.dispatcher.start_pool = self._pool.start_workers
         pipeline.waiters.on_settled = self._settled
-        pipeline.letters.pause = _POLL_SECONDS
+        pipeline.letters.pause = pipeline.dispatcher.gate.poll_seconds = _POLL_SECONDS
         self._loop.busy = lambda: pipeline.journal.status().unanswered > 0
         await pipeline.open()
         pipeline.broken.add_done_callback(lambda _: self._changed.set())
@@ -372,7 +372,7 @@ class HarnessCore:
 
     def _no_end(self, pipeline: Pipeline, began: float, calls: int) -> str:
         passed = timedelta(seconds=round(self._loop.time() - began))
-        why = pipeline.stopped
+        why = pipeline.dispatcher.stopped
         if not why and self.batches:
             last = self.batches[-1]
             again = "; ".join(dict.fromkeys(last.retried.values()))
