@@ -42,7 +42,8 @@ WITH_FILES = {"try": "trial"}
 """Commands whose words behind HANDLER are files, and their modules: `try` can't be a name."""
 TOOLS = {
     "init": "write a small project: a handler with its settings, tests and deployment files",
-    "dead": "list, show, retry, purge or export dead letters",
+    "dead": "list, sum up, show, edit, retry, purge or export dead letters",
+    "peek": "print pending records, without taking them",
     "healthcheck": "check that the daemon on this machine is ready, or alive",
     "journal": "show statistics of journals, verify or repair them",
     "token": "make a token for the http source, or hash one",

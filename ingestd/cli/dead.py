@@ -1,32 +1,31 @@
-"""`ingestd dead` lists, shows, retries, purges and exports dead letters."""
+"""`ingestd dead` lists, sums up, shows, retries, purges and exports dead letters."""
 
 from __future__ import annotations
 
 import argparse
 import base64
-import os
+import math
+import re
 import sys
 from collections import Counter
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from ingestd.base.envelope import facts_of
 from ingestd.base.errors import ConfigError, Exit, UsageError
-from ingestd.base.files import create_new, sync_folder
 from ingestd.cli.arguments import add_data_dir
 from ingestd.cli.configured import configured
+from ingestd.cli.lines import payload_fields, text_of, write_lines
 from ingestd.cli.moments import moment, shown
-from ingestd.cli.output import discard_stdout, say
+from ingestd.cli.output import say
 from ingestd.codecs.lines import record_fault
 from ingestd.journal.build import stored_journals
 from ingestd.journal.dead_letters import REASONS, LetterFilter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
-    from typing import BinaryIO
 
     from ingestd.cli.output import Parser
     from ingestd.journal.dead_letters import DeadLetters, LetterCounts, StoredLetter
@@ -40,6 +39,9 @@ exit codes: 0 done; 1 unexpected; 2 usage, or not confirmed; 78 configuration, o
 
 SHOWN = 100
 """Rows of a table without `--limit`."""
+ERRORS_MAX = 1000
+"""Different errors of a summary; all further ones of a reason are one."""
+_DIGITS = re.compile(r"[0-9]+")
 
 
 def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None:
@@ -49,6 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None
     one = _action(add, "list", _list, "one line for each dead letter")
     _add_filter(one)
     one.add_argument("--json", action="store_true", help="JSON lines, without payloads")
+    one = _action(add, "summary", _summary, "one line for each error, the most frequent one first")
+    _add_filter(one)
+    one.add_argument("--json", action="store_true", help="JSON lines")
     one = _action(add, "show", _show, "all fields of dead letters, with their payloads")
     _add_ids(one)
     one.add_argument("--json", action="store_true", help="a JSON line for each")
@@ -86,6 +91,9 @@ def _add_filter(parser: Parser) -> None:
         "--reason", type=_reason, action="append", default=[], metavar="WORD",
         help=f"with this reason; repeatable: {', '.join(REASONS)}",
     )  # fmt: skip
+    group.add_argument(
+        "--error", default="", metavar="TEXT", help="with this text in the error, case and all"
+    )
     when = "2026-05-01T12:00:00Z (UTC without an offset), or 2h for two hours ago"
     group.add_argument(
         "--since", type=moment, metavar="WHEN", help=f"given up then or later: {when}"
@@ -167,6 +175,7 @@ def _filter(arguments: argparse.Namespace) -> LetterFilter:
         until=arguments.until,
         ids=frozenset(arguments.id),
         limit=arguments.limit,
+        error=arguments.error,
     )
 
 
@@ -202,6 +211,75 @@ def _list(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     if there > len(rows) and chosen.limit is None:
         print(f"{len(rows)} of {there} dead letters; --limit N shows more", file=sys.stderr)
     elif not rows:
+        print("no dead letters", file=sys.stderr)
+    return int(Exit.OK)
+
+
+class ErrorCount(NamedTuple):
+    """The dead letters of a pipeline whose errors differ in nothing but their numbers.
+
+    Attributes:
+        letters: how many.
+        bytes: of their payloads.
+        marked: of these, to be requeued.
+        first_at: when the first one was given up, seconds since the epoch.
+        last_at: the last one.
+        example: the number of the newest one.
+        error: its error.
+    """
+
+    letters: int = 0
+    bytes: int = 0
+    marked: int = 0
+    first_at: float = math.inf
+    last_at: float = 0.0
+    example: int = 0
+    error: str = ""
+
+
+def summed_up(
+    letters: Iterable[tuple[str, StoredLetter]],
+) -> list[tuple[str, str, ErrorCount]]:
+    """Pipeline, reason and count of each error, the most frequent one first."""
+    counts: dict[tuple[str, str, str], ErrorCount] = {}
+    for pipeline, kept in letters:
+        letter = kept.letter
+        key = pipeline, letter.reason, _DIGITS.sub("0", letter.error)
+        error = letter.error
+        if key not in counts and len(counts) >= ERRORS_MAX:
+            error = "(further errors)"
+            key = pipeline, letter.reason, error
+        before = counts.get(key, ErrorCount())
+        counts[key] = ErrorCount(
+            before.letters + 1,
+            before.bytes + kept.size,
+            before.marked + kept.marked,
+            min(before.first_at, letter.last_at),
+            max(before.last_at, letter.last_at),
+            kept.id,
+            error,
+        )
+    ordered = sorted(counts.items(), key=lambda one: -one[1].letters)
+    return [(pipeline, reason, count) for (pipeline, reason, _), count in ordered]
+
+
+_SUMMARY = "{:>8}  {:<12}  {:<11}  {:<24}  {:<24}  {:>8}  {}"
+
+
+def _summary(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
+    rows = summed_up(_letters(found, _filter(arguments), whole=False))
+    if arguments.json:
+        for pipeline, reason, count in rows:
+            facts = {"pipeline": pipeline, "reason": reason, **count._asdict()}
+            facts |= {name: shown(facts[name]) for name in ("first_at", "last_at")}
+            say(msgspec.json.encode(facts).decode())
+    elif rows:
+        say(_SUMMARY.format("LETTERS", "PIPELINE", "REASON", "FIRST", "LAST", "NEWEST", "ERROR"))
+        for pipeline, reason, count in rows:
+            times, error = (shown(count.first_at), shown(count.last_at)), _one_line(count.error, 80)
+            row = _SUMMARY.format(count.letters, pipeline, reason, *times, count.example, error)
+            say(row.rstrip())
+    else:
         print("no dead letters", file=sys.stderr)
     return int(Exit.OK)
 
@@ -355,7 +433,7 @@ def as_page(pipeline: str, kept: StoredLetter) -> str:
     lines += [f"{name:<9} {_one_line(text)}" for name, text in _origin(letter.envelope)]
     if letter.traceback:
         lines += ["", "traceback", _printable(letter.traceback.rstrip("\n"))]
-    text = _text(letter.payload)
+    text = text_of(letter.payload)
     if text is None:
         encoded = base64.b64encode(letter.payload).decode()
         return "\n".join([*lines, "", f"payload   {kept.size} bytes, base64", encoded])
@@ -384,11 +462,7 @@ def as_line(pipeline: str, kept: StoredLetter, *, whole: bool) -> bytes:
     }
     if whole:
         facts["traceback"] = letter.traceback
-        text = _text(letter.payload)
-        if text is None:
-            facts["payload_base64"] = base64.b64encode(letter.payload).decode()
-        else:
-            facts["payload"] = text
+        facts |= payload_fields(letter.payload)
     return msgspec.json.encode(facts) + b"\n"
 
 
@@ -400,55 +474,6 @@ def _origin(packed: bytes) -> Iterator[tuple[str, str]]:
             yield from ((label, f"{key}: {one}") for key, one in value.items())
         else:
             yield name.removeprefix("content_"), str(value)
-
-
-def write_lines(lines: Iterable[bytes], path: str | None = None) -> int:
-    """Writes lines to a private file, synced and under its name once it is whole, or to stdout.
-
-    No link is followed: neither at its name nor where it is written first.
-
-    Returns:
-        How many. A reader of stdout that has gone ends it early and is no error.
-
-    Raises:
-        OSError: the file, or a full disk behind stdout.
-    """
-    if path is None:
-        try:
-            count = _write(lines, sys.stdout.buffer)
-            sys.stdout.buffer.flush()
-        except BrokenPipeError:
-            discard_stdout()
-            return 0
-        return count
-    target = Path(path)
-    part = target.with_name(f"{target.name}.part")
-    try:
-        with os.fdopen(create_new(part), "wb") as file:
-            count = _write(lines, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(target)
-    except BaseException:
-        part.unlink(missing_ok=True)  # it may be what fills the disk
-        raise
-    sync_folder(target.parent)
-    return count
-
-
-def _write(lines: Iterable[bytes], file: BinaryIO) -> int:
-    count = 0
-    for line in lines:
-        file.write(line)
-        count += 1
-    return count
-
-
-def _text(payload: bytes) -> str | None:
-    try:
-        return payload.decode()
-    except UnicodeDecodeError:
-        return None
 
 
 def _printable(text: str) -> str:

@@ -133,6 +133,37 @@ class Pointer:
         return _shortest(value)
 
 
+class Where:
+    """Conditions that choose records by values in them.
+
+    Args:
+        written: each `KEY=VALUE`: a JSON Pointer, or the name of a member of the record, and the
+            value as text or as JSON; `500` is the number and the string. All have to hold.
+
+    Raises:
+        ValueError: one of them is none.
+    """
+
+    def __init__(self, written: Iterable[str]) -> None:
+        self._conditions: list[tuple[Pointer, tuple[bytes, ...]]] = []
+        for one in written:
+            key, sign, value = one.partition("=")
+            if not key or not sign:
+                raise ValueError(f"{one!r} is no condition: one is KEY=VALUE, as user_id=42")
+            name = key.replace("~", "~0").replace("/", "~1")
+            pointer = Pointer(key if key.startswith("/") else f"/{name}")
+            text = value.encode(errors="replace")
+            self._conditions.append((pointer, (text, msgspec.json.encode(text.decode()))))
+
+    def __bool__(self) -> bool:
+        """Returns True if there are conditions."""
+        return bool(self._conditions)
+
+    def holds(self, record: bytes) -> bool:
+        """Returns True if a record meets all of them; what is no JSON meets none."""
+        return all(pointer.value(record) in values for pointer, values in self._conditions)
+
+
 def _decoder_for(tokens: list[str]) -> msgspec.json.Decoder[Any] | None:
     """A decoder of objects alone; `None` if it cannot have members of such names."""
     inner: Any = Raw

@@ -137,6 +137,7 @@ class LetterFilter(NamedTuple):
         until: given up before this time.
         ids: one of these.
         limit: only so many, the oldest ones.
+        error: a part of its error.
     """
 
     reasons: tuple[str, ...] = ()
@@ -144,6 +145,7 @@ class LetterFilter(NamedTuple):
     until: float | None = None
     ids: Collection[int] = ()
     limit: int | None = None
+    error: str = ""
 
     @property
     def is_open(self) -> bool:

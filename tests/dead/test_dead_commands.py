@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ingestd.cli.dead import write_lines
+from ingestd.cli.lines import write_lines
 from tests.daemon.harness import ROOT, Daemon, daemon
 
 if TYPE_CHECKING:

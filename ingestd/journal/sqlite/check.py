@@ -19,7 +19,7 @@ from ingestd.journal import letter_rows
 from ingestd.journal.dead_letters import DeadLetter
 from ingestd.journal.sqlite import letters, offsets, repair, schema, sender_ids
 from ingestd.journal.sqlite.dead_letters import SqliteDeadLetters
-from ingestd.journal.sqlite.offline import opened, transaction
+from ingestd.journal.sqlite.offline import PendingRecord, opened, pending, transaction
 from ingestd.journal.sqlite.store import meta_of, read_chunks, read_lineage, write_meta
 
 if TYPE_CHECKING:
@@ -354,6 +354,10 @@ class SqliteFile:
             path = self._path.with_name(self._path.name + suffix)
             facts[name] = path.stat().st_size if path.exists() else 0
         return facts
+
+    def pending(self) -> Iterator[PendingRecord]:
+        """Reads the pending records, and takes none; see `offline.pending`."""
+        yield from pending(self._path)
 
     def findings(self) -> Iterator[Finding]:
         """Looks for faults, and yields each as it is found."""

@@ -136,9 +136,12 @@ def _where(db: sqlite3.Connection, chosen: LetterFilter) -> tuple[str, list[obje
 
 def _meant(chosen: LetterFilter, row: LetterRow, last: int | None = None) -> Collection[int]:
     """The numbers of a row's letters that are chosen, up to the number `last`."""
-    numbers = row.numbers
+    numbers: Sequence[int] = row.numbers
     if last is not None:
-        numbers = range(numbers.start, min(numbers.stop, last + 1))
+        numbers = range(row.numbers.start, min(row.numbers.stop, last + 1))
+    if chosen.error:
+        errors = {n: letter.error for n, _, letter in taken_apart(row, whole=False)}
+        numbers = [n for n in numbers if chosen.error in errors[n]]
     return [n for n in numbers if n in chosen.ids] if chosen.ids else numbers
 
 
@@ -195,15 +198,17 @@ def _rows(
 
 def count(db: sqlite3.Connection, chosen: LetterFilter) -> LetterCounts:
     """Counts the letters that are chosen."""
-    if not chosen.ids and chosen.limit is None:
+    if not chosen.ids and chosen.limit is None and not chosen.error:
         return _count_all(db, chosen)
     total, size, marked, incomplete, last = 0, 0, 0, 0, 0
     for row, _ in _rows(db, chosen, whole=False):
+        if total == chosen.limit:
+            break
         meant = list(_meant(chosen, row))
         if chosen.limit is not None:
             meant = meant[: chosen.limit - total]
         if not meant:
-            break
+            continue
         total, last = total + len(meant), meant[-1]
         size += row.size * len(meant) // row.letters
         marked += len(meant) if row.retry else 0

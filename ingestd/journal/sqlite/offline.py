@@ -10,16 +10,26 @@ import contextlib
 import sqlite3
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from ingestd.base import envelope
 from ingestd.base.errors import DataDirError, JournalUnreadable, UsageError
+from ingestd.base.record import Span
 from ingestd.host.data_dir import LOCK_NAME, FileLock
 from ingestd.journal.sqlite.schema import APPLICATION_ID, VERSION, carry_over
-from ingestd.journal.sqlite.store import connect, why
+from ingestd.journal.sqlite.store import (
+    connect,
+    read_chunks,
+    read_one,
+    read_sealed,
+    why,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
+
+    from ingestd.journal.interface import Chunk
 
 BUSY_SECONDS = 30.0
 """How long to wait for the daemon's commit; one takes milliseconds unless the disk hangs."""
@@ -145,3 +155,78 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
             connection.execute("ROLLBACK")
         raise
     time.sleep(max(0.002, time.monotonic() - began))
+
+
+# -- pending records -------------------------------------------------------------------------------
+
+PEEK_BYTES = 1 << 20
+"""How much of the chunks one read brings."""
+
+
+class PendingRecord(NamedTuple):
+    """A record that is accepted and not settled.
+
+    Attributes:
+        id: of the record.
+        accepted_at: of its chunk, seconds since the epoch.
+        batch: the id of the sealed batch that it is in; empty before it is sealed.
+        attempts: tries of that batch.
+        payload: the record; `None` if its chunk is damaged.
+        envelope: packed.
+    """
+
+    id: str
+    accepted_at: float
+    batch: str
+    attempts: int
+    payload: bytes | None
+    envelope: bytes
+
+
+def pending(path: Path) -> Iterator[PendingRecord]:
+    """Reads the pending records: those of sealed batches, then the others, each in order.
+
+    It reads what one moment had and leaves out what was settled since. No read lasts: an open one
+    would keep the daemon from starting its WAL over.
+
+    Raises:
+        JournalUnreadable, DataDirError: see `opened`.
+    """
+    with opened(path) as db:
+        db.execute("BEGIN")
+        journal, chunk, first, last = db.execute(
+            "SELECT journal, cursor_chunk, cursor_record, last_chunk FROM meta"
+        ).fetchone()
+        batches = list(read_sealed(db))
+        db.execute("COMMIT")
+        held: Chunk | None = None
+        for number, attempts, spans in batches:
+            for span in spans:
+                if held is None or held.id != span.chunk:
+                    held = read_one(db, span.chunk)
+                if held is not None:
+                    batch = f"{journal}-{number}"
+                    yield from _records(journal, held, span, batch, attempts)
+        while chunk <= last:
+            found = [one for one in read_chunks(db, chunk, PEEK_BYTES) if one.id <= last]
+            for one in found:
+                skipped = first if one.id == chunk else 0
+                left = Span(one.id, skipped, one.records.count - skipped)
+                yield from _records(journal, one, left)
+            if not found:
+                return
+            chunk, first = found[-1].id + 1, 0
+
+
+def _records(
+    journal: str, chunk: Chunk, span: Span, batch: str = "", attempts: int = 0
+) -> Iterator[PendingRecord]:
+    records, (_, first, count) = chunk.records, span
+    payloads: list[bytes] | list[None] = [None] * count
+    envelopes = [b""] * count
+    if not chunk.damaged:
+        payloads = records.items()[first : first + count]
+        envelopes = envelope.singles(records.envelopes, records.count)[first : first + count]
+    for index, (payload, packed) in enumerate(zip(payloads, envelopes, strict=True), first):
+        name = (records.names and records.names[index]) or f"{journal}.{chunk.id}.{index}"
+        yield PendingRecord(name, chunk.accepted_at, batch, attempts, payload, packed)

@@ -665,6 +665,14 @@ def read_one(db: sqlite3.Connection, number: int, *, version: int = schema.VERSI
     return None if row is None else _chunk(row)
 
 
+def read_sealed(db: sqlite3.Connection) -> Iterator[tuple[int, int, tuple[Span, ...]]]:
+    """Reads number, tries and spans of each sealed batch, oldest first."""
+    for number, attempts, spans in db.execute(
+        "SELECT number, attempts, spans FROM batches ORDER BY number"
+    ):
+        yield number, attempts, _spans_decoder.decode(spans)
+
+
 def read_spans(db: sqlite3.Connection, spans: Iterable[Span]) -> Records | None:
     """The records of a batch; `None` if one of its chunks is damaged or gone.
 
