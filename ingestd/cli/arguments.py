@@ -150,6 +150,25 @@ def add_admin(parser: argparse.ArgumentParser) -> None:
     _add(parser, "--admin.listen", "admin.listen", "HOST:PORT", text)
 
 
+def add_where(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag that chooses records by values in them; see `ingestd.codecs.pointer.Where`."""
+    parser.add_argument(
+        "--where", action="append", default=[], type=_condition, metavar="KEY=VALUE",
+        help="only JSON records with this value; KEY is a member or a JSON Pointer (/user/id);"
+        " repeatable, all have to hold",
+    )  # fmt: skip
+
+
+def _condition(written: str) -> str:
+    from ingestd.codecs.pointer import Where  # noqa: PLC0415  a daemon's start has no conditions
+
+    try:
+        Where([written])
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return written
+
+
 def _add_config(group: _Arguments) -> None:
     group.add_argument(
         "--config",

@@ -11,7 +11,7 @@ import msgspec
 
 from ingestd.base.envelope import facts_of
 from ingestd.base.errors import Exit
-from ingestd.cli.arguments import add_data_dir
+from ingestd.cli.arguments import add_data_dir, add_where
 from ingestd.cli.configured import configured
 from ingestd.cli.lines import payload_fields, write_lines
 from ingestd.cli.moments import shown
@@ -46,23 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None
         help="an object a record: id, accepted_at, batch and its attempts, envelope, payload",
     )  # fmt: skip
     add_data_dir(parser)
-
-
-def add_where(parser: argparse.ArgumentParser) -> None:
-    """Adds the flag that chooses records by values in them; see `where_of`."""
-    parser.add_argument(
-        "--where", action="append", default=[], type=_condition, metavar="KEY=VALUE",
-        help="only JSON records with this value; KEY is a member or a JSON Pointer (/user/id);"
-        " repeatable, all have to hold",
-    )  # fmt: skip
-
-
-def _condition(written: str) -> str:
-    try:
-        Where([written])
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return written
 
 
 def positive(written: str) -> int:
