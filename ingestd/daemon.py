@@ -329,7 +329,9 @@ class Daemon:
         if self._again is not None:
             new = await asyncio.get_running_loop().run_in_executor(None, self._again)
         settings, changed, needs_restart = plan_reload(self.settings, new)
-        (await self.sources.prepare(settings))()
+        changes = [self.admin.prepare(settings.admin), await self.sources.prepare(settings)]
+        for change in changes:
+            change()
         # From here on nothing can be wrong any more.
         self.settings = settings
         self._writer.set_level(settings.log.level)

@@ -41,8 +41,9 @@ from ingestd.config.sections import (
     own_name,
     table_fault,
 )
-from ingestd.config.units import Count, Seconds, Size, Words, show_size
+from ingestd.config.units import Count, Seconds, Size, Switch, Words, show_size
 from ingestd.execution.settings import HandlerSettings, RetrySettings
+from ingestd.http.settings import CredentialSettings
 from ingestd.journal.settings import DeadSettings, beyond_a_row
 from ingestd.pipeline_settings import (
     BatchSettings,
@@ -107,8 +108,21 @@ class SourceSettings(Section):
     pipeline: str = Field(DEFAULT_PIPELINE, description="pipeline of records that name none")
 
 
+class AdminTokenSettings(CredentialSettings):
+    """`[admin.tokens.NAME]`: an operator with a token, and what it may do."""
+
+    EXAMPLE = ("ops", ("hash",))
+
+    role: Literal["reader", "admin"] = Field(
+        "reader", description="reader: may read; admin: may change things too"
+    )
+
+
+AdminTokenName = Annotated[str, AfterValidator(partial(own_name, what="a token"))]
+
+
 class AdminSettings(Section):
-    """`[admin]`: health, metrics and status."""
+    """`[admin]`: health, metrics, status, the console and its API."""
 
     listen: Annotated[str, AfterValidator(_address_or_off)] = Field(
         "127.0.0.1:8081",
@@ -118,6 +132,15 @@ class AdminSettings(Section):
         (),
         max_length=1000,
         description="accepted Host names, beside IP addresses and localhost; * is all",
+    )
+    token_required: Annotated[Switch, Reloadable()] = Field(
+        False, description="demand a token for reading on a loopback address too"
+    )
+    payloads: Annotated[Literal["loopback", "always", "never"], Reloadable()] = Field(
+        "loopback", description="show the payloads of records: on a loopback address, or anywhere"
+    )
+    tokens: Annotated[dict[AdminTokenName, Own[AdminTokenSettings]], Reloadable()] = Field(
+        default_factory=dict, max_length=1000, description="operators with a token, by name"
     )
 
 
@@ -383,6 +406,11 @@ def validation_errors(settings: Settings) -> list[tuple[str, str]]:
         return [("source.kind", UNUSABLE[settings.source.kind])]
     pipelines = settings.pipeline_settings()
     problems = [*_of_sources(settings, pipelines)]
+    problems += [
+        (f"admin.tokens.{name}", "needs one of token, hash and file")
+        for name, token in settings.admin.tokens.items()
+        if not token.has_token
+    ]
     if settings.source.pipeline not in pipelines:
         problems.append(("source.pipeline", f"there is no pipeline {settings.source.pipeline!r}"))
     for name, pipeline in pipelines.items():

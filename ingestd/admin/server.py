@@ -1,88 +1,60 @@
-"""The admin server: health, metrics and status, on an address of its own.
+"""The admin server: health, metrics, status, the console and its API, on an address of its own.
 
-Every connection carries one request and has seconds to live, and there are few of them. So nothing
-that happens here, and nothing that happens where records come in, can lock operators out. That is
-also why it shares nothing with the server of records but the form of an answer.
+Every connection carries one request and has seconds to live, and there are few of them
+(`connection.py`). So nothing that happens here, and nothing that happens where records come in, can
+lock operators out. That is also why it shares nothing with the server of records but the form of an
+answer and of credentials. `access.py` says which requests may do what.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import os
 import socket
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import async_timeout
-import httptools
 import msgspec
 
+from ingestd.admin.access import AdminAccess, Need
+from ingestd.admin.connection import Answer, Connections, as_response
 from ingestd.base.errors import AddressError
 from ingestd.base.logging import get_logger
-from ingestd.config.network import Hosts, authority_of, is_foreign, is_loopback, parse_listen
+from ingestd.config.network import is_loopback, parse_listen
 from ingestd.host.sockets import is_local, show_socket
-from ingestd.http.response import CLOSE, encode
+from ingestd.http import problem
+from ingestd.http.problem import Problem, ProblemType
+from ingestd.http.response import JSON, Response
+from ingestd.http.routing import Resource, find, path_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
+    from ingestd.admin.connection import AdminRequest
     from ingestd.admin.status import AdminView
     from ingestd.base.metrics import Metrics
     from ingestd.settings import AdminSettings
 
-CONNECTIONS_MAX = 64
-"""Connections at one time; for one more one of those that ask nothing is hung up on."""
-CONNECTION_SECONDS = 10.0
-"""A connection's whole life: to send its request and to take its answer."""
-CLOSE_SECONDS = 1.0
-"""How long `close` waits for answers that are on their way, and an answer for the rest of what its
-client sends."""
-HEAD_BYTES_MAX = 32 * 1024
-"""A request, all of it that is looked at."""
-
 SETTING = "admin.listen"
-
-_HEADERS = {"Cache-Control": "no-store"}
+HUNG = ProblemType("hung", 503, "Hung")
+NOT_READY = ProblemType("not-ready", 503, "Not Ready")
+_TEXT = b"text/plain; charset=utf-8"
+_READ = ("GET", "HEAD")
 
 log = get_logger()
 
 
-class _Request(NamedTuple):
-    """The head of a request.
+class AdminPage(NamedTuple):
+    """A page, or an action, of the admin address.
 
     Attributes:
-        method: in capital letters.
-        target: as the request line has it.
-        headers: names in small letters; values of one name are joined with commas.
-        is_unix: it came over a Unix socket.
+        need: the right that it needs.
+        answer: gives the answer, at once, or later if it has to wait; raises `Problem`.
     """
 
-    method: str
-    target: str
-    headers: dict[str, str]
-    is_unix: bool
-
-
-class _Page(NamedTuple):
-    """An answer, before it is HTTP."""
-
-    body: bytes
-    content_type: str = "text/plain; charset=utf-8"
-    status: int = 200
-    headers: dict[str, str] = {}  # noqa: RUF012 - never written to
-
-    def encoded(self, *, bodiless: bool = False) -> bytes:
-        """As HTTP, the last one of its connection."""
-        return encode(
-            self.status,
-            self.content_type.encode(),
-            self.body,
-            headers={**_HEADERS, **self.headers},
-            connection=CLOSE,
-            bodiless=bodiless,
-        )
+    need: Need
+    answer: Callable[[AdminRequest], Response | Awaitable[Answer]]
 
 
 class AdminServer:
@@ -110,19 +82,18 @@ class AdminServer:
         self._settings = settings
         self._view = view
         self._metrics = metrics
-        self._pages: dict[str, Callable[[_Request], _Page]] = {
-            "/livez": self._livez,
-            "/readyz": self._readyz,
-            "/metrics": self._metrics_page,
-            "/v1/status": self._status,
+        self._pages: dict[str, Resource[AdminPage]] = {
+            "/livez": Resource(_READ, AdminPage(Need.PROBE, self._livez)),
+            "/readyz": Resource(_READ, AdminPage(Need.PROBE, self._readyz)),
+            "/metrics": Resource(_READ, AdminPage(Need.PROBE, self._metrics_page)),
+            "/v1/status": Resource(_READ, AdminPage(Need.STATUS, self._status)),
         }
         self._sockets = list(sockets)
         self._local = all(map(is_local, self._sockets))
         if not self._sockets and settings.listen:
             self._local = is_loopback(settings.listen)
-        self._hosts = Hosts(settings.hosts) if self._local or settings.hosts else None
         self._listeners: list[asyncio.Server] = []
-        self._protocol: _Connections | None = None
+        self._protocol: Connections | None = None
         self.addresses: list[str] = []
 
     async def start(self) -> None:
@@ -130,11 +101,12 @@ class AdminServer:
 
         Raises:
             AddressError: it cannot.
-            ConfigError: what is set is not an address.
+            ConfigError: what is set is not an address, or a file of tokens is not as it should be.
         """
         if not (self._settings.listen or self._sockets):
             return
-        self._protocol = _Connections(self._page)
+        self._access = AdminAccess(self._settings, local=self._local)
+        self._protocol = Connections(self._page)
         loop = asyncio.get_running_loop()
         if self._sockets:
             self._listeners = [await _serve_on(sock, self._protocol) for sock in self._sockets]
@@ -161,217 +133,73 @@ class AdminServer:
         self._listeners = []
         self.addresses = []
 
-    def _page(self, request: _Request) -> _Page:
-        if self._hosts is not None and (refusal := self._refusal(request, self._hosts)):
-            return refusal
-        page = self._pages.get(_path_of(request.target))
-        if page is None:
-            return _problem_page(404, "Not Found", f"pages: {' '.join(self._pages)}")
-        if request.method not in ("GET", "HEAD"):
-            return _problem_page(
-                405, "Method Not Allowed", "pages are read with GET or HEAD", Allow="GET, HEAD"
-            )
+    def prepare(self, settings: AdminSettings) -> Callable[[], None]:
+        """Reads what a reload changes; returns what takes it over, and fails no more.
+
+        Raises:
+            ConfigError: a file of tokens is not as it should be; nothing has changed.
+        """
+        if self._protocol is None:
+            return lambda: None
+        access = AdminAccess(settings, local=self._local, denials=self._access.denials)
+
+        def change() -> None:
+            self._access = access
+
+        return change
+
+    def _page(self, request: AdminRequest) -> Response | Awaitable[Answer]:
         try:
-            return page(request)
-        except Exception:  # one page that fails must not look like a dead daemon
-            log.exception("admin_page_failed", page=_path_of(request.target))
-            return _problem_page(500, "Internal Server Error", "the log says why")
+            found = find(self._pages, request.method, request.target)
+            self._access.check_page(request, found.what.need)
+            self._access.authorize(request, found.what.need)
+            answer = found.what.answer(request)
+        except Exception as error:  # noqa: BLE001  one page that fails must not look like a dead daemon
+            return _failed(request, error)
+        return answer if isinstance(answer, Response) else _later(request, answer)
 
-    def _refusal(self, request: _Request, hosts: Hosts) -> _Page | None:
-        """Refuses requests that a foreign page may have sent from a browser on this machine."""
-        headers = request.headers
-        authority = authority_of(request.target, headers.get("host", ""))
-        if not hosts.know(authority) and not request.is_unix:
-            detail = "Host is neither an IP address nor localhost nor one of admin.hosts"
-            return _problem_page(421, "Misdirected Request", detail)
-        # A link may be followed from anywhere: no page sees what its reader gets to see.
-        site = headers.get("sec-fetch-site", "")
-        if headers.get("sec-fetch-mode") == "navigate":
-            site = ""
-        if self._local and is_foreign(headers.get("origin", ""), site, authority):
-            return _problem_page(403, "Forbidden", "pages of other origins may not read this")
-        return None
-
-    def _livez(self, _: _Request) -> _Page:
+    def _livez(self, _: AdminRequest) -> Response:
         """Answers `/livez`: an answer proves that the loop turns; the watchdog decides the rest."""
         alive, reason = self._view.alive()
         if alive:
-            return _Page(b"alive\n")
-        return _problem_page(503, "Hung", reason)
+            return Response(200, _TEXT, b"alive\n")
+        raise Problem(HUNG, reason)
 
-    def _readyz(self, _: _Request) -> _Page:
+    def _readyz(self, _: AdminRequest) -> Response:
         ready, reason = self._view.ready()
         if ready:
-            return _Page(b"ready\n")
-        return _problem_page(503, "Not Ready", reason)
+            return Response(200, _TEXT, b"ready\n")
+        raise Problem(NOT_READY, reason)
 
-    def _metrics_page(self, request: _Request) -> _Page:
-        return _Page(*self._metrics.render(request.headers.get("accept", "")))
+    def _metrics_page(self, request: AdminRequest) -> Response:
+        body, content_type = self._metrics.render(request.headers.get("accept", ""))
+        return Response(200, content_type.encode(), body)
 
-    def _status(self, _: _Request) -> _Page:
-        return _Page(msgspec.json.encode(self._view.status()) + b"\n", "application/json")
-
-
-class _Connection(asyncio.Protocol):
-    """One connection: reads one head, answers it, and ends.
-
-    Attributes:
-        asks: a head has come.
-    """
-
-    def __init__(self, connections: _Connections) -> None:
-        self._connections = connections
-        self._parser: httptools.HttpRequestParser | None = httptools.HttpRequestParser(self)
-        self._size = 0
-        self._target = b""
-        self._headers: dict[str, str] = {}
-        self._is_whole = self._is_broken = False
-        self.asks = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """See `asyncio.Protocol`."""
-        self.transport = cast("asyncio.Transport", transport)  # uvloop's is none by its class
-        self._connections.enter(self)
-
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
-        """See `asyncio.Protocol`."""
-        self._parser = None  # it holds this object
-        self._connections.leave(self)
-
-    def eof_received(self) -> bool:
-        """Keeps the connection for an answer that is not written out."""
-        if self._parser is None:
-            self.transport.close()
-            return True
-        return False
-
-    def data_received(self, data: bytes) -> None:
-        """See `asyncio.Protocol`."""
-        parser = self._parser
-        if parser is None:
-            return  # behind the request
-        self._size += len(data)
-        try:
-            parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # answered like any other request; nothing is upgraded
-        except httptools.HttpParserError:
-            self._is_broken = not self._is_whole
-        if self._is_broken or self._size > HEAD_BYTES_MAX:
-            # Without a log line, which every client could fill.
-            page = _problem_page(400, "Bad Request", "it can't be read as HTTP/1.1")
-            self._answer(page.encoded().replace(b"HTTP/1.1", b"HTTP/1.0", 1))
-        elif self.asks:
-            method = parser.get_method().decode()
-            sock = self.transport.get_extra_info("socket")
-            is_unix = sock is not None and sock.family == socket.AF_UNIX
-            target = self._target.decode("utf-8", "replace")
-            page = self._connections.page(_Request(method, target, self._headers, is_unix))
-            self._answer(page.encoded(bodiless=method == "HEAD"))
-
-    def _answer(self, answer: bytes) -> None:
-        self._parser = None
-        self.transport.write(answer)
-        if self._is_whole and not self._is_broken:
-            self.transport.close()
-            return
-        # What is not read would make the kernel throw the answer away with the connection.
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        asyncio.get_running_loop().call_later(CLOSE_SECONDS, self.transport.close)
-
-    # -- what the parser calls -----------------------------------------------------------------
-
-    def on_url(self, url: bytes) -> None:
-        self._target += b"" if self._is_whole else url
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._is_whole:
-            return  # of another request
-        key, text = name.decode("latin-1").lower(), value.decode("latin-1")
-        before = self._headers.get(key)
-        self._is_broken |= key == "host" and before is not None
-        self._headers[key] = text if before is None else f"{before}, {text}"
-
-    def on_headers_complete(self) -> None:
-        self.asks = True
-
-    def on_message_complete(self) -> None:
-        self._is_whole = True
+    def _status(self, _: AdminRequest) -> Response:
+        return Response(200, JSON, msgspec.json.encode(self._view.status()) + b"\n")
 
 
-class _Connections:
-    """A protocol factory that lets few connections in, each for a while.
-
-    Args:
-        page: answers a request.
-    """
-
-    def __init__(self, page: Callable[[_Request], _Page]) -> None:
-        self.page = page
-        self._inside: dict[_Connection, asyncio.TimerHandle] = {}
-        self._left = asyncio.Event()
-
-    def __call__(self) -> _Connection:
-        """A protocol for a connection that has just been accepted."""
-        return _Connection(self)
-
-    def enter(self, connection: _Connection) -> None:
-        """Starts the connection's clock, and hangs up on the first idle one of too many.
-
-        Whoever holds connections and asks nothing must not keep a probe from its answer: a service
-        manager ends what does not give one.
-        """
-        if len(self._inside) >= CONNECTIONS_MAX:
-            idle = (one for one in self._inside if not one.asks)
-            given_up = next(idle, next(iter(self._inside)))
-            self._inside.pop(given_up).cancel()
-            given_up.transport.abort()
-        # `abort`, not `close`: that would wait for a reader who takes no answer.
-        abort = connection.transport.abort
-        self._inside[connection] = asyncio.get_running_loop().call_later(CONNECTION_SECONDS, abort)
-
-    def leave(self, connection: _Connection) -> None:
-        """Stops the connection's clock."""
-        timer = self._inside.pop(connection, None)
-        if timer is not None:
-            timer.cancel()
-        self._left.set()
-
-    async def hang_up(self) -> None:
-        """Ends all connections; those in the middle of an answer get a moment."""
-        for one in list(self._inside):
-            if not one.asks:
-                one.transport.abort()
-        with contextlib.suppress(TimeoutError):
-            async with async_timeout.timeout(CLOSE_SECONDS):
-                while self._inside:
-                    self._left.clear()
-                    await self._left.wait()
-        for one in list(self._inside):
-            one.transport.abort()
+async def _later(request: AdminRequest, answer: Awaitable[Answer]) -> Answer:
+    try:
+        return await answer
+    except Exception as error:  # noqa: BLE001  see `AdminServer._page`
+        return _failed(request, error)
 
 
-def _path_of(target: str) -> str:
-    """The path of a request's target."""
-    with contextlib.suppress(httptools.HttpParserInvalidURLError):
-        return (httptools.parse_url(target.encode()).path or b"").decode()
-    return ""
+def _failed(request: AdminRequest, error: Exception) -> Response:
+    if isinstance(error, Problem):
+        return as_response(error)
+    log.error("admin_page_failed", page=path_of(request.target, request.method), exc_info=error)
+    return as_response(Problem(problem.INTERNAL, "the log says why"))
 
 
-async def _serve_on(sock: socket.socket, protocol: _Connections) -> asyncio.Server:
+async def _serve_on(sock: socket.socket, protocol: Connections) -> asyncio.Server:
     """Serves on a passed socket. Its file, if it has one, is not ours to remove."""
     loop = asyncio.get_running_loop()
     if sock.family != socket.AF_UNIX:
         return await loop.create_server(protocol, sock=sock)
     more: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
     return await loop.create_unix_server(protocol, sock=sock, **more)
-
-
-def _problem_page(status: int, title: str, detail: str, **headers: str) -> _Page:
-    """An error as RFC 9457 has it."""
-    body = {"type": "about:blank", "title": title, "status": status, "detail": detail}
-    return _Page(msgspec.json.encode(body) + b"\n", "application/problem+json", status, headers)
 
 
 def _problem(error: OSError | UnicodeError) -> str:

@@ -26,6 +26,7 @@ from ingestd.config.loader import DEFAULT
 from ingestd.config.sections import MASK
 from ingestd.handlers.options import Secret, options_of
 from ingestd.handlers.target import own_sink
+from ingestd.http.credentials import read_tokens
 from ingestd.settings import SCHEMA
 
 if TYPE_CHECKING:
@@ -247,6 +248,10 @@ def _check_pipeline(
 
 def _check_access(settings: Settings, report: _Report) -> None:
     """Reads the files with tokens, secrets and certificates."""
+    problems: list[str] = []
+    read_tokens(settings.admin.tokens, problems, "admin.tokens")
+    for text in problems:
+        report.problem("admin", text, Exit.CONFIG)
     formats = {name: one.format for name, one in settings.pipeline_settings().items()}
     for source in settings.running_sources():
         try:

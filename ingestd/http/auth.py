@@ -9,8 +9,6 @@ unless no credentials are configured.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import socket
 import time
 from typing import TYPE_CHECKING, Protocol
@@ -145,6 +143,27 @@ def _rates(token: TokenSettings) -> tuple[int, int]:
     return token.records_per_second, token.bytes_per_second
 
 
+class DenialLog:
+    """Counts refused requests in few lines of the log.
+
+    Args:
+        monotonic: seconds that do not go back.
+    """
+
+    def __init__(self, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._monotonic = monotonic
+        self._count = 0
+        self._due = 0.0
+
+    def count(self, peer: str) -> None:
+        """Counts a refused request of a peer."""
+        self._count += 1
+        now = self._monotonic()
+        if now >= self._due:
+            log.info("requests_denied", count=self._count, last=peer)
+            self._count, self._due = 0, now + DENIED_SECONDS
+
+
 UNIDENTIFIED = Principal()
 """The principal of a request whose token is in its body, until that was read."""
 
@@ -203,8 +222,7 @@ class Authenticator:
         # Who signs certificates decides who comes in, if nobody says it more exactly.
         certified = bool(settings.tls.client_ca) and not settings.tokens
         self._takes_certificates = certified
-        self._denied = 0
-        self._say_denied_at = 0.0
+        self._denials = DenialLog(monotonic)
 
     def admit(self, request: Request, pipeline: str, schemes: Ways = TOKEN_SCHEMES) -> Principal:
         """Authenticates a request, and authorizes it for a pipeline.
@@ -254,7 +272,7 @@ class Authenticator:
         try:
             principal.authorize(pipeline)
         except Problem:
-            self._count(request)
+            self._denials.count(peer_of(request))
             raise
 
     def decides_by_head(self, request: Request) -> bool:
@@ -273,7 +291,7 @@ class Authenticator:
         except Problem as stranger:
             return stranger
         if principal.pipelines is not None:
-            self._count(request)
+            self._denials.count(peer_of(request))
             return principal.forbidden()
         return Problem(problem.UNKNOWN_PIPELINE, "no pipeline has this name")
 
@@ -324,7 +342,7 @@ class Authenticator:
                         return self._known(request, self.access.tokens.owner_of(token))
         if "Authorization" in headers:
             shown = headers.getall("Authorization")
-            owner = self._owner_of(shown[0], schemes) if len(shown) == 1 else None
+            owner = self.access.tokens.owner_by(shown[0], schemes) if len(shown) == 1 else None
         elif API_KEY in headers and "key" in schemes:
             shown = headers.getall(API_KEY)
             owner = self.access.tokens.owner_of(shown[0]) if len(shown) == 1 else None
@@ -360,34 +378,9 @@ class Authenticator:
         client = next(iter(names_in(certificate)), "")
         return Principal(principal, id=principal, client=client)
 
-    def _owner_of(self, authorization: str, schemes: Ways) -> str | None:
-        scheme, _, rest = authorization.partition(" ")
-        scheme, rest = scheme.lower(), rest.strip(" ")
-        if scheme not in schemes:
-            return None
-        if scheme == "bearer":
-            return self.access.tokens.owner_of(rest)
-        if scheme != "basic":
-            return None
-        try:
-            user, colon, token = base64.b64decode(rest, validate=True).decode().partition(":")
-        except (binascii.Error, ValueError):
-            return None
-        if colon and not token:
-            return self.access.tokens.owner_of(user)  # as many clients send a key: `-u KEY:`
-        owner = self.access.tokens.owner_of(token)
-        return owner if owner == user else None
-
     def _deny(self, request: Request, why: str, error: str) -> Problem:
-        self._count(request)
+        self._denials.count(peer_of(request))
         challenge = {"WWW-Authenticate": _CHALLENGE.format(error)}
         found = Problem(problem.UNAUTHORIZED, f"a token is needed; {why}", headers=challenge)
         found.without_credentials = not error
         return found
-
-    def _count(self, request: Request) -> None:
-        self._denied += 1
-        now = self._monotonic()
-        if now >= self._say_denied_at:
-            log.info("requests_denied", count=self._denied, last=peer_of(request))
-            self._denied, self._say_denied_at = 0, now + DENIED_SECONDS

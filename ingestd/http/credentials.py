@@ -6,6 +6,8 @@ safe as a slow hash would: slow hashes make up for passwords that people think u
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import hmac
 import math
@@ -22,7 +24,7 @@ from ingestd.base.files import read_file
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from ingestd.http.settings import TokenSettings
+    from ingestd.http.settings import CredentialSettings
 
 
 PREFIX = "ingestd_"
@@ -195,6 +197,30 @@ class Tokens:
                 owner = name
         return owner
 
+    def owner_by(self, authorization: str, schemes: Sequence[str | TokenScheme]) -> str | None:
+        """The name that the token in an `Authorization` belongs to; bearer and basic are known.
+
+        Args:
+            authorization: the value of the header.
+            schemes: the ways to show a token that count.
+        """
+        scheme, _, rest = authorization.partition(" ")
+        scheme, rest = scheme.lower(), rest.strip(" ")
+        if scheme not in schemes:
+            return None
+        if scheme == "bearer":
+            return self.owner_of(rest)
+        if scheme != "basic":
+            return None
+        try:
+            user, colon, token = base64.b64decode(rest, validate=True).decode().partition(":")
+        except (binascii.Error, ValueError):
+            return None
+        if colon and not token:
+            return self.owner_of(user)  # as many clients send a key: `-u KEY:`
+        owner = self.owner_of(token)
+        return owner if owner == user else None
+
     def owner_of_certificate(self, certificate: Mapping[str, Any]) -> str | None:
         """The name that a certificate belongs to.
 
@@ -239,31 +265,36 @@ def names_in(certificate: Mapping[str, Any]) -> Iterable[str]:
                 yield value
 
 
-def read_tokens(settings: Mapping[str, TokenSettings], problems: list[str]) -> Tokens:
-    """Everything in `[http.tokens]`, and in the files that it names.
+def read_tokens(
+    settings: Mapping[str, CredentialSettings], problems: list[str], table: str = "http.tokens"
+) -> Tokens:
+    """Everything in a table of tokens, and in the files that it names.
 
     Args:
         settings: by name.
         problems: gets a line for everything that is wrong, which is left out of the result.
+        table: the dotted name of the table.
     """
     owners: dict[bytes, tuple[str, str]] = {}
     certificates: dict[str, str] = {}
     for name, token in settings.items():
-        for key, digest in _digests(f"http.tokens.{name}", token, problems):
+        for key, digest in _digests(f"{table}.{name}", token, problems):
             other = owners.setdefault(digest, (name, key))
             if other[0] != name:
                 problems.append(f"{key}: has a token of {other[1]} too")
-        if token.client_certificate:
-            holder = certificates.setdefault(token.client_certificate, name)
+        if certificate := getattr(token, "client_certificate", ""):
+            holder = certificates.setdefault(certificate, name)
             if holder != name:
-                key = f"http.tokens.{name}.client_certificate"
-                problems.append(f"{key}: is that of http.tokens.{holder} too")
+                key = f"{table}.{name}.client_certificate"
+                problems.append(f"{key}: is that of {table}.{holder} too")
     if len(owners) > DIGESTS_MAX:
-        problems.append(f"http.tokens: {len(owners)} tokens, more than {DIGESTS_MAX}")
+        problems.append(f"{table}: {len(owners)} tokens, more than {DIGESTS_MAX}")
     return Tokens([(name, digest) for digest, (name, _) in owners.items()], certificates)
 
 
-def _digests(key: str, token: TokenSettings, problems: list[str]) -> Iterable[tuple[str, bytes]]:
+def _digests(
+    key: str, token: CredentialSettings, problems: list[str]
+) -> Iterable[tuple[str, bytes]]:
     for hashed in (token.token.get_secret_value(), token.hash):
         if hashed:
             yield key, digest_in(hashed)

@@ -116,7 +116,22 @@ class TlsSettings(Section):
     )
 
 
-class TokenSettings(Section):
+class CredentialSettings(Section):
+    """Tokens of one name: as such, hashed, or in a file."""
+
+    token: Annotated[Secret, AfterValidator(_hashed)] = Field(
+        _UNSET, description="the token itself; only its hash is kept"
+    )
+    hash: Annotated[str, AfterValidator(_hash)] = Field("", description="the token's hash")
+    file: FilePath = Field("", description="file of tokens or hashes, one a line")
+
+    @property
+    def has_token(self) -> bool:
+        """Tells if there is one."""
+        return bool(self.token.get_secret_value() or self.hash or self.file)
+
+
+class TokenSettings(CredentialSettings):
     """`[http.tokens.NAME]`: a client with credentials, its pipelines and its rate limits.
 
     At least one of the first four is needed; each of them identifies NAME.
@@ -124,11 +139,6 @@ class TokenSettings(Section):
 
     EXAMPLE = ("shop", ("file",))
 
-    token: Annotated[Secret, AfterValidator(_hashed)] = Field(
-        _UNSET, description="the token itself; only its hash is kept"
-    )
-    hash: Annotated[str, AfterValidator(_hash)] = Field("", description="the token's hash")
-    file: FilePath = Field("", description="file of tokens or hashes, one a line")
     client_certificate: str = Field(
         "", description="name in a client's certificate: its CN or a subject alternative name"
     )
@@ -407,8 +417,7 @@ def problems_of_tls(tls: TlsSettings, table: str) -> Iterator[tuple[str, str]]:
 def _of_a_token(
     key: str, token: TokenSettings, formats: Mapping[str, str]
 ) -> Iterator[tuple[str, str]]:
-    proofs = (token.token.get_secret_value(), token.hash, token.file, token.client_certificate)
-    if not any(proofs):
+    if not (token.has_token or token.client_certificate):
         yield key, "needs one of token, hash, file and client_certificate"
     for name in token.pipelines:
         if name != ALL and name not in formats:

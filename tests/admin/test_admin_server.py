@@ -13,7 +13,7 @@ import uvloop
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
-from ingestd.admin import server as admin_server
+from ingestd.admin import connection as admin_server
 from ingestd.admin.server import AdminServer
 from ingestd.admin.status import (
     BatchesStatus,

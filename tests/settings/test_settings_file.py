@@ -11,7 +11,7 @@ import pytest
 from ingestd.config.keys import dotted, settings_of, shown, unit_of
 from ingestd.config.loader import load
 from ingestd.http.settings import TokenSettings, WebhookSettings
-from ingestd.settings import Settings
+from ingestd.settings import AdminTokenSettings, Settings
 
 FILE = Path(__file__).parents[2] / "config" / "ingestd.toml"
 TEXT = FILE.read_text()
@@ -82,6 +82,16 @@ def test_the_examples_of_a_token_and_a_webhook_name_every_key(tmp_path: Path) ->
     unsaid = {"pipelines", "records_per_second", "bytes_per_second"}
     assert token.model_dump(include=unsaid) == TokenSettings().model_dump(include=unsaid)
     assert webhook.tolerance == WebhookSettings(kind="github").tolerance
+
+
+def test_the_example_of_an_operator_names_every_key(tmp_path: Path) -> None:
+    start = TEXT.index("# [admin.tokens.")
+    example = TEXT[start : TEXT.index("\n[", start)]
+    text = re.sub(r"(?m)^# ?", "", example).replace("…", "x" * 16)
+    (tmp_path / "ingestd.toml").write_text(text)
+    token = load(Settings, environ={}, cwd=tmp_path, secrets=tmp_path / "none").settings.admin
+    assert token.tokens["ops"].model_fields_set == set(AdminTokenSettings.model_fields)
+    assert token.tokens["ops"].role == AdminTokenSettings().role
 
 
 @pytest.mark.parametrize("path", [path for path, _ in settings_of(Settings)], ids=dotted)
