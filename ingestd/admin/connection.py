@@ -25,6 +25,8 @@ from ingestd.http.response import CLOSE, PROBLEM, Response, encode
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
+    from ingestd.admin.access import Need
+
 CONNECTIONS_MAX = 64
 """Connections at one time; for one more one of those that ask nothing is hung up on."""
 CONNECTION_SECONDS = 10.0
@@ -110,6 +112,18 @@ class StreamedResponse(NamedTuple):
 
 
 Answer = Response | StreamedResponse
+
+
+class AdminPage(NamedTuple):
+    """A page, or an action, of the admin address.
+
+    Attributes:
+        need: the right that it needs.
+        answer: gives the answer, at once, or later if it has to wait; raises `Problem`.
+    """
+
+    need: Need
+    answer: Callable[[AdminRequest], Response | Awaitable[Answer]]
 
 
 def as_response(problem: Problem) -> Response:

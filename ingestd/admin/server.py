@@ -13,12 +13,12 @@ import errno
 import os
 import socket
 import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ingestd.admin.access import AdminAccess, Need
-from ingestd.admin.connection import Answer, Connections, as_response
+from ingestd.admin.connection import AdminPage, Answer, Connections, as_response
 from ingestd.base.errors import AddressError
 from ingestd.base.logging import get_logger
 from ingestd.config.network import is_loopback, parse_listen
@@ -43,18 +43,6 @@ _TEXT = b"text/plain; charset=utf-8"
 _READ = ("GET", "HEAD")
 
 log = get_logger()
-
-
-class AdminPage(NamedTuple):
-    """A page, or an action, of the admin address.
-
-    Attributes:
-        need: the right that it needs.
-        answer: gives the answer, at once, or later if it has to wait; raises `Problem`.
-    """
-
-    need: Need
-    answer: Callable[[AdminRequest], Response | Awaitable[Answer]]
 
 
 class AdminServer:

@@ -8,10 +8,8 @@ from typing import TYPE_CHECKING
 
 from ingestd.base.record import InvalidRecord
 from ingestd.codecs.compression import TooMuch
-from ingestd.codecs.fluent import RecordBounds, TooManyRecords, parse_body
 from ingestd.codecs.json import is_json
 from ingestd.codecs.lines import KEPT_BYTES
-from ingestd.codecs.msgpack import MessagePackFault
 from ingestd.http import problem
 from ingestd.http.problem import ERRORS_MAX, Problem
 from ingestd.sources.http.decode import (
@@ -43,7 +41,9 @@ class MessagePackCodec(BodyCodec):
 
     def decode(self, body: bytes, limits: BodyLimits) -> tuple[Decoded]:
         """See `BodyCodec`."""
-        bounds = RecordBounds(
+        from ingestd.codecs import fluent, msgpack  # noqa: PLC0415  few clients send it
+
+        bounds = fluent.RecordBounds(
             limits.records_max,
             limits.record_bytes_max,
             limits.depth_max,
@@ -51,11 +51,11 @@ class MessagePackCodec(BodyCodec):
             ERRORS_MAX,
         )
         try:
-            parsed = parse_body(body, bounds)
-        except MessagePackFault as fault:
+            parsed = fluent.parse_body(body, bounds)
+        except msgpack.MessagePackFault as fault:
             refused = InvalidRecord(0, "malformed", str(fault), body[:KEPT_BYTES])
             raise nothing_good([refused]) from None
-        except TooManyRecords as fault:
+        except fluent.TooManyRecords as fault:
             raise Problem(problem.TOO_MANY_RECORDS, str(fault)) from None
         except TooMuch as fault:
             raise Problem(problem.PAYLOAD_TOO_LARGE, str(fault)) from None
