@@ -1,23 +1,27 @@
-"""`ingestd dead` lists, sums up, shows, retries, purges and exports dead letters."""
+"""`ingestd dead` lists, sums up, shows, edits, retries, purges and exports dead letters."""
 
 from __future__ import annotations
 
 import argparse
-import base64
 import math
+import os
 import re
+import shlex
+import shutil
+import subprocess
 import sys
+import tempfile
 from collections import Counter
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from ingestd.base.envelope import facts_of
 from ingestd.base.errors import ConfigError, Exit, UsageError
 from ingestd.cli.arguments import add_data_dir
 from ingestd.cli.configured import configured
-from ingestd.cli.lines import payload_fields, text_of, write_lines
+from ingestd.cli.lines import as_line, as_page, as_row, head, one_line, write_lines
 from ingestd.cli.moments import moment, shown
 from ingestd.cli.output import say
 from ingestd.codecs.lines import record_fault
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 
     from ingestd.cli.output import Parser
     from ingestd.journal.dead_letters import DeadLetters, LetterCounts, StoredLetter
+    from ingestd.pipeline_settings import PipelineSettings
     from ingestd.settings import Settings
 
 DESCRIPTION = """\
@@ -60,6 +65,16 @@ def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None
     one = _action(add, "retry", _retry, "requeue dead letters (all, or those of a filter)")
     _add_filter(one)
     one.add_argument("--all", action="store_true", help="every dead letter; the same as no filter")
+    one = _action(add, "edit", _edit, "change the payload of a dead letter, and requeue it")
+    _add_ids(one)
+    one.add_argument(
+        "--set", type=_assignment, action="append", default=[], metavar="KEY=VALUE",
+        help="set this in a JSON record; KEY is a member or a JSON Pointer, VALUE JSON or a text;"
+        " repeatable",
+    )  # fmt: skip
+    one.add_argument(
+        "--input", metavar="FILE", help="read the payload from this file; - is standard input"
+    )
     one = _action(add, "purge", _purge, "delete dead letters for good")
     _add_filter(one)
     one.add_argument("--all", action="store_true", help="every dead letter")
@@ -276,7 +291,7 @@ def _summary(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> in
     elif rows:
         say(_SUMMARY.format("LETTERS", "PIPELINE", "REASON", "FIRST", "LAST", "NEWEST", "ERROR"))
         for pipeline, reason, count in rows:
-            times, error = (shown(count.first_at), shown(count.last_at)), _one_line(count.error, 80)
+            times, error = (shown(count.first_at), shown(count.last_at)), one_line(count.error, 80)
             row = _SUMMARY.format(count.letters, pipeline, reason, *times, count.example, error)
             say(row.rstrip())
     else:
@@ -340,16 +355,152 @@ def _retry(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     return int(Exit.OK)
 
 
+def pipeline_of(settings: Settings, pipeline: str) -> PipelineSettings:
+    """The settings of a pipeline; those of the default one if they do not name it any more."""
+    every = settings.pipeline_settings()
+    return every.get(pipeline, every["default"])
+
+
 def _check(settings: Settings, pipeline: str) -> Callable[[bytes], str]:
     """The check of a payload as a record of a pipeline, as the daemon makes it, too."""
-    every = settings.pipeline_settings()
-    own = every.get(pipeline, every["default"])
+    own = pipeline_of(settings, pipeline)
     return partial(
         record_fault,
         form=own.format,
         record_bytes_max=own.record_bytes_max,
         depth_max=own.json_depth_max,
     )
+
+
+def _edit(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
+    if len(arguments.id) != 1:
+        raise UsageError(problem="edit needs the number of one dead letter (see ingestd dead list)")
+    chosen = LetterFilter(ids=frozenset(arguments.id))
+    for name, kept in _letters(found, chosen, whole=True):
+        if kept.letter.reason == "damaged" or kept.marked:
+            why = "is being requeued" if kept.marked else "holds no record (damaged)"
+            raise UsageError(problem=f"dead letter {kept.id} {why}")
+        form = pipeline_of(arguments.settings, name).format
+        payload, left_in = _edited(arguments, kept.letter.payload, is_json=form == "json")
+        text = f"; your text is in {left_in}" if left_in else ""
+        if payload == kept.letter.payload:
+            print("nothing was changed", file=sys.stderr)
+            _remove(left_in)
+            return int(Exit.OK)
+        if fault := _check(arguments.settings, name)(payload):
+            raise UsageError(problem=f"that is no record of pipeline {name}: {fault}{text}")
+        if not found[name].edit(kept.id, kept.letter.payload, payload):
+            problem = f"dead letter {kept.id} was changed or requeued meanwhile{text}"
+            raise UsageError(problem=problem)
+        _remove(left_in)
+        say(f"dead letter {kept.id} was edited and will be requeued")
+        return int(Exit.OK)
+    raise UsageError(problem=f"dead letter {arguments.id[0]} has gone")
+
+
+def _edited(arguments: argparse.Namespace, payload: bytes, *, is_json: bool) -> tuple[bytes, str]:
+    """The new payload, and the file that an editor has left it in, or an empty text.
+
+    Raises:
+        UsageError: the flags do not fit the record, or the editor failed.
+        ConfigError: the file can't be read.
+    """
+    left_in = ""
+    if arguments.set:
+        text = with_values(payload, arguments.set)
+    elif arguments.input is not None:
+        try:
+            text = sys.stdin.buffer.read() if arguments.input == "-" else _read(arguments.input)
+        except OSError as error:
+            problem = f"{arguments.input}: {error.strerror or error}"
+            raise ConfigError(problem=problem) from error
+    else:
+        text, left_in = _from_editor(payload, is_json=is_json)
+    if text.endswith(b"\n") and not payload.endswith(b"\n"):
+        text = text[:-1].removesuffix(b"\r")  # of the last line, not of the record
+    if is_json:
+        new = _formatted(text, -1)
+        text = payload if new == _formatted(payload, -1) else new
+    return text, left_in
+
+
+def _formatted(payload: bytes, indent: int) -> bytes:
+    """JSON in another form; anything else as it is, for the check to name its fault."""
+    try:
+        return msgspec.json.format(payload, indent=indent)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return payload
+
+
+def _read(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+def _from_editor(payload: bytes, *, is_json: bool) -> tuple[bytes, str]:
+    """The payload as an editor leaves it behind in a private file, and the file."""
+    if not sys.stdin or not sys.stdin.isatty():
+        raise UsageError(problem="without a terminal, edit needs --set or --input")
+    if is_json:
+        payload = _formatted(payload, 2)
+    editor = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi")
+    # In a private folder: many editors put a new file, with a mode of its own, in place of it.
+    path = str(
+        Path(tempfile.mkdtemp(prefix="ingestd-")) / f"payload.{'json' if is_json else 'txt'}"
+    )
+    before = payload + (b"" if payload.endswith(b"\n") else b"\n")
+    Path(path).write_bytes(before)
+    try:
+        code = subprocess.call([*editor, path])  # noqa: S603  the operator's own
+    except OSError as error:
+        _remove(path)
+        raise UsageError(problem=f"{editor[0]}: {error.strerror} (set EDITOR)") from error
+    if code:
+        _remove(path)
+        raise UsageError(problem=f"{editor[0]} failed ({code}): nothing was changed")
+    text = _read(path)
+    return (payload if text == before else text), path
+
+
+def _remove(left_in: str) -> None:
+    """Removes the folder that an editor has worked in."""
+    if left_in:
+        shutil.rmtree(Path(left_in).parent, ignore_errors=True)
+
+
+def with_values(record: bytes, values: Sequence[tuple[list[str], object]]) -> bytes:
+    """A JSON record with values set in it, each at the tokens of its JSON Pointer.
+
+    Raises:
+        UsageError: it is no JSON, or a pointer leads through something that has no members.
+    """
+    try:
+        root: Any = msgspec.json.decode(record)
+    except msgspec.DecodeError as error:
+        raise UsageError(problem=f"--set needs a record that is JSON: {error}") from error
+    for (*way, last), value in values:
+        place = root
+        try:
+            for token in way:
+                place = place[int(token)] if type(place) is list else place.setdefault(token, {})
+            place[int(last) if type(place) is list else last] = value
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            problem = f"--set: there is no place /{'/'.join([*way, last])} in the record"
+            raise UsageError(problem=problem) from error
+    return msgspec.json.encode(root)
+
+
+def _assignment(written: str) -> tuple[list[str], object]:
+    """The tokens of a JSON Pointer, and the value."""
+    key, sign, value = written.partition("=")
+    if not key or not sign:
+        raise argparse.ArgumentTypeError(f"{written!r} should be KEY=VALUE")
+    tokens = [key]
+    if key.startswith("/"):
+        tokens = [one.replace("~1", "/").replace("~0", "~") for one in key[1:].split("/")]
+    try:
+        return tokens, msgspec.json.decode(value)
+    except msgspec.DecodeError:
+        return tokens, value
 
 
 def _before(marked: int) -> str:
@@ -391,95 +542,3 @@ def _confirmed(what: str) -> bool:
         raise UsageError(problem=f"to {what} without a terminal, add --yes")
     print(f"{what}? [y/N] ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip().lower() in {"y", "yes"}
-
-
-# -- rendering -------------------------------------------------------------------------------------
-
-_ROW = "{:>8}  {:<12}  {:<24}  {:<11}  {:>5}  {:>9}  {}"
-
-
-def head() -> str:
-    """The table's first line."""
-    return _ROW.format("ID", "PIPELINE", "GIVEN UP", "REASON", "TRIES", "BYTES", "ERROR")
-
-
-def as_row(pipeline: str, kept: StoredLetter) -> str:
-    """One line of the table."""
-    letter = kept.letter
-    error = _one_line(letter.error, 80)
-    if letter.records > 1:
-        error = f"[{letter.records} records] {error}"
-    if kept.marked:
-        error = f"[requeued] {error}"
-    return _ROW.format(
-        kept.id, pipeline, shown(letter.last_at), letter.reason, letter.attempts, kept.size, error
-    ).rstrip()
-
-
-def as_page(pipeline: str, kept: StoredLetter) -> str:
-    """All fields, for a terminal. Control characters are shown as `?`."""
-    letter = kept.letter
-    lines = [
-        f"letter    {kept.id} of pipeline {pipeline}",
-        f"record    {letter.record or '(never accepted)'}",
-        f"records   {letter.records}",
-        f"reason    {letter.reason}",
-        f"error     {_one_line(letter.error)}",
-        f"attempts  {letter.attempts}",
-        f"first at  {shown(letter.first_at)}",
-        f"given up  {shown(letter.last_at)}",
-        f"requeued  {'yes' if kept.marked else 'no'}",
-    ]
-    lines += [f"{name:<9} {_one_line(text)}" for name, text in _origin(letter.envelope)]
-    if letter.traceback:
-        lines += ["", "traceback", _printable(letter.traceback.rstrip("\n"))]
-    text = text_of(letter.payload)
-    if text is None:
-        encoded = base64.b64encode(letter.payload).decode()
-        return "\n".join([*lines, "", f"payload   {kept.size} bytes, base64", encoded])
-    return "\n".join([*lines, "", f"payload   {kept.size} bytes", _printable(text)])
-
-
-def as_line(pipeline: str, kept: StoredLetter, *, whole: bool) -> bytes:
-    """A JSON object and an LF; `whole` with traceback and payload.
-
-    The payload is `payload` if it is UTF-8, else `payload_base64`.
-    """
-    letter = kept.letter
-    facts: dict[str, object] = {
-        "pipeline": pipeline,
-        "id": kept.id,
-        "record": letter.record,
-        "records": letter.records,
-        "reason": letter.reason,
-        "error": letter.error,
-        "attempts": letter.attempts,
-        "first_at": shown(letter.first_at),
-        "last_at": shown(letter.last_at),
-        "bytes": kept.size,
-        "retry": kept.marked,
-        "envelope": facts_of(letter.envelope),
-    }
-    if whole:
-        facts["traceback"] = letter.traceback
-        facts |= payload_fields(letter.payload)
-    return msgspec.json.encode(facts) + b"\n"
-
-
-def _origin(packed: bytes) -> Iterator[tuple[str, str]]:
-    """The facts of an envelope, by the names of their lines on a page."""
-    for name, value in facts_of(packed).items():
-        if isinstance(value, dict):
-            label = "header" if name == "headers" else "attribute"
-            yield from ((label, f"{key}: {one}") for key, one in value.items())
-        else:
-            yield name.removeprefix("content_"), str(value)
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
-
-
-def _one_line(text: str, width: int | None = None) -> str:
-    line = "".join(c if c.isprintable() else " " for c in text)
-    return line if width is None or len(line) <= width else f"{line[: width - 1]}…"

@@ -1,4 +1,4 @@
-"""Lines of JSON for commands: records and dead letters, to stdout or into a file."""
+"""Lines for commands: records and dead letters as JSON, as rows of a table and as pages."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
+from ingestd.base.envelope import facts_of
 from ingestd.base.files import create_new, sync_folder
+from ingestd.cli.moments import shown
 from ingestd.cli.output import discard_stdout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from typing import BinaryIO
+
+    from ingestd.journal.dead_letters import StoredLetter
 
 
 def write_lines(lines: Iterable[bytes], path: str | None = None) -> int:
@@ -72,3 +78,96 @@ def payload_fields(payload: bytes) -> dict[str, object]:
     if text is None:
         return {"payload_base64": base64.b64encode(payload).decode()}
     return {"payload": text}
+
+
+# -- dead letters ----------------------------------------------------------------------------------
+
+_ROW = "{:>8}  {:<12}  {:<24}  {:<11}  {:>5}  {:>9}  {}"
+
+
+def head() -> str:
+    """The table's first line."""
+    return _ROW.format("ID", "PIPELINE", "GIVEN UP", "REASON", "TRIES", "BYTES", "ERROR")
+
+
+def as_row(pipeline: str, kept: StoredLetter) -> str:
+    """One line of the table."""
+    letter = kept.letter
+    error = one_line(letter.error, 80)
+    if letter.records > 1:
+        error = f"[{letter.records} records] {error}"
+    if kept.marked:
+        error = f"[requeued] {error}"
+    return _ROW.format(
+        kept.id, pipeline, shown(letter.last_at), letter.reason, letter.attempts, kept.size, error
+    ).rstrip()
+
+
+def as_page(pipeline: str, kept: StoredLetter) -> str:
+    """All fields, for a terminal. Control characters are shown as `?`."""
+    letter = kept.letter
+    lines = [
+        f"letter    {kept.id} of pipeline {pipeline}",
+        f"record    {letter.record or '(never accepted)'}",
+        f"records   {letter.records}",
+        f"reason    {letter.reason}",
+        f"error     {one_line(letter.error)}",
+        f"attempts  {letter.attempts}",
+        f"first at  {shown(letter.first_at)}",
+        f"given up  {shown(letter.last_at)}",
+        f"requeued  {'yes' if kept.marked else 'no'}",
+    ]
+    lines += [f"{name:<9} {one_line(text)}" for name, text in _origin(letter.envelope)]
+    if letter.traceback:
+        lines += ["", "traceback", _printable(letter.traceback.rstrip("\n"))]
+    text = text_of(letter.payload)
+    if text is None:
+        encoded = base64.b64encode(letter.payload).decode()
+        return "\n".join([*lines, "", f"payload   {kept.size} bytes, base64", encoded])
+    return "\n".join([*lines, "", f"payload   {kept.size} bytes", _printable(text)])
+
+
+def as_line(pipeline: str, kept: StoredLetter, *, whole: bool) -> bytes:
+    """A JSON object and an LF; `whole` with traceback and payload.
+
+    The payload is `payload` if it is UTF-8, else `payload_base64`.
+    """
+    letter = kept.letter
+    facts: dict[str, object] = {
+        "pipeline": pipeline,
+        "id": kept.id,
+        "record": letter.record,
+        "records": letter.records,
+        "reason": letter.reason,
+        "error": letter.error,
+        "attempts": letter.attempts,
+        "first_at": shown(letter.first_at),
+        "last_at": shown(letter.last_at),
+        "bytes": kept.size,
+        "retry": kept.marked,
+        "envelope": facts_of(letter.envelope),
+    }
+    if whole:
+        facts["traceback"] = letter.traceback
+        facts |= payload_fields(letter.payload)
+    return msgspec.json.encode(facts) + b"\n"
+
+
+def _origin(packed: bytes) -> Iterator[tuple[str, str]]:
+    """The facts of an envelope, by the names of their lines on a page."""
+    for name, value in facts_of(packed).items():
+        if isinstance(value, dict):
+            label = "header" if name == "headers" else "attribute"
+            yield from ((label, f"{key}: {one}") for key, one in value.items())
+        else:
+            yield name.removeprefix("content_"), str(value)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+
+
+def one_line(text: str, width: int | None = None) -> str:
+    """A text on one line of at most so many characters; control characters are blanks."""
+    line = "".join(c if c.isprintable() else " " for c in text)
+    return line if width is None or len(line) <= width else f"{line[: width - 1]}…"

@@ -230,6 +230,19 @@ class DeadLetters(Protocol):
         """
         ...
 
+    def edit(self, number: int, before: bytes, after: bytes) -> bool:
+        """Gives a letter another payload and marks it to be requeued.
+
+        Args:
+            number: of the letter.
+            before: its payload, as it was read.
+            after: the new one, a record of the pipeline.
+
+        Returns:
+            False if it has gone, is marked, or has another payload by now; nothing was changed.
+        """
+        ...
+
     def purge(self, chosen: LetterFilter, last: int) -> int:
         """Deletes letters up to the number `last`, but no marked ones; returns how many."""
         ...

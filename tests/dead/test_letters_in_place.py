@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import shutil
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,8 +16,10 @@ from ingestd.base.clock import SystemClock
 from ingestd.base.record import InvalidRecord, Records, Span
 from ingestd.cli import dead
 from ingestd.journal.dead_letters import DeadLetter
-from ingestd.journal.interface import Cursor, Seal, Sealed, Settle
+from ingestd.journal.interface import Cursor, Ledger, Seal, Sealed, Settle
+from ingestd.journal.sqlite import check
 from ingestd.journal.sqlite.journal import SqliteJournal
+from ingestd.journal.sqlite.offline import opened
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -79,3 +84,75 @@ async def test_letters_of_one_error_are_retried_and_purged(journal: SqliteJourna
     listed = [json.loads(line) for line in run("list", "--json")[0].splitlines()]
     assert [one["id"] for one in listed] == [5]
     assert journal.ledger.dead == 2
+
+
+async def test_an_edited_letter_is_requeued_and_every_number_stays_exact(
+    journal: SqliteJournal, run, tmp_path: Path
+) -> None:
+    text = run("edit", "2", "--set", "n=7", "--set", "/who/name=jo", "--set", '/tags=["a"]')[0]
+    assert text == "dead letter 2 was edited and will be requeued\n"
+    (tmp_path / "new.json").write_text('{\n  "n": 8\n}\n')
+    run("edit", "5", "--input", str(tmp_path / "new.json"))
+    listed = [json.loads(line) for line in run("list", "--json")[0].splitlines()]
+    assert [(one["id"], one["retry"]) for one in listed] == [
+        (1, False), (2, True), (3, False), (4, False), (5, True),
+    ]  # fmt: skip
+    assert await journal.dead_letters.poll_marked()
+    moved = await journal.dead_letters.requeue()
+    (chunk,) = moved.chunks
+    assert chunk.records.items() == [b'{"n":7,"who":{"name":"jo"},"tags":["a"]}', b'{"n":8}']
+    assert chunk.records.names == (f"{journal.id}.1.1", "")
+    assert (moved.requeued, moved.readmitted, moved.unfit) == (1, 1, 0)
+    assert journal.ledger == Ledger(accepted=5, processed=0, dead=3, invalid=0)
+    with opened(journal.path) as db:
+        assert list(check.findings(db)) == []
+
+
+async def test_what_is_no_record_changes_nothing(journal: SqliteJournal, run, monkeypatch) -> None:
+    for args, problem in (
+        (("1", "--input", "/dev/null"), "no record of pipeline default"),
+        (("5", "--set", "n=1"), "needs a record that is JSON"),
+        (("1", "--set", "/n/x=1"), "no place /n/x in the record"),
+        (("1", "2", "--set", "n=1"), "the number of one dead letter"),
+        (("1", "--set", "n"), "should be KEY=VALUE"),
+        (("1",), "needs --set or --input"),
+    ):
+        monkeypatch.setattr("sys.stdin", None)
+        assert problem in run("edit", *args, code=2)[1]
+    assert run("edit", "1", "--set", "n=0")[1] == "nothing was changed\n"
+    assert not await journal.dead_letters.poll_marked()
+    run("edit", "1", "--set", "n=1")
+    assert "is being requeued" in run("edit", "1", "--set", "n=2", code=2)[1]
+    assert not journal.dead_letters.edit(2, b"something else", b"1")
+    assert not journal.dead_letters.edit(9, b"", b"1")
+
+
+EDITOR = """#!/bin/sh
+grep -q '"n": 3' "$2" && sed "$1" "$2" > "$2.new" && mv "$2.new" "$2"
+"""
+
+
+async def test_an_editor_gets_the_record_in_a_file(
+    journal: SqliteJournal, tmp_path: Path, monkeypatch, capfd
+) -> None:
+    editor = tmp_path / "editor"
+    editor.write_text(EDITOR)
+    editor.chmod(0o755)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.delenv("VISUAL", raising=False)
+    number, side = pty.openpty()
+    with os.fdopen(number, "rb"), os.fdopen(side) as terminal:
+        monkeypatch.setattr("sys.stdin", terminal)
+        args = ["dead", "edit", "4", "--data-dir", str(tmp_path)]
+        monkeypatch.setenv("EDITOR", f"{editor} s/3/nothing/")
+        assert main(args) == 2
+        (left,) = tmp_path.glob("ingestd-*/payload.json")
+        assert f"your text is in {left}" in capfd.readouterr().err
+        assert left.parent.stat().st_mode & 0o777 == 0o700
+        shutil.rmtree(left.parent)
+        monkeypatch.setenv("EDITOR", f"{editor} s/3/33/")
+        assert main(args) == 0
+    assert not list(tmp_path.glob("ingestd-*"))
+    moved = await journal.dead_letters.requeue()
+    assert moved.chunks[0].records.items() == [b'{"n":33}']

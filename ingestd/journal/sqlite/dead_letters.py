@@ -68,6 +68,11 @@ class SqliteDeadLetters:
         with opened(self._path, write=True) as db:
             return mark(db, chosen, last, check)
 
+    def edit(self, number: int, before: bytes, after: bytes) -> bool:
+        """See `DeadLetters.edit`."""
+        with opened(self._path, write=True) as db:
+            return edit(db, number, before, after)
+
     def purge(self, chosen: LetterFilter, last: int) -> int:
         """See `DeadLetters.purge`."""
         with opened(self._path, write=True) as db:
@@ -278,6 +283,21 @@ def mark(
 
     marked = sum(_change(db, wanted(), mark=True))
     return MarkedLetters(marked, invalid)
+
+
+def edit(db: sqlite3.Connection, number: int, before: bytes, after: bytes) -> bool:
+    """Gives a letter another payload and marks it; see `DeadLetters.edit`."""
+    with transaction(db):
+        found = _found(db, [number])[0]
+        row = row_of(db, found[0]) if found else None
+        if row is None or row.retry:
+            return False
+        (one, *_), rest = split(row, [number])
+        if one.payload != before:
+            return False
+        size = one.size + len(after) - len(before)
+        replace(db, row, [one._replace(payload=after, size=size, retry=1), *rest])
+    return True
 
 
 def purge(db: sqlite3.Connection, chosen: LetterFilter, last: int) -> int:
