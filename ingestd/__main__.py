@@ -38,13 +38,17 @@ COMMANDS = {
 }
 """Modules in `cli` with the flags of all settings, and their help. Each has a `DESCRIPTION`,
 `add_arguments(parser, argv)` and `execute(arguments)`, which returns the exit code."""
-WITH_FILES = {"try": "trial"}
-"""Commands whose words behind HANDLER are files, and their modules: `try` can't be a name."""
+WITH_FILES = {"try"}
+"""Commands whose words behind HANDLER are files."""
+MODULES = {"try": "trial", "resume": "pause"}
+"""Modules of commands that have another name: `try` can't be one."""
 TOOLS = {
     "init": "write a small project: a handler with its settings, tests and deployment files",
     "dead": "list, sum up, show, edit, retry, purge or export dead letters",
     "peek": "print pending records, without taking them",
     "healthcheck": "check that the daemon on this machine is ready, or alive",
+    "pause": "have pipelines accept records and give none to their handlers, until resume",
+    "resume": "have paused pipelines go on",
     "journal": "show statistics of journals, verify or repair them",
     "token": "make a token for the http source, or hash one",
 }
@@ -124,7 +128,7 @@ def _execute(argv: Sequence[str]) -> int:
 
 
 def _module(command: str) -> Any:
-    return import_module(f"ingestd.cli.{WITH_FILES.get(command, command)}")
+    return import_module(f"ingestd.cli.{MODULES.get(command, command)}")
 
 
 def _parser(argv: Sequence[str]) -> tuple[Parser, dict[str, Parser]]:

@@ -117,6 +117,7 @@ class Pipeline:
             name,
             settings.retry,
             clock,
+            folder=folder,
             letters=self.letters,
             pending=lambda: self.ledger.pending,
             on_idle=self._retime,
@@ -350,6 +351,14 @@ class Pipeline:
         while True:
             batch = await self.dispatcher.next()
             self._tasks.start(self._run(batch), f"batch-{batch.number}")
+
+    async def pause(self) -> None:
+        """Gives out no batch until `resume`, also after a restart; see `DispatchGate.pause`."""
+        await self.dispatcher.gate.pause()
+
+    async def resume(self) -> None:
+        """Ends a pause; see `DispatchGate.resume`."""
+        await self.dispatcher.gate.resume()
 
     # -- 6. run: one try of one batch ----------------------------------------------------------
 

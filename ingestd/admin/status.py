@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import msgspec
 
 from ingestd.base.watchdog import Stage
+from ingestd.execution.gate import PAUSED
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -139,6 +140,8 @@ class PipelineStatus(msgspec.Struct, frozen=True):
         executor: what the handler runs in: `process`, `thread` or `async`.
         handler: whether it works.
         dispatch_stopped: why no batch is given to the handler; empty while batches are.
+        paused: a person paused it: records are accepted, and no batch is given to the handler.
+        paused_since: when that began, UTC.
         unaccounted: pending by the counters less pending by the journal's rows; not 0 is an error.
     """
 
@@ -157,6 +160,8 @@ class PipelineStatus(msgspec.Struct, frozen=True):
     executor: str = ""
     handler: HandlerStatus = HandlerStatus()
     dispatch_stopped: str = ""
+    paused: bool = False
+    paused_since: str | None = None
     unaccounted: int = 0
 
     @property
@@ -171,8 +176,8 @@ class PipelineStatus(msgspec.Struct, frozen=True):
 
     @property
     def is_stopped(self) -> bool:
-        """Tells if no batch is given to the handler."""
-        return bool(self.dispatch_stopped)
+        """Tells if no batch is given to the handler, because something is wrong."""
+        return self.dispatch_stopped not in {"", PAUSED}
 
 
 class SourceStatus(msgspec.Struct, frozen=True):
@@ -288,6 +293,8 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
         ),
         executor=pipeline.dispatcher.executor,
         dispatch_stopped=pipeline.dispatcher.stopped,
+        paused=pipeline.dispatcher.gate.paused_since > 0,
+        paused_since=_utc(pipeline.dispatcher.gate.paused_since),
         unaccounted=difference,
         oldest_pending_seconds=round(age, 3),
         bounds_near=bounds_near(
@@ -319,9 +326,14 @@ def _handler(pipeline: Pipeline) -> HandlerStatus:
     since = failures.down_since
     if not since:
         return HandlerStatus()
-    at = datetime.fromtimestamp(since, UTC).isoformat(timespec="seconds")
     state: Literal["down", "blocked"] = "blocked" if failures.blocked else "down"
-    return HandlerStatus(state, at.replace("+00:00", "Z"), failures.last_error, since)
+    return HandlerStatus(state, _utc(since), failures.last_error, since)
+
+
+def _utc(at: float) -> str | None:
+    """`2026-05-01T12:00:00Z`; `None` for 0."""
+    text = datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds")
+    return text.replace("+00:00", "Z") if at else None
 
 
 def stages_of(pipeline: Pipeline) -> Iterator[Stage]:

@@ -78,6 +78,7 @@ _STATE = (
         "Bytes of the letters of invalid records.",
     ),
     ("is_stopped", "dispatch_stopped", "1 while dead letters at their bound stop batches."),
+    ("paused", "pipeline_paused", "1 while a person has paused the pipeline."),
     ("pending", "records_pending", "Records accepted and not settled."),
     ("unaccounted", "records_unaccounted", "Pending by the counters less by the rows; 0 is right."),
     ("journal.bytes", "journal_bytes", "Bytes of the journal in use."),

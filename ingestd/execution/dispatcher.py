@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ingestd.base.watchdog import Stage
 from ingestd.execution.build import start_pool
 from ingestd.execution.failure_log import FailureLog
-from ingestd.execution.gate import DispatchGate
+from ingestd.execution.gate import DispatchGate, PauseMark
 from ingestd.execution.outage import Outage
 from ingestd.execution.ready_queue import Load, ReadyQueue
 from ingestd.execution.retry import BatchSplitter, RetryRule, decide, rank, spends_try
@@ -21,6 +21,7 @@ from ingestd.handlers.outcome import Job
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
+    from pathlib import Path
 
     from ingestd.base.batch import SealedBatch
     from ingestd.base.clock import Clock
@@ -42,6 +43,7 @@ class Dispatcher:
         pipeline: its name.
         retry: `[retry]`.
         clock: for the time of day in logs.
+        folder: of the pipeline, which says whether it is paused.
         letters: the dead letters, which stop it at their bound.
         pending: gives the number of records that are not settled.
         on_idle: called when a worker becomes free, or the last new batch has gone to one.
@@ -61,6 +63,7 @@ class Dispatcher:
         retry: RetrySettings,
         clock: Clock,
         *,
+        folder: Path,
         letters: BoundedLetters,
         pending: Callable[[], int],
         on_idle: Callable[[], None],
@@ -68,7 +71,8 @@ class Dispatcher:
     ) -> None:
         self._pipeline = pipeline
         self._on_idle, self._on_gate = on_idle, on_gate
-        self.gate = DispatchGate(pipeline, letters, on_change=self._gate_changed)
+        mark = PauseMark(folder)
+        self.gate = DispatchGate(pipeline, letters, mark, on_change=self._gate_changed)
         self.outage = Outage(retry.backoff_max, random.random)
         self.queue: ReadyQueue[SealedBatch] = ReadyQueue(
             waiting_max=Load(retry.waiting_records_max, retry.waiting_bytes_max),
@@ -85,6 +89,7 @@ class Dispatcher:
         self.executor = ""
         self.running = 0
         self._dispatched = 0
+        self._stopped_at = 0.0  # loop time; 0 while batches are given
         self._has_place = self._sealing = False
 
     async def open(self, *settings: Any, **context: Any) -> None:
@@ -94,6 +99,7 @@ class Dispatcher:
             ConfigError: see `start_pool`.
         """
         self._loop = asyncio.get_running_loop()
+        await self.gate.poll()
         self.pool: Pool[Any]
         self.pool, self.executor = await self.start_pool(self._pipeline, *settings, **context)
 
@@ -102,6 +108,14 @@ class Dispatcher:
         return {"failures": self.failures.run(), "gate": self.gate.run()}
 
     def _gate_changed(self) -> None:
+        now = self._loop.time()
+        if self.gate.stopped:
+            self._stopped_at = self._stopped_at or now
+        elif self._stopped_at:
+            for batch in self.queue.parked():  # they were not tried: that is no time of failing
+                if batch.failing_since is not None:
+                    batch.failing_since += now - max(batch.failing_since, self._stopped_at)
+            self._stopped_at = 0.0
         self.queue.look_again()
         self._on_gate()
 

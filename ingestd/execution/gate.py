@@ -7,26 +7,89 @@ gate's own task calls once a second.
 
 Invariants, each with a test:
 
-1. While a reason holds, no batch is given; what a worker has already comes to its end.
+1. While a reason holds, no batch is given; what a worker has, or lies ready before one, comes to
+   its end.
 2. A drain does not wait for what a stopped gate keeps back, and it stays in the journal.
 3. A gate that is closed is no stage that hangs.
+4. A pause is on disk before `pause` returns, and holds through restarts until `resume`, or until
+   its file is removed by another process (`ingestd resume`), which is noticed within a second.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from ingestd.base.errors import DataDirError
+from ingestd.base.files import make_private, sync_folder
 from ingestd.base.logging import get_logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 log = get_logger()
 
 POLL_SECONDS = 1.0
 """Between two looks at reasons that no event tells of."""
+
+
+PAUSED = "the pipeline is paused (ingestd pause): ingestd resume has it go on"
+
+
+class PauseMark:
+    """File in a pipeline's folder: while it is there, the pipeline is paused.
+
+    A file, because every process that may write to the folder can make it, with or without a
+    daemon, whatever the journal is. It holds nothing; its time is when the pause began.
+
+    Args:
+        folder: of the pipeline; exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "paused"
+
+    def since(self) -> float:
+        """Seconds since the epoch at which the pause began; 0 if there is none.
+
+        Raises:
+            OSError: the folder can't be read.
+        """
+        try:
+            return max(1.0, self._path.lstat().st_mtime)
+        except FileNotFoundError:
+            return 0.0
+
+    def put(self) -> None:
+        """Makes the file; one that is there stays as it is. It is on disk when this returns.
+
+        Raises:
+            DataDirError: it can't be made.
+        """
+        try:
+            make_private(self._path)
+            sync_folder(self._path.parent)
+        except OSError as error:
+            raise self._problem(error) from error
+
+    def remove(self) -> None:
+        """Removes the file, if it is there; that is on disk when this returns.
+
+        Raises:
+            DataDirError: it can't be removed.
+        """
+        try:
+            self._path.unlink(missing_ok=True)
+            sync_folder(self._path.parent)
+        except OSError as error:
+            raise self._problem(error) from error
+
+    def _problem(self, error: OSError) -> DataDirError:
+        problem = f"{self._path.name} can't be changed: {error.strerror or error}"
+        return DataDirError(path=self._path.parent, problem=problem)
 
 
 class BoundedLetters(Protocol):
@@ -47,11 +110,13 @@ class StopReason(NamedTuple):
         name: for the log: the setting whose bound it is, where it is one.
         text: for people, with what to do about it.
         facts: for the log.
+        is_fault: something is wrong; else a person wants it so.
     """
 
     name: str
     text: str
     facts: dict[str, object]
+    is_fault: bool = True
 
 
 class DispatchGate:
@@ -60,17 +125,27 @@ class DispatchGate:
     Args:
         pipeline: its name, for the log.
         letters: its dead letters.
+        mark: says whether it is paused.
         on_change: called when a reason has come or gone.
 
     Attributes:
+        paused_since: seconds since the epoch; 0 while the pipeline is not paused.
         poll_seconds: between two looks.
     """
 
     def __init__(
-        self, pipeline: str, letters: BoundedLetters, *, on_change: Callable[[], object]
+        self,
+        pipeline: str,
+        letters: BoundedLetters,
+        mark: PauseMark,
+        *,
+        on_change: Callable[[], object],
     ) -> None:
         self._pipeline = pipeline
         self._letters = letters
+        self._mark = mark
+        self._marking = asyncio.Lock()
+        self.paused_since = 0.0
         self._on_change = on_change
         self._seen: dict[str, StopReason] = {}
         self.poll_seconds = POLL_SECONDS
@@ -82,12 +157,15 @@ class DispatchGate:
 
     def open_at(self) -> float:
         """Loop time from which on a batch may be given; infinite until something changes."""
-        return math.inf if self._letters.is_full else 0.0
+        return math.inf if self.paused_since or self._letters.is_full else 0.0
 
     def _reasons(self) -> Iterator[StopReason]:
         if self._letters.is_full:
             text = "the dead letters are at dead.bytes_max: purge some or requeue them"
             yield StopReason("dead.bytes_max", text, {"bytes_max": self._letters.bytes_max})
+        if self.paused_since:
+            facts: dict[str, object] = {"since": round(self.paused_since, 3)}
+            yield StopReason("paused", PAUSED, facts, is_fault=False)
 
     def look(self) -> None:
         """Notices what has come or gone since the last look, and logs it."""
@@ -96,14 +174,46 @@ class DispatchGate:
             return
         for name, reason in self._seen.items():
             if name not in seen:
-                log.error("dispatch_stopped", pipeline=self._pipeline, reason=name, **reason.facts)
+                write = log.error if reason.is_fault else log.warning
+                write("dispatch_stopped", pipeline=self._pipeline, reason=name, **reason.facts)
         for name, reason in seen.items():
             if name not in self._seen:
                 log.info("dispatch_resumed", pipeline=self._pipeline, reason=name, **reason.facts)
         self._on_change()
 
+    # -- pause -------------------------------------------------------------------------------------
+
+    async def pause(self) -> None:
+        """Pauses the pipeline until `resume`, also after a restart.
+
+        Raises:
+            DataDirError: that can't be kept; the pipeline goes on.
+        """
+        await self._change(self._mark.put)
+
+    async def resume(self) -> None:
+        """Ends a pause.
+
+        Raises:
+            DataDirError: that can't be kept; the pipeline stays paused.
+        """
+        await self._change(self._mark.remove)
+
+    async def _change(self, write: Callable[[], None]) -> None:
+        async with self._marking:  # what a poll read before it would be out of date after it
+            await asyncio.get_running_loop().run_in_executor(None, write)
+        await self.poll()
+
+    async def poll(self) -> None:
+        """Notices what has come or gone, the mark of another process too."""
+        async with self._marking:
+            loop = asyncio.get_running_loop()
+            with contextlib.suppress(OSError):  # the disk is the journal's to report: as it was
+                self.paused_since = await loop.run_in_executor(None, self._mark.since)
+        self.look()
+
     async def run(self) -> None:
-        """Looks once a second until it is cancelled."""
+        """Polls once a second until it is cancelled."""
         while True:
-            self.look()
+            await self.poll()
             await asyncio.sleep(self.poll_seconds)

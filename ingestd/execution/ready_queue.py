@@ -24,7 +24,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from ingestd.execution.outage import Outage
 
@@ -170,6 +170,10 @@ class ReadyQueue(Generic[T]):
         self._failed = [one._replace(due=min(one.due, now)) for one in self._failed]
         heapq.heapify(self._failed)
         self._changed.set()
+
+    def parked(self) -> Iterator[T]:
+        """The batches that wait for a retry, in no order."""
+        return (one.batch for where in (self._failed, self._asked) for one in where)
 
     def look_again(self) -> None:
         """Asks `open_at` again: it has changed."""

@@ -81,6 +81,11 @@ class FileLock:
             os.close(fd)
 
 
+def pipeline_folder(data_dir: Path, pipeline: str) -> Path:
+    """The folder of a pipeline in a data directory: the directory itself for `default`."""
+    return data_dir if pipeline == "default" else data_dir / "pipelines" / pipeline
+
+
 class DataDir:
     """Holds its locks from construction until `close`.
 
@@ -110,9 +115,9 @@ class DataDir:
         Raises:
             DataDirError: it can't be created, or another daemon or pipeline uses it.
         """
-        if pipeline == "default":
-            return self.path
-        folder = self.path / "pipelines" / pipeline
+        folder = pipeline_folder(self.path, pipeline)
+        if folder == self.path:
+            return folder
         try:
             make_folder(folder)
             tighten(folder.parent)

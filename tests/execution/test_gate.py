@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import math
+from pathlib import Path
 from typing import Any
 
+import pytest
+
+from ingestd.base.batch import SealedBatch
 from ingestd.execution.dispatcher import Dispatcher
-from ingestd.execution.gate import DispatchGate
+from ingestd.execution.gate import DispatchGate, PauseMark
 from ingestd.execution.outage import Outage
 from ingestd.execution.pool import Pool, TaskPool
 from ingestd.execution.ready_queue import Load, ReadyQueue
 from ingestd.execution.settings import RetrySettings
+from ingestd.testing.fake_time import FakeTimeLoop
 
 
 class Letters:
@@ -21,9 +26,19 @@ class Letters:
     is_full = False
 
 
+class Unpaused(PauseMark):
+    """A mark without a file."""
+
+    def __init__(self) -> None:
+        super().__init__(Path("/nowhere"))
+
+    def since(self) -> float:
+        return 0.0
+
+
 def gate(letters: Letters, changes: list[str] | None = None) -> DispatchGate:
     seen = [] if changes is None else changes
-    return DispatchGate("default", letters, on_change=lambda: seen.append("changed"))
+    return DispatchGate("default", letters, Unpaused(), on_change=lambda: seen.append("changed"))
 
 
 def test_dead_letters_at_their_bound_stop_it_and_their_purge_opens_it() -> None:
@@ -64,21 +79,56 @@ async def test_a_batch_that_waits_is_not_given_while_it_is_closed() -> None:
     assert await waiting == "a"
 
 
-async def test_a_closed_gate_is_no_stage_that_hangs() -> None:
-    letters, changes = Letters(), []
+async def opened(folder: Path, letters: Letters, changes: list[str]) -> Dispatcher:
     made = Dispatcher(
         "default", RetrySettings(), None,  # type: ignore[arg-type]
-        letters=letters, pending=int, on_idle=lambda: None, on_gate=lambda: changes.append(1),
+        folder=folder, letters=letters, pending=int, on_idle=lambda: None,
+        on_gate=lambda: changes.append("changed"),
     )  # fmt: skip
     made.start_pool = _started  # type: ignore[assignment]
     await made.open()
-    await made.queue.put(object())  # type: ignore[arg-type]
-    assert made.stage().could_go_on
-    letters.is_full = True
-    assert not made.stage().could_go_on
-    made.gate.look()
-    assert changes == [1]
+    return made
 
 
 async def _started(*_: object) -> tuple[Pool[Any], str]:
     return TaskPool([object()]), "async"  # type: ignore[list-item]  nothing is run
+
+
+async def test_a_closed_gate_is_no_stage_that_hangs(tmp_path: Path) -> None:
+    letters, changes = Letters(), []
+    made = await opened(tmp_path, letters, changes)
+    await made.queue.put(SealedBatch(1, (), 1, accepted_at=0.0))
+    assert made.stage().could_go_on
+    letters.is_full = True
+    assert not made.stage().could_go_on
+    made.gate.look()
+    assert changes == ["changed"]
+
+
+def test_time_behind_a_closed_gate_is_no_time_of_failing(tmp_path: Path) -> None:
+    """A pause of days would else give up, at their next failure, what failed before it."""
+    loop = FakeTimeLoop()
+    letters = Letters()
+
+    async def run() -> list[float]:
+        made = await opened(tmp_path, letters, [])
+        before, within, never = (SealedBatch(n, (), 1, accepted_at=0.0) for n in range(3))
+        before.failing_since = loop.time()
+        made.park(before, 0.0)
+        made.park(never, 0.0)
+        await asyncio.sleep(60)
+        letters.is_full = True
+        made.gate.look()
+        await asyncio.sleep(1000)
+        within.failing_since = loop.time()  # it was with a worker
+        made.park(within, 0.0, asked=True)
+        await asyncio.sleep(86400)
+        letters.is_full = False
+        made.gate.look()
+        assert never.failing_since is None
+        return [loop.time() - (one.failing_since or 0.0) for one in (before, within)]
+
+    try:
+        assert loop.run_until_complete(run()) == pytest.approx([60.0, 0.0], abs=0.001)
+    finally:
+        loop.close()
