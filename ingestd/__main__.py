@@ -3,12 +3,29 @@
 Only the command that is named is imported: `--help` and `--version` need no settings.
 """
 
+# ruff: noqa: E402  the order of the imports is part of a start
+
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]
 import os
 
 from ingestd.base.path import put_last
 
+
+def _leave(*_: object) -> None:
+    """Ends a start that Ctrl-C interrupts while it imports, without a traceback."""
+    os.write(2, b"ingestd: interrupted before it started\n")
+    os._exit(1)
+
+
+# From here to the end of the imports: they take most of what a short command takes.
+_interrupt = _signal.default_int_handler
+if _signal.getsignal(_signal.SIGINT) is _interrupt:
+    try:
+        _signal.signal(_signal.SIGINT, _leave)
+    except ValueError:  # only the main thread may
+        pass
 try:
     # First of all: with `python -m` the current folder comes before the standard library.
     put_last(os.getcwd())  # noqa: PTH109  pathlib imports a lot
@@ -28,6 +45,9 @@ from ingestd.cli.output import Parser, discard_stdout, fail, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+if _signal.getsignal(_signal.SIGINT) is _leave:
+    _signal.signal(_signal.SIGINT, _interrupt)
 
 COMMANDS = {
     "run": "run the daemon: accept records, hand them to HANDLER in batches",

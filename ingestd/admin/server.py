@@ -9,8 +9,6 @@ answer and of credentials. `access.py` says which requests may do what.
 from __future__ import annotations
 
 import asyncio
-import errno
-import os
 import socket
 import sys
 from typing import TYPE_CHECKING, Any
@@ -22,7 +20,7 @@ from ingestd.admin.connection import AdminPage, Answer, Connections, as_response
 from ingestd.base.errors import AddressError
 from ingestd.base.logging import get_logger
 from ingestd.config.network import is_loopback, parse_listen
-from ingestd.host.sockets import is_local, show_socket
+from ingestd.host.sockets import is_local, listen_fault, show_socket
 from ingestd.http import problem
 from ingestd.http.problem import Problem, ProblemType
 from ingestd.http.response import JSON, Response
@@ -105,7 +103,9 @@ class AdminServer:
             self._listeners = [await loop.create_server(self._protocol, host or None, port)]
         except (OSError, UnicodeError) as error:
             raise AddressError(
-                address=self._settings.listen, setting=SETTING, problem=_problem(error)
+                address=self._settings.listen,
+                setting=SETTING,
+                problem=listen_fault(error, ', or "" for none'),
             ) from error
         self.addresses = [show_socket(s) for one in self._listeners for s in one.sockets]
 
@@ -188,18 +188,3 @@ async def _serve_on(sock: socket.socket, protocol: Connections) -> asyncio.Serve
         return await loop.create_server(protocol, sock=sock)
     more: dict[str, Any] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
     return await loop.create_unix_server(protocol, sock=sock, **more)
-
-
-def _problem(error: OSError | UnicodeError) -> str:
-    """One line, without the address, which the caller names."""
-    if isinstance(error, UnicodeError):
-        return "not a host name"
-    if isinstance(error, socket.gaierror) or not error.errno:
-        return str(error.strerror or error)
-    what = os.strerror(error.errno).lower()
-    if error.errno == errno.EADDRINUSE:
-        what += (
-            '; another program has it: choose another address, like "127.0.0.1:0" for any port that'
-            ' is free, or "" for none'
-        )
-    return what

@@ -33,6 +33,7 @@ COMMON = (
     ("data_dir", "--data-dir", "DIR"),
     ("format", "--format", "json|text|bytes"),
 )
+_KIND = "source.kind"
 _SHORT = {flag: key for key, flag, _ in COMMON}
 _WITHOUT_HELP = ("--config", "--version", "--")
 _KEYS_SHOWN = 5
@@ -50,12 +51,18 @@ class _Keep(argparse.Action):
 
     def __call__(
         self,
-        parser: argparse.ArgumentParser,  # noqa: ARG002
+        parser: argparse.ArgumentParser,
         namespace: argparse.Namespace,
         values: object,
         option_string: str | None = None,
     ) -> None:
         flag = Flag(self.dest, str(values), option_string or self.dest)
+        kinds = [one.value for one in namespace.flags if one.key == self.dest == _KIND]
+        if kinds and kinds[-1] != flag.value:
+            parser.error(
+                f"{flag.written} {kinds[-1]} and {flag.value}: it chooses one source. A daemon with"
+                " several has a table [sources.NAME] with a kind for each"
+            )
         namespace.flags = [*namespace.flags, flag]
 
 
@@ -212,6 +219,8 @@ def _help(field: FieldInfo) -> str:
     default = shown(field, field.get_default(call_default_factory=True, validated_data={}))
     if isinstance(default, bool):
         default = str(default).lower()
+    if isinstance(default, list) and default:
+        default = ", ".join(map(str, default))
     known = "" if default in ({}, []) else f" [{default}]" if default != "" else ' [""]'
     return f"{field.description}{known}".replace("%", "%%")
 

@@ -20,7 +20,7 @@ from ingestd.cli.connect import (
     disk_findings,
     sink_findings,
 )
-from ingestd.cli.output import Parser, fail, say
+from ingestd.cli.output import Parser, add_json, fail, say, say_json
 from ingestd.config.keys import dotted, shown, toml_of
 from ingestd.config.loader import DEFAULT
 from ingestd.config.sections import MASK
@@ -128,7 +128,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         action="store_true",
         help="ask the sinks too, and look at disk, journals and certificates",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_json(parser)
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -216,11 +216,12 @@ class _Report:
     def end(self) -> int:
         """Prints what is left; returns the exit code."""
         if self._as_json:
-            told = {
-                "settings": self._settings, "handlers": self._handlers,
-                "findings": self._findings, "exit_code": int(self._code),
-            }  # fmt: skip
-            say(msgspec.json.encode(told, enc_hook=str).decode())
+            say_json(
+                {
+                    "settings": self._settings, "handlers": self._handlers,
+                    "findings": self._findings, "exit_code": int(self._code),
+                }
+            )  # fmt: skip
         return int(self._code)
 
 

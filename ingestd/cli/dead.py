@@ -23,7 +23,7 @@ from ingestd.cli.arguments import add_data_dir
 from ingestd.cli.configured import configured
 from ingestd.cli.lines import as_line, as_page, as_row, head, one_line, write_lines
 from ingestd.cli.moments import moment, shown
-from ingestd.cli.output import say
+from ingestd.cli.output import add_json, say, say_json
 from ingestd.codecs.lines import record_fault
 from ingestd.journal.build import stored_journals
 from ingestd.journal.dead_letters import REASONS, LetterFilter
@@ -55,16 +55,17 @@ def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None
     add = actions.add_parser
     one = _action(add, "list", _list, "one line for each dead letter")
     _add_filter(one)
-    one.add_argument("--json", action="store_true", help="JSON lines, without payloads")
+    add_json(one, "JSON lines, without payloads")
     one = _action(add, "summary", _summary, "one line for each error, the most frequent one first")
     _add_filter(one)
-    one.add_argument("--json", action="store_true", help="JSON lines")
+    add_json(one, "JSON lines")
     one = _action(add, "show", _show, "all fields of dead letters, with their payloads")
     _add_ids(one)
-    one.add_argument("--json", action="store_true", help="a JSON line for each")
+    add_json(one, "a JSON line for each")
     one = _action(add, "retry", _retry, "requeue dead letters (all, or those of a filter)")
     _add_filter(one)
     one.add_argument("--all", action="store_true", help="every dead letter; the same as no filter")
+    add_json(one)
     one = _action(add, "edit", _edit, "change the payload of a dead letter, and requeue it")
     _add_ids(one)
     one.add_argument(
@@ -75,10 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None
     one.add_argument(
         "--input", metavar="FILE", help="read the payload from this file; - is standard input"
     )
+    add_json(one)
     one = _action(add, "purge", _purge, "delete dead letters for good")
     _add_filter(one)
     one.add_argument("--all", action="store_true", help="every dead letter")
     one.add_argument("--yes", action="store_true", help="do not ask")
+    add_json(one)
     one = _action(add, "export", _export, "JSON lines with payloads, to stdout or a file")
     _add_filter(one)
     one.add_argument("-o", "--output", metavar="FILE", help="write and sync this file instead")
@@ -287,7 +290,7 @@ def _summary(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> in
         for pipeline, reason, count in rows:
             facts = {"pipeline": pipeline, "reason": reason, **count._asdict()}
             facts |= {name: shown(facts[name]) for name in ("first_at", "last_at")}
-            say(msgspec.json.encode(facts).decode())
+            say_json(facts)
     elif rows:
         say(_SUMMARY.format("LETTERS", "PIPELINE", "REASON", "FIRST", "LAST", "NEWEST", "ERROR"))
         for pipeline, reason, count in rows:
@@ -345,6 +348,9 @@ def _retry(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
             marked = found[name].mark(chosen, counted.last, check)
             totals["marked"] += marked.letters
             totals["invalid"] += marked.invalid
+    if arguments.json:
+        say_json({name: totals[name] for name in ("marked", "before", "incomplete", "invalid")})
+        return int(Exit.OK)
     say(f"{totals['marked']} dead letters will be requeued" + _before(totals["before"]))
     if totals["incomplete"]:
         text = "hold no record, or only its beginning (damaged, too_large, unfinished): they stay"
@@ -386,6 +392,8 @@ def _edit(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
         if payload == kept.letter.payload:
             print("nothing was changed", file=sys.stderr)
             _remove(left_in)
+            if arguments.json:
+                say_json({"id": kept.id, "pipeline": name, "edited": False})
             return int(Exit.OK)
         if fault := _check(arguments.settings, name)(payload):
             raise UsageError(problem=f"that is no record of pipeline {name}: {fault}{text}")
@@ -393,7 +401,10 @@ def _edit(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
             problem = f"dead letter {kept.id} was changed or requeued meanwhile{text}"
             raise UsageError(problem=problem)
         _remove(left_in)
-        say(f"dead letter {kept.id} was edited and will be requeued")
+        if arguments.json:
+            say_json({"id": kept.id, "pipeline": name, "edited": True})
+        else:
+            say(f"dead letter {kept.id} was edited and will be requeued")
         return int(Exit.OK)
     raise UsageError(problem=f"dead letter {arguments.id[0]} has gone")
 
@@ -525,8 +536,11 @@ def _purge(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     for name, one in counted.items():
         if one.letters > one.marked:
             gone += found[name].purge(chosen, one.last)
-    say(f"{gone} dead letters deleted")
     marked = sum(one.marked for one in counted.values())
+    if arguments.json:
+        say_json({"deleted": gone, "requeued": marked})
+        return int(Exit.OK)
+    say(f"{gone} dead letters deleted")
     if marked:
         print(f"{marked} dead letters are being requeued: they stay", file=sys.stderr)
     return int(Exit.OK)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from ingestd.base.errors import Exit
 from ingestd.cli.arguments import add_admin
 from ingestd.cli.configured import here
-from ingestd.cli.output import fail
+from ingestd.cli.output import add_json, fail, say_json
 from ingestd.config.loader import peek
 from ingestd.config.network import split_address
 from ingestd.config.units import parse_seconds
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Asks the daemon at the configured admin.listen if it is ready (/readyz), or with --live if it is
-alive (/livez). Prints nothing if it is, and one line if it is not.
+alive (/livez). Prints nothing if it is, and one line if it is not; --json prints both.
 
 exit codes: 0 it is; 1 it is not, or does not answer in time; 2 usage"""
 
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None
     parser.add_argument(
         "--timeout", metavar="TIME", type=_time, default=3.0, help="longest wait for an answer [3s]"
     )
+    add_json(parser, "print one JSON object, whatever the answer is")
     add_admin(parser)
 
 
@@ -55,10 +56,13 @@ def _time(text: str) -> float:
 def execute(arguments: argparse.Namespace) -> int:
     """Asks the daemon; the exit code is the answer."""
     problem = _ask(arguments)
-    if problem:
-        fail(" ".join(problem.split()))
-        return int(Exit.UNEXPECTED)
-    return int(Exit.OK)
+    problem = " ".join(problem.split())
+    if arguments.json:
+        asked = "alive" if arguments.live else "ready"
+        say_json({"asked": asked, "ok": not problem, "problem": problem})
+    elif problem:
+        fail(problem)
+    return int(Exit.UNEXPECTED if problem else Exit.OK)
 
 
 def _ask(arguments: argparse.Namespace) -> str:

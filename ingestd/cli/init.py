@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import Exit, UsageError
-from ingestd.cli.output import say
+from ingestd.cli.output import add_json, say, say_json
 
 if TYPE_CHECKING:
     import argparse
@@ -33,6 +33,7 @@ Files that are there already are an error, and then nothing is written."""
 def add_arguments(parser: Parser, argv: Sequence[str]) -> None:  # noqa: ARG001 - as all commands
     """Adds the folder."""
     parser.set_defaults(leaf=parser)
+    add_json(parser)
     parser.add_argument("folder", metavar="DIR", nargs="?", default=".", help="folder; is made")
 
 
@@ -62,6 +63,10 @@ def execute(arguments: argparse.Namespace) -> int:
             path.unlink(missing_ok=True)
         where = error.filename or folder
         raise UsageError(problem=f"{where}: {error.strerror}; nothing was written") from error
+    if arguments.json:
+        files = zip(written, FILES.values(), strict=True)
+        say_json({"files": [{"path": str(path), "is": what} for path, what in files]})
+        return int(Exit.OK)
     width = max(len(str(path)) for path in written)
     for path, what in zip(written, FILES.values(), strict=True):
         say(f"{path!s:<{width}}  {what}")

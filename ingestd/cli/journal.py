@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from ingestd.base.files import create_new, make_folder
 from ingestd.cli.arguments import add_data_dir
 from ingestd.cli.configured import configured
 from ingestd.cli.moments import shown
-from ingestd.cli.output import say
+from ingestd.cli.output import add_json, say, say_json
 from ingestd.host.data_dir import DataDir
 from ingestd.journal.build import stored_journals
 
@@ -46,9 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None
         one.add_argument(
             "--pipeline", action="append", default=[], metavar="NAME", help="only this; repeatable"
         )
-        if name == "stat":
-            one.add_argument("--json", action="store_true", help="a JSON line for each journal")
-        else:
+        add_json(one, "a JSON line for each journal")
+        if name == "verify":
             one.add_argument(
                 "--repair",
                 action="store_true",
@@ -81,7 +80,10 @@ def _stat(arguments: argparse.Namespace, _data_dir: Path, found: dict[str, Sqlit
         facts = {"pipeline": name, **journal.stat()}
         oldest = facts["oldest_pending_at"]
         facts["oldest_pending_at"] = None if oldest is None else shown(oldest)
-        say(msgspec.json.encode(facts).decode() if arguments.json else _table(facts))
+        if arguments.json:
+            say_json(facts)
+        else:
+            say(_table(facts))
     return int(Exit.OK)
 
 
@@ -102,17 +104,46 @@ def _table(facts: dict[str, Any]) -> str:
 # -- verify ----------------------------------------------------------------------------------------
 
 
+class _Verdict:
+    """Collects what is said of one journal, and prints it as it comes unless `quiet`."""
+
+    def __init__(self, pipeline: str, *, quiet: bool) -> None:
+        self.pipeline = pipeline
+        self.findings: list[Finding] = []
+        self.left: list[Finding] = []
+        self.repairs: list[str] = []
+        self.set_aside: list[str] = []
+        self._quiet = quiet
+
+    def say(self, text: str) -> None:
+        """Prints a line about the journal."""
+        if not self._quiet:
+            say(f"{self.pipeline}: {text}")
+
+    def facts(self) -> dict[str, object]:
+        """All of it, for JSON."""
+        return {
+            "pipeline": self.pipeline,
+            "ok": not self.left,
+            "findings": [one._asdict() for one in self.findings],
+            "repairs": self.repairs,
+            "left": [one._asdict() for one in self.left],
+            "set_aside": self.set_aside,
+        }
+
+
 def _verify(arguments: argparse.Namespace, data_dir: Path, found: dict[str, SqliteFile]) -> int:
-    if arguments.repair:
-        with _held(data_dir, found):
-            left = sum([_repair(*one) for one in found.items()])
-            _export(arguments.output, found)
-        return int(Exit.UNEXPECTED if left else Exit.OK)
-    problems = 0
-    for one in found.items():
-        problems += len(_find(*one))
-    _export(arguments.output, found)
-    return int(Exit.UNEXPECTED if problems else Exit.OK)
+    verdicts = [(_Verdict(name, quiet=arguments.json), one) for name, one in found.items()]
+    with _held(data_dir, found) if arguments.repair else nullcontext():
+        for verdict, journal in verdicts:
+            verdict.findings = verdict.left = _find(verdict, journal)
+            if arguments.repair and verdict.findings:
+                _repair(verdict, journal)
+        _export(arguments.output, verdicts)
+    if arguments.json:
+        for verdict, _ in verdicts:
+            say_json(verdict.facts())
+    return int(Exit.UNEXPECTED if any(one.left for one, _ in verdicts) else Exit.OK)
 
 
 @contextmanager
@@ -131,41 +162,40 @@ def _held(data_dir: Path, found: dict[str, SqliteFile]) -> Iterator[None]:
         yield
 
 
-def _find(name: str, journal: SqliteFile) -> list[Finding]:
-    """Prints each fault of a journal as it is found; returns all of them."""
+def _find(verdict: _Verdict, journal: SqliteFile) -> list[Finding]:
+    """Tells each fault of a journal as it is found; returns all of them."""
     found = []
     for finding in journal.findings():
-        say(f"{name}: {finding.text}")
+        verdict.say(finding.text)
         found.append(finding)
     if not found:
-        say(f"{name}: ok")
+        verdict.say("ok")
     return found
 
 
-def _repair(name: str, journal: SqliteFile) -> int:
-    """Mends all that can be mended; returns the number of faults that are left."""
-    found = _find(name, journal)
-    if not found:
-        return 0
-    for done in journal.repair(found, SystemClock.now()):
-        say(f"{name}: {done}")
-    return len(_find(name, journal))
+def _repair(verdict: _Verdict, journal: SqliteFile) -> None:
+    """Mends all that can be mended, and looks for the faults that are left."""
+    for done in journal.repair(verdict.findings, SystemClock.now()):
+        verdict.say(done)
+        verdict.repairs.append(done)
+    verdict.left = _find(verdict, journal)
 
 
-def _export(folder: str | None, found: dict[str, SqliteFile]) -> None:
+def _export(folder: str | None, verdicts: Sequence[tuple[_Verdict, SqliteFile]]) -> None:
     if folder is None:
         return
     try:
         target = Path(folder)
         make_folder(target)
-        for name, journal in found.items():
+        for verdict, journal in verdicts:
             for facts, payload in journal.set_aside():
                 stem = f"{facts['journal']}-{facts['id']}"
                 facts["sizes"] = base64.b64encode(facts["sizes"]).decode()
                 _write(target / f"{stem}.payload", payload)
-                about = {"pipeline": name, **facts}
+                about = {"pipeline": verdict.pipeline, **facts}
                 _write(target / f"{stem}.json", msgspec.json.encode(about) + b"\n")
-                say(f"{name}: chunk {facts['id']} is in {target / stem}.payload")
+                verdict.say(f"chunk {facts['id']} is in {target / stem}.payload")
+                verdict.set_aside.append(f"{target / stem}.payload")
     except OSError as error:
         raise ConfigError(problem=f"{folder}: {error.strerror or error}") from error
 

@@ -65,6 +65,24 @@ def say(text: str) -> None:
         discard_stdout()
 
 
+def add_json(parser: argparse.ArgumentParser, text: str = "print one JSON object") -> None:
+    """Adds `--json`, which every command has that prints facts."""
+    parser.add_argument("--json", action="store_true", help=text)
+
+
+def say_json(value: object) -> None:
+    """Prints a result as one line of JSON in UTF-8; what JSON has no type for, as text."""
+    import msgspec  # noqa: PLC0415  help needs none of it
+
+    line = msgspec.json.encode(value, enc_hook=str) + b"\n"
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(line)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        discard_stdout()
+
+
 def fail(problems: str) -> None:
     """Prints problems, one a line."""
     for line in problems.splitlines():

@@ -15,7 +15,7 @@ from ingestd.base.errors import ConfigError, Exit, IngestdError, UsageError
 from ingestd.cli.arguments import add_settings
 from ingestd.cli.configured import configured
 from ingestd.cli.connect import disk_findings
-from ingestd.cli.output import fail, say
+from ingestd.cli.output import add_json, fail, say, say_json
 from ingestd.config.keys import dotted, shown, toml_of
 from ingestd.config.units import parse_seconds
 from ingestd.execution.settings import HandlerSettings
@@ -73,7 +73,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     )
     group.add_argument("--keep", action="store_true", help="keep the folder")
     group.add_argument("--resume", metavar="DIR", help="go on with a run that was interrupted")
-    group.add_argument("--json", action="store_true", help="the report as JSON")
+    add_json(parser, "print the report as one JSON object")
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -270,6 +270,6 @@ def _show(result: ProofReport, *, as_json: bool) -> None:
 
     if as_json:
         told: dict[str, Any] = msgspec.to_builtins(result)
-        say(json.dumps(told | told.pop("found"), indent=2))
+        say_json(told | told.pop("found"))
     else:
         say("\n".join(lines(result)))

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import Exit, UsageError
-from ingestd.cli.output import say
+from ingestd.cli.output import add_json, say, say_json
 from ingestd.http.credentials import hash_of, make_token
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None
     """Adds the flag."""
     parser.set_defaults(leaf=parser)
     parser.add_argument("--hash", action="store_true", help="hash the token on stdin")
+    add_json(parser, "print one JSON object with the token and its hash to stdout")
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -33,9 +34,16 @@ def execute(arguments: argparse.Namespace) -> int:
         UsageError: what is on stdin is no token.
     """
     if arguments.hash:
-        say(_hash(sys.stdin.readline(4096).strip()))
+        hashed = _hash(sys.stdin.readline(4096).strip())
+        if arguments.json:
+            say_json({"hash": hashed})
+        else:
+            say(hashed)
         return int(Exit.OK)
     token = make_token()
+    if arguments.json:
+        say_json({"token": token, "hash": hash_of(token)})
+        return int(Exit.OK)
     say(token)
     for line in (
         hash_of(token),

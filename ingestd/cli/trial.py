@@ -24,7 +24,7 @@ import msgspec
 from ingestd.base.errors import Exit, UsageError
 from ingestd.cli.arguments import add_settings
 from ingestd.cli.configured import configured
-from ingestd.cli.output import fail, say
+from ingestd.cli.output import add_json, fail, say, say_json
 
 if TYPE_CHECKING:
     import argparse
@@ -287,7 +287,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     parser.add_argument(
         "--pipeline", default="default", metavar="NAME", help="pipeline with the settings [default]"
     )
-    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    add_json(parser, "print the result as one JSON object")
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -332,7 +332,10 @@ def execute(arguments: argparse.Namespace) -> int:
             closed = loop.run(runner.close_async()) if runner.is_async else runner.close()
             if closed:
                 fail(f"the handler did not close: {closed}")
-    say(_as_json(trial) if arguments.json else "\n".join(_told(trial)))
+    if arguments.json:
+        say_json(_facts(trial))
+    else:
+        say("\n".join(_told(trial)))
     done = trial.counts["done"] == trial.counts.total() and not interrupts.came
     return int(Exit.OK if done else Exit.UNEXPECTED)
 
@@ -406,9 +409,9 @@ def _told(trial: Trial) -> Iterator[str]:
     )
 
 
-def _as_json(trial: Trial) -> str:
+def _facts(trial: Trial) -> dict[str, object]:
     each = [one.seconds for one in trial.calls]
-    result = {
+    return {
         "records": trial.counts.total(),
         **{name: trial.counts[name] for name in _OUTCOMES},
         "batches": len(each),
@@ -417,7 +420,6 @@ def _as_json(trial: Trial) -> str:
         "seconds_max": round(max(each, default=0), 6),
         "problems": trial.problems,
     }
-    return msgspec.json.encode(result).decode()
 
 
 def _counted(counts: Counter[str]) -> str:

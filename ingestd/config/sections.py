@@ -117,7 +117,12 @@ class LateTables:
         models = {name: self.model(name) for name in value if name in names}
         checked = with_tables(Section, models).model_validate(value)
         tables = {name: getattr(checked, name) for name in value}
-        return {name: one for name, one in tables.items() if one != models[name].model_construct()}
+        return {
+            name: one
+            for name, one in tables.items()
+            # An empty table is kept: it does nothing, and `check` says so.
+            if value[name] == {} or one != models[name].model_construct()
+        }
 
     def filled(self, tables: Mapping[str, Section]) -> Iterator[tuple[str, Section]]:
         """Name and table of all components, with the defaults where nothing is written."""

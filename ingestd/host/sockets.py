@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 
 from ingestd.config.network import is_loopback_ip, show_address
+
+_IN_USE = (
+    "address already in use; another program has it: choose another address, like "
+    '"127.0.0.1:0" for any port that is free'
+)
 
 
 def show_socket(sock: socket.socket) -> str:
@@ -15,6 +21,23 @@ def show_socket(sock: socket.socket) -> str:
         return show_address(*name[:2])
     path = name if isinstance(name, str) else os.fsdecode(name)
     return f"unix:{path.replace(chr(0), '@', 1)}"
+
+
+def listen_fault(error: OSError | ValueError, how_to_share: str = "") -> str:
+    """The reason why a socket could not be bound, in one line and without its address.
+
+    Args:
+        error: that it raised.
+        how_to_share: added if another program has the port.
+    """
+    if isinstance(error, UnicodeError):
+        return "not a host name"
+    number, text = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
+    if isinstance(error, socket.gaierror) or not number:
+        return text
+    if number == errno.EADDRINUSE:
+        return f"{_IN_USE}{how_to_share}"
+    return os.strerror(number).lower()
 
 
 def is_local(sock: socket.socket) -> bool:

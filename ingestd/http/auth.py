@@ -49,6 +49,7 @@ ONLY_DELIVERIES = (
     "there are webhooks and no tokens: only signed deliveries are accepted. To accept records too,"
     " set a token (http.tokens.NAME.hash) or http.allow_anonymous = true"
 )
+_UNKNOWN = "it is not known here: no http.tokens.NAME.hash is its (ingestd token prints hashes)"
 _CHALLENGE = 'Bearer realm="ingestd"{}, Basic realm="ingestd", charset="UTF-8"'
 
 
@@ -353,7 +354,7 @@ class Authenticator:
     def _known(self, request: Request, owner: str | None) -> Principal:
         """The principal of a name; `None` is a token that has none."""
         if owner is None:
-            raise self._deny(request, "it is not known here", ', error="invalid_token"')
+            raise self._deny(request, _UNKNOWN, ', error="invalid_token"')
         return self._principals[owner]
 
     def _certified(self, request: Request, schemes: Ways) -> Principal:

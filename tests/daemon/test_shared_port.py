@@ -216,7 +216,7 @@ def test_without_the_setting_the_port_is_taken_and_it_says_how_to_share(
         done = run(*alone, cwd=homes[1])
         assert done.returncode == 78
         line = one_line(done)
-        assert f"cannot listen on 127.0.0.1:{port} (http.listen): Address already in use" in line
+        assert f"cannot listen on 127.0.0.1:{port} (http.listen): address already in use" in line
         assert "if each has http.reuse_port = true" in line
 
 

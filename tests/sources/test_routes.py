@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from ingestd.http.credentials import hash_of, make_token
 from ingestd.http.problem import Problem
 from ingestd.http.routing import ASK, READ, SERVER, Resource, find, path_of
 from ingestd.sources.http.endpoints.records import RECORDS
@@ -223,3 +224,29 @@ async def test_nothing_of_a_request_is_reflected() -> None:
             reply = await client.reply()
             assert reply.status == 421
             assert b"evil" not in reply.body
+
+
+async def test_a_path_of_an_endpoint_that_is_off_says_how_to_switch_it_on() -> None:
+    async with serving(MemoryIntake()) as source:
+        assert source._off is None
+        for path, name in (
+            ("/loki/api/v1/push", "loki"),
+            ("/elastic/x/_bulk", "elasticsearch"),
+        ):
+            reply = await ask(source, b"{}", path)
+            assert (reply.status, reply.slug) == (404, "not-found")
+            setting = f"http.endpoints.{name}.pipeline"
+            assert reply.json["detail"] == f"the endpoint {name} is off: set {setting}"
+        reply = await ask(source, b"{}", "/v2/records")
+        assert reply.json["detail"] == "/ and /openapi.json list the paths"
+    async with serving(MemoryIntake()) as source:
+        source._name = "web"
+        detail = (await ask(source, b"{}", "/loki/api/v1/push")).json["detail"]
+        assert detail == "the endpoint loki is off: set sources.web.endpoints.loki.pipeline"
+
+
+async def test_an_unknown_token_is_told_where_tokens_are_set() -> None:
+    async with serving(MemoryIntake(), tokens={"shop": {"hash": hash_of(make_token())}}) as source:
+        reply = await ask(source, b"{}", Authorization=f"Bearer {make_token()}")
+    assert reply.status == 401
+    assert "it is not known here: no http.tokens.NAME.hash is its" in reply.json["detail"]

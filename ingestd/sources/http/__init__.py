@@ -83,7 +83,12 @@ class HttpSourceKind(SourceKind):
         """See `SourceKind`."""
         from ingestd.sources.http.access import read_access  # noqa: PLC0415  the server's, large
 
-        return read_access(settings, formats, default).doubts
+        off = [
+            f"http.endpoints.{name}: the endpoint is off, because its table has no pipeline"
+            for name, table in settings.endpoints.items()
+            if "pipeline" not in table.model_fields_set
+        ]
+        return [*read_access(settings, formats, default).doubts, *off]
 
     def build(self, settings: HttpSettings, context: SourceContext) -> Source:
         """See `SourceKind`."""

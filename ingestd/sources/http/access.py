@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from ingestd.base.errors import ConfigError
 from ingestd.host.sockets import is_local, show_socket
 from ingestd.http.credentials import Tokens, read_tokens
+from ingestd.http.routing import ALL_METHODS, BELOW, Resource
 from ingestd.http.settings import at_large, secret_header
 from ingestd.http.tls import make_context, read_authorities
 from ingestd.registry import ENDPOINTS, WITHOUT_TABLE
-from ingestd.sources.http.endpoints.base import EndpointContext
+from ingestd.sources.http.endpoints.base import ANY, EndpointContext, EndpointSettings
 
 if TYPE_CHECKING:
     import socket
@@ -92,6 +93,27 @@ def _endpoints(context: EndpointContext) -> dict[str, Endpoint]:
             if paths.setdefault(path, name) != name:
                 text = f"its path {path} is that of {paths[path]}"
                 context.problems.append(f"http.endpoints.{name}: {text}")
+    return found
+
+
+def routes_off(
+    settings: HttpSettings, on: Mapping[str, Endpoint], formats: Mapping[str, Format], default: str
+) -> dict[str, Resource[str]]:
+    """The names of the endpoints that are off, by the paths that they would have."""
+    found: dict[str, Resource[str]] = {}
+    for name in ENDPOINTS.names():
+        if name in on or name in WITHOUT_TABLE:
+            continue
+        try:
+            kind = ENDPOINTS.load(name)
+            own = (kind.settings or EndpointSettings)(pipeline=default)
+            endpoint = kind(EndpointContext(settings, formats, default, [], own))
+            paths = [spec.path_of(ANY) for spec in endpoint.routes]
+            paths += [endpoint.prefix + BELOW] if endpoint.prefix else []
+        except Exception:  # noqa: BLE001, S112  one of a package that is broken has no hint
+            continue
+        for path in paths:
+            found.setdefault(path, Resource(ALL_METHODS, name))
     return found
 
 

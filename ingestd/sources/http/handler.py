@@ -61,6 +61,7 @@ class IngestHandler:
         draining: nothing more is taken.
         authenticator: may be replaced.
         cors: the headers for browsers, if any; may be replaced.
+        why_absent: gives the reason why a path is not there, or an empty text; may be replaced.
         ingestion: takes the bodies.
     """
 
@@ -74,6 +75,7 @@ class IngestHandler:
         self.draining = False
         self.authenticator = authenticator
         self.cors: Cors | None = None
+        self.why_absent: Callable[[str, str], str] = lambda _method, _target: ""
         self.ingestion = Ingestion(settings, self._authorize, self._identify)
         self._settings = settings
         self._resources = resources
@@ -187,6 +189,9 @@ class IngestHandler:
             # collection.
             outcome = refusal.with_traceback(None)
             outcome.__context__ = None
+            if found is None and outcome.kind is problem.NOT_FOUND:
+                hint = self.why_absent(request.method, request.raw_path)
+                outcome = Problem(problem.NOT_FOUND, hint) if hint else outcome
         except EXPLAINED as error:
             outcome = explain(error)
             log.debug("request_refused", problem=outcome.kind.slug)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import AddressError, ConfigError
 from ingestd.base.logging import get_logger
 from ingestd.config.network import is_loopback, split_address
-from ingestd.host.sockets import is_local, show_socket
+from ingestd.host.sockets import is_local, listen_fault, show_socket
 from ingestd.http.auth import ONLY_DELIVERIES, Authenticator, Principal
 from ingestd.http.listener import Listener, bind
-from ingestd.http.routing import ALL_METHODS, BELOW, Cors, Resource
+from ingestd.http.routing import ALL_METHODS, BELOW, Cors, Resource, look_up
 from ingestd.http.server import Server
 from ingestd.http.settings import demands_proof, demands_signatures_alone
 from ingestd.sources.base import Source
-from ingestd.sources.http.access import check_exposure, read_access
+from ingestd.sources.http.access import check_exposure, read_access, routes_off
 from ingestd.sources.http.endpoints.base import ANY, SIGNATURE, BodyLimits, Route, UnknownPath
 from ingestd.sources.http.handler import IngestHandler
 from ingestd.sources.http.headers import RequestEnvelopes
@@ -79,6 +78,7 @@ class HttpSource(Source):
         self._intakes = intakes
         self._default = default
         self._name = name
+        self._formats = {name: intake.format for name, intake in intakes.items()}
         self._on_request = on_request
         self._sockets = list(sockets)
         if settings.reuse_port and self._sockets:
@@ -100,11 +100,11 @@ class HttpSource(Source):
         self._limits = self._bound()
         # The handler looks here; `_publish` puts everything in.
         self._resources: dict[str, Resource[Found]] = {}
+        self._off: dict[str, Resource[str]] | None = None
         self.addresses: list[str] = []
 
     def _read(self, settings: HttpSettings) -> Access:
-        formats = {name: intake.format for name, intake in self._intakes.items()}
-        return read_access(settings, formats, self._default)
+        return read_access(settings, self._formats, self._default)
 
     def _bound(self) -> dict[str, BodyLimits]:
         """Returns the bounds of a request by pipeline, each with all of them."""
@@ -138,6 +138,7 @@ class HttpSource(Source):
             header_timeout=settings.header_timeout,
             keepalive_timeout=settings.keepalive_timeout,
         )
+        self._handler.why_absent = self._why_absent
         self._server.authorities = self._access.authorities
         self._quick = QuickRequests(self._handler, self._server)
         try:
@@ -146,11 +147,9 @@ class HttpSource(Source):
             )
         except (OSError, ValueError) as error:
             self._handler.close()
-            what = getattr(error, "strerror", None) or str(error)
-            if getattr(error, "errno", None) == errno.EADDRINUSE:
-                what += _HOW_TO_SHARE[settings.reuse_port]
+            problem = listen_fault(error, _HOW_TO_SHARE[settings.reuse_port])
             raise AddressError(
-                address=settings.listen, setting="http.listen", problem=what
+                address=settings.listen, setting="http.listen", problem=problem
             ) from error
         self.addresses = [show_socket(sock) for sock in sockets]
         self._publish(settings, self._access)
@@ -171,17 +170,28 @@ class HttpSource(Source):
                 found[endpoint.prefix + BELOW] = Resource(ALL_METHODS, unknown)
         found |= published(
             endpoints,
-            {name: intake.format for name, intake in self._intakes.items()},
+            self._formats,
             public_names=settings.allow_anonymous or not demands_proof(settings),
             address=self.addresses[0],
             secure=access.context is not None,
         )
         self._resources.clear()
         self._resources.update(found)
+        self._off = None
         if settings.cors_origins:
             sent = [name for one in endpoints.values() for name in one.request_headers]
             shown = [name for one in endpoints.values() for name in one.response_headers]
             self._handler.cors = Cors(settings.cors_origins, sent, shown)
+
+    def _why_absent(self, method: str, target: str) -> str:
+        """Names the endpoint that is off and would have a path; see `IngestHandler`."""
+        if self._off is None:  # only now: it imports them all
+            on = self._access.endpoints
+            self._off = routes_off(self._settings, on, self._formats, self._default)
+        if (found := look_up(self._off, method, target)) is None:
+            return ""
+        table = "http" if self._name == "http" else f"sources.{self._name}"
+        return f"the endpoint {found.what} is off: set {table}.endpoints.{found.what}.pipeline"
 
     def _resources_of(
         self, endpoint: Endpoint, spec: RouteSpec, envelopes: RequestEnvelopes

@@ -24,7 +24,7 @@ from ingestd.base.logging import get_logger
 from ingestd.base.record import InvalidRecord, Layout, Records
 from ingestd.codecs.lines import Parsed, too_large
 from ingestd.config.network import split_address
-from ingestd.host.sockets import show_socket
+from ingestd.host.sockets import listen_fault, show_socket
 from ingestd.sources.base import accept_patiently
 from ingestd.sources.syslog.codec import RecordMaker, SyslogCodec, fold
 from ingestd.sources.syslog.parser import MessageParser
@@ -152,9 +152,8 @@ async def bind_datagrams(address: str, buffer: int) -> list[socket.socket]:
     except (OSError, ValueError) as error:
         for sock in sockets:
             sock.close()
-        problem = getattr(error, "strerror", None) or str(error)
         raise AddressError(
-            address=f"udp://{address}", setting="syslog.listen", problem=problem
+            address=f"udp://{address}", setting="syslog.listen", problem=listen_fault(error)
         ) from error
     return sockets
 

@@ -11,7 +11,7 @@ from ingestd.base.bursts import compute_beside
 from ingestd.base.errors import AddressError, ConfigError
 from ingestd.base.logging import get_logger
 from ingestd.config.network import split_address
-from ingestd.host.sockets import is_local, show_socket
+from ingestd.host.sockets import is_local, listen_fault, show_socket
 from ingestd.http.admission import AdmissionController
 from ingestd.http.listener import Listener, bind
 from ingestd.http.tls import read_tls
@@ -142,7 +142,7 @@ class TcpSource(Source):
             raise AddressError(
                 address=address,
                 setting=f"{self.table}.listen",
-                problem=getattr(error, "strerror", None) or str(error),
+                problem=listen_fault(error),
             ) from error
 
     def _listen(self, sockets: list[socket.socket], *, secure: bool, backlog: int) -> None:

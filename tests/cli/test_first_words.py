@@ -1,0 +1,92 @@
+"""Small mistakes on a command line: an early Ctrl-C, two sources, an empty table, a used port."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ingestd.__main__ import main
+from ingestd.base.errors import AddressError
+from ingestd.host.sockets import listen_fault
+from ingestd.http.listener import bind
+from tests.cli.test_cli import ROOT
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+INTERRUPTED = """
+import os, signal, sys
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None, at=sys.argv.pop(1)):
+        if name == at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+from ingestd.__main__ import main
+main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "module", ["ingestd.base.errors", "ingestd.cli.output", "argparse", "ingestd.cli.token"]
+)
+def test_ctrl_c_while_it_imports_is_one_line(module: str, tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", INTERRUPTED, module, "token"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == "ingestd: interrupted before it started\n"
+
+
+def test_two_kinds_of_source_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--source", "http", "--source.kind=forward"]) == 2
+    said = capsys.readouterr().err
+    assert "--source.kind http and forward: it chooses one source" in said
+    assert "[sources.NAME]" in said
+    assert main(["check", "--source", "http", "--source", "http"]) == 0
+
+
+def test_help_shows_lists_as_they_are_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--help"]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "['" not in told
+    assert "[tcp://127.0.0.1:5514, udp://127.0.0.1:5514]" in told
+
+
+@pytest.mark.parametrize("table", ["", 'label = "x"\n'])
+def test_an_endpoint_without_a_pipeline_is_a_warning(
+    table: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ingestd.toml").write_text(f"[http.endpoints.loki]\n{table}")
+    assert main(["check"]) == 0
+    warning = "http.endpoints.loki: the endpoint is off, because its table has no pipeline"
+    assert f"warning: {warning}" in capsys.readouterr().err
+    (tmp_path / "ingestd.toml").write_text('[http.endpoints.loki]\npipeline = ""\n')
+    assert main(["check"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+async def test_a_used_port_is_said_in_the_same_words_everywhere() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one:
+        port = one.getsockname()[1]
+        with pytest.raises(OSError, match="in use") as caught:
+            await bind("127.0.0.1", port, 5)
+    words = "address already in use; another program has it: choose another address"
+    assert listen_fault(caught.value).startswith(words)
+    assert listen_fault(caught.value, "; or share").endswith("; or share")
+    assert listen_fault(ValueError("no")) == "no"
+    error = AddressError(address="x:1", setting="http.listen", problem=listen_fault(caught.value))
+    assert words in str(error)
