@@ -8,7 +8,7 @@ from ingestd.base.errors import DataDirError, Exit, UsageError
 from ingestd.cli.arguments import add_data_dir
 from ingestd.cli.configured import configured
 from ingestd.cli.moments import shown
-from ingestd.cli.output import say
+from ingestd.cli.output import add_json, say, say_json
 from ingestd.execution.gate import PauseMark
 from ingestd.host.data_dir import pipeline_folder
 
@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None
     parser.add_argument(
         "pipelines", nargs="*", default=[], metavar="PIPELINE", help="only these; else all"
     )
+    add_json(parser, "a JSON line for each pipeline")
     add_data_dir(parser)
 
 
@@ -50,11 +51,17 @@ def execute(arguments: argparse.Namespace) -> int:
             since = mark.since()
         except OSError as error:
             raise DataDirError(path=folder, problem=error.strerror or error) from error
-        if arguments.command == "pause":
+        is_pause = arguments.command == "pause"
+        if is_pause:
             mark.put()
-            say(f"{name}: was paused already, since {shown(since)}" if since else f"{name}: paused")
         else:
             mark.remove()
+        if arguments.json:
+            at = shown(since) if since else None
+            say_json({"pipeline": name, "paused": is_pause, "was_paused_since": at})
+        elif is_pause:
+            say(f"{name}: was paused already, since {shown(since)}" if since else f"{name}: paused")
+        else:
             say(f"{name}: resumed" if since else f"{name}: was not paused")
     return int(Exit.OK)
 

@@ -39,6 +39,8 @@ LINES = {
     "token": ["token"],
     "healthcheck": ["healthcheck", "--admin.listen", "127.0.0.1:1"],
     "peek": ["peek"],
+    "pause": ["pause"],
+    "resume": ["resume", "default"],
     "dead list": ["dead", "list"],
     "dead summary": ["dead", "summary"],
     "dead show": ["dead", "show", "1"],
@@ -125,6 +127,9 @@ def test_what_it_prints_is_json(
             assert parsed(capfdbinary, *LINES[name])[0]["before"] == 1
             purged = parsed(capfdbinary, *LINES["dead purge"])
             assert purged == [{"deleted": 0, "requeued": 1}]
+        case "pause" | "resume":
+            paused = name == "pause"
+            assert told == {"pipeline": "default", "paused": paused, "was_paused_since": None}
         case "dead edit":
             assert told == {"id": 1, "pipeline": "default", "edited": True}
         case "dead purge":
