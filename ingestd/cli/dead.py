@@ -66,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None
     _add_filter(one)
     one.add_argument("--all", action="store_true", help="every dead letter; the same as no filter")
     add_json(one)
+    one.add_argument("--into", metavar="PIPELINE", help="feed them into this pipeline instead")
     one = _action(add, "edit", _edit, "change the payload of a dead letter, and requeue it")
     _add_ids(one)
     one.add_argument(
@@ -338,6 +339,16 @@ def _counted(found: dict[str, DeadLetters], chosen: LetterFilter) -> dict[str, L
 
 
 def _retry(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
+    into = partial(_dead_letters, arguments.settings.data_dir)
+    if arguments.into:
+        into(arguments.into)  # it has a journal
+    earlier = sum((Counter(one.finish_moves(into)) for one in found.values()), Counter[str]())
+    for target, letters in earlier.items():
+        if letters:
+            text = f"{letters} dead letters of an earlier command were moved into {target}"
+            print(text, file=sys.stderr)
+    if arguments.into:
+        return _move(arguments, found, into)
     chosen = _filter(arguments)
     totals = Counter[str]()
     for name, counted in _counted(found, chosen).items():
@@ -358,6 +369,37 @@ def _retry(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     if totals["invalid"]:
         text = "were never accepted and are still no records of their pipeline: they stay"
         print(f"{totals['invalid']} letters {text}", file=sys.stderr)
+    return int(Exit.OK)
+
+
+def _dead_letters(data_dir: Path, pipeline: str) -> DeadLetters:
+    return stored_journals(data_dir, [pipeline])[pipeline].dead_letters
+
+
+def _move(
+    arguments: argparse.Namespace,
+    found: dict[str, DeadLetters],
+    into: Callable[[str], DeadLetters],
+) -> int:
+    """Feeds dead letters into another pipeline; see `ingestd.journal.sqlite.moves`."""
+    target, totals = arguments.into, Counter[str]()
+    check = _check(arguments.settings, target)
+    sources = {name: letters for name, letters in found.items() if name != target}
+    for name, counted in _counted(sources, _filter(arguments)).items():
+        totals["incomplete"] += counted.incomplete
+        if counted.letters > counted.marked + counted.incomplete:
+            marked = sources[name].move(_filter(arguments), counted.last, check, target)
+            totals["invalid"] += marked.invalid
+            totals["moved"] += sources[name].finish_moves(into).get(target, 0)
+    if arguments.json:
+        say_json({name: totals[name] for name in ("moved", "incomplete", "invalid")})
+        return int(Exit.OK)
+    say(f"{totals['moved']} dead letters were moved into pipeline {target}")
+    if totals["incomplete"]:
+        text = "hold no record, or only its beginning (damaged, too_large, unfinished): they stay"
+        print(f"{totals['incomplete']} letters {text}", file=sys.stderr)
+    if totals["invalid"]:
+        print(f"{totals['invalid']} letters are no records of {target}: they stay", file=sys.stderr)
     return int(Exit.OK)
 
 

@@ -97,7 +97,7 @@ def as_row(pipeline: str, kept: StoredLetter) -> str:
     if letter.records > 1:
         error = f"[{letter.records} records] {error}"
     if kept.marked:
-        error = f"[requeued] {error}"
+        error = f"[{'moving' if kept.is_moving else 'requeued'}] {error}"
     return _ROW.format(
         kept.id, pipeline, shown(letter.last_at), letter.reason, letter.attempts, kept.size, error
     ).rstrip()
@@ -115,7 +115,7 @@ def as_page(pipeline: str, kept: StoredLetter) -> str:
         f"attempts  {letter.attempts}",
         f"first at  {shown(letter.first_at)}",
         f"given up  {shown(letter.last_at)}",
-        f"requeued  {'yes' if kept.marked else 'no'}",
+        f"requeued  {'moving' if kept.is_moving else 'yes' if kept.marked else 'no'}",
     ]
     lines += [f"{name:<9} {one_line(text)}" for name, text in _origin(letter.envelope)]
     if letter.traceback:

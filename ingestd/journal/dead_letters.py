@@ -118,6 +118,7 @@ class Moved(NamedTuple):
         expired: letters that were too old.
         unfit: marked ones that can't be accepted now either: they stay, and are not marked.
         dropped: letters of records that were never accepted, of which there were too many.
+        arrived: records of `chunks` that came from the dead letters of other pipelines.
     """
 
     chunks: tuple[Chunk, ...] = ()
@@ -126,6 +127,7 @@ class Moved(NamedTuple):
     expired: int = 0
     unfit: int = 0
     dropped: int = 0
+    arrived: int = 0
 
 
 class LetterFilter(NamedTuple):
@@ -158,15 +160,17 @@ class StoredLetter(NamedTuple):
 
     Attributes:
         id: its number, never used again.
-        marked: it is to be requeued.
+        marked: it is to be requeued, or on its way into another pipeline.
         size: bytes of the payload.
         letter: its fields; without payload and traceback where those were not asked for.
+        is_moving: it is on its way into another pipeline: the next `dead retry` finishes that.
     """
 
     id: int
     marked: bool
     size: int
     letter: DeadLetter
+    is_moving: bool = False
 
 
 class LetterCounts(NamedTuple):
@@ -243,6 +247,30 @@ class DeadLetters(Protocol):
         """
         ...
 
+    def move(
+        self, chosen: LetterFilter, last: int, check: Callable[[bytes], str], target: str
+    ) -> MarkedLetters:
+        """Marks letters to be moved into another pipeline, up to the number `last`.
+
+        Args:
+            chosen: which.
+            last: the newest one.
+            check: tells the fault of a payload as a record of that pipeline.
+            target: its name.
+        """
+        ...
+
+    def finish_moves(self, journals: Callable[[str], DeadLetters]) -> dict[str, int]:
+        """Moves the letters that are marked for it, also those of commands that were killed.
+
+        Args:
+            journals: gives the dead letters of a pipeline, of a journal of the same kind.
+
+        Returns:
+            The number of letters for each pipeline.
+        """
+        ...
+
     def purge(self, chosen: LetterFilter, last: int) -> int:
         """Deletes letters up to the number `last`, but no marked ones; returns how many."""
         ...
@@ -261,11 +289,11 @@ class DeadLetterStore(DeadLetters, Protocol):
         ...
 
     async def poll_marked(self) -> bool:
-        """Returns True if letters are marked; brings the totals up to date."""
+        """Returns True if letters are marked, or have arrived; brings the totals up to date."""
         ...
 
     def requeue(self) -> Future[Moved]:
-        """Takes some of the marked letters back, as chunks like any other.
+        """Takes back some of the marked letters, and of those that arrived, as chunks.
 
         Raises:
             Overloaded: the disk is full.

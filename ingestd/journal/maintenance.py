@@ -100,7 +100,7 @@ class DeadLetterMaintenance:
             await self._expire(letters)
 
     async def _requeue(self, letters: DeadLetterStore) -> None:
-        requeued = readmitted = unfit = 0
+        requeued = readmitted = unfit = arrived = 0
         try:
             while not self._stopped:
                 moved = await letters.requeue()
@@ -109,15 +109,17 @@ class DeadLetterMaintenance:
                 requeued += moved.requeued
                 readmitted += moved.readmitted
                 unfit += moved.unfit
+                arrived += moved.arrived
         finally:
             if unfit:
                 log.warning("dead_letters_still_invalid", pipeline=self._pipeline, letters=unfit)
-            if requeued or readmitted:
+            if requeued or readmitted or arrived:
                 log.info(
                     "dead_letters_requeued",
                     pipeline=self._pipeline,
                     requeued=requeued,
                     readmitted=readmitted,
+                    from_other_pipelines=arrived,
                 )
 
     async def _expire(self, letters: DeadLetterStore) -> None:

@@ -17,7 +17,7 @@ from ingestd.base.record import Span
 from ingestd.host.data_dir import FileLock
 from ingestd.journal import letter_rows
 from ingestd.journal.dead_letters import DeadLetter
-from ingestd.journal.sqlite import letters, offsets, repair, schema, sender_ids
+from ingestd.journal.sqlite import letters, moves, offsets, repair, schema, sender_ids
 from ingestd.journal.sqlite.dead_letters import SqliteDeadLetters
 from ingestd.journal.sqlite.offline import PendingRecord, opened, pending, transaction
 from ingestd.journal.sqlite.store import meta_of, read_chunks, read_lineage, write_meta
@@ -66,6 +66,7 @@ def stat(db: sqlite3.Connection) -> dict[str, Any]:
             db, "SELECT count(*) AS rows, coalesce(sum(count), 0) AS records FROM batches"
         )
         dead = _row(db, "SELECT * FROM dead_totals")
+        moved = moves.totals(db)
         (marked,) = db.execute(
             "SELECT coalesce(sum(letters), 0) FROM dead WHERE retry = 1"
         ).fetchone()
@@ -94,6 +95,7 @@ def stat(db: sqlite3.Connection) -> dict[str, Any]:
             "never_accepted": {"rows": dead["invalid"], "bytes": dead["invalid_bytes"]},
             "requeued": dead["revived"],
             **{name: dead[name] for name in ("readmitted", "expired", "purged", "dropped")},
+            **moved,
         },
         "damaged": damaged,
         "bookmarks": {"rows": marks.count, "bytes": marks.bytes},

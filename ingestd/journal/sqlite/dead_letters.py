@@ -20,6 +20,7 @@ from ingestd.journal.dead_letters import (
     StoredLetter,
 )
 from ingestd.journal.letter_rows import COLUMNS, LetterRow, readable, split, taken_apart
+from ingestd.journal.sqlite import moves
 from ingestd.journal.sqlite.letters import replace, row_of
 from ingestd.journal.sqlite.offline import opened, transaction
 from ingestd.journal.sqlite.writer import Expire, Requeue
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from ingestd.journal.dead_letters import DeadTotals, Moved
+    from ingestd.journal.dead_letters import DeadLetters, DeadTotals, Moved
 
 STEP = 500
 """Letters of one transaction, or of one read, about."""
@@ -46,36 +47,54 @@ class SqliteDeadLetters:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
 
     def select(self, chosen: LetterFilter, *, whole: bool) -> Iterator[StoredLetter]:
         """See `DeadLetters.select`."""
-        with opened(self._path) as db:
+        with opened(self.path) as db:
             yield from letters(db, chosen, whole=whole)
 
     def count(self, chosen: LetterFilter) -> LetterCounts:
         """See `DeadLetters.count`."""
-        with opened(self._path) as db:
+        with opened(self.path) as db:
             return count(db, chosen)
 
     def missing(self, ids: Sequence[int]) -> list[int]:
         """See `DeadLetters.missing`."""
-        with opened(self._path) as db:
+        with opened(self.path) as db:
             return missing(db, ids)
 
     def mark(self, chosen: LetterFilter, last: int, check: Callable[[bytes], str]) -> MarkedLetters:
         """See `DeadLetters.mark`."""
-        with opened(self._path, write=True) as db:
+        with opened(self.path, write=True) as db:
             return mark(db, chosen, last, check)
 
     def edit(self, number: int, before: bytes, after: bytes) -> bool:
         """See `DeadLetters.edit`."""
-        with opened(self._path, write=True) as db:
+        with opened(self.path, write=True) as db:
             return edit(db, number, before, after)
+
+    def move(
+        self, chosen: LetterFilter, last: int, check: Callable[[bytes], str], target: str
+    ) -> MarkedLetters:
+        """See `DeadLetters.move`."""
+        with opened(self.path, write=True) as db:
+            return move(db, chosen, last, check, target=target)
+
+    def finish_moves(self, journals: Callable[[str], DeadLetters]) -> dict[str, int]:
+        """See `DeadLetters.finish_moves`."""
+        moved: dict[str, int] = {}
+        with opened(self.path, write=True) as db:
+            for target in moves.targets(db):
+                other = journals(target)
+                if isinstance(other, SqliteDeadLetters):
+                    with opened(other.path, write=True) as there:
+                        moved[target] = _finish(db, there, target)
+        return moved
 
     def purge(self, chosen: LetterFilter, last: int) -> int:
         """See `DeadLetters.purge`."""
-        with opened(self._path, write=True) as db:
+        with opened(self.path, write=True) as db:
             return purge(db, chosen, last)
 
 
@@ -88,6 +107,7 @@ class SqliteDeadLetterStore(SqliteDeadLetters):
         totals: returns the present ones.
         poll: reads the marks, and brings the totals up to date.
         queue: hands a kind of operation and its parts to the writer.
+        room: returns the bytes that the journal has left.
     """
 
     def __init__(
@@ -98,12 +118,14 @@ class SqliteDeadLetterStore(SqliteDeadLetters):
         totals: Callable[[], DeadTotals],
         poll: Callable[[], Awaitable[bool]],
         queue: Callable[..., Future[Moved]],
+        room: Callable[[], int],
     ) -> None:
         super().__init__(path)
         self.bytes_max = bytes_max
         self.totals = totals
         self._poll = poll
         self._queue = queue
+        self._room = room
 
     @property
     def full(self) -> bool:
@@ -116,7 +138,7 @@ class SqliteDeadLetterStore(SqliteDeadLetters):
 
     def requeue(self) -> Future[Moved]:
         """See `DeadLetterStore.requeue`."""
-        return self._queue(Requeue)
+        return self._queue(Requeue, self._room())
 
     def expire(self, before: float, since: float = 0.0) -> Future[Moved]:
         """See `DeadLetterStore.expire`."""
@@ -165,7 +187,8 @@ def letters(db: sqlite3.Connection, chosen: LetterFilter, *, whole: bool) -> Ite
                 return
             left = None if left is None else left - 1
             kept_size = size if row.letters == 1 else own
-            yield StoredLetter(number, bool(row.retry), kept_size, letter)
+            moving = row.retry == moves.MOVING
+            yield StoredLetter(number, bool(row.retry), kept_size, letter, moving)
 
 
 def _rows(
@@ -226,7 +249,7 @@ def _count_all(db: sqlite3.Connection, chosen: LetterFilter) -> LetterCounts:
     incomplete = f"reason IN ({', '.join(repr(reason) for reason in INCOMPLETE)})"
     row = db.execute(
         "SELECT coalesce(sum(letters), 0), coalesce(sum(bytes), 0),"  # noqa: S608
-        " coalesce(sum(letters * retry), 0),"
+        " coalesce(sum(letters * (retry != 0)), 0),"
         f" coalesce(sum(letters * ({incomplete})), 0), coalesce(max(id), 0)"
         f" FROM dead WHERE {condition}",
         values,
@@ -283,6 +306,61 @@ def mark(
 
     marked = sum(_change(db, wanted(), mark=True))
     return MarkedLetters(marked, invalid)
+
+
+def move(
+    db: sqlite3.Connection,
+    chosen: LetterFilter,
+    last: int,
+    check: Callable[[bytes], str],
+    *,
+    target: str,
+) -> MarkedLetters:
+    """Marks letters to be moved into another pipeline; see `DeadLetters.move`."""
+    invalid = 0
+    also = f"retry = 0 AND reason NOT IN ({', '.join(repr(reason) for reason in INCOMPLETE)})"
+
+    def wanted() -> Iterator[_Part]:
+        nonlocal invalid
+        for row, size in _rows(db, chosen, whole=True, also=also, last=last):
+            if row.reason in INCOMPLETE:  # it can't be read any more
+                continue
+            meant = set(_meant(chosen, row, last))
+            fit = {n for n, _, one in taken_apart(row) if n in meant and not check(one.payload)}
+            invalid += len(meant) - len(fit)
+            yield _Part(row._replace(payload=b""), size, fit)
+
+    moves.prepare(db)
+    marked = 0
+    for step in _in_steps(wanted()):
+        with transaction(db):
+            for part in step:
+                before = set(_marked(db, part))
+                marked += _change_part(db, part, mark=True)
+                moves.claim(db, [n for n in _marked(db, part) if n not in before], target)
+    return MarkedLetters(marked, invalid)
+
+
+def _marked(db: sqlite3.Connection, part: _Part) -> list[int]:
+    """The marked rows that lie in the place of one."""
+    numbers = part.row.numbers
+    query = "SELECT id FROM dead WHERE id BETWEEN ? AND ? AND retry = 1"
+    return [number for (number,) in db.execute(query, (numbers[0], numbers[-1]))]
+
+
+def _finish(db: sqlite3.Connection, there: sqlite3.Connection, target: str) -> int:
+    """Steps 2 and 3 of a move, and tidying up after it; returns the number of letters."""
+    moves.prepare(there)
+    moved, rows = 0, [0]
+    while rows:
+        with transaction(db):
+            rows = moves.due(db, target)
+            with transaction(there):
+                moves.arrive(there, db, rows)
+            moved += moves.leave(db, rows)
+    with transaction(db), transaction(there):
+        moves.tidy(there, db)
+    return moved
 
 
 def edit(db: sqlite3.Connection, number: int, before: bytes, after: bytes) -> bool:

@@ -118,6 +118,7 @@ class SqliteJournal:
             totals=lambda: self.dead_totals,
             poll=self._poll_marked,
             queue=self._queue,
+            room=self._room,
         )
         self.id = ""
         self.ledger = Ledger()
@@ -329,6 +330,12 @@ class SqliteJournal:
             return  # as after nearly every commit
         self.bytes += totals.accepted_bytes - self.dead_totals.accepted_bytes
         self.dead_totals = totals
+
+    def _room(self) -> int:
+        """Returns the bytes of records that may come without being asked for by a source."""
+        if self.space is not None and self.space.low(self._clock.monotonic()):
+            return 0
+        return max(0, self.bytes_max - self.bytes)
 
     async def _poll_marked(self) -> bool:
         commits = self._commits

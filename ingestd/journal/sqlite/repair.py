@@ -195,7 +195,7 @@ def _fill(store: Store, path: Path, now: float) -> None:
         found = _Salvaged(*_meta(old, version), chunks, [], holes)
         found.batches.extend(_copy_batches(old, db, version, found))
         _copy_letters(old, db)
-        for table in ("damaged", "keys", "failing", "sender_ids"):
+        for table in ("damaged", "keys", "failing", "sender_ids", "moving", "arrivals"):
             _copy_rows(old, db, table)
         _copy_bookmarks(old, db)
         _copy_dead_totals(old, db)
@@ -372,6 +372,9 @@ def _copy_dead_totals(old: sqlite3.Connection, db: sqlite3.Connection) -> None:
             (number,) = old.execute(f"SELECT {name} FROM dead_totals").fetchone()  # noqa: S608
             if type(number) is int and number >= 0:
                 db.execute(f"UPDATE dead_totals SET {name} = ?", (number,))  # noqa: S608
+    with contextlib.suppress(*_UNREADABLE):
+        found = old.execute("SELECT letters, arrived FROM moved").fetchone()
+        db.execute("UPDATE moved SET letters = ?, arrived = ?", found)
     with contextlib.suppress(*_UNREADABLE):  # a letter's number is never given again
         (last,) = old.execute("SELECT seq FROM sqlite_sequence WHERE name = 'dead'").fetchone()
         db.execute(

@@ -39,7 +39,7 @@ from ingestd.journal.interface import (
     Sealed,
     Settle,
 )
-from ingestd.journal.sqlite import first_page, letters, offsets, schema, sender_ids
+from ingestd.journal.sqlite import first_page, letters, moves, offsets, schema, sender_ids
 
 if TYPE_CHECKING:
     from asyncio import Future
@@ -99,7 +99,9 @@ class Write(NamedTuple):
     """Everything that one commit writes.
 
     Attributes:
-        requeue_at: marked dead letters are taken back, accepted at this time.
+        requeue_at: marked dead letters are taken back, and what arrived from other pipelines is
+            taken in, accepted at this time.
+        room: bytes that the journal has left for what is taken in.
         expire: dead letters that were given up from the first of these times to the other go.
         claims: idempotency keys that come, accepted at `at`; an expired one of the same name goes.
         bookmarks: in the order of their appends; the last one of a key counts.
@@ -119,6 +121,7 @@ class Write(NamedTuple):
     sweep: int = 0
     keys_before: float = 0.0
     requeue_at: float | None = None
+    room: int = 0
     expire: tuple[float, float] | None = None
 
 
@@ -214,6 +217,7 @@ class Store:
             raise sqlite3.OperationalError("this file system can't have a database with a WAL")
         db.execute("DELETE FROM failing WHERE number NOT IN (SELECT number FROM batches)")
         db.execute(sender_ids.SCHEMA)
+        moves.prepare(db)
         db.execute(first_page.SCHEMA)
         first_page.keep(db)
         counters = ", ".join(schema.COUNTERS)
@@ -416,6 +420,11 @@ def _move_letters(
     if write.requeue_at is not None:
         last = write.chunks[-1].id if write.chunks else meta.last_chunk
         moved = letters.requeue(db, last + 1, write.requeue_at, invalid.check)
+        if moves.waiting(db):
+            last += len(moved.chunks)
+            arrived = moves.take(db, last + 1, write.requeue_at, write.room)
+            chunks = (*moved.chunks, *arrived.chunks)
+            moved = moved._replace(chunks=chunks, arrived=arrived.records)
     if write.expire is not None:
         moved = moved._replace(expired=letters.expire(db, *write.expire))
     if moved.chunks:

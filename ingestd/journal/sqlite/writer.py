@@ -82,9 +82,14 @@ class Sweep(NamedTuple):
 
 
 class Requeue(NamedTuple):
-    """Feeds marked dead letters again, as many as one transaction takes."""
+    """Feeds marked dead letters again, and what arrived from other pipelines.
+
+    Attributes:
+        room: bytes that the journal has left for what arrived.
+    """
 
     future: asyncio.Future[Moved]
+    room: int
 
 
 class Expire(NamedTuple):
@@ -357,6 +362,7 @@ def _with_others(write: Write, ops: Sequence[Op]) -> Write:
         postponed=[change.batch for change in changes if type(change) is Postpone],
         settled=[change for change in changes if type(change) is Settle],
         requeue_at=write.at if any(type(op) is Requeue for op in ops) else None,
+        room=min((op.room for op in ops if type(op) is Requeue), default=0),
         expire=max(((op.since, op.before) for op in ops if type(op) is Expire), default=None),
     )
 
