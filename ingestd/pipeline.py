@@ -9,7 +9,6 @@ so (`broken`); nothing waits for ever on a consumer that is dead.
 from __future__ import annotations
 
 import asyncio
-import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import async_timeout
@@ -435,11 +434,8 @@ class Pipeline:
             await self._moved.wait()
 
     def _only_waits_beyond(self, deadline: float | None) -> bool:
-        fed = self.reader.waiting or not self.queue.empty() or self.batcher.open
-        work = self.dispatcher
-        if deadline is None or work.running or (fed and not work.outage.paused):
-            return False
-        return deadline < work.queue.ready_at < math.inf
+        fed = bool(self.reader.waiting or not self.queue.empty() or self.batcher.open)
+        return deadline is not None and self.dispatcher.waits_beyond(deadline, fed=fed)
 
     async def close(self, deadline: float, give_up: float | None = None) -> DrainReport:
         """Ends the workers, then closes the journal; see `end_workers` and `close_journal`."""

@@ -142,6 +142,8 @@ class PipelineStatus(msgspec.Struct, frozen=True):
         dispatch_stopped: why no batch is given to the handler; empty while batches are.
         paused: a person paused it: records are accepted, and no batch is given to the handler.
         paused_since: when that began, UTC.
+        throttled: `executor.batches_per_second` or `executor.records_per_second` holds a batch
+            back now.
         unaccounted: pending by the counters less pending by the journal's rows; not 0 is an error.
     """
 
@@ -162,6 +164,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
     dispatch_stopped: str = ""
     paused: bool = False
     paused_since: str | None = None
+    throttled: bool = False
     unaccounted: int = 0
 
     @property
@@ -249,6 +252,7 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
     """The status of a pipeline now: the one value that `/v1/status` and the metrics are made of."""
     settings, journal = pipeline.settings, pipeline.journal.status()
     ledger, letters = journal.ledger, journal.dead_letters
+    throttled_by = pipeline.dispatcher.throttled_by
     oldest, waiting = pipeline.unsettled.oldest, pipeline.dispatcher.queue.waiting_load
     difference = pipeline.auditor.difference
     age = 0.0 if oldest is None else asyncio.get_running_loop().time() - oldest
@@ -307,7 +311,9 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
                 "retry.waiting_records_max": (waiting.records, settings.retry.waiting_records_max),
                 "retry.waiting_bytes_max": (waiting.bytes, settings.retry.waiting_bytes_max),
             }
-        ),
+        )
+        + [throttled_by] * bool(throttled_by),
+        throttled=bool(throttled_by),
     )
 
 

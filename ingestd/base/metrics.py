@@ -79,6 +79,7 @@ _STATE = (
     ),
     ("is_stopped", "dispatch_stopped", "1 while dead letters at their bound stop batches."),
     ("paused", "pipeline_paused", "1 while a person has paused the pipeline."),
+    ("throttled", "dispatch_throttled", "1 while a rate of [executor] holds a batch back."),
     ("pending", "records_pending", "Records accepted and not settled."),
     ("unaccounted", "records_unaccounted", "Pending by the counters less by the rows; 0 is right."),
     ("journal.bytes", "journal_bytes", "Bytes of the journal in use."),

@@ -1,4 +1,4 @@
-"""Rates, waits until capacity is free, and burst budgets. Pure: the caller passes the time."""
+"""Rates, waits until capacity is free, and token buckets. Pure: the caller passes the time."""
 
 from __future__ import annotations
 
@@ -72,11 +72,45 @@ def wait_for_room(
     return min(LONGEST, max(SHORTEST, seconds * spread))
 
 
-# -- burst budgets --------------------------------------------------------------------------------
+# -- token buckets --------------------------------------------------------------------------------
+
+
+class TokenBucket:
+    """A token bucket that may be in debt, for amounts that are known when they are spent.
+
+    Whatever is spent is spent whole; then nothing more may be until the debt is paid. In any time
+    no more is spent than the rate gives in that time and in the burst, and the last amount.
+
+    Args:
+        rate: tokens that come back a second; more than 0.
+        now: seconds that do not go back.
+        burst: seconds for which tokens that were not spent are saved.
+    """
+
+    __slots__ = ("_at", "_full", "_level", "_rate")
+
+    def __init__(self, rate: float, now: float, burst: float) -> None:
+        self._rate = rate
+        self._level = self._full = rate * burst
+        self._at = now
+
+    def wait(self, now: float) -> float:
+        """Seconds until the debt is paid; 0 if there is none."""
+        self._fill(now)
+        return max(0.0, -self._level / self._rate)
+
+    def charge(self, amount: float, now: float) -> None:
+        """Takes an amount out, also if it is not in there."""
+        self._fill(now)
+        self._level -= amount
+
+    def _fill(self, now: float) -> None:
+        self._level = min(self._level + (now - self._at) * self._rate, self._full)
+        self._at = now
 
 
 class BurstBudget:
-    """A token bucket.
+    """A token bucket that spends what is left, or nothing.
 
     Args:
         burst: what may be spent at once.

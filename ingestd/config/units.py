@@ -43,6 +43,7 @@ TIME_FORMS = "a time: a number of seconds, or numbers with us, ms, s, m, h or d,
 COUNT_FORMS = "a whole number"
 SWITCH_FORMS = "true or false"
 SHARE_FORMS = "a share: a number from 0 to 1"
+RATE_FORMS = "a rate: a number"
 WORDS_FORMS = "a list of words: an array of text, or text with commas or white space between them"
 
 
@@ -147,14 +148,27 @@ def parse_share(written: object) -> float:
     Raises:
         NotUnderstoodError: anything else.
     """
+    return _number(written, 1, SHARE_FORMS)
+
+
+def parse_rate(written: object) -> float:
+    """A number of things a second: `0.5`, `20`, or the same as text.
+
+    Raises:
+        NotUnderstoodError: anything else.
+    """
+    return _number(written, 1e12, RATE_FORMS)
+
+
+def _number(written: object, most: float, expected: str) -> float:
     if isinstance(written, int | float) and not isinstance(written, bool):
-        if 0 <= written <= 1:
+        if 0 <= written <= most:
             return float(written)
     elif isinstance(written, str) and len(written) <= _DIGITS_MAX:
         text = written.strip()
-        if re.fullmatch(_NUMBER, text) and float(text) <= 1:
+        if re.fullmatch(_NUMBER, text) and float(text) <= most:
             return float(text)
-    raise NotUnderstoodError(written, SHARE_FORMS)
+    raise NotUnderstoodError(written, expected)
 
 
 def parse_words(written: object) -> tuple[str, ...]:
@@ -241,4 +255,5 @@ Seconds = Annotated[float, BeforeValidator(parse_seconds), Unit("seconds", show_
 Count = Annotated[int, BeforeValidator(parse_count), Unit("", show_plain)]
 Switch = Annotated[bool, BeforeValidator(parse_switch)]
 Share = Annotated[float, BeforeValidator(parse_share), Unit("", show_plain)]
+PerSecond = Annotated[float, BeforeValidator(parse_rate), Unit("", show_plain)]
 Words = Annotated[tuple[str, ...], BeforeValidator(parse_words), Unit("words", show_words)]

@@ -191,7 +191,7 @@ async def start_processes(
     if first.is_async:
         await first.close(loop.time() + _CLOSE_SECONDS)
         return await start_coroutines(executor, _with_kind(context, "async"))
-    pool = ThreadedPool(processes, first=0)
+    pool = ThreadedPool(processes, first=0, prefetch=not executor.is_throttled)
     await pool.start()
     return pool, "process"
 
@@ -202,7 +202,8 @@ async def start_threads(executor: ExecutorSettings, context: PoolContext) -> tup
         ThreadWorker(worker, _runner(context.config, worker), checks=number == 0)
         for number, worker in enumerate(context.workers(executor))
     ]
-    pool = ThreadedPool(threads, overrun=executor.timeout)
+    prefetch = not executor.is_throttled
+    pool = ThreadedPool(threads, overrun=executor.timeout, prefetch=prefetch)
     await _start(pool, context.config.target)
     return pool, "thread"
 

@@ -7,13 +7,14 @@ ready queue, the gate, the outage, the splitter and the retry rule. It writes no
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from typing import TYPE_CHECKING, Any
 
 from ingestd.base.watchdog import Stage
 from ingestd.execution.build import start_pool
 from ingestd.execution.failure_log import FailureLog
-from ingestd.execution.gate import DispatchGate, PauseMark
+from ingestd.execution.gate import DispatchGate, PauseMark, Throttle
 from ingestd.execution.outage import Outage
 from ingestd.execution.ready_queue import Load, ReadyQueue
 from ingestd.execution.retry import BatchSplitter, RetryRule, decide, rank, spends_try
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from ingestd.execution.gate import BoundedLetters
     from ingestd.execution.pool import Pool
     from ingestd.execution.retry import Resolve, RetryBatch
-    from ingestd.execution.settings import RetrySettings
+    from ingestd.execution.settings import ExecutorSettings, RetrySettings
     from ingestd.handlers.outcome import Result
 
 BATCH_BYTES = 1024
@@ -42,7 +43,7 @@ class Dispatcher:
     Args:
         pipeline: its name.
         retry: `[retry]`.
-        clock: for the time of day in logs.
+        clock: for the time of day in logs, and for the throttle.
         folder: of the pipeline, which says whether it is paused.
         letters: the dead letters, which stop it at their bound.
         pending: gives the number of records that are not settled.
@@ -70,9 +71,10 @@ class Dispatcher:
         on_gate: Callable[[], object],
     ) -> None:
         self._pipeline = pipeline
+        self._clock = clock
         self._on_idle, self._on_gate = on_idle, on_gate
         mark = PauseMark(folder)
-        self.gate = DispatchGate(pipeline, letters, mark, on_change=self._gate_changed)
+        self.gate = DispatchGate(pipeline, letters, mark, clock, on_change=self._gate_changed)
         self.outage = Outage(retry.backoff_max, random.random)
         self.queue: ReadyQueue[SealedBatch] = ReadyQueue(
             waiting_max=Load(retry.waiting_records_max, retry.waiting_bytes_max),
@@ -92,7 +94,7 @@ class Dispatcher:
         self._stopped_at = 0.0  # loop time; 0 while batches are given
         self._has_place = self._sealing = False
 
-    async def open(self, *settings: Any, **context: Any) -> None:
+    async def open(self, executor: ExecutorSettings, *settings: Any, **context: Any) -> None:
         """Starts the workers; takes the arguments of `start_pool` behind the name.
 
         Raises:
@@ -100,8 +102,12 @@ class Dispatcher:
         """
         self._loop = asyncio.get_running_loop()
         await self.gate.poll()
+        if executor.is_throttled:
+            self.gate.throttle = Throttle(executor, self._clock.monotonic())
         self.pool: Pool[Any]
-        self.pool, self.executor = await self.start_pool(self._pipeline, *settings, **context)
+        self.pool, self.executor = await self.start_pool(
+            self._pipeline, executor, *settings, **context
+        )
 
     def tasks(self) -> Mapping[str, Coroutine[None, None, None]]:
         """Coroutines that turn until they are cancelled, by name."""
@@ -135,6 +141,7 @@ class Dispatcher:
         self.gate.look()
         batch = await self.queue.next()
         self._has_place = False
+        self.gate.given(batch.count)
         self.outage.started(batch.number, self._loop.time())
         self.running += 1
         self._dispatched += 1
@@ -157,6 +164,18 @@ class Dispatcher:
         self.pool.release()
         self._on_idle()
 
+    def waits_beyond(self, deadline: float, *, fed: bool) -> bool:
+        """Tells if no batch goes to a worker by `deadline`, loop time, as things are.
+
+        Args:
+            deadline: loop time.
+            fed: more records are on their way to the queue.
+        """
+        held = deadline < self.gate.open_at() < math.inf
+        if self.running or (fed and not self.outage.paused and not held):
+            return False
+        return held or deadline < self.queue.ready_at < math.inf
+
     def judge(self, batch: SealedBatch, result: Result) -> Resolve | RetryBatch:
         """Decides what becomes of a batch, and takes note of what its try says of the handler."""
         batch.attempts += spends_try(result)
@@ -166,6 +185,11 @@ class Dispatcher:
         if self.failures.ended(result.failure, now, attempts=batch.attempts, records=batch.count):
             self.queue.wake(now)
         return decide(result, context, rule=self._rule, random=random.random)
+
+    @property
+    def throttled_by(self) -> str:
+        """The setting whose rate keeps a batch waiting now; empty if none does."""
+        return self.gate.throttled_by if self.queue.is_held(self._loop.time()) else ""
 
     def park(self, batch: SealedBatch, after: float, *, asked: bool = False) -> None:
         """Keeps a batch for another try `after` seconds; see `ReadyQueue.park`."""

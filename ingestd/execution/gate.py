@@ -1,5 +1,8 @@
 """Gate of a dispatcher: every reason why no batch may go to a worker, the handler's state aside.
 
+Some stop it until something changes (dead letters at their bound, a pause). A throttle holds it for
+a moment: a batch may go while no bucket is in debt, and is charged whole, each of its tries anew.
+
 Reasons are read where they arise, never copied, so none can be forgotten here when it has gone.
 The ready queue asks `open_at` before it gives a batch, the watchdog and the drain ask it and
 `stopped` at any time. A reason that begins or ends without an event is noticed by `look`, which the
@@ -13,6 +16,8 @@ Invariants, each with a test:
 3. A gate that is closed is no stage that hangs.
 4. A pause is on disk before `pause` returns, and holds through restarts until `resume`, or until
    its file is removed by another process (`ingestd resume`), which is noticed within a second.
+5. In any time no more batches, and no more records, are given than the throttle's rate gives in
+   that time and in `BURST_SECONDS`, and one batch.
 """
 
 from __future__ import annotations
@@ -25,10 +30,14 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from ingestd.base.errors import DataDirError
 from ingestd.base.files import make_private, sync_folder
 from ingestd.base.logging import get_logger
+from ingestd.base.rate import TokenBucket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from ingestd.base.clock import Clock
+    from ingestd.execution.settings import ExecutorSettings
 
 log = get_logger()
 
@@ -36,6 +45,9 @@ POLL_SECONDS = 1.0
 """Between two looks at reasons that no event tells of."""
 
 
+BURST_SECONDS = 0.05
+"""What a throttle gives at once after a rest: so much that a loop which is late reaches the rate,
+and so little that a second has no more calls than an API allows."""
 PAUSED = "the pipeline is paused (ingestd pause): ingestd resume has it go on"
 
 
@@ -92,6 +104,32 @@ class PauseMark:
         return DataDirError(path=self._path.parent, problem=problem)
 
 
+class Throttle:
+    """Bounds the batches and the records that are given a second.
+
+    Args:
+        executor: `[executor]`; at least one of its rates is not 0.
+        now: seconds that do not go back.
+    """
+
+    def __init__(self, executor: ExecutorSettings, now: float) -> None:
+        names = ("batches_per_second", "records_per_second")
+        rates = {name: getattr(executor, name) for name in names}
+        self._buckets = {
+            name: TokenBucket(rate, now, BURST_SECONDS) for name, rate in rates.items() if rate
+        }
+
+    def wait(self, now: float) -> tuple[float, str]:
+        """Seconds until a batch may be given, and the setting that says so."""
+        waits = [(one.wait(now), f"executor.{name}") for name, one in self._buckets.items()]
+        return max(waits)
+
+    def charge(self, records: int, now: float) -> None:
+        """Charges a batch that is given."""
+        for name, bucket in self._buckets.items():
+            bucket.charge(1 if name == "batches_per_second" else records, now)
+
+
 class BoundedLetters(Protocol):
     """Dead letters of accepted records, as far as they stop the dispatcher."""
 
@@ -126,11 +164,13 @@ class DispatchGate:
         pipeline: its name, for the log.
         letters: its dead letters.
         mark: says whether it is paused.
+        clock: where time comes from.
         on_change: called when a reason has come or gone.
 
     Attributes:
         paused_since: seconds since the epoch; 0 while the pipeline is not paused.
         poll_seconds: between two looks.
+        throttle: bounds the rates; `None` for none.
     """
 
     def __init__(
@@ -138,6 +178,7 @@ class DispatchGate:
         pipeline: str,
         letters: BoundedLetters,
         mark: PauseMark,
+        clock: Clock,
         *,
         on_change: Callable[[], object],
     ) -> None:
@@ -145,6 +186,8 @@ class DispatchGate:
         self._letters = letters
         self._mark = mark
         self._marking = asyncio.Lock()
+        self._clock = clock
+        self.throttle: Throttle | None = None
         self.paused_since = 0.0
         self._on_change = on_change
         self._seen: dict[str, StopReason] = {}
@@ -157,7 +200,26 @@ class DispatchGate:
 
     def open_at(self) -> float:
         """Loop time from which on a batch may be given; infinite until something changes."""
-        return math.inf if self.paused_since or self._letters.is_full else 0.0
+        if self.paused_since or self._letters.is_full:
+            return math.inf
+        if self.throttle is None:
+            return 0.0
+        now = self._clock.monotonic()
+        wait, _ = self.throttle.wait(now)
+        return now + wait if wait > 0 else 0.0
+
+    @property
+    def throttled_by(self) -> str:
+        """The setting whose rate holds batches back now; empty if none does."""
+        if self.throttle is None:
+            return ""
+        wait, setting = self.throttle.wait(self._clock.monotonic())
+        return setting if wait > 0 else ""
+
+    def given(self, records: int) -> None:
+        """A batch of so many records goes to a worker."""
+        if self.throttle is not None:
+            self.throttle.charge(records, self._clock.monotonic())
 
     def _reasons(self) -> Iterator[StopReason]:
         if self._letters.is_full:

@@ -163,6 +163,8 @@ class ThreadedPool(Pool[ThreadedWorker]):
             such a job themselves.
         first: so many workers are started before `start` returns, and say whether the handler can
             be loaded; the others start in their own threads. `None` for all.
+        prefetch: jobs may lie ready before workers that are busy. Without it the rate of jobs is
+            that at which places are taken, whatever the workers do.
     """
 
     def __init__(
@@ -171,11 +173,12 @@ class ThreadedPool(Pool[ThreadedWorker]):
         *,
         overrun: float | None = None,
         first: int | None = None,
+        prefetch: bool = True,
     ) -> None:
         super().__init__(workers)
         self._first = first
         self._overrun = overrun
-        self._prefetch = PrefetchLimit(len(workers))
+        self._prefetch = PrefetchLimit(len(workers)) if prefetch else None
 
     async def start(self) -> None:
         """See `Pool.start`."""
@@ -187,7 +190,7 @@ class ThreadedPool(Pool[ThreadedWorker]):
     @property
     def places(self) -> int:
         """See `Pool.places`."""
-        return len(self.workers) + self._prefetch.jobs
+        return len(self.workers) + (0 if self._prefetch is None else self._prefetch.jobs)
 
     async def run(self, job: Job) -> Result:
         """See `Pool.run`."""
@@ -195,7 +198,8 @@ class ThreadedPool(Pool[ThreadedWorker]):
         if self._overrun is not None:
             await self._watch(queued, self._overrun)
         result = await queued.done
-        self._prefetch.ran(result.seconds, failed=result.failure is not None)
+        if self._prefetch is not None:
+            self._prefetch.ran(result.seconds, failed=result.failure is not None)
         return result
 
     async def _watch(self, queued: QueuedJob, overrun: float) -> None:

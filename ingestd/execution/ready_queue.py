@@ -123,6 +123,10 @@ class ReadyQueue(Generic[T]):
             return 0.0
         return min(asked, self._failed[0].due if self._failed else math.inf)
 
+    def is_held(self, now: float) -> bool:
+        """Returns True if nothing but `open_at` keeps a batch from being given."""
+        return self._due_at() <= now < self._open_at()
+
     def could_give(self, now: float) -> bool:
         """Returns True if `next` would give a batch at `now`, loop time."""
         return self.ready_at <= now

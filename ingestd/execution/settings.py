@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from ingestd.config.sections import Choice, Section
-from ingestd.config.units import Count, Seconds, Size, Words, show_seconds
+from ingestd.config.units import Count, PerSecond, Seconds, Size, Words, show_seconds
 from ingestd.handlers.options import FilePath, options_of
 from ingestd.handlers.target import own_sink
 from ingestd.registry import EXECUTORS
@@ -110,6 +110,17 @@ class ExecutorSettings(Section):
         4, ge=1, le=1024, description="maximum of batches that are handled at once"
     )
     timeout: Seconds = Field(60.0, gt=0, le=30 * _DAY, description="timeout of one call")
+    batches_per_second: PerSecond = Field(
+        0.0, ge=0, le=10**6, description="maximum of calls a second, retries included; 0: no limit"
+    )
+    records_per_second: PerSecond = Field(
+        0.0, ge=0, le=10**9, description="maximum of records in these a second; 0: no limit"
+    )
+
+    @property
+    def is_throttled(self) -> bool:
+        """Tells if calls are held to a rate."""
+        return self.batches_per_second > 0 or self.records_per_second > 0
 
     @property
     def own(self) -> Any:

@@ -12,7 +12,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Self
 
-from ingestd.base.rate import LONGEST, Rate, wait_for_room
+from ingestd.base.rate import LONGEST, Rate, TokenBucket, wait_for_room
 from ingestd.http import problem
 from ingestd.http.peer import client_of
 from ingestd.http.problem import Problem
@@ -28,36 +28,6 @@ BURST_SECONDS = 5.0
 """What was not used is saved for so long: after a pause so many seconds' worth come at once."""
 
 
-class TokenBucket:
-    """Fills at a rate, up to `BURST_SECONDS` of it.
-
-    Args:
-        rate: a second; more than 0.
-        now: seconds that do not go back.
-    """
-
-    __slots__ = ("_at", "_level", "_rate")
-
-    def __init__(self, rate: float, now: float) -> None:
-        self._rate = rate
-        self._level = rate * BURST_SECONDS
-        self._at = now
-
-    def wait(self, now: float) -> float:
-        """Seconds until the debt is paid; 0 if there is none."""
-        self._fill(now)
-        return max(0.0, -self._level / self._rate)
-
-    def charge(self, amount: float, now: float) -> None:
-        """Takes out what was sent, also if it is not in there."""
-        self._fill(now)
-        self._level -= amount
-
-    def _fill(self, now: float) -> None:
-        self._level = min(self._level + (now - self._at) * self._rate, self._rate * BURST_SECONDS)
-        self._at = now
-
-
 class RateLimiter:
     """Both bounds of one token.
 
@@ -70,8 +40,8 @@ class RateLimiter:
     __slots__ = ("_records", "_size")
 
     def __init__(self, records: int, size: int, now: float) -> None:
-        self._records = TokenBucket(records, now) if records else None
-        self._size = TokenBucket(size, now) if size else None
+        self._records = TokenBucket(records, now, BURST_SECONDS) if records else None
+        self._size = TokenBucket(size, now, BURST_SECONDS) if size else None
 
     def wait(self, now: float) -> tuple[float, str]:
         """Seconds until something may be sent again, and the setting that says so."""

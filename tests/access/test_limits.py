@@ -4,18 +4,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ingestd.base.rate import TokenBucket
 from ingestd.http.admission import (
     BURST_SECONDS,
     SPARE_REQUESTS,
     AdmissionController,
     RateLimiter,
-    TokenBucket,
 )
 from ingestd.http.problem import Problem
 
 
 def test_a_bucket_is_full_in_the_beginning_and_then_in_debt() -> None:
-    bucket = TokenBucket(10, now=100.0)
+    bucket = TokenBucket(10, 100.0, BURST_SECONDS)
     assert bucket.wait(100.0) == 0
     bucket.charge(10 * BURST_SECONDS, 100.0)
     assert bucket.wait(100.0) == 0
@@ -26,7 +26,7 @@ def test_a_bucket_is_full_in_the_beginning_and_then_in_debt() -> None:
 
 
 def test_what_is_saved_is_bounded() -> None:
-    bucket = TokenBucket(10, now=0.0)
+    bucket = TokenBucket(10, 0.0, BURST_SECONDS)
     bucket.charge(10 * BURST_SECONDS + 10, 1e6)
     assert bucket.wait(1e6) == pytest.approx(1.0)
 
@@ -35,7 +35,7 @@ def test_what_is_saved_is_bounded() -> None:
 def test_nobody_gets_beyond_the_rate_by_more_than_the_burst_and_one_request(
     steps: list[tuple[float, int]],
 ) -> None:
-    bucket, now, sent = TokenBucket(50, now=0.0), 0.0, 0
+    bucket, now, sent = TokenBucket(50, 0.0, BURST_SECONDS), 0.0, 0
     for pause, amount in steps:
         now += pause
         if bucket.wait(now) == 0:

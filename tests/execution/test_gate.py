@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from ingestd.base.batch import SealedBatch
+from ingestd.base.clock import SystemClock
 from ingestd.execution.dispatcher import Dispatcher
 from ingestd.execution.gate import DispatchGate, PauseMark
 from ingestd.execution.outage import Outage
 from ingestd.execution.pool import Pool, TaskPool
 from ingestd.execution.ready_queue import Load, ReadyQueue
-from ingestd.execution.settings import RetrySettings
+from ingestd.execution.settings import ExecutorSettings, RetrySettings
 from ingestd.testing.fake_time import FakeTimeLoop
 
 
@@ -38,7 +39,9 @@ class Unpaused(PauseMark):
 
 def gate(letters: Letters, changes: list[str] | None = None) -> DispatchGate:
     seen = [] if changes is None else changes
-    return DispatchGate("default", letters, Unpaused(), on_change=lambda: seen.append("changed"))
+    return DispatchGate(
+        "default", letters, Unpaused(), SystemClock(), on_change=lambda: seen.append("changed")
+    )
 
 
 def test_dead_letters_at_their_bound_stop_it_and_their_purge_opens_it() -> None:
@@ -81,12 +84,12 @@ async def test_a_batch_that_waits_is_not_given_while_it_is_closed() -> None:
 
 async def opened(folder: Path, letters: Letters, changes: list[str]) -> Dispatcher:
     made = Dispatcher(
-        "default", RetrySettings(), None,  # type: ignore[arg-type]
+        "default", RetrySettings(), SystemClock(),
         folder=folder, letters=letters, pending=int, on_idle=lambda: None,
         on_gate=lambda: changes.append("changed"),
     )  # fmt: skip
     made.start_pool = _started  # type: ignore[assignment]
-    await made.open()
+    await made.open(ExecutorSettings())
     return made
 
 
