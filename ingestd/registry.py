@@ -129,6 +129,7 @@ SOURCES = Components(
         "fetch": "ingestd.sources.fetch:FetchSourceKind",
         "syslog": "ingestd.sources.syslog:SyslogSourceKind",
         "forward": "ingestd.sources.forward.settings:ForwardSourceKind",
+        "kafka": "ingestd.sources.kafka:KafkaSourceKind",
     },
 )
 ENDPOINTS = Components(

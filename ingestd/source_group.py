@@ -304,18 +304,19 @@ def _of(configured: ConfiguredSource, error: ConfigError) -> ConfigError:
 def key_rule(settings: Settings) -> KeyRule:
     """The rule for idempotency keys: enough for each source that takes some.
 
-    Without such a source keys are kept as the tables of the kinds say, for its next life.
+    Without such a source keys are kept as the tables of the kinds say, for its next life. Ids are
+    kept for all sources together.
     """
-    running = [one.component.keys(one.settings) for one in settings.running_sources()]
-    needs = [one for one in running if one is not None] or [
-        one
-        for name, kind in KINDS.items()
-        if (one := kind.keys(getattr(settings, name))) is not None
+    sources = settings.running_sources()
+    running = [need for one in sources if (need := one.component.keys(one.settings)) is not None]
+    tables = [kind.keys(getattr(settings, name)) for name, kind in KINDS.items()]
+    needs = [one for one in running if one.keys_max] or [
+        one for one in tables if one is not None and one.keys_max
     ]
     return KeyRule(
         max(one.ttl for one in needs),
         max(one.keys_max for one in needs),
         signed_ttl=max(one.signed_ttl for one in needs),
         shared=len(needs) > 1 or any(one.shared for one in needs),
-        ids_max=max(one.ids_max for one in needs),
+        ids_max=sum(one.ids_max for one in running) or max(one.ids_max for one in needs),
     )

@@ -84,8 +84,8 @@ class DeliveryWaiters:
                 index = placed.before + start - placed.first
                 placed.waiter.died(index, count, letter.reason, letter.error)
         for span in spans:
-            for placed, _, count in self._among(span.chunk, span.first, span.count):
-                placed.waiter.settled(count)
+            for placed, start, count in self._among(span.chunk, span.first, span.count):
+                placed.waiter.settled(placed.before + start - placed.first, count)
 
     def _among(self, chunk: int, first: int, count: int) -> Iterator[tuple[_Placed, int, int]]:
         """Yields each waiter with records in a run, and its part of it: first and count."""

@@ -235,8 +235,8 @@ class DeliveryWaiter:
         self.failed: list[FailedRecord] = []
         self.done = asyncio.Event()
 
-    def settled(self, records: int) -> None:
-        """So many more have their outcome, the dead ones among them."""
+    def settled(self, index: int, records: int) -> None:  # noqa: ARG002 - for those that name each
+        """Records from `index` on have their outcome, the dead ones among them."""
         self.left -= records
         if not self.left:
             self.done.set()

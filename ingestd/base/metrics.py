@@ -122,6 +122,23 @@ _SOURCE = (
         "source_datagrams_dropped_total",
         "Datagrams that came and were lost, because too many waited.",
     ),
+    ("connected", "source_connected", "1 while a source has a connection to its broker."),
+    ("messages", "source_messages_total", "Messages that a source took from its broker."),
+    (
+        "acknowledged",
+        "source_acknowledged_total",
+        "Messages that were acknowledged to a broker, because their records are settled.",
+    ),
+    (
+        "unsettled",
+        "source_unsettled_messages",
+        "Messages that were taken from a broker and not acknowledged yet.",
+    ),
+    (
+        "backlog",
+        "source_backlog_messages",
+        "Messages that the broker had for a source and had not delivered, when it last said so.",
+    ),
 )
 
 

@@ -19,6 +19,7 @@ from ingestd.cli.connect import (
     certificate_findings,
     disk_findings,
     sink_findings,
+    source_findings,
 )
 from ingestd.cli.output import Parser, add_json, fail, say, say_json
 from ingestd.config.keys import dotted, shown, toml_of
@@ -148,8 +149,8 @@ def execute(arguments: argparse.Namespace) -> int:
     for name, pipeline in loaded.settings.pipeline_settings().items():
         _check_pipeline(name, pipeline, loaded.settings, report, connect=arguments.connect)
     if arguments.connect:
-        report.heading("disk and certificates")
-        for look in (disk_findings, certificate_findings):
+        report.heading("sources, disk and certificates")
+        for look in (source_findings, disk_findings, certificate_findings):
             for one in look(loaded.settings):
                 report.found(one)
     return report.end()

@@ -72,6 +72,16 @@ async def _checked(runner: Runner) -> list[SinkFinding]:
     return findings
 
 
+def source_findings(settings: Settings) -> Iterator[ConnectFinding]:
+    """Asks what the sources read from, as far as they read from something that can be asked."""
+    for source in settings.running_sources():
+        try:
+            for one in source.component.findings(source.settings):
+                yield ConnectFinding(source.key, one.level, one.text)
+        except IngestdError as error:
+            yield ConnectFinding(source.key, "error", str(error))
+
+
 def disk_findings(settings: Settings) -> Iterator[ConnectFinding]:
     """Looks at the data directory: its rights, free space, syncs, and the journals in it."""
     pipelines = settings.pipeline_settings()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     )
     from ingestd.base.clock import Clock
     from ingestd.base.record import Format
+    from ingestd.handlers.outcome import SinkFinding
 
 
 class Intake(Protocol):
@@ -131,6 +132,15 @@ class Source:
         make: Callable[[Any, SourceContext], Source] = cls
         return make(settings, context)
 
+    @classmethod
+    def findings(cls, settings: Any) -> Iterable[SinkFinding]:  # noqa: ARG003
+        """Asks what a source with these settings reads from; bounded in time.
+
+        Raises:
+            ConfigError: it cannot be asked.
+        """
+        return ()
+
     async def start(self) -> None:
         """Begins to accept records.
 
@@ -228,7 +238,7 @@ class KeyNeeds(NamedTuple):
 
     Attributes:
         ttl: seconds that a key is remembered.
-        keys_max: most keys that are remembered, a pipeline.
+        keys_max: most keys that are remembered, a pipeline; 0 for a source that has ids alone.
         signed_ttl: seconds that ids of signed deliveries are remembered at least.
         shared: there can be several principals; each has a share of the table.
         ids_max: most ids of senders' that are remembered, a pipeline.
@@ -312,9 +322,16 @@ class SourceKind:
         Raises:
             ConfigError: something that the settings name is not what it should be.
         """
+        return self._load().of(settings, context)
+
+    def findings(self, settings: Any) -> Iterable[SinkFinding]:
+        """See `Source.findings`; empty for a kind that has a `build` of its own."""
+        return self._load().findings(settings) if hasattr(self, "source") else ()
+
+    def _load(self) -> type[Source]:
         module, _, name = self.source.partition(":")
         source: type[Source] = getattr(import_module(module), name)
-        return source.of(settings, context)
+        return source
 
 
 # -- retries of appends ----------------------------------------------------------------------------

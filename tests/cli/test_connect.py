@@ -51,7 +51,7 @@ def test_a_new_data_directory(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["__pycache__", "app.py"]
     text = ingestd("check", "app:Store", "--connect", cwd=tmp_path).stdout
     assert "# default: warning: the table has no index\n" in text
-    assert "\n# disk and certificates\n# data_dir: info: " in text
+    assert "\n# sources, disk and certificates\n# data_dir: info: " in text
 
 
 def test_settings_as_json(tmp_path: Path) -> None:

@@ -1,0 +1,222 @@
+"""The source `kafka`: offsets follow what is settled; with the brokers that librdkafka brings."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.daemon.harness import Daemon, daemon
+from tests.sinks.kafka_cluster import Cluster
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.slow
+
+HANDLER = """
+import os, time
+from pathlib import Path
+import ingestd
+
+def store(batch: ingestd.Batch[dict]) -> None:
+    for i, one in enumerate(batch):
+        while one.get("waits") and not Path("go").exists():
+            time.sleep(0.02)
+        if one.get("bad"):
+            batch.reject(i, "it is bad")
+    with open("seen", "a") as file:
+        file.writelines(f"{one['n']} {batch.envelope(i)}\\n" for i, one in enumerate(batch))
+"""
+
+MEMORY = '[journal]\nkind = "memory"'
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    one = Cluster()
+    one.make("clicks", 2)
+    yield one
+    one.close()
+
+
+def config(
+    folder: Path, cluster: Cluster, handler: str = "app:store", batch: int = 1000, more: str = ""
+) -> None:
+    (folder / "app.py").write_text(HANDLER)
+    (folder / "ingestd.toml").write_text(
+        f"""
+        source.kind = "kafka"
+        batch = {{ age_max = "50ms", records_max = {batch} }}
+        executor.workers = 2
+        [handler]
+        target = "{handler}"
+        [kafka]
+        brokers = ["{cluster.bootstrap}"]
+        topics = ["clicks"]
+        properties = {{ "session.timeout.ms" = "6000", "heartbeat.interval.ms" = "200" }}
+        {more}
+        """
+    )
+
+
+def produce(cluster: Cluster, *records: object, partition: int = 0, **more: Any) -> None:
+    from confluent_kafka import Producer
+
+    producer = Producer({"bootstrap.servers": cluster.bootstrap})
+    for one in records:
+        value = one if isinstance(one, bytes) else json.dumps(one).encode()
+        producer.produce("clicks", value, partition=partition, **more)
+    assert producer.flush(10) == 0
+
+
+def committed(cluster: Cluster, partition: int = 0) -> int:
+    from confluent_kafka import Consumer, TopicPartition
+
+    reader = Consumer({"bootstrap.servers": cluster.bootstrap, "group.id": "ingestd"})
+    try:
+        return int(reader.committed([TopicPartition("clicks", partition)], 10)[0].offset)
+    finally:
+        reader.close()
+
+
+def until(condition: Callable[[], Any], what: Callable[[], object], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.05)
+
+
+def seen(folder: Path) -> list[int]:
+    file = folder / "seen"
+    return [int(line.split()[0]) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_offsets_stop_at_the_first_message_that_is_not_settled(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """And what is behind it comes again when the memory of the daemon is gone."""
+    config(tmp_path, cluster, batch=1, more=MEMORY)
+    produce(cluster, {"n": 0}, b"{", {"n": 2, "bad": 1}, {"n": 3, "waits": 1}, {"n": 4},
+            headers={"Trace": "t1"}, key=b"k")  # fmt: skip
+    with daemon(cwd=tmp_path) as one:
+        until(lambda: committed(cluster) == 3, lambda: (committed(cluster), one.events))
+        until(lambda: 4 in seen(tmp_path), lambda: seen(tmp_path))
+        assert committed(cluster) == 3
+        numbers = one.status()["pipelines"]["default"]
+        assert (numbers["invalid"], numbers["dead"], numbers["pending"]) == (1, 1, 1)
+        one.process.kill()
+    first = (tmp_path / "seen").read_text().splitlines()[0]
+    for fact in ("source='kafka'", "'trace': 't1'", "'topic': 'clicks'", "'key': 'k'"):
+        assert fact in first
+    assert "'offset': 0" in first
+    (tmp_path / "go").touch()
+    with daemon(cwd=tmp_path) as one:
+        until(lambda: committed(cluster) == 5, lambda: (committed(cluster), one.events))
+        page = one.request("GET", "/metrics", admin=True)[2].decode()
+        assert 'ingestd_source_acknowledged_total{kind="kafka",source="kafka"} 2.0' in page
+        one.terminate()
+        assert one.wait() == 0
+    assert sorted(seen(tmp_path)) == [0, 2, 3, 4, 4]
+
+
+def accepted_more(one: Daemon, before: int) -> bool:
+    return bool(one.status()["pipelines"]["default"]["accepted"] > before)
+
+
+def all_committed(cluster: Cluster, sent: int) -> bool:
+    return committed(cluster, 0) + committed(cluster, 1) == sent
+
+
+def test_kills_lose_nothing_and_double_nothing_with_a_journal_on_disk(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    config(tmp_path, cluster, handler="sqlite")
+    sent, kills = 0, 2
+    for life in range(kills + 1):
+        with daemon(cwd=tmp_path) as one:
+            for number in range(4):
+                records = [{"n": n} for n in range(sent, sent + 40)]
+                produce(cluster, *records, partition=number % 2)
+                sent += 40
+            if life < kills:
+                # As soon as some are accepted, and their offsets hardly can be stored.
+                before = one.status()["pipelines"]["default"]["accepted"]
+                until(partial(accepted_more, one, before), lambda: one.events)
+                one.process.kill()
+                continue
+            until(partial(all_committed, cluster, sent), lambda: one.events)
+            one.terminate()
+            assert one.wait() == 0
+    with sqlite3.connect(tmp_path / "ingestd-data" / "out.db") as db:
+        rows = [n for (n,) in db.execute("SELECT n FROM records")]
+    db.close()
+    assert sorted(rows) == list(range(sent))
+
+
+def test_a_revoked_partition_waits_until_its_messages_are_settled(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    config(tmp_path, cluster, more=MEMORY)
+    produce(cluster, {"n": 0, "waits": 1}, partition=0)
+    produce(cluster, {"n": 1, "waits": 1}, partition=1)
+    with daemon("--data_dir", "one", cwd=tmp_path) as one:
+        until(lambda: one.status()["pipelines"]["default"]["pending"] == 2, lambda: one.events)
+        with daemon("--data_dir", "two", cwd=tmp_path) as two:
+            # The new member asks for a partition, and the old one holds on to it.
+            time.sleep(1.0)
+            assert not [event for event in one.events if event["event"] == "partitions_revoked"]
+            (tmp_path / "go").touch()
+            assert one.event("partitions_revoked", 30)["unsettled"] == 0
+            two.event("partitions_assigned", 30)
+            produce(cluster, {"n": 2}, partition=0)
+            produce(cluster, {"n": 3}, partition=1)
+            until(lambda: len(seen(tmp_path)) == 4, lambda: (one.events, two.events))
+            two.terminate()
+            assert two.wait() == 0
+        one.terminate()
+        assert one.wait() == 0
+    assert sorted(seen(tmp_path)) == [0, 1, 2, 3]
+
+
+def test_a_full_window_pauses_its_partition_and_no_other(cluster: Cluster, tmp_path: Path) -> None:
+    config(tmp_path, cluster, batch=1, more=f"inflight_messages_max = 20\n{MEMORY}")
+    produce(cluster, {"n": 0, "waits": 1}, *({"n": n} for n in range(1, 2000)), partition=0)
+    with daemon(cwd=tmp_path) as one:
+        until(lambda: len(seen(tmp_path)) > 5, lambda: one.events)
+        produce(cluster, *({"n": 10_000 + n} for n in range(200)), partition=1)
+        until(lambda: committed(cluster, 1) == 200, lambda: one.events)
+        assert committed(cluster) < 1
+        # A poll takes so many at once; the rest of 2,000 waits at the broker.
+        assert one.status()["pipelines"]["default"]["accepted"] < 200 + 1000
+        (tmp_path / "go").touch()
+        until(lambda: committed(cluster) == 2000, lambda: (committed(cluster), one.events))
+        one.terminate()
+        assert one.wait() == 0
+    assert sorted(seen(tmp_path)) == [*range(2000), *range(10_000, 10_200)]
+
+
+def test_check_connect_asks_the_brokers(cluster: Cluster, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    from tests.daemon.harness import ROOT
+
+    config(tmp_path, cluster, handler="jsonl")
+
+    def check() -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "ingestd", "check", "--connect"], cwd=tmp_path,
+            capture_output=True, text=True, timeout=60,
+            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        return done.stdout + done.stderr
+
+    assert "topic clicks has 2 partitions" in check()
+    cluster.set_up(False)
+    assert "error" in check()
