@@ -44,10 +44,12 @@ from ingestd.settings import plan_reload
 from ingestd.source_group import SourceGroup, key_rule
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
 
     from ingestd.base.logging import LogWriter
     from ingestd.settings import Settings
+
+    Effective = Callable[[Settings], Iterable[tuple[str, object, str]]]
 
 log = get_logger()
 
@@ -63,6 +65,7 @@ def serve(
     settings: Settings,
     *,
     again: Callable[[], Settings] | None = None,
+    effective: Effective | None = None,
     notifier: Notifier | None = None,
     passed: ListenFds | None = None,
     input_fd: int = 0,
@@ -72,6 +75,7 @@ def serve(
     Args:
         settings: all of them.
         again: loads them again, for a reload.
+        effective: gives key, value and origin of each of them, secrets masked.
         notifier: the service manager, if there is one.
         passed: sockets that it has opened.
         input_fd: standard input, for the sources that read it.
@@ -87,6 +91,7 @@ def serve(
         settings,
         writer,
         again=again,
+        effective=effective,
         notifier=notifier or Notifier(),
         passed=passed,
         input_fd=input_fd,
@@ -115,6 +120,7 @@ class Daemon:
         settings: all of them; each part gets only its own.
         writer: the log's, for the metric of dropped lines and the level.
         again: loads the settings again.
+        effective: gives key, value and origin of each of them, secrets masked.
         notifier: the service manager.
         passed: sockets that it has opened; the servers close them.
         input_fd: standard input, for the sources that read it.
@@ -126,6 +132,7 @@ class Daemon:
         writer: LogWriter,
         *,
         again: Callable[[], Settings] | None,
+        effective: Effective | None = None,
         notifier: Notifier,
         passed: ListenFds,
         input_fd: int = 0,
@@ -136,6 +143,7 @@ class Daemon:
         self._stderr = own_stderr()
         self._writer = writer
         self._again = again
+        self._effective = effective or (lambda _: ())
         self._passed = passed
         self._service = ServiceNotifier(notifier)
         self._liveness = Liveness()
@@ -455,6 +463,10 @@ class Daemon:
                 for one in (self.sources.all if self._state != "starting" else ())
             },
         )
+
+    def effective_settings(self) -> Iterable[tuple[str, object, str]]:
+        """See `AdminView.effective_settings`."""
+        return self._effective(self.settings)
 
     def _answered(self, route: str, pipeline: str, status: int, seconds: float, slug: str) -> None:
         """Counts an answer of the http source."""

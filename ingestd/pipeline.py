@@ -25,7 +25,7 @@ from ingestd.journal.idempotency import KeyRule
 from ingestd.journal.interface import Chunk, Cursor, Ledger, Recovered, Seal
 from ingestd.journal.maintenance import Auditor, DeadLetterMaintenance
 from ingestd.journal.reader import ChunkReader, MemoryBudget, UnsettledChunks
-from ingestd.settlement import SettlementWriter, as_sealed, outcome, sealed_from
+from ingestd.settlement import SettlementWriter, as_sealed, sealed_from
 from ingestd.waiters import DeliveryWaiters
 
 if TYPE_CHECKING:
@@ -382,13 +382,7 @@ class Pipeline:
         if self.is_closing and result.failure is not None:
             return  # its worker was ended under it: that is not the batch's fault
         verdict = self.dispatcher.judge(batch, result)
-        self._metrics.batch_tried(
-            outcome(batch.count, result, verdict),
-            batch.count,
-            len(records.payload),
-            result.seconds,
-        )
-        await self.settlements.write(batch, records, verdict, split=result.failure is not None)
+        await self.settlements.write(batch, records, verdict, result)
         self._moved.set()
 
     def _finished(self, chunk: int) -> None:

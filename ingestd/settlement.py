@@ -9,7 +9,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from ingestd.base import envelope
-from ingestd.base.batch import SealedBatch
+from ingestd.base.batch import RecentBatches, SealedBatch, TriedBatch
 from ingestd.base.logging import get_logger
 from ingestd.base.record import select, without
 from ingestd.execution.retry import RetryBatch
@@ -204,6 +204,7 @@ class SettlementWriter:
     Attributes:
         journal_id: the first part of each record's id; known after `recover`.
         next_batch: the number of the next batch.
+        recent: the last tries of batches.
     """
 
     journal_id = ""
@@ -229,6 +230,7 @@ class SettlementWriter:
         self._clock = clock
         self._on_settled = on_settled
         self._on_finished = on_finished
+        self.recent = RecentBatches()
 
     def recover(self, recovered: Recovered) -> None:
         """Takes up the batches of an earlier life, under their old ids."""
@@ -270,14 +272,30 @@ class SettlementWriter:
         batch: SealedBatch,
         records: Records,
         verdict: Resolve | RetryBatch,
-        *,
-        split: bool,
+        result: Result,
     ) -> None:
-        """Writes what was decided; `split`: what is tried again are parts, not single records."""
+        """Counts a try of a batch, and writes what was decided after its result."""
+        tried, size = outcome(batch.count, result, verdict), len(records.payload)
+        self._metrics.batch_tried(tried, batch.count, size, result.seconds)
         if isinstance(verdict, RetryBatch):
             await self._postpone(batch, verdict)
         else:
-            await self._settle(batch, records, verdict, split=split)
+            # After a failure what is tried again are parts, else single records.
+            await self._settle(batch, records, verdict, split=result.failure is not None)
+        now = self._clock.now()
+        self.recent.add(
+            TriedBatch(
+                id=f"{self.journal_id}-{batch.number}",
+                records=batch.count,
+                bytes=size,
+                attempts=batch.attempts,
+                seconds=result.seconds,
+                outcome=tried,
+                age=max(0.0, now - batch.accepted_at),
+                at=now,
+                error=_error_of(result),
+            )
+        )
 
     async def _postpone(self, batch: SealedBatch, verdict: RetryBatch) -> None:
         log.debug("batch_postponed", attempts=batch.attempts, after=round(verdict.after, 3))
@@ -350,6 +368,13 @@ class SettlementWriter:
     def _forget_payload(self, batch: SealedBatch) -> None:
         self._budget.free(batch.size)
         batch.records, batch.size = None, 0
+
+
+def _error_of(result: Result) -> str:
+    """The first error of a result, one line; empty if there is none."""
+    if result.failure is not None:
+        return result.failure.error
+    return result.rejections[0].error if result.rejections else ""
 
 
 def _loop_time() -> float:

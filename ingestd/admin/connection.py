@@ -63,6 +63,7 @@ class AdminRequest(NamedTuple):
         is_unix: it came over a Unix socket.
         peer: its sender, for the log.
         body: of a `POST`.
+        principal: the name of its token, once it was let in; empty without one.
     """
 
     method: str
@@ -71,6 +72,7 @@ class AdminRequest(NamedTuple):
     is_unix: bool = False
     peer: str = ""
     body: bytes = b""
+    principal: str = ""
 
 
 class Outlet:

@@ -29,12 +29,16 @@ from ingestd.http.routing import Resource, find, path_of
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
+    from ingestd.admin.api import AdminApi
     from ingestd.admin.connection import AdminRequest
     from ingestd.admin.status import AdminView
+    from ingestd.admin.watch import History
     from ingestd.base.metrics import Metrics
     from ingestd.settings import AdminSettings
 
 SETTING = "admin.listen"
+SETTLE_SECONDS = 2.0
+"""Time from the start to the first sample of the history: a start has enough to do."""
 HUNG = ProblemType("hung", 503, "Hung")
 NOT_READY = ProblemType("not-ready", 503, "Not Ready")
 _TEXT = b"text/plain; charset=utf-8"
@@ -44,7 +48,7 @@ log = get_logger()
 
 
 class AdminServer:
-    """Answers `/livez`, `/readyz`, `/metrics` and `/v1/status`.
+    """Answers `/livez`, `/readyz`, `/metrics` and `/v1/status`, and what `api` answers.
 
     Args:
         settings: where to listen; with an empty `listen` there is no server and `start` does
@@ -80,6 +84,9 @@ class AdminServer:
             self._local = is_loopback(settings.listen)
         self._listeners: list[asyncio.Server] = []
         self._protocol: Connections | None = None
+        self._samples: History | None = None
+        self._sampling: asyncio.Task[None] | None = None
+        self._api: AdminApi | None = None
         self.addresses: list[str] = []
 
     async def start(self) -> None:
@@ -92,6 +99,7 @@ class AdminServer:
         if not (self._settings.listen or self._sockets):
             return
         self._access = AdminAccess(self._settings, local=self._local)
+        self._sampling = asyncio.ensure_future(self._sample())
         self._protocol = Connections(self._page)
         loop = asyncio.get_running_loop()
         if self._sockets:
@@ -111,6 +119,8 @@ class AdminServer:
 
     async def close(self) -> None:
         """Stops listening, lets answers that are on their way out for a second, hangs up."""
+        if self._sampling is not None:
+            self._sampling.cancel()
         if not self._listeners or self._protocol is None:
             return
         for listener in self._listeners:
@@ -120,6 +130,8 @@ class AdminServer:
             await listener.wait_closed()
         self._listeners = []
         self.addresses = []
+        if self._api is not None:
+            self._api.close()
 
     def prepare(self, settings: AdminSettings) -> Callable[[], None]:
         """Reads what a reload changes; returns what takes it over, and fails no more.
@@ -138,13 +150,37 @@ class AdminServer:
 
     def _page(self, request: AdminRequest) -> Response | Awaitable[Answer]:
         try:
-            found = find(self._pages, request.method, request.target)
-            self._access.check_page(request, found.what.need)
-            self._access.authorize(request, found.what.need)
-            answer = found.what.answer(request)
+            page = self._find(request)
+            self._access.check_page(request, page.need)
+            who = self._access.authorize(request, page.need)
+            answer = page.answer(request._replace(principal=who))
         except Exception as error:  # noqa: BLE001  one page that fails must not look like a dead daemon
             return _failed(request, error)
         return answer if isinstance(answer, Response) else _later(request, answer)
+
+    def _find(self, request: AdminRequest) -> AdminPage:
+        """Finds a page; those of the API are imported when one is asked for.
+
+        Raises:
+            Problem: 404 or 405.
+        """
+        if self._api is None and path_of(request.target, request.method) not in self._pages:
+            from ingestd.admin.api import AdminApi  # noqa: PLC0415  probes need none of it
+
+            self._api = AdminApi(self._view, lambda: self._access, self._history())
+            self._pages |= self._api.pages()
+        return find(self._pages, request.method, request.target).what
+
+    def _history(self) -> History:
+        if self._samples is None:
+            from ingestd.admin.watch import History  # noqa: PLC0415  a start needs none of it
+
+            self._samples = History(self._view)
+        return self._samples
+
+    async def _sample(self) -> None:
+        await asyncio.sleep(SETTLE_SECONDS)
+        await self._history().run()
 
     def _livez(self, _: AdminRequest) -> Response:
         """Answers `/livez`: an answer proves that the loop turns; the watchdog decides the rest."""

@@ -12,7 +12,7 @@ from ingestd.base.watchdog import Stage
 from ingestd.execution.gate import PAUSED
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     from ingestd.pipeline import Pipeline
     from ingestd.source_group import RunningSource
@@ -221,7 +221,14 @@ class Status(msgspec.Struct, frozen=True):
 
 
 class AdminView(Protocol):
-    """Interface of the daemon for the admin server; calls are on the event loop and never wait."""
+    """Interface of the daemon for the admin server; calls are on the event loop and never wait.
+
+    Attributes:
+        pipelines: those that are open, by name.
+    """
+
+    @property
+    def pipelines(self) -> Mapping[str, Pipeline]: ...  # noqa: D102 - see the class
 
     def alive(self) -> tuple[bool, str]:
         """Returns True if no stage hangs, and in a few words the one that does."""
@@ -233,6 +240,10 @@ class AdminView(Protocol):
 
     def status(self) -> Status:
         """The status of the daemon."""
+        ...
+
+    def effective_settings(self) -> Iterable[tuple[str, object, str]]:
+        """Key, value and origin of each setting in effect; secrets are masked."""
         ...
 
 

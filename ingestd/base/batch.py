@@ -1,11 +1,14 @@
-"""A batch on its way from its seal to its settlement."""
+"""A batch on its way from its seal to its settlement, and the last tries of batches."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from bisect import bisect_left
+from collections import deque
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from asyncio import Future
+    from collections.abc import Sequence
 
     from ingestd.base.record import Records, Span
 
@@ -92,3 +95,86 @@ class SealedBatch:
         part.failing_since = self.failing_since
         part.first_failed, part.last_failed = self.first_failed, self.last_failed
         return part
+
+
+# -- the last tries --------------------------------------------------------------------------------
+#
+# Bounded, in memory, and forgotten at a restart: for people who look at a daemon, and for their
+# tools. A batch costs one tuple and one search among the bounds below, a record nothing.
+
+BATCHES_MAX = 200
+"""Tries of batches that are kept, the last ones."""
+AGE_BOUNDS = tuple(0.001 * 2 ** (step / 2) for step in range(54))
+"""Seconds, from 1 ms to a day, each a factor of 1.4 from the next: that is how exact shares are."""
+
+
+class TriedBatch(NamedTuple):
+    """One try of a batch.
+
+    Attributes:
+        id: of the batch.
+        records: that it holds.
+        bytes: of their payloads.
+        attempts: tries of the batch so far that count.
+        seconds: that the handler took; 0 if it was not called.
+        outcome: `done`, `retry`, `split` or `failed`; see `Tried`.
+        age: seconds from the acceptance of its first record to this moment.
+        at: when it was over, seconds since the epoch.
+        error: of its failure, or of the first record that was rejected, one line; or empty.
+        number: of the try, counted up from 1 since the start.
+    """
+
+    id: str
+    records: int
+    bytes: int
+    attempts: int
+    seconds: float
+    outcome: str
+    age: float
+    at: float
+    error: str = ""
+    number: int = 0
+
+
+class RecentBatches:
+    """The ring of one pipeline.
+
+    Attributes:
+        batches: the last tries, the newest one last.
+        tried: tries since the start.
+        ages: counts of the batches that were done with, by the bounds of their ages.
+    """
+
+    def __init__(self) -> None:
+        self.batches: deque[TriedBatch] = deque(maxlen=BATCHES_MAX)
+        self.tried = 0
+        self.ages = [0] * (len(AGE_BOUNDS) + 1)
+
+    def add(self, tried: TriedBatch) -> None:
+        """Adds a try, under the next number."""
+        self.tried += 1
+        one = tried._replace(number=self.tried)
+        self.batches.append(one)
+        if one.outcome in {"done", "failed"}:
+            self.ages[bisect_left(AGE_BOUNDS, one.age)] += 1
+
+    def since(self, number: int) -> list[TriedBatch]:
+        """The tries behind one with a number, those that are still kept."""
+        count = min(self.tried - number, len(self.batches))
+        return list(self.batches)[len(self.batches) - count :] if count > 0 else []
+
+
+def share(ages: Sequence[int], part: float) -> float | None:
+    """The age that a part of some batches did not exceed, in seconds; `None` if there are none.
+
+    Args:
+        ages: counts by the bounds.
+        part: from 0 to 1.
+    """
+    total = sum(ages)
+    left = part * total
+    for place, count in enumerate(ages):
+        left -= count
+        if total and left <= 0:
+            return AGE_BOUNDS[min(place, len(AGE_BOUNDS) - 1)]
+    return None

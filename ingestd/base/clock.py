@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from datetime import UTC, datetime
 from typing import NamedTuple, Protocol
 
 
@@ -24,6 +25,12 @@ class SystemClock:
 
     now = staticmethod(time.time)
     monotonic = staticmethod(time.monotonic)
+
+
+def shown(at: float) -> str:
+    """`2026-05-01T12:00:00.000Z`."""
+    text = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
+    return text.replace("+00:00", "Z")
 
 
 # -- ages of wall-clock stamps --------------------------------------------------------------------

@@ -5,15 +5,14 @@ Each setting is a line of TOML with its origin; secrets are masked. Nothing is o
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import ConfigError, ExecutorLoadError, Exit, HandlerLoadError
 from ingestd.cli.arguments import add_settings
-from ingestd.cli.configured import configured
+from ingestd.cli.configured import configured, effective_values
 from ingestd.cli.connect import (
     ConnectFinding,
     certificate_findings,
@@ -22,13 +21,8 @@ from ingestd.cli.connect import (
     source_findings,
 )
 from ingestd.cli.output import Parser, add_json, fail, say, say_json
-from ingestd.config.keys import dotted, shown, toml_of
-from ingestd.config.loader import DEFAULT
-from ingestd.config.sections import MASK
-from ingestd.handlers.options import Secret, options_of
-from ingestd.handlers.target import own_sink
+from ingestd.config.keys import toml_of
 from ingestd.http.credentials import read_tokens
-from ingestd.settings import SCHEMA
 
 if TYPE_CHECKING:
     import argparse
@@ -40,10 +34,6 @@ if TYPE_CHECKING:
     from ingestd.pipeline_settings import PipelineSettings
     from ingestd.settings import Settings
 
-_SECRET_NAME = re.compile(
-    r"pass|pwd|token|secret|key|dsn|credential|auth|private|cookie|signature", re.IGNORECASE
-)
-_PLAIN = re.compile(r"|true|false|-?[0-9]{1,9}(\.[0-9]{1,9})?", re.IGNORECASE)
 _WIDTH_MAX = 48
 
 
@@ -55,54 +45,6 @@ def effective(loaded: Loaded[Settings]) -> Iterator[str]:
     width = min(max(len(text) for text, _ in lines), _WIDTH_MAX)
     for text, origin in lines:
         yield f"{text:<{width}}  # {_one_line(origin)}"
-
-
-def effective_values(loaded: Loaded[Settings]) -> Iterator[tuple[str, object, str]]:
-    """Yields key, value and origin of each setting; secrets are masked."""
-    for path, value in SCHEMA.values_of(loaded.settings):
-        origin = loaded.origins[dotted(path)]
-        if origin == DEFAULT and _is_hint(path, value):
-            origin = "suits the sink"
-        yield dotted(path), _visible(path, value, origin, loaded), origin
-
-
-def _is_hint(path: Sequence[str], value: object) -> bool:
-    """Returns True for a bound that is neither written nor the default."""
-    field = SCHEMA.field_at(path)
-    return path[-2:-1] in [("batch",), ("queue",)] and field is not None and value != field.default
-
-
-def _visible(path: Sequence[str], value: object, origin: str, loaded: Loaded[Settings]) -> object:
-    source = loaded.origins.get(origin.removeprefix("as "), "") if "as " in origin[:3] else origin
-    if source.startswith("secret "):
-        return MASK
-    if "options" in path:
-        return _option(path, value, _harmless(path, loaded))
-    return shown(SCHEMA.field_at(path), value)
-
-
-def _harmless(path: Sequence[str], loaded: Loaded[Settings]) -> bool:
-    """Returns True for an option of our own sinks that is no secret."""
-    settings: Any = loaded.settings
-    handler = settings.handler if path[0] == "handler" else settings.pipelines[path[1]].handler
-    names = path[path.index("options") + 1 :]
-    target = handler.target if not handler.targets else names[0] if names else ""
-    struct = options_of(own_sink(target))
-    return struct is not None and not set(names) & set(struct.named(Secret))
-
-
-def _option(path: Sequence[str], value: object, harmless: bool) -> object:
-    """An option as it may be shown: text may be a secret, whatever it is called."""
-    names = path[path.index("options") + 1 :]
-    if any(_SECRET_NAME.search(name) for name in names):
-        return MASK
-    if isinstance(value, dict):
-        return {key: _option((*path, key), inner, harmless) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_option(path, inner, harmless) for inner in value]
-    if isinstance(value, str) and not (harmless or _PLAIN.fullmatch(value)):
-        return MASK
-    return value
 
 
 def _one_line(text: str) -> str:

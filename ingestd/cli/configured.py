@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ingestd.base.errors import ConfigError
-from ingestd.config.loader import Loaded, anchored, load
-from ingestd.settings import Settings
+from ingestd.config.keys import dotted, shown
+from ingestd.config.loader import DEFAULT, Loaded, anchored, load
+from ingestd.config.sections import MASK
+from ingestd.handlers.options import Secret, options_of
+from ingestd.handlers.target import own_sink
+from ingestd.settings import SCHEMA, Settings
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Iterator, Sequence
 
 
 def configured(arguments: argparse.Namespace) -> Loaded[Settings]:
@@ -43,6 +49,10 @@ class Configuration:
         self._cwd = here()
         self._before: Loaded[Settings] | None = None
 
+    def effective(self, settings: Settings) -> Iterator[tuple[str, object, str]]:
+        """Yields key, value and origin of each of these settings, by what was loaded last."""
+        return effective_values(replace(self._before or self.load(), settings=settings))
+
     def load(self) -> Loaded[Settings]:
         """Loads the settings as they are written now, every path in them absolute.
 
@@ -71,3 +81,59 @@ def here() -> Path:
         return Path.cwd()
     except OSError as error:
         raise ConfigError(problem=f"the current folder is gone: {error.strerror}") from error
+
+
+# -- settings in effect ----------------------------------------------------------------------------
+
+_SECRET_NAME = re.compile(
+    r"pass|pwd|token|secret|key|dsn|credential|auth|private|cookie|signature", re.IGNORECASE
+)
+_PLAIN = re.compile(r"|true|false|-?[0-9]{1,9}(\.[0-9]{1,9})?", re.IGNORECASE)
+
+
+def effective_values(loaded: Loaded[Settings]) -> Iterator[tuple[str, object, str]]:
+    """Yields key, value and origin of each setting; secrets are masked."""
+    for path, value in SCHEMA.values_of(loaded.settings):
+        origin = loaded.origins[dotted(path)]
+        if origin == DEFAULT and _is_hint(path, value):
+            origin = "suits the sink"
+        yield dotted(path), _visible(path, value, origin, loaded), origin
+
+
+def _is_hint(path: Sequence[str], value: object) -> bool:
+    """Returns True for a bound that is neither written nor the default."""
+    field = SCHEMA.field_at(path)
+    return path[-2:-1] in [("batch",), ("queue",)] and field is not None and value != field.default
+
+
+def _visible(path: Sequence[str], value: object, origin: str, loaded: Loaded[Settings]) -> object:
+    source = loaded.origins.get(origin.removeprefix("as "), "") if "as " in origin[:3] else origin
+    if source.startswith("secret "):
+        return MASK
+    if "options" in path:
+        return _option(path, value, _harmless(path, loaded))
+    return shown(SCHEMA.field_at(path), value)
+
+
+def _harmless(path: Sequence[str], loaded: Loaded[Settings]) -> bool:
+    """Returns True for an option of our own sinks that is no secret."""
+    settings: Any = loaded.settings
+    handler = settings.handler if path[0] == "handler" else settings.pipelines[path[1]].handler
+    names = path[path.index("options") + 1 :]
+    target = handler.target if not handler.targets else names[0] if names else ""
+    struct = options_of(own_sink(target))
+    return struct is not None and not set(names) & set(struct.named(Secret))
+
+
+def _option(path: Sequence[str], value: object, harmless: bool) -> object:
+    """An option as it may be shown: text may be a secret, whatever it is called."""
+    names = path[path.index("options") + 1 :]
+    if any(_SECRET_NAME.search(name) for name in names):
+        return MASK
+    if isinstance(value, dict):
+        return {key: _option((*path, key), inner, harmless) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_option(path, inner, harmless) for inner in value]
+    if isinstance(value, str) and not (harmless or _PLAIN.fullmatch(value)):
+        return MASK
+    return value

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -14,25 +12,27 @@ import tempfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ingestd.base.clock import shown
 from ingestd.base.errors import ConfigError, Exit, UsageError
 from ingestd.cli.arguments import add_data_dir
 from ingestd.cli.configured import configured
 from ingestd.cli.lines import as_line, as_page, as_row, head, one_line, write_lines
-from ingestd.cli.moments import moment, shown
+from ingestd.cli.moments import moment
 from ingestd.cli.output import add_json, say, say_json
 from ingestd.codecs.lines import record_fault
 from ingestd.journal.build import stored_journals
 from ingestd.journal.dead_letters import REASONS, LetterFilter
+from ingestd.journal.handling import counted, letters_of, purge, retry, summed_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
     from ingestd.cli.output import Parser
-    from ingestd.journal.dead_letters import DeadLetters, LetterCounts, StoredLetter
+    from ingestd.journal.dead_letters import DeadLetters
     from ingestd.pipeline_settings import PipelineSettings
     from ingestd.settings import Settings
 
@@ -44,9 +44,6 @@ exit codes: 0 done; 1 unexpected; 2 usage, or not confirmed; 78 configuration, o
 
 SHOWN = 100
 """Rows of a table without `--limit`."""
-ERRORS_MAX = 1000
-"""Different errors of a summary; all further ones of a reason are one."""
-_DIGITS = re.compile(r"[0-9]+")
 
 
 def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None:
@@ -201,29 +198,17 @@ def _filter(arguments: argparse.Namespace) -> LetterFilter:
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def _letters(
-    found: dict[str, DeadLetters], chosen: LetterFilter, *, whole: bool
-) -> Iterator[tuple[str, StoredLetter]]:
-    """Yields the dead letters of all pipelines; `limit` counts over all of them."""
-    left = chosen.limit
-    for name, letters in found.items():
-        if left == 0:
-            return
-        for kept in letters.select(chosen._replace(limit=left), whole=whole):
-            yield name, kept
-            left = None if left is None else left - 1
-
-
 def _list(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     chosen = _filter(arguments)
     if arguments.json:
         lines = (
-            as_line(name, kept, whole=False) for name, kept in _letters(found, chosen, whole=False)
+            as_line(name, kept, whole=False)
+            for name, kept in letters_of(found, chosen, whole=False)
         )
         write_lines(lines)
         return int(Exit.OK)
     table = chosen if chosen.limit else chosen._replace(limit=SHOWN)
-    rows = [as_row(name, kept) for name, kept in _letters(found, table, whole=False)]
+    rows = [as_row(name, kept) for name, kept in letters_of(found, table, whole=False)]
     if rows:
         say("\n".join([head(), *rows]))
     there = sum(letters.count(chosen).letters for letters in found.values())
@@ -234,59 +219,11 @@ def _list(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     return int(Exit.OK)
 
 
-class ErrorCount(NamedTuple):
-    """The dead letters of a pipeline whose errors differ in nothing but their numbers.
-
-    Attributes:
-        letters: how many.
-        bytes: of their payloads.
-        marked: of these, to be requeued.
-        first_at: when the first one was given up, seconds since the epoch.
-        last_at: the last one.
-        example: the number of the newest one.
-        error: its error.
-    """
-
-    letters: int = 0
-    bytes: int = 0
-    marked: int = 0
-    first_at: float = math.inf
-    last_at: float = 0.0
-    example: int = 0
-    error: str = ""
-
-
-def summed_up(
-    letters: Iterable[tuple[str, StoredLetter]],
-) -> list[tuple[str, str, ErrorCount]]:
-    """Pipeline, reason and count of each error, the most frequent one first."""
-    counts: dict[tuple[str, str, str], ErrorCount] = {}
-    for pipeline, kept in letters:
-        letter = kept.letter
-        key = pipeline, letter.reason, _DIGITS.sub("0", letter.error)
-        error = letter.error
-        if key not in counts and len(counts) >= ERRORS_MAX:
-            error = "(further errors)"
-            key = pipeline, letter.reason, error
-        before = counts.get(key, ErrorCount())
-        counts[key] = ErrorCount(
-            before.letters + 1,
-            before.bytes + kept.size,
-            before.marked + kept.marked,
-            min(before.first_at, letter.last_at),
-            max(before.last_at, letter.last_at),
-            kept.id,
-            error,
-        )
-    ordered = sorted(counts.items(), key=lambda one: -one[1].letters)
-    return [(pipeline, reason, count) for (pipeline, reason, _), count in ordered]
-
-
 _SUMMARY = "{:>8}  {:<12}  {:<11}  {:<24}  {:<24}  {:>8}  {}"
 
 
 def _summary(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
-    rows = summed_up(_letters(found, _filter(arguments), whole=False))
+    rows = summed_up(letters_of(found, _filter(arguments), whole=False))
     if arguments.json:
         for pipeline, reason, count in rows:
             facts = {"pipeline": pipeline, "reason": reason, **count._asdict()}
@@ -306,7 +243,7 @@ def _summary(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> in
 def _show(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     if not arguments.id:
         raise UsageError(problem="show needs the number of a dead letter (see ingestd dead list)")
-    for name, kept in _letters(found, LetterFilter(ids=frozenset(arguments.id)), whole=True):
+    for name, kept in letters_of(found, LetterFilter(ids=frozenset(arguments.id)), whole=True):
         if arguments.json:
             write_lines([as_line(name, kept, whole=True)])
         else:
@@ -315,7 +252,7 @@ def _show(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
 
 
 def _export(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
-    letters = _letters(found, _filter(arguments), whole=True)
+    letters = letters_of(found, _filter(arguments), whole=True)
     try:
         count = write_lines((as_line(*one, whole=True) for one in letters), arguments.output)
     except OSError as error:
@@ -325,17 +262,6 @@ def _export(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int
 
 
 # -- changing --------------------------------------------------------------------------------------
-
-
-def _counted(found: dict[str, DeadLetters], chosen: LetterFilter) -> dict[str, LetterCounts]:
-    """Counts the chosen dead letters of each journal; `limit` counts over all of them."""
-    counted, left = {}, chosen.limit
-    for name, letters in found.items():
-        if left == 0:
-            break
-        counted[name] = letters.count(chosen._replace(limit=left))
-        left = None if left is None else left - counted[name].letters
-    return counted
 
 
 def _retry(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
@@ -350,25 +276,17 @@ def _retry(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     if arguments.into:
         return _move(arguments, found, into)
     chosen = _filter(arguments)
-    totals = Counter[str]()
-    for name, counted in _counted(found, chosen).items():
-        totals["incomplete"] += counted.incomplete
-        totals["before"] += counted.marked
-        if counted.letters > counted.marked + counted.incomplete:
-            check = _check(arguments.settings, name)
-            marked = found[name].mark(chosen, counted.last, check)
-            totals["marked"] += marked.letters
-            totals["invalid"] += marked.invalid
+    totals = retry(found, chosen, partial(_check, arguments.settings))
     if arguments.json:
-        say_json({name: totals[name] for name in ("marked", "before", "incomplete", "invalid")})
+        say_json(totals._asdict())
         return int(Exit.OK)
-    say(f"{totals['marked']} dead letters will be requeued" + _before(totals["before"]))
-    if totals["incomplete"]:
+    say(f"{totals.marked} dead letters will be requeued" + _before(totals.before))
+    if totals.incomplete:
         text = "hold no record, or only its beginning (damaged, too_large, unfinished): they stay"
-        print(f"{totals['incomplete']} letters {text}", file=sys.stderr)
-    if totals["invalid"]:
+        print(f"{totals.incomplete} letters {text}", file=sys.stderr)
+    if totals.invalid:
         text = "were never accepted and are still no records of their pipeline: they stay"
-        print(f"{totals['invalid']} letters {text}", file=sys.stderr)
+        print(f"{totals.invalid} letters {text}", file=sys.stderr)
     return int(Exit.OK)
 
 
@@ -385,10 +303,10 @@ def _move(
     target, totals = arguments.into, Counter[str]()
     check = _check(arguments.settings, target)
     sources = {name: letters for name, letters in found.items() if name != target}
-    for name, counted in _counted(sources, _filter(arguments)).items():
-        totals["incomplete"] += counted.incomplete
-        if counted.letters > counted.marked + counted.incomplete:
-            marked = sources[name].move(_filter(arguments), counted.last, check, target)
+    for name, one in counted(sources, _filter(arguments)).items():
+        totals["incomplete"] += one.incomplete
+        if one.letters > one.marked + one.incomplete:
+            marked = sources[name].move(_filter(arguments), one.last, check, target)
             totals["invalid"] += marked.invalid
             totals["moved"] += sources[name].finish_moves(into).get(target, 0)
     if arguments.json:
@@ -424,7 +342,7 @@ def _edit(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     if len(arguments.id) != 1:
         raise UsageError(problem="edit needs the number of one dead letter (see ingestd dead list)")
     chosen = LetterFilter(ids=frozenset(arguments.id))
-    for name, kept in _letters(found, chosen, whole=True):
+    for name, kept in letters_of(found, chosen, whole=True):
         if kept.letter.reason == "damaged" or kept.marked:
             why = "is being requeued" if kept.marked else "holds no record (damaged)"
             raise UsageError(problem=f"dead letter {kept.id} {why}")
@@ -564,9 +482,9 @@ def _purge(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     chosen = _filter(arguments)
     if chosen.is_open and not arguments.all:
         raise UsageError(problem="purge needs a filter, or --all (see ingestd dead purge --help)")
-    counted = _counted(found, chosen)
-    letters = sum(one.letters - one.marked for one in counted.values())
-    size = sum(one.bytes for one in counted.values())
+    there = counted(found, chosen)
+    letters = sum(one.letters - one.marked for one in there.values())
+    size = sum(one.bytes for one in there.values())
     if (
         letters
         and not arguments.yes
@@ -574,11 +492,8 @@ def _purge(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     ):
         print("nothing was deleted", file=sys.stderr)
         return int(Exit.USAGE)
-    gone = 0
-    for name, one in counted.items():
-        if one.letters > one.marked:
-            gone += found[name].purge(chosen, one.last)
-    marked = sum(one.marked for one in counted.values())
+    gone = purge(found, chosen, there)
+    marked = sum(one.marked for one in there.values())
     if arguments.json:
         say_json({"deleted": gone, "requeued": marked})
         return int(Exit.OK)

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ingestd.base.clock import SystemClock
+from ingestd.base.clock import SystemClock, shown
 from ingestd.base.errors import ConfigError, Exit
 from ingestd.base.files import create_new, make_folder
 from ingestd.cli.arguments import add_data_dir
 from ingestd.cli.configured import configured
-from ingestd.cli.moments import shown
 from ingestd.cli.output import add_json, say, say_json
 from ingestd.host.data_dir import DataDir
 from ingestd.journal.build import stored_journals

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from ingestd.base.clock import shown
 from ingestd.base.envelope import facts_of
 from ingestd.base.files import create_new, sync_folder
-from ingestd.cli.moments import shown
 from ingestd.cli.output import discard_stdout
+from ingestd.journal.handling import letter_facts, text_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -62,22 +63,6 @@ def _write(lines: Iterable[bytes], file: BinaryIO) -> int:
         file.write(line)
         count += 1
     return count
-
-
-def text_of(payload: bytes) -> str | None:
-    """The text of a payload; `None` if it is no UTF-8."""
-    try:
-        return payload.decode()
-    except UnicodeDecodeError:
-        return None
-
-
-def payload_fields(payload: bytes) -> dict[str, object]:
-    """The payload as a field of a JSON object: `payload` if it is UTF-8, else `payload_base64`."""
-    text = text_of(payload)
-    if text is None:
-        return {"payload_base64": base64.b64encode(payload).decode()}
-    return {"payload": text}
 
 
 # -- dead letters ----------------------------------------------------------------------------------
@@ -132,25 +117,7 @@ def as_line(pipeline: str, kept: StoredLetter, *, whole: bool) -> bytes:
 
     The payload is `payload` if it is UTF-8, else `payload_base64`.
     """
-    letter = kept.letter
-    facts: dict[str, object] = {
-        "pipeline": pipeline,
-        "id": kept.id,
-        "record": letter.record,
-        "records": letter.records,
-        "reason": letter.reason,
-        "error": letter.error,
-        "attempts": letter.attempts,
-        "first_at": shown(letter.first_at),
-        "last_at": shown(letter.last_at),
-        "bytes": kept.size,
-        "retry": kept.marked,
-        "envelope": facts_of(letter.envelope),
-    }
-    if whole:
-        facts["traceback"] = letter.traceback
-        facts |= payload_fields(letter.payload)
-    return msgspec.json.encode(facts) + b"\n"
+    return msgspec.json.encode(letter_facts(pipeline, kept, whole=whole)) + b"\n"
 
 
 def _origin(packed: bytes) -> Iterator[tuple[str, str]]:

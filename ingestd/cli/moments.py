@@ -28,9 +28,3 @@ def moment(written: str) -> float:
         text = f"{written!r} is neither a moment (2026-05-01T12:00:00Z) nor a time ago (2h)"
         raise ArgumentTypeError(text) from None
     return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
-
-
-def shown(at: float) -> str:
-    """`2026-05-01T12:00:00.000Z`."""
-    text = datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds")
-    return text.replace("+00:00", "Z")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ingestd.base.clock import shown
 from ingestd.base.errors import DataDirError, Exit, UsageError
 from ingestd.cli.arguments import add_data_dir
 from ingestd.cli.configured import configured
-from ingestd.cli.moments import shown
 from ingestd.cli.output import add_json, say, say_json
 from ingestd.execution.gate import PauseMark
 from ingestd.host.data_dir import pipeline_folder

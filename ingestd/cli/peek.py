@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from ingestd.base.clock import shown
 from ingestd.base.envelope import facts_of
 from ingestd.base.errors import Exit
 from ingestd.cli.arguments import add_data_dir, add_where
 from ingestd.cli.configured import configured
-from ingestd.cli.lines import payload_fields, write_lines
-from ingestd.cli.moments import shown
+from ingestd.cli.lines import write_lines
 from ingestd.codecs.pointer import Where
 from ingestd.journal.build import stored_journals
+from ingestd.journal.handling import payload_fields
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -49,4 +49,11 @@ def execute(arguments: argparse.Namespace) -> int:
 
     # Where no source reads standard input a handler in a thread may have it.
     input_fd = move_input() if any(one.reads_input for one in settings.running_sources()) else 0
-    return serve(settings, again=again, notifier=notifier, passed=passed, input_fd=input_fd)
+    return serve(
+        settings,
+        again=again,
+        effective=configuration.effective,
+        notifier=notifier,
+        passed=passed,
+        input_fd=input_fd,
+    )

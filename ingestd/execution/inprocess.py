@@ -38,7 +38,7 @@ class ThreadWorker:
     """
 
     def __init__(self, name: str, runner: Runner, *, checks: bool = False) -> None:
-        self._name = name
+        self.name = name
         self._runner = runner
         self._checks = checks
         self._thread = OwnThread(name)
@@ -47,18 +47,18 @@ class ThreadWorker:
         """See `Worker.start`."""
         error = await asyncio.get_running_loop().run_in_executor(self._thread, self._runner.prepare)
         if error:
-            log.warning("handler_not_ready", worker=self._name, error=error)
+            log.warning("handler_not_ready", worker=self.name, error=error)
 
     def serve(self, jobs: JobQueue) -> None:
         """See `ThreadedWorker.serve`."""
         if self._checks:
             self._thread.submit(lambda: log_findings(self._runner.check()))
-        self._thread.submit(jobs.serve, self._runner.run, self._name, self._runner.renew)
+        self._thread.submit(jobs.serve, self._runner.run, self.name, self._runner.renew)
 
     def _close(self) -> None:
         failed = self._runner.close()
         if failed:
-            log.warning("handler_close_failed", worker=self._name, error=failed)
+            log.warning("handler_close_failed", worker=self.name, error=failed)
 
     async def close(self, deadline: float) -> bool:
         """See `Worker.close`."""
@@ -100,7 +100,7 @@ class CoroutineWorker:
         timeout: float,
         checks: bool = False,
     ) -> None:
-        self._name = name
+        self.name = name
         self._runners = runners
         self._runner = runners()
         self._loops = loops
@@ -118,7 +118,7 @@ class CoroutineWorker:
         error = _CANCELLED if call.done.cancelled() else call.done.result()
         self._prepared = True
         if error:
-            log.warning("handler_not_ready", worker=self._name, error=error)
+            log.warning("handler_not_ready", worker=self.name, error=error)
         if self._checks:
             self._loops.current.call(partial(_check, self._runner))
 
@@ -154,10 +154,10 @@ class CoroutineWorker:
                 return result
             return self._timed_out("was cancelled")
         if await self._loops.give_up(call, self._grace):
-            log.error("handler_abandoned", worker=self._name, timeout=self._timeout)
+            log.error("handler_abandoned", worker=self.name, timeout=self._timeout)
             self._replace(call)
             return self._timed_out("did not end when it was cancelled; it is left behind")
-        log.error("handler_not_abandoned", worker=self._name, left_behind=self._loops.left_behind)
+        log.error("handler_not_abandoned", worker=self.name, left_behind=self._loops.left_behind)
         await call.ended_within(None)
         return self._timed_out("did not end when it was cancelled")
 
@@ -182,7 +182,7 @@ class CoroutineWorker:
             call.cancel()
             return False
         if not call.done.cancelled() and call.done.result():
-            log.warning("handler_close_failed", worker=self._name, error=call.done.result())
+            log.warning("handler_close_failed", worker=self.name, error=call.done.result())
         return True
 
 

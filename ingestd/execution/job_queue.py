@@ -79,7 +79,12 @@ class QueuedJob:
 
 
 class JobQueue:
-    """Hands jobs from the event loop to workers' threads, and results back. Made on the loop."""
+    """Hands jobs from the event loop to workers' threads, and results back. Made on the loop.
+
+    Attributes:
+        queued: the jobs that have no result yet; of the loop.
+        closed: no further job is begun.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -89,11 +94,13 @@ class JobQueue:
         self._idle: set[str] = set()
         self._results: deque[QueuedJob] = deque()
         self._told = False
+        self.queued: set[QueuedJob] = set()
         self.closed = False
 
     def put(self, job: Job) -> QueuedJob:
         """Queues a job; on the loop."""
         queued = QueuedJob(job, self._loop.create_future())
+        self.queued.add(queued)
         self._waiting.put(queued)
         return queued
 
@@ -178,6 +185,7 @@ class JobQueue:
         self._told = False
         while self._results:
             queued = self._results.popleft()
+            self.queued.discard(queued)
             if queued.done.done():
                 continue
             if queued.error is not None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 from ingestd.base.logging import get_logger
 from ingestd.execution.job_queue import JobQueue, PrefetchLimit
 from ingestd.handlers.outcome import POSTPONED, Failure
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from ingestd.execution.job_queue import QueuedJob
     from ingestd.handlers.outcome import Job, Result
@@ -26,6 +26,28 @@ START_AGAIN_SECONDS = 2.0
 def not_started(why: str) -> Failure:
     """The failure of a job for which there is no worker: it waits, and spends no try."""
     return Failure(POSTPONED, f"no worker could be started: {why}", "", START_AGAIN_SECONDS)
+
+
+class WorkerActivity(NamedTuple):
+    """State of a worker, and the batch that it has.
+
+    Attributes:
+        name: of the worker.
+        pid: of its process; 0 if it has none of its own.
+        batch: the id of its batch; empty if it is idle.
+        attempt: of the batch, from 1 on.
+        records: of the batch.
+        seconds: that it has had the batch.
+        ahead: batches that lie ready before this worker alone.
+    """
+
+    name: str
+    pid: int = 0
+    batch: str = ""
+    attempt: int = 0
+    records: int = 0
+    seconds: float = 0.0
+    ahead: int = 0
 
 
 class Worker(Protocol):
@@ -126,6 +148,28 @@ class Pool(Generic[L]):
         """Runs one job as soon as a worker is free; needs a place."""
         raise NotImplementedError
 
+    def _jobs_by_worker(self) -> Iterator[tuple[str, float, Job]]:
+        """Yields the name of a worker, since when it has a job, and the job, the oldest first."""
+        return iter(())
+
+    def activity(self) -> list[WorkerActivity]:
+        """Tells what each worker does that has a name."""
+        now = time.monotonic()
+        found = {
+            worker.name: WorkerActivity(worker.name, getattr(worker, "pid", 0))
+            for worker in self.workers
+            if hasattr(worker, "name")
+        }
+        for name, began, job in self._jobs_by_worker():
+            if (one := found.get(name)) is None:
+                continue
+            if one.batch:
+                found[name] = one._replace(ahead=one.ahead + 1)
+            else:
+                facts = job.batch, job.attempt, job.records.count, now - began
+                found[name] = WorkerActivity(name, one.pid, *facts)
+        return list(found.values())
+
     async def close(self, deadline: float) -> bool:
         """Ends all workers, by force after `deadline` (loop time).
 
@@ -141,6 +185,7 @@ class TaskPool(Pool[TaskWorker]):
     async def start(self) -> None:
         """See `Pool.start`."""
         self._free: asyncio.Queue[TaskWorker] = asyncio.Queue()
+        self._running: dict[TaskWorker, tuple[float, Job]] = {}
         for worker in self.workers:
             self._free.put_nowait(worker)
         await super().start()
@@ -148,10 +193,16 @@ class TaskPool(Pool[TaskWorker]):
     async def run(self, job: Job) -> Result:
         """See `Pool.run`."""
         worker = await self._free.get()
+        self._running[worker] = time.monotonic(), job
         try:
             return await worker.run(job)
         finally:
+            del self._running[worker]
             self._free.put_nowait(worker)
+
+    def _jobs_by_worker(self) -> Iterator[tuple[str, float, Job]]:
+        for worker, (began, job) in self._running.items():
+            yield getattr(worker, "name", ""), began, job
 
 
 class ThreadedPool(Pool[ThreadedWorker]):
@@ -201,6 +252,11 @@ class ThreadedPool(Pool[ThreadedWorker]):
         if self._prefetch is not None:
             self._prefetch.ran(result.seconds, failed=result.failure is not None)
         return result
+
+    def _jobs_by_worker(self) -> Iterator[tuple[str, float, Job]]:
+        began = [(one.began, one.worker, one.job) for one in self._jobs.queued if one.began]
+        for at, worker, job in sorted(began, key=lambda one: one[0]):
+            yield worker, at, job
 
     async def _watch(self, queued: QueuedJob, overrun: float) -> None:
         """Waits until it is done, or logs that it has taken too long."""

@@ -504,6 +504,7 @@ class ProcessWorker:
 
     Attributes:
         is_async: with the executor `auto`, the handler has to be awaited; known after the start.
+        pid: of the child; 0 while there is none.
     """
 
     def __init__(
@@ -515,7 +516,7 @@ class ProcessWorker:
         on_restart: Callable[[str], None],
         surroundings: Surroundings | None = None,
     ) -> None:
-        self._name = name
+        self.name = name
         self._hello = hello
         self._timeout = timeout
         self._on_restart = on_restart
@@ -530,6 +531,12 @@ class ProcessWorker:
         self._mean = _SLOW  # seconds that a job takes
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
 
+    @property
+    def pid(self) -> int:
+        """See the class."""
+        child = self._child
+        return 0 if child is None else child.process.pid
+
     async def start(self) -> None:
         """See `Worker.start`."""
         await asyncio.get_running_loop().run_in_executor(self._thread, self._start)
@@ -541,7 +548,7 @@ class ProcessWorker:
             raise HandlerLoadError(target=self._hello.handler.target, problem=str(died)) from None
 
     def _spawn(self) -> WorkerProcess:
-        child = WorkerProcess(self._hello, self._name, self._surroundings)
+        child = WorkerProcess(self._hello, self.name, self._surroundings)
         self._child, self._failed = child, 0  # from now on `close` can end it
         if self._leaving:
             child.kill_at_once()  # `close` came before there was anything to end
@@ -551,10 +558,10 @@ class ProcessWorker:
             self._child = None
             child.kill()
             raise
-        log.debug("worker_started", worker=self._name, pid=child.process.pid)
+        log.debug("worker_started", worker=self.name, pid=child.process.pid)
         self.is_async = ready.is_async
         if ready.not_ready:
-            log.warning("handler_not_ready", worker=self._name, error=ready.not_ready)
+            log.warning("handler_not_ready", worker=self.name, error=ready.not_ready)
         return child
 
     def serve(self, jobs: JobQueue) -> None:
@@ -568,8 +575,8 @@ class ProcessWorker:
             except (_WorkerDiedError, *_NO_WORKER) as error:
                 if self._leaving:
                     return
-                log.warning("worker_not_started", worker=self._name, error=describe(error))
-        while queued := self._handed[0] if self._handed else jobs.take(self._name):
+                log.warning("worker_not_started", worker=self.name, error=describe(error))
+        while queued := self._handed[0] if self._handed else jobs.take(self.name):
             try:
                 queued.result = queued.context.run(self._run, jobs, queued)
             except BaseException as error:  # noqa: BLE001  a bug of ours; `done` raises it
@@ -616,7 +623,7 @@ class ProcessWorker:
                 self._take_back(child, jobs)
             return
         most = min(AHEAD_JOBS, int(AHEAD_SECONDS / self._mean))
-        while len(self._handed) <= most and (queued := jobs.take_ahead(self._name)):
+        while len(self._handed) <= most and (queued := jobs.take_ahead(self.name)):
             self._handed.append(queued)
             if not child.begin_ahead(queued.job):
                 jobs.put_back([self._handed.pop()])
@@ -685,7 +692,7 @@ class ProcessWorker:
             self._bury(Failure("crashed", f"between two jobs {flaw}"))
             return self._spawn()
         if self._is_no_use():
-            log.warning("worker_replaced", worker=self._name, failures=self._failed)
+            log.warning("worker_replaced", worker=self.name, failures=self._failed)
             self._patience = min(2 * self._patience, FAILING_SECONDS_MAX)
             child.stop(CLOSE_SECONDS)  # `close` can still end it
             self._child = None
@@ -699,13 +706,13 @@ class ProcessWorker:
         except _WorkerDiedError as died:
             overran = died.failure.reason == "timeout"
             error = f"it was not done after {CLOSE_SECONDS:g} s" if overran else str(died)
-            log.warning("handler_close_failed", worker=self._name, error=error)
+            log.warning("handler_close_failed", worker=self.name, error=error)
             raise
         if error:
-            log.warning("handler_close_failed", worker=self._name, error=error)
+            log.warning("handler_close_failed", worker=self.name, error=error)
 
     def _bury(self, failure: Failure) -> None:
-        log.warning("worker_died", worker=self._name, error=failure.error)
+        log.warning("worker_died", worker=self.name, error=failure.error)
         self._child = None
         self._on_restart("timeout" if failure.reason == "timeout" else "crashed")
 

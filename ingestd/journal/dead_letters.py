@@ -212,8 +212,16 @@ class DeadLetters(Protocol):
         DataDirError: the journal can't be opened, read or written.
     """
 
-    def select(self, chosen: LetterFilter, *, whole: bool) -> Iterator[StoredLetter]:
-        """Reads letters, oldest first; `whole` with payload and traceback."""
+    def select(
+        self, chosen: LetterFilter, *, whole: bool, before: int | None = None
+    ) -> Iterator[StoredLetter]:
+        """Reads letters, oldest first.
+
+        Args:
+            chosen: which.
+            whole: with payload and traceback.
+            before: only those with smaller numbers, and the newest first.
+        """
         ...
 
     def count(self, chosen: LetterFilter) -> LetterCounts:

@@ -14,7 +14,7 @@ from ingestd.__main__ import main
 from ingestd.base.append import Append
 from ingestd.base.clock import SystemClock
 from ingestd.base.record import InvalidRecord, Records, Span
-from ingestd.cli import dead
+from ingestd.journal import handling
 from ingestd.journal.dead_letters import DeadLetter
 from ingestd.journal.interface import Cursor, Ledger, Seal, Sealed, Settle
 from ingestd.journal.sqlite import check
@@ -67,7 +67,7 @@ async def test_errors_are_summed_up_whatever_the_numbers_in_them(
     ]
     table = run("summary", "--reason", "failed", "--limit", "3")[0].splitlines()
     assert [line.split()[0] for line in table] == ["LETTERS", "2", "1"]
-    monkeypatch.setattr(dead, "ERRORS_MAX", 1)
+    monkeypatch.setattr(handling, "ERRORS_MAX", 1)
     facts = [json.loads(line) for line in run("summary", "--json")[0].splitlines()]
     assert [(f["error"], f["letters"]) for f in facts] == [
         ("KeyError: 'id'", 2), ("(further errors)", 2), ("(further errors)", 1),

@@ -49,10 +49,12 @@ class SqliteDeadLetters:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def select(self, chosen: LetterFilter, *, whole: bool) -> Iterator[StoredLetter]:
+    def select(
+        self, chosen: LetterFilter, *, whole: bool, before: int | None = None
+    ) -> Iterator[StoredLetter]:
         """See `DeadLetters.select`."""
         with opened(self.path) as db:
-            yield from letters(db, chosen, whole=whole)
+            yield from letters(db, chosen, whole=whole, before=before)
 
     def count(self, chosen: LetterFilter) -> LetterCounts:
         """See `DeadLetters.count`."""
@@ -172,15 +174,19 @@ def _meant(chosen: LetterFilter, row: LetterRow, last: int | None = None) -> Col
     return [n for n in numbers if n in chosen.ids] if chosen.ids else numbers
 
 
-def letters(db: sqlite3.Connection, chosen: LetterFilter, *, whole: bool) -> Iterator[StoredLetter]:
-    """The letters, oldest first; `whole` with payload and traceback.
+def letters(
+    db: sqlite3.Connection, chosen: LetterFilter, *, whole: bool, before: int | None = None
+) -> Iterator[StoredLetter]:
+    """The letters, as `DeadLetters.select` gives them.
 
     No read lasts longer than a step: an open one would keep the daemon from starting its WAL over.
     """
-    left = chosen.limit
-    for row, size in _rows(db, chosen, whole=whole):
-        meant = _meant(chosen, row)
-        for number, own, letter in taken_apart(row, whole=whole):
+    left, newest = chosen.limit, before is not None
+    last = None if before is None else before - 1
+    for row, size in _rows(db, chosen, whole=whole, last=last, newest=newest):
+        meant = _meant(chosen, row, last)
+        parts = taken_apart(row, whole=whole)
+        for number, own, letter in reversed(parts) if newest else parts:
             if number not in meant:
                 continue
             if left == 0:
@@ -198,13 +204,18 @@ def _rows(
     whole: bool,
     also: str = "1",
     last: int | None = None,
+    newest: bool = False,
 ) -> Iterator[tuple[LetterRow, int]]:
-    """The rows in which letters are meant, and the bytes of each payload, in short reads."""
+    """The rows in which letters are meant, and the bytes of each payload, in short reads.
+
+    With `newest` those come first.
+    """
     condition, values = _where(db, chosen)
     columns = ", ".join("x''" if name == "payload" and not whole else name for name in COLUMNS)
     query = (
         f"SELECT length(payload), {columns} FROM dead WHERE {condition} AND {also}"  # noqa: S608
-        " AND id > ? AND (? IS NULL OR id - letters < ?) ORDER BY id LIMIT ?"
+        f" AND id > ? AND (? IS NULL OR id - letters < ?) ORDER BY id {'DESC' if newest else ''}"
+        " LIMIT ?"
     )
     at = 0
     while True:
@@ -220,7 +231,10 @@ def _rows(
         rows.close()
         if not step:
             return
-        at = step[-1][0].id
+        if newest:
+            last = step[-1][0].numbers.start - 1
+        else:
+            at = step[-1][0].id
         yield from step
 
 
