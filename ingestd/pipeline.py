@@ -22,10 +22,9 @@ from ingestd.batching.batcher import BatchDraft, Batcher, unreadable
 from ingestd.execution.dispatcher import Dispatcher
 from ingestd.journal.build import build_journal
 from ingestd.journal.idempotency import KeyRule
-from ingestd.journal.interface import Chunk, Cursor, Ledger, Recovered, Seal
 from ingestd.journal.maintenance import Auditor, DeadLetterMaintenance
 from ingestd.journal.reader import ChunkReader, MemoryBudget, UnsettledChunks
-from ingestd.settlement import SettlementWriter, as_sealed, sealed_from
+from ingestd.settlement import SettlementWriter
 from ingestd.waiters import DeliveryWaiters
 
 if TYPE_CHECKING:
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from ingestd.base.clock import Clock
     from ingestd.base.metrics import PipelineMetrics
     from ingestd.host.process import Surroundings
+    from ingestd.journal.interface import Chunk, Ledger, Recovered
     from ingestd.pipeline_settings import BatchSettings, PipelineSettings
 
 log = get_logger()
@@ -111,7 +111,7 @@ class Pipeline:
         self.budget = MemoryBudget(settings.queue.bytes_max)
         self.queue: asyncio.Queue[Chunk] = asyncio.Queue(settings.queue.chunks_max)
         self._moved = asyncio.Event()
-        self.batcher = Batcher(**settings.batch.model_dump())
+        self.batcher = Batcher(**settings.batch.bounds())
         self.dispatcher = Dispatcher(
             name,
             settings.retry,
@@ -121,6 +121,7 @@ class Pipeline:
             pending=lambda: self.ledger.pending,
             on_idle=self._retime,
             on_gate=self._moved.set,
+            key=settings.batch.key,
         )
         self._data_dir, self._surroundings = data_dir, surroundings
         self.unsettled = UnsettledChunks()
@@ -169,7 +170,7 @@ class Pipeline:
             await self.dispatcher.close(self._loop.time() + 5.0)
             raise
         recovered.failed.add_done_callback(self._tasks.break_with)
-        self._recover(recovered)
+        await self._recover(recovered)
         self._turning = [
             self._tasks.start(self._pump(), "pump"),
             self._tasks.start(self._consume(), "consume"),
@@ -184,13 +185,13 @@ class Pipeline:
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         polled.cancel()
 
-    def _recover(self, recovered: Recovered) -> None:
+    async def _recover(self, recovered: Recovered) -> None:
         """Sealed batches first, under their old ids; then the chunks from the cursor on."""
         self._cursor = recovered.cursor
         self.reader = ChunkReader(
             self.journal, self.budget, first=recovered.cursor.chunk, last=recovered.last_chunk
         )
-        self.settlements.recover(recovered)
+        await self.settlements.recover(recovered)
         self.recent_ids.restore(recovered.ids)
         if recovered.set_aside:
             log.error("journal_set_aside", pipeline=self.name, moved_to=recovered.set_aside)
@@ -208,7 +209,7 @@ class Pipeline:
             self.journal.idempotency.rule = keys
         self.recent_ids.kept_max = keys.ids_max
         self.settings = self.settings.model_copy(update={"batch": batch})
-        self.batcher.bound(**batch.model_dump())
+        self.batcher.bound(**batch.bounds())
         self._retime()
 
     # -- 1. accept: source → journal -----------------------------------------------------------
@@ -338,11 +339,8 @@ class Pipeline:
 
     async def _seal(self, cut: BatchDraft | None) -> None:
         """Submits the seal; it shares the next commit, and `_dispatch` waits for it."""
-        if cut is None:
-            return
-        batch = sealed_from(cut, self.settlements.take_numbers())
-        batch.sealed = self.journal.write(Seal(as_sealed(batch, 0.0), Cursor(*cut.cursor)))
-        await self.dispatcher.queue.put(batch)
+        if cut is not None:
+            await self.settlements.seal(cut)
 
     # -- 5. dispatch: `workers` batches run at most, and some more lie ready for them ----------
 

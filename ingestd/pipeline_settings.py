@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from ingestd.base.record import Format  # noqa: TC001  pydantic reads it
 from ingestd.codecs.lines import record_fault
@@ -100,14 +100,33 @@ def _of_a_kind(key: str, section: JournalSettings | ExecutorSettings) -> Iterato
             yield f"{key}.{name}.{inner}", text
 
 
+def _pointer(text: str) -> str:
+    if text:
+        from ingestd.codecs.pointer import Pointer  # noqa: PLC0415  most daemons have none
+
+        Pointer(text)
+    return text
+
+
 class BatchSettings(Section):
     """`[batch]`: bounds of a batch; the first one that is met closes it."""
 
-    records_max: Count = Field(1000, ge=1, le=10**7, description="maximum of records in a batch")
-    bytes_max: Size = Field(4 * _MIB, ge=1, le=16 * _GIB, description="maximum of bytes in a batch")
-    age_max: Seconds = Field(
+    records_max: Annotated[Count, Reloadable()] = Field(
+        1000, ge=1, le=10**7, description="maximum of records in a batch"
+    )
+    bytes_max: Annotated[Size, Reloadable()] = Field(
+        4 * _MIB, ge=1, le=16 * _GIB, description="maximum of bytes in a batch"
+    )
+    age_max: Annotated[Seconds, Reloadable()] = Field(
         1.0, ge=0, le=_DAY, description="maximum age of a batch, from its oldest record on"
     )
+    key: Annotated[str, AfterValidator(_pointer)] = Field(
+        "", description="JSON Pointer of a value; records with the same one are handled in order"
+    )
+
+    def bounds(self) -> dict[str, Any]:
+        """Returns the bounds by name."""
+        return self.model_dump(include={"records_max", "bytes_max", "age_max"})
 
 
 class QueueSettings(Section):
@@ -133,7 +152,7 @@ class PipelineSettings(Section):
     format: Format = Field("json", description="format of the records")
     record_bytes_max: Size = Field(_MIB, ge=1, le=_GIB, description="largest record")
     json_depth_max: Count = Field(128, ge=1, le=512, description="deepest nesting of a JSON record")
-    batch: Annotated[Own[BatchSettings], Reloadable()] = defaults_of(BatchSettings)
+    batch: Own[BatchSettings] = defaults_of(BatchSettings)
     queue: Own[QueueSettings] = defaults_of(QueueSettings)
     handler: Own[HandlerSettings] = defaults_of(HandlerSettings)
     executor: Own[ExecutorTables] = defaults_of(ExecutorTables)
@@ -234,6 +253,8 @@ def problems_of(pipeline: PipelineSettings) -> Iterator[tuple[str, str]]:
     yield from _of_a_kind("journal", pipeline.journal)
     yield from _of_a_kind("executor", pipeline.executor)
     yield from execution_problems(pipeline.retry, pipeline.executor, pipeline.handler)
+    if pipeline.batch.key and pipeline.format != "json":
+        yield "batch.key", f"a value in a record needs format = json (it is {pipeline.format})"
     if pipeline.queue.bytes_max < pipeline.batch.bytes_max:
         room, batch = show_size(pipeline.queue.bytes_max), show_size(pipeline.batch.bytes_max)
         text = f"{room} has no room for one batch of batch.bytes_max ({batch})"

@@ -312,7 +312,7 @@ class Settings(_WithSources):
 
     admin: Own[AdminSettings] = defaults_of(AdminSettings)
     log: Own[LogSettings] = defaults_of(LogSettings)
-    batch: Annotated[Own[BatchSettings], Reloadable()] = defaults_of(BatchSettings)
+    batch: Own[BatchSettings] = defaults_of(BatchSettings)
     queue: Own[QueueSettings] = defaults_of(QueueSettings)
     handler: Own[HandlerSettings] = defaults_of(HandlerSettings)
     executor: Own[ExecutorTables] = defaults_of(ExecutorTables)

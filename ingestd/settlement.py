@@ -14,7 +14,7 @@ from ingestd.base.logging import get_logger
 from ingestd.base.record import select, without
 from ingestd.execution.retry import RetryBatch
 from ingestd.journal.dead_letters import DeadLetter
-from ingestd.journal.interface import Failing, Place, Postpone, Sealed, Settle
+from ingestd.journal.interface import Cursor, Failing, Place, Postpone, Seal, Sealed, Settle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ingestd.base.record import Records, Span
     from ingestd.batching.batcher import BatchDraft
     from ingestd.execution.dispatcher import Dispatcher
+    from ingestd.execution.key_order import BatchKeys
     from ingestd.execution.retry import DeadLettered, Resolve, RetryRecords
     from ingestd.handlers.outcome import Result
     from ingestd.journal.interface import Journal, Recovered
@@ -231,16 +232,22 @@ class SettlementWriter:
         self._on_settled = on_settled
         self._on_finished = on_finished
         self.recent = RecentBatches()
+        self._keys: BatchKeys | None = dispatcher.keys
+        dispatcher.queue.on_cold = self.forget_payload
 
-    def recover(self, recovered: Recovered) -> None:
+    async def recover(self, recovered: Recovered) -> None:
         """Takes up the batches of an earlier life, under their old ids."""
         self.journal_id, self.next_batch = recovered.journal, recovered.next_batch
-        now = self._clock.now()
-        for sealed in recovered.batches:
+        now, keys, batches = self._clock.now(), self._keys, recovered.batches
+        if keys is not None:  # those with a common key are in its order then
+            batches = sorted(batches, key=lambda one: min(span[:2] for span in one.spans))
+        for sealed in batches:
             for span in sealed.spans:
                 size = recovered.sizes.get(span.chunk, 0)
                 self.enter(span.chunk, span.count, size=size, accepted_at=sealed.accepted_at)
             batch = resumed(sealed, recovered.sizes, _loop_time())
+            if keys is not None:
+                batch.keys = await keys.load(batch.spans, self._journal.load)
             if not sealed.due_at:
                 self._dispatcher.queue.resume(batch)
                 continue
@@ -253,6 +260,14 @@ class SettlementWriter:
         # In loop time: from here on no clock that is set moves the acceptance.
         since = _loop_time() - max(0.0, self._clock.now() - accepted_at)
         self._unsettled.add(chunk, count, size=size, since=since)
+
+    async def seal(self, draft: BatchDraft) -> None:
+        """Submits a seal, which shares the next commit, and hands the batch to the dispatcher."""
+        batch = sealed_from(draft, self.take_numbers())
+        if self._keys is not None:
+            batch.keys = await self._keys.of(draft.records)
+        batch.sealed = self._journal.write(Seal(as_sealed(batch, 0.0), Cursor(*draft.cursor)))
+        await self._dispatcher.queue.put(batch)
 
     def take_numbers(self, count: int = 1) -> int:
         """Takes numbers for batches; returns the first."""
@@ -299,7 +314,7 @@ class SettlementWriter:
 
     async def _postpone(self, batch: SealedBatch, verdict: RetryBatch) -> None:
         log.debug("batch_postponed", attempts=batch.attempts, after=round(verdict.after, 3))
-        self._forget_payload(batch)
+        self.forget_payload(batch)
         # Parked before the commit, so that the queue counts it when the next batch is asked for.
         self._dispatcher.park(batch, verdict.after, asked=verdict.asked)
         due_at = self._clock.now() + verdict.after
@@ -308,10 +323,14 @@ class SettlementWriter:
     async def _settle(
         self, batch: SealedBatch, records: Records, verdict: Resolve, *, split: bool
     ) -> None:
-        now = self._clock.now()
+        now, again, keys = self._clock.now(), verdict.again, list[frozenset[int]]()
         dead = dead_letters(batch, records, verdict.given_up, origin=self.journal_id, now=now)
-        number = self.take_numbers(len(verdict.again))
-        successors = replacements(batch, verdict.again, first_number=number, split=split)
+        if again and self._keys is not None:
+            again, keys = await self._keys.apart(records, again, split=split)
+        number = self.take_numbers(len(again))
+        successors = replacements(batch, again, first_number=number, split=split)
+        for (successor, _), its_keys in zip(successors, keys, strict=False):
+            successor.keys = its_keys
         if split and successors:
             self._dispatcher.splitter.split(batch, [successor for successor, _ in successors])
             log.debug("batch_split", records=batch.count)
@@ -326,7 +345,9 @@ class SettlementWriter:
         letters = damage_letters(batch, lost, origin=self.journal_id, now=self._clock.now())
         successors = []
         if readable:
-            successors.append((remainder(batch, readable, number=self.take_numbers()), 0.0))
+            left = remainder(batch, readable, number=self.take_numbers())
+            left.keys = batch.keys  # perhaps more than it has
+            successors.append((left, 0.0))
         await self._commit(batch, letters, successors, damaged=[span.chunk for span in lost])
         for successor, _ in successors:
             self._dispatcher.park(successor, 0.0)
@@ -342,7 +363,7 @@ class SettlementWriter:
         remaining = [span for successor, _ in successors for span in successor.spans]
         settled = without(batch.spans, remaining)
         finished, freed = self._unsettled.settle(settled)
-        self._forget_payload(batch)
+        self.forget_payload(batch)
         now, loop_now = self._clock.now(), _loop_time()
         given_up = sum(letter.records for letter in dead)
         settle = Settle(
@@ -355,6 +376,7 @@ class SettlementWriter:
             damaged=damaged,
         )
         await self._journal.write(settle)
+        self._dispatcher.queue.replaced(batch, [successor for successor, _ in successors])
         self._on_settled(settled, dead)
         for chunk in finished:
             self._on_finished(chunk)
@@ -365,7 +387,8 @@ class SettlementWriter:
             self._metrics.died(reason, records)
             self._dispatcher.failures.given_up(reason, records, letters[0].error)
 
-    def _forget_payload(self, batch: SealedBatch) -> None:
+    def forget_payload(self, batch: SealedBatch) -> None:
+        """Frees the memory of a batch's records; `load` brings them back."""
         self._budget.free(batch.size)
         batch.records, batch.size = None, 0
 

@@ -35,12 +35,13 @@ class SealedBatch:
         last_failed: the successes of the pipeline before it failed the last time.
         family: the number of the batch that it is a part of, if that is being split.
         sealed: resolved when the seal is durable; `None` if it has been for long.
+        keys: of its records, hashed, where these are in the order of their keys (`batch.key`).
     """
 
     __slots__ = (
         "accepted_at", "attempts", "bytes", "count", "counted", "counted_before", "failing_since",
-        "family", "first_failed", "last_failed", "lineage", "number", "records", "sealed", "size",
-        "spans",
+        "family", "first_failed", "keys", "last_failed", "lineage", "number", "records", "sealed",
+        "size", "spans",
     )  # fmt: skip
 
     def __init__(
@@ -71,6 +72,7 @@ class SealedBatch:
         self.first_failed: int | None = None
         self.last_failed = 0
         self.family: int | None = None
+        self.keys: frozenset[int] = frozenset()
 
     def part(self, number: int, spans: tuple[Span, ...], count: int, *, split: bool) -> SealedBatch:
         """Some of its records as a batch of their own, which has failed as often as this one.

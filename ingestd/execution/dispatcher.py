@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ingestd.base.clock import Clock
     from ingestd.base.record import Records
     from ingestd.execution.gate import BoundedLetters
+    from ingestd.execution.key_order import BatchKeys
     from ingestd.execution.pool import Pool
     from ingestd.execution.retry import Resolve, RetryBatch
     from ingestd.execution.settings import ExecutorSettings, RetrySettings
@@ -49,6 +50,7 @@ class Dispatcher:
         pending: gives the number of records that are not settled.
         on_idle: called when a worker becomes free, or the last new batch has gone to one.
         on_gate: called when a reason why no batch is given out has come or gone.
+        key: `batch.key`; empty if batches are in no order.
 
     Attributes:
         start_pool: starts the workers; a harness for tests has others.
@@ -56,6 +58,7 @@ class Dispatcher:
         gate: says when a batch may be given out at all.
         queue: the batches that wait for a worker or for their next try.
         running: batches that are with a worker, or lie ready before one.
+        keys: reads keys of records; `None` if batches are in no order.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Dispatcher:
         pending: Callable[[], int],
         on_idle: Callable[[], None],
         on_gate: Callable[[], object],
+        key: str = "",
     ) -> None:
         self._pipeline = pipeline
         self._clock = clock
@@ -76,7 +80,13 @@ class Dispatcher:
         mark = PauseMark(folder)
         self.gate = DispatchGate(pipeline, letters, mark, clock, on_change=self._gate_changed)
         self.outage = Outage(retry.backoff_max, random.random)
-        self.queue: ReadyQueue[SealedBatch] = ReadyQueue(
+        self.keys: BatchKeys | None = None
+        kind: type[ReadyQueue[SealedBatch]] = ReadyQueue
+        if key:
+            from ingestd.execution.key_order import BatchKeys, OrderedQueue  # noqa: PLC0415
+
+            self.keys, kind = BatchKeys(key), OrderedQueue
+        self.queue = kind(
             waiting_max=Load(retry.waiting_records_max, retry.waiting_bytes_max),
             outage=self.outage,
             on_empty=on_idle,
@@ -206,4 +216,6 @@ class Dispatcher:
 
     async def close(self, deadline: float) -> bool:
         """Ends the workers; see `Pool.close`. One that runs a batch then gets no time for it."""
+        if self.keys is not None:
+            self.keys.close()
         return await self.pool.close(self._loop.time() if self.running else deadline)

@@ -24,7 +24,7 @@ from itertools import count
 from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from ingestd.execution.outage import Outage
 
@@ -59,6 +59,9 @@ class ReadyQueue(Generic[T]):
         outage: says whether the handler is paused.
         on_empty: called when the last new batch has been given.
         open_at: gives the loop time from which on any batch may be given; see `gate.py`.
+
+    Attributes:
+        on_cold: called with a batch whose payload is not needed for long; see `OrderedQueue`.
     """
 
     def __init__(
@@ -73,6 +76,7 @@ class ReadyQueue(Generic[T]):
         self._outage = outage
         self._on_empty = on_empty
         self._open_at = open_at
+        self.on_cold: Callable[[T], None] = lambda _: None
         self._new: deque[T] = deque()
         self._failed: list[_Waiting[T]] = []  # in a backoff of ours; heaps
         self._asked: list[_Waiting[T]] = []  # as long as the handler wants
@@ -142,8 +146,7 @@ class ReadyQueue(Generic[T]):
         while self.is_long:
             self._shorter.clear()
             await self._shorter.wait()
-        self._new.append(batch)
-        self._changed.set()
+        self.resume(batch)
 
     def resume(self, batch: T) -> None:
         """A batch that an earlier life sealed and never tried; in order, before any new one.
@@ -153,6 +156,9 @@ class ReadyQueue(Generic[T]):
         """
         self._new.append(batch)
         self._changed.set()
+
+    def replaced(self, batch: T, successors: Sequence[T] = ()) -> None:
+        """A batch has been settled, and these are in its place; see `OrderedQueue`."""
 
     def park(self, batch: T, due: float, load: Load, *, asked: bool = False, rank: int = 0) -> None:
         """Keeps a batch that is to be tried again.
@@ -166,8 +172,12 @@ class ReadyQueue(Generic[T]):
         """
         where = self._asked if asked else self._failed
         heapq.heappush(where, _Waiting(due, next(self._serial), load, batch, rank))
-        self._load = Load(self._load.records + load.records, self._load.bytes + load.bytes)
+        self._weigh(load)
         self._changed.set()
+
+    def _weigh(self, load: Load, sign: int = 1) -> None:
+        records, size = self._load
+        self._load = Load(records + sign * load.records, size + sign * load.bytes)
 
     def wake(self, now: float) -> None:
         """The handler works again: what waits for nothing else is due, in the order it had."""
@@ -226,8 +236,7 @@ class ReadyQueue(Generic[T]):
 
     def _pop_waiting(self, where: list[_Waiting[T]]) -> T:
         one = heapq.heappop(where)
-        load = self._load
-        self._load = Load(load.records - one.load.records, load.bytes - one.load.bytes)
+        self._weigh(one.load, -1)
         return one.batch
 
     def _pop_new(self) -> T:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import json
 import shutil
 import tempfile
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -62,6 +65,8 @@ class Desk:
 class PipelineAgainstModel(RuleBasedStateMachine):
     """`pending`, `done`, `dead` are what the model says; `batches` what each id has meant."""
 
+    batch: ClassVar[dict[str, str]] = {}
+
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
@@ -75,6 +80,8 @@ class PipelineAgainstModel(RuleBasedStateMachine):
         self.batches: dict[str, list[bytes]] = {}
         self.names: dict[bytes, str] = {}
         self.origins: dict[int, Envelope] = {}
+        self.turn = itertools.count()
+        self.turns: dict[int, int] = {}  # by number: when it was accepted, the last time
         self.facts: dict[str, tuple[Any, list[str]]] = {}
         self.returned: set[str] = set()
         self.start()
@@ -82,7 +89,7 @@ class PipelineAgainstModel(RuleBasedStateMachine):
     def start(self) -> None:
         self.jobs: list[tuple[Job, asyncio.Future[Result]]] = []
         one = Settings(
-            batch={"records_max": 3, "bytes_max": "64KiB", "age_max": 0},
+            batch={"records_max": 3, "bytes_max": "64KiB", "age_max": 0, **self.batch},
             queue={"bytes_max": "64KiB", "chunks_max": 4},
             retry={"attempts_max": ATTEMPTS, "backoff": 0, "backoff_max": 0},
         ).pipeline_settings()["default"]
@@ -103,6 +110,12 @@ class PipelineAgainstModel(RuleBasedStateMachine):
         self.pipeline.dispatcher.start_pool = start_pool
         self.loop.run_until_complete(self.pipeline.open())
         self.settle_down()
+
+    def record(self, number: int) -> bytes:
+        return b"%d" % number
+
+    def number(self, record: bytes) -> int:
+        return int(record)
 
     def settle_down(self) -> None:
         """Until everything that was begun is committed and the next jobs lie on the desk."""
@@ -134,7 +147,8 @@ class PipelineAgainstModel(RuleBasedStateMachine):
     def append(self, count: int, bad: int, sized: bool, origin: bytes) -> None:
         numbers = list(range(self.next, self.next + count))
         self.next += count
-        made = [b"%d" % n for n in numbers]
+        made = [self.record(n) for n in numbers]
+        self.turns |= {n: next(self.turn) for n in numbers}
         records = Records.sized(made) if sized else Records.lines(made)
         if origin == FILE:  # the number of a record is its line
             records = records._replace(envelopes=envelope.numbered(FILE, count, numbers[0]))
@@ -153,7 +167,7 @@ class PipelineAgainstModel(RuleBasedStateMachine):
         return job
 
     def values(self, job: Job) -> list[int]:
-        return [int(item) for item in job.records.items()]
+        return [self.number(item) for item in job.records.items()]
 
     @precondition(lambda self: self.jobs)
     @rule(which=st.integers(0, 1), data=st.data())
@@ -218,18 +232,20 @@ class PipelineAgainstModel(RuleBasedStateMachine):
         path = self.folder / "journal.db"
         with opened(path) as db:
             kept = {one.id: one.letter for one in letters(db, LetterFilter(), whole=True)}
-        records = {int(one.payload): one.record for one in kept.values() if one.record}
-        assert records == {value: self.names[b"%d" % value] for value in self.dead}
+        records = {self.number(one.payload): one.record for one in kept.values() if one.record}
+        assert records == {value: self.names[self.record(value)] for value in self.dead}
         for one in kept.values():
             origin = EnvelopeRuns(one.envelope, 1).of(0)
             if one.record:
-                assert origin == self.origins[int(one.payload)]
+                assert origin == self.origins[self.number(one.payload)]
             else:
                 assert one.envelope in ORIGINS
         ids = data.draw(st.sets(st.sampled_from(sorted(kept)), min_size=1))
         with opened(path, write=True) as db:
             marked = mark(db, LetterFilter(ids=tuple(ids)), max(ids), json_fault)
-        again = {int(kept[number].payload) for number in ids if kept[number].record}
+        fed = [self.number(kept[number].payload) for number in sorted(ids) if kept[number].record]
+        again = set(fed)
+        self.turns |= {n: next(self.turn) for n in fed}
         assert marked == (len(again), len(ids) - len(again))
         self.loop.run_until_complete(self.pipeline.letters.poll())
         self.dead -= again
@@ -276,7 +292,7 @@ class PipelineAgainstModel(RuleBasedStateMachine):
             for name, item in zip(Batch[bytes](None, job).ids, items, strict=True):
                 assert self.names.setdefault(item, name) == name
             self.check_facts(Batch[bytes](None, job))
-            on_desk += [int(item) for item in items]
+            on_desk += [self.number(item) for item in items]
         assert len(on_desk) == len(set(on_desk))
         assert set(on_desk) <= self.pending
 
@@ -284,7 +300,7 @@ class PipelineAgainstModel(RuleBasedStateMachine):
         """Envelopes are the records' own; time and lineage are the same for every try of a batch,
         and the batches that it was split from held all of its records and never returned."""
         for i, item in enumerate(batch):
-            assert batch.envelope(i) == self.origins[int(item)]
+            assert batch.envelope(i) == self.origins[self.number(item)]
         facts = batch.accepted_at, batch.lineage
         assert self.facts.setdefault(batch.id, facts) == facts
         assert not self.returned.intersection(batch.lineage)
@@ -324,8 +340,44 @@ class PipelineAgainstModel(RuleBasedStateMachine):
         self.loop.close()
 
 
-def run(examples: int, steps: int) -> Any:
-    case = PipelineAgainstModel.TestCase
+class OrderedAgainstModel(PipelineAgainstModel):
+    """The same with `batch.key`: keys a to d, and records without one."""
+
+    batch: ClassVar[dict[str, str]] = {"key": "/k"}
+
+    def record(self, number: int) -> bytes:
+        key = self.key(number)
+        return b'{"n":%d,"k":%b}' % (number, b'"%b"' % key if key else b"null")
+
+    def number(self, record: bytes) -> int:
+        return int(json.loads(record)["n"])
+
+    def key(self, number: int) -> bytes:
+        return (b"", b"a", b"b", b"c", b"d")[zlib.crc32(b"%d" % number) % 5]
+
+    @invariant()
+    def of_each_key_the_earliest_are_tried(self) -> None:
+        seen: set[bytes] = set()
+        for job, _ in self.jobs:
+            mine = self.values(job)
+            keys = {self.key(n) for n in mine} - {b""}
+            assert not keys & seen  # never in two batches at a time
+            seen |= keys
+            for key in keys:
+                turns = [self.turns[n] for n in mine if self.key(n) == key]
+                others = [self.turns[n] for n in self.pending - set(mine) if self.key(n) == key]
+                assert turns == sorted(turns)
+                assert not others or max(turns) < min(others)
+
+    @invariant()
+    def no_key_is_held_for_nothing(self) -> None:
+        if not self.pending:
+            queue = self.pipeline.dispatcher.queue
+            assert (queue._table.size, queue._blocked, queue._cold) == (0, {}, set())
+
+
+def run(examples: int, steps: int, machine: type[PipelineAgainstModel]) -> Any:
+    case = machine.TestCase
     case.settings = settings(
         max_examples=examples,
         stateful_step_count=steps,
@@ -335,10 +387,12 @@ def run(examples: int, steps: int) -> Any:
     return case
 
 
-def test_the_pipeline_does_what_the_model_says() -> None:
-    run(5, 30)("runTest").runTest()
+@pytest.mark.parametrize("machine", [PipelineAgainstModel, OrderedAgainstModel])
+def test_the_pipeline_does_what_the_model_says(machine) -> None:
+    run(5 if machine is PipelineAgainstModel else 2, 30, machine)("runTest").runTest()
 
 
 @pytest.mark.slow
-def test_the_pipeline_does_what_the_model_says_for_10_000_steps() -> None:
-    run(200, 50)("runTest").runTest()
+@pytest.mark.parametrize("machine", [PipelineAgainstModel, OrderedAgainstModel])
+def test_the_pipeline_does_what_the_model_says_for_10_000_steps(machine) -> None:
+    run(200 if machine is PipelineAgainstModel else 20, 50, machine)("runTest").runTest()

@@ -38,7 +38,7 @@ def test_what_can_change_and_what_can_not() -> None:
     change = plan(
         running,
         Settings(
-            batch={"records_max": 7},
+            batch={"records_max": 7, "key": "/id"},
             queue={"chunks_max": 9},
             log={"level": "debug", "format": "json"},
             http={"tokens": TOKEN, "records_max": 5},
@@ -61,6 +61,8 @@ def test_what_can_change_and_what_can_not() -> None:
         "http.records_max",
         "log.format",
         "queue.chunks_max",
+        "batch.key",
+        "pipelines.clicks.batch.key",
         "pipelines.clicks.queue.chunks_max",
         "pipelines.clicks.retry.attempts_max",
         "pipelines.new",

@@ -98,6 +98,7 @@ def test_a_pipeline_has_a_plain_name_of_its_own(name: str) -> None:
         ({"retry": {"backoff": "2m"}}, "retry.backoff_max"),
         ({"executor": {"kind": "thread", "factory": "a:b"}}, "executor.kind"),
         ({"batch": {"bytes_max": "65MiB"}}, "queue.bytes_max"),
+        ({"batch": {"key": "/id"}, "format": "text"}, "batch.key"),
         ({"http": {"inflight_bytes_max": "1MiB"}}, "http.inflight_bytes_max"),
         ({"source": {"pipeline": "nowhere"}}, "source.pipeline"),
         ({"http": {"listen": "h:1"}, "admin": {"listen": "h:1"}}, "admin.listen"),

@@ -21,7 +21,7 @@ def hints(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def batch(**written: Any) -> tuple[int, int, float, int]:
     settings = Settings(**written)
-    return (*settings.batch.model_dump().values(), settings.queue.bytes_max)  # type: ignore[return-value]
+    return (*settings.batch.bounds().values(), settings.queue.bytes_max)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(
