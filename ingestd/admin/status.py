@@ -120,6 +120,23 @@ class DeadLettersStatus(msgspec.Struct, frozen=True):
     purged: int = 0
 
 
+class KeptStatus(msgspec.Struct, frozen=True):
+    """Processed records that are kept for a replay (`journal.keep`).
+
+    Attributes:
+        records: how many.
+        bytes: of them.
+        bytes_max: `journal.keep_bytes_max`.
+        replayed: records that were fed again, over the life of the journal; they are accepted
+            anew, and count in `accepted` each time.
+    """
+
+    records: int = 0
+    bytes: int = 0
+    bytes_max: int = 0
+    replayed: int = 0
+
+
 class PipelineStatus(msgspec.Struct, frozen=True):
     """One pipeline. The first five count records over the life of the data directory.
 
@@ -137,6 +154,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
         oldest_pending_seconds: age of the oldest pending record; 0 if there is none.
         bounds_near: the settings whose bound is near or reached (`journal.bytes_max`, …).
         dead_letters: those that are kept.
+        kept: processed records that are kept.
         executor: what the handler runs in: `process`, `thread` or `async`.
         handler: whether it works.
         dispatch_stopped: why no batch is given to the handler; empty while batches are.
@@ -159,6 +177,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
     oldest_pending_seconds: float
     bounds_near: list[str]
     dead_letters: DeadLettersStatus = DeadLettersStatus()
+    kept: KeptStatus = KeptStatus()
     executor: str = ""
     handler: HandlerStatus = HandlerStatus()
     dispatch_stopped: str = ""
@@ -305,6 +324,12 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
             readmitted=letters.readmitted,
             expired=letters.expired,
             purged=letters.purged,
+        ),
+        kept=KeptStatus(
+            journal.kept.records,
+            journal.kept.bytes,
+            settings.journal.keep_bytes_max if settings.journal.keep else 0,
+            journal.kept.replayed,
         ),
         executor=pipeline.dispatcher.executor,
         dispatch_stopped=pipeline.dispatcher.stopped,

@@ -158,6 +158,19 @@ def joined(parts: Sequence[tuple[int, bytes]]) -> bytes:
     return _form([run for count, packed in parts for run in _runs(packed, count)])
 
 
+def with_attribute(packed: bytes, records: int, name: str, value: str) -> bytes:
+    """The envelopes of some records with one attribute more; it stands first, so it has room."""
+    known: dict[bytes, bytes] = {}
+    runs = []
+    for run in _runs(packed, records):
+        if run.envelope not in known:
+            one = _decode(run.envelope) if run.envelope else EMPTY
+            attributes = {name: value, **{k: v for k, v in one.attributes.items() if k != name}}
+            known[run.envelope] = pack(replace(one, attributes=attributes))
+        runs.append(run._replace(envelope=known[run.envelope]))
+    return _form(runs)
+
+
 def part(packed: bytes, first: int, records: int) -> bytes:
     """The envelopes of records `first` to `first + records - 1`."""
     if packed[:1] != _RUNS:

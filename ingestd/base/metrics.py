@@ -77,6 +77,8 @@ _STATE = (
         "letters_invalid_bytes",
         "Bytes of the letters of invalid records.",
     ),
+    ("kept.replayed", "records_replayed_total", "Kept records accepted once more" + _LIFE),
+    ("kept.bytes", "kept_bytes", "Bytes of the processed records that are kept."),
     ("is_stopped", "dispatch_stopped", "1 while dead letters at their bound stop batches."),
     ("paused", "pipeline_paused", "1 while a person has paused the pipeline."),
     ("throttled", "dispatch_throttled", "1 while a rate of [executor] holds a batch back."),

@@ -22,7 +22,7 @@ from ingestd.cli.arguments import add_data_dir
 from ingestd.cli.configured import configured
 from ingestd.cli.lines import as_line, as_page, as_row, head, one_line, write_lines
 from ingestd.cli.moments import moment
-from ingestd.cli.output import add_json, say, say_json
+from ingestd.cli.output import add_json, confirmed, say, say_json
 from ingestd.codecs.lines import record_fault
 from ingestd.journal.build import stored_journals
 from ingestd.journal.dead_letters import REASONS, LetterFilter
@@ -488,7 +488,7 @@ def _purge(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     if (
         letters
         and not arguments.yes
-        and not _confirmed(f"delete {letters} dead letters ({size} bytes)")
+        and not confirmed(f"delete {letters} dead letters ({size} bytes)")
     ):
         print("nothing was deleted", file=sys.stderr)
         return int(Exit.USAGE)
@@ -501,15 +501,3 @@ def _purge(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     if marked:
         print(f"{marked} dead letters are being requeued: they stay", file=sys.stderr)
     return int(Exit.OK)
-
-
-def _confirmed(what: str) -> bool:
-    """Asks for confirmation on the terminal.
-
-    Raises:
-        UsageError: there is none.
-    """
-    if not sys.stdin or not sys.stdin.isatty():
-        raise UsageError(problem=f"to {what} without a terminal, add --yes")
-    print(f"{what}? [y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in {"y", "yes"}

@@ -94,3 +94,15 @@ def discard_stdout() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
+
+
+def confirmed(what: str) -> bool:
+    """Asks for confirmation on the terminal.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if not sys.stdin or not sys.stdin.isatty():
+        raise UsageError(problem=f"to {what} without a terminal, add --yes")
+    print(f"{what}? [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in {"y", "yes"}

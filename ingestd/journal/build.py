@@ -63,6 +63,8 @@ def _lacking(journal: Journal, settings: JournalSettings, dead: DeadSettings) ->
     """Yields each setting that needs a capability which a journal lacks."""
     if dead.age_max and journal.dead_letters is None:
         yield "has no dead letters that could expire: dead.age_max should be 0s"
+    if settings.keep and not getattr(journal, "keeps", False):
+        yield "keeps no processed records: journal.keep should be 0s"
     free_min = JournalSettings.model_fields["free_min"].default
     if settings.free_min not in (0, free_min) and journal.maintenance is None:
         yield "lies on no disk: journal.free_min should be left out"

@@ -119,6 +119,8 @@ class Moved(NamedTuple):
         unfit: marked ones that can't be accepted now either: they stay, and are not marked.
         dropped: letters of records that were never accepted, of which there were too many.
         arrived: records of `chunks` that came from the dead letters of other pipelines.
+        replayed: records of `chunks` that were kept and are fed again.
+        more: there may be more to do at once.
     """
 
     chunks: tuple[Chunk, ...] = ()
@@ -128,6 +130,8 @@ class Moved(NamedTuple):
     unfit: int = 0
     dropped: int = 0
     arrived: int = 0
+    replayed: int = 0
+    more: bool = False
 
 
 class LetterFilter(NamedTuple):

@@ -201,6 +201,22 @@ class Recovered(NamedTuple):
     ids: Sequence[tuple[str, bytes]] = ()
 
 
+class KeptTotals(NamedTuple):
+    """Processed chunks that are kept (`journal.keep`), some time within the last second.
+
+    Attributes:
+        chunks: how many.
+        records: in them.
+        bytes: of them.
+        replayed: records that were fed again, over the life of the journal.
+    """
+
+    chunks: int = 0
+    records: int = 0
+    bytes: int = 0
+    replayed: int = 0
+
+
 class JournalStatus(NamedTuple):
     """The numbers of a journal after some commit.
 
@@ -213,6 +229,7 @@ class JournalStatus(NamedTuple):
         commits: how many it has begun; with `busy` this shows if it moves.
         poisoned: it takes and writes nothing any more.
         unanswered: operations that were submitted, and of which the event loop knows no end yet.
+        kept: processed chunks that are kept.
     """
 
     ledger: Ledger
@@ -223,6 +240,7 @@ class JournalStatus(NamedTuple):
     commits: int = 0
     poisoned: bool = False
     unanswered: int = 0
+    kept: KeptTotals = KeptTotals()
 
 
 class Closed(NamedTuple):

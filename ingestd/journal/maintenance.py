@@ -100,16 +100,17 @@ class DeadLetterMaintenance:
             await self._expire(letters)
 
     async def _requeue(self, letters: DeadLetterStore) -> None:
-        requeued = readmitted = unfit = arrived = 0
+        requeued = readmitted = unfit = arrived = replayed = 0
         try:
             while not self._stopped:
                 moved = await letters.requeue()
-                if not moved.chunks and not moved.unfit:
+                if not (moved.chunks or moved.unfit or moved.more):
                     break
                 requeued += moved.requeued
                 readmitted += moved.readmitted
                 unfit += moved.unfit
                 arrived += moved.arrived
+                replayed += moved.replayed
         finally:
             if unfit:
                 log.warning("dead_letters_still_invalid", pipeline=self._pipeline, letters=unfit)
@@ -121,6 +122,8 @@ class DeadLetterMaintenance:
                     readmitted=readmitted,
                     from_other_pipelines=arrived,
                 )
+            if replayed:
+                log.info("records_replayed", pipeline=self._pipeline, records=replayed)
 
     async def _expire(self, letters: DeadLetterStore) -> None:
         before, since = self._ages.before(self._age_max), self._ages.since(self._age_max)

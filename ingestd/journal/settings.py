@@ -43,6 +43,18 @@ class JournalSettings(Section):
         le=1024 * _TIB,
         description="minimum of free disk space; below it new records are refused (503)",
     )
+    keep: Seconds = Field(
+        0.0,
+        ge=0,
+        le=36500 * _DAY,
+        description="time for which processed records are kept for ingestd replay; 0s keeps none",
+    )
+    keep_bytes_max: Size = Field(
+        _GIB,
+        ge=1,
+        le=1024 * _TIB,
+        description="bound of these; the oldest go first, also for the journal's own bounds",
+    )
 
     @property
     def own(self) -> Any:

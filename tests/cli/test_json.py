@@ -39,6 +39,7 @@ LINES = {
     "token": ["token"],
     "healthcheck": ["healthcheck", "--admin.listen", "127.0.0.1:1"],
     "peek": ["peek"],
+    "replay": ["replay", "--all", "--yes"],
     "pause": ["pause"],
     "resume": ["resume", "default"],
     "dead list": ["dead", "list"],
@@ -127,6 +128,8 @@ def test_what_it_prints_is_json(
             assert parsed(capfdbinary, *LINES[name])[0]["before"] == 1
             purged = parsed(capfdbinary, *LINES["dead purge"])
             assert purged == [{"deleted": 0, "requeued": 1}]
+        case "replay":
+            assert told == {"pipeline": "default", "kept": 0, "replay": None}
         case "pause" | "resume":
             paused = name == "pause"
             assert told == {"pipeline": "default", "paused": paused, "was_paused_since": None}

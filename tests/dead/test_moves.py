@@ -25,6 +25,8 @@ from tests.daemon.harness import ROOT
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 LETTERS = 5
 
 
@@ -134,7 +136,6 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("commit", "is_taken"),
     [(1, False), (2, False), (3, False), (3, True), (4, False), (6, True)],

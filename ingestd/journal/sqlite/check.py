@@ -17,7 +17,7 @@ from ingestd.base.record import Span
 from ingestd.host.data_dir import FileLock
 from ingestd.journal import letter_rows
 from ingestd.journal.dead_letters import DeadLetter
-from ingestd.journal.sqlite import letters, moves, offsets, repair, schema, sender_ids
+from ingestd.journal.sqlite import kept, letters, moves, offsets, repair, schema, sender_ids
 from ingestd.journal.sqlite.dead_letters import SqliteDeadLetters
 from ingestd.journal.sqlite.offline import PendingRecord, opened, pending, transaction
 from ingestd.journal.sqlite.store import meta_of, read_chunks, read_lineage, write_meta
@@ -67,6 +67,7 @@ def stat(db: sqlite3.Connection) -> dict[str, Any]:
         )
         dead = _row(db, "SELECT * FROM dead_totals")
         moved = moves.totals(db)
+        held = kept.totals(db)
         (marked,) = db.execute(
             "SELECT coalesce(sum(letters), 0) FROM dead WHERE retry = 1"
         ).fetchone()
@@ -97,6 +98,7 @@ def stat(db: sqlite3.Connection) -> dict[str, Any]:
             **{name: dead[name] for name in ("readmitted", "expired", "purged", "dropped")},
             **moved,
         },
+        "kept": held._asdict(),
         "damaged": damaged,
         "bookmarks": {"rows": marks.count, "bytes": marks.bytes},
         "oldest_pending_at": oldest,
@@ -360,6 +362,26 @@ class SqliteFile:
     def pending(self) -> Iterator[PendingRecord]:
         """Reads the pending records, and takes none; see `offline.pending`."""
         yield from pending(self._path)
+
+    def kept_within(self, since: float, until: float) -> int:
+        """Counts the kept records that were accepted in a time."""
+        with opened(self._path) as db:
+            return kept.within(db, since, until)[0] if kept.exist(db) else 0
+
+    def replay(self, now: float, since: float, until: float, conditions: Sequence[str]) -> int:
+        """Asks for a replay of the kept records of a time; returns its number."""
+        with opened(self._path, write=True) as db, transaction(db):
+            return kept.ask(db, now, since, until, conditions)
+
+    def replays(self) -> list[kept.Replay]:
+        """Reads the replays, the oldest first."""
+        with opened(self._path) as db:
+            return kept.replays(db) if kept.exist(db) else []
+
+    def stop_replays(self) -> int:
+        """Stops all replays; returns how many."""
+        with opened(self._path, write=True) as db, transaction(db):
+            return kept.stop(db) if kept.exist(db) else 0
 
     def findings(self) -> Iterator[Finding]:
         """Looks for faults, and yields each as it is found."""

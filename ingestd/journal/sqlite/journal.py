@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 
+from ingestd.base.clock import Ages
 from ingestd.base.errors import DataDirError, JournalFailed, NeverFits, Overloaded
 from ingestd.base.files import tighten
 from ingestd.base.rate import Rate, wait_for_room
@@ -30,12 +31,13 @@ from ingestd.journal.interface import (
     Chunk,
     Closed,
     JournalStatus,
+    KeptTotals,
     Ledger,
     Place,
     Recovered,
     Settle,
 )
-from ingestd.journal.sqlite import offsets, repair
+from ingestd.journal.sqlite import kept, moves, offsets, repair
 from ingestd.journal.sqlite.audit import Count, Difference, SqliteMaintenance
 from ingestd.journal.sqlite.checkpoint import Checkpointer
 from ingestd.journal.sqlite.dead_letters import SqliteDeadLetterStore
@@ -78,6 +80,10 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 _NOWHERE = Place(0, 0)
+KEEP_SHARE = 0.8
+"""The part of `journal.bytes_max` that records and kept chunks may take together."""
+KEEP_FREE = 1.25
+"""Kept chunks go while less than this many times `journal.free_min` is free."""
 SHRINK_SECONDS = 1.0
 """How long making the file smaller may take when it is closed."""
 
@@ -94,7 +100,11 @@ class SqliteJournal:
         keys: how long idempotency keys are kept, and how many.
         space: watches the disk; without one only a failed commit tells that it is full.
         invalid: bounds the letters of records that were never accepted.
+        keep: seconds for which processed chunks are kept; 0 for none.
+        keep_bytes_max: bound on the bytes of these.
     """
+
+    keeps = True
 
     def __init__(
         self,
@@ -107,6 +117,8 @@ class SqliteJournal:
         keys: KeyRule = KeyRule(),  # noqa: B008  immutable
         space: DiskSpaceGuard | None = None,
         invalid: InvalidQuota = InvalidQuota(),  # noqa: B008  immutable
+        keep: float = 0.0,
+        keep_bytes_max: int = 0,
     ) -> None:
         self.path = path
         self._invalid = invalid
@@ -134,6 +146,8 @@ class SqliteJournal:
         self.offsets = offsets.SqliteOffsets(self._read)
         self.maintenance = SqliteMaintenance(space, partial(self._read, self._step))
         self.space = space
+        self._keep, self._keep_bytes_max, self._ages = keep, keep_bytes_max, Ages(clock)
+        self.kept = KeptTotals()
         self._sweeping: asyncio.Future[None] | None = None
         self._written = False
         self._counted: int | None = None
@@ -195,6 +209,8 @@ class SqliteJournal:
         self._committer = JournalWriter(
             store, self._checkpointer, self._report, self._clock, self._keys_before
         )
+        self.kept = kept.totals(store.connection)
+        self._committer.keep = self._keep_rule()
         return recovered._replace(set_aside=set_aside)
 
     def _lock(self) -> None:
@@ -219,7 +235,7 @@ class SqliteJournal:
         """
         if repair.marked(self.path):
             raise sqlite3.DatabaseError("damage was met in an earlier life")
-        store = Store(self.path, self._invalid)
+        store = Store(self.path, self._invalid, keeps=self._keep > 0)
         try:
             check_pages(store.connection, self.path)
             recovered = store.recovered(self.failed)
@@ -252,6 +268,7 @@ class SqliteJournal:
             self._committer.commits,
             self.failed.done(),
             self._unanswered,
+            self.kept,
         )
 
     def append(self, append: Append) -> asyncio.Future[Place]:
@@ -337,9 +354,24 @@ class SqliteJournal:
             return 0
         return max(0, self.bytes_max - self.bytes)
 
+    def _keep_rule(self) -> kept.KeepRule | None:
+        """The bounds of kept chunks now: the journal's own and the disk's go before theirs."""
+        if not self._keep:
+            return None
+        bytes_max = min(self._keep_bytes_max, int(KEEP_SHARE * self.bytes_max) - self.bytes)
+        if self.space is not None:
+            self.space.low(self._clock.monotonic())
+            short = int(self.space.free_min * KEEP_FREE) - self.space.free
+            if short > 0:
+                bytes_max = min(bytes_max, self.kept.bytes - short)
+        return kept.KeepRule(max(0, bytes_max), self._ages.before(self._keep))
+
     async def _poll_marked(self) -> bool:
         commits = self._commits
         totals, marked = await self._read(poll_marked)
+        rule = self._committer.keep = self._keep_rule()
+        self.kept, due = await self._read(kept.polled, rule or kept.NOTHING)
+        marked |= due or await self._read(moves.waiting)
         if commits == self._commits:  # else a commit has told something newer meanwhile
             self._dead_are(totals)
         return marked
@@ -522,4 +554,6 @@ def build(settings: JournalSettings, context: JournalContext) -> SqliteJournal:
         keys=context.keys,
         space=DiskSpaceGuard(path.parent, scaled(settings.free_min, path.parent)),
         invalid=context.invalid,
+        keep=settings.keep,
+        keep_bytes_max=settings.keep_bytes_max,
     )

@@ -75,14 +75,8 @@ def totals(db: sqlite3.Connection) -> DeadTotals:
 
 
 def poll_marked(db: sqlite3.Connection) -> tuple[DeadTotals, bool]:
-    """The totals, and whether letters are marked or have arrived from other pipelines.
-
-    Three lookups, however many letters there are.
-    """
-    (marked,) = db.execute(
-        "SELECT EXISTS(SELECT 1 FROM dead WHERE retry = 1)"
-        " OR EXISTS(SELECT 1 FROM arrivals WHERE taken = 0)"
-    ).fetchone()
+    """The totals, and whether letters are marked. Two lookups, however many letters there are."""
+    marked = db.execute("SELECT EXISTS(SELECT 1 FROM dead WHERE retry = 1)").fetchone()[0]
     return totals(db), bool(marked)
 
 

@@ -24,7 +24,7 @@ from ingestd.base import envelope
 from ingestd.base.record import Layout, Records
 from ingestd.journal.interface import Chunk
 from ingestd.journal.letter_rows import taken_apart
-from ingestd.journal.sqlite import schema
+from ingestd.journal.sqlite import first_page, schema
 from ingestd.journal.sqlite.letters import CHUNK_BYTES, REVIVE_BYTES, replace, row_of
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ MOVING = 2
 STEP_ROWS = 100
 """Rows of `dead` that one transaction moves, or takes in."""
 
-# As bookmarks: journals that were made before lack them.
+# The first move of a journal makes them: most journals never need them.
 SCHEMA = (
     "CREATE TABLE IF NOT EXISTS moving(row INTEGER PRIMARY KEY, target TEXT NOT NULL) STRICT",
     """CREATE TABLE IF NOT EXISTS arrivals(
@@ -62,8 +62,10 @@ class Arrived(NamedTuple):
 
 def prepare(db: sqlite3.Connection) -> None:
     """Makes the tables where they are absent."""
-    for statement in SCHEMA:
-        db.execute(statement)
+    if not schema.columns(db, "moved"):
+        for statement in SCHEMA:
+            db.execute(statement)
+        first_page.keep(db)
 
 
 def totals(db: sqlite3.Connection) -> dict[str, int]:
@@ -82,7 +84,8 @@ def claim(db: sqlite3.Connection, rows: Sequence[int], target: str) -> None:
 
 def targets(db: sqlite3.Connection) -> list[str]:
     """The pipelines that letters are on their way to."""
-    prepare(db)
+    if not schema.columns(db, "moved"):
+        return []
     return [name for (name,) in db.execute("SELECT DISTINCT target FROM moving ORDER BY target")]
 
 
@@ -145,6 +148,8 @@ def tidy(db: sqlite3.Connection, source: sqlite3.Connection) -> None:
 
 def waiting(db: sqlite3.Connection) -> bool:
     """Returns True if arrivals are to be taken in."""
+    if not schema.columns(db, "arrivals"):
+        return False
     found = db.execute("SELECT EXISTS(SELECT 1 FROM arrivals WHERE taken = 0)").fetchone()
     return bool(found[0])
 

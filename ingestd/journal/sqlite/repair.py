@@ -30,7 +30,7 @@ from ingestd.base.record import Span
 from ingestd.journal import letter_rows
 from ingestd.journal.dead_letters import DeadLetter
 from ingestd.journal.interface import Cursor, Ledger, Sealed
-from ingestd.journal.sqlite import first_page, letters, offsets, schema
+from ingestd.journal.sqlite import first_page, kept, letters, moves, offsets, schema
 from ingestd.journal.sqlite.store import (
     PAGE_BYTES,
     Meta,
@@ -195,8 +195,15 @@ def _fill(store: Store, path: Path, now: float) -> None:
         found = _Salvaged(*_meta(old, version), chunks, [], holes)
         found.batches.extend(_copy_batches(old, db, version, found))
         _copy_letters(old, db)
-        for table in ("damaged", "keys", "failing", "sender_ids", "moving", "arrivals"):
+        for table in ("damaged", "keys", "failing", "sender_ids"):
             _copy_rows(old, db, table)
+        if schema.columns(old, "moved"):
+            moves.prepare(db)
+            for table in ("moving", "arrivals"):
+                _copy_rows(old, db, table)
+        if kept.exist(old):  # what is kept is settled: it goes, and is in the old file
+            kept.prepare(db)
+            _copy_rows(old, db, "replaying")
         _copy_bookmarks(old, db)
         _copy_dead_totals(old, db)
         _settle_meta(db, found, store.id, now)
@@ -375,6 +382,9 @@ def _copy_dead_totals(old: sqlite3.Connection, db: sqlite3.Connection) -> None:
     with contextlib.suppress(*_UNREADABLE):
         found = old.execute("SELECT letters, arrived FROM moved").fetchone()
         db.execute("UPDATE moved SET letters = ?, arrived = ?", found)
+    with contextlib.suppress(*_UNREADABLE):
+        found = old.execute("SELECT replayed FROM kept_totals").fetchone()
+        db.execute("UPDATE kept_totals SET replayed = ?", found)
     with contextlib.suppress(*_UNREADABLE):  # a letter's number is never given again
         (last,) = old.execute("SELECT seq FROM sqlite_sequence WHERE name = 'dead'").fetchone()
         db.execute(

@@ -39,7 +39,7 @@ from ingestd.journal.interface import (
     Sealed,
     Settle,
 )
-from ingestd.journal.sqlite import first_page, letters, moves, offsets, schema, sender_ids
+from ingestd.journal.sqlite import first_page, kept, letters, moves, offsets, schema, sender_ids
 
 if TYPE_CHECKING:
     from asyncio import Future
@@ -102,6 +102,7 @@ class Write(NamedTuple):
         requeue_at: marked dead letters are taken back, and what arrived from other pipelines is
             taken in, accepted at this time.
         room: bytes that the journal has left for what is taken in.
+        keep: bounds of finished chunks that are kept; `None` where none are.
         expire: dead letters that were given up from the first of these times to the other go.
         claims: idempotency keys that come, accepted at `at`; an expired one of the same name goes.
         bookmarks: in the order of their appends; the last one of a key counts.
@@ -122,6 +123,7 @@ class Write(NamedTuple):
     keys_before: float = 0.0
     requeue_at: float | None = None
     room: int = 0
+    keep: kept.KeepRule | None = None
     expire: tuple[float, float] | None = None
 
 
@@ -166,6 +168,7 @@ class Store:
     Args:
         path: the file; made if it is not there, private in any case.
         invalid: bounds the letters of records that were never accepted.
+        keeps: chunks that are processed are kept.
 
     Attributes:
         meta: the moving row after the last commit.
@@ -176,8 +179,15 @@ class Store:
         keys: the idempotency keys that are there after it, expired ones included.
     """
 
-    def __init__(self, path: Path, invalid: InvalidQuota = InvalidQuota()) -> None:  # noqa: B008  immutable
+    def __init__(
+        self,
+        path: Path,
+        invalid: InvalidQuota = InvalidQuota(),  # noqa: B008  immutable
+        *,
+        keeps: bool = False,
+    ) -> None:
         self.path = path
+        self._keeps = keeps
         self._invalid = invalid
         self._names = (str(path), f"{path}-wal")  # strings: they are looked up after every commit
         self._files: list[tuple[int, int]] = []
@@ -217,9 +227,10 @@ class Store:
             raise sqlite3.OperationalError("this file system can't have a database with a WAL")
         db.execute("DELETE FROM failing WHERE number NOT IN (SELECT number FROM batches)")
         db.execute(sender_ids.SCHEMA)
-        moves.prepare(db)
         db.execute(first_page.SCHEMA)
         first_page.keep(db)
+        if self._keeps:
+            kept.prepare(db)
         counters = ", ".join(schema.COUNTERS)
         row = db.execute(f"SELECT crc, journal, {counters} FROM meta").fetchone()  # noqa: S608
         if row is None:
@@ -269,6 +280,8 @@ class Store:
             write, moved = _move_letters(db, self.meta, write, self._invalid)
             meta = _advance(self.meta, write, moved)
             _write_others(db, write)
+            if write.keep is not None:
+                _keep(db, write, write.keep)
             if write.invalid:
                 moved = _insert_invalid(db, write.invalid, moved, self._invalid.bytes_max)
             _rows(write, self.id, meta).write(db)
@@ -425,11 +438,36 @@ def _move_letters(
             arrived = moves.take(db, last + 1, write.requeue_at, write.room)
             chunks = (*moved.chunks, *arrived.chunks)
             moved = moved._replace(chunks=chunks, arrived=arrived.records)
+        moved = _replay(db, meta, write, moved)
     if write.expire is not None:
         moved = moved._replace(expired=letters.expire(db, *write.expire))
     if moved.chunks:
         write = write._replace(chunks=[*write.chunks, *moved.chunks])
     return write, moved
+
+
+def _replay(db: sqlite3.Connection, meta: Meta, write: Write, moved: Moved) -> Moved:
+    """Kept chunks that a replay asks for are fed; those beyond the bounds go."""
+    if not kept.exist(db):
+        return moved
+    last = write.chunks[-1].id if write.chunks else meta.last_chunk
+    first = last + len(moved.chunks) + 1
+    fed = kept.feed(db, first, write.requeue_at or write.at, write.room, _chunk)
+    dropped = kept.drop(db, write.keep or kept.NOTHING)
+    return moved._replace(
+        chunks=(*moved.chunks, *fed.chunks),
+        replayed=fed.records,
+        more=bool(fed.looked_at or dropped),
+    )
+
+
+def _keep(db: sqlite3.Connection, write: Write, rule: kept.KeepRule) -> None:
+    """Finished chunks are kept, and it is written down which of their records died."""
+    for settlement in write.settled:
+        kept.leave_out(db, settlement.dead)
+    finished = list(_runs([chunk for settle in write.settled for chunk in settle.finished]))
+    if finished:
+        kept.keep(db, finished, write.at, rule)
 
 
 def _insert_invalid(
@@ -492,6 +530,8 @@ def _is_plain(write: Write) -> bool:
     if write.invalid or write.postponed or write.claims or write.bookmarks or write.sweep:
         return False
     if write.ids or write.requeue_at is not None or write.expire is not None:
+        return False
+    if write.keep is not None and write.settled:
         return False
     if any(settle.dead or settle.damaged or settle.successors for settle in write.settled):
         return False

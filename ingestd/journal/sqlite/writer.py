@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from ingestd.base.append import Append, HeldIds, IdempotencyClaim, SourceOffset
     from ingestd.base.clock import Clock
     from ingestd.journal.dead_letters import DeadLetter
+    from ingestd.journal.sqlite.kept import KeepRule
 
 COMMIT_BYTES = 8 << 20
 """A transaction takes no further append beyond this, so a sync stays short."""
@@ -145,7 +146,11 @@ class JournalWriter:
     Attributes:
         busy: the thread is at a commit, or at starting the WAL over.
         commits: how many it has begun; both show if it moves.
+        keep: the bounds of finished chunks that are kept; `None` where none are, and while the disk
+            is full: a copy would need the space that the commit wants to free.
     """
+
+    keep: KeepRule | None = None
 
     def __init__(
         self,
@@ -321,6 +326,7 @@ class JournalWriter:
             at=now,
             sweep=sweep,
             keys_before=self._keys_before() if sweep else 0.0,
+            keep=self.keep,
         )
         return (write if len(appends) == len(ops) else _with_others(write, ops)), places
 
@@ -332,6 +338,7 @@ class JournalWriter:
                 self._refuse(refused)
             self._again = [op for op in ops if type(op) not in _TRIED_ONCE]
             self._checkpointer.full()
+            self.keep = None
             if not (self._again and self._closing.is_set()):
                 return
             ops, self._again = self._again, []
