@@ -259,6 +259,8 @@ class Daemon:
                 sockets=self._passed.records,
                 is_interrupted=self._signals.stop_requested.is_set,
                 on_request=self._answered,
+                data_dir=data_dir.path,
+                surroundings=self._surroundings,
             )
             self._metrics.watch_sources(self.sources.running, self.sources.numbers)
             await self.sources.start()

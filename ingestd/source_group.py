@@ -6,7 +6,13 @@ import asyncio
 from collections import Counter
 from typing import TYPE_CHECKING, Literal, TextIO
 
-from ingestd.base.errors import ConfigError, Exit, InputIncomplete, InputUnreadable
+from ingestd.base.errors import (
+    ConfigError,
+    Exit,
+    HandlerLoadError,
+    InputIncomplete,
+    InputUnreadable,
+)
 from ingestd.base.logging import get_logger
 from ingestd.journal.idempotency import KeyRule
 from ingestd.settings import KINDS
@@ -14,15 +20,22 @@ from ingestd.sources.base import SourceContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
     from socket import socket
 
     from ingestd.base.clock import Clock
+    from ingestd.execution.validator import Validator
+    from ingestd.host.process import Surroundings
     from ingestd.pipeline import Pipeline
     from ingestd.settings import ConfiguredSource, Settings
     from ingestd.sources.base import Source
     from ingestd.sources.progress import Progress, ProgressSnapshot
+    from ingestd.sources.screening import ScreenedIntake
 
 log = get_logger()
+
+CLOSE_SECONDS = 5.0
+"""How long a process that validates may take to end by itself."""
 
 
 class RunningSource:
@@ -106,6 +119,8 @@ class SourceGroup:
         sockets: listening ones that a service manager passed, for the one source that listens.
         is_interrupted: tells if a signal has asked the process to leave.
         on_request: see `SourceContext`.
+        data_dir: the daemon's, for handlers.
+        surroundings: the processes that validate records are started with.
 
     Attributes:
         all: the sources, in the order of the settings.
@@ -126,15 +141,19 @@ class SourceGroup:
         sockets: Sequence[socket],
         is_interrupted: Callable[[], bool],
         on_request: Callable[[str, str, int, float, str], None],
+        data_dir: Path,
+        surroundings: Surroundings,
     ) -> None:
         self._pipelines = pipelines
+        self._validators = _validators_of(settings, data_dir, surroundings)
+        screens = _screened(pipelines, self._validators) if self._validators else {}
         configured = settings.running_sources()
         _check_sockets(sockets, configured)
         self.all = []
         for one in configured:
             context = SourceContext(
                 name=one.name,
-                pipelines=pipelines,
+                pipelines={**pipelines, **screens} if screens else pipelines,
                 pipeline=one.pipeline,
                 clock=clock,
                 input_fd=input_fd,
@@ -142,6 +161,7 @@ class SourceGroup:
                 sockets=sockets if one.component.listens else (),
                 is_interrupted=is_interrupted,
                 on_request=on_request,
+                screens=screens,
             )
             try:
                 source = one.component.build(one.settings, context)
@@ -162,13 +182,15 @@ class SourceGroup:
         """
         started: list[Source] = []
         try:
+            await self._start_validators()
             for one in self.all:
                 await one.source.start()
                 started.append(one.source)
         except BaseException as error:
             for source in started:
                 await source.close()
-            if isinstance(error, ConfigError):
+            await self._end_validators()
+            if isinstance(error, ConfigError) and not isinstance(error, HandlerLoadError):
                 raise _of(one.configured, error) from error
             raise
         if self.progress is not None:
@@ -248,6 +270,17 @@ class SourceGroup:
         """Ends everything of all of them that is still there."""
         for one in self.all:
             await one.source.close()
+        await self._end_validators()
+
+    async def _start_validators(self) -> None:
+        starting = (one.start() for one in self._validators.values())
+        for error in await asyncio.gather(*starting, return_exceptions=True):
+            if error is not None:
+                raise error
+
+    async def _end_validators(self) -> None:
+        deadline = asyncio.get_running_loop().time() + CLOSE_SECONDS
+        await asyncio.gather(*(one.close(deadline) for one in self._validators.values()))
 
     async def report(self) -> None:
         """Sums the inputs up, and says where to go on with those that were left."""
@@ -282,6 +315,37 @@ class SourceGroup:
             urls_total=sum(one.urls_total or 0 for one in urls) if urls else None,
             bytes_left=sum(known) if len(known) == len(lefts) else None,
         )
+
+
+def _validators_of(
+    settings: Settings, data_dir: Path, surroundings: Surroundings
+) -> dict[str, Validator]:
+    """Validators of the pipelines whose records are validated before they are accepted."""
+    validating = {
+        name: one
+        for name, one in settings.pipeline_settings().items()
+        if one.handler.validate == "accept"
+    }
+    if not validating:
+        return {}
+    from ingestd.execution.build import make_validator  # noqa: PLC0415  few daemons have one
+
+    return {
+        name: make_validator(
+            name, one.executor, one.handler, one.format,
+            data_dir=data_dir, surroundings=surroundings,
+        )
+        for name, one in validating.items()
+    }  # fmt: skip
+
+
+def _screened(
+    pipelines: Mapping[str, Pipeline], validators: Mapping[str, Validator]
+) -> dict[str, ScreenedIntake]:
+    """The pipelines with validators, as sources get them."""
+    from ingestd.sources.screening import ScreenedIntake  # noqa: PLC0415  few daemons have one
+
+    return {name: ScreenedIntake(pipelines[name], one) for name, one in validators.items()}
 
 
 def _check_sockets(sockets: Sequence[socket], configured: Sequence[ConfiguredSource]) -> None:

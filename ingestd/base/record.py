@@ -152,6 +152,20 @@ class Records(NamedTuple):
         envelopes = envelope.part(self.envelopes, first, count)
         return self.names[first : first + count], envelopes
 
+    def pick(self, places: Sequence[int]) -> Records:
+        """The records at some places, in their order; the places are growing."""
+        if len(places) == self.count:
+            return self
+        items = self.items()
+        chosen = [items[place] for place in places]
+        make = Records.lines if self.layout is Layout.LINES else Records.sized
+        names = tuple(self.names[place] for place in places) if self.names else ()
+        envelopes = self.envelopes
+        if not envelope.is_shared(envelopes):
+            runs = envelope.EnvelopeRuns(envelopes, self.count)
+            envelopes = envelope.joined([(1, runs.part(place, 1)) for place in places])
+        return make(chosen)._replace(names=names, envelopes=envelopes)
+
     def pieces(self, bytes_max: int) -> list[Records]:
         """The same records in runs of at most so many bytes, or of one record that is larger."""
         if len(self.payload) <= bytes_max or self.count <= 1:
@@ -225,7 +239,7 @@ class InvalidRecord(NamedTuple):
 
     Attributes:
         index: its place in what was sent, counting from 0 over accepted and refused records.
-        reason: `malformed`, `too_large` or `unfinished`.
+        reason: `malformed`, `too_large`, `unfinished` or `schema`.
         detail: one line for the sender: what is wrong and where.
         payload: the record, or its beginning if it was too large.
         envelope: its own, packed; empty if it has that of its append.

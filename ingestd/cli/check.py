@@ -212,7 +212,7 @@ def _resolve(pipeline: PipelineSettings, config: HandlerConfig) -> str:
         HandlerLoadError: it can't be imported, or does not fit its pipeline or its options.
         ExecutorLoadError: the factory of its executor can't be imported.
     """
-    from ingestd.execution.build import fitting_kind  # noqa: PLC0415
+    from ingestd.execution.build import fitting_kind, validating_config  # noqa: PLC0415
     from ingestd.execution.external import load_factory  # noqa: PLC0415
     from ingestd.handlers.chain import load_configured  # noqa: PLC0415  only now it is needed
 
@@ -220,6 +220,8 @@ def _resolve(pipeline: PipelineSettings, config: HandlerConfig) -> str:
     kind: str = "external" if executor.factory else executor.kind
     spec = load_configured(msgspec.structs.replace(config, executor=kind))
     spec.check_options(config.options)
+    if pipeline.handler.validate == "accept":
+        load_configured(validating_config(config))
     if executor.factory:
         load_factory(executor.factory)
         kind = executor.factory

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from ingestd.base.record import Format
     from ingestd.execution.settings import ExecutorSettings, HandlerSettings
+    from ingestd.execution.validator import Validator
     from ingestd.host.process import Surroundings
 
     StartPool: TypeAlias = Callable[
@@ -102,6 +103,40 @@ async def start_pool(
         return await _start_external(executor, context, factory, executor.kind)
     start: StartPool = kind
     return await start(executor, context)
+
+
+def make_validator(
+    name: str,
+    executor: ExecutorSettings,
+    handler: HandlerSettings,
+    record_format: Format,
+    *,
+    data_dir: Path,
+    surroundings: Surroundings | None = None,
+) -> Validator:
+    """Makes the validator of a pipeline's records; it is not started yet.
+
+    Takes what `start_pool` takes. A handler that runs in the daemon is imported in a process too:
+    decoding holds the interpreter.
+    """
+    from ingestd.execution.process import ProcessWorker  # noqa: PLC0415  threads do without
+    from ingestd.execution.validator import CALL_SECONDS, Validator  # noqa: PLC0415
+    from ingestd.handlers.wire import InitMessage  # noqa: PLC0415
+
+    config = validating_config(handler_config(name, executor, handler, record_format, data_dir))
+    worker = ProcessWorker(
+        f"{name}-validator",
+        InitMessage(config, os.getpid()),
+        timeout=min(executor.timeout, CALL_SECONDS),
+        on_restart=lambda _: None,
+        surroundings=surroundings,
+    )
+    return Validator(name, ThreadedPool([worker]), lambda: worker.schema)
+
+
+def validating_config(config: HandlerConfig) -> HandlerConfig:
+    """The same for a process that validates: it makes no handler, and needs no options."""
+    return msgspec.structs.replace(config, options={}, executor="process", validates=True)
 
 
 def handler_config(

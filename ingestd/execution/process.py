@@ -505,6 +505,7 @@ class ProcessWorker:
     Attributes:
         is_async: with the executor `auto`, the handler has to be awaited; known after the start.
         pid: of the child; 0 while there is none.
+        schema: of the records, from a process that validates; known after the start.
     """
 
     def __init__(
@@ -522,6 +523,7 @@ class ProcessWorker:
         self._on_restart = on_restart
         self._surroundings = surroundings or Surroundings.now()
         self.is_async = False
+        self.schema = b""
         self._child: WorkerProcess | None = None
         self._leaving = False
         self._failed = 0  # jobs that raised since one did not
@@ -559,7 +561,7 @@ class ProcessWorker:
             child.kill()
             raise
         log.debug("worker_started", worker=self.name, pid=child.process.pid)
-        self.is_async = ready.is_async
+        self.is_async, self.schema = ready.is_async, ready.schema
         if ready.not_ready:
             log.warning("handler_not_ready", worker=self.name, error=ready.not_ready)
         return child

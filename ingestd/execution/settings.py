@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+import warnings
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -59,41 +60,53 @@ def _callable(value: str) -> str:
     return value
 
 
-class HandlerSettings(Section):
-    """`[handler]`: the handler that gets the batches."""
+with warnings.catch_warnings():
+    # Of `validate`, which hides a method of pydantic's that has another name since version 2.
+    warnings.filterwarnings("ignore", 'Field name "validate"', UserWarning)
 
-    target: str = Field(
-        "jsonl", min_length=1, description="module:name of your function or class, or a sink"
-    )
-    options: Annotated[dict[str, Any], BeforeValidator(_options)] = Field(
-        default_factory=dict, description="keyword arguments for a handler class or a sink"
-    )
+    class HandlerSettings(Section):
+        """`[handler]`: the handler that gets the batches."""
 
-    transform: Annotated[str, AfterValidator(_callable)] = Field(
-        "", description="module:callable for each record in front of the handler"
-    )
-    targets: Words = Field(
-        (), max_length=16, description="handlers that get each batch, in order, instead of target"
-    )
+        target: str = Field(
+            "jsonl", min_length=1, description="module:name of your function or class, or a sink"
+        )
+        options: Annotated[dict[str, Any], BeforeValidator(_options)] = Field(
+            default_factory=dict, description="keyword arguments for a handler class or a sink"
+        )
 
-    @property
-    def all_targets(self) -> tuple[str, ...]:
-        """The handlers that get each batch, in order."""
-        return self.targets or (self.target,)
+        transform: Annotated[str, AfterValidator(_callable)] = Field(
+            "", description="module:callable for each record in front of the handler"
+        )
+        targets: Words = Field(
+            (),
+            max_length=16,
+            description="handlers that get each batch, in order, instead of target",
+        )
 
-    def options_for(self, target: str) -> Mapping[str, Any]:
-        """The options of one of the handlers."""
-        return self.options.get(target, {}) if self.targets else self.options
+        validate: Literal["process", "accept"] = Field(  # type: ignore[assignment]
+            "process",
+            description="place where records have to fit the handler's annotation: process: its"
+            " worker; accept: before they are accepted, so that clients are told",
+        )
 
-    def path_options(self) -> Collection[tuple[str, ...]]:
-        """See `Section`."""
-        found = {target: options_of(own_sink(target)) for target in self.all_targets}
-        return [
-            (target, name) if self.targets else (name,)
-            for target, struct in found.items()
-            if struct is not None
-            for name in struct.named(FilePath)
-        ]
+        @property
+        def all_targets(self) -> tuple[str, ...]:
+            """The handlers that get each batch, in order."""
+            return self.targets or (self.target,)
+
+        def options_for(self, target: str) -> Mapping[str, Any]:
+            """The options of one of the handlers."""
+            return self.options.get(target, {}) if self.targets else self.options
+
+        def path_options(self) -> Collection[tuple[str, ...]]:
+            """See `Section`."""
+            found = {target: options_of(own_sink(target)) for target in self.all_targets}
+            return [
+                (target, name) if self.targets else (name,)
+                for target, struct in found.items()
+                if struct is not None
+                for name in struct.named(FilePath)
+            ]
 
 
 class ExecutorSettings(Section):

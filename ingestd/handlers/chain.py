@@ -10,6 +10,9 @@ done when all are done. When one fails, all are called again, under the same id:
 of them has to know a batch that it has stored. What one rejects becomes a dead letter, and the
 others get it all the same. Where one of several wants single records again the batch is tried again
 whole, for under a new id the others would take these records for new ones.
+
+With `handler.validate = "accept"` a process has a `Validation` in place of all that: it decodes
+what a source received, with the decoders that a worker has, and calls nothing.
 """
 
 from __future__ import annotations
@@ -24,8 +27,15 @@ from ingestd.base import envelope as envelopes
 from ingestd.base.record import Records, Span
 from ingestd.handlers.batch import Batch, Blocked, PartFailed, Reject, Retry, Unavailable
 from ingestd.handlers.call import call, call_async, close, close_async
-from ingestd.handlers.decode import CannotDecode, Decoder, decoder_for
-from ingestd.handlers.load import NotAHandler, annotation_of, check_executor, code_of, load
+from ingestd.handlers.decode import CannotDecode, Decoder, decoder_for, json_schema
+from ingestd.handlers.load import (
+    HandlerSpec,
+    NotAHandler,
+    annotation_of,
+    check_executor,
+    code_of,
+    load,
+)
 from ingestd.handlers.outcome import Failure, Job, Rejection, Result, RetryRequest, SinkFinding
 from ingestd.handlers.target import find, refuse
 from ingestd.handlers.text import describe, plain
@@ -33,7 +43,6 @@ from ingestd.handlers.text import describe, plain
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from ingestd.handlers.load import HandlerSpec
     from ingestd.handlers.runner import HandlerConfig
 
 
@@ -58,6 +67,9 @@ class Transform:
         target: `module:callable`.
         record_format: `json`, `text` or `bytes`, of what comes and of what is made.
 
+    Attributes:
+        decoder: of what comes.
+
     Raises:
         HandlerLoadError: it is none, or its annotation does not fit the format.
     """
@@ -71,7 +83,7 @@ class Transform:
         if code is not None and code.co_flags & _NOT_PLAIN:
             refuse(target, "handler.transform returns what it makes: no async, no yield")
         try:
-            self._decoder = decoder_for(annotation_of(found), record_format)
+            self.decoder = decoder_for(annotation_of(found), record_format)
         except (NotAHandler, CannotDecode) as error:
             refuse(target, str(error), error)
         self._function: Callable[[Any], Any] = found
@@ -83,7 +95,7 @@ class Transform:
         Raises:
             Exception: `Retry`, `Unavailable` or `Blocked` of the function's, or a MemoryError.
         """
-        values, rejections = self._decoder.decode(job.records)
+        values, rejections = self.decoder.decode(job.records)
         gone = {one.index for one in rejections}
         ids = Batch(None, job).ids
         made: list[bytes] = []
@@ -333,6 +345,8 @@ def load_configured(config: HandlerConfig) -> HandlerSpec | ChainSpec:
         HandlerLoadError: a part of it can't be loaded, or can't run in this executor.
     """
     record_format, executor = config.record_format, config.executor
+    if config.validates:
+        return load_validation(config)
     if not (config.transform or config.targets):
         return load(config.target, record_format=record_format, executor=executor)
     targets = config.targets or (config.target,)
@@ -344,3 +358,70 @@ def load_configured(config: HandlerConfig) -> HandlerSpec | ChainSpec:
     name, is_async = ", ".join(targets), any(part.spec.is_async for part in parts)
     check_executor(name, executor, is_async=is_async)
     return ChainSpec(name, transform, tuple(parts), is_async)
+
+
+# -- validation without a handler ------------------------------------------------------------------
+
+SCHEMA_BYTES_MAX = 128 * 1024
+"""A larger schema is not told."""
+
+
+class Validation:
+    """Decodes batches, and rejects the records that do not fit.
+
+    Args:
+        decoders: each has to take a record.
+        name: of the pipeline.
+    """
+
+    def __init__(self, decoders: Sequence[Decoder], name: str) -> None:
+        self._decoders = decoders
+        self._name = name
+
+    def __call__(self, batch: Batch[bytes]) -> None:
+        """Rejects what does not fit; the first decoder that refuses a record says why."""
+        for decoder in reversed(self._decoders):
+            for rejection in decoder.decode(batch.job.records)[1]:
+                batch.adopt(rejection)
+
+    @property
+    def schema(self) -> bytes:
+        """`[schema, {name: schema that it refers to}]` as JSON; empty if there is none to tell."""
+        try:
+            made = [json_schema(one.record, f"{self._name}.") for one in self._decoders]
+            schemas = [schema for schema, _ in made]
+            schema = schemas[0] if len(schemas) == 1 else {"allOf": schemas}
+            named = {name: one for _, others in made for name, one in others.items()}
+            told = msgspec.json.encode([schema, named])
+        except Exception:  # noqa: BLE001  a type of the user's may have none, or raise
+            return b""
+        return told if len(told) <= SCHEMA_BYTES_MAX else b""
+
+
+def load_validation(config: HandlerConfig) -> HandlerSpec:
+    """The `Validation` that a process calls in place of the handler of a pipeline.
+
+    Records are decoded as a transform asks, if there is one: what it makes is not there yet.
+
+    Raises:
+        HandlerLoadError: a part of it can't be loaded, or every record fits.
+    """
+    form = config.record_format
+    targets = (config.transform,) if config.transform else config.targets or (config.target,)
+    if config.transform:
+        decoders = [Transform(config.transform, form).decoder]
+    else:
+        decoders = [load(one, record_format=form, executor="auto").decoder for one in targets]
+    checking = [one for one in decoders if one.one is not None and one.record is not Any]
+    name = ", ".join(targets)
+    if not checking:
+        refuse(
+            name,
+            'handler.validate = "accept" has nothing to validate, because its annotation takes'
+            f" every record of the format {form}: name a type in it, or leave handler.validate out",
+        )
+    validation = Validation(checking, config.pipeline)
+    return HandlerSpec(
+        name, validation, form, is_class=False, is_async=False, wants_batch=True,
+        decoder=Decoder(None),
+    )  # fmt: skip

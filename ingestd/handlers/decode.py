@@ -40,10 +40,12 @@ class Decoder(NamedTuple):
     Attributes:
         one: one record to one value; raises on what does not fit. `None`: the bytes themselves.
         many: all records of a `LINES` payload at once, where there is a faster way.
+        record: the `T`; `Any` where every record of the format fits.
     """
 
     one: Callable[[bytes], Any] | None
     many: Callable[[bytes], list[Any]] | None = None
+    record: Any = Any
 
     def decode(self, records: Records) -> tuple[list[Any], list[Rejection]]:
         """Every record is either in the list, in order, or has a rejection with its place.
@@ -119,7 +121,7 @@ def decoder_for(record: Any, record_format: str) -> Decoder:
         raise CannotDecode(f"records of format bytes are list[bytes], not {_name(record)}")
     if record_format == "text":
         if record is str or record in _ANYTHING:
-            return Decoder(_text, _text_lines)
+            return Decoder(_text, _text_lines, str)
         raise CannotDecode(
             f"records of format text are list[str] or list[bytes], not {_name(record)};"
             ' for JSON set format = "json"'
@@ -147,7 +149,7 @@ def _json_decoder(record: Any) -> Decoder:
         unknown = [cls for cls in customs if cls is not object]
         if not unknown:
             decoder = msgspec.json.Decoder(record)
-            return Decoder(decoder.decode, decoder.decode_lines)
+            return Decoder(decoder.decode, decoder.decode_lines, record)
     except Exception as exc:
         raise CannotDecode(f"can't decode JSON into {_name(record)}: {exc}") from exc
     raise CannotDecode(
@@ -164,7 +166,36 @@ def _pydantic_decoder(record: Any) -> Decoder:
         adapter = TypeAdapter(record)
     except Exception as exc:
         raise CannotDecode(f"pydantic can't decode into {_name(record)}: {exc}") from exc
-    return Decoder(adapter.validate_json)
+    return Decoder(adapter.validate_json, None, record)
+
+
+def json_schema(record: Any, prefix: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The JSON Schema of a `T`, and the schemas that it refers to, by name.
+
+    Args:
+        record: `T` itself, resolved.
+        prefix: of the names, which are those of components of an OpenAPI document.
+
+    Raises:
+        Exception: whatever msgspec, pydantic or a type of the user's says instead.
+    """
+    place = f"#/components/schemas/{prefix}"
+    if _needs_pydantic(record):
+        from pydantic import TypeAdapter  # noqa: PLC0415  see `_pydantic_decoder`
+
+        schema = TypeAdapter(record).json_schema(ref_template=f"{place}{{model}}")
+        named = schema.pop("$defs", {})
+    else:
+        (schema,), named = msgspec.json.schema_components(
+            (record,), ref_template=f"{place}{{name}}"
+        )
+    return schema, {f"{prefix}{name}": one for name, one in named.items()}
+
+
+def _needs_pydantic(record: Any) -> bool:
+    if _mentions_pydantic(record):
+        return True
+    return any(_is_pydantic(node.cls) for node in _nodes(msgspec.inspect.type_info(record), set()))
 
 
 def _is_pydantic(kind: object) -> bool:

@@ -13,9 +13,10 @@ import msgspec
 
 from ingestd.base.errors import HandlerLoadError
 from ingestd.handlers.call import call, call_async, close, close_async, failure_from
-from ingestd.handlers.chain import load_configured
+from ingestd.handlers.chain import Validation, load_configured
 from ingestd.handlers.failure import failure_of
 from ingestd.handlers.forked import ParentOnly, end_child
+from ingestd.handlers.load import HandlerSpec
 from ingestd.handlers.options import redactor
 from ingestd.handlers.outcome import (
     Failure,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from ingestd.handlers.chain import ChainSpec
-    from ingestd.handlers.load import HandlerSpec
     from ingestd.handlers.outcome import Job
 
 CLOSE_SECONDS = 5.0
@@ -51,6 +51,7 @@ class HandlerConfig(msgspec.Struct, frozen=True):
         data_dir: the daemon's data directory; its name need not be UTF-8.
         transform: `module:callable` in front of the handler; empty for none.
         targets: handlers instead of `target`; `options` has a table for each.
+        validates: no handler is made and called: records are decoded alone.
     """
 
     target: str
@@ -61,6 +62,7 @@ class HandlerConfig(msgspec.Struct, frozen=True):
     data_dir: bytes
     transform: str = ""
     targets: tuple[str, ...] = ()
+    validates: bool = False
 
 
 class Runner:
@@ -92,6 +94,12 @@ class Runner:
     def is_async(self) -> bool:
         """Returns True if calls have to be awaited; `prepare` comes first."""
         return self._spec is not None and self._spec.is_async
+
+    @property
+    def schema(self) -> bytes:
+        """See `Validation.schema`; empty where a handler is called."""
+        found = self._spec.found if isinstance(self._spec, HandlerSpec) else None
+        return found.schema if isinstance(found, Validation) else b""
 
     def prepare(self) -> str:
         """Loads the handler and tries to create it.

@@ -72,11 +72,13 @@ class ReadyMessage(msgspec.Struct, frozen=True):
         load_error: the handler can't be loaded; the child leaves.
         not_ready: the handler's constructor failed; it is tried again with each job.
         is_async: with the executor `auto`, calls have to be awaited: a process is not its place.
+        schema: of the records, from a process that validates; see `Validation.schema`.
     """
 
     load_error: str = ""
     not_ready: str = ""
     is_async: bool = False
+    schema: bytes = b""
 
 
 class RunMessage(msgspec.Struct, frozen=True, array_like=True):

@@ -150,7 +150,8 @@ def _serve(connection: _DaemonConnection, relay: Relay) -> None:
     except HandlerLoadError as error:
         connection.send(wire.encode(wire.ReadyMessage(load_error=str(error.facts["problem"]))))
         return
-    connection.send(wire.encode(wire.ReadyMessage(not_ready=not_ready, is_async=runner.is_async)))
+    ready = wire.ReadyMessage("", not_ready, runner.is_async, runner.schema)
+    connection.send(wire.encode(ready))
     while (message := connection.receive()) is not None:
         job = connection.job(message)
         relay.batch = job.batch

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ingestd.base.clock import Clock
     from ingestd.base.record import Format
     from ingestd.handlers.outcome import SinkFinding
+    from ingestd.sources.screening import ScreenedIntake
 
 
 class Intake(Protocol):
@@ -220,6 +221,8 @@ class SourceContext:
         is_interrupted: tells if a signal has asked the process to leave.
         on_request: called for each answer of a server with (the template of its route, pipeline or
             "", status, seconds, problem or "").
+        screens: of the pipelines, those that do not take every record: their `accept` leaves some
+            out. A source that tells its clients screens for itself.
     """
 
     name: str
@@ -231,6 +234,7 @@ class SourceContext:
     sockets: Sequence[socket]
     is_interrupted: Callable[[], bool]
     on_request: Callable[[str, str, int, float, str], None]
+    screens: Mapping[str, ScreenedIntake] = field(default_factory=dict)
 
 
 class KeyNeeds(NamedTuple):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ingestd.base.append import RecentIds
 from ingestd.http.settings import HttpSettings
 from ingestd.sources.http.source import HttpSource
+from ingestd.sources.screening import ScreenedIntake
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -125,6 +126,7 @@ async def serving(*intakes: MemoryIntake, on_request: Any = None, **settings: An
         {intake.name: intake for intake in intakes},
         default=intakes[0].name,
         on_request=on_request,
+        screens={one.name: one for one in intakes if isinstance(one, ScreenedIntake)},
     )
     await source.start()
     try:

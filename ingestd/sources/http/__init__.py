@@ -101,6 +101,7 @@ class HttpSourceKind(SourceKind):
             name=context.name,
             on_request=context.on_request,
             sockets=context.sockets,
+            screens=context.screens,
         )
 
 

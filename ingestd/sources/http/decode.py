@@ -61,11 +61,20 @@ def checked(parsed: Parsed, bounds: BodyLimits) -> tuple[Decoded]:
         raise Problem(problem.EMPTY, "the body holds no record")
     if parsed.total > bounds.records_max:
         raise too_many(bounds)
-    if not parsed.records.count:
-        raise nothing_good(parsed.refused, parsed.unlisted)
-    if is_mostly_invalid(parsed.records.count, parsed.invalid):
-        raise mostly_invalid(parsed.refused)
+    check_good(parsed.records.count, parsed.refused, parsed.unlisted)
     return (Decoded(parsed),)
+
+
+def check_good(good: int, refused: list[InvalidRecord], unlisted: int = 0) -> None:
+    """Refuses a request in which no record can be accepted, or most can't.
+
+    Raises:
+        Problem: 400, or 413 if they are all too large.
+    """
+    if not good:
+        raise nothing_good(refused, unlisted)
+    if is_mostly_invalid(good, len(refused) + unlisted):
+        raise mostly_invalid(refused)
 
 
 def parse_made(

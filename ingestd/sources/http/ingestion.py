@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import async_timeout
 
-from ingestd.base.append import HELD_ID_BYTES, Append, DeliveryWaiter, scoped
+from ingestd.base.append import HELD_ID_BYTES, Append, DeliveryWaiter, SenderIds, scoped
 from ingestd.base.errors import Draining
 from ingestd.base.record import Layout, Records
 from ingestd.http import problem
@@ -33,7 +33,7 @@ from ingestd.http.deadlines import BodyDeadline
 from ingestd.http.peer import peer_of
 from ingestd.http.problem import EXPLAINED, Problem, explain
 from ingestd.http.request import size_of_head
-from ingestd.sources.http.decode import BodyDecoder
+from ingestd.sources.http.decode import BodyDecoder, check_good
 from ingestd.sources.http.endpoints.base import Delivery
 from ingestd.sources.http.headers import (
     IDEMPOTENCY_HEADER,
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
     from multidict import MultiMapping
 
-    from ingestd.base.append import IdempotencyClaim, SenderIds
+    from ingestd.base.append import IdempotencyClaim
     from ingestd.http.admission import Reservation
     from ingestd.http.auth import Principal
     from ingestd.http.request import Request
@@ -238,14 +238,19 @@ class Ingestion:
             _hold_records(parts, hold)
             if principal is UNIDENTIFIED:
                 to = to._replace(principal=self._identify(request, route, _token_in(parts)))
-            for part in parts:
-                to.principal.charge(part.parsed.total, len(part.parsed.records.payload))
+            parts = await self._charged(parts, to)
             if len(parts) == 1 and not by_part and _is_plain(parts[0]):
                 return await self._accept(parts[0], to, claim)
             return await self._accept_parts(parts, to, delivery)
         finally:
             if claim is not None:
                 route.intake.forget(claim)
+
+    async def _charged(self, parts: Sequence[Decoded], to: Admitted) -> Sequence[Decoded]:
+        """Returns the parts, charged to their sender, less the records that do not fit."""
+        for part in parts:
+            to.principal.charge(part.parsed.total, len(part.parsed.records.payload))
+        return await _screened(parts, to) if to.route.screens else parts
 
     async def _begin_stream(
         self, request: Request, to: Admitted, encoding: str
@@ -390,6 +395,7 @@ class Ingestion:
 
         from ingestd.sources.http.stream import Stream  # noqa: PLC0415  few daemons get one
 
+        screened = route.screens.get(route.intake.name)
         stream = Stream(
             read,
             route.intake,
@@ -403,6 +409,7 @@ class Ingestion:
             envelope=to.envelope(),
             gone=lambda: request.transport is None or connection.half_closed,
             allowed=lambda: self._authorize(request, route),
+            screen=screened.screen if screened is not None else None,
         )
         self.streams.add(stream)
         try:
@@ -417,6 +424,43 @@ def _hold_records(parts: Sequence[Decoded], hold: Reservation) -> None:
     size += HELD_ID_BYTES * sum(len(part.ids.known) for part in parts if part.ids is not None)
     if (more := size + hold.base - hold.bytes) > 0:
         hold.grow(more)
+
+
+async def _screened(parts: Sequence[Decoded], to: Admitted) -> Sequence[Decoded]:
+    """Returns the parts less the records that do not fit.
+
+    Raises:
+        Problem: none does, or most do not.
+    """
+    try:
+        found = await asyncio.gather(*(_screened_part(part, to.route) for part in parts))
+    except EXPLAINED as error:
+        raise explain(error) from None
+    refused = [one for part in found for one in part.parsed.refused]
+    # The answer of a codec that routes tells of each record, or the part.
+    if refused and not to.codec.routes and any(part.rejected for part in found):
+        check_good(
+            sum(part.parsed.records.count for part in found),
+            refused,
+            sum(part.parsed.unlisted for part in found),
+        )
+    return found
+
+
+async def _screened_part(part: Decoded, route: Route) -> Decoded:
+    screen = route.screens.get(part.pipeline or route.intake.name)
+    if screen is None or not part.parsed.records.count:
+        return part
+    rejected = await screen.reject(part.parsed.records)
+    if not rejected:
+        return part
+    from ingestd.sources.screening import without_rejected  # noqa: PLC0415  few daemons screen
+
+    ids, bad = part.ids, {one.index for one in rejected}
+    if ids is not None:
+        each = tuple(one for place, one in enumerate(ids.each) if place not in bad)
+        ids = SenderIds(each, ids.known.intersection(each))
+    return part._replace(parsed=without_rejected(part.parsed, rejected), ids=ids, rejected=rejected)
 
 
 def _is_plain(part: Decoded) -> bool:
@@ -443,7 +487,8 @@ async def _accept_part(part: Decoded, to: Admitted, delivery: Delivery | None) -
         if named := part.delivery or delivery:
             begun = await intake.begin(*named.of(principal.id))
             if isinstance(begun, bytes):
-                return PartResult(intake.name, *counted(begun), notes=part.notes)
+                counts = counted(begun)
+                return PartResult(intake.name, *counts, notes=part.notes, rejected=part.rejected)
             claim = begun
             claim.answer = count_body(parsed.records.count, parsed.invalid, ())
         records = parsed.records
@@ -472,7 +517,9 @@ async def _accept_part(part: Decoded, to: Admitted, delivery: Delivery | None) -
         if held is not None:
             intake.recent_ids.release(held)
     counts = parsed.records.count, parsed.invalid
-    return PartResult(intake.name, *counts, parsed.refused, notes=part.notes)
+    return PartResult(
+        intake.name, *counts, parsed.refused, notes=part.notes, rejected=part.rejected
+    )
 
 
 def _without(records: Records, ids: SenderIds, accepted: frozenset[bytes]) -> Records:

@@ -15,6 +15,7 @@ import re
 from html import escape
 from importlib.resources import files
 from string import Template
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -43,6 +44,7 @@ def describe(
     formats: Mapping[str, Format],
     *,
     public_names: bool,
+    schemas: Mapping[str, bytes] = MappingProxyType({}),
 ) -> bytes:
     """Returns the document.
 
@@ -52,6 +54,7 @@ def describe(
         formats: of the records of each pipeline.
         public_names: everybody may know the pipelines, and send; else there is one path with a
             parameter, a pipeline takes any body, and a token is needed.
+        schemas: of the records of pipelines that validate them, as `ScreenedIntake.schema` has it.
     """
     text = files(__package__).joinpath("openapi.json").read_text(encoding="utf-8")
     document: dict[str, Any] = json.loads(text)
@@ -60,6 +63,8 @@ def describe(
     # Where nobody is asked who they are, pages are asked where they are from.
     _fill_problems(parts["responses"], without=FORBIDDEN if public_names else FOREIGN_ORIGIN)
     parts["requestBodies"]["any"] = _any_of(parts["requestBodies"])
+    for pipeline, schema in schemas.items():
+        _add_records(parts, pipeline, *msgspec.json.decode(schema))
     common = document.pop("x-operation")
     for name, endpoint in endpoints.items():
         for path, route, value, form in _described(endpoint, formats, public_names=public_names):
@@ -78,6 +83,8 @@ def describe(
                 operation |= {key: member for key, member in more.items() if key != "responses"}
                 operation["responses"] = _in_its_own_form(endpoint, operation["responses"])
                 operation["responses"] |= more.get("responses", {})
+                if form == "json" and (to := route.targets[value].pipeline) in schemas:
+                    _name_records(operation, to)
                 item[method.lower()] = operation
     _drop_unused(document)
     return msgspec.json.encode(document)
@@ -130,6 +137,27 @@ def _in_its_own_form(endpoint: Endpoint, responses: Mapping[str, Any]) -> dict[s
     digits = "".join(which for which, is_own in own.items() if is_own)
     kept = {status: what for status, what in responses.items() if status[0] not in digits}
     return kept | {f"{digit}XX": {"description": "As the protocol has it"} for digit in digits}
+
+
+def _add_records(
+    parts: dict[str, Any], pipeline: str, schema: Mapping[str, Any], named: Mapping[str, Any]
+) -> None:
+    """Adds the schema of a pipeline's records, and the body of such records, under its name."""
+    parts["schemas"] |= {**named, pipeline: schema}
+    body = copy.deepcopy(parts["requestBodies"]["json"])
+    record = _ref(f"schemas/{pipeline}")
+    body["description"] += f" Each record is a `{pipeline}`; one that is not is invalid."
+    several = {"type": "array", "minItems": 1, "items": record}
+    for media in body["content"].values():
+        media.pop("examples", None)
+    body["content"]["application/json"]["schema"] = {"anyOf": [several, record]}
+    parts["requestBodies"][pipeline] = body
+
+
+def _name_records(operation: dict[str, Any], pipeline: str) -> None:
+    """Puts the body of a pipeline's own records in place of that of any JSON."""
+    if operation.get("requestBody") == _ref("requestBodies/json"):
+        operation["requestBody"] = _ref(f"requestBodies/{pipeline}")
 
 
 def _id(name: str, where: str) -> str:
@@ -295,6 +323,7 @@ def published(
     public_names: bool,
     address: str,
     secure: bool,
+    schemas: Mapping[str, bytes] = MappingProxyType({}),
 ) -> dict[str, Resource[Any]]:
     """Returns the documents by path, and the answer about the server as a whole.
 
@@ -304,8 +333,11 @@ def published(
         public_names: everybody may know the pipelines.
         address: where the source listens, `HOST:PORT` or `unix:PATH`.
         secure: it speaks TLS.
+        schemas: see `describe`.
     """
-    described = describe(__version__, endpoints, formats, public_names=public_names)
+    described = describe(
+        __version__, endpoints, formats, public_names=public_names, schemas=schemas
+    )
     page = make_page(
         __version__, endpoints, formats, public_names=public_names, address=address, secure=secure
     )

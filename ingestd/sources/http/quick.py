@@ -11,8 +11,9 @@ Invariants:
 2. Only what the ordinary way would accept whole and at once is taken: all records good, no bound
    near, its client's turn, nobody draining. For everything else `take` returns False, and nothing
    has happened.
-3. An append is all or nothing. If it is refused, nothing of it was accepted, and each of its
-   requests goes the ordinary way by itself, where it gets the answer that is its own.
+3. An append is all or nothing. If it is refused, or has a record that does not fit, nothing of it
+   was accepted, and each of its requests goes the ordinary way by itself, where it gets the answer
+   that is its own.
 4. An answer is the ordinary one, byte for byte, but for the request's id and the date. It is made
    by the endpoint once for a head and a number of records.
 """
@@ -239,8 +240,11 @@ class QuickRequests:
         try:
             head = group.asked[0].head
             append = Append(join(group.runs), envelope=head.envelope)
-            await head.route.intake.accept(append)
-            accepted = True
+            intake = head.route.intake
+            screen = head.route.screens.get(intake.name)
+            if screen is None or await screen.fits(append.records):
+                await intake.accept(append)
+                accepted = True
         except EXPLAINED:
             pass  # each gets its own answer
         except Exception:

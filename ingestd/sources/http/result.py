@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from ingestd.base.append import DeliveryWaiter, FailedRecord
     from ingestd.base.record import InvalidRecord
+    from ingestd.handlers.outcome import Rejection
     from ingestd.http.problem import Problem
 
 _TOLD = frozenset({"rejected", "undecodable"})
@@ -31,6 +32,7 @@ class PartResult(NamedTuple):
         errors: the first ones of these.
         problem: the reason why no record of the part was accepted; `None` if it was.
         notes: of `Decoded`.
+        rejected: of `Decoded`.
     """
 
     pipeline: str
@@ -39,6 +41,7 @@ class PartResult(NamedTuple):
     errors: Sequence[InvalidRecord] = ()
     problem: Problem | None = None
     notes: object = None
+    rejected: Sequence[Rejection] = ()
 
 
 class IngestResult(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import AddressError, ConfigError
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from ingestd.sources.http.access import Access
     from ingestd.sources.http.endpoints.base import Endpoint, RouteSpec
     from ingestd.sources.http.handler import Found, OnRequest
+    from ingestd.sources.screening import ScreenedIntake
 
 log = get_logger()
 
@@ -56,6 +58,7 @@ class HttpSource(Source):
             status (499 if the client left), the seconds since the head was read, and the slug of
             the problem (empty if there was none).
         sockets: listening ones to serve on, instead of on one of its own at `http.listen`.
+        screens: those of the intakes that do not take every record.
 
     Attributes:
         addresses: where it listens, after `start`; `HOST:PORT` with the real port, `unix:PATH`.
@@ -73,9 +76,11 @@ class HttpSource(Source):
         name: str = "http",
         on_request: OnRequest | None = None,
         sockets: Sequence[socket.socket] = (),
+        screens: Mapping[str, ScreenedIntake] = MappingProxyType({}),
     ) -> None:
         self._settings = settings
-        self._intakes = intakes
+        self._intakes = {**intakes, **{name: one.plain for name, one in screens.items()}}
+        self._screens = screens
         self._default = default
         self._name = name
         self._formats = {name: intake.format for name, intake in intakes.items()}
@@ -174,6 +179,7 @@ class HttpSource(Source):
             public_names=settings.allow_anonymous or not demands_proof(settings),
             address=self.addresses[0],
             secure=access.context is not None,
+            schemas={name: one.schema for name, one in self._screens.items() if one.schema},
         )
         self._resources.clear()
         self._resources.update(found)
@@ -205,8 +211,9 @@ class HttpSource(Source):
             principal = Principal(name, id=name, client=value) if name else None
             limits = self._limits[target.pipeline]
             route = Route(
-                endpoint, spec, value, intake, limits, envelopes, principal, self._intakes
-            )
+                endpoint, spec, value, intake, limits, envelopes, principal, self._intakes,
+                self._screens,
+            )  # fmt: skip
             found[spec.path_of(value)] = Resource(methods, route, alone=True)
         if spec.variable and ANY not in spec.targets and spec.auth != SIGNATURE:
             below = spec.path.partition("{")[0]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import async_timeout
 
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 log = get_logger()
 
+T = TypeVar("T")
+
 HELD_BYTES = 4 * PIECE_BYTES
 """What a stream counts for in `http.inflight_bytes_max` at most, beside what it keeps between its
 pieces: a piece that arrives, its lines, and those that wait for their commit."""
@@ -79,6 +81,8 @@ class Stream:
         gone: whether its client has left.
         allowed: who sends it, asked again before each piece; raises a `Problem` when its client
             may not send here any more.
+        screen: returns records less those that do not fit, from the index of the first one on;
+            `None` where all fit.
 
     Attributes:
         accepted: records that are durable.
@@ -100,7 +104,9 @@ class Stream:
         envelope: bytes = b"",
         gone: Callable[[], bool],
         allowed: Callable[[], Principal] | None = None,
+        screen: Callable[[Parsed, int], Awaitable[Parsed]] | None = None,
     ) -> None:
+        self._screen = screen
         self._allowed = allowed or (lambda: principal)
         self._read = read
         self._intake = intake
@@ -308,33 +314,45 @@ class Stream:
 
     async def _accept(self, parsed: Parsed) -> None:
         await self._pause(self._principal.wait())
+        screen = self._screen
+        if screen is not None:
+            before, first = parsed, self._stored
+            parsed = await self._patiently(lambda: screen(before, first))
+            if not (first or parsed.records.count):
+                raise nothing_good(parsed.refused, parsed.unlisted)
+            if is_mostly_invalid(
+                self.accepted + parsed.records.count, self.invalid + parsed.invalid
+            ):
+                raise mostly_invalid(parsed.refused)
         kept = parsed.refused[: self._invalid_kept]
         self._invalid_kept -= len(kept)
-        while True:
-            self._principal = self._allowed()
-            try:
-                await self._intake.accept(
-                    Append(
-                        parsed.records,
-                        kept,
-                        principal=self._hold.client,
-                        unkept=parsed.invalid - len(kept),
-                        envelope=self._envelope,
-                    )
-                )
-                break
-            except Overloaded as overloaded:
-                if not self._stored:
-                    raise
-                if self._leaving.is_set() or self._gone():
-                    raise self._why from None
-                await self._pause(again_after(overloaded))
+        append = Append(
+            parsed.records,
+            kept,
+            principal=self._hold.client,
+            unkept=parsed.invalid - len(kept),
+            envelope=self._envelope,
+        )
+        await self._patiently(lambda: self._intake.accept(append))
         self._principal.charge(parsed.total, len(parsed.records.payload))
         self.accepted += parsed.records.count
         self.invalid += parsed.invalid
         self._committing = 0
         self._count()
         self._errors += parsed.refused[: ERRORS_MAX - len(self._errors)]
+
+    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Calls again while there is an overload; before anything is stored it is the answer."""
+        while True:
+            self._principal = self._allowed()
+            try:
+                return await call()
+            except Overloaded as overloaded:
+                if not self._stored:
+                    raise
+                if self._leaving.is_set() or self._gone():
+                    raise self._why from None
+                await self._pause(again_after(overloaded))
 
     async def _pause(self, seconds: float) -> None:
         """So long, or until the daemon drains."""

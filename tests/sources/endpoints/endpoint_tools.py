@@ -10,6 +10,7 @@ from ingestd.base.append import IdempotencyClaim
 from ingestd.base.errors import Overloaded
 from ingestd.sources.http import HttpSourceKind
 from ingestd.sources.http.source import HttpSource
+from ingestd.sources.screening import ScreenedIntake
 from tests.sources.source_tools import MemoryIntake
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ async def serving_endpoint(
         HttpSourceKind.settings(**settings),
         {intake.name: intake for intake in intakes},
         default=first,
+        screens={one.name: one for one in intakes if isinstance(one, ScreenedIntake)},
     )
     await source.start()
     try:

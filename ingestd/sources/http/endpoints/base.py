@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ingestd.base.append import SenderIds
     from ingestd.base.record import Format
     from ingestd.codecs.lines import Parsed
+    from ingestd.handlers.outcome import Rejection
     from ingestd.http.auth import Principal
     from ingestd.http.credentials import TokenScheme
     from ingestd.http.problem import Problem
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from ingestd.sources.base import Intake
     from ingestd.sources.http.headers import RequestEnvelopes
     from ingestd.sources.http.result import IngestResult
+    from ingestd.sources.screening import ScreenedIntake
 
 SIGNATURE = ("signature",)
 """The body's signature, which `BodyCodec.verify` checks, is the way to authenticate."""
@@ -120,6 +122,8 @@ class Decoded(NamedTuple):
         ids: that their sender gave the records, if the protocol has some: those that were accepted
             before are not accepted again, and count as accepted.
         notes: what the answer needs to know of them, for the endpoint.
+        rejected: of the records that the codec decoded, those that were found not to fit; they are
+            invalid in `parsed`.
     """
 
     parsed: Parsed
@@ -128,6 +132,7 @@ class Decoded(NamedTuple):
     token: str = ""
     ids: SenderIds | None = None
     notes: object = None
+    rejected: Sequence[Rejection] = ()
 
 
 class BodyCodec(Protocol):
@@ -337,6 +342,7 @@ class Route(NamedTuple):
         envelopes: packs those of its records.
         principal: of the requests, where the body's signature authenticates them.
         intakes: of all pipelines.
+        screens: of those pipelines that do not take every record.
     """
 
     endpoint: Endpoint
@@ -347,6 +353,7 @@ class Route(NamedTuple):
     envelopes: RequestEnvelopes
     principal: Principal | None = None
     intakes: Mapping[str, Intake] = MappingProxyType({})
+    screens: Mapping[str, ScreenedIntake] = MappingProxyType({})
 
     def head_of(self, method: str, target: str, headers: Mapping[str, str]) -> Head:
         """The head of a request to it."""

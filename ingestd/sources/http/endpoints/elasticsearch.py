@@ -263,8 +263,9 @@ class ElasticsearchEndpoint(Endpoint):
         """See `Endpoint`."""
         notes: _Notes = result.parts[0].notes  # type: ignore[assignment]
         body = notes.bulk.answer
-        if any(part.problem is not None for part in result.parts):
-            body = _with_problems(notes.bulk.items, result.parts)
+        if any(part.problem is not None or part.rejected for part in result.parts):
+            items = notes.bulk.items or _ITEMS.decode(body).items
+            body = _with_problems(list(map(bytes, items)), result.parts)
         return Response(200, JSON, body, _PRODUCT)
 
     def error(self, problem: Problem, head: Head) -> Response:
@@ -311,18 +312,27 @@ def _status_of(found: Problem) -> tuple[int, str]:
     return status, _ERROR_TYPES.get(status, "illegal_argument_exception")
 
 
+class _Items(msgspec.Struct):
+    items: list[msgspec.Raw]
+
+
+_ITEMS = msgspec.json.Decoder(_Items)
+
+
 def _with_problems(items: Sequence[bytes], parts: Sequence[PartResult]) -> bytes:
-    """The answer where some parts were not accepted."""
+    """The answer where some parts, or records of them, were not accepted."""
     told = list(items)
     for part in parts:
-        if part.problem is None:
-            continue
-        status, kind = _status_of(part.problem)
-        if status in _BUSY:
-            status = 429  # of an item this is what clients send again
         notes: _Notes = part.notes  # type: ignore[assignment]
-        for place in notes.places:
-            told[place] = fail(told[place], status, kind, part.problem.detail)
+        if part.problem is not None:
+            status, kind = _status_of(part.problem)
+            if status in _BUSY:
+                status = 429  # of an item this is what clients send again
+            for place in notes.places:
+                told[place] = fail(items[place], status, kind, part.problem.detail)
+        for one in part.rejected:
+            place = notes.places[one.index]
+            told[place] = fail(items[place], 400, "document_parsing_exception", one.error)
     return make_answer(b",".join(told), errors=True)
 
 

@@ -533,6 +533,10 @@ class SplunkHecEndpoint(Endpoint):
         faults = [part.notes for part in result.parts if isinstance(part.notes, _Fault)]
         if faults:
             return _said(400, faults[0].code, **{_NUMBER: faults[0].number})
+        if any(part.rejected for part in result.parts):
+            # Of events that go to several pipelines the places in the body are not known any more.
+            first = result.errors[0].index if len(result.parts) == 1 and result.errors else None
+            return _said(400, 6, **({} if first is None else {_NUMBER: first}))
         if self._acks and _channel_of(head):
             return _said(200, 0, ackId=next(self._ids))
         return _said(200, 0)
