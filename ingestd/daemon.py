@@ -262,7 +262,8 @@ class Daemon:
                 data_dir=data_dir.path,
                 surroundings=self._surroundings,
             )
-            self._metrics.watch_sources(self.sources.running, self.sources.numbers)
+            sources = self.sources
+            self._metrics.watch_sources(sources.running, sources.numbers, sources.endpoints)
             await self.sources.start()
         except BaseException:
             for close in reversed(opened):

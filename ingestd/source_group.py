@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from pathlib import Path
     from socket import socket
 
+    from ingestd.base.append import AppendCounts
     from ingestd.base.clock import Clock
     from ingestd.execution.validator import Validator
     from ingestd.host.process import Surroundings
     from ingestd.pipeline import Pipeline
     from ingestd.settings import ConfiguredSource, Settings
-    from ingestd.sources.base import Source
+    from ingestd.sources.base import InputCounts, Source
     from ingestd.sources.progress import Progress, ProgressSnapshot
     from ingestd.sources.screening import ScreenedIntake
 
@@ -206,9 +207,20 @@ class SourceGroup:
         return {(one.configured.name, one.configured.kind): not one.ended for one in self.all}
 
     def numbers(self) -> dict[tuple[str, str], Mapping[str, float]]:
-        """The numbers of each server, by name and kind, for metrics."""
+        """The numbers of each source, by name and kind, for metrics."""
         return {
-            (one.configured.name, one.configured.kind): one.source.numbers() for one in self.all
+            (one.configured.name, one.configured.kind): {
+                **_read(one.source.counts()), **one.source.numbers(),
+            }
+            for one in self.all
+        }  # fmt: skip
+
+    def endpoints(self) -> dict[tuple[str, str], AppendCounts]:
+        """The counts of each endpoint, by the name of its source and its own, for metrics."""
+        return {
+            (one.configured.name, name): counts
+            for one in self.all
+            for name, counts in one.source.endpoints().items()
         }
 
     def facts(self) -> dict[str, object]:
@@ -346,6 +358,17 @@ def _screened(
     from ingestd.sources.screening import ScreenedIntake  # noqa: PLC0415  few daemons have one
 
     return {name: ScreenedIntake(pipelines[name], one) for name, one in validators.items()}
+
+
+def _read(counts: InputCounts | None) -> dict[str, float]:
+    """The numbers of an input, by the names in `ingestd.base.scraped`."""
+    if counts is None:
+        return {}
+    numbers = {
+        "records": counts.records, "invalid": counts.invalid, "received_bytes": counts.bytes,
+        "urls": counts.urls_total, "urls_done": counts.urls_done, "left_bytes": counts.bytes_left,
+    }  # fmt: skip
+    return {name: number for name, number in numbers.items() if number is not None}
 
 
 def _check_sockets(sockets: Sequence[socket], configured: Sequence[ConfiguredSource]) -> None:

@@ -29,11 +29,15 @@ class JournalUsage(msgspec.Struct, frozen=True):
         bytes: used.
         bytes_max: `journal.bytes_max`.
         poisoned: a sync failed; nothing is accepted any more.
+        disk_free: bytes that count as free on its disk; `None` for a journal without one.
+        disk_free_min: with less, no record is accepted.
     """
 
     bytes: int
     bytes_max: int
     poisoned: bool
+    disk_free: int | None = None
+    disk_free_min: int | None = None
 
 
 class QueueStatus(msgspec.Struct, frozen=True):
@@ -153,6 +157,9 @@ class PipelineStatus(msgspec.Struct, frozen=True):
         batches: where they are.
         oldest_pending_seconds: age of the oldest pending record; 0 if there is none.
         bounds_near: the settings whose bound is near or reached (`journal.bytes_max`, …).
+        bounds_used: the part of each bound that is in use.
+        refusing: for each bound that refuses records: whether it does, until some are accepted.
+        appends_refused: how many appends it has refused in this run.
         dead_letters: those that are kept.
         kept: processed records that are kept.
         executor: what the handler runs in: `process`, `thread` or `async`.
@@ -185,6 +192,9 @@ class PipelineStatus(msgspec.Struct, frozen=True):
     paused_since: str | None = None
     throttled: bool = False
     unaccounted: int = 0
+    bounds_used: dict[str, float] = {}
+    refusing: dict[str, bool] = {}
+    appends_refused: dict[str, int] = {}
 
     @property
     def dead_ever(self) -> int:
@@ -287,6 +297,16 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
     difference = pipeline.auditor.difference
     age = 0.0 if oldest is None else asyncio.get_running_loop().time() - oldest
     space = pipeline.auditor.free_space()
+    used = {
+        "journal.bytes_max": (journal.bytes, journal.bytes_max),
+        "dead.bytes_max": (letters.accepted_bytes, settings.dead.bytes_max),
+        "queue.bytes_max": (pipeline.budget.bytes, settings.queue.bytes_max),
+        "queue.chunks_max": (pipeline.queue.qsize(), settings.queue.chunks_max),
+        "retry.waiting_records_max": (waiting.records, settings.retry.waiting_records_max),
+        "retry.waiting_bytes_max": (waiting.bytes, settings.retry.waiting_bytes_max),
+    }
+    if space is not None:
+        used["journal.free_min"] = space.free_min, space.free
     return PipelineStatus(
         accepted=ledger.accepted,
         processed=ledger.processed,
@@ -296,7 +316,11 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
         balanced=not difference
         and ledger.accepted == ledger.processed + ledger.dead + ledger.pending,
         journal=JournalUsage(
-            bytes=journal.bytes, bytes_max=journal.bytes_max, poisoned=journal.poisoned
+            bytes=journal.bytes,
+            bytes_max=journal.bytes_max,
+            poisoned=journal.poisoned,
+            disk_free=space.free if space else None,
+            disk_free_min=space.free_min if space else None,
         ),
         queue=QueueStatus(
             chunks=pipeline.queue.qsize(),
@@ -337,19 +361,13 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
         paused_since=_utc(pipeline.dispatcher.gate.paused_since),
         unaccounted=difference,
         oldest_pending_seconds=round(age, 3),
-        bounds_near=bounds_near(
-            {
-                "journal.bytes_max": (journal.bytes, journal.bytes_max),
-                "dead.bytes_max": (letters.accepted_bytes, settings.dead.bytes_max),
-                "journal.free_min": (space.free_min, space.free) if space else (0, 1),
-                "queue.bytes_max": (pipeline.budget.bytes, settings.queue.bytes_max),
-                "queue.chunks_max": (pipeline.queue.qsize(), settings.queue.chunks_max),
-                "retry.waiting_records_max": (waiting.records, settings.retry.waiting_records_max),
-                "retry.waiting_bytes_max": (waiting.bytes, settings.retry.waiting_bytes_max),
-            }
-        )
-        + [throttled_by] * bool(throttled_by),
+        bounds_near=bounds_near(used) + [throttled_by] * bool(throttled_by),
         throttled=bool(throttled_by),
+        bounds_used={
+            name: round(use / bound, 4) if bound else 1.0 for name, (use, bound) in used.items()
+        },
+        refusing={bound: bound == journal.refusing for bound in journal.refused},
+        appends_refused=dict(journal.refused),
     )
 
 

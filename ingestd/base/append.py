@@ -301,3 +301,30 @@ class Append(NamedTuple):
         records = self.records
         size = records.stored_bytes
         return size if records.envelopes or not records.count else size + len(self.envelope)
+
+
+class AppendCounts:
+    """Counts of what came from one endpoint or source, in this run.
+
+    Attributes:
+        records: that were accepted.
+        bytes: their payloads.
+        invalid: records that cannot be ones.
+        refused: requests, or parts of them, that were refused, by reason.
+    """
+
+    __slots__ = ("bytes", "invalid", "records", "refused")
+
+    def __init__(self) -> None:
+        self.records = self.bytes = self.invalid = 0
+        self.refused: dict[str, int] = {}
+
+    def accepted(self, append: Append) -> None:
+        """Counts an append that is durable."""
+        self.records += append.records.count
+        self.bytes += len(append.records.payload)
+        self.invalid += len(append.invalid) + append.unkept
+
+    def refuse(self, reason: str) -> None:
+        """Counts a refusal; the reasons are those of a fixed set."""
+        self.refused[reason] = self.refused.get(reason, 0) + 1

@@ -15,18 +15,21 @@ from __future__ import annotations
 import platform
 from bisect import bisect_left
 from itertools import accumulate
-from operator import attrgetter
 from typing import TYPE_CHECKING, Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
+
+from ingestd.base.scraped import Watcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from prometheus_client import Metric
+
+    from ingestd.base.append import AppendCounts
 
 REASONS_MAX = 32
 """Values that one `reason` label may take in one pipeline; what comes later counts as `other`."""
@@ -42,155 +45,6 @@ _HANDLER_SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30,
 _APPENDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 _RECORDS = (1, 10, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 100_000)
 _BYTES = tuple(1024 * 4**n for n in range(9))  # 1 KiB to 64 MiB
-
-
-_LIFE = ", over the life of the data directory."
-# Attribute of a pipeline's status (`admin.status`), metric, help. A `_total` is a counter.
-_STATE = (
-    ("accepted", "records_accepted_total", "Records made durable" + _LIFE),
-    ("processed", "records_processed_total", "Records the handler is done with" + _LIFE),
-    ("dead_ever", "records_dead_total", "Accepted records given up" + _LIFE),
-    ("invalid_ever", "records_invalid_total", "Invalid records, kept as dead letters" + _LIFE),
-    ("dead_letters.requeued", "records_requeued_total", "Records given up, then requeued" + _LIFE),
-    (
-        "dead_letters.readmitted",
-        "records_readmitted_total",
-        "Invalid records that were accepted later" + _LIFE,
-    ),
-    ("dead_letters.expired", "letters_expired_total", "Dead letters that became too old" + _LIFE),
-    ("dead_letters.purged", "letters_purged_total", "Dead letters that a person deleted" + _LIFE),
-    (
-        "dead_letters.dropped",
-        "letters_dropped_total",
-        "Letters of invalid records, dropped for newer" + _LIFE,
-    ),
-    ("dead_letters.kept", "letters_kept", "Dead letters that are kept."),
-    ("dead_letters.bytes", "letters_bytes", "Bytes of the dead letters of accepted records."),
-    ("dead_letters.bytes_max", "letters_limit_bytes", "Bytes that these dead letters may take."),
-    (
-        "dead_letters.invalid_kept",
-        "letters_invalid",
-        "Dead letters of records that were never accepted.",
-    ),
-    (
-        "dead_letters.invalid_bytes",
-        "letters_invalid_bytes",
-        "Bytes of the letters of invalid records.",
-    ),
-    ("kept.replayed", "records_replayed_total", "Kept records accepted once more" + _LIFE),
-    ("kept.bytes", "kept_bytes", "Bytes of the processed records that are kept."),
-    ("is_stopped", "dispatch_stopped", "1 while dead letters at their bound stop batches."),
-    ("paused", "pipeline_paused", "1 while a person has paused the pipeline."),
-    ("throttled", "dispatch_throttled", "1 while a rate of [executor] holds a batch back."),
-    ("pending", "records_pending", "Records accepted and not settled."),
-    ("unaccounted", "records_unaccounted", "Pending by the counters less by the rows; 0 is right."),
-    ("journal.bytes", "journal_bytes", "Bytes of the journal in use."),
-    ("journal.bytes_max", "journal_limit_bytes", "Bytes the journal may use."),
-    ("queue.chunks", "queue_chunks", "Chunks held in memory."),
-    ("queue.bytes", "queue_bytes", "Bytes of the chunks held in memory."),
-    ("batches.running", "workers_busy", "Batches that are with a worker."),
-    ("batches.waiting_retry", "batches_waiting", "Batches that wait for their next try."),
-    (
-        "handler.down_since_seconds",
-        "handler_down_since_seconds",
-        "Unix time since when all tries fail; 0 if not.",
-    ),
-    ("handler.is_blocked", "handler_blocked", "1 while the sink waits for an operator."),
-    ("oldest_pending_seconds", "oldest_pending_seconds", "Age of the oldest unsettled record."),
-)
-
-# Name among the numbers of a source (`Source.numbers`), metric, help.
-_SOURCE = (
-    ("connections", "source_connections", "Open connections of a source over TCP."),
-    (
-        "connections_refused",
-        "source_connections_refused_total",
-        "Connections that were too many, at once or for their client.",
-    ),
-    (
-        "connections_cut",
-        "source_connections_cut_total",
-        "Connections ended at a bound, a deadline or a fault of their peer.",
-    ),
-    ("received_bytes", "source_received_bytes_total", "Bytes that a source over TCP or UDP read."),
-    (
-        "framing_faults",
-        "source_framing_faults_total",
-        "Wrong lengths of messages in connections that went on.",
-    ),
-    ("datagrams", "source_datagrams_total", "Datagrams that a source read."),
-    (
-        "datagrams_dropped",
-        "source_datagrams_dropped_total",
-        "Datagrams that came and were lost, because too many waited.",
-    ),
-    ("connected", "source_connected", "1 while a source has a connection to its broker."),
-    ("messages", "source_messages_total", "Messages that a source took from its broker."),
-    (
-        "acknowledged",
-        "source_acknowledged_total",
-        "Messages that were acknowledged to a broker, because their records are settled.",
-    ),
-    (
-        "unsettled",
-        "source_unsettled_messages",
-        "Messages that were taken from a broker and not acknowledged yet.",
-    ),
-    (
-        "backlog",
-        "source_backlog_messages",
-        "Messages that the broker had for a source and had not delivered, when it last said so.",
-    ),
-)
-
-
-class _Watcher(Collector):
-    """Reads the pipelines' states at each scrape."""
-
-    def __init__(self) -> None:
-        self.read: Callable[[], Mapping[str, object]] = dict
-        self.lost: Callable[[], int] = int
-        self.sources: Callable[[], Mapping[tuple[str, str], bool]] = dict
-        self.numbers: Callable[[], Mapping[tuple[str, str], Mapping[str, float]]] = dict
-
-    def describe(self) -> Iterable[Metric]:
-        """No names in advance: the registry would otherwise collect to learn them."""
-        return ()
-
-    def collect(self) -> Iterator[Metric]:
-        states = self.read()
-        for field, name, text in _STATE:
-            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            family = kind(f"ingestd_{name}", text, labels=["pipeline"])
-            for pipeline, state in states.items():
-                family.add_metric([pipeline], attrgetter(field)(state))
-            yield family
-        running = GaugeMetricFamily(
-            "ingestd_source_running",
-            "1 while a source takes records, 0 when its input has ended.",
-            labels=["source", "kind"],
-        )
-        for labels, is_running in self.sources().items():
-            running.add_metric(labels, int(is_running))
-        yield running
-        yield from self._numbers()
-        yield CounterMetricFamily(
-            "ingestd_log_lines_dropped_total",
-            "Log lines given up because the log's reader was slow or gone.",
-            value=self.lost(),
-        )
-
-    def _numbers(self) -> Iterator[Metric]:
-        """Yields the numbers of servers; a family that no source has is left out."""
-        numbers = self.numbers()
-        for key, name, text in _SOURCE:
-            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            family = kind(f"ingestd_{name}", text, labels=["source", "kind"])
-            for labels, values in numbers.items():
-                if key in values:
-                    family.add_metric(labels, values[key])
-            if family.samples:
-                yield family
 
 
 class _Reasons:
@@ -404,7 +258,7 @@ class Metrics:
 
     def __init__(self, version: str) -> None:
         self._registry = CollectorRegistry()
-        self._watcher = _Watcher()
+        self._watcher = Watcher()
         self._routes = _Routes()
         self._pipelines: dict[str, PipelineMetrics] = {}
         self._registry.register(self._watcher)
@@ -442,9 +296,17 @@ class Metrics:
         self,
         running: Callable[[], Mapping[tuple[str, str], bool]],
         numbers: Callable[[], Mapping[tuple[str, str], Mapping[str, float]]] = dict,
+        endpoints: Callable[[], Mapping[tuple[str, str], AppendCounts]] = dict,
     ) -> None:
-        """Has each scrape read which sources, by name and kind, are running, and their numbers."""
+        """Has each scrape read the sources by name and kind, and endpoints by source and name.
+
+        Args:
+            running: tells which sources are.
+            numbers: gives those of each source.
+            endpoints: gives the counts of each endpoint.
+        """
         self._watcher.sources, self._watcher.numbers = running, numbers
+        self._watcher.endpoints = endpoints
 
     def watch_log(self, lost: Callable[[], int]) -> None:
         """Has each scrape read the number of dropped log lines from `lost`."""

@@ -367,7 +367,7 @@ def _call_all(trial: Trial, files: Files, settings: PipelineSettings, *, quiet: 
     """Cuts the records of all files into batches as the daemon does, and calls with each."""
     from ingestd.batching.batcher import Batcher  # noqa: PLC0415
 
-    batcher = Batcher(**settings.batch.model_dump())
+    batcher = Batcher(**settings.batch.bounds())
     numbers: list[int] = []
 
     def call(draft: BatchDraft | None) -> bool:

@@ -230,6 +230,8 @@ class JournalStatus(NamedTuple):
         poisoned: it takes and writes nothing any more.
         unanswered: operations that were submitted, and of which the event loop knows no end yet.
         kept: processed chunks that are kept.
+        refusing: the setting of the bound that refused the last append; empty if it was taken.
+        refused: appends that each such bound has refused in this life.
     """
 
     ledger: Ledger
@@ -241,6 +243,8 @@ class JournalStatus(NamedTuple):
     poisoned: bool = False
     unanswered: int = 0
     kept: KeptTotals = KeptTotals()
+    refusing: str = ""
+    refused: Mapping[str, int] = MappingProxyType({})
 
 
 class Closed(NamedTuple):

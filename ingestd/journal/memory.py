@@ -66,6 +66,9 @@ class MemoryOffsets:
         return more
 
 
+_BOUND = "journal.bytes_max"
+
+
 class MemoryJournal:
     """See `ingestd.journal.interface.Journal`.
 
@@ -99,6 +102,8 @@ class MemoryJournal:
         self.idempotency = IdempotencyKeys(keys, clock, find=self._find_key, sweep=self._sweep)
         self._kept: OrderedDict[str, tuple[RememberedKey, int]] = OrderedDict()
         self.offsets = MemoryOffsets()
+        self._refusing = ""
+        self._refused = {_BOUND: 0}
         self._drained = Rate(clock.monotonic())
         self._chunks: dict[int, Chunk] = {}
         self._last = 0
@@ -112,7 +117,10 @@ class MemoryJournal:
 
     def status(self) -> JournalStatus:
         """See `Journal.status`."""
-        return JournalStatus(self.ledger, self.bytes, self.bytes_max, self.dead_totals)
+        return JournalStatus(
+            self.ledger, self.bytes, self.bytes_max, self.dead_totals,
+            refusing=self._refusing, refused=self._refused,
+        )  # fmt: skip
 
     def append(self, append: Append) -> asyncio.Future[Place]:
         """See `Journal.append`."""
@@ -127,7 +135,10 @@ class MemoryJournal:
         if used > self.bytes_max:
             rate = self._drained.per_second(self._clock.monotonic())
             after = wait_for_room(used, self.bytes_max, rate, random.random)
+            self._refusing = _BOUND
+            self._refused[_BOUND] += 1
             raise Overloaded(what="the journal", retry_after=after)
+        self._refusing = ""
         now = self._clock.now()
         if claim is not None:
             self._keep_key(claim, now)

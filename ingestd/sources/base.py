@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from ingestd.base.append import (
         Append,
+        AppendCounts,
         DeliveryWaiter,
         IdempotencyClaim,
         RecentIds,
@@ -160,7 +161,11 @@ class Source:
         return None
 
     def numbers(self) -> Mapping[str, float]:
-        """The numbers of a server for metrics, by the names in `ingestd.base.metrics`."""
+        """The numbers for metrics beside `counts`, by the names in `ingestd.base.scraped`."""
+        return {}
+
+    def endpoints(self) -> Mapping[str, AppendCounts]:
+        """The counts of each endpoint of a server, by name."""
         return {}
 
     async def wait_finished(self) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import re
 import ssl
 import subprocess
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,8 @@ async def status(source: Any, context: ssl.SSLContext, **headers: str) -> int | 
 @on_both_loops
 async def test_records_come_encrypted(files: Files, intake: MemoryIntake) -> None:
     async with serving(intake, tls={"certificate": files.server()}) as source:
+        ends = source.numbers()["certificate_until"]
+        assert ends == source._access.context.valid_until > time.time()
         async with connected(source, trusting(files)) as client:
             for _ in range(3):
                 client.post(b"1\n" * 100_000)

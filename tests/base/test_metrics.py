@@ -8,7 +8,9 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from ingestd.admin.status import BatchesStatus, JournalUsage, PipelineStatus, QueueStatus
+from ingestd.base.append import Append, AppendCounts
 from ingestd.base.metrics import REASONS_MAX, Metrics
+from ingestd.base.record import Records
 
 STATE = PipelineStatus(
     accepted=100,
@@ -22,6 +24,9 @@ STATE = PipelineStatus(
     batches=BatchesStatus(sealed=0, running=4, waiting_retry=1),
     oldest_pending_seconds=1.5,
     bounds_near=[],
+    bounds_used={"journal.bytes_max": 0.5},
+    refusing={"journal.bytes_max": True},
+    appends_refused={"journal.bytes_max": 3},
 )
 
 
@@ -178,3 +183,33 @@ def test_two_in_one_process_do_not_meet() -> None:
     other.pipeline("default").accepted(7)
     assert value(one, "ingestd_accepted_bytes_total", pipeline="default") == 5
     assert value(other, "ingestd_accepted_bytes_total", pipeline="default") == 7
+
+
+def test_the_bounds_of_a_pipeline_are_read_by_name(metrics: Metrics) -> None:
+    labels = {"pipeline": "default", "bound": "journal.bytes_max"}
+    assert value(metrics, "ingestd_bound_used_ratio", **labels) == 0.5
+    assert value(metrics, "ingestd_records_refusing", **labels) == 1
+    assert value(metrics, "ingestd_appends_refused_total", **labels) == 3
+    names = {name for name, _ in samples(metrics)}
+    assert "ingestd_journal_disk_free_bytes" not in names  # the journal has no disk
+    usage = JournalUsage(bytes=1, bytes_max=2, poisoned=False, disk_free=70, disk_free_min=60)
+    metrics.watch(lambda: {"default": msgspec.structs.replace(STATE, journal=usage)})
+    assert value(metrics, "ingestd_journal_disk_free_bytes", pipeline="default") == 70
+    assert value(metrics, "ingestd_journal_disk_limit_bytes", pipeline="default") == 60
+
+
+def test_sources_and_endpoints_are_read(metrics: Metrics) -> None:
+    counts = AppendCounts()
+    counts.accepted(Append(Records.lines([b"11", b"2"]), unkept=3))
+    counts.refuse("overloaded")
+    numbers = {("web", "http"): {"records": 2, "certificate_until": 1e9}}
+    metrics.watch_sources(dict, lambda: numbers, lambda: {("web", "loki"): counts})
+    source, endpoint = {"source": "web", "kind": "http"}, {"source": "web", "endpoint": "loki"}
+    assert value(metrics, "ingestd_source_records_total", **source) == 2
+    assert value(metrics, "ingestd_source_certificate_expiry_seconds", **source) == 1e9
+    assert value(metrics, "ingestd_endpoint_records_total", **endpoint) == 2
+    assert value(metrics, "ingestd_endpoint_bytes_total", **endpoint) == 5
+    assert value(metrics, "ingestd_endpoint_invalid_total", **endpoint) == 3
+    refused = {**endpoint, "reason": "overloaded"}
+    assert value(metrics, "ingestd_endpoint_refused_total", **refused) == 1
+    assert "ingestd_source_urls" not in {name for name, _ in samples(metrics)}

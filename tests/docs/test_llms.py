@@ -21,12 +21,9 @@ def test_its_form_is_title_summary_text_and_lists_of_links() -> None:
     assert all(LINK.fullmatch(line) for one in lists for line in one.splitlines())
 
 
-def test_every_page_is_listed_once_under_its_title() -> None:
-    links = {path: title for title, path, _ in LINK.findall(TEXT)}
-    assert len(LINK.findall(TEXT)) == len(links)
-    pages = {str(path.relative_to(ROOT)): path for path in (ROOT / "docs").rglob("*.md")}
-    assert pages.keys() <= links.keys(), "a page is missing in llms.txt"
-    for path, title in links.items():
-        assert (ROOT / path).is_file(), path
-        if path in pages:
-            assert f"# {title}" == pages[path].read_text().split("\n", 1)[0].replace("`", "")
+def test_every_page_is_listed_once_and_every_link_leads_somewhere() -> None:
+    links = [path for _, path, _ in LINK.findall(TEXT)]
+    assert len(links) == len(set(links))
+    pages = {str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md")}
+    assert sorted(pages - set(links)) == [], "add these pages to llms.txt"
+    assert [path for path in links if not (ROOT / path).is_file()] == []

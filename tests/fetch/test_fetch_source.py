@@ -655,6 +655,7 @@ async def test_some_are_given_up_and_the_others_are_whole() -> None:
     assert intake.items == ITEMS
     (last,) = [line for line in logs if line["event"] == "urls_given_up"]
     assert last["urls"] == [f"{server.url}/bad?…: the server answered 404 Not Found"]
+    assert source.numbers() == {"retries": 0, "urls_given_up": 1}
     assert "hunter2" not in str(logs)
 
 

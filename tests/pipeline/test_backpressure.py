@@ -179,7 +179,13 @@ async def test_with_too_little_free_space_requests_get_503_and_status_says_so(st
     assert (reply.status, reply.slug) == (503, "overloaded")
     assert "the disk of the journal" in reply.json["detail"]
     assert 1 <= int(reply.headers["retry-after"]) <= 60
-    assert "journal.free_min" in status_of(pipeline).bounds_near
+    status = status_of(pipeline)
+    assert "journal.free_min" in status.bounds_near
+    assert status.bounds_used["journal.free_min"] > 1
+    assert status.refusing == {"journal.bytes_max": False, "journal.free_min": True}
+    assert status.appends_refused["journal.bytes_max"] == 0
+    assert status.appends_refused["journal.free_min"] >= 1
+    assert status.journal.disk_free_min == 1 << 49
     assert pipeline.journal.ledger.accepted == 0
 
 

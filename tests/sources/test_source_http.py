@@ -22,6 +22,7 @@ import structlog
 from ingestd.base.errors import AddressError, Draining, JournalFailed, Overloaded
 from ingestd.base.record import Layout
 from ingestd.http import problem
+from ingestd.sources.http.endpoints.loki import LokiSettings
 from tests.real_input import real_input
 from tests.sources.source_tools import MemoryIntake, ask, connected, serving, until
 
@@ -719,3 +720,38 @@ async def test_who_is_refused_in_the_middle_of_a_body_gets_to_see_why() -> None:
         answer = await asyncio.to_thread(send, port)
     assert answer.startswith(b"HTTP/1.1 404")
     assert b"Connection: close" in answer
+
+
+# -- counts of endpoints ---------------------------------------------------------------------------
+
+
+async def test_an_endpoint_counts_what_it_accepts_and_refuses() -> None:
+    intake = MemoryIntake()
+    endpoints = {"loki": LokiSettings(pipeline="default")}
+    async with serving(intake, endpoints=endpoints) as source:
+        counts = source.endpoints()["records"]
+        async with connected(source) as client:
+            for _ in range(3):  # the later ones go the quick way
+                client.post(b"1\n22\n")
+                assert (await client.reply()).status == 202
+            assert (counts.records, counts.bytes, counts.invalid) == (6, 15, 0)
+            client.post(b"1\nnope\n")
+            assert (await client.reply()).json["invalid"] == 1
+            assert (counts.records, counts.invalid) == (7, 1)
+            head = b"POST /v1/records HTTP/1.1\r\nHost: localhost\r\n"
+            client.send(head + b"Transfer-Encoding: chunked\r\n\r\n")
+            client.send(b"2\r\n1\n\r\n")
+            await until(lambda: counts.records == 8)  # of a stream that goes on
+            client.send(b"4\r\n333\n\r\n0\r\n\r\n")
+            assert (await client.reply()).status == 202
+        assert counts.records == 9
+        intake.errors += [Overloaded(what="x")] * 2  # the quick way, then the ordinary one
+        assert (await ask(source, b"1")).status == 503
+        assert (await ask(source, b"nope")).status == 400
+        assert counts.refused == {"overloaded": 1, "malformed": 1}
+        assert (await ask(source, b"{}", "/loki/api/v1/push")).status == 400
+        loki = source.endpoints()["loki"]
+        assert (loki.records, sum(loki.refused.values())) == (0, 1)
+        assert source.numbers() == {"records": 9, "invalid": 1}
+        await source.reload()
+        assert source.endpoints()["records"] is counts

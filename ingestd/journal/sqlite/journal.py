@@ -139,6 +139,8 @@ class SqliteJournal:
         self._bookmarks = offsets.OffsetTotals()
         self._commits = self._unanswered = 0
         self.refusing = ""
+        bounds = ("journal.bytes_max", *["journal.free_min"] * (space is not None))
+        self.refused = dict.fromkeys(bounds, 0)
         self._gathered: list[Op] = []
         self._clock = clock
         self._on_commit = on_commit
@@ -269,6 +271,8 @@ class SqliteJournal:
             self.failed.done(),
             self._unanswered,
             self.kept,
+            self.refusing,
+            self.refused,
         )
 
     def append(self, append: Append) -> asyncio.Future[Place]:
@@ -306,7 +310,8 @@ class SqliteJournal:
         return future
 
     def _refusing(self, bound: str, **facts: int) -> None:
-        """Says once that a bound is reached, until something is taken again."""
+        """Says once that a bound is reached, until something is taken again; counts."""
+        self.refused[bound] += 1
         if self.refusing != bound:
             self.refusing = bound
             log.warning("records_refused", path=str(self.path), bound=bound, **facts)

@@ -360,6 +360,7 @@ class Download:
                 self.reason = ""
             except DownloadFailed as failure:
                 self.reason = failure.reason
+                self.tries.progress.give_up()
                 log.error(  # noqa: TRY400 - one line says it all
                     "url_given_up", url=self.link.shown, reason=failure.reason
                 )
@@ -406,6 +407,7 @@ class Download:
         settings = self._settings
         after = backoff(max(attempts, 1), settings.backoff, settings.backoff_max, random.random)
         after = max(after, failure.after or 0.0)
+        self.tries.progress.postpone()
         log.warning(
             "url_postponed",
             url=self.link.shown,

@@ -25,7 +25,7 @@ from ingestd.sources.fetch.totals import DownloadTotals
 from ingestd.sources.fetch.urls import read_links
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from aiohttp.abc import AbstractResolver
 
@@ -156,6 +156,10 @@ class FetchSource(Source):
         return InputCounts(
             totals.records, totals.refused, totals.bytes, totals.done, totals.total, totals.left
         )
+
+    def numbers(self) -> Mapping[str, float]:
+        """See `Source`."""
+        return {"retries": self.totals.retries, "urls_given_up": self.totals.given_up}
 
     async def wait_finished(self) -> None:
         """Returns when every URL is done and all of it is accepted.

@@ -15,6 +15,8 @@ class DownloadTotals:
         bytes: read, before decompression.
         records: made durable.
         refused: kept as dead letters.
+        retries: tries that failed and are made again.
+        given_up: URLs that were given up; with `fetch.every` once in each round.
     """
 
     def __init__(self, total: int) -> None:
@@ -23,6 +25,7 @@ class DownloadTotals:
         self.bytes = 0
         self.records = 0
         self.refused = 0
+        self.retries = self.given_up = 0
         self._begun: list[_One] = []
 
     def begin(self) -> _One:
@@ -69,6 +72,14 @@ class _One:
     def unexpect(self) -> None:
         """Ends the body."""
         self.running = False
+
+    def postpone(self) -> None:
+        """Counts a try that failed and is made again."""
+        self._totals.retries += 1
+
+    def give_up(self) -> None:
+        """Counts the URL as given up."""
+        self._totals.given_up += 1
 
     def end(self) -> None:
         """Marks the URL as done, or given up."""

@@ -207,17 +207,25 @@ class IngestHandler:
             found = look_up(self._resources, request.method, request.raw_path)
         route = None if found is None or isinstance(found.what, StaticResponse) else found.what
         answer = self._write(request, request_id, outcome, route)
-        if self._on_request is not None and not isinstance(outcome, StaticResponse):
-            self._on_request(
-                NO_ROUTE if route is None or route.spec is None else route.spec.path,
-                route.intake.name if isinstance(route, Route) else "",
-                _CLIENT_GONE if gone else answer.status,
-                self._loop.time() - started,
-                outcome.kind.slug if isinstance(outcome, Problem) and not gone else "",
-            )
+        if not isinstance(outcome, StaticResponse):
+            slug = outcome.kind.slug if isinstance(outcome, Problem) and not gone else ""
+            status = _CLIENT_GONE if gone else answer.status
+            self._count(route, status, self._loop.time() - started, slug)
         if trace:
             unbind_contextvars(*trace)
         return answer
+
+    def _count(
+        self, route: Route | UnknownPath | None, status: int, seconds: float, slug: str
+    ) -> None:
+        pipeline = ""
+        if isinstance(route, Route):
+            pipeline = route.intake.name
+            if slug:
+                route.counts.refuse(slug)
+        if self._on_request is not None:
+            path = NO_ROUTE if route is None or route.spec is None else route.spec.path
+            self._on_request(path, pipeline, status, seconds, slug)
 
     def _write(
         self,

@@ -282,22 +282,22 @@ class Ingestion:
             claim.answer = answer.body
         kept = parsed.refused[: route.limits.invalid_kept]
         waiter = DeliveryWaiter(parsed.records.count) if prefer.wait else None
+        append = Append(
+            parsed.records,
+            kept,
+            claim=claim,
+            waiter=waiter,
+            principal=hold.client,
+            unkept=parsed.invalid - len(kept),
+            envelope=to.envelope(),
+        )
         try:
-            await route.intake.accept(
-                Append(
-                    parsed.records,
-                    kept,
-                    claim=claim,
-                    waiter=waiter,
-                    principal=hold.client,
-                    unkept=parsed.invalid - len(kept),
-                    envelope=to.envelope(),
-                )
-            )
+            await route.intake.accept(append)
         except BaseException:
             if waiter is not None:
                 route.intake.stop_waiting(waiter)
             raise
+        route.counts.accepted(append)
         if prefer is not NOTHING:
             answer = answer._replace(headers={**answer.headers, **prefer.applied()})
         if waiter is None:
@@ -333,6 +333,8 @@ class Ingestion:
         problems = [result.problem for result in done if result.problem is not None]
         if problems and len(problems) == len(done):
             raise problems[0]
+        for found in problems:
+            to.route.counts.refuse(found.kind.slug)
         answer = to.route.endpoint.answer(
             IngestResult(
                 sum(result.accepted for result in done),
@@ -407,6 +409,7 @@ class Ingestion:
             ratio_max=self._settings.inflate_ratio_max,
             silence=self._settings.stream_silence_max,
             envelope=to.envelope(),
+            counts=route.counts,
             gone=lambda: request.transport is None or connection.half_closed,
             allowed=lambda: self._authorize(request, route),
             screen=screened.screen if screened is not None else None,
@@ -496,17 +499,17 @@ async def _accept_part(part: Decoded, to: Admitted, delivery: Delivery | None) -
             held = intake.recent_ids.hold(principal.id, part.ids.known)
             records = _without(records, part.ids, held.accepted)
         kept = parsed.refused[: to.route.limits.invalid_kept]
-        await intake.accept(
-            Append(
-                records,
-                kept,
-                claim=claim,
-                principal=principal.name or to.hold.client,
-                unkept=parsed.invalid - len(kept),
-                envelope=to.envelope(),
-                ids=held if held and held.new else None,
-            )
+        append = Append(
+            records,
+            kept,
+            claim=claim,
+            principal=principal.name or to.hold.client,
+            unkept=parsed.invalid - len(kept),
+            envelope=to.envelope(),
+            ids=held if held and held.new else None,
         )
+        await intake.accept(append)
+        to.route.counts.accepted(append)
     except Problem as found:
         return PartResult(intake.name, problem=found.with_traceback(None), notes=part.notes)
     except EXPLAINED as error:

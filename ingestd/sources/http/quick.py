@@ -245,6 +245,7 @@ class QuickRequests:
             if screen is None or await screen.fits(append.records):
                 await intake.accept(append)
                 accepted = True
+                head.route.counts.accepted(append)
         except EXPLAINED:
             pass  # each gets its own answer
         except Exception:

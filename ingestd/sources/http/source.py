@@ -6,6 +6,7 @@ import asyncio
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
+from ingestd.base.append import AppendCounts
 from ingestd.base.errors import AddressError, ConfigError
 from ingestd.base.logging import get_logger
 from ingestd.config.network import is_loopback, split_address
@@ -105,6 +106,7 @@ class HttpSource(Source):
         self._limits = self._bound()
         # The handler looks here; `_publish` puts everything in.
         self._resources: dict[str, Resource[Found]] = {}
+        self._counts: dict[str, AppendCounts] = {}
         self._off: dict[str, Resource[str]] | None = None
         self.addresses: list[str] = []
 
@@ -168,8 +170,9 @@ class HttpSource(Source):
         for name, endpoint in endpoints.items():
             keep = (*settings.keep_headers, *endpoint.keep_headers)
             envelopes = RequestEnvelopes(self._name, name, keep)
+            counts = self._counts.setdefault(name, AppendCounts())
             for spec in endpoint.routes:
-                found |= self._resources_of(endpoint, spec, envelopes)
+                found |= self._resources_of(endpoint, spec, envelopes, counts)
             if endpoint.prefix:
                 unknown = UnknownPath(endpoint)
                 found[endpoint.prefix + BELOW] = Resource(ALL_METHODS, unknown)
@@ -200,7 +203,11 @@ class HttpSource(Source):
         return f"the endpoint {found.what} is off: set {table}.endpoints.{found.what}.pipeline"
 
     def _resources_of(
-        self, endpoint: Endpoint, spec: RouteSpec, envelopes: RequestEnvelopes
+        self,
+        endpoint: Endpoint,
+        spec: RouteSpec,
+        envelopes: RequestEnvelopes,
+        counts: AppendCounts,
     ) -> dict[str, Resource[Found]]:
         """Returns a resource for each value of a template's variable, and one for all others."""
         methods = tuple(dict.fromkeys((*spec.methods, *spec.probes, "OPTIONS")))
@@ -211,8 +218,8 @@ class HttpSource(Source):
             principal = Principal(name, id=name, client=value) if name else None
             limits = self._limits[target.pipeline]
             route = Route(
-                endpoint, spec, value, intake, limits, envelopes, principal, self._intakes,
-                self._screens,
+                endpoint, spec, value, intake, limits, envelopes, counts, principal,
+                self._intakes, self._screens,
             )  # fmt: skip
             found[spec.path_of(value)] = Resource(methods, route, alone=True)
         if spec.variable and ANY not in spec.targets and spec.auth != SIGNATURE:
@@ -257,6 +264,21 @@ class HttpSource(Source):
     async def reload(self, settings: HttpSettings | None = None) -> None:
         """Prepares and changes; with the settings of the start if there are no others."""
         (await self.prepare(settings or self._settings))()
+
+    def endpoints(self) -> Mapping[str, AppendCounts]:
+        """See `Source`."""
+        return self._counts
+
+    def numbers(self) -> Mapping[str, float]:
+        """See `Source`."""
+        counts, context = self._counts.values(), self._access.context
+        numbers: dict[str, float] = {
+            "records": sum(one.records for one in counts),
+            "invalid": sum(one.invalid for one in counts),
+        }
+        if context is not None and context.valid_until:
+            numbers["certificate_until"] = context.valid_until
+        return numbers
 
     def facts(self) -> dict[str, object]:
         """See `Source`."""

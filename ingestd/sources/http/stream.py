@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import async_timeout
 
-from ingestd.base.append import Append
+from ingestd.base.append import Append, AppendCounts
 from ingestd.base.errors import Draining, IngestdError, Overloaded
 from ingestd.base.logging import get_logger
 from ingestd.codecs.compression import (
@@ -78,6 +78,7 @@ class Stream:
         ratio_max: `http.inflate_ratio_max`.
         silence: seconds without a byte after which it is ended.
         envelope: of its records, packed.
+        counts: gets what is accepted.
         gone: whether its client has left.
         allowed: who sends it, asked again before each piece; raises a `Problem` when its client
             may not send here any more.
@@ -102,6 +103,7 @@ class Stream:
         ratio_max: int,
         silence: float,
         envelope: bytes = b"",
+        counts: AppendCounts | None = None,
         gone: Callable[[], bool],
         allowed: Callable[[], Principal] | None = None,
         screen: Callable[[Parsed, int], Awaitable[Parsed]] | None = None,
@@ -113,6 +115,7 @@ class Stream:
         self._principal = principal
         self._silence = silence
         self._envelope = envelope
+        self._counts = counts or AppendCounts()
         self._gone = gone
         self._hold = hold
         self._thread = thread
@@ -335,6 +338,7 @@ class Stream:
         )
         await self._patiently(lambda: self._intake.accept(append))
         self._principal.charge(parsed.total, len(parsed.records.payload))
+        self._counts.accepted(append)
         self.accepted += parsed.records.count
         self.invalid += parsed.invalid
         self._committing = 0

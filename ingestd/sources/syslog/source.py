@@ -227,6 +227,7 @@ class Datagrams:
                     append = await self._loop.run_in_executor(thread, self._append_of, taken)
                 if append.records.count or append.invalid:
                     await accept_patiently(self._source.intake, append)
+                    self._source.tally.accepted(append)
                 self._held -= cost
         except IngestdError as error:
             log.error("datagrams_lost", source=self._source.name, error=str(error))  # noqa: TRY400

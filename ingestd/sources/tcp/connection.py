@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from concurrent.futures import ThreadPoolExecutor
 
-    from ingestd.base.append import IdempotencyClaim
+    from ingestd.base.append import AppendCounts, IdempotencyClaim
     from ingestd.base.clock import Clock
     from ingestd.http.admission import AdmissionController, Reservation
     from ingestd.sources.base import Intake
@@ -116,6 +116,7 @@ class Owner(Protocol):
         admission: the account of connections and held bytes.
         thread: decodes large pieces.
         totals: the numbers.
+        tally: of the records.
         buffer: of `READ_BYTES`, for one read at a time.
         authorities: digests of the CAs of client certificates.
         codec: makes that of a connection.
@@ -130,6 +131,7 @@ class Owner(Protocol):
     admission: AdmissionController
     thread: ThreadPoolExecutor
     totals: Totals
+    tally: AppendCounts
     buffer: memoryview
     codec: Callable[[Peer], StreamCodec]
     overdraft: asyncio.Lock
@@ -580,10 +582,12 @@ class TcpConnection(asyncio.BufferedProtocol):
             return claim
         if claim is None:
             await accept_patiently(self._owner.intake, append)
+            self._owner.tally.accepted(append)
             return reply
         claim.answer = reply
         try:
             await accept_patiently(self._owner.intake, append._replace(claim=claim))
+            self._owner.tally.accepted(append)
         finally:
             self._owner.intake.forget(claim)
         return reply

@@ -7,6 +7,7 @@ import contextlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from ingestd.base.append import AppendCounts
 from ingestd.base.bursts import compute_beside
 from ingestd.base.errors import AddressError, ConfigError
 from ingestd.base.logging import get_logger
@@ -72,6 +73,7 @@ class TcpSource(Source):
         self.codec = codec
         self.table = table
         self.totals = Totals()
+        self.tally = AppendCounts()
         self.is_leaving = False
         self.addresses: list[str] = []
         self._sockets = list(context.sockets)
@@ -159,8 +161,12 @@ class TcpSource(Source):
 
     def numbers(self) -> Mapping[str, float]:
         """See `Source`."""
-        totals = self.totals
+        totals, counts = self.totals, self.tally
+        context = self._tls.context
         return {
+            "records": counts.records,
+            "invalid": counts.invalid,
+            **({"certificate_until": context.valid_until} if context is not None else {}),
             "connections": len(self._connections),
             "connections_refused": totals.refused,
             "connections_cut": totals.cut,

@@ -40,6 +40,11 @@ QUIET = {
     "ingestd_requests_refused_total",
     "ingestd_worker_restarts_total",
     "ingestd_dead_letters_total",
+    "ingestd_endpoint_refused_total",
+    # Of sources that download, and of those with TLS.
+    "ingestd_source_urls_failed_total",
+    "ingestd_source_retries_total",
+    "ingestd_source_certificate_expiry_seconds",
 }
 # Of Prometheus itself.
 OWN = {"up"}

@@ -31,7 +31,7 @@ from ingestd.sources.http.headers import safe_key
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from ingestd.base.append import SenderIds
+    from ingestd.base.append import AppendCounts, SenderIds
     from ingestd.base.record import Format
     from ingestd.codecs.lines import Parsed
     from ingestd.handlers.outcome import Rejection
@@ -340,6 +340,7 @@ class Route(NamedTuple):
         intake: of the pipeline.
         limits: of one request.
         envelopes: packs those of its records.
+        counts: of the endpoint.
         principal: of the requests, where the body's signature authenticates them.
         intakes: of all pipelines.
         screens: of those pipelines that do not take every record.
@@ -351,6 +352,7 @@ class Route(NamedTuple):
     intake: Intake
     limits: BodyLimits
     envelopes: RequestEnvelopes
+    counts: AppendCounts
     principal: Principal | None = None
     intakes: Mapping[str, Intake] = MappingProxyType({})
     screens: Mapping[str, ScreenedIntake] = MappingProxyType({})

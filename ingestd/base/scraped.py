@@ -1,0 +1,229 @@
+"""Numbers that are read at each scrape: the state of pipelines, sources and endpoints.
+
+What is known anyway is not counted a second time. The counts of an endpoint are plain integers,
+which move with each append and are read here.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import TYPE_CHECKING
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping
+
+    from prometheus_client import Metric
+
+    from ingestd.base.append import AppendCounts
+
+_LIFE = ", over the life of the data directory."
+# Attribute of a pipeline's status (`admin.status`), metric, help. A `_total` is a counter.
+_STATE = (
+    ("accepted", "records_accepted_total", "Records made durable" + _LIFE),
+    ("processed", "records_processed_total", "Records the handler is done with" + _LIFE),
+    ("dead_ever", "records_dead_total", "Accepted records given up" + _LIFE),
+    ("invalid_ever", "records_invalid_total", "Invalid records, kept as dead letters" + _LIFE),
+    ("dead_letters.requeued", "records_requeued_total", "Records given up, then requeued" + _LIFE),
+    (
+        "dead_letters.readmitted",
+        "records_readmitted_total",
+        "Invalid records that were accepted later" + _LIFE,
+    ),
+    ("dead_letters.expired", "letters_expired_total", "Dead letters that became too old" + _LIFE),
+    ("dead_letters.purged", "letters_purged_total", "Dead letters that a person deleted" + _LIFE),
+    (
+        "dead_letters.dropped",
+        "letters_dropped_total",
+        "Letters of invalid records, dropped for newer" + _LIFE,
+    ),
+    ("dead_letters.kept", "letters_kept", "Dead letters that are kept."),
+    ("dead_letters.bytes", "letters_bytes", "Bytes of the dead letters of accepted records."),
+    ("dead_letters.bytes_max", "letters_limit_bytes", "Bytes that these dead letters may take."),
+    (
+        "dead_letters.invalid_kept",
+        "letters_invalid",
+        "Dead letters of records that were never accepted.",
+    ),
+    (
+        "dead_letters.invalid_bytes",
+        "letters_invalid_bytes",
+        "Bytes of the letters of invalid records.",
+    ),
+    ("is_stopped", "dispatch_stopped", "1 while dead letters at their bound stop batches."),
+    ("paused", "pipeline_paused", "1 while a person has paused the pipeline."),
+    ("throttled", "dispatch_throttled", "1 while a rate of [executor] holds a batch back."),
+    ("pending", "records_pending", "Records accepted and not settled."),
+    ("unaccounted", "records_unaccounted", "Pending by the counters less by the rows; 0 is right."),
+    ("journal.bytes", "journal_bytes", "Bytes of the journal in use."),
+    ("journal.bytes_max", "journal_limit_bytes", "Bytes the journal may use."),
+    ("journal.disk_free", "journal_disk_free_bytes", "Bytes free for the journal on its disk."),
+    (
+        "journal.disk_free_min",
+        "journal_disk_limit_bytes",
+        "With less free it takes none.",
+    ),
+    ("queue.chunks", "queue_chunks", "Chunks held in memory."),
+    ("queue.bytes", "queue_bytes", "Bytes of the chunks held in memory."),
+    ("batches.running", "workers_busy", "Batches that are with a worker."),
+    ("batches.waiting_retry", "batches_waiting", "Batches that wait for their next try."),
+    (
+        "handler.down_since_seconds",
+        "handler_down_since_seconds",
+        "Unix time since when all tries fail; 0 if not.",
+    ),
+    ("handler.is_blocked", "handler_blocked", "1 while the sink waits for an operator."),
+    ("oldest_pending_seconds", "oldest_pending_seconds", "Age of the oldest unsettled record."),
+    ("kept.replayed", "records_replayed_total", "Kept records accepted once more" + _LIFE),
+    ("kept.bytes", "kept_bytes", "Bytes of the processed records that are kept."),
+)
+
+# Attribute of a pipeline's status, by the name of a bound; metric, help.
+_BY_BOUND = (
+    ("bounds_used", "bound_used_ratio", "Part of a bound that is in use; 1 is all of it."),
+    ("refusing", "records_refusing", "1 while the bound refuses records, until some are accepted."),
+    ("appends_refused", "appends_refused_total", "Appends that the bound refused since the start."),
+)
+
+# Attribute of the counts of an endpoint, metric, help.
+_ENDPOINT = (
+    ("records", "endpoint_records_total", "Records accepted by an endpoint."),
+    ("bytes", "endpoint_bytes_total", "Payload bytes accepted by an endpoint."),
+    ("invalid", "endpoint_invalid_total", "Records that were none, sent to an endpoint."),
+)
+
+# Name among the numbers of a source (`Source.numbers`), metric, help.
+_SOURCE = (
+    ("records", "source_records_total", "Records of a source that were accepted."),
+    ("invalid", "source_invalid_total", "Records of a source that were none."),
+    ("urls", "source_urls", "URLs of a source that downloads."),
+    ("urls_done", "source_urls_done", "URLs that will not be asked for again."),
+    ("urls_given_up", "source_urls_failed_total", "URLs given up, in each round."),
+    ("retries", "source_retries_total", "Downloads that failed and are tried again."),
+    ("left_bytes", "source_left_bytes", "Bytes still to be read, about."),
+    (
+        "certificate_until",
+        "source_certificate_expiry_seconds",
+        "Unix time of the last second of a source's certificate.",
+    ),
+    ("connections", "source_connections", "Open connections of a source over TCP."),
+    (
+        "connections_refused",
+        "source_connections_refused_total",
+        "Connections that were too many, at once or for their client.",
+    ),
+    (
+        "connections_cut",
+        "source_connections_cut_total",
+        "Connections ended at a bound, a deadline or a fault of their peer.",
+    ),
+    ("received_bytes", "source_received_bytes_total", "Bytes that a source read."),
+    (
+        "framing_faults",
+        "source_framing_faults_total",
+        "Wrong lengths of messages in connections that went on.",
+    ),
+    ("datagrams", "source_datagrams_total", "Datagrams that a source read."),
+    (
+        "datagrams_dropped",
+        "source_datagrams_dropped_total",
+        "Datagrams that came and were lost, because too many waited.",
+    ),
+    ("connected", "source_connected", "1 while a source has a connection to its broker."),
+    ("messages", "source_messages_total", "Messages that a source took from its broker."),
+    (
+        "acknowledged",
+        "source_acknowledged_total",
+        "Messages that were acknowledged to a broker, because their records are settled.",
+    ),
+    (
+        "unsettled",
+        "source_unsettled_messages",
+        "Messages that were taken from a broker and not acknowledged yet.",
+    ),
+    (
+        "backlog",
+        "source_backlog_messages",
+        "Messages that the broker had for a source and had not delivered, when it last said so.",
+    ),
+)
+
+
+class Watcher(Collector):
+    """Reads the pipelines' states at each scrape."""
+
+    def __init__(self) -> None:
+        self.read: Callable[[], Mapping[str, object]] = dict
+        self.lost: Callable[[], int] = int
+        self.sources: Callable[[], Mapping[tuple[str, str], bool]] = dict
+        self.numbers: Callable[[], Mapping[tuple[str, str], Mapping[str, float]]] = dict
+        self.endpoints: Callable[[], Mapping[tuple[str, str], AppendCounts]] = dict
+
+    def describe(self) -> Iterable[Metric]:
+        """No names in advance: the registry would otherwise collect to learn them."""
+        return ()
+
+    def collect(self) -> Iterator[Metric]:
+        """Reads all of it."""
+        states = self.read()
+        for field, name, text in _STATE:
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            family = kind(f"ingestd_{name}", text, labels=["pipeline"])
+            for pipeline, state in states.items():
+                value = attrgetter(field)(state)
+                if value is not None:
+                    family.add_metric([pipeline], value)
+            yield family
+        for field, name, text in _BY_BOUND:
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            family = kind(f"ingestd_{name}", text, labels=["pipeline", "bound"])
+            for pipeline, state in states.items():
+                for bound, value in getattr(state, field).items():
+                    family.add_metric([pipeline, bound], value)
+            yield family
+        running = GaugeMetricFamily(
+            "ingestd_source_running",
+            "1 while a source takes records, 0 when its input has ended.",
+            labels=["source", "kind"],
+        )
+        for labels, is_running in self.sources().items():
+            running.add_metric(labels, int(is_running))
+        yield running
+        yield from self._numbers()
+        yield from self._endpoints()
+        yield CounterMetricFamily(
+            "ingestd_log_lines_dropped_total",
+            "Log lines given up because the log's reader was slow or gone.",
+            value=self.lost(),
+        )
+
+    def _numbers(self) -> Iterator[Metric]:
+        """Yields the numbers of sources; those that a source does not have are left out."""
+        numbers = self.numbers()
+        for key, name, text in _SOURCE:
+            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+            family = kind(f"ingestd_{name}", text, labels=["source", "kind"])
+            for labels, values in numbers.items():
+                if key in values:
+                    family.add_metric(labels, values[key])
+            yield family
+
+    def _endpoints(self) -> Iterator[Metric]:
+        """Yields the counts of endpoints, which servers over HTTP have."""
+        endpoints = self.endpoints()
+        for field, name, text in _ENDPOINT:
+            family = CounterMetricFamily(f"ingestd_{name}", text, labels=["source", "endpoint"])
+            for labels, counts in endpoints.items():
+                family.add_metric(labels, getattr(counts, field))
+            yield family
+        refused = CounterMetricFamily(
+            "ingestd_endpoint_refused_total",
+            "Requests to an endpoint, or parts of them, that were refused.",
+            labels=["source", "endpoint", "reason"],
+        )
+        for labels, counts in endpoints.items():
+            for reason, number in counts.refused.items():
+                refused.add_metric([*labels, reason], number)
+        yield refused
