@@ -20,7 +20,7 @@ from ingestd.base.logging import get_logger
 from ingestd.base.tasks import OwnedTasks
 from ingestd.batching.batcher import BatchDraft, Batcher, unreadable
 from ingestd.execution.dispatcher import Dispatcher
-from ingestd.journal.build import build_journal
+from ingestd.journal.build import build_deduplicator, build_journal
 from ingestd.journal.idempotency import KeyRule
 from ingestd.journal.maintenance import Auditor, DeadLetterMaintenance
 from ingestd.journal.reader import ChunkReader, MemoryBudget, UnsettledChunks
@@ -127,6 +127,7 @@ class Pipeline:
         self.unsettled = UnsettledChunks()
         self.waiters = DeliveryWaiters()
         self.recent_ids = RecentIds(keys.ids_max)
+        self.deduplicator = build_deduplicator(settings.dedupe, clock)
         self.settlements = SettlementWriter(
             self.journal,
             self.dispatcher,
@@ -193,6 +194,8 @@ class Pipeline:
         )
         await self.settlements.recover(recovered)
         self.recent_ids.restore(recovered.ids)
+        if self.deduplicator is not None:
+            self.deduplicator.restore(recovered.keys)
         if recovered.set_aside:
             log.error("journal_set_aside", pipeline=self.name, moved_to=recovered.set_aside)
         if self.ledger.pending:
@@ -241,10 +244,14 @@ class Pipeline:
             Overloaded: the journal is at its bound, or its disk.
             JournalFailed: it is poisoned.
         """
-        place = await self.recent_ids.follow(append.ids, self.journal.append(append))
+        if self.deduplicator is None:
+            placed = self.journal.append(append)
+        else:
+            append, placed = await self.deduplicator.admit(append, self.journal.append)
+        place = await self.recent_ids.follow(append.ids, placed)
         if append.waiter is not None:
             # In time: a record is sealed, in a commit of its own, before anything becomes of it.
-            self.waiters.add(place, append.waiter)
+            self.waiters.add(place, append.waiter, append.deduplicated)
         self._metrics.accepted(len(append.records.payload))
         for reason in {record.reason for record in append.invalid}:
             sizes = [len(one.payload) for one in append.invalid if one.reason == reason]
@@ -454,6 +461,8 @@ class Pipeline:
         Returns:
             The last numbers.
         """
+        if self.deduplicator is not None:
+            self.deduplicator.close()
         closed = await self.journal.close(give_up)
         self.dispatcher.failures.sum_up_given_up()
         numbers = closed.ledger, closed.counted

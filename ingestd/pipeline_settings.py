@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, Field
+from pydantic import BaseModel, Field
 
 from ingestd.base.record import Format  # noqa: TC001  pydantic reads it
 from ingestd.codecs.lines import record_fault
@@ -28,7 +28,14 @@ from ingestd.execution.settings import (
 )
 from ingestd.execution.settings import problems_of as execution_problems
 from ingestd.handlers.target import own_sink
-from ingestd.journal.settings import DeadSettings, JournalKind, JournalSettings, beyond_a_row
+from ingestd.journal.settings import (
+    DeadSettings,
+    DedupeSettings,
+    JournalKind,
+    JournalSettings,
+    JsonPointer,
+    beyond_a_row,
+)
 from ingestd.registry import EXECUTORS, JOURNALS
 
 if TYPE_CHECKING:
@@ -100,14 +107,6 @@ def _of_a_kind(key: str, section: JournalSettings | ExecutorSettings) -> Iterato
             yield f"{key}.{name}.{inner}", text
 
 
-def _pointer(text: str) -> str:
-    if text:
-        from ingestd.codecs.pointer import Pointer  # noqa: PLC0415  most daemons have none
-
-        Pointer(text)
-    return text
-
-
 class BatchSettings(Section):
     """`[batch]`: bounds of a batch; the first one that is met closes it."""
 
@@ -120,7 +119,7 @@ class BatchSettings(Section):
     age_max: Annotated[Seconds, Reloadable()] = Field(
         1.0, ge=0, le=_DAY, description="maximum age of a batch, from its oldest record on"
     )
-    key: Annotated[str, AfterValidator(_pointer)] = Field(
+    key: JsonPointer = Field(
         "", description="JSON Pointer of a value; records with the same one are handled in order"
     )
 
@@ -159,6 +158,7 @@ class PipelineSettings(Section):
     retry: Own[RetrySettings] = defaults_of(RetrySettings)
     journal: Own[JournalTables] = defaults_of(JournalTables)
     dead: Own[DeadSettings] = defaults_of(DeadSettings)
+    dedupe: Own[DedupeSettings] = defaults_of(DedupeSettings)
     drain: Own[PipelineDrainSettings] = defaults_of(PipelineDrainSettings)
 
     def record_fault(self, value: bytes) -> str:
@@ -253,8 +253,12 @@ def problems_of(pipeline: PipelineSettings) -> Iterator[tuple[str, str]]:
     yield from _of_a_kind("journal", pipeline.journal)
     yield from _of_a_kind("executor", pipeline.executor)
     yield from execution_problems(pipeline.retry, pipeline.executor, pipeline.handler)
-    if pipeline.batch.key and pipeline.format != "json":
-        yield "batch.key", f"a value in a record needs format = json (it is {pipeline.format})"
+    for key, pointer in {
+        "batch.key": pipeline.batch.key,
+        "dedupe.key": pipeline.dedupe.key,
+    }.items():
+        if pointer and pipeline.format != "json":
+            yield key, f"a value in a record needs format = json (it is {pipeline.format})"
     if pipeline.queue.bytes_max < pipeline.batch.bytes_max:
         room, batch = show_size(pipeline.queue.bytes_max), show_size(pipeline.batch.bytes_max)
         text = f"{room} has no room for one batch of batch.bytes_max ({batch})"

@@ -44,7 +44,7 @@ from ingestd.config.sections import (
 from ingestd.config.units import Count, Seconds, Size, Switch, Words, show_size
 from ingestd.execution.settings import HandlerSettings, RetrySettings
 from ingestd.http.settings import CredentialSettings
-from ingestd.journal.settings import DeadSettings, beyond_a_row
+from ingestd.journal.settings import DeadSettings, DedupeSettings, beyond_a_row
 from ingestd.pipeline_settings import (
     BatchSettings,
     ExecutorTables,
@@ -319,6 +319,7 @@ class Settings(_WithSources):
     retry: Own[RetrySettings] = defaults_of(RetrySettings)
     journal: Own[JournalTables] = defaults_of(JournalTables)
     dead: Own[DeadSettings] = defaults_of(DeadSettings)
+    dedupe: Own[DedupeSettings] = defaults_of(DedupeSettings)
     drain: Own[DrainSettings] = defaults_of(DrainSettings)
     pipelines: dict[PipelineName, Own[PipelineSettings]] = Field(
         default_factory=dict, max_length=1000, description="more pipelines, by name"

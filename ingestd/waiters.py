@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from ingestd.base.append import DeliveryWaiter
+    from ingestd.base.append import Deduplicated, DeliveryWaiter
     from ingestd.base.record import Span
     from ingestd.journal.dead_letters import DeadLetter
     from ingestd.journal.interface import Place
@@ -21,12 +21,23 @@ class _Placed(NamedTuple):
         first: place of the run in the chunk.
         count: how many.
         before: how many of its records lie in the chunks before.
+        stored: which of the append's records these are, growing; empty if none was left out.
     """
 
     first: int
     count: int  # type: ignore[assignment]  # hides tuple.count
     before: int
     waiter: DeliveryWaiter
+    stored: Sequence[int]
+
+    def runs(self, start: int, count: int) -> Iterator[tuple[int, int]]:
+        """Yields the runs of its append's records that lie at a place of the chunk."""
+        index = self.before + start - self.first
+        if not self.stored:
+            yield index, count
+        else:
+            for own in self.stored[index : index + count]:
+                yield own, 1
 
 
 def _first(placed: _Placed) -> int:
@@ -48,14 +59,26 @@ class DeliveryWaiters:
     def __len__(self) -> int:
         return len(self._homes)
 
-    def add(self, place: Place, waiter: DeliveryWaiter) -> None:
-        """Tells a waiter of its records from now on; they are at `place`, and none is settled."""
-        counts = place.counts or (waiter.count,)
+    def add(
+        self, place: Place, waiter: DeliveryWaiter, deduplicated: Deduplicated | None = None
+    ) -> None:
+        """Tells a waiter of its records from now on; they are at `place`, and none is settled.
+
+        Those that were left out because they had come before are settled now.
+        """
+        stored: Sequence[int] = ()
+        if deduplicated is not None and deduplicated.left_out:
+            stored = deduplicated.stored
+            for index in sorted(set(range(waiter.count)).difference(stored)):
+                waiter.settled(index, 1)
+            if not stored:
+                return
+        counts = place.counts or (len(stored) or waiter.count,)
         self._homes[waiter] = range(place.chunk, place.chunk + len(counts))
         first, before = place.first, 0
         for chunk, count in enumerate(counts, place.chunk):
             placed = self._chunks.setdefault(chunk, [])
-            insort(placed, _Placed(first, count, before, waiter), key=_first)
+            insort(placed, _Placed(first, count, before, waiter, stored), key=_first)
             first, before = 0, before + count
 
     def remove(self, waiter: DeliveryWaiter) -> None:
@@ -81,11 +104,12 @@ class DeliveryWaiters:
                 continue
             chunk, first, _ = letter.place
             for placed, start, count in self._among(chunk, first, letter.records):
-                index = placed.before + start - placed.first
-                placed.waiter.died(index, count, letter.reason, letter.error)
+                for index, own in placed.runs(start, count):
+                    placed.waiter.died(index, own, letter.reason, letter.error)
         for span in spans:
             for placed, start, count in self._among(span.chunk, span.first, span.count):
-                placed.waiter.settled(placed.before + start - placed.first, count)
+                for index, own in placed.runs(start, count):
+                    placed.waiter.settled(index, own)
 
     def _among(self, chunk: int, first: int, count: int) -> Iterator[tuple[_Placed, int, int]]:
         """Yields each waiter with records in a run, and its part of it: first and count."""

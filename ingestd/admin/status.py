@@ -169,6 +169,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
         paused_since: when that began, UTC.
         throttled: `executor.batches_per_second` or `executor.records_per_second` holds a batch
             back now.
+        deduplicated: records that `dedupe.key` left out since the start; in none of those above.
         unaccounted: pending by the counters less pending by the journal's rows; not 0 is an error.
     """
 
@@ -191,6 +192,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
     paused: bool = False
     paused_since: str | None = None
     throttled: bool = False
+    deduplicated: int = 0
     unaccounted: int = 0
     bounds_used: dict[str, float] = {}
     refusing: dict[str, bool] = {}
@@ -359,6 +361,7 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
         dispatch_stopped=pipeline.dispatcher.stopped,
         paused=pipeline.dispatcher.gate.paused_since > 0,
         paused_since=_utc(pipeline.dispatcher.gate.paused_since),
+        deduplicated=pipeline.deduplicator.left_out if pipeline.deduplicator else 0,
         unaccounted=difference,
         oldest_pending_seconds=round(age, 3),
         bounds_near=bounds_near(used) + [throttled_by] * bool(throttled_by),

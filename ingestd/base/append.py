@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 from collections import defaultdict, deque
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ingestd.base.errors import IdsInFlight
 
@@ -94,14 +94,15 @@ class HeldIds:
     """Ids of one request, held until its append has resolved or is given up.
 
     Attributes:
-        principal: whose they are.
+        principal: whose they are; empty for keys of `dedupe.key`, which are everyone's.
         accepted: those of records that were accepted before.
         new: the others.
         kept_max: so many ids of the pipeline are kept.
         submitted: an append carries them; its end is theirs.
+        at: when they came, for those that go after a time.
     """
 
-    __slots__ = ("accepted", "kept_max", "new", "principal", "submitted")
+    __slots__ = ("accepted", "at", "kept_max", "new", "principal", "submitted")
 
     def __init__(
         self, principal: str, accepted: frozenset[bytes], new: frozenset[bytes], kept_max: int
@@ -109,6 +110,7 @@ class HeldIds:
         self.principal, self.accepted, self.new = principal, accepted, new
         self.kept_max = kept_max
         self.submitted = False
+        self.at = 0.0
 
 
 class RecentIds:
@@ -126,15 +128,20 @@ class RecentIds:
         self.kept_max = kept_max
         self.count = 0
         self._kept: defaultdict[str, set[bytes]] = defaultdict(set)
-        self._order: deque[tuple[str, frozenset[bytes]]] = deque()
+        self._order: deque[tuple[str, frozenset[bytes], float]] = deque()
         self._held: defaultdict[str, set[bytes]] = defaultdict(set)
 
-    def restore(self, stored: Iterable[tuple[str, bytes]]) -> None:
+    def restore(self, stored: Iterable[tuple[str, bytes]], at: float = 0.0) -> None:
         """Takes what a journal has stored: principal and ids of each append, the oldest first."""
         for principal, packed in stored:
             starts = range(0, len(packed), ID_BYTES)
             ids = frozenset(packed[start : start + ID_BYTES] for start in starts)
-            self._keep(principal, ids - self._kept[principal])
+            self._keep(principal, ids - self._kept[principal], at)
+
+    def forget(self, until: float) -> None:
+        """Forgets the ids that came at a time or before it."""
+        while self._order and self._order[0][2] <= until:
+            self._drop_oldest()
 
     def hold(self, principal: str, ids: frozenset[bytes]) -> HeldIds:
         """Tells which records were accepted before, and holds the ids of the others.
@@ -162,14 +169,18 @@ class RecentIds:
         """Waits for an append; its ids are kept once it is committed, even if the wait ends."""
         if held is None:
             return await placed
+        self.submit(held, placed)
+        return await asyncio.shield(placed)
+
+    def submit(self, held: HeldIds, placed: asyncio.Future[Any]) -> None:
+        """Has an append carry ids, which are kept once it is committed."""
         held.submitted = True
         placed.add_done_callback(partial(self._resolved, held))
-        return await asyncio.shield(placed)
 
     def _resolved(self, held: HeldIds, placed: asyncio.Future[object]) -> None:
         self._let_go(held)
         if not placed.cancelled() and placed.exception() is None:
-            self._keep(held.principal, held.new)
+            self._keep(held.principal, held.new, held.at)
 
     def _let_go(self, held: HeldIds) -> None:
         ids = self._held[held.principal]
@@ -177,18 +188,39 @@ class RecentIds:
         if not ids:
             del self._held[held.principal]
 
-    def _keep(self, principal: str, ids: frozenset[bytes]) -> None:
+    def _keep(self, principal: str, ids: frozenset[bytes], at: float) -> None:
         self._kept[principal] |= ids
-        self._order.append((principal, ids))
+        self._order.append((principal, ids, at))
         self.count += len(ids)
         # Those of an append go together, once as many as are kept came behind all of them.
         while self._order and self.count - len(self._order[0][1]) >= self.kept_max:
-            owner, oldest = self._order.popleft()
-            kept = self._kept[owner]
-            kept -= oldest
-            if not kept:
-                del self._kept[owner]
-            self.count -= len(oldest)
+            self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        owner, oldest, _ = self._order.popleft()
+        kept = self._kept[owner]
+        kept -= oldest
+        if not kept:
+            del self._kept[owner]
+        self.count -= len(oldest)
+
+
+class Deduplicated(NamedTuple):
+    """The keys of an append's records (`dedupe.key`), and those that had come before.
+
+    Attributes:
+        keys: the new ones become durable with the records.
+        at: when they came, seconds since the epoch.
+        kept_from: keys that came before this time may go.
+        stored: places of the records that are not left out, among those that were sent.
+        left_out: how many were.
+    """
+
+    keys: HeldIds
+    at: float
+    kept_from: float
+    stored: Sequence[int]
+    left_out: int
 
 
 # -- delivery of the records of one append --------------------------------------------------------
@@ -283,6 +315,7 @@ class Append(NamedTuple):
         envelope: packed (`ingestd.base.envelope`): of the invalid records, and of `records` where
             these have no envelopes of their own.
         ids: that their sender gave the records; the new ones become durable too.
+        deduplicated: set by the pipeline, where it has `dedupe.key`.
     """
 
     records: Records
@@ -294,6 +327,7 @@ class Append(NamedTuple):
     unkept: int = 0
     envelope: bytes = b""
     ids: HeldIds | None = None
+    deduplicated: Deduplicated | None = None
 
     @property
     def stored_bytes(self) -> int:

@@ -26,6 +26,7 @@ _STATE = (
     ("processed", "records_processed_total", "Records the handler is done with" + _LIFE),
     ("dead_ever", "records_dead_total", "Accepted records given up" + _LIFE),
     ("invalid_ever", "records_invalid_total", "Invalid records, kept as dead letters" + _LIFE),
+    ("deduplicated", "records_deduplicated_total", "Records that dedupe.key left out."),
     ("dead_letters.requeued", "records_requeued_total", "Records given up, then requeued" + _LIFE),
     (
         "dead_letters.readmitted",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import re
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
@@ -21,9 +21,11 @@ from ingestd.base.record import Layout
 from ingestd.codecs.lines import CANONICAL_BYTES, whole_lines
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from ingestd.base.record import Records
+
+T = TypeVar("T")
 
 QUICK_BYTES = 64 * 1024
 """Records of so many bytes are read on the event loop, in about 0.2 ms; larger runs in a thread."""
@@ -190,27 +192,34 @@ def _shortest(value: bytes | Raw | UnsetType) -> bytes | None:
     return None if text == b"null" else text
 
 
-class ValueReader:
+class ValueReader(Generic[T]):
     """Reads the values of records for an event loop: those of large runs in a thread of its own.
 
     Args:
         text: of the pointer.
+        make: makes of each value what `read` returns.
     """
 
-    def __init__(self, text: str) -> None:
-        self.pointer = Pointer(text)
+    def __init__(self, text: str, make: Callable[[bytes], T]) -> None:
+        self._pointer = Pointer(text)
+        self._make = make
         self._thread: ThreadPoolExecutor | None = None
 
-    async def read(self, records: Records) -> list[bytes | None]:
-        """Finds the value of each record; see `Pointer.values`."""
+    async def read(self, records: Records) -> list[T | None]:
+        """Reads the value of each record, `None` where it has none; see `Pointer.values`."""
         if len(records.payload) <= QUICK_BYTES:
-            return self.pointer.values(records)
+            return self._read(records)
         loop = asyncio.get_running_loop()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(
                 1, thread_name_prefix="pointer", initializer=compute_beside, initargs=(loop,)
             )
-        return await loop.run_in_executor(self._thread, self.pointer.values, records)
+        return await loop.run_in_executor(self._thread, self._read, records)
+
+    def _read(self, records: Records) -> list[T | None]:
+        make = self._make
+        values = self._pointer.values(records)
+        return [None if value is None else make(value) for value in values]
 
     def close(self) -> None:
         """Ends the thread; what it does is finished and thrown away."""

@@ -47,16 +47,21 @@ KEYS_MAX = 300_000
 """Keys that batches may hold together, a key that several hold as many times; about 50 MB."""
 
 
-class BatchKeys(ValueReader):
-    """Reads the keys of records, each as a number of 64 bits, and keeps batches in their order."""
+class BatchKeys(ValueReader[int]):
+    """Reads the keys of records, each as a number of 64 bits.
+
+    Args:
+        text: `batch.key`.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text, hash)
 
     async def of(self, records: Records | None) -> frozenset[int]:
         """Reads the keys of a batch."""
         if records is None:
             return frozenset()
-        keys = set(await self.read(records))
-        keys.discard(None)
-        return frozenset(map(hash, keys))
+        return frozenset(key for key in await self.read(records) if key is not None)
 
     async def load(
         self,
@@ -80,7 +85,7 @@ class BatchKeys(ValueReader):
             again: the groups, as they were decided without an order.
             split: they are its parts, in their order.
         """
-        keys = [None if key is None else hash(key) for key in await self.read(records)]
+        keys = await self.read(records)
         again = again if split else grouped(keys, again)
         return again, [
             frozenset(key for index in one.indices if (key := keys[index]) is not None)

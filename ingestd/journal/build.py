@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ingestd.base.clock import Clock
+    from ingestd.journal.dedupe import Deduplicator
     from ingestd.journal.interface import Journal
-    from ingestd.journal.settings import DeadSettings
+    from ingestd.journal.settings import DeadSettings, DedupeSettings
     from ingestd.journal.sqlite.check import SqliteFile
 
 
@@ -57,6 +58,15 @@ def build_journal(
     if lacking:
         raise ConfigError(problem=f"a journal of the kind {settings.kind!r} {lacking}")
     return journal
+
+
+def build_deduplicator(settings: DedupeSettings, clock: Clock) -> Deduplicator | None:
+    """Builds the deduplicator of a pipeline; `None` if it has no `dedupe.key`."""
+    if not settings.key:
+        return None
+    from ingestd.journal.dedupe import Deduplicator  # noqa: PLC0415  most pipelines have none
+
+    return Deduplicator(settings, clock)
 
 
 def _lacking(journal: Journal, settings: JournalSettings, dead: DeadSettings) -> Iterator[str]:

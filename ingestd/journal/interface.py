@@ -187,6 +187,7 @@ class Recovered(NamedTuple):
             whatever the clock says now.
         set_aside: where an unreadable journal was moved to, if that happened.
         ids: that senders gave the last records: principal and ids, packed, of each append.
+        keys: of `dedupe.key`: when they came, seconds since the epoch, and the keys, packed.
     """
 
     journal: str
@@ -199,6 +200,7 @@ class Recovered(NamedTuple):
     waits: Mapping[int, float] = MappingProxyType({})
     set_aside: str = ""
     ids: Sequence[tuple[str, bytes]] = ()
+    keys: Sequence[tuple[float, bytes]] = ()
 
 
 class KeptTotals(NamedTuple):

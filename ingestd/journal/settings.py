@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ingestd.config.sections import Choice, Section
-from ingestd.config.units import Seconds, Size, show_size
+from ingestd.config.units import Count, Seconds, Size, show_size
 from ingestd.registry import JOURNALS
 
 if TYPE_CHECKING:
@@ -20,6 +20,17 @@ _GIB = 1024**3
 _TIB = 1024**4
 _DAY = 86400.0
 
+
+def _pointer(text: str) -> str:
+    if text:
+        from ingestd.codecs.pointer import Pointer  # noqa: PLC0415  most daemons have none
+
+        Pointer(text)
+    return text
+
+
+JsonPointer = Annotated[str, AfterValidator(_pointer)]
+"""A JSON Pointer, or nothing."""
 STORED_BYTES_MAX = 900 * _MIB
 """Bound of one row of a journal. SQLite's bound is 10^9 bytes (SQLITE_MAX_LENGTH), and what
 stands beside the records is in it: a block of input before a long record, or lengths."""
@@ -112,6 +123,23 @@ class DeadSettings(Section):
         ge=0,
         le=36500 * _DAY,
         description="maximum age of dead letters; 0s keeps them until they are purged",
+    )
+
+
+class DedupeSettings(Section):
+    """`[dedupe]`: records that are accepted once, by a value in them."""
+
+    key: JsonPointer = Field(
+        "", description="JSON Pointer of a value; a record with one that came before is left out"
+    )
+    window: Seconds = Field(
+        3600.0, gt=0, le=365 * _DAY, description="time for which a value is remembered"
+    )
+    keys_max: Count = Field(
+        200_000,
+        ge=1,
+        le=10**8,
+        description="bound of the values that are remembered: the last ones",
     )
 
 

@@ -7,7 +7,7 @@ read in one snapshot, and no snapshot lasts longer than it must.
 from __future__ import annotations
 
 import sqlite3
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
@@ -148,7 +148,7 @@ def _checksums(db: sqlite3.Connection) -> Iterator[Finding]:
 
 def _sender_ids(db: sqlite3.Connection) -> Iterator[Finding]:
     """They can be read; a wrong one would be no record's."""
-    for _ in sender_ids.stored(db):
+    for _ in chain(sender_ids.stored(db), sender_ids.stored_keys(db)):
         yield from ()
 
 

@@ -195,7 +195,7 @@ def _fill(store: Store, path: Path, now: float) -> None:
         found = _Salvaged(*_meta(old, version), chunks, [], holes)
         found.batches.extend(_copy_batches(old, db, version, found))
         _copy_letters(old, db)
-        for table in ("damaged", "keys", "failing", "sender_ids"):
+        for table in ("damaged", "keys", "failing", "sender_ids", "dedupe_keys"):
             _copy_rows(old, db, table)
         if schema.columns(old, "moved"):
             moves.prepare(db)

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from ingestd.base.append import HeldIds, IdempotencyClaim, SourceOffset
+    from ingestd.base.append import Deduplicated, HeldIds, IdempotencyClaim, SourceOffset
     from ingestd.journal.dead_letters import DeadLetter
 
 PAGE_BYTES = 16384
@@ -107,6 +107,7 @@ class Write(NamedTuple):
         claims: idempotency keys that come, accepted at `at`; an expired one of the same name goes.
         bookmarks: in the order of their appends; the last one of a key counts.
         ids: that senders gave the records.
+        deduplicated: keys of `dedupe.key`.
         sweep: at most so many of the oldest keys go, as far as they came before `keys_before`.
     """
 
@@ -118,6 +119,7 @@ class Write(NamedTuple):
     claims: Sequence[IdempotencyClaim] = ()
     bookmarks: Sequence[SourceOffset] = ()
     ids: Sequence[HeldIds] = ()
+    deduplicated: Sequence[Deduplicated] = ()
     at: float = 0.0
     sweep: int = 0
     keys_before: float = 0.0
@@ -227,6 +229,7 @@ class Store:
             raise sqlite3.OperationalError("this file system can't have a database with a WAL")
         db.execute("DELETE FROM failing WHERE number NOT IN (SELECT number FROM batches)")
         db.execute(sender_ids.SCHEMA)
+        db.execute(sender_ids.KEYS_SCHEMA)
         db.execute(first_page.SCHEMA)
         first_page.keep(db)
         if self._keeps:
@@ -292,6 +295,8 @@ class Store:
                 marked = offsets.put(db, write.bookmarks, marked)
             if write.ids:
                 sender_ids.put(db, write.ids)
+            if write.deduplicated:
+                sender_ids.put_keys(db, write.deduplicated)
             db.execute("COMMIT")
         except BaseException:
             if db.in_transaction:
@@ -352,7 +357,7 @@ class Store:
         meta = self.meta
         return Recovered(
             self.id, failed, batches, meta.cursor, meta.last_chunk, meta.next_batch, sizes, waits,
-            ids=list(sender_ids.stored(db)),
+            ids=list(sender_ids.stored(db)), keys=list(sender_ids.stored_keys(db)),
         )  # fmt: skip
 
     def stored_bytes(self) -> int:
@@ -529,7 +534,7 @@ def _is_plain(write: Write) -> bool:
     """Tells if a commit has nothing but chunks, batches, and batches that are done."""
     if write.invalid or write.postponed or write.claims or write.bookmarks or write.sweep:
         return False
-    if write.ids or write.requeue_at is not None or write.expire is not None:
+    if write.ids or write.deduplicated or write.requeue_at is not None or write.expire is not None:
         return False
     if write.keep is not None and write.settled:
         return False

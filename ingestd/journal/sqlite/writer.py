@@ -47,7 +47,13 @@ if TYPE_CHECKING:
     import asyncio
     from collections.abc import Callable, Sequence
 
-    from ingestd.base.append import Append, HeldIds, IdempotencyClaim, SourceOffset
+    from ingestd.base.append import (
+        Append,
+        Deduplicated,
+        HeldIds,
+        IdempotencyClaim,
+        SourceOffset,
+    )
     from ingestd.base.clock import Clock
     from ingestd.journal.dead_letters import DeadLetter
     from ingestd.journal.sqlite.kept import KeepRule
@@ -308,6 +314,7 @@ class JournalWriter:
         claims: list[IdempotencyClaim] = []
         bookmarks: list[SourceOffset] = []
         ids: list[HeldIds] = []
+        deduplicated: list[Deduplicated] = []
         for one in appends:
             for invalid in one.invalid:
                 refused.append(invalid_letter(invalid, now, one))  # noqa: PERF401
@@ -317,12 +324,15 @@ class JournalWriter:
                 bookmarks.append(one.offset)
             if one.ids is not None:
                 ids.append(one.ids)
+            if one.deduplicated is not None:
+                deduplicated.append(one.deduplicated)
         write = Write(
             [Chunk(number, now, run) for number, run in enumerate(runs, next_chunk)],
             refused,
             claims=claims,
             bookmarks=bookmarks,
             ids=ids,
+            deduplicated=deduplicated,
             at=now,
             sweep=sweep,
             keys_before=self._keys_before() if sweep else 0.0,
