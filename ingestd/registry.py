@@ -130,6 +130,7 @@ SOURCES = Components(
         "syslog": "ingestd.sources.syslog:SyslogSourceKind",
         "forward": "ingestd.sources.forward.settings:ForwardSourceKind",
         "kafka": "ingestd.sources.kafka:KafkaSourceKind",
+        "nats": "ingestd.sources.nats:NatsSourceKind",
     },
 )
 ENDPOINTS = Components(
@@ -159,6 +160,7 @@ SINKS = Components(
         "sqlite": "ingestd.sinks.sqlite:SqliteSink",
         "elasticsearch": "ingestd.sinks.elasticsearch:ElasticsearchSink",
         "kafka": "ingestd.sinks.kafka.sink:KafkaSink",
+        "nats": "ingestd.sinks.nats:NatsSink",
         "clickhouse": "ingestd.sinks.clickhouse:ClickHouseSink",
         "http": "ingestd.sinks.http:HttpSink",
         "objects": "ingestd.sinks.objects:ObjectsSink",

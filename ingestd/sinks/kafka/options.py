@@ -14,6 +14,7 @@ from msgspec import Meta
 
 from ingestd.handlers.options import FilePath, Seconds, Secret, Size
 from ingestd.sinks.base import SinkOptions
+from ingestd.sinks.templates import PLACEHOLDER, Template
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,8 +26,6 @@ CONNECT_SECONDS = 5.0
 """Bound of a connection, and of a question that needs no work."""
 TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 """Names that a topic can have."""
-PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
-"""A placeholder in a topic, a key or a header."""
 # librdkafka would write to standard error; what matters of it is told with the failure.
 LOGGER = logging.getLogger("ingestd.sinks.kafka")
 """Logger of librdkafka's clients, which goes nowhere."""
@@ -180,10 +179,10 @@ class KafkaMessages:
 
     def __init__(self, options: KafkaOptions, context: Context) -> None:
         self._options = options
-        self._topic = _Template(options.topic, context.pipeline)
-        self._key = _Template(options.key, context.pipeline)
+        self._topic = Template(options.topic, context.pipeline)
+        self._key = Template(options.key, context.pipeline)
         self._headers = [
-            (name, _Template(text, context.pipeline)) for name, text in options.headers.items()
+            (name, Template(text, context.pipeline)) for name, text in options.headers.items()
         ]
         self.topic = self._topic.fixed
         templates = [self._topic, self._key, *(one for _, one in self._headers)]
@@ -224,60 +223,3 @@ class KafkaMessages:
                 batch.reject(place, f"it has {size} bytes, more than message_bytes_max")
                 continue
             yield KafkaMessage(place, topic or "", key, item, headers)
-
-
-class _Template:
-    """A text with placeholders.
-
-    Attributes:
-        has_fields: a placeholder names a value of the record.
-        fixed: the text, where it has no placeholders.
-        render: from a record's id, its batch's and its values to the text; `None` where there is no
-            value for a placeholder.
-    """
-
-    def __init__(self, text: str, pipeline: str) -> None:
-        # Literal text and placeholders by turns.
-        parts = PLACEHOLDER.split(text.replace("{_pipeline}", pipeline))
-        getters = [_getter(name) for name in parts[1::2]]
-        self.has_fields = not {"_id", "_batch"}.issuperset(parts[1::2])
-        self.fixed = None if getters else parts[0]
-        self.render: Callable[[str, str, Any], str | None] = _joined(parts[::2], getters)
-        if not getters:
-            self.render = lambda *_: parts[0]
-        elif parts[::2] == ["", ""]:
-            self.render = getters[0]
-
-
-def _joined(
-    texts: list[str], getters: list[Callable[[str, str, Any], str | None]]
-) -> Callable[[str, str, Any], str | None]:
-    def render(name: str, batch: str, values: Any) -> str | None:
-        found = [texts[0]]
-        for getter, text in zip(getters, texts[1:], strict=True):
-            value = getter(name, batch, values)
-            if value is None:
-                return None
-            found += (value, text)
-        return "".join(found)
-
-    return render
-
-
-def _getter(placeholder: str) -> Callable[[str, str, Any], str | None]:
-    if placeholder == "_id":
-        return lambda name, _, __: name
-    if placeholder == "_batch":
-        return lambda _, batch, __: batch
-    path = placeholder.split(".")
-
-    def value(_: str, __: str, values: Any) -> str | None:
-        for name in path:
-            values = values.get(name) if type(values) is dict else None
-        if type(values) is str:
-            return values
-        if values is None or isinstance(values, dict | list):
-            return None
-        return msgspec.json.encode(values).decode()
-
-    return value

@@ -1,0 +1,246 @@
+"""The source `nats`: a message is acknowledged when its record is settled; with a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+import subprocess
+import sys
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.daemon.harness import ROOT, Daemon, daemon
+from tests.nats import Cluster, running
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.slow
+
+HANDLER = """
+import time
+from pathlib import Path
+import ingestd
+
+def store(batch: ingestd.Batch[dict]) -> None:
+    for i, one in enumerate(batch):
+        while one.get("waits") and not Path("go").exists():
+            time.sleep(0.02)
+        if one.get("bad"):
+            batch.reject(i, "it is bad")
+    with open("seen", "a") as file:
+        file.writelines(f"{one['n']} {batch.envelope(i)}\\n" for i, one in enumerate(batch))
+"""
+MEMORY = '[journal]\nkind = "memory"'
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    with running(tmp_path, sync="2m", payload_max=8 << 20) as one:
+        yield one
+
+
+def config(
+    folder: Path, cluster: Cluster, *nats: str, handler: str = "app:store", batch: int = 1000,
+    more: str = "",
+) -> None:  # fmt: skip
+    (folder / "app.py").write_text(HANDLER)
+    (folder / "ingestd.toml").write_text(
+        "\n".join([
+            'source.kind = "nats"', "executor.workers = 2",
+            f'batch = {{ age_max = "50ms", records_max = {batch} }}',
+            f'[handler]\ntarget = "{handler}"',
+            f'[nats]\nservers = ["{cluster.urls[0]}"]\nstream = "S"', *nats, more,
+        ])
+    )  # fmt: skip
+
+
+def do(cluster: Cluster, what: Callable[[Any, Any], Coroutine[Any, Any, Any]]) -> Any:
+    async def run() -> Any:
+        import nats
+
+        client = await nats.connect(cluster.urls[0])
+        try:
+            return await what(client, client.jetstream())
+        finally:
+            await client.close()
+
+    return asyncio.run(run())
+
+
+def publish(cluster: Cluster, *records: object, **headers: str) -> None:
+    async def send(_: Any, stream: Any) -> None:
+        from nats.js.errors import NotFoundError
+
+        try:
+            await stream.stream_info("S")
+        except NotFoundError:
+            await stream.add_stream(name="S", subjects=["s.>"])
+        sent = []
+        for number, one in enumerate(records):
+            data = one if isinstance(one, bytes) else json.dumps(one).encode()
+            sent.append(await stream.publish_async(f"s.{number % 3}", data, headers=headers))
+        for one in sent:
+            await one
+
+    do(cluster, send)
+
+
+def consumer(cluster: Cluster) -> Any:
+    async def ask(_: Any, stream: Any) -> Any:
+        return await stream.consumer_info("S", "ingestd")
+
+    return do(cluster, ask)
+
+
+def until(condition: Callable[[], Any], what: Callable[[], object], seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, what()
+        time.sleep(0.05)
+
+
+def seen(folder: Path) -> list[int]:
+    file = folder / "seen"
+    return [int(line.split()[0]) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def test_what_is_not_settled_is_delivered_again_and_nothing_else(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """And what takes longer than `ack_wait` is delivered once, as long as the daemon lives."""
+    config(tmp_path, cluster, 'ack_wait = "1s"', batch=1, more=MEMORY)
+    publish(cluster, {"n": 0}, b"{", {"n": 2, "bad": 1}, {"n": 3, "waits": 1}, {"n": 4}, Trace="t1")
+    with daemon(cwd=tmp_path) as one:
+        until(lambda: 4 in seen(tmp_path), lambda: one.events)
+        until(lambda: consumer(cluster).num_ack_pending == 1, lambda: one.events)
+        held = time.monotonic()
+        until(lambda: time.monotonic() - held > 3, lambda: "")
+        info = consumer(cluster)
+        assert (info.num_redelivered, info.num_ack_pending, info.ack_floor.stream_seq) == (0, 1, 3)
+        numbers = one.status()["pipelines"]["default"]
+        assert (numbers["invalid"], numbers["dead"], numbers["pending"]) == (1, 1, 1)
+        one.process.kill()
+    first = next(one for one in (tmp_path / "seen").read_text().splitlines() if one[0] == "0")
+    for fact in ("source='nats'", "'trace': 't1'", "'stream': 'S'", "'subject': 's.0'",
+                 "'sequence': 1"):  # fmt: skip
+        assert fact in first
+    (tmp_path / "go").touch()
+    with daemon(cwd=tmp_path) as one:
+        until(lambda: consumer(cluster).num_ack_pending == 0, lambda: one.events)
+        page = one.request("GET", "/metrics", admin=True)[2].decode()
+        assert 'ingestd_source_messages_total{kind="nats",source="nats"} 1.0' in page
+        one.terminate()
+        assert one.wait() == 0
+    assert sorted(seen(tmp_path)) == [0, 2, 3, 4]
+
+
+def accepted_more(one: Daemon, before: int) -> bool:
+    return bool(one.status()["pipelines"]["default"]["accepted"] > before)
+
+
+def all_acknowledged(cluster: Cluster, sent: int) -> bool:
+    return bool(consumer(cluster).ack_floor.stream_seq == sent)
+
+
+def test_kills_of_daemon_and_server_lose_nothing_and_double_nothing(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    config(tmp_path, cluster, 'ack_wait = "1s"', handler="sqlite")
+    sent, lives = 0, 4
+    for life in range(lives):
+        with daemon(cwd=tmp_path) as one:
+            publish(cluster, *({"n": n} for n in range(sent, sent + 500)))
+            sent += 500
+            before = one.status()["pipelines"]["default"]["accepted"]
+            if life < lives - 1:
+                # As soon as some are accepted, when their acknowledgements hardly can be sent.
+                until(partial(accepted_more, one, before), lambda: one.events)
+                if life == 1:
+                    cluster.servers[0].stop()
+                    cluster.servers[0].start()
+                    publish(cluster, *({"n": n} for n in range(sent, sent + 100)))
+                    sent += 100
+                one.process.kill()
+                continue
+            until(partial(all_acknowledged, cluster, sent), lambda: one.events)
+            one.terminate()
+            assert one.wait() == 0
+    with sqlite3.connect(tmp_path / "ingestd-data" / "out.db") as db:
+        rows = [n for (n,) in db.execute("SELECT n FROM records")]
+    db.close()
+    assert sorted(rows) == list(range(sent))
+
+
+def test_bounds_hold_messages_back_and_a_large_one_comes_alone(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    bounds = 'inflight_messages_max = 20\ninflight_bytes_max = "1MiB"'
+    config(tmp_path, cluster, bounds, batch=10, more='record_bytes_max = "8MiB"\n' + MEMORY)
+    text = (tmp_path / "ingestd.toml").read_text()
+    text = text.replace('record_bytes_max = "8MiB"\n', "")
+    (tmp_path / "ingestd.toml").write_text('record_bytes_max = "8MiB"\n' + text)
+    large = {"n": 200, "text": "x" * (3 << 20)}
+    publish(cluster, {"n": 0, "waits": 1}, *({"n": n} for n in range(1, 200)), large, {"n": 201})
+    with daemon(cwd=tmp_path) as one:
+        until(lambda: one.status()["pipelines"]["default"]["accepted"] >= 15, lambda: one.events)
+        held = time.monotonic()
+        until(lambda: time.monotonic() - held > 1, lambda: "")
+        numbers = one.status()["pipelines"]["default"]
+        assert numbers["pending"] <= 20
+        (tmp_path / "go").touch()
+        until(lambda: len(seen(tmp_path)) == 202, lambda: (len(seen(tmp_path)), one.events))
+        until(lambda: consumer(cluster).num_ack_pending == 0, lambda: one.events)
+        one.terminate()
+        assert one.wait() == 0
+    assert sorted(seen(tmp_path)) == list(range(202))
+
+
+def test_a_stream_that_is_made_anew_is_read_from_its_beginning(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Its sequences are those of before; and a header can name a message for ever."""
+    config(tmp_path, cluster, 'id_header = "Relay-Id"')
+
+    async def delete(_: Any, stream: Any) -> None:
+        await stream.delete_stream("S")
+
+    with daemon(cwd=tmp_path) as one:
+        event = one.event("broker_error")
+        assert event["error"] == "there is no stream S"
+        publish(cluster, {"n": 1})
+        publish(cluster, {"n": 2}, **{"Relay-Id": "a"})
+        until(lambda: len(seen(tmp_path)) == 2, lambda: one.events)
+        do(cluster, delete)
+        publish(cluster, {"n": 3})
+        publish(cluster, {"n": 2}, **{"Relay-Id": "a"})
+        publish(cluster, {"n": 4})
+        until(lambda: len(seen(tmp_path)) == 4, lambda: one.events)
+        one.terminate()
+        assert one.wait() == 0
+    assert sorted(seen(tmp_path)) == [1, 2, 3, 4]
+
+
+def test_check_connect_asks_for_stream_and_consumer(cluster: Cluster, tmp_path: Path) -> None:
+    config(tmp_path, cluster, handler="jsonl")
+
+    def check() -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "ingestd", "check", "--connect"], cwd=tmp_path,
+            capture_output=True, text=True, timeout=60,
+            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        return done.stdout + done.stderr
+
+    assert "stream S: " in check()
+    publish(cluster, {"n": 1})
+    text = check()
+    assert "# nats: info: stream S: file, 1 replicas" in text
+    assert "there is no consumer ingestd; the source makes it" in text
+    cluster.servers[0].stop()
+    assert "# nats: error: servers: " in check()
