@@ -165,10 +165,10 @@ class AdminServer:
             Problem: 404 or 405.
         """
         if self._api is None and path_of(request.target, request.method) not in self._pages:
-            from ingestd.admin.api import AdminApi  # noqa: PLC0415  probes need none of it
+            from ingestd.admin import api, console  # noqa: PLC0415  probes need none of it
 
-            self._api = AdminApi(self._view, lambda: self._access, self._history())
-            self._pages |= self._api.pages()
+            self._api = api.AdminApi(self._view, lambda: self._access, self._history())
+            self._pages |= self._api.pages() | console.pages()
         return find(self._pages, request.method, request.target).what
 
     def _history(self) -> History:
