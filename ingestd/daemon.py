@@ -159,6 +159,10 @@ class Daemon:
         self._routes: dict[str, RouteMetrics] = {}
         self._metrics.watch_log(lambda: writer.lines_lost)
         self._metrics.watch(lambda: {name: status_of(p) for name, p in self.pipelines.items()})
+        self._metrics.watch_workers(
+            lambda: {name: p.dispatcher.sinks for name, p in self.pipelines.items()},
+            lambda: {name: p.dispatcher.memory() for name, p in self.pipelines.items()},
+        )
         self.pipelines: dict[str, Pipeline] = {}
 
     async def run(self) -> int:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
     from ingestd.base.append import AppendCounts
+    from ingestd.base.scraped import SinkNumbers
 
 REASONS_MAX = 32
 """Values that one `reason` label may take in one pipeline; what comes later counts as `other`."""
@@ -307,6 +308,14 @@ class Metrics:
         """
         self._watcher.sources, self._watcher.numbers = running, numbers
         self._watcher.endpoints = endpoints
+
+    def watch_workers(
+        self,
+        sinks: Callable[[], Mapping[str, Mapping[str, SinkNumbers]]],
+        memory: Callable[[], Mapping[str, Mapping[str, int]]],
+    ) -> None:
+        """Has each scrape read, by pipeline, the counts of its targets and its workers' memory."""
+        self._watcher.sinks, self._watcher.memory = sinks, memory
 
     def watch_log(self, lost: Callable[[], int]) -> None:
         """Has each scrape read the number of dropped log lines from `lost`."""

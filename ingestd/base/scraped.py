@@ -7,7 +7,7 @@ which move with each append and are read here.
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -95,6 +95,13 @@ _ENDPOINT = (
     ("invalid", "endpoint_invalid_total", "Records that were none, sent to an endpoint."),
 )
 
+# Attribute of the counts of a sink, metric, help.
+_SINK = (
+    ("batches", "sink_batches_total", "Calls of a target of handler.target or handler.targets."),
+    ("records", "sink_records_total", "Records that a target is done with."),
+    ("seconds", "sink_seconds_total", "Seconds that the calls of a target took."),
+)
+
 # Name among the numbers of a source (`Source.numbers`), metric, help.
 _SOURCE = (
     ("records", "source_records_total", "Records of a source that were accepted."),
@@ -152,6 +159,15 @@ _SOURCE = (
 )
 
 
+class SinkNumbers(Protocol):
+    """The counts of one target of a pipeline."""
+
+    batches: int
+    records: int
+    seconds: float
+    errors: dict[str, int]
+
+
 class Watcher(Collector):
     """Reads the pipelines' states at each scrape."""
 
@@ -160,6 +176,8 @@ class Watcher(Collector):
         self.lost: Callable[[], int] = int
         self.sources: Callable[[], Mapping[tuple[str, str], bool]] = dict
         self.numbers: Callable[[], Mapping[tuple[str, str], Mapping[str, float]]] = dict
+        self.sinks: Callable[[], Mapping[str, Mapping[str, SinkNumbers]]] = dict
+        self.memory: Callable[[], Mapping[str, Mapping[str, int]]] = dict
         self.endpoints: Callable[[], Mapping[tuple[str, str], AppendCounts]] = dict
 
     def describe(self) -> Iterable[Metric]:
@@ -194,6 +212,7 @@ class Watcher(Collector):
         yield running
         yield from self._numbers()
         yield from self._endpoints()
+        yield from self._sinks()
         yield CounterMetricFamily(
             "ingestd_log_lines_dropped_total",
             "Log lines given up because the log's reader was slow or gone.",
@@ -228,3 +247,34 @@ class Watcher(Collector):
             for reason, number in counts.refused.items():
                 refused.add_metric([*labels, reason], number)
         yield refused
+
+    def _sinks(self) -> Iterator[Metric]:
+        """Yields the counts of each target of each pipeline, and the memory of its workers."""
+        sinks = [
+            ((pipeline, sink), counts)
+            for pipeline, targets in self.sinks().items()
+            for sink, counts in targets.items()
+        ]
+        for field, name, text in _SINK:
+            family = CounterMetricFamily(f"ingestd_{name}", text, labels=["pipeline", "sink"])
+            for labels, counts in sinks:
+                family.add_metric(labels, getattr(counts, field))
+            yield family
+        errors = CounterMetricFamily(
+            "ingestd_sink_errors_total",
+            "Calls of a target that failed, by the class of the error.",
+            labels=["pipeline", "sink", "error"],
+        )
+        for labels, counts in sinks:
+            for error, number in counts.errors.items():
+                errors.add_metric([*labels, error], number)
+        yield errors
+        memory = GaugeMetricFamily(
+            "ingestd_worker_resident_memory_bytes",
+            "Memory of a worker that is a process of its own.",
+            labels=["pipeline", "worker"],
+        )
+        for pipeline, workers in self.memory().items():
+            for worker, size in workers.items():
+                memory.add_metric([pipeline, worker], size)
+        yield memory

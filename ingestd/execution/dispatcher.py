@@ -18,7 +18,7 @@ from ingestd.execution.gate import DispatchGate, PauseMark, Throttle
 from ingestd.execution.outage import Outage
 from ingestd.execution.ready_queue import Load, ReadyQueue
 from ingestd.execution.retry import BatchSplitter, RetryRule, decide, rank, spends_try
-from ingestd.handlers.outcome import Job
+from ingestd.handlers.outcome import Job, SinkRun, error_kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -31,11 +31,41 @@ if TYPE_CHECKING:
     from ingestd.execution.key_order import BatchKeys
     from ingestd.execution.pool import Pool
     from ingestd.execution.retry import Resolve, RetryBatch
-    from ingestd.execution.settings import ExecutorSettings, RetrySettings
+    from ingestd.execution.settings import ExecutorSettings, HandlerSettings, RetrySettings
     from ingestd.handlers.outcome import Result
 
+ERROR_KINDS_MAX = 32
+"""Kinds of errors of one target that are counted apart; what comes later counts as `other`."""
 BATCH_BYTES = 1024
 """Memory that a batch takes while it waits; its payload is on disk."""
+
+
+class SinkCounts:
+    """Counts of one target of a pipeline, in this run.
+
+    Attributes:
+        batches: calls that came back.
+        records: that it is done with.
+        seconds: that the calls took.
+        errors: calls that failed, by the class of the exception or the reason.
+    """
+
+    __slots__ = ("batches", "errors", "records", "seconds")
+
+    def __init__(self) -> None:
+        self.batches = self.records = 0
+        self.seconds = 0.0
+        self.errors: dict[str, int] = {}
+
+    def ran(self, run: SinkRun) -> None:
+        """Counts one call."""
+        self.batches += 1
+        self.records += run.records
+        self.seconds += run.seconds
+        if run.error:
+            known = run.error in self.errors or len(self.errors) < ERROR_KINDS_MAX
+            kind = run.error if known else "other"
+            self.errors[kind] = self.errors.get(kind, 0) + 1
 
 
 class Dispatcher:
@@ -58,6 +88,7 @@ class Dispatcher:
         gate: says when a batch may be given out at all.
         queue: the batches that wait for a worker or for their next try.
         running: batches that are with a worker, or lie ready before one.
+        sinks: counts by target.
         keys: reads keys of records; `None` if batches are in no order.
     """
 
@@ -97,6 +128,7 @@ class Dispatcher:
         self._rule = RetryRule(
             retry.attempts_max, retry.backoff, retry.backoff_max, retry.give_up_after
         )
+        self.sinks: dict[str, SinkCounts] = {}
         self.start_pool = start_pool
         self.executor = ""
         self.running = 0
@@ -104,19 +136,26 @@ class Dispatcher:
         self._stopped_at = 0.0  # loop time; 0 while batches are given
         self._has_place = self._sealing = False
 
-    async def open(self, executor: ExecutorSettings, *settings: Any, **context: Any) -> None:
+    async def open(
+        self,
+        executor: ExecutorSettings,
+        handler: HandlerSettings,
+        *settings: Any,
+        **context: Any,
+    ) -> None:
         """Starts the workers; takes the arguments of `start_pool` behind the name.
 
         Raises:
             ConfigError: see `start_pool`.
         """
         self._loop = asyncio.get_running_loop()
+        self.sinks = {target: SinkCounts() for target in handler.all_targets}
         await self.gate.poll()
         if executor.is_throttled:
             self.gate.throttle = Throttle(executor, self._clock.monotonic())
         self.pool: Pool[Any]
         self.pool, self.executor = await self.start_pool(
-            self._pipeline, executor, *settings, **context
+            self._pipeline, executor, handler, *settings, **context
         )
 
     def tasks(self) -> Mapping[str, Coroutine[None, None, None]]:
@@ -189,6 +228,7 @@ class Dispatcher:
     def judge(self, batch: SealedBatch, result: Result) -> Resolve | RetryBatch:
         """Decides what becomes of a batch, and takes note of what its try says of the handler."""
         batch.attempts += spends_try(result)
+        self._count(result, batch.count)
         now = self._loop.time()
         self.failures.tried(result, batch.count, batch.attempts)
         context = self.splitter.retry_context(batch, result, now)
@@ -200,6 +240,22 @@ class Dispatcher:
     def throttled_by(self) -> str:
         """The setting whose rate keeps a batch waiting now; empty if none does."""
         return self.gate.throttled_by if self.queue.is_held(self._loop.time()) else ""
+
+    def _count(self, result: Result, records: int) -> None:
+        """Counts a try at the targets that it called, as far as it tells which."""
+        counts = list(self.sinks.values())
+        for run in result.runs:
+            if 0 <= run.target < len(counts):
+                counts[run.target].ran(run)
+        if len(counts) == 1 and not result.runs:
+            failure = result.failure
+            done = 0 if failure else records - len(result.rejections) - len(result.retries)
+            error = error_kind(failure) if failure else ""
+            counts[0].ran(SinkRun(0, result.seconds, done, error))
+
+    def memory(self) -> dict[str, int]:
+        """See `Pool.memory`."""
+        return self.pool.memory()
 
     def park(self, batch: SealedBatch, after: float, *, asked: bool = False) -> None:
         """Keeps a batch for another try `after` seconds; see `ReadyQueue.park`."""

@@ -170,6 +170,13 @@ class Pool(Generic[L]):
                 found[name] = WorkerActivity(name, one.pid, *facts)
         return list(found.values())
 
+    def memory(self) -> dict[str, int]:
+        """The bytes of memory of each worker that is a process of its own, by its number."""
+        from ingestd.execution.process_monitor import resident_bytes  # noqa: PLC0415
+
+        pids = [getattr(worker, "pid", 0) for worker in self.workers]
+        return {str(n): resident_bytes(pid) for n, pid in enumerate(pids) if pid}
+
     async def close(self, deadline: float) -> bool:
         """Ends all workers, by force after `deadline` (loop time).
 

@@ -120,6 +120,15 @@ def _process(pid: int) -> _Process | None:
     return _Process(0 if over else pid, parent, group, int(fields[19]))
 
 
+def resident_bytes(pid: int) -> int:
+    """The memory of a process that is in RAM; 0 if it is gone."""
+    try:
+        with open(f"/proc/{pid}/statm", "rb") as file:  # noqa: PTH123
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
 def _kill(one: _Process) -> None:
     """Kills this very process, not another one that has its number meanwhile."""
     with contextlib.suppress(OSError):

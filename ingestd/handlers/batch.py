@@ -19,6 +19,8 @@ from ingestd.handlers.text import plain
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
+    from ingestd.handlers.outcome import SinkRun
+
 T_co = TypeVar("T_co", covariant=True)
 
 
@@ -131,7 +133,9 @@ class Batch(Sequence[T_co], Generic[T_co]):
     Places (`i`) are those of this sequence, and may be negative, as everywhere in Python.
     """
 
-    __slots__ = ("_envelopes", "_ids", "_job", "_places", "_records", "_said", "_undecodable")
+    __slots__ = (
+        "_envelopes", "_ids", "_job", "_places", "_records", "_runs", "_said", "_undecodable",
+    )  # fmt: skip
 
     def __init__(
         self, records: Sequence[T_co] | None, job: Job, undecodable: Sequence[Rejection] = ()
@@ -144,6 +148,7 @@ class Batch(Sequence[T_co], Generic[T_co]):
         self._job = job
         self._undecodable = undecodable
         self._said: dict[int, Rejection | RetryMark] = {}
+        self._runs: list[SinkRun] = []
         self._ids: list[str] | None = None
         self._envelopes: EnvelopeRuns | None = None
         self._places: Sequence[int] = range(job.records.count)
@@ -328,6 +333,11 @@ class Batch(Sequence[T_co], Generic[T_co]):
     def adopt(self, said: Rejection | RetryMark) -> None:
         """Says of a record, by its place in the whole batch, what a part of a chain said of it."""
         self._said[said.index] = said
+
+    @property
+    def runs(self) -> list[SinkRun]:
+        """The calls of the handlers of a chain; for ingestd."""
+        return self._runs
 
     def reject_all(self, why: str = "") -> None:
         """Give every record up; those rejected before keep their own `why`."""

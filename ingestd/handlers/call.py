@@ -147,8 +147,8 @@ def _after(
         if issubclass(type(raised), Reject):
             batch.reject_all(_why(raised))
         elif failure := _not_run(returned) if raised is None else failure_from(raised):
-            return Result(failure=failure, seconds=seconds)
-        return Result(batch.rejections, batch.retries, None, seconds)
+            return Result(failure=failure, seconds=seconds, runs=batch.runs)
+        return Result(batch.rejections, batch.retries, None, seconds, batch.runs)
     except BaseException as exc:  # noqa: BLE001  a thread of the handler's still says something
         return Result(failure=failure_of(exc), seconds=seconds)
 

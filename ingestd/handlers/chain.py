@@ -36,7 +36,16 @@ from ingestd.handlers.load import (
     code_of,
     load,
 )
-from ingestd.handlers.outcome import Failure, Job, Rejection, Result, RetryRequest, SinkFinding
+from ingestd.handlers.outcome import (
+    Failure,
+    Job,
+    Rejection,
+    Result,
+    RetryRequest,
+    SinkFinding,
+    SinkRun,
+    error_kind,
+)
 from ingestd.handlers.target import find, refuse
 from ingestd.handlers.text import describe, plain
 
@@ -213,6 +222,11 @@ class Chain:
         """Says of the batch's records what a handler said of those that were made of them."""
         several = len(self._parts) > 1
         prefix = f"{spec.target}: " if several else ""
+        count = changed.job.records.count if changed.job is not None else 0
+        failure = result.failure
+        done = 0 if failure else count - len(result.rejections) - len(result.retries)
+        error = error_kind(failure) if failure else ""
+        batch.runs.append(SinkRun(len(batch.runs), result.seconds, done, error))
         if result.failure is not None:
             raise PartFailed(_prefixed(result.failure, prefix))
         if several and result.retries:

@@ -66,6 +66,7 @@ class RetryRequest(msgspec.Struct, frozen=True, array_like=True):
 
 REJECTED = frozenset({"undecodable", "rejected"})
 """Reasons of a `Rejection`."""
+ERROR_KIND_CHARS = 100
 ERROR_CHARS_MAX = 4096
 """Longest `error` of anything here."""
 AFTER_MAX = 3650 * 86400.0
@@ -90,6 +91,22 @@ class SinkFinding(NamedTuple):
 
     level: Literal["error", "warning", "info"]
     text: str
+
+
+class SinkRun(NamedTuple):
+    """One call of one of the handlers of a chain.
+
+    Attributes:
+        target: its place among `handler.targets`.
+        seconds: that it ran for.
+        records: that it is done with.
+        error: the kind of its failure, see `error_kind`; empty if there was none.
+    """
+
+    target: int
+    seconds: float
+    records: int
+    error: str
 
 
 class Failure(msgspec.Struct, frozen=True, array_like=True):
@@ -122,12 +139,21 @@ class Result(msgspec.Struct, frozen=True, array_like=True):
         retries: records to be tried again; no record is in both lists.
         failure: set when the batch has to be tried again as it is.
         seconds: how long the handler itself ran.
+        runs: of each handler of a chain that was called; empty where there is one without a chain.
     """
 
     rejections: list[Rejection] = []
     retries: list[RetryRequest] = []
     failure: Failure | None = None
     seconds: float = 0.0
+    runs: list[SinkRun] = []
+
+
+def error_kind(failure: Failure) -> str:
+    """The class of the exception behind a failure, or the reason where there is none."""
+    name = failure.error.partition(":")[0]
+    is_class = failure.reason == "raised" and name.replace(".", "").isidentifier()
+    return name[:ERROR_KIND_CHARS] if is_class else failure.reason
 
 
 def flaw_of(result: Result, records: int) -> str:
@@ -140,6 +166,8 @@ def flaw_of(result: Result, records: int) -> str:
         return f"it ran for {result.seconds!r} s"
     failure = result.failure
     if failure is not None and (flaw := _flaw_of_failure(failure)):
+        return flaw
+    if result.runs and (flaw := _flaw_of_runs(result.runs)):
         return flaw
     if not (result.rejections or result.retries):
         return ""
@@ -159,6 +187,15 @@ def flaw_of(result: Result, records: int) -> str:
     for retry in result.retries:
         if not _is_wait(retry.after):
             return f"it wants record {retry.index} again after {retry.after!r} s"
+    return ""
+
+
+def _flaw_of_runs(runs: list[SinkRun]) -> str:
+    for run in runs:
+        if not (0 <= run.seconds < math.inf and run.records >= 0):
+            return f"a sink of it had {run.records!r} records for {run.seconds!r} s"
+        if len(run.error) > ERROR_KIND_CHARS:
+            return f"its kind of error is {len(run.error)} characters long"
     return ""
 
 

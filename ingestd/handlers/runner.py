@@ -240,6 +240,7 @@ class Runner:
             [RetryRequest(one.index, one.after, redact(one.error)) for one in result.retries],
             failure,
             result.seconds,
+            result.runs,
         )
 
     def _spoil(self) -> None:

@@ -11,6 +11,8 @@ from ingestd.admin.status import BatchesStatus, JournalUsage, PipelineStatus, Qu
 from ingestd.base.append import Append, AppendCounts
 from ingestd.base.metrics import REASONS_MAX, Metrics
 from ingestd.base.record import Records
+from ingestd.execution.dispatcher import ERROR_KINDS_MAX, SinkCounts
+from ingestd.handlers.outcome import SinkRun
 
 STATE = PipelineStatus(
     accepted=100,
@@ -213,3 +215,19 @@ def test_sources_and_endpoints_are_read(metrics: Metrics) -> None:
     refused = {**endpoint, "reason": "overloaded"}
     assert value(metrics, "ingestd_endpoint_refused_total", **refused) == 1
     assert "ingestd_source_urls" not in {name for name, _ in samples(metrics)}
+
+
+def test_targets_and_workers_are_read(metrics: Metrics) -> None:
+    counts = SinkCounts()
+    counts.ran(SinkRun(0, 0.5, 100, ""))
+    for number in range(ERROR_KINDS_MAX + 5):
+        counts.ran(SinkRun(0, 0.25, 0, f"Error{number}"))
+    metrics.watch_workers(lambda: {"p": {"postgres": counts}}, lambda: {"p": {"0": 70}})
+    labels = {"pipeline": "p", "sink": "postgres"}
+    assert value(metrics, "ingestd_sink_batches_total", **labels) == ERROR_KINDS_MAX + 6
+    assert value(metrics, "ingestd_sink_records_total", **labels) == 100
+    assert value(metrics, "ingestd_sink_seconds_total", **labels) == 0.5 + (ERROR_KINDS_MAX + 5) / 4
+    assert value(metrics, "ingestd_sink_errors_total", **labels, error="Error0") == 1
+    assert value(metrics, "ingestd_sink_errors_total", **labels, error="other") == 5
+    memory = {"pipeline": "p", "worker": "0"}
+    assert value(metrics, "ingestd_worker_resident_memory_bytes", **memory) == 70

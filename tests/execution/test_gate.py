@@ -16,7 +16,7 @@ from ingestd.execution.gate import DispatchGate, PauseMark
 from ingestd.execution.outage import Outage
 from ingestd.execution.pool import Pool, TaskPool
 from ingestd.execution.ready_queue import Load, ReadyQueue
-from ingestd.execution.settings import ExecutorSettings, RetrySettings
+from ingestd.execution.settings import ExecutorSettings, HandlerSettings, RetrySettings
 from ingestd.testing.fake_time import FakeTimeLoop
 
 
@@ -89,7 +89,7 @@ async def opened(folder: Path, letters: Letters, changes: list[str]) -> Dispatch
         on_gate=lambda: changes.append("changed"),
     )  # fmt: skip
     made.start_pool = _started  # type: ignore[assignment]
-    await made.open(ExecutorSettings())
+    await made.open(ExecutorSettings(), HandlerSettings())
     return made
 
 

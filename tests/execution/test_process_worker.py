@@ -332,6 +332,9 @@ async def test_the_connection_is_not_inherited(workers: Lanes, tmp_path: Path) -
 async def test_the_memory_of_jobs_can_not_be_spoilt(workers: Lanes) -> None:
     """A handler that shortens or overwrites every descriptor: the daemon lives, jobs are whole."""
     await workers.start("Does", how="spoils_memory")
+    assert workers.pool is not None
+    (size,) = workers.pool.memory().values()
+    assert 5 << 20 < size < 1 << 30
     for _ in range(2):
         assert (await workers.run(job())).failure is None
         assert (await workers.run(job(2, b"2" * 5000))).failure is None

@@ -199,6 +199,8 @@ def test_each_target_gets_the_batch_in_order_under_one_id() -> None:
         ("Note", "j-1", 3), ("Other", "j-1", 3),
     ]  # fmt: skip
     assert SEEN[0][3] == SEEN[1][3]
+    assert [(one.target, one.records, one.error) for one in result.runs] == [(0, 2, ""), (1, 2, "")]
+    assert all(0 <= one.seconds <= result.seconds for one in result.runs)
     assert {one.index: one.error for one in result.rejections} == {
         1: f"{HERE}Other: no", 2: f"{HERE}Note: no",
     }  # fmt: skip
@@ -217,6 +219,9 @@ def test_a_target_that_fails_makes_the_batch_come_again_whole() -> None:
         assert result.failure.reason == "raised"
         assert result.failure.error.startswith(HERE)
         assert (result.rejections, result.retries) == ([], [])
+        assert len(result.runs) == calls
+        if "raise" in record:
+            assert (result.runs[-1].records, result.runs[-1].error) == (0, "RuntimeError")
         assert len([seen for seen in SEEN if seen[1] == "j-1"]) == calls
 
 

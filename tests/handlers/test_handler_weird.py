@@ -17,7 +17,16 @@ import pytest
 from ingestd.handlers.call import call, call_async
 from ingestd.handlers.failure import TRACEBACK_BYTES_MAX
 from ingestd.handlers.load import load
-from ingestd.handlers.outcome import Failure, Job, Rejection, Result, RetryRequest, flaw_of
+from ingestd.handlers.outcome import (
+    Failure,
+    Job,
+    Rejection,
+    Result,
+    RetryRequest,
+    SinkRun,
+    error_kind,
+    flaw_of,
+)
 from ingestd.handlers.runner import HandlerConfig, Runner
 
 WEIRD = """
@@ -243,6 +252,10 @@ def test_reasons_of_any_kind_are_text(run: Run) -> None:
         (Result(failure=Failure("because", "")), "reason for the failure is none of ours"),
         (Result(failure=Failure("timeout", "")), "reason for the failure is none of ours"),
         (Result(failure=Failure("raised", "x" * 5000)), "5000 characters"),
+        (Result(runs=[SinkRun(0, 1.0, 3, "ValueError")]), ""),
+        (Result(runs=[SinkRun(0, float("inf"), 3, "")]), "a sink of it had 3 records for inf s"),
+        (Result(runs=[SinkRun(0, 1.0, -3, "")]), "a sink of it had -3 records"),
+        (Result(runs=[SinkRun(0, 1.0, 3, "x" * 101)]), "101 characters"),
     ],
 )
 def test_results_that_can_not_be(result: Result, flaw: str) -> None:
@@ -404,3 +417,18 @@ def test_a_forked_child_ends_where_it_came_back(write, when: str, how: str, code
     assert done.stdout == "left \n"
     assert done.stderr.endswith(str(code))
     assert ("ValueError: in the child" in done.stderr) == (how == "raises")
+
+
+@pytest.mark.parametrize(
+    ("reason", "error", "kind"),
+    [
+        ("raised", "ValueError: a: b", "ValueError"),
+        ("raised", "psycopg.errors.UndefinedTable: x", "psycopg.errors.UndefinedTable"),
+        ("raised", "the handler returned a coroutine", "raised"),
+        ("raised", "", "raised"),
+        ("unavailable", "ConnectionError: x", "unavailable"),
+        ("timeout", "after 60 s", "timeout"),
+    ],
+)
+def test_the_kind_of_an_error_is_its_class(reason: str, error: str, kind: str) -> None:
+    assert error_kind(Failure(reason, error)) == kind

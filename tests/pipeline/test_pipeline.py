@@ -154,6 +154,9 @@ async def test_a_batch_that_fails_comes_again_under_its_id(start, tmp_path) -> N
     assert len({call["id"] for call in calls}) == 1
     assert all(call["records"] == [0, 1, 2, 3, 4] for call in calls)
     assert report.ledger.processed == 5
+    (sink,) = pipeline.dispatcher.sinks.values()
+    assert (sink.batches, sink.records) == (4, 5)
+    assert list(sink.errors.values()) == [3]
 
 
 async def test_a_batch_that_never_succeeds_becomes_dead_letters_in_the_end(start, tmp_path) -> None:

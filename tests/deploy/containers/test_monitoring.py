@@ -41,6 +41,8 @@ QUIET = {
     "ingestd_worker_restarts_total",
     "ingestd_dead_letters_total",
     "ingestd_endpoint_refused_total",
+    "ingestd_sink_errors_total",
+    "ingestd_worker_resident_memory_bytes",  # of processes: the sink jsonl has threads
     # Of sources that download, and of those with TLS.
     "ingestd_source_urls_failed_total",
     "ingestd_source_retries_total",
