@@ -313,8 +313,7 @@ class Pipeline:
 
     def _due(self) -> float | None:
         """The loop time at which the open batch must go, as things are."""
-        busy = self.dispatcher.busy(self.settings.executor.workers)
-        wait = self.batcher.due_in(self._clock.now(), busy=busy)
+        wait = self.batcher.due_in(self._clock.now(), busy=self.dispatcher.busy)
         return None if wait is None else self._loop.time() + wait
 
     @property

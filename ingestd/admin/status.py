@@ -163,6 +163,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
         dead_letters: those that are kept.
         kept: processed records that are kept.
         executor: what the handler runs in: `process`, `thread` or `async`.
+        workers: how many there are now.
         handler: whether it works.
         dispatch_stopped: why no batch is given to the handler; empty while batches are.
         paused: a person paused it: records are accepted, and no batch is given to the handler.
@@ -187,6 +188,7 @@ class PipelineStatus(msgspec.Struct, frozen=True):
     dead_letters: DeadLettersStatus = DeadLettersStatus()
     kept: KeptStatus = KeptStatus()
     executor: str = ""
+    workers: int = 0
     handler: HandlerStatus = HandlerStatus()
     dispatch_stopped: str = ""
     paused: bool = False
@@ -332,7 +334,7 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
         batches=BatchesStatus(
             sealed=pipeline.dispatcher.queue.ahead,
             # What is dispatched beyond that lies ready before the workers.
-            running=min(pipeline.dispatcher.running, settings.executor.workers),
+            running=min(pipeline.dispatcher.running, pipeline.dispatcher.workers),
             waiting_retry=pipeline.dispatcher.queue.waiting,
             waiting_records=waiting.records,
             waiting_bytes=waiting.bytes,
@@ -358,6 +360,7 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
             journal.kept.replayed,
         ),
         executor=pipeline.dispatcher.executor,
+        workers=pipeline.dispatcher.workers,
         dispatch_stopped=pipeline.dispatcher.stopped,
         paused=pipeline.dispatcher.gate.paused_since > 0,
         paused_since=_utc(pipeline.dispatcher.gate.paused_since),

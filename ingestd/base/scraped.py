@@ -68,6 +68,7 @@ _STATE = (
     ),
     ("queue.chunks", "queue_chunks", "Chunks held in memory."),
     ("queue.bytes", "queue_bytes", "Bytes of the chunks held in memory."),
+    ("workers", "workers", "Workers that there are now."),
     ("batches.running", "workers_busy", "Batches that are with a worker."),
     ("batches.waiting_retry", "batches_waiting", "Batches that wait for their next try."),
     (

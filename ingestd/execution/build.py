@@ -59,9 +59,9 @@ class PoolContext(NamedTuple):
     on_restart: Callable[[str], None]
     surroundings: Surroundings | None
 
-    def workers(self, executor: ExecutorSettings) -> list[str]:
-        """The names of the workers."""
-        return [f"{self.name}-worker-{number}" for number in range(executor.workers)]
+    def worker(self, number: int) -> str:
+        """The name of a worker."""
+        return f"{self.name}-worker-{number}"
 
 
 async def start_pool(
@@ -207,16 +207,17 @@ async def start_processes(
     from ingestd.handlers.wire import InitMessage  # noqa: PLC0415
 
     hello = InitMessage(context.config, os.getpid())
-    processes = [
-        ProcessWorker(
-            worker,
+
+    def make(number: int) -> ProcessWorker:
+        return ProcessWorker(
+            context.worker(number),
             hello,
             timeout=executor.timeout,
             on_restart=context.on_restart,
             surroundings=context.surroundings,
         )
-        for worker in context.workers(executor)
-    ]
+
+    processes = [make(number) for number in range(executor.workers)]
     loop, first = asyncio.get_running_loop(), processes[0]
     try:
         await first.start()
@@ -226,19 +227,23 @@ async def start_processes(
     if first.is_async:
         await first.close(loop.time() + _CLOSE_SECONDS)
         return await start_coroutines(executor, _with_kind(context, "async"))
-    pool = ThreadedPool(processes, first=0, prefetch=not executor.is_throttled)
+    pool = ThreadedPool(processes, make, first=0, prefetch=not executor.is_throttled)
     await pool.start()
     return pool, "process"
 
 
 async def start_threads(executor: ExecutorSettings, context: PoolContext) -> tuple[Pool[Any], str]:
     """Starts threads of the daemon."""
-    threads = [
-        ThreadWorker(worker, _runner(context.config, worker), checks=number == 0)
-        for number, worker in enumerate(context.workers(executor))
-    ]
+
+    def make(number: int) -> ThreadWorker:
+        worker = context.worker(number)
+        checks = number == 0 and pool is None
+        return ThreadWorker(worker, _runner(context.config, worker), checks=checks)
+
+    pool: ThreadedPool | None = None
+    threads = [make(number) for number in range(executor.workers)]
     prefetch = not executor.is_throttled
-    pool = ThreadedPool(threads, overrun=executor.timeout, prefetch=prefetch)
+    pool = ThreadedPool(threads, make, overrun=executor.timeout, prefetch=prefetch)
     await _start(pool, context.config.target)
     return pool, "thread"
 
@@ -250,17 +255,19 @@ async def start_coroutines(
     from ingestd.execution.event_loops import HandlerLoops  # noqa: PLC0415  others do without
 
     loops = HandlerLoops(context.name)
-    coroutines = [
-        CoroutineWorker(
+
+    def make(number: int) -> CoroutineWorker:
+        worker = context.worker(number)
+        return CoroutineWorker(
             worker,
             partial(_runner, context.config, worker),
             loops,
             timeout=executor.timeout,
-            checks=number == 0,
+            checks=number == 0 and pool is None,
         )
-        for number, worker in enumerate(context.workers(executor))
-    ]
-    pool = CoroutinePool(coroutines, loops)
+
+    pool: CoroutinePool | None = None
+    pool = CoroutinePool([make(number) for number in range(executor.workers)], loops, make)
     await _start(pool, context.config.target)
     return pool, "async"
 

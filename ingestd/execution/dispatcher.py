@@ -11,6 +11,7 @@ import math
 import random
 from typing import TYPE_CHECKING, Any
 
+from ingestd.base.logging import get_logger
 from ingestd.base.watchdog import Stage
 from ingestd.execution.build import start_pool
 from ingestd.execution.failure_log import FailureLog
@@ -27,12 +28,15 @@ if TYPE_CHECKING:
     from ingestd.base.batch import SealedBatch
     from ingestd.base.clock import Clock
     from ingestd.base.record import Records
+    from ingestd.execution.concurrency import ConcurrencyLimit
     from ingestd.execution.gate import BoundedLetters
     from ingestd.execution.key_order import BatchKeys
     from ingestd.execution.pool import Pool
     from ingestd.execution.retry import Resolve, RetryBatch
     from ingestd.execution.settings import ExecutorSettings, HandlerSettings, RetrySettings
     from ingestd.handlers.outcome import Result
+
+log = get_logger()
 
 ERROR_KINDS_MAX = 32
 """Kinds of errors of one target that are counted apart; what comes later counts as `other`."""
@@ -85,6 +89,7 @@ class Dispatcher:
     Attributes:
         start_pool: starts the workers; a harness for tests has others.
         executor: `process`, `thread`, `async` or `external`; empty before `open`.
+        concurrency: decides on the number of workers; `None` if that does not change.
         gate: says when a batch may be given out at all.
         queue: the batches that wait for a worker or for their next try.
         running: batches that are with a worker, or lie ready before one.
@@ -130,6 +135,7 @@ class Dispatcher:
         )
         self.sinks: dict[str, SinkCounts] = {}
         self.start_pool = start_pool
+        self.concurrency: ConcurrencyLimit | None = None
         self.executor = ""
         self.running = 0
         self._dispatched = 0
@@ -157,10 +163,34 @@ class Dispatcher:
         self.pool, self.executor = await self.start_pool(
             self._pipeline, executor, handler, *settings, **context
         )
+        if executor.workers_max > executor.workers:
+            self._adapt(executor)
+
+    def _adapt(self, executor: ExecutorSettings) -> None:
+        from ingestd.execution.concurrency import ConcurrencyLimit  # noqa: PLC0415  most do without
+
+        if self.pool.resizable:
+            limits = executor.workers, executor.workers_max
+            self.concurrency = ConcurrencyLimit(*limits, self._loop.time())
+        else:
+            log.warning("workers_fixed", pipeline=self._pipeline, executor=self.executor)
 
     def tasks(self) -> Mapping[str, Coroutine[None, None, None]]:
         """Coroutines that turn until they are cancelled, by name."""
-        return {"failures": self.failures.run(), "gate": self.gate.run()}
+        found = {"failures": self.failures.run(), "gate": self.gate.run()}
+        if self.concurrency is not None:
+            found["concurrency"] = self._resize(self.concurrency)
+        return found
+
+    async def _resize(self, limit: ConcurrencyLimit) -> None:
+        """Has the pool the workers that it should have; turns until it is cancelled."""
+        while True:
+            await asyncio.sleep(limit.look_seconds)
+            before = limit.workers
+            workers = limit.look(self.pool.demand, self._loop.time())
+            if workers != before:
+                log.info("workers_changed", pipeline=self._pipeline, workers=workers, were=before)
+                self.pool.resize(workers)
 
     def _gate_changed(self) -> None:
         now = self._loop.time()
@@ -179,9 +209,15 @@ class Dispatcher:
         """Reason for people why no batch is given out; empty while batches are."""
         return self.gate.stopped
 
-    def busy(self, workers: int) -> bool:
+    @property
+    def workers(self) -> int:
+        """Workers that serve now."""
+        return self.pool.size
+
+    @property
+    def busy(self) -> bool:
         """Tells if a batch that is sealed now would have to wait for a worker."""
-        return not self.queue.empty or self.running > workers
+        return not self.queue.empty or self.running > self.workers
 
     async def next(self) -> SealedBatch:
         """Waits for a place with a worker, for a batch, and until its seal is durable."""
@@ -230,6 +266,8 @@ class Dispatcher:
         batch.attempts += spends_try(result)
         self._count(result, batch.count)
         now = self._loop.time()
+        if self.concurrency is not None:
+            self.concurrency.ran(result, batch.count, now, running=self.running + 1)
         self.failures.tried(result, batch.count, batch.attempts)
         context = self.splitter.retry_context(batch, result, now)
         if self.failures.ended(result.failure, now, attempts=batch.attempts, records=batch.count):

@@ -131,7 +131,7 @@ class ExternalPool(Pool[Worker]):
         self._target = factory if isinstance(factory, str) else "executor.kind"
         self._handler = config.target
         self._config = msgspec.msgpack.encode(config)
-        self._workers = workers
+        self.size = workers
         self._timeout = timeout
         self._on_restart = on_restart
         self._built: _Built | None = None
@@ -141,10 +141,12 @@ class ExternalPool(Pool[Worker]):
         self._moved = asyncio.Event()
         self._thread = OwnThread(f"{name}-executor")
 
-    @property
-    def places(self) -> int:
-        """See `Pool.places`."""
-        return self._workers
+    resizable = True
+
+    def resize(self, workers: int) -> None:
+        """See `Pool.resize`."""
+        self.size = workers
+        self._freed.set()
 
     async def start(self) -> None:
         """Builds the executor and has the handler loaded in it.
@@ -213,7 +215,7 @@ class ExternalPool(Pool[Worker]):
         except Exception as error:  # noqa: BLE001  the function submitted raises nothing
             failure = Failure("crashed", f"the executor failed: {describe(error)}")
         finally:
-            self._end(call)
+            self._call_ended(call)
         if call.built is not None:
             self._retire(call.built, failure)
         return None, failure
@@ -246,7 +248,7 @@ class ExternalPool(Pool[Worker]):
         self._executors = [one for one in self._executors if not one.ended] + [built]
         return built
 
-    def _end(self, call: _Call) -> None:
+    def _call_ended(self, call: _Call) -> None:
         """A call has ended, or is given up."""
         call.given_up = True
         self._calls.discard(call)

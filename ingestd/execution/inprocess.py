@@ -14,7 +14,7 @@ from ingestd.handlers.failure import failure_of
 from ingestd.handlers.outcome import Failure, Result
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Sequence
+    from collections.abc import Callable, Iterable
 
     from ingestd.execution.event_loops import Call, HandlerLoops
     from ingestd.execution.job_queue import JobQueue
@@ -35,6 +35,9 @@ class ThreadWorker:
         name: for the thread and the log.
         runner: loads and calls the handler; used by this thread only.
         checks: it asks for the findings of the handler's `check()` before its first job.
+
+    Attributes:
+        name: see `ThreadedWorker`.
     """
 
     def __init__(self, name: str, runner: Runner, *, checks: bool = False) -> None:
@@ -192,10 +195,16 @@ class CoroutinePool(TaskPool):
     Args:
         workers: all of them.
         loops: theirs.
+        make: see `Pool`.
     """
 
-    def __init__(self, workers: Sequence[CoroutineWorker], loops: HandlerLoops) -> None:
-        super().__init__(workers)
+    def __init__(
+        self,
+        workers: Iterable[CoroutineWorker],
+        loops: HandlerLoops,
+        make: Callable[[int], CoroutineWorker] | None = None,
+    ) -> None:
+        super().__init__(workers, make)
         self._loops = loops
 
     async def close(self, deadline: float) -> bool:

@@ -30,18 +30,18 @@ class PrefetchLimit:
     fails by then, and an outage should use up as few tries as possible.
 
     Args:
-        workers: at least one.
+        workers: at least one; may change.
     """
 
     def __init__(self, workers: int) -> None:
-        self._workers = workers
+        self.workers = workers
         self._mean = SECONDS
 
     @property
     def jobs(self) -> int:
         """Number of jobs."""
-        ready = int(self._workers * SECONDS / max(self._mean, SECONDS / AHEAD_MAX))
-        return min(max(self._workers, ready), max(self._workers, AHEAD_MAX))
+        ready = int(self.workers * SECONDS / max(self._mean, SECONDS / AHEAD_MAX))
+        return min(max(self.workers, ready), max(self.workers, AHEAD_MAX))
 
     def ran(self, seconds: float, *, failed: bool) -> None:
         """Updates the mean with a job's duration."""
@@ -81,13 +81,18 @@ class QueuedJob:
 class JobQueue:
     """Hands jobs from the event loop to workers' threads, and results back. Made on the loop.
 
+    Args:
+        on_dismissed: called on the loop with the name of each worker that was dismissed.
+
     Attributes:
         queued: the jobs that have no result yet; of the loop.
         closed: no further job is begun.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_dismissed: Callable[[str], object] = lambda _: None) -> None:
         self._loop = asyncio.get_running_loop()
+        self._on_dismissed = on_dismissed
+        self._dismissals: deque[None] = deque()  # one for each worker that is to end
         # `None` wakes a worker: a job came back, or the queue was closed.
         self._waiting: queue.SimpleQueue[QueuedJob | None] = queue.SimpleQueue()
         self._back: deque[QueuedJob] = deque()
@@ -105,10 +110,14 @@ class JobQueue:
         return queued
 
     def take(self, worker: str) -> QueuedJob | None:
-        """Waits for the next job; `None` once the queue is closed. On a worker's thread."""
+        """Waits for the next job; `None` if the worker is to end. On its thread."""
         self._idle.add(worker)
         try:
             while not self.closed:
+                if self._dismissals and self._revoke():
+                    with contextlib.suppress(RuntimeError):  # the loop is gone
+                        self._loop.call_soon_threadsafe(self._on_dismissed, worker)
+                    return None
                 queued = self._take_back() or self._waiting.get()
                 if queued is not None and not self.closed:
                     queued.worker, queued.began = worker, monotonic()
@@ -141,6 +150,23 @@ class JobQueue:
             return self._back.popleft()
         except IndexError:
             return None
+
+    def dismiss(self, workers: int) -> None:
+        """Has so many workers end, each when it has no job; whichever takes its next one first."""
+        for _ in range(workers):
+            self._dismissals.append(None)
+            self._waiting.put(None)
+
+    def keep(self, workers: int) -> int:
+        """Keeps some of the workers that were dismissed and did not end yet; returns how many."""
+        return sum(self._revoke() for _ in range(workers))
+
+    def _revoke(self) -> bool:
+        try:
+            self._dismissals.popleft()
+        except IndexError:
+            return False
+        return True
 
     def put_back(self, jobs: Iterable[QueuedJob]) -> None:
         """Puts jobs back that were taken and not begun, the oldest first; they are next."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 from ingestd.base.logging import get_logger
@@ -11,8 +12,9 @@ from ingestd.execution.job_queue import JobQueue, PrefetchLimit
 from ingestd.handlers.outcome import POSTPONED, Failure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from ingestd.execution.concurrency import Demand
     from ingestd.execution.job_queue import QueuedJob
     from ingestd.handlers.outcome import Job, Result
 
@@ -21,6 +23,10 @@ START_TIMEOUT = 120.0
 """Seconds for a worker to load the handler; some load models."""
 START_AGAIN_SECONDS = 2.0
 """Shortest wait of a batch for which no worker could be started."""
+
+
+END_SECONDS = 5.0
+"""Time in which a worker that is not needed any more may close its handler."""
 
 
 def not_started(why: str) -> Failure:
@@ -79,7 +85,13 @@ class TaskWorker(Worker, Protocol):
 
 
 class ThreadedWorker(Worker, Protocol):
-    """A worker with a thread of the daemon; the thread is the worker, or speaks with it."""
+    """A worker with a thread of the daemon; the thread is the worker, or speaks with it.
+
+    Attributes:
+        name: of the thread; no other worker of the pool has it.
+    """
+
+    name: str
 
     def serve(self, jobs: JobQueue) -> None:
         """Has its thread take jobs from the queue until that is closed."""
@@ -96,12 +108,32 @@ L = TypeVar("L", bound=Worker)
 class Pool(Generic[L]):
     """Owns workers, and the places of jobs that run or lie ready.
 
+    Where it can make workers, their number changes while it runs (`resize`). More than were ever
+    asked for are never alive at once: those that shall end count until they are gone. A worker
+    that is to end does so when it has no job.
+
     Args:
         workers: all of them.
+        make: makes one more worker, of a number that no other has; `None` if there are never more.
+
+    Attributes:
+        workers: those that serve, or are being started.
+        size: how many serve.
+        waited: jobs so far that had to wait for a place.
+        taken: places so far.
+        failed: workers so far that could not be started.
     """
 
-    def __init__(self, workers: Sequence[L]) -> None:
-        self.workers = workers
+    def __init__(self, workers: Iterable[L], make: Callable[[int], L] | None = None) -> None:
+        self.workers = list(workers)
+        self.size = len(self.workers)
+        self.waited = self.taken = self.failed = 0
+        self._make = make
+        self._numbers = {worker: number for number, worker in enumerate(self.workers)}
+        self._wanted = self.size
+        self._resizing: asyncio.Task[None] | None = None
+        self._ending: set[asyncio.Task[bool]] = set()
+        self._lost = 0  # that could not be ended
         self._used = 0
         self._freed = asyncio.Event()
 
@@ -125,7 +157,7 @@ class Pool(Generic[L]):
     @property
     def places(self) -> int:
         """Bound of the jobs that run or lie ready."""
-        return len(self.workers)
+        return self.size
 
     @property
     def has_free(self) -> bool:
@@ -134,6 +166,8 @@ class Pool(Generic[L]):
 
     async def acquire(self) -> None:
         """Waits for a place for one job, the caller's until `release`."""
+        self.taken += 1
+        self.waited += self._used >= self.places
         while self._used >= self.places:
             self._freed.clear()
             await self._freed.wait()
@@ -174,8 +208,101 @@ class Pool(Generic[L]):
         """The bytes of memory of each worker that is a process of its own, by its number."""
         from ingestd.execution.process_monitor import resident_bytes  # noqa: PLC0415
 
-        pids = [getattr(worker, "pid", 0) for worker in self.workers]
-        return {str(n): resident_bytes(pid) for n, pid in enumerate(pids) if pid}
+        pids = {self._numbers[worker]: getattr(worker, "pid", 0) for worker in self.workers}
+        return {str(number): resident_bytes(pid) for number, pid in pids.items() if pid}
+
+    # -- another number of workers -----------------------------------------------------------------
+
+    @property
+    def resizable(self) -> bool:
+        """Tells if `resize` can be called."""
+        return self._make is not None
+
+    @property
+    def demand(self) -> Demand:
+        """Numbers that say whether there are enough workers."""
+        from ingestd.execution.concurrency import Demand  # noqa: PLC0415  most do without
+
+        return Demand(self.size, self.waited, self.taken, self.failed)
+
+    def resize(self, workers: int) -> None:
+        """Has so many workers serve, as soon as these are started; see `size`."""
+        self._wanted = workers
+        if self._resizing is None or self._resizing.done():
+            self._resizing = asyncio.create_task(self._resize(), name="pool-resize")
+
+    async def _resize(self) -> None:
+        while self._wanted != self.size:
+            if self._wanted < self.size:
+                surplus = self.size - self._wanted
+                self._serving(-surplus)
+                self._dismiss(surplus)
+                continue
+            self._serving(self._keep(self._wanted - self.size))
+            if (more := self._wanted - len(self._numbers)) > 0:
+                if not all(await asyncio.gather(*(self._add() for _ in range(more)))):
+                    self._wanted = self.size
+            elif self._ending:
+                await asyncio.wait(self._ending, return_when=asyncio.FIRST_COMPLETED)
+            elif self._lost:
+                self.failed, self._wanted = self.failed + 1, self.size
+            else:
+                await asyncio.sleep(0.001)  # one has taken its dismissal, and tells the loop
+
+    def _serving(self, more: int) -> None:
+        """Another number of workers serve."""
+        self.size += more
+        self._freed.set()
+
+    async def _add(self) -> bool:
+        """Starts one more worker; tells if it serves."""
+        assert self._make is not None  # noqa: S101  `resize` is not called without
+        taken = set(self._numbers.values())
+        number = next(n for n in range(len(taken) + 1) if n not in taken)
+        worker = self._make(number)
+        self._numbers[worker] = number
+        self.workers.append(worker)
+        try:
+            async with asyncio.timeout(START_TIMEOUT):
+                await worker.start()
+        except Exception as error:  # noqa: BLE001  there are others, which go on
+            self.failed += 1
+            log.warning("worker_not_started", worker=number, error=str(error))
+            self._end(worker)
+            return False
+        self._serve(worker)
+        self._serving(1)
+        return True
+
+    def _end(self, worker: L) -> None:
+        """Ends a worker that serves no more."""
+        self.workers.remove(worker)
+        ending = asyncio.create_task(
+            worker.close(asyncio.get_running_loop().time() + END_SECONDS), name="worker-end"
+        )
+        self._ending.add(ending)
+        ending.add_done_callback(partial(self._ended, worker))
+
+    def _ended(self, worker: L, ending: asyncio.Task[bool]) -> None:
+        self._ending.discard(ending)
+        if ending.cancelled() or ending.exception() is not None or not ending.result():
+            self._lost += 1  # its thread hangs; it counts on, so that there are not ever more
+        else:
+            del self._numbers[worker]
+
+    def _serve(self, worker: L) -> None:
+        """Has a worker that is started take jobs."""
+        raise NotImplementedError
+
+    def _dismiss(self, workers: int) -> None:
+        """Has so many workers end when they have no job; calls `_end` with each."""
+        raise NotImplementedError
+
+    def _keep(self, workers: int) -> int:
+        """Keeps some of those that were dismissed and did not end yet; returns how many."""
+        raise NotImplementedError
+
+    # -- end ---------------------------------------------------------------------------------------
 
     async def close(self, deadline: float) -> bool:
         """Ends all workers, by force after `deadline` (loop time).
@@ -183,7 +310,17 @@ class Pool(Generic[L]):
         Returns:
             Whether all are really gone.
         """
-        return all(await asyncio.gather(*(worker.close(deadline) for worker in self.workers)))
+        if self._resizing is not None:
+            self._resizing.cancel()  # a worker that is being started is one of `workers`
+            await asyncio.gather(self._resizing, return_exceptions=True)
+        gone = all(await asyncio.gather(*(worker.close(deadline) for worker in self.workers)))
+        if ending := set(self._ending):
+            now = asyncio.get_running_loop().time()
+            _, late = await asyncio.wait(ending, timeout=max(0.1, deadline - now))
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        return gone and not self._lost
 
 
 class TaskPool(Pool[TaskWorker]):
@@ -193,6 +330,7 @@ class TaskPool(Pool[TaskWorker]):
         """See `Pool.start`."""
         self._free: asyncio.Queue[TaskWorker] = asyncio.Queue()
         self._running: dict[TaskWorker, tuple[float, Job]] = {}
+        self._dismissed = 0
         for worker in self.workers:
             self._free.put_nowait(worker)
         await super().start()
@@ -205,11 +343,28 @@ class TaskPool(Pool[TaskWorker]):
             return await worker.run(job)
         finally:
             del self._running[worker]
-            self._free.put_nowait(worker)
+            self._serve(worker)
 
     def _jobs_by_worker(self) -> Iterator[tuple[str, float, Job]]:
         for worker, (began, job) in self._running.items():
             yield getattr(worker, "name", ""), began, job
+
+    def _serve(self, worker: TaskWorker) -> None:
+        if self._dismissed:
+            self._dismissed -= 1
+            self._end(worker)
+        else:
+            self._free.put_nowait(worker)
+
+    def _dismiss(self, workers: int) -> None:
+        self._dismissed += workers
+        for _ in range(min(workers, self._free.qsize())):
+            self._serve(self._free.get_nowait())
+
+    def _keep(self, workers: int) -> int:
+        kept = min(workers, self._dismissed)
+        self._dismissed -= kept
+        return kept
 
 
 class ThreadedPool(Pool[ThreadedWorker]):
@@ -217,6 +372,7 @@ class ThreadedPool(Pool[ThreadedWorker]):
 
     Args:
         workers: all of them.
+        make: see `Pool`.
         overrun: seconds after which a job is reported as overrunning; `None` where the workers end
             such a job themselves.
         first: so many workers are started before `start` returns, and say whether the handler can
@@ -227,28 +383,48 @@ class ThreadedPool(Pool[ThreadedWorker]):
 
     def __init__(
         self,
-        workers: Sequence[ThreadedWorker],
+        workers: Iterable[ThreadedWorker],
+        make: Callable[[int], ThreadedWorker] | None = None,
         *,
         overrun: float | None = None,
         first: int | None = None,
         prefetch: bool = True,
     ) -> None:
-        super().__init__(workers)
+        super().__init__(workers, make)
         self._first = first
         self._overrun = overrun
-        self._prefetch = PrefetchLimit(len(workers)) if prefetch else None
+        self._prefetch = PrefetchLimit(self.size) if prefetch else None
 
     async def start(self) -> None:
         """See `Pool.start`."""
-        self._jobs = JobQueue()
+        self._jobs = JobQueue(self._dismissed)
         await self._start(self.workers[: self._first])
         for worker in self.workers:
-            worker.serve(self._jobs)
+            self._serve(worker)
+
+    def _serve(self, worker: ThreadedWorker) -> None:
+        worker.serve(self._jobs)
+
+    def _serving(self, more: int) -> None:
+        super()._serving(more)
+        if self._prefetch is not None:
+            self._prefetch.workers = self.size
+
+    def _dismiss(self, workers: int) -> None:
+        self._jobs.dismiss(workers)
+
+    def _keep(self, workers: int) -> int:
+        return self._jobs.keep(workers)
+
+    def _dismissed(self, name: str) -> None:
+        worker = next((one for one in self.workers if one.name == name), None)
+        if worker is not None and not self._jobs.closed:
+            self._end(worker)
 
     @property
     def places(self) -> int:
         """See `Pool.places`."""
-        return len(self.workers) + (0 if self._prefetch is None else self._prefetch.jobs)
+        return self.size + (0 if self._prefetch is None else self._prefetch.jobs)
 
     async def run(self, job: Job) -> Result:
         """See `Pool.run`."""

@@ -503,6 +503,7 @@ class ProcessWorker:
         surroundings: what each child is started with; those of now if not given.
 
     Attributes:
+        name: see `ThreadedWorker`.
         is_async: with the executor `auto`, the handler has to be awaited; known after the start.
         pid: of the child; 0 while there is none.
         schema: of the records, from a process that validates; known after the start.

@@ -122,6 +122,9 @@ class ExecutorSettings(Section):
     workers: Count = Field(
         4, ge=1, le=1024, description="maximum of batches that are handled at once"
     )
+    workers_max: Count = Field(
+        0, ge=0, le=1024, description="up to so many while latency stays flat; 0: always workers"
+    )
     timeout: Seconds = Field(60.0, gt=0, le=30 * _DAY, description="timeout of one call")
     batches_per_second: PerSecond = Field(
         0.0, ge=0, le=10**6, description="maximum of calls a second, retries included; 0: no limit"
@@ -206,6 +209,9 @@ def problems_of(
     if retry.backoff_max < retry.backoff:
         longest, first = show_seconds(retry.backoff_max), show_seconds(retry.backoff)
         yield "retry.backoff_max", f"{longest} is shorter than retry.backoff ({first})"
+    if 0 < executor.workers_max < executor.workers:
+        problem = f"{executor.workers_max} is less than executor.workers ({executor.workers})"
+        yield "executor.workers_max", problem
     if executor.factory and executor.kind != "auto":
         problem = "executor.factory says what the handler runs in; leave it out"
         yield "executor.kind", f"{problem} (it is {executor.kind})"

@@ -253,6 +253,7 @@ class ObservedPool(Pool[Any]):
         self._inner = make(config, [f"{name}-worker-{i}" for i in range(executor.workers)])
         with self._loop.outside():
             await self._inner.start()
+        self.size = self._inner.size  # no job lies ready before them: calls begin in order
         return self, kind
 
     def _runner(self, config: HandlerConfig, worker: str) -> HarnessRunner:
@@ -275,11 +276,6 @@ class ObservedPool(Pool[Any]):
             ],
             loops,
         )
-
-    @property
-    def places(self) -> int:
-        """See `Pool.places`; no job lies ready before a worker, so that calls begin in order."""
-        return len(self._inner.workers)
 
     async def run(self, job: Job) -> Result:
         """See `Pool.run`."""

@@ -27,6 +27,7 @@ NOT_NEEDED = (
     "ingestd.cli.check",
     "ingestd.cli.dead",
     "ingestd.cli.prove",
+    "ingestd.execution.concurrency",
     "ingestd.execution.event_loops",
     "ingestd.execution.external",
     "ingestd.execution.process",
