@@ -66,6 +66,8 @@ TOOLS = {
     "init": "write a small project: a handler with its settings, tests and deployment files",
     "dead": "list, sum up, show, edit, retry, purge or export dead letters",
     "replay": "feed processed records once more that journal.keep has kept",
+    "tap": "print records as they pass through a running daemon",
+    "top": "show the numbers of a running daemon, again each second",
     "peek": "print pending records, without taking them",
     "healthcheck": "check that the daemon on this machine is ready, or alive",
     "pause": "have pipelines accept records and give none to their handlers, until resume",

@@ -206,8 +206,13 @@ class SettlementWriter:
         journal_id: the first part of each record's id; known after `recover`.
         next_batch: the number of the next batch.
         recent: the last tries of batches.
+        on_outcome: called with each batch that was settled, its records, the dead letters by their
+            places in it, and the places of what is tried again, while a client looks at them.
     """
 
+    on_outcome: (
+        Callable[[SealedBatch, Records, Mapping[int, DeadLetter], frozenset[int]], None] | None
+    ) = None
     journal_id = ""
     next_batch = 0
 
@@ -337,6 +342,10 @@ class SettlementWriter:
         await self._commit(batch, dead, successors)
         for successor, after in successors:
             self._dispatcher.park(successor, after, asked=not split)
+        if self.on_outcome is not None:
+            died = {one.index: letter for one, letter in zip(verdict.given_up, dead, strict=True)}
+            left = frozenset(index for one in verdict.again for index in one.indices)
+            self.on_outcome(batch, records, died, left)
 
     async def set_aside(self, batch: SealedBatch) -> None:
         """Settles a batch that can't be read: only what lies in damaged chunks is given up."""

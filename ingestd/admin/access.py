@@ -131,6 +131,12 @@ class AdminAccess:
             return self.is_local(request)
         return self._settings.payloads == "always"
 
+    def may_tap(self, request: AdminRequest) -> bool:
+        """Returns True if records may be shown as they pass: beyond this machine, to admins."""
+        token = self._settings.tokens.get(request.principal)
+        trusted = token is not None and token.role == "admin"
+        return self.shows_payloads(request) and (trusted or self.is_local(request))
+
     def _deny(self, request: AdminRequest, detail: str, error: str = "") -> Problem:
         self.denials.count(request.peer)
         challenge = {"WWW-Authenticate": _CHALLENGE.format(error)}

@@ -53,6 +53,12 @@ class UsageError(IngestdError):
     exit_code = Exit.USAGE
 
 
+class DaemonError(IngestdError):
+    """The daemon that a command asked gave no answer, or refused it."""
+
+    message = "{problem}"
+
+
 class HandlerLoadError(ConfigError):
     """A handler can't be loaded, or does not fit its pipeline or its options."""
 

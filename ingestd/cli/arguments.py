@@ -176,6 +176,18 @@ def _condition(written: str) -> str:
     return written
 
 
+def positive(written: str) -> int:
+    """A count of at least 1.
+
+    Raises:
+        ArgumentTypeError, ValueError: it is none.
+    """
+    number = int(written)
+    if number < 1:
+        raise argparse.ArgumentTypeError("should be at least 1")
+    return number
+
+
 def _add_config(group: _Arguments) -> None:
     group.add_argument(
         "--config",

@@ -18,7 +18,7 @@ import msgspec
 
 from ingestd.base.clock import shown
 from ingestd.base.errors import ConfigError, Exit, UsageError
-from ingestd.cli.arguments import add_data_dir
+from ingestd.cli.arguments import add_data_dir, positive
 from ingestd.cli.configured import configured
 from ingestd.cli.lines import as_line, as_page, as_row, head, one_line, write_lines
 from ingestd.cli.moments import moment
@@ -115,16 +115,16 @@ def _add_filter(parser: Parser) -> None:
         "--since", type=moment, metavar="WHEN", help=f"given up then or later: {when}"
     )
     group.add_argument("--until", type=moment, metavar="WHEN", help="given up before")
-    group.add_argument("--limit", type=_positive, metavar="N", help="only the N oldest of these")
+    group.add_argument("--limit", type=positive, metavar="N", help="only the N oldest of these")
 
 
 def _add_ids(parser: Parser) -> None:
     """Adds numbers of dead letters, in the same two forms for every action."""
     parser.add_argument(
-        "ids", type=_positive, nargs="*", default=[], metavar="ID", help="number in the list"
+        "ids", type=positive, nargs="*", default=[], metavar="ID", help="number in the list"
     )
     parser.add_argument(
-        "--id", type=_positive, action="append", default=[], metavar="ID", help="the same"
+        "--id", type=positive, action="append", default=[], metavar="ID", help="the same"
     )
 
 
@@ -133,13 +133,6 @@ def _reason(written: str) -> str:
         known = ", ".join(REASONS)
         raise argparse.ArgumentTypeError(f"{written!r} is no reason; there are {known}")
     return written
-
-
-def _positive(written: str) -> int:
-    number = int(written)
-    if number < 1:
-        raise argparse.ArgumentTypeError("should be at least 1")
-    return number
 
 
 def execute(arguments: argparse.Namespace) -> int:

@@ -7,9 +7,10 @@ import http.client
 import ipaddress
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ingestd.base.errors import Exit
+from ingestd.base.errors import ConfigError, DaemonError, Exit
 from ingestd.cli.arguments import add_admin
 from ingestd.cli.configured import here
 from ingestd.cli.output import add_json, fail, say_json
@@ -28,6 +29,8 @@ alive (/livez). Prints nothing if it is, and one line if it is not; --json print
 exit codes: 0 it is; 1 it is not, or does not answer in time; 2 usage"""
 
 _ANSWER_BYTES = 64 * 1024
+CLIENT_SECONDS = 5.0
+"""How long a command waits for an answer."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None:
@@ -67,6 +70,29 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def _ask(arguments: argparse.Namespace) -> str:
     """Asks the daemon; returns the problem, or an empty text."""
+    try:
+        listen, host, port = admin_address(arguments)
+    except ValueError as error:
+        return f"admin.listen: {error}"
+    page = "/livez" if arguments.live else "/readyz"
+    connection = http.client.HTTPConnection(host, port, timeout=arguments.timeout)
+    try:
+        connection.request("GET", page)
+        answer = connection.getresponse()
+        said = answer.read(_ANSWER_BYTES)
+    except (OSError, http.client.HTTPException) as error:
+        return f"no answer from {listen}: {_why(error)}"
+    finally:
+        connection.close()
+    return "" if answer.status == 200 else f"{page} is {answer.status}: {_detail(said)}"
+
+
+def admin_address(arguments: argparse.Namespace) -> tuple[str, str, int]:
+    """Finds the admin server: what `admin.listen` says, and the host and port to reach it at.
+
+    Raises:
+        ValueError: it is off, or its port is unknown.
+    """
     # Only this setting counts: a file that is being edited does not make a daemon unhealthy.
     written = peek(
         Settings,
@@ -77,22 +103,68 @@ def _ask(arguments: argparse.Namespace) -> str:
         config=arguments.config,
     )
     listen = AdminSettings().listen if written is None else str(written)
-    try:
-        host, port = reachable(listen)
-    except ValueError as error:
-        return f"admin.listen: {error}"
-    page = "/livez" if arguments.live else "/readyz"
-    connection = http.client.HTTPConnection(host, port, timeout=arguments.timeout)
-    try:
-        connection.request("GET", page)
-        answer = connection.getresponse()
-        said = answer.read(_ANSWER_BYTES)
-    except (OSError, http.client.HTTPException) as error:
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        return f"no answer from {listen}: {why}"
-    finally:
-        connection.close()
-    return "" if answer.status == 200 else f"{page} is {answer.status}: {_detail(said)}"
+    return listen, *reachable(listen)
+
+
+class AdminClient:
+    """The admin server of a daemon, for commands that ask it.
+
+    Args:
+        arguments: of the command, with those of `add_admin_client`.
+
+    Raises:
+        ConfigError: the address or the token is not as it should be.
+    """
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        try:
+            self.listen, self._host, self._port = admin_address(arguments)
+        except ValueError as error:
+            raise ConfigError(problem=f"admin.listen: {error}") from None
+        self._headers: dict[str, str] = {}
+        if arguments.token_file:
+            try:
+                token = Path(arguments.token_file).read_text(encoding="ascii").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(problem=f"{arguments.token_file}: {_why(error)}") from error
+            self._headers["Authorization"] = f"Bearer {token}"
+
+    def get(self, page: str, *, streams: bool = False) -> http.client.HTTPResponse:
+        """Asks for a page; the answer is a good one, to be read.
+
+        Args:
+            page: its path, with a query.
+            streams: the answer may pause for as long as it likes.
+
+        Raises:
+            DaemonError: there is no answer, or not a good one.
+        """
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=CLIENT_SECONDS)
+        try:
+            connection.request("GET", page, headers=self._headers)
+            if streams and connection.sock is not None:
+                connection.sock.settimeout(None)
+            answer = connection.getresponse()
+            said = b"" if answer.status == 200 else answer.read(_ANSWER_BYTES)
+        except (OSError, http.client.HTTPException) as error:
+            problem = f"no answer from {self.listen}: {_why(error)}"
+            raise DaemonError(problem=problem) from error
+        if answer.status != 200:
+            path = page.partition("?")[0]
+            raise DaemonError(problem=f"{path} is {answer.status}: {_detail(said)}")
+        return answer
+
+
+def add_admin_client(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of a command that asks the admin server."""
+    parser.add_argument(
+        "--token-file", metavar="FILE", help="file with a token of admin.tokens, where one is asked"
+    )
+    add_admin(parser)
+
+
+def _why(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def reachable(listen: str) -> tuple[str, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ import msgspec
 from ingestd.base.clock import shown
 from ingestd.base.envelope import facts_of
 from ingestd.base.errors import Exit
-from ingestd.cli.arguments import add_data_dir, add_where
+from ingestd.cli.arguments import add_data_dir, add_where, positive
 from ingestd.cli.configured import configured
 from ingestd.cli.lines import write_lines
 from ingestd.codecs.pointer import Where
@@ -20,6 +19,7 @@ from ingestd.journal.build import stored_journals
 from ingestd.journal.handling import payload_fields
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Iterator, Sequence
 
     from ingestd.journal.sqlite.check import SqliteFile
@@ -47,18 +47,6 @@ def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None
         help="an object a record: id, accepted_at, batch and its attempts, envelope, payload",
     )  # fmt: skip
     add_data_dir(parser)
-
-
-def positive(written: str) -> int:
-    """A count of at least 1.
-
-    Raises:
-        ArgumentTypeError, ValueError: it is none.
-    """
-    number = int(written)
-    if number < 1:
-        raise argparse.ArgumentTypeError("should be at least 1")
-    return number
 
 
 def execute(arguments: argparse.Namespace) -> int:

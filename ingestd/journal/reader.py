@@ -7,7 +7,7 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from ingestd.base.record import Span
     from ingestd.journal.interface import Chunk, Journal
@@ -106,7 +106,12 @@ class ChunkReader:
         room: bounds what is in memory; the caller frees what it got from `next`.
         first: the first chunk to give.
         last: the newest chunk that is in the journal.
+
+    Attributes:
+        on_push: called with each chunk that has become durable, while a client looks at them.
     """
+
+    on_push: Callable[[Chunk], None] | None = None
 
     def __init__(self, journal: Journal, room: MemoryBudget, *, first: int, last: int) -> None:
         self._journal = journal
@@ -142,6 +147,8 @@ class ChunkReader:
             self._fresh.append(chunk)
         self._last = chunk.id
         self._came.set()
+        if self.on_push is not None:
+            self.on_push(chunk)
 
     async def next(self) -> Chunk:
         """The next chunk; its payload's bytes are counted in the room."""

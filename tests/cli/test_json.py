@@ -30,7 +30,11 @@ NO_FACTS = {
     "dev": "a session at a terminal",
     "dead export": "prints JSON lines without being asked",
 }
-SLOW = {"prove": "tests/prove/test_prove.py"}
+SLOW = {
+    "prove": "tests/prove/test_prove.py",
+    "tap": "tests/cli/test_live.py",
+    "top": "tests/cli/test_live.py",
+}
 """Commands that take seconds, and the tests that parse their `--json`."""
 LINES = {
     "check": ["check", "sqlite", "--handler.options.path", "x.db"],

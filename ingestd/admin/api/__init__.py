@@ -21,6 +21,7 @@ from ingestd import __version__
 from ingestd.admin.access import Need
 from ingestd.admin.connection import AdminPage, StreamedResponse
 from ingestd.admin.status import Status
+from ingestd.admin.tap import Taps, read_query
 from ingestd.admin.watch import History, Watchers
 from ingestd.base.logging import get_logger
 from ingestd.base.tasks import OwnThread
@@ -130,6 +131,17 @@ OPERATIONS: Mapping[str, Operation] = {
         "GET", "/v1/watch", Need.READ, "Status, batches and samples as they come",
         gives="text/event-stream",
     ),
+    "tap": Operation(
+        "GET", "/v1/tap", Need.READ, "Records as they pass a stage, one a line, sampled if many",
+        {
+            **_ONE,
+            "stage": "accepted, processed or dead",
+            "where": "KEY=VALUE in JSON records; repeatable",
+            "sample": "The part of the records that is shown, up to 1",
+            "limit": "Number of records after which it ends",
+        },
+        gives="application/x-ndjson",
+    ),
     "history": Operation("GET", "/v1/history", Need.READ, "Samples of the last 15 minutes", _ONE),
     "workers": Operation("GET", "/v1/workers", Need.READ, "Workers and what each does", _ONE),
     "batches": Operation(
@@ -189,6 +201,7 @@ class AdminApi:
         self._access = access
         self._history = history
         self._watchers = Watchers(view, history)
+        self._taps = Taps(view)
         self._thread = OwnThread("admin-dead-letters")
         self._exports = 0
 
@@ -216,6 +229,14 @@ class AdminApi:
         _query(request, "watch")
         self._watchers.check()
         return StreamedResponse("text/event-stream", self._watchers.write)
+
+    async def tap(self, request: AdminRequest) -> StreamedResponse:
+        """Answers `/v1/tap`."""
+        asked = _query(request, "tap")
+        query = read_query(asked, list(self._pipelines(asked)))
+        if not self._access().may_tap(request):
+            raise Problem(problem.FORBIDDEN, f"{HIDDEN}, with a token of the role admin")
+        return self._taps.open(query)
 
     def history(self, request: AdminRequest) -> Response:
         """Answers `/v1/history`."""

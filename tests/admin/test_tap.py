@@ -1,0 +1,149 @@
+"""`GET /v1/tap` over HTTP, with a pipeline behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ingestd.admin import tap
+from ingestd.base.append import Append
+from ingestd.base.record import Records
+from ingestd.config.network import split_address
+from tests.admin.test_admin_api import ADMIN, READER, SETTINGS, Seen, seen
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+__all__ = ["seen"]
+
+
+class Reader:
+    """The reading end of a tap."""
+
+    def __init__(self, streams: tuple[asyncio.StreamReader, asyncio.StreamWriter]) -> None:
+        self._from, self._to = streams
+
+    async def lines(self, count: int) -> list[dict]:
+        """The next lines, each a chunk of its own or several in one."""
+        found: list[dict] = []
+        async with asyncio.timeout(20):
+            while len(found) < count:
+                size = int(await self._from.readuntil(b"\r\n"), 16)
+                if not size:
+                    break
+                piece = await self._from.readexactly(size + 2)
+                found += [json.loads(line) for line in piece[:-2].splitlines() if line]
+        return found
+
+    def close(self) -> None:
+        self._to.transport.abort()
+
+
+@pytest.fixture
+async def open_tap(seen: Seen) -> AsyncIterator:
+    readers: list[Reader] = []
+
+    async def open_(query: str = "") -> Reader:
+        host, port = split_address(seen.server.addresses[0])
+        streams = await asyncio.open_connection(host, port)
+        streams[1].write(b"GET /v1/tap?%b HTTP/1.1\r\nHost: localhost\r\n\r\n" % query.encode())
+        head = await streams[0].readuntil(b"\r\n\r\n")
+        assert b"200 OK" in head
+        assert b"application/x-ndjson" in head
+        readers.append(Reader(streams))
+        return readers[-1]
+
+    yield open_
+    for reader in readers:
+        reader.close()
+
+
+def hooks(seen: Seen) -> tuple[object, object]:
+    return seen.pipeline.reader.on_push, seen.pipeline.settlements.on_outcome
+
+
+async def test_records_are_shown_at_each_stage(
+    seen: Seen,
+    open_tap,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tap, "IDLE_SECONDS", 0.05)
+    accepted = await open_tap("where=n=2&limit=1")
+    processed = await open_tap("stage=processed&pipeline=default")
+    dead = await open_tap("stage=dead")
+    assert None not in hooks(seen)
+    await seen.feed({"n": 1}, {"n": 2, "refused": "it"}, {"n": 3})
+    journal = seen.pipeline.settlements.journal_id
+    (one,) = await accepted.lines(2)  # and it ends
+    assert one.pop("at")
+    assert one == {
+        "stage": "accepted", "pipeline": "default", "id": f"{journal}.1.1", "envelope": {},
+        "payload": '{"n": 2, "refused": "it"}',
+    }  # fmt: skip
+    assert [line["id"][-3:] for line in await processed.lines(2)] == ["1.0", "1.2"]
+    (letter,) = await dead.lines(1)
+    assert (letter["id"], letter["reason"]) == (f"{journal}.1.1", "rejected")
+    assert letter["error"] == "ValueError: cannot take it"
+    assert letter["batch"] == f"{journal}-1"
+    for reader in (processed, dead):
+        reader.close()
+    await seen.until(lambda: hooks(seen) == (None, None))
+
+
+async def test_a_sample_is_evenly_spread(seen: Seen, open_tap) -> None:
+    reader = await open_tap("sample=0.25")
+    await seen.feed(*({"n": n} for n in range(40)))
+    shown = [json.loads(one["payload"])["n"] for one in await reader.lines(10)]
+    assert shown == list(range(3, 40, 4))
+
+
+async def test_a_slow_reader_loses_records_and_is_told(
+    seen: Seen,
+    open_tap,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tap, "HELD_MAX", 2)
+    reader = await open_tap("limit=3")
+    first = Append(Records.lines([b'"first"']))
+    waits = [seen.pipeline.accept(first)]
+    # Larger than a chunk, so that each of them is some, which come in one turn of the loop.
+    large = Records.lines([b'"%b"' % (b"x" * 100_000)] * 9)
+    waits.append(seen.pipeline.accept(Append(large)))
+    await asyncio.gather(*waits)
+    lines = await reader.lines(4)
+    assert sum("payload" in line for line in lines) == 3
+    assert max(line.get("lost", 0) for line in lines) > 0
+    await seen.until(lambda: not seen.pipeline.ledger.pending)
+
+
+async def test_wrong_taps_and_too_many_are_refused(
+    seen: Seen,
+    open_tap,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    conditions = "&".join(["where=a=1"] * 17)
+    for query in ("stage=x", "sample=0", "sample=nan", "limit=-1", "limit=x", "where=a", "x=1",
+                  conditions):  # fmt: skip
+        assert (await seen.ask(f"/v1/tap?{query}"))[0] == 400, query
+    assert (await seen.ask("/v1/tap?pipeline=x"))[0] == 404
+    monkeypatch.setattr(tap, "TAPS_MAX", 1)
+    await open_tap()
+    await seen.until(lambda: hooks(seen)[0] is not None)
+    assert (await seen.ask("/v1/tap"))[0] == 503
+
+
+async def test_beyond_this_machine_only_admins_see_payloads(seen: Seen) -> None:
+    beyond = {"X-Forwarded-For": "192.0.2.1"}
+    assert (await seen.ask("/v1/tap?limit=1", **beyond))[0] == 401
+    assert (await seen.ask("/v1/tap?limit=1", token=ADMIN, **beyond))[0] == 403
+    seen.server.prepare(SETTINGS.model_copy(update={"payloads": "always"}))()
+    assert (await seen.ask("/v1/tap?limit=1", token=READER, **beyond))[0] == 403
+    allowed = asyncio.ensure_future(seen.ask("/v1/tap?limit=1", token=ADMIN, **beyond))
+    await seen.until(lambda: hooks(seen)[0] is not None)
+    await seen.feed({"n": 1})
+    assert (await allowed)[0] == 200
+    seen.server.prepare(SETTINGS.model_copy(update={"payloads": "never"}))()
+    assert (await seen.ask("/v1/tap?limit=1"))[0] == 403
