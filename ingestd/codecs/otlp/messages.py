@@ -124,7 +124,9 @@ def _id_kind(size: int) -> FieldKind:
 def _read_any(value: bytes) -> Any:
     size = len(value)
     if size > 2 and value[0] == _TEXT_TAG:  # a text, as nearly all are
-        length, at = wire.varint(value, 1)
+        length, at = value[1], 2
+        if length > 127:
+            length, at = wire.varint(value, 1)
         if length == size - at:
             return value[at:].decode()
     elif size > 1 and value[0] == _INT_TAG:
@@ -139,13 +141,6 @@ def _parse_any(value: Any) -> Any:
 
 
 def _read_pair(value: bytes) -> tuple[str, Any]:
-    end = len(value)
-    if end > 4 and value[0] == _TEXT_TAG and (at := value[1] + 2) < 130:
-        size = end - at - 2  # of the value, behind its tag and its length
-        if 0 < size < 128 and value[at] == _VALUE_TAG and value[at + 1] == size:
-            if size > 2 and value[at + 2] == _TEXT_TAG and value[at + 3] == size - 2:
-                return value[2:at].decode(), value[at + 4 :].decode()
-            return value[2:at].decode(), _read_any(value[at + 2 :])
     found = MESSAGES["KeyValue"].read(value)
     return found.get("key", ""), found.get("value")
 
@@ -168,11 +163,25 @@ class _KnownPairs(dict[bytes, tuple[str, Any]]):
     """
 
     def __missing__(self, value: bytes) -> tuple[str, Any]:
-        pair = _read_pair(value)
-        if len(value) <= _KNOWN_BYTES_MAX:
-            if len(self) >= _KNOWN_MAX:
-                self.clear()
-            self[value] = pair
+        size = len(value)
+        if size > _KNOWN_BYTES_MAX:
+            return _read_pair(value)
+        # As most are: a short name, and a text or an integer behind it. All of it in this one call.
+        pair = None
+        if size > 4 and value[0] == _TEXT_TAG and (at := value[1] + 4) < size:
+            if value[at - 2] == _VALUE_TAG and value[at - 1] == size - at > 1:
+                kind = value[at]
+                if kind == _TEXT_TAG and value[at + 1] == size - at - 2:
+                    pair = value[2 : at - 2].decode(), value[at + 2 :].decode()
+                elif kind == _INT_TAG:
+                    number, end = wire.varint(value, at + 1)
+                    if end == size:
+                        pair = value[2 : at - 2].decode(), wire.signed(number)
+        if pair is None:
+            pair = _read_pair(value)
+        if len(self) >= _KNOWN_MAX:
+            self.clear()
+        self[value] = pair
         return pair
 
 
