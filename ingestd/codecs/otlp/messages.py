@@ -168,15 +168,15 @@ class _KnownPairs(dict[bytes, tuple[str, Any]]):
             return _read_pair(value)
         # As most are: a short name, and a text or an integer behind it. All of it in this one call.
         pair = None
-        if size > 4 and value[0] == _TEXT_TAG and (at := value[1] + 4) < size:
-            if value[at - 2] == _VALUE_TAG and value[at - 1] == size - at > 1:
-                kind = value[at]
-                if kind == _TEXT_TAG and value[at + 1] == size - at - 2:
-                    pair = value[2 : at - 2].decode(), value[at + 2 :].decode()
-                elif kind == _INT_TAG:
-                    number, end = wire.varint(value, at + 1)
-                    if end == size:
-                        pair = value[2 : at - 2].decode(), wire.signed(number)
+        at = value[1] + 4 if size > 4 and value[0] == _TEXT_TAG else size
+        if at < size and value[at - 2] == _VALUE_TAG and value[at - 1] == size - at > 1:
+            kind = value[at]
+            if kind == _TEXT_TAG and value[at + 1] == size - at - 2:
+                pair = value[2 : at - 2].decode(), value[at + 2 :].decode()
+            elif kind == _INT_TAG:
+                number, end = wire.varint(value, at + 1)
+                if end == size:
+                    pair = value[2 : at - 2].decode(), wire.signed(number)
         if pair is None:
             pair = _read_pair(value)
         if len(self) >= _KNOWN_MAX:

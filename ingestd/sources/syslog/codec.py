@@ -124,6 +124,7 @@ class SyslogCodec(StreamCodec):
         self._on_fault = on_fault
         self._framing: CountedFraming | TerminatedFraming | None = None
         self._begun = b""
+        self._counted: tuple[bytes, int] = (b"", 0)  # what was counted last
 
     @property
     def held(self) -> int:  # type: ignore[override]
@@ -142,11 +143,14 @@ class SyslogCodec(StreamCodec):
         """The most messages that bytes complete, about."""
         if self._framing is None:
             return len(data) // 2
-        return self._framing.messages_in(data)
+        if data is not self._counted[0]:  # a connection asks several times before it feeds them
+            self._counted = data, self._framing.messages_in(data)
+        return self._counted[1]
 
     def feed(self, data: bytes) -> Frames:
         """See `StreamCodec`."""
         framing = self._framing
+        self._counted = b"", 0
         if framing is None:
             data = (self._begun + data).lstrip(_FILLERS)
             may_be = _MAY_BE_COUNTED.fullmatch(data)
@@ -288,18 +292,20 @@ class CountedFraming:
             self._over_left -= skipped
             data = data[skipped:]
         tail = self._tail
-        tail += data
+        size = len(tail) + len(data)
         if self._is_lost:
             # Not searched again from its beginning for each piece.
-            if b"\n" not in data and len(tail) <= self._record_bytes_max:
-                return None
-        elif len(tail) < self._needed:
+            is_partial = b"\n" not in data and size <= self._record_bytes_max
+        else:
+            is_partial = size < self._needed
+        if is_partial:
+            tail += data
             return None
         messages: list[bytes] = []
         refused: list[InvalidRecord] = []
         self._needed = 0
-        at = self._split(bytes(tail), messages, refused)
-        del tail[:at]
+        whole = bytes(tail) + data if tail else data
+        tail[:] = whole[self._split(whole, messages, refused) :]
         return self._parsed(messages, refused)
 
     def messages_in(self, data: bytes) -> int:
