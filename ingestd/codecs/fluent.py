@@ -16,7 +16,7 @@ import msgspec
 from ingestd.base.bursts import let_loop_go_first
 from ingestd.base.record import InvalidRecord, Layout, Records
 from ingestd.codecs.compression import TooMuch
-from ingestd.codecs.json import is_deeper
+from ingestd.codecs.json import has_longer_line, is_deeper
 from ingestd.codecs.lines import KEPT_BYTES, Parsed, too_deep, too_large
 from ingestd.codecs.msgpack import (
     ARRAY,
@@ -252,6 +252,8 @@ def parse_body(body: bytes, bounds: RecordBounds) -> Parsed:
         return gathered.parsed()
     values: Iterable[tuple[int, int]]
     head = None if body[0] < 0x80 or is_event(body, 0) else _array_head(body)
+    if head is not None and (plain := _plain_lines(body, head[0], bounds)) is not None:
+        return plain
     if head is not None and end_of(body) == len(body):
         count, at = head
         if count > bounds.records_max:
@@ -261,6 +263,38 @@ def parse_body(body: bytes, bounds: RecordBounds) -> Parsed:
         values = spans(body)
     _gather(body, values, gathered, _as_fluent_bit)
     return gathered.parsed()
+
+
+_PlainScalar = str | int | float | bool | None
+_PLAIN_DEPTH = 2
+_PLAIN_BYTES_MAX = 512 * 1024
+_PLAIN_BYTES_A_RECORD = 16
+"""A shorter map takes many times its size as a dict."""
+_decode_plain = msgspec.msgpack.Decoder(
+    list[dict[str, _PlainScalar | dict[str, _PlainScalar] | list[_PlainScalar]]]
+).decode
+_encode_lines = msgspec.json.Encoder().encode_lines
+
+
+def _plain_lines(body: bytes, count: int, bounds: RecordBounds) -> Parsed | None:
+    """Reads an array of maps all at once, as most bodies are; `None` if it has anything else.
+
+    Maps of texts, numbers and of one more such level have the JSON that msgspec writes. Bins, exts,
+    other keys and what is beyond a bound are left to those that look at one value at a time.
+    """
+    size = len(body)
+    if not _PLAIN_BYTES_A_RECORD * count <= size <= _PLAIN_BYTES_MAX:
+        return None
+    if count > bounds.records_max or bounds.depth_max < _PLAIN_DEPTH:
+        return None
+    try:
+        payload = _encode_lines(_decode_plain(body))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    most = bounds.record_bytes_max
+    if len(payload) > bounds.bytes_max or (len(payload) > most and has_longer_line(payload, most)):
+        return None
+    return Parsed(Records(Layout.LINES, count, payload), [])
 
 
 def parse_events(

@@ -242,6 +242,29 @@ def test_records_beyond_their_bounds_are_invalid_and_their_neighbours_accepted()
     assert (len(few.refused), few.unlisted, few.total) == (100, 200, 300)
 
 
+maps = st.dictionaries(
+    st.text(max_size=3) | st.just(1),
+    scalars | st.dictionaries(st.text(max_size=3), scalars) | st.lists(scalars, max_size=3),
+)
+
+
+@settings(max_examples=150)
+@given(st.lists(maps | st.just([NOW, {"a": 1}]), max_size=6), st.sampled_from([1, 8, 40, 400]))
+def test_an_array_of_maps_is_read_at_once_as_one_by_one(found, most):
+    body = pack(found)
+    bounds = BOUNDS._replace(record_bytes_max=most, records_max=5, bytes_max=600)
+    outcomes = []
+    for at_once in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not at_once:
+                patch.setattr("ingestd.codecs.fluent._plain_lines", lambda *_: None)
+            try:
+                outcomes.append(parse_body(body, bounds))
+            except (TooMuch, TooManyRecords, MessagePackFault) as error:
+                outcomes.append(repr(error))
+    assert outcomes[0] == outcomes[1]
+
+
 def test_bodies_beyond_their_bounds_are_refused_whole():
     with pytest.raises(TooManyRecords):
         parse_body(pack([1] * 1001), BOUNDS)

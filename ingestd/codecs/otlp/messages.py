@@ -167,7 +167,7 @@ class _KnownPairs(dict[bytes, tuple[str, Any]]):
         if size > _KNOWN_BYTES_MAX:
             return _read_pair(value)
         # As most are: a short name, and a text or an integer behind it. All of it in this one call.
-        pair = None
+        pair: tuple[str, Any] | None = None
         at = value[1] + 4 if size > 4 and value[0] == _TEXT_TAG else size
         if at < size and value[at - 2] == _VALUE_TAG and value[at - 1] == size - at > 1:
             kind = value[at]
