@@ -128,6 +128,61 @@ class BatchSettings(Section):
         return self.model_dump(include={"records_max", "bytes_max", "age_max"})
 
 
+class RouteSettings(Section):
+    """`[route]`: other pipelines for some of the records that come to this one."""
+
+    field: JsonPointer = Field(
+        "", description="JSON Pointer of the value that chooses a pipeline; empty: none does"
+    )
+    to: dict[str, str] = Field(
+        default_factory=dict,
+        max_length=1000,
+        description="pipelines by value, in which * is any characters",
+    )
+    default: str = Field(
+        "", description="pipeline of records with another value, or none; empty: they are invalid"
+    )
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """The pipelines that it names, by the key in the section."""
+        named = {f"to.{value}": to for value, to in self.to.items()}
+        return {**named, "default": self.default} if self.default else named
+
+
+def route_problems(
+    name: str, pipelines: Mapping[str, PipelineSettings]
+) -> Iterator[tuple[str, str]]:
+    """Finds what is wrong with the route of a pipeline: (key, problem) for each.
+
+    Args:
+        name: of the pipeline.
+        pipelines: all of them.
+    """
+    own = pipelines[name]
+    route = own.route
+    if not route.field:
+        if route.targets:
+            yield "route.field", "is empty: name the value that chooses, as /type"
+        return
+    if own.format != "json":
+        yield "route.field", f"records of the format {own.format} have no fields"
+    if not route.targets:
+        yield "route.to", "is empty, and so is route.default: no record could be accepted"
+    for key, to in route.targets.items():
+        if to not in pipelines:
+            yield f"route.{key}", f"there is no pipeline {to!r}"
+            continue
+        other = pipelines[to]
+        if other.format != "json":
+            yield f"route.{key}", f"{to!r} has the format {other.format}, not json"
+        elif to != name and other.route.field:
+            yield f"route.{key}", f"{to!r} has a route itself, and a record is routed once"
+        for bound in ("record_bytes_max", "json_depth_max"):
+            if getattr(other, bound) < getattr(own, bound):
+                yield f"route.{key}", f"{bound} of {to!r} is less than that of {name!r}"
+
+
 class QueueSettings(Section):
     """`[queue]`: bounds of the records in memory; beyond them records wait on disk."""
 
@@ -160,6 +215,7 @@ class PipelineSettings(Section):
     dead: Own[DeadSettings] = defaults_of(DeadSettings)
     dedupe: Own[DedupeSettings] = defaults_of(DedupeSettings)
     drain: Own[PipelineDrainSettings] = defaults_of(PipelineDrainSettings)
+    route: Own[RouteSettings] = defaults_of(RouteSettings)
 
     def record_fault(self, value: bytes) -> str:
         """Describes in one line why bytes are no record of this pipeline; empty if they are."""
@@ -179,7 +235,7 @@ def inherit(top: Mapping[str, Any], table: Any) -> Any:
         return table
     filled = dict(table)
     for key, field in PipelineSettings.model_fields.items():
-        if key not in top or (key == "handler" and key in table):
+        if key not in top or (key == "handler" and key in table) or key == "route":
             continue
         above, own = plain(top[key]), plain(table.get(key, {}))
         section = field.annotation

@@ -52,15 +52,17 @@ from ingestd.pipeline_settings import (
     PipelineDrainSettings,
     PipelineSettings,
     QueueSettings,
+    RouteSettings,
     inherit,
     plain,
     problems_of,
+    route_problems,
     with_hints,
 )
 from ingestd.registry import SOURCES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
     from ingestd.http.settings import HttpSettings
     from ingestd.sources.base import SourceKind
@@ -172,6 +174,7 @@ class ConfiguredSource(NamedTuple):
         key: of its table: `http`, `sources.web`.
         settings: its section.
         pipeline: the name of the one for records that name none.
+        routed: pipelines that its route names.
     """
 
     name: str
@@ -179,6 +182,7 @@ class ConfiguredSource(NamedTuple):
     key: str
     settings: Section
     pipeline: str
+    routed: Collection[str] = ()
 
     @property
     def component(self) -> SourceKind:
@@ -192,7 +196,7 @@ class ConfiguredSource(NamedTuple):
 
     def feeds(self, pipeline: str) -> bool:
         """Tells if records of it can go to a pipeline."""
-        return self.component.feeds_all or pipeline == self.pipeline
+        return self.component.feeds_all or pipeline == self.pipeline or pipeline in self.routed
 
     def told(self, text: str) -> str:
         """A text of the component's, with the name of the source where it has one of its own."""
@@ -321,6 +325,7 @@ class Settings(_WithSources):
     dead: Own[DeadSettings] = defaults_of(DeadSettings)
     dedupe: Own[DedupeSettings] = defaults_of(DedupeSettings)
     drain: Own[DrainSettings] = defaults_of(DrainSettings)
+    route: Own[RouteSettings] = defaults_of(RouteSettings)
     pipelines: dict[PipelineName, Own[PipelineSettings]] = Field(
         default_factory=dict, max_length=1000, description="more pipelines, by name"
     )
@@ -369,13 +374,23 @@ class Settings(_WithSources):
         found = []
         kind = self.source.kind
         if not self.sources or "kind" in self.source.model_fields_set:
-            section = getattr(self, kind)
-            found.append(ConfiguredSource(kind, kind, kind, section, self.source.pipeline))
+            section, to = getattr(self, kind), self.source.pipeline
+            found.append(ConfiguredSource(kind, kind, kind, section, to, self._routed_from(to)))
         for name, entry in self.sources.items():
             pipeline = entry.pipeline or self.source.pipeline
             key = f"{SOURCES_TABLE}.{name}"
-            found.append(ConfiguredSource(name, entry.kind, key, entry, pipeline))
+            routed = self._routed_from(pipeline)
+            found.append(ConfiguredSource(name, entry.kind, key, entry, pipeline, routed))
         return found
+
+    def _routed_from(self, pipeline: str) -> Collection[str]:
+        if pipeline == DEFAULT_PIPELINE:
+            route = self.route
+        elif pipeline in self.pipelines:
+            route = self.pipelines[pipeline].route
+        else:
+            return ()
+        return set(route.targets.values()) if route.field else ()
 
     def unread(self) -> Iterator[tuple[str, str]]:
         """Yields (kind, what to do) for tables that no source reads beside `[sources.NAME]`.
@@ -417,6 +432,7 @@ def validation_errors(settings: Settings) -> list[tuple[str, str]]:
     for name, pipeline in pipelines.items():
         prefix = "" if name == DEFAULT_PIPELINE else f"pipelines.{name}."
         problems.extend((prefix + key, text) for key, text in problems_of(pipeline))
+        problems.extend((prefix + key, text) for key, text in route_problems(name, pipelines))
         if text := _without_room(settings, name, pipeline):
             problems.append((f"{prefix}journal.bytes_max", text))
     return problems

@@ -15,6 +15,7 @@ from ingestd.base.errors import (
 )
 from ingestd.base.logging import get_logger
 from ingestd.journal.idempotency import KeyRule
+from ingestd.journal.interface import Ledger
 from ingestd.settings import KINDS
 from ingestd.sources.base import SourceContext
 
@@ -45,20 +46,22 @@ class RunningSource:
     Args:
         configured: its settings.
         source: as it was built.
-        pipeline: the one for its records that name none.
+        pipelines: those for its records that name none: one, and those that its route names.
 
     Attributes:
         ended: there is no more input, and all of it is accepted or given up.
         incomplete: some of its input was given up, and why.
     """
 
-    def __init__(self, configured: ConfiguredSource, source: Source, pipeline: Pipeline) -> None:
+    def __init__(
+        self, configured: ConfiguredSource, source: Source, pipelines: Sequence[Pipeline]
+    ) -> None:
         self.configured = configured
         self.source = source
         self.ended = False
         self.incomplete: InputIncomplete | None = None
-        self._pipeline = pipeline
-        self._before = pipeline.ledger
+        self._pipelines = pipelines
+        self._before = self._ledgers()
 
     @property
     def state(self) -> Literal["running", "ended", "incomplete"]:
@@ -72,7 +75,7 @@ class RunningSource:
         counts = self.source.counts()
         if counts is None:
             return None
-        now, before = self._pipeline.ledger, self._before
+        now, before = self._ledgers(), self._before
         from ingestd.sources.progress import ProgressSnapshot  # noqa: PLC0415  not for servers
 
         return ProgressSnapshot(
@@ -87,6 +90,10 @@ class RunningSource:
             urls_total=counts.urls_total,
             bytes_left=counts.bytes_left,
         )
+
+    def _ledgers(self) -> Ledger:
+        """The sum of the pipelines' ledgers."""
+        return Ledger(*map(sum, zip(*(one.ledger for one in self._pipelines), strict=True)))
 
     def code(self) -> Exit:
         """The exit code for an input that was read to its end."""
@@ -147,7 +154,7 @@ class SourceGroup:
     ) -> None:
         self._pipelines = pipelines
         self._validators = _validators_of(settings, data_dir, surroundings)
-        screens = _screened(pipelines, self._validators) if self._validators else {}
+        self._screened = screens = _screened(settings, pipelines, self._validators)
         configured = settings.running_sources()
         _check_sockets(sockets, configured)
         self.all = []
@@ -168,7 +175,8 @@ class SourceGroup:
                 source = one.component.build(one.settings, context)
             except ConfigError as error:
                 raise _of(one, error) from error
-            self.all.append(RunningSource(one, source, pipelines[one.pipeline]))
+            fed = dict.fromkeys((one.pipeline, *one.routed))
+            self.all.append(RunningSource(one, source, [pipelines[name] for name in fed]))
         self.progress: Progress | None = None
         if any(one.source.counts() is not None for one in self.all):
             from ingestd.sources.progress import Progress  # noqa: PLC0415  servers have none
@@ -282,6 +290,8 @@ class SourceGroup:
         """Ends everything of all of them that is still there."""
         for one in self.all:
             await one.source.close()
+        for screened in self._screened.values():
+            screened.close()
         await self._end_validators()
 
     async def _start_validators(self) -> None:
@@ -352,12 +362,30 @@ def _validators_of(
 
 
 def _screened(
-    pipelines: Mapping[str, Pipeline], validators: Mapping[str, Validator]
+    settings: Settings,
+    pipelines: Mapping[str, Pipeline],
+    validators: Mapping[str, Validator],
 ) -> dict[str, ScreenedIntake]:
-    """The pipelines with validators, as sources get them."""
-    from ingestd.sources.screening import ScreenedIntake  # noqa: PLC0415  few daemons have one
+    """The pipelines with validators or routes, as sources get them."""
+    routes = {
+        name: one.route for name, one in settings.pipeline_settings().items() if one.route.field
+    }
+    if not (routes or validators):
+        return {}
+    from ingestd.sources.screening import Router, ScreenedIntake  # noqa: PLC0415  few daemons
 
-    return {name: ScreenedIntake(pipelines[name], one) for name, one in validators.items()}
+    return {
+        name: ScreenedIntake(
+            pipelines[name],
+            validators.get(name),
+            Router(routes[name].field, routes[name].to, routes[name].default)
+            if name in routes
+            else None,
+            pipelines,
+            validators,
+        )
+        for name in {**routes, **validators}
+    }
 
 
 def _read(counts: InputCounts | None) -> dict[str, float]:

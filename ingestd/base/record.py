@@ -239,7 +239,7 @@ class InvalidRecord(NamedTuple):
 
     Attributes:
         index: its place in what was sent, counting from 0 over accepted and refused records.
-        reason: `malformed`, `too_large`, `unfinished` or `schema`.
+        reason: `malformed`, `too_large`, `unfinished`, `schema` or `unrouted`.
         detail: one line for the sender: what is wrong and where.
         payload: the record, or its beginning if it was too large.
         envelope: its own, packed; empty if it has that of its append.

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 INCOMPLETE = ("damaged", "too_large", "unfinished")
 """Reasons of letters that hold no record or only its beginning: these can't be requeued."""
 REASONS = (
-    "malformed", "too_large", "unfinished", "schema", "undecodable", "rejected", "failed",
-    "timeout", "crashed", "damaged",
+    "malformed", "too_large", "unfinished", "schema", "unrouted", "undecodable", "rejected",
+    "failed", "timeout", "crashed", "damaged",
 )  # fmt: skip
-"""All reasons. The first four are those of records that were never accepted."""
+"""All reasons. The first five are those of records that were never accepted."""
 
 
 class DeadLetter(NamedTuple):

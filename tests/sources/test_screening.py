@@ -15,7 +15,7 @@ from ingestd.base.errors import Overloaded
 from ingestd.base.record import InvalidRecord, Records
 from ingestd.codecs.lines import Parsed
 from ingestd.handlers.outcome import Rejection
-from ingestd.sources.screening import ScreenedIntake, indexes, without_rejected
+from ingestd.sources.screening import ScreenedIntake, Sorted, divided, indexes
 from tests.sources.endpoints.endpoint_tools import KeyIntake, serving_endpoint
 from tests.sources.source_tools import MemoryIntake, ask, connected, serving
 
@@ -222,9 +222,11 @@ def test_indexes_count_the_invalid_records_in_front(
 
 def test_sized_records_stay_sized() -> None:
     parsed = Parsed(Records.sized([b"1\n", b"2", b"3"]), [])
-    left = without_rejected(parsed, [Rejection(1, "undecodable", "no")])
-    assert left.records == Records.sized([b"1\n", b"3"])
-    assert left.refused == [InvalidRecord(1, "schema", "no", b"2")]
+    found = Sorted({"a": [0], "b": [2]}, {"b": [Rejection(1, "schema", "no")]})
+    parts = divided(parsed, found, "a")
+    assert parts["a"] == Parsed(Records.sized([b"1\n"]), [])
+    assert parts["b"].records == Records.sized([b"3"])
+    assert parts["b"].refused == [InvalidRecord(1, "schema", "no", b"2")]
 
 
 async def test_the_schema_is_in_the_description_of_its_paths() -> None:

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from multidict import MultiMapping
 
     from ingestd.base.append import IdempotencyClaim
+    from ingestd.base.record import InvalidRecord
     from ingestd.http.admission import Reservation
     from ingestd.http.auth import Principal
     from ingestd.http.request import Request
@@ -205,7 +206,7 @@ class Ingestion:
         hold.expect(length or 0)
         say_continue(request)
         # Of these each part has a claim of its own, once its pipeline and its sender are known.
-        by_part = codec.routes or principal is UNIDENTIFIED
+        by_part = codec.routes or principal is UNIDENTIFIED or route.is_routed
         to = Admitted(route, head, principal, hold, prefer, request, codec)
         streams = length is None and codec.streamable and encoding != SNAPPY
         streams = streams and key is None and not by_part
@@ -317,7 +318,7 @@ class Ingestion:
         Raises:
             Problem: nothing was accepted: that of the first part.
         """
-        refused = [one for part in parts for one in part.parsed.refused]
+        refused = _refused_of(parts)
         if to.prefer.strict and refused:
             detail = f"{sum(part.parsed.invalid for part in parts)} records; nothing was stored"
             raise Problem(problem.NOT_STRICT, detail, refused=refused)
@@ -331,15 +332,21 @@ class Ingestion:
                 raise result
             done.append(result)
         problems = [result.problem for result in done if result.problem is not None]
+        is_routed = any(part.is_routed for part in parts)
+        if problems and is_routed:
+            raise _of_routed(problems, done)
         if problems and len(problems) == len(done):
             raise problems[0]
         for found in problems:
             to.route.counts.refuse(found.kind.slug)
+        errors = [one for result in done for one in result.errors]
+        if is_routed:
+            errors.sort(key=_index)
         answer = to.route.endpoint.answer(
             IngestResult(
                 sum(result.accepted for result in done),
                 sum(result.invalid for result in done),
-                [one for result in done for one in result.errors],
+                errors,
                 parts=done,
             ),
             to.head,
@@ -429,6 +436,29 @@ def _hold_records(parts: Sequence[Decoded], hold: Reservation) -> None:
         hold.grow(more)
 
 
+def _refused_of(parts: Sequence[Decoded]) -> list[InvalidRecord]:
+    """The invalid records of all parts, by their places in the body where these are known."""
+    refused = [one for part in parts for one in part.parsed.refused]
+    return sorted(refused, key=_index) if any(part.is_routed for part in parts) else refused
+
+
+def _index(one: InvalidRecord) -> int:
+    return one.index
+
+
+def _of_routed(problems: Sequence[Problem], done: Sequence[PartResult]) -> Problem:
+    """The problem of a request whose sender knows nothing of parts: it sends all of them again.
+
+    Those that were accepted are told, and are not accepted twice under an idempotency key.
+    """
+    found = max(problems, key=lambda one: one.kind.status)  # one that passes comes first
+    found.members = {
+        "accepted": sum(one.accepted for one in done),
+        "invalid": sum(one.invalid for one in done),
+    }
+    return found
+
+
 async def _screened(parts: Sequence[Decoded], to: Admitted) -> Sequence[Decoded]:
     """Returns the parts less the records that do not fit.
 
@@ -436,10 +466,11 @@ async def _screened(parts: Sequence[Decoded], to: Admitted) -> Sequence[Decoded]
         Problem: none does, or most do not.
     """
     try:
-        found = await asyncio.gather(*(_screened_part(part, to.route) for part in parts))
+        screened = await asyncio.gather(*(_screened_part(part, to) for part in parts))
     except EXPLAINED as error:
         raise explain(error) from None
-    refused = [one for part in found for one in part.parsed.refused]
+    found = [part for some in screened for part in some]
+    refused = _refused_of(found)
     # The answer of a codec that routes tells of each record, or the part.
     if refused and not to.codec.routes and any(part.rejected for part in found):
         check_good(
@@ -450,20 +481,37 @@ async def _screened(parts: Sequence[Decoded], to: Admitted) -> Sequence[Decoded]
     return found
 
 
-async def _screened_part(part: Decoded, route: Route) -> Decoded:
-    screen = route.screens.get(part.pipeline or route.intake.name)
-    if screen is None or not part.parsed.records.count:
-        return part
-    rejected = await screen.reject(part.parsed.records)
-    if not rejected:
-        return part
-    from ingestd.sources.screening import without_rejected  # noqa: PLC0415  few daemons screen
+async def _screened_part(part: Decoded, to: Admitted) -> Sequence[Decoded]:
+    """Returns what of a part goes to each pipeline.
 
-    ids, bad = part.ids, {one.index for one in rejected}
-    if ids is not None:
-        each = tuple(one for place, one in enumerate(ids.each) if place not in bad)
-        ids = SenderIds(each, ids.known.intersection(each))
-    return part._replace(parsed=without_rejected(part.parsed, rejected), ids=ids, rejected=rejected)
+    Raises:
+        Problem: 403 if its sender may not send to one of them.
+    """
+    name = part.pipeline or to.route.intake.name
+    screen = to.route.screens.get(name)
+    found = await screen.sort(part.parsed.records) if screen is not None else None
+    if screen is None or found is None:
+        return (part,)
+    parts = []
+    for pipeline, parsed in (await screen.divide(part.parsed, found)).items():
+        if pipeline != name:
+            to.principal.authorize(pipeline)
+        elif not parsed.total:
+            continue  # all of it goes to others
+        ids = part.ids
+        if ids is not None:
+            each = tuple(ids.each[place] for place in found.places.get(pipeline, ()))
+            ids = SenderIds(each, ids.known.intersection(each))
+        parts.append(
+            part._replace(
+                parsed=parsed,
+                pipeline=part.pipeline if pipeline == name else pipeline,
+                ids=ids,
+                rejected=found.rejected.get(pipeline, ()),
+                is_routed=screen.is_routed,
+            )
+        )
+    return parts
 
 
 def _is_plain(part: Decoded) -> bool:

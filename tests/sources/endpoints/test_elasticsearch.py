@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ingestd.base.errors import Overloaded
 from ingestd.codecs import bulk as codec
 from ingestd.codecs.bulk import BulkError, BulkReader, TooManyDocuments
-from ingestd.sources.http.endpoints.targets import TargetTable, table_problems
+from ingestd.sources.targets import TargetTable, table_problems
 from tests.peak import peak
 from tests.sources.endpoints.endpoint_tools import KeyIntake, serving_endpoint
 from tests.sources.source_tools import Reply, connected

@@ -124,6 +124,7 @@ class Decoded(NamedTuple):
         notes: what the answer needs to know of them, for the endpoint.
         rejected: of the records that the codec decoded, those that were found not to fit; they are
             invalid in `parsed`.
+        is_routed: a `[route]` chose the pipeline: if it refuses the part, the request is refused.
     """
 
     parsed: Parsed
@@ -133,6 +134,7 @@ class Decoded(NamedTuple):
     ids: SenderIds | None = None
     notes: object = None
     rejected: Sequence[Rejection] = ()
+    is_routed: bool = False
 
 
 class BodyCodec(Protocol):
@@ -356,6 +358,12 @@ class Route(NamedTuple):
     principal: Principal | None = None
     intakes: Mapping[str, Intake] = MappingProxyType({})
     screens: Mapping[str, ScreenedIntake] = MappingProxyType({})
+
+    @property
+    def is_routed(self) -> bool:
+        """Tells if records may go to other pipelines than this one, whatever the codec."""
+        screen = self.screens.get(self.intake.name)
+        return screen is not None and screen.is_routed
 
     def head_of(self, method: str, target: str, headers: Mapping[str, str]) -> Head:
         """The head of a request to it."""

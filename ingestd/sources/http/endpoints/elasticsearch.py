@@ -42,7 +42,7 @@ from ingestd.sources.http.endpoints.base import (
     RouteSpec,
     Target,
 )
-from ingestd.sources.http.endpoints.targets import Targets, TargetTable, table_problems
+from ingestd.sources.targets import Targets, TargetTable, table_problems
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

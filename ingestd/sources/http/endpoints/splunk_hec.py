@@ -49,7 +49,7 @@ from ingestd.sources.http.endpoints.base import (
     RouteSpec,
     Target,
 )
-from ingestd.sources.http.endpoints.targets import Targets, TargetTable, table_problems
+from ingestd.sources.targets import Targets, TargetTable, table_problems
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
