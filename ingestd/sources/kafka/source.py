@@ -231,7 +231,7 @@ class KafkaSource(Source):
         """See `Source`."""
         windows = list(self._windows.values())
         return {
-            "connected": int(bool(windows) and not self._is_down),
+            "connected": int(not self._is_down),
             "messages": self._taken,
             "acknowledged": self._settled,
             "unsettled": sum(map(len, windows)),

@@ -47,6 +47,10 @@ QUIET = {
     "ingestd_source_urls_failed_total",
     "ingestd_source_retries_total",
     "ingestd_source_certificate_expiry_seconds",
+    # Of sources that read from a broker.
+    "ingestd_source_connected",
+    "ingestd_source_backlog_messages",
+    "ingestd_source_unsettled_messages",
 }
 # Of Prometheus itself.
 OWN = {"up"}
