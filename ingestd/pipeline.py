@@ -111,7 +111,7 @@ class Pipeline:
         self.budget = MemoryBudget(settings.queue.bytes_max)
         self.queue: asyncio.Queue[Chunk] = asyncio.Queue(settings.queue.chunks_max)
         self._moved = asyncio.Event()
-        self.batcher = Batcher(**settings.batch.bounds())
+        self.batcher = Batcher(**settings.batch.bounds(), **settings.batch_window())
         self.dispatcher = Dispatcher(
             name,
             settings.retry,
@@ -346,7 +346,7 @@ class Pipeline:
     async def _seal(self, cut: BatchDraft | None) -> None:
         """Submits the seal; it shares the next commit, and `_dispatch` waits for it."""
         if cut is not None:
-            await self.settlements.seal(cut)
+            await self.settlements.seal(cut, self.batcher)
 
     # -- 5. dispatch: `workers` batches run at most, and some more lie ready for them ----------
 

@@ -47,6 +47,8 @@ _MIB = 1024**2
 _GIB = 1024**3
 _TIB = 1024**4
 _DAY = 86400.0
+_WINDOW_MAX = 64
+"""Batches that are filled as one."""
 
 
 # -- kinds of journals and executors, with the tables of those that have settings of their own -----
@@ -216,6 +218,17 @@ class PipelineSettings(Section):
     dedupe: Own[DedupeSettings] = defaults_of(DedupeSettings)
     drain: Own[PipelineDrainSettings] = defaults_of(PipelineDrainSettings)
     route: Own[RouteSettings] = defaults_of(RouteSettings)
+
+    def batch_window(self) -> dict[str, int]:
+        """The window of the batcher: with `batch.key` two batches for each worker, filled as one.
+
+        As many batches without a common key can be with the workers, and lie ready before them.
+        """
+        if not self.batch.key:
+            return {}
+        most = min(2 * self.executor.workers, _WINDOW_MAX)
+        window = 1 << (most - 1).bit_length()
+        return {"window": window, "window_bytes_max": self.queue.bytes_max // 2}
 
     def record_fault(self, value: bytes) -> str:
         """Describes in one line why bytes are no record of this pipeline; empty if they are."""

@@ -6,12 +6,14 @@ The functions are pure; `SettlementWriter` alone touches the journal.
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ingestd.base import envelope
 from ingestd.base.batch import RecentBatches, SealedBatch, TriedBatch
 from ingestd.base.logging import get_logger
 from ingestd.base.record import select, without
+from ingestd.batching.batcher import part_by_key
 from ingestd.execution.retry import RetryBatch
 from ingestd.journal.dead_letters import DeadLetter
 from ingestd.journal.interface import Cursor, Failing, Place, Postpone, Seal, Sealed, Settle
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from ingestd.base.clock import Clock
     from ingestd.base.metrics import PipelineMetrics, Tried
     from ingestd.base.record import Records, Span
-    from ingestd.batching.batcher import BatchDraft
+    from ingestd.batching.batcher import BatchDraft, Batcher
     from ingestd.execution.dispatcher import Dispatcher
     from ingestd.execution.key_order import BatchKeys
     from ingestd.execution.retry import DeadLettered, Resolve, RetryRecords
@@ -266,13 +268,31 @@ class SettlementWriter:
         since = _loop_time() - max(0.0, self._clock.now() - accepted_at)
         self._unsettled.add(chunk, count, size=size, since=since)
 
-    async def seal(self, draft: BatchDraft) -> None:
-        """Submits a seal, which shares the next commit, and hands the batch to the dispatcher."""
-        batch = sealed_from(draft, self.take_numbers())
-        if self._keys is not None:
-            batch.keys = await self._keys.of(draft.records)
-        batch.sealed = self._journal.write(Seal(as_sealed(batch, 0.0), Cursor(*draft.cursor)))
-        await self._dispatcher.queue.put(batch)
+    async def seal(self, draft: BatchDraft, batcher: Batcher) -> None:
+        """Submits a seal, which shares the next commit, and hands the batch to the dispatcher.
+
+        With `batch.key` these are several batches, which one seal writes down.
+        """
+        if self._keys is None or draft.records is None:
+            batches = [sealed_from(draft, self.take_numbers())]
+        else:
+            cut = partial(
+                part_by_key,
+                draft,
+                records_max=batcher.records_max,
+                bytes_max=batcher.bytes_max,
+                parts=batcher.window,
+            )
+            parts = await self._keys.apply(draft.records, cut)
+            batches = []
+            for part, keys in parts:
+                batches.append(sealed_from(part, self.take_numbers()))
+                batches[-1].keys = keys
+        first, *more = [as_sealed(batch, 0.0) for batch in batches]
+        written = self._journal.write(Seal(first, Cursor(*draft.cursor), more))
+        for batch in batches:
+            batch.sealed = written
+            await self._dispatcher.queue.put(batch)
 
     def take_numbers(self, count: int = 1) -> int:
         """Takes numbers for batches; returns the first."""

@@ -15,6 +15,7 @@ import enum
 import sys
 from array import array
 from bisect import bisect_right
+from collections import deque
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -285,13 +286,20 @@ def select(spans: Iterable[Span], indices: Iterable[int]) -> tuple[Span, ...]:
 
 def without(spans: Iterable[Span], removed: Iterable[Span]) -> tuple[Span, ...]:
     """A batch's spans less removed ones; each of these lies inside one of the batch's."""
-    left = list(spans)
-    for gone in removed:
-        for i, span in enumerate(left):
-            end, gone_end = span.first + span.count, gone.first + gone.count
-            if span.chunk == gone.chunk and span.first <= gone.first and gone_end <= end:
-                before = Span(span.chunk, span.first, gone.first - span.first)
-                after = Span(span.chunk, gone_end, end - gone_end)
-                left[i : i + 1] = [part for part in (before, after) if part.count]
-                break
+    left: list[Span] = []
+    gone: dict[int, deque[Span]] = {}
+    for span in sorted(removed):
+        gone.setdefault(span.chunk, deque()).append(span)
+    for chunk, first, count in sorted(spans):
+        start, end, within = first, first + count, gone.get(chunk, _NONE)
+        while within and within[0].first < end:
+            one = within.popleft()
+            if one.first > start:
+                left.append(Span(chunk, start, one.first - start))
+            start = one.first + one.count
+        if start < end:
+            left.append(Span(chunk, start, end - start))
     return tuple(left)
+
+
+_NONE: deque[Span] = deque()

@@ -7,10 +7,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base.envelope import EnvelopeRuns, is_shared
-from ingestd.base.record import Layout, Records, Span, join
+from ingestd.base.record import Layout, Records, Span, join, select
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
 
 
 class BatchDraft(NamedTuple):
@@ -107,6 +110,71 @@ class _ChunkReader:
         return self._envelopes.part(self.first, count)
 
 
+def part_by_key(
+    draft: BatchDraft, keys: Sequence[int | None], *, records_max: int, bytes_max: int, parts: int
+) -> list[tuple[BatchDraft, frozenset[int]]]:
+    """Cuts records into batches of which no two have a common key, unless one is too full.
+
+    A key goes to the part of its number modulo a power of two, which is as large as the records
+    need: of two draughts in a row each part meets few parts of the other one.
+
+    Args:
+        draft: with its records.
+        keys: of each record; those without one go where there is room for them.
+        records_max: of a batch.
+        bytes_max: of a batch; a record that is larger by itself stands alone.
+        parts: at most so many; a power of two.
+
+    Returns:
+        The batches with their keys. Those with a common key are in the order of their records.
+    """
+    records, size = draft.records, 0
+    if records is None:
+        return [(draft, frozenset())]
+    while (
+        parts > 1
+        and (parts // 2) * records_max >= records.count
+        and ((parts // 2) * bytes_max >= len(records.payload))
+    ):
+        parts //= 2
+    places: list[list[int]] = [[] for _ in range(parts)]
+    for place, key in enumerate(keys):
+        places[(place // records_max if key is None else key) % parts].append(place)
+    ends = records.ends()
+    made: list[tuple[BatchDraft, frozenset[int]]] = []
+    for mine in places:
+        for run in _runs(mine, ends, records_max, bytes_max):
+            some = draft
+            if len(run) < records.count:
+                picked = records.pick(run)
+                some = draft._replace(
+                    spans=select(draft.spans, run), records=picked, size=len(picked.payload)
+                )
+                size += some.size
+            made.append((some, frozenset(k for p in run if (k := keys[p]) is not None)))
+    if len(made) > 1:  # envelopes are counted with the last one
+        last, its_keys = made[-1]
+        made[-1] = last._replace(size=last.size + draft.size - size), its_keys
+    return made
+
+
+def _runs(
+    places: Sequence[int], ends: Sequence[int], records_max: int, bytes_max: int
+) -> Iterator[list[int]]:
+    """Cuts places of records into runs within the bounds."""
+    run: list[int] = []
+    size = 0
+    for place in places:
+        own = ends[place] - (ends[place - 1] if place else 0)
+        if run and (len(run) >= records_max or size + own > bytes_max):
+            yield run
+            run, size = [], 0
+        run.append(place)
+        size += own
+    if run:
+        yield run
+
+
 class Batcher:
     """Holds the open batch.
 
@@ -114,6 +182,8 @@ class Batcher:
         records_max: records a batch; exact.
         bytes_max: payload bytes a batch; only a record that is larger by itself exceeds it, and
             then stands alone.
+        window: so many batches are filled as one, for `part_by_key`; 1 without it.
+        window_bytes_max: payload bytes of all of them, if that is more than `bytes_max`.
         age_max: seconds after which a batch is due, counted from its oldest record's acceptance.
 
     Attributes:
@@ -121,7 +191,16 @@ class Batcher:
         draining: no more records come, so an open batch is due at once.
     """
 
-    def __init__(self, *, records_max: int, bytes_max: int, age_max: float) -> None:
+    def __init__(
+        self,
+        *,
+        records_max: int,
+        bytes_max: int,
+        age_max: float,
+        window: int = 1,
+        window_bytes_max: int = 0,
+    ) -> None:
+        self.window, self._window_bytes_max = window, window_bytes_max
         self.bound(records_max=records_max, bytes_max=bytes_max, age_max=age_max)
         self.chunks = 0
         self.draining = False
@@ -153,6 +232,8 @@ class Batcher:
             return 0.0
         if busy:
             return None
+        if self._count >= self.records_max or self._bytes >= self.bytes_max:
+            return 0.0  # of a window: one batch is full, and there is a worker for it
         return self.age_max - min(max(now - self._accepted_at, 0.0), self.age_max)
 
     def bound(self, *, records_max: int, bytes_max: int, age_max: float) -> None:
@@ -160,6 +241,9 @@ class Batcher:
         self.records_max = records_max
         self.bytes_max = bytes_max
         self.age_max = age_max
+        self._records_most = records_max * self.window
+        room = min(bytes_max * self.window, self._window_bytes_max)
+        self._bytes_most = max(bytes_max, room)
 
     def add(self, chunk: int, records: Records, *, first: int, accepted_at: float) -> None:
         """Takes the records of a chunk from `first` on. Call `take` until it gives nothing."""
@@ -172,7 +256,7 @@ class Batcher:
         while rest is not None and rest.count:
             if self._count and self._full():
                 return self.close()  # the bounds are other ones than when it was filled
-            room = self.records_max - self._count, self.bytes_max - self._bytes
+            room = self._records_most - self._count, self._bytes_most - self._bytes
             fitting, end = rest.fitting(*room)
             if fitting == 0 and not self._count:
                 fitting, end = rest.one()
@@ -193,7 +277,7 @@ class Batcher:
         return cut
 
     def _full(self) -> bool:
-        return self._count >= self.records_max or self._bytes >= self.bytes_max
+        return self._count >= self._records_most or self._bytes >= self._bytes_most
 
     def _put(self, rest: _ChunkReader, count: int, end: int) -> None:
         if not self._count:

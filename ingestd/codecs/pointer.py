@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ingestd.base.record import Records
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 QUICK_BYTES = 64 * 1024
 """Records of so many bytes are read on the event loop, in about 0.2 ms; larger runs in a thread."""
@@ -207,14 +208,22 @@ class ValueReader(Generic[T]):
 
     async def read(self, records: Records) -> list[T | None]:
         """Reads the value of each record, `None` where it has none; see `Pointer.values`."""
+        return await self.apply(records, lambda values: values)
+
+    async def apply(self, records: Records, function: Callable[[list[T | None]], R]) -> R:
+        """Calls a pure function with the values of some records; see `read`."""
+
+        def call() -> R:
+            return function(self._read(records))
+
         if len(records.payload) <= QUICK_BYTES:
-            return self._read(records)
+            return call()
         loop = asyncio.get_running_loop()
         if self._thread is None:
             self._thread = ThreadPoolExecutor(
                 1, thread_name_prefix="pointer", initializer=compute_beside, initargs=(loop,)
             )
-        return await loop.run_in_executor(self._thread, self._read, records)
+        return await loop.run_in_executor(self._thread, call)
 
     def _read(self, records: Records) -> list[T | None]:
         make = self._make

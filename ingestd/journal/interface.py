@@ -96,10 +96,17 @@ class Sealed(NamedTuple):
 
 
 class Seal(NamedTuple):
-    """Writes a batch down, and that everything before `cursor` is sealed."""
+    """Writes a batch down, and that everything before `cursor` is sealed.
+
+    Attributes:
+        batch: the batch.
+        cursor: stands behind its last record, and behind those of `more`.
+        more: other batches, where records go into several at once.
+    """
 
     batch: Sealed
     cursor: Cursor
+    more: Sequence[Sealed] = ()
 
 
 class Postpone(NamedTuple):

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ingestd.base.record import Layout, Records, Span
-from ingestd.batching.batcher import BatchDraft, Batcher
+from ingestd.batching.batcher import BatchDraft, Batcher, part_by_key
 
 AGE = 10.0
 
@@ -152,3 +152,66 @@ def test_a_batch_that_would_have_to_wait_keeps_filling_but_in_a_drain() -> None:
     assert batcher.due_in(500.0, busy=True) is None
     batcher.draining = True
     assert batcher.due_in(5.0, busy=True) == 0.0
+
+
+# -- batches by key --------------------------------------------------------------------------------
+
+
+def test_a_window_is_filled_as_one_and_goes_when_one_batch_is_full_and_a_worker_free() -> None:
+    batcher = Batcher(records_max=2, bytes_max=100, age_max=5.0, window=4, window_bytes_max=1000)
+    batcher.add(1, Records.lines([b"1"]), first=0, accepted_at=0.0)
+    assert batcher.take() is None
+    assert batcher.due_in(1.0, busy=False) == 4.0
+    batcher.add(2, Records.lines([b"1"] * 2), first=0, accepted_at=0.0)
+    assert batcher.take() is None
+    assert (batcher.due_in(1.0, busy=False), batcher.due_in(1.0, busy=True)) == (0.0, None)
+    batcher.add(3, Records.lines([b"1"] * 6), first=0, accepted_at=0.0)
+    draft = batcher.take()
+    assert draft is not None
+    assert sum(span.count for span in draft.spans) == 8
+    assert draft.cursor == (3, 5)
+    assert batcher.take() is None
+
+
+@given(
+    chunks=st.lists(st.lists(st.sampled_from([None, *range(-3, 9)]), min_size=1), min_size=1),
+    records_max=st.integers(1, 6),
+    bytes_max=st.integers(1, 60),
+    parts=st.sampled_from([1, 2, 8]),
+    sized=st.booleans(),
+)
+def test_parts_by_key_are_whole_in_order_and_within_the_bounds(
+    chunks, records_max, bytes_max, parts, sized
+) -> None:
+    keys = [key for chunk in chunks for key in chunk]
+    items = [b"x" * (n % 9) for n in range(len(keys))]
+    records = Records.sized(items) if sized else Records.lines(items)
+    spans = tuple(Span(n, 2, len(chunk)) for n, chunk in enumerate(chunks, 1))
+    draft = BatchDraft(spans, records, len(records.payload) + 7, 5.0, (9, 0))
+    bounds = {"records_max": records_max, "bytes_max": bytes_max}
+    made = part_by_key(draft, keys, parts=parts, **bounds)
+    assert sum(part.size for part, _ in made) == draft.size
+    by_place = {}
+    order: dict[int, list[tuple[int, int]]] = {}
+    holders: dict[int, set[int]] = {}
+    for number, (part, its_keys) in enumerate(made):
+        assert part.records is not None
+        places = [(s.chunk, s.first + i) for s in part.spans for i in range(s.count)]
+        assert places == sorted(places)
+        assert len(places) == part.records.count <= records_max
+        assert len(part.records.payload) <= bytes_max or part.records.count == 1
+        found = set()
+        for place, item in zip(places, part.records.items(), strict=True):
+            index = sum(map(len, chunks[: place[0] - 1])) + place[1] - 2
+            by_place[place] = item
+            assert item == items[index]
+            if (key := keys[index]) is not None:
+                found.add(key)
+                order.setdefault(key, []).append(place)
+                holders.setdefault(key % parts, set()).add(number)
+        assert its_keys == found
+    assert len(by_place) == len(keys)
+    assert all(places == sorted(places) for places in order.values())
+    if len(keys) > parts * records_max and len(records.payload) > parts * bytes_max:
+        for one in holders.values():  # as many parts as there may be: none shares a key
+            assert all(one.isdisjoint(other) for other in holders.values() if other is not one)

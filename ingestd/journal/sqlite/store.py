@@ -526,7 +526,7 @@ def _advance(meta: Meta, write: Write, moved: Moved) -> Meta:
 
 
 def _new_batches(write: Write) -> list[Sealed]:
-    sealed = [seal.batch for seal in write.sealed]
+    sealed = [batch for seal in write.sealed for batch in (seal.batch, *seal.more)]
     return [*sealed, *(batch for settle in write.settled for batch in settle.successors)]
 
 
