@@ -261,11 +261,16 @@ def _retry(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     into = partial(_dead_letters, arguments.settings.data_dir)
     if arguments.into:
         into(arguments.into)  # it has a journal
-    earlier = sum((Counter(one.finish_moves(into)) for one in found.values()), Counter[str]())
-    for target, letters in earlier.items():
-        if letters:
-            text = f"{letters} dead letters of an earlier command were moved into {target}"
-            print(text, file=sys.stderr)
+    for one in found.values():
+        try:
+            earlier = one.finish_moves(into)
+        except UsageError as error:  # its pipeline has no journal any more: the letters stay
+            print(f"some dead letters are still on their way: {error}", file=sys.stderr)
+            continue
+        for target, letters in earlier.items():
+            if letters:
+                text = f"{letters} dead letters of an earlier command were moved into {target}"
+                print(text, file=sys.stderr)
     if arguments.into:
         return _move(arguments, found, into)
     chosen = _filter(arguments)

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ingestd.base.clock import shown
 from ingestd.base.errors import DaemonError, Exit
 from ingestd.cli.healthcheck import AdminClient, add_admin_client
-from ingestd.cli.lines import one_line
-from ingestd.cli.output import add_json, say, say_json
+from ingestd.cli.lines import one_line, write_lines
+from ingestd.cli.output import add_json
 from ingestd.config.units import parse_seconds, show_size
 
 if TYPE_CHECKING:
@@ -219,13 +219,14 @@ def _print(client: AdminClient, arguments: argparse.Namespace) -> None:
         now = _look(client)
         found = rows(now, before, sort=arguments.sort, only=arguments.filter)
         if arguments.json:
-            say_json({**_facts(now), "pipelines": [row._asdict() for row in found]})
+            facts = {**_facts(now), "pipelines": [row._asdict() for row in found]}
+            lines = [json.dumps(facts)]
         elif arguments.once:
-            say("\n".join([_title(now), _HEAD, *(row.line() for row in found)]))
+            lines = [_title(now), _HEAD, *(row.line() for row in found)]
         else:
-            for row in found:
-                say(f"{shown(now.at)} {_words(row)}")
-        if arguments.once:
+            lines = [f"{shown(now.at)} {_words(row)}" for row in found]
+        is_read = write_lines(f"{line}\n".encode() for line in lines) == len(lines)
+        if arguments.once or not is_read:
             return
         before = now
 

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -151,6 +152,13 @@ def test_top_without_a_terminal(running: Daemon, tmp_path: Path) -> None:
         going.send_signal(signal.SIGINT)
         assert going.wait() == 0
     assert all(re.match(r"\S+Z clicks up in=0/s out=0/s .* pending=0 ", line) for line in two)
+    cut = f"{shlex.join(command(running, 'top', '--interval', '100ms'))} | head -1"
+    assert (
+        " up in="
+        in subprocess.run(
+            ["sh", "-c", cut], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=30
+        ).stdout
+    )
     gone = subprocess.run(
         [*command(running, "top", "--once")[:-1], "127.0.0.1:1"],
         cwd=tmp_path, env=ENV, capture_output=True, text=True,

@@ -15,9 +15,9 @@ from ingestd.__main__ import main
 from ingestd.base.append import Append
 from ingestd.base.clock import SystemClock
 from ingestd.base.record import InvalidRecord, Records, Span
-from ingestd.journal.dead_letters import DeadLetter
+from ingestd.journal.dead_letters import DeadLetter, LetterFilter
 from ingestd.journal.interface import Cursor, Ledger, Seal, Sealed, Settle
-from ingestd.journal.sqlite import check
+from ingestd.journal.sqlite import check, dead_letters
 from ingestd.journal.sqlite.journal import SqliteJournal
 from ingestd.journal.sqlite.offline import opened
 from tests.daemon.harness import ROOT
@@ -103,6 +103,21 @@ async def test_letters_become_records_of_the_other_pipeline(
         assert db.execute("SELECT letters FROM moved").fetchone() == (5,)
     assert main([*run, "--into", "default"]) == 0
     assert main([*run, "--into", "nothing"]) == 2
+
+
+async def test_a_target_that_is_gone_stops_no_other_retry(
+    journals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, _ = journals
+    with opened(source.path, write=True) as db:
+        chosen = LetterFilter(ids=frozenset([1]))
+        dead_letters.move(db, chosen, 1, lambda _: "", target="gone")
+    assert main([*command(tmp_path), "2"]) == 0
+    printed = capsys.readouterr()
+    assert "1 dead letters will be requeued" in printed.out
+    assert "still on their way: pipeline 'gone' has no journal" in printed.err
+    assert main(["dead", "list", *command(tmp_path)[2:]]) == 0
+    assert "[moving]" in capsys.readouterr().out
 
 
 async def test_a_full_journal_takes_nothing_in(journals, tmp_path: Path) -> None:

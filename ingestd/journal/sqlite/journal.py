@@ -373,10 +373,8 @@ class SqliteJournal:
 
     async def _poll_marked(self) -> bool:
         commits = self._commits
-        totals, marked = await self._read(poll_marked)
         rule = self._committer.keep = self._keep_rule()
-        self.kept, due = await self._read(kept.polled, rule or kept.NOTHING)
-        marked |= due or await self._read(moves.waiting)
+        totals, self.kept, marked = await self._read(_polled, rule or kept.NOTHING)
         if commits == self._commits:  # else a commit has told something newer meanwhile
             self._dead_are(totals)
         return marked
@@ -522,6 +520,12 @@ class SqliteJournal:
             if self._loop.time() > until:
                 return None
         return self._store.meta.ledger.pending - found.records
+
+
+def _polled(db: sqlite3.Connection, rule: kept.KeepRule) -> tuple[DeadTotals, KeptTotals, bool]:
+    """The totals, and whether there is something to requeue, to take in, to feed or to drop."""
+    totals, marked = poll_marked(db)
+    return totals, kept.totals(db), marked or moves.waiting(db) or kept.due(db, rule)
 
 
 def _check_numbers(store: Store, recovered: Recovered) -> None:

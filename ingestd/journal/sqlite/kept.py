@@ -206,11 +206,6 @@ def due(db: sqlite3.Connection, rule: KeepRule) -> bool:
     return bool(db.execute(running).fetchone()[0])
 
 
-def polled(db: sqlite3.Connection, rule: KeepRule) -> tuple[KeptTotals, bool]:
-    """The totals, and `due`."""
-    return totals(db), due(db, rule)
-
-
 # -- replay ----------------------------------------------------------------------------------------
 
 
