@@ -95,8 +95,9 @@ class Outlet:
         """
         if data:
             self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-        async with async_timeout.timeout(STALL_SECONDS):
-            await self.flows.wait()
+        if not self.flows.is_set():
+            async with async_timeout.timeout(STALL_SECONDS):
+                await self.flows.wait()
 
 
 class StreamedResponse(NamedTuple):

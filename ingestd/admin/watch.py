@@ -10,8 +10,8 @@ whose data are JSON objects:
 
 * `history`, once and first: the samples of each pipeline, as `History.of` gives them;
 * `status`, once a second: the body of `/v1/status`, with the time `at` it was made;
-* `batches`, when there are some: the tries of batches that have ended, by pipeline; at first the
-  last ones that are kept;
+* `batches`, when there are some: the tries of batches that have ended, by pipeline, the last ones
+  if there were many; at first all that are kept;
 * `sample`: the newest sample of each pipeline, in the order of the fields.
 """
 
@@ -42,6 +42,8 @@ WATCHERS_MAX = 50
 """Readers at one time."""
 TICK_SECONDS = 1.0
 """Between two events of the status."""
+TICK_BATCHES = 50
+"""Tries of batches of one pipeline in one event, the last ones."""
 
 FIELDS = ("at", "accepted", "processed", "dead", "pending", "oldest", "age_50", "age_99")
 """Of a sample: seconds since the epoch; records ever accepted, processed and given up; records
@@ -201,7 +203,7 @@ class Watchers:
         for name, pipeline in self._view.pipelines.items():
             recent = pipeline.settlements.recent
             if found := recent.since(seen.get(name, 0)):
-                batches[name] = [one._asdict() for one in found]
+                batches[name] = [one._asdict() for one in found[-TICK_BATCHES:]]
             seen[name] = recent.tried
         if batches:
             yield event("batches", {"pipelines": batches})

@@ -6,6 +6,9 @@ import asyncio
 import contextlib
 import json
 import re
+import socket
+import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
@@ -24,10 +27,10 @@ from ingestd.config.network import split_address
 from ingestd.http.credentials import hash_of
 from ingestd.pipeline import Pipeline
 from ingestd.settings import AdminSettings, Settings
+from tests.daemon.harness import daemon
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
 ADMIN = "admin-token-of-the-tests-9876543210"
 READER = "reader-token-of-the-tests-0123456789"
@@ -334,6 +337,36 @@ async def test_close_ends_those_that_watch(seen: Seen) -> None:
     with contextlib.suppress(ConnectionResetError):
         await asyncio.wait_for(reader.read(), DEADLINE)
     writer.close()
+
+
+@pytest.mark.slow
+def test_fifty_watchers_cost_no_memory_and_no_record(tmp_path: Path) -> None:
+    (tmp_path / "app.py").write_text("def store(batch: list[dict]) -> None: ...\n")
+
+    def resident() -> int:
+        lines = Path(f"/proc/{one.pid}/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
+
+    with daemon("app:store", "--executor.kind", "thread", cwd=tmp_path) as one:
+        one.post(b'{"n": 1}\n' * 1000, Content_Type="application/x-ndjson")
+        before = resident()
+        readers = []
+        for _ in range(watch.WATCHERS_MAX):
+            reader = socket.create_connection(("127.0.0.1", one.admin_port), timeout=DEADLINE)
+            reader.sendall(b"GET /v1/watch HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert reader.recv(1 << 16).startswith(b"HTTP/1.1 200")
+            readers.append(reader)
+        assert one.request("GET", "/v1/watch", admin=True)[0] == 503
+        for _ in range(30):  # none of them reads on
+            assert one.post(b'{"n": 1}\n' * 1000, Content_Type="application/x-ndjson")[0] == 202
+            assert one.request("GET", "/livez", admin=True)[0] == 200
+        assert one.until_settled()["processed"] == 31_000
+        assert resident() - before < 32 << 10
+        for reader in readers:
+            reader.close()
+        deadline = time.monotonic() + DEADLINE
+        while one.request("HEAD", "/v1/watch", admin=True)[0] == 503:
+            assert time.monotonic() < deadline
 
 
 def test_the_ring_is_bounded_and_tells_what_is_new() -> None:
