@@ -231,9 +231,9 @@ def test_it_polls_while_the_stream_is_cut(page: Browser, one: Daemon) -> None:
 
 
 def test_it_fits_and_reads_well_in_each_width_and_scheme(page: Browser) -> None:
-    page.run("document.getElementById('settings-set').click()")  # long values, too
-    rows = "return document.querySelectorAll('#settings-table tr').length"
-    page.until(lambda: page.run(rows) > 50)
+    page.run("document.getElementById('settings-key').value = 'handler'")  # long ones, too
+    page.run("document.getElementById('settings-set').click()")
+    page.until(lambda: "pipelines.clicks.handler.target" in page.text("#settings-table"))
     for width in (360, 1280):
         size: dict[str, Any] = {"width": width, "height": 800, "deviceScaleFactor": 1}
         page.cdp("Emulation.setDeviceMetricsOverride", {**size, "mobile": width < 600})

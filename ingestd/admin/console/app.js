@@ -511,7 +511,7 @@ async function lookAtWorkers() {
         showWorkers();
       }
     } catch { /* the state of the connection says so */ }
-    await pause(WORKERS);
+    await pause(state.link ? WORKERS : 100);
   }
 }
 
