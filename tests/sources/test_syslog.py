@@ -420,13 +420,13 @@ async def test_messages_over_tcp_and_udp() -> None:
             assert {one["peer"] for one in items} == {"127.0.0.1"}
             numbers = source.numbers()
             assert (numbers["datagrams"], numbers["datagrams_dropped"]) == (5, 0)
-            assert numbers["records"] == 5
             envelopes = [EnvelopeRuns(r.envelopes, r.count) for r in intake.runs if r.envelopes]
             assert {one.of(0).attributes["peer"] for one in envelopes} == {"127.0.0.1"}
             sender.sendto(b"<13>the last one", udp(source))
             await drain(source)
     await source.close()
     assert json.loads(intake.items[-1])["message"] == "the last one"
+    assert (source.numbers()["records"], source.numbers()["invalid"]) == (5, 1)
     assert [one.reason for one in intake.refused] == ["unfinished"]
 
 
