@@ -234,7 +234,11 @@ class Daemon:
     async def _start(self, data_dir: DataDir) -> None:
         """Admin first, so that a long recovery can be watched; sources last: then it is ready."""
         self.admin = AdminServer(
-            self.settings.admin, self, self._metrics, sockets=self._passed.admin
+            self.settings.admin,
+            self,
+            self._metrics,
+            sockets=self._passed.admin,
+            hooks=self.settings.hooks,
         )
         opened: list[Callable[[], Awaitable[object]]] = []
         try:

@@ -19,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    SecretStr,
     create_model,
     model_validator,
 )
@@ -35,6 +36,7 @@ from ingestd.config.sections import (
     LateModels,
     Own,
     Reloadable,
+    Secret,
     Section,
     ValidationProblems,
     defaults_of,
@@ -146,6 +148,54 @@ class AdminSettings(Section):
     )
 
 
+HOOK_KINDS = ("dead_letters", "sink_down", "sink_back", "journal_near", "paused")
+"""Events that a hook can tell of."""
+
+
+def _hook_url(value: str) -> str:
+    from ingestd.sinks.connection import target_of  # noqa: PLC0415  few daemons have a hook
+
+    target_of(value)
+    return value
+
+
+def _hook_secret(value: SecretStr) -> SecretStr:
+    from ingestd.http.signatures import signing_key  # noqa: PLC0415  few daemons have a hook
+
+    signing_key(value.get_secret_value())
+    return value
+
+
+def _hook_kinds(value: tuple[str, ...]) -> tuple[str, ...]:
+    for one in value:
+        if one not in HOOK_KINDS:
+            raise ValueError(f"{one!r} is none of {', '.join(HOOK_KINDS)}")
+    return value
+
+
+class HookSettings(Section):
+    """`[hooks.NAME]`: signed POSTs when something needs a person."""
+
+    EXAMPLE = ("ops", ("url",))
+
+    url: Annotated[str, AfterValidator(_hook_url)] = Field(description="URL of the receiver")
+    secret: Annotated[Secret, AfterValidator(_hook_secret)] = Field(
+        description="secret of Standard Webhooks signatures, whsec_ and base64"
+    )
+    on: Annotated[Words, AfterValidator(_hook_kinds)] = Field(
+        HOOK_KINDS, min_length=1, description="events that it tells of"
+    )
+    every: Seconds = Field(
+        300.0, ge=1, le=86400, description="shortest time between two messages of one kind"
+    )
+    paused_after: Seconds = Field(
+        3600.0, ge=0, le=31_536_000, description="time after which a pause is too long"
+    )
+
+
+HookName = Annotated[str, AfterValidator(partial(own_name, what="a hook"))]
+
+
 class LogSettings(Section):
     """`[log]`: lines on stderr."""
 
@@ -236,7 +286,7 @@ def _kind_fault(name: str, kind: type[SourceKind]) -> str:
     )
 
 
-_LATER = {"sources", "pipelines", "admin", "log", "drain", *PipelineSettings.model_fields}
+_LATER = {"sources", "pipelines", "admin", "hooks", "log", "drain", *PipelineSettings.model_fields}
 _LOADED, UNUSABLE = SOURCES.load_kinds(_kind_fault)
 KINDS: dict[str, SourceKind] = {name: kind() for name, kind in _LOADED.items()}
 """The kinds of sources by name, and why others that are registered cannot be used."""
@@ -315,6 +365,9 @@ class Settings(_WithSources):
     """
 
     admin: Own[AdminSettings] = defaults_of(AdminSettings)
+    hooks: dict[HookName, Own[HookSettings]] = Field(
+        default_factory=dict, max_length=100, description="signed POSTs on events, by name"
+    )
     log: Own[LogSettings] = defaults_of(LogSettings)
     batch: Own[BatchSettings] = defaults_of(BatchSettings)
     queue: Own[QueueSettings] = defaults_of(QueueSettings)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import sys
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -27,14 +28,15 @@ from ingestd.http.response import JSON, Response
 from ingestd.http.routing import Resource, find, path_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from ingestd.admin.api import AdminApi
     from ingestd.admin.connection import AdminRequest
+    from ingestd.admin.hooks import Hooks
     from ingestd.admin.status import AdminView
     from ingestd.admin.watch import History
     from ingestd.base.metrics import Metrics
-    from ingestd.settings import AdminSettings
+    from ingestd.settings import AdminSettings, HookSettings
 
 SETTING = "admin.listen"
 SETTLE_SECONDS = 2.0
@@ -56,6 +58,7 @@ class AdminServer:
         view: who knows.
         metrics: what `/metrics` shows.
         sockets: listening ones to serve on, instead of on one of its own.
+        hooks: by name; they are there without an address, too.
 
     Attributes:
         addresses: where each socket listens, `HOST:PORT` or `unix:PATH`, while it does.
@@ -68,6 +71,7 @@ class AdminServer:
         metrics: Metrics,
         *,
         sockets: Sequence[socket.socket] = (),
+        hooks: Mapping[str, HookSettings] = MappingProxyType({}),
     ) -> None:
         self._settings = settings
         self._view = view
@@ -79,6 +83,8 @@ class AdminServer:
             "/v1/status": Resource(_READ, AdminPage(Need.STATUS, self._status)),
         }
         self._sockets = list(sockets)
+        self._hook_settings = hooks
+        self._hooks: Hooks | None = None
         self._local = all(map(is_local, self._sockets))
         if not self._sockets and settings.listen:
             self._local = is_loopback(settings.listen)
@@ -96,6 +102,10 @@ class AdminServer:
             AddressError: it cannot.
             ConfigError: what is set is not an address, or a file of tokens is not as it should be.
         """
+        if self._hook_settings:
+            from ingestd.admin.hooks import Hooks  # noqa: PLC0415  few daemons have some
+
+            self._hooks = Hooks(self._hook_settings, self._view)
         if not (self._settings.listen or self._sockets):
             return
         self._access = AdminAccess(self._settings, local=self._local)
@@ -119,6 +129,8 @@ class AdminServer:
 
     async def close(self) -> None:
         """Stops listening, lets answers that are on their way out for a second, hangs up."""
+        if self._hooks is not None:
+            self._hooks.close()
         if self._sampling is not None:
             self._sampling.cancel()
         if not self._listeners or self._protocol is None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
     from ingestd.base.append import AppendCounts
-    from ingestd.base.scraped import SinkNumbers
+    from ingestd.base.scraped import SinkCounts
 
 REASONS_MAX = 32
 """Values that one `reason` label may take in one pipeline; what comes later counts as `other`."""
@@ -311,7 +311,7 @@ class Metrics:
 
     def watch_workers(
         self,
-        sinks: Callable[[], Mapping[str, Mapping[str, SinkNumbers]]],
+        sinks: Callable[[], Mapping[str, Mapping[str, SinkCounts]]],
         memory: Callable[[], Mapping[str, Mapping[str, int]]],
     ) -> None:
         """Has each scrape read, by pipeline, the counts of its targets and its workers' memory."""

@@ -1,13 +1,13 @@
 """Numbers that are read at each scrape: the state of pipelines, sources and endpoints.
 
-What is known anyway is not counted a second time. The counts of an endpoint are plain integers,
-which move with each append and are read here.
+What is known anyway is not counted a second time. The counts of endpoints and targets are plain
+integers, which move with each append or batch and are read here.
 """
 
 from __future__ import annotations
 
 from operator import attrgetter
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from prometheus_client import Metric
 
     from ingestd.base.append import AppendCounts
+
+ERROR_KINDS_MAX = 32
+"""Kinds of errors of one target that are counted apart; what comes later counts as `other`."""
 
 _LIFE = ", over the life of the data directory."
 # Attribute of a pipeline's status (`admin.status`), metric, help. A `_total` is a counter.
@@ -160,13 +163,32 @@ _SOURCE = (
 )
 
 
-class SinkNumbers(Protocol):
-    """The counts of one target of a pipeline."""
+class SinkCounts:
+    """Counts of one target of a pipeline, in this run.
 
-    batches: int
-    records: int
-    seconds: float
-    errors: dict[str, int]
+    Attributes:
+        batches: calls that came back.
+        records: that it is done with.
+        seconds: that the calls took.
+        errors: calls that failed, by the class of the exception or the reason.
+    """
+
+    __slots__ = ("batches", "errors", "records", "seconds")
+
+    def __init__(self) -> None:
+        self.batches = self.records = 0
+        self.seconds = 0.0
+        self.errors: dict[str, int] = {}
+
+    def ran(self, records: int, seconds: float, error: str) -> None:
+        """Counts one call; `error` is the kind of its failure, empty if there was none."""
+        self.batches += 1
+        self.records += records
+        self.seconds += seconds
+        if error:
+            known = error in self.errors or len(self.errors) < ERROR_KINDS_MAX
+            kind = error if known else "other"
+            self.errors[kind] = self.errors.get(kind, 0) + 1
 
 
 class Watcher(Collector):
@@ -177,7 +199,7 @@ class Watcher(Collector):
         self.lost: Callable[[], int] = int
         self.sources: Callable[[], Mapping[tuple[str, str], bool]] = dict
         self.numbers: Callable[[], Mapping[tuple[str, str], Mapping[str, float]]] = dict
-        self.sinks: Callable[[], Mapping[str, Mapping[str, SinkNumbers]]] = dict
+        self.sinks: Callable[[], Mapping[str, Mapping[str, SinkCounts]]] = dict
         self.memory: Callable[[], Mapping[str, Mapping[str, int]]] = dict
         self.endpoints: Callable[[], Mapping[tuple[str, str], AppendCounts]] = dict
 

@@ -12,6 +12,7 @@ import random
 from typing import TYPE_CHECKING, Any
 
 from ingestd.base.logging import get_logger
+from ingestd.base.scraped import SinkCounts
 from ingestd.base.watchdog import Stage
 from ingestd.execution.build import start_pool
 from ingestd.execution.failure_log import FailureLog
@@ -19,7 +20,7 @@ from ingestd.execution.gate import DispatchGate, PauseMark, Throttle
 from ingestd.execution.outage import Outage
 from ingestd.execution.ready_queue import Load, ReadyQueue
 from ingestd.execution.retry import BatchSplitter, RetryRule, decide, rank, spends_try
-from ingestd.handlers.outcome import Job, SinkRun, error_kind
+from ingestd.handlers.outcome import Job, error_kind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -38,38 +39,8 @@ if TYPE_CHECKING:
 
 log = get_logger()
 
-ERROR_KINDS_MAX = 32
-"""Kinds of errors of one target that are counted apart; what comes later counts as `other`."""
 BATCH_BYTES = 1024
 """Memory that a batch takes while it waits; its payload is on disk."""
-
-
-class SinkCounts:
-    """Counts of one target of a pipeline, in this run.
-
-    Attributes:
-        batches: calls that came back.
-        records: that it is done with.
-        seconds: that the calls took.
-        errors: calls that failed, by the class of the exception or the reason.
-    """
-
-    __slots__ = ("batches", "errors", "records", "seconds")
-
-    def __init__(self) -> None:
-        self.batches = self.records = 0
-        self.seconds = 0.0
-        self.errors: dict[str, int] = {}
-
-    def ran(self, run: SinkRun) -> None:
-        """Counts one call."""
-        self.batches += 1
-        self.records += run.records
-        self.seconds += run.seconds
-        if run.error:
-            known = run.error in self.errors or len(self.errors) < ERROR_KINDS_MAX
-            kind = run.error if known else "other"
-            self.errors[kind] = self.errors.get(kind, 0) + 1
 
 
 class Dispatcher:
@@ -284,12 +255,12 @@ class Dispatcher:
         counts = list(self.sinks.values())
         for run in result.runs:
             if 0 <= run.target < len(counts):
-                counts[run.target].ran(run)
+                counts[run.target].ran(run.records, run.seconds, run.error)
         if len(counts) == 1 and not result.runs:
             failure = result.failure
             done = 0 if failure else records - len(result.rejections) - len(result.retries)
             error = error_kind(failure) if failure else ""
-            counts[0].ran(SinkRun(0, result.seconds, done, error))
+            counts[0].ran(done, result.seconds, error)
 
     def memory(self) -> dict[str, int]:
         """See `Pool.memory`."""

@@ -275,3 +275,43 @@ def id_at(path: Sequence[str], body: bytes) -> str:
         detail = f"the body is not an event: a JSON object with {'.'.join(path)}"
         raise Problem(problem.MALFORMED, detail)
     return event_id if ID.fullmatch(event_id) else digest_of(event_id.encode("utf-8", "replace"))
+
+
+# -- our own ---------------------------------------------------------------------------------------
+
+WHSEC = "whsec_"
+
+
+def signing_key(secret: str) -> bytes:
+    """The key of a secret as Standard Webhooks writes it: `whsec_` and base64.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        key = base64.b64decode(secret.removeprefix(WHSEC), validate=True)
+    except ValueError:
+        raise ValueError(f"it should be {WHSEC} and base64") from None
+    if len(key) < SECRET_BYTES_MIN:
+        raise ValueError(f"it has fewer than {SECRET_BYTES_MIN} bytes")
+    return key
+
+
+def signature_headers(key: bytes, name: str, now: float, body: bytes) -> dict[str, str]:
+    """Headers of https://www.standardwebhooks.com for a body as it is sent.
+
+    Args:
+        key: see `signing_key`.
+        name: the delivery's id, the same for each of its tries.
+        now: seconds since the epoch.
+        body: the bytes.
+    """
+    at = str(int(now))
+    mac = hmac.new(key, f"{name}.{at}.".encode(), hashlib.sha256)
+    mac.update(body)
+    signature = base64.b64encode(mac.digest()).decode()
+    return {
+        "webhook-id": name,
+        "webhook-timestamp": at,
+        "webhook-signature": f"v1,{signature}",
+    }

@@ -17,10 +17,7 @@ What is exactly once with another ingestd, and by what:
 
 from __future__ import annotations
 
-import base64
 import gzip
-import hashlib
-import hmac
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -34,6 +31,7 @@ from ingestd.handlers.batch import Batch, Blocked, Unavailable
 from ingestd.handlers.context import Context
 from ingestd.handlers.options import FilePath, Seconds, Secret, Size
 from ingestd.handlers.outcome import SinkFinding
+from ingestd.http.signatures import signature_headers, signing_key
 from ingestd.sinks.base import SinkOptions
 from ingestd.sinks.connection import HttpAnswer, HttpConnection, target_of
 
@@ -46,8 +44,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 _MIB = 1024**2
-_WHSEC = "whsec_"
-_SIGNING_BYTES_MIN = 16
 _SOON = 5.0  # seconds after which a service that is down is asked again anyway
 _FAILURES_IN_A_ROW = 3  # single records; then the other side is down
 _OF_RECORDS = frozenset({400, 413, 422})
@@ -146,7 +142,10 @@ class HttpSinkOptions(SinkOptions, frozen=True, kw_only=True):
         if self.token is not None and not _is_header("x", self.token):
             raise ValueError("token: it is not possible in a header")
         if self.sign is not None:
-            _signing_key(self.sign)
+            try:
+                signing_key(self.sign)
+            except ValueError as error:
+                raise ValueError(f"sign: {error}") from None
         if self.tls_key and not self.tls_certificate:
             raise ValueError("tls_key: it needs tls_certificate")
         for option in ("connect_timeout", "timeout"):
@@ -179,7 +178,7 @@ class HttpSink:
         if options.token is not None:
             bearer = options.token_header.lower() == "authorization"
             self._headers[options.token_header] = ("Bearer " if bearer else "") + options.token
-        self._signing = None if options.sign is None else _signing_key(options.sign)
+        self._signing = None if options.sign is None else signing_key(options.sign)
         self._client = HttpConnection(
             target_of(options.url),
             connect_timeout=options.connect_timeout,
@@ -295,7 +294,7 @@ class HttpSink:
         if key and options.idempotency_header:
             headers[options.idempotency_header] = f'"{key}"'
         if self._signing is not None:
-            headers |= _signature(self._signing, key or "ingestd", time.time(), raw)
+            headers |= signature_headers(self._signing, key or "ingestd", time.time(), raw)
         return self._client.send(options.method, raw, headers | dict(more or {}))
 
     def _rendered(self, records: Records) -> bytes:
@@ -417,29 +416,6 @@ class HttpSink:
 def _is_header(name: str, value: str) -> bool:
     token = name.replace("-", "").replace("_", "")
     return token.isascii() and token.isalnum() and value.isprintable() and value.isascii()
-
-
-def _signing_key(secret: str) -> bytes:
-    try:
-        key = base64.b64decode(secret.removeprefix(_WHSEC), validate=True)
-    except ValueError:
-        raise ValueError(f"sign: it should be {_WHSEC} and base64") from None
-    if len(key) < _SIGNING_BYTES_MIN:
-        raise ValueError(f"sign: it has fewer than {_SIGNING_BYTES_MIN} bytes")
-    return key
-
-
-def _signature(key: bytes, name: str, now: float, raw: bytes) -> dict[str, str]:
-    """Headers of https://www.standardwebhooks.com for a body as it is sent."""
-    at = str(int(now))
-    mac = hmac.new(key, f"{name}.{at}.".encode(), hashlib.sha256)
-    mac.update(raw)
-    signature = base64.b64encode(mac.digest()).decode()
-    return {
-        "webhook-id": name,
-        "webhook-timestamp": at,
-        "webhook-signature": f"v1,{signature}",
-    }
 
 
 def _listed(document: dict[str, Any]) -> Sequence[tuple[int, str]]:

@@ -11,8 +11,7 @@ from ingestd.admin.status import BatchesStatus, JournalUsage, PipelineStatus, Qu
 from ingestd.base.append import Append, AppendCounts
 from ingestd.base.metrics import REASONS_MAX, Metrics
 from ingestd.base.record import Records
-from ingestd.execution.dispatcher import ERROR_KINDS_MAX, SinkCounts
-from ingestd.handlers.outcome import SinkRun
+from ingestd.base.scraped import ERROR_KINDS_MAX, SinkCounts
 
 STATE = PipelineStatus(
     accepted=100,
@@ -219,9 +218,9 @@ def test_sources_and_endpoints_are_read(metrics: Metrics) -> None:
 
 def test_targets_and_workers_are_read(metrics: Metrics) -> None:
     counts = SinkCounts()
-    counts.ran(SinkRun(0, 0.5, 100, ""))
+    counts.ran(100, 0.5, "")
     for number in range(ERROR_KINDS_MAX + 5):
-        counts.ran(SinkRun(0, 0.25, 0, f"Error{number}"))
+        counts.ran(0, 0.25, f"Error{number}")
     metrics.watch_workers(lambda: {"p": {"postgres": counts}}, lambda: {"p": {"0": 70}})
     labels = {"pipeline": "p", "sink": "postgres"}
     assert value(metrics, "ingestd_sink_batches_total", **labels) == ERROR_KINDS_MAX + 6

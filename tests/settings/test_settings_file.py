@@ -11,7 +11,7 @@ import pytest
 from ingestd.config.keys import dotted, settings_of, shown, unit_of
 from ingestd.config.loader import load
 from ingestd.http.settings import TokenSettings, WebhookSettings
-from ingestd.settings import AdminTokenSettings, Settings
+from ingestd.settings import AdminTokenSettings, HookSettings, Settings
 
 FILE = Path(__file__).parents[2] / "config" / "ingestd.toml"
 TEXT = FILE.read_text()
@@ -92,6 +92,17 @@ def test_the_example_of_an_operator_names_every_key(tmp_path: Path) -> None:
     token = load(Settings, environ={}, cwd=tmp_path, secrets=tmp_path / "none").settings.admin
     assert token.tokens["ops"].model_fields_set == set(AdminTokenSettings.model_fields)
     assert token.tokens["ops"].role == AdminTokenSettings().role
+
+
+def test_the_example_of_a_hook_names_every_key(tmp_path: Path) -> None:
+    start = TEXT.index("# [hooks.")
+    text = re.sub(r"(?m)^# ?", "", TEXT[start : TEXT.index("\n\n", start)])
+    (tmp_path / "ingestd.toml").write_text(text.replace("…", f"whsec_{'x' * 32}"))
+    hook = load(Settings, environ={}, cwd=tmp_path, secrets=tmp_path / "none").settings.hooks["ops"]
+    assert hook.model_fields_set == set(HookSettings.model_fields)
+    unsaid = {"on", "every", "paused_after"}
+    usual = HookSettings(url=hook.url, secret=hook.secret.get_secret_value())
+    assert hook.model_dump(include=unsaid) == usual.model_dump(include=unsaid)
 
 
 @pytest.mark.parametrize("path", [path for path, _ in settings_of(Settings)], ids=dotted)
