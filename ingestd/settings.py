@@ -480,6 +480,8 @@ def validation_errors(settings: Settings) -> list[tuple[str, str]]:
         for name, token in settings.admin.tokens.items()
         if not token.has_token
     ]
+    if settings.admin.token_required and not settings.admin.tokens:
+        problems.append(("admin.token_required", "there is no token (admin.tokens.NAME.hash)"))
     if settings.source.pipeline not in pipelines:
         problems.append(("source.pipeline", f"there is no pipeline {settings.source.pipeline!r}"))
     for name, pipeline in pipelines.items():

@@ -20,6 +20,7 @@ import async_timeout
 import msgspec
 
 from ingestd.admin.connection import StreamedResponse
+from ingestd.admin.operations import number_in
 from ingestd.base.clock import SystemClock, shown
 from ingestd.base.envelope import facts_of, singles
 from ingestd.base.record import Span
@@ -123,12 +124,12 @@ def read_query(asked: Mapping[str, Sequence[str]], pipelines: Sequence[str]) -> 
         raise Problem(problem.BAD_REQUEST, f"there are at most {CONDITIONS_MAX} conditions")
     try:
         where = Where(conditions)
-        sample, limit = float(found.get("sample", "1")), int(found.get("limit", "0"))
+        sample = float(found.get("sample", "1"))
     except ValueError as error:
         raise Problem(problem.BAD_REQUEST, str(error)) from None
-    if not 0 < sample <= 1 or limit < 0:
-        raise Problem(problem.BAD_REQUEST, "sample is above 0 and up to 1, limit is not negative")
-    return TapQuery(pipelines, stage, where, sample, limit)
+    if not 0 < sample <= 1:
+        raise Problem(problem.BAD_REQUEST, "sample is above 0 and up to 1")
+    return TapQuery(pipelines, stage, where, sample, number_in(asked, "limit") or 0)
 
 
 class Taps:

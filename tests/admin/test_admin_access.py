@@ -151,6 +151,8 @@ def test_files_of_tokens_are_read_and_faults_named(tmp_path: Path) -> None:
         AdminAccess(AdminSettings(tokens={"ops": {"file": str(tmp_path / "no")}}), local=True)
     with pytest.raises(ValueError, match=r"admin\.tokens\.ops: needs one of token, hash and file"):
         Settings(admin={"tokens": {"ops": {"role": "admin"}}})
+    with pytest.raises(ValueError, match=r"admin\.token_required: there is no token"):
+        Settings(admin={"token_required": True})
 
 
 @pytest.mark.slow

@@ -1,26 +1,31 @@
 """The API of the admin address, which the console and `ingestd top` are made of.
 
-`OPERATIONS` has each operation once: its route, the right that it needs, and what `/openapi.json`
-says of it. Nothing here is imported before it is asked for. Dead letters are read and changed as
+`operations.py` has each operation with its route and the right that it needs; here is what answers
+it. Nothing of it is imported before it is asked for. Dead letters are read and changed as
 `ingestd dead` does, in a thread of its own: the event loop never waits for a disk.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
-from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import parse_qs
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ingestd import __version__
-from ingestd.admin.access import Need
 from ingestd.admin.connection import AdminPage, StreamedResponse
-from ingestd.admin.status import Status
+from ingestd.admin.operations import (
+    LETTERS_MAX,
+    OPERATIONS,
+    LetterChoice,
+    describe,
+    filter_in,
+    number_in,
+    query_of,
+)
 from ingestd.admin.tap import Taps, read_query
 from ingestd.admin.watch import History, Watchers
 from ingestd.base.logging import get_logger
@@ -29,7 +34,7 @@ from ingestd.http import problem
 from ingestd.http.problem import Problem, retry_after
 from ingestd.http.response import JSON, Response
 from ingestd.http.routing import Resource, path_of
-from ingestd.journal.dead_letters import REASONS, LetterFilter
+from ingestd.journal.dead_letters import LetterFilter
 from ingestd.journal.handling import (
     counted,
     letter_facts,
@@ -49,12 +54,12 @@ if TYPE_CHECKING:
     from ingestd.journal.dead_letters import DeadLetters
     from ingestd.pipeline import Pipeline
 
-LETTERS_MAX = 500
-"""Dead letters of one answer."""
 LETTERS = 100
 """The same, if nothing else is asked for."""
 PAYLOAD_BYTES = 256 << 10
 """The part of a payload that an answer shows; an export has all of it."""
+CALLS_MAX = 16
+"""Calls that wait for the thread of dead letters, or run in it."""
 EXPORTS_MAX = 4
 """Exports at one time."""
 PIECE_BYTES = 256 << 10
@@ -64,125 +69,6 @@ HIDDEN = (
 )
 
 log = get_logger()
-
-
-class LetterChoice(msgspec.Struct, forbid_unknown_fields=True):
-    """Dead letters that a change is meant for: all of these conditions hold for each.
-
-    Attributes:
-        pipeline: the name of one; empty for all.
-        ids: numbers of dead letters; empty for any.
-        reasons: empty for any.
-        error: a part of the error.
-        since: given up then or later: ISO 8601, or seconds since the epoch.
-        until: given up before.
-        limit: only so many, the oldest ones.
-        all: every dead letter is meant, if there is no condition.
-    """
-
-    pipeline: str = ""
-    ids: list[int] = []
-    reasons: list[str] = []
-    error: str = ""
-    since: str | float | None = None
-    until: str | float | None = None
-    limit: int | None = None
-    all: bool = False
-
-
-class Operation(NamedTuple):
-    """One operation of the API.
-
-    Attributes:
-        method: of the request.
-        path: with `{name}` for a part that varies.
-        need: the right that it needs.
-        summary: one line for `/openapi.json`.
-        query: parameters with what they mean.
-        body: the form of the body.
-        gives: the media type of the answer, or its form.
-    """
-
-    method: str
-    path: str
-    need: Need
-    summary: str
-    query: Mapping[str, str] = {}
-    body: type[msgspec.Struct] | None = None
-    gives: str | type[msgspec.Struct] = "application/json"
-
-
-_ONE = {"pipeline": "Name of a pipeline; all if it is left out"}
-_FILTER = {
-    **_ONE,
-    "id": "Number of a dead letter; repeatable",
-    "reason": f"Repeatable: {', '.join(REASONS)}",
-    "error": "A part of the error",
-    "since": "Given up then or later: ISO 8601, or seconds since the epoch",
-    "until": "Given up before",
-}
-_TEXT = "text/plain"
-OPERATIONS: Mapping[str, Operation] = {
-    "livez": Operation("GET", "/livez", Need.PROBE, "Tell if the event loop turns", gives=_TEXT),
-    "readyz": Operation("GET", "/readyz", Need.PROBE, "Tell if records are taken", gives=_TEXT),
-    "metrics": Operation("GET", "/metrics", Need.PROBE, "Metrics for Prometheus", gives=_TEXT),
-    "status": Operation("GET", "/v1/status", Need.STATUS, "Status of the daemon", gives=Status),
-    "watch": Operation(
-        "GET", "/v1/watch", Need.READ, "Status, batches and samples as they come",
-        gives="text/event-stream",
-    ),
-    "tap": Operation(
-        "GET", "/v1/tap", Need.READ, "Records as they pass a stage, one a line, sampled if many",
-        {
-            **_ONE,
-            "stage": "accepted, processed or dead",
-            "where": "KEY=VALUE in JSON records; repeatable",
-            "sample": "The part of the records that is shown, up to 1",
-            "limit": "Number of records after which it ends",
-        },
-        gives="application/x-ndjson",
-    ),
-    "history": Operation("GET", "/v1/history", Need.READ, "Samples of the last 15 minutes", _ONE),
-    "workers": Operation("GET", "/v1/workers", Need.READ, "Workers and what each does", _ONE),
-    "batches": Operation(
-        "GET", "/v1/batches", Need.READ, "The last tries of batches, the newest first",
-        {**_ONE, "limit": "Number of tries of each pipeline"},
-    ),
-    "settings": Operation(
-        "GET", "/v1/settings", Need.READ, "Settings in effect with their origins, secrets masked"
-    ),
-    "letters": Operation(
-        "GET", "/v1/dead", Need.READ, "Dead letters without payloads, the newest first",
-        {
-            **_FILTER,
-            "before": "Only those with smaller numbers",
-            "limit": f"Number of dead letters, at most {LETTERS_MAX}",
-        },
-    ),
-    "summary": Operation(
-        "GET", "/v1/dead/summary", Need.READ, "Dead letters summed up by error", _FILTER
-    ),
-    "export": Operation(
-        "GET", "/v1/dead/export", Need.READ, "Dead letters with payloads, one a line", _FILTER,
-        gives="application/x-ndjson",
-    ),
-    "letter": Operation(
-        "GET", "/v1/dead/{id}", Need.READ, "One dead letter with traceback and payload", _ONE
-    ),
-    "retry": Operation(
-        "POST", "/v1/dead/retry", Need.CHANGE, "Requeue dead letters", body=LetterChoice
-    ),
-    "purge": Operation(
-        "POST", "/v1/dead/purge", Need.CHANGE, "Delete dead letters for good", body=LetterChoice
-    ),
-    "pause": Operation(
-        "POST", "/v1/pipelines/{pipeline}/pause", Need.CHANGE, "Give out no batch of a pipeline"
-    ),
-    "resume": Operation(
-        "POST", "/v1/pipelines/{pipeline}/resume", Need.CHANGE, "Give out batches again"
-    ),
-    "openapi": Operation("GET", "/openapi.json", Need.PROBE, "This description"),
-}  # fmt: skip
 
 
 class AdminApi:
@@ -203,7 +89,8 @@ class AdminApi:
         self._watchers = Watchers(view, history)
         self._taps = Taps(view)
         self._thread = OwnThread("admin-dead-letters")
-        self._exports = 0
+        self._exports = self._calls = 0
+        self._loop = asyncio.get_running_loop()
 
     def pages(self) -> dict[str, Resource[AdminPage]]:
         """The operations by path, those that are not answered by the server itself."""
@@ -226,13 +113,13 @@ class AdminApi:
 
     async def watch(self, request: AdminRequest) -> StreamedResponse:
         """Answers `/v1/watch`."""
-        _query(request, "watch")
+        query_of(request, "watch")
         self._watchers.check()
         return StreamedResponse("text/event-stream", self._watchers.write)
 
     async def tap(self, request: AdminRequest) -> StreamedResponse:
         """Answers `/v1/tap`."""
-        asked = _query(request, "tap")
+        asked = query_of(request, "tap")
         query = read_query(asked, list(self._pipelines(asked)))
         if not self._access().may_tap(request):
             raise Problem(problem.FORBIDDEN, f"{HIDDEN}, with a token of the role admin")
@@ -240,13 +127,13 @@ class AdminApi:
 
     def history(self, request: AdminRequest) -> Response:
         """Answers `/v1/history`."""
-        asked = _query(request, "history")
+        asked = query_of(request, "history")
         return _json(self._history.of(self._pipelines(asked) if asked else None))
 
     def workers(self, request: AdminRequest) -> Response:
         """Answers `/v1/workers`."""
         found = {}
-        for name, one in self._pipelines(_query(request, "workers")).items():
+        for name, one in self._pipelines(query_of(request, "workers")).items():
             found[name] = {
                 "executor": one.dispatcher.executor,
                 "running": one.dispatcher.running,
@@ -256,8 +143,8 @@ class AdminApi:
 
     def batches(self, request: AdminRequest) -> Response:
         """Answers `/v1/batches`."""
-        asked = _query(request, "batches")
-        limit = _number(asked, "limit")
+        asked = query_of(request, "batches")
+        limit = number_in(asked, "limit")
         found = {
             name: [
                 one._asdict()
@@ -269,7 +156,7 @@ class AdminApi:
 
     def settings(self, request: AdminRequest) -> Response:
         """Answers `/v1/settings`."""
-        _query(request, "settings")
+        query_of(request, "settings")
         rows = self._view.effective_settings()
         named = [{"key": key, "value": value, "origin": origin} for key, value, origin in rows]
         return _json({"settings": named})
@@ -322,14 +209,28 @@ class AdminApi:
         return {name: store for name, store in stores.items() if store is not None}
 
     async def _in_thread(self, call: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        """Runs a call in the thread of dead letters.
+
+        Raises:
+            Problem: 503; too many wait for it already.
+        """
+        if self._calls >= CALLS_MAX:
+            detail = "too many requests about dead letters wait already"
+            raise Problem(problem.BUSY, detail, headers=retry_after(5.0))
+        self._calls += 1
+        called = self._thread.submit(call)
+        called.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._called))
+        return await asyncio.wrap_future(called)
+
+    def _called(self) -> None:
+        self._calls -= 1
 
     async def letters(self, request: AdminRequest) -> Response:
         """Answers `/v1/dead`."""
-        asked = _query(request, "letters")
-        stores, chosen = self._stores(asked), _filter(asked)
-        limit = min(_number(asked, "limit") or LETTERS, LETTERS_MAX)
-        before = _number(asked, "before") or sys.maxsize
+        asked = query_of(request, "letters")
+        stores, chosen = self._stores(asked), filter_in(asked)
+        limit = min(number_in(asked, "limit") or LETTERS, LETTERS_MAX)
+        before = number_in(asked, "before") or sys.maxsize
 
         def read() -> dict[str, Any]:
             found = letters_of(stores, chosen._replace(limit=limit), whole=False, before=before)
@@ -342,8 +243,8 @@ class AdminApi:
 
     async def summary(self, request: AdminRequest) -> Response:
         """Answers `/v1/dead/summary`."""
-        asked = _query(request, "summary")
-        stores, chosen = self._stores(asked), _filter(asked)
+        asked = query_of(request, "summary")
+        stores, chosen = self._stores(asked), filter_in(asked)
         rows = await self._in_thread(lambda: summed_up(letters_of(stores, chosen, whole=False)))
         named = [
             {"pipeline": pipeline, "reason": reason, **count._asdict()}
@@ -353,7 +254,7 @@ class AdminApi:
 
     async def letter(self, request: AdminRequest) -> Response:
         """Answers `/v1/dead/{id}`."""
-        asked = _query(request, "letter")
+        asked = query_of(request, "letter")
         last = path_of(request.target, request.method).rpartition("/")[2]
         number = int(last) if last.isascii() and last.isdigit() and len(last) < 19 else 0
         stores, chosen = self._stores(asked), LetterFilter(ids=frozenset((number,)))
@@ -375,8 +276,8 @@ class AdminApi:
 
     async def export(self, request: AdminRequest) -> StreamedResponse:
         """Answers `/v1/dead/export`."""
-        asked = _query(request, "export")
-        stores, chosen = self._stores(asked), _filter(asked)
+        asked = query_of(request, "export")
+        stores, chosen = self._stores(asked), filter_in(asked)
         if not self._access().shows_payloads(request):
             raise Problem(problem.FORBIDDEN, HIDDEN)
         if self._exports >= EXPORTS_MAX:
@@ -399,7 +300,8 @@ class AdminApi:
                 await outlet.send(piece)
         finally:
             self._exports -= 1
-            self._thread.submit(lines.close)  # what it has open was opened in that thread
+            with contextlib.suppress(RuntimeError):  # the daemon leaves
+                self._thread.submit(lines.close)  # what it has open was opened in that thread
 
     async def retry(self, request: AdminRequest) -> Response:
         """Answers `/v1/dead/retry`."""
@@ -440,7 +342,7 @@ class AdminApi:
             for name, value in (("since", choice.since), ("until", choice.until))
             if value is not None
         }
-        chosen = _filter(asked)._replace(ids=frozenset(choice.ids), limit=choice.limit)
+        chosen = filter_in(asked)._replace(ids=frozenset(choice.ids), limit=choice.limit)
         if chosen.is_open and not choice.all:
             raise Problem(problem.BAD_REQUEST, "a change needs a condition, or all")
         return self._stores(asked), chosen
@@ -469,143 +371,3 @@ def _piece(lines: Iterator[bytes]) -> bytes:
         if size >= PIECE_BYTES:
             break
     return b"".join(found)
-
-
-def _query(request: AdminRequest, name: str) -> dict[str, list[str]]:
-    """The parameters of a request.
-
-    Raises:
-        Problem: 400; one is unknown.
-    """
-    query = request.target.partition("#")[0].partition("?")[2]
-    try:
-        found = parse_qs(query, keep_blank_values=True, max_num_fields=1000)
-    except ValueError:
-        raise Problem(problem.BAD_REQUEST, "there are too many parameters") from None
-    known = OPERATIONS[name].query
-    for key in found:
-        if key not in known:
-            what = f"{', '.join(known)} are known" if known else "there are none here"
-            raise Problem(problem.BAD_REQUEST, f"unknown parameter {key[:40]!r}; {what}")
-    return found
-
-
-def _number(asked: Mapping[str, list[str]], name: str) -> int | None:
-    """A parameter that is a number from 1 on; `None` if it is left out.
-
-    Raises:
-        Problem: 400.
-    """
-    texts = asked.get(name, ())
-    if not texts:
-        return None
-    if not (texts[-1].isascii() and texts[-1].isdigit() and 0 < len(texts[-1]) < 19):
-        raise Problem(problem.BAD_REQUEST, f"{name} should be a number")
-    return max(1, int(texts[-1]))
-
-
-def _filter(asked: Mapping[str, list[str]]) -> LetterFilter:
-    """The filter in parameters.
-
-    Raises:
-        Problem: 400.
-    """
-    reasons = tuple(reason for reason in asked.get("reason", ()) if reason)
-    if wrong := [one for one in reasons if one not in REASONS]:
-        detail = f"{wrong[0][:40]!r} is no reason; there are {', '.join(REASONS)}"
-        raise Problem(problem.BAD_REQUEST, detail)
-    ids = frozenset(_number({"id": [one]}, "id") or 0 for one in asked.get("id", ()))
-    since, until = (_moment(asked, name) for name in ("since", "until"))
-    return LetterFilter(reasons, since, until, ids, error=asked.get("error", [""])[-1])
-
-
-def _moment(asked: Mapping[str, list[str]], name: str) -> float | None:
-    """A parameter that is a point in time, as seconds since the epoch.
-
-    Raises:
-        Problem: 400.
-    """
-    text = asked.get(name, [""])[-1]
-    if not text:
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        pass
-    try:
-        parsed = datetime.fromisoformat(text)
-    except ValueError:
-        detail = f"{name} should be ISO 8601 or seconds since the epoch"
-        raise Problem(problem.BAD_REQUEST, detail) from None
-    return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).timestamp()
-
-
-# -- the description -------------------------------------------------------------------------------
-
-
-def describe() -> dict[str, Any]:
-    """The API as OpenAPI 3.1."""
-    forms = [Status, LetterChoice]
-    schemas, parts = msgspec.json.schema_components(
-        forms, ref_template="#/components/schemas/{name}"
-    )
-    named = dict(zip(forms, schemas, strict=True))
-    paths: dict[str, dict[str, Any]] = {}
-    for name, one in OPERATIONS.items():
-        gives, schema = one.gives, dict[str, Any](type="object")
-        if not isinstance(gives, str):
-            schema, gives = named[gives], "application/json"
-        elif gives != "application/json":
-            schema = {"type": "string"}
-        refusals = ["400", "404", "421", "403", "503"]
-        operation: dict[str, Any] = {
-            "operationId": name,
-            "summary": one.summary,
-            "parameters": [*_variables(one.path), *_parameters(one.query)],
-            "responses": {
-                "200": {"description": "OK", "content": {gives: {"schema": schema}}},
-                **dict.fromkeys(refusals, _PROBLEM),
-            },
-        }
-        if one.need is not Need.PROBE:
-            operation["security"] = [{"bearer": []}, {"basic": []}, {"key": []}]
-            operation["responses"]["401"] = _PROBLEM
-        if one.need in {Need.READ, Need.STATUS}:
-            operation["security"].append({})  # on a loopback address
-        if one.method == "POST":
-            form = named[one.body] if one.body else {"type": "object"}
-            operation["requestBody"] = {"content": {"application/json": {"schema": form}}}
-            operation["responses"]["415"] = _PROBLEM
-        paths.setdefault(one.path, {})[one.method.lower()] = operation
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "ingestd admin", "version": __version__},
-        "paths": paths,
-        "components": {"schemas": parts, "securitySchemes": _SCHEMES},
-    }
-
-
-_PROBLEM = {
-    "description": "A problem (RFC 9457)",
-    "content": {"application/problem+json": {"schema": {"type": "object"}}},
-}
-_SCHEMES = {
-    "bearer": {"type": "http", "scheme": "bearer"},
-    "basic": {"type": "http", "scheme": "basic"},
-    "key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
-}
-
-
-def _variables(path: str) -> Iterator[dict[str, Any]]:
-    for part in path.split("/"):
-        if part.startswith("{"):
-            schema = {"type": "integer" if part == "{id}" else "string"}
-            yield {"name": part[1:-1], "in": "path", "required": True, "schema": schema}
-
-
-def _parameters(query: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    for name, text in query.items():
-        schema: dict[str, Any] = {"type": "string"}
-        if name in {"id", "reason"}:
-            schema = {"type": "array", "items": schema}
-        yield {"name": name, "in": "query", "description": text, "schema": schema}
