@@ -22,7 +22,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from ingestd.base import envelope
-from ingestd.base.append import Append, DeliveryWaiter, HeldIds
+from ingestd.base.append import Append, AppendCounts, DeliveryWaiter, HeldIds
 from ingestd.base.bursts import compute_beside, let_loop_go_first
 from ingestd.base.errors import ConfigError, IdsInFlight
 from ingestd.base.record import InvalidRecord, Records
@@ -110,6 +110,7 @@ class BrokerIntake(Generic[M]):
         principal: whose the ids are: kind and name, a space between them.
         finished: called with what may be acknowledged, each message once for each delivery.
         is_wanted: tells if a message is still this source's, just before it is accepted.
+        counts: gets what is accepted.
 
     Attributes:
         failed: fails when nothing can be stored any more; never done otherwise.
@@ -121,7 +122,9 @@ class BrokerIntake(Generic[M]):
         principal: str,
         finished: Callable[[Sequence[M]], None],
         is_wanted: Callable[[M], bool] = lambda _: True,
+        counts: AppendCounts | None = None,
     ) -> None:
+        self._counts = counts or AppendCounts()
         self._intake = intake
         self._principal = principal
         self._finished = finished
@@ -205,6 +208,7 @@ class BrokerIntake(Generic[M]):
                     ids=held,
                 )
                 await accept_patiently(self._intake, append)
+                self._counts.accepted(append)
             is_durable = True
         finally:
             self._intake.recent_ids.release(held)

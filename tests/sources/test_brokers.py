@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ingestd.base.append import DeliveryWaiter, sender_id
+from ingestd.base.append import AppendCounts, DeliveryWaiter, sender_id
 from ingestd.base.envelope import EnvelopeRuns
 from ingestd.base.errors import JournalFailed, Overloaded
 from ingestd.base.record import Layout, Span
@@ -73,11 +73,12 @@ async def flushed(intake: BrokerIntake[int]) -> None:
 
 
 async def test_a_message_is_finished_when_its_record_is_settled() -> None:
-    pipe = Pipe()
-    async with reading(pipe) as (intake, finished):
+    pipe, counts = Pipe(), AppendCounts()
+    async with reading(pipe, counts=counts) as (intake, finished):
         intake.put([message(b"%d" % n, n) for n in range(10)])
         await flushed(intake)
         assert pipe.items == [b"%d" % n for n in range(10)]
+        assert (counts.records, counts.invalid) == (10, 0)
         assert finished == []
         pipe.waiters.settled([Span(1, 3, 2)], [])
         assert finished == [3, 4]

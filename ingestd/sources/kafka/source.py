@@ -23,7 +23,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ingestd.base.append import sender_id
+from ingestd.base.append import AppendCounts, sender_id
 from ingestd.base.errors import ConfigError
 from ingestd.base.logging import get_logger
 from ingestd.handlers.outcome import SinkFinding
@@ -163,6 +163,7 @@ class KafkaSource(Source):
         self._closing = threading.Event()
         self._moved = threading.Event()
         self._taken = self._settled = self._backlog = 0
+        self._counts = AppendCounts()
         self._told = ""
         self._next_look = 0.0
 
@@ -199,6 +200,7 @@ class KafkaSource(Source):
             f"kafka {self._settings.group}",
             self._finish,
             lambda token: not token.window.is_lost,
+            self._counts,
         )
         self._thread = threading.Thread(
             target=self._run, args=(consumer,), name=f"{self._name}-kafka", daemon=True
@@ -233,6 +235,9 @@ class KafkaSource(Source):
         return {
             "connected": int(not self._is_down),
             "messages": self._taken,
+            "records": self._counts.records,
+            "invalid": self._counts.invalid,
+            "received_bytes": self._counts.bytes,
             "acknowledged": self._settled,
             "unsettled": sum(map(len, windows)),
             "backlog": self._backlog,

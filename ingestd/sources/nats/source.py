@@ -25,7 +25,7 @@ import random
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from ingestd.base.append import sender_id
+from ingestd.base.append import AppendCounts, sender_id
 from ingestd.base.errors import ConfigError
 from ingestd.base.logging import get_logger
 from ingestd.handlers.outcome import SinkFinding
@@ -106,6 +106,7 @@ class NatsSource(Source):
         self._tight: int | None = None
         self._heard = 0.0
         self._problem = ""
+        self._counts = AppendCounts()
 
     @classmethod
     def findings(cls, settings: NatsSettings) -> Iterable[SinkFinding]:
@@ -117,7 +118,7 @@ class NatsSource(Source):
         self._loop = asyncio.get_running_loop()
         principal = f"nats {self._settings.stream}/{self._settings.durable}"
         self._intake: BrokerIntake[HeldMessage] = BrokerIntake(
-            self._pipeline, principal, self._finish
+            self._pipeline, principal, self._finish, counts=self._counts
         )
         self._wake, self._acks = asyncio.Event(), asyncio.Event()
         self._tasks = [
@@ -146,6 +147,9 @@ class NatsSource(Source):
         return {
             "connected": int(self._client is not None),
             "messages": self._taken,
+            "records": self._counts.records,
+            "invalid": self._counts.invalid,
+            "received_bytes": self._counts.bytes,
             "acknowledged": self._acknowledged,
             "unsettled": len(self._held),
             "backlog": self._backlog,
