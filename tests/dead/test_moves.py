@@ -20,6 +20,7 @@ from ingestd.journal.interface import Cursor, Ledger, Seal, Sealed, Settle
 from ingestd.journal.sqlite import check, dead_letters
 from ingestd.journal.sqlite.journal import SqliteJournal
 from ingestd.journal.sqlite.offline import opened
+from ingestd.journal.sqlite.repair import repair
 from tests.daemon.harness import ROOT
 
 if TYPE_CHECKING:
@@ -118,6 +119,26 @@ async def test_a_target_that_is_gone_stops_no_other_retry(
     assert "still on their way: pipeline 'gone' has no journal" in printed.err
     assert main(["dead", "list", *command(tmp_path)[2:]]) == 0
     assert "[moving]" in capsys.readouterr().out
+
+
+async def test_a_journal_that_is_built_anew_knows_its_arrivals(
+    journals, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = journals
+    run = [*command(tmp_path), "--into", "other"]
+    assert main([*run, "1", "2"]) == 0
+    assert (await target.dead_letters.requeue()).arrived == 2
+    assert main([*run, "3"]) == 0
+    await target.close()
+    repair(target.path, 1.0)
+    with opened(source.path, write=True) as db:  # as if it had been killed before it deleted these
+        db.execute("UPDATE dead SET retry = 2 WHERE id = 5")
+        db.execute("INSERT INTO moving VALUES(5, 'other')")
+    assert main(run) == 0
+    assert "2 dead letters of an earlier command were moved" in capsys.readouterr().err
+    await target.open(lambda _: None)
+    assert (await target.dead_letters.requeue()).arrived == 3
+    assert target.ledger == Ledger(accepted=LETTERS)
 
 
 async def test_a_full_journal_takes_nothing_in(journals, tmp_path: Path) -> None:

@@ -20,8 +20,7 @@ from ingestd.journal.dead_letters import (
     StoredLetter,
 )
 from ingestd.journal.letter_rows import COLUMNS, LetterRow, readable, split, taken_apart
-from ingestd.journal.sqlite import moves
-from ingestd.journal.sqlite.letters import replace, row_of
+from ingestd.journal.sqlite.letters import MOVING, replace, row_of
 from ingestd.journal.sqlite.offline import opened, transaction
 from ingestd.journal.sqlite.writer import Expire, Requeue
 
@@ -85,6 +84,8 @@ class SqliteDeadLetters:
 
     def finish_moves(self, journals: Callable[[str], DeadLetters]) -> dict[str, int]:
         """See `DeadLetters.finish_moves`."""
+        from ingestd.journal.sqlite import moves  # noqa: PLC0415  no daemon moves letters
+
         moved: dict[str, int] = {}
         with opened(self.path, write=True) as db:
             for target in moves.targets(db):
@@ -193,7 +194,7 @@ def letters(
                 return
             left = None if left is None else left - 1
             kept_size = size if row.letters == 1 else own
-            moving = row.retry == moves.MOVING
+            moving = row.retry == MOVING
             yield StoredLetter(number, bool(row.retry), kept_size, letter, moving)
 
 
@@ -331,6 +332,8 @@ def move(
     target: str,
 ) -> MarkedLetters:
     """Marks letters to be moved into another pipeline; see `DeadLetters.move`."""
+    from ingestd.journal.sqlite import moves  # noqa: PLC0415  no daemon moves letters
+
     invalid = 0
     also = f"retry = 0 AND reason NOT IN ({', '.join(repr(reason) for reason in INCOMPLETE)})"
 
@@ -364,6 +367,8 @@ def _marked(db: sqlite3.Connection, part: _Part) -> list[int]:
 
 def _finish(db: sqlite3.Connection, there: sqlite3.Connection, target: str) -> int:
     """Steps 2 and 3 of a move, and tidying up after it; returns the number of letters."""
+    from ingestd.journal.sqlite import moves  # noqa: PLC0415  no daemon moves letters
+
     moves.prepare(there)
     moved, rows = 0, [0]
     while rows:

@@ -37,7 +37,7 @@ from ingestd.journal.interface import (
     Recovered,
     Settle,
 )
-from ingestd.journal.sqlite import kept, moves, offsets, repair
+from ingestd.journal.sqlite import offsets, repair, schema
 from ingestd.journal.sqlite.audit import Count, Difference, SqliteMaintenance
 from ingestd.journal.sqlite.checkpoint import Checkpointer
 from ingestd.journal.sqlite.dead_letters import SqliteDeadLetterStore
@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from ingestd.base.record import Records, Span
     from ingestd.journal.interface import JournalContext
     from ingestd.journal.settings import JournalSettings
+    from ingestd.journal.sqlite import kept
 
 
 log = structlog.get_logger(__name__)
@@ -211,7 +212,7 @@ class SqliteJournal:
         self._committer = JournalWriter(
             store, self._checkpointer, self._report, self._clock, self._keys_before
         )
-        self.kept = kept.totals(store.connection)
+        self.kept = _kept_totals(store.connection) or KeptTotals()
         self._committer.keep = self._keep_rule()
         return recovered._replace(set_aside=set_aside)
 
@@ -363,6 +364,8 @@ class SqliteJournal:
         """The bounds of kept chunks now: the journal's own and the disk's go before theirs."""
         if not self._keep:
             return None
+        from ingestd.journal.sqlite import kept  # noqa: PLC0415  most journals keep none
+
         bytes_max = min(self._keep_bytes_max, int(KEEP_SHARE * self.bytes_max) - self.bytes)
         if self.space is not None:
             self.space.low(self._clock.monotonic())
@@ -374,7 +377,7 @@ class SqliteJournal:
     async def _poll_marked(self) -> bool:
         commits = self._commits
         rule = self._committer.keep = self._keep_rule()
-        totals, self.kept, marked = await self._read(_polled, rule or kept.NOTHING)
+        totals, self.kept, marked = await self._read(_polled, rule)
         if commits == self._commits:  # else a commit has told something newer meanwhile
             self._dead_are(totals)
         return marked
@@ -522,10 +525,30 @@ class SqliteJournal:
         return self._store.meta.ledger.pending - found.records
 
 
-def _polled(db: sqlite3.Connection, rule: kept.KeepRule) -> tuple[DeadTotals, KeptTotals, bool]:
+def _polled(
+    db: sqlite3.Connection, rule: kept.KeepRule | None
+) -> tuple[DeadTotals, KeptTotals, bool]:
     """The totals, and whether there is something to requeue, to take in, to feed or to drop."""
-    totals, marked = poll_marked(db)
-    return totals, kept.totals(db), marked or moves.waiting(db) or kept.due(db, rule)
+    totals, due = poll_marked(db)
+    held = _kept_totals(db)
+    if schema.columns(db, "arrivals"):
+        from ingestd.journal.sqlite import moves  # noqa: PLC0415  most journals have none
+
+        due |= moves.waiting(db)
+    if held is not None:
+        from ingestd.journal.sqlite import kept  # noqa: PLC0415  most journals keep none
+
+        due |= kept.due(db, rule or kept.NOTHING)
+    return totals, held or KeptTotals(), due
+
+
+def _kept_totals(db: sqlite3.Connection) -> KeptTotals | None:
+    """The totals of what is kept; `None` if the journal has never kept anything."""
+    if not schema.columns(db, "kept"):
+        return None
+    from ingestd.journal.sqlite import kept  # noqa: PLC0415  most journals keep none
+
+    return kept.totals(db)
 
 
 def _check_numbers(store: Store, recovered: Recovered) -> None:

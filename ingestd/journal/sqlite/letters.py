@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
     from ingestd.journal.dead_letters import DeadLetter
 
+MOVING = 2
+"""The value of `dead.retry` of letters that are on their way into another pipeline (`moves.py`)."""
 REVIVE_RECORDS = 1000
 """How many letters one transaction takes back, about; or how many rows it lets expire."""
 REVIVE_BYTES = 4 << 20

@@ -25,7 +25,7 @@ from ingestd.base.record import Layout, Records
 from ingestd.journal.interface import Chunk
 from ingestd.journal.letter_rows import taken_apart
 from ingestd.journal.sqlite import first_page, schema
-from ingestd.journal.sqlite.letters import CHUNK_BYTES, REVIVE_BYTES, replace, row_of
+from ingestd.journal.sqlite.letters import CHUNK_BYTES, MOVING, REVIVE_BYTES, replace, row_of
 
 if TYPE_CHECKING:
     import sqlite3
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
     from ingestd.journal.letter_rows import LetterRow
 
-MOVING = 2
-"""The value of `dead.retry` of letters that are on their way."""
 STEP_ROWS = 100
 """Rows of `dead` that one transaction moves, or takes in."""
 

@@ -30,7 +30,7 @@ from ingestd.base.record import Span
 from ingestd.journal import letter_rows
 from ingestd.journal.dead_letters import DeadLetter
 from ingestd.journal.interface import Cursor, Ledger, Sealed
-from ingestd.journal.sqlite import first_page, kept, letters, moves, offsets, schema
+from ingestd.journal.sqlite import first_page, letters, offsets, schema
 from ingestd.journal.sqlite.store import (
     PAGE_BYTES,
     Meta,
@@ -197,13 +197,7 @@ def _fill(store: Store, path: Path, now: float) -> None:
         _copy_letters(old, db)
         for table in ("damaged", "keys", "failing", "sender_ids", "dedupe_keys"):
             _copy_rows(old, db, table)
-        if schema.columns(old, "moved"):
-            moves.prepare(db)
-            for table in ("moving", "arrivals"):
-                _copy_rows(old, db, table)
-        if kept.exist(old):  # what is kept is settled: it goes, and is in the old file
-            kept.prepare(db)
-            _copy_rows(old, db, "replaying")
+        _copy_journeys(old, db)
         _copy_bookmarks(old, db)
         _copy_dead_totals(old, db)
         _settle_meta(db, found, store.id, now)
@@ -363,6 +357,25 @@ def _copy_letters(old: sqlite3.Connection, db: sqlite3.Connection) -> None:
             letters.replace(db, row, [damaged])
 
 
+def _copy_journeys(old: sqlite3.Connection, db: sqlite3.Connection) -> None:
+    """Letters on their way between pipelines; what is kept is settled: it is in the old file."""
+    from ingestd.journal.sqlite import kept, moves  # noqa: PLC0415  most journals have none
+
+    with contextlib.suppress(*_UNREADABLE):
+        if schema.columns(old, "moved"):
+            moves.prepare(db)
+            for table in ("moving", "arrivals"):
+                _copy_rows(old, db, table)
+            found = old.execute("SELECT letters, arrived FROM moved").fetchone()
+            db.execute("UPDATE moved SET letters = ?, arrived = ?", found)
+    with contextlib.suppress(*_UNREADABLE):
+        if kept.exist(old):
+            kept.prepare(db)
+            _copy_rows(old, db, "replaying")
+            found = old.execute("SELECT replayed FROM kept_totals").fetchone()
+            db.execute("UPDATE kept_totals SET replayed = ?", found)
+
+
 def _copy_bookmarks(old: sqlite3.Connection, db: sqlite3.Connection) -> None:
     """Without those that are damaged: what they belong to is read again, rather than left out."""
     for key, state, crc in _rows(old, "bookmarks", "key, state, crc"):
@@ -379,12 +392,6 @@ def _copy_dead_totals(old: sqlite3.Connection, db: sqlite3.Connection) -> None:
             (number,) = old.execute(f"SELECT {name} FROM dead_totals").fetchone()  # noqa: S608
             if type(number) is int and number >= 0:
                 db.execute(f"UPDATE dead_totals SET {name} = ?", (number,))  # noqa: S608
-    with contextlib.suppress(*_UNREADABLE):
-        found = old.execute("SELECT letters, arrived FROM moved").fetchone()
-        db.execute("UPDATE moved SET letters = ?, arrived = ?", found)
-    with contextlib.suppress(*_UNREADABLE):
-        found = old.execute("SELECT replayed FROM kept_totals").fetchone()
-        db.execute("UPDATE kept_totals SET replayed = ?", found)
     with contextlib.suppress(*_UNREADABLE):  # a letter's number is never given again
         (last,) = old.execute("SELECT seq FROM sqlite_sequence WHERE name = 'dead'").fetchone()
         db.execute(

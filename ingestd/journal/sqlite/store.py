@@ -39,7 +39,7 @@ from ingestd.journal.interface import (
     Sealed,
     Settle,
 )
-from ingestd.journal.sqlite import first_page, kept, letters, moves, offsets, schema, sender_ids
+from ingestd.journal.sqlite import first_page, letters, offsets, schema, sender_ids
 
 if TYPE_CHECKING:
     from asyncio import Future
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 
     from ingestd.base.append import Deduplicated, HeldIds, IdempotencyClaim, SourceOffset
     from ingestd.journal.dead_letters import DeadLetter
+    from ingestd.journal.sqlite import kept
 
 PAGE_BYTES = 16384
 WRITER_CACHE_KIB = 12 * 1024
@@ -233,6 +234,8 @@ class Store:
         db.execute(first_page.SCHEMA)
         first_page.keep(db)
         if self._keeps:
+            from ingestd.journal.sqlite import kept  # noqa: PLC0415  most journals keep none
+
             kept.prepare(db)
         counters = ", ".join(schema.COUNTERS)
         row = db.execute(f"SELECT crc, journal, {counters} FROM meta").fetchone()  # noqa: S608
@@ -438,12 +441,10 @@ def _move_letters(
     if write.requeue_at is not None:
         last = write.chunks[-1].id if write.chunks else meta.last_chunk
         moved = letters.requeue(db, last + 1, write.requeue_at, invalid.check)
-        if moves.waiting(db):
-            last += len(moved.chunks)
-            arrived = moves.take(db, last + 1, write.requeue_at, write.room)
-            chunks = (*moved.chunks, *arrived.chunks)
-            moved = moved._replace(chunks=chunks, arrived=arrived.records)
-        moved = _replay(db, meta, write, moved)
+        if schema.columns(db, "arrivals"):
+            moved = _take_in(db, last + len(moved.chunks) + 1, write, moved)
+        if schema.columns(db, "kept"):
+            moved = _replay(db, meta, write, moved)
     if write.expire is not None:
         moved = moved._replace(expired=letters.expire(db, *write.expire))
     if moved.chunks:
@@ -451,10 +452,19 @@ def _move_letters(
     return write, moved
 
 
+def _take_in(db: sqlite3.Connection, chunk: int, write: Write, moved: Moved) -> Moved:
+    """Records that arrived from other pipelines are taken in."""
+    from ingestd.journal.sqlite import moves  # noqa: PLC0415  most journals have no arrivals
+
+    arrived = moves.take(db, chunk, write.requeue_at or write.at, write.room)
+    chunks = (*moved.chunks, *arrived.chunks)
+    return moved._replace(chunks=chunks, arrived=arrived.records)
+
+
 def _replay(db: sqlite3.Connection, meta: Meta, write: Write, moved: Moved) -> Moved:
     """Kept chunks that a replay asks for are fed; those beyond the bounds go."""
-    if not kept.exist(db):
-        return moved
+    from ingestd.journal.sqlite import kept  # noqa: PLC0415  most journals keep none
+
     last = write.chunks[-1].id if write.chunks else meta.last_chunk
     first = last + len(moved.chunks) + 1
     fed = kept.feed(db, first, write.requeue_at or write.at, write.room, _chunk)
@@ -468,6 +478,8 @@ def _replay(db: sqlite3.Connection, meta: Meta, write: Write, moved: Moved) -> M
 
 def _keep(db: sqlite3.Connection, write: Write, rule: kept.KeepRule) -> None:
     """Finished chunks are kept, and it is written down which of their records died."""
+    from ingestd.journal.sqlite import kept  # noqa: PLC0415  most journals keep none
+
     for settlement in write.settled:
         kept.leave_out(db, settlement.dead)
     finished = list(_runs([chunk for settle in write.settled for chunk in settle.finished]))
