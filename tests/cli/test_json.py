@@ -85,19 +85,26 @@ def reject(batch: Batch[dict[str, object]]) -> None:
     batch.reject(0, "no")
 
 
-@pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with a handler, records, and a journal with one that is dead and one pending."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "app.py").write_text("def store(batch: list[dict]): ...\n")
-    (tmp_path / "records.ndjson").write_text('{"user": "ann"}\n')
-    before = signal.getsignal(signal.SIGINT)
-    path = list(sys.path)
+@pytest.fixture(scope="module")
+def journal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory with one record that is dead and one that is pending."""
+    folder = tmp_path_factory.mktemp("journal") / "data"
     with Harness(reject) as harness:
         harness.send([{"user": "ann"}])
         harness.run()
         harness.send([{"user": "bob"}])  # it stays pending
-        shutil.copytree(harness._journal, tmp_path / "ingestd-data")
+        shutil.copytree(harness._journal, folder)
+    return folder
+
+
+@pytest.fixture
+def here(tmp_path: Path, journal: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a handler, records and a data directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "app.py").write_text("def store(batch: list[dict]): ...\n")
+    (tmp_path / "records.ndjson").write_text('{"user": "ann"}\n')
+    shutil.copytree(journal, tmp_path / "ingestd-data")
+    before, path = signal.getsignal(signal.SIGINT), list(sys.path)
     yield tmp_path
     signal.signal(signal.SIGINT, before)
     sys.path[:] = path

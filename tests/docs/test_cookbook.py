@@ -173,6 +173,7 @@ def served(server: socketserver.BaseServer) -> Iterator[Any]:
         server.server_close()
 
 
+@pytest.mark.slow
 def test_an_api_says_when_to_come_again(recipe: Callable[[str], Any]) -> None:
     module = recipe("push")
     wait = module.wait_of(format_datetime(datetime.now(UTC) + timedelta(seconds=90), usegmt=True))
@@ -201,6 +202,7 @@ def test_an_api_says_when_to_come_again(recipe: Callable[[str], Any]) -> None:
 # -- a model ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_is_loaded_once(recipe: Callable[[str], Any]) -> None:
     model = recipe("sentence_transformers").SentenceTransformer
     texts = [{"id": str(n), "text": "x" * n} for n in range(10)]
@@ -267,6 +269,7 @@ class Mailbox(socketserver.StreamRequestHandler):
         self.wfile.write(f"{text}\r\n".encode())
 
 
+@pytest.mark.slow
 def test_one_bad_address_is_one_dead_letter(recipe: Callable[[str], Any]) -> None:
     module = recipe("mails")
     people = ["ann", "nobody", "bob", "cy"]
@@ -288,5 +291,6 @@ def test_one_bad_address_is_one_dead_letter(recipe: Callable[[str], Any]) -> Non
     assert len({found and found[1] for found in names}) == 3
 
 
+@pytest.mark.slow
 def test_the_test_on_the_page(recipe: Callable[[str], Any], ingestd_harness: Any) -> None:
     recipe("test_mails").test_a_server_that_is_down_loses_no_mail(ingestd_harness)
