@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ingestd.sources.kafka import KafkaSettings, KafkaSourceKind
 from tests.daemon.harness import Daemon, daemon
 from tests.sinks.kafka_cluster import Cluster
 
@@ -104,13 +105,14 @@ def test_offsets_stop_at_the_first_message_that_is_not_settled(
     config(tmp_path, cluster, batch=1, more=MEMORY)
     produce(cluster, {"n": 0}, b"{", {"n": 2, "bad": 1}, {"n": 3, "waits": 1}, {"n": 4},
             headers={"Trace": "t1"}, key=b"k")  # fmt: skip
-    with daemon(cwd=tmp_path) as one:
+    with daemon("--drain.timeout", "200ms", cwd=tmp_path) as one:
         until(lambda: committed(cluster) == 3, lambda: (committed(cluster), one.events))
         until(lambda: 4 in seen(tmp_path), lambda: seen(tmp_path))
         assert committed(cluster) == 3
         numbers = one.status()["pipelines"]["default"]
         assert (numbers["invalid"], numbers["dead"], numbers["pending"]) == (1, 1, 1)
-        one.process.kill()
+        one.terminate()
+        assert one.wait() == 75  # it is delivered again
     first = next(one for one in (tmp_path / "seen").read_text().splitlines() if one[0] == "0")
     for fact in ("source='kafka'", "'trace': 't1'", "'topic': 'clicks'", "'key': 'k'"):
         assert fact in first
@@ -137,7 +139,7 @@ def test_kills_lose_nothing_and_double_nothing_with_a_journal_on_disk(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     config(tmp_path, cluster, handler="sqlite")
-    sent, kills = 0, 2
+    sent, kills = 0, 1
     for life in range(kills + 1):
         with daemon(cwd=tmp_path) as one:
             for number in range(4):
@@ -201,22 +203,12 @@ def test_a_full_window_pauses_its_partition_and_no_other(cluster: Cluster, tmp_p
     assert sorted(seen(tmp_path)) == [*range(2000), *range(10_000, 10_200)]
 
 
-def test_check_connect_asks_the_brokers(cluster: Cluster, tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
-    from tests.daemon.harness import ROOT
-
-    config(tmp_path, cluster, handler="jsonl")
-
-    def check() -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "ingestd", "check", "--connect"], cwd=tmp_path,
-            capture_output=True, text=True, timeout=60,
-            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        return done.stdout + done.stderr
-
-    assert "topic clicks has 2 partitions" in check()
+def test_the_brokers_are_asked_for_what_is_read(cluster: Cluster) -> None:
+    settings = KafkaSettings(brokers=[cluster.bootstrap], topics=["clicks", "^more"])
+    found = list(KafkaSourceKind().findings(settings))
+    assert [(one.level, one.text) for one in found] == [
+        ("info", "brokers: 1"), ("info", "topic clicks has 2 partitions"),
+    ]  # fmt: skip
     cluster.set_up(False)
-    assert "error" in check()
+    (down,) = KafkaSourceKind().findings(settings)
+    assert down.level == "error"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ingestd.sources.nats import NatsSettings, NatsSourceKind
 from tests.daemon.harness import ROOT, Daemon, daemon
 from tests.nats import Cluster, running
 
@@ -120,7 +121,7 @@ def test_what_is_not_settled_is_delivered_again_and_nothing_else(
         until(lambda: 4 in seen(tmp_path), lambda: one.events)
         until(lambda: consumer(cluster).num_ack_pending == 1, lambda: one.events)
         held = time.monotonic()
-        until(lambda: time.monotonic() - held > 3, lambda: "")
+        until(lambda: time.monotonic() - held > 2.2, lambda: "")
         info = consumer(cluster)
         assert (info.num_redelivered, info.num_ack_pending, info.ack_floor.stream_seq) == (0, 1, 3)
         numbers = one.status()["pipelines"]["default"]
@@ -152,7 +153,7 @@ def test_kills_of_daemon_and_server_lose_nothing_and_double_nothing(
     cluster: Cluster, tmp_path: Path
 ) -> None:
     config(tmp_path, cluster, 'ack_wait = "1s"', handler="sqlite")
-    sent, lives = 0, 4
+    sent, lives = 0, 3
     for life in range(lives):
         with daemon(cwd=tmp_path) as one:
             publish(cluster, *({"n": n} for n in range(sent, sent + 500)))
@@ -237,10 +238,12 @@ def test_check_connect_asks_for_stream_and_consumer(cluster: Cluster, tmp_path: 
         )  # fmt: skip
         return done.stdout + done.stderr
 
-    assert "stream S: " in check()
     publish(cluster, {"n": 1})
     text = check()
     assert "# nats: info: stream S: file, 1 replicas" in text
     assert "there is no consumer ingestd; the source makes it" in text
+    settings = NatsSettings(servers=cluster.urls, stream="OTHER")
+    assert [one.level for one in NatsSourceKind().findings(settings)] == ["info", "error"]
     cluster.servers[0].stop()
-    assert "# nats: error: servers: " in check()
+    (down,) = NatsSourceKind().findings(settings)
+    assert down.text.startswith("servers: ")
