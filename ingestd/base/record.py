@@ -153,11 +153,16 @@ class Records(NamedTuple):
         envelopes = envelope.part(self.envelopes, first, count)
         return self.names[first : first + count], envelopes
 
-    def pick(self, places: Sequence[int]) -> Records:
-        """The records at some places, in their order; the places are growing."""
+    def pick(self, places: Sequence[int], items: Sequence[bytes] = ()) -> Records:
+        """The records at some places, in their order; the places are growing.
+
+        Args:
+            places: from 0.
+            items: all records, where these are known already.
+        """
         if len(places) == self.count:
             return self
-        items = self.items()
+        items = items or self.items()
         chosen = [items[place] for place in places]
         make = Records.lines if self.layout is Layout.LINES else Records.sized
         names = tuple(self.names[place] for place in places) if self.names else ()
@@ -288,7 +293,10 @@ def without(spans: Iterable[Span], removed: Iterable[Span]) -> tuple[Span, ...]:
     """A batch's spans less removed ones; each of these lies inside one of the batch's."""
     left: list[Span] = []
     gone: dict[int, deque[Span]] = {}
-    for span in sorted(removed):
+    cut = sorted(removed)
+    if not cut:
+        return tuple(spans)
+    for span in cut:
         gone.setdefault(span.chunk, deque()).append(span)
     for chunk, first, count in sorted(spans):
         start, end, within = first, first + count, gone.get(chunk, _NONE)

@@ -7,13 +7,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from ingestd.base.envelope import EnvelopeRuns, is_shared
 from ingestd.base.record import Layout, Records, Span, join, select
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 
 class BatchDraft(NamedTuple):
@@ -128,38 +128,50 @@ def part_by_key(
     Returns:
         The batches with their keys. Those with a common key are in the order of their records.
     """
-    records, size = draft.records, 0
+    records = draft.records
     if records is None:
         return [(draft, frozenset())]
+    count, size = records.count, len(records.payload)
     while (
         parts > 1
-        and (parts // 2) * records_max >= records.count
-        and ((parts // 2) * bytes_max >= len(records.payload))
+        and _filled(parts // 2, records_max) >= count
+        and (_filled(parts // 2, bytes_max) >= size)
     ):
         parts //= 2
     places: list[list[int]] = [[] for _ in range(parts)]
     for place, key in enumerate(keys):
         places[(place // records_max if key is None else key) % parts].append(place)
-    ends = records.ends()
+    runs = list(filter(None, places))
+    if size > bytes_max or max(map(len, runs)) > records_max:
+        ends = records.ends()
+        runs = [run for mine in runs for run in _runs(mine, ends, records_max, bytes_max)]
+    if len(runs) == 1:
+        return [(draft, _known(keys))]
     made: list[tuple[BatchDraft, frozenset[int]]] = []
-    for mine in places:
-        for run in _runs(mine, ends, records_max, bytes_max):
-            some = draft
-            if len(run) < records.count:
-                picked = records.pick(run)
-                some = draft._replace(
-                    spans=select(draft.spans, run), records=picked, size=len(picked.payload)
-                )
-                size += some.size
-            made.append((some, frozenset(k for p in run if (k := keys[p]) is not None)))
-    if len(made) > 1:  # envelopes are counted with the last one
-        last, its_keys = made[-1]
-        made[-1] = last._replace(size=last.size + draft.size - size), its_keys
+    items, left = records.items(), draft.size
+    for run in runs:
+        picked = records.pick(run, items)
+        # What is held beside payloads, envelopes, is counted with the last one.
+        held = len(picked.payload) if len(made) < len(runs) - 1 else left
+        left -= held
+        part = draft._replace(spans=select(draft.spans, run), records=picked, size=held)
+        made.append((part, _known([keys[place] for place in run])))
     return made
 
 
+def _known(keys: Iterable[int | None]) -> frozenset[int]:
+    found = set(keys)
+    found.discard(None)
+    return frozenset(cast("set[int]", found))
+
+
+def _filled(batches: int, bound: int) -> int:
+    """The bound of a window: parts differ in size, and each should fit into a batch."""
+    return bound if batches == 1 else batches * bound * 3 // 4
+
+
 def _runs(
-    places: Sequence[int], ends: Sequence[int], records_max: int, bytes_max: int
+    places: list[int], ends: Sequence[int], records_max: int, bytes_max: int
 ) -> Iterator[list[int]]:
     """Cuts places of records into runs within the bounds."""
     run: list[int] = []
@@ -241,8 +253,8 @@ class Batcher:
         self.records_max = records_max
         self.bytes_max = bytes_max
         self.age_max = age_max
-        self._records_most = records_max * self.window
-        room = min(bytes_max * self.window, self._window_bytes_max)
+        self._records_most = _filled(self.window, records_max)
+        room = min(_filled(self.window, bytes_max), self._window_bytes_max)
         self._bytes_most = max(bytes_max, room)
 
     def add(self, chunk: int, records: Records, *, first: int, accepted_at: float) -> None:
