@@ -251,7 +251,11 @@ class Ingestion:
         """Returns the parts, charged to their sender, less the records that do not fit."""
         for part in parts:
             to.principal.charge(part.parsed.total, len(part.parsed.records.payload))
-        return await _screened(parts, to) if to.route.screens else parts
+        if not to.route.screens:
+            return parts
+        if to.route.is_routed:  # what goes to several is copied
+            to.hold.grow(sum(len(part.parsed.records.payload) for part in parts))
+        return await _screened(parts, to)
 
     async def _begin_stream(
         self, request: Request, to: Admitted, encoding: str
