@@ -170,7 +170,11 @@ HANDLERS = Components("handler", "ingestd.handlers", {})
 JOURNALS = Components(
     "journal",
     "ingestd.journals",
-    {"sqlite": "ingestd.journal.sqlite.journal:build", "memory": "ingestd.journal.memory:build"},
+    {
+        "sqlite": "ingestd.journal.sqlite.journal:build",
+        "memory": "ingestd.journal.memory:build",
+        "jetstream": "ingestd.journal.jetstream:JetStreamKind",
+    },
 )
 EXECUTORS = Components(
     "executor",

@@ -17,6 +17,7 @@ from ingestd.cli.connect import (
     ConnectFinding,
     certificate_findings,
     disk_findings,
+    journal_findings,
     sink_findings,
     source_findings,
 )
@@ -92,7 +93,7 @@ def execute(arguments: argparse.Namespace) -> int:
         _check_pipeline(name, pipeline, loaded.settings, report, connect=arguments.connect)
     if arguments.connect:
         report.heading("sources, disk and certificates")
-        for look in (source_findings, disk_findings, certificate_findings):
+        for look in (source_findings, disk_findings, journal_findings, certificate_findings):
             for one in look(loaded.settings):
                 report.found(one)
     return report.end()

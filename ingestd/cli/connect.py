@@ -101,6 +101,25 @@ def disk_findings(settings: Settings) -> Iterator[ConnectFinding]:
         yield from _journals(settings.data_dir)
 
 
+def journal_findings(settings: Settings) -> Iterator[ConnectFinding]:
+    """Asks the stores of journals that lie beyond this machine."""
+    from ingestd.journal.settings import JournalKind  # noqa: PLC0415  its models
+    from ingestd.registry import JOURNALS  # noqa: PLC0415
+
+    asked = dict[str, str]()
+    for name, pipeline in settings.pipeline_settings().items():
+        journal = pipeline.journal
+        kind = JOURNALS.load(journal.kind)
+        if not (isinstance(kind, type) and issubclass(kind, JournalKind)):
+            continue
+        if (same := asked.setdefault(repr(journal.own), name)) != name:
+            text = f"its journal lies where that of pipeline {same} does"
+            yield ConnectFinding(f"pipeline {name}", "info", text)
+            continue
+        for level, text in asyncio.run(kind().check(journal.own)):
+            yield ConnectFinding(f"pipeline {name}", level, text)
+
+
 def _free_space(name: str, folder: Path, free_min: int) -> ConnectFinding:
     from ingestd.journal.disk_space import free_bytes, scaled  # noqa: PLC0415
 

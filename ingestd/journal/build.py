@@ -91,7 +91,11 @@ def stored_journals(data_dir: Path, only: Sequence[str] = ()) -> dict[str, Sqlit
         DataDirError: there is none.
         UsageError: a pipeline of `only` has none.
     """
-    from ingestd.journal.sqlite.check import SqliteFile  # noqa: PLC0415  no daemon needs it
-    from ingestd.journal.sqlite.offline import journals  # noqa: PLC0415
+    from ingestd.journal.log.cache import CacheFile  # noqa: PLC0415  no daemon needs it
+    from ingestd.journal.sqlite.check import SqliteFile  # noqa: PLC0415
+    from ingestd.journal.sqlite.offline import FILE, journals  # noqa: PLC0415
 
-    return {name: SqliteFile(path) for name, path in journals(data_dir, only).items()}
+    return {
+        name: SqliteFile(path) if path.name == FILE else CacheFile(path)
+        for name, path in journals(data_dir, only).items()
+    }

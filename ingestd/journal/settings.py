@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -11,10 +11,11 @@ from ingestd.config.units import Count, Seconds, Size, show_size
 from ingestd.registry import JOURNALS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from ingestd.journal.interface import Journal, JournalContext
 
+Level = Literal["error", "warning", "info"]
 _MIB = 1024**2
 _GIB = 1024**3
 _TIB = 1024**4
@@ -40,7 +41,8 @@ class JournalSettings(Section):
     """`[journal]`: the durable store of records that are accepted and not yet settled."""
 
     kind: Annotated[str, Choice(JOURNALS.names)] = Field(
-        "sqlite", description="memory is fast and loses its records with the process"
+        "sqlite",
+        description="memory loses its records with the process, jetstream outlives the machine",
     )
     bytes_max: Size = Field(
         8 * _GIB,
@@ -101,6 +103,14 @@ class JournalKind:
             ConfigError: something that the settings name is not what it should be.
         """
         raise NotImplementedError
+
+    async def check(self, own: Any) -> Sequence[tuple[Level, str]]:  # noqa: ARG002
+        """Asks its store, for `check --connect`; changes nothing.
+
+        Returns:
+            (level, text) of each finding: `error`, `warning` or `info`.
+        """
+        return ()
 
 
 class DeadSettings(Section):

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import zlib
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -26,17 +26,26 @@ from ingestd.base import envelope
 from ingestd.base.append import Append
 from ingestd.base.clock import SystemClock
 from ingestd.base.envelope import Envelope, EnvelopeRuns
+from ingestd.base.errors import Overloaded
 from ingestd.base.metrics import Metrics
 from ingestd.base.record import InvalidRecord, Records
 from ingestd.codecs.lines import json_fault
 from ingestd.execution.pool import TaskPool
 from ingestd.handlers.batch import Batch
 from ingestd.handlers.outcome import Failure, Job, Rejection, Result, RetryRequest
+from ingestd.journal import log as log_journal
 from ingestd.journal.dead_letters import LetterFilter
+from ingestd.journal.log import LogJournal
+from ingestd.journal.sqlite import writer
 from ingestd.journal.sqlite.dead_letters import letters, mark
 from ingestd.journal.sqlite.offline import opened
 from ingestd.pipeline import Pipeline
+from ingestd.registry import JOURNALS
 from ingestd.settings import Settings
+from tests.journal.memory_log import DOWN, FULL, LATE, LOST, Engine, MemoryLog
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ATTEMPTS = 2
 CLIENTS = [envelope.pack(Envelope("http", client=name)) for name in ("shop", "till")]
@@ -66,6 +75,7 @@ class PipelineAgainstModel(RuleBasedStateMachine):
     """`pending`, `done`, `dead` are what the model says; `batches` what each id has meant."""
 
     batch: ClassVar[dict[str, str]] = {}
+    kind, file = "sqlite", "journal.db"
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,6 +102,7 @@ class PipelineAgainstModel(RuleBasedStateMachine):
             batch={"records_max": 3, "bytes_max": "64KiB", "age_max": 0, **self.batch},
             queue={"bytes_max": "64KiB", "chunks_max": 4},
             retry={"attempts_max": ATTEMPTS, "backoff": 0, "backoff_max": 0},
+            journal={"kind": self.kind},
         ).pipeline_settings()["default"]
         self.pipeline = Pipeline(
             "default",
@@ -123,7 +134,8 @@ class PipelineAgainstModel(RuleBasedStateMachine):
         async def quiet() -> None:
             same, before = 0, None
             while same < 4:
-                await self.pipeline.journal.append(Append(Records.lines([])))
+                with contextlib.suppress(Overloaded):
+                    await self.pipeline.journal.append(Append(Records.lines([])))
                 for _ in range(12):
                     await asyncio.sleep(0)
                 pipeline, line = self.pipeline, self.pipeline.dispatcher.queue
@@ -154,12 +166,15 @@ class PipelineAgainstModel(RuleBasedStateMachine):
             records = records._replace(envelopes=envelope.numbered(FILE, count, numbers[0]))
         refused = [InvalidRecord(i, "malformed", "x", b"{") for i in range(bad)]
         append = Append(records, refused, envelope=origin)
-        self.loop.run_until_complete(self.pipeline.accept(append))
+        self.accept(append)
         known = EnvelopeRuns(records.envelopes or origin, count)
         self.origins |= {n: known.of(i) for i, n in enumerate(numbers)}
         self.pending |= set(numbers)
         self.refused += bad
         self.settle_down()
+
+    def accept(self, append: Append) -> None:
+        self.loop.run_until_complete(self.pipeline.accept(append))
 
     def decide(self, result: Result, which: int) -> Job:
         job, decided = self.jobs.pop(which % len(self.jobs))
@@ -229,7 +244,7 @@ class PipelineAgainstModel(RuleBasedStateMachine):
     @rule(data=st.data())
     def feed_again(self, data: st.DataObject) -> None:
         """Some dead letters, by their numbers, as a person marks them; refused ones are no JSON."""
-        path = self.folder / "journal.db"
+        path = self.folder / self.file
         with opened(path) as db:
             kept = {one.id: one.letter for one in letters(db, LetterFilter(), whole=True)}
         records = {self.number(one.payload): one.record for one in kept.values() if one.record}
@@ -247,10 +262,13 @@ class PipelineAgainstModel(RuleBasedStateMachine):
         again = set(fed)
         self.turns |= {n: next(self.turn) for n in fed}
         assert marked == (len(again), len(ids) - len(again))
-        self.loop.run_until_complete(self.pipeline.letters.poll())
+        self.poll_letters()
         self.dead -= again
         self.pending |= again
         self.settle_down()
+
+    def poll_letters(self) -> None:
+        self.loop.run_until_complete(self.pipeline.letters.poll())
 
     @rule()
     def crash(self) -> None:
@@ -376,6 +394,62 @@ class OrderedAgainstModel(PipelineAgainstModel):
             assert (queue._table.size, queue._blocked, queue._cold) == (0, {}, set())
 
 
+class LogAgainstModel(PipelineAgainstModel):
+    """The same over a replicated log: a crash loses the machine, and publishes meet faults."""
+
+    kind, file = "memory_log", "cache.db"
+    engine: Engine
+
+    def start(self) -> None:
+        if not self.lives and not self.next:
+            type(self).engine = Engine(4096)
+        JOURNALS.own[self.kind] = "tests.pipeline.test_model:build_log"
+        super().start()
+
+    @rule(
+        faults=st.lists(st.sampled_from(["", "", LOST, LATE, DOWN, FULL]), min_size=1, max_size=4)
+    )
+    def meet(self, faults: list[str]) -> None:
+        self.engine.faults = faults
+
+    def accept(self, append: Append) -> None:
+        for _ in range(20):
+            try:
+                super().accept(append)
+            except Overloaded:
+                continue
+            return
+
+    def poll_letters(self) -> None:
+        for _ in range(20):
+            with contextlib.suppress(Overloaded):
+                super().poll_letters()
+                return
+
+    def crash(self) -> None:
+        """The machine is lost; the log is as it is."""
+        self.lives += 1
+        left, type(self).engine = self.engine, self.engine.as_it_is()
+        left.faults = []
+        self.stop()
+        self.folder = Path(tempfile.mkdtemp(prefix="ingestd-model-"))
+        self.start()
+
+    def restart(self) -> None:
+        self.engine.faults = []
+        super().restart()
+
+    crash, restart = rule()(crash), rule()(restart)
+
+
+def build_log(settings: Any, context: Any) -> LogJournal:
+    return LogJournal(
+        MemoryLog(LogAgainstModel.engine), context.folder / "cache.db",
+        bytes_max=settings.bytes_max, clock=context.clock, on_commit=context.on_commit,
+        dead_bytes_max=context.dead_bytes_max, invalid=context.invalid, snapshot_bytes=5_000,
+    )  # fmt: skip
+
+
 def run(examples: int, steps: int, machine: type[PipelineAgainstModel]) -> Any:
     case = machine.TestCase
     case.settings = settings(
@@ -396,3 +470,20 @@ def test_the_pipeline_does_what_the_model_says(machine) -> None:
 @pytest.mark.parametrize("machine", [PipelineAgainstModel, OrderedAgainstModel])
 def test_the_pipeline_does_what_the_model_says_for_10_000_steps(machine) -> None:
     run(200 if machine is PipelineAgainstModel else 20, 50, machine)("runTest").runTest()
+
+
+@pytest.fixture
+def memory_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(log_journal, "RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(writer, "FULL_PAUSE", 0.01)
+    yield
+    JOURNALS.own.pop(LogAgainstModel.kind, None)
+
+
+def test_a_log_does_what_the_model_says(memory_log: None) -> None:
+    run(1, 20, LogAgainstModel)("runTest").runTest()
+
+
+@pytest.mark.slow
+def test_a_log_does_what_the_model_says_for_10_000_steps(memory_log: None) -> None:
+    run(200, 50, LogAgainstModel)("runTest").runTest()

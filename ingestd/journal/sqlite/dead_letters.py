@@ -45,6 +45,9 @@ class SqliteDeadLetters:
         path: of the journal; each call opens it.
     """
 
+    takes_moved = True
+    """Letters of other pipelines may be moved into it."""
+
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -90,7 +93,7 @@ class SqliteDeadLetters:
         with opened(self.path, write=True) as db:
             for target in moves.targets(db):
                 other = journals(target)
-                if isinstance(other, SqliteDeadLetters):
+                if isinstance(other, SqliteDeadLetters) and other.takes_moved:
                     with opened(other.path, write=True) as there:
                         moved[target] = _finish(db, there, target)
         return moved
@@ -319,7 +322,7 @@ def mark(
                 invalid += len(letters) - len(meant)
             yield _Part(row, size, meant)
 
-    marked = sum(_change(db, wanted(), mark=True))
+    marked = sum(_change(db, wanted(), mark=1))
     return MarkedLetters(marked, invalid)
 
 
@@ -353,7 +356,7 @@ def move(
         with transaction(db):
             for part in step:
                 before = set(_marked(db, part))
-                marked += _change_part(db, part, mark=True)
+                marked += _change_part(db, part, mark=1)
                 moves.claim(db, [n for n in _marked(db, part) if n not in before], target)
     return MarkedLetters(marked, invalid)
 
@@ -397,11 +400,18 @@ def edit(db: sqlite3.Connection, number: int, before: bytes, after: bytes) -> bo
     return True
 
 
-def purge(db: sqlite3.Connection, chosen: LetterFilter, last: int) -> int:
-    """Deletes letters for good, up to the number `last`; marked ones stay. How many it were."""
+def purge(db: sqlite3.Connection, chosen: LetterFilter, last: int, mark: int = 0) -> int:
+    """Deletes letters for good, up to the number `last`; marked ones stay. How many it were.
+
+    Args:
+        db: a connection that writes.
+        chosen: which.
+        last: the newest one that is meant.
+        mark: they get this mark instead, and the daemon deletes them.
+    """
     rows = _rows(db, chosen, whole=False, also="retry = 0", last=last)
     parts = (_Part(row, size, set(_meant(chosen, row, last))) for row, size in rows)
-    return sum(_change(db, parts, mark=False))
+    return sum(_change(db, parts, mark=mark))
 
 
 class _Part(NamedTuple):
@@ -416,8 +426,8 @@ class _Part(NamedTuple):
     meant: Collection[int]
 
 
-def _change(db: sqlite3.Connection, parts: Iterable[_Part], *, mark: bool) -> Iterator[int]:
-    """Marks letters, or deletes them, in steps of a transaction each; those that are marked stay.
+def _change(db: sqlite3.Connection, parts: Iterable[_Part], *, mark: int) -> Iterator[int]:
+    """Marks letters, or deletes them (0), in steps of a transaction each; marked ones stay.
 
     Yields:
         How many each step has changed.
@@ -445,7 +455,7 @@ def _in_steps(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
         yield step
 
 
-def _change_part(db: sqlite3.Connection, part: _Part, *, mark: bool) -> int:
+def _change_part(db: sqlite3.Connection, part: _Part, *, mark: int) -> int:
     """Changes what is there now of a part, in the open transaction; returns how many letters."""
     numbers = part.row.numbers
     query = "SELECT id, letters FROM dead WHERE id BETWEEN ? AND ? AND retry = 0"
@@ -453,11 +463,11 @@ def _change_part(db: sqlite3.Connection, part: _Part, *, mark: bool) -> int:
     for last, letters in db.execute(query, (numbers[0], numbers[-1])).fetchall():
         meant = [number for number in range(last - letters + 1, last + 1) if number in part.meant]
         if len(meant) == letters:
-            change = "UPDATE dead SET retry = 1" if mark else "DELETE FROM dead"
+            change = f"UPDATE dead SET retry = {mark}" if mark else "DELETE FROM dead"  # noqa: S608
             db.execute(f"{change} WHERE id = ?", (last,))
         elif meant and (row := row_of(db, last)) is not None:
             chosen, rest = split(row, meant)
-            kept = [one._replace(retry=1) for one in chosen] if mark else []
+            kept = [one._replace(retry=mark) for one in chosen] if mark else []
             replace(db, row, [*kept, *rest])
         done += len(meant)
     return done

@@ -106,6 +106,7 @@ class SqliteJournal:
     """
 
     keeps = True
+    store_letters: type[SqliteDeadLetterStore] = SqliteDeadLetterStore
 
     def __init__(
         self,
@@ -125,7 +126,7 @@ class SqliteJournal:
         self._invalid = invalid
         self._locks = contextlib.ExitStack()
         self.bytes_max = bytes_max
-        self.dead_letters = SqliteDeadLetterStore(
+        self.dead_letters = self.store_letters(
             path,
             bytes_max if dead_bytes_max is None else dead_bytes_max,
             totals=lambda: self.dead_totals,
@@ -573,19 +574,23 @@ def _is_passing(error: Exception) -> bool:
     )
 
 
+def options_of(settings: JournalSettings, context: JournalContext, path: Path) -> dict[str, Any]:
+    """The arguments of a `SqliteJournal` beside its path, from `[journal]` and surroundings."""
+    return {
+        "bytes_max": settings.bytes_max,
+        "clock": context.clock,
+        "on_commit": context.on_commit,
+        "dead_bytes_max": context.dead_bytes_max,
+        "keys": context.keys,
+        "space": DiskSpaceGuard(path.parent, scaled(settings.free_min, path.parent)),
+        "invalid": context.invalid,
+        "keep": settings.keep,
+        "keep_bytes_max": settings.keep_bytes_max,
+    }
+
+
 def build(settings: JournalSettings, context: JournalContext) -> SqliteJournal:
     """The journal of a pipeline whose `journal.kind` is `sqlite`, not opened yet."""
     # SQLite's other files lie beside what a link names.
     path = (context.folder / "journal.db").resolve()
-    return SqliteJournal(
-        path,
-        bytes_max=settings.bytes_max,
-        clock=context.clock,
-        on_commit=context.on_commit,
-        dead_bytes_max=context.dead_bytes_max,
-        keys=context.keys,
-        space=DiskSpaceGuard(path.parent, scaled(settings.free_min, path.parent)),
-        invalid=context.invalid,
-        keep=settings.keep,
-        keep_bytes_max=settings.keep_bytes_max,
-    )
+    return SqliteJournal(path, **options_of(settings, context, path))

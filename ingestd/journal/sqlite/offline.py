@@ -10,6 +10,7 @@ import contextlib
 import sqlite3
 import time
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base import envelope
@@ -27,13 +28,13 @@ from ingestd.journal.sqlite.store import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from pathlib import Path
 
     from ingestd.journal.interface import Chunk
 
 BUSY_SECONDS = 30.0
 """How long to wait for the daemon's commit; one takes milliseconds unless the disk hangs."""
-FILE = "journal.db"
+FILE, CACHE = "journal.db", "cache.db"
+"""The second one is the cache of a journal that lies elsewhere (`ingestd/journal/log`)."""
 _ERRORS = (sqlite3.Error, OSError, UnicodeDecodeError)
 """The last one: SQLite's words about a damaged file quote it."""
 
@@ -49,9 +50,12 @@ def journals(data_dir: Path, only: Sequence[str] = ()) -> dict[str, Path]:
         DataDirError: there is none.
         UsageError: a pipeline of `only` has none.
     """
-    found = {"default": data_dir / FILE}
-    found |= {path.parent.name: path for path in sorted(data_dir.glob(f"pipelines/*/{FILE}"))}
-    found = {name: path for name, path in found.items() if path.is_file()}
+    found = dict[str, Path]()
+    for file in (CACHE, FILE):
+        places = {"default": data_dir / file}
+        places |= {path.parent.name: path for path in sorted(data_dir.glob(f"pipelines/*/{file}"))}
+        found |= {name: path for name, path in places.items() if path.is_file()}
+    found = {name: found[name] for name in sorted(found, key=lambda one: (one != "default", one))}
     if not found:
         raise DataDirError(path=data_dir, problem="there is no journal in it")
     for name in only:

@@ -343,3 +343,28 @@ class CommitRows(NamedTuple):
                 row += [None] * ((room - len(some)) * columns)
             yield row
             number += 1
+
+
+class OtherRows(NamedTuple):
+    """The rows that commits with failures write beside `CommitRows`, and before them.
+
+    Attributes:
+        failing: batch, seconds, counted tries.
+        postponed: attempts, due time, wait, batch.
+        damaged: chunks that are kept aside.
+    """
+
+    failing: Sequence[tuple[int, float, int]] = ()
+    postponed: Sequence[tuple[int, float, float, int]] = ()
+    damaged: Sequence[tuple[int]] = ()
+
+    def write(self, db: sqlite3.Connection) -> None:
+        """Writes all of them, in the transaction that is open."""
+        if self.failing:
+            db.executemany("INSERT OR REPLACE INTO failing VALUES(?,?,?)", self.failing)
+        if self.postponed:
+            statement = "UPDATE batches SET attempts=?, due_at=?, wait=? WHERE number=?"
+            db.executemany(statement, self.postponed)
+        if self.damaged:
+            statement = "INSERT OR IGNORE INTO damaged SELECT * FROM chunks WHERE id=?"
+            db.executemany(statement, self.damaged)

@@ -182,6 +182,9 @@ class Store:
         keys: the idempotency keys that are there after it, expired ones included.
     """
 
+    is_one_statement = True
+    """Most commits are one statement, and a transaction by that."""
+
     def __init__(
         self,
         path: Path,
@@ -198,15 +201,19 @@ class Store:
         first_page.check(path)
         self.connection = connect(path, cache_kib=WRITER_CACHE_KIB)
         try:
-            self.id, self.meta = self._open()
+            self.load()
             schema.prepare_commits(self.connection)
-            self.dead, self.moved = letters.totals(self.connection), _NOT_MOVED
-            self.reusable, self._looked_at = self._reusable_bytes(), 0.0
-            self.bookmarks = offsets.totals(self.connection)
-            self.keys = _key_totals(self.connection)
         except BaseException:
             self.connection.close()
             raise
+
+    def load(self) -> None:
+        """Reads the state that moves with commits from the file."""
+        self.id, self.meta = self._open()
+        self.dead, self.moved = letters.totals(self.connection), _NOT_MOVED
+        self.reusable, self._looked_at = self._reusable_bytes(), 0.0
+        self.bookmarks = offsets.totals(self.connection)
+        self.keys = _key_totals(self.connection)
 
     def _open(self) -> tuple[str, Meta]:
         db = self.connection
@@ -272,7 +279,7 @@ class Store:
             sqlite3.Error: nothing was applied; `meta` is unchanged.
         """
         db = self.connection
-        if _is_plain(write):
+        if self.is_one_statement and _is_plain(write):
             meta = _advance(self.meta, write, _NOT_MOVED)
             rows = _rows(write, self.id, meta)
             if rows.fits():
@@ -285,14 +292,17 @@ class Store:
         try:
             write, moved = _move_letters(db, self.meta, write, self._invalid)
             meta = _advance(self.meta, write, moved)
-            _write_others(db, write)
+            others = _other_rows(write)
+            others.write(db)
+            _insert_dead(db, write.settled)
             if write.keep is not None:
                 _keep(db, write, write.keep)
             if write.invalid:
                 moved = _insert_invalid(db, write.invalid, moved, self._invalid.bytes_max)
-            _rows(write, self.id, meta).write(db)
+            rows = _rows(write, self.id, meta)
+            rows.write(db)
             if write.claims or write.sweep:
-                gone = _change_keys(db, write)
+                gone = change_keys(db, write)
             marked = self.bookmarks
             if write.bookmarks:
                 marked = offsets.put(db, write.bookmarks, marked)
@@ -300,6 +310,7 @@ class Store:
                 sender_ids.put(db, write.ids)
             if write.deduplicated:
                 sender_ids.put_keys(db, write.deduplicated)
+            self.before_commit(write, rows, others)
             db.execute("COMMIT")
         except BaseException:
             if db.in_transaction:
@@ -313,6 +324,11 @@ class Store:
                 self.keys.bytes + sum(size_of(claim) for claim in write.claims) - gone.bytes,
             )
         return gone
+
+    def before_commit(
+        self, write: Write, rows: schema.CommitRows, others: schema.OtherRows
+    ) -> None:
+        """Called at the end of each transaction that is no single statement, with all it wrote."""
 
     def _look(self, *, hurried: bool) -> None:
         """Reads what other processes change as well, and what only says how much room there is."""
@@ -487,6 +503,12 @@ def _keep(db: sqlite3.Connection, write: Write, rule: kept.KeepRule) -> None:
         kept.keep(db, finished, write.at, rule)
 
 
+def _insert_dead(db: sqlite3.Connection, settled: Sequence[Settle]) -> None:
+    for settlement in settled:
+        if settlement.dead:
+            letters.insert(db, settlement.dead)
+
+
 def _insert_invalid(
     db: sqlite3.Connection, refused: Sequence[DeadLetter], moved: Moved, bytes_max: int
 ) -> Moved:
@@ -574,28 +596,17 @@ def _rows(write: Write, journal: str, meta: Meta) -> schema.CommitRows:
     )
 
 
-def _write_others(db: sqlite3.Connection, write: Write) -> None:
-    """Writes what becomes of batches beside the rows that come and go."""
+def _other_rows(write: Write) -> schema.OtherRows:
+    """The rows of batches beside those that come and go."""
     failing = [b for b in (*_new_batches(write), *write.postponed) if _has_failed(b)]
-    if failing:
-        db.executemany(
-            "INSERT OR REPLACE INTO failing VALUES(?,?,?)",
-            [(b.number, *b.failing) for b in failing],
-        )
-    if write.postponed:
-        db.executemany(
-            "UPDATE batches SET attempts=?, due_at=?, wait=? WHERE number=?",
-            [(b.attempts, b.due_at, _wait(b, write.at), b.number) for b in write.postponed],
-        )
-    for settlement in write.settled:
-        if settlement.dead:
-            letters.insert(db, settlement.dead)
-    damaged = [(chunk,) for s in write.settled for chunk in s.damaged]
-    if damaged:
-        db.executemany("INSERT OR IGNORE INTO damaged SELECT * FROM chunks WHERE id=?", damaged)
+    return schema.OtherRows(
+        [(b.number, *b.failing) for b in failing],
+        [(b.attempts, b.due_at, _wait(b, write.at), b.number) for b in write.postponed],
+        [(chunk,) for s in write.settled for chunk in s.damaged],
+    )
 
 
-def _change_keys(db: sqlite3.Connection, write: Write) -> KeyChange:
+def change_keys(db: sqlite3.Connection, write: Write) -> KeyChange:
     """The expired keys go, bounded, and the new ones come; in that order, so none comes twice."""
     gone = KeyChange()
     if write.sweep:

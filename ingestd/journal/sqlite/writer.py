@@ -6,7 +6,8 @@ gathers, so the more load there is, the more operations share a sync.
 
 A commit can fail in two ways (invariant 3 in `docs/ARCHITECTURE.md`):
 
-* no space: it was rolled back. The appends in it are refused, and so is what was to be done with
+* no space, or a store beyond this machine that takes nothing now (`Overloaded`): it was rolled
+  back. The appends in it are refused, and so is what was to be done with
   dead letters. Everything else only makes the journal smaller in the end, and is tried again until
   there is space or the journal is closed.
   It is tried alone: appends that come meanwhile are refused at once, so they can't take the space
@@ -172,6 +173,7 @@ class JournalWriter:
         self._clock = clock
         self._waiting: queue.SimpleQueue[Op | None] = queue.SimpleQueue()
         self._again: list[Op] = []
+        self._refused: Exception | None = None
         self._closing = threading.Event()
         self._poison: Exception | None = None
         self._keys_before = keys_before
@@ -240,11 +242,11 @@ class JournalWriter:
             else:
                 (appends if type(op) in _TRIED_ONCE else ops).append(op)
         if appends:
-            self._refuse(appends)
+            self._refuse(appends, self._refused)
         return ops, open_
 
-    def _refuse(self, appends: Sequence[Op]) -> None:
-        full = Overloaded(what="the disk of the journal", retry_after=STALLED)
+    def _refuse(self, appends: Sequence[Op], error: Exception | None = None) -> None:
+        full = error or Overloaded(what="the disk of the journal", retry_after=STALLED)
         self._report(Committed(appends, (), self._store.meta.ledger, 0.0, full))
 
     def _commit(self, ops: list[Op]) -> None:
@@ -342,10 +344,12 @@ class JournalWriter:
 
     def _failed(self, ops: Sequence[Op], error: Exception) -> None:
         ledger = self._store.meta.ledger
-        if getattr(error, "sqlite_errorcode", None) in _NO_SPACE:
+        overloaded = error if isinstance(error, Overloaded) else None
+        if overloaded or getattr(error, "sqlite_errorcode", None) in _NO_SPACE:
             refused = [op for op in ops if type(op) in _TRIED_ONCE]
+            self._refused = overloaded
             if refused:
-                self._refuse(refused)
+                self._refuse(refused, overloaded)
             self._again = [op for op in ops if type(op) not in _TRIED_ONCE]
             self._checkpointer.full()
             self.keep = None
@@ -368,7 +372,8 @@ class JournalWriter:
         if repair.is_damage(error):
             repair.mark(self._store.path)
         problem = f"{type(error).__name__}: {error}"
-        self._poison = JournalFailed(path=self._store.path, problem=problem)
+        failed = error if isinstance(error, JournalFailed) else None
+        self._poison = failed or JournalFailed(path=self._store.path, problem=problem)
 
 
 def _with_others(write: Write, ops: Sequence[Op]) -> Write:

@@ -1,0 +1,516 @@
+"""The journal kind `jetstream`: a log in NATS JetStream, a subject of a stream that daemons share.
+
+`STREAM.log.NAME.PIPELINE` has the messages of a log; their compare-and-set is the header
+`Nats-Expected-Last-Subject-Sequence`. Beside it lie `STREAM.snapshot.…` and `STREAM.part.…`. Leases
+are keys of a bucket whose values the servers let lapse, so no clock of a daemon counts.
+
+An answer is believed where it is certain: a sequence, a wrong last sequence, a bound of the stream,
+no stream at all. Everything else, a time-out above all, is ambiguous. The last message is read from
+the leader of the stream; replicas may answer other reads, and what they lack is waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+import socket
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import msgspec
+from pydantic import Field, SecretStr
+
+from ingestd.base.errors import ConfigError, Overloaded
+from ingestd.config.sections import FilePath, Secret, Section
+from ingestd.config.units import Count, Seconds, Size, Words  # noqa: TC001  pydantic reads them
+from ingestd.journal.settings import JournalKind
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Awaitable, Callable, Iterable, Iterator
+
+    from ingestd.journal.interface import Journal, JournalContext
+    from ingestd.journal.log.interface import LogMessage, Snapshot
+    from ingestd.journal.settings import JournalSettings, Level
+
+T = TypeVar("T")
+VERSION_MIN = (2, 15)
+"""Of the servers: before it a compare-and-set could be undone, and syncing each write was slow."""
+HEADERS_BYTES = 512
+READ_MESSAGES = 1000
+OPEN_SECONDS, OPEN_TRIES = 5.0, 4
+_WRONG_LAST = 10071
+_FULL = {10047, 10023}
+_STORE_FAILED = 10077
+_TOKEN = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class JetStreamTlsSettings(Section):
+    """`[journal.jetstream.tls]`: encryption of the connection to the servers."""
+
+    ca: FilePath = Field("", description="PEM file: CA of the servers; enables TLS")
+    certificate: FilePath = Field("", description="PEM file: certificate of the daemon")
+    key: FilePath = Field("", description="PEM file: its private key")
+
+
+class JetStreamSettings(Section):
+    """`[journal.jetstream]`: a journal in NATS JetStream."""
+
+    servers: Words = Field(
+        ("nats://127.0.0.1:4222",), min_length=1, max_length=100, description="URLs of the servers"
+    )
+    name: str = Field(
+        "", description="name of the log; empty: the host's; no two daemons share one"
+    )
+    stream: str = Field("ingestd", description="stream of all logs; made if it is not there")
+    bucket: str = Field("ingestd-leases", description="bucket of the leases; made like it")
+    replicas: Count = Field(3, ge=1, le=5, description="replicas of both, at least")
+    stream_bytes_max: Size = Field(
+        0, ge=0, le=1024**5, description="bound of the stream as it is made; 0: the servers'"
+    )
+    username: str = Field("", description="name of the user")
+    password: Secret = Field(SecretStr(""), description="password of the user")
+    credentials: FilePath = Field("", description="file of credentials (.creds), in place of both")
+    tls: JetStreamTlsSettings = JetStreamTlsSettings()
+    timeout: Seconds = Field(
+        5.0, ge=0.1, le=300, description="time limit of an answer; then it is asked again"
+    )
+    lease: Seconds = Field(
+        10.0, ge=1, le=3600, description="time after which the log of a silent daemon is free"
+    )
+    monitoring: Words = Field(
+        (), max_length=100, description="URLs of the servers' monitoring, for check --connect alone"
+    )
+
+
+class JetStreamKind(JournalKind):
+    """The kind `jetstream`."""
+
+    settings: ClassVar[type[Section]] = JetStreamSettings
+
+    def problems(self, own: Any) -> Iterable[tuple[str, str]]:
+        """See `JournalKind.problems`."""
+        from ingestd.host.nats import fault_of_servers  # noqa: PLC0415  loads ssl
+
+        for key in ("name", "stream", "bucket"):
+            value = getattr(own, key)
+            if value and not _TOKEN.fullmatch(value):
+                yield key, "should be letters, digits, _ and -"
+        if fault := fault_of_servers(own.servers):
+            yield "servers", fault
+
+    def build(self, settings: JournalSettings, context: JournalContext, own: Any) -> Journal:
+        """See `JournalKind.build`."""
+        from ingestd.journal.log import LogJournal  # noqa: PLC0415  if it is used
+        from ingestd.journal.sqlite.journal import options_of  # noqa: PLC0415
+        from ingestd.journal.sqlite.offline import CACHE, FILE  # noqa: PLC0415
+
+        folder = context.folder
+        pipeline = folder.name if folder.parent.name == "pipelines" else "default"
+        path = (folder / CACHE).resolve()
+        if (folder / FILE).exists():
+            problem = f"{folder / FILE} is a journal of the kind sqlite: drain it, and move it away"
+            raise ConfigError(problem=problem)
+        _nats()
+        return LogJournal(
+            JetStreamLog(own, pipeline),
+            path,
+            ttl=own.lease,
+            **options_of(settings, context, path),
+        )
+
+    async def check(self, own: Any) -> list[tuple[Level, str]]:
+        """See `JournalKind.check`."""
+        from ingestd.journal.log.interface import LogUnreachable  # noqa: PLC0415
+
+        log = JetStreamLog(own, "check", create=False)
+        found: list[tuple[Level, str]]
+        try:
+            await log.open()
+            found = [("info", text) for text in log.facts]
+        except (ConfigError, LogUnreachable) as error:
+            found = [("error", str(error))]
+        finally:
+            await log.close()
+        return [*found, *_syncs(own.monitoring)]
+
+
+def _syncs(monitoring: Iterable[str]) -> Iterator[tuple[Level, str]]:
+    """Asks servers for their `sync_interval`, which no client sees."""
+    if not monitoring:
+        text = "not verified: that sync_interval is always on each server; name their monitoring"
+        yield "warning", f"{text} (journal.jetstream.monitoring)"
+    import urllib.request  # noqa: PLC0415  for this alone
+
+    for base in monitoring:
+        try:
+            url = f"{base.rstrip('/')}/jsz?config=1"
+            with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310  the operator's
+                config = json.load(answer).get("config", {})
+        except (OSError, ValueError) as error:
+            yield "warning", f"the monitoring of {base} does not answer: {error}"
+            continue
+        if config.get("sync_always"):
+            yield "info", f"{base} syncs each write before it acknowledges it"
+        else:
+            seconds = config.get("sync_interval", 0) / 1e9
+            text = f"{base} syncs every {seconds:g} s: what a majority acknowledged in that time"
+            yield "error", f"{text} is lost when they lose power; set sync_interval: always"
+
+
+class JetStreamLog:
+    """See `ingestd.journal.log.interface.ReplicatedLog`.
+
+    Args:
+        settings: `[journal.jetstream]`.
+        pipeline: whose log it is.
+        create: makes stream and bucket where they are not there.
+
+    Attributes:
+        message_bytes_max: see `ReplicatedLog`; known once it is open.
+        facts: what was verified as it was opened, a line each.
+    """
+
+    message_bytes_max = 0
+
+    def __init__(self, settings: JetStreamSettings, pipeline: str, *, create: bool = True) -> None:
+        host = "-".join(_TOKEN.findall(socket.gethostname())) or "ingestd"
+        place = f"{settings.name or host}.{pipeline}"
+        self.name = f"{settings.stream}.log.{place}"
+        self.facts: list[str] = []
+        self._settings = settings
+        self._create = create
+        self._key = place
+        self._snapshots = f"{settings.stream}.snapshot.{place}"
+        self._parts = f"{settings.stream}.part.{place}"
+        self._client: Any = None
+        self._late = self._full = ""
+        self._lease = self._first_part = 0
+
+    @property
+    def refusal(self) -> str:
+        """See `ReplicatedLog.refusal`."""
+        if self._client is None or not self._client.is_connected:
+            return "no NATS server is connected"
+        return self._late or self._full
+
+    # -- opening -------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """See `ReplicatedLog.open`."""
+        self._nats = _nats()
+        own = self._settings
+        self._client = self._nats.aio.client.Client()
+        await self._ask(self._connect())
+        version = self._client.connected_server_version
+        shown = f"{version.major}.{version.minor}.{version.patch}"
+        if (version.major, version.minor) < VERSION_MIN:
+            least = ".".join(map(str, VERSION_MIN))
+            raise ConfigError(problem=f"NATS is {shown}, and should be {least} or newer")
+        self.message_bytes_max = self._client.max_payload - HEADERS_BYTES
+        # A stream that is made, and its leader's election, may take longer than an answer.
+        self._js = self._client.jetstream(timeout=max(OPEN_SECONDS, own.timeout))
+        self.facts = [f"NATS {shown} answers"]
+        for left in reversed(range(OPEN_TRIES)):
+            try:
+                await self._open_stream()
+                await self._open_bucket()
+                break
+            except Overloaded:
+                if not left:
+                    raise
+        self._js = self._client.jetstream(timeout=own.timeout)
+        self._bucket = await self._ask(self._js.key_value(own.bucket))
+
+    async def _connect(self) -> None:
+        own = self._settings
+
+        async def quiet(_error: Exception) -> None:
+            """The client tells of each server that it does not reach; `refusal` is enough."""
+
+        access: dict[str, Any] = {}
+        if own.username:
+            access |= {"user": own.username, "password": own.password.get_secret_value()}
+        if own.credentials:
+            access["user_credentials"] = own.credentials
+        if own.tls.ca or own.tls.certificate:
+            access["tls"] = _context(own.tls)
+        async with asyncio.timeout(2 * own.timeout):
+            await self._client.connect(
+                [*own.servers], name="ingestd", error_cb=quiet, max_reconnect_attempts=-1,
+                reconnect_time_wait=0.25, connect_timeout=own.timeout, ping_interval=10,
+                **access,
+            )  # fmt: skip
+
+    async def _open_stream(self) -> None:
+        own, api = self._settings, self._nats.js.api
+        wanted = api.StreamConfig(
+            name=own.stream, subjects=[f"{own.stream}.>"], retention=api.RetentionPolicy.LIMITS,
+            storage=api.StorageType.FILE, num_replicas=own.replicas, discard=api.DiscardPolicy.NEW,
+            max_bytes=own.stream_bytes_max or -1, allow_direct=True,
+        )  # fmt: skip
+        info = await self._made(own.stream, lambda: self._js.add_stream(wanted))
+        config = info.config
+        problems = [
+            text
+            for fine, text in (
+                (wanted.subjects[0] in (config.subjects or ()), f"no subject {wanted.subjects[0]}"),
+                (config.storage == api.StorageType.FILE, "memory as its storage"),
+                (config.retention == api.RetentionPolicy.LIMITS, "another retention than limits"),
+                (config.discard == api.DiscardPolicy.NEW, "a policy that discards old messages"),
+                (not config.max_age, "a maximum age"),
+                ((config.max_msgs or -1) < 0, "a maximum of messages"),
+                (config.max_msgs_per_subject < 1, "a maximum of messages of a subject"),
+                (config.allow_direct, "no direct access"),
+                (not (config.sealed or config.deny_purge or config.no_ack), "a restriction"),
+                (config.num_replicas >= own.replicas, f"{config.num_replicas} replicas"),
+            )
+            if not fine
+        ]  # fmt: skip
+        if problems:
+            text = f"the stream {own.stream} has {' and '.join(problems)}"
+            raise ConfigError(problem=f"{text}: it would lose what is accepted, or refuse it")
+        self._bytes_max = max(0, config.max_bytes or 0)
+        self.facts.append(f"the stream {own.stream} has {config.num_replicas} replicas on disk")
+
+    async def _open_bucket(self) -> None:
+        own, api = self._settings, self._nats.js.api
+        stream = f"KV_{own.bucket}"
+        config = api.KeyValueConfig(
+            bucket=own.bucket, ttl=own.lease, history=1, replicas=own.replicas
+        )
+        info = await self._made(stream, lambda: self._js.create_key_value(config))
+        if abs((info.config.max_age or 0) - own.lease) > 0.001:
+            text = f"the bucket {own.bucket} lets leases lapse after {info.config.max_age:g} s"
+            raise ConfigError(problem=f"{text}, journal.jetstream.lease is {own.lease:g} s")
+        if info.config.num_replicas < own.replicas:
+            text = f"the bucket {own.bucket} has {info.config.num_replicas} replicas"
+            raise ConfigError(problem=f"{text}, journal.jetstream.replicas is {own.replicas}")
+
+    async def _made(self, stream: str, make: Callable[[], Awaitable[object]]) -> Any:
+        """Returns what is known of a stream, which is made if it is not there."""
+        errors = self._nats.js.errors
+        try:
+            return await self._ask(self._js.stream_info(stream))
+        except errors.NotFoundError:
+            if not self._create:
+                text = f"the stream {stream} is not there; run makes it"
+                raise ConfigError(problem=text) from None
+        try:
+            await self._ask(make())
+        except errors.APIError as error:
+            if error.err_code != 10058:  # another daemon made it meanwhile
+                raise ConfigError(problem=f"the stream {stream}: {error.description}") from error
+        return await self._ask(self._js.stream_info(stream))
+
+    async def _ask(self, call: Awaitable[T]) -> T:
+        """Waits for an answer; one of the servers' own errors is passed on.
+
+        Raises:
+            LogUnreachable: there was none.
+        """
+        from ingestd.journal.log.interface import LogUnreachable, retry_after  # noqa: PLC0415
+
+        errors = self._nats.js.errors
+        try:
+            return await call
+        except errors.ServiceUnavailableError as error:
+            raise LogUnreachable(problem=str(error), retry_after=retry_after()) from error
+        except (errors.APIError, errors.KeyWrongLastSequenceError, errors.KeyNotFoundError):
+            raise
+        except (self._nats.errors.Error, TimeoutError, OSError) as error:
+            problem = str(error) or type(error).__name__
+            raise LogUnreachable(problem=problem, retry_after=retry_after()) from error
+
+    # -- the lease -----------------------------------------------------------------------------
+
+    async def acquire(self, owner: str, ttl: float) -> str:  # noqa: ARG002  the bucket's
+        """See `ReplicatedLog.acquire`."""
+        errors, value = self._nats.js.errors, owner.encode()
+        await self._look()
+        for _ in range(2):
+            last, self._lease = self._lease, 0
+            bucket = self._bucket
+            call = (
+                bucket.update(self._key, value, last) if last else bucket.create(self._key, value)
+            )
+            with contextlib.suppress(errors.KeyWrongLastSequenceError):
+                self._lease = await self._ask(call)
+                return owner
+            try:
+                held = await self._ask(self._bucket.get(self._key))
+            except errors.KeyNotFoundError:
+                continue
+            if held.value != value:
+                return str(held.value.decode("utf-8", "replace"))
+            self._lease = held.revision
+        return owner
+
+    async def _look(self) -> None:
+        """Asks how full the stream is: snapshots need room as well, and make room."""
+        if not self._bytes_max:
+            return
+        info = await self._ask(self._js.stream_info(self._settings.stream))
+        full = info.state.bytes > 0.9 * self._bytes_max
+        self._full = f"the stream {self._settings.stream} is nine tenths full" if full else ""
+
+    async def release(self, owner: str) -> None:  # noqa: ARG002
+        """See `ReplicatedLog.release`."""
+        if self._lease and self._client.is_connected:
+            errors = self._nats.js.errors
+            with contextlib.suppress(errors.APIError, errors.KeyWrongLastSequenceError):
+                await self._ask(self._bucket.delete(self._key, self._lease))
+
+    # -- messages ------------------------------------------------------------------------------
+
+    async def append(self, data: bytes, *, after: int) -> int:
+        """See `ReplicatedLog.append`."""
+        from ingestd.journal.log.interface import LogAmbiguous  # noqa: PLC0415
+
+        try:
+            number = await self._publish(self.name, data, after)
+        except LogAmbiguous as error:
+            self._late = str(error.facts["problem"])  # until the caller knows what became of it
+            raise
+        self._late = ""
+        return number
+
+    async def _publish(self, subject: str, data: bytes, after: int | None = None) -> int:
+        from ingestd.journal.log import interface as log  # noqa: PLC0415
+
+        headers = None
+        if after is not None:
+            headers = {self._nats.js.api.Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value: str(after)}
+        errors = self._nats.js.errors
+        if not self._client.is_connected:
+            problem = "no NATS server is connected"
+            raise log.LogUnreachable(problem=problem, retry_after=log.retry_after())
+        try:
+            answer = await self._js.publish(
+                subject, data, timeout=self._settings.timeout, headers=headers
+            )
+        except errors.NoStreamResponseError as error:
+            problem = f"the stream {self._settings.stream} has no leader"
+            raise log.LogUnreachable(problem=problem, retry_after=log.retry_after()) from error
+        except errors.APIError as error:
+            if error.err_code == _WRONG_LAST:
+                raise log.LogFenced from error
+            full = error.err_code == _STORE_FAILED and "maximum" in (error.description or "")
+            if full or error.err_code in _FULL:
+                raise log.LogFull(
+                    problem=str(error.description), retry_after=log.retry_after()
+                ) from error
+            problem = str(error.description)
+            raise log.LogAmbiguous(problem=problem) from error
+        except (self._nats.errors.Error, TimeoutError, OSError) as error:
+            problem = f"a majority of the stream {self._settings.stream} does not answer"
+            raise log.LogAmbiguous(problem=problem) from error
+        return int(answer.seq)
+
+    async def last(self) -> LogMessage | None:
+        """See `ReplicatedLog.last`."""
+        return await self._last_of(self.name)
+
+    async def _last_of(self, subject: str) -> LogMessage | None:
+        from ingestd.journal.log.interface import LogMessage  # noqa: PLC0415
+
+        try:
+            found = await self._ask(self._js.get_last_msg(self._settings.stream, subject))
+        except self._nats.js.errors.NotFoundError:
+            return None
+        self._late = ""
+        return LogMessage(int(found.seq), found.data or b"")
+
+    async def read(self, first: int, bytes_max: int) -> list[LogMessage]:
+        """See `ReplicatedLog.read`."""
+        return await self._ask(self._read(first, bytes_max))
+
+    async def _read(self, first: int, bytes_max: int) -> list[LogMessage]:
+        from ingestd.journal.log.interface import LogMessage  # noqa: PLC0415
+
+        client, found = self._client, list[LogMessage]()
+        inbox = client.new_inbox()
+        answers = await client.subscribe(inbox)
+        try:
+            asked = {"seq": max(1, first), "batch": READ_MESSAGES, "max_bytes": bytes_max,
+                     "next_by_subj": self.name}  # fmt: skip
+            subject = f"$JS.API.DIRECT.GET.{self._settings.stream}"
+            await client.publish(subject, json.dumps(asked).encode(), reply=inbox)
+            while True:
+                answer = await answers.next_msg(self._settings.timeout)
+                headers = answer.headers or {}
+                if "Status" in headers:
+                    return found
+                found.append(LogMessage(int(headers["Nats-Sequence"]), answer.data))
+        finally:
+            await answers.unsubscribe()
+
+    async def trim(self, before: int) -> None:
+        """See `ReplicatedLog.trim`."""
+        await self._purge(self.name, before)
+
+    async def _purge(self, subject: str, before: int) -> None:
+        await self._ask(self._js.purge_stream(self._settings.stream, seq=before, subject=subject))
+
+    # -- snapshots -----------------------------------------------------------------------------
+
+    async def save_part(self, at: int, part: int, data: bytes) -> None:
+        """See `ReplicatedLog.save_part`."""
+        number = await self._publish(f"{self._parts}.{at}.{part}", data)
+        if not part:
+            self._first_part = number
+
+    async def save(self, snapshot: Snapshot, *, after: int) -> int:
+        """See `ReplicatedLog.save`."""
+        number = await self._publish(self._snapshots, msgspec.msgpack.encode(snapshot), after)
+        await self._purge(self._snapshots, number)
+        await self._purge(f"{self._parts}.>", self._first_part)
+        return number
+
+    async def snapshot(self) -> Snapshot | None:
+        """See `ReplicatedLog.snapshot`."""
+        from ingestd.journal.log.interface import Snapshot  # noqa: PLC0415
+
+        found = await self._last_of(self._snapshots)
+        if found is None:
+            return None
+        snapshot = msgspec.msgpack.decode(found.data, type=Snapshot)
+        return msgspec.structs.replace(snapshot, number=found.number)
+
+    async def load_part(self, at: int, part: int) -> bytes | None:
+        """See `ReplicatedLog.load_part`."""
+        found = await self._last_of(f"{self._parts}.{at}.{part}")
+        return None if found is None else found.data
+
+    async def close(self) -> None:
+        """See `ReplicatedLog.close`."""
+        if self._client is not None:
+            await self._client.close()
+
+
+def _context(tls: JetStreamTlsSettings) -> ssl.SSLContext:
+    import ssl  # noqa: PLC0415  if it is used
+
+    try:
+        context = ssl.create_default_context(cafile=tls.ca or None)
+        if tls.certificate:
+            context.load_cert_chain(tls.certificate, tls.key or None)
+    except OSError as error:
+        raise ConfigError(problem=f"journal.jetstream.tls: {error}") from error
+    return context
+
+
+def _nats() -> Any:
+    """Imports the client.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        import nats  # noqa: PLC0415  in an extra
+        import nats.js.errors  # noqa: PLC0415
+    except ImportError as error:
+        problem = "journal.kind = 'jetstream' needs NATS' client: pip install 'ingestd[jetstream]'"
+        raise ConfigError(problem=problem) from error
+    return nats

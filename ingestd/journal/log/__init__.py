@@ -1,0 +1,575 @@
+"""The journal over a replicated log: the SQLite journal with a log in the place of its disk.
+
+Invariants (`docs/ENGINE.md` has the reasons, `tests/journal/test_log.py` the tests):
+
+1. An append's future resolves after its entry is in the log.
+2. Each message names the one before it, and the engine refuses it if that is not the last one. So
+   the messages of a log are a chain, and a daemon that lost the log can't add to it.
+3. The owner's first act is a message of its own: what is read after that does not change any more.
+4. A publish without an answer is repeated, as it is, until it is known what became of it. Nothing
+   else is published meanwhile, and nothing is rolled back.
+5. A snapshot is the state after a message, whatever comes behind it; a message goes only when a
+   snapshot holds what it says, but for chunks that are pending no more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import secrets
+import sqlite3
+import struct
+import threading
+import zlib
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import msgspec
+
+from ingestd.base.errors import ConfigError, JournalFailed, Overloaded
+from ingestd.base.logging import get_logger
+from ingestd.journal.log import cache
+from ingestd.journal.log.interface import (
+    LogAmbiguous,
+    LogFenced,
+    LogMessage,
+    LogUnreachable,
+    Snapshot,
+    retry_after,
+)
+from ingestd.journal.sqlite.journal import SqliteJournal
+from ingestd.journal.sqlite.store import key_owners
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from ingestd.base.append import Append
+    from ingestd.base.record import Records, Span
+    from ingestd.journal.interface import Chunk, Closed, Place, Recovered
+    from ingestd.journal.log.interface import ReplicatedLog
+    from ingestd.journal.sqlite.store import Store
+
+log = get_logger()
+
+T = TypeVar("T")
+SNAPSHOT_BYTES = 64 << 20
+"""Bytes of a log that are needed no more, before a snapshot lets them go."""
+CARRIED_BYTES = 8 << 20
+"""Pending chunks of this many bytes go into a snapshot, so that they do not hold a log back."""
+PART_BYTES = 256 << 10
+MARK_BYTES = 4 << 20
+"""The distance of two places that a log can be trimmed to."""
+READ_BYTES = 4 << 20
+RETRY_SECONDS = 0.2
+CLOSE_SECONDS = 10.0
+OPEN_TRIES = 10
+OPEN_SECONDS = 20.0
+"""How long a start waits for an engine that elects a leader, say, at each of its steps."""
+_HEAD = struct.Struct(">B16sIIQI")
+_VERSION = 1
+_OPENED, _COMMIT = b"\0", b"\1"
+
+
+class _Head(NamedTuple):
+    """The head of a message.
+
+    Attributes:
+        version: of this format.
+        entry: of all its parts.
+        part: counts from 0.
+        parts: of the entry.
+        after: the number of the message before.
+        crc: CRC-32 of the rest.
+    """
+
+    version: int
+    entry: bytes
+    part: int
+    parts: int
+    after: int
+    crc: int
+
+
+class Mark(NamedTuple):
+    """A place that a log can be trimmed to.
+
+    Attributes:
+        number: of the first message of an entry.
+        first_chunk: the id of its first chunk, or of the one that comes next.
+        before: bytes of the log before it, since this life began to count.
+    """
+
+    number: int
+    first_chunk: int
+    before: int
+
+
+class LogJournal(SqliteJournal):
+    """See `ingestd.journal.interface.Journal`.
+
+    Args:
+        replicated: the log; opened and closed with the journal.
+        path: of the cache.
+        ttl: seconds, of the lease.
+        snapshot_bytes: see `SNAPSHOT_BYTES`.
+        options: see `SqliteJournal`.
+    """
+
+    keeps = False
+    store_letters = cache.CacheDeadLetterStore
+
+    def __init__(
+        self,
+        replicated: ReplicatedLog,
+        path: Path,
+        *,
+        ttl: float = 10.0,
+        snapshot_bytes: int = SNAPSHOT_BYTES,
+        **options: Any,
+    ) -> None:
+        super().__init__(path, **options)
+        self.refused["journal.kind"] = 0
+        self._log = replicated
+        self._ttl = ttl
+        self._snapshot_bytes = snapshot_bytes
+        self._owner = secrets.token_hex(8)
+        self._last = 0
+        self._size = 0
+        self._marks: list[Mark] = []
+        self._latest = Mark(0, 1, 0)
+        self._snapshot: Snapshot | None = None
+        self._tried = 0
+        self._saver: threading.Thread | None = None
+        self._leaving, self._gave_up = threading.Event(), threading.Event()
+
+    # -- start ---------------------------------------------------------------------------------
+
+    async def open(self, on_chunk: Callable[[Chunk], None]) -> Recovered:
+        """See `Journal.open`.
+
+        Raises:
+            ConfigError: the engine does not keep what is appended, as it is set up.
+            JournalFailed: it does not answer, or another daemon owns the log.
+        """
+        try:
+            await self._log.open()
+            await self._take_lease()
+            recovered = await super().open(on_chunk)
+        except BaseException as error:
+            await self._log.close()
+            if isinstance(error, Overloaded):
+                raise self._failure(str(error)) from error
+            raise
+        self._renewing = self._loop.create_task(self._renew(), name="lease")
+        return recovered
+
+    async def _take_lease(self) -> None:
+        """Waits for a lease that an earlier owner has let lapse.
+
+        Raises:
+            JournalFailed: another daemon keeps it.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + 2 * self._ttl
+        while True:
+            try:
+                owner = await self._log.acquire(self._owner, self._ttl)
+            except LogUnreachable:
+                if loop.time() > until + OPEN_SECONDS:
+                    raise
+            else:
+                if owner == self._owner:
+                    return
+                if loop.time() > until:
+                    raise self._failure(f"another daemon ({owner}) owns it")
+            await asyncio.sleep(min(1.0, self._ttl / 4))
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(self._ttl / 3)
+            with contextlib.suppress(Overloaded):
+                owner = await self._log.acquire(self._owner, self._ttl)
+                if owner != self._owner:
+                    log.warning("lease_lost", log=self._log.name, owner=owner)
+
+    def _open_store(self) -> tuple[Store, Recovered]:
+        """Makes the cache anew from the log."""
+        self._own()
+        store = self._folded()
+        try:
+            recovered = store.recovered(self.failed)
+            self._key_owners = key_owners(store.connection)
+            self._step(store.connection)
+        except BaseException:
+            store.close()
+            raise
+        return store, recovered
+
+    def _folded(self) -> cache.CacheStore:
+        """The cache in the state after the message of `_own`.
+
+        Raises:
+            ConfigError: the log can't be read by this version.
+            JournalFailed: something of it is missing.
+        """
+        for _ in range(OPEN_TRIES):
+            store = cache.CacheStore(self.path, self._invalid, self._publish, self._entry_committed)
+            try:
+                if self._fold(store):
+                    return store
+            except (sqlite3.Error, msgspec.MsgspecError, ValueError) as error:
+                store.close()
+                raise ConfigError(problem=f"{self._log.name} can't be read: {error}") from error
+            except BaseException:
+                store.close()
+                raise
+            store.close()  # it was trimmed meanwhile, to a snapshot that is newer
+        raise self._failure("a part of it is missing")
+
+    def _own(self) -> None:
+        """Appends a message of this life, after which no earlier owner can append."""
+        for _ in range(OPEN_TRIES):
+            last = self._patiently(self._log.last)
+            journal = b"" if last is not None else secrets.token_hex(6).encode()
+            self._last = 0 if last is None else last.number
+            opened = partial(self._publish, _OPENED + journal, 0)
+            with contextlib.suppress(LogFenced):
+                self._until(opened)
+                return
+        raise self._failure("other daemons keep taking it over")
+
+    def _fold(self, store: cache.CacheStore) -> bool:
+        """Brings the cache to the state after the message of `_own`.
+
+        Returns:
+            False if something of it has gone meanwhile.
+        """
+        self._marks, self._size, self._latest = [], 0, Mark(0, 1, 0)
+        db = store.connection
+        db.execute("BEGIN")
+        self._snapshot = found = self._patiently(self._log.snapshot)
+        pending = list[range]()
+        if found is not None:
+            for part in _joined(self._parts(found)):
+                pending += [range(first, last + 1) for first, last in store.restore(part)]
+            store.restored(cache.read_state(found.state))
+            if not self._parts_whole:
+                return False
+        at = 0 if found is None else found.at
+        for number, data in self._entries(0 if found is None else found.first):
+            first_chunk = self._latest.first_chunk
+            if data[:1] == _COMMIT:
+                first_chunk = store.apply(data[1:], pending if number <= at else None)
+            elif len(data) > 1 and found is None:
+                store.begin(data[1:].decode())
+            if self._note(number, first_chunk, len(data)):
+                db.execute("COMMIT")
+                db.execute("BEGIN")
+        if not self._chain_whole:
+            return False
+        db.execute("COMMIT")
+        store.ready()
+        return True
+
+    def _parts(self, snapshot: Snapshot) -> Iterator[bytes]:
+        self._parts_whole = True
+        for number in range(snapshot.parts):
+            part = self._patiently(partial(self._log.load_part, snapshot.at, number))
+            if part is None:
+                self._parts_whole = False
+                return
+            yield part
+
+    def _entries(self, first: int) -> Iterator[tuple[int, bytes]]:
+        """The entries from a message on, up to the last one that this daemon appended.
+
+        Yields:
+            The number of the first message of each, and its bytes.
+
+        Raises:
+            ValueError: a message is not as it was appended.
+        """
+        self._chain_whole = False
+        before: int | None = None
+        begun, parts, entry = 0, list[bytes](), b""
+        number = first
+        while True:
+            messages = self._patiently(partial(self._log.read, number, READ_BYTES))
+            if not messages:
+                self._pause()  # a replica that lags
+                continue
+            for message in messages:
+                head, data = _taken_apart(message)
+                if head.after != before and not self._begins(message, head, first, before):
+                    return
+                before = message.number
+                if head.part == 0:
+                    begun, parts, entry = message.number, [], head.entry
+                if head.entry == entry and head.part == len(parts):
+                    parts.append(data)
+                    if head.part == head.parts - 1:
+                        yield begun, b"".join(parts)
+                if message.number == self._last:
+                    self._chain_whole = True
+                    return
+            number = before + 1 if before is not None else first
+
+    def _begins(self, message: LogMessage, head: _Head, first: int, before: int | None) -> bool:
+        """Tells if a message is the one that reading begins with."""
+        return before is None and (message.number == first or (not first and not head.after))
+
+    # -- the way into the log, on the writer's thread ------------------------------------------
+
+    def append(self, append: Append) -> asyncio.Future[Place]:
+        """See `Journal.append`."""
+        if (problem := self._log.refusal) and not self.failed.done():
+            self._refusing("journal.kind")
+            raise LogUnreachable(problem=problem, retry_after=retry_after())
+        return super().append(append)
+
+    def _publish(self, data: bytes, first_chunk: int) -> None:
+        """Appends an entry; returns once it is in the log.
+
+        Raises:
+            Overloaded: the engine takes nothing now; the entry is not in the log.
+            JournalFailed: another daemon has the log.
+            LogFenced: the same, as this life begins.
+        """
+        if first_chunk:
+            data = _COMMIT + data
+        room = self._log.message_bytes_max - _HEAD.size
+        pieces = [data[start : start + room] for start in range(0, len(data), room)]
+        entry, begun = secrets.token_bytes(16), 0
+        for number, piece in enumerate(pieces):
+            head = _Head(_VERSION, entry, number, len(pieces), self._last, zlib.crc32(piece))
+            try:
+                self._last = self._append(_HEAD.pack(*head) + piece)
+            except LogFenced as fenced:
+                if not first_chunk:
+                    raise
+                raise self._failure(str(fenced)) from fenced
+            begun = begun or self._last
+        if first_chunk:
+            self._note(begun, first_chunk, len(data))
+
+    def _append(self, message: bytes) -> int:
+        """Appends a message, and repeats it until it is known what became of it."""
+        may_be_there, until = False, math.inf
+        while True:
+            try:
+                return self._wait(self._log.append(message, after=self._last))
+            except LogAmbiguous as error:
+                if not may_be_there:
+                    log.warning("publish_unanswered", log=self._log.name, error=str(error))
+                may_be_there = True
+            except LogUnreachable:
+                if not may_be_there:
+                    raise
+            except LogFenced:
+                last = self._last_message()
+                if last is not None and last.data == message:
+                    return last.number
+                number = 0 if last is None else last.number
+                if number > self._last:
+                    raise
+                # One of ours is on its way, or a leader is new and does not know all of its log.
+                now = self._loop.time()
+                until = min(until, now + OPEN_SECONDS)
+                if number < self._last and now > until:
+                    text = f"it ends with {number}, and {self._last} was acknowledged"
+                    raise self._failure(text) from None
+            self._pause()
+
+    def _last_message(self) -> LogMessage | None:
+        while True:
+            try:
+                return self._wait(self._log.last())
+            except LogUnreachable:
+                self._pause()
+
+    def _pause(self) -> None:
+        if self._gave_up.wait(RETRY_SECONDS):
+            raise self._failure("it was closed before the log answered")
+
+    def _note(self, number: int, first_chunk: int, size: int) -> bool:
+        """Counts an entry that is in the log; True if it is some way behind the last mark."""
+        self._latest = Mark(number, first_chunk, self._size)
+        self._size += size
+        if self._marks and self._latest.before - self._marks[-1].before < MARK_BYTES:
+            return False
+        self._marks.append(self._latest)
+        return True
+
+    # -- snapshots -----------------------------------------------------------------------------
+
+    def _entry_committed(self) -> None:
+        """Begins a snapshot if enough of the log is needed no more; on the writer's thread."""
+        if self._size - self._tried < self._snapshot_bytes or self._leaving.is_set():
+            return
+        if self._saver is not None and self._saver.is_alive():
+            return
+        if self._snapshot is not None:
+            first = self._snapshot.first
+            self._marks = [one for one in self._marks if one.number >= first] or [self._latest]
+        kept = self._size - self._marks[0].before
+        size = 0 if self._snapshot is None else self._snapshot.size
+        if kept - self._store.chunk_bytes() < max(self._snapshot_bytes, 2 * size):
+            return
+        self._tried = self._size
+        with contextlib.suppress(sqlite3.Error):
+            marks = [one[:2] for one in (*self._marks, self._latest)]
+            self._saver = threading.Thread(
+                target=self._save,
+                args=(cache.open_snapshot(self.path), self._last, marks),
+                name="snapshot",
+                daemon=True,
+            )
+            self._saver.start()
+
+    def _save(self, db: sqlite3.Connection, at: int, marks: Sequence[tuple[int, int]]) -> None:
+        """Saves a snapshot and trims the log; on a thread of its own."""
+        try:
+            first, first_chunk = cache.first_kept(db, marks, CARRIED_BYTES)
+            size = count = 0
+            sized = _with_sizes(cache.parts(db, first_chunk, PART_BYTES))
+            for count, part in enumerate(_cut(sized, self._log.message_bytes_max), 1):
+                if self._leaving.is_set():
+                    return
+                self._wait(self._log.save_part(at, count - 1, part))
+                size += len(part)
+            saved = Snapshot(at, first, count, size, cache.state_of(db, self.id))
+            after = 0 if self._snapshot is None else self._snapshot.number
+            number = self._wait(self._log.save(saved, after=after))
+            self._snapshot = msgspec.structs.replace(saved, number=number)
+            self._wait(self._log.trim(first))
+            log.debug("snapshot_saved", log=self._log.name, at=at, first=first, bytes=size)
+        except (Overloaded, LogAmbiguous, LogFenced, JournalFailed, sqlite3.Error) as error:
+            log.warning("snapshot_failed", log=self._log.name, error=str(error))
+            with contextlib.suppress(Overloaded, JournalFailed):
+                self._snapshot = self._wait(self._log.snapshot())
+        finally:
+            db.close()
+
+    # -- reads and the end ---------------------------------------------------------------------
+
+    async def _poll_marked(self) -> bool:
+        return await super()._poll_marked() | await self._read(cache.has_to_purge)
+
+    async def read(self, first: int, bytes_max: int) -> list[Chunk]:
+        """See `Journal.read`."""
+        chunks = await super().read(first, bytes_max)
+        if any(chunk.damaged for chunk in chunks):
+            raise self._cache_failed()
+        return chunks
+
+    async def load(self, spans: Sequence[Span]) -> Records | None:
+        """See `Journal.load`."""
+        records = await super().load(spans)
+        if records is None:
+            raise self._cache_failed()
+        return records
+
+    def _cache_failed(self) -> JournalFailed:
+        """Ends the journal: the log has what the cache has not, and the next start reads it."""
+        failed = self._failure("its cache is damaged")
+        if not self.failed.done():
+            self.failed.set_exception(failed)
+        return failed
+
+    def _failure(self, problem: str) -> JournalFailed:
+        return JournalFailed(path=self._log.name, problem=problem)
+
+    async def close(self, deadline: float | None = None) -> Closed:
+        """See `Journal.close`."""
+        self._renewing.cancel()
+        until = self._loop.time() + CLOSE_SECONDS if deadline is None else deadline
+        give_up = self._loop.call_at(until, self._gave_up.set)
+        closed = await super().close(deadline)
+        give_up.cancel()
+        self._gave_up.set()
+        with contextlib.suppress(Overloaded, TimeoutError):
+            async with asyncio.timeout(1.0):
+                await self._log.release(self._owner)
+        await self._log.close()
+        return closed
+
+    def _close(self, deadline: float | None) -> None:
+        self._leaving.set()
+        if self._saver is not None:
+            self._saver.join()
+        super()._close(deadline)
+
+    def _patiently(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Asks the log until it answers, as the journal is opened."""
+        return self._until(lambda: self._wait(ask()))
+
+    def _until(self, call: Callable[[], T]) -> T:
+        until = self._loop.time() + OPEN_SECONDS
+        while True:
+            try:
+                return call()
+            except LogUnreachable:
+                if self._loop.time() > until:
+                    raise
+            self._pause()
+
+    def _wait(self, call: Coroutine[Any, Any, T]) -> T:
+        """Runs a call of the log on the event loop; blocks the thread that calls."""
+        try:
+            running = asyncio.run_coroutine_threadsafe(call, self._loop)
+        except RuntimeError as error:
+            call.close()
+            raise self._failure("the event loop has ended") from error
+        while True:
+            try:
+                return running.result(1.0)
+            except TimeoutError:
+                if running.done():
+                    raise
+                if self._gave_up.is_set():
+                    running.cancel()
+                    raise self._failure("it was closed before the log answered") from None
+
+
+def _taken_apart(message: LogMessage) -> tuple[_Head, bytes]:
+    """The head of a message, and its piece of an entry.
+
+    Raises:
+        ValueError: it is damaged, or of another version.
+    """
+    data = message.data
+    if len(data) < _HEAD.size or data[0] != _VERSION:
+        raise ValueError(f"message {message.number} is not of this version")
+    head, piece = _Head(*_HEAD.unpack_from(data)), data[_HEAD.size :]
+    if zlib.crc32(piece) != head.crc:
+        raise ValueError(f"message {message.number} is damaged")
+    return head, piece
+
+
+def _with_sizes(parts: Iterable[bytes]) -> Iterator[bytes]:
+    for part in parts:
+        yield struct.pack(">I", len(part)) + part
+
+
+def _cut(pieces: Iterable[bytes], size: int) -> Iterator[bytes]:
+    """Pieces as one run of bytes, cut into messages of a size."""
+    kept = b""
+    for piece in pieces:
+        kept += piece
+        while len(kept) >= size:
+            yield kept[:size]
+            kept = kept[size:]
+    if kept:
+        yield kept
+
+
+def _joined(messages: Iterable[bytes]) -> Iterator[bytes]:
+    """The inverse of `_with_sizes` and `_cut`."""
+    kept = b""
+    for message in messages:
+        kept += message
+        while len(kept) >= 4 and len(kept) >= 4 + (size := struct.unpack_from(">I", kept)[0]):
+            yield kept[4 : 4 + size]
+            kept = kept[4 + size :]

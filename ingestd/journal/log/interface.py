@@ -1,0 +1,206 @@
+"""`ReplicatedLog`: all that an engine has to offer for a journal beyond one machine.
+
+A log is a sequence of messages under a name. Each is appended with a compare-and-set on the number
+of the last one, which is all the fencing there is: a daemon that was paused, cut off or replaced
+cannot append any more, whatever its clock says. The lease beside it decides only when another
+daemon may try. Methods are coroutines of the event loop that `open` was called on.
+
+An append ends in one of five ways. It returns: the message is durable. `LogUnreachable`, `LogFull`:
+it is certain that it was not appended. `LogAmbiguous`: it may have been, now or later; the caller
+gives the same message again until it knows. `LogFenced`: the last message is another one.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import msgspec
+
+from ingestd.base.errors import IngestdError, Overloaded
+from ingestd.base.rate import SHORTEST
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def retry_after() -> float:
+    """Seconds after which a refused client should come again, not all at once."""
+    return SHORTEST + 4 * random.random()  # noqa: S311
+
+
+class LogUnreachable(Overloaded):
+    """The engine takes nothing at present; nothing was appended."""
+
+    message = "the journal's log takes nothing: {problem}"
+
+
+class LogFull(LogUnreachable):
+    """The log is at its engine's bound; nothing was appended."""
+
+
+class LogAmbiguous(IngestdError):
+    """An append has no answer: its message may be in the log, now or later."""
+
+    message = "the journal's log did not answer: {problem}"
+
+
+class LogFenced(IngestdError):
+    """The last message of the log is not the expected one: another daemon owns it."""
+
+    message = "another daemon has taken over the journal's log"
+
+
+class LogMessage(NamedTuple):
+    """A message of a log.
+
+    Attributes:
+        number: grows with each message of the log, not by one.
+        data: as it was appended.
+    """
+
+    number: int
+    data: bytes
+
+
+class Snapshot(msgspec.Struct, array_like=True, frozen=True):
+    """The last snapshot of a log; its parts lie beside it.
+
+    Attributes:
+        at: it is the state after the message of this number.
+        first: the message that reading begins with: chunks that it names lie from there on.
+        parts: how many.
+        size: bytes of all parts.
+        state: the numbers that are no rows, packed by the journal.
+        number: of itself in its engine; 0 before it was saved.
+    """
+
+    at: int
+    first: int
+    parts: int
+    size: int
+    state: bytes
+    number: int = 0
+
+
+class ReplicatedLog(Protocol):
+    """A replicated log of one name.
+
+    Attributes:
+        message_bytes_max: bound of a message.
+    """
+
+    message_bytes_max: int
+
+    @property
+    def name(self) -> str:
+        """Names the log for people."""
+        ...
+
+    @property
+    def refusal(self) -> str:
+        """Tells why no records should be accepted now; empty if they may be."""
+        ...
+
+    async def open(self) -> None:
+        """Connects, and checks that the engine keeps what is appended.
+
+        Raises:
+            ConfigError: it does not, as it is set up.
+            LogUnreachable: it does not answer.
+        """
+        ...
+
+    async def acquire(self, owner: str, ttl: float) -> str:
+        """Takes or renews the lease; returns the owner that has it.
+
+        Args:
+            owner: of this life of the daemon.
+            ttl: seconds after which a lease that is not renewed lapses, by the engine's clock.
+
+        Raises:
+            LogUnreachable: no answer.
+        """
+        ...
+
+    async def release(self, owner: str) -> None:
+        """Gives the lease up, so that another daemon need not wait."""
+        ...
+
+    async def append(self, data: bytes, *, after: int) -> int:
+        """Appends a message if the last one has the number `after`; 0 if there is none.
+
+        Returns:
+            Its number, once a majority has it on disk.
+
+        Raises:
+            LogUnreachable, LogFull: it was not appended.
+            LogAmbiguous: it may have been, now or later.
+            LogFenced: the last message has another number.
+        """
+        ...
+
+    async def last(self) -> LogMessage | None:
+        """Reads the last message, from the leader.
+
+        Raises:
+            LogUnreachable: no answer.
+        """
+        ...
+
+    async def read(self, first: int, bytes_max: int) -> Sequence[LogMessage]:
+        """Reads messages from the number `first` on: one, if there is one, then up to the bound.
+
+        A replica that lags may leave out the newest ones.
+
+        Raises:
+            LogUnreachable: no answer.
+        """
+        ...
+
+    async def trim(self, before: int) -> None:
+        """Deletes the messages before a number.
+
+        Raises:
+            LogUnreachable: no answer.
+        """
+        ...
+
+    async def save_part(self, at: int, part: int, data: bytes) -> None:
+        """Stores a part of the snapshot at a number; parts count from 0.
+
+        Raises:
+            LogUnreachable, LogFull, LogAmbiguous: it may be missing.
+        """
+        ...
+
+    async def save(self, snapshot: Snapshot, *, after: int) -> int:
+        """Makes a snapshot the last one, if the last one so far is `after`; returns its number.
+
+        The parts of earlier ones go.
+
+        Raises:
+            LogFenced: the last one has another number.
+            LogUnreachable, LogFull, LogAmbiguous: it may not have been saved.
+        """
+        ...
+
+    async def snapshot(self) -> Snapshot | None:
+        """Reads the last snapshot.
+
+        Raises:
+            LogUnreachable: no answer.
+        """
+        ...
+
+    async def load_part(self, at: int, part: int) -> bytes | None:
+        """Reads a part of a snapshot; `None` if it has gone.
+
+        Raises:
+            LogUnreachable: no answer.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Ends the connection."""
+        ...

@@ -1,0 +1,182 @@
+"""An engine in memory with faults on demand, and logs on it as daemons have them."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from ingestd.journal.log.interface import (
+    LogAmbiguous,
+    LogFenced,
+    LogFull,
+    LogMessage,
+    LogUnreachable,
+    Snapshot,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LOST, LATE, DOWN, FULL = "answer lost", "late", "down", "full"
+
+
+class Engine:
+    """The messages of one log, its snapshot and its lease; outlives every daemon.
+
+    Attributes:
+        faults: what happens to the next appends, one each; empty for none.
+        down: nothing answers.
+        stride: numbers grow by this much, as other logs of a stream take some.
+    """
+
+    def __init__(self, message_bytes_max: int = 1 << 20, stride: int = 3) -> None:
+        self.message_bytes_max = message_bytes_max
+        self.messages: list[LogMessage] = []
+        self.snapshot: Snapshot | None = None
+        self.parts: dict[tuple[int, int], bytes] = {}
+        self.lease: tuple[str, float] = ("", 0.0)
+        self.faults: list[str] = []
+        self.down = False
+        self.late: list[Callable[[], None]] = []
+        self.appends = 0
+        self._stride = stride
+        self._number = 0
+
+    @property
+    def last(self) -> int:
+        return self.messages[-1].number if self.messages else 0
+
+    def put(self, data: bytes, after: int) -> int:
+        if self.last != after:
+            raise LogFenced
+        self._number += self._stride
+        self.messages.append(LogMessage(self._number, data))
+        return self._number
+
+    def number(self) -> int:
+        self._number += self._stride
+        return self._number
+
+    def as_it_is(self) -> Engine:
+        """A copy, which no daemon of this one reaches; what was on its way has arrived or never
+        does."""
+        copy = Engine(self.message_bytes_max, self._stride)
+        copy.messages, copy.parts = [*self.messages], {**self.parts}
+        copy.snapshot, copy._number = self.snapshot, self._number
+        return copy
+
+    def deliver(self) -> None:
+        """What was on its way arrives."""
+        late, self.late = self.late, []
+        for one in late:
+            one()
+
+    @property
+    def bytes(self) -> int:
+        return sum(len(one.data) for one in self.messages)
+
+
+class MemoryLog:
+    """A daemon's side of an engine."""
+
+    name = "log memory"
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.message_bytes_max = engine.message_bytes_max
+        self.refusal = ""
+        self.gone = False
+
+    async def open(self) -> None:
+        self._check()
+
+    def _check(self) -> None:
+        if self.engine.down or self.gone:
+            raise LogUnreachable(problem="it is down")
+
+    async def acquire(self, owner: str, ttl: float) -> str:
+        self._check()
+        now = asyncio.get_running_loop().time()
+        if self.engine.lease[0] in {"", owner} or self.engine.lease[1] <= now:
+            self.engine.lease = owner, now + ttl
+        return self.engine.lease[0]
+
+    async def release(self, owner: str) -> None:
+        self._check()
+        if self.engine.lease[0] == owner:
+            self.engine.lease = "", 0.0
+
+    async def append(self, data: bytes, *, after: int) -> int:
+        engine = self.engine
+        engine.appends += 1
+        fault = engine.faults.pop(0) if engine.faults else ""
+        await asyncio.sleep(0)
+        if engine.late and random.Random(engine.appends).random() < 0.5:
+            engine.deliver()
+        if fault == DOWN or engine.down or self.gone:
+            raise LogUnreachable(problem="it is down")
+        if fault == FULL:
+            raise LogFull(problem="it is full")
+        if fault == LATE:
+            engine.late.append(lambda: self._put_late(data, after))
+            raise LogAmbiguous(problem="time-out")
+        number = engine.put(data, after)
+        if fault == LOST:
+            raise LogAmbiguous(problem="time-out")
+        return number
+
+    def _put_late(self, data: bytes, after: int) -> None:
+        try:
+            self.engine.put(data, after)
+        except LogFenced:
+            pass
+
+    async def last(self) -> LogMessage | None:
+        self._check()
+        return self.engine.messages[-1] if self.engine.messages else None
+
+    async def read(self, first: int, bytes_max: int) -> list[LogMessage]:
+        self._check()
+        found, size = [], 0
+        for message in self.engine.messages:
+            if message.number >= first:
+                found.append(message)
+                size += len(message.data)
+                if size >= bytes_max:
+                    break
+        return found
+
+    async def trim(self, before: int) -> None:
+        self._check()
+        kept = [one for one in self.engine.messages if one.number >= before]
+        assert kept, "the last message must stay"
+        self.engine.messages = kept
+
+    async def save_part(self, at: int, part: int, data: bytes) -> None:
+        self._check()
+        assert len(data) <= self.message_bytes_max
+        self.engine.parts[at, part] = data
+
+    async def save(self, snapshot: Snapshot, *, after: int) -> int:
+        self._check()
+        old = self.engine.snapshot
+        if (0 if old is None else old.number) != after:
+            raise LogFenced
+        number = self.engine.number()
+        self.engine.snapshot = msgspec.structs.replace(snapshot, number=number)
+        self.engine.parts = {k: v for k, v in self.engine.parts.items() if k[0] >= snapshot.at}
+        return number
+
+    async def snapshot(self) -> Snapshot | None:
+        self._check()
+        return self.engine.snapshot
+
+    async def load_part(self, at: int, part: int) -> bytes | None:
+        self._check()
+        return self.engine.parts.get((at, part))
+
+    async def close(self) -> None:
+        pass

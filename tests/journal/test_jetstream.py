@@ -1,0 +1,311 @@
+"""The journal in NATS JetStream, with real servers: one node, and three."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ingestd.base.append import Append
+from ingestd.base.clock import SystemClock
+from ingestd.base.errors import ConfigError, JournalFailed, Overloaded
+from ingestd.base.record import Records, Span
+from ingestd.journal.build import build_journal
+from ingestd.journal.interface import Cursor, Seal, Sealed, Settle
+from ingestd.journal.jetstream import JetStreamKind, JetStreamLog, JetStreamSettings
+from ingestd.journal.settings import DeadSettings
+from ingestd.pipeline_settings import JournalTables
+from tests.nats import running
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+    from ingestd.journal.interface import Recovered
+    from ingestd.journal.log import LogJournal
+    from tests.nats import Cluster
+
+pytest.importorskip("nats", reason="needs nats-py: pip install 'ingestd[jetstream]'")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def one_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with running(tmp_path_factory.mktemp("nats")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def three_nodes(tmp_path: Path) -> Iterator[Cluster]:
+    with running(tmp_path, 3) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+async def open_(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[LogJournal]]]:
+    """Opens a journal on servers, each in a folder of its own."""
+    live: list[LogJournal] = []
+
+    async def open_one(cluster: Cluster, name: str, **own: Any) -> LogJournal:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        table = {"servers": cluster.urls, "name": name, "replicas": len(cluster.servers),
+                 "timeout": "1s", "lease": "1s", **own}  # fmt: skip
+        settings = JournalTables(kind="jetstream", jetstream=table)
+        journal: Any = build_journal(settings, DeadSettings(), folder=folder, clock=SystemClock())
+        journal.recovered = await journal.open(lambda _: None)
+        journal.failed.add_done_callback(lambda failed: failed.exception())
+        live.append(journal)
+        return journal
+
+    yield open_one
+    for journal in live:
+        if not journal._reader._shutdown:
+            await journal.close(asyncio.get_running_loop().time() + 3)
+
+
+def lines(*records: bytes) -> Records:
+    return Records.lines(records)
+
+
+async def crash(journal: LogJournal) -> None:
+    """As after a SIGKILL: nothing of it reaches the servers any more."""
+    journal._renewing.cancel()
+    await journal._log._client.close()
+
+
+async def test_another_daemon_goes_on_with_what_was_accepted(one_node, open_) -> None:
+    first = await open_(one_node, "goes-on")
+    big = Records.sized([b"x" * 3_000_000])  # more than a message takes
+    await first.append(Append(lines(b"1", b"2")))
+    await first.append(Append(big))
+    await first.write(Seal(Sealed(1, (Span(1, 0, 2),), 2), Cursor(2, 0)))
+    await crash(first)
+    second = await open_(one_node, "goes-on")
+    recovered: Recovered = second.recovered
+    assert recovered.journal == first.recovered.journal
+    assert recovered.batches == [Sealed(1, (Span(1, 0, 2),), 2)]
+    loaded = await second.load([Span(2, 0, 1)])
+    assert loaded is not None
+    assert loaded.payload == big.payload
+    await second.write(Settle(1, 2, [], [], [1], 4))
+    closed = await second.close()
+    assert (closed.ledger.accepted, closed.counted) == (3, 1)
+
+
+async def test_a_daemon_that_was_paused_is_refused(one_node, open_) -> None:
+    first = await open_(one_node, "paused")
+    await first.append(Append(lines(b"1")))
+    first._renewing.cancel()  # it does nothing until its lease has lapsed
+    second = await open_(one_node, "paused")
+    with pytest.raises(JournalFailed, match="taken over"):
+        await first.append(Append(lines(b"2")))
+    await second.append(Append(lines(b"3")))
+    assert second.ledger.accepted == 2
+
+
+async def test_a_second_daemon_of_the_same_name_does_not_start(one_node, open_) -> None:
+    first = await open_(one_node, "same-name")
+    with pytest.raises(JournalFailed, match="owns it"):
+        await open_(one_node, "same-name")
+    await first.append(Append(lines(b"1")))
+    await first.close()
+    assert (await open_(one_node, "same-name")).ledger.accepted == 1  # and waited for nothing
+
+
+async def test_a_snapshot_lets_the_stream_go(one_node, open_) -> None:
+    first = await open_(one_node, "snapshot")
+    first._snapshot_bytes = 1 << 20
+    for n in range(40):
+        await first.append(Append(Records.sized([b"x" * 100_000])))
+        await first.write(Seal(Sealed(n + 1, (Span(n + 1, 0, 1),), 1), Cursor(n + 2, 0)))
+        if n != 3:
+            await first.write(Settle(n + 1, 1, [], [], [n + 1], 100_004))
+    first._saver.join(10)
+    config = {"subjects_filter": "ingestd.log.snapshot.>"}
+    info = await first._log._js.stream_info("ingestd", **config)
+    assert info.state.bytes < 3_000_000 + 4_000_000
+    await crash(first)
+    second = await open_(one_node, "snapshot")
+    assert [batch.number for batch in second.recovered.batches] == [4]
+    assert (await second.load([Span(4, 0, 1)])).count == 1
+    assert second._snapshot is not None
+
+
+async def test_a_node_that_is_down_for_a_while_costs_503_and_nothing_else(
+    tmp_path: Path, open_
+) -> None:
+    (tmp_path / "nats").mkdir()
+    with running(tmp_path / "nats") as cluster:
+        journal = await open_(cluster, "down")
+        await journal.append(Append(lines(b"1")))
+        cluster.stop()
+        seal = journal.write(Seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0)))
+        while not journal._log.refusal:
+            await asyncio.sleep(0.01)
+        loop = asyncio.get_running_loop()
+        before = loop.time()
+        with pytest.raises(Overloaded) as refused:
+            journal.append(Append(lines(b"2")))
+        assert refused.value.retry_after > 0
+        assert loop.time() - before < 0.1
+        assert not seal.done()
+        cluster.start()
+        await asyncio.wait_for(seal, 20)
+        await accept(journal, b"3")
+        assert journal.ledger.accepted == 2
+
+
+async def accept(journal: LogJournal, record: bytes) -> None:
+    """As a client that comes again after a 503."""
+    async with asyncio.timeout(40):
+        while True:
+            try:
+                await journal.append(Append(lines(record)))
+            except Overloaded:
+                await asyncio.sleep(0.05)
+            else:
+                return
+
+
+async def test_two_of_three_nodes_down_and_back(three_nodes, open_) -> None:
+    journal = await open_(three_nodes, "quorum")
+    await accept(journal, b"1")
+    leader = three_nodes.leader_of("ingestd")
+    others = [one for one in three_nodes.servers if one is not leader]
+    others[0].kill()
+    await accept(journal, b"2")
+    others[1].kill()
+    waiting, refused = [], None
+    while refused is None:  # the first ones may wait for an answer; then all are refused at once
+        try:
+            one = asyncio.ensure_future(journal.append(Append(lines(b"3"))))
+            await asyncio.wait({one}, timeout=2)
+            refused = one.exception() if one.done() else None
+            waiting += [] if one.done() else [one]
+        except Overloaded as at_once:
+            refused = at_once
+    assert isinstance(refused, Overloaded)
+    assert refused.retry_after > 0
+    three_nodes.start()
+    await asyncio.wait_for(asyncio.gather(*waiting), 40)
+    await accept(journal, b"4")
+    assert journal.ledger.accepted == 3 + len(waiting)
+    await crash(journal)
+    assert (await open_(three_nodes, "quorum")).ledger.accepted == 3 + len(waiting)
+
+
+async def test_every_leader_is_killed_under_load(three_nodes, open_) -> None:
+    journal = await open_(three_nodes, "leaders")
+    accepted, ended = 0, asyncio.Event()
+
+    async def load() -> None:
+        nonlocal accepted
+        while not ended.is_set():
+            try:
+                await journal.append(Append(lines(b"%d" % accepted)))
+            except Overloaded:
+                await asyncio.sleep(0.05)
+            else:
+                accepted += 1
+
+    loading = asyncio.ensure_future(load())
+    for _ in range(3):
+        wanted = accepted + 50
+        while accepted < wanted and not loading.done():
+            await asyncio.sleep(0.01)
+        assert not loading.done(), loading.exception()
+        leader = await asyncio.to_thread(three_nodes.leader_of, "ingestd")
+        leader.kill()
+        await asyncio.to_thread(three_nodes.start)
+    ended.set()
+    await asyncio.wait_for(loading, 30)
+    assert journal.ledger.accepted == accepted
+    await crash(journal)
+    again = await open_(three_nodes, "leaders")
+    assert again.ledger.accepted == accepted
+    chunks = await again.read(1, 1 << 30)
+    items = [item for chunk in chunks for item in chunk.records.items()]
+    assert items == [b"%d" % n for n in range(accepted)]
+
+
+async def test_a_full_stream_refuses_and_goes_on_when_there_is_room(open_, one_node) -> None:
+    own = {"stream": "small", "bucket": "small-leases", "stream_bytes_max": "2MiB"}
+    journal = await open_(one_node, "full", **own)
+    taken = 0
+    big, refused = Append(Records.sized([b"x" * 100_000])), ""
+    while not refused:
+        try:
+            await journal.append(big)
+            taken += 1
+        except Overloaded as full:
+            refused = str(full)
+    assert "full" in refused or "maximum" in refused
+    assert taken > 10
+    js = journal._log._js
+    info = await js.stream_info("small")
+    info.config.max_bytes = 8 << 20
+    await js.update_stream(info.config)
+    await accept(journal, b"1")
+    assert journal.ledger.accepted == taken + 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [({"max_age": 60.0}, "maximum age"), ({"discard": "old"}, "discards old messages")],
+)
+async def test_a_stream_that_would_lose_records_is_refused(one_node, open_, change, said) -> None:
+    import nats
+    from nats.js.api import StreamConfig
+
+    client = await nats.connect(one_node.urls)
+    stream = f"other-{said.split()[-1]}"
+    config = {"subjects": [f"{stream}.>"], "allow_direct": True, "discard": "new", **change}
+    await client.jetstream().add_stream(StreamConfig(name=stream, **config))
+    await client.close()
+    with pytest.raises(ConfigError, match=said):
+        await open_(one_node, "other", stream=stream)
+
+
+async def test_too_few_replicas_are_refused(one_node, open_) -> None:
+    await open_(one_node, "replicas")
+    with pytest.raises(ConfigError, match="replicas"):
+        await open_(one_node, "replicas2", replicas=3)
+
+
+async def test_check_tells_what_was_verified(one_node, tmp_path, open_) -> None:
+    await open_(one_node, "check")
+    monitor = one_node.servers[0].monitor
+    own = JetStreamSettings(servers=one_node.urls, replicas=1, lease="1s", monitoring=[monitor])
+    found = await JetStreamKind().check(own)
+    texts = [text for _, text in found]
+    assert {level for level, _ in found} == {"info"}
+    assert any("1 replicas on disk" in text for text in texts)
+    assert any("syncs each write" in text for text in texts)
+    (level, text), *_ = [
+        one for one in await JetStreamKind().check(own.model_copy(update={"monitoring": ()}))
+        if "sync" in one[1]
+    ]  # fmt: skip
+    assert level == "warning"
+    assert "not verified" in text
+    (tmp_path / "nats").mkdir()
+    with running(tmp_path / "nats", sync="2m") as lazy:
+        there = own.model_copy(
+            update={"servers": tuple(lazy.urls), "monitoring": (lazy.servers[0].monitor,)}
+        )
+        found = await JetStreamKind().check(there)
+    assert any(level == "error" and "not there" in text for level, text in found)
+    assert any(level == "error" and "sync_interval: always" in text for level, text in found)
+
+
+async def test_servers_that_do_not_answer_end_the_start(open_, one_node, monkeypatch) -> None:
+    own = {"servers": ["nats://127.0.0.1:9"], "timeout": "0.2s"}
+    with pytest.raises(JournalFailed, match="takes nothing"):
+        await open_(one_node, "nobody", **own)
+
+
+def test_the_log_of_a_pipeline_has_a_subject_of_its_own() -> None:
+    settings = JetStreamSettings(name="a")
+    names = {JetStreamLog(settings, pipeline).name for pipeline in ("default", "clicks")}
+    assert names == {"ingestd.log.a.default", "ingestd.log.a.clicks"}

@@ -1,0 +1,285 @@
+"""The journal over a replicated log against its invariants (docs/ENGINE.md)."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ingestd.base.append import Append, HeldIds, SourceOffset
+from ingestd.base.clock import SystemClock
+from ingestd.base.errors import JournalFailed, Overloaded
+from ingestd.base.record import InvalidRecord, Records, Span
+from ingestd.journal import log as log_journal
+from ingestd.journal.dead_letters import DeadLetter, LetterFilter
+from ingestd.journal.interface import Cursor, Failing, Ledger, Postpone, Seal, Sealed, Settle
+from ingestd.journal.log import LogJournal
+from ingestd.journal.log.cache import CacheFile
+from ingestd.journal.sqlite import writer
+from tests.journal.memory_log import DOWN, FULL, LATE, LOST, Engine, MemoryLog
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+    from pathlib import Path
+
+    from ingestd.journal.interface import Chunk
+
+
+class Life:
+    """A daemon's journal, open on an engine."""
+
+    def __init__(self, engine: Engine, folder: Path, **options: int) -> None:
+        folder.mkdir(exist_ok=True)
+        self.log = MemoryLog(engine)
+        self.journal = LogJournal(
+            self.log, folder / "cache.db", bytes_max=1 << 30, clock=SystemClock(),
+            on_commit=lambda *_: None, ttl=0.05, **options,
+        )  # fmt: skip
+        self.chunks: list[Chunk] = []
+
+    async def open(self) -> Life:
+        self.recovered = await self.journal.open(self.chunks.append)
+        self.recovered.failed.add_done_callback(lambda failed: failed.exception())
+        return self
+
+    async def close(self) -> None:
+        if hasattr(self, "recovered") and not self.journal._reader._shutdown:
+            await self.journal.close(asyncio.get_running_loop().time() + 5)
+
+
+@pytest.fixture
+async def live(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Callable[..., Life]]:
+    """Begins lives, each in a folder of its own, as on machines of their own."""
+    monkeypatch.setattr(log_journal, "RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(writer, "FULL_PAUSE", 0.01)
+    lives: list[Life] = []
+
+    def begin(engine: Engine, **options: int) -> Life:
+        lives.append(Life(engine, tmp_path / f"life{len(lives)}", **options))
+        return lives[-1]
+
+    yield begin
+    for one in lives:
+        one.log.engine.down = False
+        await one.close()
+
+
+def lines(*records: bytes) -> Records:
+    return Records.lines(records)
+
+
+def settle(batch: int, processed: int, **more: object) -> Settle:
+    facts = {"dead": [], "successors": [], "finished": [], "finished_bytes": 0, **more}
+    return Settle(batch, processed, **facts)  # type: ignore[arg-type]
+
+
+def letter(record: str, payload: bytes) -> DeadLetter:
+    return DeadLetter(record, "rejected", "no", "", payload, 1, 1.0, 2.0)
+
+
+def everything(life: Life) -> dict[str, list[tuple[object, ...]]]:
+    """All rows of a cache but marks."""
+    db = life.journal._store.connection
+    tables = ("chunks", "batches", "failing", "keys", "bookmarks", "meta", "identity",
+              "dead_totals", "invalid")  # fmt: skip
+    found = {table: db.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall() for table in tables}
+    found["letters"] = sorted(
+        (one.id, *one.letter)
+        for one in life.journal.dead_letters.select(LetterFilter(), whole=True)
+    )  # fmt: skip
+    found["ids"] = [
+        (who, bytes(sorted(ids)))
+        for who, ids in db.execute("SELECT principal, ids FROM sender_ids ORDER BY number")
+    ]
+    return found
+
+
+async def use_all(life: Life) -> None:
+    """Everything that an entry can say."""
+    journal = life.journal
+    assert journal.idempotency is not None
+    claim = await journal.idempotency.begin("token shop K", b"print")
+    assert not isinstance(claim, bytes)
+    claim.answer = b"{}"
+    ids = HeldIds("token shop", frozenset(), frozenset([b"a" * 16, b"b" * 16]), 100)
+    bad = [InvalidRecord(1, "malformed", "x", b"{")] * 3
+    await journal.append(Append(lines(*[b"%d" % n for n in range(10)]), bad, claim=claim, ids=ids))
+    await journal.append(Append(Records.sized([b"x\n" * 100_000]), offset=SourceOffset("f", b"5")))
+    await journal.write(Seal(Sealed(1, (Span(1, 0, 4),), 4, accepted_at=5.0), Cursor(1, 4)))
+    await journal.write(Seal(Sealed(2, (Span(1, 4, 3),), 3, lineage=(7,)), Cursor(1, 7)))
+    await journal.write(Postpone(Sealed(2, (Span(1, 4, 3),), 3, 1, 9e9, 0.0, Failing(1.5, 1))))
+    dead = [letter(f"j.1.{n}", b"%d" % n) for n in range(3)]
+    await journal.write(settle(1, 0, dead=dead, successors=[Sealed(3, (Span(1, 3, 1),), 1, 1)]))
+
+
+async def test_another_daemon_finds_everything(live) -> None:
+    engine = Engine()
+    first = await live(engine).open()
+    await use_all(first)
+    before, ledger = everything(first), first.journal.ledger
+    first.log.gone = True  # as after a SIGKILL: it does nothing any more
+
+    second = await live(engine).open()
+    assert everything(second) == before
+    assert second.journal.ledger == ledger == Ledger(accepted=11, dead=3, invalid=3)
+    assert second.journal.bytes == first.journal.bytes
+    assert second.recovered.journal == first.recovered.journal
+    assert [batch.number for batch in second.recovered.batches] == [2, 3]
+    assert second.recovered.cursor == Cursor(1, 7)
+    assert await second.journal.idempotency.begin("token shop K", b"print") == b"{}"
+    assert await second.journal.offsets.find("f") == SourceOffset("f", b"5")
+    closed = await second.journal.close()
+    assert closed.counted == ledger.pending == 8
+
+
+async def test_dead_letters_are_requeued_and_purged_through_the_log(live) -> None:
+    engine = Engine()
+    first = await live(engine).open()
+    await use_all(first)
+    letters, store = CacheFile(first.journal.path).dead_letters, first.journal.dead_letters
+    numbers = [one.id for one in letters.select(LetterFilter(), whole=False) if one.letter.record]
+    letters.mark(LetterFilter(ids=(numbers[1],)), numbers[-1], lambda _: "")
+    assert letters.purge(LetterFilter(ids=(numbers[0],)), numbers[-1]) == 1
+    assert await store.poll_marked()
+    moved = await store.requeue()
+    assert moved.requeued == 1
+    await first.journal.append(Append(lines()))
+    assert first.journal.ledger == Ledger(accepted=11, dead=2, invalid=3)
+    assert first.journal.dead_totals.purged == 1
+    before = everything(first)
+    first.log.gone = True
+    second = await live(engine).open()
+    assert everything(second) == before
+    (kept,) = [one for one in second.journal.dead_letters.select(LetterFilter(), whole=True)
+               if one.letter.record]  # fmt: skip
+    assert (kept.id, kept.letter.payload) == (numbers[2], b"2")
+
+
+@pytest.mark.parametrize("faults", [[LOST], [LATE], [LATE, LATE, LOST], [LOST, DOWN], [LATE, FULL]])
+async def test_a_publish_without_an_answer_counts_once(live, faults) -> None:
+    engine = Engine()
+    life = await live(engine).open()
+    engine.faults = list(faults)
+    await life.journal.append(Append(lines(b"1")))
+    engine.deliver()
+    await life.journal.append(Append(lines(b"2")))
+    assert life.journal.ledger.accepted == 2
+    before = everything(life)
+    life.log.gone = True
+    assert everything(await live(engine).open()) == before
+
+
+@pytest.mark.parametrize("fault", [DOWN, FULL])
+async def test_an_engine_that_takes_nothing_refuses_appends_and_keeps_the_rest(live, fault) -> None:
+    engine = Engine()
+    life = await live(engine).open()
+    await life.journal.append(Append(lines(b"1")))
+    engine.faults = [fault] * 3
+    with pytest.raises(Overloaded) as refused:
+        await life.journal.append(Append(lines(b"2")))
+    assert refused.value.retry_after > 0
+    seal = life.journal.write(Seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0)))
+    await asyncio.wait_for(seal, 10)
+    assert not life.journal.failed.done()
+    await life.journal.append(Append(lines(b"3")))
+    assert life.journal.ledger.accepted == 2
+    life.log.refusal = "it does not answer"
+    with pytest.raises(Overloaded, match="does not answer"):
+        life.journal.append(Append(lines(b"4")))
+
+
+async def test_a_daemon_that_was_replaced_accepts_nothing_more(live) -> None:
+    engine = Engine()
+    first = await live(engine).open()
+    await first.journal.append(Append(lines(b"1")))
+    first.journal._renewing.cancel()  # paused; its lease lapses
+    second = await live(engine).open()
+    with pytest.raises(JournalFailed, match="taken over"):
+        await first.journal.append(Append(lines(b"2")))
+    assert first.journal.failed.done()
+    with pytest.raises(JournalFailed):
+        first.journal.append(Append(lines(b"3")))
+    await second.journal.append(Append(lines(b"4")))
+    assert second.journal.ledger.accepted == 2
+
+
+async def test_a_daemon_waits_for_the_lease_of_another(live) -> None:
+    engine = Engine()
+    first = await live(engine).open()
+    first.journal._renewing.cancel()
+    engine.lease = engine.lease[0], math.inf
+    with pytest.raises(JournalFailed, match="owns it"):
+        await live(engine).open()
+    await first.close()
+    await live(engine).open()
+
+
+async def test_an_entry_larger_than_a_message_is_whole_or_not_there(live) -> None:
+    engine = Engine(message_bytes_max=4096)
+    first = await live(engine).open()
+    big = Records.sized([b"x" * 20_000])
+    await first.journal.append(Append(big))
+    engine.faults = ["", "", DOWN]
+    with pytest.raises(Overloaded):
+        await first.journal.append(Append(big))
+    await first.journal.append(Append(lines(b"1")))
+    before = everything(first)
+    engine.faults = ["", ""] + [DOWN] * 1000
+    torn = first.journal.append(Append(big))
+    with pytest.raises(Overloaded):
+        await torn
+    first.log.gone, engine.faults = True, []
+    second = await live(engine).open()
+    assert everything(second) == before
+
+
+async def test_a_snapshot_lets_the_log_go_and_keeps_what_is_pending(live) -> None:
+    engine = Engine(message_bytes_max=16_384)
+    first = await live(engine, snapshot_bytes=100_000).open()
+    await use_all(first)
+    stays = (Span(1, 7, 3), Span(2, 0, 1))  # of which nothing becomes anything
+    await first.journal.write(Seal(Sealed(4, stays, 4), Cursor(3, 0)))
+    for n in range(50):
+        await first.journal.append(Append(Records.sized([b"%07d" % n * 1000])))
+        batch, chunk = n + 10, n + 3
+        await first.journal.write(
+            Seal(Sealed(batch, (Span(chunk, 0, 1),), 1), Cursor(chunk + 1, 0))
+        )
+        await first.journal.write(settle(batch, 1, finished=[chunk], finished_bytes=7004))
+    first.journal._saver.join(10)
+    assert engine.snapshot is not None
+    assert engine.bytes < 450_000  # of more than half a megabyte that went through it
+    before = everything(first)
+    first.log.gone = True
+    second = await live(engine).open()
+    assert everything(second) == before
+    assert [batch.number for batch in second.recovered.batches] == [2, 3, 4]
+    await second.journal.append(Append(lines(b"1")))
+    assert (await second.journal.close()).counted == second.journal.ledger.pending
+
+
+async def test_a_damaged_cache_ends_the_journal_and_the_log_heals_it(live) -> None:
+    engine = Engine()
+    first = await live(engine).open()
+    await first.journal.append(Append(lines(b"1")))
+    first.journal._store.connection.execute("UPDATE chunks SET payload = x'320A'")
+    with pytest.raises(JournalFailed, match="cache"):
+        await first.journal.load([Span(1, 0, 1)])
+    await first.close()
+    second = await live(engine).open()
+    loaded = await second.journal.load([Span(1, 0, 1)])
+    assert loaded is not None
+    assert loaded.items() == [b"1"]
+
+
+async def test_commands_do_not_change_a_cache_without_its_daemon(live) -> None:
+    first = await live(Engine()).open()
+    await use_all(first)
+    await first.close()
+    letters = CacheFile(first.journal.path).dead_letters
+    with pytest.raises(Exception, match="start ingestd"):
+        letters.purge(LetterFilter(), 1 << 40)
