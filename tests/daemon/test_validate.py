@@ -68,15 +68,17 @@ def test_a_client_is_told_and_the_daemon_imports_no_more_than_before(
         for _ in range(2):
             status, answer = one.post(b'{"page":"c"}\n{}\n', Idempotency_Key="k2")
             assert (status, answer["accepted"], answer["errors"][0]["index"]) == (202, 1, 1)
+        status, answer = one.post(b'{"page":3}\n{"page":"d"}\n', Prefer="wait=20")
+        assert (status, answer["processed"], answer["errors"][0]["index"]) == (200, 1, 0)
         document = one.request("GET", "/openapi.json")[2]
         assert document["components"]["schemas"]["default.Click"]["required"] == ["page"]
         importers = set((folder / "importers").read_text().split())
         assert (str(one.pid) in importers) is (kind == "thread")
         one.terminate()
         assert one.wait() == 0
-    assert sorted((folder / "out").read_text().split()) == ["a", "b", "c"]
+    assert sorted((folder / "out").read_text().split()) == ["a", "b", "c", "d"]
     report = one.event("drained")
-    assert (report["accepted"], report["processed"], report["invalid"]) == (3, 3, 2)
+    assert (report["accepted"], report["processed"], report["invalid"]) == (4, 4, 3)
     letters = command(folder, "dead", "list", "--reason", "schema")
     assert letters.returncode == 0, letters.stderr
     assert letters.stdout.count(b"schema") >= 2
