@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ingestd.admin import console
+from ingestd.journal.dead_letters import REASONS
 from tests.admin.test_admin_server import Admin
 
 if TYPE_CHECKING:
@@ -65,6 +67,11 @@ def test_the_page_sets_texts_only_as_texts() -> None:
     assert not re.search(r"(?:src|href)=\"(?:https?:)?//", page)
     used = set(re.findall(r"\$\(\"([a-z-]+)\"\)", script))
     assert used <= set(re.findall(r"id=\"([a-z-]+)\"", page + script))
+
+
+def test_the_page_knows_every_reason() -> None:
+    [listed] = re.findall(r"const REASONS = (\[[^\]]*\]);", (FOLDER / "app.js").read_text())
+    assert tuple(json.loads(listed)) == REASONS
 
 
 @pytest.mark.slow

@@ -285,3 +285,6 @@ def test_a_token_is_asked_for_where_reading_needs_one(chromium: Browser, tmp_pat
         chromium.until(lambda: "0 accepted in all" in chromium.text("#stations"))
         chromium.until(lambda: "admin.token_required" in chromium.text("#settings-table"))
         assert ADMIN not in chromium.text("body")
+        one.terminate()
+        assert one.wait() == 0
+        chromium.until(lambda: chromium.text("#link") == "no connection")

@@ -10,7 +10,8 @@ const RATE_STATUSES = 6; // statuses that the live rates are made of
 const LETTERS = 20; // dead letters of one page
 const BATCHES = 12; // rows of batches
 const SVG = "http://www.w3.org/2000/svg";
-const REASONS = ["malformed", "too_large", "unfinished", "undecodable", "rejected", "failed", "timeout", "crashed", "damaged"];
+const REASONS = ["malformed", "too_large", "unfinished", "schema", "unrouted", "undecodable",
+  "rejected", "failed", "timeout", "crashed", "damaged"];
 
 const $ = (id) => document.getElementById(id);
 const state = {
