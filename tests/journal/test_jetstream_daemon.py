@@ -1,0 +1,132 @@
+"""Daemons on a journal in NATS JetStream: one is killed or paused, another goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.daemon.harness import Daemon
+from tests.nats import running
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from tests.nats import Cluster
+
+pytest.importorskip("nats", reason="needs nats-py: pip install 'ingestd[jetstream]'")
+pytestmark = pytest.mark.slow
+
+HANDLER = """
+import json, time
+from ingestd import Batch
+
+def keep(batch: Batch[int]) -> None:
+    with open({out!r}, "a") as out:
+        out.write(json.dumps([batch.id, list(batch)]) + "\\n")
+    time.sleep({seconds})
+"""
+
+
+def start(folder: Path, cluster: Cluster, out: Path, seconds: float) -> Daemon:
+    """A daemon on a machine of its own: nothing is shared but the servers."""
+    folder.mkdir()
+    (folder / "h.py").write_text(HANDLER.format(out=str(out), seconds=seconds))
+    return Daemon(
+        "h:keep", "--data-dir", str(folder / "data"), "--batch.records_max", "100",
+        "--journal.kind", "jetstream", "--journal.jetstream.name", "shop",
+        "--journal.jetstream.servers", ",".join(cluster.urls),
+        "--journal.jetstream.replicas", str(len(cluster.servers)),
+        "--journal.jetstream.lease", "2s", "--executor.workers", "2", cwd=folder,
+    )  # fmt: skip
+
+
+def batches(out: Path) -> dict[str, list[int]]:
+    """What handlers got, by batch id; one id never means two things."""
+    found: dict[str, list[int]] = {}
+    for line in out.read_text().splitlines() if out.exists() else ():
+        batch, numbers = json.loads(line)
+        assert found.setdefault(batch, numbers) == numbers
+    return found
+
+
+@pytest.mark.parametrize("nodes", [1, 3])
+def test_a_killed_daemons_records_are_processed_elsewhere(tmp_path: Path, nodes: int) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "nats").mkdir()
+    with running(tmp_path / "nats", nodes) as cluster:
+        with start(tmp_path / "one", cluster, out, 3600) as one:
+            for first in range(0, 2000, 200):
+                body = b"".join(b"%d\n" % n for n in range(first, first + 200))
+                assert one.post(body)[0] == 202
+            until = time.monotonic() + 20
+            while len(batches(out)) < 2:  # both workers hold one that will never end
+                assert time.monotonic() < until
+                time.sleep(0.02)
+            before = batches(out)
+            one.terminate(signal.SIGKILL)
+            one.wait()
+        with start(tmp_path / "two", cluster, out, 0) as two:
+            two.until_settled()
+            after = batches(out)
+            assert {batch: after[batch] for batch in before} == before
+            assert sorted(n for numbers in after.values() for n in numbers) == [*range(2000)]
+            two.terminate()
+            assert two.wait() == 0
+            drained = two.event("drained")
+            assert (drained["accepted"], drained["processed"], drained["balanced"]) == (
+                2000, 2000, True,
+            )  # fmt: skip
+
+
+def test_a_paused_daemon_accepts_nothing_when_it_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "nats").mkdir()
+    with (
+        running(tmp_path / "nats") as cluster,
+        start(tmp_path / "one", cluster, out, 0) as one,
+        contextlib.ExitStack() as stack,
+    ):
+        assert one.post(b"1\n")[0] == 202
+        one.until_settled()
+        one.terminate(signal.SIGSTOP)
+        stack.callback(one.terminate, signal.SIGCONT)
+        with start(tmp_path / "two", cluster, out, 0) as two:
+            assert two.post(b"2\n")[0] == 202
+            one.terminate(signal.SIGCONT)
+            with contextlib.suppress(OSError):  # it may have left by itself
+                assert one.post(b"3\n")[0] >= 500
+            assert one.wait() == 75
+            assert two.post(b"4\n")[0] == 202
+            two.until_settled()
+            two.terminate()
+            assert two.wait() == 0
+    assert sorted(n for numbers in batches(out).values() for n in numbers) == [1, 2, 4]
+
+
+def test_records_come_again_after_the_servers_were_away(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "nats").mkdir()
+    with (
+        running(tmp_path / "nats") as cluster,
+        start(tmp_path / "one", cluster, out, 0) as one,
+    ):
+        assert one.post(b"1\n")[0] == 202
+        cluster.stop()
+        until = time.monotonic() + 20
+        while (status := one.post(b"2\n"))[0] != 503:
+            assert time.monotonic() < until, status
+        cluster.start()
+        while (status := one.post(b"3\n"))[0] != 202:
+            assert status[0] == 503
+            assert time.monotonic() < until + 20
+            time.sleep(0.1)
+        one.until_settled()
+        one.terminate()
+        assert one.wait() == 0
+    taken = sorted(n for numbers in batches(out).values() for n in numbers)
+    assert taken == [1, 3]
