@@ -16,6 +16,7 @@ from requests of one kind:
   lowers it only by half of the difference. Up to `FLAT` of difference counts as none.
 * **Sinks change.** At the least number of workers there is no crowd of ours, so what calls take
   there is the floor, up or down: a sink that has become slower for good is climbed anew from there.
+  If it is slower by so little that the number need not fall, this has to wait for a quiet minute.
 
 It is decided once a window: after as many calls as are needed for a mean, and no earlier than a
 second. Calls that began under another number of workers do not count.

@@ -231,6 +231,8 @@ class DispatchGate:
 
     def look(self) -> None:
         """Notices what has come or gone since the last look, and logs it."""
+        if not (self._seen or self.paused_since or self._letters.is_full):
+            return  # before each batch: it costs a third of a microsecond then
         seen, self._seen = self._seen, {reason.name: reason for reason in self._reasons()}
         if seen.keys() == self._seen.keys():
             return
