@@ -149,6 +149,7 @@ async def test_what_was_processed_is_fed_again_once(build, tmp_path: Path) -> No
         assert db.execute("SELECT count(*) FROM replaying").fetchone() == (0,)
 
 
+@pytest.mark.slow
 async def test_a_chunk_without_a_processed_record_is_passed_by(build, tmp_path: Path) -> None:
     journal = await build()
     await process(journal, lines(1), {0: b'{"n":1}'})
@@ -157,6 +158,7 @@ async def test_a_chunk_without_a_processed_record_is_passed_by(build, tmp_path: 
     assert [one.state for one in check.SqliteFile(journal.path).replays()] == ["done"]
 
 
+@pytest.mark.slow
 async def test_the_oldest_go_beyond_a_bound(build, tmp_path: Path, time: Time) -> None:
     size = 1000 + len(ORIGIN) + 1 + kept.ROW_BYTES
     journal = await build(keep_bytes_max=2 * size)
@@ -189,6 +191,7 @@ async def test_kept_chunks_make_room_for_new_records(build) -> None:
     await journal.append(Append(Records.lines([b"b" * 3000])))  # they never refuse one
 
 
+@pytest.mark.slow
 async def test_nothing_is_fed_while_much_is_pending(build, tmp_path: Path, monkeypatch) -> None:
     journal = await build()
     for n in range(3):
@@ -241,6 +244,7 @@ def test_a_journal_that_keeps_nothing_refuses_the_setting(tmp_path: Path) -> Non
         build_journal(settings, DeadSettings(), folder=tmp_path, clock=SystemClock())
 
 
+@pytest.mark.slow
 async def test_replays_are_listed_stopped_and_confirmed(build, tmp_path: Path, capsys) -> None:
     journal = await build()
     await process(journal, lines(1, 2))
@@ -261,6 +265,7 @@ async def test_replays_are_listed_stopped_and_confirmed(build, tmp_path: Path, c
     assert await fed(journal) == []
 
 
+@pytest.mark.slow
 async def test_kept_damage_is_counted_and_not_fed(build, tmp_path: Path, capsys) -> None:
     journal = await build()
     await process(journal, lines(1))
