@@ -6,6 +6,7 @@ with it, and makes the next one.
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from contextlib import suppress
 from importlib.util import find_spec
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 5.0
 """Bound of a connection to one server, its handshakes included."""
+CONNECT_SECONDS_MAX = 20.0
+"""Bound of one to any of several servers."""
+CLOSE_SECONDS = 1.0
 REQUEST_SECONDS = 5.0
 """Bound of a question to JetStream."""
 
@@ -125,9 +129,15 @@ async def connect_nats(
             closed_cb=on_closed, ping_interval=20, max_outstanding_pings=2, **more,
         )  # fmt: skip
     except BaseException as error:
-        with suppress(Exception):
-            await client.close()
-        if told and type(error).__name__ == "NoServersError":
+        await close_nats(client)
+        if told and (isinstance(error, TimeoutError) or type(error).__name__ == "NoServersError"):
             raise told[-1] from None
         raise
     return client
+
+
+async def close_nats(client: Any) -> None:
+    """Ends a connection, or leaves it: nats-py waits for ever where a handshake has failed."""
+    with suppress(Exception):
+        async with asyncio.timeout(CLOSE_SECONDS):
+            await client.close()

@@ -29,6 +29,7 @@ from ingestd.handlers.text import one_line
 from ingestd.host.nats import (
     REQUEST_SECONDS,
     NatsAccess,
+    close_nats,
     connect_nats,
     demand_nats,
     fault_of_servers,
@@ -239,7 +240,7 @@ class NatsSink:
         """Ends the connection."""
         client, self._client = self._client, None
         if client is not None:
-            await client.close()
+            await close_nats(client)
 
     # -- messages ------------------------------------------------------------------------------
 

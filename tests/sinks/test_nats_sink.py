@@ -87,7 +87,7 @@ def read(cluster: Cluster) -> list[Any]:
 
 
 def worker(cluster: Cluster, **options: Any) -> Worker:
-    all_options = {"servers": cluster.urls[0], "timeout": "3s", **options}
+    all_options = {"servers": cluster.urls[0], "timeout": "3s"} | options
     return Worker(HandlerConfig("nats", all_options, "json", "async", "web", b"/x"))
 
 
@@ -193,3 +193,30 @@ def test_a_relay_keeps_the_names_of_batches_and_records(cluster: Cluster, tmp_pa
     for _, headers, _ in seen:
         assert headers["ingestd-id"] == headers["nats-msg-id"]
         assert re.fullmatch(r"[0-9a-f]+-[0-9]+", headers["ingestd-batch"])
+
+
+@pytest.mark.slow
+def test_certificates_are_demanded_and_shown(tmp_path: Path) -> None:
+    import trustme
+
+    authority = trustme.CA()
+    files = {}
+    for name in ("server", "client"):
+        own = authority.issue_cert("127.0.0.1", common_name=name)
+        files[name] = str(tmp_path / f"{name}.pem")
+        own.private_key_and_cert_chain_pem.write_to_path(files[name])
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    tls = (
+        f'tls {{ cert_file: "{files["server"]}", key_file: "{files["server"]}",'
+        f' ca_file: "{tmp_path / "ca.pem"}", verify: true }}'
+    )
+    with running(tmp_path, sync="2m", config=tls) as cluster:
+        address = cluster.urls[0].replace("nats://", "tls://")
+        mine = {"tls_ca": str(tmp_path / "ca.pem"), "tls_certificate": files["client"]}
+        for options, said in ((mine, "blocked"), ({}, "unavailable")):
+            with worker(cluster, servers=address, **options) as one:
+                failed = one.run(job(range(3))).failure
+                assert failed is not None
+                assert failed.reason == said, failed
+                # With a certificate it is let in, and there is no stream.
+                assert ("no stream takes" in failed.error) == (said == "blocked")

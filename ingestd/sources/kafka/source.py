@@ -281,8 +281,8 @@ class KafkaSource(Source):
                 self._consume(consumer)
             except KafkaException as error:
                 self._note(error.args[0])
-            except RuntimeError as error:  # the loop, or the consumer, is closed
-                log.error("consumer_failed", source=self._name, error=str(error))  # noqa: TRY400
+            except Exception:  # a thread that ended would say nothing; a new consumer goes on
+                log.exception("consumer_failed", source=self._name)
             self._give_up(consumer)
             while not self._closing.wait(AGAIN_SECONDS):
                 with contextlib.suppress(ConfigError):

@@ -29,7 +29,13 @@ from ingestd.base.append import AppendCounts, sender_id
 from ingestd.base.errors import ConfigError
 from ingestd.base.logging import get_logger
 from ingestd.handlers.outcome import SinkFinding
-from ingestd.host.nats import REQUEST_SECONDS, NatsAccess, connect_nats, demand_nats
+from ingestd.host.nats import (
+    REQUEST_SECONDS,
+    NatsAccess,
+    close_nats,
+    connect_nats,
+    demand_nats,
+)
 from ingestd.sources.base import Source
 from ingestd.sources.brokers import BrokerIntake, BrokerMessage, keep_headers, pack_envelope
 
@@ -163,15 +169,13 @@ class NatsSource(Source):
 
     async def _serve(self) -> None:
         """One connection after the other."""
-        from nats.errors import Error  # noqa: PLC0415  an extra
-
         wait = BACKOFF_SECONDS
         while True:
             try:
                 await self._connected()
                 wait = BACKOFF_SECONDS if not self._problem else min(2 * wait, BACKOFF_SECONDS_MAX)
                 problem = self._problem or "the connection was lost"
-            except (OSError, TimeoutError, Error, _Unusable) as error:
+            except Exception as error:  # noqa: BLE001 - whatever a server or nats-py says, it may pass
                 problem = str(error) or type(error).__name__
                 wait = min(2 * wait, BACKOFF_SECONDS_MAX)
             if problem != self._told:
@@ -210,8 +214,7 @@ class NatsSource(Source):
                 await closed.wait()
         finally:
             self._client = None
-            with suppress(Exception):
-                await client.close()
+            await close_nats(client)
 
     async def _ask_for_more(self, client: Any, inbox: str, closed: asyncio.Event) -> None:
         """One request, as soon as there is room, to its end."""
@@ -467,7 +470,7 @@ async def _ask(settings: NatsSettings) -> list[SinkFinding]:
     except (TimeoutError, Error, _Unusable, ConfigError) as error:
         found.append(SinkFinding("error", f"stream {settings.stream}: {error}"))
     finally:
-        await client.close()
+        await close_nats(client)
     return found
 
 
