@@ -103,7 +103,8 @@ def test_what_check_prints_is_a_configuration_with_the_same_effect(here: Path) -
     # Text is masked: nobody but the handler knows what it is.
     options = written["handler"]["options"]
     options["l"][1] = options["odd.name"] = "***"
-    assert effective["handler"] == {"transform": "", "targets": [], **written["handler"]}
+    unsaid = {"transform": "", "targets": [], "validate": "process"}
+    assert effective["handler"] == {**unsaid, **written["handler"]}
     assert effective["data_dir"] == str(here / written["data_dir"])
     (here / "again.toml").write_text(first.stdout)
     again = ingestd("check", "--config", "again.toml", cwd=here)
