@@ -165,7 +165,7 @@ class JetStreamLog:
     Args:
         settings: `[journal.jetstream]`.
         pipeline: whose log it is.
-        create: makes stream and bucket where they are not there.
+        create: makes stream and bucket where they are not there; else it is opened for `facts`.
 
     Attributes:
         message_bytes_max: see `ReplicatedLog`; known once it is open.
@@ -220,6 +220,8 @@ class JetStreamLog:
             except Overloaded:
                 if not left:
                     raise
+        if not self._create:
+            return
         self._js = self._client.jetstream(timeout=own.timeout)
         self._bucket = await self._ask(self._js.key_value(own.bucket))
 
@@ -251,6 +253,8 @@ class JetStreamLog:
             max_bytes=own.stream_bytes_max or -1, allow_direct=True,
         )  # fmt: skip
         info = await self._made(own.stream, lambda: self._js.add_stream(wanted))
+        if info is None:
+            return
         config = info.config
         problems = [
             text
@@ -281,6 +285,8 @@ class JetStreamLog:
             bucket=own.bucket, ttl=own.lease, history=1, replicas=own.replicas
         )
         info = await self._made(stream, lambda: self._js.create_key_value(config))
+        if info is None:
+            return
         if abs((info.config.max_age or 0) - own.lease) > 0.001:
             text = f"the bucket {own.bucket} lets leases lapse after {info.config.max_age:g} s"
             raise ConfigError(problem=f"{text}, journal.jetstream.lease is {own.lease:g} s")
@@ -289,14 +295,14 @@ class JetStreamLog:
             raise ConfigError(problem=f"{text}, journal.jetstream.replicas is {own.replicas}")
 
     async def _made(self, stream: str, make: Callable[[], Awaitable[object]]) -> Any:
-        """Returns what is known of a stream, which is made if it is not there."""
+        """Returns what is known of a stream, which is made if it is not there and may be."""
         errors = self._nats.js.errors
         try:
             return await self._ask(self._js.stream_info(stream))
         except errors.NotFoundError:
             if not self._create:
-                text = f"the stream {stream} is not there; run makes it"
-                raise ConfigError(problem=text) from None
+                self.facts.append(f"the stream {stream} is not there; run makes it")
+                return None
         try:
             await self._ask(make())
         except errors.APIError as error:

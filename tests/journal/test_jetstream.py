@@ -295,7 +295,7 @@ async def test_check_tells_what_was_verified(one_node, tmp_path, open_) -> None:
             update={"servers": tuple(lazy.urls), "monitoring": (lazy.servers[0].monitor,)}
         )
         found = await JetStreamKind().check(there)
-    assert any(level == "error" and "not there" in text for level, text in found)
+    assert any(level == "info" and "run makes it" in text for level, text in found)
     assert any(level == "error" and "sync_interval: always" in text for level, text in found)
 
 
