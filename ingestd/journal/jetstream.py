@@ -304,27 +304,33 @@ class JetStreamLog:
                 self.facts.append(f"the stream {stream} is not there; run makes it")
                 return None
         try:
-            await self._ask(make())
+            await self._ask(make(), raw=True)
         except errors.APIError as error:
             if error.err_code != 10058:  # another daemon made it meanwhile
                 raise ConfigError(problem=f"the stream {stream}: {error.description}") from error
         return await self._ask(self._js.stream_info(stream))
 
-    async def _ask(self, call: Awaitable[T]) -> T:
-        """Waits for an answer; one of the servers' own errors is passed on.
+    async def _ask(self, call: Awaitable[T], *, raw: bool = False) -> T:
+        """Waits for an answer; passes on that something is not there, or is another's.
+
+        Args:
+            call: the question.
+            raw: passes on all errors of the servers but that they are not ready.
 
         Raises:
-            LogUnreachable: there was none.
+            LogUnreachable: there was none, or an error.
         """
         from ingestd.journal.log.interface import LogUnreachable, retry_after  # noqa: PLC0415
 
         errors = self._nats.js.errors
         try:
             return await call
-        except errors.ServiceUnavailableError as error:
-            raise LogUnreachable(problem=str(error), retry_after=retry_after()) from error
-        except (errors.APIError, errors.KeyWrongLastSequenceError, errors.KeyNotFoundError):
+        except (errors.NotFoundError, errors.KeyWrongLastSequenceError, errors.KeyNotFoundError):
             raise
+        except errors.APIError as error:
+            if raw and not isinstance(error, errors.ServiceUnavailableError):
+                raise
+            raise LogUnreachable(problem=str(error), retry_after=retry_after()) from error
         except (self._nats.errors.Error, TimeoutError, OSError) as error:
             problem = str(error) or type(error).__name__
             raise LogUnreachable(problem=problem, retry_after=retry_after()) from error
@@ -365,7 +371,7 @@ class JetStreamLog:
         """See `ReplicatedLog.release`."""
         if self._lease and self._client.is_connected:
             errors = self._nats.js.errors
-            with contextlib.suppress(errors.APIError, errors.KeyWrongLastSequenceError):
+            with contextlib.suppress(errors.Error):
                 await self._ask(self._bucket.delete(self._key, self._lease))
 
     # -- messages ------------------------------------------------------------------------------
