@@ -482,7 +482,7 @@ def memory_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_a_log_does_what_the_model_says(memory_log: None) -> None:
-    run(1, 20, LogAgainstModel)("runTest").runTest()
+    run(1, 8, LogAgainstModel)("runTest").runTest()
 
 
 @pytest.mark.slow
