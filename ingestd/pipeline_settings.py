@@ -226,7 +226,8 @@ class PipelineSettings(Section):
         """
         if not self.batch.key:
             return {}
-        most = min(2 * self.executor.workers, _WINDOW_MAX)
+        workers = max(self.executor.workers, self.executor.workers_max)
+        most = min(2 * workers, _WINDOW_MAX)
         window = 1 << (most - 1).bit_length()
         return {"window": window, "window_bytes_max": self.queue.bytes_max // 2}
 

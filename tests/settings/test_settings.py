@@ -157,3 +157,18 @@ def test_a_start_builds_validators_for_what_is_written_alone(tmp_path: Path) -> 
     )
     expected = "['batch'] 5 1024 ['ingestd.sources.http.endpoints.base']\n"
     assert (run.stdout, run.stderr) == (expected, "")
+
+
+@pytest.mark.parametrize(
+    ("executor", "window"),
+    [
+        ({"workers": 1}, 2),
+        ({"workers": 3}, 8),
+        ({"workers": 2, "workers_max": 8}, 16),
+        ({"workers": 999}, 64),
+    ],
+)
+def test_a_window_of_batches_by_key_has_two_for_each_worker(executor, window) -> None:
+    made = Settings(batch={"key": "/id"}, executor=executor).pipeline_settings()["default"]
+    assert made.batch_window()["window"] == window
+    assert Settings(executor=executor).pipeline_settings()["default"].batch_window() == {}
