@@ -128,7 +128,7 @@ SOURCES = Components(
         "stdin": "ingestd.sources.stdin:StdinSourceKind",
         "fetch": "ingestd.sources.fetch:FetchSourceKind",
         "syslog": "ingestd.sources.syslog:SyslogSourceKind",
-        "forward": "ingestd.sources.forward.settings:ForwardSourceKind",
+        "forward": "ingestd.sources.forward:ForwardSourceKind",
         "kafka": "ingestd.sources.kafka:KafkaSourceKind",
         "nats": "ingestd.sources.nats:NatsSourceKind",
     },

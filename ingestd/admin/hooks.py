@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from ingestd.base.backoff import backoff
 from ingestd.base.logging import get_logger
+from ingestd.base.rate import backoff
 from ingestd.base.tasks import OwnThread
 from ingestd.http.signatures import signature_headers, signing_key
 from ingestd.sinks.connection import HttpConnection, target_of, told

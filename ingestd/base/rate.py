@@ -1,4 +1,4 @@
-"""Rates, waits until capacity is free, and token buckets. Pure: the caller passes the time."""
+"""Rates, waits until capacity is free, backoff, token buckets. Pure: time comes from the caller."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ LONGEST = 60.0
 STALLED = 30.0
 """Seconds to wait when nothing goes out at all."""
 _JITTER = 0.25
+_DOUBLINGS_MAX = 60
 
 
 class Rate:
@@ -133,3 +134,18 @@ class BurstBudget:
             return False
         self._left -= amount
         return True
+
+
+def backoff(attempts: int, first: float, longest: float, random: Callable[[], float]) -> float:
+    """Seconds before the next try, between 0 and `min(longest, first * 2 ** (attempts - 1))`.
+
+    Exponential, with full jitter:
+    https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
+
+    Args:
+        attempts: tries that have failed, at least 1.
+        first: the longest wait after the first of them, seconds.
+        longest: no wait is longer, seconds.
+        random: gives numbers from 0 to 1.
+    """
+    return min(longest, first * 2.0 ** min(attempts - 1, _DOUBLINGS_MAX)) * random()

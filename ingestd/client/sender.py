@@ -16,7 +16,7 @@ from collections import deque
 from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
-from ingestd.base.backoff import backoff
+from ingestd.base.rate import backoff
 from ingestd.client.exchange import (
     BufferFull,
     ClientClosed,

@@ -25,7 +25,7 @@ and nothing gives its records up. `raise Blocked` is known to be the sink's at o
 Its batch stays whole and waits, unless something else has succeeded since it first failed: then it
 is judged like any other, for then it is this batch alone that the sink refuses.
 
-The backoff is exponential with full jitter, see `ingestd/base/backoff.py`.
+The backoff is exponential with full jitter, see `ingestd/base/rate.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
-from ingestd.base import backoff as base
+from ingestd.base import rate
 from ingestd.handlers.outcome import BLOCKED, SAID, UNAVAILABLE
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Resolve(NamedTuple):
 
 def backoff(attempts: int, rule: RetryRule, random: Callable[[], float]) -> float:
     """Seconds to wait after `attempts` tries; `random` gives numbers in [0, 1)."""
-    return base.backoff(attempts, rule.backoff, rule.backoff_max, random)
+    return rate.backoff(attempts, rule.backoff, rule.backoff_max, random)
 
 
 def spends_try(result: Result) -> bool:

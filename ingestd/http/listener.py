@@ -17,7 +17,6 @@ import ssl
 from typing import TYPE_CHECKING, Protocol
 
 from ingestd.base.logging import get_logger
-from ingestd.http.tls import secure
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -150,6 +149,8 @@ class Listener:
                 if context is None:
                     await self._loop.connect_accepted_socket(lambda: protocol, sock)
                 else:
+                    from ingestd.http.tls import secure  # noqa: PLC0415  there is a context of it
+
                     await secure(
                         sock,
                         protocol,

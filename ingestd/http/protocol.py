@@ -47,7 +47,6 @@ from ingestd.http.request import (
     Request,
 )
 from ingestd.http.response import CLOSE, KEEP, PROBLEM, Response, encode
-from ingestd.http.tls import Secured
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -170,12 +169,18 @@ class Connection(asyncio.Protocol):
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         secured = transport.get_extra_info("ssl_object")
-        if isinstance(secured, Secured):
-            secured.tell(self._secured_end)
+        if secured is not None:
+            self._follow(secured)
         self._server.connection_made(self)
         self._start_head_timer()
         if rest := self._server.rest_of(self.client):
             self._loop.call_soon(self._rest, rest)  # reading begins after this
+
+    def _follow(self, secured: object) -> None:
+        from ingestd.http.tls import Secured  # noqa: PLC0415  there is no TLS before this
+
+        if isinstance(secured, Secured):
+            secured.tell(self._secured_end)
 
     def _rest(self, seconds: float) -> None:
         """Reads nothing for a while."""

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 
 _STATUS_LINES = {
@@ -122,6 +122,27 @@ def make_document(content_type: bytes, body: bytes, headers: Mapping[str, str]) 
     tag = f'"{hashlib.blake2b(body, digest_size=12).hexdigest()}"'
     common = {"ETag": tag, "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff"}
     return StaticResponse(200, content_type, body, {**common, **headers})
+
+
+class LateDocument:
+    """A document that is made when it is asked for first: most daemons are never asked.
+
+    Args:
+        make: makes it.
+    """
+
+    __slots__ = ("_made", "_make")
+
+    def __init__(self, make: Callable[[], StaticResponse]) -> None:
+        self._make = make
+        self._made: StaticResponse | None = None
+
+    @property
+    def document(self) -> StaticResponse:
+        """The document."""
+        if self._made is None:
+            self._made = self._make()
+        return self._made
 
 
 def unless_known(document: StaticResponse, if_none_match: str) -> StaticResponse:

@@ -11,7 +11,7 @@ LIST = "import sys; before = set(sys.modules); {}; print(*sorted(set(sys.modules
 OWN = {
     "ingestd",
     "ingestd.base",
-    "ingestd.base.backoff",
+    "ingestd.base.rate",
     "ingestd.base.errors",
     "ingestd.client",
     "ingestd.client.clients",

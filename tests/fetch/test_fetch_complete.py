@@ -15,10 +15,10 @@ import structlog
 from backports import zstd
 
 from ingestd.base.errors import InputIncomplete
+from ingestd.sources.fetch import FetchSettings
 from ingestd.sources.fetch.client import _Window
 from ingestd.sources.fetch.concurrency import InflightBudget, memory_for
 from ingestd.sources.fetch.failure import DownloadFailed, TryAgain
-from ingestd.sources.fetch.settings import FetchSettings
 from tests.fetch.tools import (
     Asked,
     Intake,

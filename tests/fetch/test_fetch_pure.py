@@ -14,12 +14,12 @@ from msgspec.structs import replace
 from multidict import CIMultiDict
 
 from ingestd.base.append import STATE_BYTES_MAX, SourceOffset
-from ingestd.base.backoff import backoff
 from ingestd.base.envelope import Envelope, EnvelopeRuns, pack
 from ingestd.base.errors import ConfigError
+from ingestd.base.rate import backoff
 from ingestd.codecs.compression import Inflater
 from ingestd.config.network import show_url, split_urls
-from ingestd.sources.fetch import concurrency
+from ingestd.sources.fetch import FetchSettings, concurrency
 from ingestd.sources.fetch.decoders import LineDecoder
 from ingestd.sources.fetch.failure import DownloadFailed, ResourceChanged, TryAgain
 from ingestd.sources.fetch.position import (
@@ -34,7 +34,6 @@ from ingestd.sources.fetch.position import (
     start_of,
     to_offset,
 )
-from ingestd.sources.fetch.settings import FetchSettings
 from ingestd.sources.fetch.urls import as_url, read_links
 from tests.fetch.tools import lines, packed
 

@@ -12,8 +12,8 @@ from aiohttp import web
 from backports import zstd
 
 from ingestd.base.clock import SystemClock
+from ingestd.sources.fetch import FetchSettings
 from ingestd.sources.fetch.position import Position, from_offset
-from ingestd.sources.fetch.settings import FetchSettings
 from ingestd.sources.fetch.source import FetchSource
 from tests.sources.source_tools import check
 

@@ -23,9 +23,9 @@ from ingestd.http import problem
 from ingestd.http.problem import Problem
 from ingestd.settings import Settings
 from ingestd.sources.base import SourceContext
+from ingestd.sources.forward import ForwardSettings, ForwardSourceKind
 from ingestd.sources.forward.codec import GROWN_BYTES, ForwardCodec
 from ingestd.sources.forward.handshake import Secrets
-from ingestd.sources.forward.settings import ForwardSettings, ForwardSourceKind
 from ingestd.sources.tcp import Frames, Peer
 from ingestd.sources.tcp import connection as connection_module
 from tests.daemon.harness import ROOT

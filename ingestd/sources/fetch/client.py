@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from aiohttp.abc import AbstractResolver
     from yarl import URL
 
+    from ingestd.sources.fetch import FetchSettings
     from ingestd.sources.fetch.concurrency import InflightBudget
-    from ingestd.sources.fetch.settings import FetchSettings
     from ingestd.sources.fetch.urls import Link
 
 READ_BYTES = 256 * 1024

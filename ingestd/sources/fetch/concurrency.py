@@ -13,7 +13,7 @@ from ingestd.codecs.compression import WINDOW_MAX
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from ingestd.sources.fetch.settings import FetchSettings
+    from ingestd.sources.fetch import FetchSettings
 
 
 class SlotLease:

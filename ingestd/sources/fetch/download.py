@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from ingestd.base.backoff import backoff
 from ingestd.base.envelope import Envelope, pack
 from ingestd.base.logging import get_logger
+from ingestd.base.rate import backoff
 from ingestd.sources.fetch import concurrency
 from ingestd.sources.fetch.appends import Appends
 from ingestd.sources.fetch.client import Ending, pieces
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from ingestd.base.append import SourceOffset
     from ingestd.base.clock import Clock
     from ingestd.sources.base import Intake
+    from ingestd.sources.fetch import FetchSettings
     from ingestd.sources.fetch.client import DownloadClient
     from ingestd.sources.fetch.concurrency import (
         DecompressionMemory,
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
         InflightBudget,
         SlotLease,
     )
-    from ingestd.sources.fetch.settings import FetchSettings
     from ingestd.sources.fetch.totals import DownloadTotals
     from ingestd.sources.fetch.urls import Link
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from ingestd.base.clock import Clock
     from ingestd.sources.base import Intake, SourceContext
-    from ingestd.sources.fetch.settings import FetchSettings
+    from ingestd.sources.fetch import FetchSettings
     from ingestd.sources.fetch.urls import Link
 
 log = get_logger()

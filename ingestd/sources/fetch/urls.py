@@ -21,7 +21,7 @@ from ingestd.sources.fetch.position import key_of
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
-    from ingestd.sources.fetch.settings import FetchSettings
+    from ingestd.sources.fetch import FetchSettings
 
 URLS_MAX = 10_000
 LIST_BYTES_MAX = 16 * 1024**2

@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from ingestd.sources.base import Intake
+    from ingestd.sources.forward import ForwardSettings
     from ingestd.sources.forward.handshake import Secrets
-    from ingestd.sources.forward.settings import ForwardSettings
     from ingestd.sources.tcp import Peer
 
 TAG_BYTES_MAX = 1024

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from pydantic import SecretStr
 
-    from ingestd.sources.forward.settings import ForwardSettings
+    from ingestd.sources.forward import ForwardSettings
 
 PING_BYTES_MAX = 4096
 _FIELDS = 6

@@ -9,7 +9,6 @@ from ingestd.host.sockets import is_local, show_socket
 from ingestd.http.credentials import Tokens, read_tokens
 from ingestd.http.routing import ALL_METHODS, BELOW, Resource
 from ingestd.http.settings import at_large, secret_header
-from ingestd.http.tls import make_context, read_authorities
 from ingestd.registry import ENDPOINTS, WITHOUT_TABLE
 from ingestd.sources.http.endpoints.base import ANY, EndpointContext, EndpointSettings
 
@@ -62,8 +61,7 @@ def read_access(
     access = Access(
         tokens,
         _endpoints(EndpointContext(settings, formats, default, problems)),
-        make_context(settings.tls, problems, doubts),
-        read_authorities(settings.tls),
+        *_tls(settings, problems, doubts),
         doubts,
     )
     problems += [
@@ -75,6 +73,17 @@ def read_access(
     if problems:
         raise ConfigError(problem="\n".join(problems))
     return access
+
+
+def _tls(
+    settings: HttpSettings, problems: list[str], doubts: list[str]
+) -> tuple[SecuredContext | None, frozenset[bytes]]:
+    """The TLS context, and digests of the CAs of client certificates."""
+    if not settings.tls.certificate:
+        return None, frozenset()
+    from ingestd.http.tls import make_context, read_authorities  # noqa: PLC0415  many do without
+
+    return make_context(settings.tls, problems, doubts), read_authorities(settings.tls)
 
 
 def _endpoints(context: EndpointContext) -> dict[str, Endpoint]:

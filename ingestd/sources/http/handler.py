@@ -20,7 +20,7 @@ from ingestd.http import problem
 from ingestd.http.auth import Principal
 from ingestd.http.problem import EXPLAINED, Problem, explain
 from ingestd.http.request import ClientGone, Request
-from ingestd.http.response import Response, StaticResponse, unless_known
+from ingestd.http.response import LateDocument, Response, StaticResponse, unless_known
 from ingestd.http.routing import PREFLIGHT, find, look_up, tell_options
 from ingestd.sources.http import headers
 from ingestd.sources.http.endpoints.base import Route, UnknownPath, problem_response
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ingestd.http.settings import HttpSettings
 
     OnRequest = Callable[[str, str, int, float, str], None]
-    Found = Route | UnknownPath | StaticResponse
+    Found = Route | UnknownPath | LateDocument
     Resources = Mapping[str, Resource[Found]]
 
 log = get_logger()
@@ -205,7 +205,7 @@ class IngestHandler:
             self.end(1)
         if found is None:
             found = look_up(self._resources, request.method, request.raw_path)
-        route = None if found is None or isinstance(found.what, StaticResponse) else found.what
+        route = None if found is None or isinstance(found.what, LateDocument) else found.what
         answer = self._write(request, request_id, outcome, route)
         if not isinstance(outcome, StaticResponse):
             slug = outcome.kind.slug if isinstance(outcome, Problem) and not gone else ""
@@ -267,9 +267,9 @@ class IngestHandler:
         probed = isinstance(route, Route) and method in route.spec.probes
         if method == "OPTIONS" and not (probed and PREFLIGHT not in request.headers):
             return StaticResponse(204, headers=tell_options(resource, request.headers, self.cors))
-        if isinstance(route, StaticResponse):
+        if isinstance(route, LateDocument):
             self.authenticator.check_host(request)
-            return unless_known(route, request.headers.get("If-None-Match", ""))
+            return unless_known(route.document, request.headers.get("If-None-Match", ""))
         if self.draining:
             raise problem.draining()
         if isinstance(route, UnknownPath):

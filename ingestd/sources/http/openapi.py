@@ -25,7 +25,6 @@ from ingestd.config.network import is_loopback
 from ingestd.http.credentials import IN_BODY, TokenScheme
 from ingestd.http.problem import FORBIDDEN, FOREIGN_ORIGIN, KINDS, ProblemType
 from ingestd.http.response import HTML, JSON, StaticResponse, make_document
-from ingestd.http.routing import ASK, READ, SERVER, Resource
 from ingestd.sources.http.endpoints.base import ANY, PIPELINE, SIGNATURE, Endpoint
 
 if TYPE_CHECKING:
@@ -316,7 +315,11 @@ def _headers(html: str) -> dict[str, str]:
 # -- documents -------------------------------------------------------------------------------------
 
 
-def published(
+PAGE, DESCRIPTION = "/", "/openapi.json"
+
+
+def make(
+    path: str,
     endpoints: Mapping[str, Endpoint],
     formats: Mapping[str, Format],
     *,
@@ -324,10 +327,11 @@ def published(
     address: str,
     secure: bool,
     schemas: Mapping[str, bytes] = MappingProxyType({}),
-) -> dict[str, Resource[Any]]:
-    """Returns the documents by path, and the answer about the server as a whole.
+) -> StaticResponse:
+    """Returns one of the two documents.
 
     Args:
+        path: `PAGE` or `DESCRIPTION`.
         endpoints: by name.
         formats: of the records of each pipeline.
         public_names: everybody may know the pipelines.
@@ -335,14 +339,9 @@ def published(
         secure: it speaks TLS.
         schemas: see `describe`.
     """
-    described = describe(
-        __version__, endpoints, formats, public_names=public_names, schemas=schemas
-    )
-    page = make_page(
-        __version__, endpoints, formats, public_names=public_names, address=address, secure=secure
-    )
-    return {
-        "/": Resource(READ, make_document(HTML, page.html, page.headers)),
-        "/openapi.json": Resource(READ, make_document(JSON, described, {})),
-        SERVER: Resource(ASK, StaticResponse(204)),
-    }
+    common: Any = {"public_names": public_names}
+    if path == DESCRIPTION:
+        described = describe(__version__, endpoints, formats, schemas=schemas, **common)
+        return make_document(JSON, described, {})
+    page = make_page(__version__, endpoints, formats, address=address, secure=secure, **common)
+    return make_document(HTML, page.html, page.headers)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ingestd.base.append import AppendCounts
 from ingestd.base.errors import AddressError, ConfigError
@@ -13,7 +14,17 @@ from ingestd.config.network import is_loopback, split_address
 from ingestd.host.sockets import is_local, listen_fault, show_socket
 from ingestd.http.auth import ONLY_DELIVERIES, Authenticator, Principal
 from ingestd.http.listener import Listener, bind
-from ingestd.http.routing import ALL_METHODS, BELOW, Cors, Resource, look_up
+from ingestd.http.response import LateDocument, StaticResponse
+from ingestd.http.routing import (
+    ALL_METHODS,
+    ASK,
+    BELOW,
+    READ,
+    SERVER,
+    Cors,
+    Resource,
+    look_up,
+)
 from ingestd.http.server import Server
 from ingestd.http.settings import demands_proof, demands_signatures_alone
 from ingestd.sources.base import Source
@@ -21,7 +32,6 @@ from ingestd.sources.http.access import check_exposure, read_access, routes_off
 from ingestd.sources.http.endpoints.base import ANY, SIGNATURE, BodyLimits, Route, UnknownPath
 from ingestd.sources.http.handler import IngestHandler
 from ingestd.sources.http.headers import RequestEnvelopes
-from ingestd.sources.http.openapi import published
 from ingestd.sources.http.quick import QuickRequests
 
 if TYPE_CHECKING:
@@ -176,14 +186,7 @@ class HttpSource(Source):
             if endpoint.prefix:
                 unknown = UnknownPath(endpoint)
                 found[endpoint.prefix + BELOW] = Resource(ALL_METHODS, unknown)
-        found |= published(
-            endpoints,
-            self._formats,
-            public_names=settings.allow_anonymous or not demands_proof(settings),
-            address=self.addresses[0],
-            secure=access.context is not None,
-            schemas={name: one.schema for name, one in self._screens.items() if one.schema},
-        )
+        found |= self._documents(settings, access)
         self._resources.clear()
         self._resources.update(found)
         self._off = None
@@ -191,6 +194,29 @@ class HttpSource(Source):
             sent = [name for one in endpoints.values() for name in one.request_headers]
             shown = [name for one in endpoints.values() for name in one.response_headers]
             self._handler.cors = Cors(settings.cors_origins, sent, shown)
+
+    def _documents(self, settings: HttpSettings, access: Access) -> dict[str, Resource[Found]]:
+        """Documents about the server, and the answer for it as a whole."""
+        facts: dict[str, Any] = {
+            "endpoints": access.endpoints,
+            "formats": self._formats,
+            "public_names": settings.allow_anonymous or not demands_proof(settings),
+            "address": self.addresses[0],
+            "secure": access.context is not None,
+            "schemas": {name: one.schema for name, one in self._screens.items() if one.schema},
+        }
+
+        def made(path: str) -> StaticResponse:
+            from ingestd.sources.http import openapi  # noqa: PLC0415  most daemons are never asked
+
+            return openapi.make(path, **facts)
+
+        found: dict[str, Resource[Found]] = {
+            path: Resource(READ, LateDocument(partial(made, path)))
+            for path in ("/", "/openapi.json")
+        }
+        found[SERVER] = Resource(ASK, LateDocument(partial(StaticResponse, 204)))
+        return found
 
     def _why_absent(self, method: str, target: str) -> str:
         """Names the endpoint that is off and would have a path; see `IngestHandler`."""
