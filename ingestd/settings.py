@@ -543,7 +543,7 @@ def _without_room(settings: Settings, name: str, pipeline: PipelineSettings) -> 
     if not blocks or pipeline.journal.bytes_max >= 2 * block:
         return ""
     bound = show_size(pipeline.journal.bytes_max)
-    return f"{bound} has no room for two blocks of input ({show_size(block)})"
+    return f"{bound} has no room for two blocks of input ({show_size(2 * block)})"
 
 
 SCHEMA = Schema(Settings)

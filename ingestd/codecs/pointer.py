@@ -168,7 +168,10 @@ class Where:
 
     def holds(self, record: bytes) -> bool:
         """Returns True if a record meets all of them; what is no JSON meets none."""
-        return all(pointer.value(record) in values for pointer, values in self._conditions)
+        try:
+            return all(pointer.value(record) in values for pointer, values in self._conditions)
+        except (ValueError, RecursionError):  # texts and bytes may look like JSON, and be none
+            return False
 
 
 def _decoder_for(tokens: list[str]) -> msgspec.json.Decoder[Any] | None:

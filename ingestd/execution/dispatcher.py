@@ -188,7 +188,10 @@ class Dispatcher:
     @property
     def busy(self) -> bool:
         """Tells if a batch that is sealed now would have to wait for a worker."""
-        return not self.queue.empty or self.running > self.workers
+        running, workers = self.running, self.workers
+        # What stands behind a batch with the same key waits for that, and not for a worker.
+        waits = self.queue.has_ready or (running >= workers and not self.queue.empty)
+        return waits or running > workers
 
     async def next(self) -> SealedBatch:
         """Waits for a place with a worker, for a batch, and until its seal is durable."""

@@ -136,6 +136,19 @@ class KeyTable:
         """Returns True if a batch is the first holder of all its keys."""
         return not self._ahead[batch.number]
 
+    def before(self, batch: SealedBatch) -> set[int]:
+        """Returns the numbers of the batches directly before one."""
+        found = set()
+        for key in batch.keys:
+            last = None
+            for one in self._holders[key]:
+                if one is batch:
+                    break
+                last = one
+            if last is not None:
+                found.add(last.number)
+        return found
+
     def enter(self, batch: SealedBatch) -> set[int]:
         """Adds a batch behind all others; returns the numbers of those directly before it."""
         before, blocked = set(), 0
@@ -253,6 +266,9 @@ class OrderedQueue(ReadyQueue[SealedBatch]):
             is_free = self._table.is_free(batch)
             if not is_free:  # a successor, behind another one
                 self._blocked[batch.number] = _Blocked(batch, wait)
+                if self._is_behind_a_wait(self._table.before(batch)):
+                    self._cool(batch)
+                    self._cool_behind(batch)
         else:
             is_free = self._enters(batch, wait)
         if is_free:
@@ -261,14 +277,25 @@ class OrderedQueue(ReadyQueue[SealedBatch]):
     def _park(self, batch: SealedBatch, wait: _Wait) -> None:
         super().park(batch, wait.due, wait.load, asked=wait.asked, rank=wait.rank)
         self._parked.add(batch.number)
-        keys = batch.keys
-        for number, (blocked, _) in self._blocked.items():
-            if number not in self._cold and not keys.isdisjoint(blocked.keys):
-                self._cool(blocked)
-                keys |= blocked.keys
+        self._cool_behind(batch)
         self._shorter.set()
         if self.empty:
             self._on_empty()
+
+    def _cool_behind(self, batch: SealedBatch) -> None:
+        """Cools all that stands behind a batch, also behind others that do.
+
+        A successor comes later in `_blocked` than what stands behind it, so one look through that
+        is not always enough.
+        """
+        keys, cooled = set(batch.keys), True
+        while cooled:
+            cooled = False
+            for number, (blocked, _) in self._blocked.items():
+                if number not in self._cold and not keys.isdisjoint(blocked.keys):
+                    self._cool(blocked)
+                    keys |= blocked.keys
+                    cooled = True
 
     def _cool(self, batch: SealedBatch) -> None:
         self._cold.add(batch.number)
@@ -279,9 +306,12 @@ class OrderedQueue(ReadyQueue[SealedBatch]):
         before = self._table.enter(batch)
         if before:
             self._blocked[batch.number] = _Blocked(batch, wait)
-            if not (before.isdisjoint(self._parked) and before.isdisjoint(self._cold)):
+            if self._is_behind_a_wait(before):
                 self._cool(batch)
         return not before
+
+    def _is_behind_a_wait(self, before: set[int]) -> bool:
+        return not (before.isdisjoint(self._parked) and before.isdisjoint(self._cold))
 
     def replaced(self, batch: SealedBatch, successors: Sequence[SealedBatch] = ()) -> None:
         """See `ReadyQueue.replaced`; the successors are parked next."""

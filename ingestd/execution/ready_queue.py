@@ -94,6 +94,11 @@ class ReadyQueue(Generic[T]):
         return not self._new
 
     @property
+    def has_ready(self) -> bool:
+        """Returns True if a new batch waits for nothing but a worker."""
+        return bool(self._new)
+
+    @property
     def ahead(self) -> int:
         """New batches in line."""
         return len(self._new)

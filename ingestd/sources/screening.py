@@ -201,6 +201,7 @@ class ScreenedIntake:
         self._intakes = {**intakes, intake.name: intake}
         self._screens = {**screens, **({intake.name: screen} if screen is not None else {})}
         self._waiters: dict[DeliveryWaiter, list[tuple[Intake, DeliveryWaiter]]] = {}
+        self._turn = asyncio.Lock()
         self._loop = asyncio.get_running_loop()
         self._thread = ThreadPoolExecutor(
             1, f"{intake.name}-route", initializer=compute_beside, initargs=(self._loop,)
@@ -305,11 +306,20 @@ class ScreenedIntake:
     # -- acceptance ----------------------------------------------------------------------------
 
     async def accept(self, append: Append) -> None:
-        """Accepts the records that fit; see `Intake`. The others are settled then."""
-        found = await self.sort(append.records)
-        if found is None:
-            await self.plain.accept(append)
-            return
+        """Accepts the records that fit; see `Intake`. The others are settled then.
+
+        Appends keep their order, although large ones are sorted in a thread and small ones are not.
+        What fits as it is waits for its commit outside of the turn, so it shares one with others.
+        """
+        async with self._turn:
+            found = await self.sort(append.records)
+            if found is not None:
+                await self._accept_sorted(append, found)
+                return
+            accepting = self._loop.create_task(self.plain.accept(append))
+        await accepting
+
+    async def _accept_sorted(self, append: Append, found: Sorted) -> None:
         parsed = Parsed(append.records, list(append.invalid), append.unkept)
         parts = {
             to: append._replace(

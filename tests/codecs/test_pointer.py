@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ingestd.base.record import Records
 from ingestd.codecs.lines import CANONICAL_BYTES
-from ingestd.codecs.pointer import CHARACTERS_MAX, TOKENS_MAX, Pointer
+from ingestd.codecs.pointer import CHARACTERS_MAX, TOKENS_MAX, Pointer, Where
 
 NAMES = st.sampled_from(
     ["a", "b", "0", "1", "01", "", "~", "/", "a/b", "~1", 'q"', "\\", "\n", "é"]
@@ -87,3 +87,8 @@ def test_a_record_of_another_shape_changes_no_other_one() -> None:
 def test_what_is_no_pointer_is_refused(text) -> None:
     with pytest.raises(ValueError, match="JSON Pointer"):
         Pointer(text)
+
+
+@pytest.mark.parametrize("record", [b'{"a":"\xff\\n"}', b'{"a":' + b"[" * 100_000, b"\xff", b""])
+def test_a_record_that_is_no_json_meets_no_condition(record: bytes) -> None:
+    assert not Where(["a=1"]).holds(record)

@@ -183,3 +183,45 @@ def ends_of_children(folder: Path) -> None:
         while size != (size := file.seek(0, os.SEEK_END)):
             time.sleep(0.1)
         file.write('["killed", 0, []]\n')
+
+
+def test_what_stands_behind_the_second_half_of_a_split_delays_no_other(ingestd_harness) -> None:
+    def store(batch: list[dict[str, Any]]) -> None:
+        bad = any("bad" in record for record in batch)
+        if bad and len(batch) > 2:
+            raise ValueError("too many")
+        if bad:
+            raise Retry("not yet", after=3600)
+
+    harness = ingestd_harness(
+        store, **{"batch.key": "/k", "executor.workers": 4, "batch.age_max": "0.2s"}
+    )
+    first = [{"k": "K", "bad": 1}, {"k": "K"}, {"k": "K"}, {"k": "M"}]
+    for seconds, records in (
+        (1, first),
+        (1, [{"k": "M"}]),
+        (30, [{"k": "z"}]),
+        (4800, [{"k": "y"}]),
+    ):
+        harness.send(records)
+        harness.run(seconds)
+    assert {"k": "z"} in harness.processed
+    assert {"k": "y"} in harness.processed
+
+
+def test_a_call_that_takes_long_keeps_no_other_key_from_idle_workers(ingestd_harness) -> None:
+    done: list[dict[str, Any]] = []
+    harness = ingestd_harness(
+        done.extend,
+        **{
+            "batch.key": "/k",
+            "executor.workers": 4,
+            "batch.age_max": "0.2s",
+            "executor.timeout": "300s",
+        },
+    )
+    harness.hang(1)
+    for key in "aab":
+        harness.send([{"k": key}])
+        harness.run(1)
+    assert done == [{"k": "b"}]

@@ -15,7 +15,7 @@ from ingestd.base.errors import Overloaded
 from ingestd.base.record import InvalidRecord, Records
 from ingestd.codecs.lines import Parsed
 from ingestd.handlers.outcome import Rejection
-from ingestd.sources.screening import ScreenedIntake, Sorted, divided, indexes
+from ingestd.sources.screening import Router, ScreenedIntake, Sorted, divided, indexes
 from tests.sources.endpoints.endpoint_tools import KeyIntake, serving_endpoint
 from tests.sources.source_tools import MemoryIntake, ask, connected, serving
 
@@ -276,3 +276,12 @@ async def test_items_of_elasticsearch_fail_one_by_one() -> None:
         assert (reply.status, reply.json["code"]) == (400, 6)
         assert reply.json["invalid-event-number"] == 1
     assert len(intake.items) == 5
+
+
+async def test_appends_keep_their_order_whatever_their_size() -> None:
+    intake = MemoryIntake()
+    one = ScreenedIntake(intake, OddScreen(), Router("/type", {}, "default"))  # type: ignore[arg-type]
+    large, small = Records.lines([b"1" * 100] * 5000), Records.lines([b"2"])
+    await asyncio.gather(*(one.accept(Append(records)) for records in (large, small, large)))
+    assert [items.count for items in intake.runs] == [5000, 1, 5000]
+    one.close()
