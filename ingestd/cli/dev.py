@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ingestd.base.errors import ConfigError, Exit, UsageError
+from ingestd.base.errors import AddressError, ConfigError, Exit, UsageError
 from ingestd.cli.arguments import add_settings
 from ingestd.cli.configured import configured
 from ingestd.cli.output import fail, say
@@ -110,13 +110,15 @@ def _read(path: str) -> bytes:
 
 def _listen(address: str) -> socket.socket:
     from ingestd.config.network import split_address  # noqa: PLC0415
+    from ingestd.host.sockets import listen_fault  # noqa: PLC0415
 
     host, port = split_address(address)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise ConfigError(problem=f"http.listen: {address}: {error.strerror}") from error
+        problem = listen_fault(error)
+        raise AddressError(address=address, setting="http.listen", problem=problem) from error
 
 
 # -- checking --------------------------------------------------------------------------------------

@@ -90,7 +90,10 @@ def _replay(arguments: argparse.Namespace, name: str, journal: SqliteFile) -> in
     if arguments.where:
         which = f"those of {which} with {' and '.join(arguments.where)}"
     if not records:
-        print("no records of that time are kept (see journal.keep)", file=sys.stderr)
+        print(
+            "no records of that time are kept (see journal.keep, which is 0s by default)",
+            file=sys.stderr,
+        )
     elif arguments.dry_run:
         print(f"would feed {which} once more", file=sys.stderr)
     elif not arguments.yes and not confirmed(f"feed {which} once more"):

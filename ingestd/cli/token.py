@@ -17,7 +17,8 @@ DESCRIPTION = """\
 Prints a new random token to stdout, and to stderr its hash and how to use both.
 With --hash it reads a token from stdin, one line, and prints its hash to stdout.
 
-The token is for the client. The daemon needs only the hash (http.tokens.NAME.hash)."""
+The token is for the client. The daemon needs only the hash (http.tokens.NAME.hash, or
+admin.tokens.NAME.hash)."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None:
@@ -50,6 +51,8 @@ def execute(arguments: argparse.Namespace) -> int:
         "",
         "The line on stdout is the token, and is shown only now. The daemon gets the hash:",
         f"  --http.tokens.NAME.hash {hash_of(token)}",
+        "or, for the console and the API of the admin address:",
+        f"  --admin.tokens.NAME.hash {hash_of(token)} --admin.tokens.NAME.role admin",
         "and the client sends:",
         "  Authorization: Bearer TOKEN",
     ):

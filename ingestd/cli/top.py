@@ -189,10 +189,10 @@ def rows(now: Look, before: Look | None, *, sort: str = "name", only: str = "") 
 
 
 def _state(one: dict[str, Any]) -> str:
+    if one.get("paused"):  # which stops it, too
+        return "paused"
     if one["dispatch_stopped"]:
         return "stopped"
-    if one.get("paused"):
-        return "paused"
     return str(one["handler"]["state"])
 
 

@@ -581,7 +581,8 @@ class ProcessWorker:
                 log.warning("worker_not_started", worker=self.name, error=describe(error))
         while queued := self._handed[0] if self._handed else jobs.take(self.name):
             try:
-                queued.result = queued.context.run(self._run, jobs, queued)
+                # In a copy: a job that goes back may be with another worker before this one is out.
+                queued.result = queued.context.copy().run(self._run, jobs, queued)
             except BaseException as error:  # noqa: BLE001  a bug of ours; `done` raises it
                 queued.error = error
                 self._drop(jobs, queued)

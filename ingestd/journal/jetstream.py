@@ -341,13 +341,16 @@ class JetStreamLog:
         """See `ReplicatedLog.acquire`."""
         errors, value = self._nats.js.errors, owner.encode()
         await self._look()
-        for _ in range(2):
+        for _ in range(3):
             last, self._lease = self._lease, 0
             bucket = self._bucket
             call = (
                 bucket.update(self._key, value, last) if last else bucket.create(self._key, value)
             )
-            with contextlib.suppress(errors.KeyWrongLastSequenceError):
+            # The other lease may lapse while the client looks at it.
+            with contextlib.suppress(
+                errors.KeyWrongLastSequenceError, errors.KeyNotFoundError, errors.NotFoundError
+            ):
                 self._lease = await self._ask(call)
                 return owner
             try:
@@ -357,7 +360,9 @@ class JetStreamLog:
             if held.value != value:
                 return str(held.value.decode("utf-8", "replace"))
             self._lease = held.revision
-        return owner
+            if not last:
+                return owner
+        return ""
 
     async def _look(self) -> None:
         """Asks how full the stream is: snapshots need room as well, and make room."""

@@ -67,10 +67,12 @@ def table(sort: str = "name", only: str = "") -> list[tuple[str, float, float]]:
             "handler": {"state": "up"}, "dead_letters": {"kept": 0}, "batches": {"running": 0},
             "journal": {"bytes": 0}, "bounds_near": [],
         }  # fmt: skip
-        other = {**one, "accepted": 2 * accepted, "paused": True}
+        why = "the pipeline is paused (ingestd pause): ingestd resume has it go on"
+        other = {**one, "accepted": 2 * accepted, "paused": True, "dispatch_stopped": why}
         return Look(clock, clock, {"pipelines": {"b": one, "a": other}})
 
     found = rows(look(12.0, 30), look(10.0, 10), sort=sort, only=only)
+    assert {row.name: row.state for row in found}.items() <= {"a": "paused", "b": "up"}.items()
     return [(row.name, row.into, row.out) for row in found]
 
 

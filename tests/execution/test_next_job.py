@@ -8,9 +8,11 @@ import os
 import signal
 import socket
 import textwrap
+import threading
 import time
 from collections import Counter
 from contextlib import contextmanager
+from contextvars import copy_context
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -303,3 +305,26 @@ async def test_a_job_that_the_child_begins_while_others_are_taken_back_is_its_ow
     assert raced
     assert pool.restarts == []
     assert set(pool.begun().values()) == {1}
+
+
+async def test_a_job_that_came_back_runs_before_the_worker_that_gave_it_is_out(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other worker's thread is still in the context of the job."""
+    context, entered, leaves = copy_context(), threading.Event(), threading.Event()
+
+    def stay() -> None:
+        entered.set()
+        leaves.wait(60)
+
+    other = threading.Thread(target=context.run, args=(stay,))
+    other.start()
+    entered.wait(60)
+    try:
+        await pool.start()
+        monkeypatch.setattr("ingestd.execution.job_queue.copy_context", lambda: context)
+        results = await pool.all(pool.submit("quick"))
+        assert results[0].failure is None
+    finally:
+        leaves.set()
+        other.join()

@@ -426,7 +426,7 @@ def test_help_shows_the_settings_of_journals_and_executors_from_outside(
     shown = ingestd("run", "--help", cwd=tmp_path, environ=outside).stdout
     assert "most records that are kept [100]" in shown
     assert "--executor.pool.threads" in shown
-    assert "--journal.kind sqlite|memory|gone|kept" in shown
+    assert "--journal.kind sqlite|memory|jetstream|gone|kept" in shown
 
 
 @pytest.mark.parametrize(
