@@ -19,6 +19,8 @@ from tests.cli.test_cli import ROOT
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 APP = """
 import asyncio, time
 import ingestd

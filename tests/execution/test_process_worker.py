@@ -18,6 +18,8 @@ from ingestd.handlers.outcome import POSTPONED, Failure, Job, Result
 from ingestd.handlers.runner import HandlerConfig
 from ingestd.handlers.wire import InitMessage
 
+pytestmark = pytest.mark.slow
+
 HANDLERS = """
 import multiprocessing, os, signal, socket, subprocess, sys, threading, time
 from pathlib import Path

@@ -18,6 +18,8 @@ from ingestd.handlers import log_relay
 from ingestd.handlers.log_relay import LogLine
 from tests.daemon.harness import Daemon
 
+pytestmark = pytest.mark.slow
+
 HANDLER = """
 import ctypes, logging, os, signal, subprocess, sys, threading, time, warnings
 import structlog

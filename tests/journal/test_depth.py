@@ -20,6 +20,8 @@ from tests.peak import peak
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+pytestmark = pytest.mark.slow
+
 STEP = 50
 """Instructions of SQLite's machine between two calls of the counter."""
 

@@ -15,6 +15,8 @@ from tests.pipeline.test_pipeline import HANDLER, dead, drained, numbers, record
 if TYPE_CHECKING:
     from pathlib import Path
 
+pytestmark = pytest.mark.slow
+
 QUICK = {"attempts_max": 2, "backoff": "1ms", "backoff_max": "2ms"}
 
 

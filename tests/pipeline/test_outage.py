@@ -26,6 +26,8 @@ from tests.pipeline.test_pipeline import HANDLER, dead, drained, numbers, record
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+pytestmark = pytest.mark.slow
+
 HERE = "tests.pipeline.test_outage:"
 # Waits that would keep what was tried from coming in within the time of a test.
 PATIENT = {"attempts_max": 2, "backoff": "1h", "backoff_max": "1h"}

@@ -545,4 +545,4 @@ def test_no_error_shows_an_option(world: World) -> None:
 def test_a_journal_has_room_for_what_a_stream_appends_at_once(world: World) -> None:
     """Smaller, it would refuse such an append for ever, and nobody would know."""
     world.toml('[journal]\nbytes_max = "3MiB"\n[source]\nkind = "stdin"\n')
-    assert world.problem().endswith("3MiB has no room for two blocks of input (2MiB)")
+    assert world.problem().endswith("3MiB has no room for two blocks of input (4MiB)")
