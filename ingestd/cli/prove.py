@@ -15,7 +15,7 @@ from ingestd.base.errors import ConfigError, Exit, IngestdError, UsageError
 from ingestd.cli.arguments import add_settings
 from ingestd.cli.configured import configured
 from ingestd.cli.connect import disk_findings
-from ingestd.cli.output import add_json, fail, say, say_json
+from ingestd.cli.output import fail, say, say_json
 from ingestd.config.keys import dotted, shown, toml_of
 from ingestd.config.units import parse_seconds
 from ingestd.execution.settings import HandlerSettings
@@ -73,7 +73,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     )
     group.add_argument("--keep", action="store_true", help="keep the folder")
     group.add_argument("--resume", metavar="DIR", help="go on with a run that was interrupted")
-    add_json(parser, "print the report as one JSON object")
+    group.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
 
 def execute(arguments: argparse.Namespace) -> int:
