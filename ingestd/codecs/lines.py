@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
@@ -37,6 +38,7 @@ _BLANKS = re.compile(rb"\n{2,}")
 _ESCAPES = re.compile(rb"\\(?:u([0-9A-Fa-f]{0,4})|.)", re.DOTALL)
 _DIGITS = 4
 _LINES_TOGETHER = 256
+_SPLIT_BYTES = 16 * 1024
 _TRUNCATED = "Input data was truncated"
 
 
@@ -240,9 +242,9 @@ def _sort_out(
     refused: list[InvalidRecord] = []
     unlisted = 0
     details: dict[str, str] = {}  # many lines have the same fault; it is kept once
-    lines = block.split(b"\n")
-    lines.pop()
-    for number, line in enumerate(lines):
+    # A line of two bytes takes 42 as an object, so not all of them are there at once.
+    pieces = (piece.split(b"\n")[:-1] for piece in whole_lines(block, _SPLIT_BYTES))
+    for number, line in enumerate(chain.from_iterable(pieces)):
         if not number % _LINES_TOGETHER:
             let_loop_go_first()
         if len(line) > record_bytes_max:

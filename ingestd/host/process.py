@@ -119,8 +119,8 @@ _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 _LARGE_BYTES = 128 * 1024
 _STREAM_BYTES = 1024 * 1024
-_SPARE_BYTES = 4 * 1024 * 1024
-_PAD_BYTES = 1024 * 1024
+_SPARE_BYTES = 1024 * 1024
+_PAD_BYTES = 256 * 1024
 _ARENAS = 2
 
 
@@ -129,7 +129,7 @@ def settle_interpreter(*, for_strangers: bool) -> None:
 
     glibc raises the size from which it asks the system for memory up to 32 MiB as soon as blocks
     that large come and go, and keeps them in an arena a thread then: after some large bodies a
-    process stays several times as large as what is in it. The end of an arena stays, up to 4 MiB:
+    process stays several times as large as what is in it. The end of an arena stays, up to 1 MiB:
     to give it back and get it anew costs 20 to 30 faults of pages for each body of 100 KB.
 
     Args:

@@ -69,7 +69,7 @@ CHUNK_BYTES_MIN = 4
 _CHUNKS_FREE = 8192
 
 
-class Connection(asyncio.Protocol):
+class Connection(asyncio.BufferedProtocol):
     """A client's connection.
 
     Attributes:
@@ -317,6 +317,14 @@ class Connection(asyncio.Protocol):
         """The same under TLS, whose transport does not know half of a connection."""
         if not (self.half_closed or self.eof_received()):
             self.close()
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's
+        """The buffer of the next read, which all connections share."""
+        return self._server.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        """Takes bytes that were read."""
+        self.data_received(bytes(self._server.buffer[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
         """Parses what came, as far as there is room for requests, and answers the first one."""

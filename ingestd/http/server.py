@@ -32,6 +32,10 @@ HELD_BYTES_MAX = 8 * 1024 * 1024
 CLIENT_HELD_MAX = HELD_BYTES_MAX // 2
 """The same for the connections of one client."""
 
+READ_BYTES = 128 * 1024
+"""The most that one read takes. What was read of a body counts only when its turn comes, so it is
+half of what event loops read by themselves."""
+
 CUT_SECONDS = 1.0
 """A client with a connection that was ended for what it held has to wait so long with new ones: to
 read until it is too much again costs more than to connect."""
@@ -53,6 +57,7 @@ class Server:
 
     Attributes:
         authorities: see `Access`; for the handshakes that come.
+        buffer: what a read of any connection takes its bytes to.
         heads: those that were read before.
         turns: whose request is next.
     """
@@ -81,6 +86,7 @@ class Server:
         self.keepalive_timeout = keepalive_timeout or header_timeout
         self._connections: dict[Connection, None] = {}
         self.authorities: frozenset[bytes] = frozenset()
+        self.buffer = memoryview(bytearray(READ_BYTES))
         self.turns = FairQueue(self._loop)
         self.heads = KnownHeads()
 
@@ -104,7 +110,7 @@ class Server:
             self._welcomed.discard(protocol)
             self._spoken.set()
 
-    def __call__(self) -> asyncio.Protocol:
+    def __call__(self) -> asyncio.BaseProtocol:
         """A protocol for a connection that has just been accepted."""
         if self.open + self._greetings >= self._connections_max:
             refusal = Problem(problem.CONNECTIONS, "http.connections_max is reached")

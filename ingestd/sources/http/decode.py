@@ -30,7 +30,7 @@ from ingestd.sources.http.endpoints.base import QUICK_BYTES, BodyCodec, Decoded
 from ingestd.sources.http.headers import take_fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from ingestd.base.record import Format
     from ingestd.http.admission import Reservation
@@ -45,6 +45,7 @@ INVALID_FREE = 200
 """So many records of a request may be invalid before they have to be no more than the good ones."""
 
 _ELEMENTS_SURE = 200_000
+_JOINED_TOGETHER = 4096
 _ELEMENTS_FEW = 20_000
 _ELEMENTS = msgspec.json.Decoder(list[msgspec.Raw])
 _WHITESPACE = b" \t\r\n"
@@ -183,6 +184,7 @@ def _parse_document(body: bytes, bounds: BodyLimits) -> Parsed:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise _malformed(body, json_fault(body, bounds.depth_max)) from None
     if len(values) > bounds.records_max:
+        del values  # the error holds this frame until the event loop has seen it
         raise too_many(bounds)
     return lay_out(values, bounds)
 
@@ -210,11 +212,17 @@ def lay_out(values: list[msgspec.Raw], bounds: BodyLimits) -> Parsed:
             values = [value for index, value in enumerate(values) if index not in bad]
             sizes = [size for index, size in enumerate(sizes) if index not in bad]
     count = len(values)
-    payload = b"\n".join([*values, msgspec.Raw(b"")])
+    payload = b"\n".join([*_runs(values, b"\n"), b""])
     if payload.count(b"\n") == count:
         return Parsed(Records(Layout.LINES, count, payload), refused)
-    records = Records(Layout.SIZED, count, b"".join(values), pack_sizes(sizes))
+    records = Records(Layout.SIZED, count, b"".join(_runs(values, b"")), pack_sizes(sizes))
     return Parsed(records, refused)
+
+
+def _runs(values: list[msgspec.Raw], between: bytes) -> Iterator[bytes]:
+    """Joins values, some at a time: one `join` of all takes 80 bytes more for each of them."""
+    for at in range(0, len(values), _JOINED_TOGETHER):
+        yield between.join(values[at : at + _JOINED_TOGETHER])
 
 
 def _refuse_elements(
