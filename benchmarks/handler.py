@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 
 def store(batch: list[dict[str, Any]]) -> None:
@@ -23,3 +23,21 @@ def take(batch: list[dict[str, Any]]) -> None:
     """
     if not isinstance(batch[0], dict) or not isinstance(batch[-1], dict):
         raise ValueError("not a record of this benchmark")  # noqa: TRY004 - as above
+
+
+class Event(TypedDict):
+    """A record of this benchmark, as far as a type says it."""
+
+    id: int
+    user: str
+    path: str
+
+
+def typed(batch: list[Event]) -> None:
+    """As `store`, with records of a type.
+
+    Raises:
+        ValueError: these are not the records that were sent.
+    """
+    if "id" not in batch[0] or "id" not in batch[-1]:
+        raise ValueError("not a record of this benchmark")

@@ -122,6 +122,8 @@ def _execute(argv: Sequence[str]) -> int:
         arguments, words = parser.parse_known_args(argv)
     except SystemExit as left:  # --help has been printed
         return int(left.code or 0)
+    except BrokenPipeError:  # the reader of --help has gone, which is no error
+        return int(Exit.OK)
     if arguments.version:
         from ingestd import __version__  # noqa: PLC0415  reading it takes as long as the rest
 

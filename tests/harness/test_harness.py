@@ -459,15 +459,15 @@ def test_with_a_time_it_goes_on_until_records_are_given_up(ingestd_harness) -> N
 
 def test_letters_at_their_bound_are_an_error(ingestd_harness) -> None:
     def store(batch: Batch[Any]) -> None:
-        raise Reject("x" * 1000)
+        raise Reject("x" * 2000)
 
     harness = ingestd_harness(store, **{"dead.bytes_max": "1KiB", "batch.records_max": 1})
-    harness.send(range(3))
+    harness.send(range(1))
     harness.run()
     harness.send(range(3))
     with pytest.raises(HarnessError, match=r"dead\.bytes_max"):
         harness.run()
-    assert adds_up(harness, 6)
+    assert adds_up(harness, 4)
 
 
 def test_a_handler_that_does_not_come_back_is_an_error(ingestd_harness) -> None:

@@ -475,6 +475,7 @@ async def test_a_drain_accepts_what_has_arrived_and_keeps_what_was_begun(
                 socket.create_connection(source.addresses[0].split(":"))
 
 
+@pytest.mark.slow
 async def test_a_drain_does_not_wait_for_a_peer_that_goes_on_sending() -> None:
     intake = KeyedIntake()
     async with serving(intake, Silent) as source:
