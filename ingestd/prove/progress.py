@@ -50,6 +50,34 @@ class Sent(msgspec.Struct):
         return self.next - self.records_unknown
 
 
+class GroupState(msgspec.Struct):
+    """The part of a run that is of several daemons and of servers.
+
+    Attributes:
+        daemons: how many.
+        nodes: servers.
+        server_kills: faults of servers to be done.
+        paused: daemons, for less than their lease.
+        replaced: daemons, paused until a successor had their log.
+        refused: of these, left by themselves when they went on.
+        server_faults: done.
+        servers_killed: in these.
+        servers_paused: in these.
+        restarts: starts that the servers were not up for.
+    """
+
+    daemons: int
+    nodes: int
+    server_kills: int
+    paused: int = 0
+    replaced: int = 0
+    refused: int = 0
+    server_faults: int = 0
+    servers_killed: int = 0
+    servers_paused: int = 0
+    restarts: int = 0
+
+
 class ProofState(msgspec.Struct):
     """A run.
 
@@ -61,6 +89,7 @@ class ProofState(msgspec.Struct):
         starts: seconds to readiness of every start after a kill.
         first_start: seconds to readiness of the first start; 0 before it.
         sent: by client.
+        group: of several daemons, whose pauses count as kills; `None`: there is one.
     """
 
     seed: int
@@ -70,6 +99,7 @@ class ProofState(msgspec.Struct):
     early: int = 0
     starts: list[float] = []
     first_start: float = 0.0
+    group: GroupState | None = None
 
 
 class ProofProgress:

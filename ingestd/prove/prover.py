@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ingestd
 from ingestd.base.errors import IngestdError
+from ingestd.prove import owned
 from ingestd.prove.clients import ProofClient, ProofTarget
 from ingestd.prove.plan import kill_at
 from ingestd.prove.verdict import compare, report, rows_in
@@ -32,13 +33,6 @@ if TYPE_CHECKING:
 START_SECONDS = 120.0
 LOG = "daemon.log"
 _WATCHED = (b'"daemon_started"', b'"drained"', b'"drained_partly"')
-# Dies with this process, whatever ends it; the setting survives exec.
-_BOOT = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-os.getppid() == int(sys.argv[1]) or os._exit(1)
-os.execv(sys.executable, [sys.executable, *sys.argv[2:]])
-"""
 # The effective settings are in the file; systemd must not hear from this daemon.
 _NOT_PASSED = {"CREDENTIALS_DIRECTORY", "NOTIFY_SOCKET", "WATCHDOG_USEC"}
 
@@ -64,7 +58,7 @@ class DaemonReady(NamedTuple):
 
 
 class DaemonProcess:
-    """One process of the daemon. Start it from the main thread: it dies with its starter.
+    """One process of the daemon, which dies with the thread that starts it.
 
     Args:
         arguments: of `python -m ingestd`.
@@ -77,9 +71,8 @@ class DaemonProcess:
         self._started_at = time.monotonic()
         self._changed = threading.Condition()
         self._ended = False
-        boot = [sys.executable, "-c", _BOOT, str(os.getpid()), "-m", "ingestd"]
         self.process = subprocess.Popen(  # noqa: S603
-            [*boot, *arguments],
+            owned([sys.executable, "-m", "ingestd", *arguments]),
             cwd=folder,
             env=_environment(),
             stdin=subprocess.DEVNULL,
@@ -178,9 +171,9 @@ def _environment() -> dict[str, str]:
 # -- the run ---------------------------------------------------------------------------------------
 
 _STALLED_SECONDS = 120.0
-_LAST_SECONDS = 0.5
+LAST_SECONDS = 0.5
 """The daemon takes records after the last kill, too."""
-_LOOK_SECONDS = 0.1
+LOOK_SECONDS = 0.1
 
 
 class ClientFailed(IngestdError):  # noqa: N818  reads as what happened
@@ -251,11 +244,11 @@ class Prover:
             more = True
             while more and state.killed < state.kills:
                 more = self._live(kill_at(state.seed, state.killed))
-            exit_code, drained = self._finish()
+            exit_code, said = self._finish()
         finally:
             self._end()
         found = compare(rows_in(self._task.rows), state.sent)
-        return report(state, found, drained, exit_code)
+        return report(state, found, said, exit_code)
 
     # -- one process of the daemon -------------------------------------------------------------
 
@@ -306,7 +299,7 @@ class Prover:
         """
         until = time.monotonic() + seconds
         while (left := min(until, self._ends_at) - time.monotonic()) > 0:
-            if daemon.wait(min(left, _LOOK_SECONDS)):
+            if daemon.wait(min(left, LOOK_SECONDS)):
                 raise daemon.died("ended by itself")
             self._check_clients()
         return time.monotonic() < self._ends_at
@@ -318,32 +311,15 @@ class Prover:
 
     # -- the end -------------------------------------------------------------------------------
 
-    def _finish(self) -> tuple[int, dict[str, object]]:
+    def _finish(self) -> tuple[int, dict[str, Any]]:
         """Lets the daemon drain; returns its exit code and its drain report."""
         daemon = self._daemon or self._start()
         admin_port = self._serve(daemon)
-        self._wait(daemon, _LAST_SECONDS)
+        self._wait(daemon, LAST_SECONDS)
         self._stop_clients()
         self._check_clients()
         self._say("no more kills; the daemon drains")
-        code = self._drain(daemon, admin_port)
-        said = daemon.events
-        return code, said.get("drained") or said.get("drained_partly") or {}
-
-    def _drain(self, daemon: DaemonProcess, port: int) -> int:
-        """Waits for its end as long as records are settled; returns its exit code."""
-        daemon.leave()
-        pending, since, urged = -1, time.monotonic(), False
-        while not daemon.wait(_LOOK_SECONDS):
-            now = _pending(port, pending)
-            if now != pending:
-                pending, since = now, time.monotonic()
-            elif time.monotonic() - since > _STALLED_SECONDS:
-                if urged:
-                    raise daemon.died("does not leave")
-                daemon.leave()  # at once, with what is pending in the journal
-                urged, since = True, time.monotonic()
-        return daemon.exit_code()
+        return drained(daemon, admin_port)
 
     def _stop_clients(self) -> None:
         """Stops the clients; each waits for the answer to its request."""
@@ -360,14 +336,61 @@ class Prover:
                 self._daemon.close()
 
 
+def drained(daemon: DaemonProcess, port: int) -> tuple[int, dict[str, Any]]:
+    """Lets a daemon drain as long as records are settled.
+
+    Args:
+        daemon: that serves.
+        port: of its status.
+
+    Returns:
+        Its exit code and its drain report.
+
+    Raises:
+        DaemonDied: it does not leave.
+    """
+    daemon.leave()
+    pending, since, urged = -1, time.monotonic(), False
+    while not daemon.wait(LOOK_SECONDS):
+        now = _pending(port, pending)
+        if now != pending:
+            pending, since = now, time.monotonic()
+        elif time.monotonic() - since > _STALLED_SECONDS:
+            if urged:
+                raise daemon.died("does not leave")
+            daemon.leave()  # at once, with what is pending in the journal
+            urged, since = True, time.monotonic()
+    code, said = daemon.exit_code(), daemon.events
+    return code, said.get("drained") or said.get("drained_partly") or {}
+
+
 def _pending(port: int, before: int) -> int:
     """Asks for the pending records; returns `before` without an answer: it is about to leave."""
+    status = _status(port)
+    return before if status is None else int(status["pending"])
+
+
+def check_balance(port: int) -> None:
+    """Checks that each record is accounted for at this moment.
+
+    Raises:
+        DaemonDied: one is not.
+    """
+    status = _status(port)
+    if status is not None and not status["balanced"]:
+        raise DaemonDied(what="counts otherwise than it should", lines=json.dumps(status))
+
+
+def _status(port: int) -> dict[str, Any] | None:
+    """Asks for the status of its pipeline; `None` without an answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
         connection.request("GET", "/v1/status")
         status = json.load(connection.getresponse())
-        return int(status["pipelines"]["default"]["pending"])
     except (OSError, http.client.HTTPException):
-        return before
+        return None
+    else:
+        found: dict[str, Any] = status["pipelines"]["default"]
+        return found
     finally:
         connection.close()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
     from pathlib import Path
 
-    from ingestd.prove.progress import ProofState, Sent
+    from ingestd.prove.progress import GroupState, ProofState, Sent
 
 _LEDGER = ("accepted", "processed", "dead", "pending", "invalid", "balanced")
 
@@ -41,7 +41,35 @@ class FoundRows(msgspec.Struct, frozen=True):
     strange: int
 
 
-class ProofReport(msgspec.Struct, frozen=True):
+class GroupReport(msgspec.Struct, frozen=True):
+    """The part of a result that is of several daemons and of servers.
+
+    Attributes:
+        daemons: each had a log.
+        killed: daemons.
+        paused: daemons, for less than their lease.
+        replaced: daemons, paused until a successor had their log.
+        refused: of these, left by themselves when they went on.
+        servers: nodes.
+        servers_killed: times.
+        servers_paused: times.
+        restarts: starts of daemons that the servers were not up for.
+        ledgers: each daemon's own account of its log.
+    """
+
+    daemons: int
+    killed: int
+    paused: int
+    replaced: int
+    refused: int
+    servers: int
+    servers_killed: int
+    servers_paused: int
+    restarts: int
+    ledgers: list[dict[str, Any]]
+
+
+class ProofReport(msgspec.Struct, frozen=True, omit_defaults=True):
     """Result of a run.
 
     Attributes:
@@ -57,6 +85,7 @@ class ProofReport(msgspec.Struct, frozen=True):
         recovery_max: the longest of them.
         ledger: the daemon's own account, over all its lives.
         exit_code: the daemon's, at its end.
+        group: of several daemons; their ledgers are summed in `ledger`.
     """
 
     proved: bool
@@ -71,6 +100,7 @@ class ProofReport(msgspec.Struct, frozen=True):
     recovery_max: float
     ledger: dict[str, Any]
     exit_code: int
+    group: GroupReport | None = None
 
 
 def rows_in(file: Path) -> Iterator[tuple[Any, Any]]:
@@ -144,20 +174,64 @@ def report(
     )
 
 
+def report_of_group(
+    state: ProofState,
+    group: GroupState,
+    found: FoundRows,
+    ends: Sequence[tuple[int, dict[str, Any]]],
+) -> ProofReport:
+    """Makes the report of several daemons.
+
+    Args:
+        state: of the run.
+        group: its part that is of several daemons.
+        found: see there.
+        ends: exit code and drain report of each.
+    """
+    ledgers = [{key: said.get(key) for key in _LEDGER} for _, said in ends]
+    total: dict[str, Any] = {
+        key: sum(one[key] or 0 for one in ledgers) for key in _LEDGER if key != "balanced"
+    }
+    adds_up = total["accepted"] == total["processed"] + total["dead"] + total["pending"]
+    balanced = adds_up and all(one["balanced"] is True for one in ledgers)
+    code = next((code for code, _ in ends if code), 0)
+    result = report(state, found, total | {"balanced": balanced}, code)
+    return msgspec.structs.replace(
+        result,
+        # What was processed is there, and nothing else.
+        proved=result.proved and total["processed"] == found.delivered,
+        group=GroupReport(
+            daemons=group.daemons,
+            killed=state.killed - group.paused - group.replaced,
+            paused=group.paused,
+            replaced=group.replaced,
+            refused=group.refused,
+            servers=group.nodes,
+            servers_killed=group.servers_killed,
+            servers_paused=group.servers_paused,
+            restarts=group.restarts,
+            ledgers=ledgers,
+        ),
+    )
+
+
 def lines(result: ProofReport) -> list[str]:
     """Renders the report as text."""
     found, ledger = result.found, result.ledger
     doubt = f"{found.unknown:,} records in {result.requests_unknown:,} requests without an answer"
     told = [
-        f"kills       {result.kills} of {result.kills_asked}, {result.early} while it started",
+        *_faults(result),
         f"accepted    {found.accepted:,} records in {result.requests:,} requests",
         f"delivered   {found.delivered:,}",
         f"missing     {found.missing:,}",
         f"duplicated  {found.duplicated:,}",
         f"unknown     {doubt}; {found.unknown_delivered:,} of them are there",
         f"recovery    median {result.recovery_median:.2f} s, longest {result.recovery_max:.2f} s",
-        "ledger      accepted {accepted} = processed {processed} + dead {dead} + pending {pending}"
-        "{}".format("" if ledger["balanced"] else "  DOES NOT BALANCE", **ledger),
+        *(
+            _account(f"log {number}", one)
+            for number, one in enumerate(result.group.ledgers if result.group else (), 1)
+        ),
+        _account("ledger", ledger),
     ]
     if found.strange:
         told.append(f"strange     {found.strange:,} rows that were never sent")
@@ -165,6 +239,34 @@ def lines(result: ProofReport) -> list[str]:
         told.append(f"exit code   {result.exit_code} of the daemon at its end")
     told.append(_conclusion(result))
     return told
+
+
+def _faults(result: ProofReport) -> list[str]:
+    group = result.group
+    if group is None:
+        return [
+            f"kills       {result.kills} of {result.kills_asked}, {result.early} while it started"
+        ]
+    return [
+        f"faults      {result.kills} of {result.kills_asked} of {group.daemons} daemons",
+        (
+            f"killed      {group.killed}, {result.early} while they started;"
+            f" {group.restarts} starts found no servers"
+        ),
+        (
+            f"paused      {group.paused}, and {group.replaced} past the lease, until a successor"
+            f" served; {group.refused} of these left by themselves"
+        ),
+        (
+            f"servers     {group.servers}; killed {group.servers_killed},"
+            f" paused {group.servers_paused}"
+        ),
+    ]
+
+
+def _account(name: str, ledger: dict[str, Any]) -> str:
+    text = "{:<11} accepted {accepted} = processed {processed} + dead {dead} + pending {pending}"
+    return text.format(name, **ledger) + ("" if ledger["balanced"] else "  DOES NOT BALANCE")
 
 
 def _conclusion(result: ProofReport) -> str:

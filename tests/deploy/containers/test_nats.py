@@ -16,12 +16,13 @@ import pytest
 import yaml
 
 from ingestd.config.units import parse_seconds
+from ingestd.prove.servers import free_ports
 from ingestd.settings import Settings
-from tests import nats as real
 from tests.daemon.harness import daemon, written
 from tests.deploy.base import ROOT
 from tests.deploy.containers.engine import run, tool
 from tests.deploy.containers.manifests import FOLDER, container, objects, one, workload
+from tests.nats import needs_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -92,7 +93,7 @@ class Shipped:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.ports = [real._free_ports() for _ in range(3)]
+        self.ports = [free_ports() for _ in range(3)]
         self.processes: list[subprocess.Popen[bytes]] = []
         self.urls = [f"nats://127.0.0.1:{port}" for port, _, _ in self.ports]
         for number, (port, monitor, route) in enumerate(self.ports, 1):
@@ -109,7 +110,7 @@ class Shipped:
         environ = {**os.environ, "SERVER_NAME": f"nats{number}", "NATS_PASSWORD": PASSWORD}
         with (self.folder / f"nats{number}.log").open("ab") as log:
             return subprocess.Popen(
-                [real._binary(), "-c", self.folder / f"nats{number}.conf"], env=environ,
+                [needs_server(), "-c", self.folder / f"nats{number}.conf"], env=environ,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
             )  # fmt: skip
 
