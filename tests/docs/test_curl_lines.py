@@ -37,8 +37,9 @@ PAGES = [
         *sorted((ROOT / "docs").glob("*.md")),
         *sorted((ROOT / "docs" / "clients").glob("*.md")),
     )
-    # The blocks of DEPLOYMENT.md need what stands before them: tests/deploy runs them in order.
-    if "curl" in page.read_text() and page.stem != "DEPLOYMENT"
+    # The blocks of these need what stands before them: tests/deploy and test_operations.py run them
+    # in order.
+    if "curl" in page.read_text() and page.stem not in {"DEPLOYMENT", "OPERATIONS"}
 ]
 SAMPLES = {
     "events.ndjson": b'{"user": 7, "event": "signup"}\n{"user": 8, "event": "login"}\n' * 50,

@@ -110,7 +110,7 @@ def test_alerts_say_what_is_wrong_and_how_bad() -> None:
     assert len({rule["alert"] for rule in RULES}) == len(RULES)
     for rule in RULES:
         assert rule["labels"]["severity"] in {"page", "ticket"}
-        assert {"summary", "description"} == set(rule["annotations"])
+        assert {"summary", "description", "runbook_url"} == set(rule["annotations"])
 
 
 def test_each_alert_is_tested() -> None:
