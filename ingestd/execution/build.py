@@ -206,17 +206,17 @@ async def start_processes(
     from ingestd.execution.process import ProcessWorker  # noqa: PLC0415  threads do without
     from ingestd.handlers.wire import InitMessage  # noqa: PLC0415
 
-    hello = InitMessage(context.config, os.getpid())
-
     def make(number: int) -> ProcessWorker:
+        checks = number == 0 and pool is None
         return ProcessWorker(
             context.worker(number),
-            hello,
+            InitMessage(context.config, os.getpid(), checks),
             timeout=executor.timeout,
             on_restart=context.on_restart,
             surroundings=context.surroundings,
         )
 
+    pool: ThreadedPool | None = None
     processes = [make(number) for number in range(executor.workers)]
     loop, first = asyncio.get_running_loop(), processes[0]
     try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ingestd.base.errors import HandlerLoadError
 from ingestd.base.logging import get_logger
 from ingestd.base.tasks import OwnThread
-from ingestd.execution.pool import TaskPool, not_started
+from ingestd.execution.pool import TaskPool, log_findings, not_started
 from ingestd.handlers.failure import failure_of
 from ingestd.handlers.outcome import Failure, Result
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ingestd.execution.event_loops import Call, HandlerLoops
     from ingestd.execution.job_queue import JobQueue
-    from ingestd.handlers.outcome import Job, SinkFinding
+    from ingestd.handlers.outcome import Job
     from ingestd.handlers.runner import Runner
 
 
@@ -227,13 +227,6 @@ def _result_of(call: Call[Result]) -> Result:
 
 async def _check(runner: Runner) -> None:
     log_findings(await runner.check_async())
-
-
-def log_findings(findings: Iterable[SinkFinding]) -> None:
-    """Logs what the `check()` of a sink found, a line each."""
-    write = {"error": log.error, "warning": log.warning, "info": log.info}
-    for one in findings:
-        write[one.level]("sink_checked", finding=one.text)
 
 
 async def _prepare(runner: Runner) -> str:

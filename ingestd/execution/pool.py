@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ingestd.execution.concurrency import Demand
     from ingestd.execution.job_queue import QueuedJob
-    from ingestd.handlers.outcome import Job, Result
+    from ingestd.handlers.outcome import Job, Result, SinkFinding
 
 
 START_TIMEOUT = 120.0
@@ -101,6 +101,14 @@ class ThreadedWorker(Worker, Protocol):
 # -- pools -----------------------------------------------------------------------------------------
 
 log = get_logger()
+
+
+def log_findings(findings: Iterable[SinkFinding]) -> None:
+    """Logs what the `check()` of a sink found, a line each."""
+    write = {"error": log.error, "warning": log.warning, "info": log.info}
+    for one in findings:
+        write[one.level]("sink_checked", finding=one.text)
+
 
 L = TypeVar("L", bound=Worker)
 

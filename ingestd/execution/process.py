@@ -41,11 +41,11 @@ import msgspec
 from ingestd.base.errors import HandlerLoadError
 from ingestd.base.logging import get_logger, lowest_level
 from ingestd.execution import process_monitor
-from ingestd.execution.pool import START_TIMEOUT, not_started
+from ingestd.execution.pool import START_TIMEOUT, log_findings, not_started
 from ingestd.execution.process_monitor import Monitor, Outputs
 from ingestd.execution.worker_log import WorkerLog
 from ingestd.handlers import wire
-from ingestd.handlers.outcome import Failure, Result, flaw_of
+from ingestd.handlers.outcome import FINDINGS_MAX, Failure, Result, SinkFinding, flaw_of
 from ingestd.handlers.runner import CLOSE_SECONDS
 from ingestd.handlers.text import describe
 from ingestd.host.process import Surroundings
@@ -118,6 +118,7 @@ class WorkerProcess:
 
     Attributes:
         is_ready: it has loaded the handler.
+        is_checking: its findings follow, which `findings` waits for; before the first job.
         is_closing: its handler's call raised, and is not known to be closed yet.
         answers: jobs that it has answered.
         not_begun: jobs that it had and had not begun when it ended.
@@ -180,7 +181,7 @@ class WorkerProcess:
             name=f"{name}-monitor",
         )
         self._hello = hello
-        self.is_ready = False
+        self.is_ready = self.is_checking = False
         self.is_closing = False
         self.answers = self.not_begun = 0
 
@@ -198,13 +199,31 @@ class WorkerProcess:
             body = self._receive(0, START_TIMEOUT, time.monotonic() + START_TIMEOUT)
         except (_Late, BlockingIOError):
             raise self._overran(START_TIMEOUT) from None
-        self._check_end()
         ready = self._decoded(wire.decode_ready, body)
         if ready.load_error:
             self.kill()
             raise HandlerLoadError(target=hello.handler.target, problem=ready.load_error)
+        # What was found may have come in one piece with the answer.
+        self.is_checking = hello.checks and not ready.is_async
+        if not self.is_checking:
+            self._check_end()
         self.is_ready = True
         return ready
+
+    def findings(self, timeout: float) -> list[SinkFinding]:
+        """Waits for what the handler's `check()` found; only if it `is_checking`.
+
+        Raises:
+            _WorkerDiedError: it took too long and was killed, or died over it.
+        """
+        try:
+            body = self._receive(0, timeout, time.monotonic() + timeout, FINDINGS_MAX)
+        except _Late:
+            raise self._overran(timeout) from None
+        self._check_end()
+        found = self._decoded(wire.decode_check, body).findings
+        self.is_checking = False
+        return found
 
     def begin(self, job: Job, timeout: float) -> None:
         """Hands the only job over; `finish` waits for its answer.
@@ -496,7 +515,8 @@ class ProcessWorker:
 
     Args:
         name: for the thread and the log.
-        hello: what each child is told.
+        hello: what each child is told; if that `checks`, the first one is asked for findings, and
+            no other.
         timeout: seconds after which a job's child is killed.
         on_restart: called with `crashed` or `timeout`, on the worker's thread, each time a child
             has to be replaced.
@@ -563,6 +583,7 @@ class ProcessWorker:
             raise
         log.debug("worker_started", worker=self.name, pid=child.process.pid)
         self.is_async, self.schema = ready.is_async, ready.schema
+        self._hello = msgspec.structs.replace(self._hello, checks=False)  # once
         if ready.not_ready:
             log.warning("handler_not_ready", worker=self.name, error=ready.not_ready)
         return child
@@ -579,6 +600,8 @@ class ProcessWorker:
                 if self._leaving:
                     return
                 log.warning("worker_not_started", worker=self.name, error=describe(error))
+        elif self._child.is_checking:
+            self._report_findings(self._child)
         while queued := self._handed[0] if self._handed else jobs.take(self.name):
             try:
                 # In a copy: a job that goes back may be with another worker before this one is out.
@@ -588,6 +611,16 @@ class ProcessWorker:
                 self._drop(jobs, queued)
             if queued.result is not None or queued.error is not None:
                 jobs.resolve(queued)
+
+    def _report_findings(self, child: WorkerProcess) -> None:
+        """Logs what the handler's `check()` found, which may take as long as a job."""
+        try:
+            log_findings(child.findings(self._timeout))
+        except _WorkerDiedError as died:
+            if self._leaving:
+                return  # `close` has ended it
+            log_findings([SinkFinding("error", f"in its check() {died}")])
+            self._bury(died.failure)
 
     def _run(self, jobs: JobQueue, queued: QueuedJob) -> Result | None:
         """Runs the oldest job; `None` if it went back to the queue."""
@@ -728,8 +761,9 @@ class ProcessWorker:
         """See `Worker.close`."""
         loop = asyncio.get_running_loop()
         self._leaving = True
-        if self._child is not None and not self._child.is_ready:
-            self._child.kill_at_once()  # it has nothing to close yet
+        child = self._child
+        if child is not None and (child.is_checking or not child.is_ready):
+            child.kill_at_once()  # it has nothing to close yet
         closing = loop.run_in_executor(self._thread, self._stop, deadline - loop.time())
         self._thread.shutdown(wait=False)
         done, _ = await asyncio.wait({closing}, timeout=max(0.0, deadline - loop.time()))

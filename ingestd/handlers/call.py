@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from inspect import signature
 
 # By name: a handler may freeze or replace the module's.
 from os import getpid
@@ -115,6 +116,21 @@ async def close_async(spec: HandlerSpec | ChainSpec, handler: object) -> Failure
     except BaseException as exc:  # noqa: BLE001
         return failure_of(exc)
     return None
+
+
+def check_of(spec: HandlerSpec | ChainSpec, handler: object) -> Callable[[], Any] | None:
+    """The `check()` of a handler that was made by `create`; `None` if it has none.
+
+    One that needs arguments is a method of the user's that has nothing but the name of it.
+    """
+    found = getattr(handler, "check", None) if spec.is_class else None
+    if not callable(found):
+        return None
+    try:
+        signature(found).bind()
+    except (TypeError, ValueError):
+        return None
+    return found
 
 
 def _is_cancelled(task: Task[Any] | None) -> bool:

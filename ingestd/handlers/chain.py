@@ -26,7 +26,7 @@ import msgspec
 from ingestd.base import envelope as envelopes
 from ingestd.base.record import Records, Span
 from ingestd.handlers.batch import Batch, Blocked, PartFailed, Reject, Retry, Unavailable
-from ingestd.handlers.call import call, call_async, close, close_async
+from ingestd.handlers.call import call, call_async, check_of, close, close_async
 from ingestd.handlers.decode import CannotDecode, Decoder, decoder_for, json_schema
 from ingestd.handlers.load import (
     HandlerSpec,
@@ -244,9 +244,9 @@ class Chain:
         """Findings of each handler that has a `check()`; one that fails hides no other."""
         found: list[SinkFinding] = []
         for spec, handler in self._parts:
-            look = getattr(handler, "check", None) if spec.is_class else None
             try:
-                found += self._prefixed(spec, look() if callable(look) else ())
+                look = check_of(spec, handler)
+                found += self._prefixed(spec, look() if look is not None else ())
             except Exception as error:  # noqa: BLE001  a sink that is down, say
                 found += self._prefixed(spec, [SinkFinding("error", describe(error))])
         return found
@@ -289,9 +289,9 @@ class AsyncChain(Chain):
         """See `Chain`."""
         found: list[SinkFinding] = []
         for spec, handler in self._parts:
-            look = getattr(handler, "check", None) if spec.is_class else None
             try:
-                given = look() if callable(look) else ()
+                look = check_of(spec, handler)
+                given = look() if look is not None else ()
                 found += self._prefixed(spec, await given if isawaitable(given) else given)
             except Exception as error:  # noqa: BLE001
                 found += self._prefixed(spec, [SinkFinding("error", describe(error))])

@@ -71,6 +71,8 @@ ERROR_CHARS_MAX = 4096
 """Longest `error` of anything here."""
 AFTER_MAX = 3650 * 86400.0
 """Seconds; the longest wait that a handler may ask for. A time of day in its place is longer."""
+FINDINGS_MAX = 100
+"""Most findings of one `check()`."""
 POSTPONED = "postponed"
 """The reason of a failure that the handler asked for with `raise Retry`."""
 UNAVAILABLE = "unavailable"

@@ -6,19 +6,28 @@ import copy
 import os
 import threading
 from inspect import isawaitable
+from itertools import islice
 from os import getpid
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ingestd.base.errors import HandlerLoadError
-from ingestd.handlers.call import call, call_async, close, close_async, failure_from
+from ingestd.handlers.call import (
+    call,
+    call_async,
+    check_of,
+    close,
+    close_async,
+    failure_from,
+)
 from ingestd.handlers.chain import Validation, load_configured
 from ingestd.handlers.failure import failure_of
 from ingestd.handlers.forked import ParentOnly, end_child
 from ingestd.handlers.load import HandlerSpec
 from ingestd.handlers.options import redactor
 from ingestd.handlers.outcome import (
+    FINDINGS_MAX,
     Failure,
     Rejection,
     Result,
@@ -128,10 +137,11 @@ class Runner:
 
         A check that fails is a finding, and so is a handler that cannot be made.
         """
-        look, found = self._look()
+        found: list[SinkFinding] = []
         try:
             with ParentOnly():
-                found += look() if look is not None else ()
+                if look := self._look(found):
+                    found += islice(look() or (), FINDINGS_MAX)
         except BaseException as error:  # noqa: BLE001  a sink that is down, say
             found.append(SinkFinding("error", failure_from(error).error))
         return self._told(found)
@@ -144,25 +154,32 @@ class Runner:
         """
         from asyncio import CancelledError  # noqa: PLC0415  other workers do without
 
-        look, found = self._look()
+        found: list[SinkFinding] = []
         try:
-            given = look() if look is not None else ()
-            found += await given if isawaitable(given) else given
+            if look := self._look(found):
+                given = look()
+                found += islice((await given if isawaitable(given) else given) or (), FINDINGS_MAX)
         except CancelledError:
             raise
         except BaseException as error:  # noqa: BLE001
             found.append(SinkFinding("error", failure_from(error).error))
         return self._told(found)
 
-    def _look(self) -> tuple[Callable[[], Any] | None, list[SinkFinding]]:
+    def _look(self, found: list[SinkFinding]) -> Callable[[], Any] | None:
         made, failure = self._made()
-        if made is None:
-            return None, [SinkFinding("error", failure.error)] if failure else []
-        look = getattr(made[1], "check", None) if made[0].is_class else None
-        return look if callable(look) else None, []
+        if failure is not None:
+            found.append(SinkFinding("error", failure.error))
+        return check_of(*made) if made is not None else None
 
     def _told(self, found: list[SinkFinding]) -> list[SinkFinding]:
-        return [SinkFinding(one.level, plain(self._redact(one.text))) for one in found]
+        told = []
+        for one in found:
+            if isinstance(one, SinkFinding) and one.level in _LEVELS:
+                told.append(SinkFinding(one.level, plain(self._redact(str(one.text)))))
+            else:
+                problem = "the handler's check() gives something that is no SinkFinding"
+                told.append(SinkFinding("warning", problem))
+        return told
 
     def _made(
         self,
@@ -296,4 +313,5 @@ class Runner:
         return self._redact(failure.error) if failure else ""
 
 
+_LEVELS = frozenset({"error", "warning", "info"})
 _OVERRAN = f"it was not done after {CLOSE_SECONDS:g} s"

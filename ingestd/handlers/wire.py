@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ingestd.base.record import Records
-from ingestd.handlers.outcome import ERROR_CHARS_MAX, Job, Result
+from ingestd.handlers.outcome import ERROR_CHARS_MAX, Job, Result, SinkFinding
 from ingestd.handlers.runner import HandlerConfig  # noqa: TC001  msgspec reads the annotation
 
 if TYPE_CHECKING:
@@ -59,10 +59,12 @@ class InitMessage(msgspec.Struct, frozen=True):
     Attributes:
         handler: what to load.
         parent: the daemon's process id.
+        checks: a `CheckMessage` follows the child's answer, before the first job is read.
     """
 
     handler: HandlerConfig
     parent: int
+    checks: bool = False
 
 
 class ReadyMessage(msgspec.Struct, frozen=True):
@@ -79,6 +81,16 @@ class ReadyMessage(msgspec.Struct, frozen=True):
     not_ready: str = ""
     is_async: bool = False
     schema: bytes = b""
+
+
+class CheckMessage(msgspec.Struct, frozen=True):
+    """Message of a child with what the handler's `check()` found.
+
+    Attributes:
+        findings: at most `FINDINGS_MAX`.
+    """
+
+    findings: list[SinkFinding]
 
 
 class RunMessage(msgspec.Struct, frozen=True, array_like=True):
@@ -141,6 +153,7 @@ TRAILING = "there are bytes behind it"
 encode = msgspec.msgpack.Encoder().encode
 decode_hello = msgspec.msgpack.Decoder(InitMessage).decode
 decode_ready = msgspec.msgpack.Decoder(ReadyMessage).decode
+decode_check = msgspec.msgpack.Decoder(CheckMessage).decode
 decode_answer = msgspec.msgpack.Decoder(ResultMessage).decode
 decode_closed = msgspec.msgpack.Decoder(ConnectionClosed).decode
 _decode_order = msgspec.msgpack.Decoder(RunMessage).decode

@@ -152,6 +152,8 @@ def _serve(connection: _DaemonConnection, relay: Relay) -> None:
         return
     ready = wire.ReadyMessage("", not_ready, runner.is_async, runner.schema)
     connection.send(wire.encode(ready))
+    if hello.checks and not ready.is_async:
+        connection.send(wire.encode(wire.CheckMessage(runner.check())))
     while (message := connection.receive()) is not None:
         job = connection.job(message)
         relay.batch = job.batch

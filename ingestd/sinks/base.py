@@ -6,7 +6,8 @@
 
         def __init__(self, options: MyOptions, context: Context) -> None: ...
         def __call__(self, batch: Batch[bytes]) -> None: ...
-        def check(self) -> Iterable[SinkFinding]: ...  # reachable, rights, table; bounded in time
+        def check(self) -> Iterable[SinkFinding]: ...  # reachable, rights, table; bounded in time,
+                                                       # asked once a start; decides nothing there
         def close(self) -> None: ...
 
 `MyOptions` is a `SinkOptions`. The sink is registered with one line in `ingestd/registry.py`, or
