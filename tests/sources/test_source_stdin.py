@@ -31,7 +31,7 @@ from ingestd.sources.descriptors import READ_BYTES, ReadyReader, ThreadReader
 from ingestd.sources.stdin import StdinSettings
 from ingestd.sources.stdin.source import StdinSource
 from tests.real_input import real_input
-from tests.sources.source_tools import MemoryIntake, until
+from tests.sources.source_tools import MemoryIntake, check, until
 
 LOOPS = [asyncio.new_event_loop, uvloop.new_event_loop]
 
@@ -420,6 +420,49 @@ def test_an_overload_is_waited_out(run):
     lines = [b'"%s"' % (b"x" * 1000)] * 5000
     with fed(b"\n".join(lines), "pipe") as fd:
         assert run(work(fd)) == lines
+
+
+class Bounded(MemoryIntake):
+    """Refuses what it has no room for, at once, and has more room after each refusal.
+
+    What it takes becomes durable later.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("text")
+        self.room, self.refusals = 300, 0
+
+    async def accept(self, append):
+        size = len(append.records.payload)
+        if size > self.room:
+            self.refusals += 1
+            self.room += random.randint(0, 900)
+            raise Overloaded(what="the journal", retry_after=0.001)
+        self.room -= size
+        check(append.records)
+        self.runs.append(append.records)
+        await asyncio.sleep(0.001)
+
+
+def test_lines_keep_their_order_while_a_journal_is_full_and_freed_again(run):
+    lines = [b"%d %s" % (n, b"x" * random.randint(0, 250)) for n in range(120)]
+
+    async def work():
+        intake = Bounded()
+        fd, into = os.pipe()
+        try:
+            async with reading(fd, intake, inflight=4000) as source:
+                for line in lines:  # each is an append
+                    sent = source.bytes + os.write(into, line + b"\n")
+                    await until(lambda sent=sent: source.bytes == sent)
+                os.close(into)
+                await source.wait_finished()
+        finally:
+            os.close(fd)
+        assert intake.refusals > 10
+        return intake.items
+
+    assert run(work()) == lines
 
 
 @pytest.mark.parametrize("error", [JournalFailed(path="j", problem="sync"), KeyError("bug")])

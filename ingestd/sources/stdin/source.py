@@ -12,6 +12,7 @@ import shlex
 import stat
 import sys
 from collections import deque
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -24,7 +25,7 @@ from ingestd.sources.base import InputCounts, Source, again_after
 from ingestd.sources.descriptors import open_reader
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from ingestd.base.record import InvalidRecord
     from ingestd.codecs.lines import Parsed
@@ -40,14 +41,17 @@ class Part:
         lines: lines of the input up to its end.
         records: records in it.
         accepted: it is durable.
+        refused: an overload has sent it back.
+        turn: what it waits for; `None` while it waits for nothing.
     """
 
-    __slots__ = ("accepted", "lines", "records")
+    __slots__ = ("accepted", "lines", "records", "refused", "turn")
 
     def __init__(self, lines: int, records: int) -> None:
         self.lines = lines
         self.records = records
-        self.accepted = False
+        self.accepted = self.refused = False
+        self.turn: asyncio.Future[None] | None = None
 
 
 class AcceptedPrefix:
@@ -78,6 +82,14 @@ class AcceptedPrefix:
         while self._parts and self._parts[0].accepted:
             self.lines = self._parts.popleft().lines
 
+    def is_first(self, part: Part) -> bool:
+        """Returns True if all before a part are accepted."""
+        return self._parts[0] is part
+
+    def first(self, most: int | None = None) -> Iterator[Part]:
+        """Yields parts from the first one on that is not accepted, at most so many."""
+        return islice(self._parts, most)
+
     @property
     def is_whole(self) -> bool:
         """Returns True if every part that was begun is accepted."""
@@ -95,6 +107,7 @@ log = get_logger()
 
 _HINT = "reading records from the terminal, one a line; end with Ctrl-D\n"
 _SIGNAL_SECONDS = 0.02
+_CALLED_MAX = 64  # of those that wait, after each that was accepted
 _REFUSED_BYTES = 256  # what a refused record costs beside its payload, about
 
 
@@ -102,8 +115,14 @@ class StdinSource(Source):
     """Reads one descriptor to its end and hands the records to one pipeline.
 
     Many appends are under way at once, bounded by their bytes; at the bound the descriptor is
-    simply not read. Appends are made in the order of the input. Only one that an overload sent
-    back may come behind later ones.
+    simply not read. Appends are made in the order of the input, also where the journal is full:
+
+    * What was refused is tried again when all before it are accepted, at once and then again and
+      again. What begins behind it, or is refused behind it, waits for that.
+    * When nothing is left that was refused, what waits goes on in its order, many at once.
+
+    So nothing overtakes what was refused but an append that was under way before that was known:
+    the journal refuses at once, and only a commit that finds the disk full says so later.
 
     Args:
         settings: its bound.
@@ -140,7 +159,8 @@ class StdinSource(Source):
         self._inflight = 0
         self._appends: set[asyncio.Task[None]] = set()
         self._moved = asyncio.Event()
-        self._again = asyncio.Lock()
+        self._refused = 0  # parts that were, and are not accepted
+        self._waiting = 0  # parts that wait for their turn
         self._error: BaseException | None = None
         self._unreadable: InputUnreadable | None = None
         self._head: bytes | None = b""  # until it was looked at
@@ -305,15 +325,15 @@ class StdinSource(Source):
 
     async def _accept(self, parsed: Parsed, size: int, part: Part) -> None:
         try:
-            try:
-                await self._take(parsed)
-            except Overloaded as overloaded:
-                await self._accept_later(parsed, overloaded)
+            await self._take_in_turn(parsed, part)
         except Exception as error:  # noqa: BLE001 - see `_run`
             self._fail(error)
         else:
             self._inflight -= size
+            self._refused -= part.refused
             self._prefix.accept(part)
+            if self._waiting:
+                self._call(1 if self._refused else _CALLED_MAX)
             self.records += parsed.records.count
             self.refused += parsed.invalid
             self._moved.set()
@@ -324,22 +344,52 @@ class StdinSource(Source):
             Append(records, parsed.refused, unkept=unkept, envelope=self._envelope)
         )
 
-    async def _accept_later(self, parsed: Parsed, overloaded: Overloaded) -> None:
-        """Retries until the pipeline accepts. One append at a time does this, in their order."""
-        async with self._again:
-            while True:
-                await asyncio.sleep(again_after(overloaded))
-                try:
-                    await self._take(parsed)
-                except Overloaded as still:
-                    overloaded = still
-                else:
-                    return
+    async def _take_in_turn(self, parsed: Parsed, part: Part) -> None:
+        """Tries until the pipeline accepts a part; see the class."""
+        called = False
+        while True:
+            # Those that were called and have not gone on yet come before one that begins.
+            is_behind = self._refused or (self._waiting and not called)
+            if is_behind and not self._prefix.is_first(part):
+                await self._turn_of(part)
+                called = True
+                continue
+            try:
+                await self._take(parsed)
+            except Overloaded as overloaded:
+                self._refused += not part.refused
+                part.refused = True
+                if self._prefix.is_first(part):
+                    await asyncio.sleep(again_after(overloaded))
+            else:
+                return
+
+    async def _turn_of(self, part: Part) -> None:
+        """Waits until a part is called.
+
+        Raises:
+            Exception: the reading failed meanwhile.
+        """
+        part.turn = asyncio.get_running_loop().create_future()
+        self._waiting += 1
+        try:
+            await part.turn
+        finally:
+            part.turn, self._waiting = None, self._waiting - 1
+        if self._error is not None:
+            raise self._error
+
+    def _call(self, most: int | None) -> None:
+        """Calls those of the first parts that wait, in their order."""
+        for part in self._prefix.first(most):
+            if part.turn is not None and not part.turn.done():
+                part.turn.set_result(None)
 
     def _fail(self, error: BaseException) -> None:
         """Stops reading: nothing more can be stored. `wait_finished` raises the error."""
         if self._error is None:
             self._error = error
+            self._call(None)
         self._reader.stop()
         self._moved.set()
 
