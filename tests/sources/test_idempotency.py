@@ -30,6 +30,7 @@ from ingestd.settings import Settings
 from ingestd.sources.http import HttpSourceKind
 from ingestd.sources.http.headers import parse_key
 from ingestd.sources.http.source import HttpSource
+from ingestd.sources.screening import Router, ScreenedIntake
 from tests.daemon.harness import daemon
 from tests.sources.source_tools import ask, connected, until
 
@@ -57,6 +58,7 @@ class Door:
         self.clock = more.pop("clock", None) or HandClock()
         self.rule = more.pop("keys", KeyRule())
         self.http = more.pop("http", {})
+        self.route: dict[str, str] = more.pop("route", {})
 
     async def __aenter__(self) -> Self:
         self.more.setdefault("handler", {"target": "tests.sources.test_idempotency:nothing"})
@@ -71,10 +73,17 @@ class Door:
                 metrics=Metrics("test").pipeline(name), clock=self.clock, keys=self.rule,
             )  # fmt: skip
             await self.pipelines[name].open()
+        intakes: dict[str, Any] = dict(self.pipelines)
+        screens = {}
+        if self.route:
+            router = Router("/type", self.route, "")
+            screened = ScreenedIntake(intakes["default"], None, router, dict(intakes), {})
+            intakes["default"] = screens["default"] = screened
         self.source = HttpSource(
             HttpSourceKind.settings(listen="127.0.0.1:0", **self.http),
-            self.pipelines,
+            intakes,
             default=self.names[0],
+            screens=screens,
         )
         await self.source.start()
         return self
@@ -207,6 +216,58 @@ async def test_pipelines_have_keys_of_their_own(tmp_path):
         other = await door.post(b"2", "k", "/v1/records/clicks")
         assert other.status == 202
         assert "idempotent-replayed" not in other.headers
+
+
+ROUTED: dict[str, Any] = {"route": {"a": "as", "b": "bs", "c": "default"}}
+A, B, C = b'{"type":"a"}\n', b'{"type":"b"}\n', b'{"type":"c"}\n'
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_routed_request_is_answered_the_same_with_its_errors(tmp_path, kind):
+    body = A + b"no JSON\n" + B + C + b'{"type":"d"}\n' + A
+    async with Door(tmp_path, "default", "as", "bs", journal={"kind": kind}, **ROUTED) as door:
+        first = await door.post(body, '"k"')
+        told = [(one["index"], one["reason"]) for one in first.json["errors"]]
+        assert (first.json["accepted"], told) == (4, [(1, "malformed"), (4, "unrouted")])
+        again = await door.post(body, '"k"')
+        assert (again.status, again.body) == (202, first.body)
+        assert again.headers["idempotent-replayed"] == "true"
+        accepted = [one.journal.ledger.accepted for one in door.pipelines.values()]
+        assert accepted == [1, 2, 1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_routed_key_belongs_to_one_body_whichever_pipelines_it_goes_to(tmp_path, kind):
+    more = {"journal": {"kind": kind}, **ROUTED}
+    async with Door(tmp_path, "default", "as", "bs", **more) as door:
+        assert (await door.post(A, '"k"')).status == 202
+        for other in (B, C, A + B):
+            reply = await door.post(other, '"k"')
+            assert (reply.status, reply.slug) == (422, "idempotency-key-reused")
+        assert (await door.post(A, '"k"')).headers["idempotent-replayed"] == "true"
+        assert (await door.post(B, '"other"')).status == 202
+        accepted = [one.journal.ledger.accepted for one in door.pipelines.values()]
+        assert accepted == [0, 1, 1]
+    if kind == "sqlite":
+        async with Door(tmp_path, "default", "as", "bs", **more) as door:
+            assert (await door.post(B, '"k"')).status == 422
+
+
+async def test_a_routed_request_that_was_interrupted_is_accepted_once(tmp_path):
+    body = A + b"no JSON\n" + C
+    async with Door(tmp_path, "default", "as", "bs", **ROUTED) as door:
+        journal = door.pipelines["default"].journal
+        journal.bytes_max, room = 1, journal.bytes_max
+        first = await door.post(body, '"k"')
+        assert (first.status, first.json["accepted"]) == (413, 1)
+        journal.bytes_max = room
+    async with Door(tmp_path, "default", "as", "bs", **ROUTED) as door:
+        for _ in range(2):
+            reply = await door.post(body, '"k"')
+            assert (reply.status, reply.json["accepted"]) == (202, 2)
+            assert [one["index"] for one in reply.json["errors"]] == [1]
+        accepted = [one.journal.ledger.accepted for one in door.pipelines.values()]
+        assert accepted == [1, 1, 0]
 
 
 @pytest.mark.parametrize("kind", KINDS)

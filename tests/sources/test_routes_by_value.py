@@ -136,6 +136,22 @@ async def test_a_refusal_of_one_part_is_that_of_the_request_and_a_key_keeps_the_
     assert routed.items == ([], [CLICK], [ORDER])
 
 
+async def test_a_part_that_was_accepted_before_has_its_errors_again() -> None:
+    routed = Routed("default", keys=True, screens={"clicks": OddScreen()})
+    bad = b'{"type":"click","a":"bad"}'
+    async with serving(*routed.all) as source:
+        routed.default.errors = [Overloaded(what="default", retry_after=3.0)]
+        sent = body(OTHER, CLICK, bad)
+        reply = await ask(source, sent, Idempotency_Key="k")
+        assert (reply.status, reply.json["accepted"], reply.json["invalid"]) == (503, 1, 1)
+        for _ in range(2):
+            reply = await ask(source, sent, Idempotency_Key="k")
+            found = [(e["index"], e["reason"]) for e in reply.json["errors"]]
+            assert (reply.status, reply.json["accepted"], found) == (202, 2, [(2, "schema")])
+    assert reply.headers["idempotent-replayed"] == "true"
+    assert routed.items == ([OTHER], [CLICK], [])
+
+
 async def test_a_token_needs_the_right_for_each_pipeline(tmp_path: Any) -> None:
     routed = Routed()
     tokens = {"some": {"file": str(tmp_path / "t"), "pipelines": ["default", "clicks"]}}
@@ -144,7 +160,11 @@ async def test_a_token_needs_the_right_for_each_pipeline(tmp_path: Any) -> None:
     async with serving(*routed.all, tokens=tokens) as source:
         asked = {"Authorization": "Bearer " + "s" * 40}
         assert (await ask(source, CLICK, **asked)).status == 202
-        assert (await ask(source, body(CLICK, ORDER), **asked)).status == 403
+        reply = await ask(source, body(CLICK, b"no JSON", ORDER), **asked)
+        assert reply.status == 403
+        assert reply.json["detail"] == (
+            "some may not send here: the record at index 2 is routed to another pipeline"
+        )
     assert routed.items == ([], [CLICK], [])
 
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import async_timeout
 
-from ingestd.base.append import HELD_ID_BYTES, Append, DeliveryWaiter, SenderIds, scoped
+from ingestd.base.append import HELD_ID_BYTES, Append, DeliveryWaiter, SenderIds
 from ingestd.base.errors import Draining
 from ingestd.base.record import Layout, Records
+from ingestd.codecs.lines import Parsed
 from ingestd.http import problem
 from ingestd.http.admission import AdmissionController
 from ingestd.http.auth import UNIDENTIFIED
@@ -60,10 +61,12 @@ if TYPE_CHECKING:
     from ingestd.sources.http.endpoints.base import BodyCodec, Decoded, Head, Route
     from ingestd.sources.http.headers import Preferences
     from ingestd.sources.http.stream import Stream
+    from ingestd.sources.screening import Sorted
 
     Authorize = Callable[[Request, Route], Principal]
     Identify = Callable[[Request, Route, str], Principal]
 
+_NOTHING = Parsed(Records.lines([]), [])
 HEAD_BYTES_FREE = 8 * 1024
 """A head that takes more counts as held while its request is answered."""
 
@@ -205,11 +208,11 @@ class Ingestion:
         )
         hold.expect(length or 0)
         say_continue(request)
-        # Of these each part has a claim of its own, once its pipeline and its sender are known.
-        by_part = codec.routes or principal is UNIDENTIFIED or route.is_routed
+        # Of these each part alone has a claim, once its pipeline and its sender are known.
+        by_part = codec.routes or principal is UNIDENTIFIED
         to = Admitted(route, head, principal, hold, prefer, request, codec)
         streams = length is None and codec.streamable and encoding != SNAPPY
-        streams = streams and key is None and not by_part
+        streams = streams and key is None and not (by_part or route.is_routed)
         wire: bytes | Response
         if streams and not prefer.strict and hold.begin_stream():
             wire = await self._begin_stream(request, to, encoding)
@@ -223,11 +226,12 @@ class Ingestion:
         elif key is not None:
             kind = headers.get("Content-Type", "")
             fingerprint = await self._decoder.fingerprint(wire, kind, encoding)
-            delivery = Delivery(key if by_part else scoped(principal.id, key), fingerprint)
+            delivery = Delivery(key, fingerprint)
         # Claimed only now: a connection that died in the middle of a body must not keep the next
         # try of the same request waiting.
         if delivery is not None and not by_part:
-            claim = await route.intake.begin(*delivery)
+            named = delivery if codec.verifies else delivery.of(principal.id)
+            claim = await route.intake.begin(*named)
         if isinstance(claim, bytes):
             answer = route.endpoint.answer(IngestResult(0, stored=claim), head)
             return answer._replace(headers={**answer.headers, **REPLAYED})
@@ -240,9 +244,10 @@ class Ingestion:
             if principal is UNIDENTIFIED:
                 to = to._replace(principal=self._identify(request, route, _token_in(parts)))
             parts = await self._charged(parts, to)
+            by_part = by_part or route.is_routed
             if len(parts) == 1 and not by_part and _is_plain(parts[0]):
                 return await self._accept(parts[0], to, claim)
-            return await self._accept_parts(parts, to, delivery)
+            return await self._accept_parts(parts, to, delivery, claim)
         finally:
             if claim is not None:
                 route.intake.forget(claim)
@@ -315,9 +320,17 @@ class Ingestion:
         return Durable(answer, result, head, waiter, prefer)
 
     async def _accept_parts(
-        self, parts: Sequence[Decoded], to: Admitted, delivery: Delivery | None
+        self,
+        parts: Sequence[Decoded],
+        to: Admitted,
+        delivery: Delivery | None,
+        claim: IdempotencyClaim | None,
     ) -> Response:
         """Makes the records of each part durable, each for itself.
+
+        A claim on the whole request is stored with its answer behind all of them, in the commit of
+        the part that stays in the route's own pipeline: a request that was interrupted before that
+        comes again, and each part is known by the key in its pipeline.
 
         Raises:
             Problem: nothing was accepted: that of the first part.
@@ -326,8 +339,9 @@ class Ingestion:
         if to.prefer.strict and refused:
             detail = f"{sum(part.parsed.invalid for part in parts)} records; nothing was stored"
             raise Problem(problem.NOT_STRICT, detail, refused=refused)
+        last = _last_of(parts, to) if claim is not None else None
         results = await asyncio.gather(
-            *(_accept_part(part, to, delivery) for part in parts),
+            *(_accept_part(part, to, delivery) for part in parts if part is not last),
             return_exceptions=True,
         )
         done = []
@@ -335,14 +349,22 @@ class Ingestion:
             if isinstance(result, BaseException):
                 raise result
             done.append(result)
-        problems = [result.problem for result in done if result.problem is not None]
         is_routed = any(part.is_routed for part in parts)
+        if last is not None and claim is not None and all(one.problem is None for one in done):
+            there = [*done, _result_of(last, to.route.intake.name)]
+            claim.answer = self._answer_of(there, to, is_routed=is_routed).body
+            done.append(await _accept_part(last, to, None, claim))
+        problems = [result.problem for result in done if result.problem is not None]
         if problems and is_routed:
             raise _of_routed(problems, done)
         if problems and len(problems) == len(done):
             raise problems[0]
         for found in problems:
             to.route.counts.refuse(found.kind.slug)
+        return self._answer_of(done, to, is_routed=is_routed)
+
+    @staticmethod
+    def _answer_of(done: Sequence[PartResult], to: Admitted, *, is_routed: bool) -> Response:
         errors = [one for result in done for one in result.errors]
         if is_routed:
             errors.sort(key=_index)
@@ -499,7 +521,7 @@ async def _screened_part(part: Decoded, to: Admitted) -> Sequence[Decoded]:
     parts = []
     for pipeline, parsed in (await screen.divide(part.parsed, found)).items():
         if pipeline != name:
-            to.principal.authorize(pipeline)
+            _authorize_part(pipeline, part, to, found)
         elif not parsed.total:
             continue  # all of it goes to others
         ids = part.ids
@@ -518,6 +540,25 @@ async def _screened_part(part: Decoded, to: Admitted) -> Sequence[Decoded]:
     return parts
 
 
+def _authorize_part(pipeline: str, part: Decoded, to: Admitted, found: Sorted) -> None:
+    """Checks that a sender may send to a pipeline that a route has chosen.
+
+    Raises:
+        Problem: 403. It does not name the pipeline, which this sender may not know of, but the
+            first record that goes there.
+    """
+    try:
+        to.principal.authorize(pipeline)
+    except Problem as forbidden:
+        from ingestd.sources.screening import indexes  # noqa: PLC0415  what screens has it
+
+        index = next(indexes(found.places.get(pipeline, ())[:1], part.parsed), None)
+        if index is None or to.codec.routes:
+            raise
+        detail = f"{forbidden.detail}: the record at index {index} is routed to another pipeline"
+        raise Problem(forbidden.kind, detail) from None
+
+
 def _is_plain(part: Decoded) -> bool:
     """Tells if a part is records without keys or ids of their own."""
     return part.delivery is None and part.ids is None and part.parsed.total > 0
@@ -529,23 +570,49 @@ def _token_in(parts: Sequence[Decoded]) -> str:
     return tokens.pop() if len(tokens) == 1 else ""
 
 
-async def _accept_part(part: Decoded, to: Admitted, delivery: Delivery | None) -> PartResult:
-    """Makes the records of one part durable; a refusal is a result of it."""
+def _last_of(parts: Sequence[Decoded], to: Admitted) -> Decoded | None:
+    """The part that carries the claim on its request; one without records if there is none."""
+    for part in parts:
+        if part.parsed.total and not part.pipeline and part.delivery is None:
+            return part
+    if not to.route.is_routed or not any(part.parsed.total for part in parts):
+        return None
+    return parts[0]._replace(parsed=_NOTHING, pipeline="", delivery=None, ids=None, rejected=())
+
+
+def _result_of(part: Decoded, pipeline: str) -> PartResult:
+    """The result of a part that is accepted."""
+    parsed = part.parsed
+    counts = parsed.records.count, parsed.invalid
+    return PartResult(pipeline, *counts, parsed.refused, notes=part.notes, rejected=part.rejected)
+
+
+async def _accept_part(
+    part: Decoded, to: Admitted, delivery: Delivery | None, claim: IdempotencyClaim | None = None
+) -> PartResult:
+    """Makes the records of one part durable; a refusal is a result of it.
+
+    Args:
+        part: the one.
+        to: its request.
+        delivery: the key of the request, which is claimed in the part's pipeline.
+        claim: in place of that, the claim on the request itself; its holder forgets it.
+    """
     parsed = part.parsed
     intake = to.route.intakes[part.pipeline] if part.pipeline else to.route.intake
     principal = to.principal
-    claim = held = None
+    own = held = None
     try:
         principal.authorize(intake.name)
-        if not parsed.total:
+        if not parsed.total and claim is None:
             return PartResult(intake.name, notes=part.notes)
-        if named := part.delivery or delivery:
+        if claim is None and (named := part.delivery or delivery):
             begun = await intake.begin(*named.of(principal.id))
             if isinstance(begun, bytes):
                 counts = counted(begun)
                 return PartResult(intake.name, *counts, notes=part.notes, rejected=part.rejected)
-            claim = begun
-            claim.answer = count_body(parsed.records.count, parsed.invalid, ())
+            claim = own = begun
+            claim.answer = count_body(parsed.records.count, parsed.invalid, parsed.refused)
         records = parsed.records
         if part.ids is not None and part.ids.known:
             held = intake.recent_ids.hold(principal.id, part.ids.known)
@@ -567,14 +634,11 @@ async def _accept_part(part: Decoded, to: Admitted, delivery: Delivery | None) -
     except EXPLAINED as error:
         return PartResult(intake.name, problem=explain(error), notes=part.notes)
     finally:
-        if claim is not None:
-            intake.forget(claim)
+        if own is not None:
+            intake.forget(own)
         if held is not None:
             intake.recent_ids.release(held)
-    counts = parsed.records.count, parsed.invalid
-    return PartResult(
-        intake.name, *counts, parsed.refused, notes=part.notes, rejected=part.rejected
-    )
+    return _result_of(part, intake.name)
 
 
 def _without(records: Records, ids: SenderIds, accepted: frozenset[bytes]) -> Records:

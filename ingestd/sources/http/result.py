@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
+from ingestd.base.record import InvalidRecord
 from ingestd.http.problem import ERRORS_MAX, list_errors
 from ingestd.http.response import JSON, Response
 
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from ingestd.base.append import DeliveryWaiter, FailedRecord
-    from ingestd.base.record import InvalidRecord
     from ingestd.handlers.outcome import Rejection
     from ingestd.http.problem import Problem
 
@@ -75,18 +75,26 @@ class IngestResult(NamedTuple):
         return Response(202, JSON, count_body(self.accepted, self.invalid, self.errors))
 
 
+class _Error(msgspec.Struct):
+    index: int
+    reason: str
+    detail: str
+
+
 class _Counts(msgspec.Struct):
     accepted: int
     invalid: int
+    errors: list[_Error]
 
 
 _COUNTS = msgspec.json.Decoder(_Counts)
 
 
-def counted(body: bytes) -> tuple[int, int]:
-    """The numbers of accepted and invalid records in what `count_body` made."""
+def counted(body: bytes) -> tuple[int, int, list[InvalidRecord]]:
+    """The numbers and the listed errors in what `count_body` made, without payloads."""
     counts = _COUNTS.decode(body)
-    return counts.accepted, counts.invalid
+    errors = [InvalidRecord(one.index, one.reason, one.detail, b"") for one in counts.errors]
+    return counts.accepted, counts.invalid, errors
 
 
 def count_body(accepted: int, invalid: int, errors: Sequence[InvalidRecord]) -> bytes:
