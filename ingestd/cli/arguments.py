@@ -35,6 +35,8 @@ COMMON = (
 )
 _KIND = "source.kind"
 _SHORT = {flag: key for key, flag, _ in COMMON}
+_MEANT = {"--port": "--listen", "--host": "--listen", "--bind": "--listen"}
+"""Flags of other servers, and ours for the same."""
 _WITHOUT_HELP = ("--config", "--version", "--")
 _KEYS_SHOWN = 5
 _METAVARS = {"bytes": "SIZE", "seconds": "TIME", "": "NUMBER", "words": "WORD,…"}
@@ -239,6 +241,8 @@ def _help(field: FieldInfo) -> str:
 
 def _nearest(with_own_names: tuple[str, ...], flag: str, close: str | None) -> str | None:
     """A slip of the finger first, then the setting that was meant, then any flag that is near."""
+    if flag in _MEANT:
+        return _MEANT[flag]
     is_slip = close is not None and get_close_matches(flag, [close], cutoff=0.85)
     if is_slip and not flag.startswith(with_own_names):
         return close

@@ -22,7 +22,7 @@ from ingestd.cli.arguments import add_data_dir, positive
 from ingestd.cli.configured import configured
 from ingestd.cli.lines import as_line, as_page, as_row, head, one_line, write_lines
 from ingestd.cli.moments import moment
-from ingestd.cli.output import add_json, confirmed, say, say_json
+from ingestd.cli.output import add_json, confirmed, number_of, say, say_json
 from ingestd.codecs.lines import record_fault
 from ingestd.journal.build import stored_journals
 from ingestd.journal.dead_letters import REASONS, LetterFilter
@@ -206,7 +206,8 @@ def _list(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
         say("\n".join([head(), *rows]))
     there = sum(letters.count(chosen).letters for letters in found.values())
     if there > len(rows) and chosen.limit is None:
-        print(f"{len(rows)} of {there} dead letters; --limit N shows more", file=sys.stderr)
+        every = number_of(there, "dead letter")
+        print(f"{len(rows)} of {every}; --limit N shows more", file=sys.stderr)
     elif not rows:
         print("no dead letters", file=sys.stderr)
     return int(Exit.OK)
@@ -250,7 +251,7 @@ def _export(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int
         count = write_lines((as_line(*one, whole=True) for one in letters), arguments.output)
     except OSError as error:
         raise ConfigError(problem=f"{arguments.output}: {error.strerror or error}") from error
-    print(f"{count} dead letters exported", file=sys.stderr)
+    print(f"{number_of(count, 'dead letter')} exported", file=sys.stderr)
     return int(Exit.OK)
 
 
@@ -269,8 +270,9 @@ def _retry(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
             continue
         for target, letters in earlier.items():
             if letters:
-                text = f"{letters} dead letters of an earlier command were moved into {target}"
-                print(text, file=sys.stderr)
+                were = "was" if letters == 1 else "were"
+                moved = f"{number_of(letters, 'dead letter')} of an earlier command {were} moved"
+                print(f"{moved} into {target}", file=sys.stderr)
     if arguments.into:
         return _move(arguments, found, into)
     chosen = _filter(arguments)
@@ -278,14 +280,20 @@ def _retry(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     if arguments.json:
         say_json(totals._asdict())
         return int(Exit.OK)
-    say(f"{totals.marked} dead letters will be requeued" + _before(totals.before))
-    if totals.incomplete:
-        text = "hold no record, or only its beginning (damaged, too_large, unfinished): they stay"
-        print(f"{totals.incomplete} letters {text}", file=sys.stderr)
+    say(f"{number_of(totals.marked, 'dead letter')} will be requeued" + _before(totals.before))
+    _tell_incomplete(totals.incomplete)
     if totals.invalid:
-        text = "were never accepted and are still no records of their pipeline: they stay"
-        print(f"{totals.invalid} letters {text}", file=sys.stderr)
+        one = "letter was never accepted and is still no record of its pipeline: it stays"
+        many = "letters were never accepted and are still no records of their pipeline: they stay"
+        print(number_of(totals.invalid, one, many), file=sys.stderr)
     return int(Exit.OK)
+
+
+def _tell_incomplete(letters: int) -> None:
+    if letters:
+        what = "no record, or only its beginning (damaged, too_large, unfinished)"
+        one, many = f"letter holds {what}: it stays", f"letters hold {what}: they stay"
+        print(number_of(letters, one, many), file=sys.stderr)
 
 
 def _dead_letters(data_dir: Path, pipeline: str) -> DeadLetters:
@@ -310,12 +318,13 @@ def _move(
     if arguments.json:
         say_json({name: totals[name] for name in ("moved", "incomplete", "invalid")})
         return int(Exit.OK)
-    say(f"{totals['moved']} dead letters were moved into pipeline {target}")
-    if totals["incomplete"]:
-        text = "hold no record, or only its beginning (damaged, too_large, unfinished): they stay"
-        print(f"{totals['incomplete']} letters {text}", file=sys.stderr)
+    moved = number_of(totals["moved"], "dead letter was", "dead letters were")
+    say(f"{moved} moved into pipeline {target}")
+    _tell_incomplete(totals["incomplete"])
     if totals["invalid"]:
-        print(f"{totals['invalid']} letters are no records of {target}: they stay", file=sys.stderr)
+        one = f"letter is no record of {target}: it stays"
+        many = f"letters are no records of {target}: they stay"
+        print(number_of(totals["invalid"], one, many), file=sys.stderr)
     return int(Exit.OK)
 
 
@@ -473,7 +482,8 @@ def _assignment(written: str) -> tuple[list[str], object]:
 
 
 def _before(marked: int) -> str:
-    return f", {marked} more were marked before" if marked else ""
+    more = number_of(marked, "more was", "more were")
+    return f", {more} marked before" if marked else ""
 
 
 def _purge(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
@@ -486,7 +496,7 @@ def _purge(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     if (
         letters
         and not arguments.yes
-        and not confirmed(f"delete {letters} dead letters ({size} bytes)")
+        and not confirmed(f"delete {number_of(letters, 'dead letter')} ({size} bytes)")
     ):
         print("nothing was deleted", file=sys.stderr)
         return int(Exit.USAGE)
@@ -495,7 +505,8 @@ def _purge(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     if arguments.json:
         say_json({"deleted": gone, "requeued": marked})
         return int(Exit.OK)
-    say(f"{gone} dead letters deleted")
+    say(f"{number_of(gone, 'dead letter')} deleted")
     if marked:
-        print(f"{marked} dead letters are being requeued: they stay", file=sys.stderr)
+        staying = number_of(marked, "dead letter is", "dead letters are")
+        print(f"{staying} being requeued, and not deleted", file=sys.stderr)
     return int(Exit.OK)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,9 +71,6 @@ def execute(arguments: argparse.Namespace) -> int:
     width = max(len(str(path)) for path in written)
     for path, what in zip(written, FILES.values(), strict=True):
         say(f"{path!s:<{width}}  {what}")
-    go = "" if folder == Path() else f"cd {folder}\n  "
-    say(
-        f"\nnext:\n  {go}ingestd run\n"
-        """  curl -d '{"user": "ann", "action": "buy"}' http://127.0.0.1:8080/v1/records"""
-    )
+    go = "" if folder == Path() else f"cd {shlex.quote(str(folder))} && "
+    say(f"\nnext: {go}ingestd dev")
     return int(Exit.OK)

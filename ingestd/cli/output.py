@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ingestd.base.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,10 +41,38 @@ class Parser(argparse.ArgumentParser):
         """
         raise UsageError(problem=f"{message} (see {self.prog} --help)")
 
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        """See `ArgumentParser`; an unknown flag is a better reason than what its value seems to be.
+
+        Raises:
+            UsageError: the arguments are wrong.
+        """
+        try:
+            return super().parse_known_args(args, namespace)
+        except UsageError:
+            words = [] if self._subparsers is not None or args is None else args
+            flags = [word.split("=", 1)[0] for word in words if word.startswith("--") and word[2:]]
+            unknown = [flag for flag in flags if flag not in self._option_string_actions]
+            if unknown:
+                self.error("\n".join(map(self.explain_unknown, unknown)))
+            raise
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Explains an unknown command or action, and which one was probably meant."""
+        known = list(action.choices or ())
+        if isinstance(action.choices, dict) and value not in known:  # parsers by their names
+            close = get_close_matches(value, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            self.error(f"unknown {str(action.metavar).lower()} {value!r}, {hint}")
+        super()._check_value(action, value)
+
     def explain_unknown(self, flag: str) -> str:
         """Explains in a line that there is no such flag, and which one was probably meant."""
-        known = [*re.findall(r"--[\w.-]*\w", self.format_help()), *self.hidden]
-        close = get_close_matches(flag, known, n=1)
+        known = {*re.findall(r"--[\w.-]*\w", self.format_help()), *self.hidden}
+        known.discard("--help")  # near to every other short flag
+        close = get_close_matches(flag, sorted(known), n=1)
         if fault := self.fault_of(flag):
             return f"unknown flag {flag}: {fault}"
         meant = self.nearest_setting(flag, close[0] if close else None)
@@ -63,6 +91,11 @@ def say(text: str) -> None:
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except BrokenPipeError:
         discard_stdout()
+
+
+def number_of(count: int, one: str, many: str = "") -> str:
+    """A count with its noun: `1 dead letter`, `2 dead letters`; `many` is `one` with an s."""
+    return f"{count} {one if count == 1 else many or one + 's'}"
 
 
 def add_json(parser: argparse.ArgumentParser, text: str = "print one JSON object") -> None:

@@ -14,6 +14,7 @@ from ingestd.base.errors import Exit
 from ingestd.cli.arguments import add_data_dir, add_where, positive
 from ingestd.cli.configured import configured
 from ingestd.cli.lines import write_lines
+from ingestd.cli.output import number_of
 from ingestd.codecs.pointer import Where
 from ingestd.journal.build import stored_journals
 from ingestd.journal.handling import payload_fields
@@ -64,7 +65,8 @@ def execute(arguments: argparse.Namespace) -> int:
         for name, one in islice(records, arguments.limit)
     )
     if damaged:
-        print(f"{len(damaged)} records can't be read (ingestd journal verify)", file=sys.stderr)
+        unread = number_of(len(damaged), "record")
+        print(f"{unread} can't be read (ingestd journal verify)", file=sys.stderr)
     return int(Exit.UNEXPECTED if damaged else Exit.OK)
 
 

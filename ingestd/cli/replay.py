@@ -10,7 +10,7 @@ from ingestd.base.errors import Exit, UsageError
 from ingestd.cli.arguments import add_data_dir, add_where
 from ingestd.cli.configured import configured
 from ingestd.cli.moments import moment
-from ingestd.cli.output import add_json, confirmed, say, say_json
+from ingestd.cli.output import add_json, confirmed, number_of, say, say_json
 from ingestd.journal.build import stored_journals
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def execute(arguments: argparse.Namespace) -> int:
         return int(Exit.OK)
     if arguments.stop:
         stopped = sum(journal.stop_replays() for journal in found.values())
-        say_json({"stopped": stopped}) if arguments.json else say(f"{stopped} replays stopped")
+        told = f"{number_of(stopped, 'replay')} stopped"
+        say_json({"stopped": stopped}) if arguments.json else say(told)
         return int(Exit.OK)
     if len(found) > 1:
         raise UsageError(problem=f"name the pipeline: there are {', '.join(found)}")
@@ -86,7 +87,7 @@ def _replay(arguments: argparse.Namespace, name: str, journal: SqliteFile) -> in
     until = FOREVER if arguments.until is None else arguments.until
     records = journal.kept_within(since, until)
     facts: dict[str, Any] = {"pipeline": name, "kept": records, "replay": None}
-    which = f"{records} kept records of pipeline {name}"
+    which = f"{number_of(records, 'kept record')} of pipeline {name}"
     if arguments.where:
         which = f"those of {which} with {' and '.join(arguments.where)}"
     if not records:
@@ -124,7 +125,7 @@ def _facts(one: Replay) -> dict[str, Any]:
 
 def _line(facts: dict[str, Any]) -> str:
     words = [f"replay {facts['replay']} of {facts['pipeline']}, asked for {facts['asked_at']}:"]
-    words.append(f"{facts['state']}, {facts['records']} records fed")
+    words.append(f"{facts['state']}, {number_of(facts['records'], 'record')} fed")
     if facts["damaged"]:
         words.append(f"and {facts['damaged']} that can't be read")
     return " ".join(words)

@@ -13,7 +13,7 @@ from ingestd.base.errors import Exit
 from ingestd.cli.arguments import add_where, positive
 from ingestd.cli.healthcheck import AdminClient, add_admin_client
 from ingestd.cli.lines import write_lines
-from ingestd.cli.output import add_json, fail
+from ingestd.cli.output import add_json, fail, number_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -84,7 +84,8 @@ def _lines(
         while shown != limit and (line := answer.readline()):
             if line.startswith(b'{"lost":'):
                 lost = json.loads(line)["lost"]
-                print(f"{lost} records have passed without a look at them", file=sys.stderr)
+                passed = number_of(lost, "record has passed", "records have passed")
+                print(f"{passed} without a look", file=sys.stderr)
                 continue
             if line == b"\n":
                 continue

@@ -402,8 +402,9 @@ def _told(trial: Trial) -> Iterator[str]:
         return
     each = [one.seconds for one in trial.calls]
     speed = sum(one.records for one in trial.calls) / max(sum(each), 1e-9)
+    batches = f"{len(each):,} batches" if len(each) > 1 else "1 batch"
     yield (
-        f"all records: {_counted(counts)}; {len(each):,} batches,"
+        f"all records: {_counted(counts)}; {batches},"
         f" {_time(statistics.median(each))} at the median, {_time(max(each))} at most;"
         f" {speed:,.0f} records/s in the handler"
     )

@@ -172,7 +172,7 @@ async def test_head_is_get_without_the_body(admin: Admin, path: str) -> None:
     assert headers["Server"] == "ingestd"
 
 
-@pytest.mark.parametrize("path", ["/", "/v1/records", "/livez/", "/metrics/x", "//livez"])
+@pytest.mark.parametrize("path", ["/v1", "/v1/records", "/livez/", "/metrics/x", "//livez"])
 async def test_no_other_pages(admin: Admin, path: str) -> None:
     status, body, headers = await admin.ask(path)
     assert status == 404

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ingestd.admin import console
+from ingestd.admin.operations import OPERATIONS
 from ingestd.journal.dead_letters import REASONS
 from tests.admin.test_admin_server import Admin
 
@@ -36,7 +37,13 @@ async def test_browsers_are_led_to_the_console_and_programs_are_not(admin: Admin
     status, body, headers = await admin.ask("/", **HTML)
     assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
     assert body == (FOLDER / "index.html").read_bytes()
-    assert (await admin.ask("/"))[0] == 404
+    status, body, headers = await admin.ask("/")
+    assert (status, headers["Content-Type"]) == (200, "text/plain; charset=utf-8")
+    lines = body.decode().splitlines()
+    for one in OPERATIONS.values():
+        assert any(line.split()[:2] == [one.method, one.path] for line in lines)
+    assert "console/" in lines[-1]
+    assert (await admin.ask("/nothing"))[0] == 404
     assert (await admin.ask("/console/app.js/x"))[0] == 404
     assert (await admin.ask("/console/../server.py"))[0] == 404
 

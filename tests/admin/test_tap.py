@@ -128,7 +128,8 @@ async def test_wrong_taps_and_too_many_are_refused(
     for query in ("stage=x", "sample=0", "sample=nan", "limit=-1", "limit=x", "where=a", "x=1",
                   conditions):  # fmt: skip
         assert (await seen.ask(f"/v1/tap?{query}"))[0] == 400, query
-    assert (await seen.ask("/v1/tap?pipeline=x"))[0] == 404
+    status, found = await seen.ask("/v1/tap?pipeline=x")
+    assert (status, found["detail"]) == (404, "there is no pipeline 'x', but default")
     monkeypatch.setattr(tap, "TAPS_MAX", 1)
     await open_tap()
     await seen.until(lambda: hooks(seen)[0] is not None)

@@ -12,6 +12,7 @@ import pytest
 
 from ingestd.__main__ import main
 from ingestd.base.errors import AddressError
+from ingestd.cli.output import number_of
 from ingestd.host.sockets import listen_fault
 from ingestd.http.listener import bind
 from tests.cli.test_cli import ROOT
@@ -56,6 +57,34 @@ def test_two_kinds_of_source_are_an_error(capsys: pytest.CaptureFixture[str]) ->
     assert "--source.kind http and forward: it chooses one source" in said
     assert "[sources.NAME]" in said
     assert main(["check", "--source", "http", "--source", "http"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["rnu", "app:x"], "unknown command 'rnu', did you mean run?"),
+        (["frobnicate"], "unknown command 'frobnicate', there are run, check, dev, try, prove"),
+        (["dead", "lsit"], "unknown action 'lsit', did you mean list?"),
+        (["run", "--port", "80"], "unknown flag --port, did you mean --listen?"),
+        (["dev", "--host=0.0.0.0"], "unknown flag --host, did you mean --listen?"),
+        (["dead", "list", "--where", "x"], "unknown flag --where (see ingestd dead list --help)"),
+        (["peek", "--were", "a=1"], "unknown flag --were, did you mean --where?"),
+        (["peek", "--where", "x"], "'x' is no condition: one is KEY=VALUE"),
+    ],
+)
+def test_a_wrong_word_is_told_with_the_right_one(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("ingestd: ")
+    assert said in line
+
+
+def test_counts_have_their_number() -> None:
+    assert [number_of(n, "dead letter") for n in (0, 1, 2)] == [
+        "0 dead letters", "1 dead letter", "2 dead letters",
+    ]  # fmt: skip
 
 
 def test_help_shows_lists_as_they_are_written(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,7 @@ def project(tmp_path: Path) -> Path:
     run = ingestd("init", "shop", cwd=tmp_path)
     assert (run.returncode, run.stderr) == (0, "")
     assert all(f"shop/{name} " in run.stdout for name in FILES)
+    assert run.stdout.splitlines()[-1] == "next: cd shop && ingestd dev"
     return tmp_path / "shop"
 
 

@@ -75,7 +75,7 @@ async def test_damage_is_counted_and_passed_by(
     assert main(["peek", "--data-dir", str(tmp_path)]) == 1
     printed = capsys.readouterr()
     assert printed.out.split() == ["0", "2"]
-    assert printed.err == "1 records can't be read (ingestd journal verify)\n"
+    assert printed.err == "1 record can't be read (ingestd journal verify)\n"
 
 
 def test_wrong_use_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

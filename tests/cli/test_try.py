@@ -114,7 +114,7 @@ def test_outcomes_as_json_over_several_files(here: Path) -> None:
 def test_records_that_do_not_fit_the_annotation(here: Path) -> None:
     run = attempt("app:typed", "-", "--format", "json", cwd=here, text='1\n"a"\n2\n')
     assert "- record 2: rejected: Expected `int`, got `str`" in run.stdout
-    assert "all records: 2 done, 1 rejected; 1 batches" in run.stdout
+    assert "all records: 2 done, 1 rejected; 1 batch," in run.stdout
     assert attempt("app:typed", "-", cwd=here, text="1\n").returncode == 0
 
 
@@ -133,7 +133,7 @@ def test_options_transform_and_coroutines(here: Path) -> None:
     run = attempt("app:Store", "good.ndjson", *flags, cwd=here)
     assert (run.returncode, run.stderr) == (0, "")
     assert run.stdout.startswith("into t 240 1\n")
-    assert "closed\nall records: 120 done; 1 batches" in run.stdout
+    assert "closed\nall records: 120 done; 1 batch," in run.stdout
 
 
 def test_a_sink_writes(here: Path) -> None:

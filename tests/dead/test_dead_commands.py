@@ -111,7 +111,7 @@ def test_retry_beside_the_daemon_feeds_each_record_once(folder: Path) -> None:
         done = cli("dead", "retry", cwd=folder)
         assert done.stdout.startswith("2500 ")
         # The malformed one was never accepted, and is no better now.
-        assert "1 letters were never accepted and are still no records" in done.stderr
+        assert "1 letter was never accepted and is still no record" in done.stderr
         now = until(lambda: (s := status(running))["processed"] == 2501 and s, "they stay away")
         assert (now["accepted"], now["invalid"], now["pending"]) == (2501, 1, 0)
         (letter,) = lines(cli("dead", "list", "--json", cwd=folder))
@@ -278,7 +278,7 @@ def test_what_is_no_whole_record_can_not_be_fed_again(folder: Path) -> None:
         assert running.post(b'"much too long"\n1\n')[0] == 202
         done = cli("dead", "retry", cwd=folder)
         assert done.stdout.startswith("0 dead letters")
-        assert "1 letters hold no record" in done.stderr
+        assert "1 letter holds no record" in done.stderr
         assert cli("dead", "purge", "--all", cwd=folder, code=2).stdout == ""
         assert "--all" in cli("dead", "purge", cwd=folder, code=2).stderr
         assert len(lines(cli("dead", "list", "--json", cwd=folder))) == 1
@@ -393,7 +393,7 @@ def test_the_same_forms_everywhere_and_what_is_not_there_is_said(folder: Path) -
             if action != "show":
                 done = cli("dead", action, "--reason", "unheard", cwd=folder, code=2)
                 assert "'unheard' is no reason" in done.stderr
-        assert cli("dead", "purge", "3", "--yes", cwd=folder).stdout.startswith("1 dead letters")
+        assert cli("dead", "purge", "3", "--yes", cwd=folder).stdout.startswith("1 dead letter ")
         assert cli("dead", "retry", "1", "5", cwd=folder).stdout.startswith("2 dead letters")
         until(lambda: status(running)["processed"] == 2, "they did not come back")
         left = lines(cli("dead", "list", "--json", cwd=folder))

@@ -77,7 +77,7 @@ async def test_errors_are_summed_up_whatever_the_numbers_in_them(
 
 async def test_letters_of_one_error_are_retried_and_purged(journal: SqliteJournal, run) -> None:
     assert run("retry", "--error", "timeout", "--limit", "1")[0].startswith("1 dead")
-    assert run("retry", "--error", "timeout")[0].startswith("1 dead letters will be requeued, 1 ")
+    assert run("retry", "--error", "timeout")[0].startswith("1 dead letter will be requeued, 1 ")
     moved = await journal.dead_letters.requeue()
     assert [chunk.records.items() for chunk in moved.chunks] == [[b'{"n":1}', b'{"n":3}']]
     assert run("purge", "--error", "KeyError", "--yes")[0] == "2 dead letters deleted\n"

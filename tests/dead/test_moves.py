@@ -90,7 +90,7 @@ async def test_letters_become_records_of_the_other_pipeline(
     assert main([*run, "2", "3", "6", "--into", "other"]) == 0
     printed = capsys.readouterr()
     assert printed.out == "2 dead letters were moved into pipeline other\n"
-    assert printed.err == "1 letters are no records of other: they stay\n"
+    assert printed.err == "1 letter is no record of other: it stays\n"
     await check_both(source, target, [1, 2])
     assert main([*run, "--into", "other"]) == 0
     assert capsys.readouterr().out.startswith("3 dead")
@@ -115,7 +115,7 @@ async def test_a_target_that_is_gone_stops_no_other_retry(
         dead_letters.move(db, chosen, 1, lambda _: "", target="gone")
     assert main([*command(tmp_path), "2"]) == 0
     printed = capsys.readouterr()
-    assert "1 dead letters will be requeued" in printed.out
+    assert "1 dead letter will be requeued" in printed.out
     assert "still on their way: pipeline 'gone' has no journal" in printed.err
     assert main(["dead", "list", *command(tmp_path)[2:]]) == 0
     assert "[moving]" in capsys.readouterr().out

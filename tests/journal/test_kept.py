@@ -258,7 +258,7 @@ async def test_replays_are_listed_stopped_and_confirmed(build, tmp_path: Path, c
     replay(tmp_path, "--all", "--json", "--where", "n=1")
     assert json.loads(capsys.readouterr().out) == {"pipeline": "default", "kept": 2, "replay": 1}
     replay(tmp_path, "--stop")
-    assert capsys.readouterr().out == "1 replays stopped\n"
+    assert capsys.readouterr().out == "1 replay stopped\n"
     replay(tmp_path, "--list", "--json")
     facts = json.loads(capsys.readouterr().out)
     assert (facts["state"], facts["where"], facts["records"]) == ("stopped", ["n=1"], 0)
@@ -275,7 +275,7 @@ async def test_kept_damage_is_counted_and_not_fed(build, tmp_path: Path, capsys)
     assert await fed(journal) == [b'{"n":2}']
     capsys.readouterr()
     replay(tmp_path, "--list")
-    assert "done, 1 records fed and 1 that can't be read" in capsys.readouterr().out
+    assert "done, 1 record fed and 1 that can't be read" in capsys.readouterr().out
 
 
 def test_an_attribute_is_added_to_every_form_of_envelopes() -> None:

@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 
 from ingestd.admin.access import Need
 from ingestd.admin.connection import AdminPage
-from ingestd.http import problem
-from ingestd.http.problem import Problem
 from ingestd.http.response import HTML, Response, StaticResponse, make_document, unless_known
 from ingestd.http.routing import Resource
 
@@ -71,10 +69,21 @@ class _Page:
 
 
 def _root(request: AdminRequest) -> Response:
-    """Answers `/`: browsers go to the console, to programs there is nothing."""
+    """Answers `/`: browsers go to the console, and everything else gets a list of the paths."""
     if "text/html" not in request.headers.get("accept", ""):
-        raise Problem(problem.NOT_FOUND, "/openapi.json lists the paths; the console is /console/")
+        return Response(200, b"text/plain; charset=utf-8", _paths())
     return _to_console(request)
+
+
+def _paths() -> bytes:
+    """A line for each operation."""
+    from ingestd.admin.operations import OPERATIONS  # noqa: PLC0415  the API has imported it
+
+    rows = [(f"{one.method} {one.path}", one.summary) for one in OPERATIONS.values()]
+    rows.append((f"GET {PLACE}", "The console, for browsers"))
+    width = max(len(request) for request, _ in rows)
+    lines = [f"{request:<{width}}  {summary}" for request, summary in rows]
+    return "\n".join(["ingestd: the admin address", "", *lines, ""]).encode()
 
 
 def _to_console(_: AdminRequest) -> Response:

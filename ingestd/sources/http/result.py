@@ -75,7 +75,7 @@ class IngestResult(NamedTuple):
         return Response(202, JSON, count_body(self.accepted, self.invalid, self.errors))
 
 
-class _Error(msgspec.Struct):
+class _ListedError(msgspec.Struct):
     index: int
     reason: str
     detail: str
@@ -84,7 +84,7 @@ class _Error(msgspec.Struct):
 class _Counts(msgspec.Struct):
     accepted: int
     invalid: int
-    errors: list[_Error]
+    errors: list[_ListedError]
 
 
 _COUNTS = msgspec.json.Decoder(_Counts)
