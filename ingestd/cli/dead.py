@@ -283,9 +283,9 @@ def _retry(arguments: argparse.Namespace, found: dict[str, DeadLetters]) -> int:
     say(f"{number_of(totals.marked, 'dead letter')} will be requeued" + _before(totals.before))
     _tell_incomplete(totals.incomplete)
     if totals.invalid:
-        one = "letter was never accepted and is still no record of its pipeline: it stays"
+        single = "letter was never accepted and is still no record of its pipeline: it stays"
         many = "letters were never accepted and are still no records of their pipeline: they stay"
-        print(number_of(totals.invalid, one, many), file=sys.stderr)
+        print(number_of(totals.invalid, single, many), file=sys.stderr)
     return int(Exit.OK)
 
 
@@ -322,9 +322,9 @@ def _move(
     say(f"{moved} moved into pipeline {target}")
     _tell_incomplete(totals["incomplete"])
     if totals["invalid"]:
-        one = f"letter is no record of {target}: it stays"
+        single = f"letter is no record of {target}: it stays"
         many = f"letters are no records of {target}: they stay"
-        print(number_of(totals["invalid"], one, many), file=sys.stderr)
+        print(number_of(totals["invalid"], single, many), file=sys.stderr)
     return int(Exit.OK)
 
 

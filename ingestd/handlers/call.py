@@ -8,7 +8,7 @@ from inspect import signature
 # By name: a handler may freeze or replace the module's.
 from os import getpid
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from ingestd.handlers.batch import (
     Batch,
@@ -123,14 +123,12 @@ def check_of(spec: HandlerSpec | ChainSpec, handler: object) -> Callable[[], Any
 
     One that needs arguments is a method of the user's that has nothing but the name of it.
     """
-    found = getattr(handler, "check", None) if spec.is_class else None
-    if not callable(found):
-        return None
+    found: Any = getattr(handler, "check", None) if spec.is_class else None
     try:
         signature(found).bind()
     except (TypeError, ValueError):
         return None
-    return found
+    return cast("Callable[[], Any]", found)
 
 
 def _is_cancelled(task: Task[Any] | None) -> bool:

@@ -16,6 +16,7 @@ from typing import (
     TYPE_CHECKING,
     Annotated,
     Any,
+    ClassVar,
     Literal,
     NamedTuple,
     Self,
@@ -85,7 +86,12 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
     Fields are `Annotated[T, msgspec.Meta(description=…)]` with `T` one of `str`, `int`, `float`,
     `bool`, a `Literal` of texts, a list or dict of these, `Size`, `Seconds`, `FilePath`, `Secret`.
     `__post_init__` may raise a ValueError that begins with the option's name.
+
+    Attributes:
+        LISTED_LAST: names of options that `help` lists behind the others, in their order.
     """
+
+    LISTED_LAST: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def of(cls, **given: object) -> Self:
@@ -111,10 +117,11 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def help(cls) -> list[OptionHelp]:
-        """All options, in the order in which they are written."""
+        """All options, in the order in which they are written; see `LISTED_LAST`."""
         found = []
         hints = get_type_hints(cls, include_extras=True)
-        for field in msgspec.structs.fields(cls):
+        fields = msgspec.structs.fields(cls)
+        for field in sorted(fields, key=lambda one: one.name in cls.LISTED_LAST):
             meta = _meta(hints[field.name])
             default = None if field.required else _shown(_default(field), cls.show)
             text = meta.description if meta else ""

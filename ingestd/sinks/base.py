@@ -31,9 +31,11 @@ whose answer was lost is the one that counts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
-from ingestd.handlers.options import Options, Seconds
+from msgspec import Meta
+
+from ingestd.handlers.options import FilePath, Options, Seconds
 
 if TYPE_CHECKING:
     from typing import Any
@@ -72,6 +74,31 @@ class SinkOptions(Options, frozen=True, kw_only=True):
         from ingestd.config.units import show_seconds, show_size  # noqa: PLC0415
 
         return show_size(value) if isinstance(value, int) else show_seconds(value)
+
+
+class TlsOptions(SinkOptions, frozen=True, kw_only=True):
+    """Options of a sink whose connections may have TLS."""
+
+    LISTED_LAST = frozenset({"tls_ca", "tls_certificate", "tls_key", "tls_verify"})
+
+    tls_ca: Annotated[
+        FilePath | None, Meta(description="file of authorities (PEM) instead of the system's")
+    ] = None
+    tls_certificate: Annotated[
+        FilePath | None, Meta(description="file of a client certificate (PEM), with its chain")
+    ] = None
+    tls_key: Annotated[
+        FilePath | None, Meta(description="file of its key (PEM), if it is not in the same file")
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.tls_key and not self.tls_certificate:
+            raise ValueError("tls_key: it needs tls_certificate")
+
+    @property
+    def tls_files(self) -> tuple[str | None, str | None, str | None]:
+        """Authorities, certificate and key."""
+        return self.tls_ca, self.tls_certificate, self.tls_key
 
 
 def ids_of(batch: Batch[Any]) -> tuple[str, ...]:

@@ -21,9 +21,9 @@ from urllib.parse import urlsplit
 from msgspec import Meta
 
 from ingestd.handlers.batch import Blocked, Unavailable
-from ingestd.handlers.options import FilePath, Seconds, Secret
+from ingestd.handlers.options import Seconds, Secret
 from ingestd.handlers.text import one_line
-from ingestd.sinks.base import SinkOptions
+from ingestd.sinks.base import TlsOptions
 from ingestd.sinks.connection import HttpConnection, HttpTarget, parse_retry_after, told
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ RETRY_AFTER_MAX = 300.0
 _SAID_CHARS = 500
 
 
-class HttpOptions(SinkOptions, frozen=True, kw_only=True):
+class HttpOptions(TlsOptions, frozen=True, kw_only=True):
     """Options of a sink that speaks HTTP."""
 
     url: Annotated[
@@ -55,28 +55,18 @@ class HttpOptions(SinkOptions, frozen=True, kw_only=True):
         Seconds,
         Meta(description="bound of one request; keep it below `executor.timeout`"),
     ] = Seconds(30)
-    tls_ca: Annotated[
-        FilePath | None, Meta(description="file of authorities (PEM) instead of the system's")
-    ] = None
-    tls_certificate: Annotated[
-        FilePath | None, Meta(description="file of a client certificate (PEM), with its chain")
-    ] = None
-    tls_key: Annotated[
-        FilePath | None, Meta(description="file of its key, if it is not in the same file")
-    ] = None
     tls_verify: Annotated[bool, Meta(description="check the server's certificate and its name")] = (
         True
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for text in self.url.split(","):
             _origin(text)
         if (self.username is None) != (self.password is None):
             raise ValueError("username: username and password belong together")
         if self.timeout <= 0:
             raise ValueError("timeout: it has to be more than 0")
-        if self.tls_key and not self.tls_certificate:
-            raise ValueError("tls_key: it needs tls_certificate")
 
 
 class HttpReply(NamedTuple):
@@ -189,7 +179,7 @@ def _connection(text: str, options: HttpOptions) -> HttpConnection:
         connect_timeout=options.timeout,
         timeout=options.timeout,
         allow_private=True,
-        tls=(options.tls_ca, options.tls_certificate, options.tls_key),
+        tls=options.tls_files,
         tls_verify=options.tls_verify,
         answer_bytes_max=REPLY_BYTES_MAX,
     )

@@ -29,10 +29,10 @@ from ingestd import __version__
 from ingestd.base.record import Layout, Records
 from ingestd.handlers.batch import Batch, Blocked, Unavailable
 from ingestd.handlers.context import Context
-from ingestd.handlers.options import FilePath, Seconds, Secret, Size
+from ingestd.handlers.options import Seconds, Secret, Size
 from ingestd.handlers.outcome import SinkFinding
 from ingestd.http.signatures import signature_headers, signing_key
-from ingestd.sinks.base import SinkOptions
+from ingestd.sinks.base import TlsOptions
 from ingestd.sinks.connection import HttpAnswer, HttpConnection, target_of
 
 if sys.version_info >= (3, 14):
@@ -66,7 +66,7 @@ class HttpFailed(Exception):  # noqa: N818  it names what happened
     """The service answered with an error that may be any record's; the try counts."""
 
 
-class HttpSinkOptions(SinkOptions, frozen=True, kw_only=True):
+class HttpSinkOptions(TlsOptions, frozen=True, kw_only=True):
     """Options of the sink `http`."""
 
     url: Annotated[str, Meta(description="http or https URL; no secret belongs in it")]
@@ -118,17 +118,9 @@ class HttpSinkOptions(SinkOptions, frozen=True, kw_only=True):
     allow_private: Annotated[
         bool, Meta(description="allow private, loopback and other special addresses")
     ] = False
-    tls_ca: Annotated[
-        FilePath | None, Meta(description="PEM file of certificates to trust; default the system's")
-    ] = None
-    tls_certificate: Annotated[
-        FilePath | None, Meta(description="PEM file of a client certificate, with its chain")
-    ] = None
-    tls_key: Annotated[
-        FilePath | None, Meta(description="PEM file of its key, if it is not in the same file")
-    ] = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         target_of(self.url)
         for name, value in self.headers.items():
             if not _is_header(name, value):
@@ -146,8 +138,6 @@ class HttpSinkOptions(SinkOptions, frozen=True, kw_only=True):
                 signing_key(self.sign)
             except ValueError as error:
                 raise ValueError(f"sign: {error}") from None
-        if self.tls_key and not self.tls_certificate:
-            raise ValueError("tls_key: it needs tls_certificate")
         for option in ("connect_timeout", "timeout"):
             if not getattr(self, option):
                 raise ValueError(f"{option}: it has to be longer than 0s")
@@ -185,7 +175,7 @@ class HttpSink:
             timeout=options.timeout,
             allow_private=options.allow_private,
             truncates=True,  # what an API tells after its status is its own
-            tls=(options.tls_ca, options.tls_certificate, options.tls_key),
+            tls=options.tls_files,
         )
         self._ingestd: bool | None = None
 

@@ -34,7 +34,7 @@ from ingestd.host.nats import (
     demand_nats,
     fault_of_servers,
 )
-from ingestd.sinks.base import BatchHints, SinkOptions
+from ingestd.sinks.base import BatchHints, TlsOptions
 from ingestd.sinks.templates import PLACEHOLDER, Template
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ _decode = msgspec.json.Decoder().decode
 _HERE = Context()
 
 
-class NatsSinkOptions(SinkOptions, frozen=True, kw_only=True):
+class NatsSinkOptions(TlsOptions, frozen=True, kw_only=True):
     """Options of the sink `nats`."""
 
     servers: Annotated[
@@ -90,15 +90,9 @@ class NatsSinkOptions(SinkOptions, frozen=True, kw_only=True):
     credentials: Annotated[
         FilePath | None, Meta(description="file of credentials (JWT and NKey)")
     ] = None
-    tls_ca: Annotated[
-        FilePath | None, Meta(description="file of authorities (PEM) instead of the system's")
-    ] = None
-    tls_certificate: Annotated[
-        FilePath | None, Meta(description="file of a client certificate (PEM), with its chain")
-    ] = None
-    tls_key: Annotated[FilePath | None, Meta(description="file of its key (PEM)")] = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if fault := fault_of_servers(self.addresses):
             raise ValueError(f"servers: {fault}")
         if not self.addresses:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import msgspec
 from msgspec import Meta
 
-from ingestd.handlers.options import FilePath, Seconds, Secret, Size
-from ingestd.sinks.base import SinkOptions
+from ingestd.handlers.options import Seconds, Secret, Size
+from ingestd.sinks.base import TlsOptions
 from ingestd.sinks.templates import PLACEHOLDER, Template
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ _OURS = frozenset({
 """Properties that promises rest on."""
 
 
-class KafkaOptions(SinkOptions, frozen=True, kw_only=True):
+class KafkaOptions(TlsOptions, frozen=True, kw_only=True):
     """Options of the sink `kafka`."""
 
     brokers: Annotated[str, Meta(description="`host:port` of brokers, with commas between them")]
@@ -85,19 +85,13 @@ class KafkaOptions(SinkOptions, frozen=True, kw_only=True):
     ] = "SCRAM-SHA-512"
     username: Annotated[str | None, Meta(description="name, with sasl_…")] = None
     password: Annotated[Secret | None, Meta(description="password of `username`")] = None
-    tls_ca: Annotated[
-        FilePath | None, Meta(description="file of authorities (PEM) instead of the system's")
-    ] = None
-    tls_certificate: Annotated[
-        FilePath | None, Meta(description="file of a client certificate (PEM), with its chain")
-    ] = None
-    tls_key: Annotated[FilePath | None, Meta(description="file of its key (PEM)")] = None
     properties: Annotated[
         dict[str, str],
         Meta(description="more properties of librdkafka; none with a secret in it"),
     ] = msgspec.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for option in ("topic", "ledger_topic"):
             if not TOPIC.fullmatch(PLACEHOLDER.sub("x", getattr(self, option))):
                 raise ValueError(f"{option}: {getattr(self, option)!r} is no name of a topic")
@@ -132,8 +126,8 @@ def client_config(options: KafkaOptions, error_cb: Callable[[Any], None]) -> dic
     if options.security.startswith("sasl"):
         config["sasl.mechanism"] = options.sasl_mechanism
         config["sasl.username"], config["sasl.password"] = options.username, options.password
-    for name, value in (("ca", options.tls_ca), ("certificate", options.tls_certificate),
-                        ("key", options.tls_key)):  # fmt: skip
+    ca, certificate, key = options.tls_files
+    for name, value in (("ca", ca), ("certificate", certificate), ("key", key or certificate)):
         if value:
             config[f"ssl.{name}.location"] = str(value)
     return config
