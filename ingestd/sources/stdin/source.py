@@ -122,7 +122,8 @@ class StdinSource(Source):
     * When nothing is left that was refused, what waits goes on in its order, many at once.
 
     So nothing overtakes what was refused but an append that was under way before that was known:
-    the journal refuses at once, and only a commit that finds the disk full says so later.
+    a journal refuses at once, and only a commit that finds the disk full, or a log that takes
+    nothing, says so later.
 
     Args:
         settings: its bound.
