@@ -46,11 +46,30 @@ QUIET = {
     # Of sources that download, and of those with TLS.
     "ingestd_source_urls_failed_total",
     "ingestd_source_retries_total",
+    "ingestd_source_urls",
+    "ingestd_source_urls_done",
+    "ingestd_source_left_bytes",
     "ingestd_source_certificate_expiry_seconds",
     # Of sources that read from a broker.
     "ingestd_source_connected",
     "ingestd_source_backlog_messages",
     "ingestd_source_unsettled_messages",
+    "ingestd_source_messages_total",
+    "ingestd_source_acknowledged_total",
+    # Of sources over TCP and UDP.
+    "ingestd_source_connections",
+    "ingestd_source_connections_refused_total",
+    "ingestd_source_connections_cut_total",
+    "ingestd_source_received_bytes_total",
+    "ingestd_source_framing_faults_total",
+    "ingestd_source_datagrams_total",
+    "ingestd_source_datagrams_dropped_total",
+    "ingestd_appends_refused_total",
+    "ingestd_invalid_bytes_total",
+}
+# What no panel shows, and why.
+UNSHOWN = {
+    "process_virtual_memory_bytes": "address space is no memory; the resident part is shown",
 }
 # Of Prometheus itself.
 OWN = {"up"}
@@ -92,6 +111,19 @@ def test_all_that_is_asked_for_is_exported(exported: tuple[Daemon, set[str]]) ->
         assert metrics_in(text) <= names
     used = {name for text in QUERIES for name in re.findall(r"\$(\w+)", text)}
     assert used - {"__rate_interval"} == set(variables)
+
+
+def test_each_metric_has_a_panel(exported: tuple[Daemon, set[str]]) -> None:
+    one, _ = exported
+    _, _, page = one.request("GET", "/metrics", admin=True)
+    declared = set(re.findall(r"^# TYPE (\w+)", page.decode(), re.MULTILINE))
+    asked = {name for panel in PANELS for target in panel["targets"]
+             for name in metrics_in(target["expr"])}  # fmt: skip
+    # Histograms are asked for by the names of their series.
+    shown = {name if name in declared else re.sub(r"_(bucket|sum|count)$", "", name)
+             for name in asked}  # fmt: skip
+    assert declared - shown == UNSHOWN.keys()
+    assert shown <= declared
 
 
 def test_the_page_is_as_promtool_wants_it(exported: tuple[Daemon, set[str]]) -> None:
