@@ -1,4 +1,4 @@
-"""The manifests as `kubectl apply -k` would send them."""
+"""The manifests as `kubectl apply -k` and `helm install` would send them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.deploy.base import ROOT
-from tests.deploy.containers.engine import tool
+from tests.deploy.containers.engine import run, tool
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,6 +23,14 @@ FOLDER = ROOT / "deploy" / "kubernetes"
 BASE = FOLDER / "base"
 OVERLAYS = sorted(path for path in (FOLDER / "overlays").iterdir() if path.is_dir())
 KUSTOMIZE_MIN = (4, 5)
+
+CHART = ROOT / "deploy" / "helm" / "ingestd"
+"""The chart with its defaults, where a folder of kustomize is asked for."""
+VALUES = CHART.parent / "values"
+"""The chart with one of these files of values, likewise."""
+# Of operators; there are no schemas of them to be had.
+CUSTOM = {"ServiceMonitor", "PrometheusRule", "ScaledObject"}
+HASH = f"sha256:{'0' * 64}"
 
 
 @functools.cache
@@ -40,8 +48,34 @@ def unable() -> str:
     return ""
 
 
+def helm(*arguments: str, values: Object | None = None) -> subprocess.CompletedProcess[str]:
+    """Calls helm, with values from its standard input if there are some."""
+    if not tool("helm"):
+        pytest.skip("needs helm")
+    more = [] if values is None else ["--values", "-"]
+    return subprocess.run(
+        [tool("helm"), *arguments, *more], input=json.dumps(values), capture_output=True, text=True
+    )
+
+
+def chart(file: Path | None = None, **values: Any) -> str:
+    """What the chart renders to, as the release `ingestd` with a token of the name `shop`."""
+    files = ["--values", str(file)] if file else []
+    values.setdefault("tokens", {"hashes": {"shop": HASH}})
+    done = helm("template", "ingestd", str(CHART), *files, values=values)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def made_with(file: Path | None = None, **values: Any) -> list[Object]:
+    """The objects of the chart with values on top of its defaults and of a file of them."""
+    return [o for o in yaml.safe_load_all(chart(file, **values)) if o]
+
+
 @functools.cache
 def rendered(folder: Path) -> str:
+    if folder.is_relative_to(CHART.parent):
+        return chart(folder if folder.is_file() else None)
     if why := unable():
         pytest.skip(why)
     done = subprocess.run(
@@ -53,7 +87,19 @@ def rendered(folder: Path) -> str:
 
 
 def objects(folder: Path) -> list[Object]:
-    return list(yaml.safe_load_all(rendered(folder)))
+    return [o for o in yaml.safe_load_all(rendered(folder)) if o]
+
+
+def assert_valid(found: list[Object], path: Path) -> None:
+    """Holds objects against Kubernetes' own schemas, by way of a file at `path`."""
+    validate = tool("kubernetes-validate")
+    if not validate:
+        pytest.skip("needs kubernetes-validate")
+    known = [o for o in found if o["kind"] not in CUSTOM]
+    path.write_text(yaml.safe_dump_all(known))
+    done = run(validate, "--strict", "-k", "1.31", str(path))
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("passed") == len(known)
 
 
 def one(found: list[Object], kind: str, name: str = "") -> Object:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,8 +21,6 @@ from tests.deploy.containers.engine import tool
 from tests.deploy.containers.test_monitoring import RULES
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.deploy.containers.engine import Engine
 
 PAGE = (ROOT / "docs" / "DEPLOYMENT.md").read_text()
@@ -50,7 +50,7 @@ def test_what_it_says_of_handlers_is_the_shipped_dockerfile() -> None:
 
 
 def test_files_that_it_names_are_there() -> None:
-    for title in ("Docker", "Kubernetes", "Watching it"):
+    for title in ("Docker", "Kubernetes", "Helm", "Watching it"):
         for link in re.findall(r"\]\((?!http)([^)#]+)", section(title)):
             assert (ROOT / "docs" / link).exists(), link
     for folder in re.findall(r"^\| `([^`]+)` \|", section("Kubernetes"), re.MULTILINE):
@@ -69,7 +69,9 @@ def test_the_commands_do_what_they_say(engine: Engine, tmp_path: Path) -> None:
             shutil.copytree(source, copy / name, ignore=ignored)
         else:
             shutil.copy(source, copy / name)
-    environ = {"PATH": f"{engine.shim(tmp_path / 'bin')}{os.pathsep}{os.environ['PATH']}"}
+    shim = engine.shim(tmp_path / "bin")
+    tools = [str(Path(tool(name)).parent) for name in ("kubectl", "helm") if tool(name)]
+    environ = {"PATH": os.pathsep.join([str(shim), os.environ["PATH"], *tools])}
     ports = {f"127.0.0.1:{port}": f"127.0.0.1:{free_port()}" for port in (8080, 8081)}
 
     def script(commands: list[str]) -> str:
@@ -102,5 +104,12 @@ def test_the_commands_do_what_they_say(engine: Engine, tmp_path: Path) -> None:
         (secret,) = (o for o in found if o["kind"] == "Secret")
         assert secret["data"].keys() == {"shop"}
         assert "CHANGE-ME" not in str(secret)
+    if tool("helm"):
+        script(blocks("Helm"))
+        found = list(yaml.safe_load_all((copy / "chart.yaml").read_text()))
+        assert manifests.container(found)["image"] == "registry.example/shop/ingestd:1"
+        (secret,) = (o for o in found if o["kind"] == "Secret")
+        hashed = base64.b64decode(secret["data"]["shop"]).decode()
+        assert hashed == (copy / "shop.hash").read_text().strip()
     if tool("promtool"):
         assert "SUCCESS" in script(blocks("Watching it"))

@@ -123,9 +123,11 @@ def test_the_token_that_comes_with_it_lets_it_not_start(engine: Engine, tmp_path
         made.remove()
 
 
-def test_a_replica_without_a_volume(engine: Engine, tmp_path: Path) -> None:
-    folder = manifests.FOLDER / "overlays" / "stateless"
-    made = Replica(engine, folder, "stateless-0", tmp_path)
+@pytest.mark.parametrize("way", ["kustomize", "helm"])
+def test_a_replica_without_a_volume(engine: Engine, tmp_path: Path, way: str) -> None:
+    ways = {"kustomize": manifests.FOLDER / "overlays" / "stateless",
+            "helm": manifests.VALUES / "stateless.yaml"}  # fmt: skip
+    made = Replica(engine, ways[way], f"stateless-{way}-0", tmp_path)
     try:
         made.start()
         assert made.post(b'{"n":1}\n{"n":2}\n') == 2

@@ -1,0 +1,103 @@
+{{- define "ingestd.name" -}}
+{{- if .Values.fullnameOverride -}}
+{{ .Values.fullnameOverride }}
+{{- else if contains "ingestd" .Release.Name -}}
+{{ .Release.Name | trunc 52 | trimSuffix "-" }}
+{{- else -}}
+{{ printf "%s-ingestd" (.Release.Name | trunc 44 | trimSuffix "-") }}
+{{- end -}}
+{{- end }}
+
+{{- define "ingestd.selector" -}}
+app.kubernetes.io/name: ingestd
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
+{{- end }}
+
+{{- define "ingestd.labels" -}}
+{{ include "ingestd.selector" . }}
+app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .Release.Service }}
+helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
+{{- end }}
+
+{{- define "ingestd.account" -}}
+{{ .Values.serviceAccount.name | default (include "ingestd.name" .) }}
+{{- end }}
+
+{{- define "ingestd.workload" -}}
+{{ ternary "Deployment" "StatefulSet" (eq .Values.journal.kind "memory") }}
+{{- end }}
+
+{{- /* Seconds for which a pod finishes what it took. */ -}}
+{{- define "ingestd.drain" -}}
+{{ ternary .Values.drain.timeout .Values.autoscaling.drainTimeout (eq .Values.autoscaling.kind "none") | int }}
+{{- end }}
+
+{{- define "ingestd.grace" -}}
+{{ add .Values.drain.delay (include "ingestd.drain" .) 15 }}
+{{- end }}
+
+{{- /* A value as TOML has it on one line; toToml would make a float of every number. */ -}}
+{{- define "ingestd.toml" -}}
+{{- if kindIs "map" . -}}
+{ {{- range $i, $key := keys . | sortAlpha }}{{ if $i }}, {{ end }}{{ toRawJson $key }} = {{ include "ingestd.toml" (get $ $key) }}{{ end -}} }
+{{- else if kindIs "slice" . -}}
+[ {{- range $i, $one := . }}{{ if $i }}, {{ end }}{{ include "ingestd.toml" $one }}{{ end -}} ]
+{{- else -}}
+{{ toRawJson . }}
+{{- end -}}
+{{- end }}
+
+{{- /* ingestd.toml: what the chart decides, over the settings of the values. */ -}}
+{{- define "ingestd.settings" -}}
+{{- $files := dict }}
+{{- range ternary .Values.tokens.names (keys .Values.tokens.hashes) (ne .Values.tokens.existingSecret "") }}
+{{- $_ := set $files . (dict "file" (printf "/etc/ingestd-tokens/%s" .)) }}
+{{- end }}
+{{- if not (or $files .Values.settings.http .Values.settings.source .Values.settings.sources) }}
+{{- fail "Nothing says which clients may send records: set tokens.hashes, or tokens.existingSecret and tokens.names, or settings.http (docs/SECURITY.md)." }}
+{{- end }}
+{{- $bounds := dict }}
+{{- if ne .Values.journal.kind "sqlite" }}
+{{- /* Less than the container's limits: from here on clients are told to come again. */}}
+{{- $bounds = dict "journal" (dict "bytes_max" "256MiB") "dead" (dict "bytes_max" "64MiB") }}
+{{- end }}
+{{- $own := dict "journal" (dict "kind" .Values.journal.kind) "drain" (dict "delay" (printf "%ds" (int .Values.drain.delay)) "timeout" (printf "%ss" (include "ingestd.drain" .))) }}
+{{- if $files }}
+{{- $_ := set $own "http" (dict "tokens" $files) }}
+{{- end }}
+{{- $all := mergeOverwrite $bounds (deepCopy .Values.settings) $own -}}
+# Written by the chart from its values. See config/ingestd.toml for every setting there is.
+{{- range $key := keys $all | sortAlpha }}
+{{- if not (kindIs "map" (get $all $key)) }}
+{{ $key }} = {{ include "ingestd.toml" (get $all $key) }}
+{{- end }}
+{{- end }}
+{{- range $table := keys $all | sortAlpha }}
+{{- if kindIs "map" (get $all $table) }}
+
+[{{ $table }}]
+{{- $values := get $all $table }}
+{{- range $key := keys $values | sortAlpha }}
+{{ toRawJson $key }} = {{ include "ingestd.toml" (get $values $key) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end }}
+
+{{- /* The Secret that is mounted, and whether there is one: the name, or nothing. */ -}}
+{{- define "ingestd.tokens" -}}
+{{- if .Values.tokens.existingSecret -}}
+{{ .Values.tokens.existingSecret }}
+{{- else if .Values.tokens.hashes -}}
+{{ include "ingestd.name" . }}-tokens
+{{- end -}}
+{{- end }}
+
+{{- define "ingestd.secrets" -}}
+{{- if .Values.secretSettings.existingSecret -}}
+{{ .Values.secretSettings.existingSecret }}
+{{- else if .Values.secretSettings.values -}}
+{{ include "ingestd.name" . }}-secrets
+{{- end -}}
+{{- end }}
