@@ -18,6 +18,7 @@ from tests.access.tools import LOGS, NEXT, SHOP, Files
 from tests.daemon.harness import daemon
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow  # most start the program
 HASH = hash_of(SHOP)
 
 

@@ -11,12 +11,16 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from ingestd.http.credentials import hash_of
 from tests.access.tools import LOGS, NEXT, SHOP, Files, bearer
 from tests.daemon.harness import Daemon, daemon, written
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+pytestmark = pytest.mark.slow  # daemons that are reloaded
 
 ROUNDS = 15
 

@@ -14,6 +14,7 @@ from ingestd.config.keys import dotted, settings_of
 from ingestd.settings import Settings
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow  # each test starts the program
 
 HANDLERS = """
 class Store:

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 psycopg = pytest.importorskip("psycopg", reason="needs psycopg: pip install 'ingestd[postgres]'")
 
 
+pytestmark = pytest.mark.slow  # a server of PostgreSQL
+
+
 @pytest.fixture
 def database() -> Iterator[Database]:
     one = Database()
