@@ -239,11 +239,13 @@ class Daemon:
             self._metrics,
             sockets=self._passed.admin,
             hooks=self.settings.hooks,
+            traces=self.settings.traces,
         )
         opened: list[Callable[[], Awaitable[object]]] = []
         try:
-            await self.admin.start()
             opened.append(self.admin.close)
+            await self.admin.start()
+            traces = self.admin.traces
             for name, settings in self.settings.pipeline_settings().items():
                 pipeline = Pipeline(
                     name,
@@ -255,6 +257,8 @@ class Daemon:
                     keys=key_rule(self.settings),
                     surroundings=self._surroundings,
                 )
+                if traces is not None:
+                    traces.follow(pipeline)
                 await pipeline.open()
                 opened.append(partial(self._close_pipeline, pipeline))
                 self.pipelines[name] = pipeline
@@ -270,6 +274,8 @@ class Daemon:
                 data_dir=data_dir.path,
                 surroundings=self._surroundings,
             )
+            if traces is not None:
+                self.sources.trace(traces.requests)
             sources = self.sources
             self._metrics.watch_sources(sources.running, sources.numbers, sources.endpoints)
             await self.sources.start()
@@ -424,7 +430,7 @@ class Daemon:
             name: await pipeline.close_journal(give_up) for name, pipeline in self.pipelines.items()
         }
         await self.sources.report()
-        await self.admin.close()
+        await self.admin.close(urged=not grace)
         for name, report in reports.items():
             _log_report(name, report)
         code = self._exit_code(reports) or (self.sources.code() if self._input_ended else Exit.OK)

@@ -43,7 +43,7 @@ from ingestd.config.sections import (
     own_name,
     table_fault,
 )
-from ingestd.config.units import Count, Seconds, Size, Switch, Words, show_size
+from ingestd.config.units import Count, Seconds, Share, Size, Switch, Words, show_size
 from ingestd.execution.settings import HandlerSettings, RetrySettings
 from ingestd.http.settings import CredentialSettings
 from ingestd.journal.settings import DeadSettings, DedupeSettings, beyond_a_row
@@ -207,6 +207,17 @@ class LogSettings(Section):
     )
 
 
+class TracesSettings(Section):
+    """`[traces]`: spans for OpenTelemetry, whose environment variables say where they go."""
+
+    enabled: Switch = Field(
+        False, description="send spans of requests and of batches (needs the extra otel)"
+    )
+    ratio: Share = Field(
+        1.0, ge=0, le=1, description="share of requests without a traceparent that begin a trace"
+    )
+
+
 class DrainSettings(PipelineDrainSettings):
     """`[drain]`: draining of the daemon."""
 
@@ -286,7 +297,10 @@ def _kind_fault(name: str, kind: type[SourceKind]) -> str:
     )
 
 
-_LATER = {"sources", "pipelines", "admin", "hooks", "log", "drain", *PipelineSettings.model_fields}
+_LATER = {
+    "sources", "pipelines", "admin", "hooks", "log", "traces", "drain",
+    *PipelineSettings.model_fields,
+}  # fmt: skip
 _LOADED, UNUSABLE = SOURCES.load_kinds(_kind_fault)
 KINDS: dict[str, SourceKind] = {name: kind() for name, kind in _LOADED.items()}
 """The kinds of sources by name, and why others that are registered cannot be used."""
@@ -369,6 +383,7 @@ class Settings(_WithSources):
         default_factory=dict, max_length=100, description="signed POSTs on events, by name"
     )
     log: Own[LogSettings] = defaults_of(LogSettings)
+    traces: Own[TracesSettings] = defaults_of(TracesSettings)
     batch: Own[BatchSettings] = defaults_of(BatchSettings)
     queue: Own[QueueSettings] = defaults_of(QueueSettings)
     handler: Own[HandlerSettings] = defaults_of(HandlerSettings)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ingestd.pipeline import Pipeline
     from ingestd.settings import ConfiguredSource, Settings
     from ingestd.sources.base import InputCounts, Source
+    from ingestd.sources.http.headers import RequestTracer
     from ingestd.sources.progress import Progress, ProgressSnapshot
     from ingestd.sources.screening import ScreenedIntake
 
@@ -182,6 +183,11 @@ class SourceGroup:
             from ingestd.sources.progress import Progress  # noqa: PLC0415  servers have none
 
             self.progress = Progress(self._snapshot, stderr, clock=clock)
+
+    def trace(self, tracer: RequestTracer) -> None:
+        """Has requests traced; before `start`."""
+        for one in self.all:
+            one.source.tracer = tracer
 
     async def start(self) -> None:
         """Starts all; if one cannot be, those before it are closed again.

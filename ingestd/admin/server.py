@@ -34,9 +34,10 @@ if TYPE_CHECKING:
     from ingestd.admin.connection import AdminRequest
     from ingestd.admin.hooks import Hooks
     from ingestd.admin.status import AdminView
+    from ingestd.admin.traces import Traces
     from ingestd.admin.watch import History
     from ingestd.base.metrics import Metrics
-    from ingestd.settings import AdminSettings, HookSettings
+    from ingestd.settings import AdminSettings, HookSettings, TracesSettings
 
 SETTING = "admin.listen"
 SETTLE_SECONDS = 2.0
@@ -58,10 +59,12 @@ class AdminServer:
         view: who knows.
         metrics: what `/metrics` shows.
         sockets: listening ones to serve on, instead of on one of its own.
-        hooks: by name; they are there without an address, too.
+        hooks: by name; they are there without an address, too, and so are traces.
+        traces: `[traces]`; none without.
 
     Attributes:
         addresses: where each socket listens, `HOST:PORT` or `unix:PATH`, while it does.
+        traces: of requests and batches, after `start`; `None` if there are none.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class AdminServer:
         *,
         sockets: Sequence[socket.socket] = (),
         hooks: Mapping[str, HookSettings] = MappingProxyType({}),
+        traces: TracesSettings | None = None,
     ) -> None:
         self._settings = settings
         self._view = view
@@ -85,6 +89,8 @@ class AdminServer:
         self._sockets = list(sockets)
         self._hook_settings = hooks
         self._hooks: Hooks | None = None
+        self._trace_settings = traces
+        self.traces: Traces | None = None
         self._local = all(map(is_local, self._sockets))
         if not self._sockets and settings.listen:
             self._local = is_loopback(settings.listen)
@@ -100,8 +106,13 @@ class AdminServer:
 
         Raises:
             AddressError: it cannot.
-            ConfigError: what is set is not an address, or a file of tokens is not as it should be.
+            ConfigError: what is set is not an address, a file of tokens is not as it should be, or
+                there can be no traces.
         """
+        if self._trace_settings is not None and self._trace_settings.enabled:
+            from ingestd.admin.traces import Traces  # noqa: PLC0415  most daemons have none
+
+            self.traces = Traces(self._trace_settings.ratio)
         if self._hook_settings:
             from ingestd.admin.hooks import Hooks  # noqa: PLC0415  few daemons have some
 
@@ -127,8 +138,14 @@ class AdminServer:
             ) from error
         self.addresses = [show_socket(s) for one in self._listeners for s in one.sockets]
 
-    async def close(self) -> None:
-        """Stops listening, lets answers that are on their way out for a second, hangs up."""
+    async def close(self, *, urged: bool = False) -> None:
+        """Stops listening, lets answers that are on their way out for a second, hangs up.
+
+        Args:
+            urged: spans that wait are not sent any more.
+        """
+        if self.traces is not None:
+            await (self.traces.close(0.0) if urged else self.traces.close())
         if self._hooks is not None:
             self._hooks.close()
         if self._sampling is not None:

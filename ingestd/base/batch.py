@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from asyncio import Future
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ingestd.base.record import Records, Span
 
@@ -145,7 +145,10 @@ class RecentBatches:
         batches: the last tries, the newest one last.
         tried: tries since the start.
         ages: counts of the batches that were done with, by the bounds of their ages.
+        on_tried: called with each try; `None` for nothing.
     """
+
+    on_tried: Callable[[TriedBatch], None] | None = None
 
     def __init__(self) -> None:
         self.batches: deque[TriedBatch] = deque(maxlen=BATCHES_MAX)
@@ -159,6 +162,8 @@ class RecentBatches:
         self.batches.append(one)
         if one.outcome in {"done", "failed"}:
             self.ages[bisect_left(AGE_BOUNDS, one.age)] += 1
+        if self.on_tried is not None:
+            self.on_tried(one)
 
     def since(self, number: int) -> list[TriedBatch]:
         """The tries behind one with a number, those that are still kept."""

@@ -24,7 +24,7 @@ import msgspec
 from msgspec.structs import asdict, replace
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 BYTES_MAX = 4096
 """Bound of a packed envelope: headers, then attributes, are left out from the last one on."""
@@ -223,6 +223,11 @@ class EnvelopeRuns:
             found.append(_Run(envelope, upto - first, number and number + first - start))
             first, place = upto, place + 1
         return _form(found)
+
+    def different(self) -> Iterator[Envelope]:
+        """Yields each different envelope, in the order of their first records, without numbers."""
+        for packed in dict.fromkeys(run.envelope for run in self._runs):
+            yield _decode(packed) if packed else EMPTY
 
     def of(self, index: int) -> Envelope:
         """The envelope of a record; each different one is decoded once.

@@ -193,6 +193,11 @@ def _check_pipeline(
 
 def _check_access(settings: Settings, report: _Report) -> None:
     """Reads the files with tokens, secrets and certificates."""
+    if settings.traces.enabled:
+        try:
+            import ingestd.admin.traces  # noqa: F401, PLC0415  most daemons have none
+        except ConfigError as error:
+            report.problem("traces", str(error), error.exit_code)
     problems: list[str] = []
     read_tokens(settings.admin.tokens, problems, "admin.tokens")
     for text in problems:

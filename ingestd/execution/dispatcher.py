@@ -23,7 +23,7 @@ from ingestd.execution.retry import BatchSplitter, RetryRule, decide, rank, spen
 from ingestd.handlers.outcome import Job, error_kind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping
     from pathlib import Path
 
     from ingestd.base.batch import SealedBatch
@@ -66,7 +66,10 @@ class Dispatcher:
         running: batches that are with a worker, or lie ready before one.
         sinks: counts by target.
         keys: reads keys of records; `None` if batches are in no order.
+        around: called with each job and with what runs it; `None` for nothing.
     """
+
+    around: Callable[[Job, Callable[[Job], Awaitable[Result]]], Awaitable[Result]] | None = None
 
     def __init__(
         self,
@@ -215,6 +218,8 @@ class Dispatcher:
         name, spans = f"{journal}-{batch.number}", list(batch.spans)
         lineage = [f"{journal}-{number}" for number in batch.lineage]
         job = Job(name, batch.attempts + 1, records, spans, journal, batch.accepted_at, lineage)
+        if self.around is not None:
+            return await self.around(job, self.pool.run)
         return await self.pool.run(job)
 
     def ended(self) -> None:

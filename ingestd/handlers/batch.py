@@ -260,6 +260,11 @@ class Batch(Sequence[T_co], Generic[T_co]):
         """
         return list(self._job.lineage)
 
+    @property
+    def traceparent(self) -> str:
+        """The span of this call, as W3C Trace Context has it; empty if the daemon traces it not."""
+        return self._job.traceparent
+
     def envelope(self, i: int) -> Envelope:
         """The origin of record `i`: source, client, chosen headers; kept in the journal.
 

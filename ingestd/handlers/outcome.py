@@ -25,6 +25,7 @@ class Job(msgspec.Struct, frozen=True, array_like=True):
         origin: the journal's own id, the first part of each record's id.
         accepted_at: when the batch's first record was accepted, seconds since the epoch.
         lineage: the ids of the batches that this one was split from, oldest first.
+        traceparent: the span of this call (W3C Trace Context); empty if it has none.
     """
 
     batch: str
@@ -34,6 +35,7 @@ class Job(msgspec.Struct, frozen=True, array_like=True):
     origin: str
     accepted_at: float = 0.0
     lineage: list[str] = []
+    traceparent: str = ""
 
 
 class Rejection(msgspec.Struct, frozen=True, array_like=True):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+import sys
 import threading
+from functools import partial
 from inspect import isawaitable
 from itertools import islice
 from os import getpid
@@ -38,7 +41,7 @@ from ingestd.handlers.outcome import (
 from ingestd.handlers.text import plain
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from ingestd.handlers.chain import ChainSpec
     from ingestd.handlers.outcome import Job
@@ -203,6 +206,12 @@ class Runner:
 
     def run(self, job: Job) -> Result:
         """Calls the handler; never raises."""
+        if job.traceparent:
+            with _current_span(job.traceparent):
+                return self._run(job)
+        return self._run(job)
+
+    def _run(self, job: Job) -> Result:
         if self.spoiled:
             self.renew()
         process = getpid()
@@ -314,4 +323,34 @@ class Runner:
 
 
 _LEVELS = frozenset({"error", "warning", "info"})
+
+
+@contextlib.contextmanager
+def _current_span(traceparent: str) -> Iterator[None]:
+    """Makes the span of a call the current one of OpenTelemetry, if the handler has imported that.
+
+    In a thread of the daemon it is: such a thread runs in the context in which the span was begun.
+    """
+    leave: Callable[[], object] = bool
+    if "opentelemetry.trace" in sys.modules:
+        with contextlib.suppress(Exception):  # of a version that does it in another way
+            leave = _entered(traceparent)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(Exception):
+            leave()
+
+
+def _entered(traceparent: str) -> Callable[[], object]:
+    from opentelemetry import context, trace  # noqa: PLC0415  the handler has
+    from opentelemetry.trace.propagation import tracecontext  # noqa: PLC0415
+
+    current = trace.get_current_span().get_span_context()
+    if f"-{trace.format_span_id(current.span_id)}-" in traceparent[35:]:
+        return bool
+    extract = tracecontext.TraceContextTextMapPropagator().extract
+    return partial(context.detach, context.attach(extract({"traceparent": traceparent})))
+
+
 _OVERRAN = f"it was not done after {CLOSE_SECONDS:g} s"

@@ -205,6 +205,7 @@ class SharedBuffer:
         records = (layout, count, b"", sizes, names, envelopes)
         facts = (
             job.batch, job.attempt, records, job.spans, job.origin, job.accepted_at, job.lineage,
+            job.traceparent,
         )  # fmt: skip
         return encode((facts, size, start))
 
@@ -234,7 +235,10 @@ def _seal(fd: int) -> None:
 def _with_payload(job: Job, payload: bytes) -> Job:
     layout, count, _, sizes, names, envelopes = job.records
     records = Records(layout, count, payload, sizes, names, envelopes)
-    return Job(job.batch, job.attempt, records, job.spans, job.origin, job.accepted_at, job.lineage)
+    return Job(
+        job.batch, job.attempt, records, job.spans, job.origin, job.accepted_at, job.lineage,
+        job.traceparent,
+    )  # fmt: skip
 
 
 def set_timeout(sock: socket.socket, seconds: float) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ingestd.base.clock import Clock
     from ingestd.base.record import Format
     from ingestd.handlers.outcome import SinkFinding
+    from ingestd.sources.http.headers import RequestTracer
     from ingestd.sources.screening import ScreenedIntake
 
 
@@ -124,9 +125,11 @@ class Source:
 
     Attributes:
         addresses: of a server: where it listens, after `start`.
+        tracer: traces requests, if it is set before `start`.
     """
 
     addresses: Sequence[str] = ()
+    tracer: RequestTracer | None = None
 
     @classmethod
     def of(cls, settings: Any, context: SourceContext) -> Source:

@@ -118,7 +118,9 @@ class Client:
 
 
 @contextlib.asynccontextmanager
-async def serving(*intakes: MemoryIntake, on_request: Any = None, **settings: Any) -> Any:
+async def serving(
+    *intakes: MemoryIntake, on_request: Any = None, tracer: Any = None, **settings: Any
+) -> Any:
     """A started source."""
     settings.setdefault("listen", "127.0.0.1:0")
     source = HttpSource(
@@ -128,6 +130,7 @@ async def serving(*intakes: MemoryIntake, on_request: Any = None, **settings: An
         on_request=on_request,
         screens={one.name: one for one in intakes if isinstance(one, ScreenedIntake)},
     )
+    source.tracer = tracer
     await source.start()
     try:
         yield source

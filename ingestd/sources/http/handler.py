@@ -63,6 +63,7 @@ class IngestHandler:
         cors: the headers for browsers, if any; may be replaced.
         why_absent: gives the reason why a path is not there, or an empty text; may be replaced.
         ingestion: takes the bodies.
+        tracer: traces requests with records, if any.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class IngestHandler:
         self.cors: Cors | None = None
         self.why_absent: Callable[[str, str], str] = lambda _method, _target: ""
         self.ingestion = Ingestion(settings, self._authorize, self._identify)
+        self.tracer: headers.RequestTracer | None = None
         self._settings = settings
         self._resources = resources
         self._on_request = on_request
@@ -223,6 +225,9 @@ class IngestHandler:
             pipeline = route.intake.name
             if slug:
                 route.counts.refuse(slug)
+        if self.tracer is not None:
+            self.tracer.end(status, slug)
+            unbind_contextvars(*headers.TRACE_FIELDS)
         if self._on_request is not None:
             path = NO_ROUTE if route is None or route.spec is None else route.spec.path
             self._on_request(path, pipeline, status, seconds, slug)
@@ -287,7 +292,21 @@ class IngestHandler:
         if probed:
             head = route.head_of(method, request.raw_path, request.headers)
             return route.endpoint.probe(head)
+        if self.tracer is not None:
+            _begin_span(self.tracer, request, route)
         return route, principal
+
+
+def _begin_span(tracer: headers.RequestTracer, request: Request, route: Route) -> None:
+    """Begins the span of a request; log and envelopes have it in place of the client's."""
+    given = {}
+    if headers.read_trace(request.headers.getall(headers.HEADER, ())):
+        names = (headers.HEADER, headers.STATE_HEADER)
+        given = {n: ", ".join(request.headers.getall(n)) for n in names if n in request.headers}
+    span = tracer.begin(request.method, route.spec.path, route.intake.name, given)
+    if span:
+        request.headers[headers.HEADER] = span
+        bind_contextvars(**headers.read_trace([span]))
 
 
 def _show(found: Problem, route: Route | UnknownPath | None, request: Request) -> Response:

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from ingestd.base.envelope import NAME_CHARACTERS_MAX, Envelope, pack
 from ingestd.http import problem
 from ingestd.http.problem import Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from multidict import MultiMapping
 
+    from ingestd.base.append import AppendCounts
+
 HEADER = "traceparent"
+STATE_HEADER = "tracestate"
+TRACE_FIELDS = ("trace_id", "parent_id")
+"""Fields of `read_trace`."""
 _VALUE = re.compile(
     r"(?!ff)(?P<version>[0-9a-f]{2})-(?!0{32})(?P<trace>[0-9a-f]{32})-(?!0{16})(?P<parent>[0-9a-f]{16})"
     r"-[0-9a-f]{2}(?P<more>-.*)?",
@@ -35,6 +40,41 @@ def read_trace(values: Sequence[str]) -> dict[str, str]:
     if match is None or (match["more"] and match["version"] == "00"):
         return {}
     return {"trace_id": match["trace"], "parent_id": match["parent"]}
+
+
+class RequestTracer(Protocol):
+    """Traces requests with records; on the event loop.
+
+    Attributes:
+        counts: makes the counts of an endpoint.
+    """
+
+    @property
+    def counts(self) -> Callable[[], AppendCounts]: ...  # noqa: D102  see the class
+
+    def wants(self) -> bool:
+        """Tells if a request without a trace is to have a span: it goes the ordinary way then."""
+        ...
+
+    def begin(self, method: str, path: str, pipeline: str, trace: Mapping[str, str]) -> str:
+        """Begins the span of a request, in its task; returns its `traceparent`, or nothing.
+
+        Args:
+            method: of the request.
+            path: the template of its route.
+            pipeline: its name.
+            trace: `traceparent` and `tracestate` of the client; empty without a valid one.
+        """
+        ...
+
+    def end(self, status: int, problem: str) -> None:
+        """Ends the span of the request that this task has, if any.
+
+        Args:
+            status: of the answer; 499 if the client has left.
+            problem: the slug of its problem, or empty.
+        """
+        ...
 
 
 # -- envelopes -------------------------------------------------------------------------------------

@@ -162,6 +162,8 @@ class QuickRequests:
             self._heads.learn(request, partial(self._take, quick))
 
     def _take(self, head: _QuickHead, connection: Connection, body: bytes) -> bool:
+        if (tracer := self._handler.tracer) is not None and tracer.wants():
+            return False
         client = head.client or connection.client
         if not client:  # a peer of a Unix socket, which the ordinary way tells by its user
             return False

@@ -156,6 +156,7 @@ class HttpSource(Source):
             keepalive_timeout=settings.keepalive_timeout,
         )
         self._handler.why_absent = self._why_absent
+        self._handler.tracer = self.tracer
         self._server.authorities = self._access.authorities
         self._quick = QuickRequests(self._handler, self._server)
         try:
@@ -180,7 +181,8 @@ class HttpSource(Source):
         for name, endpoint in endpoints.items():
             keep = (*settings.keep_headers, *endpoint.keep_headers)
             envelopes = RequestEnvelopes(self._name, name, keep)
-            counts = self._counts.setdefault(name, AppendCounts())
+            kind = AppendCounts if self.tracer is None else self.tracer.counts
+            counts = self._counts.setdefault(name, kind())
             for spec in endpoint.routes:
                 found |= self._resources_of(endpoint, spec, envelopes, counts)
             if endpoint.prefix:
