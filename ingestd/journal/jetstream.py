@@ -28,7 +28,7 @@ from ingestd.journal.settings import JournalKind
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Awaitable, Callable, Iterable, Iterator
+    from collections.abc import Callable, Coroutine, Iterable, Iterator
 
     from ingestd.journal.interface import Journal, JournalContext
     from ingestd.journal.log.interface import LogMessage, Snapshot
@@ -40,6 +40,7 @@ VERSION_MIN = (2, 15)
 HEADERS_BYTES = 512
 READ_MESSAGES = 1000
 OPEN_SECONDS, OPEN_TRIES = 5.0, 4
+RECONNECT_SECONDS, PING_SECONDS_MIN = 0.25, 1.0
 _WRONG_LAST = 10071
 _FULL = {10047, 10023}
 _STORE_FAILED = 10077
@@ -185,6 +186,8 @@ class JetStreamLog:
         self._snapshots = f"{settings.stream}.snapshot.{place}"
         self._parts = f"{settings.stream}.part.{place}"
         self._client: Any = None
+        self._closed = asyncio.Event()
+        self._reconnecting: asyncio.Task[None] | None = None
         self._late = self._full = ""
         self._lease = self._first_part = 0
 
@@ -202,7 +205,7 @@ class JetStreamLog:
         self._nats = _nats()
         own = self._settings
         self._client = self._nats.aio.client.Client()
-        await self._ask(self._connect())
+        await self._ask(self._first_connect())
         version = self._client.connected_server_version
         shown = f"{version.major}.{version.minor}.{version.patch}"
         if (version.major, version.minor) < VERSION_MIN:
@@ -225,11 +228,20 @@ class JetStreamLog:
         self._js = self._client.jetstream(timeout=own.timeout)
         self._bucket = await self._ask(self._js.key_value(own.bucket))
 
-    async def _connect(self) -> None:
+    async def _first_connect(self) -> None:
+        async with asyncio.timeout(2 * self._settings.timeout):
+            await self._connect([*self._settings.servers])
+        self._reconnecting = asyncio.create_task(self._reconnect(), name="nats reconnect")
+
+    async def _connect(self, servers: list[str]) -> None:
+        """Connects to one of these servers, or of those that the client knows already."""
         own = self._settings
 
         async def quiet(_error: Exception) -> None:
             """The client tells of each server that it does not reach; `refusal` is enough."""
+
+        async def ended() -> None:
+            self._closed.set()
 
         access: dict[str, Any] = {}
         if own.username:
@@ -238,12 +250,22 @@ class JetStreamLog:
             access["user_credentials"] = own.credentials
         if own.tls.ca or own.tls.certificate:
             access["tls"] = _context(own.tls)
-        async with asyncio.timeout(2 * own.timeout):
-            await self._client.connect(
-                [*own.servers], name="ingestd", error_cb=quiet, max_reconnect_attempts=-1,
-                reconnect_time_wait=0.25, connect_timeout=own.timeout, ping_interval=10,
-                **access,
-            )  # fmt: skip
+        await self._client.connect(
+            servers, name="ingestd", error_cb=quiet, closed_cb=ended, max_reconnect_attempts=-1,
+            reconnect_time_wait=RECONNECT_SECONDS, connect_timeout=own.timeout,
+            # A server that is cut off is left after two of these without an answer.
+            ping_interval=max(PING_SECONDS_MIN, own.timeout), **access,
+        )  # fmt: skip
+
+    async def _reconnect(self) -> None:
+        """Connects again where the client does not: servers that refuse it, it leaves for good."""
+        while True:
+            await self._closed.wait()
+            self._closed.clear()
+            while not self._client.is_connected:
+                with contextlib.suppress(self._nats.errors.Error, OSError, ConfigError):
+                    await self._connect([])
+                await asyncio.sleep(RECONNECT_SECONDS)
 
     async def _open_stream(self) -> None:
         own, api = self._settings, self._nats.js.api
@@ -294,7 +316,7 @@ class JetStreamLog:
             text = f"the bucket {own.bucket} has {info.config.num_replicas} replicas"
             raise ConfigError(problem=f"{text}, journal.jetstream.replicas is {own.replicas}")
 
-    async def _made(self, stream: str, make: Callable[[], Awaitable[object]]) -> Any:
+    async def _made(self, stream: str, make: Callable[[], Coroutine[Any, Any, object]]) -> Any:
         """Returns what is known of a stream, which is made if it is not there and may be."""
         errors = self._nats.js.errors
         try:
@@ -310,7 +332,7 @@ class JetStreamLog:
                 raise ConfigError(problem=f"the stream {stream}: {error.description}") from error
         return await self._ask(self._js.stream_info(stream))
 
-    async def _ask(self, call: Awaitable[T], *, raw: bool = False) -> T:
+    async def _ask(self, call: Coroutine[Any, Any, T], *, raw: bool = False) -> T:
         """Waits for an answer; passes on that something is not there, or is another's.
 
         Args:
@@ -323,6 +345,10 @@ class JetStreamLog:
         from ingestd.journal.log.interface import LogUnreachable, retry_after  # noqa: PLC0415
 
         errors = self._nats.js.errors
+        if self._reconnecting is not None and not self._client.is_connected:
+            call.close()  # between two connections it would be lost, and answers to later ones too
+            problem = "no NATS server is connected"
+            raise LogUnreachable(problem=problem, retry_after=retry_after())
         try:
             return await call
         except (errors.NotFoundError, errors.KeyWrongLastSequenceError, errors.KeyNotFoundError):
@@ -502,6 +528,8 @@ class JetStreamLog:
 
     async def close(self) -> None:
         """See `ReplicatedLog.close`."""
+        if self._reconnecting is not None:
+            self._reconnecting.cancel()
         if self._client is not None:
             await self._client.close()
 

@@ -197,6 +197,11 @@ class GroupProver:
             return daemon_fault_at(self._state.seed, self._next - 1)
 
     @property
+    def have_served(self) -> bool:
+        """Tells if each daemon has taken records."""
+        return all(one.served.is_set() for one in self._daemons)
+
+    @property
     def is_late(self) -> bool:
         """Tells if no fault should begin any more."""
         return time.monotonic() >= self._ends_at
@@ -286,6 +291,8 @@ class _Servers(_Faulted):
 
     def _work(self) -> None:
         prover, group = self._prover, self._prover.group
+        while not prover.have_served:  # a stream is made only while all of its nodes are there
+            prover.rest(LOOK_SECONDS)
         while group.server_faults < group.server_kills and not prover.is_late:
             self._fault()
         self.faultless.set()
@@ -323,6 +330,7 @@ class _GroupDaemon(_Faulted):
 
     Attributes:
         target: the port of the one that serves.
+        served: set when the first of them took records.
         end: exit code and drain report of the last one.
     """
 
@@ -330,6 +338,7 @@ class _GroupDaemon(_Faulted):
         self._name = f"daemon-{number + 1}"
         super().__init__(prover, self._name)
         self.target = ProofTarget()
+        self.served = threading.Event()
         self.end: tuple[int, dict[str, Any]] | None = None
         self._folder = prover.folder / self._name
         self._daemon: DaemonProcess | None = None
@@ -408,6 +417,7 @@ class _GroupDaemon(_Faulted):
     def _opened(self, daemon: DaemonProcess, ready: DaemonReady) -> None:
         self._daemon, self._ready = daemon, ready
         self.target.open(ready.port)
+        self.served.set()
         self._prover.started(ready.seconds, again=self._lives > 1)
 
     def _rest(self, seconds: float) -> None:

@@ -6,12 +6,14 @@ import pytest
 
 from ingestd.base.clock import SystemClock
 from ingestd.journal.sqlite.journal import SqliteJournal
+from tests.journal.on_nats import opener
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
     from pathlib import Path
 
     from ingestd.journal.interface import Chunk, Recovered
+    from ingestd.journal.log import LogJournal
 
 
 class Opened:
@@ -44,3 +46,10 @@ async def opened(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Opened
     for journal in live:
         if journal._reader._shutdown is False:
             await journal.close()
+
+
+@pytest.fixture
+async def open_(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[LogJournal]]]:
+    """Opens a journal on servers of NATS, each in a folder of its own."""
+    async with opener(tmp_path) as open_one:
+        yield open_one

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import tempfile
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 from ingestd.base.append import Append
-from ingestd.base.clock import SystemClock
 from ingestd.base.errors import ConfigError, JournalFailed, Overloaded
 from ingestd.base.record import Records, Span
-from ingestd.journal.build import build_journal
 from ingestd.journal.interface import Cursor, Seal, Sealed, Settle
 from ingestd.journal.jetstream import JetStreamKind, JetStreamLog, JetStreamSettings
-from ingestd.journal.settings import DeadSettings
-from ingestd.pipeline_settings import JournalTables
+from tests.journal.on_nats import accept, crash, lines
 from tests.nats import running
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import Iterator
+    from pathlib import Path
 
     from ingestd.journal.interface import Recovered
-    from ingestd.journal.log import LogJournal
     from tests.nats import Cluster
 
 pytest.importorskip("nats", reason="needs nats-py: pip install 'ingestd[jetstream]'")
@@ -41,38 +36,6 @@ def one_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 def three_nodes(tmp_path: Path) -> Iterator[Cluster]:
     with running(tmp_path, 3) as cluster:
         yield cluster
-
-
-@pytest.fixture
-async def open_(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[LogJournal]]]:
-    """Opens a journal on servers, each in a folder of its own."""
-    live: list[LogJournal] = []
-
-    async def open_one(cluster: Cluster, name: str, **own: Any) -> LogJournal:
-        folder = Path(tempfile.mkdtemp(dir=tmp_path))
-        table = {"servers": cluster.urls, "name": name, "replicas": len(cluster.servers),
-                 "timeout": "1s", "lease": "1s", **own}  # fmt: skip
-        settings = JournalTables(kind="jetstream", jetstream=table)
-        journal: Any = build_journal(settings, DeadSettings(), folder=folder, clock=SystemClock())
-        journal.recovered = await journal.open(lambda _: None)
-        journal.failed.add_done_callback(lambda failed: failed.exception())
-        live.append(journal)
-        return journal
-
-    yield open_one
-    for journal in live:
-        if not journal._reader._shutdown:
-            await journal.close(asyncio.get_running_loop().time() + 3)
-
-
-def lines(*records: bytes) -> Records:
-    return Records.lines(records)
-
-
-async def crash(journal: LogJournal) -> None:
-    """As after a SIGKILL: nothing of it reaches the servers any more."""
-    journal._renewing.cancel()
-    await journal._log._client.close()
 
 
 async def test_another_daemon_goes_on_with_what_was_accepted(one_node, open_) -> None:
@@ -155,18 +118,6 @@ async def test_a_node_that_is_down_for_a_while_costs_503_and_nothing_else(
         await asyncio.wait_for(seal, 20)
         await accept(journal, b"3")
         assert journal.ledger.accepted == 2
-
-
-async def accept(journal: LogJournal, record: bytes) -> None:
-    """As a client that comes again after a 503."""
-    async with asyncio.timeout(40):
-        while True:
-            try:
-                await journal.append(Append(lines(record)))
-            except Overloaded:
-                await asyncio.sleep(0.05)
-            else:
-                return
 
 
 async def test_two_of_three_nodes_down_and_back(three_nodes, open_) -> None:

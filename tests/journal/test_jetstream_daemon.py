@@ -6,16 +6,16 @@ import contextlib
 import json
 import signal
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.daemon.harness import Daemon
+from tests.faults.tools import needs
 from tests.nats import running
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.nats import Cluster
 
 pytest.importorskip("nats", reason="needs nats-py: pip install 'ingestd[jetstream]'")
@@ -28,11 +28,14 @@ from ingestd import Batch
 def keep(batch: Batch[int]) -> None:
     with open({out!r}, "a") as out:
         out.write(json.dumps([batch.id, list(batch)]) + "\\n")
-    time.sleep({seconds})
+    if {seconds}:
+        time.sleep({seconds})
 """
 
 
-def start(folder: Path, cluster: Cluster, out: Path, seconds: float) -> Daemon:
+def start(
+    folder: Path, cluster: Cluster, out: Path, seconds: float, *more: str, **how: Any
+) -> Daemon:
     """A daemon on a machine of its own: nothing is shared but the servers."""
     folder.mkdir()
     (folder / "h.py").write_text(HANDLER.format(out=str(out), seconds=seconds))
@@ -41,7 +44,7 @@ def start(folder: Path, cluster: Cluster, out: Path, seconds: float) -> Daemon:
         "--journal.kind", "jetstream", "--journal.jetstream.name", "shop",
         "--journal.jetstream.servers", ",".join(cluster.urls),
         "--journal.jetstream.replicas", str(len(cluster.servers)),
-        "--journal.jetstream.lease", "2s", "--executor.workers", "2", cwd=folder,
+        "--journal.jetstream.lease", "2s", "--executor.workers", "2", *more, cwd=folder, **how,
     )  # fmt: skip
 
 
@@ -130,3 +133,37 @@ def test_records_come_again_after_the_servers_were_away(tmp_path: Path) -> None:
         assert one.wait() == 0
     taken = sorted(n for numbers in batches(out).values() for n in numbers)
     assert taken == [1, 3]
+
+
+@needs("faketime")
+def test_a_lease_holder_keeps_its_log_when_its_clock_jumps(tmp_path: Path) -> None:
+    """The lease is of the servers' clock; jumps of a day, forward and back, change nothing."""
+    out, clock = tmp_path / "out", tmp_path / "clock"
+    (tmp_path / "nats").mkdir()
+    clock.write_text("+0")
+    brief = ("--journal.jetstream.lease", "1s")
+    (library,) = Path("/usr/lib").glob("**/faketime/libfaketimeMT.so.1")
+    jumping = {
+        "LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }  # fmt: skip
+    with (
+        running(tmp_path / "nats") as cluster,
+        start(tmp_path / "one", cluster, out, 0, *brief, environ=jumping) as one,
+    ):
+        assert one.post(b"1\n")[0] == 202
+        clock.write_text("+1d")
+        assert one.post(b"2\n")[0] == 202
+        with start(tmp_path / "two", cluster, out, 0, *brief) as two:
+            clock.write_text("-1d")
+            assert one.post(b"3\n")[0] == 202
+            assert two.wait() == 75  # the lease was renewed all the time
+            assert "owns it" in str([two.events, two.other])
+        assert one.post(b"4\n")[0] == 202
+        one.until_settled()
+        one.terminate()
+        assert one.wait() == 0
+        assert one.event("drained")["balanced"]
+        days = {event["timestamp"][:10] for event in one.events if "timestamp" in event}
+        assert len(days) > 1, "its clock did not jump"
+    assert sorted(n for numbers in batches(out).values() for n in numbers) == [1, 2, 3, 4]

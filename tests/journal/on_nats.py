@@ -1,0 +1,73 @@
+"""Journals in NATS JetStream, in the process of a test."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ingestd.base.append import Append
+from ingestd.base.clock import SystemClock
+from ingestd.base.errors import Overloaded
+from ingestd.base.record import Records
+from ingestd.journal.build import build_journal
+from ingestd.journal.settings import DeadSettings
+from ingestd.pipeline_settings import JournalTables
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from ingestd.journal.log import LogJournal
+    from tests.nats import Cluster
+
+
+@contextlib.asynccontextmanager
+async def opener(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[LogJournal]]]:
+    """Opens journals on servers, each in a folder of its own."""
+    live: list[LogJournal] = []
+
+    async def open_one(cluster: Cluster, name: str, **own: Any) -> LogJournal:
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        table = {"servers": cluster.urls, "name": name, "replicas": len(cluster.servers),
+                 "timeout": "1s", "lease": "1s", **own}  # fmt: skip
+        settings = JournalTables(kind="jetstream", jetstream=table)
+        journal: Any = build_journal(settings, DeadSettings(), folder=folder, clock=SystemClock())
+        journal.recovered = await journal.open(lambda _: None)
+        journal.failed.add_done_callback(lambda failed: failed.exception())
+        live.append(journal)
+        return journal
+
+    yield open_one
+    for journal in live:
+        if not journal._reader._shutdown:
+            await journal.close(asyncio.get_running_loop().time() + 3)
+
+
+def lines(*records: bytes) -> Records:
+    return Records.lines(records)
+
+
+async def crash(journal: LogJournal) -> None:
+    """As after a SIGKILL: nothing of it reaches the servers any more."""
+    journal._renewing.cancel()
+    await journal._log.close()
+
+
+async def accept(journal: LogJournal, record: bytes) -> None:
+    """As a client that comes again after a 503."""
+    async with asyncio.timeout(40):
+        while True:
+            try:
+                await journal.append(Append(lines(record)))
+            except Overloaded:
+                await asyncio.sleep(0.05)
+            else:
+                return
+
+
+async def records(journal: LogJournal) -> list[bytes]:
+    """All that is pending."""
+    chunks = await journal.read(1, 1 << 30)
+    return [item for chunk in chunks for item in chunk.records.items()]

@@ -1,0 +1,109 @@
+"""Faults of the servers and of their surroundings: disks, credentials, certificates, clocks."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+import trustme
+
+from ingestd.base.append import Append
+from ingestd.base.errors import JournalFailed, Overloaded
+from tests.journal.on_nats import accept, crash, lines, records
+from tests.nats import running
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ingestd.journal.log import LogJournal
+
+pytest.importorskip("nats", reason="needs nats-py: pip install 'ingestd[jetstream]'")
+pytestmark = pytest.mark.slow
+
+
+async def test_a_disk_is_wiped_and_then_the_other_nodes_fail(tmp_path: Path, open_) -> None:
+    """What the wiped node has is what the others gave it; then a majority needs it."""
+    (tmp_path / "nats").mkdir()
+    with running(tmp_path / "nats", 3) as cluster:
+        journal = await open_(cluster, "wiped")
+        first, *others = cluster.servers
+        sent = [b"%d" % n for n in range(60)]
+        for record in sent[:20]:
+            await accept(journal, record)
+        first.kill()
+        shutil.rmtree(first.store)
+        for record in sent[20:30]:
+            await accept(journal, record)
+        await asyncio.to_thread(first.start)
+        for one, some in zip(others, (sent[30:45], sent[45:]), strict=True):
+            for node in cluster.servers:
+                await asyncio.to_thread(node.wait_ready, "/healthz")
+            one.kill()
+            for record in some:
+                await accept(journal, record)
+            await asyncio.to_thread(one.start)
+        assert await records(journal) == sent
+        await crash(journal)
+        assert await records(await open_(cluster, "wiped")) == sent
+
+
+async def refused(journal: LogJournal) -> None:
+    """Waits until records are refused; that it is at once, and with a time to come again."""
+    async with asyncio.timeout(20):
+        while not journal._log.refusal:
+            await asyncio.sleep(0.01)
+    loop = asyncio.get_running_loop()
+    before = loop.time()
+    with pytest.raises(Overloaded) as one:
+        journal.append(Append(lines(b"refused")))
+    assert one.value.retry_after > 0
+    assert loop.time() - before < 0.1
+
+
+CONFIG = """
+authorization {{ users: [{{ user: "shop", password: "one" }}] }}
+tls {{
+  cert_file: "{0}/server.pem", key_file: "{0}/server.pem", ca_file: "{0}/ca.pem", verify: true
+}}
+"""
+
+
+def certificates(folder: Path) -> dict[str, str]:
+    """Makes those of an authority, of the server and of the daemon; settings of the daemon."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+    for name in ("server", "client"):
+        own = authority.issue_cert("127.0.0.1", common_name=name)
+        own.private_key_and_cert_chain_pem.write_to_path(str(folder / f"{name}.pem"))
+    return {"ca": str(folder / "ca.pem"), "certificate": str(folder / "client.pem")}
+
+
+async def test_credentials_are_revoked_and_valid_again(tmp_path: Path, open_) -> None:
+    """With a password, over TLS that asks for certificates."""
+    (tmp_path / "nats").mkdir()
+    tls = certificates(tmp_path)
+    access = {"username": "shop", "password": "one", "tls": tls}
+    with running(tmp_path / "nats", config=CONFIG.format(tmp_path)) as cluster:
+        (node,) = cluster.servers
+        text = node.file.read_text()
+        journal = await open_(cluster, "revoked", **access)
+        await journal.append(Append(lines(b"1")))
+        for number in (2, 3):  # and once more: the second time is no other
+            node.file.write_text(text.replace('"one"', '"another"'))
+            node.send(signal.SIGHUP)
+            await refused(journal)
+            await asyncio.sleep(0.7)  # some tries with what is not valid
+            await refused(journal)
+            node.file.write_text(text)
+            node.send(signal.SIGHUP)
+            await accept(journal, b"%d" % number)
+        assert await records(journal) == [b"1", b"2", b"3"]
+        assert not journal.failed.done()
+        await crash(journal)
+        assert await records(await open_(cluster, "revoked", **access)) == [b"1", b"2", b"3"]
+        for wrong in ({"password": "two"}, {"tls": {"ca": tls["ca"]}}, {"tls": {}}):
+            with pytest.raises(JournalFailed, match="takes nothing"):
+                await open_(cluster, "revoked", **access | wrong, timeout="0.2s")

@@ -1,0 +1,231 @@
+"""Power failures of nodes with disks of their own; nodes and daemons that are cut off."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import threading
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from ingestd.base.append import Append
+from ingestd.base.errors import Overloaded
+from tests.faults.power import Disk, Network, disks
+from tests.faults.tools import needs
+from tests.journal.on_nats import crash, lines, records
+from tests.journal.test_jetstream_daemon import batches, start
+from tests.nats import running
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from ingestd.journal.log import LogJournal
+    from ingestd.prove.servers import NatsServer
+    from tests.nats import Cluster
+
+pytest.importorskip("nats", reason="needs nats-py: pip install 'ingestd[jetstream]'")
+pytestmark = pytest.mark.slow
+
+NODES = ("node1", "node2", "node3")
+
+
+class Load:
+    """Records that are accepted one after the other.
+
+    Attributes:
+        accepted: in their order.
+    """
+
+    def __init__(self, journal: LogJournal) -> None:
+        self.accepted: list[bytes] = []
+        self._journal = journal
+        self._ended = asyncio.Event()
+        self._task = asyncio.create_task(self._run())
+
+    async def _run(self) -> None:
+        while not self._ended.is_set():
+            record = b"%d" % len(self.accepted)
+            try:
+                await self._journal.append(Append(lines(record)))
+            except Overloaded:
+                await asyncio.sleep(0.02)
+            else:
+                self.accepted.append(record)
+
+    async def more(self, count: int) -> None:
+        """Waits until some more are accepted."""
+        wanted = len(self.accepted) + count
+        async with asyncio.timeout(40):
+            while len(self.accepted) < wanted:
+                assert not self._task.done(), self._task.exception()
+                await asyncio.sleep(0.01)
+
+    async def end(self) -> list[bytes]:
+        """Ends once the last one is accepted."""
+        self._ended.set()
+        await asyncio.wait_for(self._task, 40)
+        return self.accepted
+
+
+def power_failure(pairs: list[tuple[NatsServer, Disk]]) -> None:
+    """The power of nodes fails at once, and comes back."""
+    for node, _ in pairs:
+        node.pause()  # none of them sees a disk that fails
+    for _, disk in pairs:
+        disk.fail()
+    for node, _ in pairs:
+        node.kill()
+    for node, disk in pairs:
+        disk.back()
+        node.launch()
+
+
+@contextlib.contextmanager
+def on_disks(folder: Path, sync: str) -> Iterator[tuple[Cluster, list[tuple[NatsServer, Disk]]]]:
+    with (
+        disks(*(folder / name for name in NODES)) as own,
+        running(folder, len(NODES), sync=sync, file_max="128MiB") as cluster,
+    ):
+        yield cluster, list(zip(cluster.servers, own, strict=True))
+
+
+@needs("mkfs.ext4", "losetup", root=True)
+async def test_nothing_accepted_is_lost_with_the_power(tmp_path: Path, open_) -> None:
+    """One, two and all three nodes, under load; each syncs every write."""
+    with on_disks(tmp_path / "nats", "always") as (cluster, pairs):
+        journal = await open_(cluster, "power")
+        load = Load(journal)
+        for count in (1, 2, 3):
+            await load.more(30)
+            await asyncio.to_thread(power_failure, pairs[:count])
+            await asyncio.to_thread(cluster.wait_ready)
+        await load.more(30)
+        accepted = await load.end()
+        await crash(journal)
+        assert await records(await open_(cluster, "power")) == accepted
+
+
+@needs("mkfs.ext4", "losetup", root=True)
+async def test_a_majority_that_does_not_sync_loses_what_it_acknowledged(
+    tmp_path: Path, open_
+) -> None:
+    """The same with the servers' default, 2 minutes: one node costs nothing, three do."""
+    with on_disks(tmp_path / "nats", "2m") as (cluster, pairs):
+        journal = await open_(cluster, "power")
+        load = Load(journal)
+        await load.more(30)
+        await asyncio.to_thread(power_failure, pairs[:1])
+        await asyncio.to_thread(cluster.wait_ready)
+        await load.more(30)
+        accepted = await load.end()
+        await crash(journal)
+        journal = await open_(cluster, "power")
+        assert await records(journal) == accepted
+        await crash(journal)
+        before = held(cluster)
+        assert before > len(accepted)
+        await asyncio.to_thread(power_failure, pairs)
+        await asyncio.to_thread(cluster.wait_ready)
+        assert held(cluster) < before, "so sync_interval: always is what keeps them"
+
+
+def held(cluster: Cluster) -> int:
+    """Messages of the log that some node has."""
+    found = [0]
+    for node in cluster.servers:
+        for account in node.ask("/jsz?accounts=true&streams=true").get("account_details", []):
+            found += [
+                detail["state"]["messages"]
+                for detail in account.get("stream_detail", [])
+                if detail["name"] == "ingestd"
+            ]
+    return max(found)
+
+
+@contextlib.contextmanager
+def network(folder: Path, *daemons: str) -> Iterator[tuple[Network, Cluster]]:
+    """A host for each node and each daemon; this thread is on one of its own."""
+    (folder / "nats").mkdir()
+    with Network([*NODES, *daemons, "here"]) as hosts, hosts.inside("here"):
+        places = [(hosts.addresses[name], hosts.command(name)) for name in NODES]
+        with running(folder / "nats", hosts=places) as cluster:
+            yield hosts, cluster
+
+
+QUICK = ("--journal.jetstream.timeout", "1s")
+
+
+@needs("ip", "nsenter", root=True)
+def test_an_owner_is_cut_off_and_another_daemon_goes_on(tmp_path: Path) -> None:
+    """It accepts nothing on its side of the cut, and leaves when it is back."""
+    out = tmp_path / "out"
+    with (
+        network(tmp_path, "one", "two") as (hosts, cluster),
+        start(tmp_path / "one", cluster, out, 0, *QUICK, prefix=hosts.command("one")) as one,
+    ):
+        with hosts.inside("one"):
+            assert one.post(b"1\n")[0] == 202
+            one.until_settled()
+        hosts.cut("one")
+        answers: list[int] = []
+
+        def wait() -> None:
+            with hosts.inside("one"), contextlib.suppress(OSError):  # it leaves without an answer
+                answers.append(one.post(b"2\n")[0])
+
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        with start(tmp_path / "two", cluster, out, 0, *QUICK, prefix=hosts.command("two")) as two:
+            with hosts.inside("two"):
+                assert two.post(b"3\n")[0] == 202
+            with hosts.inside("one"):
+                code, headers, _ = one.request("POST", "/v1/records", b"4\n")
+            assert code == 503
+            assert int(headers["retry-after"]) > 0
+            hosts.heal("one")
+            assert one.wait() == 75
+            waiting.join(30)
+            assert 202 not in answers
+            with hosts.inside("two"):
+                assert two.post(b"5\n")[0] == 202
+                two.until_settled()
+            two.terminate()
+            assert two.wait() == 0
+            assert two.event("drained")["balanced"]
+    assert sorted(n for numbers in batches(out).values() for n in numbers) == [1, 3, 5]
+
+
+@needs("ip", "nsenter", root=True)
+def test_a_minority_is_cut_off(tmp_path: Path) -> None:
+    """The node that leads the log: the others elect one, and the daemon goes to them."""
+    out = tmp_path / "out"
+    with (
+        network(tmp_path, "one") as (hosts, cluster),
+        start(tmp_path / "one", cluster, out, 0, *QUICK, prefix=hosts.command("one")) as one,
+    ):
+        sent = itertools.count()
+        with hosts.inside("one"):
+            assert one.post(b"%d\n" % next(sent))[0] == 202
+        leader = cluster.leader_of("ingestd")
+        hosts.cut(leader.name)
+        until = time.monotonic() + 40
+        for _ in range(5):
+            record = b"%d\n" % next(sent)
+            with hosts.inside("one"):
+                while (code := one.post(record)[0]) != 202:
+                    assert code == 503
+                    assert time.monotonic() < until
+                    time.sleep(0.1)
+        hosts.heal(leader.name)
+        leader.wait_ready("/healthz")
+        with hosts.inside("one"):
+            assert one.post(b"%d\n" % next(sent))[0] == 202
+            one.until_settled()
+        one.terminate()
+        assert one.wait() == 0
+        assert one.event("drained")["balanced"]
+    assert sorted(n for numbers in batches(out).values() for n in numbers) == [*range(7)]
