@@ -45,6 +45,7 @@ from ingestd.source_group import SourceGroup, key_rule
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping
+    from pathlib import Path
 
     from ingestd.base.logging import LogWriter
     from ingestd.settings import Settings
@@ -164,6 +165,8 @@ class Daemon:
             lambda: {name: p.dispatcher.memory() for name, p in self.pipelines.items()},
         )
         self.pipelines: dict[str, Pipeline] = {}
+        self._adopting: list[asyncio.Future[None]] = []
+        self._stop_adopting = asyncio.Event()
 
     async def run(self) -> int:
         """The whole life.
@@ -245,26 +248,14 @@ class Daemon:
         try:
             opened.append(self.admin.close)
             await self.admin.start()
-            traces = self.admin.traces
-            for name, settings in self.settings.pipeline_settings().items():
-                pipeline = Pipeline(
-                    name,
-                    settings,
-                    folder=data_dir.folder(name),
-                    data_dir=data_dir.path,
-                    metrics=self._metrics.pipeline(name),
-                    clock=self._clock,
-                    keys=key_rule(self.settings),
-                    surroundings=self._surroundings,
-                )
-                if traces is not None:
-                    traces.follow(pipeline)
+            for name in self.settings.pipeline_settings():
+                pipeline = self._build(name, data_dir.folder(name))
                 await pipeline.open()
                 opened.append(partial(self._close_pipeline, pipeline))
                 self.pipelines[name] = pipeline
             self.sources = SourceGroup(
                 self.settings,
-                self.pipelines,
+                self._own,
                 clock=self._clock,
                 input_fd=self._input_fd,
                 stderr=self._stderr,
@@ -274,8 +265,8 @@ class Daemon:
                 data_dir=data_dir.path,
                 surroundings=self._surroundings,
             )
-            if traces is not None:
-                self.sources.trace(traces.requests)
+            if self.admin.traces is not None:
+                self.sources.trace(self.admin.traces.requests)
             sources = self.sources
             self._metrics.watch_sources(sources.running, sources.numbers, sources.endpoints)
             await self.sources.start()
@@ -284,6 +275,13 @@ class Daemon:
                 await close()
             raise
         self._state = "running"
+        self._adopting = [
+            asyncio.ensure_future(
+                group.run(self.pipelines, partial(self._build, name), self._stop_adopting)
+            )
+            for name, one in self._own.items()
+            if (group := one.journal.group) is not None
+        ]
         self._service.ready()
         if self.sources.progress is not None:
             self._writer.above_live = self.sources.progress.is_live
@@ -300,6 +298,38 @@ class Daemon:
         for _, problem in self.settings.unread():
             log.warning("settings_unread", problem=problem)
 
+    def _build(self, name: str, folder: Path, log: str = "", table: object = None) -> Pipeline:
+        """Builds a pipeline, not opened yet.
+
+        Args:
+            name: of its settings.
+            folder: of its journal.
+            log: of another daemon, which it adopts.
+            table: the settings of the journal kind for that.
+        """
+        settings = self.settings.pipeline_settings()[name]
+        if log:
+            journal = settings.journal.model_copy(update={settings.journal.kind: table})
+            settings = settings.model_copy(update={"journal": journal})
+        pipeline = Pipeline(
+            f"{name}@{log}" if log else name,
+            settings,
+            folder=folder,
+            data_dir=self.settings.data_dir,
+            metrics=self._metrics.pipeline(name),
+            clock=self._clock,
+            keys=key_rule(self.settings),
+            surroundings=self._surroundings,
+        )
+        if self.admin.traces is not None and not log:
+            self.admin.traces.follow(pipeline)  # to the end of the daemon
+        return pipeline
+
+    @property
+    def _own(self) -> dict[str, Pipeline]:
+        """The pipelines of the settings; others (`NAME@LOG`) work on adopted logs."""
+        return {name: one for name, one in self.pipelines.items() if "@" not in name}
+
     async def _close_pipeline(self, pipeline: Pipeline) -> None:
         await pipeline.end_workers(self._in(CLOSE_SECONDS))
         await pipeline.close_journal(self._in(JOURNAL_SECONDS))
@@ -313,7 +343,7 @@ class Daemon:
         ended = asyncio.ensure_future(self.sources.wait_finished())
         lag = asyncio.ensure_future(self._measure_lag())
         reloads = asyncio.ensure_future(self._reload_when_asked())
-        broken = {pipeline.broken for pipeline in self.pipelines.values()}
+        broken = {pipeline.broken for pipeline in self._own.values()}
         ends: set[asyncio.Future[Any]] = {asked, ended, *broken}
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -370,12 +400,13 @@ class Daemon:
         """Not ready; serve on for the delay; stop taking; finish what was taken."""
         self._state = "draining"
         self._service.stopping()
+        self._stop_adopting.set()
         self._input_ended = reason == "end of input"
         if self._input_ended:
             # Everything was accepted; a signal gives the work its usual deadline.
-            pending = sum(p.ledger.pending for p in self.pipelines.values())
+            pending = sum(p.ledger.pending for p in self._own.values())
             log.info("input_ended", pending=pending, waits="until all is settled, without deadline")
-            work = asyncio.gather(*(p.drain(None) for p in self.pipelines.values()))
+            work = asyncio.gather(*(p.drain(None) for p in self._own.values()))
             await self._race(work, self._signals.stop_requested)
             if not self._signals.stop_requested.is_set():
                 return
@@ -394,7 +425,7 @@ class Daemon:
         self._leave_by = self._deadline + LEAVING
         await self._race(self.sources.stop_taking(self._deadline), self._signals.force_requested)
         work = asyncio.gather(
-            *(p.drain(began + timeouts[name]) for name, p in self.pipelines.items())
+            *(p.drain(began + timeouts[n.partition("@")[0]]) for n, p in self.pipelines.items())
         )
         await self._race(work, self._signals.force_requested)
 
@@ -403,7 +434,7 @@ class Daemon:
         task = asyncio.ensure_future(work)
         stopped = asyncio.ensure_future(stop.wait())
         ends: set[asyncio.Future[Any]] = {task, stopped}
-        ends |= {pipeline.broken for pipeline in self.pipelines.values()}
+        ends |= {pipeline.broken for pipeline in self._own.values()}
         try:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -419,6 +450,8 @@ class Daemon:
         self._signals.remove()
         self._leave_by = max(self._in(0.0), self._deadline) + LEAVING
         await self.sources.close()
+        if self._adopting:  # one that is just being opened can't be hurried
+            await asyncio.wait(self._adopting, timeout=JOURNAL_SECONDS)
         grace = 0.0 if self._signals.force_requested.is_set() else CLOSE_SECONDS
         # All at once, and one deadline for all.
         closing = self._in(grace)
@@ -438,13 +471,14 @@ class Daemon:
         return int(code)
 
     def _exit_code(self, reports: Mapping[str, DrainReport]) -> Exit:
-        errors = [p.broken.exception() for p in self.pipelines.values() if p.broken.done()]
+        errors = [p.broken.exception() for p in self._own.values() if p.broken.done()]
         for error in (*errors, self._failure):
             if isinstance(error, JournalFailed):
                 log.error("journal_failed", error=str(error))
             if error is not None:
                 return error.exit_code if isinstance(error, IngestdError) else Exit.UNEXPECTED
-        for report in reports.values():
+        for name in self._own:
+            report = reports[name]
             lost = report.ledger.pending and not report.durable
             if lost or not (report.balanced and report.written):
                 return Exit.LOST
@@ -456,7 +490,7 @@ class Daemon:
         """See `AdminView.ready`."""
         if self._state != "running":
             return False, self._state
-        for name, pipeline in self.pipelines.items():
+        for name, pipeline in self._own.items():
             if pipeline.broken.done():
                 return False, f"pipeline {name} is broken"
             space = pipeline.auditor.free_space()

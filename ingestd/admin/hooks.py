@@ -109,6 +109,7 @@ class HookWatch:
             now: seconds since the epoch.
         """
         found: list[HookEvent] = []
+        self._known = {name: known for name, known in self._known.items() if name in pipelines}
         for name, status in pipelines.items():
             letters = status.dead_ever + status.invalid_ever
             known = self._known.setdefault(name, _Told(letters))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import msgspec
 
@@ -31,6 +31,8 @@ class JournalUsage(msgspec.Struct, frozen=True):
         poisoned: a sync failed; nothing is accepted any more.
         disk_free: bytes that count as free on its disk; `None` for a journal without one.
         disk_free_min: with less, no record is accepted.
+        logs: with `journal.jetstream.adopt`: the logs of all daemons of the group, each with its
+            owner and state, and with its numbers where these are known.
     """
 
     bytes: int
@@ -38,6 +40,7 @@ class JournalUsage(msgspec.Struct, frozen=True):
     poisoned: bool
     disk_free: int | None = None
     disk_free_min: int | None = None
+    logs: list[dict[str, Any]] | None = None
 
 
 class QueueStatus(msgspec.Struct, frozen=True):
@@ -295,6 +298,7 @@ def bounds_near(used: Mapping[str, tuple[float, float]]) -> list[str]:
 def status_of(pipeline: Pipeline) -> PipelineStatus:
     """The status of a pipeline now: the one value that `/v1/status` and the metrics are made of."""
     settings, journal = pipeline.settings, pipeline.journal.status()
+    group = pipeline.journal.group
     ledger, letters = journal.ledger, journal.dead_letters
     throttled_by = pipeline.dispatcher.throttled_by
     oldest, waiting = pipeline.unsettled.oldest, pipeline.dispatcher.queue.waiting_load
@@ -325,6 +329,7 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
             poisoned=journal.poisoned,
             disk_free=space.free if space else None,
             disk_free_min=space.free_min if space else None,
+            logs=None if group is None else group.states,
         ),
         queue=QueueStatus(
             chunks=pipeline.queue.qsize(),

@@ -92,6 +92,8 @@ class History:
             kept.append(one.oldest_pending_seconds)
             kept.extend(-1.0 if age is None else age for age in shares)
             del kept[: -SAMPLES_MAX * len(FIELDS)]
+        for gone in self._samples.keys() - pipelines.keys():
+            del self._samples[gone], self._ages[gone]
         self.taken += 1
 
     def of(self, names: Iterable[str] | None = None) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""`ingestd journal` shows statistics of journals, verifies and repairs them."""
+"""`ingestd journal` shows statistics of journals, verifies and repairs them, and lists logs."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import os
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -18,16 +19,20 @@ from ingestd.cli.configured import configured
 from ingestd.cli.output import add_json, say, say_json
 from ingestd.host.data_dir import DataDir
 from ingestd.journal.build import stored_journals
+from ingestd.journal.settings import JournalKind
+from ingestd.registry import JOURNALS
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Iterator, Sequence
 
     from ingestd.journal.sqlite.check import Finding, SqliteFile
+    from ingestd.settings import Settings
 
 DESCRIPTION = """\
 Works on the journals of a data directory. stat and verify only read, with or without a running
-daemon; --repair needs the daemon stopped.
+daemon; --repair needs the daemon stopped. list reads the logs of all daemons of a stream
+(journal.kind jetstream).
 
 exit codes: 0 all is well; 1 verify found damage; 2 usage; 78 configuration, no journal, in use"""
 
@@ -38,10 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None
     for name, run, text in (
         ("stat", _stat, "show the ledger, chunks, batches, dead letters and sizes"),
         ("verify", _verify, "check the file, every checksum, every batch and the ledger"),
+        (
+            "list",
+            None,
+            "list the logs of all daemons on a stream, their owners and numbers",
+        ),
     ):
         one = actions.add_parser(name, help=text, description=text.capitalize())
         one.set_defaults(run=run, leaf=one)
         add_data_dir(one)
+        if name == "list":
+            add_json(one, "a JSON line for each log")
+            continue
         one.add_argument(
             "--pipeline", action="append", default=[], metavar="NAME", help="only this; repeatable"
         )
@@ -66,9 +79,49 @@ def execute(arguments: argparse.Namespace) -> int:
     Raises:
         IngestdError: it failed; the message is one line.
     """
-    data_dir = configured(arguments).settings.data_dir
+    settings = configured(arguments).settings
+    if arguments.run is None:
+        return _list(settings, as_json=arguments.json)
+    data_dir = settings.data_dir
     found = stored_journals(data_dir, arguments.pipeline)
     return int(arguments.run(arguments, data_dir, found))
+
+
+# -- list ------------------------------------------------------------------------------------------
+
+
+def _list(settings: Settings, *, as_json: bool) -> int:
+    stores = {repr(one.journal.own): one.journal for one in settings.pipeline_settings().values()}
+    for journal in stores.values():
+        kind = JOURNALS.load(journal.kind)
+        has_logs = isinstance(kind, type) and issubclass(kind, JournalKind)
+        logs = asyncio.run((kind() if has_logs else JournalKind()).logs(journal.own))
+        if as_json:
+            for one in logs:
+                say_json(one)
+        else:
+            say(_columns(logs))
+    return int(Exit.OK)
+
+
+def _columns(logs: Sequence[dict[str, Any]]) -> str:
+    """A table of logs, with the sum of those whose numbers are known."""
+    numbers = ("accepted", "processed", "dead", "pending")
+    known = [one for one in logs if one["pending"] is not None]
+    total = {name: sum(one[name] for one in known) for name in numbers}
+    rest = f"{len(logs) - len(known)} unknown" if len(known) < len(logs) else ""
+    all_ = [*logs, {"log": "sum", "pipeline": "", "owner": "", "state": rest, **total}]
+    rows = [tuple(all_[0]), *(tuple(map(_cell, one.values())) for one in all_)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def _cell(value: object) -> str:
+    return "-" if value in {None, ""} else str(value)
 
 
 # -- stat ------------------------------------------------------------------------------------------

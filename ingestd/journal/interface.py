@@ -8,11 +8,11 @@ needs an absent one is refused at the start (`build.py`). `docs/ARCHITECTURE.md`
 from __future__ import annotations
 
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from asyncio import Future
-    from collections.abc import Callable, Mapping, Sequence
+    from asyncio import Event, Future
+    from collections.abc import Callable, Mapping, MutableMapping, Sequence
     from pathlib import Path
 
     from ingestd.base.append import Append, SourceOffset
@@ -293,6 +293,10 @@ class Journal(Protocol):
     def maintenance(self) -> Maintenance | None:
         """Counting of rows, and the space of a disk."""
 
+    @property
+    def group(self) -> JournalGroup | None:
+        """The journals of other daemons beside it, which it may adopt."""
+
     async def open(self, on_chunk: Callable[[Chunk], None]) -> Recovered:
         """Opens and recovers; from now on each new chunk is announced once it is durable."""
         ...
@@ -383,5 +387,32 @@ class Maintenance(Protocol):
 
         Raises:
             JournalFailed: the rows can't be read, or the first count found a difference.
+        """
+        ...
+
+
+class JournalGroup(Protocol):
+    """The journals that daemons have side by side, and the adoption of those without a daemon.
+
+    Attributes:
+        states: of each journal as it was last looked at, for the status.
+    """
+
+    states: list[dict[str, Any]]
+
+    async def run(
+        self,
+        pipelines: MutableMapping[str, Any],
+        build: Callable[[Path, str, object], Any],
+        stop: Event,
+    ) -> None:
+        """Looks for journals without a daemon until it is stopped, and has them processed here.
+
+        Args:
+            pipelines: those that are open, by name; one that works on an adopted journal is put
+                in while it is open. At a stop it stays, for the daemon to drain and close.
+            build: builds such a pipeline, not opened yet, from its folder, the name of the
+                journal and the table of its settings.
+            stop: ends it, after what it is just opening.
         """
         ...

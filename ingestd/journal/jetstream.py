@@ -1,8 +1,9 @@
 """The journal kind `jetstream`: a log in NATS JetStream, a subject of a stream that daemons share.
 
 `STREAM.log.NAME.PIPELINE` has the messages of a log; their compare-and-set is the header
-`Nats-Expected-Last-Subject-Sequence`. Beside it lie `STREAM.snapshot.…` and `STREAM.part.…`. Leases
-are keys of a bucket whose values the servers let lapse, so no clock of a daemon counts.
+`Nats-Expected-Last-Subject-Sequence`. Beside it lie `STREAM.snapshot.…` and `STREAM.part.…`, and
+`STREAM.retired.PIPELINE` has the numbers of logs that have ended. Leases are keys of a bucket whose
+values the servers let lapse, so no clock of a daemon counts.
 
 An answer is believed where it is certain: a sequence, a wrong last sequence, a bound of the stream,
 no stream at all. Everything else, a time-out above all, is ambiguous. The last message is read from
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import json
 import re
 import socket
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable, Iterator
 
     from ingestd.journal.interface import Journal, JournalContext
-    from ingestd.journal.log.interface import LogMessage, Snapshot
+    from ingestd.journal.log.interface import LogLease, LogMessage, RetiredLogs, Snapshot
+    from ingestd.journal.log.messages import LogEnd
     from ingestd.journal.settings import JournalSettings, Level
 
 T = TypeVar("T")
@@ -39,6 +42,10 @@ VERSION_MIN = (2, 15)
 """Of the servers: before it a compare-and-set could be undone, and syncing each write was slow."""
 HEADERS_BYTES = 512
 READ_MESSAGES = 1000
+OWNER_LOOKS = 10
+"""A lease changes hands seldom, and is read at each of so many looks."""
+RETIRED_KEPT = 1000
+"""Ids of retired logs that their sum names: far more than can be half retired at a time."""
 OPEN_SECONDS, OPEN_TRIES = 5.0, 4
 RECONNECT_SECONDS, PING_SECONDS_MIN = 0.25, 1.0
 _WRONG_LAST = 10071
@@ -80,6 +87,13 @@ class JetStreamSettings(Section):
     lease: Seconds = Field(
         10.0, ge=1, le=3600, description="time after which the log of a silent daemon is free"
     )
+    adopt: bool = Field(
+        False, description="also processes what daemons of the stream that are gone left pending"
+    )
+    retire_after: Seconds = Field(
+        86_400.0, ge=0, le=36500 * 86_400,
+        description="time after which the log of a daemon that is gone ends, if adopt is on",
+    )  # fmt: skip
     monitoring: Words = Field(
         (), max_length=100, description="URLs of the servers' monitoring, for check --connect alone"
     )
@@ -105,19 +119,33 @@ class JetStreamKind(JournalKind):
         """See `JournalKind.build`."""
         from ingestd.journal.log import LogJournal  # noqa: PLC0415  if it is used
         from ingestd.journal.sqlite.journal import options_of  # noqa: PLC0415
-        from ingestd.journal.sqlite.offline import CACHE, FILE  # noqa: PLC0415
+        from ingestd.journal.sqlite.offline import ADOPTED, CACHE, FILE  # noqa: PLC0415
 
         folder = context.folder
-        pipeline = folder.name if folder.parent.name == "pipelines" else "default"
+        own_folder = folder.parent.parent if folder.parent.name == ADOPTED else folder
+        pipeline = own_folder.name if own_folder.parent.name == "pipelines" else "default"
         path = (folder / CACHE).resolve()
         if (folder / FILE).exists():
             problem = f"{folder / FILE} is a journal of the kind sqlite: drain it, and move it away"
             raise ConfigError(problem=problem)
         _nats()
+        log, group = JetStreamLog(own, pipeline), None
+        if own.adopt:
+            from ingestd.journal.log.group import LogGroup  # noqa: PLC0415
+
+            group = LogGroup(
+                log,
+                clock=context.clock,
+                ttl=own.lease,
+                retire_after=own.retire_after,
+                named=lambda name: own.model_copy(update={"name": name, "adopt": False}),
+            )
         return LogJournal(
-            JetStreamLog(own, pipeline),
+            log,
             path,
             ttl=own.lease,
+            owner=log.place.partition(".")[0],
+            group=group,
             **options_of(settings, context, path),
         )
 
@@ -135,6 +163,19 @@ class JetStreamKind(JournalKind):
         finally:
             await log.close()
         return [*found, *_syncs(own.monitoring)]
+
+    async def logs(self, own: Any) -> list[dict[str, Any]]:
+        """See `JournalKind.logs`."""
+        from ingestd.journal.log.group import retired_logs, states_of  # noqa: PLC0415
+
+        log = JetStreamLog(own, "list", create=False)
+        try:
+            await log.open()
+            if log.missing:
+                raise ConfigError(problem=f"the stream {log.missing} is not there; run makes it")
+            return [*await states_of(log), *await retired_logs(log)]
+        finally:
+            await log.close()
 
 
 def _syncs(monitoring: Iterable[str]) -> Iterator[tuple[Level, str]]:
@@ -171,25 +212,45 @@ class JetStreamLog:
     Attributes:
         message_bytes_max: see `ReplicatedLog`; known once it is open.
         facts: what was verified as it was opened, a line each.
+        missing: a stream that was not there, and was not to be made.
     """
 
     message_bytes_max = 0
 
     def __init__(self, settings: JetStreamSettings, pipeline: str, *, create: bool = True) -> None:
         host = "-".join(_TOKEN.findall(socket.gethostname())) or "ingestd"
-        place = f"{settings.name or host}.{pipeline}"
-        self.name = f"{settings.stream}.log.{place}"
         self.facts: list[str] = []
+        self.missing = ""
+        self._owners: dict[str, str] = {}
+        self._looks = 0
         self._settings = settings
         self._create = create
-        self._key = place
-        self._snapshots = f"{settings.stream}.snapshot.{place}"
-        self._parts = f"{settings.stream}.part.{place}"
+        self.place = f"{settings.name or host}.{pipeline}"
         self._client: Any = None
         self._closed = asyncio.Event()
         self._reconnecting: asyncio.Task[None] | None = None
         self._late = self._full = ""
-        self._lease = self._first_part = 0
+        self._revisions: dict[str, int] = {}  # of leases, by the places of logs
+        self._first_part = 0
+
+    @property
+    def name(self) -> str:
+        """See `ReplicatedLog.name`."""
+        return f"{self._settings.stream}.log.{self.place}"
+
+    @property
+    def _snapshots(self) -> str:
+        return f"{self._settings.stream}.snapshot.{self.place}"
+
+    @property
+    def _parts(self) -> str:
+        return f"{self._settings.stream}.part.{self.place}"
+
+    def sibling(self, place: str) -> JetStreamLog:
+        """See `GroupedLog.sibling`."""
+        other = copy.copy(self)
+        other.place = place
+        return other
 
     @property
     def refusal(self) -> str:
@@ -323,6 +384,7 @@ class JetStreamLog:
             return await self._ask(self._js.stream_info(stream))
         except errors.NotFoundError:
             if not self._create:
+                self.missing = stream
                 self.facts.append(f"the stream {stream} is not there; run makes it")
                 return None
         try:
@@ -368,24 +430,24 @@ class JetStreamLog:
         errors, value = self._nats.js.errors, owner.encode()
         await self._look()
         for _ in range(3):
-            last, self._lease = self._lease, 0
+            last = self._revisions.pop(self.place, 0)
             bucket = self._bucket
             call = (
-                bucket.update(self._key, value, last) if last else bucket.create(self._key, value)
+                bucket.update(self.place, value, last) if last else bucket.create(self.place, value)
             )
             # The other lease may lapse while the client looks at it.
             with contextlib.suppress(
                 errors.KeyWrongLastSequenceError, errors.KeyNotFoundError, errors.NotFoundError
             ):
-                self._lease = await self._ask(call)
+                self._revisions[self.place] = await self._ask(call)
                 return owner
             try:
-                held = await self._ask(self._bucket.get(self._key))
+                held = await self._ask(self._bucket.get(self.place))
             except errors.KeyNotFoundError:
                 continue
             if held.value != value:
                 return str(held.value.decode("utf-8", "replace"))
-            self._lease = held.revision
+            self._revisions[self.place] = held.revision
             if not last:
                 return owner
         return ""
@@ -400,10 +462,84 @@ class JetStreamLog:
 
     async def release(self, owner: str) -> None:  # noqa: ARG002
         """See `ReplicatedLog.release`."""
-        if self._lease and self._client.is_connected:
+        if (revision := self._revisions.pop(self.place, 0)) and self._client.is_connected:
             errors = self._nats.js.errors
+            # Without a marker, which would look like a lease, and no later one of another daemon.
+            stream, subject = self._leases()
             with contextlib.suppress(errors.Error):
-                await self._ask(self._bucket.delete(self._key, self._lease))
+                call = self._js.purge_stream(stream, seq=revision + 1, subject=subject)
+                await self._ask(call)
+
+    def _leases(self) -> tuple[str, str]:
+        """The stream of the bucket, and the subject of the lease in it."""
+        bucket = self._settings.bucket
+        return f"KV_{bucket}", f"$KV.{bucket}.{self.place}"
+
+    async def want(self) -> None:
+        """See `ReplicatedLog.want`."""
+        await self._publish(f"{self._leases()[1]}.wanted", b"1")
+
+    # -- the other logs ------------------------------------------------------------------------
+
+    async def logs(self) -> dict[str, LogLease]:
+        """See `GroupedLog.logs`."""
+        from ingestd.journal.log.interface import LogLease  # noqa: PLC0415
+
+        own = self._settings
+        logs, leases = f"{own.stream}.log.", f"$KV.{own.bucket}."
+        found = await self._subjects(own.stream, logs)
+        held = await self._subjects(f"KV_{own.bucket}", leases)
+        self._looks += 1
+        known = self._owners if self._looks % OWNER_LOOKS else {}
+        owners = self._owners = {place: known[place] for place in found & held & known.keys()}
+        for place in (found & held) - known.keys():
+            value = await self._last_of(f"{leases}{place}", f"KV_{own.bucket}")
+            owners[place] = "" if value is None else value.data.decode("utf-8", "replace")
+        return {
+            place: LogLease(owners.get(place, ""), f"{place}.wanted" in held)
+            for place in sorted(found)
+        }
+
+    async def _subjects(self, stream: str, start: str) -> set[str]:
+        """The subjects of a stream that have messages, without their start."""
+        info = await self._ask(self._js.stream_info(stream, f"{start}>"))
+        return {subject.removeprefix(start) for subject in info.state.subjects or ()}
+
+    async def retire(self, number: int, end: LogEnd) -> None:
+        """See `ReplicatedLog.retire`."""
+        from ingestd.journal.log import interface as log  # noqa: PLC0415
+
+        pipeline = self.place.partition(".")[2]
+        retired = f"{self._settings.stream}.retired.{pipeline}"
+        while True:
+            sum_, after = await self._sum(pipeline)
+            if end.journal in sum_.journals:
+                break
+            more = log.RetiredLogs(
+                sum_.logs + 1, sum_.accepted + end.accepted, sum_.processed + end.processed,
+                sum_.dead + end.dead, sum_.invalid + end.invalid,
+                (*sum_.journals[-RETIRED_KEPT:], end.journal),
+            )  # fmt: skip
+            with contextlib.suppress(log.LogFenced):  # another one is retired meanwhile
+                after = await self._publish(retired, msgspec.msgpack.encode(more), after)
+                await self._purge(retired, after)
+        # The log last: as long as it is there its end is seen, and all of this is done again.
+        await self._purge(self._snapshots, number + 1)
+        await self._purge(f"{self._parts}.>", number + 1)
+        await self._purge(self.name, number + 1)
+
+    async def retired(self) -> dict[str, RetiredLogs]:
+        """See `GroupedLog.retired`."""
+        found = await self._subjects(self._settings.stream, f"{self._settings.stream}.retired.")
+        return {name: (await self._sum(name))[0] for name in sorted(found)}
+
+    async def _sum(self, pipeline: str) -> tuple[RetiredLogs, int]:
+        from ingestd.journal.log.interface import RetiredLogs  # noqa: PLC0415
+
+        found = await self._last_of(f"{self._settings.stream}.retired.{pipeline}")
+        if found is None:
+            return RetiredLogs(), 0
+        return msgspec.msgpack.decode(found.data, type=RetiredLogs), found.number
 
     # -- messages ------------------------------------------------------------------------------
 
@@ -455,11 +591,12 @@ class JetStreamLog:
         """See `ReplicatedLog.last`."""
         return await self._last_of(self.name)
 
-    async def _last_of(self, subject: str) -> LogMessage | None:
+    async def _last_of(self, subject: str, stream: str = "") -> LogMessage | None:
         from ingestd.journal.log.interface import LogMessage  # noqa: PLC0415
 
         try:
-            found = await self._ask(self._js.get_last_msg(self._settings.stream, subject))
+            asked = self._js.get_last_msg(stream or self._settings.stream, subject)
+            found = await self._ask(asked)
         except self._nats.js.errors.NotFoundError:
             return None
         self._late = ""

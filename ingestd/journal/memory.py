@@ -81,7 +81,7 @@ class MemoryJournal:
 
     dead_letters = None
     """No operator reaches those that it keeps; older ones go first, so that newer ones fit."""
-    maintenance = None
+    maintenance = group = None
 
     def __init__(
         self,

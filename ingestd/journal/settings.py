@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
+from ingestd.base.errors import ConfigError
 from ingestd.config.sections import Choice, Section
 from ingestd.config.units import Count, Seconds, Size, show_size
 from ingestd.registry import JOURNALS
@@ -111,6 +112,14 @@ class JournalKind:
             (level, text) of each finding: `error`, `warning` or `info`.
         """
         return ()
+
+    async def logs(self, own: Any) -> Sequence[dict[str, Any]]:  # noqa: ARG002
+        """Lists the logs of all daemons in its store, for `ingestd journal list`.
+
+        Raises:
+            IngestdError: the store does not answer, or the kind has none that daemons share.
+        """
+        raise ConfigError(problem="the journals of this kind lie in the data directory: see stat")
 
 
 class DeadSettings(Section):

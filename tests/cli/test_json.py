@@ -31,6 +31,7 @@ NO_FACTS = {
     "dead export": "prints JSON lines without being asked",
 }
 SLOW = {
+    "journal list": "tests/journal/test_group.py",
     "prove": "tests/prove/test_prove.py",
     "tap": "tests/cli/test_live.py",
     "top": "tests/cli/test_live.py",

@@ -20,6 +20,8 @@ from ingestd.journal.log.interface import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from ingestd.journal.log.messages import LogEnd
+
 LOST, LATE, DOWN, FULL = "answer lost", "late", "down", "full"
 
 
@@ -29,6 +31,7 @@ class Engine:
     Attributes:
         faults: what happens to the next appends, one each; empty for none.
         down: nothing answers.
+        retired: the numbers of logs that have ended.
         stride: numbers grow by this much, as other logs of a stream take some.
     """
 
@@ -42,6 +45,7 @@ class Engine:
         self.down = False
         self.late: list[Callable[[], None]] = []
         self.appends = 0
+        self.retired: list[LogEnd] = []
         self._stride = stride
         self._number = 0
 
@@ -108,6 +112,18 @@ class MemoryLog:
         self._check()
         if self.engine.lease[0] == owner:
             self.engine.lease = "", 0.0
+
+    async def want(self) -> None:
+        self._check()
+
+    async def retire(self, number: int, end: LogEnd) -> None:
+        self._check()
+        engine = self.engine
+        if end.journal not in [one.journal for one in engine.retired]:
+            engine.retired.append(end)
+        if engine.snapshot is not None and engine.snapshot.number <= number:
+            engine.snapshot = None
+        engine.messages = [one for one in engine.messages if one.number > number]
 
     async def append(self, data: bytes, *, after: int) -> int:
         engine = self.engine

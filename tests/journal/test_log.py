@@ -17,6 +17,8 @@ from ingestd.journal.dead_letters import DeadLetter, LetterFilter
 from ingestd.journal.interface import Cursor, Failing, Ledger, Postpone, Seal, Sealed, Settle
 from ingestd.journal.log import LogJournal
 from ingestd.journal.log.cache import CacheFile
+from ingestd.journal.log.interface import Snapshot
+from ingestd.journal.log.messages import DRAINED, RETIRED, end_entry, ending, packed, pieces
 from ingestd.journal.sqlite import writer
 from tests.journal.memory_log import DOWN, FULL, LATE, LOST, Engine, MemoryLog
 
@@ -283,3 +285,49 @@ async def test_commands_do_not_change_a_cache_without_its_daemon(live) -> None:
     letters = CacheFile(first.journal.path).dead_letters
     with pytest.raises(Exception, match="start ingestd"):
         letters.purge(LetterFilter(), 1 << 40)
+
+
+async def test_the_last_message_says_if_nothing_is_pending(live, tmp_path) -> None:
+    engine = Engine()
+    one = await live(engine).open()
+    await one.journal.append(Append(lines(b"1", b"2", b"3")))
+    assert ending(engine.messages[-1]).ledger == Ledger(3, 0, 0, 0)
+    await one.close()
+    assert ending(engine.messages[-1]).kind != DRAINED
+    two = await live(engine).open()
+    await two.journal.write(Seal(Sealed(1, (Span(1, 0, 3),), 3), Cursor(2, 0)))
+    dead = [letter(f"{two.journal.id}.1.1", b"2")]
+    await two.journal.write(settle(1, 2, dead=dead, finished=[1], finished_bytes=6))
+    await two.close()
+    last = ending(engine.messages[-1])
+    assert last.kind == DRAINED
+    assert last.ledger == Ledger(3, 2, 1, 0)
+    assert last.end is not None
+    assert (last.end.journal, last.end.letters) == (two.journal.id, 1)
+    assert (await live(engine).open()).journal.ledger == Ledger(3, 2, 1, 0)
+
+
+async def test_a_log_that_has_ended_begins_anew(live) -> None:
+    engine = Engine()
+    one = await live(engine).open()
+    await one.journal.append(Append(lines(b"1")))
+    await one.journal.write(Seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0)))
+    await one.journal.write(settle(1, 1, finished=[1], finished_bytes=2))
+    await one.close()
+    found = ending(engine.messages[-1])
+    assert found.end is not None
+    (piece,) = pieces(end_entry(RETIRED, found.end), 1000)
+    number = engine.put(packed(*piece[:3], found.number, piece[3]), found.number)
+    # As if the daemon that ended it had died before it could delete it.
+    two = await live(engine).open()
+    assert two.journal.id != one.journal.id
+    assert two.journal.ledger == Ledger()
+    assert engine.retired == [found.end]
+    await two.journal.append(Append(lines(b"2")))
+    await two.close()
+    # An owner of the log that ended, which was paused in its first snapshot, goes on.
+    engine.snapshot = Snapshot(found.number, 0, 0, 0, b"", engine.number())
+    assert engine.messages[0].number > number
+    three = await live(engine).open()
+    assert three.journal.id == two.journal.id
+    assert three.journal.ledger == Ledger(1)

@@ -25,7 +25,7 @@ METHODS = ("open", "append", "write", "read", "load", "status", "close")
 class Bare:
     """The seven methods of a memory journal, and no capability."""
 
-    dead_letters = idempotency = offsets = maintenance = None
+    dead_letters = idempotency = offsets = maintenance = group = None
 
     def __init__(self, journal: MemoryJournal) -> None:
         for name in METHODS:

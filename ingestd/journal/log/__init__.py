@@ -21,7 +21,6 @@ import secrets
 import sqlite3
 import struct
 import threading
-import zlib
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -38,6 +37,19 @@ from ingestd.journal.log.interface import (
     Snapshot,
     retry_after,
 )
+from ingestd.journal.log.messages import (
+    COMMIT,
+    DRAINED,
+    HEAD_BYTES,
+    OPENED,
+    RETIRED,
+    LogEnd,
+    end_entry,
+    ending,
+    packed,
+    pieces,
+    taken_apart,
+)
 from ingestd.journal.sqlite.journal import SqliteJournal
 from ingestd.journal.sqlite.store import key_owners
 
@@ -48,7 +60,9 @@ if TYPE_CHECKING:
     from ingestd.base.append import Append
     from ingestd.base.record import Records, Span
     from ingestd.journal.interface import Chunk, Closed, Place, Recovered
+    from ingestd.journal.log.group import LogGroup
     from ingestd.journal.log.interface import ReplicatedLog
+    from ingestd.journal.log.messages import MessageHead
     from ingestd.journal.sqlite.store import Store
 
 log = get_logger()
@@ -67,29 +81,6 @@ CLOSE_SECONDS = 10.0
 OPEN_TRIES = 10
 OPEN_SECONDS = 20.0
 """How long a start waits for an engine that elects a leader, say, at each of its steps."""
-_HEAD = struct.Struct(">B16sIIQI")
-_VERSION = 1
-_OPENED, _COMMIT = b"\0", b"\1"
-
-
-class _Head(NamedTuple):
-    """The head of a message.
-
-    Attributes:
-        version: of this format.
-        entry: of all its parts.
-        part: counts from 0.
-        parts: of the entry.
-        after: the number of the message before.
-        crc: CRC-32 of the rest.
-    """
-
-    version: int
-    entry: bytes
-    part: int
-    parts: int
-    after: int
-    crc: int
 
 
 class Mark(NamedTuple):
@@ -114,6 +105,8 @@ class LogJournal(SqliteJournal):
         path: of the cache.
         ttl: seconds, of the lease.
         snapshot_bytes: see `SNAPSHOT_BYTES`.
+        owner: names the daemon in the lease.
+        group: adopts the logs of other daemons; `None` for none.
         options: see `SqliteJournal`.
     """
 
@@ -127,6 +120,8 @@ class LogJournal(SqliteJournal):
         *,
         ttl: float = 10.0,
         snapshot_bytes: int = SNAPSHOT_BYTES,
+        owner: str = "",
+        group: LogGroup | None = None,
         **options: Any,
     ) -> None:
         super().__init__(path, **options)
@@ -134,7 +129,9 @@ class LogJournal(SqliteJournal):
         self._log = replicated
         self._ttl = ttl
         self._snapshot_bytes = snapshot_bytes
-        self._owner = secrets.token_hex(8)
+        self._drained_at = 0.0
+        self._owner = f"{owner}/{secrets.token_hex(8)}" if owner else secrets.token_hex(8)
+        self.group = group
         self._last = 0
         self._size = 0
         self._marks: list[Mark] = []
@@ -145,6 +142,15 @@ class LogJournal(SqliteJournal):
         self._leaving, self._gave_up = threading.Event(), threading.Event()
 
     # -- start ---------------------------------------------------------------------------------
+
+    def claimed(self, owner: str, end: LogEnd | None) -> None:
+        """Has it go on with a lease that the daemon has taken to adopt the log.
+
+        Args:
+            owner: of the lease.
+            end: of a log that was drained already, and then counts as drained since that time.
+        """
+        self._owner, self._drained_at = owner, 0.0 if end is None else end.at
 
     async def open(self, on_chunk: Callable[[Chunk], None]) -> Recovered:
         """See `Journal.open`.
@@ -184,6 +190,8 @@ class LogJournal(SqliteJournal):
                     return
                 if loop.time() > until:
                     raise self._failure(f"another daemon ({owner}) owns it")
+                with contextlib.suppress(Overloaded, LogAmbiguous):
+                    await self._log.want()
             await asyncio.sleep(min(1.0, self._ttl / 4))
 
     async def _renew(self) -> None:
@@ -232,13 +240,24 @@ class LogJournal(SqliteJournal):
         """Appends a message of this life, after which no earlier owner can append."""
         for _ in range(OPEN_TRIES):
             last = self._patiently(self._log.last)
+            if last is not None and self._finished(last):
+                continue
             journal = b"" if last is not None else secrets.token_hex(6).encode()
             self._last = 0 if last is None else last.number
-            opened = partial(self._publish, _OPENED + journal, 0)
+            opened = partial(self._publish, OPENED + journal, 0)
             with contextlib.suppress(LogFenced):
                 self._until(opened)
                 return
         raise self._failure("other daemons keep taking it over")
+
+    def _finished(self, last: LogMessage) -> bool:
+        """Tells if the log had ended with this message; then it is gone, and another one begins."""
+        with contextlib.suppress(ValueError):  # reading tells what is wrong with it
+            found = ending(last)
+            if found.kind == RETIRED and found.end is not None:
+                self._patiently(partial(self._log.retire, found.number, found.end))
+                return True
+        return False
 
     def _fold(self, store: cache.CacheStore) -> bool:
         """Brings the cache to the state after the message of `_own`.
@@ -250,6 +269,8 @@ class LogJournal(SqliteJournal):
         db = store.connection
         db.execute("BEGIN")
         self._snapshot = found = self._patiently(self._log.snapshot)
+        if found is not None and self._begins_behind(found):
+            found = None
         pending = list[range]()
         if found is not None:
             for part in _joined(self._parts(found)):
@@ -260,9 +281,9 @@ class LogJournal(SqliteJournal):
         at = 0 if found is None else found.at
         for number, data in self._entries(0 if found is None else found.first):
             first_chunk = self._latest.first_chunk
-            if data[:1] == _COMMIT:
+            if data[:1] == COMMIT:
                 first_chunk = store.apply(data[1:], pending if number <= at else None)
-            elif len(data) > 1 and found is None:
+            elif data[:1] == OPENED and len(data) > 1 and found is None:
                 store.begin(data[1:].decode())
             if self._note(number, first_chunk, len(data)):
                 db.execute("COMMIT")
@@ -272,6 +293,14 @@ class LogJournal(SqliteJournal):
         db.execute("COMMIT")
         store.ready()
         return True
+
+    def _begins_behind(self, snapshot: Snapshot) -> bool:
+        """Tells if a snapshot is of an earlier log of this name, by an owner that was paused."""
+        messages = self._patiently(partial(self._log.read, 0, 1))
+        if not messages or messages[0].number <= snapshot.at:
+            return False
+        head, _ = taken_apart(messages[0])
+        return not head.after
 
     def _parts(self, snapshot: Snapshot) -> Iterator[bytes]:
         self._parts_whole = True
@@ -301,7 +330,7 @@ class LogJournal(SqliteJournal):
                 self._pause()  # a replica that lags
                 continue
             for message in messages:
-                head, data = _taken_apart(message)
+                head, data = taken_apart(message)
                 if head.after != before and not self._begins(message, head, first, before):
                     return
                 before = message.number
@@ -316,7 +345,9 @@ class LogJournal(SqliteJournal):
                     return
             number = before + 1 if before is not None else first
 
-    def _begins(self, message: LogMessage, head: _Head, first: int, before: int | None) -> bool:
+    def _begins(
+        self, message: LogMessage, head: MessageHead, first: int, before: int | None
+    ) -> bool:
         """Tells if a message is the one that reading begins with."""
         return before is None and (message.number == first or (not first and not head.after))
 
@@ -338,14 +369,11 @@ class LogJournal(SqliteJournal):
             LogFenced: the same, as this life begins.
         """
         if first_chunk:
-            data = _COMMIT + data
-        room = self._log.message_bytes_max - _HEAD.size
-        pieces = [data[start : start + room] for start in range(0, len(data), room)]
-        entry, begun = secrets.token_bytes(16), 0
-        for number, piece in enumerate(pieces):
-            head = _Head(_VERSION, entry, number, len(pieces), self._last, zlib.crc32(piece))
+            data = COMMIT + data
+        begun = 0
+        for entry, part, parts, piece in pieces(data, self._log.message_bytes_max - HEAD_BYTES):
             try:
-                self._last = self._append(_HEAD.pack(*head) + piece)
+                self._last = self._append(packed(entry, part, parts, self._last, piece))
             except LogFenced as fenced:
                 if not first_chunk:
                     raise
@@ -500,6 +528,17 @@ class LogJournal(SqliteJournal):
         if self._saver is not None:
             self._saver.join()
         super()._close(deadline)
+        self._say_drained()
+
+    def _say_drained(self) -> None:
+        """Ends this life in the log, if nothing is pending: then no other daemon has to open it."""
+        ledger = self._store.meta.ledger
+        if ledger.pending or self.failed.done() or self._log.refusal:
+            return
+        at = self._drained_at or self._clock.now()
+        end = LogEnd(self.id, at, *ledger, self._store.dead.letters)
+        with contextlib.suppress(Overloaded, LogFenced, JournalFailed):
+            self._publish(end_entry(DRAINED, end), 0)
 
     def _patiently(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Asks the log until it answers, as the journal is opened."""
@@ -531,21 +570,6 @@ class LogJournal(SqliteJournal):
                 if self._gave_up.is_set():
                     running.cancel()
                     raise self._failure("it was closed before the log answered") from None
-
-
-def _taken_apart(message: LogMessage) -> tuple[_Head, bytes]:
-    """The head of a message, and its piece of an entry.
-
-    Raises:
-        ValueError: it is damaged, or of another version.
-    """
-    data = message.data
-    if len(data) < _HEAD.size or data[0] != _VERSION:
-        raise ValueError(f"message {message.number} is not of this version")
-    head, piece = _Head(*_HEAD.unpack_from(data)), data[_HEAD.size :]
-    if zlib.crc32(piece) != head.crc:
-        raise ValueError(f"message {message.number} is damaged")
-    return head, piece
 
 
 def _with_sizes(parts: Iterable[bytes]) -> Iterator[bytes]:

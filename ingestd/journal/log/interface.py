@@ -21,7 +21,9 @@ from ingestd.base.errors import IngestdError, Overloaded
 from ingestd.base.rate import SHORTEST
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from ingestd.journal.log.messages import LogEnd
 
 
 def retry_after() -> float:
@@ -83,6 +85,36 @@ class Snapshot(msgspec.Struct, array_like=True, frozen=True):
     number: int = 0
 
 
+class LogLease(NamedTuple):
+    """The lease of a log.
+
+    Attributes:
+        owner: that has it; empty if it has lapsed or was given up.
+        wanted: the daemon whose log it is waits for it.
+    """
+
+    owner: str
+    wanted: bool = False
+
+
+class RetiredLogs(msgspec.Struct, array_like=True, frozen=True):
+    """The sum of the logs of one pipeline that have ended.
+
+    Attributes:
+        logs: how many.
+        accepted: see `Ledger`.
+        processed: see there, and so on.
+        journals: ids of the last ones, so that none counts twice.
+    """
+
+    logs: int = 0
+    accepted: int = 0
+    processed: int = 0
+    dead: int = 0
+    invalid: int = 0
+    journals: tuple[str, ...] = ()
+
+
 class ReplicatedLog(Protocol):
     """A replicated log of one name.
 
@@ -125,6 +157,10 @@ class ReplicatedLog(Protocol):
 
     async def release(self, owner: str) -> None:
         """Gives the lease up, so that another daemon need not wait."""
+        ...
+
+    async def want(self) -> None:
+        """Asks a daemon that has adopted the log to give it back; lapses as a lease does."""
         ...
 
     async def append(self, data: bytes, *, after: int) -> int:
@@ -201,6 +237,51 @@ class ReplicatedLog(Protocol):
         """
         ...
 
+    async def retire(self, number: int, end: LogEnd) -> None:
+        """Deletes the log up to its last message, once its numbers are in the sum of the retired.
+
+        It may be called again, by several daemons at once, and when another log has begun under
+        the name.
+
+        Args:
+            number: of the last message.
+            end: the log's numbers.
+
+        Raises:
+            LogUnreachable, LogFull, LogAmbiguous: it may not be done.
+        """
+        ...
+
     async def close(self) -> None:
         """Ends the connection."""
+        ...
+
+
+class GroupedLog(ReplicatedLog, Protocol):
+    """A log with the others of its engine.
+
+    Attributes:
+        place: `NAME.PIPELINE`, which tells it from them.
+    """
+
+    place: str
+
+    async def logs(self) -> Mapping[str, LogLease]:
+        """The leases of all logs that have a message, by their places.
+
+        Raises:
+            LogUnreachable: no answer.
+        """
+        ...
+
+    def sibling(self, place: str) -> GroupedLog:
+        """Another log, over the connection of this one."""
+        ...
+
+    async def retired(self) -> Mapping[str, RetiredLogs]:
+        """The sums of the logs that have ended, by their pipelines.
+
+        Raises:
+            LogUnreachable: no answer.
+        """
         ...

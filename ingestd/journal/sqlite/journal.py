@@ -72,7 +72,7 @@ if TYPE_CHECKING:
     from ingestd.base.append import Append, IdempotencyClaim
     from ingestd.base.clock import Clock
     from ingestd.base.record import Records, Span
-    from ingestd.journal.interface import JournalContext
+    from ingestd.journal.interface import JournalContext, JournalGroup
     from ingestd.journal.settings import JournalSettings
     from ingestd.journal.sqlite import kept
 
@@ -106,6 +106,7 @@ class SqliteJournal:
     """
 
     keeps = True
+    group: JournalGroup | None = None
     store_letters: type[SqliteDeadLetterStore] = SqliteDeadLetterStore
 
     def __init__(

@@ -35,6 +35,8 @@ BUSY_SECONDS = 30.0
 """How long to wait for the daemon's commit; one takes milliseconds unless the disk hangs."""
 FILE, CACHE = "journal.db", "cache.db"
 """The second one is the cache of a journal that lies elsewhere (`ingestd/journal/log`)."""
+ADOPTED = "adopted"
+"""The folder beside it, with those of other daemons that are adopted at present."""
 _ERRORS = (sqlite3.Error, OSError, UnicodeDecodeError)
 """The last one: SQLite's words about a damaged file quote it."""
 
@@ -55,6 +57,9 @@ def journals(data_dir: Path, only: Sequence[str] = ()) -> dict[str, Path]:
         places = {"default": data_dir / file}
         places |= {path.parent.name: path for path in sorted(data_dir.glob(f"pipelines/*/{file}"))}
         found |= {name: path for name, path in places.items() if path.is_file()}
+    for name, path in [*found.items()]:
+        for adopted in path.parent.glob(f"{ADOPTED}/*/{CACHE}"):
+            found[f"{name}@{adopted.parent.name}"] = adopted
     found = {name: found[name] for name in sorted(found, key=lambda one: (one != "default", one))}
     if not found:
         raise DataDirError(path=data_dir, problem="there is no journal in it")

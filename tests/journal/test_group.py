@@ -1,0 +1,266 @@
+"""Groups of daemons on one stream: what a daemon leaves pending is processed by another one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from ingestd.journal.jetstream import JetStreamKind, JetStreamSettings
+from tests.daemon.harness import ROOT, Daemon
+from tests.journal.test_jetstream_daemon import batches
+from tests.nats import running
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from tests.nats import Cluster
+
+pytest.importorskip("nats", reason="needs nats-py: pip install 'ingestd[jetstream]'")
+pytestmark = pytest.mark.slow
+
+LIST = "journal list"
+LEASE = float(os.environ.get("TEST_LEASE", "2"))
+"""Seconds; 10 is the default of the setting."""
+HANDLER = """
+import json, time
+from ingestd import Batch
+
+def keep(batch: Batch[int]) -> None:
+    for index, number in enumerate(batch):
+        if number < 0:
+            batch.reject(index, "negative")
+    with open({out!r}, "a") as out:
+        out.write(json.dumps([batch.id, list(batch)]) + "\\n")
+    time.sleep({seconds})
+"""
+
+
+class Group:
+    """Daemons of several names on the servers, each on a machine of its own."""
+
+    def __init__(self, folder: Path, cluster: Cluster, stack: contextlib.ExitStack) -> None:
+        self.folder, self.cluster, self.out = folder, cluster, folder / "out"
+        self._stack = stack
+        self._lives = 0
+
+    def settings(self, name: str, *more: str) -> list[str]:
+        own = {
+            "name": name, "servers": ",".join(self.cluster.urls), "lease": f"{LEASE}s",
+            "replicas": str(len(self.cluster.servers)), "adopt": "true",
+        }  # fmt: skip
+        given = {f"journal.jetstream.{key}": value for key, value in own.items()}
+        given |= {"journal.kind": "jetstream", "batch.records_max": "100"}
+        given["executor.kind"] = "thread"  # a child process each would take longer to start
+        return [word for key, value in given.items() for word in (f"--{key}", value)] + [*more]
+
+    def start(self, name: str, seconds: float, *more: str) -> Daemon:
+        """Starts a daemon, whose handler takes so long a batch."""
+        self._lives += 1
+        folder = self.folder / f"{name}-{self._lives}"
+        folder.mkdir()
+        (folder / "h.py").write_text(HANDLER.format(out=str(self.out), seconds=seconds))
+        words = self.settings(name, *more)
+        daemon = Daemon("h:keep", "--data-dir", str(folder / "data"), *words, cwd=folder)
+        self._stack.enter_context(daemon)
+        self._stack.callback(daemon.terminate, signal.SIGCONT)
+        return daemon
+
+    def numbers(self) -> list[int]:
+        return sorted(n for numbers in batches(self.out).values() for n in numbers)
+
+    def listed(self) -> dict[str, dict[str, Any]]:
+        """The logs by their names; of those that have ended their sum."""
+        own = JetStreamSettings(
+            servers=tuple(self.cluster.urls), lease=LEASE, replicas=len(self.cluster.servers)
+        )
+        return {one["log"]: one for one in asyncio.run(JetStreamKind().logs(own))}
+
+    def told(self, *flags: str) -> str:
+        """What `ingestd journal list` prints."""
+        env = {
+            **os.environ, "PYTHONPATH": str(ROOT), "INGESTD_JOURNAL__KIND": "jetstream",
+            "INGESTD_JOURNAL__JETSTREAM__SERVERS": ",".join(self.cluster.urls),
+            "INGESTD_JOURNAL__JETSTREAM__LEASE": f"{LEASE}s",
+            "INGESTD_JOURNAL__JETSTREAM__REPLICAS": str(len(self.cluster.servers)),
+        }  # fmt: skip
+        command = [sys.executable, "-m", "ingestd", *LIST.split(), *flags]
+        return subprocess.run(command, env=env, capture_output=True, check=True, text=True).stdout
+
+    def until_drained(self, *names: str) -> dict[str, dict[str, Any]]:
+        return until(
+            lambda: (
+                (found := self.listed())
+                and all(found[name]["state"] == "drained" for name in names)
+                and found
+            )
+        )
+
+
+@contextlib.contextmanager
+def group_of(folder: Path, nodes: int = 1) -> Iterator[Group]:
+    (folder / "nats").mkdir()
+    with running(folder / "nats", nodes) as cluster, contextlib.ExitStack() as stack:
+        yield Group(folder, cluster, stack)
+
+
+def until(found: Callable[[], Any], seconds: float = 30) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return value
+
+
+def post(daemon: Daemon, count: int, first: int = 0) -> None:
+    for start in range(first, first + count, 200):
+        body = b"".join(b"%d\n" % n for n in range(start, min(start + 200, first + count)))
+        assert daemon.post(body)[0] == 202
+
+
+def logs_of(daemon: Daemon) -> dict[str, dict[str, Any]]:
+    status = daemon.status()["pipelines"]["default"]["journal"]["logs"]
+    return {one["log"]: one for one in status}
+
+
+def test_a_killed_daemon_is_replaced_by_one_of_another_name(tmp_path: Path) -> None:
+    with group_of(tmp_path, 3) as group:
+        one, two = group.start("one", 3600), group.start("two", 0)
+        post(one, 2000)
+        two.event("daemon_started")
+        until(lambda: len(batches(group.out)) == 2)  # both workers hold one that will never end
+        before = batches(group.out)
+        one.terminate(signal.SIGKILL)
+        killed = time.monotonic()
+        until(lambda: len(batches(group.out)) > 2)
+        print(f"takeover took {time.monotonic() - killed:.2f} s, the lease is {LEASE} s")
+        left = two.event("log_left")
+        assert (left["accepted"], left["processed"], left["pending"]) == (2000, 2000, 0)
+        assert (left["reason"], left["balanced"]) == ("drained", True)
+        assert {name: batches(group.out)[name] for name in before} == before
+        assert group.numbers() == [*range(2000)]
+        until(lambda: logs_of(two)["one"]["state"] == "drained")
+        assert "default@one" not in two.status()["pipelines"]
+        post(two, 100, 5000)
+        two.until_settled()
+        two.terminate()
+        assert two.wait() == 0
+        out = f"[{','.join(group.told('--json').splitlines())}]"
+        assert json.loads(out) == [*group.listed().values()]
+        words = [line.split() for line in group.told().splitlines()]
+        assert words == [
+            ["log", "pipeline", "owner", "state", "accepted", "processed", "dead", "pending"],
+            ["one", "default", "-", "drained", "2000", "2000", "0", "0"],
+            ["two", "default", "-", "drained", "100", "100", "0", "0"],
+            ["sum", "-", "-", "-", "2100", "2100", "0", "0"],
+        ]
+        assert not list(tmp_path.glob("two-*/data/adopted/*"))
+
+
+def test_a_paused_daemon_is_adopted_and_refused(tmp_path: Path) -> None:
+    with group_of(tmp_path) as group:
+        one = group.start("one", 0, "--batch.age_max", "1h")
+        assert one.post(b"1\n")[0] == 202  # it waits for its batch to fill
+        two = group.start("two", 0)
+        two.event("daemon_started")
+        one.terminate(signal.SIGSTOP)
+        assert two.event("log_left")["processed"] == 1
+        one.terminate(signal.SIGCONT)
+        with contextlib.suppress(OSError):  # it may have left by itself
+            assert one.post(b"2\n")[0] >= 500
+        assert one.wait() == 75
+        assert group.numbers() == [1]
+        found = group.listed()["one"]
+        assert (found["accepted"], found["processed"], found["pending"]) == (1, 1, 0)
+
+
+def test_a_drain_hands_over_at_once_and_one_of_two_adopts(tmp_path: Path) -> None:
+    with group_of(tmp_path) as group:
+        one = group.start("one", 3600, "--drain.timeout", "0s")
+        two = group.start("two", 3600, "--drain.timeout", "0s")
+        post(one, 1000)
+        until(lambda: len(batches(group.out)) == 2)
+        hung = batches(group.out)
+        two.event("daemon_started")
+        one.terminate()
+        assert one.wait() == 0
+        assert one.event("drained_partly")["pending"] == 1000
+        two.event("log_adopted")
+        others = [group.start(name, 0) for name in ("three", "four")]
+        for other in others:
+            other.event("daemon_started")
+        until(lambda: len(group.out.read_text().splitlines()) == 4)
+        assert batches(group.out) == hung  # the same two, under their ids
+        two.terminate()
+        assert two.wait() == 0
+        gone = time.monotonic()
+        until(lambda: len(batches(group.out)) > 2)
+        print(f"the hand-over took {time.monotonic() - gone:.2f} s, the lease is {LEASE} s")
+        group.until_drained("one")
+        assert len(group.out.read_text().splitlines()) == 2 * 2 + 10  # then each batch once
+        assert group.numbers() == [*range(1000)]
+        events = [event["event"] for other in others for event in other.events]
+        assert events.count("log_adopted") == 1
+
+
+def test_a_log_goes_back_to_its_daemon(tmp_path: Path) -> None:
+    with group_of(tmp_path) as group:
+        one = group.start("one", 3600)
+        post(one, 6000)  # half a minute for the other one
+        two = group.start("two", 0.7)
+        two.event("daemon_started")
+        one.terminate(signal.SIGKILL)
+        two.event("log_adopted")
+        shown = until(lambda: two.status()["pipelines"].get("default@one"))
+        assert shown["accepted"] == 6000
+        until(lambda: logs_of(two)["one"]["state"] == "adopted")
+        assert logs_of(two)["one"]["owner"] == "two"
+        again = group.start("one", 0)
+        again.event("daemon_started")
+        assert two.event("log_left")["reason"] == "wanted"
+        status = again.until_settled()
+        assert (status["accepted"], status["processed"]) == (6000, 6000)
+        assert group.numbers() == [*range(6000)]
+
+
+def test_dead_letters_stay_with_their_log_and_the_log_ends_without(tmp_path: Path) -> None:
+    with group_of(tmp_path) as group:
+        one = group.start("one", 3600, "--batch.records_max", "10")
+        assert one.post(b"1\n-2\n3\n")[0] == 202
+        assert one.post(b"4\n" * 20)[0] == 202
+        two = group.start("two", 0)
+        two.event("daemon_started")
+        one.terminate(signal.SIGKILL)
+        assert two.event("log_left")["dead"] == 1
+        assert group.until_drained("one")["one"]["dead"] == 1
+        two.terminate()
+        assert two.wait() == 0
+        # Gone for good: the log is held for its letters, and ends without them.
+        three = group.start("three", 0, "--journal.jetstream.retire_after", "0s")
+        until(lambda: "default@one" in three.status()["pipelines"])
+        data = next(tmp_path.glob("three-*")) / "data"
+        dead = [sys.executable, "-m", "ingestd", "dead"]
+        place = ["--data-dir", str(data), "--pipeline", "default@one"]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        told = subprocess.run(
+            [*dead, "list", *place, "--json"], env=env, capture_output=True, check=True
+        )
+        assert b"negative" in told.stdout
+        subprocess.run([*dead, "purge", *place, "--all", "--yes"], env=env, check=True)
+        three.event("log_retired")
+        found = until(lambda: "one" not in (found := group.listed()) and found)
+        ended = next(log for log in found.values() if log["state"] == "retired")
+        assert ended["accepted"] >= 23
+        assert ended["accepted"] == ended["processed"] + ended["dead"]
+        again = group.start("one", 0)
+        assert again.post(b"7\n")[0] == 202
+        assert again.until_settled()["accepted"] == 1
