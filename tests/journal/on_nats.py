@@ -1,9 +1,10 @@
-"""Journals in NATS JetStream, in the process of a test."""
+"""Journals in NATS JetStream, in the process of a test and in daemons."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from ingestd.base.record import Records
 from ingestd.journal.build import build_journal
 from ingestd.journal.settings import DeadSettings
 from ingestd.pipeline_settings import JournalTables
+from tests.daemon.harness import Daemon
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -71,3 +73,39 @@ async def records(journal: LogJournal) -> list[bytes]:
     """All that is pending."""
     chunks = await journal.read(1, 1 << 30)
     return [item for chunk in chunks for item in chunk.records.items()]
+
+
+HANDLER = """
+import json, time
+from ingestd import Batch
+
+def keep(batch: Batch[int]) -> None:
+    with open({out!r}, "a") as out:
+        out.write(json.dumps([batch.id, list(batch)]) + "\\n")
+    if {seconds}:
+        time.sleep({seconds})
+"""
+
+
+def start(
+    folder: Path, cluster: Cluster, out: Path, seconds: float, *more: str, **how: Any
+) -> Daemon:
+    """A daemon on a machine of its own: nothing is shared but the servers."""
+    folder.mkdir()
+    (folder / "h.py").write_text(HANDLER.format(out=str(out), seconds=seconds))
+    return Daemon(
+        "h:keep", "--data-dir", str(folder / "data"), "--batch.records_max", "100",
+        "--journal.kind", "jetstream", "--journal.jetstream.name", "shop",
+        "--journal.jetstream.servers", ",".join(cluster.urls),
+        "--journal.jetstream.replicas", str(len(cluster.servers)),
+        "--journal.jetstream.lease", "2s", "--executor.workers", "2", *more, cwd=folder, **how,
+    )  # fmt: skip
+
+
+def batches(out: Path) -> dict[str, list[int]]:
+    """What handlers got, by batch id; one id never means two things."""
+    found: dict[str, list[int]] = {}
+    for line in out.read_text().splitlines() if out.exists() else ():
+        batch, numbers = json.loads(line)
+        assert found.setdefault(batch, numbers) == numbers
+    return found

@@ -16,7 +16,7 @@ import pytest
 
 from ingestd.journal.jetstream import JetStreamKind, JetStreamSettings
 from tests.daemon.harness import ROOT, Daemon
-from tests.journal.test_jetstream_daemon import batches
+from tests.journal.on_nats import batches
 from tests.nats import running
 
 if TYPE_CHECKING:

@@ -3,58 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.daemon.harness import Daemon
 from tests.faults.tools import needs
+from tests.journal.on_nats import batches, start
 from tests.nats import running
-
-if TYPE_CHECKING:
-    from tests.nats import Cluster
 
 pytest.importorskip("nats", reason="needs nats-py: pip install 'ingestd[jetstream]'")
 pytestmark = pytest.mark.slow
-
-HANDLER = """
-import json, time
-from ingestd import Batch
-
-def keep(batch: Batch[int]) -> None:
-    with open({out!r}, "a") as out:
-        out.write(json.dumps([batch.id, list(batch)]) + "\\n")
-    if {seconds}:
-        time.sleep({seconds})
-"""
-
-
-def start(
-    folder: Path, cluster: Cluster, out: Path, seconds: float, *more: str, **how: Any
-) -> Daemon:
-    """A daemon on a machine of its own: nothing is shared but the servers."""
-    folder.mkdir()
-    (folder / "h.py").write_text(HANDLER.format(out=str(out), seconds=seconds))
-    return Daemon(
-        "h:keep", "--data-dir", str(folder / "data"), "--batch.records_max", "100",
-        "--journal.kind", "jetstream", "--journal.jetstream.name", "shop",
-        "--journal.jetstream.servers", ",".join(cluster.urls),
-        "--journal.jetstream.replicas", str(len(cluster.servers)),
-        "--journal.jetstream.lease", "2s", "--executor.workers", "2", *more, cwd=folder, **how,
-    )  # fmt: skip
-
-
-def batches(out: Path) -> dict[str, list[int]]:
-    """What handlers got, by batch id; one id never means two things."""
-    found: dict[str, list[int]] = {}
-    for line in out.read_text().splitlines() if out.exists() else ():
-        batch, numbers = json.loads(line)
-        assert found.setdefault(batch, numbers) == numbers
-    return found
 
 
 @pytest.mark.parametrize("nodes", [1, 3])

@@ -15,8 +15,7 @@ from ingestd.base.append import Append
 from ingestd.base.errors import Overloaded
 from tests.faults.power import Disk, Network, disks
 from tests.faults.tools import needs
-from tests.journal.on_nats import crash, lines, records
-from tests.journal.test_jetstream_daemon import batches, start
+from tests.journal.on_nats import batches, crash, lines, records, start
 from tests.nats import running
 
 if TYPE_CHECKING:
