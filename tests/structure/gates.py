@@ -49,13 +49,21 @@ class House(NamedTuple):
 
 
 @lru_cache(1)
+def _parsed(text: str) -> ast.Module:
+    """The syntax tree; CPython below 3.11.5 miscounts when another thread compiles beside it."""
+    try:
+        return ast.parse(text)
+    except SystemError:  # https://github.com/python/cpython/issues/106905
+        return ast.parse(text)
+
+
 def read(root: Path = ROOT) -> House:
     """Parses the package below `root`."""
     modules = {}
     for path in sorted((root / PACKAGE).rglob("*.py")):
         name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
         text = path.read_text(encoding="utf-8")
-        modules[name] = Module(name, path, ast.parse(text), len(text.splitlines()))
+        modules[name] = Module(name, path, _parsed(text), len(text.splitlines()))
     imports = {
         name: _imported(module, modules, list(ast.walk(module.tree)))
         for name, module in modules.items()
