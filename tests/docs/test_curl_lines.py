@@ -37,9 +37,9 @@ PAGES = [
         *sorted((ROOT / "docs").glob("*.md")),
         *sorted((ROOT / "docs" / "clients").glob("*.md")),
     )
-    # The blocks of these need what stands before them: tests/deploy and test_operations.py run them
-    # in order.
-    if "curl" in page.read_text() and page.stem not in {"DEPLOYMENT", "OPERATIONS"}
+    # The blocks of these need what stands before them: tests/deploy, test_operations.py and
+    # test_scaling.py run them in order.
+    if "curl" in page.read_text() and page.stem not in {"DEPLOYMENT", "OPERATIONS", "SCALING"}
 ]
 SAMPLES = {
     "events.ndjson": b'{"user": 7, "event": "signup"}\n{"user": 8, "event": "login"}\n' * 50,

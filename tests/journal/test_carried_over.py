@@ -245,7 +245,8 @@ def store(batch: ingestd.Batch[dict]) -> None:
 
 def unpack(version: int, folder: Path) -> Path:
     with tarfile.open(UPGRADE / f"data-version-{version}.tar.gz") as made:
-        made.extractall(folder, filter="data")
+        made.extraction_filter = getattr(tarfile, "data_filter", None)  # from 3.11.4 on
+        made.extractall(folder)
     return folder / "journal.db"
 
 
