@@ -110,8 +110,12 @@ def measure(
 def _with_flags(service: Service, variant: Variant, before: Path | None) -> Service:
     (command,) = service.commands
     environment = dict(command.environment)
-    if variant.name == BEFORE:
-        environment["PYTHONPATH"] = os.pathsep.join((str(before), str(ROOT)))
+    if before is not None and variant.name == BEFORE:
+        # Only the package is the earlier one: handler and load are the same for all.
+        earlier = command.folder / "earlier"
+        earlier.mkdir()
+        (earlier / "ingestd").symlink_to(before.resolve() / "ingestd")
+        environment["PYTHONPATH"] = os.pathsep.join((str(earlier), str(ROOT)))
     argv = [*command.argv, *variant.flags]
     return service._replace(commands=(command._replace(argv=argv, environment=environment),))
 
