@@ -7,9 +7,12 @@ import json
 import threading
 from typing import TYPE_CHECKING
 
+from ingestd.base.errors import IngestdError
 from ingestd.prove.plan import Body, ProofBounds, body_at
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ingestd.prove.progress import ProofProgress
 
 _ANSWER_SECONDS = 60.0
@@ -154,3 +157,61 @@ def _decoded(content: bytes) -> dict[str, object]:
     except ValueError:
         return {}
     return told if isinstance(told, dict) else {}
+
+
+class ClientFailed(IngestdError):  # noqa: N818  reads as what happened
+    """A client can't go on."""
+
+    message = "a client can't go on: {problem}"
+
+
+class ProofClients:
+    """All clients of a run.
+
+    Args:
+        progress: of the run; it says how many there are.
+        bounds: of their requests.
+        targets: daemons, in turn.
+
+    Attributes:
+        stopping: each ends after the request that it is at.
+    """
+
+    def __init__(
+        self, progress: ProofProgress, bounds: ProofBounds, targets: Sequence[ProofTarget]
+    ) -> None:
+        self.stopping = threading.Event()
+        self._progress = progress
+        self._clients = [
+            ProofClient(
+                number,
+                seed=progress.state.seed,
+                bounds=bounds,
+                target=targets[number % len(targets)],
+                progress=progress,
+                stop=self.stopping,
+            )
+            for number in range(len(progress.state.sent))
+        ]
+
+    def start(self) -> None:
+        """Begins to send."""
+        for client in self._clients:
+            client.start()
+
+    def check(self) -> None:
+        """Checks that all can go on.
+
+        Raises:
+            ClientFailed: one can't.
+        """
+        for client in self._clients:
+            if client.problem:
+                raise ClientFailed(problem=client.problem)
+
+    def stop(self) -> None:
+        """Stops them; each waits for the answer to its request."""
+        self.stopping.set()
+        for client in self._clients:
+            client.join()
+        self._progress.save(idle=True)

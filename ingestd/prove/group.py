@@ -17,7 +17,7 @@ import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ingestd.base.errors import Exit, IngestdError
-from ingestd.prove.clients import ProofClient, ProofTarget
+from ingestd.prove.clients import ProofClients, ProofTarget
 from ingestd.prove.plan import (
     EARLY_SPREAD,
     SERVING_SECONDS_MAX,
@@ -28,7 +28,6 @@ from ingestd.prove.prover import (
     LAST_SECONDS,
     LOOK_SECONDS,
     START_SECONDS,
-    ClientFailed,
     DaemonDied,
     DaemonProcess,
     check_balance,
@@ -103,7 +102,6 @@ class GroupProver:
         self._progress, self._state, self._say = progress, progress.state, say
         self._lock = threading.Lock()
         self._next = self._state.killed
-        self._stop = threading.Event()
         servers = inputs.task.folder / "servers"
         servers.mkdir(exist_ok=True)
         self._cluster = local_cluster(servers, group.nodes)
@@ -112,17 +110,8 @@ class GroupProver:
         self._task = inputs.task
         self._daemons = [_GroupDaemon(self, number) for number in range(group.daemons)]
         self._servers = _Servers(self, self._cluster)
-        self._clients = [
-            ProofClient(
-                number,
-                seed=self._state.seed,
-                bounds=inputs.task.bounds,
-                target=self._daemons[number % group.daemons].target,
-                progress=progress,
-                stop=self._stop,
-            )
-            for number in range(len(self._state.sent))
-        ]
+        targets = [one.target for one in self._daemons]
+        self._clients = ProofClients(progress, inputs.task.bounds, targets)
 
     def run(self) -> ProofReport:
         """Runs to the end; leaves no process and no thread behind, however it ends.
@@ -137,13 +126,12 @@ class GroupProver:
         threads: list[_Faulted] = [*self._daemons, self._servers]
         try:
             self._cluster.start()
-            for client in self._clients:
-                client.start()
+            self._clients.start()
             for one in threads:
                 one.start()
             self._until(lambda: all(one.faultless.is_set() for one in threads))
             self.over.wait(LAST_SECONDS)  # they take records after the last fault, too
-            self._stop_clients()
+            self._clients.stop()
             self._say("no more faults; the daemons drain")
             self.draining.set()
             self._until(lambda: all(one.end is not None for one in self._daemons))
@@ -165,18 +153,10 @@ class GroupProver:
             for one in (*self._daemons, self._servers):
                 if one.problem is not None:
                     raise one.problem
-            for client in self._clients:
-                if client.problem:
-                    raise ClientFailed(problem=client.problem)
-
-    def _stop_clients(self) -> None:
-        self._stop.set()
-        for client in self._clients:
-            client.join()
-        self._progress.save(idle=True)
+            self._clients.check()
 
     def _end(self) -> None:
-        self._stop.set()
+        self._clients.stopping.set()
         self.over.set()
         for server in self._cluster.servers:
             server.resume()
@@ -184,7 +164,7 @@ class GroupProver:
             one.close()
         self._servers.join()
         self._cluster.stop()
-        self._stop_clients()
+        self._clients.stop()
 
     # -- for its threads -----------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import ingestd
 from ingestd.base.errors import IngestdError
 from ingestd.prove import owned
-from ingestd.prove.clients import ProofClient, ProofTarget
+from ingestd.prove.clients import ProofClients, ProofTarget
 from ingestd.prove.plan import kill_at
 from ingestd.prove.verdict import compare, report, rows_in
 
@@ -176,12 +176,6 @@ LAST_SECONDS = 0.5
 LOOK_SECONDS = 0.1
 
 
-class ClientFailed(IngestdError):  # noqa: N818  reads as what happened
-    """A client can't go on."""
-
-    message = "a client can't go on: {problem}"
-
-
 class Task(NamedTuple):
     """Inputs of a run.
 
@@ -215,18 +209,7 @@ class Prover:
         self._say = say
         self._daemon: DaemonProcess | None = None
         self._target = ProofTarget()
-        self._stop = threading.Event()
-        self._clients = [
-            ProofClient(
-                number,
-                seed=progress.state.seed,
-                bounds=task.bounds,
-                target=self._target,
-                progress=progress,
-                stop=self._stop,
-            )
-            for number in range(len(progress.state.sent))
-        ]
+        self._clients = ProofClients(progress, task.bounds, [self._target])
 
     def run(self) -> ProofReport:
         """Runs to the end; leaves no process and no thread behind, however it ends.
@@ -238,8 +221,7 @@ class Prover:
         state = self._progress.state
         self._ends_at = time.monotonic() + (self._task.seconds or float("inf"))
         self._progress.save()
-        for client in self._clients:
-            client.start()
+        self._clients.start()
         try:
             more = True
             while more and state.killed < state.kills:
@@ -301,13 +283,8 @@ class Prover:
         while (left := min(until, self._ends_at) - time.monotonic()) > 0:
             if daemon.wait(min(left, LOOK_SECONDS)):
                 raise daemon.died("ended by itself")
-            self._check_clients()
+            self._clients.check()
         return time.monotonic() < self._ends_at
-
-    def _check_clients(self) -> None:
-        for client in self._clients:
-            if client.problem:
-                raise ClientFailed(problem=client.problem)
 
     # -- the end -------------------------------------------------------------------------------
 
@@ -316,21 +293,14 @@ class Prover:
         daemon = self._daemon or self._start()
         admin_port = self._serve(daemon)
         self._wait(daemon, LAST_SECONDS)
-        self._stop_clients()
-        self._check_clients()
+        self._clients.stop()
+        self._clients.check()
         self._say("no more kills; the daemon drains")
         return drained(daemon, admin_port)
 
-    def _stop_clients(self) -> None:
-        """Stops the clients; each waits for the answer to its request."""
-        self._stop.set()
-        for client in self._clients:
-            client.join()
-        self._progress.save(idle=True)
-
     def _end(self) -> None:
         try:
-            self._stop_clients()
+            self._clients.stop()
         finally:
             if self._daemon is not None:
                 self._daemon.close()

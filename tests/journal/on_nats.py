@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 from ingestd.base.append import Append
 from ingestd.base.clock import SystemClock
 from ingestd.base.errors import Overloaded
@@ -109,3 +111,16 @@ def batches(out: Path) -> dict[str, list[int]]:
         batch, numbers = json.loads(line)
         assert found.setdefault(batch, numbers) == numbers
     return found
+
+
+async def refused(journal: LogJournal) -> None:
+    """Waits until records are refused; that it is at once, and with a time to come again."""
+    async with asyncio.timeout(20):
+        while not journal._log.refusal:
+            await asyncio.sleep(0.01)
+    loop = asyncio.get_running_loop()
+    before = loop.time()
+    with pytest.raises(Overloaded) as one:
+        journal.append(Append(lines(b"refused")))
+    assert one.value.retry_after > 0
+    assert loop.time() - before < 0.1

@@ -11,14 +11,12 @@ import pytest
 import trustme
 
 from ingestd.base.append import Append
-from ingestd.base.errors import JournalFailed, Overloaded
-from tests.journal.on_nats import accept, crash, lines, records
+from ingestd.base.errors import JournalFailed
+from tests.journal.on_nats import accept, crash, lines, records, refused
 from tests.nats import running
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from ingestd.journal.log import LogJournal
 
 pytest.importorskip("nats", reason="needs nats-py: pip install 'ingestd[jetstream]'")
 pytestmark = pytest.mark.slow
@@ -48,19 +46,6 @@ async def test_a_disk_is_wiped_and_then_the_other_nodes_fail(tmp_path: Path, ope
         assert await records(journal) == sent
         await crash(journal)
         assert await records(await open_(cluster, "wiped")) == sent
-
-
-async def refused(journal: LogJournal) -> None:
-    """Waits until records are refused; that it is at once, and with a time to come again."""
-    async with asyncio.timeout(20):
-        while not journal._log.refusal:
-            await asyncio.sleep(0.01)
-    loop = asyncio.get_running_loop()
-    before = loop.time()
-    with pytest.raises(Overloaded) as one:
-        journal.append(Append(lines(b"refused")))
-    assert one.value.retry_after > 0
-    assert loop.time() - before < 0.1
 
 
 CONFIG = """
