@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import signal
+
+
+def pytest_configure() -> None:
+    """Takes SIGINT back, which a shell has its background jobs, and their children, ignore."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def pytest_make_parametrize_id(val: object) -> str | None:
     """Names gzip data by its kind: the time of its making is in it, and ids have to stay the same.

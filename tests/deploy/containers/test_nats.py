@@ -133,14 +133,22 @@ def shipped(tmp_path: Path) -> Iterator[Shipped]:
 
 
 PUBLISH = """
-import asyncio, sys
-import nats
+import asyncio, sys, time
+import nats, nats.errors
 
 async def publish(password, first, end, *urls):
     client = await nats.connect(list(urls), user="ingestd", password=password)
     stream = client.jetstream(timeout=10)
+    until = time.monotonic() + 40
     for n in range(int(first), int(end)):
-        await stream.publish("records.a", b'{"n":%d}' % n, headers={"Nats-Msg-Id": str(n)})
+        while True:
+            try:
+                await stream.publish("records.a", b'{"n":%d}' % n, headers={"Nats-Msg-Id": str(n)})
+                break
+            except nats.errors.Error:  # a leader is elected
+                if time.monotonic() > until:
+                    raise
+                await asyncio.sleep(0.2)
     await client.close()
 
 asyncio.run(publish(*sys.argv[1:]))
