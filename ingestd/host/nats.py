@@ -7,9 +7,12 @@ with it, and makes the next one.
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
+from collections import UserString
 from contextlib import suppress
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ingestd.base.errors import ConfigError
@@ -24,6 +27,11 @@ CONNECT_SECONDS_MAX = 20.0
 CLOSE_SECONDS = 1.0
 REQUEST_SECONDS = 5.0
 """Bound of a question to JetStream."""
+CREDENTIALS_BYTES_MAX = 1 << 20
+_CREDENTIALS = (
+    ("NATS USER JWT", re.compile(r"BEGIN NATS USER JWT[^\n]*\n\s*([\w-]+\.[\w-]+\.[\w-]+)\s")),
+    ("USER NKEY SEED", re.compile(r"BEGIN USER NKEY SEED[^\n]*\n\s*(SU[A-Z2-7]{56})\s")),
+)
 
 
 class NatsAccess(NamedTuple):
@@ -76,6 +84,36 @@ def demand_nats(credentials: str = "") -> None:
         raise ConfigError(problem="files of credentials need nkeys: pip install nkeys")
 
 
+class CredentialsFile(UserString):
+    """A file of credentials that nats-py takes in place of its path, and reads at each connection.
+
+    By itself it would never return from a file without a JWT, such as one that is just written.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    @property
+    def data(self) -> str:  # type: ignore[override]
+        """The JWT and the seed, as they are in the file now.
+
+        Raises:
+            OSError: the file cannot be read, or lacks one of the two.
+        """
+        with Path(self._path).open(encoding="ascii", errors="replace") as file:
+            text = file.read(CREDENTIALS_BYTES_MAX)
+        blocks = []
+        for name, pattern in _CREDENTIALS:
+            found = pattern.search(text)
+            if found is None:
+                raise OSError(f"{self._path} is no file of credentials: it has no {name}")
+            blocks.append(f"-----BEGIN {name}-----\n{found[1]}\n------END {name}------\n")
+        return "\n".join(blocks)
+
+
 async def connect_nats(
     access: NatsAccess,
     name: str,
@@ -118,9 +156,10 @@ async def connect_nats(
         "user": access.username,
         "password": access.password,
         "token": access.token,
-        "user_credentials": access.credentials,
     }
     more |= {key: value for key, value in secrets.items() if value}
+    if access.credentials:
+        more["user_credentials"] = CredentialsFile(access.credentials)
     client = Client()
     try:
         await client.connect(

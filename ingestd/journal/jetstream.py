@@ -49,6 +49,7 @@ RETIRED_KEPT = 1000
 OPEN_SECONDS, OPEN_TRIES = 5.0, 4
 RECONNECT_SECONDS, PING_SECONDS_MIN = 0.25, 1.0
 _WRONG_LAST = 10071
+_NO_PEERS = 10005
 _FULL = {10047, 10023}
 _STORE_FAILED = 10077
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+")
@@ -308,7 +309,10 @@ class JetStreamLog:
         if own.username:
             access |= {"user": own.username, "password": own.password.get_secret_value()}
         if own.credentials:
-            access["user_credentials"] = own.credentials
+            from ingestd.host.nats import CredentialsFile, demand_nats  # noqa: PLC0415
+
+            demand_nats(own.credentials)
+            access["user_credentials"] = CredentialsFile(own.credentials)
         if own.tls.ca or own.tls.certificate:
             access["tls"] = _context(own.tls)
         await self._client.connect(
@@ -416,7 +420,9 @@ class JetStreamLog:
         except (errors.NotFoundError, errors.KeyWrongLastSequenceError, errors.KeyNotFoundError):
             raise
         except errors.APIError as error:
-            if raw and not isinstance(error, errors.ServiceUnavailableError):
+            # Nodes that are down are no fault of the settings, as too few nodes are.
+            down = error.err_code == _NO_PEERS and "offline" in (error.description or "")
+            if raw and not (down or isinstance(error, errors.ServiceUnavailableError)):
                 raise
             raise LogUnreachable(problem=str(error), retry_after=retry_after()) from error
         except (self._nats.errors.Error, TimeoutError, OSError) as error:
@@ -668,7 +674,9 @@ class JetStreamLog:
         if self._reconnecting is not None:
             self._reconnecting.cancel()
         if self._client is not None:
-            await self._client.close()
+            from ingestd.host.nats import close_nats  # noqa: PLC0415  loads ssl
+
+            await close_nats(self._client)
 
 
 def _context(tls: JetStreamTlsSettings) -> ssl.SSLContext:

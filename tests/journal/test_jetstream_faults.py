@@ -18,6 +18,9 @@ from tests.nats import running
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from ingestd.journal.log import LogJournal
+    from tests.nats import Cluster
+
 pytest.importorskip("nats", reason="needs nats-py: pip install 'ingestd[jetstream]'")
 pytestmark = pytest.mark.slow
 
@@ -92,3 +95,35 @@ async def test_credentials_are_revoked_and_valid_again(tmp_path: Path, open_) ->
         for wrong in ({"password": "two"}, {"tls": {"ca": tls["ca"]}}, {"tls": {}}):
             with pytest.raises(JournalFailed, match="takes nothing"):
                 await open_(cluster, "revoked", **access | wrong, timeout="0.2s")
+
+
+async def test_nodes_are_down_when_there_is_no_stream_yet(tmp_path: Path, open_) -> None:
+    """With one of three down it is made; with two the start fails as one to repeat, not with 78."""
+    (tmp_path / "nats").mkdir()
+    with running(tmp_path / "nats", 3) as cluster:
+        head = cluster.servers[0].ask("/jsz")["meta_cluster"]["leader"]
+        first, second = (node for node in cluster.servers if node.name != head)
+        for node in (first, second):
+            await asyncio.to_thread(node.stop)  # the leader knows that they are gone
+        with pytest.raises(JournalFailed, match="takes nothing") as failed:
+            await open_(cluster, "first", timeout="0.2s")
+        assert failed.value.exit_code == 75
+        await asyncio.to_thread(second.start)
+        journal = await accepting(open_, cluster)
+        await asyncio.to_thread(first.start)
+        await asyncio.to_thread(first.wait_ready, "/healthz")
+        second.kill()
+        await accept(journal, b"2")  # the one that was down is a replica too
+
+
+async def accepting(open_, cluster: Cluster) -> LogJournal:
+    """Opens a journal as a supervisor does that starts the daemon again after each 75."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                journal = await open_(cluster, "first")
+            except JournalFailed:
+                await asyncio.sleep(0.2)
+            else:
+                await accept(journal, b"1")
+                return journal
