@@ -1,4 +1,4 @@
-"""Prometheus metrics. One `Metrics` a process, with a registry of its own.
+"""Metrics in plain numbers. One `Metrics` a process; a scrape makes the page of Prometheus of it.
 
 Two ways in, neither on the path of a single record:
 
@@ -7,25 +7,22 @@ Two ways in, neither on the path of a single record:
 * What is known anyway (the ledger, the queue, the workers) is read at each scrape
   (`Metrics.watch`), so no second count of it can drift.
 
-Names follow https://prometheus.io/docs/practices/naming/: base units, `_total` on counters.
+Names follow https://prometheus.io/docs/practices/naming/: base units, `_total` on counters. The
+first scrape imports prometheus_client: a start that waits for it takes 25 ms more, and a daemon
+that is never scraped 3.5 MB.
 """
 
 from __future__ import annotations
 
-import platform
+import sys
 from bisect import bisect_left
-from itertools import accumulate
+from threading import Lock
 from typing import TYPE_CHECKING, Literal, get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
-from prometheus_client.exposition import choose_encoder
-from prometheus_client.registry import Collector
-
-from ingestd.base.scraped import Watcher
+from ingestd.base.scraped import Watcher, family, histogram
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from prometheus_client import Metric
 
@@ -36,10 +33,8 @@ REASONS_MAX = 32
 """Values that one `reason` label may take in one pipeline; what comes later counts as `other`."""
 
 Tried = Literal["done", "retry", "split", "failed"]
-"""Outcome of a try of a batch; see `_Families.batches`."""
+"""Outcome of a try of a batch; see `_BY_LABEL`."""
 
-_BY_PIPELINE = ("pipeline",)
-_BY_REASON = ("pipeline", "reason")
 _REQUEST_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _COMMIT_SECONDS = (0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 _HANDLER_SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
@@ -47,77 +42,43 @@ _APPENDS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 _RECORDS = (1, 10, 50, 100, 250, 500, 1000, 2500, 5000, 10_000, 100_000)
 _BYTES = tuple(1024 * 4**n for n in range(9))  # 1 KiB to 64 MiB
 
+# Name, help.
+_COUNTERS = (
+    ("accepted_bytes_total", "Payload bytes made durable."),
+    ("records_unkept_total", "Invalid records that only their sender was told of."),
+    ("journal_committed_bytes_total", "Bytes committed."),
+)
+# Name, help, the label beside `pipeline`.
+_BY_LABEL = (
+    ("invalid_bytes_total", "Payload bytes of invalid records that are kept.", "reason"),
+    ("requests_refused_total", "Whole requests turned away at a bound.", "reason"),
+    ("dead_letters_total", "Dead letters, of invalid records too.", "reason"),
+    # done: something was processed. retry: nothing, and all or some of it comes again. split:
+    # it failed, and its halves come in its place. failed: all of it was given up.
+    ("batches_total", "Tries of batches.", "outcome"),
+    ("worker_restarts_total", "Workers replaced.", "reason"),
+)
+# Name, help, bounds.
+_HISTOGRAMS = (
+    ("journal_commit_duration_seconds", "One commit with its sync.", _COMMIT_SECONDS),
+    ("journal_commit_appends", "Appends sharing one commit.", _APPENDS),
+    ("batch_records", "Records in a batch.", _RECORDS),
+    ("batch_bytes", "Payload bytes in a batch.", _BYTES),
+    ("handler_duration_seconds", "One call of the handler.", _HANDLER_SECONDS),
+)
 
-class _Reasons:
-    """Children of a counter by reason, resolved once each and bounded in number."""
 
-    __slots__ = ("_children", "_counter", "_pipeline")
+class Gauge:
+    """A number that goes up and down."""
 
-    def __init__(self, counter: Counter, pipeline: str) -> None:
-        self._counter = counter
-        self._pipeline = pipeline
-        self._children: dict[str, Counter] = {}
+    __slots__ = ("value",)
 
-    def inc(self, reason: str, amount: float) -> None:
-        child = self._children.get(reason)
-        if child is None:
-            if len(self._children) >= REASONS_MAX:
-                reason = "other"
-            child = self._counter.labels(self._pipeline, reason)
-            self._children[reason] = child
-        child.inc(amount)
+    def __init__(self) -> None:
+        self.value = 0.0
 
-
-class _Families:
-    """Every series that is counted where it happens."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        self._registry = registry
-        count, observe = self._counter, self._histogram
-        # sources
-        self.accepted_bytes = count("accepted_bytes_total", "Payload bytes made durable.")
-        self.invalid_bytes = count(
-            "invalid_bytes_total", "Payload bytes of invalid records that are kept.", *_BY_REASON
-        )
-        self.requests_refused = count(
-            "requests_refused_total", "Whole requests turned away at a bound.", *_BY_REASON
-        )
-        self.unkept = count(
-            "records_unkept_total", "Invalid records that only their sender was told of."
-        )
-        self.dead_letters = count(
-            "dead_letters_total", "Dead letters, of invalid records too.", *_BY_REASON
-        )
-        # journal
-        self.commit_seconds = observe(
-            "journal_commit_duration_seconds", "One commit with its sync.", _COMMIT_SECONDS
-        )
-        self.appends = observe("journal_commit_appends", "Appends sharing one commit.", _APPENDS)
-        self.commit_bytes = count("journal_committed_bytes_total", "Bytes committed.")
-        # batches
-        # done: something was processed. retry: nothing, and all or some of it comes again. split:
-        # it failed, and its halves come in its place. failed: all of it was given up.
-        self.batches = count("batches_total", "Tries of batches.", "pipeline", "outcome")
-        self.batch_records = observe("batch_records", "Records in a batch.", _RECORDS)
-        self.batch_bytes = observe("batch_bytes", "Payload bytes in a batch.", _BYTES)
-        self.handler_seconds = observe(
-            "handler_duration_seconds", "One call of the handler.", _HANDLER_SECONDS
-        )
-        self.worker_restarts = count("worker_restarts_total", "Workers replaced.", *_BY_REASON)
-
-    def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(f"ingestd_{name}", text, labels or _BY_PIPELINE, registry=self._registry)
-
-    def _histogram(
-        self, name: str, text: str, buckets: tuple[float, ...], *labels: str
-    ) -> Histogram:
-        return Histogram(
-            f"ingestd_{name}",
-            text,
-            labels or _BY_PIPELINE,
-            buckets=buckets,
-            registry=self._registry,
-        )
+    def set(self, value: float) -> None:
+        """Replaces the number."""
+        self.value = value
 
 
 class RouteMetrics:
@@ -145,106 +106,99 @@ class RouteMetrics:
         self.seconds += seconds * requests
 
 
-class _Routes(Collector):
-    """Reads the requests of all routes at each scrape."""
+class _Histogram:
+    """Counts numbers by the least bound that they do not pass.
 
-    def __init__(self) -> None:
-        self.routes: dict[str, RouteMetrics] = {}
+    Attributes:
+        bounds: in ascending order.
+        buckets: numbers by bound, the last ones beyond all of these.
+        total: their sum.
+    """
 
-    def describe(self) -> Iterable[Metric]:
-        """No names in advance: the registry would otherwise collect to learn them."""
-        return ()
+    __slots__ = ("bounds", "buckets", "total")
 
-    def collect(self) -> Iterator[Metric]:
-        requests = CounterMetricFamily(
-            "ingestd_http_requests_total", "HTTP requests answered.", labels=["route", "code"]
-        )
-        seconds = HistogramMetricFamily(
-            "ingestd_http_request_duration_seconds", "From head to answer.", labels=["route"]
-        )
-        bounds = [*map(str, map(float, _REQUEST_SECONDS)), "+Inf"]
-        for route, counted in self.routes.items():
-            for first, count in enumerate(counted.classes, 2):
-                requests.add_metric([route, f"{first}xx"], count)
-            sums = list(accumulate(counted.buckets))
-            seconds.add_metric([route], list(zip(bounds, sums, strict=True)), counted.seconds)
-        yield requests
-        yield seconds
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.buckets = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        self.buckets[bisect_left(self.bounds, value)] += 1
+        self.total += value
 
 
 class PipelineMetrics:
-    """Counts events of one pipeline. From `Metrics.pipeline`; safe to call from any thread."""
+    """Counts events of one pipeline. From `Metrics.pipeline`; safe to call from any thread.
 
-    __slots__ = (
-        "_accepted_bytes",
-        "_appends",
-        "_batch_bytes",
-        "_batch_records",
-        "_batches",
-        "_commit_bytes",
-        "_commit_seconds",
-        "_dead_letters",
-        "_handler_seconds",
-        "_invalid_bytes",
-        "_requests_refused",
-        "_restarts",
-        "_unkept",
-    )
+    Attributes:
+        counters: by name.
+        labeled: counters by name and value of their label.
+        histograms: by name.
+    """
 
-    def __init__(self, name: str, families: _Families) -> None:
-        self._accepted_bytes = families.accepted_bytes.labels(name)
-        self._dead_letters = _Reasons(families.dead_letters, name)
-        self._invalid_bytes = _Reasons(families.invalid_bytes, name)
-        self._requests_refused = _Reasons(families.requests_refused, name)
-        self._unkept = families.unkept.labels(name)
-        self._commit_seconds = families.commit_seconds.labels(name)
-        self._commit_bytes = families.commit_bytes.labels(name)
-        self._appends = families.appends.labels(name)
-        self._batch_records = families.batch_records.labels(name)
-        self._batch_bytes = families.batch_bytes.labels(name)
-        self._handler_seconds = families.handler_seconds.labels(name)
-        self._batches = {one: families.batches.labels(name, one) for one in get_args(Tried)}
-        self._restarts = _Reasons(families.worker_restarts, name)
+    __slots__ = ("_lock", "counters", "histograms", "labeled")
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self.counters = {name: 0.0 for name, _ in _COUNTERS}
+        self.labeled: dict[str, dict[str, float]] = {name: {} for name, _, _ in _BY_LABEL}
+        self.labeled["batches_total"] = dict.fromkeys(get_args(Tried), 0.0)
+        self.histograms = {name: _Histogram(bounds) for name, _, bounds in _HISTOGRAMS}
+
+    def _count(self, name: str, label: str, amount: float) -> None:
+        """Adds to a counter with a label, whose values are bounded in number; under the lock."""
+        counts = self.labeled[name]
+        if label not in counts and len(counts) >= REASONS_MAX:
+            label = "other"
+        counts[label] = counts.get(label, 0.0) + amount
 
     def accepted(self, size: int) -> None:
         """A source's append of `size` payload bytes is durable. The records are in the ledger."""
-        self._accepted_bytes.inc(size)
+        with self._lock:
+            self.counters["accepted_bytes_total"] += size
 
     def invalid(self, reason: str, records: int, size: int) -> None:
         """Counts records that a source keeps as dead letters instead: once a request and reason."""
-        self._dead_letters.inc(reason, records)
-        self._invalid_bytes.inc(reason, size)
+        with self._lock:
+            self._count("dead_letters_total", reason, records)
+            self._count("invalid_bytes_total", reason, size)
 
     def unkept(self, records: int) -> None:
         """Invalid records were listed or counted in an answer, and not kept as dead letters."""
-        self._unkept.inc(records)
+        with self._lock:
+            self.counters["records_unkept_total"] += records
 
     def request_refused(self, reason: str) -> None:
         """A whole request was turned away and may be sent again: which bound, in one word."""
-        self._requests_refused.inc(reason, 1)
+        with self._lock:
+            self._count("requests_refused_total", reason, 1)
 
     def committed(self, seconds: float, appends: int, size: int) -> None:
         """The journal committed `appends` appends of `size` bytes together, in `seconds`."""
-        self._commit_seconds.observe(seconds)
-        self._commit_bytes.inc(size)
-        self._appends.observe(appends)
+        with self._lock:
+            self.histograms["journal_commit_duration_seconds"].observe(seconds)
+            self.counters["journal_committed_bytes_total"] += size
+            self.histograms["journal_commit_appends"].observe(appends)
 
     def batch_tried(self, outcome: Tried, records: int, size: int, seconds: float) -> None:
         """A try of a batch has ended; its handler ran for `seconds`, 0 if it was not called."""
-        self._batches[outcome].inc()
-        if seconds > 0:
-            self._handler_seconds.observe(seconds)
-        if outcome in {"done", "failed"}:  # of the others all or some comes again
-            self._batch_records.observe(records)
-            self._batch_bytes.observe(size)
+        with self._lock:
+            self._count("batches_total", outcome, 1)
+            if seconds > 0:
+                self.histograms["handler_duration_seconds"].observe(seconds)
+            if outcome in {"done", "failed"}:  # of the others all or some comes again
+                self.histograms["batch_records"].observe(records)
+                self.histograms["batch_bytes"].observe(size)
 
     def died(self, reason: str, records: int) -> None:
         """Accepted records became dead letters: once a batch and reason."""
-        self._dead_letters.inc(reason, records)
+        with self._lock:
+            self._count("dead_letters_total", reason, records)
 
     def worker_restarted(self, reason: str) -> None:
         """A worker was replaced: `crashed` or `timeout`."""
-        self._restarts.inc(reason, 1)
+        with self._lock:
+            self._count("worker_restarts_total", reason, 1)
 
 
 class Metrics:
@@ -258,35 +212,20 @@ class Metrics:
     """
 
     def __init__(self, version: str) -> None:
-        self._registry = CollectorRegistry()
+        self._version = version
         self._watcher = Watcher()
-        self._routes = _Routes()
+        self._routes: dict[str, RouteMetrics] = {}
         self._pipelines: dict[str, PipelineMetrics] = {}
-        self._registry.register(self._watcher)
-        self._registry.register(self._routes)
-        ProcessCollector(registry=self._registry)
-        self._families = _Families(self._registry)
-        build = Gauge(
-            "ingestd_build_info",
-            "What is running; always 1.",
-            ["version", "python"],
-            registry=self._registry,
-        )
-        build.labels(version, platform.python_version()).set(1)
-        self.loop_lag = Gauge(
-            "ingestd_loop_lag_seconds",
-            "How late the event loop woke up lately, at worst.",
-            registry=self._registry,
-        )
+        self.loop_lag = Gauge()
 
     def route(self, route: str) -> RouteMetrics:
         """The requests of a route, named by its template (`/v1/records/{pipeline}`)."""
-        return self._routes.routes.setdefault(route, RouteMetrics())
+        return self._routes.setdefault(route, RouteMetrics())
 
     def pipeline(self, name: str) -> PipelineMetrics:
         """The metrics of the pipeline of that name; the same object every time."""
         if name not in self._pipelines:
-            self._pipelines[name] = PipelineMetrics(name, self._families)
+            self._pipelines[name] = PipelineMetrics()
         return self._pipelines[name]
 
     def watch(self, read: Callable[[], Mapping[str, object]]) -> None:
@@ -322,10 +261,50 @@ class Metrics:
         self._watcher.lost = lost
 
     def collect(self) -> Iterator[Metric]:
-        """Yields all series but the `_created` ones, which double the page and have no use."""
-        for family in self._registry.collect():
-            family.samples = [s for s in family.samples if not s.name.endswith("_created")]
-            yield family
+        """Yields all series."""
+        from prometheus_client import ProcessCollector  # noqa: PLC0415  see the module
+
+        yield from self._watcher.collect()
+        yield from self._requests()
+        yield from ProcessCollector(registry=None).collect()
+        yield from self._counted()
+        build = family("build_info", "What is running; always 1.", "version", "python")
+        build.add_metric([self._version, ".".join(map(str, sys.version_info[:3]))], 1)
+        yield build
+        lag = family("loop_lag_seconds", "How late the event loop woke up lately, at worst.")
+        lag.add_metric([], self.loop_lag.value)
+        yield lag
+
+    def _requests(self) -> Iterator[Metric]:
+        """Yields the requests of all routes."""
+        routes = list(self._routes.items())
+        requests = family("http_requests_total", "HTTP requests answered.", "route", "code")
+        for route, counted in routes:
+            for first, count in enumerate(counted.classes, 2):
+                requests.add_metric([route, f"{first}xx"], count)
+        yield requests
+        took = [(route, counted.buckets, counted.seconds) for route, counted in routes]
+        name, text = "http_request_duration_seconds", "From head to answer."
+        yield histogram(name, text, "route", _REQUEST_SECONDS, took)
+
+    def _counted(self) -> Iterator[Metric]:
+        """Yields what the pipelines have counted."""
+        pipelines = list(self._pipelines.items())
+        for name, text in _COUNTERS:
+            made = family(name, text, "pipeline")
+            for pipeline, counted in pipelines:
+                made.add_metric([pipeline], counted.counters[name])
+            yield made
+        for name, text, label in _BY_LABEL:
+            made = family(name, text, "pipeline", label)
+            for pipeline, counted in pipelines:
+                for value, count in list(counted.labeled[name].items()):
+                    made.add_metric([pipeline, value], count)
+            yield made
+        for name, text, bounds in _HISTOGRAMS:
+            seen = [(pipeline, counted.histograms[name]) for pipeline, counted in pipelines]
+            rows = [(pipeline, list(one.buckets), one.total) for pipeline, one in seen]
+            yield histogram(name, text, "pipeline", bounds, rows)
 
     def render(self, accept: str = "") -> tuple[bytes, str]:
         """Renders the page of a scrape: body and content type.
@@ -333,5 +312,7 @@ class Metrics:
         Args:
             accept: the request's `Accept`; OpenMetrics if it asks for that, else Prometheus text.
         """
+        from prometheus_client.exposition import choose_encoder  # noqa: PLC0415  see the module
+
         encode, content_type = choose_encoder(accept)
         return encode(self), content_type

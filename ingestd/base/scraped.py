@@ -1,21 +1,25 @@
 """Numbers that are read at each scrape: the state of pipelines, sources and endpoints.
 
 What is known anyway is not counted a second time. The counts of endpoints and targets are plain
-integers, which move with each append or batch and are read here.
+integers, which move with each append or batch and are read here. Only a scrape imports
+prometheus_client, so its families are made by functions.
 """
 
 from __future__ import annotations
 
+from itertools import accumulate
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.registry import Collector
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from prometheus_client import Metric
+    from prometheus_client.core import (
+        CounterMetricFamily,
+        GaugeMetricFamily,
+        HistogramMetricFamily,
+    )
 
     from ingestd.base.append import AppendCounts
 
@@ -191,7 +195,47 @@ class SinkCounts:
             self.errors[kind] = self.errors.get(kind, 0) + 1
 
 
-class Watcher(Collector):
+def family(name: str, text: str, *labels: str) -> CounterMetricFamily | GaugeMetricFamily:
+    """Returns a counter without samples if its name ends with `_total`, else a gauge.
+
+    Args:
+        name: of it, without `ingestd_`.
+        text: its help.
+        labels: names of its labels.
+    """
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily  # noqa: PLC0415
+
+    kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+    return kind(f"ingestd_{name}", text, labels=labels)
+
+
+def histogram(
+    name: str,
+    text: str,
+    label: str,
+    bounds: Sequence[float],
+    observed: Iterable[tuple[str, Sequence[int], float]],
+) -> HistogramMetricFamily:
+    """Returns a histogram.
+
+    Args:
+        name: of it, without `ingestd_`.
+        text: its help.
+        label: name of its label.
+        bounds: of its buckets, in ascending order.
+        observed: (value of the label, how many numbers by bound and beyond all, their sum).
+    """
+    from prometheus_client.core import HistogramMetricFamily  # noqa: PLC0415
+    from prometheus_client.utils import floatToGoString  # noqa: PLC0415
+
+    made = HistogramMetricFamily(f"ingestd_{name}", text, labels=[label])
+    written = [*map(floatToGoString, bounds), "+Inf"]
+    for value, buckets, total in observed:
+        made.add_metric([value], list(zip(written, accumulate(buckets), strict=True)), total)
+    return made
+
+
+class Watcher:
     """Reads the pipelines' states at each scrape."""
 
     def __init__(self) -> None:
@@ -203,69 +247,55 @@ class Watcher(Collector):
         self.memory: Callable[[], Mapping[str, Mapping[str, int]]] = dict
         self.endpoints: Callable[[], Mapping[tuple[str, str], AppendCounts]] = dict
 
-    def describe(self) -> Iterable[Metric]:
-        """No names in advance: the registry would otherwise collect to learn them."""
-        return ()
-
     def collect(self) -> Iterator[Metric]:
         """Reads all of it."""
         states = self.read()
         for field, name, text in _STATE:
-            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            family = kind(f"ingestd_{name}", text, labels=["pipeline"])
+            made = family(name, text, "pipeline")
             for pipeline, state in states.items():
                 value = attrgetter(field)(state)
                 if value is not None:
-                    family.add_metric([pipeline], value)
-            yield family
+                    made.add_metric([pipeline], value)
+            yield made
         for field, name, text in _BY_BOUND:
-            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            family = kind(f"ingestd_{name}", text, labels=["pipeline", "bound"])
+            made = family(name, text, "pipeline", "bound")
             for pipeline, state in states.items():
                 for bound, value in getattr(state, field).items():
-                    family.add_metric([pipeline, bound], value)
-            yield family
-        running = GaugeMetricFamily(
-            "ingestd_source_running",
-            "1 while a source takes records, 0 when its input has ended.",
-            labels=["source", "kind"],
-        )
+                    made.add_metric([pipeline, bound], value)
+            yield made
+        text = "1 while a source takes records, 0 when its input has ended."
+        running = family("source_running", text, "source", "kind")
         for labels, is_running in self.sources().items():
             running.add_metric(labels, int(is_running))
         yield running
         yield from self._numbers()
         yield from self._endpoints()
         yield from self._sinks()
-        yield CounterMetricFamily(
-            "ingestd_log_lines_dropped_total",
-            "Log lines given up because the log's reader was slow or gone.",
-            value=self.lost(),
-        )
+        text = "Log lines given up because the log's reader was slow or gone."
+        dropped = family("log_lines_dropped_total", text)
+        dropped.add_metric([], self.lost())
+        yield dropped
 
     def _numbers(self) -> Iterator[Metric]:
         """Yields the numbers of sources; those that a source does not have are left out."""
         numbers = self.numbers()
         for key, name, text in _SOURCE:
-            kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
-            family = kind(f"ingestd_{name}", text, labels=["source", "kind"])
+            made = family(name, text, "source", "kind")
             for labels, values in numbers.items():
                 if key in values:
-                    family.add_metric(labels, values[key])
-            yield family
+                    made.add_metric(labels, values[key])
+            yield made
 
     def _endpoints(self) -> Iterator[Metric]:
         """Yields the counts of endpoints, which servers over HTTP have."""
         endpoints = self.endpoints()
         for field, name, text in _ENDPOINT:
-            family = CounterMetricFamily(f"ingestd_{name}", text, labels=["source", "endpoint"])
+            made = family(name, text, "source", "endpoint")
             for labels, counts in endpoints.items():
-                family.add_metric(labels, getattr(counts, field))
-            yield family
-        refused = CounterMetricFamily(
-            "ingestd_endpoint_refused_total",
-            "Requests to an endpoint, or parts of them, that were refused.",
-            labels=["source", "endpoint", "reason"],
-        )
+                made.add_metric(labels, getattr(counts, field))
+            yield made
+        text = "Requests to an endpoint, or parts of them, that were refused."
+        refused = family("endpoint_refused_total", text, "source", "endpoint", "reason")
         for labels, counts in endpoints.items():
             for reason, number in counts.refused.items():
                 refused.add_metric([*labels, reason], number)
@@ -279,24 +309,18 @@ class Watcher(Collector):
             for sink, counts in targets.items()
         ]
         for field, name, text in _SINK:
-            family = CounterMetricFamily(f"ingestd_{name}", text, labels=["pipeline", "sink"])
+            made = family(name, text, "pipeline", "sink")
             for labels, counts in sinks:
-                family.add_metric(labels, getattr(counts, field))
-            yield family
-        errors = CounterMetricFamily(
-            "ingestd_sink_errors_total",
-            "Calls of a target that failed, by the class of the error.",
-            labels=["pipeline", "sink", "error"],
-        )
+                made.add_metric(labels, getattr(counts, field))
+            yield made
+        text = "Calls of a target that failed, by the class of the error."
+        errors = family("sink_errors_total", text, "pipeline", "sink", "error")
         for labels, counts in sinks:
             for error, number in counts.errors.items():
                 errors.add_metric([*labels, error], number)
         yield errors
-        memory = GaugeMetricFamily(
-            "ingestd_worker_resident_memory_bytes",
-            "Memory of a worker that is a process of its own.",
-            labels=["pipeline", "worker"],
-        )
+        text = "Memory of a worker that is a process of its own."
+        memory = family("worker_resident_memory_bytes", text, "pipeline", "worker")
         for pipeline, workers in self.memory().items():
             for worker, size in workers.items():
                 memory.add_metric([pipeline, worker], size)

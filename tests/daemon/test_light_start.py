@@ -42,6 +42,7 @@ NOT_NEEDED = (
     "ingestd.sources.fetch.source",
     "ingestd.sources.stdin.source",
     "opentelemetry",
+    "prometheus_client",
     "psycopg",
     "pydantic.v1",
     "xml",
