@@ -136,6 +136,7 @@ def settle_interpreter(*, for_strangers: bool) -> None:
         for_strangers: what comes may be of any size, from many at once. Otherwise pieces of the
             usual sizes may stay: to get them anew each time is a sixth of a stream's CPU.
     """
+    gc.freeze()  # what is imported: the first look at all of it would take 20 ms, and find nothing
     keep_settled()
     _bound_recursion()
     try:
