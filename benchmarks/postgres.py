@@ -7,9 +7,11 @@ of one server that syncs its commits, in turns:
 * `sink`: the sink as the daemon's workers call it, with JSON lines in batches that suit it:
   decoded, checked, with its ledger, a transaction a batch.
 * `insert`: psycopg's `executemany` of an INSERT with values that lie ready, a transaction for as
-  many rows.
+  many rows. It sends the statements without waiting for each answer (libpq's pipeline mode).
+* `insert_each`: the same with psycopg2, if it is installed, which waits for each answer, as DB-API
+  drivers without such a mode do.
 
-Prints one line of JSON: rows a second of each round, and the medians of sink/copy and sink/insert.
+Prints one line of JSON: rows a second of each round, and the sink's median by that of the others.
 Needs the extra `postgres`; starts a PostgreSQL of its own.
 """
 
@@ -28,6 +30,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import psycopg
+
+try:
+    import psycopg2  # type: ignore[import-untyped]
+except ImportError:
+    psycopg2 = None
 
 from ingestd.base.record import Records, Span
 from ingestd.handlers.outcome import Job
@@ -100,6 +107,16 @@ def insert(dsn: str, values: list[tuple[Any, ...]], columns: str) -> None:
                 cursor.executemany(statement, values[first : first + BATCH])  # type: ignore[arg-type]
 
 
+def insert_each(dsn: str, values: list[tuple[Any, ...]], columns: str) -> None:
+    marks = ", ".join(["%s"] * len(values[0]))
+    db = psycopg2.connect(dsn)
+    for first in range(0, len(values), BATCH):
+        with db, db.cursor() as cursor:
+            statement = f"INSERT INTO records({columns}) VALUES({marks})"
+            cursor.executemany(statement, values[first : first + BATCH])
+    db.close()
+
+
 def main() -> int:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -108,7 +125,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=4)
     arguments = parser.parse_args()
     records = list(rows(arguments.rows))
-    rates: dict[str, list[float]] = {"copy": [], "sink": [], "insert": []}
+    rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="benchmark-postgres-") as folder:
         server = Postgres(Path(folder), durable=True)
         server.start()
@@ -123,24 +140,28 @@ def main() -> int:
             lines.write_text("".join("\t".join(map(str, row)) + "\n" for row in values))
             lines.chmod(0o644)
             copy = f"\\copy records({columns}) FROM '{lines}'"
+            runs = {
+                "copy": lambda _: seconds(server.sql, copy),
+                "sink": lambda turn: sink(dsn, jobs(records, turn), arguments.workers),
+                "insert": lambda _: seconds(insert, dsn, values, columns),
+            }
+            if psycopg2 is not None:
+                runs["insert_each"] = lambda _: seconds(insert_each, dsn, values, columns)
             for turn in range(arguments.rounds):
-                for name, run in (
-                    ("copy", lambda: seconds(server.sql, copy)),
-                    ("sink", lambda t=turn: sink(dsn, jobs(records, t), arguments.workers)),
-                    ("insert", lambda: seconds(insert, dsn, values, columns)),
-                ):
+                for name, run in runs.items():
                     server.sql("TRUNCATE records; CHECKPOINT")
-                    took = run()
+                    took = run(turn)
                     assert server.sql("SELECT count(*) FROM records") == str(len(records))
-                    rates[name].append(len(records) / took)
+                    rates.setdefault(name, []).append(len(records) / took)
         finally:
             server.stop()
     middle = {name: statistics.median(found) for name, found in rates.items()}
     facts = {
         "rows": len(records), "workers": arguments.workers,
         "rows_per_second": {name: [round(one) for one in found] for name, found in rates.items()},
-        "sink/copy": round(middle["sink"] / middle["copy"], 2),
-        "sink/insert": round(middle["sink"] / middle["insert"], 2),
+    } | {
+        f"sink/{name}": round(middle["sink"] / rate, 2)
+        for name, rate in middle.items() if name != "sink"
     }  # fmt: skip
     print(json.dumps(facts))
     return 0

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
-import socket
 import subprocess
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, NamedTuple
 
 from benchmarks.processes import Failed
 from benchmarks.records import write_bodies
+from ingestd.prove.servers import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -204,12 +204,8 @@ def sample(page: bytes, name: str, *labels: str) -> int:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on now; held together, so that they differ."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Ports of 127.0.0.1 that nobody listens on now."""
+    return [free_port() for _ in range(count)]
 
 
 def in_one_line(configuration: str) -> str:

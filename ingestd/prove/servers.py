@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import shutil
 import signal
 import socket
@@ -34,6 +35,8 @@ jetstream {{ store_dir: "{store}", max_mem: 64MiB, max_file: {file_max}, sync_in
 _ROUTES = """
 cluster {{ name: "local", listen: "{host}:{route}", routes: [{routes}], no_advertise: true }}
 """
+_CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_given = set[int]()
 _WAIT = 30.0
 _LOOK = 0.05
 
@@ -243,7 +246,7 @@ def local_cluster(
         ConfigError: the server is not installed.
     """
     places = hosts or [("127.0.0.1", ())] * nodes
-    ports = [free_ports() for _ in places]
+    ports = [(free_port(), free_port(), free_port()) for _ in places]
     routes = ", ".join(
         f'"nats://{host}:{route}"' for (host, _), (*_, route) in zip(places, ports, strict=True)
     )
@@ -263,14 +266,22 @@ def local_cluster(
     return NatsCluster(servers)
 
 
-def free_ports() -> tuple[int, int, int]:
-    """Returns three ports of loopback that are free now."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        first, second, third = (int(one.getsockname()[1]) for one in sockets)
-        return first, second, third
+def free_port() -> int:
+    """Returns a port of loopback that is free now.
+
+    It lies below those that the kernel gives to connections, if there are some, so a server that is
+    down for a moment finds it free again. A process gets none twice.
+    """
+    end = int(_CONNECTIONS.read_text().split()[0]) if _CONNECTIONS.exists() else 0
+    below = range(10_000, max(10_000, end))
+    for port in (*random.sample(below, min(20, len(below))), 0):
+        with contextlib.suppress(OSError), socket.socket() as one:
+            one.bind(("127.0.0.1", port))
+            found = int(one.getsockname()[1])
+            if found not in _given:
+                _given.add(found)
+                return found
+    raise ServersFailed(problem="no port of 127.0.0.1 is free")
 
 
 def binary() -> Path:

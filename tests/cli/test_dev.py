@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ingestd.prove.servers import free_port
 from tests.cli.test_cli import ROOT, ingestd
-from tests.clients.harness import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import itertools
 import json
 import os
 import shutil
-import socket
 import subprocess
 import threading
 import time
@@ -24,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import pytest
 
+from ingestd.prove.servers import free_port
 from tests.clients.install import DEBIAN_PINS, NPM_PINS, PYTHON_PINS, folder
 from tests.daemon.harness import ROOT, Daemon, written
 
@@ -200,25 +199,6 @@ class Receiver:
             time.sleep(0.05)
         self.stop()
         return [json.loads(line) for line in written(self._cwd)]
-
-
-_ports = itertools.count()
-
-
-def free_port() -> int:
-    """A port that is free now, below those that the system gives to outgoing connections.
-
-    None is given twice by one process, and workers of the tests have ranges of their own: a daemon
-    that is being restarted has left its port for a moment.
-    """
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
-    first = 20_000 + 1000 * (int(worker) if worker else 6 + os.getpid() % 5)
-    for _ in range(1000):
-        port = first + next(_ports) % 1000
-        with socket.socket() as one, contextlib.suppress(OSError):
-            one.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("no port is free")
 
 
 def check(numbers: Sequence[int], *, once: bool, count: int = COUNT) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ingestd.prove.servers import free_port
 from tests.access.tools import Files
 from tests.clients.harness import (
     PROGRAMS,
@@ -17,7 +18,6 @@ from tests.clients.harness import (
     Receiver,
     check,
     found_client,
-    free_port,
     npm_client,
     python_client,
     report,

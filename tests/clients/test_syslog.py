@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ingestd.prove.servers import free_port
 from tests.access.tools import Files
 from tests.clients.harness import (
     COUNT,
@@ -23,7 +24,6 @@ from tests.clients.harness import (
     Receiver,
     check,
     found_client,
-    free_port,
     report,
 )
 from tests.daemon.harness import ROOT

@@ -21,6 +21,7 @@ import pytest
 
 from ingestd.journal.dead_letters import LetterFilter
 from ingestd.journal.sqlite import dead_letters
+from ingestd.prove.servers import free_port
 from tests.daemon.harness import ROOT, Daemon, daemon, written
 from tests.real_input import real_input
 
@@ -292,7 +293,7 @@ def test_logs_are_json_lines_without_payloads(tmp_path: Path) -> None:
 def test_a_stalled_log_reader_does_not_stall_ingestion(tmp_path: Path) -> None:
     """Nobody reads stderr, and every batch logs: requests are answered all the same."""
     read, write = os.pipe()
-    admin, door = _free_port(), _free_port()
+    admin, door = free_port(), free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "ingestd", "run", *into(tmp_path, "tests.pipeline.recording:Fails"),
          "--listen", f"127.0.0.1:{door}", "--admin.listen", f"127.0.0.1:{admin}",
@@ -323,12 +324,6 @@ class _Address(Daemon):
 
     port = property(lambda self: self._ports[0])
     admin_port = property(lambda self: self._ports[1])
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def _until_connects(port: int) -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from ingestd.base.append import Append
+from ingestd.prove.servers import free_port
 from tests.daemon.harness import ROOT, Daemon, daemon
-from tests.daemon.test_daemon import _Address, _free_port, _until_connects
+from tests.daemon.test_daemon import _Address, _until_connects
 from tests.faults.tools import HANDLER, check_names, into, notes, seen, until
 from tests.pipeline.test_pipeline import drained, numbers
 from tests.pipeline.test_pipeline import until as awaited
@@ -105,7 +106,7 @@ def test_connections_that_are_reset(tmp_path: Path) -> None:
 )
 def test_standard_streams_that_are_closed(tmp_path: Path, closed: str) -> None:
     """It is started with its standard streams closed: it serves, and no journal gets a log line."""
-    door, admin = _free_port(), _free_port()
+    door, admin = free_port(), free_port()
     process = subprocess.Popen(
         ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-m", "ingestd", "run",
          *into(tmp_path), "--listen", f"127.0.0.1:{door}", "--admin.listen", f"127.0.0.1:{admin}"],

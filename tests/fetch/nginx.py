@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ingestd.prove.servers import free_port
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -52,9 +54,7 @@ class Nginx:
         self.folder = folder
         self.www = folder / "www"
         self.www.mkdir(exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.rate = rate
         self.url = f"http://127.0.0.1:{self.port}"
 

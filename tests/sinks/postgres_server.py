@@ -5,11 +5,11 @@ from __future__ import annotations
 import atexit
 import itertools
 import shutil
-import socket
 import tempfile
 from functools import lru_cache
 from pathlib import Path
 
+from ingestd.prove.servers import free_port
 from tests.postgres import Postgres
 
 SECRET = "hunter-2-is-nowhere"
@@ -20,9 +20,7 @@ _numbers = itertools.count(1)
 def server() -> Postgres:
     """The server, with a user `writer` who may log in and has no rights."""
     folder = Path(tempfile.mkdtemp(prefix="ingestd-sink-postgres-"))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     try:
         one = Postgres(folder, port=port, durable=True)
     except BaseException:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+from ingestd.prove.servers import free_port
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,12 +34,6 @@ def tool(name: str) -> str:
     if found is None:
         pytest.skip(f"{name} is missing: requirements/sinks.txt")
     return found
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 class ServerProcess:

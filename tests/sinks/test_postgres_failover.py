@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from ingestd.prove.servers import free_port
 from tests.daemon.harness import daemon
 from tests.postgres import Postgres
 from tests.sinks.contract.test_contract import QUICK, until
-from tests.sinks.contract.test_kills import Client, free_port
+from tests.sinks.contract.test_kills import Client
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("psycopg", reason="needs psycopg: pip install 'ingestd[postgres]'")

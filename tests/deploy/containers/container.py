@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
 from typing import TYPE_CHECKING, Any, Self
 
+from ingestd.prove.servers import free_port
 from tests.deploy.containers.engine import IMAGE, RUN, Engine, wait
 
 if TYPE_CHECKING:
@@ -19,13 +19,6 @@ CONFINED = (
     "--read-only", "--tmpfs", "/tmp", "--cap-drop", "all",
     "--security-opt", "no-new-privileges",
 )  # fmt: skip
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class Spoken:

@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from ingestd.config.units import parse_seconds
+from ingestd.prove.servers import free_port
 from ingestd.settings import Settings
 from tests.deploy.base import ROOT
-from tests.deploy.containers.container import Spoken, free_port
+from tests.deploy.containers.container import Spoken
 from tests.deploy.containers.engine import RUN, tool
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 import ingestd
+from ingestd.prove.servers import free_port
 from tests.deploy.base import ROOT
 from tests.deploy.containers import manifests
-from tests.deploy.containers.container import free_port
 from tests.deploy.containers.engine import tool
 from tests.deploy.containers.test_monitoring import RULES
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 from ingestd.http.credentials import hash_of
+from ingestd.prove.servers import free_port
 from tests.deploy.containers import manifests
-from tests.deploy.containers.container import TOKEN, Spoken, free_port
+from tests.deploy.containers.container import TOKEN, Spoken
 from tests.deploy.containers.engine import RUN, wait, written
 from tests.real_input import nginx_log
 

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from ingestd.prove.servers import free_port
 from tests.daemon.harness import Daemon, daemon
 from tests.deploy.base import ROOT
-from tests.deploy.containers.container import free_port
 from tests.deploy.containers.engine import run, tool, wait
 
 if TYPE_CHECKING:

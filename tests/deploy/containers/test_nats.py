@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from ingestd.config.units import parse_seconds
-from ingestd.prove.servers import free_ports
+from ingestd.prove.servers import free_port
 from ingestd.settings import Settings
 from tests.daemon.harness import daemon, written
 from tests.deploy.base import ROOT
@@ -93,7 +93,7 @@ class Shipped:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.ports = [free_ports() for _ in range(3)]
+        self.ports = [(free_port(), free_port(), free_port()) for _ in range(3)]
         self.processes: list[subprocess.Popen[bytes]] = []
         self.urls = [f"nats://127.0.0.1:{port}" for port, _, _ in self.ports]
         for number, (port, monitor, route) in enumerate(self.ports, 1):

@@ -11,13 +11,13 @@ import json
 import os
 import random
 import signal
-import socket
 import threading
 import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+from ingestd.prove.servers import free_port
 from tests.daemon.harness import Daemon
 from tests.sinks.contract.adapter import SinkAdapter, adapters
 from tests.sinks.contract.test_contract import flags
@@ -77,12 +77,6 @@ class Client:
         self._stopped.set()
         self._thread.join(60)
         assert not self._thread.is_alive()
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def arguments(sink: SinkAdapter, port: int) -> list[str]:
