@@ -200,6 +200,23 @@ def test_control_characters_are_escaped() -> None:
     assert parse(f"<13>1 - h a p m - {text}")["message"] == text
 
 
+ESCAPES = {chr(n): f"\\u{n:04x}" for n in range(32)} | {"\t": "\\t", "\r": "\\r"}
+ESCAPES |= {'"': '\\"', "\\": "\\\\"}
+ANY_TEXT = st.text(st.sampled_from('"\\\0\x01\b\t\f\r\x1f \x7f[]=aü\u2028\ufeff😀'), max_size=20)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(ANY_TEXT, min_size=1, max_size=4), st.sampled_from((r"\u0000", r"\n")))
+def test_texts_are_written_the_same_to_the_byte(texts: list[str], zero: str) -> None:
+    """Character by character, whether or not a block holds one that needs the slow way."""
+    escapes = {**ESCAPES, "\0": zero}
+    for head in ("<13>1 - h a p m - ", "<13>Nov 29 11:00:00 host tag: "):
+        block = "".join(f"{head}x{text}\n" for text in texts)
+        for one, text in zip(parser().parse(block.encode(), zero.encode()), texts, strict=True):
+            written = "".join(escapes.get(char, char) for char in text)
+            assert one.decode().endswith(f'"message":"x{written}"')
+
+
 TEXT = st.binary(max_size=200).map(lambda b: b.replace(b"\n", b""))
 MESSAGES = st.one_of(
     TEXT,

@@ -103,9 +103,8 @@ class RecordMaker:
 
 def fold(messages: Sequence[bytes]) -> tuple[bytes, bool]:
     """A block of messages that may hold anything: (lines, whether NULs in them stand for LFs)."""
-    block = b"\n".join([*messages, b""])
-    if block.count(b"\n") == len(messages):
-        return block, False
+    if not any(b"\n" in one for one in messages):  # ten times as fast as to count them
+        return b"\n".join([*messages, b""]), False
     return b"\n".join([*[one.replace(b"\n", b"\0") for one in messages], b""]), True
 
 
@@ -209,7 +208,8 @@ class TerminatedFraming:
             self._decide(data)
         if self.folded:
             return _without_nuls(self._framer.feed(data.translate(_SWAPPED)))
-        end = _NUL_END.search(data)
+        # Where there is none a search by the pattern takes ten times as long as one for the byte.
+        end = _NUL_END.search(data) if b"\0" in data else None
         if end is None:
             return _without_nuls(self._framer.feed(data))
         parsed = _joined(self._framer.feed(data[: end.start()]), self._framer.end())
@@ -220,11 +220,11 @@ class TerminatedFraming:
 
     def messages_in(self, data: bytes) -> int:
         """The most messages that bytes complete."""
-        return data.count(b"\n") + data.count(b"\0")
+        return data.count(b"\n") + (data.count(b"\0") if b"\0" in data else 0)
 
     def _decide(self, data: bytes) -> None:
         """Looks for the first terminator."""
-        self.folded = _NUL_END.search(data) is not None
+        self.folded = b"\0" in data and _NUL_END.search(data) is not None
         self._is_decided = self.folded or b"\n" in data
 
     def end(self, why: str | None) -> Parsed | None:
