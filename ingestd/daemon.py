@@ -495,7 +495,7 @@ class Daemon:
                 return False, f"pipeline {name} is broken"
             space = pipeline.auditor.free_space()
             if space is not None and space.low:
-                return False, f"pipeline {name} takes no records: {space.shortage}"
+                return False, f"pipeline {name} takes no records: on its disk {space.shortage}"
         return True, "ready"
 
     def alive(self) -> tuple[bool, str]:

@@ -144,13 +144,21 @@ def _table(facts: dict[str, Any]) -> str:
     for name, value in facts.items():
         text = value
         if isinstance(value, dict):
-            text = "  ".join(f"{key} {number}" for key, number in value.items())
+            text = "  ".join(_pairs(value))
         elif value is None:
             text = "-"
         elif isinstance(value, bool):
             text = "yes" if value else "NO"
         lines.append(f"{name.replace('_', ' '):<18} {text}")
     return "\n".join(lines) + "\n"
+
+
+def _pairs(facts: dict[str, Any], of: str = "") -> Iterator[str]:
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            yield from _pairs(value, f"{name}_")
+        else:
+            yield f"{of}{name} {value}"
 
 
 # -- verify ----------------------------------------------------------------------------------------

@@ -64,8 +64,7 @@ _OPEN = {
 
 
 def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
-    """Adds the settings, and the flags that are none."""
-    add_settings(parser, argv)
+    """Adds the flags that are no settings, and then the settings, which are many."""
     parser.usage = _USAGE
     group = parser.add_argument_group("the proof")
     group.add_argument("--journal", metavar="KIND", help="the same as --journal.kind")
@@ -97,6 +96,7 @@ def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
         f" [1/{_SERVER_SHARE} of them]",
     )
     group.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    add_settings(parser, argv)
 
 
 def execute(arguments: argparse.Namespace) -> int:

@@ -369,7 +369,8 @@ class FreeSpace(NamedTuple):
     @property
     def shortage(self) -> str:
         """Tells both numbers in a few words."""
-        return f"its disk has {self.free} bytes free, journal.free_min is {self.free_min}"
+        free, least = (f"{size / 2**20:,.1f} MiB" for size in self)
+        return f"{free} are free, journal.free_min is {least}"
 
 
 class Maintenance(Protocol):

@@ -124,6 +124,7 @@ def test_retry_beside_the_daemon_feeds_each_record_once(folder: Path) -> None:
         assert running.event("drained")["balanced"]
     assert sorted(got(folder)) == sorted([str(n) for n in range(2500)] + ["7"])
     (stat,) = lines(cli("journal", "stat", "--json", cwd=folder))
+    assert "{" not in cli("journal", "stat", cwd=folder).stdout
     assert stat["balanced"]
     assert stat["dead_letters"]["requeued"] == 2500
     assert stat["dead_letters"]["readmitted"] == 0

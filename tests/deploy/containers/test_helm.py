@@ -324,6 +324,14 @@ def test_tokens_of_a_secret_of_ones_own() -> None:
         ({"image": {"digest": "sha256:1"}}, "/image/digest"),
         ({"autoscaling": {"kind": "keda", "drainTimeout": 3600}}, "/autoscaling/drainTimeout"),
         ({"monitoring": {"rules": True}}, "/monitoring/rules"),
+        (
+            {"tokens": {"hashes": {"shop": HASH}}, "journal": {"kind": "jetstream"}},
+            "set settings.journal.jetstream.servers",
+        ),
+        (
+            {"tokens": {"hashes": {"shop": HASH}}, "autoscaling": {"kind": "hpa", "min": 9}},
+            "autoscaling.min is 9, and should be autoscaling.max (8) or less",
+        ),
         ({}, "Nothing says which clients may send records"),
     ],
 )

@@ -57,6 +57,14 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- if not (or $files .Values.settings.http .Values.settings.source .Values.settings.sources) }}
 {{- fail "Nothing says which clients may send records: set tokens.hashes, or tokens.existingSecret and tokens.names, or settings.http (docs/SECURITY.md)." }}
 {{- end }}
+{{- if and (eq .Values.journal.kind "jetstream") (not (dig "journal" "jetstream" "servers" "" .Values.settings)) }}
+{{- fail "journal.kind jetstream needs the servers: set settings.journal.jetstream.servers (docs/ENGINE.md, deploy/helm/values/jetstream.yaml)." }}
+{{- end }}
+{{- with .Values.autoscaling }}
+{{- if and (ne .kind "none") (gt (int .min) (int .max)) }}
+{{- fail (printf "autoscaling.min is %d, and should be autoscaling.max (%d) or less." (int .min) (int .max)) }}
+{{- end }}
+{{- end }}
 {{- $bounds := dict }}
 {{- if ne .Values.journal.kind "sqlite" }}
 {{- /* Less than the container's limits: from here on clients are told to come again. */}}
