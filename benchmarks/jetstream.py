@@ -5,7 +5,8 @@ share its processors and its disk: three machines of their own are faster, and t
 
 The first table has the log alone: one message after the other, each when the last one was
 acknowledged, as commits are. Two sizes give what a commit costs and what a byte costs. The second
-one has whole daemons over HTTP, another journal first in each round.
+one has whole daemons over HTTP, another journal first in each round. The third one has how long
+they take for a 202 at half of the highest rate.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from benchmarks.cells import measure_all
 from benchmarks.load import wrk_fits
 from benchmarks.measure import Plan, Scenario
 from benchmarks.peers.ours import Ingestd
+from benchmarks.probes import latency_probe
 from benchmarks.processes import ROOT
-from benchmarks.report import table
+from benchmarks.report import probe_table, table
 from benchmarks.results import Spread, problems, rates, ratio, spread
 from ingestd.journal.jetstream import JetStreamLog, JetStreamSettings
 from tests.nats import running
@@ -40,6 +42,7 @@ NODES = (1, 3)
 MESSAGE_BYTES = (128, 10_000, 100_000, 900_000)
 SIZES = (1, 100, 1000)
 """Records of a body."""
+LATENCY = latency_probe(SIZES[-1])
 
 
 async def _appends(cluster: Cluster, size: int, seconds: float) -> float:
@@ -149,13 +152,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 log_rows += measure_log(cluster, arguments.rounds, arguments.seconds / 2)
                 # The file is measured beside each number of servers: idle, they cost little.
                 peers = [WithLog(None), WithLog(cluster)]
-                cells = [(one, peer) for one in scenarios for peer in peers]
+                cells = [(one, peer) for one in (*scenarios, LATENCY) for peer in peers]
                 results += measure_all(cells, plan, folder)
     finally:
         shutil.rmtree(folder)
     print(table(["nodes", "bytes", "messages/s", "ms a message", "MB/s"], log_rows))
     names = ["sqlite", *(f"jetstream, {nodes}" for nodes in NODES)]
     print(report(results, scenarios, names))
+    print(probe_table(results, LATENCY))
     for problem in problems(results):
         print(f"- does not count: {problem}")
     return 1 if problems(results) else 0

@@ -146,7 +146,8 @@ def _journal(peer: Peer, plan: Plan, folder: Path) -> dict[str, float]:  # noqa:
     return {"journal": journal / MB, "plain": plain / MB, "share": journal / plain}
 
 
-def _latency_probe(records: int) -> Probe:
+def latency_probe(records: int) -> Probe:
+    """Makes the probe of latencies for bodies of so many records."""
     return Probe(
         f"latency-{records}",
         f"of the 2xx, bodies of {records}, an open loop at half of what a closed loop got accepted "
@@ -184,8 +185,8 @@ PROBES = (
         },
         _memory,
     ),
-    _latency_probe(1),
-    _latency_probe(100),
+    latency_probe(1),
+    latency_probe(100),
     Probe(
         "journal",
         "chunks of 1 MB through ingestd's journal (appended, sealed, settled, deleted) beside a "
