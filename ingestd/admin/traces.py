@@ -10,7 +10,7 @@ came by.
 Invariants:
 
 1. Without `traces.enabled` nothing here is imported, and requests and batches cost one comparison
-   with `None`. Importing it raises a `ConfigError` where OpenTelemetry is not installed.
+   with `None`.
 2. Nothing waits for the collector. Spans wait in the queue of OpenTelemetry's `BatchSpanProcessor`
    (`OTEL_BSP_MAX_QUEUE_SIZE`, 2,048), from which a thread of its own sends them; beyond it the
    oldest go. Leaving waits for them for `CLOSE_SECONDS`, and leaves the thread behind then.
@@ -64,11 +64,13 @@ try:
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
     from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-except ImportError as missing:
-    raise ConfigError(
-        problem="traces.enabled: needs OpenTelemetry's SDK and its exporter over HTTP:"
-        f" pip install 'ingestd[otel]' ({missing})"
-    ) from None
+except ImportError as error:
+    _missing = str(error)
+else:
+    _missing = ""
+    _ROOT = Context()
+    _FLAGS = TraceFlags(0), TraceFlags(TraceFlags.SAMPLED)
+    _extract = TraceContextTextMapPropagator().extract
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -93,11 +95,20 @@ _LIBRARY = "opentelemetry"
 _SYSTEM = "ingestd"
 _SERVER_ERROR = 500
 
-_ROOT = Context()
-_FLAGS = TraceFlags(0), TraceFlags(TraceFlags.SAMPLED)
-_extract = TraceContextTextMapPropagator().extract
-
 log = get_logger()
+
+
+def demand_opentelemetry() -> None:
+    """Checks that traces can be made.
+
+    Raises:
+        ConfigError: OpenTelemetry is not installed.
+    """
+    if _missing:
+        raise ConfigError(
+            problem="traces.enabled: needs OpenTelemetry's SDK and its exporter over HTTP:"
+            f" pip install 'ingestd[otel]' ({_missing})"
+        )
 
 
 class Traces:
@@ -110,10 +121,11 @@ class Traces:
         requests: traces requests.
 
     Raises:
-        ConfigError: an environment variable of OpenTelemetry's is wrong.
+        ConfigError: OpenTelemetry is not installed, or an environment variable of its is wrong.
     """
 
     def __init__(self, ratio: float) -> None:
+        demand_opentelemetry()
         self._logs = _LibraryLogs()
         try:
             resource = Resource.create()
@@ -404,12 +416,12 @@ def _start(
     kind: SpanKind,
     facts: Mapping[str, Any],
     *,
-    parent: Context = _ROOT,
+    parent: Context | None = None,
     links: Sequence[Link] = (),
 ) -> Any:
     """Starts a span; `None` if the sampler does not want it."""
     try:
-        span = tracer.start_span(name, parent, kind, facts, links)
+        span = tracer.start_span(name, parent or _ROOT, kind, facts, links)
     except Exception:
         log.exception("span_failed")
         return None

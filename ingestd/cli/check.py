@@ -194,8 +194,10 @@ def _check_pipeline(
 def _check_access(settings: Settings, report: _Report) -> None:
     """Reads the files with tokens, secrets and certificates."""
     if settings.traces.enabled:
+        from ingestd.admin.traces import demand_opentelemetry  # noqa: PLC0415  most have none
+
         try:
-            import ingestd.admin.traces  # noqa: F401, PLC0415  most daemons have none
+            demand_opentelemetry()
         except ConfigError as error:
             report.problem("traces", str(error), error.exit_code)
     problems: list[str] = []
