@@ -460,7 +460,9 @@ class Daemon:
         # counts from here: the time that a handler takes to close is not the disk's.
         give_up = max(self._in(JOURNAL_SECONDS), self._deadline)
         reports = {
-            name: await pipeline.close_journal(give_up) for name, pipeline in self.pipelines.items()
+            # One that is adopted may still come or go.
+            name: await pipeline.close_journal(give_up)
+            for name, pipeline in [*self.pipelines.items()]
         }
         await self.sources.report()
         await self.admin.close(urged=not grace)

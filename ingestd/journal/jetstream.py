@@ -53,6 +53,7 @@ _NO_PEERS = 10005
 _FULL = {10047, 10023}
 _STORE_FAILED = 10077
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+")
+_PLACE = re.compile(rf"{_TOKEN.pattern}\.{_TOKEN.pattern}")
 
 
 class JetStreamTlsSettings(Section):
@@ -436,7 +437,7 @@ class JetStreamLog:
         errors, value = self._nats.js.errors, owner.encode()
         await self._look()
         for _ in range(3):
-            last = self._revisions.pop(self.place, 0)
+            last = self._revisions.get(self.place, 0)
             bucket = self._bucket
             call = (
                 bucket.update(self.place, value, last) if last else bucket.create(self.place, value)
@@ -447,15 +448,15 @@ class JetStreamLog:
             ):
                 self._revisions[self.place] = await self._ask(call)
                 return owner
+            self._revisions.pop(self.place, None)
             try:
                 held = await self._ask(self._bucket.get(self.place))
             except errors.KeyNotFoundError:
                 continue
             if held.value != value:
                 return str(held.value.decode("utf-8", "replace"))
+            # Ours, by a renewal without an answer, say: it is as old as that.
             self._revisions[self.place] = held.revision
-            if not last:
-                return owner
         return ""
 
     async def _look(self) -> None:
@@ -504,6 +505,7 @@ class JetStreamLog:
         return {
             place: LogLease(owners.get(place, ""), f"{place}.wanted" in held)
             for place in sorted(found)
+            if _PLACE.fullmatch(place)  # the names become those of folders here
         }
 
     async def _subjects(self, stream: str, start: str) -> set[str]:

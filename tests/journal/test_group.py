@@ -183,6 +183,46 @@ def test_a_paused_daemon_is_adopted_and_refused(tmp_path: Path) -> None:
         assert (found["accepted"], found["processed"], found["pending"]) == (1, 1, 0)
 
 
+def test_daemons_keep_their_logs_when_the_servers_were_down(tmp_path: Path) -> None:
+    with group_of(tmp_path) as group:
+        daemons = [group.start(name, 0) for name in ("one", "two")]
+        for daemon in daemons:
+            daemon.event("daemon_started")
+            post(daemon, 1)
+        (server,) = group.cluster.servers
+        server.kill()
+        time.sleep(2 * LEASE)  # all leases lapse
+        server.start()
+        for daemon in daemons:
+            until(lambda daemon=daemon: daemon.post(b"2\n")[0] == 202)
+        looks = until(lambda: (found := group.listed()) and len(found) == 2 and found)
+        assert {name: one["owner"] for name, one in looks.items()} == {"one": "one", "two": "two"}
+        for daemon in daemons:
+            daemon.terminate()
+            assert daemon.wait() == 0
+            assert "log_adopted" not in [event["event"] for event in daemon.events]
+
+
+def test_a_log_that_cannot_be_read_leaves_nothing_on_the_disk(tmp_path: Path) -> None:
+    with group_of(tmp_path) as group:
+        one = group.start("one", 0)
+        one.event("daemon_started")
+        asyncio.run(_publish(group.cluster.urls, "ingestd.log.bad.default", b"not of a daemon"))
+        one.event("adoption_failed")
+        (data,) = tmp_path.glob("one-*/data")
+        until(lambda: not list(data.glob("adopted/bad*")))
+        post(one, 1)
+        one.until_settled()
+
+
+async def _publish(servers: list[str], subject: str, data: bytes) -> None:
+    import nats
+
+    client = await nats.connect(servers)
+    await client.jetstream().publish(subject, data)
+    await client.close()
+
+
 def test_a_drain_hands_over_at_once_and_one_of_two_adopts(tmp_path: Path) -> None:
     with group_of(tmp_path) as group:
         one = group.start("one", 3600, "--drain.timeout", "0s")

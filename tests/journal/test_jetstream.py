@@ -77,6 +77,23 @@ async def test_a_second_daemon_of_the_same_name_does_not_start(one_node, open_) 
     assert (await open_(one_node, "same-name")).ledger.accepted == 1  # and waited for nothing
 
 
+async def test_a_renewal_whose_answer_was_lost_is_made_good(one_node, open_) -> None:
+    journal = await open_(one_node, "renewal")
+    log, owner = journal._log, journal._owner
+    journal._renewing.cancel()
+    held = await log._bucket.get(log.place)
+    log._revisions[log.place] = held.revision - 1  # as it was before
+    assert await log.acquire(owner, 1) == owner
+    assert (await log._bucket.get(log.place)).revision > held.revision
+
+
+async def test_a_subject_that_no_daemon_writes_is_no_log(one_node, open_) -> None:
+    log = (await open_(one_node, "named"))._log
+    for place in ("/tmp/named.default", "named.default.more", "$named.default", "named"):
+        await log._js.publish(f"ingestd.log.{place}", b"")
+    assert [place for place in await log.logs() if "named" in place] == ["named.default"]
+
+
 async def test_a_snapshot_lets_the_stream_go(one_node, open_) -> None:
     first = await open_(one_node, "snapshot")
     first._snapshot_bytes = 1 << 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -14,12 +14,14 @@ from ingestd.base.errors import JournalFailed, Overloaded
 from ingestd.base.record import InvalidRecord, Records, Span
 from ingestd.journal import log as log_journal
 from ingestd.journal.dead_letters import DeadLetter, LetterFilter
+from ingestd.journal.disk_space import DiskSpaceGuard
 from ingestd.journal.interface import Cursor, Failing, Ledger, Postpone, Seal, Sealed, Settle
 from ingestd.journal.log import LogJournal
 from ingestd.journal.log.cache import CacheFile
-from ingestd.journal.log.interface import Snapshot
+from ingestd.journal.log.interface import LogMessage, LogUnreachable, Snapshot
 from ingestd.journal.log.messages import DRAINED, RETIRED, end_entry, ending, packed, pieces
 from ingestd.journal.sqlite import writer
+from tests.faults.tools import mounted, needs
 from tests.journal.memory_log import DOWN, FULL, LATE, LOST, Engine, MemoryLog
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 class Life:
     """A daemon's journal, open on an engine."""
 
-    def __init__(self, engine: Engine, folder: Path, **options: int) -> None:
+    def __init__(self, engine: Engine, folder: Path, **options: Any) -> None:
         folder.mkdir(exist_ok=True)
         self.log = MemoryLog(engine)
         self.journal = LogJournal(
@@ -60,7 +62,7 @@ async def live(
     monkeypatch.setattr(writer, "FULL_PAUSE", 0.01)
     lives: list[Life] = []
 
-    def begin(engine: Engine, **options: int) -> Life:
+    def begin(engine: Engine, **options: Any) -> Life:
         lives.append(Life(engine, tmp_path / f"life{len(lives)}", **options))
         return lives[-1]
 
@@ -331,3 +333,69 @@ async def test_a_log_that_has_ended_begins_anew(live) -> None:
     three = await live(engine).open()
     assert three.journal.id == two.journal.id
     assert three.journal.ledger == Ledger(1)
+
+
+class SlowLog(MemoryLog):
+    """A log that gives nothing to read before its lease was renewed."""
+
+    async def read(self, first: int, bytes_max: int) -> list[LogMessage]:
+        taken = self.engine.lease
+        async with asyncio.timeout(5):
+            while self.engine.lease == taken:
+                await asyncio.sleep(0.001)
+        return await super().read(first, bytes_max)
+
+
+async def test_a_lease_is_renewed_while_a_log_is_read(live: Callable[..., Life]) -> None:
+    life = live(Engine())
+    life.journal._log = SlowLog(life.log.engine)
+    await life.open()
+
+
+async def test_a_renewal_without_an_answer_is_soon_repeated(live: Callable[..., Life]) -> None:
+    engine = Engine()
+    life = await live(engine).open()
+    life.journal._renewing.cancel()
+    answers = iter([LogUnreachable(problem="no answer"), ValueError("no bucket")])
+    renewed = asyncio.Event()
+
+    async def acquire(owner: str, ttl: float) -> str:
+        if (error := next(answers, None)) is not None:
+            raise error
+        renewed.set()
+        return owner
+
+    life.log.acquire = acquire  # type: ignore[method-assign]
+    life.journal._renewing = asyncio.create_task(life.journal._renew())
+    async with asyncio.timeout(5):
+        await renewed.wait()
+
+
+async def test_a_log_that_does_not_fit_on_the_disk_is_not_adopted(
+    live: Callable[..., Life], tmp_path: Path
+) -> None:
+    engine = Engine()
+    first = await live(engine).open()
+    await first.journal.append(Append(lines(b"1")))
+    await first.close()
+    space = DiskSpaceGuard(tmp_path, 100, ask=lambda _: 99)
+    adopter = live(engine, space=space)
+    adopter.journal.claimed(adopter.journal._owner, None)
+    with pytest.raises(JournalFailed, match=r"does not fit here: .* 99 bytes"):
+        await adopter.open()
+    own = await live(engine, space=space).open()
+    assert own.journal.ledger.pending == 1
+
+
+@needs("mount", root=True)
+async def test_a_full_disk_is_no_fault_of_the_settings(
+    live: Callable[..., Life], tmp_path: Path
+) -> None:
+    engine = Engine()
+    first = await live(engine).open()
+    await first.journal.append(Append(lines(b"x" * 1_000_000)))
+    await first.close()
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=1m", "tmpfs") as disk:
+        second = Life(engine, disk)
+        with pytest.raises(JournalFailed, match="full"):
+            await second.open()

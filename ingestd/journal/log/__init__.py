@@ -50,7 +50,7 @@ from ingestd.journal.log.messages import (
     pieces,
     taken_apart,
 )
-from ingestd.journal.sqlite.journal import SqliteJournal
+from ingestd.journal.sqlite.journal import SqliteJournal, is_passing
 from ingestd.journal.sqlite.store import key_owners
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ MARK_BYTES = 4 << 20
 READ_BYTES = 4 << 20
 RETRY_SECONDS = 0.2
 CLOSE_SECONDS = 10.0
+RENEW_SECONDS = 1.0
+"""After so long, at most, a lease is renewed again that could not be."""
 OPEN_TRIES = 10
 OPEN_SECONDS = 20.0
 """How long a start waits for an engine that elects a leader, say, at each of its steps."""
@@ -129,7 +131,7 @@ class LogJournal(SqliteJournal):
         self._log = replicated
         self._ttl = ttl
         self._snapshot_bytes = snapshot_bytes
-        self._drained_at = 0.0
+        self._drained_at, self._adopted = 0.0, False
         self._owner = f"{owner}/{secrets.token_hex(8)}" if owner else secrets.token_hex(8)
         self.group = group
         self._last = 0
@@ -151,6 +153,7 @@ class LogJournal(SqliteJournal):
             end: of a log that was drained already, and then counts as drained since that time.
         """
         self._owner, self._drained_at = owner, 0.0 if end is None else end.at
+        self._adopted = True
 
     async def open(self, on_chunk: Callable[[Chunk], None]) -> Recovered:
         """See `Journal.open`.
@@ -159,16 +162,21 @@ class LogJournal(SqliteJournal):
             ConfigError: the engine does not keep what is appended, as it is set up.
             JournalFailed: it does not answer, or another daemon owns the log.
         """
+        renewing: asyncio.Task[None] | None = None
         try:
             await self._log.open()
             await self._take_lease()
+            # From here on: to read what is pending may take longer than a lease.
+            renewing = asyncio.create_task(self._renew(), name="lease")
             recovered = await super().open(on_chunk)
         except BaseException as error:
+            if renewing is not None:
+                renewing.cancel()
             await self._log.close()
             if isinstance(error, Overloaded):
                 raise self._failure(str(error)) from error
             raise
-        self._renewing = self._loop.create_task(self._renew(), name="lease")
+        self._renewing = renewing
         return recovered
 
     async def _take_lease(self) -> None:
@@ -195,12 +203,22 @@ class LogJournal(SqliteJournal):
             await asyncio.sleep(min(1.0, self._ttl / 4))
 
     async def _renew(self) -> None:
+        wait = third = self._ttl / 3
         while True:
-            await asyncio.sleep(self._ttl / 3)
-            with contextlib.suppress(Overloaded):
-                owner = await self._log.acquire(self._owner, self._ttl)
+            await asyncio.sleep(wait)
+            wait = min(RENEW_SECONDS, third / 4)
+            try:
+                async with asyncio.timeout(third):
+                    owner = await self._log.acquire(self._owner, self._ttl)
+            except (Overloaded, TimeoutError):
+                continue
+            except Exception:
+                # An operator may have removed the bucket, and may make it again.
+                log.exception("lease_not_renewed", log=self._log.name)
+            else:
                 if owner != self._owner:
                     log.warning("lease_lost", log=self._log.name, owner=owner)
+            wait = third
 
     def _open_store(self) -> tuple[Store, Recovered]:
         """Makes the cache anew from the log."""
@@ -229,6 +247,8 @@ class LogJournal(SqliteJournal):
                     return store
             except (sqlite3.Error, msgspec.MsgspecError, ValueError) as error:
                 store.close()
+                if is_passing(error):  # a fault of the disk here
+                    raise
                 raise ConfigError(problem=f"{self._log.name} can't be read: {error}") from error
             except BaseException:
                 store.close()
@@ -288,11 +308,21 @@ class LogJournal(SqliteJournal):
             if self._note(number, first_chunk, len(data)):
                 db.execute("COMMIT")
                 db.execute("BEGIN")
+                self._demand_space()
         if not self._chain_whole:
             return False
         db.execute("COMMIT")
         store.ready()
         return True
+
+    def _demand_space(self) -> None:
+        """Checks that a log which is adopted leaves the daemon's own pipelines room on the disk.
+
+        Raises:
+            JournalFailed: it does not.
+        """
+        if self._adopted and self.space is not None and self.space.low(self._clock.monotonic()):
+            raise self._failure(f"its cache does not fit here: {self.space.left.shortage}")
 
     def _begins_behind(self, snapshot: Snapshot) -> bool:
         """Tells if a snapshot is of an earlier log of this name, by an owner that was paused."""

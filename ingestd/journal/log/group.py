@@ -59,7 +59,7 @@ LOOK_SECONDS = 1.0
 FAILED_SECONDS = 60.0
 """A log that could not be adopted is left to the others for so long."""
 CLOSE_SECONDS = 5.0
-WANTED = "wanted"
+WANTED, FAILED = "wanted", "failed"
 RUNNING_SECONDS = 30.0
 """How long a log that its daemon wants is kept for the calls that run."""
 
@@ -93,6 +93,7 @@ class LogGroup:
         name, _, self._pipeline = own.place.partition(".")
         self._owner = f"{name}/{secrets.token_hex(8)}"
         self._failed: dict[str, float] = {}
+        self._steady_from = 0.0
 
     async def run(
         self,
@@ -119,9 +120,12 @@ class LogGroup:
             except Exception:
                 # Another daemon may do better; and no error here ends the daemon's own work.
                 log.exception("adoption_failed", pipeline=self._pipeline, log=place)
-                self._failed[place] = asyncio.get_running_loop().time() + FAILED_SECONDS
+                self._leave_to_others(place)
                 await self._rest(stop, 0.0 if place else FAILED_SECONDS)
             await self._rest(stop)
+
+    def _leave_to_others(self, place: str) -> None:
+        self._failed[place] = asyncio.get_running_loop().time() + FAILED_SECONDS
 
     async def _rest(self, stop: asyncio.Event, seconds: float | None = None) -> None:
         """Waits until the next look, which daemons of a group do not take at the same moment."""
@@ -134,14 +138,29 @@ class LogGroup:
     # -- looking -------------------------------------------------------------------------------
 
     async def _looked(self) -> dict[str, tuple[LogLease, LastMessage | None]]:
-        """The leases of the pipeline's logs, and the last messages of those without an owner."""
+        """The leases of the pipeline's logs, and the last messages of those without an owner.
+
+        An engine that did not answer let leases lapse whose daemons work: these come first.
+        """
+        loop = asyncio.get_running_loop()
+        late = loop.time() + self._ttl / 2
+        answered = False
+        try:
+            found = await self._found()
+            answered = loop.time() <= late
+        finally:
+            if not answered:
+                self._steady_from = loop.time() + self._ttl / 2
+        self.states = [_state(place, *one) for place, one in found.items()]
+        self._failed = {place: at for place, at in self._failed.items() if place in found}
+        return found
+
+    async def _found(self) -> dict[str, tuple[LogLease, LastMessage | None]]:
         found = {}
         for place, lease in (await self._own.logs()).items():
             if place.partition(".")[2] == self._pipeline:
                 end = None if lease.owner else await _ending_of(self._own, place)
                 found[place] = lease, end
-        self.states = [_state(place, *one) for place, one in found.items()]
-        self._failed = {place: at for place, at in self._failed.items() if place in found}
         return found
 
     def _chosen(self, found: dict[str, tuple[LogLease, LastMessage | None]]) -> str:
@@ -158,7 +177,7 @@ class LogGroup:
     ) -> Iterator[tuple[str, LastMessage]]:
         """The logs that no daemon has or waits for."""
         now = asyncio.get_running_loop().time()
-        for place, (lease, end) in found.items():
+        for place, (lease, end) in found.items() if now >= self._steady_from else ():
             if end is None or lease.wanted or place == self._own.place:
                 continue
             if self._failed.get(place, 0.0) <= now:
@@ -217,6 +236,7 @@ class LogGroup:
             pipeline.journal.claimed(self._owner, found.end)
             await pipeline.open()
         except BaseException:
+            await self._removed(folder / name)  # what was read of it may fill the disk
             with contextlib.suppress(Overloaded):
                 await sibling.release(self._owner)
             raise
@@ -243,7 +263,11 @@ class LogGroup:
                 await self._calls_ended(pipeline, stop)
         except Exception:
             log.exception("adoption_failed", pipeline=self._pipeline, log=place)
-            why = "failed"
+            why = FAILED
+        if stop.is_set():
+            return  # the daemon may have begun to close it
+        if why == FAILED:
+            self._leave_to_others(place)
         del pipelines[pipeline.name]
         now = asyncio.get_running_loop().time()
         report = await pipeline.close(now + CLOSE_SECONDS, now + 2 * CLOSE_SECONDS)
@@ -256,7 +280,7 @@ class LogGroup:
     async def _reason_to_leave(self, place: str, pipeline: Any, gone_for_good: bool) -> str:
         if pipeline.broken.done():
             log.warning("adoption_ended", log=place, error=str(pipeline.broken.exception()))
-            return "failed"
+            return FAILED
         found = dict[str, tuple[LogLease, LastMessage | None]]()
         with contextlib.suppress(Overloaded):
             found = await self._looked()
@@ -286,6 +310,9 @@ class LogGroup:
 
 def _works(pipeline: Any) -> bool:
     """Tells if the daemon's own batches get processed: else another daemon should adopt."""
+    space = pipeline.auditor.free_space()
+    if space is not None and space.low:  # it has no room for what is pending there
+        return False
     return not pipeline.dispatcher.stopped and not pipeline.dispatcher.failures.down_since
 
 

@@ -206,7 +206,7 @@ class SqliteJournal:
                     self._refusing("journal.free_min", free=free, free_min=free_min)
             self._reading = connect(self.path)
         except (sqlite3.Error, OSError) as error:
-            if _is_passing(error):
+            if is_passing(error):
                 raise JournalFailed(path=self.path, problem=why(error)) from error
             raise DataDirError(path=self.path, problem=why(error)) from error
         self._store = store
@@ -567,7 +567,7 @@ def _check_numbers(store: Store, recovered: Recovered) -> None:
         raise sqlite3.DatabaseError("a number of the journal is none, or negative")
 
 
-def _is_passing(error: Exception) -> bool:
+def is_passing(error: Exception) -> bool:
     """Returns True if another start may succeed: the disk is full, or did not do as told."""
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     return code in {sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL} or (
