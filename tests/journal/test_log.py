@@ -381,7 +381,7 @@ async def test_a_log_that_does_not_fit_on_the_disk_is_not_adopted(
     space = DiskSpaceGuard(tmp_path, 100, ask=lambda _: 99)
     adopter = live(engine, space=space)
     adopter.journal.claimed(adopter.journal._owner, None)
-    with pytest.raises(JournalFailed, match=r"does not fit here: .* 99 bytes"):
+    with pytest.raises(JournalFailed, match="does not fit here: "):
         await adopter.open()
     own = await live(engine, space=space).open()
     assert own.journal.ledger.pending == 1
