@@ -44,15 +44,17 @@ class IdempotencyClaim:
         fingerprint: tells whether another request with this key is the same one.
         answer: what is stored beside the key; set before the append.
         submitted: an append carries it; from then on the journal ends it.
+        replaces: the number of an expired key in the engine of the journal, 0 for none.
     """
 
-    __slots__ = ("answer", "fingerprint", "key", "submitted")
+    __slots__ = ("answer", "fingerprint", "key", "replaces", "submitted")
 
     def __init__(self, key: str, fingerprint: bytes) -> None:
         self.key = key
         self.fingerprint = fingerprint
         self.answer = b""
         self.submitted = False
+        self.replaces = 0
 
 
 # -- ids that senders give their records -----------------------------------------------------------

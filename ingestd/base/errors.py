@@ -101,6 +101,22 @@ class IdsInFlight(Overloaded):
     message = "another request with some of these records is in progress"
 
 
+class KeysFull(Overloaded):
+    """No more idempotency keys can be remembered."""
+
+
+class KeyTaken(Overloaded):
+    """An Idempotency-Key was taken by another daemon meanwhile; a later try gets its answer."""
+
+    message = "another daemon has just taken this Idempotency-Key: send the request again"
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The keys, `scoped`."""
+        keys = self.facts.get("keys")
+        return keys if isinstance(keys, frozenset) else frozenset()
+
+
 class NeverFits(IngestdError):
     """Records are larger than a bound: no later try can succeed."""
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base.append import WEBHOOK, IdempotencyClaim, principal_of
 from ingestd.base.clock import Ages
-from ingestd.base.errors import KeyInFlight, KeyReused, Overloaded
+from ingestd.base.errors import KeyInFlight, KeyReused, KeysFull
 from ingestd.base.rate import STALLED
 
 if TYPE_CHECKING:
@@ -68,11 +68,13 @@ class RememberedKey(NamedTuple):
         fingerprint: of the request.
         answer: what it got.
         at: when it was accepted, seconds since the epoch.
+        number: of its message, where the daemons of a group share it in an engine; else 0.
     """
 
     fingerprint: bytes
     answer: bytes
     at: float
+    number: int = 0
 
 
 def size_of(claim: IdempotencyClaim | None) -> int:
@@ -123,21 +125,23 @@ class IdempotencyKeys:
         Raises:
             KeyInFlight: the same request is in progress.
             KeyReused: the key belongs to another request.
-            Overloaded: no more keys can be remembered.
+            KeysFull: no more keys can be remembered.
+            Overloaded: it cannot be told now.
         """
         other = self._claims.get(key)
         if other is not None:
             same = other.fingerprint == fingerprint
             raise KeyInFlight() if same else KeyReused(in_progress=True)
         kept = self._recent.get(key)
-        if kept is not None and self._lives(key, kept):
+        if kept is not None and self.lives(key, kept):
             self._recent.move_to_end(key)
             return _same(kept, fingerprint)
         claim = self._claims[key] = IdempotencyClaim(key, fingerprint)
         self._claimed[principal_of(key)] += 1
         try:
             kept = await self._find(key)
-            if kept is None or not self._lives(key, kept):
+            if kept is None or not self.lives(key, kept):
+                claim.replaces = 0 if kept is None else kept.number
                 kept = await self._find_unscoped(key, fingerprint)
             if kept is not None:
                 self._remember(key, kept)
@@ -160,7 +164,7 @@ class IdempotencyKeys:
         if not principal or not self.owners[""] or principal.startswith(WEBHOOK):
             return None
         kept = await self._find(bare)
-        if kept is None or kept.fingerprint != fingerprint or not self._lives(bare, kept):
+        if kept is None or kept.fingerprint != fingerprint or not self.lives(bare, kept):
             return None
         return kept
 
@@ -204,9 +208,13 @@ class IdempotencyKeys:
             if not self._claimed[principal]:
                 del self._claimed[principal]
 
-    def _lives(self, key: str, kept: RememberedKey) -> bool:
-        signed = key.startswith(f"{WEBHOOK} ")
-        return kept.at > self.ages.before(self.rule.kept if signed else self.rule.ttl)
+    def lifetime(self, key: str) -> float:
+        """Seconds for which a key is remembered."""
+        return self.rule.kept if key.startswith(f"{WEBHOOK} ") else self.rule.ttl
+
+    def lives(self, key: str, kept: RememberedKey) -> bool:
+        """Tells if a key has not expired."""
+        return kept.at > self.ages.before(self.lifetime(key))
 
     def _remember(self, key: str, kept: RememberedKey) -> None:
         if len(kept.answer) > RECENT_BYTES:
@@ -222,7 +230,7 @@ class IdempotencyKeys:
             return
         self._sweep()
         if what := self._bound(principal):
-            raise Overloaded(
+            raise KeysFull(
                 what=f"{what} idempotency keys (http.idempotency_keys_max)", retry_after=STALLED
             )
 

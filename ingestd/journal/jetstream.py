@@ -2,7 +2,9 @@
 
 `STREAM.log.NAME.PIPELINE` has the messages of a log; their compare-and-set is the header
 `Nats-Expected-Last-Subject-Sequence`. Beside it lie `STREAM.snapshot.…` and `STREAM.part.…`, and
-`STREAM.retired.PIPELINE` has the numbers of logs that have ended. Leases are keys of a bucket whose
+`STREAM.retired.PIPELINE` has the numbers of logs that have ended. `STREAM.key.PIPELINE.…` are the
+idempotency keys of all logs of a pipeline, each with a time to live (`Nats-TTL`); they come in one
+atomic batch with the message that has their records. Leases are keys of a bucket whose
 values the servers let lapse, so no clock of a daemon counts.
 
 An answer is believed where it is certain: a sequence, a wrong last sequence, a bound of the stream,
@@ -17,6 +19,7 @@ import contextlib
 import copy
 import json
 import re
+import secrets
 import socket
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -30,10 +33,16 @@ from ingestd.journal.settings import JournalKind
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Coroutine, Iterable, Iterator
+    from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 
     from ingestd.journal.interface import Journal, JournalContext
-    from ingestd.journal.log.interface import LogLease, LogMessage, RetiredLogs, Snapshot
+    from ingestd.journal.log.interface import (
+        LogKey,
+        LogLease,
+        LogMessage,
+        RetiredLogs,
+        Snapshot,
+    )
     from ingestd.journal.log.messages import LogEnd
     from ingestd.journal.settings import JournalSettings, Level
 
@@ -41,6 +50,7 @@ T = TypeVar("T")
 VERSION_MIN = (2, 15)
 """Of the servers: before it a compare-and-set could be undone, and syncing each write was slow."""
 HEADERS_BYTES = 512
+EXPECTED, BATCH = "Nats-Expected-Last-Subject-Sequence", "Nats-Batch-Id"
 READ_MESSAGES = 1000
 OWNER_LOOKS = 10
 """A lease changes hands seldom, and is read at each of so many looks."""
@@ -48,8 +58,11 @@ RETIRED_KEPT = 1000
 """Ids of retired logs that their sum names: far more than can be half retired at a time."""
 OPEN_SECONDS, OPEN_TRIES = 5.0, 4
 RECONNECT_SECONDS, PING_SECONDS_MIN = 0.25, 1.0
-_WRONG_LAST = 10071
+_WRONG_LAST, _ON_ITS_WAY = 10071, 10164
+"""The second one: something is on its way that would change the last sequence."""
 _NO_PEERS = 10005
+_BATCH_REFUSED = {10174, 10176, 10199, 10210}
+"""Batches are disabled, one lacks a message or has too many, there are too many at a time."""
 _FULL = {10047, 10023}
 _STORE_FAILED = 10077
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+")
@@ -218,6 +231,8 @@ class JetStreamLog:
     """
 
     message_bytes_max = 0
+    keys_max = 900
+    """A batch has a thousand messages at most."""
 
     def __init__(self, settings: JetStreamSettings, pipeline: str, *, create: bool = True) -> None:
         host = "-".join(_TOKEN.findall(socket.gethostname())) or "ingestd"
@@ -232,6 +247,7 @@ class JetStreamLog:
         self._closed = asyncio.Event()
         self._reconnecting: asyncio.Task[None] | None = None
         self._late = self._full = ""
+        self._late_after = 0
         self._revisions: dict[str, int] = {}  # of leases, by the places of logs
         self._first_part = 0
 
@@ -338,7 +354,8 @@ class JetStreamLog:
         wanted = api.StreamConfig(
             name=own.stream, subjects=[f"{own.stream}.>"], retention=api.RetentionPolicy.LIMITS,
             storage=api.StorageType.FILE, num_replicas=own.replicas, discard=api.DiscardPolicy.NEW,
-            max_bytes=own.stream_bytes_max or -1, allow_direct=True,
+            max_bytes=own.stream_bytes_max or -1, allow_direct=True, allow_atomic=True,
+            allow_msg_ttl=True,
         )  # fmt: skip
         info = await self._made(own.stream, lambda: self._js.add_stream(wanted))
         if info is None:
@@ -363,6 +380,10 @@ class JetStreamLog:
         if problems:
             text = f"the stream {own.stream} has {' and '.join(problems)}"
             raise ConfigError(problem=f"{text}: it would lose what is accepted, or refuse it")
+        wants = [key for key in ("allow_atomic", "allow_msg_ttl") if not getattr(config, key)]
+        if wants:
+            text = f"the stream {own.stream} needs {' and '.join(wants)}"
+            raise ConfigError(problem=f"{text}, for idempotency keys: edit its configuration")
         self._bytes_max = max(0, config.max_bytes or 0)
         self.facts.append(f"the stream {own.stream} has {config.num_replicas} replicas on disk")
 
@@ -551,29 +572,32 @@ class JetStreamLog:
 
     # -- messages ------------------------------------------------------------------------------
 
-    async def append(self, data: bytes, *, after: int) -> int:
+    async def append(self, data: bytes, *, after: int, keys: Sequence[LogKey] = ()) -> int:
         """See `ReplicatedLog.append`."""
         from ingestd.journal.log.interface import LogAmbiguous  # noqa: PLC0415
 
         try:
-            number = await self._publish(self.name, data, after)
+            number = await self._publish(self.name, data, after, keys)
         except LogAmbiguous as error:
-            self._late = str(error.facts["problem"])  # until the caller knows what became of it
+            # Until the caller knows what became of it.
+            self._late, self._late_after = str(error.facts["problem"]), after
             raise
         self._late = ""
         return number
 
-    async def _publish(self, subject: str, data: bytes, after: int | None = None) -> int:
+    async def _publish(
+        self, subject: str, data: bytes, after: int | None = None, keys: Sequence[LogKey] = ()
+    ) -> int:
         from ingestd.journal.log import interface as log  # noqa: PLC0415
 
-        headers = None
-        if after is not None:
-            headers = {self._nats.js.api.Header.EXPECTED_LAST_SUBJECT_SEQUENCE.value: str(after)}
+        headers = None if after is None else {EXPECTED: str(after)}
         errors = self._nats.js.errors
         if not self._client.is_connected:
             problem = "no NATS server is connected"
             raise log.LogUnreachable(problem=problem, retry_after=log.retry_after())
         try:
+            if keys and headers is not None:
+                headers |= await self._send_keys(keys)
             answer = await self._js.publish(
                 subject, data, timeout=self._settings.timeout, headers=headers
             )
@@ -581,23 +605,42 @@ class JetStreamLog:
             problem = f"the stream {self._settings.stream} has no leader"
             raise log.LogUnreachable(problem=problem, retry_after=log.retry_after()) from error
         except errors.APIError as error:
-            if error.err_code == _WRONG_LAST:
+            if error.err_code == _WRONG_LAST or (keys and error.err_code == _ON_ITS_WAY):
                 raise log.LogFenced from error
             full = error.err_code == _STORE_FAILED and "maximum" in (error.description or "")
-            if full or error.err_code in _FULL:
-                raise log.LogFull(
-                    problem=str(error.description), retry_after=log.retry_after()
-                ) from error
             problem = str(error.description)
+            if full or error.err_code in _FULL:
+                raise log.LogFull(problem=problem, retry_after=log.retry_after()) from error
+            if error.err_code in _BATCH_REFUSED:
+                raise log.LogUnreachable(problem=problem, retry_after=log.retry_after()) from error
             raise log.LogAmbiguous(problem=problem) from error
         except (self._nats.errors.Error, TimeoutError, OSError) as error:
             problem = f"a majority of the stream {self._settings.stream} does not answer"
             raise log.LogAmbiguous(problem=problem) from error
         return int(answer.seq)
 
+    async def _send_keys(self, keys: Sequence[LogKey]) -> dict[str, str]:
+        """Sends keys, of which nothing is stored before the message with these headers comes."""
+        batch, number = {BATCH: secrets.token_hex(16)}, "Nats-Batch-Sequence"
+        for place, key in enumerate(keys, 1):
+            headers = {**batch, number: str(place), EXPECTED: str(key.replaces)}
+            headers["Nats-TTL"] = str(key.ttl)
+            await self._client.publish(self._key(key.name), key.data, headers=headers)
+        return {**batch, number: str(len(keys) + 1), "Nats-Batch-Commit": "1"}
+
+    def _key(self, name: str) -> str:
+        return f"{self._settings.stream}.key.{self.place.partition('.')[2]}.{name}"
+
+    async def find_key(self, name: str) -> LogMessage | None:
+        """See `ReplicatedLog.find_key`."""
+        return await self._last_of(self._key(name))
+
     async def last(self) -> LogMessage | None:
         """See `ReplicatedLog.last`."""
-        return await self._last_of(self.name)
+        found = await self._last_of(self.name)
+        if (0 if found is None else found.number) != self._late_after:
+            self._late = ""
+        return found
 
     async def _last_of(self, subject: str, stream: str = "") -> LogMessage | None:
         from ingestd.journal.log.interface import LogMessage  # noqa: PLC0415
@@ -607,7 +650,6 @@ class JetStreamLog:
             found = await self._ask(asked)
         except self._nats.js.errors.NotFoundError:
             return None
-        self._late = ""
         return LogMessage(int(found.seq), found.data or b"")
 
     async def read(self, first: int, bytes_max: int) -> list[LogMessage]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO
 
-from ingestd.base.errors import Overloaded
+from ingestd.base.errors import KeyTaken, Overloaded
 from ingestd.config.sections import Section
 
 if TYPE_CHECKING:
@@ -65,7 +65,8 @@ class Intake(Protocol):
             KeyInFlight: the same request is in progress.
             KeyReused: the key belongs to another request.
             KeysUnsupported: the journal keeps none.
-            Overloaded: no more keys can be remembered.
+            KeysFull: no more keys can be remembered.
+            Overloaded: it cannot be told now.
         """
         ...
 
@@ -90,6 +91,7 @@ class Intake(Protocol):
 
         Raises:
             Overloaded: at a bound; nothing was accepted.
+            KeyTaken: another daemon took the key of its claim; nothing was accepted.
             NeverFits: at a bound, and it always would be.
             Draining: nothing is accepted any more.
             JournalFailed: nothing can be stored any more.
@@ -356,11 +358,14 @@ async def accept_patiently(intake: Intake, append: Append) -> None:
     """Has records accepted by a pipeline, which may be overloaded for any time.
 
     Raises:
+        KeyTaken: its claim is void: the key has to be claimed again.
         IngestdError: see `Intake.accept`.
     """
     while True:
         try:
             await intake.accept(append)
+        except KeyTaken:
+            raise
         except Overloaded as overloaded:
             await asyncio.sleep(again_after(overloaded))
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from typing import TYPE_CHECKING
 
@@ -12,17 +13,19 @@ from ingestd.journal.log.interface import (
     LogAmbiguous,
     LogFenced,
     LogFull,
+    LogKey,
     LogMessage,
     LogUnreachable,
     Snapshot,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from ingestd.journal.log.messages import LogEnd
 
 LOST, LATE, DOWN, FULL = "answer lost", "late", "down", "full"
+_KEY_NUMBERS = itertools.count(1)
 
 
 class Engine:
@@ -33,9 +36,20 @@ class Engine:
         down: nothing answers.
         retired: the numbers of logs that have ended.
         stride: numbers grow by this much, as other logs of a stream take some.
+        keys_max_seen: most keys that came with one message.
+        late_chance: that what is on its way arrives before an append.
+        keys: idempotency keys by their names; those of another engine if both are of one stream.
     """
 
-    def __init__(self, message_bytes_max: int = 1 << 20, stride: int = 3) -> None:
+    def __init__(
+        self,
+        message_bytes_max: int = 1 << 20,
+        stride: int = 3,
+        keys: dict[str, LogMessage] | None = None,
+    ) -> None:
+        self.keys = {} if keys is None else keys
+        self.keys_max_seen = 0
+        self.late_chance = 0.5
         self.message_bytes_max = message_bytes_max
         self.messages: list[LogMessage] = []
         self.snapshot: Snapshot | None = None
@@ -53,9 +67,13 @@ class Engine:
     def last(self) -> int:
         return self.messages[-1].number if self.messages else 0
 
-    def put(self, data: bytes, after: int) -> int:
-        if self.last != after:
+    def put(self, data: bytes, after: int, keys: Sequence[LogKey] = ()) -> int:
+        there = [self.keys[key.name].number if key.name in self.keys else 0 for key in keys]
+        if self.last != after or there != [key.replaces for key in keys]:
             raise LogFenced
+        self.keys_max_seen = max(self.keys_max_seen, len(keys))
+        for key in keys:
+            self.keys[key.name] = LogMessage(next(_KEY_NUMBERS), key.data)
         self._number += self._stride
         self.messages.append(LogMessage(self._number, data))
         return self._number
@@ -70,6 +88,7 @@ class Engine:
         copy = Engine(self.message_bytes_max, self._stride)
         copy.messages, copy.parts = [*self.messages], {**self.parts}
         copy.snapshot, copy._number = self.snapshot, self._number
+        copy.keys = {**self.keys}
         return copy
 
     def deliver(self) -> None:
@@ -92,6 +111,8 @@ class MemoryLog:
         self.engine = engine
         self.message_bytes_max = engine.message_bytes_max
         self.refusal = ""
+        self.keys_max = 900
+        self.looks = 0
         self.gone = False
 
     async def open(self) -> None:
@@ -125,30 +146,36 @@ class MemoryLog:
             engine.snapshot = None
         engine.messages = [one for one in engine.messages if one.number > number]
 
-    async def append(self, data: bytes, *, after: int) -> int:
+    async def append(self, data: bytes, *, after: int, keys: Sequence[LogKey] = ()) -> int:
         engine = self.engine
         engine.appends += 1
         fault = engine.faults.pop(0) if engine.faults else ""
         await asyncio.sleep(0)
-        if engine.late and random.Random(engine.appends).random() < 0.5:
+        if engine.late and random.Random(engine.appends).random() < engine.late_chance:
             engine.deliver()
         if fault == DOWN or engine.down or self.gone:
             raise LogUnreachable(problem="it is down")
         if fault == FULL:
             raise LogFull(problem="it is full")
         if fault == LATE:
-            engine.late.append(lambda: self._put_late(data, after))
+            engine.late.append(lambda: self._put_late(data, after, keys))
             raise LogAmbiguous(problem="time-out")
-        number = engine.put(data, after)
+        number = engine.put(data, after, keys)
         if fault == LOST:
             raise LogAmbiguous(problem="time-out")
         return number
 
-    def _put_late(self, data: bytes, after: int) -> None:
+    def _put_late(self, data: bytes, after: int, keys: Sequence[LogKey]) -> None:
         try:
-            self.engine.put(data, after)
+            self.engine.put(data, after, keys)
         except LogFenced:
             pass
+
+    async def find_key(self, name: str) -> LogMessage | None:
+        self._check()
+        self.looks += 1
+        await asyncio.sleep(0)
+        return self.engine.keys.get(name)
 
     async def last(self) -> LogMessage | None:
         self._check()

@@ -8,14 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from ingestd.base.append import Append, HeldIds, SourceOffset
+from ingestd.base.append import Append, HeldIds, IdempotencyClaim, SourceOffset
 from ingestd.base.clock import SystemClock
-from ingestd.base.errors import JournalFailed, Overloaded
+from ingestd.base.errors import JournalFailed, KeyReused, KeyTaken, NeverFits, Overloaded
 from ingestd.base.record import InvalidRecord, Records, Span
 from ingestd.journal import log as log_journal
 from ingestd.journal.dead_letters import DeadLetter, LetterFilter
 from ingestd.journal.disk_space import DiskSpaceGuard
-from ingestd.journal.interface import Cursor, Failing, Ledger, Postpone, Seal, Sealed, Settle
+from ingestd.journal.idempotency import KeyRule
+from ingestd.journal.interface import (
+    Cursor,
+    Failing,
+    Ledger,
+    Place,
+    Postpone,
+    Seal,
+    Sealed,
+    Settle,
+)
 from ingestd.journal.log import LogJournal
 from ingestd.journal.log.cache import CacheFile
 from ingestd.journal.log.interface import LogMessage, LogUnreachable, Snapshot
@@ -399,3 +409,156 @@ async def test_a_full_disk_is_no_fault_of_the_settings(
         second = Life(engine, disk)
         with pytest.raises(JournalFailed, match="full"):
             await second.open()
+
+
+# -- idempotency keys of a group -------------------------------------------------------------------
+
+
+def two_engines(**options: int) -> tuple[Engine, Engine]:
+    """The logs of two daemons on one stream."""
+    one = Engine(**options)
+    return one, Engine(**options, keys=one.keys)
+
+
+async def claimed(life: Life, key: str, fingerprint: bytes = b"print") -> IdempotencyClaim:
+    claim = await life.journal.idempotency.begin(f"token shop {key}", fingerprint)
+    assert isinstance(claim, IdempotencyClaim)
+    claim.answer = b"answer of %s" % key.encode()
+    return claim
+
+
+async def answered(life: Life, key: str, fingerprint: bytes = b"print") -> object:
+    return await life.journal.idempotency.begin(f"token shop {key}", fingerprint)
+
+
+async def test_a_key_is_known_to_all_daemons_of_a_group(live) -> None:
+    engine, other = two_engines()
+    one, two = await live(engine).open(), await live(other).open()
+    await one.journal.append(Append(lines(b"1"), claim=await claimed(one, "K")))
+    appends = other.appends
+    for _ in range(2):
+        assert await answered(two, "K") == b"answer of K"
+        with pytest.raises(KeyReused):
+            await answered(two, "K", b"other")
+    assert other.appends == appends
+    one.log.gone = True  # and its log is needed no more either
+    engine.messages, engine.snapshot = [], None
+    three = await live(two_engines()[0]).open()
+    three.log.engine.keys = engine.keys
+    assert await answered(three, "K") == b"answer of K"
+    # Of its own keys a daemon asks no engine; of others it does, and they are not known without.
+    await two.journal.append(Append(lines(b"2"), claim=await claimed(two, "L")))
+    two.journal.idempotency._recent.clear()
+    two.log.refusal = "it does not answer"
+    assert await answered(two, "L") == b"answer of L"
+    with pytest.raises(Overloaded, match="does not answer"):
+        await answered(two, "K")
+    two.log.refusal = ""
+    other.down = True
+    with pytest.raises(Overloaded):
+        await answered(two, "K")
+    other.down = False
+    assert await answered(two, "K") == b"answer of K"
+
+
+@pytest.mark.parametrize("faults", [[], [LOST], [LATE], [LATE, LOST], [LATE, DOWN, LATE]])
+async def test_of_two_daemons_one_accepts_a_key(live, faults) -> None:
+    engine, other = two_engines()
+    one, two = await live(engine).open(), await live(other).open()
+    first, second = await claimed(one, "K"), await claimed(two, "K")
+    third = await claimed(two, "L")
+    await one.journal.append(Append(lines(b"1"), claim=first))
+    other.faults = list(faults)
+    appends = [
+        two.journal.append(Append(lines(b"%d" % number), claim=claim))
+        for number, claim in enumerate((None, second, third, None))
+    ]
+    found = await asyncio.gather(*appends, return_exceptions=True)
+    other.deliver()
+    assert [type(one) for one in found] == [Place, KeyTaken, Place, Place]
+    assert found[1].retry_after > 0
+    assert two.journal.ledger.accepted == 3
+    assert not two.journal.failed.done()
+    assert await answered(two, "K") == b"answer of K"
+    assert await answered(one, "L") == b"answer of L"
+    await two.journal.append(Append(lines(b"5")))
+    before = everything(two)
+    two.log.gone = True
+    again = await live(other).open()
+    assert everything(again) == before
+    assert again.journal.bytes == two.journal.bytes
+
+
+async def test_what_came_late_is_never_half_of_a_commit(live) -> None:
+    """The commit is on its way as its key is taken; the key lapses, and then the commit comes."""
+    engine, other = two_engines()
+    one, two = await live(engine).open(), await live(other).open()
+    second = await claimed(two, "K")
+    other.faults = [LATE]
+    await one.journal.append(Append(lines(b"1"), claim=await claimed(one, "K")))
+    other.late_chance = 0.0
+    with pytest.raises(KeyTaken):
+        await two.journal.append(Append(lines(b"2"), claim=second))
+    engine.keys.clear()
+    other.deliver()
+    assert not engine.keys
+    await two.journal.append(Append(lines(b"3")))
+    assert two.journal.ledger.accepted == 1
+    before = everything(two)
+    two.log.gone = True
+    assert everything(await live(other).open()) == before
+
+
+async def test_a_key_that_has_expired_is_replaced(live) -> None:
+    engine, other = two_engines()
+    one, two = await live(engine).open(), await live(other).open()
+    await one.journal.append(Append(lines(b"1"), claim=await claimed(one, "K")))
+    rule = KeyRule(ttl=1e-9)
+    one.journal.idempotency.rule = two.journal.idempotency.rule = rule
+    stale = await claimed(one, "K")  # which its own daemon has too
+    assert stale.replaces
+    await two.journal.append(Append(lines(b"2"), claim=await claimed(two, "K", b"second")))
+    with pytest.raises(KeyTaken):
+        await one.journal.append(Append(lines(b"3"), claim=stale))
+    one.journal.idempotency.rule = two.journal.idempotency.rule = KeyRule()
+    with pytest.raises(KeyReused):
+        await answered(two, "K")
+    assert await answered(two, "K", b"second") == b"answer of K"
+
+
+async def test_keys_of_a_commit_are_bounded_and_those_of_a_large_entry_come_last(live) -> None:
+    engine, other = two_engines(message_bytes_max=4096)
+    one, two = await live(engine).open(), await live(other).open()
+    assert one.journal._committer.claim_bytes * 900 >= writer.COMMIT_BYTES
+    one.journal._committer.claim_bytes = writer.COMMIT_BYTES // 3
+    claims = [await claimed(one, f"K{n}") for n in range(10)]
+    big = Records.sized([b"x" * 9000])
+    first = engine.appends
+    appends = [one.journal.append(Append(big, claim=claim)) for claim in claims]
+    for append in appends:
+        await append
+    assert engine.appends - first > 2 * len(claims)
+    assert [await answered(two, f"K{n}") for n in range(10)] == [one.answer for one in claims]
+    assert engine.keys_max_seen <= 4
+    claim = await claimed(two, "L")
+    claim.answer = b"x" * 5000
+    with pytest.raises(NeverFits):
+        two.journal.append(Append(lines(b"1"), claim=claim))
+    two.journal.idempotency.forget(claim)
+    # The last part of an entry is refused: nothing of it counts.
+    claim = await claimed(one, "M")
+    await two.journal.append(Append(lines(b"1"), claim=await claimed(two, "M")))
+    with pytest.raises(KeyTaken):
+        await one.journal.append(Append(big, claim=claim))
+    before = everything(one)
+    one.log.gone = True
+    assert everything(await live(engine).open()) == before
+
+
+async def test_requests_without_a_key_cost_nothing_more(live) -> None:
+    engine = Engine()
+    one = await live(engine).open()
+    looks = one.log.looks
+    for _ in range(3):
+        await one.journal.append(Append(lines(b"1")))
+    assert (one.log.looks, engine.keys_max_seen, len(engine.messages)) == (looks, 0, 1 + 3)

@@ -20,7 +20,15 @@ import pytest
 from ingestd.base.append import IdempotencyClaim
 from ingestd.base.clock import SystemClock
 from ingestd.base.envelope import EnvelopeRuns
-from ingestd.base.errors import ConfigError, KeyInFlight, KeyReused, NeverFits, Overloaded
+from ingestd.base.errors import (
+    ConfigError,
+    KeyInFlight,
+    KeyReused,
+    KeysFull,
+    KeyTaken,
+    NeverFits,
+    Overloaded,
+)
 from ingestd.base.record import InvalidRecord, Records
 from ingestd.codecs.lines import Parsed
 from ingestd.http.settings import TlsSettings
@@ -284,9 +292,21 @@ async def test_a_key_of_other_records_is_no_reason_to_lose_these(monkeypatch) ->
         assert not intake.keys
 
 
+async def test_a_key_that_cannot_be_looked_up_or_was_taken_meanwhile_is_claimed_again() -> None:
+    intake = KeyedIntake()
+    intake.begin_errors = [Overloaded(what="engine", retry_after=0.01) for _ in range(5)]
+    intake.errors = [Overloaded(what="it", retry_after=0.01), KeyTaken(), KeyTaken()]
+    async with serving(intake) as source, connected(source) as (reader, writer):
+        writer.write(b"one=a\n")
+        assert await line(reader) == b"hello\n"
+        assert await line(reader) == b"ok one=a\n"
+    assert set(intake.keys) == {"anonymous one"}
+    assert (intake.items, intake.forgotten) == ([b"a"], 3)
+
+
 async def test_a_table_of_keys_that_stays_full_keeps_no_record_out() -> None:
     intake = KeyedIntake()
-    intake.begin_errors = [Overloaded(what="keys", retry_after=0.01) for _ in range(3)]
+    intake.begin_errors = [KeysFull(what="keys", retry_after=0.01) for _ in range(3)]
     async with serving(intake) as source, connected(source) as (reader, writer):
         writer.write(b"one=a\n")
         assert await line(reader) == b"hello\n"

@@ -8,7 +8,10 @@ Invariants (`docs/ENGINE.md` has the reasons, `tests/journal/test_log.py` the te
 3. The owner's first act is a message of its own: what is read after that does not change any more.
 4. A publish without an answer is repeated, as it is, until it is known what became of it. Nothing
    else is published meanwhile, and nothing is rolled back.
-5. A snapshot is the state after a message, whatever comes behind it; a message goes only when a
+5. An idempotency key goes into the engine with the entry that has its records, all or nothing, and
+   only where no daemon of the group has it there. A commit whose key is taken is rolled back once
+   it is certain that its entry can't come any more.
+6. A snapshot is the state after a message, whatever comes behind it; a message goes only when a
    snapshot holds what it says, but for chunks that are pending no more.
 """
 
@@ -16,22 +19,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import math
 import secrets
 import sqlite3
 import struct
 import threading
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import msgspec
 
-from ingestd.base.errors import ConfigError, JournalFailed, Overloaded
+from ingestd.base.errors import ConfigError, JournalFailed, KeyTaken, NeverFits, Overloaded
 from ingestd.base.logging import get_logger
+from ingestd.journal.idempotency import RememberedKey, size_of
 from ingestd.journal.log import cache
 from ingestd.journal.log.interface import (
     LogAmbiguous,
     LogFenced,
+    LogKey,
     LogMessage,
     LogUnreachable,
     Snapshot,
@@ -44,6 +51,7 @@ from ingestd.journal.log.messages import (
     OPENED,
     RETIRED,
     LogEnd,
+    barrier,
     end_entry,
     ending,
     packed,
@@ -52,12 +60,13 @@ from ingestd.journal.log.messages import (
 )
 from ingestd.journal.sqlite.journal import SqliteJournal, is_passing
 from ingestd.journal.sqlite.store import key_owners
+from ingestd.journal.sqlite.writer import COMMIT_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from ingestd.base.append import Append
+    from ingestd.base.append import Append, IdempotencyClaim
     from ingestd.base.record import Records, Span
     from ingestd.journal.interface import Chunk, Closed, Place, Recovered
     from ingestd.journal.log.group import LogGroup
@@ -68,6 +77,9 @@ if TYPE_CHECKING:
 log = get_logger()
 
 T = TypeVar("T")
+_NO_KEYS: Mapping[str, LogKey] = MappingProxyType({})
+_encode = msgspec.msgpack.Encoder().encode
+_decode_key = msgspec.msgpack.Decoder(tuple[float, bytes, bytes]).decode
 SNAPSHOT_BYTES = 64 << 20
 """Bytes of a log that are needed no more, before a snapshot lets them go."""
 CARRIED_BYTES = 8 << 20
@@ -76,10 +88,14 @@ PART_BYTES = 256 << 10
 MARK_BYTES = 4 << 20
 """The distance of two places that a log can be trimmed to."""
 READ_BYTES = 4 << 20
-RETRY_SECONDS = 0.2
+RETRY_SECONDS, KEY_RETRY_SECONDS = 0.2, 0.02
 CLOSE_SECONDS = 10.0
 RENEW_SECONDS = 1.0
 """After so long, at most, a lease is renewed again that could not be."""
+KEY_SECONDS = 1.0
+"""After so long a request whose key was taken meanwhile should come again, and gets the answer."""
+LOOKS_MAX = 64
+"""So many idempotency keys are looked up in the engine at a time."""
 OPEN_TRIES = 10
 OPEN_SECONDS = 20.0
 """How long a start waits for an engine that elects a leader, say, at each of its steps."""
@@ -141,6 +157,7 @@ class LogJournal(SqliteJournal):
         self._snapshot: Snapshot | None = None
         self._tried = 0
         self._saver: threading.Thread | None = None
+        self._looks = asyncio.Semaphore(LOOKS_MAX)
         self._leaving, self._gave_up = threading.Event(), threading.Event()
 
     # -- start ---------------------------------------------------------------------------------
@@ -176,6 +193,7 @@ class LogJournal(SqliteJournal):
             if isinstance(error, Overloaded):
                 raise self._failure(str(error)) from error
             raise
+        self._committer.claim_bytes = -(-COMMIT_BYTES // self._log.keys_max)
         self._renewing = renewing
         return recovered
 
@@ -388,12 +406,22 @@ class LogJournal(SqliteJournal):
         if (problem := self._log.refusal) and not self.failed.done():
             self._refusing("journal.kind")
             raise LogUnreachable(problem=problem, retry_after=retry_after())
+        size, bound = size_of(append.claim), self._log.message_bytes_max
+        if size > bound:
+            raise NeverFits(size=size, what="a message of the journal's log", bound=bound)
         return super().append(append)
 
-    def _publish(self, data: bytes, first_chunk: int) -> None:
-        """Appends an entry; returns once it is in the log.
+    def _publish(
+        self,
+        data: bytes,
+        first_chunk: int,
+        claims: Sequence[IdempotencyClaim] = (),
+        at: float = 0.0,
+    ) -> None:
+        """Appends an entry with its keys; returns once it is in the log.
 
         Raises:
+            KeyTaken: other daemons have some of the keys; the entry is not in the log.
             Overloaded: the engine takes nothing now; the entry is not in the log.
             JournalFailed: another daemon has the log.
             LogFenced: the same, as this life begins.
@@ -402,8 +430,11 @@ class LogJournal(SqliteJournal):
             data = COMMIT + data
         begun = 0
         for entry, part, parts, piece in pieces(data, self._log.message_bytes_max - HEAD_BYTES):
+            message = packed(entry, part, parts, self._last, piece)
             try:
-                self._last = self._append(packed(entry, part, parts, self._last, piece))
+                # The entry counts when its last part is there, and its keys are there with that.
+                with_keys = claims if part == parts - 1 else ()
+                self._last = self._append(message, self._log_keys(with_keys, at))
             except LogFenced as fenced:
                 if not first_chunk:
                     raise
@@ -412,12 +443,13 @@ class LogJournal(SqliteJournal):
         if first_chunk:
             self._note(begun, first_chunk, len(data))
 
-    def _append(self, message: bytes) -> int:
-        """Appends a message, and repeats it until it is known what became of it."""
+    def _append(self, message: bytes, keys: Mapping[str, LogKey] = _NO_KEYS) -> int:
+        """Appends a message with keys, and repeats it until it is known what became of it."""
         may_be_there, until = False, math.inf
         while True:
             try:
-                return self._wait(self._log.append(message, after=self._last))
+                again = self._log.append(message, after=self._last, keys=(*keys.values(),))
+                return self._wait(again)
             except LogAmbiguous as error:
                 if not may_be_there:
                     log.warning("publish_unanswered", log=self._log.name, error=str(error))
@@ -426,29 +458,45 @@ class LogJournal(SqliteJournal):
                 if not may_be_there:
                     raise
             except LogFenced:
-                last = self._last_message()
+                # In this order: if the log is as before, the keys did not come with this message.
+                taken = self._insist(partial(self._changed, keys)) if keys else ()
+                last = self._insist(self._log.last)
                 if last is not None and last.data == message:
                     return last.number
                 number = 0 if last is None else last.number
                 if number > self._last:
                     raise
+                if taken and number == self._last and (not may_be_there or self._barred()):
+                    raise KeyTaken(keys=frozenset(taken), retry_after=KEY_SECONDS) from None
                 # One of ours is on its way, or a leader is new and does not know all of its log.
                 now = self._loop.time()
                 until = min(until, now + OPEN_SECONDS)
                 if number < self._last and now > until:
                     text = f"it ends with {number}, and {self._last} was acknowledged"
                     raise self._failure(text) from None
-            self._pause()
+            # Another daemon's keys that are on their way are there, or not, within moments.
+            self._pause(RETRY_SECONDS if may_be_there or not keys else KEY_RETRY_SECONDS)
 
-    def _last_message(self) -> LogMessage | None:
+    def _barred(self) -> bool:
+        """Makes certain that what may be on its way to the log does not come any more.
+
+        Returns:
+            False if it has come, or still may.
+        """
+        with contextlib.suppress(LogFenced, LogUnreachable):
+            self._last = self._append(barrier(self._last))
+            return True
+        return False
+
+    def _insist(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
         while True:
             try:
-                return self._wait(self._log.last())
+                return self._wait(ask())
             except LogUnreachable:
                 self._pause()
 
-    def _pause(self) -> None:
-        if self._gave_up.wait(RETRY_SECONDS):
+    def _pause(self, seconds: float | None = None) -> None:
+        if self._gave_up.wait(RETRY_SECONDS if seconds is None else seconds):
             raise self._failure("it was closed before the log answered")
 
     def _note(self, number: int, first_chunk: int, size: int) -> bool:
@@ -459,6 +507,48 @@ class LogJournal(SqliteJournal):
             return False
         self._marks.append(self._latest)
         return True
+
+    # -- idempotency keys of the group ---------------------------------------------------------
+
+    async def _find_key(self, key: str) -> RememberedKey | None:
+        found = await super()._find_key(key)
+        if found is not None and self.idempotency.lives(key, found):
+            return found
+        if problem := self._log.refusal:
+            raise LogUnreachable(problem=problem, retry_after=retry_after())
+        message = await self._look_up(_name_of(key))
+        if message is None:
+            return None
+        at, fingerprint, answer = _decode_key(message.data)
+        return RememberedKey(fingerprint, answer, at, message.number)
+
+    async def _look_up(self, name: str) -> LogMessage | None:
+        async with self._looks:
+            return await self._log.find_key(name)
+
+    def _log_keys(self, claims: Sequence[IdempotencyClaim], at: float) -> dict[str, LogKey]:
+        """The keys of an entry as the engine has them, by those of their claims."""
+        return {
+            one.key: LogKey(
+                _name_of(one.key),
+                _encode((at, one.fingerprint, one.answer)),
+                max(1, math.ceil(self.idempotency.lifetime(one.key))),
+                one.replaces,
+            )
+            for one in claims
+        }
+
+    async def _changed(self, keys: Mapping[str, LogKey]) -> set[str]:
+        """The keys that are not in the engine as was expected when they were claimed."""
+        looks = (self._look_up(one.name) for one in keys.values())
+        changed = set()
+        found = await asyncio.gather(*looks, return_exceptions=True)
+        for (key, one), message in zip(keys.items(), found, strict=True):
+            if isinstance(message, BaseException):
+                raise message
+            if (message.number if message is not None else 0) != one.replaces:
+                changed.add(key)
+        return changed
 
     # -- snapshots -----------------------------------------------------------------------------
 
@@ -600,6 +690,11 @@ class LogJournal(SqliteJournal):
                 if self._gave_up.is_set():
                     running.cancel()
                     raise self._failure("it was closed before the log answered") from None
+
+
+def _name_of(key: str) -> str:
+    """The name of a key in the engine: it takes few characters, and shows no client's words."""
+    return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
 
 def _with_sizes(parts: Iterable[bytes]) -> Iterator[bytes]:

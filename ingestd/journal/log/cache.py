@@ -139,8 +139,8 @@ class CacheStore(Store):
     Args:
         path: the file; what is in it goes.
         invalid: see `Store`.
-        publish: puts an entry into the log, given its bytes and the id of its first chunk, or of
-            the chunk that is next; returns once it is durable there.
+        publish: puts an entry into the log, given its bytes, the id of its first chunk, or of the
+            chunk that is next, its keys and their time; returns once it is durable there.
         committed: called after each commit.
     """
 
@@ -150,7 +150,7 @@ class CacheStore(Store):
         self,
         path: Path,
         invalid: InvalidQuota,
-        publish: Callable[[bytes, int], None],
+        publish: Callable[[bytes, int, Sequence[IdempotencyClaim], float], None],
         committed: Callable[[], None],
     ) -> None:
         os.truncate(path, 0)
@@ -168,7 +168,7 @@ class CacheStore(Store):
         """See `Store.write`.
 
         Raises:
-            Overloaded: the log takes nothing now; nothing was applied.
+            Overloaded: the log takes nothing now, or not these keys; nothing was applied.
             JournalFailed: the log has the entry and the cache has not, or another owner.
         """
         self._published = False
@@ -205,7 +205,7 @@ class CacheStore(Store):
             _letters_changed(db) if _touches_letters(write) else None,
         )
         first = rows.chunks[0][0] if rows.chunks else self.meta.last_chunk + 1
-        self._publish(_encode(entry), first)  # type: ignore[arg-type]
+        self._publish(_encode(entry), first, write.claims, write.at)  # type: ignore[arg-type]
         self._published = True
 
     # -- from the log --------------------------------------------------------------------------

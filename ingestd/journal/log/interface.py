@@ -48,7 +48,7 @@ class LogAmbiguous(IngestdError):
 
 
 class LogFenced(IngestdError):
-    """The last message of the log is not the expected one: another daemon owns it."""
+    """The last message of the log, or a key, is not the expected one: another daemon has it."""
 
     message = "another daemon has taken over the journal's log"
 
@@ -63,6 +63,22 @@ class LogMessage(NamedTuple):
 
     number: int
     data: bytes
+
+
+class LogKey(NamedTuple):
+    """An idempotency key that all daemons of a group know, beside the logs of its pipeline.
+
+    Attributes:
+        name: of it, in hexadecimal digits.
+        data: what is remembered, packed by the journal.
+        ttl: seconds after which it goes, by the engine's clock; at least 1.
+        replaces: the number of the one that is there; 0 if there is none.
+    """
+
+    name: str
+    data: bytes
+    ttl: int
+    replaces: int
 
 
 class Snapshot(msgspec.Struct, array_like=True, frozen=True):
@@ -120,9 +136,11 @@ class ReplicatedLog(Protocol):
 
     Attributes:
         message_bytes_max: bound of a message.
+        keys_max: so many keys go with one message.
     """
 
     message_bytes_max: int
+    keys_max: int
 
     @property
     def name(self) -> str:
@@ -163,16 +181,30 @@ class ReplicatedLog(Protocol):
         """Asks a daemon that has adopted the log to give it back; lapses as a lease does."""
         ...
 
-    async def append(self, data: bytes, *, after: int) -> int:
+    async def append(self, data: bytes, *, after: int, keys: Sequence[LogKey] = ()) -> int:
         """Appends a message if the last one has the number `after`; 0 if there is none.
 
+        Args:
+            data: the message.
+            after: the number of the last one.
+            keys: become durable with it, all or nothing; each if it is there as it says.
+
         Returns:
-            Its number, once a majority has it on disk.
+            Its number, once a majority has all of it on disk.
 
         Raises:
             LogUnreachable, LogFull: it was not appended.
             LogAmbiguous: it may have been, now or later.
-            LogFenced: the last message has another number.
+            LogFenced: the last message has another number, or a key has; or something that
+                would change that is on its way. It was not appended.
+        """
+        ...
+
+    async def find_key(self, name: str) -> LogMessage | None:
+        """Reads the key of a name, from the leader.
+
+        Raises:
+            LogUnreachable: no answer.
         """
         ...
 

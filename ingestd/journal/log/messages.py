@@ -97,6 +97,11 @@ def pieces(data: bytes, room: int) -> Iterator[tuple[bytes, int, int, bytes]]:
         yield entry, part, parts, data[part * room : (part + 1) * room]
 
 
+def barrier(after: int) -> bytes:
+    """A message that says nothing, behind which no other one can come after `after`."""
+    return packed(secrets.token_bytes(16), 0, 1, after, OPENED)
+
+
 def packed(entry: bytes, part: int, parts: int, after: int, piece: bytes) -> bytes:
     """A message, to be appended after the one of the number `after`."""
     return _HEAD.pack(_VERSION, entry, part, parts, after, zlib.crc32(piece)) + piece

@@ -4,7 +4,7 @@ The event loop submits operations; the thread takes all there are (bounded by by
 and hands the futures back to the loop in one call. While a commit waits for the disk the next one
 gathers, so the more load there is, the more operations share a sync.
 
-A commit can fail in two ways (invariant 3 in `docs/ARCHITECTURE.md`):
+A commit can fail in three ways (invariant 3 in `docs/ARCHITECTURE.md`):
 
 * no space, or a store beyond this machine that takes nothing now (`Overloaded`): it was rolled
   back. The appends in it are refused, and so is what was to be done with
@@ -12,6 +12,8 @@ A commit can fail in two ways (invariant 3 in `docs/ARCHITECTURE.md`):
   there is space or the journal is closed.
   It is tried alone: appends that come meanwhile are refused at once, so they can't take the space
   that would end the lack of it; what else comes is put behind it, in order.
+* keys that another daemon has taken (`KeyTaken`): it was rolled back. The appends that claim them
+  are refused, and all others are committed at once without them.
 * anything else, a failed sync above all: the journal is poisoned. The kernel may have dropped the
   pages that it could not write and report success next time, so nothing is tried again
   (https://wiki.postgresql.org/wiki/Fsync_Errors).
@@ -26,7 +28,7 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base import envelope
-from ingestd.base.errors import JournalFailed, Overloaded
+from ingestd.base.errors import JournalFailed, KeyTaken, Overloaded
 from ingestd.base.rate import STALLED
 from ingestd.base.record import Layout, Records, join
 from ingestd.journal.dead_letters import DeadTotals, Moved, invalid_letter
@@ -153,11 +155,13 @@ class JournalWriter:
     Attributes:
         busy: the thread is at a commit, or at starting the WAL over.
         commits: how many it has begun; both show if it moves.
+        claim_bytes: an idempotency key counts for so many in the bound of a commit.
         keep: the bounds of finished chunks that are kept; `None` where none are, and while the disk
             is full: a copy would need the space that the commit wants to free.
     """
 
     keep: KeepRule | None = None
+    claim_bytes = 0
 
     def __init__(
         self,
@@ -203,8 +207,8 @@ class JournalWriter:
             ops, open_ = self._gather(open_)
             self.commits += 1
             self.busy = True
-            if ops:
-                self._commit(ops)
+            while ops:
+                ops = self._commit(ops)
             if self._poison is None and self._checkpointer.ripe():
                 self._restart_wal()
             self.busy = False
@@ -226,6 +230,8 @@ class JournalWriter:
             ops.append(op)
             if type(op) is QueuedAppend:
                 size += len(op.append.records.payload)
+                if op.append.claim is not None:
+                    size += self.claim_bytes
         return ops, open_
 
     def _gather_again(self, open_: bool) -> tuple[list[Op], bool]:
@@ -249,24 +255,27 @@ class JournalWriter:
         full = error or Overloaded(what="the disk of the journal", retry_after=STALLED)
         self._report(Committed(appends, (), self._store.meta.ledger, 0.0, full))
 
-    def _commit(self, ops: list[Op]) -> None:
+    def _commit(self, ops: list[Op]) -> list[Op]:
+        """Commits operations; returns those that are left to be committed, without the others."""
         if self._poison is not None:
             self._report(Committed(ops, (), self._store.meta.ledger, 0.0, self._poison))
-            return
+            return []
         started = time.perf_counter()
         write, places = self._plan(ops)
         try:
             gone = self._store.write(write, hurried=not self._waiting.empty())
+        except KeyTaken as error:
+            return self._without(ops, error)
         except Exception as error:  # noqa: BLE001  whatever it is, it decides about the journal
             self._failed(ops, error)
-            return
+            return []
         try:
             if not self._store.in_place():
                 raise FileNotFoundError("the file was removed or replaced")
             self._checkpointer.check_disk()
         except OSError as error:
             self._failed(ops, error)
-            return
+            return []
         seconds = time.perf_counter() - started
         moved = self._store.moved
         chunks = [*write.chunks, *moved.chunks]
@@ -293,6 +302,16 @@ class JournalWriter:
                 bookmarks=self._store.bookmarks,
             )
         )
+        return []
+
+    def _without(self, ops: Sequence[Op], taken: KeyTaken) -> list[Op]:
+        """Refuses the appends whose keys are taken, at least one; returns the others."""
+        refused, others = list[Op](), list[Op]()
+        for op in ops:
+            claim = op.append.claim if type(op) is QueuedAppend else None
+            (others if claim is None or claim.key not in taken.keys else refused).append(op)
+        self._refuse(refused, taken)
+        return others
 
     def _count_keys(self, write: Write) -> None:
         self._keys_came = len(write.claims) + (0 if write.sweep else self._keys_came)

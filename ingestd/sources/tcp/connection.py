@@ -32,7 +32,15 @@ import async_timeout
 
 from ingestd.base.append import Append, scoped
 from ingestd.base.envelope import Envelope, pack
-from ingestd.base.errors import IngestdError, KeyInFlight, KeyReused, KeysUnsupported, Overloaded
+from ingestd.base.errors import (
+    IngestdError,
+    KeyInFlight,
+    KeyReused,
+    KeysFull,
+    KeysUnsupported,
+    KeyTaken,
+    Overloaded,
+)
 from ingestd.base.logging import get_logger
 from ingestd.base.record import join
 from ingestd.http import problem
@@ -577,19 +585,20 @@ class TcpConnection(asyncio.BufferedProtocol):
         append = self._append_of(group)
         if append is None:
             return reply
-        claim = await self._claim(first) if first.key else None
-        if isinstance(claim, bytes):
-            return claim
-        if claim is None:
-            await accept_patiently(self._owner.intake, append)
-            self._owner.tally.accepted(append)
+        while first.key and (claim := await self._claim(first)) is not None:
+            if isinstance(claim, bytes):
+                return claim
+            claim.answer = reply
+            try:
+                await accept_patiently(self._owner.intake, append._replace(claim=claim))
+                self._owner.tally.accepted(append)
+            except KeyTaken:  # now the key has a reply
+                continue
+            finally:
+                self._owner.intake.forget(claim)
             return reply
-        claim.answer = reply
-        try:
-            await accept_patiently(self._owner.intake, append._replace(claim=claim))
-            self._owner.tally.accepted(append)
-        finally:
-            self._owner.intake.forget(claim)
+        await accept_patiently(self._owner.intake, append)
+        self._owner.tally.accepted(append)
         return reply
 
     async def _claim(self, received: Received) -> IdempotencyClaim | bytes | None:
@@ -603,12 +612,14 @@ class TcpConnection(asyncio.BufferedProtocol):
                 claim = await self._owner.intake.begin(key, received.fingerprint)
             except KeyInFlight:  # of a connection that was lost, and its records are on their way
                 await asyncio.sleep(AGAIN_SECONDS)
-            except Overloaded as overloaded:
+            except KeysFull as overloaded:
                 self._refused_keys += 1
                 if self._refused_keys > 1:
                     log.warning("keys_left_out", source=self._owner.name, reason=str(overloaded))
                     self._keyless_until = self._loop.time() + KEYLESS_SECONDS
                     break
+                await asyncio.sleep(again_after(overloaded))
+            except Overloaded as overloaded:
                 await asyncio.sleep(again_after(overloaded))
             except (KeyReused, KeysUnsupported):
                 break
