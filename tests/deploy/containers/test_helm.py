@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import shutil
 import tomllib
 from typing import TYPE_CHECKING, Any
 
@@ -283,6 +284,58 @@ def test_settings_arrive_as_they_were_written() -> None:
     assert type(found["batch"]["records_max"]) is int
 
 
+def test_a_setting_that_is_null_is_none() -> None:
+    batch = {"records_max": None, "age_max": "2s"}
+    found = settings_of(made_with(settings={"log": None, "batch": batch, "format": None}))
+    assert found["batch"] == {"age_max": "2s"}
+    assert not {"log", "format"} & found.keys()
+
+
+def test_names_that_yaml_reads_otherwise_are_names() -> None:
+    names = ["on", "null", "0123", "1e3"]
+    found = made_with(
+        tokens={"hashes": dict.fromkeys(names, HASH)},
+        ports=[{"name": "y", "containerPort": 5514, "protocol": "UDP"}],
+    )
+    assert one(found, "Secret")["data"].keys() == {*names}
+    assert one(found, "Service", "ingestd")["spec"]["ports"][1]["targetPort"] == "y"
+    assert one(found, "NetworkPolicy")["spec"]["ingress"][0]["ports"][1]["port"] == "y"
+
+
+def test_daemons_that_adopt_have_room_for_two_journals() -> None:
+    file = VALUES / "jetstream.yaml"
+    found = made_with(file, settings={"journal": {"jetstream": {"adopt": True}}})
+    made = Settings(**settings_of(found))
+    assert made.journal.jetstream.adopt  # type: ignore[attr-defined]
+    assert 2 * (made.journal.bytes_max + made.dead.bytes_max) < 512 << 20
+
+
+def test_two_of_it_in_one_chart_do_not_share_pods(tmp_path: Path) -> None:
+    charts = tmp_path / "charts"
+    shutil.copytree(CHART, charts / "ingestd")
+    aliases = ("clicks", "orders")
+    of = {"name": "ingestd", "version": ingestd.__version__, "repository": ""}
+    facts = {"apiVersion": "v2", "name": "shop", "version": "1.0.0",
+             "dependencies": [{**of, "alias": alias} for alias in aliases]}  # fmt: skip
+    (tmp_path / "Chart.yaml").write_text(yaml.safe_dump(facts))
+    values = {
+        alias: {"fullnameOverride": f"{alias}-ingestd", "tokens": {"hashes": {"a": HASH}}}
+        for alias in aliases
+    }
+    done = helm("template", "shop", str(tmp_path), values=values)
+    assert done.returncode == 0, done.stderr
+    found = [o for o in yaml.safe_load_all(done.stdout) if o]
+    pods = {
+        o["metadata"]["name"]: o["spec"]["template"]["metadata"]["labels"].items()
+        for o in found
+        if o["kind"] == "StatefulSet"
+    }
+    for service in (o for o in found if o["kind"] == "Service"):
+        wanted = service["spec"]["selector"].items()
+        (name,) = (name for name, labels in pods.items() if wanted <= labels)
+        assert service["metadata"]["name"].startswith(name)
+
+
 def test_a_change_of_settings_is_a_rollout_and_one_of_tokens_is_none() -> None:
     def pod(**values: Any) -> Object:
         return dict(workload(made_with(**values))["spec"]["template"])
@@ -332,6 +385,15 @@ def test_tokens_of_a_secret_of_ones_own() -> None:
             {"tokens": {"hashes": {"shop": HASH}}, "autoscaling": {"kind": "hpa", "min": 9}},
             "autoscaling.min is 9, and should be autoscaling.max (8) or less",
         ),
+        ({"settings": {"pipelines": {"web": {"drain": {"timeout": "1m"}}}}}, "drain"),
+        ({"settings": {"pipelines": {"web": {"journal": {"kind": "memory"}}}}}, "kind"),
+        ({"env": [{"name": "INGESTD_DRAIN__TIMEOUT", "value": "1h"}]}, "/env/0/name"),
+        ({"ports": [{"name": "514", "containerPort": 514}]}, "/ports/0/name"),
+        ({"ports": [{"name": "admin", "containerPort": 514}]}, "/ports/0/name"),
+        ({"ports": [{"name": "a", "containerPort": 1}], "service": {"enabled": False}}, "/service"),
+        ({"podLabels": {"app.kubernetes.io/name": "shop"}}, "app.kubernetes.io/name"),
+        ({"podAnnotations": {"checksum/settings": "1"}}, "checksum/settings"),
+        ({"fullnameOverride": "1-ingestd"}, "/fullnameOverride"),
         ({}, "Nothing says which clients may send records"),
     ],
 )
@@ -405,14 +467,15 @@ def test_a_packaged_chart_is_whole(tmp_path: Path) -> None:
     assert done.stdout == chart(VALUES / "monitoring.yaml")
 
 
-@pytest.mark.parametrize("name", ["shop", "ingestd", "1", "x" * 53])
+@pytest.mark.parametrize("name", ["shop", "ingestd", "1", "2-ingestd", "a.b", "x" * 53])
 def test_each_release_has_names_and_selectors_of_its_own(name: str) -> None:
     values = {"tokens": {"hashes": {"shop": HASH}}}
     done = helm("template", name, str(CHART), values=values)
     found = [o for o in yaml.safe_load_all(done.stdout) if o]
     made = one(found, "StatefulSet")
     assert "ingestd" in made["metadata"]["name"]
-    assert all(len(o["metadata"]["name"]) <= 63 for o in found)
+    names = [o["metadata"]["name"] for o in found]
+    assert all(re.fullmatch("[a-z][a-z0-9-]{0,61}[a-z0-9]", one) for one in names)
     assert made["spec"]["selector"]["matchLabels"]["app.kubernetes.io/instance"] == name
 
 

@@ -1,15 +1,20 @@
+{{- /* Of a release's name the name of a service: no dot in it, and no digit first. */ -}}
 {{- define "ingestd.name" -}}
+{{- $release := .Release.Name | replace "." "-" -}}
 {{- if .Values.fullnameOverride -}}
 {{ .Values.fullnameOverride }}
-{{- else if contains "ingestd" .Release.Name -}}
-{{ .Release.Name | trunc 52 | trimSuffix "-" }}
+{{- else if regexMatch "^[0-9]" $release -}}
+{{ printf "ingestd-%s" $release | trunc 52 | trimSuffix "-" }}
+{{- else if contains "ingestd" $release -}}
+{{ $release | trunc 52 | trimSuffix "-" }}
 {{- else -}}
-{{ printf "%s-ingestd" (.Release.Name | trunc 44 | trimSuffix "-") }}
+{{ printf "%s-ingestd" ($release | trunc 44 | trimSuffix "-") }}
 {{- end -}}
 {{- end }}
 
+{{- /* The chart's name is its alias where it is several dependencies of one chart. */ -}}
 {{- define "ingestd.selector" -}}
-app.kubernetes.io/name: ingestd
+app.kubernetes.io/name: {{ .Chart.Name }}
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end }}
 
@@ -37,10 +42,19 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{ add .Values.drain.delay (include "ingestd.drain" .) 15 }}
 {{- end }}
 
+{{- /* The keys of a table, as JSON; one whose value is null is one that a file of values takes back. */ -}}
+{{- define "ingestd.keys" -}}
+{{- $keys := list }}
+{{- range $key := keys . | sortAlpha }}
+{{- if not (kindIs "invalid" (get $ $key)) }}{{ $keys = append $keys $key }}{{ end }}
+{{- end }}
+{{- toJson $keys }}
+{{- end }}
+
 {{- /* A value as TOML has it on one line; toToml would make a float of every number. */ -}}
 {{- define "ingestd.toml" -}}
 {{- if kindIs "map" . -}}
-{ {{- range $i, $key := keys . | sortAlpha }}{{ if $i }}, {{ end }}{{ toRawJson $key }} = {{ include "ingestd.toml" (get $ $key) }}{{ end -}} }
+{ {{- range $i, $key := include "ingestd.keys" . | fromJsonArray }}{{ if $i }}, {{ end }}{{ toRawJson $key }} = {{ include "ingestd.toml" (get $ $key) }}{{ end -}} }
 {{- else if kindIs "slice" . -}}
 [ {{- range $i, $one := . }}{{ if $i }}, {{ end }}{{ include "ingestd.toml" $one }}{{ end -}} ]
 {{- else -}}
@@ -69,6 +83,10 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- if ne .Values.journal.kind "sqlite" }}
 {{- /* Less than the container's limits: from here on clients are told to come again. */}}
 {{- $bounds = dict "journal" (dict "bytes_max" "256MiB") "dead" (dict "bytes_max" "64MiB") }}
+{{- if dig "journal" "jetstream" "adopt" false .Values.settings }}
+{{- /* There is what another daemon left pending, too. */}}
+{{- $bounds = dict "journal" (dict "bytes_max" "128MiB") "dead" (dict "bytes_max" "32MiB") }}
+{{- end }}
 {{- end }}
 {{- $own := dict "journal" (dict "kind" .Values.journal.kind) "drain" (dict "delay" (printf "%ds" (int .Values.drain.delay)) "timeout" (printf "%ss" (include "ingestd.drain" .))) }}
 {{- if $files }}
@@ -76,7 +94,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- end }}
 {{- $all := mergeOverwrite $bounds (deepCopy .Values.settings) $own -}}
 # Written by the chart from its values. See config/ingestd.toml for every setting there is.
-{{- range $key := keys $all | sortAlpha }}
+{{- range $key := include "ingestd.keys" $all | fromJsonArray }}
 {{- if not (kindIs "map" (get $all $key)) }}
 {{ $key }} = {{ include "ingestd.toml" (get $all $key) }}
 {{- end }}
@@ -86,7 +104,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 
 [{{ $table }}]
 {{- $values := get $all $table }}
-{{- range $key := keys $values | sortAlpha }}
+{{- range $key := include "ingestd.keys" $values | fromJsonArray }}
 {{ toRawJson $key }} = {{ include "ingestd.toml" (get $values $key) }}
 {{- end }}
 {{- end }}
