@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+import shutil
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pytest
 
 from ingestd.base.append import Append
+from ingestd.base.clock import SystemClock
 from ingestd.base.errors import DataDirError
 from ingestd.base.record import Records, Span
 from ingestd.journal.disk_space import scaled
 from ingestd.journal.interface import Cursor, Seal, Sealed, Settle
+from ingestd.journal.sqlite import checkpoint
+from ingestd.journal.sqlite.journal import SqliteJournal
 from ingestd.journal.sqlite.offline import opened as opened_beside
 from ingestd.journal.sqlite.store import Store
 from tests.daemon.harness import daemon
@@ -65,6 +69,32 @@ def test_what_went_through_a_small_disk_does_not_fill_it(tmp_path: Path) -> None
             running.until_settled()
             running.terminate()
             assert running.wait() == 0
+
+
+async def test_a_log_of_commits_that_killed_lives_left_does_not_pile_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each life ends before it starts the log over: the next ones do, and nothing is lost."""
+    monkeypatch.setattr(checkpoint, "WAL_BYTES", 1 << 20)
+    sizes = []
+    for life in range(12):
+        folder = tmp_path / str(life)
+        if life:  # what a kill leaves, under a name of its own
+            folder.mkdir()
+            for name in ("journal.db", "journal.db-wal"):
+                shutil.copy(tmp_path / str(life - 1) / name, folder)
+            await journal.close()  # noqa: F821
+        else:
+            folder.mkdir()
+        journal = SqliteJournal(
+            folder / "journal.db", bytes_max=1 << 30, clock=SystemClock(), on_commit=lambda *_: None
+        )
+        await journal.open(lambda _: None)
+        assert journal.ledger.accepted == 700 * life
+        await journal.append(Append(Records.lines([b"x" * 1000] * 700)))
+        sizes.append((folder / "journal.db-wal").stat().st_size)
+    await journal.close()
+    assert max(sizes) < 4 << 20
 
 
 async def test_a_drained_journal_is_small_again(opened, tmp_path: Path) -> None:

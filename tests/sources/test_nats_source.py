@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ingestd.host.nats import NatsAccess, close_nats, connect_nats
 from ingestd.sources.nats import NatsSettings, NatsSourceKind
 from tests.daemon.harness import ROOT, Daemon, daemon
 from tests.nats import Cluster, running
@@ -247,3 +248,22 @@ def test_check_connect_asks_for_stream_and_consumer(cluster: Cluster, tmp_path: 
     cluster.servers[0].stop()
     (down,) = NatsSourceKind().findings(settings)
     assert down.text.startswith("servers: ")
+
+
+async def test_a_connection_whose_end_was_given_up_once_is_left(tmp_path: Path) -> None:
+    """The first one is cancelled where it waits for the stream, which stays so for later ones."""
+    with running(tmp_path) as cluster:
+        client = await connect_nats(NatsAccess(cluster.urls), "test")
+        closed = client._transport._io_writer._protocol._get_close_waiter(None)
+        closed.cancel()
+        await close_nats(client)
+        own = asyncio.ensure_future(close_nats(Endless()))
+        await asyncio.sleep(0)
+        own.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await own
+
+
+class Endless:
+    async def close(self) -> None:
+        await asyncio.Event().wait()

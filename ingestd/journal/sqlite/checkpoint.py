@@ -4,7 +4,10 @@ SQLite copies the pages of the WAL back into the database file only when told to
 connection of its own does that with `PASSIVE`, which never blocks a commit, and then syncs the
 database file, so that what is left for the writer is short: `RESTART` copies the few pages that
 came meanwhile, and the next commit writes the WAL from its start again. A WAL that is written
-over syncs several times faster than one that grows, and its size stays bounded.
+over syncs several times faster than one that grows, and its size stays bounded. What lives left
+that were killed counts too, and where it has become much the start itself copies it: SQLite reads
+all of a WAL before a start can go on, and daemons that are killed soon after each of their starts
+would take longer for every next one.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ WAL_PART = 16
 so much would keep records out although nothing is pending."""
 _ALLOWS_COMMITS = {errno.ENOSPC, errno.EDQUOT, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}
 """Answers to a request for space that tell of a full disk, or of a file system without the call."""
+_LEFT_MAX = 2
+"""How many times the bound of a WAL may lie there at a start before that copies it."""
 _ROUNDS_MAX = 4
 _FEW_PAGES = 256
 """What is left to the writer at most, where rounds of copying get ahead of it."""
@@ -51,7 +56,11 @@ class Checkpointer:
         self._ripe = threading.Event()
         self._stop = False
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        left = path.with_name(f"{path.name}-wal").stat().st_size
+        if left >= _LEFT_MAX * self._wal_bytes:
+            restart(self._connection, "TRUNCATE")
         self._thread.start()
+        self.wrote(left)
 
     def wrote(self, size: int) -> None:
         """Counts what a commit put into the WAL."""
@@ -125,15 +134,19 @@ class Checkpointer:
         os.close(self._fd)
 
 
-def restart(connection: sqlite3.Connection) -> None:
+def restart(connection: sqlite3.Connection, mode: str = "RESTART") -> None:
     """Starts the WAL over, on the writer's connection, without waiting for a reader.
+
+    Args:
+        connection: no other one may be writing.
+        mode: `TRUNCATE` makes the file empty as well.
 
     Raises:
         sqlite3.Error: the database file could not be written or synced.
     """
     connection.execute("PRAGMA busy_timeout=0")
     try:
-        connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+        connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
     except sqlite3.OperationalError as error:
         if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
             raise
