@@ -146,7 +146,15 @@ def spans(data: bytes, start: int, end: int, budget: FieldBudget) -> Iterator[tu
                 continue
             if tag < 8:
                 raise WireFault(_NUMBER)
-            size, pos = varint(data, pos)
+            size = data[pos]
+            pos += 1
+            if size > 127:  # mostly of two bytes, for which a call takes as long as the rest
+                more = data[pos]
+                if more < 128:
+                    size += (more - 1) << 7
+                    pos += 1
+                else:
+                    size, pos = varint(data, pos - 1)
             stop = pos + size
             if stop > end:
                 pos = -1

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from ingestd.base.bursts import let_loop_go_first
+from ingestd.codecs.otlp.logs import LogItems
 from ingestd.codecs.otlp.messages import MESSAGES, parse_text
 from ingestd.codecs.protobuf import (
     FAULTS,
@@ -92,6 +93,11 @@ class Group(NamedTuple):
     context: Mapping[str, Any]
     fault: str = ""
 
+    @property
+    def runs(self) -> LogItems | None:
+        """The items, if many of them may be read together."""
+        return self.items if isinstance(self.items, LogItems) else None
+
     def of(self, message: str, items: Iterable[bytes], *, json: bool = False) -> Group:
         """The same with records."""
         one = MESSAGES[message]
@@ -146,7 +152,10 @@ def read_groups(signal: Signal, body: bytes, record_bytes_max: int, most: int) -
         for span in inner:
             scope, items = _head(resource, "scope", span, bounds)
             if signal.item != "Metric":
-                yield scope.of(signal.item, (body[at:end] for _, at, end in items))
+                if signal.item == "LogRecord":
+                    yield scope.of(signal.item, LogItems(body, items))
+                else:
+                    yield scope.of(signal.item, (body[at:end] for _, at, end in items))
                 continue
             for item in items:
                 yield _read_metric(scope, item, bounds)

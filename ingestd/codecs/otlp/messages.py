@@ -185,7 +185,8 @@ class _KnownPairs(dict[bytes, tuple[str, Any]]):
         return pair
 
 
-_known = _KnownPairs().__getitem__
+known_pair = _KnownPairs().__getitem__
+"""Key and value of an attribute in protobuf."""
 _INT32 = FieldKind(VARINT, wire.signed, partial(_parse_integer, -(2**31), 2**31 - 1))
 _UINT32 = FieldKind(VARINT, wire.low32, partial(_parse_integer, 0, 2**32 - 1))
 _INT64 = FieldKind(VARINT, wire.signed, partial(_parse_integer, -(2**63), 2**63 - 1))
@@ -223,7 +224,7 @@ _KINDS = {
         lambda data: MESSAGES["KeyValueList"].read(data)["values"],
         lambda value: MESSAGES["KeyValueList"].parse(value)["values"],
     ),
-    "pairs": FieldKind(LENGTH, _known, _parse_pairs),
+    "pairs": FieldKind(LENGTH, known_pair, _parse_pairs),
 }
 
 # -- messages --------------------------------------------------------------------------------------
@@ -322,7 +323,7 @@ class OtlpMessage:
             repeated[tag_of(int(number), how.wire)] = called, how.read, False
             if how.packed is not None:
                 repeated[tag_of(int(number), LENGTH)] = called, how.packed, True
-        table = WireTable(single, repeated, tag_of(pairs, LENGTH), pairs_name, _known)
+        table = WireTable(single, repeated, tag_of(pairs, LENGTH), pairs_name, known_pair)
         self.read_from = partial(wire.read, table)
         self.kind: FieldKind = FieldKind(LENGTH, self.read, self.parse)
 

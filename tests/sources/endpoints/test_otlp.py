@@ -17,7 +17,8 @@ from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsSer
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, ArrayValue, KeyValue
 
 from ingestd.base.errors import Draining, KeyInFlight, Overloaded
-from ingestd.codecs.otlp import SIGNALS
+from ingestd.codecs.otlp import SIGNALS, read_groups
+from ingestd.codecs.otlp.logs import LogItems
 from ingestd.http.problem import Problem
 from ingestd.sources.http import HttpSourceKind
 from ingestd.sources.http.endpoints.base import BodyLimits
@@ -160,6 +161,84 @@ def test_any_json_is_taken_or_a_problem(value: Any) -> None:
     for signal in ("logs", "metrics"):
         found = outcome(signal, JSON, json.dumps(value).encode())
         assert not isinstance(found, Problem) or found.kind.status == 400
+
+
+def usual_logs(data: st.DataObject) -> ExportLogsServiceRequest:
+    """Log records with some of the fields that SDKs set, and values of any size."""
+    request = logs(*[""] * data.draw(st.integers(1, 6)), attributes={"service": "shop"})
+    texts = st.sampled_from(("", "a", "ü", "x" * 127, "x" * 128, "y" * 16_380, "z" * 17_000))
+    values = st.one_of(
+        st.builds(lambda text: AnyValue(string_value=text), texts),
+        st.builds(lambda number: AnyValue(int_value=number), st.integers(-(2**63), 2**63 - 1)),
+        st.just(AnyValue(array_value=ArrayValue(values=[AnyValue(bool_value=True)]))),
+        st.just(AnyValue()),
+    )
+    choose = data.draw
+    for one in request.resource_logs[0].scope_logs[0].log_records:
+        one.time_unix_nano = choose(st.sampled_from((1, 2**63, 2**64 - 1, 0)))
+        one.severity_number = choose(st.sampled_from((0, 9, 24, 127, 128, -1)))  # type: ignore[assignment]
+        one.severity_text = choose(st.sampled_from(("", "INFO", "x" * 127, "x" * 128)))
+        one.ClearField("body")
+        if choose(st.booleans()):
+            one.body.CopyFrom(choose(values))
+        for key in choose(st.lists(st.sampled_from(("a", "b", "", "k" * 130)), max_size=4)):
+            one.attributes.append(KeyValue(key=key, value=choose(values)))
+        one.dropped_attributes_count = choose(st.sampled_from((0, 0, 0, 1)))
+        one.flags = choose(st.sampled_from((0, 1, 2**32 - 1)))
+        one.trace_id = choose(st.sampled_from((b"", bytes(16), b"\n" * 16, b"x" * 16, b"x" * 15)))
+        one.span_id = choose(st.sampled_from((b"", bytes(8), b"2" * 8)))
+        one.observed_time_unix_nano = choose(st.sampled_from((0, 1, 2**64 - 1)))
+        one.event_name = choose(st.sampled_from(("", "", "", "paid")))
+    return request
+
+
+@EXAMPLES
+def test_log_records_read_in_runs_are_the_same_to_the_byte(examples: int) -> None:
+    """As without runs: what is accepted, what is refused and why; whole bodies and broken ones."""
+
+    def both(body: bytes) -> None:
+        found = outcome("logs", PROTOBUF, body)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LogItems, "read_run", lambda *_: 0)
+            wanted = outcome("logs", PROTOBUF, body)
+        if isinstance(wanted, Problem):
+            assert isinstance(found, Problem)
+            assert (found.kind, found.detail) == (wanted.kind, wanted.detail)
+            assert found.refused == wanted.refused
+        else:
+            assert found == wanted
+
+    @settings(max_examples=examples * 2, **ANY)
+    @given(st.data())
+    def try_one(data: st.DataObject) -> None:
+        body = bytearray(usual_logs(data).SerializeToString())
+        both(bytes(body))
+        for _ in range(3):
+            at = data.draw(st.integers(0, len(body) - 1))
+            body[at] = data.draw(st.integers(0, 255))
+            both(bytes(body))
+        both(bytes(body[: data.draw(st.integers(0, len(body)))]))
+
+    try_one()
+
+
+def test_usual_log_records_are_read_in_runs() -> None:
+    request = logs(*["x" * size for size in (0, 1, 125, 126, 127, 128, 16_380)])
+    records = request.resource_logs[0].scope_logs[0].log_records
+    for one in records:
+        one.time_unix_nano, one.observed_time_unix_nano, one.flags = 1, 2, 1
+        one.severity_number, one.severity_text = 9, "INFO"  # type: ignore[assignment]
+        one.trace_id, one.span_id = b"2" * 16, b"\n" * 8
+        one.attributes.append(KeyValue(key="a", value=AnyValue(string_value="b" * 200)))
+    (group,) = read_groups(SIGNALS["logs"], request.SerializeToString(), 1024**2, 1000)
+    found: list[dict[str, Any]] = []
+    assert group.runs is not None
+    assert group.runs.read_run(group.context, found, 4, 64 * 1024) > 0
+    assert len(found) == 4
+    group.runs.read_run(group.context, found, 100, 2000)
+    assert len(found) == 6
+    assert len(list(group.items)) == 1
+    assert [one["body"] for one in found] == [one.body.string_value for one in records[:6]]
 
 
 def test_an_invalid_record_costs_no_other_one() -> None:

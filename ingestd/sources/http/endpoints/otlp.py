@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
     from ingestd.base.record import Format
     from ingestd.codecs.otlp import Group, Signal
+    from ingestd.codecs.otlp.logs import LogItems
     from ingestd.sources.http.endpoints.base import BodyLimits, EndpointContext, Head
     from ingestd.sources.http.result import IngestResult
 
@@ -151,7 +152,13 @@ class _RecordLines:
         if common > record_bytes_max and not group.fault:
             detail = f"{common} bytes of its context, more than record_bytes_max"
             group = group._replace(fault=f"{detail} = {record_bytes_max}")
-        for item in group.items:
+        items, runs = iter(group.items), None if group.fault else group.runs
+        while True:
+            if runs is not None:
+                self._read_runs(runs, group.context, common)
+            item = next(items, None)
+            if item is None:
+                return
             if self._index >= records_max:
                 raise _too_many(self._limits)
             self._index += 1
@@ -169,12 +176,32 @@ class _RecordLines:
                 continue
             self._size += size
             self._common += common
-            if (
-                self._size >= _TOGETHER_BYTES
-                or self._common >= _CONTEXT_BYTES
-                or len(batch) >= _TOGETHER
-            ):
-                self._flush()
+            self._flush_full()
+
+    def _read_runs(self, items: LogItems, context: Mapping[str, Any], common: int) -> None:
+        """Adds log records as long as they have the usual form."""
+        limits, batch = self._limits, self._batch
+        bytes_max = min(_TOGETHER_BYTES, limits.record_bytes_max)
+        while True:
+            before = len(batch)
+            most = min(_TOGETHER - before, limits.records_max - self._index)
+            if common:
+                most = min(most, (_CONTEXT_BYTES - self._common) // common + 1)
+            self._size += items.read_run(context, batch, most, bytes_max)
+            count = len(batch) - before
+            if not count:
+                return
+            self._index += count
+            self._common += count * common
+            self._flush_full()
+
+    def _flush_full(self) -> None:
+        if (
+            self._size >= _TOGETHER_BYTES
+            or self._common >= _CONTEXT_BYTES
+            or len(self._batch) >= _TOGETHER
+        ):
+            self._flush()
 
     def parsed(self) -> Parsed:
         """All of them."""
