@@ -94,7 +94,9 @@ class Network:
         try:
             _ip("netns", "add", self._hub)
             _ip("-n", self._hub, "link", "add", "name", "bridge", "type", "bridge")
-            _ip("-n", self._hub, "link", "set", "bridge", "up")
+            _ip("-n", self._hub, "link", "add", "name", "other", "type", "bridge")
+            for bridge in ("bridge", "other"):
+                _ip("-n", self._hub, "link", "set", bridge, "up")
             for host, port in self._ports.items():
                 own = self._namespace(host)
                 _ip("netns", "add", own)
@@ -124,7 +126,13 @@ class Network:
         """From now on its packets vanish, in both directions."""
         _ip("-n", self._hub, "link", "set", self._ports[host], "nomaster")
 
+    def split(self, *hosts: str) -> None:
+        """From now on these reach each other alone."""
+        for host in hosts:
+            _ip("-n", self._hub, "link", "set", self._ports[host], "master", "other")
+
     def heal(self, host: str) -> None:
+        """Puts a host that was cut off, or split off, back to the others."""
         _ip("-n", self._hub, "link", "set", self._ports[host], "master", "bridge")
 
     @contextlib.contextmanager

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from ingestd.journal.log import LogJournal
     from ingestd.prove.servers import NatsServer
+    from tests.daemon.harness import Daemon
     from tests.nats import Cluster
 
 pytest.importorskip("nats", reason="needs nats-py: pip install 'ingestd[jetstream]'")
@@ -132,6 +133,37 @@ async def test_a_majority_that_does_not_sync_loses_what_it_acknowledged(
         assert held(cluster) < before, "so sync_interval: always is what keeps them"
 
 
+@needs("mkfs.ext4", "losetup", root=True)
+@pytest.mark.parametrize("sync", ["always", "2m"])
+async def test_two_nodes_lose_power_while_the_third_is_down(
+    tmp_path: Path, open_, sync: str
+) -> None:
+    """What was acknowledged then has to be on the disks of these two."""
+    with on_disks(tmp_path / "nats", sync) as (cluster, pairs):
+        journal = await open_(cluster, "power")
+        load = Load(journal)
+        await load.more(60)
+        accepted = await load.end()
+        await crash(journal)
+        *two, (third, _) = pairs
+        third.kill()
+        before = [written(node) for node, _ in two]
+        await asyncio.to_thread(power_failure, two)
+        left = [written(node) for node, _ in two]
+        print(f"{sync}: bytes of messages {before} before, {left} after")
+        if sync == "always":
+            for node, _ in two:
+                await asyncio.to_thread(node.wait_ready)
+            assert await records(await open_(cluster, "power")) == accepted
+        else:
+            assert max(left) < min(before) / 2, "only the third one has what was acknowledged"
+
+
+def written(node: NatsServer) -> int:
+    """Bytes of messages that a node has in the files of its streams and of their agreement."""
+    return sum(file.stat().st_size for file in node.store.rglob("*.blk"))
+
+
 def held(cluster: Cluster) -> int:
     """Messages of the log that some node has."""
     found = [0]
@@ -228,3 +260,60 @@ def test_a_minority_is_cut_off(tmp_path: Path) -> None:
         assert one.wait() == 0
         assert one.event("drained")["balanced"]
     assert sorted(n for numbers in batches(out).values() for n in numbers) == [*range(7)]
+
+
+@needs("ip", "nsenter", root=True)
+def test_a_daemon_is_left_with_a_minority_and_another_adopts_its_log(tmp_path: Path) -> None:
+    """A daemon and one server on this side, two servers and a daemon that adopts on the other."""
+    out, answers = tmp_path / "out", list[int]()
+    more = (*QUICK, "--journal.jetstream.adopt", "true", "--executor.kind", "thread")
+
+    def life(folder: str, name: str, *own: str) -> Daemon:
+        words = (*more, "--journal.jetstream.name", name, *own)
+        return start(tmp_path / folder, cluster, out, 0, *words, prefix=hosts.command(name))
+
+    def wait() -> None:
+        with hosts.inside("one"), contextlib.suppress(OSError):  # it leaves without an answer
+            answers.append(one.post(b"2\n")[0])
+
+    with (
+        network(tmp_path, "one", "two") as (hosts, cluster),
+        life("one", "one", "--batch.age_max", "1h") as one,
+        life("two", "two") as two,
+    ):
+        one.event("daemon_started", 60)
+        with hosts.inside("one"):
+            assert one.post(b"1\n")[0] == 202  # it waits for its batch to fill
+        two.event("daemon_started", 60)
+        hosts.split("one", NODES[0])
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        left = two.event("log_left", 60)
+        assert (left["pipeline"], left["processed"], left["pending"]) == ("default@one", 1, 0)
+        with hosts.inside("two"):
+            assert two.post(b"3\n")[0] == 202
+        with hosts.inside("one"):
+            for _ in range(3):
+                code, headers, _ = one.request("POST", "/v1/records", b"4\n")
+                assert code == 503
+                assert int(headers["retry-after"]) > 0
+        for host in ("one", NODES[0]):
+            hosts.heal(host)
+        assert one.wait() == 75
+        waiting.join(30)
+        assert 202 not in answers
+        for server in cluster.servers:
+            server.wait_ready("/healthz")
+        with life("again", "one") as again:
+            with hosts.inside("one"):
+                assert again.post(b"5\n")[0] == 202
+                again.until_settled()
+            with hosts.inside("two"):
+                two.until_settled()
+            for daemon, accepted in ((again, 2), (two, 1)):
+                daemon.terminate()
+                assert daemon.wait() == 0
+                drained = daemon.event("drained")
+                assert (drained["accepted"], drained["processed"]) == (accepted, accepted)
+                assert drained["balanced"]
+    assert sorted(n for numbers in batches(out).values() for n in numbers) == [1, 3, 5]
