@@ -497,7 +497,8 @@ class Daemon:
                 return False, f"pipeline {name} is broken"
             space = pipeline.auditor.free_space()
             if space is not None and space.low:
-                return False, f"pipeline {name} takes no records: on its disk {space.shortage}"
+                why = space.refusal or f"on its disk {space.shortage}"
+                return False, f"pipeline {name} takes no records: {why}"
         return True, "ready"
 
     def alive(self) -> tuple[bool, str]:

@@ -372,7 +372,9 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
         deduplicated=pipeline.deduplicator.left_out if pipeline.deduplicator else 0,
         unaccounted=difference,
         oldest_pending_seconds=round(age, 3),
-        bounds_near=bounds_near(used) + [throttled_by] * bool(throttled_by),
+        bounds_near=bounds_near(used)
+        + ["journal.kind"] * bool(space and space.refusal)
+        + [throttled_by] * bool(throttled_by),
         throttled=bool(throttled_by),
         bounds_used={
             name: round(use / bound, 4) if bound else 1.0 for name, (use, bound) in used.items()

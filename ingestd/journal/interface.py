@@ -356,20 +356,22 @@ class FreeSpace(NamedTuple):
     Attributes:
         free: bytes that count as free.
         free_min: with less no record is accepted.
+        refusal: what else keeps records out at present; empty if nothing does.
     """
 
     free: int
     free_min: int
+    refusal: str = ""
 
     @property
     def low(self) -> bool:
         """Returns True if no record is accepted."""
-        return self.free < self.free_min
+        return self.free < self.free_min or self.refusal != ""
 
     @property
     def shortage(self) -> str:
-        """Tells both numbers in a few words."""
-        free, least = (f"{size / 2**20:,.1f} MiB" for size in self)
+        """Tells both numbers of bytes in a few words."""
+        free, least = (f"{size / 2**20:,.1f} MiB" for size in self[:2])
         return f"{free} are free, journal.free_min is {least}"
 
 

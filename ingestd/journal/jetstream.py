@@ -172,7 +172,7 @@ class JetStreamKind(JournalKind):
         found: list[tuple[Level, str]]
         try:
             await log.open()
-            found = [("info", text) for text in log.facts]
+            found = [*(("info", text) for text in log.facts), *log.doubts]
         except (ConfigError, LogUnreachable) as error:
             found = [("error", str(error))]
         finally:
@@ -193,6 +193,18 @@ class JetStreamKind(JournalKind):
             await log.close()
 
 
+def doubts(stream: str, cluster: Any) -> list[tuple[Level, str]]:
+    """Faults of the servers of a stream, as the one that answers sees them."""
+    if cluster is None:
+        return []
+    if not cluster.leader:
+        text = f"the stream {stream} has no leader"
+        return [("error", f"{text}: it takes nothing until most of its servers are there")]
+    away = [one.name for one in cluster.replicas or () if one.offline]
+    text = f"servers of the stream {stream} that are away: {', '.join(away)}"
+    return [("warning", text)] if away else []
+
+
 def _syncs(monitoring: Iterable[str]) -> Iterator[tuple[Level, str]]:
     """Asks servers for their `sync_interval`, which no client sees."""
     if not monitoring:
@@ -206,7 +218,8 @@ def _syncs(monitoring: Iterable[str]) -> Iterator[tuple[Level, str]]:
             with urllib.request.urlopen(url, timeout=5) as answer:  # noqa: S310  the operator's
                 config = json.load(answer).get("config", {})
         except (OSError, ValueError) as error:
-            yield "warning", f"the monitoring of {base} does not answer: {error}"
+            why = getattr(error, "reason", error)
+            yield "warning", f"the monitoring of {base} does not answer: {why}"
             continue
         if config.get("sync_always"):
             yield "info", f"{base} syncs each write before it acknowledges it"
@@ -227,6 +240,7 @@ class JetStreamLog:
     Attributes:
         message_bytes_max: see `ReplicatedLog`; known once it is open.
         facts: what was verified as it was opened, a line each.
+        doubts: what is wrong then with servers of the stream, and how much.
         missing: a stream that was not there, and was not to be made.
     """
 
@@ -237,6 +251,7 @@ class JetStreamLog:
     def __init__(self, settings: JetStreamSettings, pipeline: str, *, create: bool = True) -> None:
         host = "-".join(_TOKEN.findall(socket.gethostname())) or "ingestd"
         self.facts: list[str] = []
+        self.doubts: list[tuple[Level, str]] = []
         self.missing = ""
         self._owners: dict[str, str] = {}
         self._looks = 0
@@ -246,7 +261,7 @@ class JetStreamLog:
         self._client: Any = None
         self._closed = asyncio.Event()
         self._reconnecting: asyncio.Task[None] | None = None
-        self._late = self._full = ""
+        self._late = self._full = self._unreached = ""
         self._late_after = 0
         self._revisions: dict[str, int] = {}  # of leases, by the places of logs
         self._first_part = 0
@@ -259,6 +274,10 @@ class JetStreamLog:
     @property
     def _snapshots(self) -> str:
         return f"{self._settings.stream}.snapshot.{self.place}"
+
+    @property
+    def _no_majority(self) -> str:
+        return f"a majority of the stream {self._settings.stream} does not answer"
 
     @property
     def _parts(self) -> str:
@@ -308,16 +327,23 @@ class JetStreamLog:
         self._bucket = await self._ask(self._js.key_value(own.bucket))
 
     async def _first_connect(self) -> None:
-        async with asyncio.timeout(2 * self._settings.timeout):
-            await self._connect([*self._settings.servers])
+        from ingestd.journal.log.interface import LogUnreachable, retry_after  # noqa: PLC0415
+
+        try:
+            async with asyncio.timeout(2 * self._settings.timeout):
+                await self._connect([*self._settings.servers])
+        except TimeoutError as error:
+            problem = f"no server of journal.jetstream.servers answers: {self._unreached}"
+            raise LogUnreachable(problem=problem, retry_after=retry_after()) from error
         self._reconnecting = asyncio.create_task(self._reconnect(), name="nats reconnect")
 
     async def _connect(self, servers: list[str]) -> None:
         """Connects to one of these servers, or of those that the client knows already."""
         own = self._settings
 
-        async def quiet(_error: Exception) -> None:
+        async def quiet(error: Exception) -> None:
             """The client tells of each server that it does not reach; `refusal` is enough."""
+            self._unreached = str(error) or type(error).__name__
 
         async def ended() -> None:
             self._closed.set()
@@ -361,6 +387,7 @@ class JetStreamLog:
         if info is None:
             return
         config = info.config
+        few = f"{config.num_replicas} replicas (journal.jetstream.replicas is {own.replicas})"
         problems = [
             text
             for fine, text in (
@@ -373,7 +400,7 @@ class JetStreamLog:
                 (config.max_msgs_per_subject < 1, "a maximum of messages of a subject"),
                 (config.allow_direct, "no direct access"),
                 (not (config.sealed or config.deny_purge or config.no_ack), "a restriction"),
-                (config.num_replicas >= own.replicas, f"{config.num_replicas} replicas"),
+                (config.num_replicas >= own.replicas, few),
             )
             if not fine
         ]  # fmt: skip
@@ -386,6 +413,7 @@ class JetStreamLog:
             raise ConfigError(problem=f"{text}, for idempotency keys: edit its configuration")
         self._bytes_max = max(0, config.max_bytes or 0)
         self.facts.append(f"the stream {own.stream} has {config.num_replicas} replicas on disk")
+        self.doubts = doubts(own.stream, info.cluster)
 
     async def _open_bucket(self) -> None:
         own, api = self._settings, self._nats.js.api
@@ -613,10 +641,11 @@ class JetStreamLog:
                 raise log.LogFull(problem=problem, retry_after=log.retry_after()) from error
             if error.err_code in _BATCH_REFUSED:
                 raise log.LogUnreachable(problem=problem, retry_after=log.retry_after()) from error
+            if error.err_code == _ON_ITS_WAY:  # a majority has not answered to an earlier one
+                problem = self._no_majority
             raise log.LogAmbiguous(problem=problem) from error
         except (self._nats.errors.Error, TimeoutError, OSError) as error:
-            problem = f"a majority of the stream {self._settings.stream} does not answer"
-            raise log.LogAmbiguous(problem=problem) from error
+            raise log.LogAmbiguous(problem=self._no_majority) from error
         return int(answer.seq)
 
     async def _send_keys(self, keys: Sequence[LogKey]) -> dict[str, str]:

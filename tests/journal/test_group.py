@@ -258,14 +258,18 @@ def test_a_log_goes_back_to_its_daemon(tmp_path: Path) -> None:
         post(one, 6000)  # half a minute for the other one
         two = group.start("two", 0.7)
         two.event("daemon_started")
+        assert group.listed()["two"]["accepted"] == 0  # a start alone has no numbers
         one.terminate(signal.SIGKILL)
         two.event("log_adopted")
+        assert group.listed()["one"]["accepted"] == 6000
         shown = until(lambda: two.status()["pipelines"].get("default@one"))
         assert shown["accepted"] == 6000
         until(lambda: logs_of(two)["one"]["state"] == "adopted")
         assert logs_of(two)["one"]["owner"] == "two"
         again = group.start("one", 0)
         again.event("daemon_started")
+        assert again.event("lease_awaited")["owner"].startswith("two/")
+        assert two.event("log_wanted")["pipeline"] == "default@one"
         assert two.event("log_left")["reason"] == "wanted"
         status = again.until_settled()
         assert (status["accepted"], status["processed"]) == (6000, 6000)

@@ -11,7 +11,7 @@ from ingestd.base.append import Append
 from ingestd.base.errors import ConfigError, JournalFailed, Overloaded
 from ingestd.base.record import Records, Span
 from ingestd.journal.interface import Cursor, Seal, Sealed, Settle
-from ingestd.journal.jetstream import JetStreamKind, JetStreamLog, JetStreamSettings
+from ingestd.journal.jetstream import JetStreamKind, JetStreamLog, JetStreamSettings, doubts
 from tests.journal.on_nats import accept, crash, lines, refused
 from tests.nats import running
 
@@ -149,6 +149,7 @@ async def test_two_of_three_nodes_down_and_back(three_nodes, open_) -> None:
             refused = at_once
     assert isinstance(refused, Overloaded)
     assert refused.retry_after > 0
+    assert "wrong last sequence" not in str(refused)
     three_nodes.start()
     await asyncio.wait_for(asyncio.gather(*waiting), 40)
     await accept(journal, b"4")
@@ -231,7 +232,8 @@ async def test_a_stream_that_would_lose_records_is_refused(one_node, open_, chan
 
 async def test_too_few_replicas_are_refused(one_node, open_) -> None:
     await open_(one_node, "replicas")
-    with pytest.raises(ConfigError, match="replicas"):
+    said = r"has 1 replicas \(journal.jetstream.replicas is 3\)"
+    with pytest.raises(ConfigError, match=said):
         await open_(one_node, "replicas2", replicas=3)
 
 
@@ -262,8 +264,20 @@ async def test_check_tells_what_was_verified(one_node, tmp_path, open_) -> None:
 
 async def test_servers_that_do_not_answer_end_the_start(open_, one_node, monkeypatch) -> None:
     own = {"servers": ["nats://127.0.0.1:9"], "timeout": "0.2s"}
-    with pytest.raises(JournalFailed, match="takes nothing"):
+    with pytest.raises(JournalFailed, match=r"no server of journal\.jetstream\.servers .*, 9\)"):
         await open_(one_node, "nobody", **own)
+
+
+def test_check_tells_which_servers_of_a_stream_are_away() -> None:
+    from nats.js.api import ClusterInfo, PeerInfo
+
+    peers = [PeerInfo("n2", offline=True), PeerInfo("n3", offline=False)]
+    assert doubts("s", None) == doubts("s", ClusterInfo(leader="n1", replicas=peers[1:])) == []
+    ((level, text),) = doubts("s", ClusterInfo(leader="n1", replicas=peers))
+    assert (level, text) == ("warning", "servers of the stream s that are away: n2")
+    ((level, text),) = doubts("s", ClusterInfo(replicas=peers))
+    assert level == "error"
+    assert "no leader" in text
 
 
 def test_the_log_of_a_pipeline_has_a_subject_of_its_own() -> None:

@@ -83,11 +83,15 @@ def test_records_come_again_after_the_servers_were_away(tmp_path: Path) -> None:
         until = time.monotonic() + 20
         while (status := one.post(b"2\n"))[0] != 503:
             assert time.monotonic() < until, status
+        code, _, said = one.request("GET", "/readyz", admin=True)
+        assert (code, "takes no records" in str(said)) == (503, True)
+        assert one.status()["pipelines"]["default"]["bounds_near"] == ["journal.kind"]
         cluster.start()
         while (status := one.post(b"3\n"))[0] != 202:
             assert status[0] == 503
             assert time.monotonic() < until + 20
             time.sleep(0.1)
+        assert one.request("GET", "/readyz", admin=True)[0] == 200
         one.until_settled()
         one.terminate()
         assert one.wait() == 0

@@ -150,6 +150,7 @@ class LogJournal(SqliteJournal):
         self._drained_at, self._adopted = 0.0, False
         self._owner = f"{owner}/{secrets.token_hex(8)}" if owner else secrets.token_hex(8)
         self.group = group
+        self.maintenance.refusal = lambda: replicated.refusal
         self._last = 0
         self._size = 0
         self._marks: list[Mark] = []
@@ -205,6 +206,7 @@ class LogJournal(SqliteJournal):
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + 2 * self._ttl
+        told = False
         while True:
             try:
                 owner = await self._log.acquire(self._owner, self._ttl)
@@ -214,6 +216,9 @@ class LogJournal(SqliteJournal):
             else:
                 if owner == self._owner:
                     return
+                if not told:
+                    log.info("lease_awaited", log=self._log.name, owner=owner)
+                    told = True
                 if loop.time() > until:
                     raise self._failure(f"another daemon ({owner}) owns it")
                 with contextlib.suppress(Overloaded, LogAmbiguous):

@@ -36,12 +36,14 @@ from ingestd.journal.log.interface import LogAmbiguous, LogFenced, LogLease
 from ingestd.journal.log.messages import (
     DRAINED,
     HEAD_BYTES,
+    OPENED,
     RETIRED,
     LastMessage,
     end_entry,
     ending,
     packed,
     pieces,
+    taken_apart,
 )
 from ingestd.journal.sqlite.offline import ADOPTED
 
@@ -60,6 +62,8 @@ FAILED_SECONDS = 60.0
 """A log that could not be adopted is left to the others for so long."""
 CLOSE_SECONDS = 5.0
 WANTED, FAILED = "wanted", "failed"
+STARTS_MAX = 8
+"""A start has no numbers: those before it are looked at for them, up to so many in a row."""
 RUNNING_SECONDS = 30.0
 """How long a log that its daemon wants is kept for the calls that run."""
 
@@ -295,6 +299,7 @@ class LogGroup:
 
     async def _calls_ended(self, pipeline: Any, stop: asyncio.Event) -> None:
         """Gives out no batch any more, and waits for the calls that run."""
+        log.info("log_wanted", pipeline=pipeline.name)
         loop = asyncio.get_running_loop()
         until = loop.time() + RUNNING_SECONDS
         await pipeline.pause()
@@ -339,9 +344,21 @@ async def retired_logs(log_: GroupedLog) -> list[dict[str, Any]]:
 
 
 async def _ending_of(log_: GroupedLog, place: str) -> LastMessage | None:
-    message = await log_.sibling(place).last()
+    sibling = log_.sibling(place)
+    message = await sibling.last()
+    if message is None:
+        return None
     try:
-        return None if message is None else ending(message)
+        end = found = ending(message)
+        for _ in range(STARTS_MAX):
+            if found.kind != OPENED or found.ledger is not None:
+                break
+            after = taken_apart(message)[0].after
+            message = next(iter(await sibling.read(after, 1)), None)
+            if message is None or message.number != after:
+                break  # it was trimmed
+            found = ending(message)
+        return end._replace(ledger=found.ledger)
     except ValueError:
         return LastMessage(0 if message is None else message.number, b"")
 

@@ -144,4 +144,5 @@ def ending(message: LogMessage) -> LastMessage:
         end = msgspec.msgpack.decode(piece[1:], type=LogEnd)
         numbers = Ledger(end.accepted, end.processed, end.dead, end.invalid)
         return LastMessage(message.number, kind, numbers, end)
-    return LastMessage(message.number, kind)
+    begins = kind == OPENED and not head.after
+    return LastMessage(message.number, kind, Ledger(0, 0, 0, 0) if begins else None)

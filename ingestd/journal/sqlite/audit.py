@@ -112,6 +112,9 @@ class SqliteMaintenance:
     Args:
         space: the guard of the disk; without one it counts as endless.
         step: makes one step of a count in the thread that reads.
+
+    Attributes:
+        refusal: tells what keeps records out beside the disk; empty if nothing does.
     """
 
     def __init__(
@@ -119,13 +122,14 @@ class SqliteMaintenance:
     ) -> None:
         self._space = space
         self._step = step
+        self.refusal: Callable[[], str] = str
 
     def free_space(self) -> FreeSpace:
         """See `Maintenance.free_space`."""
         if self._space is None:
-            return FreeSpace(1, 0)
+            return FreeSpace(1, 0, self.refusal())
         self._space.check()
-        return self._space.left
+        return self._space.left._replace(refusal=self.refusal())
 
     async def audit(self) -> int | None:
         """See `Maintenance.audit`."""
