@@ -80,7 +80,8 @@ class ProofClient:
 
     def join(self) -> None:
         """Waits for its end; `stop` is set."""
-        self._thread.join(_ANSWER_SECONDS + 5.0)
+        if self._thread.ident is not None:  # it may never have begun: the servers did not start
+            self._thread.join(_ANSWER_SECONDS + 5.0)
 
     def _run(self) -> None:
         try:

@@ -16,7 +16,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ingestd.base.errors import Exit, IngestdError
+from ingestd.base.errors import Exit
 from ingestd.prove.clients import ProofClients, ProofTarget
 from ingestd.prove.plan import (
     EARLY_SPREAD,
@@ -253,7 +253,7 @@ class _Faulted:
             self._work()
         except _Over:
             pass
-        except (IngestdError, OSError) as error:
+        except Exception as error:  # noqa: BLE001  the main thread raises it, and waits for nothing more
             if not self._prover.over.is_set():
                 self.problem = error
         self._prover.over.wait()

@@ -357,7 +357,7 @@ def _status(port: int) -> dict[str, Any] | None:
     try:
         connection.request("GET", "/v1/status")
         status = json.load(connection.getresponse())
-    except (OSError, http.client.HTTPException):
+    except (OSError, ValueError, http.client.HTTPException):
         return None
     else:
         found: dict[str, Any] = status["pipelines"]["default"]

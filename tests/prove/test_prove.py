@@ -13,11 +13,14 @@ import sysconfig
 import threading
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ingestd.base.errors import ConfigError
+from ingestd.prove.clients import ProofClients, ProofTarget
+from ingestd.prove.group import _Faulted
 from ingestd.prove.plan import (
     SERVING_SECONDS_MAX,
     ProofBounds,
@@ -326,6 +329,28 @@ def test_no_number_is_sent_twice_whenever_the_process_dies(tmp_path: Path) -> No
         progress = ProofProgress(state, tmp_path / STATE)
     progress.save(idle=True)
     assert resumed(tmp_path) == progress.state
+
+
+def test_clients_that_never_began_can_be_stopped(tmp_path: Path) -> None:
+    progress = ProofProgress(ProofState(1, 1, [Sent()]), tmp_path / STATE)
+    ProofClients(progress, ProofBounds(10, 10), [ProofTarget()]).stop()
+    assert resumed(tmp_path) == progress.state
+
+
+def test_a_thread_of_faults_that_fails_ends_the_run() -> None:
+    class Broken(_Faulted):
+        def _work(self) -> None:
+            raise ValueError("an answer that is none")
+
+    prover: Any = SimpleNamespace(over=threading.Event())
+    thread = Broken(prover, "broken")
+    thread.start()
+    while thread.problem is None:
+        assert thread._thread.is_alive()
+        thread._thread.join(0.01)
+    prover.over.set()
+    thread.join()
+    assert str(thread.problem) == "an answer that is none"
 
 
 def test_threads_share_the_progress(tmp_path: Path) -> None:
