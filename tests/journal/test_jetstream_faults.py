@@ -97,6 +97,45 @@ async def test_credentials_are_revoked_and_valid_again(tmp_path: Path, open_) ->
                 await open_(cluster, "revoked", **access | wrong, timeout="0.2s")
 
 
+async def test_leases_lapse_at_another_time_when_the_clock_of_servers_jumps(
+    tmp_path: Path, open_
+) -> None:
+    """They lapse by the wall clock of the servers, which are static: no library and no namespace
+    gives them another one. So this does to the bucket what a jump does: a lease is gone early
+    (forward), or stays (back).
+    """
+    (tmp_path / "nats").mkdir()
+    with running(tmp_path / "nats") as cluster:
+        one = await open_(cluster, "clock")
+        await accept(one, b"1")
+        js, bucket = one._log._js, "KV_ingestd-leases"
+        await js.purge_stream(bucket)  # forward, without another daemon: it takes the lease again
+        async with asyncio.timeout(20):
+            while not (await js.stream_info(bucket)).state.messages:
+                await asyncio.sleep(0.05)
+        await accept(one, b"2")
+        one._renewing.cancel()  # paused between two renewals
+        await js.purge_stream(bucket)
+        two = await open_(cluster, "clock")
+        with pytest.raises(JournalFailed):
+            await one.append(Append(lines(b"3")))
+        await accept(two, b"4")
+        assert await records(two) == [b"1", b"2", b"4"]
+        await crash(two)
+        lease = (await js.get_last_msg(bucket, "$KV.ingestd-leases.clock.default")).data
+
+        async def stays() -> None:
+            while True:
+                await js.publish("$KV.ingestd-leases.clock.default", lease)
+                await asyncio.sleep(0.2)
+
+        back = asyncio.create_task(stays())
+        with pytest.raises(JournalFailed, match="owns it"):
+            await open_(cluster, "clock")
+        back.cancel()
+        assert await records(await open_(cluster, "clock")) == [b"1", b"2", b"4"]
+
+
 async def test_nodes_are_down_when_there_is_no_stream_yet(tmp_path: Path, open_) -> None:
     """With one of three down it is made; with two the start fails as one to repeat, not with 78."""
     (tmp_path / "nats").mkdir()

@@ -1,0 +1,13 @@
+"""`ingestd` whose journal tries again at once where it would wait: hours of tries in seconds."""
+
+from __future__ import annotations
+
+import sys
+
+from ingestd.__main__ import main
+from ingestd.journal import jetstream, log
+
+jetstream.RECONNECT_SECONDS = log.RETRY_SECONDS = 0.001
+
+if __name__ == "__main__":
+    sys.exit(main())
