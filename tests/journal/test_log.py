@@ -48,8 +48,8 @@ class Life:
         folder.mkdir(exist_ok=True)
         self.log = MemoryLog(engine)
         self.journal = LogJournal(
-            self.log, folder / "cache.db", bytes_max=1 << 30, clock=SystemClock(),
-            on_commit=lambda *_: None, ttl=0.05, **options,
+            self.log, folder / "cache.db", bytes_max=1 << 30,
+            on_commit=lambda *_: None, ttl=0.05, **{"clock": SystemClock(), **options},
         )  # fmt: skip
         self.chunks: list[Chunk] = []
 
