@@ -1,10 +1,15 @@
-"""Clients that post numbered records and record the outcome of each request."""
+"""Clients that post numbered records and record the outcome of each request.
+
+With several daemons each request has an `Idempotency-Key`, and one that gets no answer is sent
+again, as it is, to the next daemon, until its outcome is known.
+"""
 
 from __future__ import annotations
 
 import http.client
 import json
 import threading
+import time
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import IngestdError
@@ -17,6 +22,9 @@ if TYPE_CHECKING:
 
 _ANSWER_SECONDS = 60.0
 _AGAIN_SECONDS = 0.05
+_SETTLED_SECONDS = 5.0
+"""A client that is stopped tries for so long to learn what became of its last request."""
+_KEY_IN_FLIGHT = "idempotency-key-in-flight"
 # Problem types of requests of which nothing was accepted.
 _NOT_TAKEN = {"overloaded", "busy", "too-many-connections", "draining"}
 
@@ -48,7 +56,7 @@ class ProofClient:
         number: from 0.
         seed: of the run.
         bounds: of its requests.
-        target: the daemon's port.
+        targets: the ports of daemons, its own first.
         progress: where it records their outcomes.
         stop: it ends after the request that it is at.
     """
@@ -59,7 +67,7 @@ class ProofClient:
         *,
         seed: int,
         bounds: ProofBounds,
-        target: ProofTarget,
+        targets: Sequence[ProofTarget],
         progress: ProofProgress,
         stop: threading.Event,
     ) -> None:
@@ -67,7 +75,8 @@ class ProofClient:
         self._number = number
         self._seed = seed
         self._bounds = bounds
-        self._target = target
+        self._targets = targets
+        self._tries = 0
         self._progress = progress
         self._stop = stop
         self._connection: http.client.HTTPConnection | None = None
@@ -81,7 +90,7 @@ class ProofClient:
     def join(self) -> None:
         """Waits for its end; `stop` is set."""
         if self._thread.ident is not None:  # it may never have begun: the servers did not start
-            self._thread.join(_ANSWER_SECONDS + 5.0)
+            self._thread.join(_ANSWER_SECONDS + _SETTLED_SECONDS + 5.0)
 
     def _run(self) -> None:
         try:
@@ -89,31 +98,39 @@ class ProofClient:
                 first = self._progress.numbers(self._number, self._bounds.records)
                 body = body_at(self._seed, self._number, first, self._bounds)
                 self._stop.wait(body.pause)
-                self._deliver(body)
+                self._deliver(body, f'"{self._number}-{first}"')
         except OSError as error:  # the progress can't be written
             self.problem = str(error)
         finally:
             self._disconnect()
 
-    def _deliver(self, body: Body) -> None:
+    def _deliver(self, body: Body, key: str) -> None:
         """Sends a body until its outcome is known, or never will be."""
-        while not self._stop.is_set():
+        headers = {"Idempotency-Key": key} if len(self._targets) > 1 else {}
+        self._tries = 0
+        until = float("inf")
+        while not self._stop.is_set() or (self._tries and time.monotonic() < until):
+            if self._stop.is_set():
+                until = min(until, time.monotonic() + _SETTLED_SECONDS)
             connection = self._connected()
             if connection is None:
-                self._stop.wait(_AGAIN_SECONDS)
+                self._tries += bool(self._tries)  # the next daemon may know
+                time.sleep(_AGAIN_SECONDS)
                 continue
             try:
-                connection.request("POST", "/v1/records", body.data)
+                connection.request("POST", "/v1/records", body.data, headers)
                 answer = connection.getresponse()
                 content = answer.read()
             except (OSError, http.client.HTTPException):
-                # It may have been accepted: to send it again could double it.
                 self._disconnect()
-                self._progress.unknown(self._number, body.count)
-                return
+                if self._is_unknown(body):
+                    return
+                continue
             if self._judge(answer, content, body):
                 return
-            self._stop.wait(_AGAIN_SECONDS)
+            time.sleep(_AGAIN_SECONDS)
+        if self._tries:
+            self._progress.unknown(self._number, body.count)
 
     def _judge(self, answer: http.client.HTTPResponse, content: bytes, body: Body) -> bool:
         """Records the outcome of a request; returns False if it has to be sent again."""
@@ -121,17 +138,28 @@ class ProofClient:
         kind = str(told.get("type", "")).rpartition(":")[2]
         if answer.status == 202 and told.get("accepted") == body.count:
             self._progress.accepted(self._number, body.count)
-        elif answer.status == 429 or kind in _NOT_TAKEN:
+            if self._tries:
+                self._progress.learned(answer.headers.get("Idempotent-Replayed") == "true")
+        elif answer.status == 429 or kind in _NOT_TAKEN or kind == _KEY_IN_FLIGHT:
             return False
         elif 400 <= answer.status < 500 or answer.status == 202:
             self.problem = f"the daemon answered {answer.status}: {told.get('detail', told)}"
         else:
-            self._progress.unknown(self._number, body.count)
+            return self._is_unknown(body)
+        return True
+
+    def _is_unknown(self, body: Body) -> bool:
+        """Records that a request got no answer; returns False if another daemon may know it."""
+        if len(self._targets) > 1:
+            self._tries += 1
+            return False
+        # It may have been accepted: to send it again could double it.
+        self._progress.unknown(self._number, body.count)
         return True
 
     def _connected(self) -> http.client.HTTPConnection | None:
         """A connection to the daemon of now. A failure to connect has sent nothing."""
-        port = self._target.wait(_AGAIN_SECONDS)
+        port = self._targets[self._tries % len(self._targets)].wait(_AGAIN_SECONDS)
         if port != self._port:
             self._disconnect()
         if port is None:
@@ -188,7 +216,7 @@ class ProofClients:
                 number,
                 seed=progress.state.seed,
                 bounds=bounds,
-                target=targets[number % len(targets)],
+                targets=[*targets[number % len(targets) :], *targets[: number % len(targets)]],
                 progress=progress,
                 stop=self.stopping,
             )

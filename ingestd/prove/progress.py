@@ -64,6 +64,8 @@ class GroupState(msgspec.Struct):
         servers_killed: in these.
         servers_paused: in these.
         restarts: starts that the servers were not up for.
+        sent_again: requests without an answer, to another daemon, until that said what they were.
+        replayed: of these, had been accepted.
     """
 
     daemons: int
@@ -76,6 +78,8 @@ class GroupState(msgspec.Struct):
     servers_killed: int = 0
     servers_paused: int = 0
     restarts: int = 0
+    sent_again: int = 0
+    replayed: int = 0
 
 
 class ProofState(msgspec.Struct):
@@ -130,6 +134,13 @@ class ProofProgress:
             sent = self.state.sent[client]
             sent.next += count
             sent.requests += 1
+
+    def learned(self, replayed: bool) -> None:
+        """Counts a request that was sent again to another daemon, and whether that knew it."""
+        with self._lock:
+            if self.state.group is not None:
+                self.state.group.sent_again += 1
+                self.state.group.replayed += replayed
 
     def unknown(self, client: int, count: int) -> None:
         """Keeps the range of a request that was sent, perhaps in part, and got no answer."""

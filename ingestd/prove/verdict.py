@@ -54,6 +54,8 @@ class GroupReport(msgspec.Struct, frozen=True):
         servers_killed: times.
         servers_paused: times.
         restarts: starts of daemons that the servers were not up for.
+        sent_again: requests without an answer that another daemon was asked for.
+        replayed: of these, had been accepted.
         ledgers: each daemon's own account of its log.
     """
 
@@ -66,6 +68,8 @@ class GroupReport(msgspec.Struct, frozen=True):
     servers_killed: int
     servers_paused: int
     restarts: int
+    sent_again: int
+    replayed: int
     ledgers: list[dict[str, Any]]
 
 
@@ -210,6 +214,8 @@ def report_of_group(
             servers_killed=group.servers_killed,
             servers_paused=group.servers_paused,
             restarts=group.restarts,
+            sent_again=group.sent_again,
+            replayed=group.replayed,
             ledgers=ledgers,
         ),
     )
@@ -260,6 +266,10 @@ def _faults(result: ProofReport) -> list[str]:
         (
             f"servers     {group.servers}; killed {group.servers_killed},"
             f" paused {group.servers_paused}"
+        ),
+        (
+            f"sent again  {group.sent_again:,} requests without an answer, to the next daemon;"
+            f" {group.replayed:,} of them had been accepted"
         ),
     ]
 

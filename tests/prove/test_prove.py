@@ -176,6 +176,7 @@ def test_several_daemons_and_servers(tmp_path: Path) -> None:
     assert group["killed"] + group["paused"] + group["replaced"] == 3
     assert group["replaced"] > 0
     assert group["servers_killed"] + group["servers_paused"] >= 1
+    assert group["sent_again"] >= group["replayed"]
     assert all(one["accepted"] and one["balanced"] for one in group["ledgers"])
     assert not _with_argument(str(scratch))
 
@@ -424,7 +425,7 @@ def test_what_is_there_held_against_what_was_sent(rows, expected) -> None:
         (0, drained | {"accepted": 2, "processed": 2}),
         (0, drained | {"accepted": 4, "processed": 4}),
     ]
-    group = GroupState(2, 3, 1, paused=1, replaced=1, refused=1)
+    group = GroupState(2, 3, 1, paused=1, replaced=1, refused=1, sent_again=5, replayed=2)
     state = ProofState(1, 3, SENT, killed=3)
 
     def proved(*ends) -> bool:
@@ -435,6 +436,8 @@ def test_what_is_there_held_against_what_was_sent(rows, expected) -> None:
     assert result.ledger["accepted"] == 6
     assert result.group is not None
     assert result.group.killed == 1
+    (text,) = [line for line in lines(result) if line.startswith("sent again  5 requests without")]
+    assert text.endswith("to the next daemon; 2 of them had been accepted")
     assert "log 2       accepted 4 = processed 4 + dead 0 + pending 0" in lines(result)
     assert not proved(halves[0], (75, halves[1][1]))
     assert not proved(halves[0], (0, {}))
