@@ -16,6 +16,7 @@ import pytest
 
 from ingestd.journal.jetstream import JetStreamKind, JetStreamSettings
 from tests.daemon.harness import ROOT, Daemon
+from tests.faults.tools import mounted, needs
 from tests.journal.on_nats import batches
 from tests.nats import running
 
@@ -63,7 +64,7 @@ class Group:
         given["executor.kind"] = "thread"  # a child process each would take longer to start
         return [word for key, value in given.items() for word in (f"--{key}", value)] + [*more]
 
-    def start(self, name: str, seconds: float, *more: str) -> Daemon:
+    def start(self, name: str, seconds: float | str, *more: str) -> Daemon:
         """Starts a daemon, whose handler takes so long a batch."""
         self._lives += 1
         folder = self.folder / f"{name}-{self._lives}"
@@ -221,6 +222,69 @@ async def _publish(servers: list[str], subject: str, data: bytes) -> None:
     client = await nats.connect(servers)
     await client.jetstream().publish(subject, data)
     await client.close()
+
+
+def test_none_is_adopted_while_the_handler_is_down_or_the_pipeline_paused(tmp_path: Path) -> None:
+    with group_of(tmp_path) as group:
+        up = tmp_path / "up"
+        one = group.start("one", 3600)
+        two = group.start("two", f"__import__('os').stat({str(up)!r}).st_size", "--retry.backoff",
+                          "50ms", "--retry.backoff_max", "50ms")  # fmt: skip
+        post(one, 300)
+        post(two, 1, 1000)
+        two.event("handler_went_down")
+        one.terminate(signal.SIGKILL)
+        stays_lapsed(group)
+        (data,) = tmp_path.glob("two-*/data")
+        ingestd("pause", "--data-dir", str(data))
+        until(lambda: two.status()["pipelines"]["default"]["paused"])
+        up.touch()
+        stays_lapsed(group)
+        assert "log_adopted" not in [event["event"] for event in two.events]
+        ingestd("resume", "--data-dir", str(data))
+        assert two.event("log_left")["processed"] == 300
+        two.until_settled()
+        assert group.numbers() == [*range(300), 1000]
+
+
+def stays_lapsed(group: Group) -> None:
+    """Waits until a log is free, and for some looks of a daemon that should not adopt it."""
+    until(lambda: group.listed()["one"]["state"] == "lapsed")
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        assert group.listed()["one"]["state"] == "lapsed"
+        time.sleep(0.1)
+
+
+def ingestd(*words: str) -> None:
+    command = [sys.executable, "-m", "ingestd", *words]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, env=env, check=True, capture_output=True)
+
+
+@needs("mount", root=True)
+def test_a_log_that_has_no_room_on_the_disk_is_left_to_another_daemon(tmp_path: Path) -> None:
+    """The daemon whose disk is full goes on with its own records."""
+    with (
+        mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=4m", "tmpfs") as disk,
+        group_of(tmp_path) as group,
+    ):
+        one = group.start("one", 3600)
+        body = b"".join(b"%d\n" % n for n in range(100_000))
+        for _ in range(7):
+            assert one.post(body)[0] == 202
+        two = group.start("two", 0, "--data-dir", str(disk / "data"), "--journal.free_min", "0")
+        post(two, 1)
+        one.terminate(signal.SIGKILL)
+        two.event("adoption_failed")
+        until(lambda: not list((disk / "data").glob("adopted/*")))
+        post(two, 1)
+        three = group.start("three", 0)
+        three.event("log_adopted")
+        two.until_settled()
+        two.terminate()
+        assert two.wait() == 0
+        assert two.event("drained")["balanced"]
 
 
 def test_a_drain_hands_over_at_once_and_one_of_two_adopts(tmp_path: Path) -> None:
