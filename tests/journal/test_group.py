@@ -340,6 +340,26 @@ def test_a_log_goes_back_to_its_daemon(tmp_path: Path) -> None:
         assert group.numbers() == [*range(6000)]
 
 
+def test_a_daemon_that_is_paused_gives_a_log_to_one_that_works(tmp_path: Path) -> None:
+    with group_of(tmp_path) as group:
+        one = group.start("one", 3600)
+        post(one, 6000)  # half a minute for the other one
+        two = group.start("two", 2)
+        two.event("daemon_started")
+        one.terminate(signal.SIGKILL)
+        two.event("log_adopted")
+        three = group.start("three", 0)
+        three.event("daemon_started")
+        (data,) = tmp_path.glob("two-*/data")
+        pause = [sys.executable, "-m", "ingestd", "pause", "--data-dir", str(data)]
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        subprocess.run([*pause, "default"], env=env, check=True)
+        assert two.event("log_left")["reason"] == "its own pipeline stands still"
+        three.event("log_adopted")
+        assert three.event("log_left")["processed"] == 6000
+        assert group.numbers() == [*range(6000)]
+
+
 def test_dead_letters_stay_with_their_log_and_the_log_ends_without(tmp_path: Path) -> None:
     with group_of(tmp_path) as group:
         one = group.start("one", 3600, "--batch.records_max", "10")

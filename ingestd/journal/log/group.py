@@ -61,7 +61,7 @@ LOOK_SECONDS = 1.0
 FAILED_SECONDS = 60.0
 """A log that could not be adopted is left to the others for so long."""
 CLOSE_SECONDS = 5.0
-WANTED, FAILED = "wanted", "failed"
+WANTED, FAILED, STOPPED = "wanted", "failed", "its own pipeline stands still"
 STARTS_MAX = 8
 """A start has no numbers: those before it are looked at for them, up to so many in a row."""
 RUNNING_SECONDS = 30.0
@@ -260,10 +260,15 @@ class LogGroup:
         gone_for_good = found is not None and found.end is not None
         try:
             while not (why := await self._reason_to_leave(place, pipeline, gone_for_good)):
+                if not _works(pipelines[self._pipeline]):
+                    why = STOPPED
+                    break
                 await self._rest(stop)
                 if stop.is_set():
                     return
             if why == WANTED:
+                log.info("log_wanted", pipeline=pipeline.name)
+            if why in {WANTED, STOPPED}:
                 await self._calls_ended(pipeline, stop)
         except Exception:
             log.exception("adoption_failed", pipeline=self._pipeline, log=place)
@@ -299,7 +304,6 @@ class LogGroup:
 
     async def _calls_ended(self, pipeline: Any, stop: asyncio.Event) -> None:
         """Gives out no batch any more, and waits for the calls that run."""
-        log.info("log_wanted", pipeline=pipeline.name)
         loop = asyncio.get_running_loop()
         until = loop.time() + RUNNING_SECONDS
         await pipeline.pause()
