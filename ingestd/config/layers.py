@@ -10,7 +10,6 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
-import tomllib
 from typing import TYPE_CHECKING, NamedTuple
 
 from ingestd.base.files import read_file
@@ -116,6 +115,8 @@ class LayerReader:
             may_wait: it may be a pipe, which can be read once.
             may_be_empty: there may be nothing in it, as there is while it is written anew.
         """
+        import tomllib  # noqa: PLC0415  many a start has no file
+
         try:
             content = read_file(file, may_wait=may_wait)
             if not (content or may_be_empty):
