@@ -235,11 +235,13 @@ class Store:
         (mode,) = db.execute("PRAGMA journal_mode=WAL").fetchone()  # not so in some kinds of backup
         if mode != "wal":
             raise sqlite3.OperationalError("this file system can't have a database with a WAL")
+        db.execute("BEGIN IMMEDIATE")  # a new journal waits for one sync, not for four
         db.execute("DELETE FROM failing WHERE number NOT IN (SELECT number FROM batches)")
         db.execute(sender_ids.SCHEMA)
         db.execute(sender_ids.KEYS_SCHEMA)
         db.execute(first_page.SCHEMA)
         first_page.keep(db)
+        db.execute("COMMIT")
         if self._keeps:
             from ingestd.journal.sqlite import kept  # noqa: PLC0415  most journals keep none
 
