@@ -144,7 +144,7 @@ class IdempotencyKeys:
                 claim.replaces = 0 if kept is None else kept.number
                 kept = await self._find_unscoped(key, fingerprint)
             if kept is not None:
-                self._remember(key, kept)
+                self.remember(key, kept)
                 answer = _same(kept, fingerprint)
             else:
                 self._check_room(principal_of(key))
@@ -185,7 +185,7 @@ class IdempotencyKeys:
         if applied:
             self.count += 1
             self.owners[principal_of(claim.key)] += 1
-            self._remember(claim.key, RememberedKey(claim.fingerprint, claim.answer, at))
+            self.remember(claim.key, RememberedKey(claim.fingerprint, claim.answer, at))
 
     def opened(self, owners: Mapping[str, int]) -> None:
         """The store has these keys, by principal."""
@@ -216,7 +216,8 @@ class IdempotencyKeys:
         """Tells if a key has not expired."""
         return kept.at > self.ages.before(self.lifetime(key))
 
-    def _remember(self, key: str, kept: RememberedKey) -> None:
+    def remember(self, key: str, kept: RememberedKey) -> None:
+        """Has a key be found without asking the store, as long as it is one of the last ones."""
         if len(kept.answer) > RECENT_BYTES:
             self._recent.pop(key, None)
             return

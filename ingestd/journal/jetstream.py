@@ -33,7 +33,7 @@ from ingestd.journal.settings import JournalKind
 
 if TYPE_CHECKING:
     import ssl
-    from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 
     from ingestd.journal.interface import Journal, JournalContext
     from ingestd.journal.log.interface import (
@@ -52,6 +52,8 @@ VERSION_MIN = (2, 15)
 HEADERS_BYTES = 512
 EXPECTED, BATCH = "Nats-Expected-Last-Subject-Sequence", "Nats-Batch-Id"
 READ_MESSAGES = 1000
+KEYS_ASKED = 100
+"""So many keys are read at once, with their answers."""
 OWNER_LOOKS = 10
 """A lease changes hands seldom, and is read at each of so many looks."""
 RETIRED_KEPT = 1000
@@ -660,9 +662,14 @@ class JetStreamLog:
     def _key(self, name: str) -> str:
         return f"{self._settings.stream}.key.{self.place.partition('.')[2]}.{name}"
 
-    async def find_key(self, name: str) -> LogMessage | None:
-        """See `ReplicatedLog.find_key`."""
-        return await self._last_of(self._key(name))
+    async def find_keys(self, names: Collection[str]) -> dict[str, LogMessage]:
+        """See `ReplicatedLog.find_keys`."""
+        found: dict[str, LogMessage] = {}
+        subjects = [self._key(name) for name in names]
+        for first in range(0, len(subjects), KEYS_ASKED):
+            some = {"multi_last": subjects[first : first + KEYS_ASKED]}
+            found.update(await self._ask(self._get(some)))
+        return {subject.rpartition(".")[2]: message for subject, message in found.items()}
 
     async def last(self) -> LogMessage | None:
         """See `ReplicatedLog.last`."""
@@ -686,14 +693,18 @@ class JetStreamLog:
         return await self._ask(self._read(first, bytes_max))
 
     async def _read(self, first: int, bytes_max: int) -> list[LogMessage]:
+        asked = {"seq": max(1, first), "batch": READ_MESSAGES, "max_bytes": bytes_max,
+                 "next_by_subj": self.name}  # fmt: skip
+        return [message for _, message in await self._get(asked)]
+
+    async def _get(self, asked: dict[str, Any]) -> list[tuple[str, LogMessage]]:
+        """Asks a replica for messages; the subject of each, and itself."""
         from ingestd.journal.log.interface import LogMessage  # noqa: PLC0415
 
-        client, found = self._client, list[LogMessage]()
+        client, found = self._client, list[tuple[str, LogMessage]]()
         inbox = client.new_inbox()
         answers = await client.subscribe(inbox)
         try:
-            asked = {"seq": max(1, first), "batch": READ_MESSAGES, "max_bytes": bytes_max,
-                     "next_by_subj": self.name}  # fmt: skip
             subject = f"$JS.API.DIRECT.GET.{self._settings.stream}"
             await client.publish(subject, json.dumps(asked).encode(), reply=inbox)
             while True:
@@ -701,7 +712,8 @@ class JetStreamLog:
                 headers = answer.headers or {}
                 if "Status" in headers:
                     return found
-                found.append(LogMessage(int(headers["Nats-Sequence"]), answer.data))
+                message = LogMessage(int(headers["Nats-Sequence"]), answer.data)
+                found.append((headers["Nats-Subject"], message))
         finally:
             await answers.unsubscribe()
 

@@ -20,7 +20,7 @@ from ingestd.journal.log.interface import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from ingestd.journal.log.messages import LogEnd
 
@@ -37,6 +37,7 @@ class Engine:
         retired: the numbers of logs that have ended.
         stride: numbers grow by this much, as other logs of a stream take some.
         keys_max_seen: most keys that came with one message.
+        lags: so many reads of keys ask a replica that has none yet.
         late_chance: that what is on its way arrives before an append.
         keys: idempotency keys by their names; those of another engine if both are of one stream.
     """
@@ -50,6 +51,7 @@ class Engine:
         self.keys = {} if keys is None else keys
         self.keys_max_seen = 0
         self.late_chance = 0.5
+        self.lags = 0
         self.message_bytes_max = message_bytes_max
         self.messages: list[LogMessage] = []
         self.snapshot: Snapshot | None = None
@@ -171,11 +173,15 @@ class MemoryLog:
         except LogFenced:
             pass
 
-    async def find_key(self, name: str) -> LogMessage | None:
+    async def find_keys(self, names: Collection[str]) -> dict[str, LogMessage]:
         self._check()
         self.looks += 1
         await asyncio.sleep(0)
-        return self.engine.keys.get(name)
+        if self.engine.lags:
+            self.engine.lags -= 1
+            return {}
+        keys = self.engine.keys
+        return {name: keys[name] for name in names if name in keys}
 
     async def last(self) -> LogMessage | None:
         self._check()

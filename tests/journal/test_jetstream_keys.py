@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -216,6 +217,13 @@ def test_a_key_outlives_its_daemon_and_its_log(tmp_path: Path) -> None:
 
         known(one)
         known(two)
+        with ThreadPoolExecutor(2) as threads:  # to both at once
+            for n in range(10, 20):
+                calls = [threads.submit(asked, to, f"B{n}", b"%d\n" % n) for to in (one, two)]
+                answers = sorted((call.result() for call in calls), key=str)
+                assert answers[0][:2] == (202, False)
+                assert answers[1][:2] == (202, True) or answers[1][0] == 503
+                assert asked(two, f"B{n}", b"%d\n" % n) == (202, True, answers[0][2])
         one.terminate(signal.SIGKILL)
         known(two)
         two.event("log_adopted")
@@ -226,4 +234,4 @@ def test_a_key_outlives_its_daemon_and_its_log(tmp_path: Path) -> None:
         again = group.start("one", 0)
         again.event("daemon_started")
         known(again)
-        assert group.numbers() == [1, 2, 3]
+        assert group.numbers() == [1, 2, 3, *range(10, 20)]

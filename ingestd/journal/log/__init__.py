@@ -94,8 +94,8 @@ RENEW_SECONDS = 1.0
 """After so long, at most, a lease is renewed again that could not be."""
 KEY_SECONDS = 1.0
 """After so long a request whose key was taken meanwhile should come again, and gets the answer."""
-LOOKS_MAX = 64
-"""So many idempotency keys are looked up in the engine at a time."""
+LOOKS_MAX = 4
+"""So many requests look idempotency keys up in the engine at a time, each for all that waited."""
 OPEN_TRIES = 10
 OPEN_SECONDS = 20.0
 """How long a start waits for an engine that elects a leader, say, at each of its steps."""
@@ -159,6 +159,9 @@ class LogJournal(SqliteJournal):
         self._tried = 0
         self._saver: threading.Thread | None = None
         self._looks = asyncio.Semaphore(LOOKS_MAX)
+        self._wanted: set[str] = set()
+        self._looking: asyncio.Task[Mapping[str, LogMessage]] | None = None
+        self._look_tasks: set[asyncio.Task[Mapping[str, LogMessage]]] = set()
         self._leaving, self._gave_up = threading.Event(), threading.Event()
 
     # -- start ---------------------------------------------------------------------------------
@@ -522,14 +525,27 @@ class LogJournal(SqliteJournal):
         if problem := self._log.refusal:
             raise LogUnreachable(problem=problem, retry_after=retry_after())
         message = await self._look_up(_name_of(key))
-        if message is None:
-            return None
-        at, fingerprint, answer = _decode_key(message.data)
-        return RememberedKey(fingerprint, answer, at, message.number)
+        return None if message is None else _remembered(message)
 
     async def _look_up(self, name: str) -> LogMessage | None:
+        """Looks a key up, in one request with all others that wait for theirs."""
+        self._wanted.add(name)
+        if self._looking is None:
+            self._looking = self._loop.create_task(self._look(), name="look for keys")
+            self._look_tasks.add(self._looking)
+            self._looking.add_done_callback(self._looked)
+        found = await asyncio.shield(self._looking)
+        return found.get(name)
+
+    async def _look(self) -> Mapping[str, LogMessage]:
         async with self._looks:
-            return await self._log.find_key(name)
+            wanted, self._wanted, self._looking = self._wanted, set(), None
+            return await self._log.find_keys(wanted)
+
+    def _looked(self, task: asyncio.Task[Mapping[str, LogMessage]]) -> None:
+        self._look_tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # those that wanted to know may have left
 
     def _log_keys(self, claims: Sequence[IdempotencyClaim], at: float) -> dict[str, LogKey]:
         """The keys of an entry as the engine has them, by those of their claims."""
@@ -545,14 +561,14 @@ class LogJournal(SqliteJournal):
 
     async def _changed(self, keys: Mapping[str, LogKey]) -> set[str]:
         """The keys that are not in the engine as was expected when they were claimed."""
-        looks = (self._look_up(one.name) for one in keys.values())
+        found = await self._log.find_keys([one.name for one in keys.values()])
         changed = set()
-        found = await asyncio.gather(*looks, return_exceptions=True)
-        for (key, one), message in zip(keys.items(), found, strict=True):
-            if isinstance(message, BaseException):
-                raise message
+        for key, one in keys.items():
+            message = found.get(one.name)
             if (message.number if message is not None else 0) != one.replaces:
                 changed.add(key)
+                if message is not None:  # its request is about to ask for it
+                    self.idempotency.remember(key, _remembered(message))
         return changed
 
     # -- snapshots -----------------------------------------------------------------------------
@@ -637,6 +653,8 @@ class LogJournal(SqliteJournal):
     async def close(self, deadline: float | None = None) -> Closed:
         """See `Journal.close`."""
         self._renewing.cancel()
+        for task in self._look_tasks:
+            task.cancel()
         until = self._loop.time() + CLOSE_SECONDS if deadline is None else deadline
         give_up = self._loop.call_at(until, self._gave_up.set)
         closed = await super().close(deadline)
@@ -700,6 +718,11 @@ class LogJournal(SqliteJournal):
 def _name_of(key: str) -> str:
     """The name of a key in the engine: it takes few characters, and shows no client's words."""
     return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+
+
+def _remembered(message: LogMessage) -> RememberedKey:
+    at, fingerprint, answer = _decode_key(message.data)
+    return RememberedKey(fingerprint, answer, at, message.number)
 
 
 def _with_sizes(parts: Iterable[bytes]) -> Iterator[bytes]:

@@ -21,7 +21,7 @@ from ingestd.base.errors import IngestdError, Overloaded
 from ingestd.base.rate import SHORTEST
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from ingestd.journal.log.messages import LogEnd
 
@@ -200,8 +200,10 @@ class ReplicatedLog(Protocol):
         """
         ...
 
-    async def find_key(self, name: str) -> LogMessage | None:
-        """Reads the key of a name, from the leader.
+    async def find_keys(self, names: Collection[str]) -> Mapping[str, LogMessage]:
+        """Reads the keys of some names, as far as they are there.
+
+        A replica that lags may leave out the newest ones.
 
         Raises:
             LogUnreachable: no answer.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import async_timeout
 
 from ingestd.base.append import HELD_ID_BYTES, Append, DeliveryWaiter, SenderIds
-from ingestd.base.errors import Draining
+from ingestd.base.errors import Draining, KeyTaken
 from ingestd.base.record import Layout, Records
 from ingestd.codecs.lines import Parsed
 from ingestd.http import problem
@@ -233,8 +233,7 @@ class Ingestion:
             named = delivery if codec.verifies else delivery.of(principal.id)
             claim = await route.intake.begin(*named)
         if isinstance(claim, bytes):
-            answer = route.endpoint.answer(IngestResult(0, stored=claim), head)
-            return answer._replace(headers={**answer.headers, **REPLAYED})
+            return _replayed(claim, route, head)
         try:
             parts = await self._decoder.decode(
                 wire, hold, encoding=encoding, codec=codec, limits=route.limits
@@ -246,7 +245,7 @@ class Ingestion:
             parts = await self._charged(parts, to)
             by_part = by_part or route.is_routed
             if len(parts) == 1 and not by_part and _is_plain(parts[0]):
-                return await self._accept(parts[0], to, claim)
+                return await self._accept_plain(parts[0], to, claim)
             return await self._accept_parts(parts, to, delivery, claim)
         finally:
             if claim is not None:
@@ -275,6 +274,21 @@ class Ingestion:
             return wire if ended else await self._stream(request, to, encoding, begun=wire)
         finally:
             hold.end_stream()
+
+    async def _accept_plain(
+        self, part: Decoded, to: Admitted, claim: IdempotencyClaim | None
+    ) -> Response | Durable:
+        """Makes records durable, or returns the answer of a daemon that was faster."""
+        try:
+            return await self._accept(part, to, claim)
+        except KeyTaken:
+            if claim is None:
+                raise
+            again = await to.route.intake.begin(claim.key, claim.fingerprint)
+            if isinstance(again, bytes):
+                return _replayed(again, to.route, to.head)
+            to.route.intake.forget(again)
+            raise
 
     async def _accept(
         self, part: Decoded, to: Admitted, claim: IdempotencyClaim | None
@@ -568,6 +582,12 @@ def _token_in(parts: Sequence[Decoded]) -> str:
     """The token in a body; empty if there is none, or more than one."""
     tokens = {part.token for part in parts}
     return tokens.pop() if len(tokens) == 1 else ""
+
+
+def _replayed(stored: bytes, route: Route, head: Head) -> Response:
+    """The answer that a request got the first time."""
+    answer = route.endpoint.answer(IngestResult(0, stored=stored), head)
+    return answer._replace(headers={**answer.headers, **REPLAYED})
 
 
 def _last_of(parts: Sequence[Decoded], to: Admitted) -> Decoded | None:
