@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ingestd.base.errors import JournalFailed
+from ingestd.host.nats import CredentialsFile, NatsAccess, close_nats, connect_nats
 from tests.journal.on_nats import accept, crash, records, refused
 from tests.nats import running
 
@@ -106,7 +107,23 @@ async def test_a_file_of_credentials_expires_and_is_written_anew(tmp_path: Path,
         assert await records(journal) == [b"1", b"2"]
         await crash(journal)
         assert await records(await open_(cluster, "jwt", **access)) == [b"1", b"2"]
+        access_of_others = NatsAccess(cluster.urls, credentials=str(issuer.file))
+        await close_nats(await connect_nats(access_of_others, "a source or a sink"))
         for wrong in ("", "-----BEGIN NATS USER JWT-----\n"):
             issuer.file.write_text(wrong)
             with pytest.raises(JournalFailed, match="no file of credentials"):
                 await open_(cluster, "jwt", **access)
+            with pytest.raises(OSError, match="no file of credentials"):
+                await connect_nats(access_of_others, "a source or a sink")
+
+
+def test_a_file_of_credentials_may_have_other_lines_and_ends_of_lines(tmp_path: Path) -> None:
+    issuer = Issuer(tmp_path / "user.creds")
+    issuer.write(60)
+    plain = str(CredentialsFile(str(issuer.file)))
+    text = issuer.file.read_text()
+    assert [line for line in plain.splitlines() if line] == [
+        line for line in text.splitlines() if line
+    ]
+    issuer.file.write_bytes(b"# a note\r\n" + text.replace("\n", "\r\n").encode())
+    assert str(CredentialsFile(str(issuer.file))) == plain
