@@ -90,6 +90,7 @@ def _replay(arguments: argparse.Namespace, name: str, journal: SqliteFile) -> in
     which = f"{number_of(records, 'kept record')} of pipeline {name}"
     if arguments.where:
         which = f"those of {which} with {' and '.join(arguments.where)}"
+    which += ", dead letters excepted,"
     if not records:
         print(
             "no records of that time are kept (see journal.keep, which is 0s by default)",

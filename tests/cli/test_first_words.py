@@ -102,6 +102,7 @@ def test_an_endpoint_without_a_pipeline_is_a_warning(
     (tmp_path / "ingestd.toml").write_text(f"[http.endpoints.loki]\n{table}")
     assert main(["check"]) == 0
     warning = "http.endpoints.loki: the endpoint is off, because its table has no pipeline"
+    warning += " (set http.endpoints.loki.pipeline)\n"
     assert f"warning: {warning}" in capsys.readouterr().err
     (tmp_path / "ingestd.toml").write_text('[http.endpoints.loki]\npipeline = ""\n')
     assert main(["check"]) == 0

@@ -85,6 +85,7 @@ class HttpSourceKind(SourceKind):
 
         off = [
             f"http.endpoints.{name}: the endpoint is off, because its table has no pipeline"
+            f" (set http.endpoints.{name}.pipeline)"
             for name, table in settings.endpoints.items()
             if "pipeline" not in table.model_fields_set
         ]
