@@ -254,7 +254,8 @@ async def test_replays_are_listed_stopped_and_confirmed(build, tmp_path: Path, c
     assert main(["replay", "--all", *where]) == 2
     assert "without a terminal, add --yes" in capsys.readouterr().err
     replay(tmp_path, "--all", "--dry-run")
-    assert "would feed 2 kept records of pipeline default, dead letters excepted" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "would feed 2 kept records of pipeline default, dead letters excepted" in said
     replay(tmp_path, "--all", "--json", "--where", "n=1")
     assert json.loads(capsys.readouterr().out) == {"pipeline": "default", "kept": 2, "replay": 1}
     replay(tmp_path, "--stop")

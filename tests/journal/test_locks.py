@@ -15,6 +15,7 @@ import pytest
 from ingestd.base.errors import DataDirError
 from ingestd.host.data_dir import DataDir, FileLock
 from ingestd.journal.sqlite import repair
+from ingestd.journal.sqlite.offline import journals
 from ingestd.journal.sqlite.store import Store
 from tests.daemon.harness import ROOT, daemon
 
@@ -184,6 +185,17 @@ def test_a_lock_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
     with pytest.raises(DataDirError, match="symbolic links"):
         DataDir(tmp_path / "data")
     assert (tmp_path / "other").read_text() == "theirs"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_tools_say_that_a_data_directory_is_another_users(tmp_path: Path) -> None:
+    DataDir(tmp_path / "data").close()
+    os.seteuid(65534)
+    try:
+        with pytest.raises(DataDirError, match="Permission denied; only its daemon's user"):
+            journals(tmp_path / "data")
+    finally:
+        os.seteuid(0)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root")

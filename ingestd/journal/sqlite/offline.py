@@ -49,14 +49,19 @@ def journals(data_dir: Path, only: Sequence[str] = ()) -> dict[str, Path]:
         only: these pipelines; empty for all.
 
     Raises:
-        DataDirError: there is none.
+        DataDirError: there is none, or the directory is another user's.
         UsageError: a pipeline of `only` has none.
     """
     found = dict[str, Path]()
-    for file in (CACHE, FILE):
-        places = {"default": data_dir / file}
-        places |= {path.parent.name: path for path in sorted(data_dir.glob(f"pipelines/*/{file}"))}
-        found |= {name: path for name, path in places.items() if path.is_file()}
+    try:
+        for file in (CACHE, FILE):
+            places = {"default": data_dir / file}
+            inner = sorted(data_dir.glob(f"pipelines/*/{file}"))
+            places |= {path.parent.name: path for path in inner}
+            found |= {name: path for name, path in places.items() if path.is_file()}
+    except PermissionError as error:
+        problem = f"{error.strerror}; only its daemon's user and root may read it"
+        raise DataDirError(path=data_dir, problem=problem) from error
     for name, path in [*found.items()]:
         for adopted in path.parent.glob(f"{ADOPTED}/*/{CACHE}"):
             found[f"{name}@{adopted.parent.name}"] = adopted
