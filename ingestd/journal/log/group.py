@@ -48,7 +48,7 @@ from ingestd.journal.log.messages import (
 from ingestd.journal.sqlite.offline import ADOPTED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, MutableMapping
+    from collections.abc import Callable, Iterator, Mapping, MutableMapping
     from pathlib import Path
 
     from ingestd.base.clock import Clock
@@ -146,25 +146,26 @@ class LogGroup:
 
         An engine that did not answer let leases lapse whose daemons work: these come first.
         """
-        loop = asyncio.get_running_loop()
-        late = loop.time() + self._ttl / 2
-        answered = False
-        try:
-            found = await self._found()
-            answered = loop.time() <= late
-        finally:
-            if not answered:
-                self._steady_from = loop.time() + self._ttl / 2
+        found = {}
+        for place, lease in (await self._leases()).items():
+            if place.partition(".")[2] == self._pipeline:
+                end = None if lease.owner else await _ending_of(self._own, place)
+                found[place] = lease, end
         self.states = [_state(place, *one) for place, one in found.items()]
         self._failed = {place: at for place, at in self._failed.items() if place in found}
         return found
 
-    async def _found(self) -> dict[str, tuple[LogLease, LastMessage | None]]:
-        found = {}
-        for place, lease in (await self._own.logs()).items():
-            if place.partition(".")[2] == self._pipeline:
-                end = None if lease.owner else await _ending_of(self._own, place)
-                found[place] = lease, end
+    async def _leases(self) -> Mapping[str, LogLease]:
+        loop = asyncio.get_running_loop()
+        late = loop.time() + self._ttl / 2
+        try:
+            found = await self._own.logs()
+        except BaseException:
+            late = 0.0
+            raise
+        finally:
+            if loop.time() > late:
+                self._steady_from = loop.time() + self._ttl / 2
         return found
 
     def _chosen(self, found: dict[str, tuple[LogLease, LastMessage | None]]) -> str:
