@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from ingestd.base.record import Records
     from ingestd.journal.dead_letters import DeadLetter
     from ingestd.journal.interface import Chunk
+    from ingestd.pipeline import Pipeline
 
 Stage = Literal["accepted", "processed", "dead"]
 
@@ -169,24 +170,24 @@ class Taps:
         for name, pipeline in self._view.pipelines.items():
             stages = {tap.query.stage for tap in self._taps if name in tap.query.pipelines}
             accepted, settled = "accepted" in stages, stages & {"processed", "dead"}
-            pipeline.reader.on_push = partial(self._accepted, name) if accepted else None
-            pipeline.settlements.on_outcome = partial(self._settled, name) if settled else None
+            pipeline.reader.on_push = partial(self._accepted, pipeline) if accepted else None
+            pipeline.settlements.on_outcome = partial(self._settled, pipeline) if settled else None
 
-    def _accepted(self, name: str, chunk: Chunk) -> None:
+    def _accepted(self, pipeline: Pipeline, chunk: Chunk) -> None:
         spans = (Span(chunk.id, 0, chunk.records.count),)
-        journal = self._view.pipelines[name].settlements.journal_id
+        name, journal = pipeline.name, pipeline.settlements.journal_id
         self._offer("accepted", Seen(name, journal, chunk.accepted_at, chunk.records, spans))
 
     def _settled(
         self,
-        name: str,
+        pipeline: Pipeline,  # one of an adopted log may have left the others
         batch: SealedBatch,
         records: Records,
         dead: Mapping[int, DeadLetter],
         again: frozenset[int],
     ) -> None:
         seen = Seen(
-            name, self._view.pipelines[name].settlements.journal_id, SystemClock.now(), records,
+            pipeline.name, pipeline.settlements.journal_id, SystemClock.now(), records,
             batch.spans, batch.number, batch.attempts,
         )  # fmt: skip
         if dead:

@@ -93,6 +93,18 @@ async def test_records_are_shown_at_each_stage(
     await seen.until(lambda: hooks(seen) == (None, None))
 
 
+async def test_a_pipeline_that_has_left_settles_what_it_has(seen: Seen, open_tap) -> None:
+    reader = await open_tap("stage=processed")
+    await seen.until(lambda: hooks(seen)[1] is not None)
+    adopted = seen.pipelines.pop("default")
+    await adopted.accept(Append(Records.lines([b'{"n": 1}'])))
+    (one,) = await reader.lines(1)
+    assert one["payload"] == '{"n": 1}'
+    await seen.until(lambda: not adopted.ledger.pending)
+    assert not adopted.broken.done()
+    seen.pipelines["default"] = adopted
+
+
 async def test_a_sample_is_evenly_spread(seen: Seen, open_tap) -> None:
     reader = await open_tap("sample=0.25")
     await seen.feed(*({"n": n} for n in range(40)))
