@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from ingestd.base.bursts import compute_beside, let_loop_go_first
+from ingestd.base.bursts import ComputeThread, compute_beside, let_loop_go_first
 from ingestd.base.record import InvalidRecord, Layout, Records, pack_sizes
 from ingestd.codecs.json import has_longer_line, holds_more, is_deeper
 from ingestd.codecs.lines import (
@@ -394,7 +394,7 @@ class BodyDecoder:
     def __init__(self, settings: HttpSettings) -> None:
         self._settings = settings
         self._loop = asyncio.get_running_loop()
-        self._thread = self._make_thread("http-body")
+        self._thread = ComputeThread("http-body", self._loop)
         self.stream_thread = self._make_thread("http-stream")
         self._large = self._make_thread("http-large")
 
@@ -405,7 +405,8 @@ class BodyDecoder:
 
     def close(self) -> None:
         """Ends the threads; work that was begun is finished and thrown away."""
-        for thread in (self._thread, self.stream_thread, self._large):
+        self._thread.close()
+        for thread in (self.stream_thread, self._large):
             thread.shutdown(wait=False, cancel_futures=True)
 
     async def decode(
@@ -451,18 +452,18 @@ class BodyDecoder:
             parts = codec.decode_quickly(body, limits)
             if parts is not None:
                 return parts
-        thread = self._thread if len(body) < LARGE_BYTES else self._large
-        return await self._loop.run_in_executor(thread, codec.decode, body, limits)
+        if len(body) < LARGE_BYTES:
+            return await self._thread.run(codec.decode, body, limits)
+        return await self._loop.run_in_executor(self._large, codec.decode, body, limits)
 
     async def verify(self, codec: BodyCodec, wire: bytes) -> Delivery | None:
         """See `BodyCodec.verify`."""
         if len(wire) < THREAD_BYTES:
             return codec.verify(wire)
-        return await self._loop.run_in_executor(self._thread, codec.verify, wire)
+        return await self._thread.run(codec.verify, wire)
 
     async def fingerprint(self, wire: bytes, content_type: str, encoding: str) -> bytes:
         """See `take_fingerprint`."""
         if len(wire) < THREAD_BYTES:
             return take_fingerprint(wire, content_type, encoding)
-        arguments = (wire, content_type, encoding)
-        return await self._loop.run_in_executor(self._thread, take_fingerprint, *arguments)
+        return await self._thread.run(take_fingerprint, wire, content_type, encoding)

@@ -224,7 +224,7 @@ class Datagrams:
                     append = self._append_of(taken)
                 else:
                     thread = self._source.thread
-                    append = await self._loop.run_in_executor(thread, self._append_of, taken)
+                    append = await thread.run(self._append_of, taken)
                 if append.records.count or append.invalid:
                     await accept_patiently(self._source.intake, append)
                     self._source.tally.accepted(append)

@@ -54,9 +54,9 @@ from ingestd.sources.tcp import Frames, Peer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from concurrent.futures import ThreadPoolExecutor
 
     from ingestd.base.append import AppendCounts, IdempotencyClaim
+    from ingestd.base.bursts import ComputeThread
     from ingestd.base.clock import Clock
     from ingestd.http.admission import AdmissionController, Reservation
     from ingestd.sources.base import Intake
@@ -137,7 +137,7 @@ class Owner(Protocol):
     intake: Intake
     clock: Clock
     admission: AdmissionController
-    thread: ThreadPoolExecutor
+    thread: ComputeThread
     totals: Totals
     tally: AppendCounts
     buffer: memoryview
@@ -380,7 +380,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         """Calls the codec, in a thread if that may take long."""
         if self._passing + self._codec.held < THREAD_BYTES and is_quick:
             return call(argument)
-        return await self._loop.run_in_executor(self._owner.thread, call, argument)
+        return await self._owner.thread.run(call, argument)
 
     async def _take_all(self, data: bytes) -> str:
         """Takes bytes, in pieces if much would become of them; returns a fault of theirs."""

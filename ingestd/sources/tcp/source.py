@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from ingestd.base.append import AppendCounts
-from ingestd.base.bursts import compute_beside
+from ingestd.base.bursts import ComputeThread
 from ingestd.base.errors import AddressError, ConfigError
 from ingestd.base.logging import get_logger
 from ingestd.config.network import split_address
@@ -115,9 +114,7 @@ class TcpSource(Source):
         loop = asyncio.get_running_loop()
         settings = self.settings
         self.buffer = memoryview(bytearray(READ_BYTES))
-        self.thread = ThreadPoolExecutor(
-            1, thread_name_prefix=self.name, initializer=compute_beside, initargs=(loop,)
-        )
+        self.thread = ComputeThread(self.name, loop)
         self.overdraft = asyncio.Lock()
         self.admission = AdmissionController(
             settings.inflight_bytes_max,
@@ -263,7 +260,7 @@ class TcpSource(Source):
         await asyncio.gather(*tasks, return_exceptions=True)
         for connection in left:
             connection.abort()
-        self.thread.shutdown(wait=False, cancel_futures=True)
+        self.thread.close()
         if unaccepted:
             log.error("received_bytes_abandoned", source=self.name, bytes=unaccepted)
 
