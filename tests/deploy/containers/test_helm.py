@@ -289,6 +289,7 @@ def test_a_setting_that_is_null_is_none() -> None:
     found = settings_of(made_with(settings={"log": None, "batch": batch, "format": None}))
     assert found["batch"] == {"age_max": "2s"}
     assert not {"log", "format"} & found.keys()
+    assert settings_of(made_with(settings=None)) == settings_of(made_with())
 
 
 def test_names_that_yaml_reads_otherwise_are_names() -> None:

@@ -64,14 +64,15 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 
 {{- /* ingestd.toml: what the chart decides, over the settings of the values. */ -}}
 {{- define "ingestd.settings" -}}
+{{- $given := .Values.settings | default dict }}
 {{- $files := dict }}
 {{- range ternary .Values.tokens.names (keys .Values.tokens.hashes) (ne .Values.tokens.existingSecret "") }}
 {{- $_ := set $files . (dict "file" (printf "/etc/ingestd-tokens/%s" .)) }}
 {{- end }}
-{{- if not (or $files .Values.settings.http .Values.settings.source .Values.settings.sources) }}
+{{- if not (or $files $given.http $given.source $given.sources) }}
 {{- fail "Nothing says which clients may send records: set tokens.hashes, or tokens.existingSecret and tokens.names, or settings.http (docs/SECURITY.md)." }}
 {{- end }}
-{{- if and (eq .Values.journal.kind "jetstream") (not (dig "journal" "jetstream" "servers" "" .Values.settings)) }}
+{{- if and (eq .Values.journal.kind "jetstream") (not (dig "journal" "jetstream" "servers" "" $given)) }}
 {{- fail "journal.kind jetstream needs the servers: set settings.journal.jetstream.servers (docs/ENGINE.md, deploy/helm/values/jetstream.yaml)." }}
 {{- end }}
 {{- with .Values.autoscaling }}
@@ -83,7 +84,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- if ne .Values.journal.kind "sqlite" }}
 {{- /* Less than the container's limits: from here on clients are told to come again. */}}
 {{- $bounds = dict "journal" (dict "bytes_max" "256MiB") "dead" (dict "bytes_max" "64MiB") }}
-{{- if dig "journal" "jetstream" "adopt" false .Values.settings }}
+{{- if dig "journal" "jetstream" "adopt" false $given }}
 {{- /* There is what another daemon left pending, too. */}}
 {{- $bounds = dict "journal" (dict "bytes_max" "128MiB") "dead" (dict "bytes_max" "32MiB") }}
 {{- end }}
@@ -92,7 +93,7 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- if $files }}
 {{- $_ := set $own "http" (dict "tokens" $files) }}
 {{- end }}
-{{- $all := mergeOverwrite $bounds (deepCopy .Values.settings) $own -}}
+{{- $all := mergeOverwrite $bounds (deepCopy $given) $own -}}
 # Written by the chart from its values. See config/ingestd.toml for every setting there is.
 {{- range $key := include "ingestd.keys" $all | fromJsonArray }}
 {{- if not (kindIs "map" (get $all $key)) }}
