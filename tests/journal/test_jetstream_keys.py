@@ -206,7 +206,7 @@ def test_a_key_outlives_its_daemon_and_its_log(tmp_path: Path) -> None:
         one = group.start("one", 3600)
         two = group.start("two", 0, "--journal.jetstream.retire_after", "0s")
         for daemon in (one, two):
-            daemon.event("daemon_started")
+            daemon.event("daemon_started", 60)
         body = b"1\n2\n3\n"
         accepted = asked(one, "K", body)
         assert accepted[:2] == (202, False)
@@ -226,12 +226,12 @@ def test_a_key_outlives_its_daemon_and_its_log(tmp_path: Path) -> None:
                 assert asked(two, f"B{n}", b"%d\n" % n) == (202, True, answers[0][2])
         one.terminate(signal.SIGKILL)
         known(two)
-        two.event("log_adopted")
+        two.event("log_adopted", 60)
         known(two)
-        two.event("log_retired")
+        two.event("log_retired", 60)
         until(lambda: "one" not in group.listed())
         known(two)
         again = group.start("one", 0)
-        again.event("daemon_started")
+        again.event("daemon_started", 60)
         known(again)
         assert group.numbers() == [1, 2, 3, *range(10, 20)]
