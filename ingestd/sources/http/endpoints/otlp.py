@@ -9,8 +9,9 @@ Protobuf is read by tables of our own and not by the classes of opentelemetry-pr
 both. Those build all objects of a body before one can be counted (8 MiB of empty log records take
 530 MB), they take or leave a body as a whole, and they are hardly faster: each field is a call from
 Python all the same (6.9 million instructions for 100 records of 1 KB without any check of ours, 7.5
-million here with all of them), while attributes, most of which come again with each record, are
-looked up here.
+million by the tables with all of them), while attributes, most of which come again with each
+record, are looked up here. Usual log records are read in runs, without a call for a field, which
+takes a fifth less (`codecs/otlp/logs`).
 
 Clients drop what is answered with 4xx, and send the same again on 429, 502, 503 and 504 alone. So
 an invalid record beside good ones is told in a 200 (`partial_success`), and what may succeed later
