@@ -605,12 +605,15 @@ class ProcessWorker:
         while queued := self._handed[0] if self._handed else jobs.take(self.name):
             try:
                 # In a copy: a job that goes back may be with another worker before this one is out.
-                queued.result = queued.context.copy().run(self._run, jobs, queued)
+                result = queued.context.copy().run(self._run, jobs, queued)
             except BaseException as error:  # noqa: BLE001  a bug of ours; `done` raises it
                 queued.error = error
                 self._drop(jobs, queued)
-            if queued.result is not None or queued.error is not None:
-                jobs.resolve(queued)
+            else:
+                if result is None:
+                    continue  # it went back; what it has by now is another worker's
+                queued.result = result
+            jobs.resolve(queued)
 
     def _report_findings(self, child: WorkerProcess) -> None:
         """Logs what the handler's `check()` found, which may take as long as a job."""

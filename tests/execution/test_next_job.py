@@ -20,6 +20,7 @@ import pytest
 
 from ingestd.base.record import Records, Span
 from ingestd.execution import process
+from ingestd.execution.job_queue import JobQueue, QueuedJob
 from ingestd.execution.pool import ThreadedPool
 from ingestd.execution.process import ProcessWorker
 from ingestd.handlers import wire
@@ -328,3 +329,28 @@ async def test_a_job_that_came_back_runs_before_the_worker_that_gave_it_is_out(
     finally:
         leaves.set()
         other.join()
+
+
+class GivesBack(ProcessWorker):
+    """Gives its first job back, which another worker has run before this one is out of the call."""
+
+    def _spawn(self) -> None:
+        return None
+
+    def _run(self, jobs: JobQueue, queued: QueuedJob) -> None:
+        jobs.put_back([queued])
+        other = jobs.take("other")
+        assert other is queued
+        other.result = Result(seconds=7.0)
+        jobs.resolve(other)
+        jobs.close(1)
+
+
+async def test_a_job_that_goes_back_keeps_the_result_of_the_worker_that_runs_it() -> None:
+    wanted = HandlerConfig("next_handlers:Does", {}, "json", "process", "default", b"data")
+    hello = InitMessage(wanted, os.getpid())
+    jobs = JobQueue()
+    queued = jobs.put(Job("j-0", 1, Records.lines([b"1"]), [Span(1, 0, 1)], "j"))
+    # On the loop's own thread: the loop sees the result when this worker is done with the job.
+    GivesBack("w-0", hello, timeout=60.0, on_restart=lambda _: None)._serve(jobs)
+    assert (await asyncio.wait_for(queued.done, 5)).seconds == 7.0

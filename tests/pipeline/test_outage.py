@@ -491,7 +491,7 @@ async def test_tries_are_counted_as_what_they_were(start, tmp_path) -> None:
     await pipeline.accept(Append(numbers(0, 64)))
     report = await drained(pipeline)
     assert report.ledger[:3] == (64, 63, 1)
-    counted = {name: child._value.get() for name, child in pipeline._metrics._batches.items()}
+    counted = pipeline._metrics.labeled["batches_total"]
     calls = recording.calls(tmp_path)
     assert counted["done"] == len([call for call in calls if 5 not in call["records"]])
     assert counted["split"] == 6  # 64, 32, 16, 8, 4, 2
