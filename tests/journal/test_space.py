@@ -97,6 +97,38 @@ async def test_a_log_of_commits_that_killed_lives_left_does_not_pile_up(
     assert max(sizes) < 4 << 20
 
 
+@needs("mount", root=True)
+async def test_a_start_whose_disk_has_no_room_for_what_kills_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log of commits can't be copied then, and stays as it is."""
+    with mounted(tmp_path / "disk", "-t", "tmpfs", "-o", "size=16m", "tmpfs") as disk:
+        killed, journal = (
+            SqliteJournal(
+                folder / "journal.db", bytes_max=1 << 30, clock=SystemClock(),
+                on_commit=lambda *_: None,
+            )
+            for folder in (tmp_path, disk)
+        )  # fmt: skip
+        await killed.open(lambda _: None)
+        await killed.append(Append(Records.lines([b"x" * 1000] * 2500)))
+        for name in ("journal.db", "journal.db-wal"):
+            shutil.copy(tmp_path / name, disk)
+        room = (disk / "filler").open("wb", buffering=0)
+        with suppress(OSError):
+            while True:
+                room.write(bytes(4096))
+        room.truncate(room.tell() - (200 << 10))
+        monkeypatch.setattr(checkpoint, "WAL_BYTES", 1 << 20)
+        await journal.open(lambda _: None)
+        assert (disk / "journal.db-wal").stat().st_size > 2 << 20
+        assert journal.ledger.accepted == 2500
+        room.truncate(0)
+        await journal.close()
+        await killed.close()
+        room.close()
+
+
 async def test_a_drained_journal_is_small_again(opened, tmp_path: Path) -> None:
     j = await opened()
     file = tmp_path / "journal.db"

@@ -12,6 +12,7 @@ would take longer for every next one.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import sqlite3
@@ -58,7 +59,8 @@ class Checkpointer:
         self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
         left = path.with_name(f"{path.name}-wal").stat().st_size
         if left >= _LEFT_MAX * self._wal_bytes:
-            restart(self._connection, "TRUNCATE")
+            with contextlib.suppress(sqlite3.Error):  # a full disk, say: see `_run`
+                restart(self._connection, "TRUNCATE")
         self._thread.start()
         self.wrote(left)
 
