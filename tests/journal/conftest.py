@@ -7,13 +7,15 @@ import pytest
 from ingestd.base.clock import SystemClock
 from ingestd.journal.sqlite.journal import SqliteJournal
 from tests.journal.on_nats import opener
+from tests.nats import running
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from pathlib import Path
 
     from ingestd.journal.interface import Chunk, Recovered
     from ingestd.journal.log import LogJournal
+    from tests.nats import Cluster
 
 
 class Opened:
@@ -53,3 +55,10 @@ async def open_(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[LogJour
     """Opens a journal on servers of NATS, each in a folder of its own."""
     async with opener(tmp_path) as open_one:
         yield open_one
+
+
+@pytest.fixture(scope="module")
+def one_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A server of NATS for the tests of a file."""
+    with running(tmp_path_factory.mktemp("nats")) as cluster:
+        yield cluster

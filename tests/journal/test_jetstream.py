@@ -26,12 +26,6 @@ pytest.importorskip("nats", reason="needs nats-py: pip install 'ingestd[jetstrea
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def one_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with running(tmp_path_factory.mktemp("nats")) as cluster:
-        yield cluster
-
-
 @pytest.fixture
 def three_nodes(tmp_path: Path) -> Iterator[Cluster]:
     with running(tmp_path, 3) as cluster:

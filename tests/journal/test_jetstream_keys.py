@@ -19,24 +19,16 @@ from tests.journal.on_nats import crash, lines, records
 from tests.nats import running
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from ingestd.journal.log import LogJournal
     from tests.daemon.harness import Daemon
-    from tests.nats import Cluster
 
 pytest.importorskip("nats", reason="needs nats-py: pip install 'ingestd[jetstream]'")
 # Behind the skip: without nats-py this module is skipped before it has any of its names.
 from tests.journal.test_group import group_of, until
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def one_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with running(tmp_path_factory.mktemp("nats")) as cluster:
-        yield cluster
 
 
 async def sent(journal: LogJournal, key: str, record: bytes, print_: bytes = b"print") -> bytes:
