@@ -35,7 +35,7 @@ wait_for("waited for its socket", entrance.exists)
 with socket.socket(socket.AF_UNIX) as sender:
     sender.connect(str(entrance))
     for number in range(int(count)):
-        stamp = time.strftime("%b %d %H:%M:%S").replace(" 0", "  ", 1)
+        stamp = time.strftime("%b %e %H:%M:%S")
         sender.sendall(b'<13>%b there app[7]: {"n": %d}\n' % (stamp.encode(), number))
         if number == int(count) // 2:
             print("half", flush=True)
