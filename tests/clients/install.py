@@ -62,7 +62,8 @@ def install_debian(target: Path) -> None:
         package.unlink()
     (target / "bin").mkdir()
     rsyslog = next(target.glob("usr/lib/*/rsyslog"))
-    libraries = f"{rsyslog.parent}:{target}/usr/lib/syslog-ng"
+    machine = rsyslog.parent.name
+    libraries = f"{rsyslog.parent}:{target}/lib/{machine}:{target}/usr/lib/syslog-ng"
     modules = next(target.glob("usr/lib/syslog-ng/*/libaffile.so")).parent
     for name, flags in (("rsyslogd", f"-M{rsyslog}"), ("syslog-ng", f"--module-path={modules}")):
         program = target / "bin" / name
