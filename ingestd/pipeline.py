@@ -142,6 +142,7 @@ class Pipeline:
         self._clock = clock
         self.is_closing = False
         self._gone = True  # the workers
+        self._turning: list[asyncio.Task[None]] = []
         self._timer: asyncio.Timeout | None = None
 
     # -- start ---------------------------------------------------------------------------------
@@ -171,6 +172,14 @@ class Pipeline:
             await self.dispatcher.close(self._loop.time() + 5.0)
             raise
         recovered.failed.add_done_callback(self._tasks.break_with)
+        try:
+            await self._begin(recovered)
+        except BaseException:
+            # Which gives a lock or a lease back.
+            await self.close(self._loop.time() + 5.0, self._loop.time() + 5.0)
+            raise
+
+    async def _begin(self, recovered: Recovered) -> None:
         await self._recover(recovered)
         self._turning = [
             self._tasks.start(self._pump(), "pump"),
@@ -199,12 +208,8 @@ class Pipeline:
         if recovered.set_aside:
             log.error("journal_set_aside", pipeline=self.name, moved_to=recovered.set_aside)
         if self.ledger.pending:
-            log.info(
-                "journal_recovered",
-                pipeline=self.name,
-                pending=self.ledger.pending,
-                sealed=len(recovered.batches),
-            )
+            facts = {"pending": self.ledger.pending, "sealed": len(recovered.batches)}
+            log.info("journal_recovered", pipeline=self.name, **facts)
 
     def reload(self, batch: BatchSettings, keys: KeyRule) -> None:
         """Uses other bounds for batches, and another rule for keys, from now on."""

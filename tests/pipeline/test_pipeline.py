@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import threading
 from typing import TYPE_CHECKING, Any
+from unittest.mock import AsyncMock
 
 import pytest
 
 from ingestd.admin.status import status_of
 from ingestd.base.append import Append
+from ingestd.base.errors import JournalFailed
 from ingestd.base.record import InvalidRecord, Records
 from ingestd.journal.dead_letters import LetterFilter
 from ingestd.journal.sqlite.dead_letters import letters as letters_of
 from ingestd.journal.sqlite.offline import opened as opened_beside
+from ingestd.settlement import SettlementWriter
 from tests.pipeline import recording
 
 if TYPE_CHECKING:
@@ -460,3 +464,17 @@ async def test_memory_journal_goes_the_same_way(start, tmp_path) -> None:
     assert sorted(records_of(tmp_path)) == list(range(2500))
     assert not report.durable
     assert report.ledger[:2] == (2500, 2500)
+
+
+async def test_a_start_that_fails_behind_the_journal_gives_all_back(start, tmp_path) -> None:
+    pipeline = await start(HANDLER + "Note", options={"folder": str(tmp_path)})
+    await pipeline.close()
+    running = set(threading.enumerate())
+    failed = JournalFailed(path="journal.db", problem="as it is read")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(SettlementWriter, "recover", AsyncMock(side_effect=failed))
+        with pytest.raises(JournalFailed, match="as it is read"):
+            await start(HANDLER + "Note", options={"folder": str(tmp_path)})
+    assert set(threading.enumerate()) <= running
+    pipeline = await start(HANDLER + "Note", options={"folder": str(tmp_path)})  # it is not locked
+    assert (await drained(pipeline)).balanced
