@@ -475,6 +475,6 @@ async def test_a_start_that_fails_behind_the_journal_gives_all_back(start, tmp_p
         patched.setattr(SettlementWriter, "recover", AsyncMock(side_effect=failed))
         with pytest.raises(JournalFailed, match="as it is read"):
             await start(HANDLER + "Note", options={"folder": str(tmp_path)})
-    assert set(threading.enumerate()) <= running
+    await until(lambda: set(threading.enumerate()) <= running)
     pipeline = await start(HANDLER + "Note", options={"folder": str(tmp_path)})  # it is not locked
     assert (await drained(pipeline)).balanced
