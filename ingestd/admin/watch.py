@@ -85,7 +85,8 @@ class History:
             ages = list(pipelines[name].settlements.recent.ages)
             before = self._ages.get(name) or [0] * len(ages)
             self._ages[name] = ages
-            new = [count - earlier for count, earlier in zip(ages, before, strict=True)]
+            # A log that is adopted again begins with nothing.
+            new = [max(0, count - earlier) for count, earlier in zip(ages, before, strict=True)]
             shares = [share(new, part) for part in (0.5, 0.99)]
             kept = self._samples.setdefault(name, array("d"))
             kept.extend((now, one.accepted, one.processed, one.dead_ever, one.pending))

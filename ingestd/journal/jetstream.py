@@ -518,15 +518,17 @@ class JetStreamLog:
         full = info.state.bytes > 0.9 * self._bytes_max
         self._full = f"the stream {self._settings.stream} is nine tenths full" if full else ""
 
-    async def release(self, owner: str) -> None:  # noqa: ARG002
+    async def release(self, owner: str) -> None:
         """See `ReplicatedLog.release`."""
-        if (revision := self._revisions.pop(self.place, 0)) and self._client.is_connected:
-            errors = self._nats.js.errors
+        self._revisions.pop(self.place, None)
+        stream, subject = self._leases()
+        # As it is there: a renewal may have come without its answer.
+        held = await self._last_of(subject, stream)
+        if held is not None and held.data == owner.encode():
             # Without a marker, which would look like a lease, and no later one of another daemon.
-            stream, subject = self._leases()
-            with contextlib.suppress(errors.Error):
-                call = self._js.purge_stream(stream, seq=revision + 1, subject=subject)
-                await self._ask(call)
+            purge = self._js.purge_stream(stream, seq=held.number + 1, subject=subject)
+            with contextlib.suppress(self._nats.js.errors.NotFoundError):
+                await self._ask(purge)
 
     def _leases(self) -> tuple[str, str]:
         """The stream of the bucket, and the subject of the lease in it."""

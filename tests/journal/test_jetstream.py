@@ -81,6 +81,19 @@ async def test_a_renewal_whose_answer_was_lost_is_made_good(one_node, open_) -> 
     assert (await log._bucket.get(log.place)).revision > held.revision
 
 
+async def test_a_renewal_that_was_cancelled_does_not_keep_the_lease(one_node, open_) -> None:
+    journal = await open_(one_node, "cancelled")
+    log, owner = journal._log, journal._owner
+    held = await log._bucket.get(log.place)
+    renewal = asyncio.create_task(log.acquire(owner, 1))
+    await asyncio.sleep(0)  # it has been sent, and is not answered
+    renewal.cancel()
+    while (await log._bucket.get(log.place)).revision == held.revision:
+        await asyncio.sleep(0.01)
+    await log.release(owner)
+    assert (await log.logs())[log.place].owner == ""
+
+
 async def test_a_subject_that_no_daemon_writes_is_no_log(one_node, open_) -> None:
     log = (await open_(one_node, "named"))._log
     for place in ("/tmp/named.default", "named.default.more", "$named.default", "named"):
