@@ -47,7 +47,14 @@ def earlier(tmp_path: Path) -> Path:
     path.write_bytes(gzip.decompress(MADE.read_bytes()))
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (1,)
+    renew_keys(path)
     return path
+
+
+def renew_keys(path: Path) -> None:
+    """Sets the time of the keys to that of the test: they live for a day."""
+    with closing(sqlite3.connect(path)) as db, db:
+        assert db.execute("UPDATE keys SET at = ?", (time.time(),)).rowcount == 1
 
 
 async def check_all(j) -> None:
@@ -253,6 +260,7 @@ def unpack(version: int, folder: Path) -> Path:
 @pytest.mark.parametrize("version", VERSIONS)
 async def test_what_an_earlier_daemon_left_is_all_there(opened, tmp_path, version: int) -> None:
     path = unpack(version, tmp_path)
+    renew_keys(path)
     with closing(sqlite3.connect(path)) as db:
         assert db.execute("PRAGMA user_version").fetchone() == (version,)
         ((key, state),) = db.execute("SELECT key, state FROM bookmarks").fetchall()
