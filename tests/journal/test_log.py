@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -288,6 +289,21 @@ async def test_a_damaged_cache_ends_the_journal_and_the_log_heals_it(live) -> No
     loaded = await second.journal.load([Span(1, 0, 1)])
     assert loaded is not None
     assert loaded.items() == [b"1"]
+
+
+async def test_a_cache_is_not_synced_and_its_wal_stays_small(live, monkeypatch) -> None:
+    one = await live(Engine()).open()
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    checkpointer = one.journal._checkpointer
+    for connection in (one.journal._store.connection, checkpointer._connection):
+        assert connection.execute("PRAGMA synchronous").fetchone() == (0,)
+    wal = one.journal.path.with_name("cache.db-wal")
+    for _ in range(64):
+        await one.journal.append(Append(lines(*[b"x" * 1000] * 1000)))
+        await asyncio.sleep(0.02)  # for the thread that copies
+    assert not synced
+    assert wal.stat().st_size < 24 << 20
 
 
 async def test_commands_do_not_change_a_cache_without_its_daemon(live) -> None:

@@ -128,7 +128,7 @@ class LogJournal(SqliteJournal):
         options: see `SqliteJournal`.
     """
 
-    keeps = False
+    keeps = synced = False
     store_letters = cache.CacheDeadLetterStore
 
     def __init__(

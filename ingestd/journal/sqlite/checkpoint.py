@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 WAL_BYTES = 64 << 20
 """How much goes into the WAL before it is started over."""
+UNSYNCED_WAL_BYTES = 8 << 20
+"""The same where nothing is synced: what is written over soon is never written to the disk."""
 WAL_PART = 16
 """Of a small disk not more than this part: what is kept free of it is a tenth, and a WAL that took
 so much would keep records out although nothing is pending."""
@@ -43,12 +45,18 @@ class Checkpointer:
 
     Args:
         path: the journal's file.
+        synced: what is committed has to survive the machine. Without it nothing is synced here:
+            other programs' syncs would wait for that of a cache.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, synced: bool = True) -> None:
         self._connection = connect(path)
+        self._synced = synced
+        if not synced:
+            self._connection.execute("PRAGMA synchronous=OFF")
         disk = os.statvfs(path)
-        self._wal_bytes = min(WAL_BYTES, disk.f_blocks * disk.f_frsize // WAL_PART)
+        wal = WAL_BYTES if synced else UNSYNCED_WAL_BYTES
+        self._wal_bytes = min(wal, disk.f_blocks * disk.f_frsize // WAL_PART)
         # POSIX drops every lock that a process has on a file when it closes *any* descriptor of
         # it, so this one lives as long as the connections do (see `close`).
         self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -94,6 +102,8 @@ class Checkpointer:
         Raises:
             OSError: what was synced just now may not be on the disk.
         """
+        if not self._synced:
+            return
         try:
             os.posix_fallocate(self._fd, 0, 1)
         except OSError as error:
@@ -108,7 +118,8 @@ class Checkpointer:
                 return
             try:
                 self._copy()
-                os.fsync(self._fd)
+                if self._synced:
+                    os.fsync(self._fd)
             except (sqlite3.Error, OSError):
                 # Nothing is lost by a checkpoint that fails: the WAL keeps its content. What is
                 # really wrong with the disk shows at the next commit, which is checked.

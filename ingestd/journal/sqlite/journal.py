@@ -105,7 +105,7 @@ class SqliteJournal:
         keep_bytes_max: bound on the bytes of these.
     """
 
-    keeps = True
+    keeps = synced = True
     group: JournalGroup | None = None
     store_letters: type[SqliteDeadLetterStore] = SqliteDeadLetterStore
 
@@ -210,7 +210,7 @@ class SqliteJournal:
                 raise JournalFailed(path=self.path, problem=why(error)) from error
             raise DataDirError(path=self.path, problem=why(error)) from error
         self._store = store
-        self._checkpointer = Checkpointer(self.path)
+        self._checkpointer = Checkpointer(self.path, synced=self.synced)
         self._committer = JournalWriter(
             store, self._checkpointer, self._report, self._clock, self._keys_before
         )
