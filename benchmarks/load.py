@@ -12,6 +12,7 @@ import asyncio
 import itertools
 import json
 import shutil
+import socket
 import sys
 import time
 from pathlib import Path
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 CONNECTIONS = 64
 START_SECONDS = 30.0
 """What a load may take longer than it was asked to."""
+SEND_BYTES = 256 << 10
+"""Bytes that the kernel takes from a connection ahead of the other side: what lies there when the
+load ends is read behind that end, and hundreds of megabytes would make a longer run of it."""
 END_OF_HEAD = b"\r\n\r\n"
 
 
@@ -170,6 +174,7 @@ async def stream(port: int, seconds: float, bodies: Sequence[bytes]) -> Load:
     async def write(first: int) -> None:
         nonlocal written
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BYTES)
         for body in itertools.islice(itertools.cycle(bodies), first, None):
             if time.perf_counter() >= began + seconds:
                 break
