@@ -538,8 +538,9 @@ def test_no_error_shows_what_is_in_a_secret(world: World, key: str, value: str) 
 
 def test_no_error_shows_an_option(world: World) -> None:
     world.toml('handler.options = {password = "hunter2", at = 1979-05-27}')
-    assert "hunter2" not in world.problem()
-    assert "1979" not in world.problem()
+    line = world.problem().replace(str(world.root), "")  # whose number may be that year
+    assert "hunter2" not in line
+    assert "1979" not in line
 
 
 def test_a_journal_has_room_for_what_a_stream_appends_at_once(world: World) -> None:
