@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import signal
 
+from hypothesis import settings
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("tests", settings.default, deadline=None)
+settings.load_profile("tests")
+
 
 def pytest_configure() -> None:
     """Takes SIGINT back, which a shell has its background jobs, and their children, ignore."""

@@ -634,7 +634,7 @@ def test_a_form_that_cannot_be_a_record(body: bytes, slug: str) -> None:
 
 
 @given(st.lists(st.tuples(st.text(), st.text())))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_form_is_read_as_it_was_written(fields: list[tuple[str, str]]) -> None:
     fields = [(k.encode("utf-8", "ignore").decode(), v.encode("utf-8", "ignore").decode())
               for k, v in fields]  # fmt: skip
@@ -644,7 +644,7 @@ def test_any_form_is_read_as_it_was_written(fields: list[tuple[str, str]]) -> No
 
 
 @given(st.sampled_from(sorted(SIGNERS)), st.binary(max_size=200), st.text(max_size=50), st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_bytes_but_signed_ones_get_in(name: str, body: bytes, text: str, data: Any) -> None:
     kind, sign = SIGNERS[name]
     one = hook(kind, WRITTEN.get(name, (SECRET,))[0])

@@ -29,7 +29,7 @@ else:
 
 RECORD_MAX = 40
 DEPTH_MAX = 3
-quick = settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+quick = settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-99, 99) | st.text(max_size=8),
@@ -203,7 +203,7 @@ def test_inflating_anything(wire, encoding):
 # -- over a socket ---------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 @given(
     body=bodies, chunks=cuts, segments=cuts, extension=st.sampled_from([b"", b";a=b", b';a="x"'])
 )

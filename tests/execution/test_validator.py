@@ -146,7 +146,7 @@ FITTING = (
 
 
 @pytest.mark.parametrize("target", ["clicks", "Orders", "people", "numbers"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(values=st.lists(FITTING, min_size=1, max_size=4), sized=st.booleans())
 def test_a_record_is_accepted_exactly_if_a_worker_decodes_it(
     target: str, values: list[Any], sized: bool

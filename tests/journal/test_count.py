@@ -86,7 +86,7 @@ MOVES = st.one_of(
 
 
 @given(moves=st.lists(MOVES, max_size=60), rows=st.integers(1, 6), begin=st.integers(0, 30))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @pytest.mark.slow
 def test_it_finds_nothing_where_nothing_is(
     moves: list[tuple[str, int]], rows: int, begin: int

@@ -201,7 +201,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(examples: int, steps: int) -> None:
     case = GroupAgainstModel.TestCase
     case.settings = settings(
-        max_examples=examples, stateful_step_count=steps, deadline=None,
+        max_examples=examples, stateful_step_count=steps,
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
     case("runTest").runTest()

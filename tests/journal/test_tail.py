@@ -48,7 +48,7 @@ async def test_a_reader_waits_for_the_next_chunk() -> None:
     steps=st.lists(st.sampled_from(["push", "take", "free"]), max_size=80),
     bound=st.integers(1, 60),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_whatever_the_order_every_chunk_comes_once(steps: list[str], bound: int) -> None:
     async def scenario() -> None:
         tails: list[ChunkReader] = []

@@ -456,7 +456,6 @@ def run(examples: int, steps: int, machine: type[PipelineAgainstModel]) -> Any:
     case.settings = settings(
         max_examples=examples,
         stateful_step_count=steps,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
     )
     return case

@@ -547,4 +547,4 @@ class KeysModel(RuleBasedStateMachine):
 
 
 TestKeysModel = pytest.mark.slow(KeysModel.TestCase)
-TestKeysModel.settings = hypothesis_settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestKeysModel.settings = hypothesis_settings(max_examples=25, stateful_step_count=25)

@@ -239,7 +239,7 @@ async def all_of(steps: list[Step], *, table: bool) -> tuple[Any, ...]:
     return answers, kept, counted
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
 @given(STEPS)
 def test_any_sequence_of_requests_has_the_same_answers_and_records(steps: list[Step]) -> None:
     with_table = asyncio.run(all_of(steps, table=True))

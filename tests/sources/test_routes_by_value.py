@@ -74,7 +74,7 @@ def test_the_pipeline_of_a_value(record: bytes, to: str) -> None:
         assert router.sort(records) == ({to: [0]}, [])
 
 
-@bounded(max_examples=30, deadline=None)
+@bounded(max_examples=30)
 @given(types=st.lists(st.sampled_from(["click", "order.1", "else", "é", None, 7]), min_size=1))
 def test_each_record_has_one_place(types: Sequence[Any]) -> None:
     records = Records.lines([json.dumps({"type": one}).encode() for one in types])

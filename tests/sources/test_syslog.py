@@ -205,7 +205,7 @@ ESCAPES |= {'"': '\\"', "\\": "\\\\"}
 ANY_TEXT = st.text(st.sampled_from('"\\\0\x01\b\t\f\r\x1f \x7f[]=aü\u2028\ufeff😀'), max_size=20)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(ANY_TEXT, min_size=1, max_size=4), st.sampled_from((r"\u0000", r"\n")))
 def test_texts_are_written_the_same_to_the_byte(texts: list[str], zero: str) -> None:
     """Character by character, whether or not a block holds one that needs the slow way."""
@@ -228,7 +228,7 @@ MESSAGES = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(st.lists(MESSAGES.filter(bool), min_size=1, max_size=5))
 def test_any_bytes_are_records_and_the_usual_way_is_the_exact_one(messages: list[bytes]) -> None:
     """Each message is one JSON object; the pattern for all finds what the one for each finds."""
@@ -354,7 +354,7 @@ def test_what_was_begun_is_kept_as_unfinished(stream: bytes) -> None:
     assert found.messages == (["a"] if b"a" in stream else [])
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, suppress_health_check=list(HealthCheck))
 @given(st.lists(st.one_of(MESSAGES, st.binary(max_size=30)), max_size=6), st.data())
 def test_any_stream_is_taken_whole(parts: list[bytes], data: st.DataObject) -> None:
     """No bytes make an error, nothing is held in the end, and frames are those of any division."""

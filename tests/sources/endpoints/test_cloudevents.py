@@ -135,7 +135,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value, indent=1).encode()),
     st.sampled_from([STRUCTURED, BATCH, "application/json", "text/plain", ""]),

@@ -180,7 +180,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=60) | JSON.map(lambda value: json.dumps(value, indent=1).encode()))
 def test_any_body_is_read_or_refused(body: bytes) -> None:
     for codec in (SegmentBatchCodec(), SegmentMessageCodec("track")):
@@ -193,7 +193,7 @@ def test_any_body_is_read_or_refused(body: bytes) -> None:
             assert "writeKey" not in one
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(JSON, max_size=12), st.integers(0, 12), st.sampled_from([None, 1]))
 def test_elements_are_counted_a_window_at_a_time(
     elements: list[Any], most: int, indent: int | None
