@@ -37,23 +37,24 @@ def principal_of(scoped_key: str) -> str:
 
 
 class IdempotencyClaim:
-    """Reserves an idempotency key for one request until its append has resolved or is given up.
+    """Reserves an idempotency key for one request until it is accepted or given up.
 
     Attributes:
         key: what the client calls the request, `scoped`.
         fingerprint: tells whether another request with this key is the same one.
         answer: what is stored beside the key; set before the append.
-        submitted: an append carries it; from then on the journal ends it.
+        submitted: an append carries it; until that resolves the journal alone ends it.
+        forgotten: its holder has given it up.
         replaces: the number of an expired key in the engine of the journal, 0 for none.
     """
 
-    __slots__ = ("answer", "fingerprint", "key", "replaces", "submitted")
+    __slots__ = ("answer", "fingerprint", "forgotten", "key", "replaces", "submitted")
 
     def __init__(self, key: str, fingerprint: bytes) -> None:
         self.key = key
         self.fingerprint = fingerprint
         self.answer = b""
-        self.submitted = False
+        self.submitted = self.forgotten = False
         self.replaces = 0
 
 

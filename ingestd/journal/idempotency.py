@@ -2,8 +2,8 @@
 
 A key is put down in the same commit as the records that came with it, so neither is ever there
 without the other. Before that it is claimed (`IdempotencyKeys.begin`), so two requests with one key
-can't both be accepted; the claim ends when its append resolves, or when its holder gives it up
-(`forget`).
+can't both be accepted; the claim ends when it is accepted, or when its holder gives it up
+(`forget`). An append that is refused leaves it to its holder, who may try again.
 
 A key belongs to its principal. Where there are several of them, each may hold at most as many keys
 as are free for the others (the dynamic thresholds of A. K. Choudhury and E. L. Hahne, 1998): one
@@ -170,18 +170,24 @@ class IdempotencyKeys:
 
     def forget(self, claim: IdempotencyClaim) -> None:
         """Ends a claim that no append carries; with one under way, its end is the journal's."""
+        claim.forgotten = True
         if not claim.submitted:
             self._release(claim)
 
-    def resolved(self, claim: IdempotencyClaim, *, at: float, applied: bool) -> None:
+    def resolved(
+        self, claim: IdempotencyClaim, *, at: float, applied: bool, taken: bool = False
+    ) -> None:
         """The journal's word about the append that carried a claim.
 
         Args:
             claim: the claim.
             at: when it was accepted.
             applied: whether it was.
+            taken: another daemon has its key.
         """
-        self._release(claim)
+        claim.submitted = False
+        if applied or taken or claim.forgotten:
+            self._release(claim)
         if applied:
             self.count += 1
             self.owners[principal_of(claim.key)] += 1

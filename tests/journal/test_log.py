@@ -11,7 +11,14 @@ import pytest
 
 from ingestd.base.append import Append, HeldIds, IdempotencyClaim, SourceOffset
 from ingestd.base.clock import SystemClock
-from ingestd.base.errors import JournalFailed, KeyReused, KeyTaken, NeverFits, Overloaded
+from ingestd.base.errors import (
+    JournalFailed,
+    KeyInFlight,
+    KeyReused,
+    KeyTaken,
+    NeverFits,
+    Overloaded,
+)
 from ingestd.base.record import InvalidRecord, Records, Span
 from ingestd.journal import log as log_journal
 from ingestd.journal.dead_letters import DeadLetter, LetterFilter
@@ -503,6 +510,33 @@ async def test_of_two_daemons_one_accepts_a_key(live, faults) -> None:
     again = await live(other).open()
     assert everything(again) == before
     assert again.journal.bytes == two.journal.bytes
+
+
+async def test_a_refused_append_leaves_its_key_to_its_holder(live) -> None:
+    engine = Engine()
+    one = await live(engine).open()
+    claim = await claimed(one, "K")
+    engine.faults = [DOWN]
+    with pytest.raises(LogUnreachable):
+        await one.journal.append(Append(lines(b"1"), claim=claim))
+    with pytest.raises(KeyInFlight):
+        await claimed(one, "K")
+    await one.journal.append(Append(lines(b"1"), claim=claim))
+    assert await answered(one, "K") == b"answer of K"
+    # One whose holder has left ends with its append.
+    claim = await claimed(one, "L")
+    engine.faults = [DOWN]
+    refused = one.journal.append(Append(lines(b"1"), claim=claim))
+    one.journal.idempotency.forget(claim)
+    with pytest.raises(LogUnreachable):
+        await refused
+    claim = await claimed(one, "L")
+    engine.faults = [DOWN]
+    with pytest.raises(LogUnreachable):
+        await one.journal.append(Append(lines(b"1"), claim=claim))
+    one.journal.idempotency.forget(claim)
+    assert not one.journal.idempotency._claims
+    assert not one.journal.idempotency._claimed
 
 
 async def test_what_came_late_is_never_half_of_a_commit(live) -> None:

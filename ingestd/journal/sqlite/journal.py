@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import structlog
 
 from ingestd.base.clock import Ages
-from ingestd.base.errors import DataDirError, JournalFailed, NeverFits, Overloaded
+from ingestd.base.errors import DataDirError, JournalFailed, KeyTaken, NeverFits, Overloaded
 from ingestd.base.files import tighten
 from ingestd.base.rate import Rate, wait_for_room
 from ingestd.host.data_dir import FileLock
@@ -465,7 +465,8 @@ class SqliteJournal:
         applied = committed.error is None
         if not applied:
             self.bytes -= size_of(claim)
-        self.idempotency.resolved(claim, at=committed.at, applied=applied)
+        taken = isinstance(committed.error, KeyTaken)
+        self.idempotency.resolved(claim, at=committed.at, applied=applied, taken=taken)
 
     def _tables_changed(self, committed: Committed) -> None:
         if committed.keys_gone.count:
