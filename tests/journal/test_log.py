@@ -512,6 +512,30 @@ async def test_of_two_daemons_one_accepts_a_key(live, faults) -> None:
     assert again.journal.bytes == two.journal.bytes
 
 
+async def test_an_engine_that_fails_while_a_key_is_taken_refuses_at_once(
+    live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, other = two_engines()
+    one, two = await live(engine).open(), await live(other).open()
+    claim = await claimed(two, "K")
+    await one.journal.append(Append(lines(b"1"), claim=await claimed(one, "K")))
+
+    async def unreachable(*_: object) -> None:
+        raise LogUnreachable(problem="it is down")
+
+    for ask in ("find_keys", "last"):
+        with monkeypatch.context() as patch:
+            patch.setattr(two.log, ask, unreachable)
+            refused = two.journal.append(Append(lines(b"2"), claim=claim))
+            with pytest.raises(LogUnreachable):
+                await asyncio.wait_for(refused, 5)
+    with pytest.raises(KeyTaken):
+        await two.journal.append(Append(lines(b"2"), claim=claim))
+    await two.journal.append(Append(lines(b"3")))
+    assert await answered(two, "K") == b"answer of K"
+    assert two.journal.ledger.accepted == 1
+
+
 async def test_a_refused_append_leaves_its_key_to_its_holder(live) -> None:
     engine = Engine()
     one = await live(engine).open()

@@ -466,9 +466,11 @@ class LogJournal(SqliteJournal):
                 if not may_be_there:
                     raise
             except LogFenced:
+                # Without an answer to these a message that is certainly not there is refused.
+                ask = self._insist if may_be_there else self._asked
                 # In this order: if the log is as before, the keys did not come with this message.
-                taken = self._insist(partial(self._changed, keys)) if keys else ()
-                last = self._insist(self._log.last)
+                taken = ask(partial(self._changed, keys)) if keys else set()
+                last = ask(self._log.last)
                 if last is not None and last.data == message:
                     return last.number
                 number = 0 if last is None else last.number
@@ -496,10 +498,13 @@ class LogJournal(SqliteJournal):
             return True
         return False
 
+    def _asked(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        return self._wait(ask())
+
     def _insist(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
         while True:
             try:
-                return self._wait(ask())
+                return self._asked(ask)
             except LogUnreachable:
                 self._pause()
 
@@ -685,7 +690,7 @@ class LogJournal(SqliteJournal):
 
     def _patiently(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Asks the log until it answers, as the journal is opened."""
-        return self._until(lambda: self._wait(ask()))
+        return self._until(partial(self._asked, ask))
 
     def _until(self, call: Callable[[], T]) -> T:
         until = self._loop.time() + OPEN_SECONDS
