@@ -388,7 +388,7 @@ class JetStreamLog:
         info = await self._made(own.stream, lambda: self._js.add_stream(wanted))
         if info is None:
             return
-        config = info.config
+        config, max_payload = info.config, self._client.max_payload
         few = f"{config.num_replicas} replicas (journal.jetstream.replicas is {own.replicas})"
         problems = [
             text
@@ -400,6 +400,8 @@ class JetStreamLog:
                 (not config.max_age, "a maximum age"),
                 ((config.max_msgs or -1) < 0, "a maximum of messages"),
                 (config.max_msgs_per_subject < 1, "a maximum of messages of a subject"),
+                (not 0 < (config.max_msg_size or 0) < max_payload, "a low maximum message size"),
+                (not config.subject_delete_marker_ttl, "markers of what is deleted"),
                 (config.allow_direct, "no direct access"),
                 (not (config.sealed or config.deny_purge or config.no_ack), "a restriction"),
                 (config.num_replicas >= own.replicas, few),

@@ -222,7 +222,15 @@ async def test_a_full_stream_refuses_and_goes_on_when_there_is_room(open_, one_n
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"max_age": 60.0}, "maximum age"), ({"discard": "old"}, "discards old messages")],
+    [
+        ({"max_age": 60.0}, "maximum age"),
+        ({"discard": "old"}, "discards old messages"),
+        ({"max_msg_size": 10_000}, "low maximum message size"),
+        (
+            {"allow_msg_ttl": True, "allow_rollup_hdrs": True, "subject_delete_marker_ttl": 60.0},
+            "markers of what is deleted",
+        ),
+    ],
 )
 async def test_a_stream_that_would_lose_records_is_refused(one_node, open_, change, said) -> None:
     import nats
