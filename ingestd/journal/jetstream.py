@@ -666,13 +666,19 @@ class JetStreamLog:
     def _key(self, name: str) -> str:
         return f"{self._settings.stream}.key.{self.place.partition('.')[2]}.{name}"
 
-    async def find_keys(self, names: Collection[str]) -> dict[str, LogMessage]:
+    async def find_keys(
+        self, names: Collection[str], *, from_leader: bool = False
+    ) -> dict[str, LogMessage]:
         """See `ReplicatedLog.find_keys`."""
         found: dict[str, LogMessage] = {}
         subjects = [self._key(name) for name in names]
         for first in range(0, len(subjects), KEYS_ASKED):
-            some = {"multi_last": subjects[first : first + KEYS_ASKED]}
-            found.update(await self._ask(self._get(some)))
+            some = subjects[first : first + KEYS_ASKED]
+            if from_leader:
+                last = await asyncio.gather(*map(self._last_of, some))
+                found.update({s: one for s, one in zip(some, last, strict=True) if one is not None})
+            else:
+                found.update(await self._ask(self._get({"multi_last": some})))
         return {subject.rpartition(".")[2]: message for subject, message in found.items()}
 
     async def last(self) -> LogMessage | None:

@@ -105,6 +105,10 @@ async def test_many_keys_come_in_commits_that_the_servers_take(one_node, open_) 
     answers = await asyncio.gather(*(sent(two, f"M{n}", b"%d" % n) for n in range(2000)))
     assert answers == [b"%d" % n for n in range(2000)]
     assert (one.ledger.accepted, two.ledger.accepted) == (2000, 0)
+    names = [_name_of(f"anonymous M{n}") for n in range(250)]
+    found = await one._log.find_keys(names)
+    assert found.keys() == {*names}
+    assert await one._log.find_keys([*names, _name_of("new")], from_leader=True) == found
 
 
 async def test_a_full_stream_has_no_key_without_its_records(one_node, open_) -> None:

@@ -520,7 +520,7 @@ async def test_an_engine_that_fails_while_a_key_is_taken_refuses_at_once(
     claim = await claimed(two, "K")
     await one.journal.append(Append(lines(b"1"), claim=await claimed(one, "K")))
 
-    async def unreachable(*_: object) -> None:
+    async def unreachable(*_: object, **__: object) -> None:
         raise LogUnreachable(problem="it is down")
 
     for ask in ("find_keys", "last"):
@@ -597,6 +597,18 @@ async def test_a_look_at_a_replica_that_lags_costs_another_try(live) -> None:
     with pytest.raises(KeyReused):
         await answered(two, "K", b"other")
     assert two.log.looks == looks
+
+
+async def test_a_replica_that_never_has_a_key_holds_no_commit_back(live) -> None:
+    engine, other = two_engines()
+    one, two = await live(engine).open(), await live(other).open()
+    await one.journal.append(Append(lines(b"1"), claim=await claimed(one, "K")))
+    other.lags = 1 << 30
+    claim = await claimed(two, "K")
+    append = two.journal.append(Append(lines(b"1"), claim=claim))
+    with pytest.raises(KeyTaken):
+        await asyncio.wait_for(append, 5)
+    assert await answered(two, "K") == b"answer of K"
 
 
 async def test_keys_that_are_looked_up_together_share_a_request(live) -> None:

@@ -453,7 +453,7 @@ class LogJournal(SqliteJournal):
 
     def _append(self, message: bytes, keys: Mapping[str, LogKey] = _NO_KEYS) -> int:
         """Appends a message with keys, and repeats it until it is known what became of it."""
-        may_be_there, until = False, math.inf
+        may_be_there, has_asked, until = False, False, math.inf
         while True:
             try:
                 again = self._log.append(message, after=self._last, keys=(*keys.values(),))
@@ -469,8 +469,9 @@ class LogJournal(SqliteJournal):
                 # Without an answer to these a message that is certainly not there is refused.
                 ask = self._insist if may_be_there else self._asked
                 # In this order: if the log is as before, the keys did not come with this message.
-                taken = ask(partial(self._changed, keys)) if keys else set()
-                last = ask(self._log.last)
+                changed = partial(self._changed, keys, from_leader=has_asked)
+                taken = ask(changed) if keys else set()
+                last, has_asked = ask(self._log.last), True
                 if last is not None and last.data == message:
                     return last.number
                 number = 0 if last is None else last.number
@@ -564,9 +565,10 @@ class LogJournal(SqliteJournal):
             for one in claims
         }
 
-    async def _changed(self, keys: Mapping[str, LogKey]) -> set[str]:
+    async def _changed(self, keys: Mapping[str, LogKey], *, from_leader: bool) -> set[str]:
         """The keys that are not in the engine as was expected when they were claimed."""
-        found = await self._log.find_keys([one.name for one in keys.values()])
+        names = [one.name for one in keys.values()]
+        found = await self._log.find_keys(names, from_leader=from_leader)
         changed = set()
         for key, one in keys.items():
             message = found.get(one.name)

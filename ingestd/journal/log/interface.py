@@ -200,10 +200,12 @@ class ReplicatedLog(Protocol):
         """
         ...
 
-    async def find_keys(self, names: Collection[str]) -> Mapping[str, LogMessage]:
+    async def find_keys(
+        self, names: Collection[str], *, from_leader: bool = False
+    ) -> Mapping[str, LogMessage]:
         """Reads the keys of some names, as far as they are there.
 
-        A replica that lags may leave out the newest ones.
+        A replica that lags may leave out the newest ones; the leader takes longer.
 
         Raises:
             LogUnreachable: no answer.
