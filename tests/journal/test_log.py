@@ -681,6 +681,25 @@ async def test_keys_of_a_commit_are_bounded_and_those_of_a_large_entry_come_last
     assert everything(await live(engine).open()) == before
 
 
+async def test_what_is_left_of_large_entries_that_were_given_up_goes_too(live) -> None:
+    engine, other = two_engines(message_bytes_max=4096)
+    one = await live(engine, snapshot_bytes=100_000).open()
+    two = await live(other).open()
+    for n in range(50):
+        claim = await claimed(one, f"K{n}")
+        await two.journal.append(Append(lines(b"1"), claim=await claimed(two, f"K{n}")))
+        with pytest.raises(KeyTaken):
+            await one.journal.append(Append(Records.sized([b"x" * 9000]), claim=claim))
+        await one.journal.append(Append(lines(b"1")))
+        if one.journal._saver is not None:
+            one.journal._saver.join(10)
+    assert engine.bytes < 250_000  # of 400,000
+    before = everything(one)
+    one.log.gone = True
+    again = await live(engine).open()
+    assert everything(again) == before
+
+
 async def test_requests_without_a_key_cost_nothing_more(live) -> None:
     engine = Engine()
     one = await live(engine).open()

@@ -390,6 +390,7 @@ class LogJournal(SqliteJournal):
                 if head.after != before and not self._begins(message, head, first, before):
                     return
                 before = message.number
+                self._size += len(data)
                 if head.part == 0:
                     begun, parts, entry = message.number, [], head.entry
                 if head.entry == entry and head.part == len(parts):
@@ -447,6 +448,7 @@ class LogJournal(SqliteJournal):
                 if not first_chunk:
                     raise
                 raise self._failure(str(fenced)) from fenced
+            self._size += len(piece)  # also of an entry that is given up
             begun = begun or self._last
         if first_chunk:
             self._note(begun, first_chunk, len(data))
@@ -514,9 +516,8 @@ class LogJournal(SqliteJournal):
             raise self._failure("it was closed before the log answered")
 
     def _note(self, number: int, first_chunk: int, size: int) -> bool:
-        """Counts an entry that is in the log; True if it is some way behind the last mark."""
-        self._latest = Mark(number, first_chunk, self._size)
-        self._size += size
+        """Notes an entry, the last in the log; True if it is some way behind the last mark."""
+        self._latest = Mark(number, first_chunk, self._size - size)
         if self._marks and self._latest.before - self._marks[-1].before < MARK_BYTES:
             return False
         self._marks.append(self._latest)
