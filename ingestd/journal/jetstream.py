@@ -67,6 +67,8 @@ _BATCH_REFUSED = {10174, 10176, 10199, 10210}
 """Batches are disabled, one lacks a message or has too many, there are too many at a time."""
 _FULL = {10047, 10023}
 _STORE_FAILED = 10077
+_ENDS = {"204", "404"}
+"""The end of messages that were asked for, and that there are none."""
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+")
 _PLACE = re.compile(rf"{_TOKEN.pattern}\.{_TOKEN.pattern}")
 
@@ -720,7 +722,9 @@ class JetStreamLog:
             while True:
                 answer = await answers.next_msg(self._settings.timeout)
                 headers = answer.headers or {}
-                if "Status" in headers:
+                if status := headers.get("Status"):
+                    if status not in _ENDS:
+                        raise self._nats.errors.Error(f"no replica answers: {status}")
                     return found
                 message = LogMessage(int(headers["Nats-Sequence"]), answer.data)
                 found.append((headers["Nats-Subject"], message))

@@ -15,6 +15,7 @@ from ingestd.journal.idempotency import KeyRule
 from ingestd.journal.interface import Place
 from ingestd.journal.jetstream import JetStreamKind, JetStreamSettings
 from ingestd.journal.log import _name_of
+from ingestd.journal.log.interface import LogUnreachable
 from tests.journal.on_nats import crash, lines, records
 from tests.nats import running
 
@@ -109,6 +110,13 @@ async def test_many_keys_come_in_commits_that_the_servers_take(one_node, open_) 
     found = await one._log.find_keys(names)
     assert found.keys() == {*names}
     assert await one._log.find_keys([*names, _name_of("new")], from_leader=True) == found
+
+
+async def test_a_key_that_no_replica_answers_for_is_not_new(one_node, open_) -> None:
+    log = (await open_(one_node, "deaf"))._log
+    log._settings = log._settings.model_copy(update={"stream": "deaf"})
+    with pytest.raises(LogUnreachable, match="503"):
+        await log.find_keys([_name_of("anonymous K")])
 
 
 async def test_a_full_stream_has_no_key_without_its_records(one_node, open_) -> None:
