@@ -36,14 +36,20 @@ from ingestd.journal.interface import (
 )
 from ingestd.journal.log import LogJournal
 from ingestd.journal.log.cache import CacheFile
-from ingestd.journal.log.interface import LogMessage, LogUnreachable, Snapshot
+from ingestd.journal.log.interface import (
+    LogFenced,
+    LogKey,
+    LogMessage,
+    LogUnreachable,
+    Snapshot,
+)
 from ingestd.journal.log.messages import DRAINED, RETIRED, end_entry, ending, packed, pieces
 from ingestd.journal.sqlite import writer
 from tests.faults.tools import mounted, needs
 from tests.journal.memory_log import DOWN, FULL, LATE, LOST, Engine, MemoryLog
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator, Callable, Sequence
     from pathlib import Path
 
     from ingestd.journal.interface import Chunk
@@ -534,6 +540,30 @@ async def test_an_engine_that_fails_while_a_key_is_taken_refuses_at_once(
     await two.journal.append(Append(lines(b"3")))
     assert await answered(two, "K") == b"answer of K"
     assert two.journal.ledger.accepted == 1
+
+
+async def test_keys_that_stay_on_their_way_hold_no_commit_back(
+    live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another daemon has sent a key, and a majority of the servers is gone before it is there."""
+    monkeypatch.setattr(log_journal, "OVERDUE_SECONDS", 0.05)
+    monkeypatch.setattr(log_journal, "KEY_RETRY_SECONDS", 0.001)
+    one = await live(Engine()).open()
+    append = one.log.append
+
+    async def refused(data: bytes, *, after: int, keys: Sequence[LogKey] = ()) -> int:
+        if keys:
+            raise LogFenced
+        return await append(data, after=after, keys=keys)
+
+    monkeypatch.setattr(one.log, "append", refused)
+    claim = await claimed(one, "K")
+    with pytest.raises(LogUnreachable):
+        await asyncio.wait_for(one.journal.append(Append(lines(b"1"), claim=claim)), 5)
+    await one.journal.append(Append(lines(b"2")))
+    monkeypatch.setattr(one.log, "append", append)
+    await one.journal.append(Append(lines(b"1"), claim=claim))
+    assert one.journal.ledger.accepted == 2
 
 
 async def test_a_refused_append_leaves_its_key_to_its_holder(live) -> None:

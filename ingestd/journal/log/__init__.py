@@ -94,6 +94,8 @@ RENEW_SECONDS = 1.0
 """After so long, at most, a lease is renewed again that could not be."""
 KEY_SECONDS = 1.0
 """After so long a request whose key was taken meanwhile should come again, and gets the answer."""
+OVERDUE_SECONDS = 5.0
+"""So long a commit waits for keys of another daemon that are on their way."""
 LOOKS_MAX = 4
 """So many requests look idempotency keys up in the engine at a time, each for all that waited."""
 OPEN_TRIES = 10
@@ -455,7 +457,7 @@ class LogJournal(SqliteJournal):
 
     def _append(self, message: bytes, keys: Mapping[str, LogKey] = _NO_KEYS) -> int:
         """Appends a message with keys, and repeats it until it is known what became of it."""
-        may_be_there, has_asked, until = False, False, math.inf
+        may_be_there, has_asked, since = False, False, math.inf
         while True:
             try:
                 again = self._log.append(message, after=self._last, keys=(*keys.values(),))
@@ -483,8 +485,11 @@ class LogJournal(SqliteJournal):
                     raise KeyTaken(keys=frozenset(taken), retry_after=KEY_SECONDS) from None
                 # One of ours is on its way, or a leader is new and does not know all of its log.
                 now = self._loop.time()
-                until = min(until, now + OPEN_SECONDS)
-                if number < self._last and now > until:
+                since = min(since, now)
+                if number == self._last and not may_be_there and now > since + OVERDUE_SECONDS:
+                    problem = "what another daemon appended is without an answer"
+                    raise LogUnreachable(problem=problem, retry_after=retry_after()) from None
+                if number < self._last and now > since + OPEN_SECONDS:
                     text = f"it ends with {number}, and {self._last} was acknowledged"
                     raise self._failure(text) from None
             # Another daemon's keys that are on their way are there, or not, within moments.
