@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
@@ -30,16 +31,23 @@ import msgspec
 from ingestd.base.append import DeliveryWaiter
 from ingestd.base.bursts import compute_beside
 from ingestd.base.envelope import EnvelopeRuns, is_shared
-from ingestd.base.errors import Overloaded
+from ingestd.base.errors import (
+    KeyInFlight,
+    KeyReused,
+    KeysFull,
+    KeysUnsupported,
+    KeyTaken,
+    Overloaded,
+)
 from ingestd.base.record import InvalidRecord
 from ingestd.codecs.lines import Parsed
 from ingestd.codecs.pointer import Pointer
 from ingestd.handlers.outcome import Rejection
-from ingestd.sources.base import accept_patiently
+from ingestd.sources.base import AGAIN_SECONDS, accept_patiently, again_after
 from ingestd.sources.targets import NAME_CHARACTERS_MAX, TargetTable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
     from ingestd.base.append import (
         Append,
@@ -335,7 +343,7 @@ class ScreenedIntake:
             claim=append.claim, offset=append.offset, ids=append.ids
         )
         try:
-            await self._accept_others(parts)
+            await self._accept_others(parts, append.claim)
             if not _is_empty(own):
                 await (accept_patiently(self.plain, own) if parts else self.plain.accept(own))
         except BaseException:
@@ -358,18 +366,58 @@ class ScreenedIntake:
         if waiters:
             self._waiters[whole] = waiters
 
-    async def _accept_others(self, parts: Mapping[str, Append]) -> None:
+    async def _accept_others(
+        self, parts: Mapping[str, Append], claim: IdempotencyClaim | None
+    ) -> None:
         """Accepts what goes to other pipelines, see the third invariant."""
-        pairs = [(self._intakes[to], part) for to, part in parts.items()]
-        accepting = (intake.accept(part) for intake, part in pairs)
-        done = await asyncio.gather(*accepting, return_exceptions=True)
+        calls = [
+            partial(_accept_part, self._intakes[to], part, claim) for to, part in parts.items()
+        ]
+        done = await asyncio.gather(*(call() for call in calls), return_exceptions=True)
         errors = [one for one in done if isinstance(one, BaseException)]
         for error in errors:
-            if not isinstance(error, Overloaded) or len(errors) == len(pairs):
+            if not isinstance(error, Overloaded) or len(errors) == len(calls):
                 raise error
-        for pair, refused in zip(pairs, done, strict=True):
+        for call, refused in zip(calls, done, strict=True):
             if refused is not None:
-                await accept_patiently(*pair)
+                await _patiently(call)
+
+
+async def _accept_part(intake: Intake, part: Append, whole: IdempotencyClaim | None) -> None:
+    """Has another pipeline accept its part of an append, once under the key of the whole.
+
+    Raises:
+        Overloaded: see `Intake.accept`, or another try of it is in progress there.
+    """
+    while whole is not None:
+        try:
+            claim = await intake.begin(whole.key, whole.fingerprint)
+        except KeyInFlight as error:
+            raise Overloaded(what="the key of these records", retry_after=AGAIN_SECONDS) from error
+        except (KeysFull, KeyReused, KeysUnsupported):
+            break  # they are no reason to keep records out
+        if isinstance(claim, bytes):
+            return
+        claim.answer = whole.answer
+        try:
+            await intake.accept(part._replace(claim=claim))
+        except KeyTaken:  # now it has an answer
+            continue
+        finally:
+            intake.forget(claim)
+        return
+    await intake.accept(part)
+
+
+async def _patiently(call: Callable[[], Awaitable[None]]) -> None:
+    """Calls until there is room."""
+    while True:
+        try:
+            await call()
+        except Overloaded as overloaded:
+            await asyncio.sleep(again_after(overloaded))
+        else:
+            return
 
 
 def _is_empty(append: Append) -> bool:

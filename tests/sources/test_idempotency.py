@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from ingestd.base.append import Append, IdempotencyClaim
-from ingestd.base.errors import KeyInFlight, KeyReused, Overloaded
+from ingestd.base.errors import KeyInFlight, KeyReused, NeverFits, Overloaded
 from ingestd.base.metrics import Metrics
 from ingestd.base.record import Records
 from ingestd.http.problem import Problem
@@ -268,6 +268,40 @@ async def test_a_routed_request_that_was_interrupted_is_accepted_once(tmp_path):
             assert [one["index"] for one in reply.json["errors"]] == [1]
         accepted = [one.journal.ledger.accepted for one in door.pipelines.values()]
         assert accepted == [1, 1, 0]
+
+
+async def accept_keyed(pipelines: dict[str, Any]) -> IdempotencyClaim | bytes:
+    """Has an append with a key accepted, as a source over TCP does."""
+    router = Router("/type", ROUTED["route"], "")
+    screened = ScreenedIntake(pipelines["default"], None, router, dict(pipelines), {})
+    claim = await screened.begin("token shop k", b"print")
+    if isinstance(claim, bytes):
+        return claim
+    claim.answer = b"yes"
+    records = Records.lines([A.strip(), B.strip(), C.strip()])
+    try:
+        await screened.accept(Append(records, claim=claim))
+    finally:
+        screened.forget(claim)
+        screened.close()
+    return claim
+
+
+async def test_a_routed_append_with_a_key_is_accepted_once_whatever_interrupts_it(tmp_path):
+    async with Door(tmp_path, "default", "as", "bs") as door:
+        journal = door.pipelines["default"].journal
+        journal.bytes_max, room = 1, journal.bytes_max
+        with pytest.raises(NeverFits):
+            await accept_keyed(door.pipelines)
+        journal.bytes_max = room
+        other = door.pipelines["as"].journal.idempotency
+        assert await other.begin("token shop k", b"print") == b"yes"
+    async with Door(tmp_path, "default", "as", "bs") as door:
+        assert isinstance(await accept_keyed(door.pipelines), IdempotencyClaim)
+        assert await accept_keyed(door.pipelines) == b"yes"
+        accepted = [one.journal.ledger.accepted for one in door.pipelines.values()]
+        assert accepted == [1, 1, 1]
+        assert not any(one.journal.idempotency._claims for one in door.pipelines.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
