@@ -711,6 +711,17 @@ async def test_keys_of_a_commit_are_bounded_and_those_of_a_large_entry_come_last
     assert everything(await live(engine).open()) == before
 
 
+async def test_answers_count_in_the_bound_of_a_commit(live) -> None:
+    engine = Engine()
+    one = await live(engine).open()
+    claims = [await claimed(one, f"K{n}") for n in range(30)]
+    for claim in claims:
+        claim.answer = b"x" * 1_000_000
+    appends = [one.journal.append(Append(lines(b"1"), claim=claim)) for claim in claims]
+    await asyncio.gather(*appends)
+    assert engine.keys_max_seen <= 9
+
+
 async def test_what_is_left_of_large_entries_that_were_given_up_goes_too(live) -> None:
     engine, other = two_engines(message_bytes_max=4096)
     one = await live(engine, snapshot_bytes=100_000).open()

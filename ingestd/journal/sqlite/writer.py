@@ -155,7 +155,7 @@ class JournalWriter:
     Attributes:
         busy: the thread is at a commit, or at starting the WAL over.
         commits: how many it has begun; both show if it moves.
-        claim_bytes: an idempotency key counts for so many in the bound of a commit.
+        claim_bytes: an idempotency key counts for so many in the bound of a commit, and its answer.
         keep: the bounds of finished chunks that are kept; `None` where none are, and while the disk
             is full: a copy would need the space that the commit wants to free.
     """
@@ -231,7 +231,7 @@ class JournalWriter:
             if type(op) is QueuedAppend:
                 size += len(op.append.records.payload)
                 if op.append.claim is not None:
-                    size += self.claim_bytes
+                    size += self.claim_bytes + len(op.append.claim.answer)
         return ops, open_
 
     def _gather_again(self, open_: bool) -> tuple[list[Op], bool]:
