@@ -457,7 +457,7 @@ class LogJournal(SqliteJournal):
 
     def _append(self, message: bytes, keys: Mapping[str, LogKey] = _NO_KEYS) -> int:
         """Appends a message with keys, and repeats it until it is known what became of it."""
-        may_be_there, has_asked, since = False, False, math.inf
+        may_be_there, lasts, since = False, False, math.inf
         while True:
             try:
                 again = self._log.append(message, after=self._last, keys=(*keys.values(),))
@@ -473,9 +473,10 @@ class LogJournal(SqliteJournal):
                 # Without an answer to these a message that is certainly not there is refused.
                 ask = self._insist if may_be_there else self._asked
                 # In this order: if the log is as before, the keys did not come with this message.
-                changed = partial(self._changed, keys, from_leader=has_asked)
+                lasts = self._loop.time() > since + RETRY_SECONDS
+                changed = partial(self._changed, keys, from_leader=lasts)
                 taken = ask(changed) if keys else set()
-                last, has_asked = ask(self._log.last), True
+                last = ask(self._log.last)
                 if last is not None and last.data == message:
                     return last.number
                 number = 0 if last is None else last.number
@@ -493,7 +494,8 @@ class LogJournal(SqliteJournal):
                     text = f"it ends with {number}, and {self._last} was acknowledged"
                     raise self._failure(text) from None
             # Another daemon's keys that are on their way are there, or not, within moments.
-            self._pause(RETRY_SECONDS if may_be_there or not keys else KEY_RETRY_SECONDS)
+            slowly = may_be_there or lasts or not keys
+            self._pause(RETRY_SECONDS if slowly else KEY_RETRY_SECONDS)
 
     def _barred(self) -> bool:
         """Makes certain that what may be on its way to the log does not come any more.
