@@ -32,6 +32,7 @@ from ingestd.base.append import DeliveryWaiter
 from ingestd.base.bursts import compute_beside
 from ingestd.base.envelope import EnvelopeRuns, is_shared
 from ingestd.base.errors import (
+    IdsInFlight,
     KeyInFlight,
     KeyReused,
     KeysFull,
@@ -393,7 +394,7 @@ async def _accept_part(intake: Intake, part: Append, whole: IdempotencyClaim | N
         try:
             claim = await intake.begin(whole.key, whole.fingerprint)
         except KeyInFlight as error:
-            raise Overloaded(what="the key of these records", retry_after=AGAIN_SECONDS) from error
+            raise IdsInFlight(retry_after=AGAIN_SECONDS) from error
         except (KeysFull, KeyReused, KeysUnsupported):
             break  # they are no reason to keep records out
         if isinstance(claim, bytes):

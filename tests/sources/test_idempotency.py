@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from ingestd.base.append import Append, IdempotencyClaim
-from ingestd.base.errors import KeyInFlight, KeyReused, NeverFits, Overloaded
+from ingestd.base.errors import IdsInFlight, KeyInFlight, KeyReused, NeverFits, Overloaded
 from ingestd.base.metrics import Metrics
 from ingestd.base.record import Records
 from ingestd.http.problem import Problem
@@ -296,6 +296,18 @@ async def test_a_routed_append_with_a_key_is_accepted_once_whatever_interrupts_i
         journal.bytes_max = room
         other = door.pipelines["as"].journal.idempotency
         assert await other.begin("token shop k", b"print") == b"yes"
+    (tmp_path / "busy").mkdir()
+    async with Door(tmp_path / "busy", "default", "as", "bs") as door:
+        others = [door.pipelines[name].journal.idempotency for name in ("as", "bs")]
+        claims = [await other.begin("token shop k", b"print") for other in others]
+        with pytest.raises(IdsInFlight):
+            await accept_keyed(door.pipelines)
+        for other, claim in zip(others, claims, strict=True):
+            other.forget(claim)
+        others[0].rule = KeyRule(keys_max=0)  # a table that is full keeps no record out
+        assert isinstance(await accept_keyed(door.pipelines), IdempotencyClaim)
+        accepted = [one.journal.ledger.accepted for one in door.pipelines.values()]
+        assert accepted == [1, 1, 1]
     async with Door(tmp_path, "default", "as", "bs") as door:
         assert isinstance(await accept_keyed(door.pipelines), IdempotencyClaim)
         assert await accept_keyed(door.pipelines) == b"yes"
