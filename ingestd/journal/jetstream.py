@@ -294,11 +294,16 @@ class JetStreamLog:
         return other
 
     @property
-    def refusal(self) -> str:
-        """See `ReplicatedLog.refusal`."""
+    def silence(self) -> str:
+        """See `ReplicatedLog.silence`."""
         if self._client is None or not self._client.is_connected:
             return "no NATS server is connected"
-        return self._late or self._full
+        return self._late
+
+    @property
+    def refusal(self) -> str:
+        """See `ReplicatedLog.refusal`."""
+        return self.silence or self._full
 
     # -- opening -------------------------------------------------------------------------------
 

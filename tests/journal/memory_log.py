@@ -112,10 +112,14 @@ class MemoryLog:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.message_bytes_max = engine.message_bytes_max
-        self.refusal = ""
+        self.silence = self.full = ""
         self.keys_max = 900
         self.looks = 0
         self.gone = False
+
+    @property
+    def refusal(self) -> str:
+        return self.silence or self.full
 
     async def open(self) -> None:
         self._check()

@@ -215,7 +215,7 @@ async def test_an_engine_that_takes_nothing_refuses_appends_and_keeps_the_rest(l
     assert not life.journal.failed.done()
     await life.journal.append(Append(lines(b"3")))
     assert life.journal.ledger.accepted == 2
-    life.log.refusal = "it does not answer"
+    life.log.silence = "it does not answer"
     with pytest.raises(Overloaded, match="does not answer"):
         life.journal.append(Append(lines(b"4")))
 
@@ -478,11 +478,18 @@ async def test_a_key_is_known_to_all_daemons_of_a_group(live) -> None:
     # Of its own keys a daemon asks no engine; of others it does, and they are not known without.
     await two.journal.append(Append(lines(b"2"), claim=await claimed(two, "L")))
     two.journal.idempotency._recent.clear()
-    two.log.refusal = "it does not answer"
+    two.log.silence = "it does not answer"
     assert await answered(two, "L") == b"answer of L"
     with pytest.raises(Overloaded, match="does not answer"):
         await answered(two, "K")
-    two.log.refusal = ""
+    two.log.silence, two.log.full = "", "it is full"
+    claim = await claimed(two, "new")
+    with pytest.raises(LogUnreachable, match="full"):
+        two.journal.append(Append(lines(b"2"), claim=claim))
+    two.journal.idempotency.forget(claim)
+    assert await answered(two, "K") == b"answer of K"
+    two.log.full = ""
+    two.journal.idempotency._recent.clear()
     other.down = True
     with pytest.raises(Overloaded):
         await answered(two, "K")

@@ -536,7 +536,7 @@ class LogJournal(SqliteJournal):
         found = await super()._find_key(key)
         if found is not None and self.idempotency.lives(key, found):
             return found
-        if problem := self._log.refusal:
+        if problem := self._log.silence:  # one that is full still has the answers
             raise LogUnreachable(problem=problem, retry_after=retry_after())
         message = await self._look_up(_name_of(key))
         return None if message is None else _remembered(message)

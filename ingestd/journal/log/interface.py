@@ -148,8 +148,13 @@ class ReplicatedLog(Protocol):
         ...
 
     @property
+    def silence(self) -> str:
+        """Tells why no answer should be waited for now; empty if one comes."""
+        ...
+
+    @property
     def refusal(self) -> str:
-        """Tells why no records should be accepted now; empty if they may be."""
+        """Tells why no records should be accepted now, `silence` or another reason."""
         ...
 
     async def open(self) -> None:
