@@ -740,7 +740,7 @@ async def test_what_is_left_of_large_entries_that_were_given_up_goes_too(live) -
             await one.journal.append(Append(Records.sized([b"x" * 9000]), claim=claim))
         await one.journal.append(Append(lines(b"1")))
         if one.journal._saver is not None:
-            one.journal._saver.join(10)
+            await asyncio.to_thread(one.journal._saver.join, 10)
     assert engine.bytes < 250_000  # of 400,000
     before = everything(one)
     one.log.gone = True
