@@ -468,6 +468,21 @@ async def test_datagrams_beyond_the_queue_are_dropped_and_counted() -> None:
     assert len(intake.appends) <= 4
 
 
+async def test_datagrams_that_are_lost_leave_their_place() -> None:
+    intake = KeyedIntake()
+    source = source_of(intake, listen=("udp://127.0.0.1:0",), udp_queue_bytes_max=65536)
+    await source.start()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for number in range(1, 6):
+            intake.errors = [RuntimeError("a fault")]
+            sender.sendto(b"<13>" + b"x" * 30_000, udp(source))
+            await eventually(lambda n=number: source.totals.datagrams == n and not intake.errors)
+        sender.sendto(b"<13>good", udp(source))
+        await intake.until(1)
+    assert source.numbers()["datagrams_dropped"] == 0
+    await source.close()
+
+
 async def test_the_kernel_counts_what_it_drops() -> None:
     source = source_of(KeyedIntake(), listen=("udp://127.0.0.1:0",), udp_buffer=4096)
     await source.start()

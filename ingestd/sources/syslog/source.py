@@ -219,22 +219,24 @@ class Datagrams:
         try:
             while self._waiting:
                 taken, cost = self._take()
-                size = cost - DATAGRAM_COST * len(taken)
-                if size < THREAD_BYTES:
-                    append = self._append_of(taken)
-                else:
-                    thread = self._source.thread
-                    append = await thread.run(self._append_of, taken)
-                if append.records.count or append.invalid:
-                    await accept_patiently(self._source.intake, append)
-                    self._source.tally.accepted(append)
-                self._held -= cost
-        except IngestdError as error:
-            log.error("datagrams_lost", source=self._source.name, error=str(error))  # noqa: TRY400
-        except Exception:
-            log.exception("datagrams_lost", source=self._source.name)
+                try:
+                    await self._accept(taken, cost - DATAGRAM_COST * len(taken))
+                except IngestdError as error:
+                    log.error("datagrams_lost", source=self._source.name, error=str(error))  # noqa: TRY400
+                except Exception:
+                    log.exception("datagrams_lost", source=self._source.name)
+                self._held -= cost  # also of what is lost: others have its place
         finally:
             self._task = None
+
+    async def _accept(self, taken: list[tuple[str, bytes]], size: int) -> None:
+        if size < THREAD_BYTES:
+            append = self._append_of(taken)
+        else:
+            append = await self._source.thread.run(self._append_of, taken)
+        if append.records.count or append.invalid:
+            await accept_patiently(self._source.intake, append)
+            self._source.tally.accepted(append)
 
     def _take(self) -> tuple[list[tuple[str, bytes]], int]:
         """The datagrams of one append, and what they cost."""
