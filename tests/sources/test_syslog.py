@@ -6,7 +6,9 @@ import asyncio
 import base64
 import json
 import socket
+import tracemalloc
 from datetime import UTC, datetime
+from time import process_time, tzset
 from typing import Any
 
 import msgspec
@@ -22,6 +24,7 @@ from ingestd.sources.syslog import SyslogSettings, SyslogSourceKind
 from ingestd.sources.syslog.codec import RecordMaker, SyslogCodec
 from ingestd.sources.syslog.parser import FACILITIES, SEVERITIES, MessageParser
 from ingestd.sources.syslog.source import SyslogSource
+from tests.peak import peak
 from tests.sources.test_tcp import KeyedIntake, connected, drain, eventually
 
 NOW = datetime(2026, 11, 29, 12, tzinfo=UTC).timestamp()
@@ -139,8 +142,21 @@ DEVICES = [
     ("<999>hello", {"message": "<999>hello"}),
     ("<007>hello", {"message": "<007>hello"}),
     ("<>", {"message": "<>"}),
+    # digits of other scripts
+    ("<\u0663>hello", {"message": "<\u0663>hello"}),
+    ("<1\u0663>Nov 29 11:00:00 h a: x", {"message": "<1\u0663>Nov 29 11:00:00 h a: x"}),
+    ("<13>2026-11-29T11:00:00.\u0661 h a: x", {"message": "2026-11-29T11:00:00.\u0661 h a: x"}),
+    # clocks that are not set
+    ("<13>0001-01-01T00:00:00 h a: x",
+     {"timestamp": "0001-01-01T00:00:00Z", "hostname": "h", "appname": "a", "message": "x"}),
+    ("<13>1 9999-12-31T23:59:59 h a - - - x",
+     {"timestamp": "9999-12-31T23:59:59Z", "hostname": "h", "appname": "a", "message": "x"}),
+    ("<13>0000-00-00T00:00:00 h a: x", {"message": "0000-00-00T00:00:00 h a: x"}),
     # days that are none, structured data that is none: nothing of it is lost
     ("<13>Feb 31 11:00:00 web1 app: hi", {"message": "Feb 31 11:00:00 web1 app: hi"}),
+    ("<13>Feb 31 11:00:00 web1 app:hi", {"message": "Feb 31 11:00:00 web1 app:hi"}),
+    ("<13>1 - h a p m [x y]", {"hostname": "h", "appname": "a", "procid": "p", "msgid": "m",
+                               "message": "[x y]"}),
     ("<13>1 2026-02-31T11:00:00Z h a p m - x",
      {"timestamp": "2026-02-31T11:00:00Z", "hostname": "h", "appname": "a", "procid": "p",
       "msgid": "m", "message": "x"}),
@@ -161,6 +177,42 @@ def test_what_devices_send(message: str, fields: dict[str, Any]) -> None:
     record.pop("facility", None)
     record.pop("severity", None)
     assert record == fields
+
+
+@pytest.mark.parametrize("zone", ["", "America/New_York", "Pacific/Apia"])
+@pytest.mark.parametrize("time", ["0001-01-01T00:00:00", "9999-12-31T23:59:59"])
+@pytest.mark.parametrize("machine", ["UTC", "America/New_York", "Asia/Tokyo"])
+def test_the_first_and_the_last_year(
+    time: str, zone: str, machine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", machine)
+    tzset()
+    try:
+        record = parse(f"<13>{time} h a: x", zone=zone)
+    finally:
+        monkeypatch.undo()
+        tzset()
+    assert (record["timestamp"][:19], record["message"]) == (time, "x")
+
+
+@pytest.mark.parametrize("unit", [b":", b"a:", b":1", b"a", b".", b"[", b"[a]", b"%A-1-", b"\\"])
+def test_long_messages_take_no_long_time(unit: bytes) -> None:
+    """The time is linear in a message; that of a pattern which goes back is minutes here."""
+    begun = process_time()
+    for head in (b"<13>", b"<13>Nov 29 11:00:00 ", b"<13>1 - h a p m ", b"<13>%A-1-"):
+        parse(head + unit * (64 * 1024 // len(unit)))
+    assert process_time() - begun < 2
+
+
+def test_what_is_known_of_hosts_is_bounded() -> None:
+    """Also within one block."""
+    mine = parser()
+    block = b"".join([b"<13>Nov 29 11:00:00 h%d tag: x\n" % number for number in range(50_000)])
+    with peak() as found:
+        mine.parse(block)
+        del block
+        kept, _ = tracemalloc.get_traced_memory()
+    assert kept < found.bytes / 4
 
 
 def test_every_priority_has_its_names() -> None:

@@ -70,24 +70,27 @@ _encode: Callable[[Any], bytes] = msgspec.json.Encoder().encode
 _check: Callable[[bytes], Any] = msgspec.json.Decoder(msgspec.Raw).decode
 _unescape: Callable[[bytes], str] = msgspec.json.Decoder(str).decode
 
-# -- forms of messages that are looked at by themselves, as text
-_PRIORITY_FORM = re.compile(_PRIORITY)
+# -- forms of messages that are looked at by themselves, as text; `\d` is no digit of another script
+_PRIORITY_FORM = re.compile(_PRIORITY, re.ASCII)
 _ISO_TEXT = (
     r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(?:[.,]\d{1,9})?(?: ?(?:Z|z|UTC|GMT|[+-]\d\d:?\d\d))?"
 )
 _ISO_FORM = re.compile(
-    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)([.,]\d{1,9})?(?: ?(Z|z|UTC|GMT|[+-]\d\d:?\d\d))?"
+    r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)([.,]\d{1,9})?(?: ?(Z|z|UTC|GMT|[+-]\d\d:?\d\d))?",
+    re.ASCII,
 )
-_HEADER5 = re.compile(r"\d{1,2} (\S+) (\S+) (\S+) (\S+) (\S+) ")
-_EPOCH = re.compile(r"1 (\d{10})(\.\d{1,9})? (\S+) ")
-_LEAD = re.compile(r"(?:(\d{1,10}): ?)?(?:([\w.-]+): )?:? ?[*.]?")
+_HEADER5 = re.compile(r"\d{1,2} (\S+) (\S+) (\S+) (\S+) (\S+) ", re.ASCII)
+_EPOCH = re.compile(r"1 (\d{10})(\.\d{1,9})? (\S+) ", re.ASCII)
+_LEAD = re.compile(r"(?:([0-9]{1,10}): ?)?(?:([\w.-]+): )?:? ?[*.]?")
 _TIME = re.compile(
     rf"(?:(?P<iso>{_ISO_TEXT})|"
     r"(?:(?P<before>\d{4}) )?(?P<month>[A-Z][a-z]{2}) {1,2}(?P<day>\d{1,2})"
     r"(?: (?P<behind>\d{4}))? (?P<clock>\d\d:\d\d:\d\d(?:\.\d{1,9})?)(?: (?P<last>\d{4})(?=[ :]))?"
-    r"(?: (?P<zone>UTC|GMT|Z|[+-]\d\d:?\d\d|[A-Z]{2,5}(?=:)))?)(?::? |:?$)"
+    r"(?: (?P<zone>UTC|GMT|Z|[+-]\d\d:?\d\d|[A-Z]{2,5}(?=:)))?)(?::? |:?$)",
+    re.ASCII,
 )
-_HOST = re.compile(r"([\w.-]+|[\da-fA-F:.]*:[\da-fA-F:.]*[\da-fA-F])(?: :)? (?=\S)")
+# Possessive: the time is linear in a message that is nothing but colons.
+_HOST = re.compile(r"([\w.-]++|[0-9a-fA-F:.]++(?<=[0-9a-fA-F]))(?: :)? (?=\S)")
 _TAG = re.compile(r"([^\s:\[\]<>\"'=(){}]{1,128})(?:\[([^\]\s]{0,128})\])?:(?: |$|(?=[^/:\d]))")
 _MNEMONIC = re.compile(r":? ?%([A-Za-z]\w*(?:-\w+)*-[0-7]-\w+)(?:: ?| |$)")
 _ELEMENT = re.compile(r'\[([^\s=\]"\[]+)((?: +[^\s=\]"]+="(?:[^"\\]++|\\.)*+")*+) *\]', re.DOTALL)
@@ -123,12 +126,14 @@ class MessageParser:
             zero: the escape that a NUL stands for: that of LF, where LFs were replaced.
         """
         hour = int(self._now() // 3600)
-        if hour != self._hour or len(self._stamps) > _CACHED_MAX:
+        if hour != self._hour:
             self._hour, self._stamps = hour, {}  # another day may make another year of a time
-        if len(self._heads) > _CACHED_MAX:
-            self._heads = {}
         found: list[bytes] = []
         for piece in whole_lines(block, _PIECE_BYTES):
+            if len(self._heads) > _CACHED_MAX:
+                self._heads = {}
+            if len(self._stamps) > _CACHED_MAX:
+                self._stamps = {}
             found += self._parse(piece, zero)
             let_loop_go_first()
         return found
@@ -148,6 +153,7 @@ class MessageParser:
         found: list[bytes] = []
         add, heads, stamps = found.append, self._heads, self._stamps
         # One call, one look for what is known and one format for each message of a usual form.
+        lines: list[bytes] = []  # only if one of a usual form has to be looked at by itself
         for pri, time5, names5, data, text, time3, names3, text3, other in _USUAL.findall(block):
             if time5:
                 elements = b"{}" if data == b"-" else _structured(data)
@@ -158,14 +164,16 @@ class MessageParser:
                         elements, text[3:] if marked and text[:3] == BOM else text,
                     ))  # fmt: skip
                 else:
-                    add(self._again(b"<%b>1 %b %b %b %b" % (pri, time5, names5, data, text)))
+                    lines = lines or block.split(b"\n")
+                    add(self._again(lines[len(found)]))
             elif time3:
                 stamp = stamps.get(time3) or self._stamp(time3)
                 if stamp:
                     head = heads.get(names3) or self._head(names3, *_parts_of(names3))
                     add(_OBJECT3 % (_PRIORITIES[pri], stamp, head, text3))
                 else:
-                    add(self._again(b"<%b>%b %b: %b" % (pri, time3, names3, text3)))
+                    lines = lines or block.split(b"\n")
+                    add(self._again(lines[len(found)]))
             else:
                 add(self._again(other))
         return found
@@ -343,9 +351,17 @@ class MessageParser:
         elif zone and zone[0] in "+-":
             offset = zone if ":" in zone else f"{zone[:3]}:{zone[3:]}"
         else:
-            local = at.replace(tzinfo=self._zone) if self._zone else at.astimezone()
-            offset = local.isoformat()[19:].replace("+00:00", "Z")[:6]
+            offset = self._offset(at).replace("+00:00", "Z")[:6]
         return f"{at.isoformat()}{(fraction or '').replace(',', '.')}{offset}"
+
+    def _offset(self, at: datetime) -> str:
+        """The offset of local time in the form of ISO 8601."""
+        if self._zone:
+            return at.replace(tzinfo=self._zone).isoformat()[19:]
+        try:
+            return at.astimezone().isoformat()[19:]
+        except (ValueError, OverflowError):
+            return "Z"  # of the first and the last year, which clocks have that are not set
 
 
 def _holds_controls(escaped: bytes) -> bool:
