@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from ingestd.base.clock import SystemClock
 from ingestd.base.envelope import EnvelopeRuns
 from ingestd.base.errors import AddressError, Overloaded
+from ingestd.codecs.lines import KEPT_BYTES
 from ingestd.sources.base import SourceContext
 from ingestd.sources.syslog import SyslogSettings, SyslogSourceKind
 from ingestd.sources.syslog.codec import RecordMaker, SyslogCodec
@@ -395,8 +396,28 @@ def test_messages_that_are_too_long(size: int) -> None:
     assert long.startswith(found.refused[0][1])
     found = Feed(400).feed(*in_pieces(b"\n".join([good, long, good, b""]), size)).end()
     assert (found.messages, len(found.refused)) == (["good", "good"], 1)
-    huge = Feed(400).feed(b"999999999 <1>a", *[b"y" * 1000] * 10)
+    huge = Feed(400).feed(b"999999999 <1>a", *[b"y" * 1000] * 70)
     assert (huge.codec.held, len(huge.refused)) == (0, 1)
+
+
+@pytest.mark.parametrize("size", [1, 1000, 10**6])
+def test_the_beginning_of_a_long_message_is_kept_whatever_its_pieces(size: int) -> None:
+    """Its first 64 KiB; and a line that has no length is one, however long it is."""
+    long = b"<1>" + b"x" * 2000 + b" 5 <1>no" * 9000
+    stream = counted(b"<1>a", long, b"<1>b") + b"no length " + long + b"\n" + counted(b"<1>c")
+    found = Feed(1000).feed(*in_pieces(stream, size)).end()
+    assert (found.messages, found.faults) == (["a", "b", "c"], 1)
+    payloads = [long[:KEPT_BYTES], (b"no length " + long)[:KEPT_BYTES]]
+    assert found.refused == [("too_large", payload) for payload in payloads]
+
+
+@pytest.mark.parametrize(
+    ("why", "refused"), [(None, []), ("it was cut", [("unfinished", b"no length <1>b")])]
+)
+def test_a_line_without_a_length_that_does_not_end(why: str | None, refused: list[Any]) -> None:
+    found = Feed().feed(counted(b"<1>a"), b"no length ", b"<1>b").end(why)
+    assert found.messages == ["a", *([] if why else ["no length <1>b"])]
+    assert found.refused == refused
 
 
 @pytest.mark.parametrize("stream", [b"<1>a\n<1>begun", counted(b"<1>a") + b"100 <1>begun", b"12"])
@@ -448,6 +469,26 @@ def test_what_becomes_of_tiny_messages_is_known_before(stream: bytes) -> None:
         made += size
     assert made > 20 * len(stream)
     assert codec.is_quick(b"x" * 10_000)
+
+
+@pytest.mark.parametrize(
+    ("begun", "lie"),
+    [
+        (b"", b"099999 "),
+        (b"", b"9999999999 "),
+        (b"0", b"99999 "),
+        (b"9", b"99999 9999 "),
+        (b"no length ", b"99999 9999\n"),
+        (b"100000 <1>", b"x" * 10 + b"\n99999 9999\n"),
+    ],
+)
+def test_what_is_no_length_hides_no_messages(begun: bytes, lie: bytes) -> None:
+    codec = Feed(10_000).codec
+    codec.feed(b"4 <1>b" + begun)
+    piece = lie + b"\n" + b"1 a" * 10_000
+    cost = codec.cost(piece)
+    frames = codec.feed(piece)
+    assert sum(len(one.parsed.records.payload) for one in frames.received) <= cost
 
 
 def test_raw_records_are_the_messages() -> None:

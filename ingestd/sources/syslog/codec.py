@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 COUNT_BYTES = 9
 """The longest length of a frame, in digits; a longer number is no length."""
+_ZERO = ord("0")
 OBJECT_BYTES = 512
 """What the object of a message takes beside its text, about: as JSON, and while it is made."""
 QUICK_BYTES = 256
@@ -277,13 +278,13 @@ class CountedFraming:
         self._needed = 0  # bytes of the message that was begun, with its length
         self._index = 0
         self._over_left = 0  # bytes of a message that is too long that are still to come
-        self._is_lost = False  # within what has no length, up to the next LF
+        self._line: Framer | None = None  # of what has no length, up to the next LF
         self.folded = False
 
     @property
     def held(self) -> int:
         """Bytes of the message that was begun."""
-        return len(self._tail)
+        return len(self._tail) + (0 if self._line is None else self._line.held)
 
     def feed(self, data: bytes) -> Parsed | None:
         """Returns lines, and messages that were too long."""
@@ -292,13 +293,7 @@ class CountedFraming:
             self._over_left -= skipped
             data = data[skipped:]
         tail = self._tail
-        size = len(tail) + len(data)
-        if self._is_lost:
-            # Not searched again from its beginning for each piece.
-            is_partial = b"\n" not in data and size <= self._record_bytes_max
-        else:
-            is_partial = size < self._needed
-        if is_partial:
+        if len(tail) + len(data) < self._needed:
             tail += data
             return None
         messages: list[bytes] = []
@@ -310,11 +305,16 @@ class CountedFraming:
 
     def messages_in(self, data: bytes) -> int:
         """The most messages that bytes complete, about."""
-        at, size, count = max(self._needed - len(self._tail), self._over_left, 0), len(data), 1
+        at, count = max(self._needed - len(self._tail), self._over_left, 0), 1
+        if self._line is not None:
+            at = data.find(b"\n") + 1 or len(data)
+        elif self._tail and not self._needed:
+            data = bytes(self._tail) + data  # the rest of a length
+        size = len(data)
         while at < size:
             space = data.find(b" ", at, at + COUNT_BYTES + 2)
             digits = data[at:space].lstrip(_FILLERS) if space >= 0 else b""
-            if not digits.isdigit():
+            if not digits.isdigit() or digits[0] == _ZERO or len(digits) > COUNT_BYTES:
                 return count + data.count(b" ", at) + data.count(b"\n", at)
             count += 1
             at = space + 1 + int(digits)
@@ -329,55 +329,58 @@ class CountedFraming:
 
     def _split(self, data: bytes, messages: list[bytes], refused: list[InvalidRecord]) -> int:
         """Cuts messages off; returns where the rest begins."""
-        at, size = 0, len(data)
+        at, size, bound = 0, len(data), self._record_bytes_max
         while at < size:
-            if data[at] in _FILLERS and not self._is_lost:
+            if self._line is not None:
+                at = self._read_line(self._line, data, at, messages, refused)
+                continue
+            if data[at] in _FILLERS:
                 at += 1
                 continue
-            space = -1 if self._is_lost else data.find(b" ", at, at + COUNT_BYTES + 1)
+            space = data.find(b" ", at, at + COUNT_BYTES + 1)
             digits = data[at:space] if space >= 0 else b""
-            if digits.isdigit() and digits[:1] != b"0":
+            if digits.isdigit() and digits[0] != _ZERO:
                 length = int(digits)
                 start, end = space + 1, space + 1 + length
-                if length > self._record_bytes_max:
-                    at = self._begin_over(data, start, length, refused)
-                elif end > size:
+                if length > bound:
+                    end = min(end, start + KEPT_BYTES)
+                if end > size:
                     self._needed = end - at
                     return at
-                else:
-                    messages.append(data[start:end].rstrip(b"\n\r\0"))
-                    at = end
-            elif not self._is_lost and size - at <= COUNT_BYTES and data[at:].isdigit():
+                if length > bound:
+                    at = self._begin_over(data, start, length, refused)
+                    continue
+                messages.append(data[start:end].rstrip(b"\n\r\0"))
+                at = end
+            elif size - at <= COUNT_BYTES and data[at:].isdigit():
                 return at
             else:
-                end = self._lost(data, at, messages, refused)
-                if end < 0:
-                    return at
-                at = end
+                self._on_fault()
+                self._line = Framer("text", bound, begun=True)
         return at
 
-    def _lost(
-        self, data: bytes, at: int, messages: list[bytes], refused: list[InvalidRecord]
+    def _read_line(
+        self,
+        line: Framer,
+        data: bytes,
+        at: int,
+        messages: list[bytes],
+        refused: list[InvalidRecord],
     ) -> int:
-        """Takes what has no length up to the next LF; returns -1 if that has not come."""
-        if not self._is_lost:
-            self._on_fault()
-            self._is_lost = True
-        end = data.find(b"\n", at)
-        if end < 0 and len(data) - at <= self._record_bytes_max:
-            return -1
-        self._is_lost = False
-        if end < 0 or end - at > self._record_bytes_max:
-            end = len(data) if end < 0 else end
-            refused.append(too_large(self._next(), end - at, self._record_bytes_max, data[at:end]))
-        else:
-            messages.append(data[at:end].rstrip(b"\r\0"))
-        return end
+        """Takes what has no length up to the next LF; returns the place behind."""
+        end = data.find(b"\n", at) + 1
+        if end:
+            self._line = None
+        parsed = line.feed(data[at:end] if end else data[at:])
+        if parsed is not None:
+            messages += [one.rstrip(b"\r\0") for one in parsed.records.items()]
+            refused += [one._replace(index=self._next()) for one in parsed.refused]
+        return end or len(data)
 
     def _begin_over(
         self, data: bytes, start: int, length: int, refused: list[InvalidRecord]
     ) -> int:
-        """Refuses a message that is too long, of which all or a part is here."""
+        """Refuses a message that is too long, of which all or the beginning is here."""
         here = data[start : start + length]
         refused.append(too_large(self._next(), length, self._record_bytes_max, here))
         self._over_left = length - len(here)
@@ -389,13 +392,22 @@ class CountedFraming:
 
     def end(self, why: str | None) -> Parsed | None:
         """Returns the message that was begun, as an invalid record."""
-        size, is_lost = len(self._tail), self._is_lost
-        tail = bytes(self._tail if is_lost else self._tail[:KEPT_BYTES]).strip(_FILLERS)
+        if self._line is not None:
+            return self._end_line(self._line, why)
+        size, tail = len(self._tail), bytes(self._tail[:KEPT_BYTES]).strip(_FILLERS)
         self._tail.clear()
         if not tail:
             return None
-        if is_lost and why is None:
-            return self._parsed([tail], [])
         detail = why or f"the connection ended after {size} bytes of the message"
-        record = InvalidRecord(self._next(), UNFINISHED, detail, tail[:KEPT_BYTES])
-        return Parsed(Records.lines([]), [record])
+        return Parsed(Records.lines([]), [InvalidRecord(self._next(), UNFINISHED, detail, tail)])
+
+    def _end_line(self, line: Framer, why: str | None) -> Parsed | None:
+        messages: list[bytes] = []
+        refused: list[InvalidRecord] = []
+        if why is None:
+            self._read_line(line, b"\n", 0, messages, refused)
+        elif (parsed := line.cut()) is not None:
+            one = _with_reason(parsed.refused[0], why)
+            refused = [one._replace(index=self._next())]
+        self._line = None
+        return self._parsed(messages, refused)
