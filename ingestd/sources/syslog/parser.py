@@ -57,9 +57,11 @@ _ISO = r"\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-6]\d(?:\.\d{1,9})?(?:Z|[+-][0-2
 _BSD = r"[A-Z][a-z][a-z] [ \d]\d [0-2]\d:[0-5]\d:[0-6]\d"
 # On text that was escaped for JSON: a backslash is two, a quote has one before it.
 _ELEMENTS = r"(?:\[(?:[^\]\\\n]++|\\[^\\\n]|\\\\(?:\\\\|\\\"|[^\\\n]))*+\])+"
+# What `_TAG` takes, but for a mnemonic of Cisco's.
+_NAME = r'(?!%)[^\s:\[\]<>"\\\'=(){}]{1,128}+(?:\[[^\]\s"\\]{0,128}+\])?+'
 _USUAL = re.compile(
     rf"^(?:{_PRIORITY}(?:1 ({_ISO}|-) (\S+ \S+ \S+ \S+) (-|{_ELEMENTS})(?: (.*))?|"
-    rf'({_BSD}|{_ISO}) ([\w.-]+ [^\s:\[\]<>"\\]+(?:\[[^\]\s"\\]*\])?): ?(.*))|(.+))$'.encode(),
+    rf"({_BSD}|{_ISO}) ([\w.-]++ {_NAME}):(?: |(?![/:\d]))(.*))|(.+))$".encode(),
     re.MULTILINE,
 )
 _OBJECT5 = b'{"format":"rfc5424",%b,"timestamp":%b,%b,"structured_data":%b,"message":"%b"'
@@ -79,7 +81,8 @@ _ISO_FORM = re.compile(
     r"(\d{4}-\d\d-\d\d)[Tt ](\d\d:\d\d:\d\d)([.,]\d{1,9})?(?: ?(Z|z|UTC|GMT|[+-]\d\d:?\d\d))?",
     re.ASCII,
 )
-_HEADER5 = re.compile(r"\d{1,2} (\S+) (\S+) (\S+) (\S+) (\S+) ", re.ASCII)
+_ISO_SENT = re.compile(_ISO, re.ASCII)
+_HEADER5 = re.compile(r"\d{1,2} ([^ ]+) ([^ ]+) ([^ ]+) ([^ ]+) ([^ ]+) ", re.ASCII)
 _EPOCH = re.compile(r"1 (\d{10})(\.\d{1,9})? (\S+) ", re.ASCII)
 _LEAD = re.compile(r"(?:([0-9]{1,10}): ?)?(?:([\w.-]+): )?:? ?[*.]?")
 _TIME = re.compile(
@@ -90,8 +93,10 @@ _TIME = re.compile(
     re.ASCII,
 )
 # Possessive: the time is linear in a message that is nothing but colons.
-_HOST = re.compile(r"([\w.-]++|[0-9a-fA-F:.]++(?<=[0-9a-fA-F]))(?: :)? (?=\S)")
-_TAG = re.compile(r"([^\s:\[\]<>\"'=(){}]{1,128})(?:\[([^\]\s]{0,128})\])?:(?: |$|(?=[^/:\d]))")
+_HOST = re.compile(r"([\w.-]++|[0-9a-fA-F:.]++(?<=[0-9a-fA-F]))(?: :)? (?=[^ \t-\r])")
+_TAG = re.compile(
+    r"([^\s:\[\]<>\"'=(){}]{1,128})(?:\[([^\]\s]{0,128})\])?:(?: |$|(?=[^/:0-9]))", re.ASCII
+)
 _MNEMONIC = re.compile(r":? ?%([A-Za-z]\w*(?:-\w+)*-[0-7]-\w+)(?:: ?| |$)")
 _ELEMENT = re.compile(r'\[([^\s=\]"\[]+)((?: +[^\s=\]"]+="(?:[^"\\]++|\\.)*+")*+) *\]', re.DOTALL)
 _PARAM = re.compile(r'([^\s=\]"]+)="((?:[^"\\]++|\\.)*+)"', re.DOTALL)
@@ -241,9 +246,9 @@ class MessageParser:
         found = _HEADER5.match(rest)
         if found is None:
             return None
-        time, host, app, process, kind = (None if one == "-" else one for one in found.groups())
-        stamp = None
-        if time is not None and (stamp := self._iso(time)) is None:
+        time, host, app, process, kind = map(_unless_nil, found.groups())
+        stamp = time
+        if time and not _ISO_SENT.fullmatch(time) and (stamp := self._iso(time)) is None:
             return None
         rest = rest[found.end() :]
         elements: dict[str, Any] | None = {}
@@ -293,7 +298,7 @@ class MessageParser:
             rest = rest[time.end() :]
             host = _HOST.match(rest)
             if host and "hostname" not in known:
-                known["hostname"] = host[1]
+                known["hostname"] = _unless_nil(host[1])
                 rest = rest[host.end() :]
         mnemonic = _MNEMONIC.match(rest)
         tag = _TAG.match(rest) if tagged or stamp else None
@@ -301,7 +306,7 @@ class MessageParser:
             known["msgid"] = mnemonic[1]
             rest = rest[mnemonic.end() :]
         elif tag:
-            known["appname"], known["procid"] = tag[1], tag[2]
+            known["appname"], known["procid"] = _unless_nil(tag[1]), _unless_nil(tag[2])
             rest = rest[tag.end() :]
         return {**known, "message": rest}
 
@@ -381,6 +386,10 @@ def _parts_of(names: bytes) -> tuple[bytes, bytes, bytes, bytes]:
     host, _, tag = names.partition(b" ")
     tag, _, process = tag.partition(b"[")
     return host, tag, process[:-1] or b"-", b"-"
+
+
+def _unless_nil(name: str | None) -> str | None:
+    return None if name == "-" else name or None
 
 
 def _structured(escaped: bytes) -> bytes:
