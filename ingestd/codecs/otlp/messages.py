@@ -85,7 +85,10 @@ def _show_double(value: float) -> float | str:
 
 def _parse_double(value: Any) -> float | str:
     if type(value) in {int, float} or (type(value) is str and value in _UNREAL):
-        return _show_double(float(value))
+        try:
+            return _show_double(float(value))
+        except OverflowError:
+            raise ValueError("should be a number of 64 bits") from None
     raise ValueError("should be a number")
 
 

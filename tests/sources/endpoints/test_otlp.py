@@ -270,6 +270,7 @@ def test_an_invalid_record_costs_no_other_one() -> None:
         ({"body": {"bytesValue": "*"}}, "body: bytesValue: should be base64"),
         ({"body": {"boolValue": 1}}, "body: boolValue: should be true or false"),
         ({"body": {"doubleValue": "x"}}, "body: doubleValue: should be a number"),
+        ({"body": {"doubleValue": 10**400}}, "body: doubleValue: should be a number of 64 bits"),
         ({"body": "text"}, "body: should be an object"),
         ([], "should be an object"),
     ],
