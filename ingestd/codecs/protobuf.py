@@ -6,7 +6,8 @@ Classes that protoc generates are not used for what clients send: they build all
 before one can be counted.
 
 1. Fields that the table does not have are skipped, and so are those with another wire type.
-2. A field that comes twice counts the last time; a repeated one is a list, packed or not.
+2. A field that comes twice counts the last time, a message too: the two are not merged. A repeated
+   one is a list, packed or not.
 3. Nothing is read behind the end of its message; what is cut off is `WireFault`. So are groups,
    which no message here has, and texts that are not UTF-8.
 """
@@ -214,6 +215,11 @@ def read(  # noqa: PLR0912, PLR0915 - a call for each field would take as long a
                 continue
             if tag > 127:
                 tag, pos = varint(data, pos - 1)
+                if tag == pairs_tag:  # in more bytes than it needs
+                    size, pos = varint(data, pos)
+                    pairs.append(data[pos : pos + size])
+                    pos += size
+                    continue
             field = single.get(tag)
             if field is None:
                 pos = _read_other(data, pos, tag, many, found)
@@ -229,6 +235,7 @@ def read(  # noqa: PLR0912, PLR0915 - a call for each field would take as long a
                 value = make(data[pos:stop])
                 pos = stop
                 if value is UNSET:
+                    found.pop(name, None)
                     continue
             elif wire == 0:
                 number, pos = varint(data, pos)
@@ -267,6 +274,8 @@ def _read_other(
     elif make is None:
         return _skip(data, pos, tag)
     if make is None:
+        if tag < 8:
+            raise WireFault(_NUMBER)
         return stop
     values = found.setdefault(name, [])
     if len(values) >= MANY_MAX:
@@ -303,8 +312,13 @@ def low32(number: int) -> int:
 
 
 def signed(number: int) -> int:
-    """A varint as `int64`; as `int32` too, of a number that fits."""
+    """A varint as `int64`."""
     return number - 2**64 if number >> 63 else number
+
+
+def signed_low32(number: int) -> int:
+    """A varint as `int32`."""
+    return number if number < 2**31 else (number & 0xFFFF_FFFF ^ 0x8000_0000) - 0x8000_0000
 
 
 def zigzag(number: int) -> int:

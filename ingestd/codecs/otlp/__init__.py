@@ -204,13 +204,20 @@ def _head(group: Group, name: str, span: Span, bounds: _Bounds) -> tuple[Group, 
 
 def _read_metric(scope: Group, span: Span, bounds: _Bounds) -> Group:
     data = span[0]
-    size, kind, points = 0, 0, (data, 0, 0)
+    size, kind = 0, 0
+    parts: list[Span] = []
     try:
         for number, at, end in spans(*span, bounds.budget):
             if number in _POINTS:
-                kind, points = number, (data, at, end)
+                if number != kind:
+                    kind, parts = number, []
+                parts.append((data, at, end))
             else:
                 size += end - at
+        points = parts[0] if parts else (data, 0, 0)
+        if len(parts) > 1:  # data in pieces, which a message may be: all their points are its own
+            whole = b"".join([data[at:end] for _, at, end in parts])
+            points = whole, 0, len(whole)
         fields = sum(
             1 for _ in spans(*points, bounds.budget)
         )  # few enough, so that it is read quickly
@@ -223,11 +230,11 @@ def _read_metric(scope: Group, span: Span, bounds: _Bounds) -> Group:
     name, message = _POINTS[kind]
 
     def make() -> dict[str, Any]:
-        more = MESSAGES["Data"].read(data[points[1] : points[2]])
+        more = MESSAGES["Data"].read(points[0][points[1] : points[2]])
         metric = MESSAGES["Metric"].read(data[span[1] : span[2]])
         return {"type": name, **metric, **_ALWAYS.get(name, {}), **more}
 
-    items = (data[at:end] for _, at, end in _parts(points, 1, bounds.budget))
+    items = (of[at:end] for of, at, end in _parts(points, 1, bounds.budget))
     return scope.within("metric", size, bounds.size_max, make).of(message, items)
 
 

@@ -190,7 +190,7 @@ class _KnownPairs(dict[bytes, tuple[str, Any]]):
 
 known_pair = _KnownPairs().__getitem__
 """Key and value of an attribute in protobuf."""
-_INT32 = FieldKind(VARINT, wire.signed, partial(_parse_integer, -(2**31), 2**31 - 1))
+_INT32 = FieldKind(VARINT, wire.signed_low32, partial(_parse_integer, -(2**31), 2**31 - 1))
 _UINT32 = FieldKind(VARINT, wire.low32, partial(_parse_integer, 0, 2**32 - 1))
 _INT64 = FieldKind(VARINT, wire.signed, partial(_parse_integer, -(2**63), 2**63 - 1))
 _UINT64 = FieldKind(VARINT, int, partial(_parse_integer, 0, 2**64 - 1), wire.varints)

@@ -285,6 +285,69 @@ def test_faults_of_json_are_told_by_their_place(record: Any, detail: str) -> Non
     assert json.loads(parsed.refused[0].payload) == record
 
 
+def varint(number: int, size: int) -> bytes:
+    """A number in so many bytes, mostly more than it needs."""
+    groups = [number >> 7 * at & 127 for at in range(size)]
+    return bytes([*[one | 128 for one in groups[:-1]], groups[-1]])
+
+
+def field(number: int, value: bytes | int, *, padded: bool = False) -> bytes:
+    """A field by hand, whose tag has more bytes than it needs if it is padded."""
+    tag = varint(number << 3 | (0 if isinstance(value, int) else 2), 3 if padded else 1)
+    if isinstance(value, int):
+        return tag + varint(value & 2**64 - 1, 10)
+    return tag + varint(len(value), 3) + value
+
+
+WRITTEN = [
+    field(2, 2**32 + 9) + field(6, b"\x0a\x01a\x12\x02\x18\x05", padded=True),
+    field(2, 2**33 - 1) + field(2, -(2**31)) + field(2, 2**63 + 7),
+    field(9, b"1" * 16) + field(9, b"") + field(10, b"\1" * 8) + field(10, bytes(8)),
+    field(5, field(3, 1, padded=True) + field(1, b"text", padded=True), padded=True),
+    field(6, field(2, field(7, b"\0", padded=True)) + field(1, b"k", padded=True)),
+]
+
+
+@pytest.mark.parametrize("record", WRITTEN)
+def test_records_of_other_writers_are_read_as_by_protobuf(record: bytes) -> None:
+    """Numbers in more bytes than they need, too large ones, and fields that come twice."""
+    for tail in (b"", b"\x59" + bytes(7) + b"\1"):
+        body = field(1, field(2, field(2, record + tail)))
+        wanted = expected("logs", ExportLogsServiceRequest.FromString(body))
+        parsed = decode("logs", PROTOBUF, body)
+        assert parsed is not None
+        assert loads(parsed.records.payload) == wanted
+
+
+@pytest.mark.parametrize("name", ["gauge", "sum", "histogram", "summary"])
+def test_data_in_pieces_has_the_points_of_all(name: str) -> None:
+    """As protobuf merges them; of two kinds the last one counts."""
+    request = REQUESTS["metrics"]()
+    metric = request.resource_metrics.add().scope_metrics.add().metrics.add(name="m")
+    for kind in ("exponential_histogram", name):
+        for time in (1, 2):
+            getattr(metric, kind).data_points.add(time_unix_nano=time)
+    pieces = metric.SerializeToString()
+    metric.ClearField(name)
+    for time in (3, 4, 5):
+        getattr(metric, name).data_points.add(time_unix_nano=time)
+    other = REQUESTS["metrics"]()
+    other.resource_metrics.add().scope_metrics.add().metrics.add().exponential_histogram.SetInParent()
+    first = other.resource_metrics[0].scope_metrics[0].metrics[0].SerializeToString()
+    body = field(1, field(2, field(2, first + pieces + metric.SerializeToString())))
+    wanted = expected("metrics", REQUESTS["metrics"].FromString(body))
+    parsed = decode("metrics", PROTOBUF, body)
+    assert parsed is not None
+    assert [one["timeUnixNano"] for one in wanted] == [1, 2, 3, 4, 5]
+    assert loads(parsed.records.payload) == wanted
+
+
+def test_a_field_with_the_number_0_is_refused_as_by_protobuf() -> None:
+    body = field(1, field(2, field(2, b"\x02\x01x")))
+    with pytest.raises(Problem, match="the number 0"):
+        decode("logs", PROTOBUF, body)
+
+
 def test_a_fault_in_a_resource_costs_its_records_alone() -> None:
     request = logs("lost", attributes={"a": "b"})
     request.resource_logs.extend(logs("good").resource_logs)
