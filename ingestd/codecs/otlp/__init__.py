@@ -347,7 +347,8 @@ _ELEMENTS_SURE = 200_000
 _ELEMENTS_A_RECORD = 8
 _ITEMS_DEPTH, _POINTS_DEPTH = 6, 9
 """How deep the arrays of log records and spans, and those of data points, are."""
-_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{},]', re.DOTALL)
+# A string without an end goes to that of the body: else each quote in it would be tried as one.
+_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{},]', re.DOTALL)
 _TOKENS_TOGETHER = 4096
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
+from time import process_time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -431,6 +432,17 @@ def test_bodies_of_nothing_but_json_elements_are_refused_in_little_memory() -> N
             decode("logs", JSON, body.encode(), FEW)
         assert found.value.kind.status == 413
         assert most.bytes < 10 * 1024**2
+
+
+def test_a_text_without_an_end_takes_no_long_time() -> None:
+    """The time is linear in it, however many quotes it has."""
+    outer = NAMES["logs"][0]
+    body = f'{{"{outer}":[{"1," * 200_000}"'.encode() + b'\\"' * 25_000
+    begun = process_time()
+    found = outcome("logs", JSON, body)
+    assert isinstance(found, Problem)
+    assert found.kind.status == 400
+    assert process_time() - begun < 2
 
 
 def test_many_json_records_are_taken() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+from time import process_time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -105,6 +106,16 @@ async def test_events_that_are_not_good(
     }  # fmt: skip
     assert intake.items == [B] * accepted
     assert bool(intake.refused) is (accepted > 0)
+
+
+@pytest.mark.parametrize("body", [b'{"event":"' + b'\\"' * 25_000, b'{\\"}' * 25_000])
+def test_texts_without_an_end_take_no_long_time(body: bytes) -> None:
+    """The time is linear in them, however many quotes they have."""
+    begun = process_time()
+    with pytest.raises(Problem) as found:
+        CODEC.decode(body, BodyLimits(100_000, 1024**2))
+    assert found.value.kind.status == 400
+    assert process_time() - begun < 2
 
 
 async def test_raw_lines_become_events_with_what_the_query_says() -> None:

@@ -96,8 +96,9 @@ _WHITESPACE = b" \t\r\n"
 _SPACE = re.compile(rb"[ \t\r\n]*+")
 _OPENERS = (b"{", b"[")
 _BLANK = frozenset({b'""', b"null"})
-# Strings are passed over as a whole, so that brackets in them do not count.
-_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[][{}]', re.DOTALL)
+# Strings are passed over as a whole, so that brackets in them do not count; one without an end goes
+# to that of the body, or each quote in it would be tried as one.
+_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[][{}]', re.DOTALL)
 _encode = msgspec.json.encode
 _decode = json.JSONDecoder(parse_int=len, parse_float=len).raw_decode
 
