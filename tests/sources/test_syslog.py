@@ -274,13 +274,13 @@ ANY_TEXT = st.text(st.sampled_from('"\\\0\x01\b\t\f\r\x1f \x7f[]=aü\u2028\ufeff
 
 
 @settings(max_examples=200)
-@given(st.lists(ANY_TEXT, min_size=1, max_size=4), st.sampled_from((r"\u0000", r"\n")))
-def test_texts_are_written_the_same_to_the_byte(texts: list[str], zero: str) -> None:
+@given(st.lists(ANY_TEXT, min_size=1, max_size=4), st.sampled_from(("", "\0", "\x01")))
+def test_texts_are_written_the_same_to_the_byte(texts: list[str], stand_in: str) -> None:
     """Character by character, whether or not a block holds one that needs the slow way."""
-    escapes = {**ESCAPES, "\0": zero}
+    escapes = {**ESCAPES, stand_in: r"\n"}
     for head in ("<13>1 - h a p m - ", "<13>Nov 29 11:00:00 host tag: "):
         block = "".join(f"{head}x{text}\n" for text in texts)
-        for one, text in zip(parser().parse(block.encode(), zero.encode()), texts, strict=True):
+        for one, text in zip(parser().parse(block.encode(), stand_in.encode()), texts, strict=True):
             written = "".join(escapes.get(char, char) for char in text)
             assert one.decode().endswith(f'"message":"x{written}"')
 
@@ -380,6 +380,19 @@ def test_framing(stream: bytes, messages: list[str], size: int) -> None:
         messages = ["a", "more", "b"]  # its LF is all that there is to see at first
     found = Feed().feed(*in_pieces(stream, size)).end()
     assert (found.messages, found.refused, found.faults) == (messages, [], 0)
+
+
+@pytest.mark.parametrize("size", [1, 1000])
+def test_counted_messages_keep_their_nuls_and_lines(size: int) -> None:
+    messages = ["a\nb", "c\0d", "\x01\0\ne", "f"]
+    stream = counted(*[f"<1>{one}".encode() for one in messages], b"<1>\xff\0\n!")
+    found = Feed().feed(*in_pieces(stream, size)).end()
+    assert found.messages == [*messages, "\ufffd\0\n!"]
+
+
+def test_messages_with_all_control_characters_are_kept_but_for_their_nuls() -> None:
+    text = "".join(map(chr, range(32))) + "x"
+    assert Feed().feed(counted(f"<1>{text}".encode())).messages == [text.replace("\0", "\n")]
 
 
 def test_one_byte_pieces_of_nuls() -> None:

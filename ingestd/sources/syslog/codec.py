@@ -13,8 +13,8 @@ The framing of a connection is told by its first bytes, and only then:
 A message that is longer than `record_bytes_max` is an invalid record, `too_large`, with its
 beginning. So is one that was not received to its end: `unfinished`. Everything else is a record.
 
-Blocks of messages are lines, ended by LF. In a block whose messages may hold LFs each of these is a
-NUL until the block is parsed, so NULs of such a message become LFs.
+Blocks of messages are lines, ended by LF. In a block whose messages hold LFs a control character
+that none of them has stands for each of these until the block is parsed (`fold`).
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ _MAY_BE_COUNTED = re.compile(rb"(?:[1-9]\d{0,8} ?)?")
 _NUL_END = re.compile(rb"\0(?=<|\Z)")
 _SWAPPED = bytes.maketrans(b"\n\0", b"\0\n")
 _FILLERS = b"\n\r\0 "
-_LF = b"\\n"
-_NUL = b"\\u0000"
+_STAND_INS = [bytes([code]) for code in (*range(9), *range(14, 32))]
 
 
 class RecordMaker:
@@ -61,22 +60,22 @@ class RecordMaker:
         self._parser = parser
         self.record_bytes_max = record_bytes_max
 
-    def make(self, parsed: Parsed, peers: Sequence[bytes], *, folded: bool) -> Parsed:
+    def make(self, parsed: Parsed, peers: Sequence[bytes], stand_in: bytes) -> Parsed:
         """Returns the records of a block.
 
         Args:
             parsed: lines, and what was refused before.
             peers: the JSON text of the peer's address, one for all lines or one for each.
-            folded: a NUL in it stands for an LF.
+            stand_in: the character that stands for LF in them, if any.
         """
         block, count = parsed.records.payload, parsed.records.count
         if self._parser is None:
-            if b"\0" in block and folded:
-                block = block.replace(b"\0", b"#012")  # as rsyslog writes it
+            if stand_in:
+                block = block.replace(stand_in, b"#012")  # as rsyslog writes it
             return parsed._replace(records=Records(Layout.LINES, count, block))
         if not count:
             return parsed
-        found = self._parser.parse(block, _LF if folded else _NUL)
+        found = self._parser.parse(block, stand_in)
         if len(peers) == 1:
             tail = b',"peer":%b}\n' % peers[0]
             found.append(b"")
@@ -102,11 +101,16 @@ class RecordMaker:
         return parsed._replace(records=Records.lines(good), refused=refused)
 
 
-def fold(messages: Sequence[bytes]) -> tuple[bytes, bool]:
-    """A block of messages that may hold anything: (lines, whether NULs in them stand for LFs)."""
+def fold(messages: Sequence[bytes]) -> tuple[bytes, bytes]:
+    """A block of messages that may hold anything: (lines, what stands for LF in them, if any).
+
+    Where they have every control character it is NUL, and their NULs become LFs, too.
+    """
     if not any(b"\n" in one for one in messages):  # ten times as fast as to count them
-        return b"\n".join([*messages, b""]), False
-    return b"\n".join([*[one.replace(b"\n", b"\0") for one in messages], b""]), True
+        return b"\n".join([*messages, b""]), b""
+    free = (one for one in _STAND_INS if not any(one in message for message in messages))
+    stand_in = next(free, _STAND_INS[0])
+    return b"\n".join([*[one.replace(b"\n", stand_in) for one in messages], b""]), stand_in
 
 
 class SyslogCodec(StreamCodec):
@@ -179,8 +183,8 @@ class SyslogCodec(StreamCodec):
     def _framed(self, parsed: Parsed | None) -> Frames:
         if parsed is None or not parsed.total:
             return Frames()
-        folded = self._framing is not None and self._framing.folded
-        return Frames([Received(self._maker.make(parsed, self._peers, folded=folded))])
+        stand_in = b"" if self._framing is None else self._framing.stand_in
+        return Frames([Received(self._maker.make(parsed, self._peers, stand_in))])
 
 
 class TerminatedFraming:
@@ -190,13 +194,14 @@ class TerminatedFraming:
         record_bytes_max: a longer message is refused.
 
     Attributes:
-        folded: NULs in the lines that it gives stand for LFs.
+        stand_in: see `RecordMaker.make`; NUL once messages end with NUL.
     """
 
     def __init__(self, record_bytes_max: int) -> None:
         self._record_bytes_max = record_bytes_max
         self._framer = Framer("text", record_bytes_max)
-        self._is_decided = self.folded = False
+        self._is_decided = False
+        self.stand_in = b""
 
     @property
     def held(self) -> int:
@@ -207,14 +212,14 @@ class TerminatedFraming:
         """Returns lines, and messages that were too long."""
         if not self._is_decided:
             self._decide(data)
-        if self.folded:
+        if self.stand_in:
             return _without_nuls(self._framer.feed(data.translate(_SWAPPED)))
         # Where there is none a search by the pattern takes ten times as long as one for the byte.
         end = _NUL_END.search(data) if b"\0" in data else None
         if end is None:
             return _without_nuls(self._framer.feed(data))
         parsed = _joined(self._framer.feed(data[: end.start()]), self._framer.end())
-        self.folded = True
+        self.stand_in = b"\0"
         self._framer = Framer("text", self._record_bytes_max, begun=True, index=self._framer.index)
         more = self._framer.feed(data[end.end() :].translate(_SWAPPED))
         return _without_nuls(_joined(parsed, more))
@@ -225,8 +230,9 @@ class TerminatedFraming:
 
     def _decide(self, data: bytes) -> None:
         """Looks for the first terminator."""
-        self.folded = b"\0" in data and _NUL_END.search(data) is not None
-        self._is_decided = self.folded or b"\n" in data
+        if b"\0" in data and _NUL_END.search(data) is not None:
+            self.stand_in = b"\0"
+        self._is_decided = self.stand_in != b"" or b"\n" in data
 
     def end(self, why: str | None) -> Parsed | None:
         """Returns what is held: a message if the peer has ended, else an invalid record."""
@@ -268,7 +274,7 @@ class CountedFraming:
         on_fault: called where there is no length.
 
     Attributes:
-        folded: NULs in the lines that it gave last stand for LFs.
+        stand_in: see `RecordMaker.make`; of the lines that it gave last.
     """
 
     def __init__(self, record_bytes_max: int, on_fault: Callable[[], None]) -> None:
@@ -279,7 +285,7 @@ class CountedFraming:
         self._index = 0
         self._over_left = 0  # bytes of a message that is too long that are still to come
         self._line: Framer | None = None  # of what has no length, up to the next LF
-        self.folded = False
+        self.stand_in = b""
 
     @property
     def held(self) -> int:
@@ -324,7 +330,7 @@ class CountedFraming:
         messages = [one for one in messages if one]
         if not messages and not refused:
             return None
-        block, self.folded = fold(messages)
+        block, self.stand_in = fold(messages)
         return Parsed(Records(Layout.LINES, len(messages), block if messages else b""), refused)
 
     def _split(self, data: bytes, messages: list[bytes], refused: list[InvalidRecord]) -> int:

@@ -123,12 +123,12 @@ class MessageParser:
         self._stamps: dict[bytes, bytes] = {}
         self._heads: dict[bytes, bytes] = {}
 
-    def parse(self, block: bytes, zero: bytes = b"\\u0000") -> list[bytes]:
+    def parse(self, block: bytes, stand_in: bytes = b"") -> list[bytes]:
         """Returns a JSON object for each line, without its closing brace.
 
         Args:
             block: messages, each ended by LF and not empty.
-            zero: the escape that a NUL stands for: that of LF, where LFs were replaced.
+            stand_in: a control character that stands for LF in them; empty if none does.
         """
         hour = int(self._now() // 3600)
         if hour != self._hour:
@@ -139,21 +139,21 @@ class MessageParser:
                 self._heads = {}
             if len(self._stamps) > _CACHED_MAX:
                 self._stamps = {}
-            found += self._parse(piece, zero)
+            found += self._parse(piece, stand_in)
             let_loop_go_first()
         return found
 
-    def _parse(self, block: bytes, zero: bytes) -> list[bytes]:
+    def _parse(self, block: bytes, stand_in: bytes) -> list[bytes]:
         marked = False
         if not block.isascii():
             try:
                 block.decode()
             except UnicodeDecodeError:
-                return [self._unreadable(line, zero) for line in block[:-1].split(b"\n")]
+                return [self._unreadable(line, stand_in) for line in block[:-1].split(b"\n")]
             marked = BOM in block
         block = block.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\t", b"\\t")
         if _holds_controls(block):
-            escapes = {**_ESCAPES, b"\0": zero}
+            escapes = {**_ESCAPES, stand_in: _LF}
             block = _CONTROL.sub(lambda found: escapes[found[0]], block)
         found: list[bytes] = []
         add, heads, stamps = found.append, self._heads, self._stamps
@@ -207,15 +207,15 @@ class MessageParser:
 
     # -- messages by themselves ----------------------------------------------------------------
 
-    def _unreadable(self, line: bytes, zero: bytes) -> bytes:
+    def _unreadable(self, line: bytes, stand_in: bytes) -> bytes:
         """Makes the object of a message that may be no UTF-8."""
         try:
             line.decode()
         except UnicodeDecodeError:
-            line = line.replace(b"\0", b"\n") if zero == _LF else line
+            line = line.replace(stand_in, b"\n") if stand_in else line
             raw = base64.b64encode(line)
             return b'%b,"raw_base64":"%b"' % (self._unusual(line.decode(errors="replace")), raw)
-        return self._parse(line + b"\n", zero)[0]
+        return self._parse(line + b"\n", stand_in)[0]
 
     def _unusual(self, text: str) -> bytes:
         """Makes the object of any message."""

@@ -261,13 +261,13 @@ class Datagrams:
             elif message:
                 peers.append(peer)
                 messages.append(message)
-        block, folded = fold(messages) if messages else (b"", False)
+        block, stand_in = fold(messages) if messages else (b"", b"")
         parsed = Parsed(Records(Layout.LINES, len(messages), block), refused)
         runs = [(peer, len(list(run))) for peer, run in groupby(peers)]
         shown = [json.dumps(peer).encode() for peer, _ in runs]
         if len(runs) > 1:
             shown = [one for one, (_, count) in zip(shown, runs, strict=True) for _ in range(count)]
-        made = self._maker.make(parsed, shown, folded=folded)
+        made = self._maker.make(parsed, shown, stand_in)
         envelopes = joined([(count, self._envelope_of(peer)) for peer, count in runs])
         if made.records.count != len(messages):
             envelopes = self._envelope_of("")  # some objects were too large: places have changed
