@@ -220,6 +220,15 @@ def test_long_messages_take_no_long_time(unit: bytes) -> None:
     assert process_time() - begun < 2
 
 
+@pytest.mark.parametrize("unit", [b"\0", b"\x1b[0m", b"[x]", b"\xff", b'"'])
+def test_what_a_message_takes_while_it_is_parsed_is_bounded(unit: bytes) -> None:
+    message = b"<13>1 - h a p m " + (b"- " if unit != b"[x]" else b"")
+    message += unit * (256 * 1024 // len(unit))
+    with peak() as found:
+        parse(message)
+    assert found.bytes < 40 * len(message)
+
+
 def test_what_is_known_of_hosts_is_bounded() -> None:
     """Also within one block."""
     mine = parser()

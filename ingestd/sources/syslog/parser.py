@@ -56,7 +56,7 @@ _PRIORITY = r"<(19[01]|1[0-8]\d|[1-9]?\d)>"
 _ISO = r"\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-6]\d(?:\.\d{1,9})?(?:Z|[+-][0-2]\d:[0-5]\d)"
 _BSD = r"[A-Z][a-z][a-z] [ \d]\d [0-2]\d:[0-5]\d:[0-6]\d"
 # On text that was escaped for JSON: a backslash is two, a quote has one before it.
-_ELEMENTS = r"(?:\[(?:[^\]\\\n]++|\\[^\\\n]|\\\\(?:\\\\|\\\"|[^\\\n]))*+\])+"
+_ELEMENTS = r"(?:\[(?:[^\]\\\n]++|\\[^\\\n]|\\\\(?:\\\\|\\\"|[^\\\n]))*+\])++"
 # What `_TAG` takes, but for a mnemonic of Cisco's.
 _NAME = r'(?!%)[^\s:\[\]<>"\\\'=(){}]{1,128}+(?:\[[^\]\s"\\]{0,128}+\])?+'
 _USUAL = re.compile(
@@ -66,7 +66,7 @@ _USUAL = re.compile(
 )
 _OBJECT5 = b'{"format":"rfc5424",%b,"timestamp":%b,%b,"structured_data":%b,"message":"%b"'
 _OBJECT3 = b'{"format":"rfc3164",%b,"timestamp":%b,%b,"structured_data":{},"message":"%b"'
-_CONTROL = re.compile(rb"[\x00-\x09\x0b-\x1f]")
+_NO_CONTROL = bytes([10, *range(32, 256)])
 _ESCAPES = {bytes([n]): b"\\u%04x" % n for n in range(32)} | {b"\t": b"\\t", b"\r": b"\\r"}
 _encode: Callable[[Any], bytes] = msgspec.json.Encoder().encode
 _check: Callable[[bytes], Any] = msgspec.json.Decoder(msgspec.Raw).decode
@@ -154,7 +154,9 @@ class MessageParser:
         block = block.replace(b"\\", b"\\\\").replace(b'"', b'\\"').replace(b"\t", b"\\t")
         if _holds_controls(block):
             escapes = {**_ESCAPES, stand_in: _LF}
-            block = _CONTROL.sub(lambda found: escapes[found[0]], block)
+            for code in set(block.translate(None, _NO_CONTROL)):
+                one = bytes([code])
+                block = block.replace(one, escapes[one])
         found: list[bytes] = []
         add, heads, stamps = found.append, self._heads, self._stamps
         # One call, one look for what is known and one format for each message of a usual form.
