@@ -155,7 +155,8 @@ def _read_run(  # noqa: PLR0912, PLR0915 - a call a field would take as long as 
 
 def _read_tail(data: bytes, at: int, end: int, record: dict[str, Any]) -> bool:
     """Reads what stands behind the attributes; returns False if that is something else."""
-    tail = _TAIL(data, at, end)
+    # A place behind the end of the body is that end to the pattern, where nothing is left to match.
+    tail = _TAIL(data, at, end) if at < end else None
     if tail is None:
         return False
     flags, trace, span, observed = tail.groups()

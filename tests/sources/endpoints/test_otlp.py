@@ -223,6 +223,25 @@ def test_log_records_read_in_runs_are_the_same_to_the_byte(examples: int) -> Non
     try_one()
 
 
+@pytest.mark.parametrize(
+    "last",
+    [
+        b"\x1a\x05INFO",
+        b"\x2a\x7f\x0a\x7dtext",
+        b"\x2a\x06\x0a\x04tex",
+        b"\x32\x7f\x0a\x01k\x12\x02\x18\x05",
+    ],
+)
+def test_a_log_record_with_a_field_that_is_cut_off_is_refused_at_the_end_too(last: bytes) -> None:
+    """Wherever in a body it stands."""
+    good, bad = (field(2, b"\x09" + bytes(8) + more) for more in (b"", last))
+    for records in (good + bad, bad + good):
+        parsed = decode("logs", PROTOBUF, field(1, field(2, records)))
+        assert parsed is not None
+        assert parsed.records.count == 1
+        assert "cut off" in parsed.refused[0].detail
+
+
 def test_usual_log_records_are_read_in_runs() -> None:
     request = logs(*["x" * size for size in (0, 1, 125, 126, 127, 128, 16_380)])
     records = request.resource_logs[0].scope_logs[0].log_records
