@@ -270,7 +270,7 @@ Buckets         1 offset sint32  2 bucketCounts uint64[]
 ExponentialPoint 1 attributes pairs+  2 startTimeUnixNano fixed64  3 timeUnixNano fixed64
                 4 count fixed64+  5 sum double!  6 scale sint32+  7 zeroCount fixed64+
                 8 positive Buckets!  9 negative Buckets!  10 flags uint32
-                11 exemplars Exemplar[]  12 min double!  13 max double!  14 zeroThreshold double
+                11 exemplars Exemplar[]  12 min double!  13 max double!  14 zeroThreshold double!
 Quantile        1 quantile double+  2 value double+
 SummaryPoint    2 startTimeUnixNano fixed64  3 timeUnixNano fixed64  4 count fixed64+
                 5 sum double+  6 quantileValues Quantile[]  7 attributes pairs+  8 flags uint32

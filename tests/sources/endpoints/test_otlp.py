@@ -111,6 +111,16 @@ def test_any_request_gives_the_same_records_in_both_encodings(signal: str, examp
     assert records >= examples
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_negative_zero_is_a_value(kind: bytes) -> None:
+    request = REQUESTS["metrics"]()
+    metric = request.resource_metrics.add().scope_metrics.add().metrics.add()
+    metric.exponential_histogram.data_points.add(zero_threshold=-0.0, sum=-0.0)
+    parsed = decode("metrics", kind, encoded(request, kind))
+    assert parsed is not None
+    assert loads(parsed.records.payload) == expected("metrics", request)
+
+
 @EXAMPLES
 @pytest.mark.parametrize("signal", SIGNALS)
 @pytest.mark.parametrize("kind", KINDS)
