@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import re
+import threading
 from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -50,6 +51,9 @@ _TEXT_TAG = tag_of(1, LENGTH)
 _VALUE_TAG = tag_of(2, LENGTH)
 _INT_TAG = tag_of(3, VARINT)
 _KNOWN_MAX, _KNOWN_BYTES_MAX = 4096, 128
+_SMALL_BYTES = 4096
+_NESTED_BYTES_MAX, _NESTED_TIMES_MAX = 16 * 1024**2, 16
+"""Bytes of values in one another, and so many times the outermost if that is more."""
 
 
 def parse_text(value: Any) -> str:
@@ -136,7 +140,40 @@ def _read_any(value: bytes) -> Any:
         number, end = wire.varint(value, 1)
         if end == size:
             return wire.signed(number)
+    if size > _SMALL_BYTES:
+        return _read_large(value)
     return MESSAGES["AnyValue"].read(value).get("value")
+
+
+class _Nested(threading.local):
+    """The large values that one thread is in.
+
+    Attributes:
+        held: bytes of them: each is there as long as those in it are read.
+        most: bound of that.
+    """
+
+    held = most = 0
+
+
+_nested = _Nested()
+
+
+def _read_large(value: bytes) -> Any:
+    """Reads a value that has a copy in each level around it.
+
+    Raises:
+        RecursionError: it is nested too deeply for its size.
+    """
+    if not _nested.held:
+        _nested.most = max(_NESTED_BYTES_MAX, _NESTED_TIMES_MAX * len(value))
+    if _nested.held + len(value) > _nested.most:
+        raise RecursionError
+    _nested.held += len(value)
+    try:
+        return MESSAGES["AnyValue"].read(value).get("value")
+    finally:
+        _nested.held -= len(value)
 
 
 def _parse_any(value: Any) -> Any:

@@ -15,7 +15,12 @@ pytest.importorskip("opentelemetry.proto", reason="requests are made with opente
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import ExportLogsServiceRequest
-from opentelemetry.proto.common.v1.common_pb2 import AnyValue, ArrayValue, KeyValue
+from opentelemetry.proto.common.v1.common_pb2 import (
+    AnyValue,
+    ArrayValue,
+    KeyValue,
+    KeyValueList,
+)
 
 from ingestd.base.errors import Draining, KeyInFlight, Overloaded
 from ingestd.codecs.otlp import SIGNALS, read_groups
@@ -436,6 +441,33 @@ def test_bodies_of_nothing_but_fields_are_refused_in_little_memory(name: str) ->
         decode("logs", PROTOBUF, BOMBS[name], FEW)
     assert found.value.kind.status in {400, 413}
     assert most.bytes < 10 * 1024**2
+
+
+@pytest.mark.parametrize("kind", ["array", "map"])
+def test_a_large_value_is_nested_in_few_levels_at_a_time(kind: str) -> None:
+    """Each level has a copy of it."""
+
+    def nested(size: int, depth: int) -> bytes:
+        value = AnyValue(string_value="x" * size)
+        for _ in range(depth):
+            if kind == "array":
+                value = AnyValue(array_value=ArrayValue(values=[value]))
+            else:
+                pairs = [KeyValue(key="k", value=value)]
+                value = AnyValue(kvlist_value=KeyValueList(values=pairs))
+        request = logs("")
+        request.resource_logs[0].scope_logs[0].log_records[0].body.CopyFrom(value)
+        return request.SerializeToString()
+
+    for size, depth in ((10_000, 30), (1_000_000, 12)):
+        parsed = decode("logs", PROTOBUF, nested(size, depth))
+        assert parsed is not None
+        assert parsed.records.count == 1
+    body = nested(1_000_000, 30)
+    with peak() as most, pytest.raises(Problem, match="nested too deeply"):
+        decode("logs", PROTOBUF, body)
+    assert most.bytes < 60 * 1024**2
+    decode("logs", PROTOBUF, nested(1_000_000, 12))  # nothing is counted any more
 
 
 @pytest.mark.parametrize("size", [900_000, 1_040_000])
