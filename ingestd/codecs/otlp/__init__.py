@@ -204,18 +204,19 @@ def _head(group: Group, name: str, span: Span, bounds: _Bounds) -> tuple[Group, 
 
 def _read_metric(scope: Group, span: Span, bounds: _Bounds) -> Group:
     data = span[0]
-    size, kind = 0, 0
-    parts: list[Span] = []
+    size, kind, points = 0, 0, (data, 0, 0)
+    parts: list[Span] = []  # of data in pieces, which a message may be: their points are its own
     try:
         for number, at, end in spans(*span, bounds.budget):
             if number in _POINTS:
-                if number != kind:
-                    kind, parts = number, []
-                parts.append((data, at, end))
+                if number == kind:
+                    parts = parts or [points]
+                    parts.append((data, at, end))
+                else:
+                    kind, points, parts = number, (data, at, end), []
             else:
                 size += end - at
-        points = parts[0] if parts else (data, 0, 0)
-        if len(parts) > 1:  # data in pieces, which a message may be: all their points are its own
+        if parts:
             whole = b"".join([data[at:end] for _, at, end in parts])
             points = whole, 0, len(whole)
         fields = sum(
