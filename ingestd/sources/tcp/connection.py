@@ -65,8 +65,12 @@ if TYPE_CHECKING:
 
 log = get_logger()
 
-READ_BYTES = 256 * 1024
-"""The most that one read takes, and from where on reading waits until what came is decoded."""
+READ_BYTES = 64 * 1024
+"""The most that one read takes. There has to be room for it before it comes, so that more of them
+make connections wait for each other that have nothing to read."""
+WAITING_BYTES = 128 * 1024
+"""From here on reading waits until what came is decoded. It counts twice: 64 connections that send
+all the time have room for it in the default bound of a source."""
 SMALL_BYTES = 4 * 1024
 """The most that one read takes where there is no room."""
 PIECE_COST = 2 * 1024**2
@@ -263,7 +267,7 @@ class TcpConnection(asyncio.BufferedProtocol):
         self._queued += len(data)
         self._total += len(data)
         self._owner.totals.received += len(data)
-        if not self._count() or self._queued >= READ_BYTES:
+        if not self._count() or self._queued >= WAITING_BYTES:
             self._pause()
         self._wake()
 
