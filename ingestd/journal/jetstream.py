@@ -390,7 +390,7 @@ class JetStreamLog:
             name=own.stream, subjects=[f"{own.stream}.>"], retention=api.RetentionPolicy.LIMITS,
             storage=api.StorageType.FILE, num_replicas=own.replicas, discard=api.DiscardPolicy.NEW,
             max_bytes=own.stream_bytes_max or -1, allow_direct=True, allow_atomic=True,
-            allow_msg_ttl=True,
+            allow_msg_ttl=True, compression=api.StoreCompression.S2,
         )  # fmt: skip
         info = await self._made(own.stream, lambda: self._js.add_stream(wanted))
         if info is None:
