@@ -140,6 +140,16 @@ async def test_raw_lines_become_events_with_what_the_query_says() -> None:
         assert (await send(source, b"x", f"/raw?host={'x' * 1025}"))[1]["code"] == 6
 
 
+async def test_a_time_in_the_query_is_a_number_where_json_has_it_as_one() -> None:
+    intake = MemoryIntake()
+    times = ["0", "0.5", "1700000000.25", "007", "00.5", "1.", "-1", "1e9"]
+    async with serving_endpoint("splunk_hec", intake) as source:
+        for time in times:
+            assert await send(source, b"line", f"/raw?time={time}") == SUCCESS
+    found = [json.loads(item)["time"] for item in intake.items]
+    assert found == [0, 0.5, 1700000000.25, *times[3:]]
+
+
 async def test_acknowledgements_are_true_without_state() -> None:
     intake = MemoryIntake()
     async with serving_endpoint("splunk_hec", intake) as source:

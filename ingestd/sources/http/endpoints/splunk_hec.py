@@ -99,6 +99,8 @@ _BLANK = frozenset({b'""', b"null"})
 # Strings are passed over as a whole, so that brackets in them do not count; one without an end goes
 # to that of the body, or each quote in it would be tried as one.
 _TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[][{}]', re.DOTALL)
+_TIME = re.compile(r"(?:0|[1-9][0-9]{0,11})(?:\.[0-9]{1,9})?")
+"""A time in a query that is a number in JSON too, which has no leading zeros."""
 _encode = msgspec.json.encode
 _decode = json.JSONDecoder(parse_int=len, parse_float=len).raw_decode
 
@@ -605,7 +607,7 @@ def _channel_of(head: Head) -> str:
 def _members(metadata: Mapping[str, str]) -> Iterator[bytes]:
     """Metadata as members of a JSON object, with a comma before each; a time is a number."""
     for name, value in metadata.items():
-        number = name == "time" and re.fullmatch(r"[0-9]{1,12}(\.[0-9]{1,9})?", value, re.ASCII)
+        number = name == "time" and _TIME.fullmatch(value)
         shown = value.encode() if number else _encode(value)
         yield b',"%b":%b' % (name.encode(), shown)
 
