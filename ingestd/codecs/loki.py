@@ -339,7 +339,9 @@ def _usual_metadata(body: bytes, at: int, end: int) -> bytes | None:
         if value > end or body[at] != _THIRD or body[at + 2] != _FIRST:
             return None
         size = body[value - 1]
-        if body[value - 2] != _SECOND or size > 0x7F or at + 2 + body[at + 1] != value + size:
+        if max(body[at + 1], body[at + 3], size) > 0x7F:  # a length of more than one byte
+            return None
+        if body[value - 2] != _SECOND or at + 2 + body[at + 1] != value + size:
             return None
         at = value + size
         if at > end:

@@ -601,6 +601,21 @@ def test_usual_entries_are_read_like_any_other(at: int, to: int, cut: int, size_
                 assert found is WireFault
 
 
+def test_lengths_of_metadata_have_more_than_one_byte() -> None:
+    start = entry("1760000000123456789", "a line")
+    for tail in (
+        b"\x1a\x80\x0a\x0a" + b"n" * 10 + b"\x12\x72" + b"v" * 0x72,
+        b"\x1a\x85\x0a\x81" + b"n" * 0x81 + b"\x12\x00",
+    ):
+        with pytest.raises(Problem, match="cut off"):
+            ProtobufPushCodec(LokiSettings(), "").decode(field(1, field(2, start + tail)), LIMITS)
+    for length in (127, 128, 1280):
+        name, text = "n" * length, "v" * length
+        wire = proto(({"app": "web"}, [["1760000000123456789", "x", {name: text}]]))
+        (part,) = ProtobufPushCodec(LokiSettings(), "").decode(wire, LIMITS)
+        assert json.loads(part.parsed.records.items()[0])["metadata"] == {name: text}
+
+
 @given(st.binary(max_size=60) | st.binary(max_size=9).map(lambda body: PROTO[:20] + body))
 def test_any_protobuf_is_records_or_a_problem(body: bytes) -> None:
     for wire in (body, field(1, body), field(1, field(2, body)), field(1, field(1, body))):
