@@ -26,6 +26,7 @@ from msgspec import UNSET, Raw, UnsetType
 from ingestd.base.append import ID_BYTES, SenderIds
 from ingestd.base.bursts import let_loop_go_first
 from ingestd.base.record import InvalidRecord, Records
+from ingestd.codecs.json import DEPTH_MAX, is_deeper
 from ingestd.codecs.lines import KEPT_BYTES, Parsed, json_fault, parse_canonical
 
 if TYPE_CHECKING:
@@ -218,6 +219,8 @@ class BulkReader:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError):
             wanted = "an object with one of index, create, update and delete is expected"
             raise BulkError(wanted) from None
+        if is_deeper(line, DEPTH_MAX):  # the answer repeats it, in more levels
+            raise BulkError(f"it is nested deeper than {DEPTH_MAX} levels")
         members = said.strip()[1:-1].strip()
         if metadata.index is None:
             members = (self._path_index + members).removesuffix(b",")
@@ -381,7 +384,9 @@ def _read_metadata_of(said: Sequence[bytes], start: bytes) -> list[_Metadata] | 
         read = _read_usual(together)
         if not together.isascii():
             together.decode()
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    if b"[" in together and is_deeper(together, DEPTH_MAX):
         return None
     if start == b'{"index":{':
         metadata = [one.index for one in read]

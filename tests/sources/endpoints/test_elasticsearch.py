@@ -141,6 +141,11 @@ async def test_each_action_has_an_item_of_its_own() -> None:
         (lines({"index": {"_id": "x" * 513}}, {}), 400, "illegal_argument_exception"),
         (lines(b'{"index":{"_id":"\xff"}}', {}), 400, "illegal_argument_exception"),
         (lines(b"[" * 5000, {}), 400, "illegal_argument_exception"),
+        *(
+            (lines(form % (b"[" * deep + b"]" * deep), {}), 400, "illegal_argument_exception")
+            for form in (b'{"create":{"_index":"a","x":%b}}', b'{"index": {"x":%b}}')
+            for deep in (127, 980, 5000)
+        ),
         (lines(*[{"delete": {}}] * 11), 413, "content_too_long_exception"),
         (lines(*[{"index": {"_id": "a"}}, {"n": 1}] * 11), 413, "content_too_long_exception"),
         (lines(*[{"index": {}}, {"n": 1}] * 500), 413, "content_too_long_exception"),
