@@ -19,6 +19,7 @@ import msgspec
 from ingestd.base.bursts import let_loop_go_first
 from ingestd.base.record import InvalidRecord, Layout, Records
 from ingestd.codecs.json import DEPTH_MAX, holds_deeper, is_deeper
+from ingestd.codecs.utf8 import find_fault
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -143,14 +144,12 @@ def json_fault(value: bytes, depth_max: int = DEPTH_MAX) -> str:
     """Describes the fault of a JSON text (RFC 8259) in one line; empty if there is none."""
     try:
         _JSON.decode(value)
-        if not value.isascii():
-            value.decode()
     except msgspec.DecodeError as error:
         return _explain(str(error), value)
-    except UnicodeDecodeError as error:
-        return f"not UTF-8 (byte {error.start})"
     except RecursionError:
         return too_deep(depth_max)
+    if (at := find_fault(value)) >= 0:
+        return not_utf8(at)
     return too_deep(depth_max) if is_deeper(value, depth_max) else ""
 
 
@@ -181,6 +180,11 @@ def record_fault(
     if form == "json":
         return json_fault(value, depth_max)
     return "more than one line" if form == "text" and b"\n" in value else ""
+
+
+def not_utf8(at: int) -> str:
+    """The fault of a record that is not UTF-8 from byte `at` on."""
+    return f"not UTF-8 (byte {at})"
 
 
 def too_deep(depth_max: int) -> str:

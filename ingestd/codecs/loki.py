@@ -33,6 +33,7 @@ from ingestd.codecs.protobuf import (
     spans,
     tag_of,
 )
+from ingestd.codecs.utf8 import replace_faults
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -136,8 +137,7 @@ def read_json(body: bytes, entries_max: int, size_max: int) -> Iterator[PushStre
         PushFault: it is none.
         TooManyEntries: there are more, where they would take much memory.
     """
-    if not body.isascii():
-        body = body.decode(errors="replace").encode()
+    body = replace_faults(body)
     try:
         if body.count(b",") < _COMMAS_SURE:
             for one in _PUSH.decode(body).streams:

@@ -10,12 +10,14 @@ import msgspec
 
 from ingestd.base.bursts import ComputeThread, compute_beside, let_loop_go_first
 from ingestd.base.record import InvalidRecord, Layout, Records, pack_sizes
+from ingestd.codecs import utf8
 from ingestd.codecs.json import has_longer_line, holds_more, is_deeper
 from ingestd.codecs.lines import (
     BOM,
     KEPT_BYTES,
     Parsed,
     json_fault,
+    not_utf8,
     parse_canonical,
     parse_lines,
     squeeze,
@@ -179,10 +181,10 @@ def _parse_document(body: bytes, bounds: BodyLimits) -> Parsed:
         _bound_elements(body, bounds)
     try:
         values = _ELEMENTS.decode(body)
-        if not body.isascii():
-            body.decode()
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+    except (msgspec.DecodeError, RecursionError):
         raise _malformed(body, json_fault(body, bounds.depth_max)) from None
+    if (at := utf8.find_fault(body)) >= 0:
+        raise _malformed(body, not_utf8(at))
     if len(values) > bounds.records_max:
         del values  # the error holds this frame until the event loop has seen it
         raise too_many(bounds)
@@ -296,14 +298,19 @@ def too_large_expanded(bounds: BodyLimits) -> Problem:
 
 
 def bound_as_json(text: bytes, bounds: BodyLimits) -> None:
-    """Checks what texts take as strings in JSON, where a control character has six bytes.
+    """Checks what texts take as strings in JSON.
+
+    A control character has six bytes there, and what is not UTF-8 three.
 
     Raises:
         Problem: 413.
     """
-    if 6 * len(text) > bounds.bytes_max:
-        controls = len(text) - len(text.translate(None, _CONTROLS))
-        if len(text) + 5 * controls > bounds.bytes_max:
+    size = len(text)
+    if 6 * size > bounds.bytes_max:
+        controls = size - len(text.translate(None, _CONTROLS))
+        if 3 * size > bounds.bytes_max:
+            size = utf8.size_replaced(text)
+        if size + 5 * controls > bounds.bytes_max:
             raise too_large_expanded(bounds)
 
 

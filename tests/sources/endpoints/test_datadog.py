@@ -202,6 +202,7 @@ async def test_keys_in_header_query_and_path(capsys: pytest.CaptureFixture[str])
         (b"a\n" * 500_000, {}, "too-many-records"),
         (b"\n" * 500_000 + b"a\n" * 900, {"ddtags": b"0" * 50_000}, "payload-too-large"),
         (b"0 " * 500_000, {}, "too-many-records"),
+        (b"\xff" * 12_000_000, {}, "payload-too-large"),
     ],
 )  # fmt: skip
 def test_what_a_text_takes_is_bounded(body: bytes, attributes: Any, slug: str) -> None:

@@ -520,6 +520,7 @@ def test_a_body_with_many_commas_is_read_like_any_other(monkeypatch: pytest.Monk
             + b'["1",""],' * 990 + b'["1",""]]}]}',
             "payload-too-large",
         ),
+        (b'{"streams":[{"values":[["1","' + b"\xff" * 12_000_000 + b'"]]}]}', "payload-too-large"),
     ],
 )  # fmt: skip
 def test_what_a_body_takes_is_bounded(body: bytes, slug: str) -> None:
@@ -640,6 +641,7 @@ def test_any_text_is_labels_or_a_fault(value: str, text: str) -> None:
     ("body", "slug"),
     [
         (field(1, field(2, field(2, b"\1" * 7_000_000))), "payload-too-large"),
+        (field(1, field(2, field(2, b"\xff" * 7_000_000))), "payload-too-large"),
         (field(1, field(2, field(2, b"a" * 7_000_000 + b"\xf0\x9f\x98\x80"))), "record-too-large"),
         (field(1, b"") * 300_000, "too-many-records"),
         (field(1, field(2, b"") * 300_000), "too-many-records"),

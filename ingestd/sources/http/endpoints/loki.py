@@ -29,6 +29,7 @@ from ingestd.codecs.loki import (
     read_json,
     read_protobuf,
 )
+from ingestd.codecs.utf8 import size_replaced
 from ingestd.http import problem
 from ingestd.http.body import SNAPPY, demand_snappy
 from ingestd.http.problem import ERRORS_MAX, Problem
@@ -144,6 +145,10 @@ class PushCodec(BodyCodec):
         self._end = b',"tenant":"%b"}\n' % tenant.encode() if tenant else b"}\n"
 
     def _streams(self, body: bytes, limits: BodyLimits) -> Iterator[PushStream]:
+        if 3 * len(body) > limits.bytes_max and size_replaced(body) > max(
+            len(body), limits.bytes_max
+        ):
+            raise too_large_expanded(limits)
         return read_json(body, limits.records_max, limits.record_bytes_max)
 
     def decode(self, body: bytes, limits: BodyLimits) -> Sequence[Decoded]:

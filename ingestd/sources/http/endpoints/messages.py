@@ -16,7 +16,8 @@ from ingestd.base.append import ID_BYTES, SenderIds
 from ingestd.base.bursts import let_loop_go_first
 from ingestd.base.record import InvalidRecord, Layout, Records
 from ingestd.codecs.json import holds_deeper, is_deeper
-from ingestd.codecs.lines import KEPT_BYTES, Parsed, json_fault, too_deep, too_large
+from ingestd.codecs.lines import KEPT_BYTES, Parsed, json_fault, not_utf8, too_deep, too_large
+from ingestd.codecs.utf8 import find_fault
 from ingestd.http import problem
 from ingestd.http.problem import Problem
 from ingestd.sources.http.decode import checked
@@ -125,11 +126,11 @@ def read_body(decoder: msgspec.json.Decoder[T], body: bytes, limits: BodyLimits)
     """
     try:
         read = decoder.decode(body)
-        if not body.isascii():
-            body.decode()
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         fault = json_fault(body, limits.depth_max) or str(error)
         raise malformed(fault) from None
+    if (at := find_fault(body)) >= 0:
+        raise malformed(not_utf8(at))
     return read
 
 

@@ -32,6 +32,7 @@ from ingestd.base.bursts import let_loop_go_first
 from ingestd.base.record import Records
 from ingestd.codecs.bulk import PartBuilder, ids_of
 from ingestd.codecs.lines import Parsed, json_fault
+from ingestd.codecs.utf8 import find_fault
 from ingestd.config.units import Switch  # noqa: TC001 - the model needs it
 from ingestd.http import problem
 from ingestd.http.credentials import TokenScheme, by_authorization, by_query
@@ -201,9 +202,9 @@ class EventsCodec(BodyCodec):
         try:
             events = (_read_elements if is_array else _read_events)(body)
             values = (_cut_elements if is_array else _cut_values)(body)
-            if not body.isascii():
-                body.decode()
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+            return None
+        if find_fault(body) >= 0:
             return None
         if not values or any(one.event is UNSET or bytes(one.event) in _BLANK for one in events):
             return None
