@@ -212,6 +212,13 @@ def test_what_a_text_takes_is_bounded(body: bytes, attributes: Any, slug: str) -
     assert most.bytes < 3 * len(body) + 1024**2
 
 
+def test_all_that_are_no_logs_are_counted_with_attributes_too() -> None:
+    body = json.dumps([{"a": 1}] * 150 + [1] * 150).encode()
+    for attributes in ({}, {"service": b'"web"'}):
+        (part,) = LogsCodec(attributes, "").decode(body, LIMITS)
+        assert (part.parsed.records.count, part.parsed.invalid) == (150, 150)
+
+
 def test_what_attributes_add_is_bounded() -> None:
     codec = LogsCodec({"ddtags": b'"%b"' % (b"x" * 50_000)}, "")
     with peak() as most, pytest.raises(Problem) as caught:

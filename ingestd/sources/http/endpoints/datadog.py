@@ -91,7 +91,9 @@ class LogsCodec(DocumentCodec):
                 raise too_large_expanded(limits)
             lines = b"".join([self._completed(item) for item in items])
             made = parse_made(lines, len(items), limits)
-            parsed = made._replace(refused=parsed.refused + made.refused)
+            parsed = made._replace(
+                refused=parsed.refused + made.refused, unlisted=parsed.unlisted + made.unlisted
+            )
         return checked(parsed, limits)
 
     def _completed(self, item: bytes) -> bytes:
