@@ -334,14 +334,15 @@ def _usual_metadata(body: bytes, at: int, end: int) -> bytes | None:
     """Metadata with names and values of less than 128 bytes; `None` if there is anything else."""
     metadata: dict[str, str] = {}
     while at + 4 <= end:
-        name = at + 4
-        value = name + body[at + 3] + 2
+        name, length, name_size = at + 4, body[at + 1], body[at + 3]
+        value = name + name_size + 2
         if value > end or body[at] != _THIRD or body[at + 2] != _FIRST:
             return None
         size = body[value - 1]
-        if max(body[at + 1], body[at + 3], size) > 0x7F:  # a length of more than one byte
+        # None of the three lengths has more than one byte.
+        if body[value - 2] != _SECOND or (length | name_size | size) > 0x7F:
             return None
-        if body[value - 2] != _SECOND or at + 2 + body[at + 1] != value + size:
+        if at + 2 + length != value + size:
             return None
         at = value + size
         if at > end:
