@@ -440,7 +440,11 @@ def _unquoted(quoted: str) -> str:
     inner = quoted[1:-1]
     if quoted[0] == "`" or "\\" not in inner:
         return inner
-    return _ESCAPE.sub(_unescaped, inner).encode("utf-16", "surrogatepass").decode("utf-16")
+    text = _ESCAPE.sub(_unescaped, inner)
+    try:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise ValueError("labels have an escape that is half a surrogate pair") from None
 
 
 def _unescaped(escape: re.Match[str]) -> str:

@@ -268,6 +268,7 @@ def test_labels_in_a_text(text: str, labels: dict[str, str]) -> None:
     [
         "{", "}", "a", "{a}", "{a=}", "{a=b}", '{a="b}', '{a="b"', '{a=~"b"}', '{a="b" c="d"}',
         r'{a="\q"}', r'{a="\x4"}', r'{a="\Uffffffff"}', '{1a="b"}', '{a="b\n"}', r'{a="\777"}',
+        r'{a="\ud800"}', r'{a="\udc00\ud800"}',
     ],
 )  # fmt: skip
 def test_what_are_no_labels(text: str) -> None:
