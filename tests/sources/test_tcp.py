@@ -417,6 +417,24 @@ async def test_the_account_bounds_what_all_connections_hold() -> None:
         assert source.admission.bytes == 0
 
 
+async def test_a_codec_is_asked_if_it_is_quick_only_while_it_holds_little() -> None:
+    asked = []
+
+    class Asked(Silent):
+        def is_quick(self, data: bytes) -> bool:
+            asked.append(self.held + len(data))
+            return True
+
+    intake = KeyedIntake()
+    async with serving(intake, Asked) as source, connected(source) as (_, writer):
+        for _ in range(100):
+            writer.write(b"x" * 4000)
+            await asyncio.sleep(0)
+        writer.write(b"\n-end\n")
+        await intake.until(2)
+    assert max(asked, default=0) < module.THREAD_BYTES
+
+
 async def test_begun_frames_may_not_hold_everything() -> None:
     async with (
         serving(KeyedIntake(), inflight_bytes_max=64 * 1024) as source,

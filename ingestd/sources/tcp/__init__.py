@@ -113,7 +113,7 @@ class StreamCodec(Protocol):
         return b""
 
     def is_quick(self, data: bytes) -> bool:  # noqa: ARG002 - see the docstring
-        """Tells if `feed` takes a few milliseconds at most with bytes that are few."""
+        """Tells if `feed` takes a few milliseconds at most; asked while it and `held` are few."""
         return True
 
     def cost(self, data: bytes) -> int:

@@ -373,16 +373,19 @@ class TcpConnection(asyncio.BufferedProtocol):
         reason = None if is_whole else why or "the connection was lost"
         self._expected = self._codec.held
         async with contextlib.nullcontext() if self._count() else self._owner.overdraft:
-            last = await self._decode(self._codec.end, reason, is_quick=True)
+            last = await self._decode(self._codec.end, reason, lambda: True)
             await self._commit(last)
             await self._committed()
         return why or last.fault
 
     async def _decode(
-        self, call: Callable[[Any], Frames], argument: object, *, is_quick: bool
+        self, call: Callable[[Any], Frames], argument: object, is_quick: Callable[[], bool]
     ) -> Frames:
-        """Calls the codec, in a thread if that may take long."""
-        if self._passing + self._codec.held < THREAD_BYTES and is_quick:
+        """Calls the codec, in a thread if that may take long.
+
+        Codecs look at all they hold to tell if they are quick: they are asked while that is little.
+        """
+        if self._passing + self._codec.held < THREAD_BYTES and is_quick():
             return call(argument)
         return await self._owner.thread.run(call, argument)
 
@@ -408,7 +411,7 @@ class TcpConnection(asyncio.BufferedProtocol):
     async def _take(self, data: bytes) -> str:
         """Decodes bytes and has their records accepted; returns a fault of theirs."""
         codec = self._codec
-        frames = await self._decode(codec.feed, data, is_quick=codec.is_quick(data))
+        frames = await self._decode(codec.feed, data, lambda: codec.is_quick(data))
         held = codec.held
         try:
             self._hold.keep(held if held > _HELD_FREE else 0)
