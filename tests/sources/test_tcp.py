@@ -242,6 +242,36 @@ async def test_a_tls_client_that_closes_at_once_loses_nothing(tmp_path: Path) ->
         assert await intake.until(500) == [b"%d" % number for number in range(500)]
 
 
+@on_both_loops
+async def test_tls_that_sends_nothing_or_half_a_packet_holds_no_room(tmp_path: Path) -> None:
+    files, intake = Files(tmp_path), KeyedIntake()
+    tls = TlsSettings(certificate=files.server())
+    context = ssl.create_default_context(cafile=files.ca)
+    async with serving(intake, Silent, listen=("tls://127.0.0.1:0",), tls=tls) as source:
+        async with connected(source, ssl=context):
+            await asyncio.sleep(0.1)
+            assert source.admission.bytes == 0
+        async with connected(source) as (reader, writer):
+            got, put = ssl.MemoryBIO(), ssl.MemoryBIO()
+            client = context.wrap_bio(got, put, server_hostname="127.0.0.1")
+            while True:
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    client.do_handshake()
+                    break
+                writer.write(put.read())
+                got.write(await reader.read(2**16))
+            client.write(b"+a\n")
+            writer.write(put.read())
+            await intake.until(1)
+            client.write(b"+b\n" * 1000)
+            wire = put.read()
+            writer.write(wire[:1000])
+            await asyncio.sleep(0.1)
+            assert source.admission.bytes == 0
+            writer.write(wire[1000:])
+            await intake.until(1001)
+
+
 async def test_a_connection_waits_for_an_overloaded_pipeline_and_loses_nothing() -> None:
     intake = KeyedIntake()
     intake.errors = [Overloaded(what="it", retry_after=0.01) for _ in range(3)]

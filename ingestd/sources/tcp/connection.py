@@ -253,6 +253,8 @@ class TcpConnection(asyncio.BufferedProtocol):
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - asyncio's
         """The buffer of the next read, for which there is room before it comes."""
         has_room = self._is_done or self._count(_COPIES * READ_BYTES)
+        if self._is_secure:  # TLS asks before it knows if there is anything: none of it may stay
+            self._count()
         return self._owner.buffer[: READ_BYTES if has_room else SMALL_BYTES]
 
     def buffer_updated(self, nbytes: int) -> None:
