@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
@@ -40,3 +41,16 @@ def test_a_bomb_is_refused_early(name: str) -> None:
         codec.decode(body, LIMITS)
     assert found.value.kind.status in {400, 413}
     assert most.bytes < 48 * MIB, f"{most.bytes / MIB:.0f} MiB"
+
+
+@pytest.mark.parametrize("form", [b"%b", b'{"batch":[%b]}', b"[%b]"])
+@pytest.mark.parametrize("codec", [SegmentBatchCodec(), SegmentMessageCodec("track"),
+                                   PosthogCodec(""), EventBatchCodec()])  # fmt: skip
+def test_no_depth_is_a_failure(codec: BodyCodec, form: bytes) -> None:
+    """Where the interpreter's stack ends depends on who calls."""
+    for depth in range(850, 1000):
+        values = b"[" * depth + b"]" * depth
+        body = form % (b'{"event":"a","messageId":%b,"uuid":%b,"properties":%b}' % ((values,) * 3))
+        with contextlib.suppress(Problem):
+            (part,) = codec.decode(body, LIMITS)
+            assert part.parsed.records.count == 0

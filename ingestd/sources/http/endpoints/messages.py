@@ -6,6 +6,7 @@ laid out as records, with the ids by which one that comes again is recognised (`
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -24,7 +25,7 @@ from ingestd.sources.http.decode import checked
 from ingestd.sources.http.endpoints.base import QUICK_BYTES, BodyCodec, Decoded
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from ingestd.sources.http.endpoints.base import BodyLimits
 
@@ -132,6 +133,20 @@ def read_body(decoder: msgspec.json.Decoder[T], body: bytes, limits: BodyLimits)
     if (at := find_fault(body)) >= 0:
         raise malformed(not_utf8(at))
     return read
+
+
+@contextlib.contextmanager
+def bound_depth(limits: BodyLimits) -> Iterator[None]:
+    """Reads the messages of a body, which itself was just not too deep for the decoder.
+
+    Raises:
+        Problem: 400 if one of them is: the decoder stops where the interpreter's stack ends, of
+            which less is left here.
+    """
+    try:
+        yield
+    except RecursionError:
+        raise malformed(too_deep(limits.depth_max)) from None
 
 
 def bound_elements(body: bytes, limits: BodyLimits) -> None:

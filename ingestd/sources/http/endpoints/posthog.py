@@ -34,6 +34,7 @@ from ingestd.sources.http.endpoints.messages import (
     ClientMessage,
     MessageIds,
     MessagesCodec,
+    bound_depth,
     bound_elements,
     check_growth,
     lay_out,
@@ -192,7 +193,8 @@ class PosthogCodec(MessagesCodec):
         raws = outer.batch or []
         check_growth(len(raws), len(outer.sent_at), limits)
         common = _PosthogCommon(outer, limits.record_bytes_max)
-        messages = [common.message(bytes(raw)) for raw in raws]
+        with bound_depth(limits):
+            messages = [common.message(bytes(raw)) for raw in raws]
         return lay_out(messages, limits, token=common.key)
 
 

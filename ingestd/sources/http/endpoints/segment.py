@@ -29,6 +29,7 @@ from ingestd.sources.http.endpoints.messages import (
     ClientMessage,
     MessageIds,
     MessagesCodec,
+    bound_depth,
     bound_elements,
     check_growth,
     lay_out,
@@ -140,7 +141,8 @@ class SegmentBatchCodec(MessagesCodec):
         common_bytes = len(batch.context) + len(batch.integrations) + len(batch.sentAt)
         check_growth(len(batch.batch), common_bytes, limits)
         common = _SegmentCommon(batch, limits.record_bytes_max)
-        found = [common.message(bytes(raw)) for raw in batch.batch]
+        with bound_depth(limits):
+            found = [common.message(bytes(raw)) for raw in batch.batch]
         written = bytes(batch.writeKey) or next((key for _, key in found if key), b"")
         return lay_out([message for message, _ in found], limits, token=read_text(written))
 
@@ -159,7 +161,8 @@ class SegmentMessageCodec(MessagesCodec):
         """See `BodyCodec`."""
         raw = read_body(VALUE, body, limits)
         common = _SegmentCommon(_SegmentBatch(), limits.record_bytes_max, self._kind)
-        message, written = common.message(bytes(raw))
+        with bound_depth(limits):
+            message, written = common.message(bytes(raw))
         return lay_out([message], limits, token=read_text(written))
 
 
