@@ -24,7 +24,7 @@ from ingestd.http.problem import Problem
 from ingestd.settings import Settings
 from ingestd.sources.base import SourceContext
 from ingestd.sources.forward import ForwardSettings, ForwardSourceKind
-from ingestd.sources.forward.codec import GROWN_BYTES, ForwardCodec
+from ingestd.sources.forward.codec import APPEND_BYTES, GROWN_BYTES, ForwardCodec
 from ingestd.sources.forward.handshake import Secrets
 from ingestd.sources.tcp import Frames, Peer
 from ingestd.sources.tcp import connection as connection_module
@@ -195,7 +195,17 @@ def test_what_a_message_becomes_is_taken_from_the_account_before_it_is_there():
     codec.grow = grown.append
     codec.feed(message(PACKED, {"chunk": "x"}))
     assert not grown
-    codec.feed(message(PACKED, {"chunk": "x"}) * 10)
+    several = message(PACKED, {"chunk": "x"}) * 10
+    assert codec.cost(several) == 2 * len(several) + 10 * APPEND_BYTES
+    codec.feed(several)
+    assert not grown  # what the cost counts is not taken again
+    begun = message(5, {"x": "y" * 50_000})
+    codec.feed(begun[:49_000])
+    assert codec.cost(b"y") == 2
+    assert codec.cost(begun[49_000:]) == 2 * len(begun[49_000:]) + 49_000
+    codec.feed(begun[49_000:])
+    assert not grown
+    codec.feed(message(5, {"x": "\0" * 4000}))
     assert sum(grown) == GROWN_BYTES
     codec.feed(message(gzip.compress(PACKED * 20_000), {"compressed": "gzip"}))
     assert sum(grown) > 2 * len(PACKED) * 20_000
@@ -453,6 +463,28 @@ async def test_the_handshake_goes_over_the_connection():
             with pytest.raises(EOFError):
                 await read()
     assert len(intake.items) == 1
+
+
+async def test_many_connections_in_little_room_all_get_through():
+    class Slow(KeyedIntake):
+        async def accept(self, append):
+            await asyncio.sleep(0.002)
+            await super().accept(append)
+
+    intake, count = Slow(), 5
+    bounds = {"message_bytes_max": 20_000, "decompressed_bytes_max": 20_000}
+
+    async def send(source: Any, one: int) -> None:
+        async with connected(source) as (writer, read):
+            for number in range(count):
+                writer.write(message(5, {"x": "y" * 12_000}, {"chunk": f"{one}-{number}"}))
+            for number in range(count):
+                assert await read() == {"ack": f"{one}-{number}"}
+
+    async with serving(intake, inflight_bytes_max=4_000_000, **bounds) as source:
+        await asyncio.gather(*[send(source, one) for one in range(200)])
+        assert source.numbers()["connections_cut"] == 0
+    assert len(intake.items) == 200 * count
 
 
 async def test_bombs_on_many_connections_stay_within_the_account():

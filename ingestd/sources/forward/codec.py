@@ -146,13 +146,18 @@ class ForwardCodec(StreamCodec):
         return not any(magic in whole for magic in _MAGICS)
 
     def cost(self, data: bytes) -> int:
-        """See `StreamCodec`; many tiny messages with ids are decoded a few at a time."""
-        return 2 * len(data) + APPEND_BYTES * data.count(_CHUNK_KEY)
+        """See `StreamCodec`; many tiny messages with ids are decoded a few at a time.
+
+        What was begun becomes records when its end may be in there.
+        """
+        size, scanner, begun = len(data), self._scanner, len(self._buffer)
+        more = begun if scanner is not None and scanner.at <= begun + size else 0
+        return 2 * size + more + APPEND_BYTES * data.count(_CHUNK_KEY)
 
     def feed(self, data: bytes) -> Frames:
         """See `StreamCodec`."""
         fault = ""
-        self._room = len(data) + FREE_BYTES
+        self._room = self.cost(data) - len(data) + FREE_BYTES
         self._run = self._make_run()
         try:
             for whole, at, end in self._messages(data):
