@@ -35,6 +35,7 @@ _GROUP_START = b"4294967295.000000000"  # -1 and -2 as EventTime has them
 _GROUP_END = b"4294967294.000000000"
 _EVENT_TIMES = (b"\xd7\x00", b"\xc7\x08\x00")
 _PAIR = 0x92  # an array of two
+_NESTED_TIME = bytes([_PAIR]) + _EVENT_TIMES[0]
 _TOGETHER = 64
 _HEAD_BYTES = 64  # of an event, before its record
 
@@ -219,7 +220,7 @@ def _behind_time(data: bytes | bytearray, at: int) -> int:
     """The offset up to which an event surely holds no bin: its time may have any byte."""
     if data.startswith(_EVENT_TIMES[0], at + 1):
         return at + 11
-    return at + 12 if data.startswith(_EVENT_TIMES[0], at + 2) else at
+    return at + 12 if data.startswith(_NESTED_TIME, at + 1) else at
 
 
 def is_event(data: bytes | bytearray, at: int) -> bool:

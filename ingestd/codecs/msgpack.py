@@ -14,7 +14,7 @@ msgspec's own walk over them. Invariants:
   NaN, infinity                      `null`
   str                                a string; bytes that are no UTF-8 are U+FFFD
   bin                                its text if it is UTF-8, else `"data:;base64,…"` (RFC 2397)
-  key that is no str, int or float   its JSON text: `"null"`, `"[1]"`; a bin as above
+  key that is no str, int or float   its JSON text: `"null"`, `"[1]"`; a bin, a timestamp as here
   equal keys                         the last one counts
   EventTime (ext 0 of 8 bytes)       seconds since the epoch, with nine digits behind the point
   timestamp (ext -1)                 `"2026-11-29T10:36:59.123456Z"`; nanoseconds are cut off
@@ -344,7 +344,7 @@ def _key(key: Any) -> str | int | float:
         return key
     if isinstance(key, bytes):
         return _text(key)
-    return encode_json(_with_text(key)).decode()
+    return encode_json(_with_text(key)).decode().strip('"')  # a timestamp as msgspec writes it
 
 
 _PLAIN = frozenset((str, int, float, bool, type(None)))

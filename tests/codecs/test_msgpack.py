@@ -190,6 +190,25 @@ def test_what_json_has_not_is_shown_as_documented(packed, expected):
     assert json.loads(text_of(packed)) == expected
 
 
+def test_a_timestamp_is_the_same_key_beside_a_bin():
+    key = b"\xd6\xff\0\0\0\x05"
+    for value in (b"\xa1x", b"\xc4\x01x", b"\xa1\xff"):
+        (text,) = parse_body(b"\x81" + key + value, BOUNDS).records.items()
+        assert list(json.loads(text)) == ["1970-01-01T00:00:05Z"]
+
+
+@pytest.mark.parametrize(
+    "time", [b"\xcd\xd7\0", b"\xce\xd7\0\0\0", NOW, [NOW, {}]], ids=["16", "32", "ext", "pair"]
+)
+def test_a_bin_is_text_behind_any_time(time):
+    packed = time if isinstance(time, bytes) else pack(time)
+    gathered = RecordList(BOUNDS)
+    data = b"\x92" + packed + b"\x81\xa1a\xc4\x01x"
+    parse_events(data, [(0, len(data))], b'"t"', gathered)
+    (text,) = gathered.parsed().records.items()
+    assert json.loads(text)["record"] == {"a": "x"}
+
+
 def test_an_event_time_is_a_number_with_all_its_digits():
     assert text_of(pack(NOW)) == b"1764412619.000000007"
     late = msgpack.ExtType(0, (1).to_bytes(4, "big") + (2**32 - 1).to_bytes(4, "big"))
