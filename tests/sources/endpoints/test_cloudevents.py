@@ -49,6 +49,14 @@ def records(part: Decoded) -> list[Any]:
     return [json.loads(item) for item in part.parsed.records.items()]
 
 
+def test_headers_that_are_no_utf_8_have_a_mark_in_their_place() -> None:
+    """A server gives their bytes as lone surrogates."""
+    odd = {"ce-subject": "a\udcff%20b", "Content-Type": "text/plain; x=\udcff", "ce-id": "\udcff"}
+    (found,) = records(read(b"", HEADERS | odd))
+    assert (found["subject"], found["id"]) == ("a\ufffd b", "\ufffd")
+    assert found["datacontenttype"] == "text/plain; x=\ufffd"
+
+
 @pytest.mark.parametrize(
     ("body", "headers", "more"),
     [

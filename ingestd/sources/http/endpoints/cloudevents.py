@@ -169,8 +169,13 @@ def _attributes(headers: Mapping[str, str]) -> dict[str, str]:
     for header, value in headers.items():
         name = header.lower().removeprefix(_PREFIX)
         if len(name) < len(header) and _NAME.fullmatch(name) and name not in _OWN:
-            found[name] = unquote(value, errors="replace")
+            found[name] = unquote(_text(value), errors="replace")
     return found
+
+
+def _text(value: str) -> str:
+    """A header's value, with U+FFFD for bytes that are no UTF-8, which no record can hold."""
+    return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 class CloudeventsEndpoint(Endpoint):
@@ -204,7 +209,7 @@ class CloudeventsEndpoint(Endpoint):
             raise malformed(f"{said[:80]!r} without {_PREFIX}* headers; this takes {_TAKES}")
         if fault := _fault(attributes):
             raise malformed(f"{_PREFIX}* headers: {fault}")
-        return BinaryEventCodec(attributes, content_type)
+        return BinaryEventCodec(attributes, _text(content_type))
 
     def probe(self, head: Head) -> Response:
         """See `Endpoint`: consent to deliveries, if they come from a known origin."""
