@@ -620,3 +620,49 @@ def test_the_pages_commands(sink: Sink, tmp_path: Path) -> None:
     helped = command("run", "postgres", "--help", cwd=tmp_path)
     for option in PostgresOptions.help():
         assert f"--handler.options.{option.name} " in helped.stdout
+
+
+def test_a_row_that_is_too_large_costs_no_other_record(sink: Sink) -> None:
+    wide = {f"k{n}": f"{n:025}" for n in range(495)}
+    result = sink({"k1": "a"}, *[{"k1": "b"}] * 9, wide, *[{"k1": "c"}] * 30)
+    assert [(one.index, one.error[:17]) for one in result.rejections] == [(10, "row is too big: s")]
+    assert len(sink.rows()) == 40
+
+
+def test_no_key_is_taken_for_a_name_of_the_sinks_own(sink: Sink) -> None:
+    odd = {"ingestd_place": 1, "ingestd_place_": 2, "ingestd_part": 3}
+    fine(sink(odd))
+    fine(sink(odd, odd, batch=2))  # through the temporary table, for the first is there
+    assert [{k: row[k] for k in odd} for row in sink.rows()] == [odd, odd]
+    with pytest.raises(HandlerLoadError, match="'ingestd_part' is taken"):
+        sink(odd, table="ingestd_part")
+
+
+def test_no_integer_is_rounded(sink: Sink) -> None:
+    fine(sink({"mixed": 1.5, "real": 1.5}, {"mixed": 2**53 + 1, "real": 2**53}))
+    fine(sink({"real": 2**53 + 1}, {"real": -(10**400)}, {"real": 2**60}, batch=2, first=2))
+    assert sink.types()["mixed"] == "numeric"
+    assert [row["mixed"] for row in sink.rows()[:2]] == [1.5, 2**53 + 1]
+    assert [row["real"] for row in sink.rows()] == [1.5, 2**53, None, None, 2**60]
+    lost = [{"real": 2**53 + 1}, {"real": -(10**400)}, None]
+    assert [row["_extra"] for row in sink.rows()][2:] == lost
+
+
+def test_a_number_in_a_text_does_not_depend_on_its_neighbours(sink: Sink) -> None:
+    fine(sink({"a": "x"}))
+    fine(sink({"a": 1e16}, batch=2, first=1))
+    fine(sink({"a": 1e16}, {"a": None}, batch=3, first=2))
+    assert [row["a"] for row in sink.rows()] == ["x", "1e16", "1e16", None]
+
+
+def test_a_batch_that_comes_again_refuses_the_same_whatever_columns_there_are(
+    sink: Sink, database: Database
+) -> None:
+    database.sql("CREATE TABLE t(_id text PRIMARY KEY, a int); GRANT ALL ON t TO writer")
+    batch = [{"a": 1}, {"a": 2, "b": 1}]
+    first = sink(*batch, table="t", columns="existing")
+    database.sql("ALTER TABLE t ADD COLUMN b int")
+    again = sink(*batch, table="t", columns="existing")
+    assert [one.index for one in first.rejections] == [1]
+    assert again.rejections == first.rejections
+    assert [row["a"] for row in sink.rows("t")] == [1]

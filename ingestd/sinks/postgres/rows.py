@@ -23,6 +23,7 @@ NAME_BYTES_MAX = 63
 """Bytes of a name; PostgreSQL cuts longer ones, so that two keys would be one column."""
 _SYSTEM = frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"})
 _INTEGER_MIN, _INTEGER_MAX = -(2**63), 2**63 - 1
+_DOUBLE_EXACT = 2**53
 _NULL = r"\N"
 _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 _SPECIAL = "\\\t\n\r"
@@ -72,7 +73,8 @@ def type_of(values: Sequence[Any]) -> str | None:
         fits = all(_INTEGER_MIN <= value <= _INTEGER_MAX for value in values if value is not None)
         return "bigint" if fits else "numeric"
     if kinds <= {int, float}:
-        return "double precision"
+        exact = not any(type(value) is int and _is_rounded(value) for value in values)
+        return "double precision" if exact else "numeric"
     return "text" if kinds == {str} else "jsonb"
 
 
@@ -113,6 +115,26 @@ _KINDS: dict[str, frozenset[type]] = {
     "double precision": _NUMBERS,
     "boolean": frozenset({bool}),
 }
+
+
+def _is_rounded(value: int) -> bool:
+    """Returns True if a double cannot hold an integer as it is."""
+    if -_DOUBLE_EXACT <= value <= _DOUBLE_EXACT:
+        return False
+    try:
+        return int(float(value)) != value
+    except OverflowError:
+        return True
+
+
+def _rounded(values: list[Any]) -> list[int]:
+    """The places of integers that a double cannot hold as they are."""
+    if int not in set(map(type, values)):
+        return []
+    low, high = _extremes(values)
+    if low >= -_DOUBLE_EXACT and high <= _DOUBLE_EXACT:
+        return []
+    return [i for i, v in enumerate(values) if type(v) is int and _is_rounded(v)]
 
 
 def _misfits(values: list[Any], present: set[type], kind: str) -> list[int]:
@@ -176,7 +198,8 @@ def cells_of(values: list[Any], kind: str) -> tuple[list[str], list[int]]:
             values[i] = None
     if kinds == {str} and not has_null:
         return _escaped(values), misfits
-    if kinds <= _NUMBERS and not has_null:
+    # `repr` has another spelling of some fractions than JSON, which a text would keep.
+    if kinds <= _NUMBERS and not has_null and (float not in kinds or kind in _KINDS):
         return list(map(repr, values)), misfits
     if kinds == {str}:
         texts = _escaped(["" if v is None else v for v in values])
@@ -229,6 +252,10 @@ def object_rows(
         cells.append(_escaped(list(ids)))
     for key, (name, kind) in columns.items():
         column = [o.get(key) for o in objects]
+        if kind == "double precision" and extra_column is not None:
+            # Without another place PostgreSQL rounds them, as the user's column says.
+            for i in _rounded(column):
+                left.setdefault(i, {})[key], column[i] = column[i], None
         made, misfits = cells_of(column, kind)
         for i in misfits:
             left.setdefault(i, {})[key] = column[i]

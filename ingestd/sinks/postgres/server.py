@@ -30,6 +30,7 @@ _REFUSED = re.compile(
 )
 _TRANSIENT = re.compile(r"08|53|58|40|57P0|57014|55P03|55006|25006|25P04")
 _RECORD = re.compile(r"22|23|44|54|P0001")
+_TOO_LARGE = "54000"
 _SINK = re.compile(r"28|3D|3F|42|0A|0L|0P|2B|F0")
 
 
@@ -83,7 +84,8 @@ def meaning_of(error: psycopg.Error) -> Exception:
     if _TRANSIENT.match(code):
         return Unavailable(text)
     if _RECORD.match(code):
-        found = _LINE.search(error.diag.context or "")
+        # COPY inserts many rows at once: for one that is too large it names the last that it read.
+        found = None if code == _TOO_LARGE else _LINE.search(error.diag.context or "")
         # Without the value: payloads are not logged.
         text = _VALUE.sub("value " if 'value "' in text else "", text)
         if found is not None and found[2]:

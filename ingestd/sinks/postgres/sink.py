@@ -53,6 +53,8 @@ RECORD = "record"
 _NAMED_MAX = 8
 """Refused rows of a batch that are taken from the server's word; then halves are tried."""
 _PRUNE_BATCHES = 1000
+_PART = "ingestd_part"
+"""The temporary table of rows that may be there already."""
 _TYPES = {"json": "jsonb", "text": "text", "bytes": "bytea"}
 
 
@@ -108,8 +110,8 @@ class PostgresOptions(SinkOptions, frozen=True, kw_only=True):
             raise ValueError("key: upsert needs the columns that name a row")
         if self.mode == "upsert" and self.columns == "json":
             raise ValueError("mode: upsert needs columns, and there is only `record`")
-        if self.table == LEDGER:
-            raise ValueError(f"table: the name {LEDGER!r} is taken")
+        if self.table in {LEDGER, _PART}:
+            raise ValueError(f"table: the name {self.table!r} is taken")
         if len(set(self.mapping.values())) < len(self.mapping):
             raise ValueError("mapping: two columns have the same key")
         if "\0" in self.table + self.schema:
@@ -215,7 +217,7 @@ class PostgresSink:
             made = self._rows(table, ids, items)
             without = {fine[i]: why for i, why in made.rejected.items()}
             lines = {fine[i]: line for i, line in enumerate(made.lines) if i not in made.rejected}
-            return without | self._write(db, batch, made.columns, lines)
+            return self._write(db, batch, made.columns, lines, without)
 
     def _write(
         self,
@@ -223,9 +225,18 @@ class PostgresSink:
         batch: Batch[bytes],
         columns: Sequence[str],
         lines: dict[int, bytes],
+        refused: dict[int, str],
     ) -> dict[int, str]:
-        """Writes lines until the server takes them; gives what it refused, by place."""
-        refused: dict[int, str] = {}
+        """Writes lines until the server takes them; gives all that is refused, by place.
+
+        Args:
+            db: the connection.
+            batch: all records.
+            columns: of the lines.
+            lines: rows by place.
+            refused: records that the columns of the table have no room for. A batch that comes
+                again refuses what it refused then, whatever columns there are now.
+        """
         careful = self._options.mode == "upsert"
         for _ in range(_NAMED_MAX):
             try:
@@ -320,19 +331,23 @@ class PostgresSink:
     ) -> None:
         """Puts rows in through a temporary table: what is there is left, or replaced."""
         names = ", ".join(map(quoted, columns))
+        place = "ingestd_place"
+        while place in columns:  # a key of a record may have that name
+            place += "_"
         db.execute(
-            "CREATE TEMP TABLE ingestd_part ON COMMIT DROP AS"
-            f" SELECT {names}, 0::bigint AS ingestd_place FROM {self._table.sql} WITH NO DATA"
+            f"CREATE TEMP TABLE {_PART} ON COMMIT DROP AS"
+            f" SELECT {names}, 0::bigint AS {place} FROM {self._table.sql} WITH NO DATA"
         )
         numbered = [b"%b\t%d" % (line, number) for number, line in enumerate(lines)]
-        self._copy(db, [*columns, "ingestd_place"], numbered, "ingestd_part")
-        db.execute(f"INSERT INTO {self._table.sql}({names}) {self._selected(columns, names)}")
-        db.execute("DROP TABLE ingestd_part")
+        self._copy(db, [*columns, place], numbered, _PART)
+        selected = self._selected(columns, names, place)
+        db.execute(f"INSERT INTO {self._table.sql}({names}) {selected}")
+        db.execute(f"DROP TABLE {_PART}")
 
-    def _selected(self, columns: Sequence[str], names: str) -> str:
+    def _selected(self, columns: Sequence[str], names: str, place: str) -> str:
         if self._options.mode == "append":
             known = f" ON CONFLICT ({quoted(ID)}) DO NOTHING" if ID in columns else ""
-            return f"SELECT {names} FROM ingestd_part ORDER BY ingestd_place{known}"
+            return f"SELECT {names} FROM {_PART} ORDER BY {place}{known}"
         key = ", ".join(map(quoted, self._options.key))
         new = [f"{quoted(name)} = EXCLUDED.{quoted(name)}" for name in columns
                if name not in self._options.key]  # fmt: skip
@@ -340,8 +355,8 @@ class PostgresSink:
         # The last of a batch counts; in one order everywhere, so that workers wait for one another
         # and do not lock each other out.
         return (
-            f"SELECT DISTINCT ON ({key}) {names} FROM ingestd_part"
-            f" ORDER BY {key}, ingestd_place DESC ON CONFLICT ({key}) DO {action}"
+            f"SELECT DISTINCT ON ({key}) {names} FROM {_PART}"
+            f" ORDER BY {key}, {place} DESC ON CONFLICT ({key}) DO {action}"
         )
 
     # -- rows ----------------------------------------------------------------------------------
