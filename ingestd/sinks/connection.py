@@ -10,6 +10,7 @@ from __future__ import annotations
 import email.utils
 import http.client
 import io
+import select
 import socket
 import ssl
 import time
@@ -72,7 +73,7 @@ class HttpAnswer(NamedTuple):
             return {}
         try:
             found = msgspec.json.decode(self.body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -188,9 +189,12 @@ class HttpConnection:
             OSError, http.client.HTTPException: there is no answer.
             Blocked: the address is not allowed, or the certificate is not trusted.
         """
+        if self._socket is not None and _has_leftover(self._socket):
+            self.close()  # it would be taken for the answer to this request
         if self._socket is None or self._http is None:
             self._socket = self._connect(end)
             self._http = http.client.HTTPConnection(self.target.host, self.target.port)
+            self._http.response_class = _FinalResponse
         connection, is_whole = self._http, True
         connection.sock = _SocketUntil(self._socket, end)
         try:
@@ -198,14 +202,17 @@ class HttpConnection:
         except (BrokenPipeError, ConnectionResetError):
             # It may have answered before it had all, with 413, and that answer can be read.
             is_whole = False
-        answer = connection.getresponse()
-        content = answer.read(self._answer_bytes_max + 1)
+        try:
+            answer = connection.getresponse()
+            content = answer.read(self._answer_bytes_max + 1)
+        except ValueError as error:  # a chunk of a negative length
+            raise http.client.HTTPException(f"a broken answer: {error}") from error
         if is_long := len(content) > self._answer_bytes_max:
             if not self._truncates:
                 raise http.client.HTTPException("the answer is too long")
         elif answer.length:  # `read` of so many bytes does not say it
             raise http.client.IncompleteRead(b"", answer.length)
-        if answer.will_close or not is_whole or is_long:
+        if answer.will_close or not is_whole or is_long or answer.status < 200:
             self.close()
         return HttpAnswer(answer.status, answer.headers, content[: self._answer_bytes_max])
 
@@ -250,6 +257,28 @@ class HttpConnection:
             return context.wrap_socket(sock, server_hostname=self.target.host)
         except ssl.SSLCertVerificationError as error:
             raise Blocked(f"{self.target.shown}: {error.verify_message}") from None
+
+
+class _FinalResponse(http.client.HTTPResponse):
+    """An answer behind all interim ones; the base class passes over 100 alone.
+
+    One that is taken for the answer leaves the answer to the next request, whose records are not
+    stored then.
+    """
+
+    def _read_status(self) -> tuple[str, int, str]:
+        while True:
+            found: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
+            if found[1] >= 200 or found[1] in {100, 101}:
+                return found
+            http.client.parse_headers(self.fp)
+
+
+def _has_leftover(sock: socket.socket) -> bool:
+    """Returns True if something came, or the connection was ended, without a request."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 class _SocketUntil:

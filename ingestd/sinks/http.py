@@ -361,10 +361,12 @@ class HttpSink:
     ) -> None:
         """Rejects the records that a 2xx of another ingestd calls invalid."""
         document = answer.document
-        invalid = document.get("invalid")
-        if not isinstance(invalid, int) or invalid + document.get("accepted", -1) != count:
+        invalid, accepted = document.get("invalid"), document.get("accepted")
+        if not isinstance(invalid, int) or not isinstance(accepted, int):
+            return  # it is another service's
+        if invalid + accepted != count:
             return
-        listed = _listed(document)
+        listed = [one for one in _listed(document) if one[0] < count]
         for i, why in listed:
             batch.reject(first + i, why)
         if 0 < len(listed) < invalid:

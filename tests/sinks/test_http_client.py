@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 import ssl
+import threading
 import time
+from contextlib import contextmanager, suppress
 from email.utils import formatdate
 from typing import TYPE_CHECKING, Any
 
@@ -224,3 +226,58 @@ def test_a_password_in_an_address_is_refused_and_not_shown() -> None:
     with pytest.raises(OptionError) as raised:
         HttpOptions.of(url="http://me:geheim@x")
     assert "geheim" not in str(raised.value)
+
+
+@contextmanager
+def raw_server(*pieces: tuple[bytes, ...]) -> Iterator[str]:
+    """Answers the requests of each connection with bytes, some of them a moment later."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            for answer in pieces:
+                if not connection.recv(64 * 1024):
+                    return
+                for piece in answer:
+                    connection.sendall(piece)
+                    time.sleep(0.05)
+            connection.recv(1)
+
+    def accept() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+def test_an_interim_answer_is_not_the_answer(peer) -> None:
+    hints = b"HTTP/1.1 103 Early Hints\r\nLink: </x>\r\n\r\n"
+    busy = b"HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n"
+    done = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+    with raw_server((hints, b"HTTP/1.1 102 Processing\r\n\r\n", done), (hints, busy)) as url:
+        one = peer(url)
+        assert [one.request("POST", "/", b"x").status for _ in range(2)] == [200, 503]
+
+
+def test_what_came_without_a_request_is_no_answer(peer) -> None:
+    done = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n1"
+    with raw_server((done, b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nstale")) as url:
+        one = peer(url)
+        assert one.request("POST", "/", b"x").body == b"1"
+        time.sleep(0.15)
+        assert one.request("POST", "/", b"x").body == b"1"
+
+
+def test_a_chunk_of_a_negative_length_is_no_answer(peer) -> None:
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    with (
+        raw_server((head + b"-5\r\nabc\r\n0\r\n\r\n",)) as url,
+        pytest.raises(Unavailable, match="broken answer"),
+    ):
+        peer(url).request("POST", "/", b"x")

@@ -257,6 +257,21 @@ def test_a_conflict_may_mean_done(serve: Callable[..., Service]) -> None:
     assert run(serve(lambda _: (409, {"Retry-After": "1"})), on_conflict="done").failure is not None
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"accepted": "9", "invalid": 1}',
+        b'{"accepted": 9, "invalid": 1, "errors": [{"index": 99}]}',
+        b"[" * 5000,
+    ],
+)
+def test_what_an_api_tells_behind_a_200_fails_no_batch(
+    serve: Callable[..., Service], body: bytes
+) -> None:
+    result = run(serve(lambda _: (200, {"Content-Type": "application/json"}, body)))
+    assert (result.failure, result.rejections) == (None, [])
+
+
 @pytest.mark.parametrize("status", [400, 413, 422])
 def test_a_record_that_is_refused_costs_one(serve: Callable[..., Service], status: int) -> None:
     service = serve(lambda one: (status, {}, b"no -1 here") if b'"n":77,' in one.body else (204,))
