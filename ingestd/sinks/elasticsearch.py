@@ -286,7 +286,7 @@ def _items_of(reply: HttpReply, count: int) -> list[_Item]:
         refuse(reply)
     try:
         items = [one.create for one in _decode(reply.body).items]
-    except msgspec.DecodeError:
+    except (ValueError, RecursionError):
         items = []
     if len(items) != count:
         raise Blocked(f"{reply.origin} does not answer as _bulk does: {reply.text}")
@@ -326,7 +326,7 @@ def _is_of_index(error: _Error) -> bool:
 def _object(reply: HttpReply) -> dict[str, Any]:
     try:
         found = msgspec.json.decode(reply.body)
-    except msgspec.DecodeError:
+    except (ValueError, RecursionError):
         found = None
     return found if isinstance(found, dict) else {}
 

@@ -127,6 +127,8 @@ class JsonlSink:
 _OPEN_MAX = 32
 """Folders of one writer whose files are open."""
 _VALUE_CHARS_MAX = 64
+_NAME_BYTES_MAX = 255
+"""Longest name of a folder; a character of a value may be twelve."""
 OTHER = "_other"
 _decode = msgspec.json.Decoder().decode
 
@@ -173,6 +175,8 @@ class Partitions:
             value = None
         record = value if type(value) is dict else {}
         name = _FIELD.sub(lambda found: folder_name(record.get(found[1])), self._pattern)
+        if any(len(part.encode()) > _NAME_BYTES_MAX for part in name.split("/")):
+            return OTHER
         if self._known is None:
             depth = "/".join("*" * (self._pattern.count("/") + 1))
             there = [one for one in self._path.glob(depth) if one.is_dir()]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,6 +55,8 @@ _MIB = 1024**2
 _SUFFIXES = {"none": "", "gzip": ".gz", "zstd": ".zst"}
 _SCHEMES = ("s3", "gs", "az", "abfs", "abfss", "file")
 _VALUE_CHARS_MAX = 200
+_NAME_BYTES_MAX = 255
+"""Longest name of a folder that file systems have; one in a key of a bucket is no longer."""
 _TOLD_CHARS = 300
 _HERE = Context()
 
@@ -148,6 +151,7 @@ class ObjectsSink:
         self._pins = self._format == "json" and options.format == "parquet"
         self._columns: dict[str, Column] = {}
         name = options.partition_by or ""
+        self._room = _NAME_BYTES_MAX - len(quote(name)) - len("=")
         only = msgspec.defstruct("Partitioned", [("value", Any, None)], rename={"value": name})
         self._partition: Any = msgspec.json.Decoder(only)
 
@@ -223,12 +227,12 @@ class ObjectsSink:
     def _value(self, item: bytes) -> str:
         try:
             value = self._partition.decode(item).value
-        except msgspec.ValidationError:  # no object
+        except (ValueError, RecursionError):  # no object, or it cannot be decoded
             return NULL
         if value is None:
             return NULL
         text = value if isinstance(value, str) else msgspec.json.encode(value).decode()
-        return quote(text[:_VALUE_CHARS_MAX], safe="") or NULL
+        return _cut(quote(text[:_VALUE_CHARS_MAX], safe=""), self._room) or NULL
 
     # -- contents ------------------------------------------------------------------------------
 
@@ -420,6 +424,14 @@ class ObjectStoreClient:
             # The outage rule paces the tries.
             retry_config={"max_retries": 1, "retry_timeout": seconds},
         )
+
+
+def _cut(name: str, room: int) -> str:
+    """A quoted text that is no longer than there is room, with whole characters."""
+    if len(name) <= room:
+        return name
+    whole = re.sub(r"%.?$", "", name[:room])
+    return quote(unquote(whole, errors="ignore"), safe="")
 
 
 def _told(error: Exception) -> str:

@@ -106,7 +106,7 @@ def _slow(records: Records, columns: dict[str, Column], reject: Callable[[int, s
     for i, item in enumerate(records.items()):
         try:
             rows.append(_row(item, columns))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             reject(i, str(error))
     if not rows:
         return None
@@ -140,7 +140,10 @@ def found_in(records: Records) -> dict[str, Column]:
         return {name: kind for name in table.column_names if (kind := _of_arrow(table, name))}
     kinds: dict[str, set[Column]] = {}
     for item in records.items():
-        value = msgspec.json.decode(item)
+        try:
+            value = msgspec.json.decode(item)
+        except (ValueError, RecursionError):  # `_slow` rejects it
+            continue
         for name, one in value.items() if isinstance(value, dict) else ():
             kinds.setdefault(name, set()).update(() if one is None else (_kind_of(one),))
     kinds.pop(EXTRA_COLUMN, None)

@@ -181,7 +181,8 @@ def test_413_splits_and_is_remembered(cluster, write) -> None:
         (Answer(503), "unavailable"), (Answer(429, b"", (("Retry-After", "3"),)), "unavailable"),
         (Answer(401), "blocked"), (Answer(200, b"<html>"), "blocked"),
         (Answer(200, b'{"items":[]}'), "blocked"), (Answer(400, b"{}"), "raised"),
-        (BREAK, "unavailable"),
+        (BREAK, "unavailable"), (Answer(200, b'{"took":' + b"[" * 5000), "blocked"),
+        (Answer(200, b'{"items":[{"create":{"status":1,"error":{"type":"\xff"}}}]}'), "blocked"),
     ],
 )  # fmt: skip
 def test_answers_to_a_whole_request(cluster, write, answer: Answer, reason: str) -> None:

@@ -215,6 +215,16 @@ def test_folders_by_fields(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_name_that_is_too_long_for_a_folder_is_another_one(tmp_path: Path) -> None:
+    one = sink(tmp_path, partition="c={c}-{k}")
+    one(of("j-1", {"n": 1, "c": "é" * 64}, {"n": 2, "c": "é" * 20, "k": "é" * 21}, {"n": 3}))
+    one(of("j-2", {"n": 4, "c": "😀" * 10, "k": "é" * 20}))
+    one.close()
+    found = by_folder(tmp_path)
+    assert (found.pop("_other"), found.pop("c=_none-_none")) == ([1], [3])
+    assert sorted(found.values()) == [[2], [4]]
+
+
 def test_a_batch_that_is_in_some_of_its_folders_comes_again(tmp_path: Path) -> None:
     one = sink(tmp_path, partition="{c}")
     (tmp_path / "b").write_bytes(b"")  # in the way of a folder

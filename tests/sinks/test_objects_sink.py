@@ -6,6 +6,7 @@ import gzip
 import importlib.util
 import json
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import pytest
 
@@ -152,6 +153,21 @@ def test_partitions_are_bounded(tmp_path: Path) -> None:
         assert sink.run(of(items)).failure is None
         assert sink.run(of(items[:5], 2, (1,))).failure is None
     assert files(tmp_path) == [f"{FOLDER}/_many/j-1.ndjson"]
+
+
+def test_a_value_that_is_too_long_for_a_name_is_cut(tmp_path: Path) -> None:
+    values = ["é" * 100, "😀" * 64, "a b" * 66, "x" * 200]
+    items = [b'{"u":"%b"}' % value.encode() for value in values]
+    with worker(tmp_path, partition_by="u", compress="none") as sink:
+        assert sink.run(of([*items, b'{"u":1}'])).failure is None
+    found = {unquote(name.split("/")[-2]).removeprefix("u=") for name in files(tmp_path)}
+    assert found == {"é" * 42, "😀" * 21, "a b" * 50 + "a", "x" * 200, "1"}
+
+
+def test_a_record_that_cannot_be_decoded_costs_no_other(tmp_path: Path) -> None:
+    with worker(tmp_path, format="parquet") as sink:
+        result = sink.run(of([b'{"u":1}', b'{"u":1e999}', b'{"u":2}']))
+    assert (result.failure, [one.index for one in result.rejections]) == (None, [1])
 
 
 def test_a_part_writes_what_its_ancestor_has_not(tmp_path: Path) -> None:
