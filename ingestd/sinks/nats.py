@@ -259,7 +259,8 @@ class NatsSink:
             if self._options.message_id:
                 own = self._id.render(name, batch_id, values)
                 if own is not None:
-                    headers[MESSAGE_ID] = _plain(own)
+                    # Two ids must not become one: the second message would count as stored.
+                    headers[MESSAGE_ID] = own if _plain(own) == own else json.dumps(own)
             if self._options.stream:
                 headers["Nats-Expected-Stream"] = self._options.stream
             for header, template in self._headers:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ingestd.base.record import Records, Span
 from ingestd.handlers.options import OptionError
+from ingestd.handlers.outcome import Job
 from ingestd.handlers.runner import HandlerConfig
 from ingestd.sinks.nats import NatsSinkOptions, is_subject
 from tests.daemon.harness import daemon
@@ -115,6 +117,19 @@ def test_messages_and_records_that_can_be_none(cluster: Cluster) -> None:
             )
     last = read(cluster)[-1]
     assert (last.subject, last.headers) == ("clicks.a", {"n": "9"})
+
+
+@pytest.mark.slow
+def test_ids_that_are_no_header_stay_different(cluster: Cluster) -> None:
+    make(cluster, subjects=["ingestd.>"])
+    ids = ["a b", "a  b\n", "a\nb", " a b", "é", "\x85", "\u2028", "\r\nX: 1", "a\0b"]
+    items = [json.dumps({"k": one}).encode() for one in ids]
+    with worker(cluster, message_id="{k}") as one:
+        for batch in (1, 2):
+            records = Records.lines(items)
+            made = Job(f"j-{batch}", 1, records, [Span(batch, 0, len(items))], "j", 0.0, [])
+            assert one.run(made).failure is None
+    assert [json.loads(one.data)["k"] for one in read(cluster)] == ids
 
 
 @pytest.mark.slow
