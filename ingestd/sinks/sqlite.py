@@ -194,11 +194,18 @@ class SqliteSink:
             self._columns = self._read_columns(db)
             new = new_columns(keys, self._columns.taken)
             new += [name for name in more if name not in self._columns.taken]
+            # A STRICT table has no column without a type; ANY keeps values as they are there alone.
+            kind = " ANY" if new and self._is_strict(db) else ""
             for name in new:
-                db.execute(f"ALTER TABLE {self._table} ADD COLUMN {quoted(name)}")
+                db.execute(f"ALTER TABLE {self._table} ADD COLUMN {quoted(name)}{kind}")
             if new:
                 self._columns = self._read_columns(db)
         return self._columns.writable
+
+    def _is_strict(self, db: sqlite3.Connection) -> bool:
+        # Before version 3.37 SQLite has neither this pragma nor such tables.
+        found = db.execute(f"PRAGMA table_list({self._table})").fetchall()
+        return any(strict for _, _, _, _, _, strict in found)
 
     def _read_columns(self, db: sqlite3.Connection) -> _Columns:
         # Also the generated ones: they can't be written, but their names are in use.

@@ -188,6 +188,14 @@ def test_a_table_of_the_users_own(tmp_path: Path, write) -> None:
     assert ledger(tmp_path / "out.db") == [("j-1", 2)]
 
 
+def test_a_strict_table_of_the_users_own(tmp_path: Path, write) -> None:
+    with closing(sqlite3.connect(tmp_path / "out.db")) as db:
+        db.execute("CREATE TABLE records(_id TEXT PRIMARY KEY, n INTEGER) STRICT")
+    assert write([{"n": 1, "new": "123"}, {"n": 2, "new": 1.5}]).failure is None
+    found = [(row["n"], row["new"], row[EXTRA]) for row in rows(tmp_path / "out.db")]
+    assert found == [(1, "123", None), (2, 1.5, None)]
+
+
 def test_a_table_without_ids_is_refused(tmp_path: Path, write) -> None:
     with closing(sqlite3.connect(tmp_path / "out.db")) as db, db:
         db.execute("CREATE TABLE t(n)")
