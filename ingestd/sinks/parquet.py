@@ -25,6 +25,7 @@ SCHEMA = "_schema.json"
 """The object that pins the columns, at the top of the prefix."""
 EXTRA_COLUMN = "_extra"
 """The column of keys that have none."""
+_DOUBLE_EXACT = 2**53
 _INT64 = range(-(2**63), 2**63)
 _BLOCK_BYTES = 2 * 1024 * 1024
 
@@ -71,9 +72,21 @@ def _fast(records: Records, columns: dict[str, Column]) -> Any:
     if "json" in columns.values() or not columns:
         return None  # Arrow's reader keeps no value as it is written
     table = _read(records, pa.schema([(name, _arrow(kind)) for name, kind in columns.items()]))
-    if table is None:
+    if table is None or _may_be_rounded(table):
         return None
     return table.append_column(EXTRA_COLUMN, pa.nulls(records.count, pa.string()))
+
+
+def _may_be_rounded(table: Any) -> bool:
+    """Returns True if a column of doubles has numbers that integers beside them are rounded to."""
+    from pyarrow import compute, types  # noqa: PLC0415
+
+    for column in table.columns:
+        if types.is_floating(column.type):
+            found = compute.min_max(column).as_py()
+            if any(one is not None and abs(one) >= _DOUBLE_EXACT for one in found.values()):
+                return True
+    return False
 
 
 def _read(records: Records, schema: Any = None) -> Any:
@@ -136,7 +149,7 @@ def read_columns(content: bytes) -> dict[str, Column]:
 def found_in(records: Records) -> dict[str, Column]:
     """Columns for the keys of some records; what has several types is kept as JSON."""
     table = _read(records)
-    if table is not None:
+    if table is not None and not _may_be_rounded(table):
         return {name: kind for name in table.column_names if (kind := _of_arrow(table, name))}
     kinds: dict[str, set[Column]] = {}
     for item in records.items():
@@ -182,6 +195,14 @@ def _joined(kinds: set[Column]) -> Column:
     return "double" if kinds == {"int64", "double"} else "json"
 
 
+def _is_exact(one: int) -> bool:
+    """Returns True if a double holds an integer as it is."""
+    try:
+        return int(float(one)) == one
+    except OverflowError:
+        return False
+
+
 def _row(item: bytes, columns: dict[str, Column]) -> dict[str, Any]:
     """A record as a row.
 
@@ -203,8 +224,11 @@ def _row(item: bytes, columns: dict[str, Column]) -> dict[str, Any]:
             row[name] = msgspec.json.encode(one).decode()
         elif (found := _kind_of(one)) == kind:
             row[name] = one
-        elif kind == "double" and found == "int64":
-            row[name] = float(one)
+        elif kind == "double" and type(one) is int:
+            if _is_exact(one):
+                row[name] = float(one)
+            else:
+                extra[name] = one
         else:
             raise ValueError(f"{name}: {found} does not fit its column, which is {kind}")
     if extra:

@@ -164,6 +164,19 @@ def test_a_value_that_is_too_long_for_a_name_is_cut(tmp_path: Path) -> None:
     assert found == {"é" * 42, "😀" * 21, "a b" * 50 + "a", "x" * 200, "1"}
 
 
+def test_no_integer_is_rounded(tmp_path: Path) -> None:
+    with worker(tmp_path, format="parquet", columns={"a": "double"}) as sink:
+        for batch, number in enumerate([1, 1e300, 2**60, 2**53 + 1, 10**400]):
+            assert sink.run(of([b'{"a":%b}' % json.dumps(number).encode()], batch)).failure is None
+    found = [rows(tmp_path, f"{FOLDER}/j-{batch}.parquet")[0] for batch in range(5)]
+    assert [row["a"] for row in found] == [1, 1e300, 2**60, None, None]
+    assert [json.loads(row["_extra"]) for row in found[3:]] == [{"a": 2**53 + 1}, {"a": 10**400}]
+    with worker(tmp_path / "b", format="parquet") as sink:  # columns of the first batch
+        assert sink.run(of([b'{"a":1}', b'{"a":9223372036854775808}'])).failure is None
+    found = rows(tmp_path / "b", f"{FOLDER}/j-1.parquet")
+    assert [row["a"] for row in found] == ["1", "9223372036854775808"]
+
+
 def test_a_record_that_cannot_be_decoded_costs_no_other(tmp_path: Path) -> None:
     with worker(tmp_path, format="parquet") as sink:
         result = sink.run(of([b'{"u":1}', b'{"u":1e999}', b'{"u":2}']))
