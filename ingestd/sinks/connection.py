@@ -14,6 +14,7 @@ import select
 import socket
 import ssl
 import time
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -266,12 +267,12 @@ class _FinalResponse(http.client.HTTPResponse):
     stored then.
     """
 
-    def _read_status(self) -> tuple[str, int, str]:
-        while True:
-            found: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
-            if found[1] >= 200 or found[1] in {100, 101}:
-                return found
-            http.client.parse_headers(self.fp)
+    def begin(self) -> None:
+        """Reads the head of the answer; the base class does nothing once it has headers."""
+        super().begin()
+        while HTTPStatus.SWITCHING_PROTOCOLS < self.status < HTTPStatus.OK:
+            self.headers = None  # type: ignore[assignment]
+            super().begin()
 
 
 def _has_leftover(sock: socket.socket) -> bool:
