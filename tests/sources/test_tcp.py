@@ -31,6 +31,7 @@ from ingestd.base.errors import (
 )
 from ingestd.base.record import InvalidRecord, Records
 from ingestd.codecs.lines import Parsed
+from ingestd.http import deadlines
 from ingestd.http.settings import TlsSettings
 from ingestd.sources.base import SourceContext
 from ingestd.sources.tcp import UNFINISHED, Frames, Peer, Received, StreamCodec
@@ -563,6 +564,26 @@ async def test_a_drain_does_not_wait_for_a_peer_that_goes_on_sending() -> None:
     numbers = [int(item) for item in intake.items]
     assert numbers == sorted(numbers)
     assert source.totals.cut == 0
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+async def test_a_drain_ends_although_what_came_last_took_long(goes_on: bool, monkeypatch) -> None:
+    """Longer than a connection has to leave, and than a deadline may be looked at late."""
+    monkeypatch.setattr(module, "LEAVE_SECONDS", 0.05)
+    monkeypatch.setattr(deadlines, "LATE_SECONDS", 0.05)
+    intake = KeyedIntake()
+    intake.gate.clear()
+    async with serving(intake, Silent) as source, connected(source) as (_, writer):
+        writer.write(b"+a\n")
+        await intake.asked.wait()
+        draining = asyncio.create_task(drain(source, 60))
+        for number in range(20 if goes_on else 0):
+            writer.write(b"+%d\n" % number)
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        intake.gate.set()
+        async with asyncio.timeout(5):
+            await draining
 
 
 async def test_a_drain_sends_the_replies() -> None:

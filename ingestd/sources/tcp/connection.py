@@ -474,10 +474,13 @@ class TcpConnection(asyncio.BufferedProtocol):
             raise _Cut(f"slower than frame_rate_min = {self._settings.frame_rate_min} bytes/s")
         if self._pieces or not why:
             return
-        if is_late(due, now):  # this process had no time
-            self._frame_end = now + LATE_SECONDS
-        else:
+        # Of a connection that leaves nothing more is read once it is paused.
+        if not is_late(due, now) or (self._leaves_now and self._is_paused):
             raise _Cut(why)
+        # This process had no time.
+        self._frame_end = now + LATE_SECONDS
+        if self._leaves_now:
+            self._leave_by = now + QUIET_SECONDS
 
     def _deadline(self) -> tuple[float, str]:
         """The loop time until which something has to come, and why; nothing if it is only a look.
