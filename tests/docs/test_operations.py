@@ -440,6 +440,7 @@ def test_a_backup_of_a_running_daemon_is_restored(operator: Operator) -> None:
     assert copied["pending"] >= 21
     (folder / "down").unlink()
     assert operator.settled()["accepted"] > copied["accepted"]
+    post_batches(operator, 2000)
     operator.stop()
     first = operator.batches()
 
@@ -452,8 +453,7 @@ def test_a_backup_of_a_running_daemon_is_restored(operator: Operator) -> None:
     assert (now["accepted"], now["processed"]) == (copied["accepted"], copied["accepted"])
     assert (now["dead"], now["invalid"]) == (0, 1)
     assert len(operator.stored()) == copied["pending"]
-    operator.post(*users(2000))
-    operator.settled()
+    post_batches(operator, 3000)
     operator.stop()
     second = operator.batches()
     assert [name for name in first.keys() & second.keys() if first[name] != second[name]]
@@ -467,6 +467,13 @@ def test_a_backup_of_a_running_daemon_is_restored(operator: Operator) -> None:
     assert now["processed"] == len(operator.stored()) == copied["pending"]
     assert not operator.batches().keys() & (first.keys() | second.keys())
     assert len((folder / "letters.jsonl").read_text().splitlines()) == 1
+
+
+def post_batches(operator: Operator, first: int) -> None:
+    """Has some batches stored; those that were split while the handler was down have no name."""
+    for number in range(first, first + 20):
+        operator.post(*users(number))
+        operator.settled()
 
 
 def back_up_under_load(operator: Operator) -> dict[str, Any]:
