@@ -14,7 +14,7 @@ import msgspec
 
 from ingestd.base.record import Layout, Records
 from ingestd.handlers.batch import Blocked
-from ingestd.sinks.tables import lines
+from ingestd.sinks.tables import DOUBLE_EXACT, is_rounded, lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,7 +25,6 @@ SCHEMA = "_schema.json"
 """The object that pins the columns, at the top of the prefix."""
 EXTRA_COLUMN = "_extra"
 """The column of keys that have none."""
-_DOUBLE_EXACT = 2**53
 _INT64 = range(-(2**63), 2**63)
 _BLOCK_BYTES = 2 * 1024 * 1024
 
@@ -84,7 +83,7 @@ def _may_be_rounded(table: Any) -> bool:
     for column in table.columns:
         if types.is_floating(column.type):
             found = compute.min_max(column).as_py()
-            if any(one is not None and abs(one) >= _DOUBLE_EXACT for one in found.values()):
+            if any(one is not None and abs(one) >= DOUBLE_EXACT for one in found.values()):
                 return True
     return False
 
@@ -195,14 +194,6 @@ def _joined(kinds: set[Column]) -> Column:
     return "double" if kinds == {"int64", "double"} else "json"
 
 
-def _is_exact(one: int) -> bool:
-    """Returns True if a double holds an integer as it is."""
-    try:
-        return int(float(one)) == one
-    except OverflowError:
-        return False
-
-
 def _row(item: bytes, columns: dict[str, Column]) -> dict[str, Any]:
     """A record as a row.
 
@@ -225,10 +216,10 @@ def _row(item: bytes, columns: dict[str, Column]) -> dict[str, Any]:
         elif (found := _kind_of(one)) == kind:
             row[name] = one
         elif kind == "double" and type(one) is int:
-            if _is_exact(one):
-                row[name] = float(one)
-            else:
+            if is_rounded(one):
                 extra[name] = one
+            else:
+                row[name] = float(one)
         else:
             raise ValueError(f"{name}: {found} does not fit its column, which is {kind}")
     if extra:

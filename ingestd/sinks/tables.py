@@ -25,6 +25,8 @@ EXTRA = "_extra"
 RECORD = "record"
 COLUMNS_MAX = 500
 """Columns that are made of keys; SQLite itself has room for 2,000."""
+DOUBLE_EXACT = 2**53
+"""Up to this size a double holds each integer."""
 _KEY_CHARS_MAX = 200
 _INTEGER_MIN, _INTEGER_MAX = -(2**63), 2**63 - 1
 _PLAIN = {str, float, bool, type(None), bytes}
@@ -157,3 +159,13 @@ def objects_of(batch: Batch[bytes], record_format: str) -> Iterator[tuple[int, b
             batch.reject(place, "it is no JSON object")
         else:
             yield place, b'{"message":%b}' % text
+
+
+def is_rounded(value: int) -> bool:
+    """Returns True if a double cannot hold an integer as it is."""
+    if -DOUBLE_EXACT <= value <= DOUBLE_EXACT:
+        return False
+    try:
+        return int(float(value)) != value
+    except OverflowError:
+        return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TextIO
 
@@ -12,7 +13,7 @@ from ingestd.base.errors import KeyTaken, Overloaded
 from ingestd.config.sections import Section
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
     from socket import socket
 
     from ingestd.base.append import (
@@ -361,9 +362,18 @@ async def accept_patiently(intake: Intake, append: Append) -> None:
         KeyTaken: its claim is void: the key has to be claimed again.
         IngestdError: see `Intake.accept`.
     """
+    await patiently(partial(intake.accept, append))
+
+
+async def patiently(call: Callable[[], Awaitable[None]]) -> None:
+    """Calls until there is room.
+
+    Raises:
+        KeyTaken: the key has to be claimed again.
+    """
     while True:
         try:
-            await intake.accept(append)
+            await call()
         except KeyTaken:
             raise
         except Overloaded as overloaded:

@@ -44,11 +44,11 @@ from ingestd.base.record import InvalidRecord
 from ingestd.codecs.lines import Parsed
 from ingestd.codecs.pointer import Pointer
 from ingestd.handlers.outcome import Rejection
-from ingestd.sources.base import AGAIN_SECONDS, accept_patiently, again_after
+from ingestd.sources.base import AGAIN_SECONDS, accept_patiently, patiently
 from ingestd.sources.targets import NAME_CHARACTERS_MAX, TargetTable
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from ingestd.base.append import (
         Append,
@@ -381,7 +381,7 @@ class ScreenedIntake:
                 raise error
         for call, refused in zip(calls, done, strict=True):
             if refused is not None:
-                await _patiently(call)
+                await patiently(call)
 
 
 async def _accept_part(intake: Intake, part: Append, whole: IdempotencyClaim | None) -> None:
@@ -408,17 +408,6 @@ async def _accept_part(intake: Intake, part: Append, whole: IdempotencyClaim | N
             intake.forget(claim)
         return
     await intake.accept(part)
-
-
-async def _patiently(call: Callable[[], Awaitable[None]]) -> None:
-    """Calls until there is room."""
-    while True:
-        try:
-            await call()
-        except Overloaded as overloaded:
-            await asyncio.sleep(again_after(overloaded))
-        else:
-            return
 
 
 def _is_empty(append: Append) -> bool:

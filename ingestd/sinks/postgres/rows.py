@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from ingestd.base.record import Layout, Records
+from ingestd.sinks.tables import DOUBLE_EXACT, is_rounded
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -23,7 +24,6 @@ NAME_BYTES_MAX = 63
 """Bytes of a name; PostgreSQL cuts longer ones, so that two keys would be one column."""
 _SYSTEM = frozenset({"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"})
 _INTEGER_MIN, _INTEGER_MAX = -(2**63), 2**63 - 1
-_DOUBLE_EXACT = 2**53
 _NULL = r"\N"
 _NUL = re.compile(rb"(?<!\\)(?:\\\\)*\\u0000")
 _SPECIAL = "\\\t\n\r"
@@ -73,7 +73,7 @@ def type_of(values: Sequence[Any]) -> str | None:
         fits = all(_INTEGER_MIN <= value <= _INTEGER_MAX for value in values if value is not None)
         return "bigint" if fits else "numeric"
     if kinds <= {int, float}:
-        exact = not any(type(value) is int and _is_rounded(value) for value in values)
+        exact = not any(type(value) is int and is_rounded(value) for value in values)
         return "double precision" if exact else "numeric"
     return "text" if kinds == {str} else "jsonb"
 
@@ -117,24 +117,14 @@ _KINDS: dict[str, frozenset[type]] = {
 }
 
 
-def _is_rounded(value: int) -> bool:
-    """Returns True if a double cannot hold an integer as it is."""
-    if -_DOUBLE_EXACT <= value <= _DOUBLE_EXACT:
-        return False
-    try:
-        return int(float(value)) != value
-    except OverflowError:
-        return True
-
-
 def _rounded(values: list[Any]) -> list[int]:
     """The places of integers that a double cannot hold as they are."""
     if int not in set(map(type, values)):
         return []
     low, high = _extremes(values)
-    if low >= -_DOUBLE_EXACT and high <= _DOUBLE_EXACT:
+    if low >= -DOUBLE_EXACT and high <= DOUBLE_EXACT:
         return []
-    return [i for i, v in enumerate(values) if type(v) is int and _is_rounded(v)]
+    return [i for i, v in enumerate(values) if type(v) is int and is_rounded(v)]
 
 
 def _misfits(values: list[Any], present: set[type], kind: str) -> list[int]:
