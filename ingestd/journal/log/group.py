@@ -165,7 +165,8 @@ class LogGroup:
             raise
         finally:
             if loop.time() > late:
-                self._steady_from = loop.time() + self._ttl / 2
+                # So long a daemon that works needs at most, with its reconnection, to renew.
+                self._steady_from = loop.time() + self._ttl
         return found
 
     def _chosen(self, found: dict[str, tuple[LogLease, LastMessage | None]]) -> str:
