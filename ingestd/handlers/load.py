@@ -255,7 +255,10 @@ class HandlerSpec(NamedTuple):
         for parameter in parameters:
             needed = parameter.kind in _NAMED and parameter.default is inspect.Parameter.empty
             if needed and parameter.name not in arguments:
-                refuse(self.target, f"needs the option {parameter.name!r}")
+                refuse(
+                    self.target,
+                    f"needs the option {parameter.name!r}: set handler.options.{parameter.name}",
+                )
         return arguments
 
     def _parameters(self) -> list[inspect.Parameter] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -118,5 +119,8 @@ async def test_a_used_port_is_said_in_the_same_words_everywhere() -> None:
     assert listen_fault(caught.value).startswith(words)
     assert listen_fault(caught.value, "; or share").endswith("; or share")
     assert listen_fault(ValueError("no")) == "no"
+    assert "below 1024 needs root or" in listen_fault(PermissionError(errno.EACCES, "x"))
+    away = listen_fault(OSError(errno.EADDRNOTAVAIL, "x"))
+    assert away.endswith("; no network interface of this machine has it")
     error = AddressError(address="x:1", setting="http.listen", problem=listen_fault(caught.value))
     assert words in str(error)
