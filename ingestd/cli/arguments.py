@@ -104,7 +104,8 @@ def _add_all(parser: Parser, argv: Sequence[str]) -> None:
             parser.hidden.append(f"--{key}")
     group = parser.add_argument_group(
         "settings",
-        "or INGESTD_BATCH__RECORDS_MAX=500, or in the file; sizes like 64MiB, times like 250ms",
+        "each as a flag (--batch.records_max 500), as a variable (INGESTD_BATCH__RECORDS_MAX=500)\n"
+        "or in the file; sizes like 64MiB, times like 250ms",
     )
     for key, field in fields.items():
         if key in free:

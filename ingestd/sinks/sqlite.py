@@ -22,11 +22,13 @@ from ingestd.handlers.batch import Batch  # noqa: TC001  the loader reads the an
 from ingestd.handlers.context import Context
 from ingestd.handlers.decode import decoder_for
 from ingestd.handlers.options import FilePath  # noqa: TC001  msgspec reads it
-from ingestd.sinks.base import SinkOptions
+from ingestd.sinks.base import SinkOptions, check_folder
 from ingestd.sinks.tables import EXTRA, ID, RECORD, has_extra, keys_of, new_columns, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+
+    from ingestd.handlers.outcome import SinkFinding
 
 LEDGER = "ingestd_batches"
 """The table of the batches that were written."""
@@ -121,6 +123,10 @@ class SqliteSink:
         except BaseException:
             self.close()  # which rolls back; and what was known of the table may be wrong
             raise
+
+    def check(self) -> Iterator[SinkFinding]:
+        """Looks if the folder of the file can be written to, or made."""
+        return check_folder(self._path.parent)
 
     def close(self) -> None:
         """Closes the file; the next batch opens it again."""

@@ -93,6 +93,7 @@ def test_help_shows_lists_as_they_are_written(capsys: pytest.CaptureFixture[str]
     told = " ".join(capsys.readouterr().out.split())
     assert "['" not in told
     assert "[tcp://127.0.0.1:5514, udp://127.0.0.1:5514]" in told
+    assert "settings: each as a flag (--batch.records_max 500), as a variable" in told
 
 
 @pytest.mark.parametrize("table", ["", 'label = "x"\n'])
