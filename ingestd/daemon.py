@@ -411,7 +411,8 @@ class Daemon:
             if not self._signals.stop_requested.is_set():
                 return
             reason = self._signals.name
-        log.info("drain_started", reason=reason, timeout=self._drain_timeout())
+        again = {"second_signal": "leaves at once"} if reason.startswith("SIG") else {}
+        log.info("drain_started", reason=reason, timeout=self._drain_timeout(), **again)
         if reason == "failure":
             return
         if self.settings.drain.delay and not self._input_ended:

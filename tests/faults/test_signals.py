@@ -35,7 +35,7 @@ def test_sigterm_in_the_middle_of_a_body(tmp_path: Path) -> None:
             )
             until(lambda: one.status()["state"] == "running")
             one.terminate()
-            one.event("drain_started")
+            assert one.event("drain_started")["second_signal"] == "leaves at once"
             sock.sendall(b"2\n")
             answer = sock.recv(65536)
         assert one.wait() == 0
