@@ -183,9 +183,12 @@ def positive(written: str) -> int:
     """A count of at least 1.
 
     Raises:
-        ArgumentTypeError, ValueError: it is none.
+        ArgumentTypeError: it is none.
     """
-    number = int(written)
+    try:
+        number = int(written)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{written!r} is not a whole number") from None
     if number < 1:
         raise argparse.ArgumentTypeError("should be at least 1")
     return number

@@ -307,7 +307,9 @@ def execute(arguments: argparse.Namespace) -> int:
     pipelines = settings.pipeline_settings()
     name = arguments.pipeline
     if name not in pipelines:
-        raise UsageError(problem=f"there is no pipeline {name!r}, only {', '.join(pipelines)}")
+        raise UsageError(
+            problem=f"there is no pipeline {name!r}; there are: {', '.join(pipelines)}"
+        )
     one = pipelines[name]
     wanted = handler_config(name, one.executor, one.handler, one.format, settings.data_dir)
     # It runs here, whatever the executor: one that is async on a loop of its own.

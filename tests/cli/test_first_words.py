@@ -65,6 +65,7 @@ def test_two_kinds_of_source_are_an_error(capsys: pytest.CaptureFixture[str]) ->
     [
         (["rnu", "app:x"], "unknown command 'rnu', did you mean run?"),
         (["frobnicate"], "unknown command 'frobnicate', there are run, check, dev, try, prove"),
+        (["dead", "show", "x"], "'x' is not a whole number"),
         (["dead", "lsit"], "unknown action 'lsit', did you mean list?"),
         (["run", "--port", "80"], "unknown flag --port, did you mean --listen?"),
         (["dev", "--host=0.0.0.0"], "unknown flag --host, did you mean --listen?"),

@@ -251,4 +251,4 @@ async def test_an_unknown_token_is_told_where_tokens_are_set() -> None:
     async with serving(MemoryIntake(), tokens={"shop": {"hash": hash_of(make_token())}}) as source:
         reply = await ask(source, b"{}", Authorization=f"Bearer {make_token()}")
     assert reply.status == 401
-    assert "it is not known here: no http.tokens.NAME.hash is its" in reply.json["detail"]
+    assert "it is not known here: no http.tokens.NAME.hash belongs to it" in reply.json["detail"]
