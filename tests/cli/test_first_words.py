@@ -94,6 +94,9 @@ def test_help_shows_lists_as_they_are_written(capsys: pytest.CaptureFixture[str]
     told = " ".join(capsys.readouterr().out.split())
     assert "['" not in told
     assert "[tcp://127.0.0.1:5514, udp://127.0.0.1:5514]" in told
+    common, _, others = told.partition(" settings: each as")
+    assert "--batch.age_max TIME" in common
+    assert "--batch.age_max" not in others
     assert "settings: each as a flag (--batch.records_max 500), as a variable" in told
 
 
