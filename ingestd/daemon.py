@@ -224,8 +224,10 @@ class Daemon:
 
     async def _asked_for_long(self) -> None:
         await self._signals.stop_requested.wait()
+        timeout = self._drain_timeout()
+        log.info("start_interrupted", timeout=timeout, second_signal="leaves at once")
         try:
-            async with async_timeout.timeout(self._drain_timeout()):
+            async with async_timeout.timeout(timeout):
                 await self._signals.force_requested.wait()
         except TimeoutError:
             pass
