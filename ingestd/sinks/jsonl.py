@@ -86,7 +86,7 @@ class JsonlSink:
         context: Context = _HERE,
     ) -> None:
         folder, compress = _folder(options.path, context), options.compress
-        self._path = folder
+        self._own = folder if options.path is not None else None
         self._format = context.record_format
         self._compressor = Compressor(folder, compress, self.now) if compress != "none" else None
         wake = self._compressor.wake if self._compressor else (lambda: None)
@@ -119,8 +119,8 @@ class JsonlSink:
             self._partitions.append(batch)
 
     def check(self) -> Iterator[SinkFinding]:
-        """Looks if the folder of the files can be written to, or made."""
-        return check_folder(self._path)
+        """Looks if the folder of `path` can be written to, or made."""
+        return check_folder(self._own) if self._own else iter(())
 
     def close(self) -> None:
         """Closes the file and ends the compression."""

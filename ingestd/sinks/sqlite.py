@@ -94,6 +94,7 @@ class SqliteSink:
         context: Context = _HERE,
     ) -> None:
         self._path = _file(options.path, context)
+        self._has_own = options.path is not None
         self._table = quoted(options.table)
         self._format = context.record_format
         self._is_auto = options.columns == "auto" and self._format == "json"
@@ -125,8 +126,8 @@ class SqliteSink:
             raise
 
     def check(self) -> Iterator[SinkFinding]:
-        """Looks if the folder of the file can be written to, or made."""
-        return check_folder(self._path.parent)
+        """Looks if the folder of `path` can be written to, or made."""
+        return check_folder(self._path.parent) if self._has_own else iter(())
 
     def close(self) -> None:
         """Closes the file; the next batch opens it again."""
