@@ -224,8 +224,10 @@ class Daemon:
 
     async def _asked_for_long(self) -> None:
         await self._signals.stop_requested.wait()
+        timeout = self._drain_timeout()
+        log.info("start_interrupted", timeout=timeout, second_signal="leaves at once")
         try:
-            async with async_timeout.timeout(self._drain_timeout()):
+            async with async_timeout.timeout(timeout):
                 await self._signals.force_requested.wait()
         except TimeoutError:
             pass
@@ -411,7 +413,8 @@ class Daemon:
             if not self._signals.stop_requested.is_set():
                 return
             reason = self._signals.name
-        log.info("drain_started", reason=reason, timeout=self._drain_timeout())
+        again = {"second_signal": "leaves at once"} if reason.startswith("SIG") else {}
+        log.info("drain_started", reason=reason, timeout=self._drain_timeout(), **again)
         if reason == "failure":
             return
         if self.settings.drain.delay and not self._input_ended:

@@ -333,11 +333,11 @@ def _checked_entry(value: Any) -> Section:
         return value
     if not isinstance(value, dict):
         raise PydanticCustomError("dict_type", "should be a table")
+    kinds = ", ".join(map(repr, (*KINDS, *UNUSABLE)))
     if "kind" not in value:
-        raise PydanticCustomError("union_tag_not_found", "needs a kind")
+        raise PydanticCustomError("kind_missing", f"needs a kind: {kinds}")
     kind = value["kind"]
     if kind not in (*KINDS, *UNUSABLE):
-        kinds = ", ".join(map(repr, (*KINDS, *UNUSABLE)))
         facts = {"tag": str(kind), "expected_tags": kinds}
         raise PydanticCustomError("union_tag_invalid", "{tag} is none of {expected_tags}", facts)
     return _entry(kind).model_validate(value)

@@ -90,7 +90,7 @@ class AdminAccess:
             raise Problem(problem.FOREIGN_ORIGIN, "pages of other origins may not use this address")
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if changes and kind != "application/json":
-            raise Problem(problem.MEDIA_TYPE, "a change is asked for in application/json")
+            raise Problem(problem.MEDIA_TYPE, "send a change with Content-Type: application/json")
 
     def authorize(self, request: AdminRequest, need: Need) -> str:
         """Checks that a request may do what it asks for.

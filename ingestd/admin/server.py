@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ingestd.settings import AdminSettings, HookSettings, TracesSettings
 
 SETTING = "admin.listen"
+RECORDS_ELSEWHERE = "; records go to the address of the http source (http.listen)"
 SETTLE_SECONDS = 2.0
 """Time from the start to the first sample of the history: a start has enough to do."""
 HUNG = ProblemType("hung", 503, "Hung")
@@ -198,7 +199,7 @@ class AdminServer:
 
             self._api = api.AdminApi(self._view, lambda: self._access, self._history())
             self._pages |= self._api.pages() | console.pages()
-        return find(self._pages, request.method, request.target).what
+        return find(self._pages, request.method, request.target, RECORDS_ELSEWHERE).what
 
     def _history(self) -> History:
         if self._samples is None:

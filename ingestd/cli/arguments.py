@@ -33,6 +33,11 @@ COMMON = (
     ("data_dir", "--data-dir", "DIR"),
     ("format", "--format", "json|text|bytes"),
 )
+_OFTEN = (
+    "batch.records_max", "batch.age_max", "executor.workers", "executor.timeout",
+    "retry.attempts_max", "journal.bytes_max", "drain.timeout", "log.level",
+)  # fmt: skip
+"""Settings that are changed most often: help shows them before the hundreds of others."""
 _KIND = "source.kind"
 _SHORT = {flag: key for key, flag, _ in COMMON}
 _MEANT = {"--port": "--listen", "--host": "--listen", "--bind": "--listen"}
@@ -102,9 +107,13 @@ def _add_all(parser: Parser, argv: Sequence[str]) -> None:
         if flag != f"--{key}":
             _add(group, f"--{key}", key, metavar, argparse.SUPPRESS)
             parser.hidden.append(f"--{key}")
+    for key in _OFTEN:
+        field = fields.pop(key)
+        _add(group, f"--{key}", key, _metavar(field), _help(field))
     group = parser.add_argument_group(
         "settings",
-        "or INGESTD_BATCH__RECORDS_MAX=500, or in the file; sizes like 64MiB, times like 250ms",
+        "each as a flag (--batch.records_max 500), as a variable (INGESTD_BATCH__RECORDS_MAX=500)\n"
+        "or in the file; sizes like 64MiB, times like 250ms",
     )
     for key, field in fields.items():
         if key in free:
@@ -182,9 +191,12 @@ def positive(written: str) -> int:
     """A count of at least 1.
 
     Raises:
-        ArgumentTypeError, ValueError: it is none.
+        ArgumentTypeError: it is none.
     """
-    number = int(written)
+    try:
+        number = int(written)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{written!r} is not a whole number") from None
     if number < 1:
         raise argparse.ArgumentTypeError("should be at least 1")
     return number

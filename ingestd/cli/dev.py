@@ -270,9 +270,13 @@ def _told(event: dict[str, Any], handler: str) -> Iterator[str]:
         yield from event.get("exception", "").splitlines()
     elif kind == "records_given_up":
         yield f"dead letters: {event['records']:,} {event['reason']}: {event['error']}"
+    elif kind == "handler_went_down":
+        yield f"-- every batch fails, and records wait until one succeeds: {event['error']}"
     elif event["level"] in {"warning", "error", "critical"}:
-        facts = {k: v for k, v in event.items() if k not in {"event", "level", "timestamp"}}
+        known = {"event", "level", "timestamp", "exception"}
+        facts = " ".join(f"{key}={value!r}" for key, value in event.items() if key not in known)
         yield f"{event['level']}: {kind} {facts}"
+        yield from event.get("exception", "").splitlines()
 
 
 def _send(sock: socket.socket, body: bytes) -> None:

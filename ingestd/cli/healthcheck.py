@@ -164,7 +164,10 @@ def add_admin_client(parser: argparse.ArgumentParser) -> None:
 
 
 def _why(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if isinstance(error, ConnectionRefusedError):
+        problem += "; start the daemon, or name its admin address with --admin.listen"
+    return problem
 
 
 def reachable(listen: str) -> tuple[str, int]:

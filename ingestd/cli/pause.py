@@ -78,7 +78,9 @@ def _folders(settings: Settings, named: Sequence[str]) -> dict[str, Path]:
     known |= dict.fromkeys(path.name for path in sorted(data_dir.glob("pipelines/*/")))
     for name in named:
         if name not in known:
-            raise UsageError(problem=f"there is no pipeline {name!r}, but {', '.join(known)}")
+            raise UsageError(
+                problem=f"there is no pipeline {name!r}; there are: {', '.join(known)}"
+            )
     folders = {name: pipeline_folder(data_dir, name) for name in named or known}
     if not named:
         folders = {name: folder for name, folder in folders.items() if folder.is_dir()}

@@ -307,15 +307,19 @@ def execute(arguments: argparse.Namespace) -> int:
     pipelines = settings.pipeline_settings()
     name = arguments.pipeline
     if name not in pipelines:
-        raise UsageError(problem=f"there is no pipeline {name!r}, only {', '.join(pipelines)}")
+        raise UsageError(
+            problem=f"there is no pipeline {name!r}; there are: {', '.join(pipelines)}"
+        )
     one = pipelines[name]
     wanted = handler_config(name, one.executor, one.handler, one.format, settings.data_dir)
     # It runs here, whatever the executor: one that is async on a loop of its own.
     runner = Runner(msgspec.structs.replace(wanted, executor="auto"), fail)
-    if not_ready := runner.prepare():
+    interrupts = _Interrupts()
+    not_ready = runner.prepare()
+    interrupts.check()
+    if not_ready:
         fail(f"the handler is not ready: {not_ready}")
     files = Files(arguments.files, one, arguments.limit)
-    interrupts = _Interrupts()
     with asyncio.Runner() as loop:
 
         def run(job: Job) -> Result:
@@ -351,13 +355,13 @@ class _Interrupts:
         self.came = True
         raise KeyboardInterrupt
 
-    def check(self, result: Result) -> None:
+    def check(self, result: Result | None = None) -> None:
         """Ends the command if its user wants that.
 
         Raises:
             KeyboardInterrupt: that is so.
         """
-        failure = result.failure
+        failure = result.failure if result else None
         if self.came or (failure is not None and failure.error.startswith("bdb.BdbQuit")):
             self.came = True
             raise KeyboardInterrupt

@@ -134,6 +134,11 @@ class DaemonConnection:
             raise ValueError("the URL of a daemon has no user, query or fragment; there is `token`")
         if parts.scheme == "http" and (ca or certificate):
             raise ValueError("`ca` and `certificate` need an https URL")
+        if "/v1/records" in parts.path:
+            raise ValueError(
+                "the URL of a daemon ends before /v1/records, which the client adds;"
+                " `pipeline` names a pipeline"
+            )
         self.address = f"{parts.hostname}:{parts.port or parts.scheme}"
         self._path = f"{parts.path.rstrip('/')}/v1/records"
         self._path += f"/{quote(pipeline, safe='')}" if pipeline else ""

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, NamedTuple
 from ingestd.base.envelope import joined, numbered
 from ingestd.base.record import InvalidRecord, Records
 from ingestd.codecs.json import DEPTH_MAX
-from ingestd.codecs.lines import BOM, KEPT_BYTES, LISTED_MAX, Parsed, parse_lines, too_large
+from ingestd.codecs.lines import (
+    BOM,
+    KEPT_BYTES,
+    LISTED_MAX,
+    Parsed,
+    json_fault,
+    parse_lines,
+    too_large,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -280,6 +288,7 @@ _ENCODED = (
 )
 _OPENED = (b"{", b"[", b"[{")
 _DOCUMENT = ContentGuess("JSON over several lines", "jq -c . FILE | (or jq -c '.[]' of an array)")
+_PLAIN = ContentGuess("not JSON", "--format text makes a record of each line as it is")
 _BINARY = ContentGuess("not text: there are zero bytes in it", "")
 
 
@@ -297,9 +306,13 @@ def guess(head: bytes, form: str) -> ContentGuess | None:
     if head.count(0) * _NUL_SHARE > len(head):
         return _wide(head) or _BINARY
     line, end, _ = head.partition(b"\n")
-    if form == "json" and end and line.strip(b"\xef\xbb\xbf \t\r") in _OPENED:
+    line = line.strip(b"\xef\xbb\xbf \t\r")
+    if form != "json" or not end or not line:
+        return None
+    if line in _OPENED:
         return _DOCUMENT
-    return None
+    # A line that begins like an object or an array is JSON with a mistake in it.
+    return _PLAIN if line[:1] not in b"{[" and json_fault(line, DEPTH_MAX) else None
 
 
 def marked(head: bytes) -> ContentGuess | None:

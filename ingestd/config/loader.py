@@ -8,7 +8,10 @@ the current folder in good faith.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from datetime import date, time
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
@@ -294,10 +297,23 @@ def _problem(detail: ErrorDetails, field: FieldInfo | None, secret: bool) -> str
         bound = next(iter(context.values()))
         return f"should be {_BOUNDS[kind]} {shown(field, bound)}"
     if kind == "literal_error":
-        return f"should be {context['expected']}"
+        close = "" if secret else _nearest(detail["input"], context["expected"])
+        return f"should be {context['expected']}{close}"
+    if (
+        kind == "string_type"
+        and not secret
+        and isinstance(detail["input"], int | float | date | time)
+    ):
+        return "should be text: put it in quotes"
     if kind == "union_tag_invalid":
         return f"{context['tag']!r} is not one of the kinds {context['expected_tags']}"
     return _PLAIN.get(kind) or detail["msg"].replace("Input should", "should", 1)
+
+
+def _nearest(written: object, expected: str) -> str:
+    """Suggests the word in quotes of `expected` that is most like what was written; else empty."""
+    close = get_close_matches(str(written), re.findall(r"'([^']*)'", expected), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 _BOUNDS = {
@@ -311,7 +327,6 @@ _PLAIN = {
     "string_too_short": "should not be empty",
     "path_type": "should be the path of a folder",
     "missing": "is missing",
-    "union_tag_not_found": "needs a kind",
     "extra_forbidden": "is not a setting of this kind",
     "bool_type": "should be true or false",
     "bool_parsing": "should be true or false",

@@ -125,7 +125,7 @@ def resolve(annotation: Any, owner: Any) -> Any:
     except NameError as exc:
         raise NotAHandler(
             f"annotation {annotation!r} can't be read: {exc}"
-            " (is it imported under TYPE_CHECKING only?)"
+            " (an import under TYPE_CHECKING is not there at run time)"
         ) from exc
     except Exception as exc:
         raise NotAHandler(f"annotation {annotation!r} can't be read: {exc}") from exc
@@ -145,7 +145,9 @@ def _batch_of(annotation: Any) -> tuple[bool, Any]:
     origin = get_origin(annotation) or annotation
     if origin is not Batch and origin not in _LISTS:
         name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-        raise NotAHandler(f"its parameter is annotated {name}, but a handler gets many: {_FORMS}")
+        raise NotAHandler(
+            f"its parameter is annotated {name}, but a handler gets a batch of records: {_FORMS}"
+        )
     record = next(iter(get_args(annotation)), Any)
     return origin is Batch, Any if isinstance(record, TypeVar) else record
 
@@ -255,7 +257,10 @@ class HandlerSpec(NamedTuple):
         for parameter in parameters:
             needed = parameter.kind in _NAMED and parameter.default is inspect.Parameter.empty
             if needed and parameter.name not in arguments:
-                refuse(self.target, f"needs the option {parameter.name!r}")
+                refuse(
+                    self.target,
+                    f"needs the option {parameter.name!r}: set handler.options.{parameter.name}",
+                )
         return arguments
 
     def _parameters(self) -> list[inspect.Parameter] | None:

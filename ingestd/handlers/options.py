@@ -106,7 +106,9 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
                 raise OptionError(unknown_option(name, types))
         for field in msgspec.structs.fields(cls):
             if field.required and field.name not in given:
-                raise OptionError(f"needs the option {field.name!r}")
+                raise OptionError(
+                    f"needs the option {field.name!r}: set handler.options.{field.name}"
+                )
         values = {
             name: _converted(name, value, types[name], cls.read) for name, value in given.items()
         }

@@ -76,10 +76,15 @@ def _neither(target: str) -> str:
         stem = target.removesuffix(".py").strip("./").replace("/", ".")
         return f"is a file; write its module and a name in it: {stem}:NAME"
     if target and (_file(target).is_file() or Path(target).is_dir()):
-        return f"which name in it? write {target}:NAME"
-    if near := difflib.get_close_matches(target, [*SINKS.names(), *HANDLERS.names()], n=1):
+        return f"is a module; write a name in it as well: {target}:NAME"
+    known = [*SINKS.names(), *HANDLERS.names()]
+    # From 0.7 on a misspelt sink is alike; below it a function's bare name is, like `store`.
+    if near := difflib.get_close_matches(target, known, n=1, cutoff=0.7):
         return f"there is no handler of this name; did you mean {near[0]!r}?"
-    return f"is neither module:name nor a registered handler ({', '.join(SINKS.names())})"
+    return (
+        f"is neither a function, which is written MODULE:NAME like app:store,"
+        f" nor a sink ({', '.join(SINKS.names())})"
+    )
 
 
 def _module(target: str, name: str) -> object:

@@ -145,13 +145,16 @@ def _holder(fd: int) -> str:
     return ""
 
 
+_TWO = "stop that one, or choose another directory (--data-dir)"
+
+
 def _held_by(holder: str, fd: int) -> str:
     """Finds the process that holds the lock: the one that took it, or a fork of it."""
     if holder.isdigit() and Path("/proc", holder).exists():
-        return f"another ingestd (process {holder}) uses it"
+        return f"another ingestd (process {holder}) uses it; {_TWO}"
     heirs = [str(pid) for pid in _that_have_open(fd)]
     if not heirs:
-        return "another ingestd uses it"
+        return f"another ingestd uses it; {_TWO}"
     return (
         f"an ingestd that has ended left a process behind that still has it open:"
         f" end process {' and '.join(heirs)}"
@@ -174,4 +177,12 @@ def _that_have_open(fd: int) -> Iterator[int]:
 
 
 def _why(error: OSError) -> str:
-    return f"it can't be used: {error.strerror or error}"
+    problem = f"it can't be used: {error.strerror or error}"
+    if isinstance(error, FileExistsError | NotADirectoryError):
+        return "it can't be used: it is, or lies below, a file and not a folder"
+    if isinstance(error, PermissionError):
+        problem += (
+            f"; give it to the user with the id {os.geteuid()}, who runs this command,"
+            f" or choose another one (--data-dir)"
+        )
+    return problem

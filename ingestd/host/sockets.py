@@ -23,6 +23,12 @@ def show_socket(sock: socket.socket) -> str:
     return f"unix:{path.replace(chr(0), '@', 1)}"
 
 
+_ADVICE = {
+    errno.EACCES: "; a port below 1024 needs root or the capability CAP_NET_BIND_SERVICE",
+    errno.EADDRNOTAVAIL: "; no network interface of this machine has it",
+}
+
+
 def listen_fault(error: OSError | ValueError, how_to_share: str = "") -> str:
     """The reason why a socket could not be bound, in one line and without its address.
 
@@ -37,7 +43,7 @@ def listen_fault(error: OSError | ValueError, how_to_share: str = "") -> str:
         return text
     if number == errno.EADDRINUSE:
         return f"{_IN_USE}{how_to_share}"
-    return os.strerror(number).lower()
+    return os.strerror(number).lower() + _ADVICE.get(number, "")
 
 
 def is_local(sock: socket.socket) -> bool:

@@ -49,7 +49,9 @@ ONLY_DELIVERIES = (
     "there are webhooks and no tokens: only signed deliveries are accepted. To accept records too,"
     " set a token (http.tokens.NAME.hash) or http.allow_anonymous = true"
 )
-_UNKNOWN = "it is not known here: no http.tokens.NAME.hash is its (ingestd token prints hashes)"
+_UNKNOWN = (
+    "it is not known here: no http.tokens.NAME.hash belongs to it (ingestd token prints hashes)"
+)
 _CHALLENGE = 'Bearer realm="ingestd"{}, Basic realm="ingestd", charset="UTF-8"'
 
 
@@ -217,7 +219,7 @@ class Authenticator:
         self._shields = unsaid and local
         self._origins = frozenset(settings.cors_origins)
         self._hosts = Hosts(settings.hosts) if self._shields or settings.hosts else None
-        self._missing = "there is none"
+        self._missing = "the request has none"
         if demands_signatures_alone(settings):
             self._missing = ONLY_DELIVERIES
         # Who signs certificates decides who comes in, if nobody says it more exactly.
@@ -294,7 +296,9 @@ class Authenticator:
         if principal.pipelines is not None:
             self._denials.count(peer_of(request))
             return principal.forbidden()
-        return Problem(problem.UNKNOWN_PIPELINE, "no pipeline has this name")
+        return Problem(
+            problem.UNKNOWN_PIPELINE, "no pipeline has this name; each has a table [pipelines.NAME]"
+        )
 
     def check_host(self, request: Request) -> None:
         """Checks that the request is for a name of this server.

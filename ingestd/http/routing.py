@@ -47,7 +47,12 @@ class Resource(NamedTuple, Generic[T_co]):
         return ", ".join(self.methods)
 
 
-def find(table: Mapping[str, Resource[T_co]], method: str, target: str) -> Resource[T_co]:
+NO_PATH = "there is no such path at this address; / and /openapi.json list the paths"
+
+
+def find(
+    table: Mapping[str, Resource[T_co]], method: str, target: str, elsewhere: str = ""
+) -> Resource[T_co]:
     """Returns the resource of a request; one look-up for a target that is a path alone.
 
     Args:
@@ -56,6 +61,7 @@ def find(table: Mapping[str, Resource[T_co]], method: str, target: str) -> Resou
             these alone, and `*` as a segment for any other segment.
         method: of the request.
         target: as the request line has it: a path with or without a query, or a whole URL.
+        elsewhere: what another address of the daemon answers, for the detail of a 404.
 
     Raises:
         Problem: 404, or 405 with `Allow`.
@@ -64,9 +70,9 @@ def find(table: Mapping[str, Resource[T_co]], method: str, target: str) -> Resou
     if resource is None:
         resource = look_up(table, method, target)
     if resource is None:
-        raise Problem(problem.NOT_FOUND, "/ and /openapi.json list the paths")
+        raise Problem(problem.NOT_FOUND, NO_PATH + elsewhere)
     if method not in resource.methods:
-        detail = f"{method[:20]} is not among {resource.allow}"
+        detail = f"this path takes {resource.allow}, not {method[:20]}"
         raise Problem(problem.METHOD, detail, headers={"Allow": resource.allow})
     return resource
 

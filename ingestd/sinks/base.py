@@ -31,13 +31,17 @@ whose answer was lost is the one that counts.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from msgspec import Meta
 
 from ingestd.handlers.options import FilePath, Options, Seconds
+from ingestd.handlers.outcome import SinkFinding
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
     from typing import Any
 
     from ingestd.handlers.batch import Batch
@@ -99,6 +103,19 @@ class TlsOptions(SinkOptions, frozen=True, kw_only=True):
     def tls_files(self) -> tuple[str | None, str | None, str | None]:
         """Authorities, certificate and key."""
         return self.tls_ca, self.tls_certificate, self.tls_key
+
+
+def check_folder(folder: Path) -> Iterator[SinkFinding]:
+    """Finds out if a folder can be written to, or made; writes and makes nothing."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        yield SinkFinding("error", f"{place} is a file and not a folder")
+    elif not os.access(place, os.W_OK | os.X_OK):
+        yield SinkFinding(
+            "error", f"{place} can't be written to by the user with the id {os.geteuid()}"
+        )
 
 
 def ids_of(batch: Batch[Any]) -> tuple[str, ...]:

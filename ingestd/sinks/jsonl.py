@@ -16,13 +16,15 @@ from ingestd.base.record import Records
 from ingestd.handlers.batch import Batch  # noqa: TC001  the loader reads the annotations
 from ingestd.handlers.context import Context
 from ingestd.handlers.options import FilePath, Size
-from ingestd.sinks.base import SinkOptions, ids_of
+from ingestd.sinks.base import SinkOptions, check_folder, ids_of
 from ingestd.sinks.files import Compressor, Folder
 from ingestd.sinks.ledger import BatchLedger
 from ingestd.sinks.tables import lines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
+
+    from ingestd.handlers.outcome import SinkFinding
 
 _HERE = Context()
 _FIELD = re.compile(r"\{([^{}]+)\}")
@@ -84,6 +86,7 @@ class JsonlSink:
         context: Context = _HERE,
     ) -> None:
         folder, compress = _folder(options.path, context), options.compress
+        self._own = folder if options.path is not None else None
         self._format = context.record_format
         self._compressor = Compressor(folder, compress, self.now) if compress != "none" else None
         wake = self._compressor.wake if self._compressor else (lambda: None)
@@ -114,6 +117,10 @@ class JsonlSink:
             self._folder.append(lines(batch.records, self._format), ids_of(batch))
         else:
             self._partitions.append(batch)
+
+    def check(self) -> Iterator[SinkFinding]:
+        """Looks if the folder of `path` can be written to, or made."""
+        return check_folder(self._own) if self._own else iter(())
 
     def close(self) -> None:
         """Closes the file and ends the compression."""

@@ -22,11 +22,13 @@ from ingestd.handlers.batch import Batch  # noqa: TC001  the loader reads the an
 from ingestd.handlers.context import Context
 from ingestd.handlers.decode import decoder_for
 from ingestd.handlers.options import FilePath  # noqa: TC001  msgspec reads it
-from ingestd.sinks.base import SinkOptions
+from ingestd.sinks.base import SinkOptions, check_folder
 from ingestd.sinks.tables import EXTRA, ID, RECORD, has_extra, keys_of, new_columns, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
+
+    from ingestd.handlers.outcome import SinkFinding
 
 LEDGER = "ingestd_batches"
 """The table of the batches that were written."""
@@ -92,6 +94,7 @@ class SqliteSink:
         context: Context = _HERE,
     ) -> None:
         self._path = _file(options.path, context)
+        self._has_own = options.path is not None
         self._table = quoted(options.table)
         self._format = context.record_format
         self._is_auto = options.columns == "auto" and self._format == "json"
@@ -121,6 +124,10 @@ class SqliteSink:
         except BaseException:
             self.close()  # which rolls back; and what was known of the table may be wrong
             raise
+
+    def check(self) -> Iterator[SinkFinding]:
+        """Looks if the folder of `path` can be written to, or made."""
+        return check_folder(self._path.parent) if self._has_own else iter(())
 
     def close(self) -> None:
         """Closes the file; the next batch opens it again."""

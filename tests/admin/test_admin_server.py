@@ -177,7 +177,9 @@ async def test_no_other_pages(admin: Admin, path: str) -> None:
     status, body, headers = await admin.ask(path)
     assert status == 404
     assert headers["Content-Type"] == "application/problem+json"
-    assert msgspec.json.decode(body)["status"] == 404
+    problem = msgspec.json.decode(body)
+    assert problem["status"] == 404
+    assert "records go to the address of the http source (http.listen)" in problem["detail"]
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "OPTIONS"])

@@ -141,7 +141,7 @@ async def test_wrong_taps_and_too_many_are_refused(
                   conditions):  # fmt: skip
         assert (await seen.ask(f"/v1/tap?{query}"))[0] == 400, query
     status, found = await seen.ask("/v1/tap?pipeline=x")
-    assert (status, found["detail"]) == (404, "there is no pipeline 'x', but default")
+    assert (status, found["detail"]) == (404, "there is no pipeline 'x'; there are: default")
     monkeypatch.setattr(tap, "TAPS_MAX", 1)
     await open_tap()
     await seen.until(lambda: hooks(seen)[0] is not None)

@@ -155,6 +155,7 @@ def test_what_it_prints_and_ctrl_c(started: Terminal) -> None:
     assert 'raise ValueError("not this one")  # here' in started.seen
     assert re.search(r'File ".*/app.py", line 10, in fail', started.seen)
     started.until("printed 2\n", 2)
+    started.until("-- every batch fails, and records wait until one succeeds: ValueError: not this")
     began = time.monotonic()
     started.interrupt()
     assert started.process.wait(20) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -64,6 +65,7 @@ def test_two_kinds_of_source_are_an_error(capsys: pytest.CaptureFixture[str]) ->
     [
         (["rnu", "app:x"], "unknown command 'rnu', did you mean run?"),
         (["frobnicate"], "unknown command 'frobnicate', there are run, check, dev, try, prove"),
+        (["dead", "show", "x"], "'x' is not a whole number"),
         (["dead", "lsit"], "unknown action 'lsit', did you mean list?"),
         (["run", "--port", "80"], "unknown flag --port, did you mean --listen?"),
         (["dev", "--host=0.0.0.0"], "unknown flag --host, did you mean --listen?"),
@@ -92,6 +94,10 @@ def test_help_shows_lists_as_they_are_written(capsys: pytest.CaptureFixture[str]
     told = " ".join(capsys.readouterr().out.split())
     assert "['" not in told
     assert "[tcp://127.0.0.1:5514, udp://127.0.0.1:5514]" in told
+    common, _, others = told.partition(" settings: each as")
+    assert "--batch.age_max TIME" in common
+    assert "--batch.age_max" not in others
+    assert "settings: each as a flag (--batch.records_max 500), as a variable" in told
 
 
 @pytest.mark.parametrize("table", ["", 'label = "x"\n'])
@@ -118,5 +124,8 @@ async def test_a_used_port_is_said_in_the_same_words_everywhere() -> None:
     assert listen_fault(caught.value).startswith(words)
     assert listen_fault(caught.value, "; or share").endswith("; or share")
     assert listen_fault(ValueError("no")) == "no"
+    assert "below 1024 needs root or" in listen_fault(PermissionError(errno.EACCES, "x"))
+    away = listen_fault(OSError(errno.EADDRNOTAVAIL, "x"))
+    assert away.endswith("; no network interface of this machine has it")
     error = AddressError(address="x:1", setting="http.listen", problem=listen_fault(caught.value))
     assert words in str(error)

@@ -47,6 +47,12 @@ def down(batch: list[dict]) -> None:
 def stop(batch: list[dict]) -> None:
     breakpoint()
 
+class Slow:
+    def __init__(self) -> None:
+        print("hangs", flush=True)
+        time.sleep(60)
+    def __call__(self, batch: list[dict]) -> None: ...
+
 def hang(batch: list[dict]) -> None:
     print("hangs", flush=True)
     time.sleep(60)
@@ -167,6 +173,7 @@ def test_the_debugger_and_ctrl_c_in_a_terminal(here: Path) -> None:
     for target, keys, says in (
         ("app:stop", b"p len(batch)\nq\n", b"120\r\n"),
         ("app:hang", b"\x03", b"hangs"),
+        ("app:Slow", b"\x03", b"hangs"),
     ):
         ours, theirs = pty.openpty()
         with subprocess.Popen(
@@ -179,7 +186,7 @@ def test_the_debugger_and_ctrl_c_in_a_terminal(here: Path) -> None:
             try:
                 while b"(Pdb)" not in seen and b"hangs" not in seen:
                     seen += os.read(ours, 4096)
-                if target == "app:hang":
+                if keys == b"\x03":
                     time.sleep(0.1)
                     process.send_signal(signal.SIGINT)
                 else:

@@ -508,6 +508,8 @@ def test_a_fork_while_a_request_is_under_way(tmp_path: Path) -> None:
         ("ftp://localhost", {}),
         ("http://user:secret@localhost", {}),
         ("http://localhost/?x=1", {}),
+        ("http://localhost/v1/records", {}),
+        ("http://localhost/proxied/v1/records/clicks", {}),
         ("http://localhost", {"ca": "ca.pem"}),
         ("http://localhost", {"token": "two words"}),
         ("http://localhost", {"full": "wait"}),

@@ -26,6 +26,20 @@ def test_sigterm_while_idle(tmp_path: Path) -> None:
         assert one.event("drained")["balanced"]
 
 
+def test_two_signals_while_a_handler_is_imported(tmp_path: Path) -> None:
+    """The first signal is logged with what it waits for, the second one leaves at once with 0."""
+    (tmp_path / "slow.py").write_text(
+        "import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(60)\n"
+    )
+    with Daemon("slow:store", cwd=tmp_path) as one:
+        until((tmp_path / "importing").exists)
+        one.terminate(signal.SIGINT)
+        assert one.event("start_interrupted")["second_signal"] == "leaves at once"
+        one.terminate(signal.SIGINT)
+        assert one.wait(10) == 0
+        assert one.event("start_abandoned")
+
+
 def test_sigterm_in_the_middle_of_a_body(tmp_path: Path) -> None:
     """SIGTERM while a body is coming in: it is taken or refused, never half, and answered."""
     with daemon(*into(tmp_path, drain__timeout="5s"), cwd=tmp_path) as one:
@@ -35,7 +49,7 @@ def test_sigterm_in_the_middle_of_a_body(tmp_path: Path) -> None:
             )
             until(lambda: one.status()["state"] == "running")
             one.terminate()
-            one.event("drain_started")
+            assert one.event("drain_started")["second_signal"] == "leaves at once"
             sock.sendall(b"2\n")
             answer = sock.recv(65536)
         assert one.wait() == 0

@@ -80,7 +80,7 @@ def test_text_from_flags_becomes_what_is_meant() -> None:
     [
         ({"dns": "x"}, "has no option 'dns'; did you mean 'dsn'?"),
         ({"zzz": 1}, "has no option 'zzz' (it has: dsn, path, size"),
-        ({}, "needs the option 'dsn'"),
+        ({}, "needs the option 'dsn': set handler.options.dsn"),
         ({"dsn": 5}, "dsn: *** is not text"),
         ({"dsn": ""}, "dsn: *** is not text"),
         ({"size": "12 parsecs"}, "size: '12 parsecs' is not a size: a number of bytes"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -45,6 +46,7 @@ PIPELINES = '[pipelines.clicks]\n[pipelines.clicks.handler]\ntarget = "jsonl"\n'
 def refused(done: subprocess.CompletedProcess[str]) -> None:
     assert done.returncode == 78, done.stderr
     assert "another ingestd (process" in done.stderr
+    assert "uses it; stop that one, or choose another directory (--data-dir)" in done.stderr
 
 
 @pytest.mark.slow
@@ -85,6 +87,25 @@ def test_a_journal_under_a_second_name_is_refused(tmp_path: Path) -> None:
         running.wait()
     with daemon(cwd=tmp_path) as again:
         assert again.post(b"1\n")[0] == 202
+
+
+def test_a_data_directory_that_is_a_file_is_refused_in_plain_words(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(DataDirError, match="is, or lies below, a file and not a folder"):
+            DataDir(path)
+
+
+def test_a_data_directory_without_rights_says_whose_it_should_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    # Root, as whom tests may run, is refused nothing.
+    monkeypatch.setattr("ingestd.host.data_dir.make_folder", refuse)
+    with pytest.raises(DataDirError, match=f"user with the id {os.geteuid()}, who runs this"):
+        DataDir(tmp_path / "data")
 
 
 def test_two_pipelines_of_one_daemon_cannot_share_a_folder(tmp_path: Path) -> None:

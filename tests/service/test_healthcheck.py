@@ -44,6 +44,7 @@ def test_ready_draining_and_gone(tmp_path: Path) -> None:
     assert (code, out) == (1, "")
     assert said.count("\n") == 1
     assert "no answer from 0.0.0.0:" in said
+    assert "refused; start the daemon, or name its admin address with --admin.listen\n" in said
 
 
 def test_who_does_not_answer_in_time(tmp_path: Path) -> None:

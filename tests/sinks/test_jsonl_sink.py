@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from ingestd.handlers.context import Context
 from ingestd.handlers.load import load
 from ingestd.handlers.outcome import Job
 from ingestd.sinks.jsonl import JsonlOptions, JsonlSink, lines
+from ingestd.sinks.sqlite import SqliteOptions, SqliteSink
 from tests.real_input import real_input
 
 ROOT = Path(__file__).parents[2]
@@ -211,3 +213,26 @@ def test_real_records_come_out_as_they_went_in(tmp_path, batch, name, record_for
     else:
         decoded = [json.loads(line) for line in written.split(b"\n")[:-1]]
         assert decoded == [item.decode() for item in items]
+
+
+def findings(path: Path) -> list[list[tuple[str, str]]]:
+    """What both sinks of a folder find."""
+    sinks = (
+        JsonlSink(JsonlOptions(path=str(path))),
+        SqliteSink(SqliteOptions(path=str(path / "out.db"))),
+    )
+    return [[tuple(one) for one in sink.check()] for sink in sinks]
+
+
+def test_a_check_finds_a_folder_that_cannot_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert findings(tmp_path / "new" / "folder") == [[], []]
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "file").touch()
+    fault = ("error", f"{tmp_path}/file is a file and not a folder")
+    assert findings(tmp_path / "file" / "below") == [[fault], [fault]]
+    # Root, as whom tests may run, may write everywhere.
+    monkeypatch.setattr("os.access", lambda *_: False)
+    fault = ("error", f"{tmp_path} can't be written to by the user with the id {os.geteuid()}")
+    assert findings(tmp_path / "new") == [[fault], [fault]]

@@ -237,8 +237,10 @@ async def test_a_path_of_an_endpoint_that_is_off_says_how_to_switch_it_on() -> N
             assert (reply.status, reply.slug) == (404, "not-found")
             setting = f"http.endpoints.{name}.pipeline"
             assert reply.json["detail"] == f"the endpoint {name} is off: set {setting}"
-        reply = await ask(source, b"{}", "/v2/records")
-        assert reply.json["detail"] == "/ and /openapi.json list the paths"
+        for path in ("/v2/records", "/v1/status"):
+            detail = (await ask(source, b"{}", path)).json["detail"]
+            assert "/ and /openapi.json list the paths" in detail
+            assert "status and metrics are at the admin address (admin.listen)" in detail
     async with serving(MemoryIntake()) as source:
         source._name = "web"
         detail = (await ask(source, b"{}", "/loki/api/v1/push")).json["detail"]
@@ -249,4 +251,4 @@ async def test_an_unknown_token_is_told_where_tokens_are_set() -> None:
     async with serving(MemoryIntake(), tokens={"shop": {"hash": hash_of(make_token())}}) as source:
         reply = await ask(source, b"{}", Authorization=f"Bearer {make_token()}")
     assert reply.status == 401
-    assert "it is not known here: no http.tokens.NAME.hash is its" in reply.json["detail"]
+    assert "it is not known here: no http.tokens.NAME.hash belongs to it" in reply.json["detail"]

@@ -185,6 +185,34 @@ def test_nothing_at_all_is_400(body):
     assert refusal(body.strip(b"\xef\xbb\xbf"), "application/json") == (400, "empty")
 
 
+def test_a_type_of_another_format_is_told_which_one_that_is():
+    for content_type, form, taker in (
+        ("text/plain", "json", "text"),
+        ("application/octet-stream", "text", "bytes"),
+        ("application/json", "text", "json"),
+    ):
+        with pytest.raises(Problem) as caught:
+            codec_of(content_type, form)
+        detail = json.loads(caught.value.body())["detail"]
+        assert detail.endswith(f'; a pipeline with format = "{taker}" takes it')
+    with pytest.raises(Problem) as caught:
+        codec_of("text/csv", "json")
+    assert b"a pipeline with format" not in caught.value.body()
+
+
+def test_json_over_several_lines_is_told_the_type_that_it_needs():
+    for pretty in (b'{\n  "a": 1\n}\n', b'[\n  {\n    "a": 1\n  }\n]', b'[{\n"a": 1}]'):
+        with pytest.raises(Problem) as caught:
+            read(pretty)
+        detail = json.loads(caught.value.body())["detail"]
+        assert detail.endswith("send JSON over several lines with Content-Type: application/json")
+        assert read(pretty, "application/json").records.items()
+    for other in (b"{", b"x\ny\n", b'{"a"\n: 1}'):
+        with pytest.raises(Problem) as caught:
+            read(other)
+        assert b"Content-Type" not in caught.value.body()
+
+
 def test_nothing_acceptable_lists_why():
     with pytest.raises(Problem) as caught:
         read(b"x\n\ny\n" * 200)

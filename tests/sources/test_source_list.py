@@ -175,7 +175,10 @@ def test_an_input_of_which_nothing_was_accepted_is_said_by_the_exit_code(
             "[sources.x]\nkind = 'carrier'\n",
             f"sources.x (file ingestd.toml): 'carrier' is not one of the kinds {OWN_KINDS}",
         ),
-        ("[sources.x]\npipeline = 'a'\n", "sources.x (file ingestd.toml): needs a kind"),
+        (
+            "[sources.x]\npipeline = 'a'\n",
+            f"sources.x (file ingestd.toml): needs a kind: {OWN_KINDS}",
+        ),
         (
             "[sources.x]\nkind = 'stdin'\nlisten = '127.0.0.1:1'\n",
             "sources.x.listen (file ingestd.toml): is not a setting of this kind",

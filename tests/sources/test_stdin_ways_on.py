@@ -286,6 +286,7 @@ UNSUITABLE = [
     ('{"a": 1}\n'.encode("utf-16-le"), "it is UTF-16LE text", "iconv -f UTF-16LE"),
     ('{"a": 1}\n'.encode("utf-16-be"), "it is UTF-16BE text", "iconv -f UTF-16BE"),
     (b"\x7fELF" + b"\0\1\2" * 50, "it is not text: there are zero bytes in it", ""),
+    (b"user,page\nann,1\n", "it is not JSON", "--format text"),
     (b'{\n  "a": 1\n}\n', "it is JSON over several lines", "jq -c ."),
     (b'\xef\xbb\xbf[\r\n{"a": 1},\n', "it is JSON over several lines", "jq -c ."),
 ]
@@ -319,6 +320,11 @@ async def test_an_unsuitable_input_is_called_what_it_seems_to_be(
 def test_what_may_be_text_is_not_called_anything(data: bytes) -> None:
     assert guess(data, "text") is None
     assert guess(data, "bytes") is None
+
+
+@pytest.mark.parametrize("data", [b'{"a": 1\n', b"{'a': 1}\n", b"1\nx\n", b"\nx\n", b"x"])
+def test_what_may_be_json_is_not_called_anything(data: bytes) -> None:
+    assert guess(data, "json") is None
 
 
 def test_bytes_may_be_anything() -> None:

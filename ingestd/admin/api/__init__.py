@@ -193,7 +193,7 @@ class AdminApi:
         names = [name for name in asked.get("pipeline", ()) if name]
         for name in names:
             if name not in known:
-                detail = f"there is no pipeline {name[:80]!r}, but {', '.join(known)}"
+                detail = f"there is no pipeline {name[:80]!r}; there are: {', '.join(known)}"
                 raise Problem(problem.UNKNOWN_PIPELINE, detail)
         return {name: known[name] for name in names} if names else known
 

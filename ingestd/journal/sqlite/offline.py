@@ -71,7 +71,8 @@ def journals(data_dir: Path, only: Sequence[str] = ()) -> dict[str, Path]:
     for name in only:
         if name not in found:
             known = ", ".join(found)
-            raise UsageError(problem=f"pipeline {name!r} has no journal in {data_dir}, but {known}")
+            problem = f"pipeline {name!r} has no journal in {data_dir}; there are those of: {known}"
+            raise UsageError(problem=problem)
     return {name: path.resolve() for name, path in found.items() if not only or name in only}
 
 

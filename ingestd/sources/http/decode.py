@@ -51,6 +51,7 @@ _JOINED_TOGETHER = 4096
 _ELEMENTS_FEW = 20_000
 _ELEMENTS = msgspec.json.Decoder(list[msgspec.Raw])
 _WHITESPACE = b" \t\r\n"
+_OPENED = (b"{", b"[", b"[{")  # a first line of JSON over several lines
 _CONTROLS = bytes(range(0x20))
 
 
@@ -275,6 +276,11 @@ def nothing_good(refused: list[InvalidRecord], unlisted: int = 0) -> Problem:
     detail = f"record {refused[0].index}: {refused[0].detail}"
     if len(refused) + unlisted > 1:
         detail += f" (and {len(refused) + unlisted - 1} more)"
+        if refused[0].payload.strip(_WHITESPACE) in _OPENED:
+            detail += (
+                "; each line is one record: send JSON over several lines with"
+                " Content-Type: application/json"
+            )
     return Problem(problem.MALFORMED, detail, refused=refused)
 
 

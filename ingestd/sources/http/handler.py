@@ -21,7 +21,7 @@ from ingestd.http.auth import Principal
 from ingestd.http.problem import EXPLAINED, Problem, explain
 from ingestd.http.request import ClientGone, Request
 from ingestd.http.response import LateDocument, Response, StaticResponse, unless_known
-from ingestd.http.routing import PREFLIGHT, find, look_up, tell_options
+from ingestd.http.routing import NO_PATH, PREFLIGHT, find, look_up, tell_options
 from ingestd.sources.http import headers
 from ingestd.sources.http.endpoints.base import Route, UnknownPath, problem_response
 from ingestd.sources.http.ingestion import Ingestion
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 log = get_logger()
 
+ADMIN_ELSEWHERE = "; status and metrics are at the admin address (admin.listen)"
 NO_ROUTE = "other"
 """The route, in the metrics, of requests that are for none."""
 
@@ -179,7 +180,7 @@ class IngestHandler:
         gone = False
         self.begin()
         try:
-            found = find(self._resources, request.method, request.raw_path)
+            found = find(self._resources, request.method, request.raw_path, ADMIN_ELSEWHERE)
             let_in = self._let_in(request, found)
             if isinstance(let_in, Response | StaticResponse):
                 outcome = let_in
@@ -280,7 +281,7 @@ class IngestHandler:
         if isinstance(route, UnknownPath):
             if route.spec is None:
                 self.authenticator.check_host(request)
-                raise Problem(problem.NOT_FOUND, "/ and /openapi.json list the paths")
+                raise Problem(problem.NOT_FOUND, NO_PATH + ADMIN_ELSEWHERE)
             raise self.authenticator.explain_unknown(request, route.spec.auth)
         if not route.spec.auth:
             self.authenticator.check_host(request)

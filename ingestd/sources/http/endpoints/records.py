@@ -109,6 +109,8 @@ def _codec_of(content_type: str, form: Format) -> BodyCodec:
         takes = ", ".join(kind for kind in _CODECS[form] if kind not in _UNSAID)
         takes += ", application/*+json" if form == "json" else ""
         detail = f"{said[:80]!r} sent to a {form} pipeline, which takes {takes}"
+        if takers := [f'"{other}"' for other, codecs in _CODECS.items() if said in codecs]:
+            detail += f"; a pipeline with format = {' or '.join(takers)} takes it"
         raise Problem(problem.MEDIA_TYPE, detail, headers={"Accept": takes})
     found = _CHARSET.search(";" + parameters)
     charset = found[1].strip('"').lower() if found else ""
