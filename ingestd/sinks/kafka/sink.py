@@ -62,6 +62,10 @@ _BLOCKING = frozenset({
     "INVALID_TIMESTAMP", "INVALID_TRANSACTION_TIMEOUT", "POLICY_VIOLATION",
 })  # fmt: skip
 """Errors that last until an operator acts."""
+_TOPICS = frozenset({
+    "UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_TOPIC", "TOPIC_EXCEPTION", "TOPIC_AUTHORIZATION_FAILED",
+})  # fmt: skip
+"""Errors of one topic, which are a record's where it names the topic."""
 _DIFFERENT = "_INVALID_DIFFERENT_RECORD"
 _RECORDS = frozenset({"INVALID_RECORD", _DIFFERENT})
 
@@ -80,6 +84,8 @@ class KafkaSink:
         self._context = context
         self._timeout = float(options.timeout)
         self._messages = KafkaMessages(options, context)
+        names_topic = self._messages.topic is None and options.unknown_topic == "reject"
+        self._of_records = _RECORDS | _TOPICS if names_topic else _RECORDS
         self._open: Any = None
         self._ledger: KafkaLedger | None = None
         self._slot: int | None = None
@@ -146,6 +152,7 @@ class KafkaSink:
                 failed[place] = error
 
         end = time.monotonic() + self._timeout
+        is_asked = False
         for number, one in enumerate(messages):
             report = partial(told, one.place)
             while True:
@@ -157,13 +164,26 @@ class KafkaSink:
                     if time.monotonic() > end:
                         raise Unavailable("the queue of messages stays full") from None
                     producer.poll(0.1)
+                except KafkaException as error:
+                    if error.args[0].name() not in _TOPICS:
+                        raise
+                    if is_asked:
+                        failed[one.place] = error.args[0]
+                        break
+                    # What was not there once stays so for minutes, unless the brokers are asked.
+                    producer.list_topics(timeout=CONNECT_SECONDS)
+                    is_asked = True
             if number % 1000 == 0:
                 producer.poll(0)
         if left := producer.flush(max(0.0, end - time.monotonic()) + 1):
             raise Unavailable(f"{left} of {len(messages)} messages are not acknowledged in time")
-        for error in failed.values():
-            if error.name() not in _RECORDS:
-                raise KafkaException(error)
+        for one in messages if failed else ():
+            found = failed.get(one.place)
+            if found is None or found.name() in self._of_records:
+                continue
+            if found.name() in _TOPICS:
+                raise Blocked(f"topic {one.topic}: {found.name()}: {found.str()}")
+            raise KafkaException(found)
         return failed
 
     def _deliver(
@@ -174,7 +194,7 @@ class KafkaSink:
         left = messages
         for _ in range(_ROUNDS_MAX):
             failed = self._send(producer, left, at)
-            refused |= _reasons(failed, batch.ids)
+            refused |= _reasons(failed, left, batch.ids)
             left = [one for one in left if _is_different(failed, one)]
             if not left:
                 return refused
@@ -203,7 +223,7 @@ class KafkaSink:
                 self._end(producer, end)
                 return refused
             producer.abort_transaction(self._timeout)
-            refused |= _reasons(failed, batch.ids)
+            refused |= _reasons(failed, left, batch.ids)
             left = [one for one in left if one.place not in failed or _is_different(failed, one)]
         raise RuntimeError("the broker refuses records again and again")
 
@@ -327,13 +347,17 @@ class KafkaSink:
             raise self._class_of(error.args[0]) from None
 
 
-def _reasons(failed: dict[int, Any], names: Sequence[str]) -> dict[str, str]:
+def _reasons(
+    failed: dict[int, Any], messages: Sequence[KafkaMessage], names: Sequence[str]
+) -> dict[str, str]:
     """The reasons of the records that are refused for what they are, by id."""
-    return {
-        names[place]: one_line(error.str(), 300)
-        for place, error in failed.items()
-        if error.name() != _DIFFERENT
-    }
+    found = {}
+    for one in messages:
+        error = failed.get(one.place)
+        if error is not None and error.name() != _DIFFERENT:
+            about = f"topic {one.topic}: " if error.name() in _TOPICS else ""
+            found[names[one.place]] = one_line(about + error.str(), 300)
+    return found
 
 
 def _is_different(failed: dict[int, Any], one: KafkaMessage) -> bool:
