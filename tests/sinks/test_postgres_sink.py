@@ -484,6 +484,27 @@ def test_a_connection_that_breaks_at_commit(sink: Sink, before_server: bool) -> 
     assert [row["n"] for row in sink.rows(order="n")] == [0, 1, 2, 3, 4]
 
 
+def test_a_part_waits_for_the_commit_of_the_whole(sink: Sink) -> None:
+    """The connection broke at a COMMIT that takes long, as where a standby is waited for."""
+    sink.database.sql(
+        "CREATE TABLE t(n int); GRANT ALL ON t TO writer; CREATE FUNCTION slow() RETURNS trigger"
+        " LANGUAGE plpgsql AS $$ BEGIN PERFORM pg_sleep(2); RETURN NULL; END $$;"
+        "CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON t DEFERRABLE INITIALLY DEFERRED"
+        " FOR EACH ROW WHEN (NEW.n = 1) EXECUTE FUNCTION slow()"
+    )
+    options: dict[str, Any] = {"table": "t", "columns": "existing"}
+    fine(sink({"n": 0}, **options))
+    with (
+        proxy(sink.database) as between,
+        sink.worker(dsn=sink.database.dsn(between.port), **options) as worker,
+    ):
+        between.cuts = 1
+        assert worker.run(job({"n": 1}, {"n": 2}, batch=2, first=1)).failure is not None
+    fine(sink({"n": 1}, batch=3, first=1, lineage=("j-2",), **options))
+    fine(sink({"n": 2}, batch=4, first=2, lineage=("j-2",), **options))
+    assert [row["n"] for row in sink.rows("t", "n")] == [0, 1, 2]
+
+
 def test_a_table_that_was_changed_or_dropped_is_looked_at_again(sink: Sink) -> None:
     with sink.worker() as worker:
         fine(worker.run(job({"a": 1, "b": 1})))

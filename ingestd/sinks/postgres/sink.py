@@ -325,6 +325,16 @@ class PostgresSink:
             `None`; or, if it or an ancestor of it is there already, what was refused then.
         """
         names = list(ids_of(batch))
+        for ancestor in batch.lineage:
+            # Its last try may still be at its COMMIT, where nobody sees it and it can succeed: this
+            # waits for its end.
+            db.execute("SAVEPOINT ancestor")
+            db.execute(
+                f"INSERT INTO {self._ledger.sql}(id, records) VALUES (%s, 0)"
+                " ON CONFLICT DO NOTHING",
+                [ancestor],
+            )
+            db.execute("ROLLBACK TO SAVEPOINT ancestor")
         entered = db.execute(
             f"INSERT INTO {self._ledger.sql}(id, records, refused)"
             f" SELECT %s, %s, %s WHERE NOT EXISTS (SELECT 1 FROM {self._ledger.sql}"
