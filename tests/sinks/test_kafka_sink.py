@@ -190,6 +190,41 @@ def test_errors_of_the_topic_block(cluster: Cluster, sink, error: int, what: str
 
 
 @needs_brokers
+def test_a_transaction_behind_one_with_a_refused_record_is_made_again(
+    cluster: Cluster, sink
+) -> None:
+    """librdkafka aborts it: the partition's sequence has a gap."""
+    cluster.make("one")
+    one = sink(topic="one", exactly_once=True)
+    cluster.fail(PRODUCE, INVALID_RECORD)
+    assert [place for place, _ in errors(one.write([{"n": 1}], 1))] == [0]
+    assert errors(one.write([{"n": 2}, {"n": 3}], 2)) == []
+    assert [json.loads(read.value)["n"] for read in cluster.read("one")] == [2, 3]
+
+
+@needs_brokers
+@pytest.mark.parametrize("exactly_once", [False, True])
+def test_a_record_that_is_too_large_for_its_topic_costs_itself(
+    cluster: Cluster, sink, exactly_once: bool
+) -> None:
+    cluster.make("one")
+    one = sink(topic="one", exactly_once=exactly_once, properties={"linger.ms": "200"})
+    # The first message of a partition after an abort aborts the next transaction, too.
+    cluster.fail(PRODUCE, TOO_LARGE, *[0] * (1 + exactly_once), TOO_LARGE)
+    items = [{"n": 0}, {"n": "x" * 40_000}, {"n": 2}]
+    ((place, why),) = errors(one.write(items))
+    assert place == 1
+    assert "topic one: " in why
+    assert "large" in why
+    found = [json.loads(read.value)["n"] for read in cluster.read("one")]
+    # The brokers of the tests show what an aborted transaction wrote.
+    assert found[-2:] == [0, 2]
+    assert exactly_once or len(found) == 2
+    cluster.fail(PRODUCE, TOO_LARGE, TOO_LARGE)
+    assert reason(one.write([items[0]], 2)) == "blocked"
+
+
+@needs_brokers
 def test_what_passes_is_tried_again_by_the_client(cluster: Cluster, sink) -> None:
     cluster.fail(PRODUCE, NOT_ENOUGH_REPLICAS, NOT_ENOUGH_REPLICAS)
     assert errors(sink().write([{"n": 1}])) == []
