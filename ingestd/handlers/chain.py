@@ -41,7 +41,6 @@ from ingestd.handlers.outcome import (
     Job,
     Rejection,
     Result,
-    RetryRequest,
     SinkFinding,
     SinkRun,
     error_kind,
@@ -235,7 +234,7 @@ class Chain:
             raise PartFailed(Failure("raised", plain(error)))
         for retry in result.retries:
             place = changed.places[retry.index]
-            batch.adopt(RetryRequest(place, retry.after, retry.error))
+            batch.adopt(msgspec.structs.replace(retry, index=place))
         for one in result.rejections:
             place = changed.places[one.index]
             batch.adopt(Rejection(place, one.reason, plain(prefix + one.error)))
