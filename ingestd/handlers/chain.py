@@ -37,6 +37,7 @@ from ingestd.handlers.load import (
     load,
 )
 from ingestd.handlers.outcome import (
+    UNAVAILABLE,
     Failure,
     Job,
     Rejection,
@@ -231,7 +232,8 @@ class Chain:
         if several and result.retries:
             first = result.retries[0]
             error = f"{prefix}{len(result.retries)} records are to be tried again: {first.error}"
-            raise PartFailed(Failure("raised", plain(error)))
+            is_down = all(one.is_unavailable for one in result.retries)
+            raise PartFailed(Failure(UNAVAILABLE if is_down else "raised", plain(error)))
         for retry in result.retries:
             place = changed.places[retry.index]
             batch.adopt(msgspec.structs.replace(retry, index=place))
