@@ -175,7 +175,9 @@ def decide(
     waits: dict[float, list[int]] = {}
     is_over = _is_too_old(context, rule) or _is_guilty(context, rule)
     for retry in result.retries:
-        if is_over:
+        # The sink postpones it again and again, perhaps, as where a rate limit is below what comes.
+        is_kept = retry.is_unavailable and context.age < rule.give_up_after
+        if is_over and not is_kept:
             given_up.append(DeadLettered(retry.index, "failed", retry.error))
             continue
         after = usual if retry.after is None else rounded(retry.after)

@@ -37,11 +37,11 @@ from ingestd.handlers.load import (
     load,
 )
 from ingestd.handlers.outcome import (
+    UNAVAILABLE,
     Failure,
     Job,
     Rejection,
     Result,
-    RetryRequest,
     SinkFinding,
     SinkRun,
     error_kind,
@@ -232,10 +232,11 @@ class Chain:
         if several and result.retries:
             first = result.retries[0]
             error = f"{prefix}{len(result.retries)} records are to be tried again: {first.error}"
-            raise PartFailed(Failure("raised", plain(error)))
+            is_down = all(one.is_unavailable for one in result.retries)
+            raise PartFailed(Failure(UNAVAILABLE if is_down else "raised", plain(error)))
         for retry in result.retries:
             place = changed.places[retry.index]
-            batch.adopt(RetryRequest(place, retry.after, retry.error))
+            batch.adopt(msgspec.structs.replace(retry, index=place))
         for one in result.rejections:
             place = changed.places[one.index]
             batch.adopt(Rejection(place, one.reason, plain(prefix + one.error)))

@@ -59,11 +59,13 @@ class RetryRequest(msgspec.Struct, frozen=True, array_like=True):
         index: its place in the batch, from 0.
         after: seconds to wait; `None` for the usual backoff.
         error: one line for people.
+        is_unavailable: the sink says that the record is not at fault, as with `Unavailable`.
     """
 
     index: int
     after: float | None
     error: str
+    is_unavailable: bool = False
 
 
 REJECTED = frozenset({"undecodable", "rejected"})

@@ -34,7 +34,6 @@ from ingestd.handlers.outcome import (
     Failure,
     Rejection,
     Result,
-    RetryRequest,
     SinkFinding,
     flaw_of,
 )
@@ -263,7 +262,7 @@ class Runner:
             failure = Failure(failure.reason, *told, failure.after)
         return Result(
             [Rejection(one.index, one.reason, redact(one.error)) for one in result.rejections],
-            [RetryRequest(one.index, one.after, redact(one.error)) for one in result.retries],
+            [msgspec.structs.replace(one, error=redact(one.error)) for one in result.retries],
             failure,
             result.seconds,
             result.runs,

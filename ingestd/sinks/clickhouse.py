@@ -37,9 +37,10 @@ _REFUSED_MAX = 100
 """Rows that one call finds; a batch with more of them is split."""
 _ASKED_AT_ONCE = 10_000
 _ERROR_CHARS = 400
+_SAID_BYTES = 64_000
 _encode = msgspec.json.Encoder().encode
 _ROW = re.compile(r"\(at row (\d+)\)|is violated at row (\d+)")
-_CODE = re.compile(r"Code: (\d+)\.")
+_CODE = re.compile(r"Code: (\d+)\. DB::")
 # Text of the record, which is the dead letter's payload and no part of its reason.
 _VALUE = re.compile(r" before: '.*?'(?=: |\.? ?\(|$)", re.DOTALL)
 _AROUND = re.compile(
@@ -179,7 +180,10 @@ class ClickHouseSink:
             reply = self._post(query, b"".join([b"%b\n" % row for _, row in rows]))
             said = _error_of(reply)
             if said is None:
-                return
+                if not reply.body.strip():
+                    return
+                # The status was sent before the insert failed, as with progress in the headers.
+                said = reply.body[:_SAID_BYTES].decode("utf-8", "replace")
             number = _row_of(said)
             if not max(last, 1) <= number <= len(rows):
                 self._raise(reply, said)
@@ -318,13 +322,13 @@ def _error_of(reply: HttpReply) -> str | None:
     """The text of an error; `None` where there is none."""
     if reply.status == 200 and "x-clickhouse-exception-code" not in reply.headers:
         return None
-    return reply.body[:64_000].decode("utf-8", "replace")
+    return reply.body[:_SAID_BYTES].decode("utf-8", "replace")
 
 
 def _code_of(reply: HttpReply, said: str) -> int:
     """The number of ClickHouse's error; 0 if something else answered."""
     told = reply.headers.get("x-clickhouse-exception-code", "")
-    found = _CODE.match(said)
+    found = _CODE.search(said)
     return int(told) if told.isascii() and told.isdigit() else int(found[1]) if found else 0
 
 

@@ -30,7 +30,8 @@ from ingestd.base.record import Layout, Records
 from ingestd.handlers.batch import Batch, Blocked, Unavailable
 from ingestd.handlers.context import Context
 from ingestd.handlers.options import Seconds, Secret, Size
-from ingestd.handlers.outcome import SinkFinding
+from ingestd.handlers.outcome import RetryRequest, SinkFinding
+from ingestd.handlers.text import plain
 from ingestd.http.signatures import signature_headers, signing_key
 from ingestd.sinks.base import TlsOptions
 from ingestd.sinks.connection import HttpAnswer, HttpConnection, target_of
@@ -214,7 +215,8 @@ class HttpSink:
         if failed and not settled:
             raise failed[0][1]
         for place, why in failed:
-            batch.retry(place, getattr(why, "after", None), str(why))
+            after, is_unavailable = getattr(why, "after", None), isinstance(why, Unavailable)
+            batch.adopt(RetryRequest(place, after, plain(str(why)), is_unavailable))
 
     def check(self) -> Iterator[SinkFinding]:
         """Findings: the service answers, has the path, takes the token and keeps keys."""

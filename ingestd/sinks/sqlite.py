@@ -12,6 +12,8 @@ import os
 import sqlite3
 import time
 from contextlib import contextmanager, suppress
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -23,10 +25,20 @@ from ingestd.handlers.context import Context
 from ingestd.handlers.decode import decoder_for
 from ingestd.handlers.options import FilePath  # noqa: TC001  msgspec reads it
 from ingestd.sinks.base import SinkOptions, check_folder
-from ingestd.sinks.tables import EXTRA, ID, RECORD, has_extra, keys_of, new_columns, rows_of
+from ingestd.sinks.tables import (
+    EXTRA,
+    ID,
+    RECORD,
+    affinity,
+    has_extra,
+    keys_of,
+    new_columns,
+    rounded,
+    rows_of,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from ingestd.handlers.outcome import SinkFinding
 
@@ -49,10 +61,19 @@ class _Open(NamedTuple):
 
 
 class _Columns(NamedTuple):
-    """The columns of the table: all, and those that can be written."""
+    """The columns of the table.
+
+    Attributes:
+        taken: names of all.
+        writable: names of those that can be written.
+        affinities: of those that have one.
+        defaults: names of those with a default that is not NULL.
+    """
 
     taken: frozenset[str]
     writable: frozenset[str]
+    affinities: Mapping[str, str]
+    defaults: frozenset[str]
 
 
 class SqliteOptions(SinkOptions, frozen=True, kw_only=True):
@@ -172,11 +193,26 @@ class SqliteSink:
             self._insert_rows(db, [ID, RECORD], zip(ids, values, strict=True))
             return
         keys = keys_of(values)
-        writable = self._prepare_table(db, keys)
-        columns = [key for key in keys if key in writable and key not in {ID, EXTRA}]
-        extra = has_extra(values, keys, columns)
-        rows = rows_of(ids, values, columns, has_extra=extra)
-        self._insert_rows(db, [ID, *columns, *([EXTRA] if extra else [])], rows)
+        table = self._prepare_table(db, keys)
+        columns = [key for key in keys if key in table.writable and key not in {ID, EXTRA}]
+        kinds = {key: table.affinities[key] for key in columns if key in table.affinities}
+        objects = [v for v in values if type(v) is dict]
+        extra = has_extra(values, keys, columns) or any(
+            rounded([o.get(key) for o in objects], kind) for key, kind in kinds.items()
+        )
+        rows = rows_of(ids, values, columns, has_extra=extra, affinities=kinds)
+        names = [ID, *columns, *([EXTRA] if extra else [])]
+        defaults = [name for name in columns if name in table.defaults]
+        if not defaults:
+            self._insert_rows(db, names, rows)
+            return
+        # A row that does not name a column gets its default, so rows that name others need another
+        # statement; what follows one another keeps its order.
+        lacking = (_lacking(value, defaults) for value in values)
+        for absent, run in groupby(zip(lacking, rows, strict=True), key=itemgetter(0)):
+            kept = [i for i, name in enumerate(names) if name not in absent]
+            cells = (tuple([row[i] for i in kept]) for _, row in run)
+            self._insert_rows(db, [names[i] for i in kept], cells)
 
     def _insert_rows(
         self, db: sqlite3.Connection, columns: Sequence[str], rows: Iterable[tuple[Any, ...]]
@@ -188,8 +224,8 @@ class SqliteSink:
             rows,
         )
 
-    def _prepare_table(self, db: sqlite3.Connection, keys: Sequence[str]) -> frozenset[str]:
-        """Makes the table, and columns for new keys; gives the columns that can be written."""
+    def _prepare_table(self, db: sqlite3.Connection, keys: Sequence[str]) -> _Columns:
+        """Makes the table, and columns for new keys; gives its columns."""
         if self._columns is None or not self._columns.writable.issuperset(keys):
             more = () if not self._is_auto else (EXTRA,)
             db.execute(
@@ -207,7 +243,7 @@ class SqliteSink:
                 db.execute(f"ALTER TABLE {self._table} ADD COLUMN {quoted(name)}{kind}")
             if new:
                 self._columns = self._read_columns(db)
-        return self._columns.writable
+        return self._columns
 
     def _is_strict(self, db: sqlite3.Connection) -> bool:
         # Before version 3.37 SQLite has neither this pragma nor such tables.
@@ -217,9 +253,13 @@ class SqliteSink:
     def _read_columns(self, db: sqlite3.Connection) -> _Columns:
         # Also the generated ones: they can't be written, but their names are in use.
         found = db.execute(f"PRAGMA table_xinfo({self._table})").fetchall()
+        is_strict = self._is_strict(db)
+        kinds = {name: affinity(kind, is_strict=is_strict) for _, name, kind, *_ in found}
         return _Columns(
-            frozenset(name for _, name, *_ in found),
+            frozenset(kinds),
             frozenset(name for _, name, *_, hidden in found if not hidden),
+            {name: kind for name, kind in kinds.items() if kind is not None},
+            frozenset(name for _, name, _, _, default, *_ in found if default is not None),
         )
 
     # -- the file ------------------------------------------------------------------------------
@@ -263,6 +303,12 @@ def _prepare(db: sqlite3.Connection) -> None:
 def quoted(name: str) -> str:
     """A name as SQL has it, whatever is in it."""
     return '"' + name.replace('"', '""') + '"'
+
+
+def _lacking(value: Any, names: Sequence[str]) -> tuple[str, ...]:
+    """Those of some columns that a record does not name."""
+    there = value if type(value) is dict else ()
+    return tuple(name for name in names if name not in there)
 
 
 def _first(keys: Sequence[str]) -> list[str]:

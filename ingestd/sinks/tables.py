@@ -16,7 +16,7 @@ import msgspec
 from ingestd.base.record import Layout, Records
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from ingestd.handlers.batch import Batch
 
@@ -29,6 +29,12 @@ DOUBLE_EXACT = 2**53
 """Up to this size a double holds each integer."""
 _KEY_CHARS_MAX = 200
 _INTEGER_MIN, _INTEGER_MAX = -(2**63), 2**63 - 1
+_NO_KEYS: dict[str, Any] = {}
+_NOTHING: Mapping[str, str] = {}
+_AFFINITIES: tuple[tuple[tuple[str, ...], str | None], ...] = (
+    (("INT",), "INTEGER"), (("CHAR", "CLOB", "TEXT"), "TEXT"), (("BLOB",), None),
+    (("REAL", "FLOA", "DOUB"), "REAL"),
+)  # fmt: skip
 _PLAIN = {str, float, bool, type(None), bytes}
 _ENCODER = msgspec.json.Encoder()
 _encode = _ENCODER.encode
@@ -71,7 +77,12 @@ def fits(key: str) -> bool:
 
 
 def rows_of(
-    ids: Sequence[str], values: Sequence[Any], columns: Sequence[str], *, has_extra: bool
+    ids: Sequence[str],
+    values: Sequence[Any],
+    columns: Sequence[str],
+    *,
+    has_extra: bool,
+    affinities: Mapping[str, str] = _NOTHING,
 ) -> Iterator[tuple[Any, ...]]:
     """One row a record: its id, a cell a column and, with `has_extra`, what has no column.
 
@@ -79,17 +90,50 @@ def rows_of(
         ids: names of the records.
         values: decoded JSON.
         columns: keys that are columns, each once.
-        has_extra: a value has no column (see the function).
+        has_extra: a value has no column (see the function), or is rounded by its one.
+        affinities: of columns that have one (see `affinity`).
     """
     objects = [v if type(v) is dict else _NO_KEYS for v in values]
-    cells = [_column([o.get(key) for o in objects]) for key in columns]
+    left: dict[int, dict[str, Any]] = {}
+    cells = []
+    for key in columns:
+        found = [o.get(key) for o in objects]
+        kind = affinities.get(key)
+        for i in rounded(found, kind):
+            left.setdefault(i, {})[key], found[i] = found[i], None
+        if kind == "TEXT" and float in set(map(type, found)):
+            # SQLite would write 15 digits of it.
+            found = [_encode(v).decode() if type(v) is float else v for v in found]
+        cells.append(_column(found))
     if has_extra:
         known = frozenset(columns)
-        cells.append([_extra(value, known) for value in values])
+        cells.append([_extra(v, known, left.get(i)) for i, v in enumerate(values)])
     return zip(ids, *cells, strict=True)
 
 
-_NO_KEYS: dict[str, Any] = {}
+def affinity(kind: str, *, is_strict: bool) -> str | None:
+    """Returns the affinity that the declared type of a column has; `None` for none.
+
+    https://sqlite.org/datatype3.html#determination_of_column_affinity
+    """
+    kind = kind.upper()
+    if not kind or (is_strict and kind == "ANY"):
+        return None
+    for signs, found in _AFFINITIES:
+        if any(sign in kind for sign in signs):
+            return found
+    return "NUMERIC"
+
+
+def rounded(values: Sequence[Any], kind: str | None) -> list[int]:
+    """The places of integers that a column of an affinity would round."""
+    if kind not in {"REAL", "INTEGER", "NUMERIC"} or int not in set(map(type, values)):
+        return []
+    if kind == "REAL":
+        return [i for i, v in enumerate(values) if type(v) is int and is_rounded(v)]
+    return [
+        i for i, v in enumerate(values) if type(v) is int and not _INTEGER_MIN <= v <= _INTEGER_MAX
+    ]
 
 
 def has_extra(values: Iterable[Any], keys: Iterable[str], columns: Collection[str]) -> bool:
@@ -97,10 +141,10 @@ def has_extra(values: Iterable[Any], keys: Iterable[str], columns: Collection[st
     return not set(keys) <= set(columns) or any(type(v) is not dict for v in values)
 
 
-def _extra(value: Any, known: frozenset[str]) -> str | None:
+def _extra(value: Any, known: frozenset[str], inexact: dict[str, Any] | None) -> str | None:
     if type(value) is not dict:
         return _encode(value).decode()
-    left = {key: inner for key, inner in value.items() if key not in known}
+    left = {key: inner for key, inner in value.items() if key not in known} | (inexact or {})
     return _encode(left).decode() if left else None
 
 

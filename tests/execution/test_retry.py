@@ -228,6 +228,17 @@ def test_a_sink_that_restarts_often_costs_no_record_but_a_batch_is_split() -> No
     assert isinstance(decide(down, tried(4, 99), rule=RULE, random=half), Resolve)
 
 
+def test_a_record_that_its_sink_postpones_beside_others_is_given_up_by_age_alone() -> None:
+    busy = Result([], [RetryRequest(1, 5.0, "429", True), RetryRequest(2, None, "500")])
+    verdict = decide(busy, tried(3, 99), rule=RULE, random=half)
+    assert isinstance(verdict, Resolve)
+    assert [one.index for one in verdict.given_up] == [2]
+    assert [one.indices for one in verdict.again] == [(1,)]
+    old = RetryContext(3, 99, 99, age=RULE.give_up_after)
+    assert isinstance(again := decide(busy, old, rule=RULE, random=half), Resolve)
+    assert [one.index for one in again.given_up] == [1, 2]
+
+
 def test_a_sink_that_says_for_how_long_costs_no_try_and_no_record_however_old_it_is() -> None:
     later = Result(failure=Failure("unavailable", "429", after=30.0))
     assert not spends_try(later)

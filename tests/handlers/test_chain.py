@@ -14,7 +14,7 @@ from ingestd.base import envelope as envelopes
 from ingestd.base.errors import HandlerLoadError
 from ingestd.base.record import Records, Span
 from ingestd.handlers.chain import Transform
-from ingestd.handlers.outcome import Job, Result, SinkFinding
+from ingestd.handlers.outcome import Job, Result, RetryRequest, SinkFinding
 from ingestd.handlers.runner import HandlerConfig, Runner
 from tests.daemon.harness import daemon, written
 
@@ -82,6 +82,8 @@ class Note:
                 batch.reject(i, "no")
             if record.get("again") == self.name:
                 batch.retry(i, after=7, why="later")
+            if record.get("busy") == self.name:
+                batch.adopt(RetryRequest(i, None, "429", is_unavailable=True))
             if record.get("raise") == self.name:
                 raise RuntimeError("broken")
 
@@ -223,6 +225,15 @@ def test_a_target_that_fails_makes_the_batch_come_again_whole() -> None:
         if "raise" in record:
             assert (result.runs[-1].records, result.runs[-1].error) == (0, "RuntimeError")
         assert len([seen for seen in SEEN if seen[1] == "j-1"]) == calls
+
+
+def test_records_that_a_target_postpones_are_not_at_fault() -> None:
+    busy = {"n": 0, "busy": "Note"}
+    result = run(runner("Note", transform="clean"), {"n": 1}, busy)
+    assert result.retries == [RetryRequest(1, None, "429", is_unavailable=True)]
+    result = run(runner("Note", "Other"), {"n": 1}, busy)
+    assert result.failure is not None
+    assert result.failure.reason == "unavailable"
 
 
 def test_targets_that_are_awaited_beside_those_that_are_not() -> None:

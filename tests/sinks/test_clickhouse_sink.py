@@ -183,6 +183,11 @@ def test_too_many_rows_that_cannot_be_read_split_the_batch(fake: FakeClickHouse)
         (Answer(413), "raised"), (Answer(404, b"<html>"), "blocked"),
         (Answer(200, b"Code: 241. DB::Exception: Memory limit exceeded",
                 (("X-ClickHouse-Exception-Code", "241"),)), "unavailable"),
+        # The status goes before the insert fails, as with send_progress_in_http_headers.
+        (Answer(200, b"Code: 241. DB::Exception: Memory limit exceeded"), "unavailable"),
+        (Answer(200, b"\r\n__exception__\r\nabcdefghijklmnop\r\nCode: 252. DB::Exception: Too many"
+                b" parts (3000)\r\n"), "unavailable"),
+        (Answer(200, b"what a proxy says"), "raised"),
     ],
 )  # fmt: skip
 def test_classes_of_errors(fake: FakeClickHouse, answer: Answer, what: str) -> None:

@@ -304,7 +304,9 @@ def test_single_records_that_fail_do_not_hold_the_others_up(serve: Callable[...,
     service = serve(lambda one: failing.get(json.loads(one.body)["n"], (200,)))
     result = run(service, body="record")
     assert result.failure is None
-    assert {one.index: one.after for one in result.retries} == {3: None, 5: 7, 8: None}
+    assert {one.index: (one.after, one.is_unavailable) for one in result.retries} == {
+        3: (None, True), 5: (7, True), 8: (None, False),
+    }  # fmt: skip
 
 
 def test_a_service_that_goes_down_between_single_records(serve: Callable[..., Service]) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 needs_brokers = pytest.mark.slow
 AT = 1_700_000_000.0
 INVALID_RECORD, TOO_LARGE, NOT_ENOUGH_REPLICAS, NOT_ALLOWED = 87, 10, 19, 29
+NO_TOPIC, NO_NAME = 3, 17
 
 
 @pytest.fixture
@@ -116,6 +117,44 @@ def test_a_topic_by_field(cluster: Cluster, sink) -> None:
 
 
 @needs_brokers
+@pytest.mark.parametrize("exactly_once", [False, True])
+@pytest.mark.parametrize("error", [NO_TOPIC, NO_NAME, NOT_ALLOWED])
+def test_a_topic_of_a_record_that_takes_no_message_costs_that_record(
+    cluster: Cluster, sink, error: int, exactly_once: bool
+) -> None:
+    """Also in each later batch, until the topic is there."""
+    cluster.make("log-a")
+    cluster.make("log-b")
+    cluster.set_error("log-b", error)
+    one = sink(topic="log-{kind}", exactly_once=exactly_once, timeout="10s")
+    for batch in (1, 2):
+        ((place, why),) = errors(one.write([{"n": batch, "kind": kind} for kind in "aba"], batch))
+        assert place == 1
+        assert "topic log-b: " in why
+    if exactly_once:
+        again = sink(topic="log-{kind}", exactly_once=True)
+        assert len(errors(again.write([{"n": 2, "kind": kind} for kind in "aba"], 2))) == 1
+    cluster.set_error("log-b", 0)
+    assert errors(one.write([{"n": 3, "kind": "b"}], 3)) == []
+    assert [json.loads(read.value)["n"] for read in cluster.read("log-b")] == [3]
+    # The brokers of the tests show what an aborted transaction wrote.
+    there = [json.loads(read.value)["n"] for read in cluster.read("log-a")]
+    assert sorted(set(there)) == [1, 2]
+    if not exactly_once:
+        assert there == [1, 1, 2, 2]
+
+
+@needs_brokers
+def test_a_topic_that_is_not_there_can_be_waited_for(cluster: Cluster, sink) -> None:
+    cluster.set_error("log-b", NO_TOPIC)
+    one = sink(topic="log-{kind}", unknown_topic="wait", timeout="10s")
+    result = one.write([{"kind": "b"}])
+    assert reason(result) == "blocked"
+    assert result.failure is not None
+    assert "log-b" in result.failure.error
+
+
+@needs_brokers
 def test_a_record_without_a_key(cluster: Cluster, sink) -> None:
     assert errors(sink(key="{user}").write([{"n": 1}, {"user": None}])) == []
     assert [one.key for one in cluster.read("t")] == [None, None]
@@ -148,6 +187,41 @@ def test_a_record_that_the_broker_refuses(cluster: Cluster, sink, exactly_once: 
 def test_errors_of_the_topic_block(cluster: Cluster, sink, error: int, what: str) -> None:
     cluster.fail(PRODUCE, error)
     assert reason(sink().write([{"n": 1}])) == what
+
+
+@needs_brokers
+def test_a_transaction_behind_one_with_a_refused_record_is_made_again(
+    cluster: Cluster, sink
+) -> None:
+    """librdkafka aborts it: the partition's sequence has a gap."""
+    cluster.make("one")
+    one = sink(topic="one", exactly_once=True)
+    cluster.fail(PRODUCE, INVALID_RECORD)
+    assert [place for place, _ in errors(one.write([{"n": 1}], 1))] == [0]
+    assert errors(one.write([{"n": 2}, {"n": 3}], 2)) == []
+    assert [json.loads(read.value)["n"] for read in cluster.read("one")] == [2, 3]
+
+
+@needs_brokers
+@pytest.mark.parametrize("exactly_once", [False, True])
+def test_a_record_that_is_too_large_for_its_topic_costs_itself(
+    cluster: Cluster, sink, exactly_once: bool
+) -> None:
+    cluster.make("one")
+    one = sink(topic="one", exactly_once=exactly_once, properties={"linger.ms": "200"})
+    # The first message of a partition after an abort aborts the next transaction, too.
+    cluster.fail(PRODUCE, TOO_LARGE, *[0] * (1 + exactly_once), TOO_LARGE)
+    items = [{"n": 0}, {"n": "x" * 40_000}, {"n": 2}]
+    ((place, why),) = errors(one.write(items))
+    assert place == 1
+    assert "topic one: " in why
+    assert "large" in why
+    found = [json.loads(read.value)["n"] for read in cluster.read("one")]
+    # The brokers of the tests show what an aborted transaction wrote.
+    assert found[-2:] == [0, 2]
+    assert exactly_once or len(found) == 2
+    cluster.fail(PRODUCE, TOO_LARGE, TOO_LARGE)
+    assert reason(one.write([items[0]], 2)) == "blocked"
 
 
 @needs_brokers

@@ -196,6 +196,35 @@ def test_a_strict_table_of_the_users_own(tmp_path: Path, write) -> None:
     assert found == [(1, "123", None), (2, 1.5, None)]
 
 
+def test_no_number_is_rounded_by_a_column_of_the_users(tmp_path: Path, write) -> None:
+    with closing(sqlite3.connect(tmp_path / "out.db")) as db:
+        db.execute(
+            "CREATE TABLE t(_id TEXT PRIMARY KEY, r DOUBLE, n DECIMAL(9), i BIGINT, s VARCHAR(9))"
+        )
+    numbers = [5, 2**53 + 1, 2**63, 10**30, 0.1 + 0.2, 1.5, 2**60]
+    items = [dict.fromkeys("rnis", number) for number in numbers]
+    assert write(items, table="t").failure is None
+    found = rows(tmp_path / "out.db", "t")
+    for row, number in zip(found, numbers, strict=True):
+        extra = json.loads(row[EXTRA] or "{}")
+        kept = {name: number for name in "rni" if row[name] is None}
+        assert extra == kept
+        assert all(row[name] == number for name in "rni" if name not in kept)
+        assert row["s"] == json.dumps(number)
+    assert [row["r"] is None for row in found] == [False, True, False, True, False, False, False]
+    assert [row["i"] is None for row in found] == [False, False, True, True, False, False, False]
+
+
+def test_a_key_that_a_record_lacks_leaves_its_column_the_default(tmp_path: Path, write) -> None:
+    with closing(sqlite3.connect(tmp_path / "out.db")) as db:
+        db.execute("CREATE TABLE t(_id TEXT UNIQUE, a NOT NULL DEFAULT 7, b DEFAULT 'x', n)")
+    items = [{"a": 1, "b": 2, "n": 0}, {"n": 1}, {"b": None, "n": 2}, {"a": 3}, 4, {"n": 5, "b": 1}]
+    assert write(items, table="t").failure is None
+    assert [(row["a"], row["b"], row["n"]) for row in rows(tmp_path / "out.db", "t")] == [
+        (1, 2, 0), (7, "x", 1), (7, None, 2), (3, "x", None), (7, "x", None), (7, 1, 5),
+    ]  # fmt: skip
+
+
 def test_a_table_without_ids_is_refused(tmp_path: Path, write) -> None:
     with closing(sqlite3.connect(tmp_path / "out.db")) as db, db:
         db.execute("CREATE TABLE t(n)")

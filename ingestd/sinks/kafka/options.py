@@ -48,6 +48,13 @@ class KafkaOptions(TlsOptions, frozen=True, kw_only=True):
             description="topic; placeholders as in `key`, and a record without one is a dead letter"
         ),
     ] = "ingestd-{_pipeline}"
+    unknown_topic: Annotated[
+        Literal["reject", "wait"],
+        Meta(
+            description="a topic that a record names and that is not there or may not be written"
+            " to: a dead letter of that record, or the pipeline waits for it"
+        ),
+    ] = "reject"
     key: Annotated[
         str,
         Meta(

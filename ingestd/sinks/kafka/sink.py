@@ -25,6 +25,7 @@ import os
 import time
 from contextlib import suppress
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ from ingestd.sinks.kafka.options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Collection, Iterator, Sequence
 
 _HERE = Context()
 _ROUNDS_MAX = 16
@@ -62,8 +63,19 @@ _BLOCKING = frozenset({
     "INVALID_TIMESTAMP", "INVALID_TRANSACTION_TIMEOUT", "POLICY_VIOLATION",
 })  # fmt: skip
 """Errors that last until an operator acts."""
+_TOPICS = frozenset({
+    "UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_TOPIC", "TOPIC_EXCEPTION", "TOPIC_AUTHORIZATION_FAILED",
+})  # fmt: skip
+"""Errors of one topic, which are a record's where it names the topic."""
+_TOO_LARGE = "MSG_SIZE_TOO_LARGE"
+_ALONE_BYTES = 32 * 1024
+"""A message of this size is sent alone where the broker called one that it came with too large."""
 _DIFFERENT = "_INVALID_DIFFERENT_RECORD"
 _RECORDS = frozenset({"INVALID_RECORD", _DIFFERENT})
+_PURGED = frozenset({"_PURGE_QUEUE", "_PURGE_INFLIGHT"})
+"""Errors of messages that were good and went with their transaction: when it has to be aborted for
+another one, and again when a partition had a refused message in the transaction before."""
+_AGAIN = _PURGED | {_DIFFERENT}
 
 
 class KafkaSink:
@@ -80,6 +92,10 @@ class KafkaSink:
         self._context = context
         self._timeout = float(options.timeout)
         self._messages = KafkaMessages(options, context)
+        names_topic = self._messages.topic is None and options.unknown_topic == "reject"
+        self._of_records = _RECORDS | (_TOPICS if names_topic else set())
+        if options.exactly_once:
+            self._of_records |= _PURGED
         self._open: Any = None
         self._ledger: KafkaLedger | None = None
         self._slot: int | None = None
@@ -128,8 +144,21 @@ class KafkaSink:
 
     # -- producing -----------------------------------------------------------------------------
 
-    def _send(self, producer: Any, messages: Sequence[KafkaMessage], at: int) -> dict[int, Any]:
+    def _send(
+        self,
+        producer: Any,
+        messages: Sequence[KafkaMessage],
+        at: int,
+        alone: Collection[int] = (),
+    ) -> dict[int, Any]:
         """Produces messages and waits for all of them.
+
+        Args:
+            producer: of this worker.
+            messages: in order.
+            at: their time, milliseconds.
+            alone: places of those that share no request with others: the broker refuses what comes
+                together as too large, and only of one alone it is known that it is.
 
         Returns:
             The errors of those that the broker refuses, by place.
@@ -137,6 +166,43 @@ class KafkaSink:
         Raises:
             KafkaException: an error that is no record's.
         """
+        failed: dict[int, Any] = {}
+        for run in _runs(messages, alone):
+            failed |= self._send_run(producer, run, at)
+            if failed and self._ledger is not None:
+                break  # the transaction takes no more
+        is_known = _suspects(failed, messages) <= set(alone)
+        self._look_at(failed, messages, alone if is_known else None)
+        return failed
+
+    def _look_at(
+        self,
+        failed: dict[int, Any],
+        messages: Sequence[KafkaMessage],
+        alone: Collection[int] | None,
+    ) -> None:
+        """Raises an error that is no record's.
+
+        Args:
+            failed: errors by place.
+            messages: those that were sent.
+            alone: places of those of which it is known what is too large; `None` where one that
+                is large has to be tried alone first.
+        """
+        from confluent_kafka import KafkaException  # noqa: PLC0415
+
+        for one in messages if failed else ():
+            error = failed.get(one.place)
+            if error is None or error.name() in self._of_records:
+                continue
+            if error.name() == _TOO_LARGE and (alone is None or one.place in alone):
+                continue
+            if error.name() in _TOPICS:
+                raise Blocked(f"topic {one.topic}: {error.name()}: {error.str()}")
+            raise KafkaException(error)
+
+    def _send_run(self, producer: Any, messages: Sequence[KafkaMessage], at: int) -> dict[int, Any]:
+        """Produces messages and waits for all of them; gives errors by place."""
         from confluent_kafka import KafkaException  # noqa: PLC0415
 
         failed: dict[int, Any] = {}
@@ -146,6 +212,7 @@ class KafkaSink:
                 failed[place] = error
 
         end = time.monotonic() + self._timeout
+        is_asked = False
         for number, one in enumerate(messages):
             report = partial(told, one.place)
             while True:
@@ -157,13 +224,19 @@ class KafkaSink:
                     if time.monotonic() > end:
                         raise Unavailable("the queue of messages stays full") from None
                     producer.poll(0.1)
+                except KafkaException as error:
+                    if error.args[0].name() not in _TOPICS:
+                        raise
+                    if is_asked:
+                        failed[one.place] = error.args[0]
+                        break
+                    # What was not there once stays so for minutes, unless the brokers are asked.
+                    producer.list_topics(timeout=CONNECT_SECONDS)
+                    is_asked = True
             if number % 1000 == 0:
                 producer.poll(0)
         if left := producer.flush(max(0.0, end - time.monotonic()) + 1):
             raise Unavailable(f"{left} of {len(messages)} messages are not acknowledged in time")
-        for error in failed.values():
-            if error.name() not in _RECORDS:
-                raise KafkaException(error)
         return failed
 
     def _deliver(
@@ -171,13 +244,15 @@ class KafkaSink:
     ) -> dict[str, str]:
         """Produces without a transaction; gives reasons of records that are refused, by id."""
         refused: dict[str, str] = {}
+        alone: set[int] = set()
         left = messages
         for _ in range(_ROUNDS_MAX):
-            failed = self._send(producer, left, at)
-            refused |= _reasons(failed, batch.ids)
-            left = [one for one in left if _is_different(failed, one)]
+            failed = self._send(producer, left, at, alone)
+            refused |= _reasons(failed, left, batch.ids, alone)
+            left = [one for one in left if _comes_again(failed, one, alone)]
             if not left:
                 return refused
+            alone |= _suspects(failed, left)
         raise RuntimeError("the broker refuses records again and again")
 
     def _commit(
@@ -187,24 +262,36 @@ class KafkaSink:
 
         Returns:
             The reasons of records that are refused, by id, as they stand in the row.
+
+        Raises:
+            KafkaException: an error that is no record's, such as one of the ledger.
         """
+        from confluent_kafka import KafkaException  # noqa: PLC0415
+
         refused: dict[str, str] = {}
+        alone: set[int] = set()
         left = messages
         end = time.monotonic() + 2 * self._timeout
         for _ in range(_ROUNDS_MAX):
             producer.begin_transaction()
-            failed = self._send(producer, left, at)
+            failed = self._send(producer, left, at, alone)
             if not failed:
                 row = KafkaMessage(
                     -1, self._options.ledger_topic, batch.id.encode(),
                     msgspec.json.encode(refused), [],
                 )  # fmt: skip
-                self._send(producer, [row], at)
+                if lost := self._send(producer, [row], at):
+                    raise KafkaException(lost[row.place])
                 self._end(producer, end)
                 return refused
             producer.abort_transaction(self._timeout)
-            refused |= _reasons(failed, batch.ids)
-            left = [one for one in left if one.place not in failed or _is_different(failed, one)]
+            refused |= _reasons(failed, left, batch.ids, alone)
+            left = [
+                one for one in left if one.place not in failed or _comes_again(failed, one, alone)
+            ]
+            alone |= _suspects(failed, left)
+        if _PURGED.issuperset(error.name() for error in failed.values()):
+            raise Unavailable("the transaction is aborted again and again")
         raise RuntimeError("the broker refuses records again and again")
 
     def _end(self, producer: Any, end: float) -> None:
@@ -327,14 +414,52 @@ class KafkaSink:
             raise self._class_of(error.args[0]) from None
 
 
-def _reasons(failed: dict[int, Any], names: Sequence[str]) -> dict[str, str]:
+def _runs(
+    messages: Sequence[KafkaMessage], alone: Collection[int]
+) -> Iterator[Sequence[KafkaMessage]]:
+    """Messages in order, in runs that may share requests."""
+    if not alone:
+        yield messages
+        return
+    for is_alone, run in groupby(messages, key=lambda one: one.place in alone):
+        if is_alone:
+            yield from ([one] for one in run)
+        else:
+            yield list(run)
+
+
+def _reasons(
+    failed: dict[int, Any],
+    messages: Sequence[KafkaMessage],
+    names: Sequence[str],
+    alone: Collection[int],
+) -> dict[str, str]:
     """The reasons of the records that are refused for what they are, by id."""
+    found = {}
+    for one in messages:
+        error = failed.get(one.place)
+        if error is not None and not _comes_again(failed, one, alone):
+            is_of_topic = error.name() in _TOPICS or error.name() == _TOO_LARGE
+            about = f"topic {one.topic}: " if is_of_topic else ""
+            found[names[one.place]] = one_line(about + error.str(), 300)
+    return found
+
+
+def _comes_again(failed: dict[int, Any], one: KafkaMessage, alone: Collection[int]) -> bool:
+    """Tells if a message is refused that may be a good one, for what it came with."""
+    error = failed.get(one.place)
+    if error is None:
+        return False
+    is_unclear = error.name() == _TOO_LARGE and one.place not in alone
+    return error.name() in _AGAIN or is_unclear
+
+
+def _suspects(failed: dict[int, Any], messages: Sequence[KafkaMessage]) -> set[int]:
+    """The places of messages that may be too large."""
     return {
-        names[place]: one_line(error.str(), 300)
-        for place, error in failed.items()
-        if error.name() != _DIFFERENT
+        one.place
+        for one in messages
+        if one.place in failed
+        and failed[one.place].name() == _TOO_LARGE
+        and len(one.value) >= _ALONE_BYTES
     }
-
-
-def _is_different(failed: dict[int, Any], one: KafkaMessage) -> bool:
-    return one.place in failed and failed[one.place].name() == _DIFFERENT

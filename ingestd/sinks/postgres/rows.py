@@ -40,10 +40,12 @@ class Column(NamedTuple):
     Attributes:
         name: of it.
         type: as PostgreSQL shows it: `bigint`, `jsonb`, `timestamp with time zone`.
+        default: the SQL of what a row gets that does not name the column; empty for NULL.
     """
 
     name: str
     type: str
+    default: str = ""
 
 
 def nul_places(records: Records, record_format: str) -> list[int]:
@@ -207,11 +209,54 @@ class Rows(NamedTuple):
         columns: in the order of the cells.
         lines: one a row, without a line end.
         rejected: why a record gets no row, by its place.
+        lacking: columns with a default that a record does not name, by its place; their cells are
+            NULL.
     """
 
     columns: Sequence[str]
     lines: list[bytes]
     rejected: Mapping[int, str]
+    lacking: Mapping[int, tuple[str, ...]] = {}
+
+
+class CopyGroup(NamedTuple):
+    """Rows that name the same columns.
+
+    Attributes:
+        columns: in the order of the cells.
+        places: one a row.
+        lines: one a row, without a line end.
+    """
+
+    columns: Sequence[str]
+    places: Sequence[int]
+    lines: Sequence[bytes]
+
+
+def groups(
+    columns: Sequence[str], lines: Mapping[int, bytes], lacking: Mapping[int, tuple[str, ...]]
+) -> list[CopyGroup]:
+    """Lines by place, in groups of those that lack the same columns, which get no cell there.
+
+    Within a group they stay in order.
+    """
+    if not lacking:
+        return [CopyGroup(columns, list(lines), list(lines.values()))] if lines else []
+    found: dict[tuple[str, ...], list[int]] = {}
+    for place in lines:
+        found.setdefault(lacking.get(place, ()), []).append(place)
+    made = []
+    for names, places in found.items():
+        of_group = [lines[place] for place in places]
+        if names:
+            kept = [i for i, name in enumerate(columns) if name not in names]
+            # No cell has a tab of its own: see `_escaped`.
+            cells = (line.split(b"\t") for line in of_group)
+            of_group = [b"\t".join([one[i] for i in kept]) for one in cells]
+            made.append(CopyGroup([columns[i] for i in kept], places, of_group))
+        else:
+            made.append(CopyGroup(columns, places, of_group))
+    return made
 
 
 def object_rows(
@@ -222,6 +267,7 @@ def object_rows(
     id_column: str | None,
     extra_column: str | None,
     leave_out: bool,
+    defaults: Collection[str] = (),
 ) -> Rows:
     """Rows of records whose keys have columns.
 
@@ -232,9 +278,11 @@ def object_rows(
         id_column: the column of the ids, if there is one.
         extra_column: the column of what has no other; without one a record with such is rejected.
         leave_out: what has no column is left out.
+        defaults: names of the columns that have a default.
     """
     objects = [v if type(v) is dict else {} for v in values]
     left: dict[int, dict[str, Any]] = {}
+    lacking = _lacking(objects, columns, defaults)
     cells: list[list[str]] = []
     names: list[str] = []
     if id_column is not None:
@@ -274,7 +322,22 @@ def object_rows(
         )
     # No cell has a line end of its own: see `_escaped`.
     lines = "\n".join(map("\t".join, zip(*cells, strict=True))).encode().split(b"\n")
-    return Rows(names, lines, rejected)
+    return Rows(names, lines, rejected, lacking)
+
+
+def _lacking(
+    objects: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, tuple[str, str]],
+    defaults: Collection[str],
+) -> dict[int, tuple[str, ...]]:
+    """The columns with a default that an object does not name, by its place."""
+    found: dict[int, tuple[str, ...]] = {}
+    for key, (name, _) in columns.items():
+        if name in defaults:
+            for i, one in enumerate(objects):
+                if key not in one:
+                    found[i] = (*found.get(i, ()), name)
+    return found
 
 
 def _keys(found: Mapping[str, Any]) -> str:

@@ -163,9 +163,13 @@ def read_table(db: psycopg.Connection[Any], name: Name) -> Table | None:
     if found is None:
         return None
     rows = db.execute(
-        "SELECT attname, format_type(atttypid, NULL), attgenerated <> '' OR attidentity = 'a'"
-        " FROM pg_attribute WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped"
-        " ORDER BY attnum",
+        "SELECT attname, format_type(atttypid, NULL), attgenerated <> '' OR attidentity = 'a',"
+        " CASE WHEN attidentity = 'd' THEN format('nextval(%%L)',"
+        " pg_get_serial_sequence(attrelid::regclass::text, attname))"
+        " ELSE coalesce(pg_get_expr(adbin, adrelid), pg_get_expr(typdefaultbin, 0), '') END"
+        " FROM pg_attribute JOIN pg_type t ON t.oid = atttypid"
+        " LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum"
+        " WHERE attrelid = %s AND attnum > 0 AND NOT attisdropped ORDER BY attnum",
         [found[0]],
     ).fetchall()
     unique = db.execute(
@@ -176,8 +180,8 @@ def read_table(db: psycopg.Connection[Any], name: Name) -> Table | None:
         [found[0]],
     ).fetchall()
     return Table(
-        tuple(Column(attribute, kind) for attribute, kind, is_made in rows if not is_made),
-        frozenset(attribute for attribute, _, _ in rows),
+        tuple(Column(name, kind, default) for name, kind, is_made, default in rows if not is_made),
+        frozenset(attribute for attribute, *_ in rows),
         frozenset(frozenset(names) for (names,) in unique),
         found[1],
     )

@@ -16,7 +16,7 @@ batch, for one whose answer was lost has to refuse it again.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from msgspec import Meta
 
@@ -52,10 +52,27 @@ EXTRA_COLUMN = "_extra"
 RECORD = "record"
 _NAMED_MAX = 8
 """Refused rows of a batch that are taken from the server's word; then halves are tried."""
+_GROUPS_MAX = 16
+"""COPY statements of a batch, one for records that lack the same columns with a default; a batch
+with more such groups goes through the temporary table."""
 _PRUNE_BATCHES = 1000
 _PART = "ingestd_part"
 """The temporary table of rows that may be there already."""
 _TYPES = {"json": "jsonb", "text": "text", "bytes": "bytea"}
+
+
+class _BatchRows(NamedTuple):
+    """Rows of a batch.
+
+    Attributes:
+        columns: of the lines.
+        lines: by the record's place.
+        lacking: columns with a default that a record does not name, by its place.
+    """
+
+    columns: Sequence[str]
+    lines: dict[int, bytes]
+    lacking: Mapping[int, tuple[str, ...]]
 
 
 class PostgresOptions(SinkOptions, frozen=True, kw_only=True):
@@ -144,6 +161,7 @@ class PostgresSink:
         self._on_new = options.on_new_column or ("add" if is_own else "reject")
         self._db: psycopg.Connection[Any] | None = None
         self._known: Table | None = None
+        self._defaults: Mapping[str, str] = {}
         self._begin = ""
         self._batches = 0
 
@@ -217,53 +235,60 @@ class PostgresSink:
             made = self._rows(table, ids, items)
             without = {fine[i]: why for i, why in made.rejected.items()}
             lines = {fine[i]: line for i, line in enumerate(made.lines) if i not in made.rejected}
-            return self._write(db, batch, made.columns, lines, without)
+            lacking = {fine[i]: names for i, names in made.lacking.items() if fine[i] in lines}
+            rows = _BatchRows(made.columns, lines, lacking)
+            return self._write(db, batch, rows, without)
 
     def _write(
         self,
         db: psycopg.Connection[Any],
         batch: Batch[bytes],
-        columns: Sequence[str],
-        lines: dict[int, bytes],
+        rows: _BatchRows,
         refused: dict[int, str],
     ) -> dict[int, str]:
-        """Writes lines until the server takes them; gives all that is refused, by place.
+        """Writes rows until the server takes them; gives all that is refused, by place.
 
         Args:
             db: the connection.
             batch: all records.
-            columns: of the lines.
-            lines: rows by place.
+            rows: those that are refused are taken out.
             refused: records that the columns of the table have no room for. A batch that comes
                 again refuses what it refused then, whatever columns there are now.
         """
-        careful = self._options.mode == "upsert"
+        lacking = set(rows.lacking.values())
+        # COPY needs a column.
+        is_many = len(lacking) >= _GROUPS_MAX or (rows.columns and tuple(rows.columns) in lacking)
+        careful = self._options.mode == "upsert" or is_many
         for _ in range(_NAMED_MAX):
+            copied: Sequence[int] = ()
             try:
                 with self._transaction(db):
                     before = self._enter(db, batch, refused)
-                    if before is None and lines:
-                        put = self._merge if careful else self._copy
-                        put(db, columns, list(lines.values()))
+                    if before is None and careful and rows.lines:
+                        copied = list(rows.lines)
+                        self._merge(db, rows, copied)
+                    elif before is None:
+                        for group in making.groups(*rows):
+                            copied = group.places
+                            self._copy(db, group.columns, group.lines)
             except RecordRefused as error:
-                if error.is_conflict and ID in columns and not careful:
+                if error.is_conflict and ID in rows.columns and not careful:
                     careful = True  # a row that is there already, or a bad one: that will show
-                elif error.line is None or error.line > len(lines):
+                elif error.line is None or error.line > len(copied):
                     break
                 else:
-                    place = list(lines)[error.line - 1]
+                    place = copied[error.line - 1]
                     refused[place] = error.why
-                    del lines[place]
+                    del rows.lines[place]
             else:
                 return refused if before is None else before
-        return self._write_halves(db, batch, columns, lines, refused)
+        return self._write_halves(db, batch, rows, refused)
 
     def _write_halves(
         self,
         db: psycopg.Connection[Any],
         batch: Batch[bytes],
-        columns: Sequence[str],
-        lines: Mapping[int, bytes],
+        rows: _BatchRows,
         refused: dict[int, str],
     ) -> dict[int, str]:
         """One transaction, in which halves are tried behind savepoints; gives what is refused."""
@@ -271,13 +296,13 @@ class PostgresSink:
             before = self._enter(db, batch, refused)
             if before is not None:
                 return before
-            waiting = [list(lines)]
+            waiting = [list(rows.lines)]
             while waiting:
                 places = waiting.pop()
                 db.execute("SAVEPOINT half")
                 try:
                     with classified():
-                        self._merge(db, columns, [lines[place] for place in places])
+                        self._merge(db, rows, places)
                 except RecordRefused as error:
                     db.execute("ROLLBACK TO SAVEPOINT half")
                     if len(places) == 1:
@@ -300,6 +325,16 @@ class PostgresSink:
             `None`; or, if it or an ancestor of it is there already, what was refused then.
         """
         names = list(ids_of(batch))
+        for ancestor in batch.lineage:
+            # Its last try may still be at its COMMIT, where nobody sees it and it can succeed: this
+            # waits for its end.
+            db.execute("SAVEPOINT ancestor")
+            db.execute(
+                f"INSERT INTO {self._ledger.sql}(id, records) VALUES (%s, 0)"
+                " ON CONFLICT DO NOTHING",
+                [ancestor],
+            )
+            db.execute("ROLLBACK TO SAVEPOINT ancestor")
         entered = db.execute(
             f"INSERT INTO {self._ledger.sql}(id, records, refused)"
             f" SELECT %s, %s, %s WHERE NOT EXISTS (SELECT 1 FROM {self._ledger.sql}"
@@ -326,21 +361,28 @@ class PostgresSink:
         with db.cursor() as cursor, cursor.copy(statement) as copy:
             copy.write(b"\n".join([*lines, b""]))
 
-    def _merge(
-        self, db: psycopg.Connection[Any], columns: Sequence[str], lines: Sequence[bytes]
-    ) -> None:
+    def _merge(self, db: psycopg.Connection[Any], rows: _BatchRows, places: Sequence[int]) -> None:
         """Puts rows in through a temporary table: what is there is left, or replaced."""
-        names = ", ".join(map(quoted, columns))
+        names = ", ".join(map(quoted, rows.columns))
         place = "ingestd_place"
-        while place in columns:  # a key of a record may have that name
+        while place in rows.columns:  # a key of a record may have that name
             place += "_"
         db.execute(
             f"CREATE TEMP TABLE {_PART} ON COMMIT DROP AS"
             f" SELECT {names}, 0::bigint AS {place} FROM {self._table.sql} WITH NO DATA"
         )
-        numbered = [b"%b\t%d" % (line, number) for number, line in enumerate(lines)]
-        self._copy(db, [*columns, place], numbered, _PART)
-        selected = self._selected(columns, names, place)
+        lines = [b"%b\t%d" % (rows.lines[one], number) for number, one in enumerate(places)]
+        self._copy(db, [*rows.columns, place], lines, _PART)
+        lacking: dict[str, list[int]] = {}
+        for number, one in enumerate(places):
+            for name in rows.lacking.get(one, ()):
+                lacking.setdefault(name, []).append(number)
+        for name, numbers in lacking.items():
+            default = self._defaults[name].replace("%", "%%")
+            db.execute(
+                f"UPDATE {_PART} SET {quoted(name)} = {default} WHERE {place} = ANY(%s)", [numbers]
+            )
+        selected = self._selected(rows.columns, names, place)
         db.execute(f"INSERT INTO {self._table.sql}({names}) {selected}")
         db.execute(f"DROP TABLE {_PART}")
 
@@ -373,6 +415,7 @@ class PostgresSink:
             own = {ID, EXTRA_COLUMN}
             columns = {name: (name, types[name]) for name in types if name not in own}
         has_extra = self._on_new != "reject" and EXTRA_COLUMN in types
+        self._defaults = {one.name: one.default for one in table.columns if one.default}
         return making.object_rows(
             ids,
             items,
@@ -380,6 +423,7 @@ class PostgresSink:
             id_column=ID if ID in types else None,
             extra_column=EXTRA_COLUMN if has_extra else None,
             leave_out=bool(mapping),
+            defaults=self._defaults,
         )
 
     def _used(
