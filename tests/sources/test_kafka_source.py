@@ -186,6 +186,35 @@ def test_a_revoked_partition_waits_until_its_messages_are_settled(
     assert sorted(seen(tmp_path)) == [0, 1, 2, 3]
 
 
+def test_a_partition_that_comes_back_waits_for_the_records_it_left(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """They are still in the memory of the daemon, and known: nothing but they has the messages."""
+    config(tmp_path, cluster, batch=1, more=f'revoke_timeout = "0s"\n{MEMORY}')
+    produce(cluster, {"n": 0, "waits": 1}, partition=0)
+    produce(cluster, {"n": 1, "waits": 1}, partition=1)
+    with daemon("--data_dir", "one", cwd=tmp_path) as one:
+        until(lambda: one.status()["pipelines"]["default"]["pending"] == 2, lambda: one.events)
+        with daemon("--data_dir", "two", cwd=tmp_path) as two:
+            until(lambda: two.status()["pipelines"]["default"]["pending"] == 1, lambda: two.events)
+            assert one.event("partitions_revoked", 30)["unsettled"] == 1
+            two.process.kill()
+        until(lambda: messages(one) == 3, lambda: one.events)
+        time.sleep(1.5)  # more than the interval of commits
+        assert max(committed(cluster, 0), committed(cluster, 1)) <= 0
+        (tmp_path / "go").touch()
+        until(partial(all_committed, cluster, 2), lambda: one.events)
+        one.terminate()
+        assert one.wait() == 0
+    assert sorted(seen(tmp_path)) == [0, 1]
+
+
+def messages(one: Daemon) -> int:
+    page = one.request("GET", "/metrics", admin=True)[2].decode()
+    name = 'ingestd_source_messages_total{kind="kafka",source="kafka"} '
+    return int(float(page.partition(name)[2].partition("\n")[0]))
+
+
 def test_a_full_window_pauses_its_partition_and_no_other(cluster: Cluster, tmp_path: Path) -> None:
     config(tmp_path, cluster, batch=1, more=f"inflight_messages_max = 20\n{MEMORY}")
     produce(cluster, {"n": 0, "waits": 1}, *({"n": n} for n in range(1, 2000)), partition=0)

@@ -142,6 +142,10 @@ class TakenMessage(NamedTuple):
     offset: int
 
 
+def _is_ours(token: TakenMessage) -> bool:
+    return not token.window.is_lost
+
+
 class KafkaSource(Source):
     """See the module.
 
@@ -199,8 +203,9 @@ class KafkaSource(Source):
             self._pipeline,
             f"kafka {self._settings.group}",
             self._finish,
-            lambda token: not token.window.is_lost,
-            self._counts,
+            is_wanted=_is_ours,
+            is_held=_is_ours,
+            counts=self._counts,
         )
         self._thread = threading.Thread(
             target=self._run, args=(consumer,), name=f"{self._name}-kafka", daemon=True
