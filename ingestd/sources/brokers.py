@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 M = TypeVar("M")
 
 APPEND_BYTES = 4 * 1024**2
-"""Payload of one append, beside its first message."""
+"""Payload and envelopes of one append, beside its first message."""
+_RUN_BYTES = 16
+"""Most bytes that a run of messages with one envelope has beside it."""
 HEADERS_MAX = 32
 """Headers of a message that its envelope has, as far as their bytes have room there."""
 _THREAD_BYTES = 64 * 1024
@@ -377,9 +379,12 @@ def demand_package(module: str, extra: str) -> None:
 
 def together(messages: Sequence[BrokerMessage[M]]) -> int:
     """Counts the messages, from the first on, that are one append."""
-    size = 0
+    size, envelope_before = 0, b""
     for place, one in enumerate(messages):
-        size += len(one.payload)
+        size += len(one.payload) + _RUN_BYTES
+        if one.envelope != envelope_before:
+            size += len(one.envelope)
+            envelope_before = one.envelope
         if size > APPEND_BYTES and place:
             return place
     return len(messages)

@@ -237,9 +237,22 @@ def test_formats(form: Any, payload: bytes, found: list[bytes]) -> None:
 
 
 def test_a_message_larger_than_an_append_goes_alone() -> None:
-    sizes = [5 << 20, 1 << 20, 3 << 20, 1]
+    sizes = [5 << 20, 1 << 20, (3 << 20) - 40, 1]
     messages = [message(b"x" * size, n) for n, size in enumerate(sizes)]
     assert together(messages) == 1
     assert together(messages[1:]) == 2
     assert together(messages[3:]) == 1
     assert together([]) == 0
+
+
+def test_envelopes_of_their_own_count_in_an_append() -> None:
+    """A journal refuses for ever what is larger than it may be."""
+    messages = [
+        message(b"1", n, pack_envelope("k", (("a", f"{n}" * 250),), (), "offset"))
+        for n in range(1000, 6000)
+    ]
+    count = together(messages)
+    assert 3000 < count < 5000
+    read = read_messages(messages[:count], Pipe())
+    assert read.records.stored_bytes <= brokers.APPEND_BYTES
+    assert together([message(b"1", n, messages[0].envelope) for n in range(5000)]) == 5000

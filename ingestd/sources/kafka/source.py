@@ -338,7 +338,7 @@ class KafkaSource(Source):
             )
             # A topic that was made anew has the same offsets and other times.
             name = b"%b %d %d %d" % (topic.encode(), partition, offset, one.timestamp()[1])
-            window.take(offset, len(value))
+            window.take(offset, len(value) + len(packed))
             token = TakenMessage(window, offset)
             taken.append(BrokerMessage(value, sender_id(name), packed, offset, token))
         if taken:

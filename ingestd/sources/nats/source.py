@@ -289,9 +289,6 @@ class NatsSource(Source):
                 return
             self._forget()
         payload, headers = message.data, message.headers or {}
-        size = len(payload) + OVERHEAD_BYTES
-        delivery = self._held[number] = HeldMessage(number, time, reply, size, self._heard)
-        self._bytes += size
         self._taken += 1
         self._told = ""
         # A stream that was made anew has the same sequences and other times.
@@ -300,6 +297,9 @@ class NatsSource(Source):
             name = f"id {own}"
         attributes = (("stream", stream), ("subject", message.subject))
         packed = pack_envelope(self._name, keep_headers(headers.items()), attributes, "sequence")
+        size = len(payload) + len(packed) + OVERHEAD_BYTES
+        delivery = self._held[number] = HeldMessage(number, time, reply, size, self._heard)
+        self._bytes += size
         identity = sender_id(name.encode("utf-8", "surrogateescape").replace(b"\0", b""))
         self._intake.put([BrokerMessage(payload, identity, packed, number, delivery)])
 
