@@ -66,13 +66,15 @@ def config(
     )
 
 
-def produce(cluster: Cluster, *records: object, partition: int = 0, **more: Any) -> None:
+def produce(
+    cluster: Cluster, *records: object, partition: int = 0, topic: str = "clicks", **more: Any
+) -> None:
     from confluent_kafka import Producer
 
     producer = Producer({"bootstrap.servers": cluster.bootstrap})
     for one in records:
         value = one if isinstance(one, bytes) else json.dumps(one).encode()
-        producer.produce("clicks", value, partition=partition, **more)
+        producer.produce(topic, value, partition=partition, **more)
     assert producer.flush(10) == 0
 
 
@@ -207,6 +209,19 @@ def test_a_partition_that_comes_back_waits_for_the_records_it_left(
         one.terminate()
         assert one.wait() == 0
     assert sorted(seen(tmp_path)) == [0, 1]
+
+
+def test_a_header_name_of_any_bytes_holds_nothing_back(cluster: Cluster, tmp_path: Path) -> None:
+    config(tmp_path, cluster)
+    cluster.make("others", 1)
+    produce(cluster, {"n": 0}, topic="others")
+    cluster.produce_with_header("others", b'{"n":1}', b"\xff\xfe")
+    produce(cluster, {"n": 2}, topic="others")
+    with daemon("--kafka.topics", "others", cwd=tmp_path) as one:
+        until(lambda: len(seen(tmp_path)) == 3, lambda: (seen(tmp_path), one.events))
+        one.terminate()
+        assert one.wait() == 0
+    assert sorted(seen(tmp_path)) == [0, 1, 2]
 
 
 def messages(one: Daemon) -> int:

@@ -142,6 +142,14 @@ class TakenMessage(NamedTuple):
     offset: int
 
 
+def _headers_of(message: Any) -> Sequence[tuple[str, bytes | None]]:
+    """The headers of a message; none if a name is no UTF-8, which the client cannot read."""
+    try:
+        return message.headers() or ()
+    except (SystemError, UnicodeDecodeError):
+        return ()
+
+
 def _is_ours(token: TakenMessage) -> bool:
     return not token.window.is_lost
 
@@ -334,7 +342,7 @@ class KafkaSource(Source):
             if key is not None:
                 attributes.append(("key", key[:1024].decode("utf-8", "replace")))
             packed = pack_envelope(
-                self._name, keep_headers(one.headers() or ()), tuple(attributes), "offset"
+                self._name, keep_headers(_headers_of(one)), tuple(attributes), "offset"
             )
             # A topic that was made anew has the same offsets and other times.
             name = b"%b %d %d %d" % (topic.encode(), partition, offset, one.timestamp()[1])
