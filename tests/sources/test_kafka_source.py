@@ -35,6 +35,7 @@ def store(batch: ingestd.Batch[dict]) -> None:
         file.writelines(f"{one['n']} {batch.envelope(i)}\\n" for i, one in enumerate(batch))
 """
 
+HEARTBEAT, FENCED = 12, 82  # of the protocol: the request, and the error of a static member
 MEMORY = '[journal]\nkind = "memory"'
 
 
@@ -222,6 +223,25 @@ def test_a_header_name_of_any_bytes_holds_nothing_back(cluster: Cluster, tmp_pat
         one.terminate()
         assert one.wait() == 0
     assert sorted(seen(tmp_path)) == [0, 1, 2]
+
+
+def test_a_consumer_that_failed_for_good_is_followed_by_another(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    config(tmp_path, cluster)
+    file = tmp_path / "ingestd.toml"
+    member = 'properties = { "group.instance.id" = "one", '
+    file.write_text(file.read_text().replace("properties = {", member))
+    produce(cluster, {"n": 0})
+    with daemon(cwd=tmp_path) as one:
+        until(lambda: seen(tmp_path) == [0], lambda: one.events)
+        until(lambda: committed(cluster) == 1, lambda: one.events)
+        cluster.fail(HEARTBEAT, FENCED)
+        assert one.event("broker_error", 10)["error"].startswith("_FATAL")
+        produce(cluster, {"n": 1})
+        until(lambda: seen(tmp_path) == [0, 1], lambda: (seen(tmp_path), one.events))
+        one.terminate()
+        assert one.wait() == 0
 
 
 def messages(one: Daemon) -> int:
