@@ -276,3 +276,10 @@ def test_the_brokers_are_asked_for_what_is_read(cluster: Cluster) -> None:
     cluster.set_up(False)
     (down,) = KafkaSourceKind().findings(settings)
     assert down.level == "error"
+
+
+@pytest.mark.parametrize("name", ["sasl.password", "sasl.oauthbearer.client.secret", "ssl.key.pem"])
+def test_a_property_with_a_secret_is_refused(name: str) -> None:
+    settings = KafkaSettings(brokers=["k:1"], topics=["t"], properties={name: "hunter2"})
+    problems = KafkaSourceKind().problems(settings, formats={}, default="", runs=True)
+    assert [key for key, _ in problems] == ["properties"]
