@@ -272,6 +272,29 @@ def test_a_message_larger_than_any_estimate_comes_alone(cluster: Cluster, tmp_pa
     assert sorted(seen(tmp_path)) == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    "limit", [{"max_batch": 3}, {"max_expires": 3_000_000_000}, {"max_bytes": 10_000}]
+)
+def test_the_limits_of_a_consumer_are_kept(
+    cluster: Cluster, tmp_path: Path, limit: dict[str, int]
+) -> None:
+    config(tmp_path, cluster)
+    publish(cluster, *({"n": n} for n in range(20)))
+    about = {"durable_name": "ingestd", "ack_policy": "explicit", "deliver_policy": "all"}
+
+    async def make(client: Any, _: Any) -> None:
+        body = json.dumps({"stream_name": "S", "config": about | limit}).encode()
+        await client.request("$JS.API.CONSUMER.DURABLE.CREATE.S.ingestd", body)
+
+    do(cluster, make)
+    with daemon(cwd=tmp_path) as one:
+        until(lambda: all_acknowledged(cluster, 20), lambda: (seen(tmp_path), one.events))
+        assert not [event for event in one.events if event["event"] == "broker_error"]
+        one.terminate()
+        assert one.wait() == 0
+    assert sorted(seen(tmp_path)) == list(range(20))
+
+
 def publish_raw(cluster: Cluster, *messages: tuple[bytes, bytes, object]) -> None:
     """Publishes subjects and headers as no client would."""
     host, port = cluster.urls[0].removeprefix("nats://").split(":")

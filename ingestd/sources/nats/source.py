@@ -24,6 +24,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -63,6 +64,9 @@ _TOGETHER = 256
 _NANO = 1_000_000_000
 _PROGRESS = b"+WPI"
 _COMPLETED = "Batch Completed"
+_LIMIT = re.compile(r"Exceeded MaxRequest(Batch|MaxBytes|Expires) of (\d*)")
+_NO_BOUND = 1 << 40
+_EXPIRES_SECONDS_MIN = 0.01
 
 
 class _Unusable(Exception):  # noqa: N818 - names the condition
@@ -116,6 +120,8 @@ class NatsSource(Source):
         # -- of the request under way
         self._pull = self._requested = 0
         self._tight: int | None = None
+        self._batch_max, self._request_bytes_max = PULL_MESSAGES, _NO_BOUND
+        self._expires = EXPIRES_SECONDS
         self._heard = 0.0
         self._problem = ""
         self._counts = AppendCounts()
@@ -237,15 +243,16 @@ class NatsSource(Source):
             await self._wait(HEARTBEAT_SECONDS)
             return
         self._pull += 1
-        self._requested = min(room, PULL_MESSAGES)
+        self._requested = min(room, self._batch_max)
         request = {
             "batch": self._requested,
-            "max_bytes": bytes_room,
-            "expires": int(EXPIRES_SECONDS * _NANO),
-            "idle_heartbeat": int(HEARTBEAT_SECONDS * _NANO),
+            "max_bytes": min(bytes_room, self._request_bytes_max),
+            "expires": int(self._expires * _NANO),
+            "idle_heartbeat": int(min(HEARTBEAT_SECONDS, self._expires / 2) * _NANO),
         }
         if not self._held:  # any message has to fit then
-            request["max_bytes"] = max(bytes_room, client.max_payload + OVERHEAD_BYTES)
+            fits = max(bytes_room, client.max_payload + OVERHEAD_BYTES)
+            request["max_bytes"] = min(fits, self._request_bytes_max)
             if self._tight is not None:  # one of another time, or with a long subject
                 self._requested = request["batch"] = 1
                 del request["max_bytes"]
@@ -308,7 +315,9 @@ class NatsSource(Source):
         status, about = headers.get("Status", ""), headers.get("Description", "")
         if status == "100" or message.subject.rpartition(".")[2] != str(self._pull):
             return  # it is alive; or another request has ended
-        if "maxbytes" in about.replace(" ", "").lower():
+        if limit := _LIMIT.match(about):
+            self._keep_within(limit[1], int(limit[2] or 0))
+        elif "maxbytes" in about.replace(" ", "").lower():
             self._tight = len(self._held)
         elif status not in {"404", "408"} and about != _COMPLETED:
             # Another leader, no consumer, no JetStream: a new connection finds out.
@@ -316,6 +325,15 @@ class NatsSource(Source):
             self._closed.set()
         self._requested = 0
         self._wake.set()
+
+    def _keep_within(self, what: str, bound: int) -> None:
+        """Asks for no more than a consumer allows that another one has made."""
+        if what == "Batch":
+            self._batch_max = max(1, bound)
+        elif what == "MaxBytes":
+            self._request_bytes_max = max(1, bound)
+        else:  # a time as Go writes it
+            self._expires = max(_EXPIRES_SECONDS_MIN, self._expires / 2)
 
     def _is_held(self, delivery: HeldMessage) -> bool:
         return self._held.get(delivery.sequence) is delivery
