@@ -135,7 +135,7 @@ async def connect_nats(
         OSError: a file cannot be read, or no server can be reached.
         nats.errors.Error: they refuse the connection.
     """
-    from ingestd.host.nats_client import NatsClient  # noqa: PLC0415  it needs an extra
+    from nats.aio.client import Client  # noqa: PLC0415  an extra
 
     told: list[Exception] = []
 
@@ -159,7 +159,7 @@ async def connect_nats(
     more |= {key: value for key, value in secrets.items() if value}
     if access.credentials:
         more["user_credentials"] = CredentialsFile(access.credentials)
-    client = NatsClient()
+    client = Client()
     try:
         await client.connect(
             list(access.servers), name=name, allow_reconnect=False, max_reconnect_attempts=1,

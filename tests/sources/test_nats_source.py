@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -293,44 +292,6 @@ def test_the_limits_of_a_consumer_are_kept(
         one.terminate()
         assert one.wait() == 0
     assert sorted(seen(tmp_path)) == list(range(20))
-
-
-def publish_raw(cluster: Cluster, *messages: tuple[bytes, bytes, object]) -> None:
-    """Publishes subjects and headers as no client would."""
-    host, port = cluster.urls[0].removeprefix("nats://").split(":")
-    commands = b'CONNECT {"verbose":false,"headers":true}\r\n'
-    for subject, headers, record in messages:
-        payload = headers + json.dumps(record).encode()
-        sizes = (b"%d " % len(headers) if headers else b"") + b"%d" % len(payload)
-        commands += b"%bPUB %b %b\r\n%b\r\n" % (b"H" * bool(headers), subject, sizes, payload)
-    with socket.create_connection((host, int(port))) as connection:
-        connection.sendall(commands + b"PING\r\n")
-        said = connection.makefile("rb")
-        assert said.readline().startswith(b"INFO")
-        assert said.readline() == b"PONG\r\n"
-
-
-def test_subjects_and_headers_of_any_bytes_hold_nothing_back(
-    cluster: Cluster, tmp_path: Path
-) -> None:
-    """A server takes them; nats-py cannot read some of them."""
-    config(tmp_path, cluster, batch=1)
-    publish(cluster, {"n": 0})
-    publish_raw(
-        cluster,
-        (b"s.\xff", b"", {"n": 1}),
-        (b"s.a\x0bb\x0cc", b"", {"n": 2}),
-        (b"s.a\x0bb", b"NATS/1.0\r\nA: \xff\r\n\r\n", {"n": 3}),
-        (b"s.x", b"NATS/1.0", {"n": 4}),
-        (b"s.x", b"NATS/1.0 \xff\xfe\xff\r\n\r\n", {"n": 5}),
-    )
-    publish(cluster, {"n": 6})
-    with daemon(cwd=tmp_path) as one:
-        until(lambda: len(seen(tmp_path)) == 7, lambda: (seen(tmp_path), one.events))
-        until(lambda: consumer(cluster).num_ack_pending == 0, lambda: one.events)
-        one.terminate()
-        assert one.wait() == 0
-    assert sorted(seen(tmp_path)) == list(range(7))
 
 
 def test_check_connect_asks_for_stream_and_consumer(cluster: Cluster, tmp_path: Path) -> None:
