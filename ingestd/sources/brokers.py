@@ -6,9 +6,10 @@ them to a `BrokerIntake`, which tells it when to acknowledge each of them:
 1. A message is finished when its record is settled: processed, or a dead letter. So the journal may
    be one that is lost with the machine; what was lost is delivered again.
 2. One that can be no record is an invalid dead letter, and finished with the commit of that.
-3. One that was accepted before, by its id, is finished at once: it is in the journal, or was
-   settled in this life. Ids come from the place of a message in its broker and from its time, so
-   another stream of the same name has others. They are stored in the commit of their records.
+3. One that was accepted before, by its id, is finished when its record is, which may have happened:
+   then at once. One of an earlier life is finished at once, for its record is in the journal. Ids
+   come from the place of a message in its broker and from its time, so another stream of the same
+   name has others. They are stored in the commit of their records.
 4. Appends come one after the other, and each has what came meanwhile, up to its bound.
 """
 
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
 M = TypeVar("M")
 
 APPEND_BYTES = 4 * 1024**2
-"""Payload of one append, beside its first message."""
+"""Payload and envelopes of one append, beside its first message."""
+_RUN_BYTES = 16
+"""Most bytes that a run of messages with one envelope has beside it."""
 HEADERS_MAX = 32
 """Headers of a message that its envelope has, as far as their bytes have room there."""
 _THREAD_BYTES = 64 * 1024
@@ -68,36 +71,36 @@ class _ReadMessages(NamedTuple, Generic[M]):
 
     Attributes:
         records: of the good ones.
-        good: what these are known by, in order.
+        good: these, in order.
         refused: the others.
         bad: what these are known by.
     """
 
     records: Records
-    good: list[M]
+    good: Sequence[BrokerMessage[M]]
     refused: list[InvalidRecord]
     bad: list[M]
 
 
-class _UnsettledMessages(DeliveryWaiter, Generic[M]):
+class _UnsettledMessages(DeliveryWaiter):
     """Tells which messages of an append are settled."""
 
-    __slots__ = ("_finished", "_forget", "_tokens")
+    __slots__ = ("_forget", "_settled", "ids")
 
     def __init__(
         self,
-        tokens: list[M],
-        finished: Callable[[Sequence[M]], None],
+        ids: list[bytes],
+        settled: Callable[[Sequence[bytes]], None],
         forget: Callable[[DeliveryWaiter], None],
     ) -> None:
-        super().__init__(len(tokens))
-        self._tokens = tokens
-        self._finished = finished
+        super().__init__(len(ids))
+        self.ids = ids
+        self._settled = settled
         self._forget = forget
 
     def settled(self, index: int, records: int) -> None:
         super().settled(index, records)
-        self._finished(self._tokens[index : index + records])
+        self._settled(self.ids[index : index + records])
         if not self.left:
             self._forget(self)
 
@@ -110,6 +113,7 @@ class BrokerIntake(Generic[M]):
         principal: whose the ids are: kind and name, a space between them.
         finished: called with what may be acknowledged, each message once for each delivery.
         is_wanted: tells if a message is still this source's, just before it is accepted.
+        is_held: tells if it still matters that a message is finished.
         counts: gets what is accepted.
 
     Attributes:
@@ -121,7 +125,9 @@ class BrokerIntake(Generic[M]):
         intake: Intake,
         principal: str,
         finished: Callable[[Sequence[M]], None],
+        *,
         is_wanted: Callable[[M], bool] = lambda _: True,
+        is_held: Callable[[M], bool] = lambda _: True,
         counts: AppendCounts | None = None,
     ) -> None:
         self._counts = counts or AppendCounts()
@@ -129,6 +135,9 @@ class BrokerIntake(Generic[M]):
         self._principal = principal
         self._finished = finished
         self._is_wanted = is_wanted
+        self._is_held = is_held
+        self._unsettled: dict[bytes, M] = {}
+        self._delivered_again: dict[bytes, list[M]] = {}
         self._loop = asyncio.get_running_loop()
         self.failed: asyncio.Future[None] = self._loop.create_future()
         self._waiting: list[BrokerMessage[M]] = []
@@ -189,16 +198,21 @@ class BrokerIntake(Generic[M]):
             IngestdError: nothing can be stored any more.
         """
         first: dict[bytes, BrokerMessage[M]] = {}
-        known = [one.token for one in messages if first.setdefault(one.id, one) is not one]
+        again = [one for one in messages if first.setdefault(one.id, one) is not one]
         held = await self._hold(frozenset(first))
-        waiter: _UnsettledMessages[M] | None = None
+        waiter: _UnsettledMessages | None = None
         is_durable = False
         try:
-            known += [first[one].token for one in held.accepted]
+            again += [first[one] for one in held.accepted]
             new = [one for name, one in first.items() if name in held.new]
             read = await self._read(new)
             if read.good:
-                waiter = _UnsettledMessages(read.good, self._finished, self._forget)
+                ids = [one.id for one in read.good]
+                waiter = _UnsettledMessages(ids, self._settled, self._forget)
+                for one in read.good:
+                    # One that waits has an id so old that it is not known any more.
+                    if not self._waits(one):
+                        self._unsettled[one.id] = one.token
             if new:
                 append = Append(
                     read.records,
@@ -214,8 +228,26 @@ class BrokerIntake(Generic[M]):
             self._intake.recent_ids.release(held)
             if waiter is not None and not is_durable:
                 self._intake.stop_waiting(waiter)
+                for name in waiter.ids:
+                    self._unsettled.pop(name, None)
+        known = [one.token for one in again if not self._waits(one)]
         if known or read.bad:
             self._finished([*known, *read.bad])
+
+    def _waits(self, message: BrokerMessage[M]) -> bool:
+        """Returns True if a message that came again is finished later, with its record."""
+        if message.id not in self._unsettled:
+            return False
+        before = self._delivered_again.get(message.id, ())
+        self._delivered_again[message.id] = [*filter(self._is_held, before), message.token]
+        return True
+
+    def _settled(self, ids: Sequence[bytes]) -> None:
+        tokens = [self._unsettled.pop(one) for one in ids if one in self._unsettled]
+        if self._delivered_again:
+            for one in ids:
+                tokens += self._delivered_again.pop(one, ())
+        self._finished(tokens)
 
     async def _hold(self, ids: frozenset[bytes]) -> HeldIds:
         while True:
@@ -278,7 +310,7 @@ def read_messages(messages: Sequence[BrokerMessage[M]], intake: Intake) -> _Read
     payloads = [one.payload for one in good]
     records = Records.lines(payloads) if is_lines else Records.sized(payloads)
     records = records._replace(envelopes=_envelopes(good))
-    return _ReadMessages(records, [one.token for one in good], refused, bad)
+    return _ReadMessages(records, good, refused, bad)
 
 
 def _envelopes(messages: Sequence[BrokerMessage[M]]) -> bytes:
@@ -347,9 +379,12 @@ def demand_package(module: str, extra: str) -> None:
 
 def together(messages: Sequence[BrokerMessage[M]]) -> int:
     """Counts the messages, from the first on, that are one append."""
-    size = 0
+    size, envelope_before = 0, b""
     for place, one in enumerate(messages):
-        size += len(one.payload)
+        size += len(one.payload) + _RUN_BYTES
+        if one.envelope != envelope_before:
+            size += len(one.envelope)
+            envelope_before = one.envelope
         if size > APPEND_BYTES and place:
             return place
     return len(messages)

@@ -108,6 +108,8 @@ def test_a_position_comes_back_as_it_was() -> None:
         (OLD, OLD["Last-Modified"]),
         (JUST, ""),
         ({"Last-Modified": "nonsense", "Date": OLD["Date"]}, ""),
+        ({"Last-Modified": "Mon, 01 Jan 99999999999 00:00:00 GMT", "Date": OLD["Date"]}, ""),
+        ({**OLD, "Date": f"Mon, 01 Jan 2024 00:00:00 +{'9' * 30}"}, ""),
         ({"ETag": '"' + "a" * 2000 + '"'}, ""),
         ({}, ""),
     ],
@@ -332,6 +334,8 @@ def test_what_is_not_decompressed(coding: str) -> None:
 def test_whether_an_end_can_be_told() -> None:
     assert ends_by_itself(CIMultiDict({"Content-Length": "0"}))
     assert ends_by_itself(CIMultiDict({"Transfer-Encoding": "Chunked"}))
+    assert ends_by_itself(CIMultiDict({"Transfer-Encoding": "gzip, chunked"}))
+    assert not ends_by_itself(CIMultiDict({"Transfer-Encoding": "xchunked"}))
     assert not ends_by_itself(CIMultiDict({}))
 
 

@@ -14,6 +14,7 @@ import structlog
 from aiohttp import web
 
 from ingestd.base.errors import InputIncomplete, JournalFailed, Overloaded
+from ingestd.sources.fetch import appends
 from tests.fetch.tools import (
     Intake,
     answers,
@@ -683,6 +684,24 @@ async def test_what_is_held_is_bounded() -> None:
             before = source.totals.bytes
             await asyncio.sleep(0.1)
         assert before < 3_000_000 < len(BODY * 2000)
+
+
+async def test_the_numbers_of_lines_count_in_an_append(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a blank line each short record has more of them than it has bytes."""
+    monkeypatch.setattr(appends, "APPEND_BYTES", 10**6)
+    intake = Intake()
+    intake.gate.clear()
+    async with (
+        serving(answers(b"1\n\n" * 400_000)) as server,
+        fetching(intake, server.url) as source,
+        asyncio.timeout(20),
+    ):
+        await until(lambda: source.totals.bytes == 1_200_000)
+        intake.gate.set()
+        await source.wait_finished()
+    assert len(intake.items) == 400_000
+    # A piece that was read, of at most 512 KiB, is never parted.
+    assert max(run.count for run in intake.runs) <= 512 * 1024 / 3
 
 
 async def test_a_journal_that_failed_ends_everything() -> None:

@@ -25,12 +25,41 @@ class Read(NamedTuple):
     offset: int
 
 
+class _Mem(ctypes.Structure):
+    _fields_ = (("at", ctypes.c_char_p), ("size", ctypes.c_size_t))
+
+
+class _Header(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("value", ctypes.c_char_p),
+        ("size", ctypes.c_ssize_t),
+    )
+
+
+class _Fact(ctypes.Union):
+    _fields_ = (
+        ("text", ctypes.c_char_p),
+        ("memory", _Mem),
+        ("header", _Header),
+        ("room", ctypes.c_char * 64),
+    )
+
+
+class _Argument(ctypes.Structure):
+    """`rd_kafka_vu_t`: a fact of a message, by its kind: 1 topic, 4 value, 9 header."""
+
+    _fields_ = (("kind", ctypes.c_int), ("fact", _Fact))
+
+
 _INT, _POINTER, _TEXT = ctypes.c_int, ctypes.c_void_p, ctypes.c_char_p
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "rd_kafka_conf_new": (_POINTER, []),
     "rd_kafka_conf_set": (_INT, [_POINTER, _TEXT, _TEXT, _TEXT, ctypes.c_size_t]),
     "rd_kafka_new": (_POINTER, [_INT, _POINTER, _TEXT, ctypes.c_size_t]),
     "rd_kafka_destroy": (None, [_POINTER]),
+    "rd_kafka_produceva": (_POINTER, [_POINTER, ctypes.POINTER(_Argument), ctypes.c_size_t]),
+    "rd_kafka_flush": (_INT, [_POINTER, _INT]),
     "rd_kafka_mock_cluster_new": (_POINTER, [_POINTER, _INT]),
     "rd_kafka_mock_cluster_destroy": (None, [_POINTER]),
     "rd_kafka_mock_cluster_bootstraps": (_TEXT, [_POINTER]),
@@ -77,6 +106,24 @@ class Cluster:
         replicas = len(self.numbers)
         assert self._lib.rd_kafka_mock_topic_create(
             self._cluster, topic.encode(), partitions, replicas) == 0  # fmt: skip
+
+    def produce_with_header(self, topic: str, payload: bytes, name: bytes) -> None:
+        """Produces a message with a header of any name, which Python's client cannot."""
+        said = ctypes.create_string_buffer(512)
+        conf = self._lib.rd_kafka_conf_new()
+        for key, value in ((b"bootstrap.servers", self.bootstrap.encode()), (b"log_level", b"0")):
+            self._lib.rd_kafka_conf_set(conf, key, value, said, 512)
+        producer = self._lib.rd_kafka_new(0, conf, said, 512)
+        assert producer, said.value
+        facts = (
+            _Argument(1, _Fact(text=topic.encode())),
+            _Argument(4, _Fact(memory=_Mem(payload, len(payload)))),
+            _Argument(9, _Fact(header=_Header(name, b"x", 1))),
+        )
+        arguments = (_Argument * len(facts))(*facts)
+        assert not self._lib.rd_kafka_produceva(producer, arguments, len(facts))
+        assert self._lib.rd_kafka_flush(producer, 10_000) == 0
+        self._lib.rd_kafka_destroy(producer)
 
     def set_error(self, topic: str, error: int) -> None:
         self._lib.rd_kafka_mock_topic_set_error(self._cluster, topic.encode(), error)

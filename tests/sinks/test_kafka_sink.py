@@ -354,6 +354,7 @@ def test_check(cluster: Cluster, sink) -> None:
     "options",
     [{"brokers": " "}, {"topic": "a b"}, {"topic": ""}, {"ledger_topic": "ä"},
      {"properties": {"acks": "1"}}, {"properties": {"sasl.password": "x"}},
+     {"properties": {"ssl.key.pem": "x"}},
      {"properties": {"message.timeout.ms": "1"}}, {"security": "sasl_ssl"}, {"username": "x"},
      {"timeout": "10ms"}],
 )  # fmt: skip

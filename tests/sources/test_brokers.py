@@ -101,7 +101,7 @@ async def test_a_message_that_is_no_record_is_a_dead_letter_and_finished() -> No
         assert pipe.items == [b"1", b"[\n1]", b"2"]
 
 
-async def test_what_was_accepted_before_is_finished_at_once_and_accepted_once() -> None:
+async def test_what_was_accepted_before_is_finished_with_its_record_and_accepted_once() -> None:
     pipe = Pipe()
     async with reading(pipe) as (intake, finished):
         intake.put([message(b"1", 1), message(b"2", 2), message(b"{", 3)])
@@ -111,7 +111,39 @@ async def test_what_was_accepted_before_is_finished_at_once_and_accepted_once() 
         await flushed(intake)
         assert pipe.items == [b"1", b"2", b"4"]
         assert len(pipe.refused) == 1
-        assert sorted(finished) == [2, 3, 3, 4]
+        assert sorted(finished) == [3, 3]
+        pipe.waiters.settled([Span(1, 1, 1)], [])
+        assert sorted(finished) == [2, 2, 3, 3]
+        intake.put([message(b"2", 2)])
+        await flushed(intake)
+        assert sorted(finished) == [2, 2, 2, 3, 3]
+        pipe.waiters.settled([Span(2, 0, 1)], [])
+        assert sorted(finished) == [2, 2, 2, 3, 3, 4, 4]
+
+
+async def test_only_deliveries_that_are_held_wait_for_a_record_that_is_tried_for_long() -> None:
+    pipe, held = Pipe(), {11}
+    async with reading(pipe, is_held=held.__contains__) as (intake, finished):
+        for number in (1, 10, 11, 12):
+            intake.put([message(b"1", number, name="one")])
+            await flushed(intake)
+        assert finished == []
+        pipe.waiters.settled([Span(1, 0, 1)], [])
+        assert finished == [1, 11, 12]
+
+
+async def test_a_record_that_comes_twice_because_its_id_is_forgotten_finishes_both() -> None:
+    pipe = Pipe()
+    async with reading(pipe) as (intake, finished):
+        for number in (1, 2):
+            pipe.recent_ids.forget(1.0)
+            intake.put([message(b"1", number, name="one")])
+            await flushed(intake)
+        assert pipe.items == [b"1", b"1"]
+        pipe.waiters.settled([Span(1, 0, 1)], [])
+        assert finished == [1, 2]
+        pipe.waiters.settled([Span(2, 0, 1)], [])
+        assert finished == [1, 2]
 
 
 async def test_other_principals_have_ids_of_their_own() -> None:
@@ -205,9 +237,22 @@ def test_formats(form: Any, payload: bytes, found: list[bytes]) -> None:
 
 
 def test_a_message_larger_than_an_append_goes_alone() -> None:
-    sizes = [5 << 20, 1 << 20, 3 << 20, 1]
+    sizes = [5 << 20, 1 << 20, (3 << 20) - 40, 1]
     messages = [message(b"x" * size, n) for n, size in enumerate(sizes)]
     assert together(messages) == 1
     assert together(messages[1:]) == 2
     assert together(messages[3:]) == 1
     assert together([]) == 0
+
+
+def test_envelopes_of_their_own_count_in_an_append() -> None:
+    """A journal refuses for ever what is larger than it may be."""
+    messages = [
+        message(b"1", n, pack_envelope("k", (("a", f"{n}" * 250),), (), "offset"))
+        for n in range(1000, 6000)
+    ]
+    count = together(messages)
+    assert 3000 < count < 5000
+    read = read_messages(messages[:count], Pipe())
+    assert read.records.stored_bytes <= brokers.APPEND_BYTES
+    assert together([message(b"1", n, messages[0].envelope) for n in range(5000)]) == 5000

@@ -35,6 +35,7 @@ def store(batch: ingestd.Batch[dict]) -> None:
         file.writelines(f"{one['n']} {batch.envelope(i)}\\n" for i, one in enumerate(batch))
 """
 
+HEARTBEAT, FENCED = 12, 82  # of the protocol: the request, and the error of a static member
 MEMORY = '[journal]\nkind = "memory"'
 
 
@@ -66,13 +67,15 @@ def config(
     )
 
 
-def produce(cluster: Cluster, *records: object, partition: int = 0, **more: Any) -> None:
+def produce(
+    cluster: Cluster, *records: object, partition: int = 0, topic: str = "clicks", **more: Any
+) -> None:
     from confluent_kafka import Producer
 
     producer = Producer({"bootstrap.servers": cluster.bootstrap})
     for one in records:
         value = one if isinstance(one, bytes) else json.dumps(one).encode()
-        producer.produce("clicks", value, partition=partition, **more)
+        producer.produce(topic, value, partition=partition, **more)
     assert producer.flush(10) == 0
 
 
@@ -186,6 +189,67 @@ def test_a_revoked_partition_waits_until_its_messages_are_settled(
     assert sorted(seen(tmp_path)) == [0, 1, 2, 3]
 
 
+def test_a_partition_that_comes_back_waits_for_the_records_it_left(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """They are still in the memory of the daemon, and known: nothing but they has the messages."""
+    config(tmp_path, cluster, batch=1, more=f'revoke_timeout = "0s"\n{MEMORY}')
+    produce(cluster, {"n": 0, "waits": 1}, partition=0)
+    produce(cluster, {"n": 1, "waits": 1}, partition=1)
+    with daemon("--data_dir", "one", cwd=tmp_path) as one:
+        until(lambda: one.status()["pipelines"]["default"]["pending"] == 2, lambda: one.events)
+        with daemon("--data_dir", "two", cwd=tmp_path) as two:
+            until(lambda: two.status()["pipelines"]["default"]["pending"] == 1, lambda: two.events)
+            assert one.event("partitions_revoked", 30)["unsettled"] == 1
+            two.process.kill()
+        until(lambda: messages(one) == 3, lambda: one.events)
+        time.sleep(1.5)  # more than the interval of commits
+        assert max(committed(cluster, 0), committed(cluster, 1)) <= 0
+        (tmp_path / "go").touch()
+        until(partial(all_committed, cluster, 2), lambda: one.events)
+        one.terminate()
+        assert one.wait() == 0
+    assert sorted(seen(tmp_path)) == [0, 1]
+
+
+def test_a_header_name_of_any_bytes_holds_nothing_back(cluster: Cluster, tmp_path: Path) -> None:
+    config(tmp_path, cluster)
+    cluster.make("others", 1)
+    produce(cluster, {"n": 0}, topic="others")
+    cluster.produce_with_header("others", b'{"n":1}', b"\xff\xfe")
+    produce(cluster, {"n": 2}, topic="others")
+    with daemon("--kafka.topics", "others", cwd=tmp_path) as one:
+        until(lambda: len(seen(tmp_path)) == 3, lambda: (seen(tmp_path), one.events))
+        one.terminate()
+        assert one.wait() == 0
+    assert sorted(seen(tmp_path)) == [0, 1, 2]
+
+
+def test_a_consumer_that_failed_for_good_is_followed_by_another(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    config(tmp_path, cluster)
+    file = tmp_path / "ingestd.toml"
+    member = 'properties = { "group.instance.id" = "one", '
+    file.write_text(file.read_text().replace("properties = {", member))
+    produce(cluster, {"n": 0})
+    with daemon(cwd=tmp_path) as one:
+        until(lambda: seen(tmp_path) == [0], lambda: one.events)
+        until(lambda: committed(cluster) == 1, lambda: one.events)
+        cluster.fail(HEARTBEAT, FENCED)
+        assert one.event("broker_error", 10)["error"].startswith("_FATAL")
+        produce(cluster, {"n": 1})
+        until(lambda: seen(tmp_path) == [0, 1], lambda: (seen(tmp_path), one.events))
+        one.terminate()
+        assert one.wait() == 0
+
+
+def messages(one: Daemon) -> int:
+    page = one.request("GET", "/metrics", admin=True)[2].decode()
+    name = 'ingestd_source_messages_total{kind="kafka",source="kafka"} '
+    return int(float(page.partition(name)[2].partition("\n")[0]))
+
+
 def test_a_full_window_pauses_its_partition_and_no_other(cluster: Cluster, tmp_path: Path) -> None:
     config(tmp_path, cluster, batch=1, more=f"inflight_messages_max = 20\n{MEMORY}")
     produce(cluster, {"n": 0, "waits": 1}, *({"n": n} for n in range(1, 2000)), partition=0)
@@ -212,3 +276,10 @@ def test_the_brokers_are_asked_for_what_is_read(cluster: Cluster) -> None:
     cluster.set_up(False)
     (down,) = KafkaSourceKind().findings(settings)
     assert down.level == "error"
+
+
+@pytest.mark.parametrize("name", ["sasl.password", "sasl.oauthbearer.client.secret", "ssl.key.pem"])
+def test_a_property_with_a_secret_is_refused(name: str) -> None:
+    settings = KafkaSettings(brokers=["k:1"], topics=["t"], properties={name: "hunter2"})
+    problems = KafkaSourceKind().problems(settings, formats={}, default="", runs=True)
+    assert [key for key, _ in problems] == ["properties"]

@@ -228,6 +228,72 @@ def test_a_stream_that_is_made_anew_is_read_from_its_beginning(
     assert sorted(seen(tmp_path)) == [1, 2, 3, 4]
 
 
+def test_a_stream_that_is_made_anew_gets_no_acknowledgement_of_what_is_held(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """The acknowledgement of a message is that of any message with its sequence."""
+    config(tmp_path, cluster, batch=1, more=MEMORY)
+
+    async def delete(_: Any, stream: Any) -> None:
+        await stream.delete_stream("S")
+
+    publish(cluster, {"n": 1}, {"n": 2, "waits": 1}, {"n": 3, "waits": 1})
+    with daemon(cwd=tmp_path) as one:
+        until(lambda: len(seen(tmp_path)) == 1, lambda: one.events)
+        until(lambda: one.status()["pipelines"]["default"]["pending"] == 2, lambda: one.events)
+        do(cluster, delete)
+        publish(cluster, *({"n": n} for n in range(11, 15)))
+        assert one.event("consumer_replaced")["unsettled"] == 2
+        until(lambda: accepted_more(one, 6), lambda: (seen(tmp_path), one.events))
+        (tmp_path / "go").touch()
+        until(lambda: all_acknowledged(cluster, 4), lambda: (seen(tmp_path), one.events))
+        one.terminate()
+        assert one.wait() == 0
+    assert sorted(seen(tmp_path)) == [1, 2, 3, 11, 12, 13, 14]
+
+
+def test_a_message_larger_than_any_estimate_comes_alone(cluster: Cluster, tmp_path: Path) -> None:
+    """Its subject counts, too, where a request says how many bytes may come."""
+    config(tmp_path, cluster, 'inflight_bytes_max = "1MiB"', batch=1)
+    payload = b'{"n":2,"x":"%b"}' % (b"x" * ((8 << 20) - 15))
+
+    async def send(_: Any, stream: Any) -> None:
+        await stream.publish("s." + "x" * 3000, payload)
+
+    publish(cluster, {"n": 1})
+    do(cluster, send)
+    publish(cluster, {"n": 3})
+    with daemon("--record_bytes_max", "9MiB", cwd=tmp_path) as one:
+        until(lambda: len(seen(tmp_path)) == 3, lambda: (seen(tmp_path), one.events))
+        until(lambda: all_acknowledged(cluster, 3), lambda: one.events)
+        one.terminate()
+        assert one.wait() == 0
+    assert sorted(seen(tmp_path)) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "limit", [{"max_batch": 3}, {"max_expires": 3_000_000_000}, {"max_bytes": 10_000}]
+)
+def test_the_limits_of_a_consumer_are_kept(
+    cluster: Cluster, tmp_path: Path, limit: dict[str, int]
+) -> None:
+    config(tmp_path, cluster)
+    publish(cluster, *({"n": n} for n in range(20)))
+    about = {"durable_name": "ingestd", "ack_policy": "explicit", "deliver_policy": "all"}
+
+    async def make(client: Any, _: Any) -> None:
+        body = json.dumps({"stream_name": "S", "config": about | limit}).encode()
+        await client.request("$JS.API.CONSUMER.DURABLE.CREATE.S.ingestd", body)
+
+    do(cluster, make)
+    with daemon(cwd=tmp_path) as one:
+        until(lambda: all_acknowledged(cluster, 20), lambda: (seen(tmp_path), one.events))
+        assert not [event for event in one.events if event["event"] == "broker_error"]
+        one.terminate()
+        assert one.wait() == 0
+    assert sorted(seen(tmp_path)) == list(range(20))
+
+
 def test_check_connect_asks_for_stream_and_consumer(cluster: Cluster, tmp_path: Path) -> None:
     config(tmp_path, cluster, handler="jsonl")
 

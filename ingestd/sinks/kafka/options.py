@@ -113,7 +113,7 @@ class KafkaOptions(TlsOptions, frozen=True, kw_only=True):
         for name in self.properties:
             if name in _OURS or name.endswith("timeout.ms"):
                 raise ValueError(f"properties: {name} is the sink's own")
-            if "password" in name or "secret" in name:
+            if "password" in name or "secret" in name or name == "ssl.key.pem":
                 raise ValueError(f"properties: {name} would be shown; no secret belongs there")
 
 

@@ -147,4 +147,4 @@ class Appends:
 
 def _size(parsed: Parsed) -> int:
     kept = sum(len(one.payload) + _REFUSED_BYTES for one in parsed.refused)
-    return len(parsed.records.payload) + len(parsed.records.sizes) + kept
+    return parsed.records.stored_bytes + kept

@@ -132,7 +132,7 @@ def _is_old(modified: str, date: str) -> bool:
     """Returns True if the date is old enough that no change can hide in its second."""
     try:
         age = parsedate_to_datetime(date) - parsedate_to_datetime(modified)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return False
     return age.total_seconds() >= _LAST_MODIFIED_SECONDS
 
@@ -361,7 +361,7 @@ def ends_by_itself(headers: Mapping[str, str]) -> bool:
 
 
 def _is_chunked(headers: Mapping[str, str]) -> bool:
-    return "chunked" in headers.get("Transfer-Encoding", "").lower()
+    return headers.get("Transfer-Encoding", "").rpartition(",")[2].strip().lower() == "chunked"
 
 
 def _by_name(url: URL) -> str | None:

@@ -95,7 +95,7 @@ class KafkaSourceKind(SourceKind):
         for name in settings.properties:
             if name in _OURS:
                 yield "properties", f"{name} is the source's own"
-            elif "password" in name or "secret" in name:
+            elif "password" in name or "secret" in name or name == "ssl.key.pem":
                 yield "properties", f"{name} would be shown; no secret belongs there"
 
     def keys(self, settings: KafkaSettings) -> KeyNeeds:

@@ -142,6 +142,22 @@ class TakenMessage(NamedTuple):
     offset: int
 
 
+def _headers_of(message: Any) -> Sequence[tuple[str, bytes | None]]:
+    """The headers of a message; none if a name is no UTF-8, which the client cannot read."""
+    try:
+        return message.headers() or ()
+    except (SystemError, UnicodeDecodeError):
+        return ()
+
+
+def _is_fatal(error: Any) -> bool:
+    return bool(error.fatal()) or error.name() == "_FATAL"
+
+
+def _is_ours(token: TakenMessage) -> bool:
+    return not token.window.is_lost
+
+
 class KafkaSource(Source):
     """See the module.
 
@@ -199,8 +215,9 @@ class KafkaSource(Source):
             self._pipeline,
             f"kafka {self._settings.group}",
             self._finish,
-            lambda token: not token.window.is_lost,
-            self._counts,
+            is_wanted=_is_ours,
+            is_held=_is_ours,
+            counts=self._counts,
         )
         self._thread = threading.Thread(
             target=self._run, args=(consumer,), name=f"{self._name}-kafka", daemon=True
@@ -277,13 +294,18 @@ class KafkaSource(Source):
         from confluent_kafka import KafkaException  # noqa: PLC0415
 
         while True:
+            has_failed = False
             try:
                 self._consume(consumer)
             except KafkaException as error:
                 self._note(error.args[0])
+                has_failed = _is_fatal(error.args[0])
             except Exception:  # a thread that ended would say nothing; a new consumer goes on
                 log.exception("consumer_failed", source=self._name)
-            self._give_up(consumer)
+            if not has_failed:  # else its close may never return, and its partitions are gone
+                self._give_up(consumer)
+            consumer = None
+            self._leave_windows()
             while not self._closing.wait(AGAIN_SECONDS):
                 with contextlib.suppress(ConfigError):
                     consumer = self._make()
@@ -312,11 +334,27 @@ class KafkaSource(Source):
         with contextlib.suppress(Exception):
             consumer.close()
 
+    def _leave_windows(self) -> None:
+        """Stores nothing of a consumer's partitions any more, whatever it said of them."""
+        for window in self._windows.values():
+            window.is_lost = True
+        self._windows.clear()
+
     def _take(self, messages: Sequence[Any]) -> None:
-        """Hands messages to the loop."""
+        """Hands messages to the loop.
+
+        Raises:
+            KafkaException: there will be no more of this consumer.
+        """
+        from confluent_kafka import KafkaException  # noqa: PLC0415
+
+        fatal: Any = None
         taken: list[BrokerMessage[TakenMessage]] = []
         for one in messages:
             error = one.error()
+            if error is not None and _is_fatal(error):
+                fatal = error  # the end of the consumer, which notes it
+                continue
             if error is not None:
                 self._note(error)
                 continue
@@ -329,17 +367,19 @@ class KafkaSource(Source):
             if key is not None:
                 attributes.append(("key", key[:1024].decode("utf-8", "replace")))
             packed = pack_envelope(
-                self._name, keep_headers(one.headers() or ()), tuple(attributes), "offset"
+                self._name, keep_headers(_headers_of(one)), tuple(attributes), "offset"
             )
             # A topic that was made anew has the same offsets and other times.
             name = b"%b %d %d %d" % (topic.encode(), partition, offset, one.timestamp()[1])
-            window.take(offset, len(value))
+            window.take(offset, len(value) + len(packed))
             token = TakenMessage(window, offset)
             taken.append(BrokerMessage(value, sender_id(name), packed, offset, token))
         if taken:
             self._taken += len(taken)
             self._is_down = False
             self._loop.call_soon_threadsafe(self._intake.put, taken)
+        if fatal is not None:
+            raise KafkaException(fatal)
 
     def _hold_back(self, consumer: Any) -> None:
         """Pauses the partitions whose windows are at their share, and resumes others."""
@@ -380,7 +420,7 @@ class KafkaSource(Source):
         for one in partitions:
             at = (one.topic, one.partition)
             self._windows[at] = PartitionWindow(at)
-        self._is_down = False
+        self._is_down, self._told = False, ""
         log.info("partitions_assigned", source=self._name, partitions=len(partitions))
 
     def _revoked(self, consumer: Any, partitions: Sequence[Any]) -> None:

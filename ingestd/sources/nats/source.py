@@ -5,7 +5,9 @@ time and never more than there is room for, so that what comes can be held. Requ
 instead of nats-py's `fetch`, which has no bound in bytes and must not be cancelled.
 
 1. A message is held from its delivery until its acknowledgement is sent. Held messages and their
-   bytes are bounded; a message that is delivered again while it is held is only held once.
+   bytes are bounded; a message that is delivered again while it is held is only held once. None is
+   held any more when its consumer is gone: one that is made anew, perhaps of another stream, would
+   take an acknowledgement for that of its own message with that sequence.
 2. What is held longer than a third of the consumer's `ack_wait` is told to be in progress (`+WPI`),
    so a slow handler makes no second delivery.
 3. An acknowledgement is not waited for. One that is lost makes another delivery, whose id is known,
@@ -22,8 +24,9 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import re
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ingestd.base.append import AppendCounts, sender_id
 from ingestd.base.errors import ConfigError
@@ -41,6 +44,7 @@ from ingestd.sources.brokers import BrokerIntake, BrokerMessage, keep_headers, p
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from datetime import datetime
 
     from ingestd.sources.base import SourceContext
     from ingestd.sources.nats import NatsSettings
@@ -60,6 +64,9 @@ _TOGETHER = 256
 _NANO = 1_000_000_000
 _PROGRESS = b"+WPI"
 _COMPLETED = "Batch Completed"
+_LIMIT = re.compile(r"Exceeded MaxRequest(Batch|MaxBytes|Expires) of (\d*)")
+_NO_BOUND = 1 << 40
+_EXPIRES_SECONDS_MIN = 0.01
 
 
 class _Unusable(Exception):  # noqa: N818 - names the condition
@@ -71,16 +78,18 @@ class HeldMessage:
 
     Attributes:
         sequence: in its stream.
+        time: at which the stream got it, as the server writes it.
         reply: subject of its acknowledgement, of the last delivery.
         size: bytes.
         is_settled: it waits for its acknowledgement.
         touched: loop time at which the server last heard of it.
     """
 
-    __slots__ = ("is_settled", "reply", "sequence", "size", "touched")
+    __slots__ = ("is_settled", "reply", "sequence", "size", "time", "touched")
 
-    def __init__(self, sequence: int, reply: str, size: int, touched: float) -> None:
-        self.sequence, self.reply, self.size, self.touched = sequence, reply, size, touched
+    def __init__(self, sequence: int, time: str, reply: str, size: int, touched: float) -> None:
+        self.sequence, self.time, self.reply = sequence, time, reply
+        self.size, self.touched = size, touched
         self.is_settled = False
 
 
@@ -106,10 +115,13 @@ class NatsSource(Source):
         self._client: Any = None
         self._is_leaving = self._is_closing = False
         self._ack_wait = settings.ack_wait
+        self._made_at: datetime | None = None  # the consumer
         self._told = ""
         # -- of the request under way
         self._pull = self._requested = 0
         self._tight: int | None = None
+        self._batch_max, self._request_bytes_max = PULL_MESSAGES, _NO_BOUND
+        self._expires = EXPIRES_SECONDS
         self._heard = 0.0
         self._problem = ""
         self._counts = AppendCounts()
@@ -124,7 +136,7 @@ class NatsSource(Source):
         self._loop = asyncio.get_running_loop()
         principal = f"nats {self._settings.stream}/{self._settings.durable}"
         self._intake: BrokerIntake[HeldMessage] = BrokerIntake(
-            self._pipeline, principal, self._finish, counts=self._counts
+            self._pipeline, principal, self._finish, is_held=self._is_held, counts=self._counts
         )
         self._wake, self._acks = asyncio.Event(), asyncio.Event()
         self._tasks = [
@@ -199,7 +211,11 @@ class NatsSource(Source):
             self._access, f"ingestd {self._name}", on_closed=end, on_error=note
         )
         try:
-            self._ack_wait = await prepare(client, self._settings)
+            found = await prepare(client, self._settings)
+            self._ack_wait = found.ack_wait
+            if self._made_at not in {None, found.made_at}:
+                self._forget()
+            self._made_at = found.made_at
             log.info("broker_connected", source=self._name, server=client.connected_url.netloc)
             self._client = client
             self._acks.set()
@@ -226,17 +242,21 @@ class NatsSource(Source):
         if self._held and (room < least or bytes_room <= 0 or is_tight):
             await self._wait(HEARTBEAT_SECONDS)
             return
-        if not self._held:  # any message has to fit then
-            bytes_room = max(bytes_room, client.max_payload + OVERHEAD_BYTES)
-        self._tight = None
         self._pull += 1
-        self._requested = min(room, PULL_MESSAGES)
+        self._requested = min(room, self._batch_max)
         request = {
             "batch": self._requested,
-            "max_bytes": bytes_room,
-            "expires": int(EXPIRES_SECONDS * _NANO),
-            "idle_heartbeat": int(HEARTBEAT_SECONDS * _NANO),
+            "max_bytes": min(bytes_room, self._request_bytes_max),
+            "expires": int(self._expires * _NANO),
+            "idle_heartbeat": int(min(HEARTBEAT_SECONDS, self._expires / 2) * _NANO),
         }
+        if not self._held:  # any message has to fit then
+            fits = max(bytes_room, client.max_payload + OVERHEAD_BYTES)
+            request["max_bytes"] = min(fits, self._request_bytes_max)
+            if self._tight is not None:  # one of another time, or with a long subject
+                self._requested = request["batch"] = 1
+                del request["max_bytes"]
+        self._tight = None
         self._heard = self._loop.time()
         await client.publish(
             f"$JS.API.CONSUMER.MSG.NEXT.{settings.stream}.{settings.durable}",
@@ -271,12 +291,11 @@ class NatsSource(Source):
         self._backlog = int(pending)
         held = self._held.get(number)
         if held is not None:
-            held.reply, held.touched = reply, self._heard
-            return
+            if held.time == time:
+                held.reply, held.touched = reply, self._heard
+                return
+            self._forget()
         payload, headers = message.data, message.headers or {}
-        size = len(payload) + OVERHEAD_BYTES
-        delivery = self._held[number] = HeldMessage(number, reply, size, self._heard)
-        self._bytes += size
         self._taken += 1
         self._told = ""
         # A stream that was made anew has the same sequences and other times.
@@ -285,6 +304,9 @@ class NatsSource(Source):
             name = f"id {own}"
         attributes = (("stream", stream), ("subject", message.subject))
         packed = pack_envelope(self._name, keep_headers(headers.items()), attributes, "sequence")
+        size = len(payload) + len(packed) + OVERHEAD_BYTES
+        delivery = self._held[number] = HeldMessage(number, time, reply, size, self._heard)
+        self._bytes += size
         identity = sender_id(name.encode("utf-8", "surrogateescape").replace(b"\0", b""))
         self._intake.put([BrokerMessage(payload, identity, packed, number, delivery)])
 
@@ -293,7 +315,9 @@ class NatsSource(Source):
         status, about = headers.get("Status", ""), headers.get("Description", "")
         if status == "100" or message.subject.rpartition(".")[2] != str(self._pull):
             return  # it is alive; or another request has ended
-        if "maxbytes" in about.replace(" ", "").lower():
+        if limit := _LIMIT.match(about):
+            self._keep_within(limit[1], int(limit[2] or 0))
+        elif "maxbytes" in about.replace(" ", "").lower():
             self._tight = len(self._held)
         elif status not in {"404", "408"} and about != _COMPLETED:
             # Another leader, no consumer, no JetStream: a new connection finds out.
@@ -301,6 +325,26 @@ class NatsSource(Source):
             self._closed.set()
         self._requested = 0
         self._wake.set()
+
+    def _keep_within(self, what: str, bound: int) -> None:
+        """Asks for no more than a consumer allows that another one has made."""
+        if what == "Batch":
+            self._batch_max = max(1, bound)
+        elif what == "MaxBytes":
+            self._request_bytes_max = max(1, bound)
+        else:  # a time as Go writes it
+            self._expires = max(_EXPIRES_SECONDS_MIN, self._expires / 2)
+
+    def _is_held(self, delivery: HeldMessage) -> bool:
+        return self._held.get(delivery.sequence) is delivery
+
+    def _forget(self) -> None:
+        """Holds nothing of a consumer that is gone; another one delivers again what is there."""
+        if self._held:
+            log.warning("consumer_replaced", source=self._name, unsettled=len(self._held))
+        self._held.clear()
+        self._done.clear()
+        self._bytes = 0
 
     # -- acknowledgements ------------------------------------------------------------------------
 
@@ -323,7 +367,7 @@ class NatsSource(Source):
 
     async def _send(self, client: Any) -> None:
         """Acknowledges what is settled; what cannot be sent waits for the next connection."""
-        done, self._done = self._done, []
+        done, self._done = [*filter(self._is_held, self._done)], []
         sent = 0
         try:
             for one in done:
@@ -332,7 +376,7 @@ class NatsSource(Source):
         finally:
             self._done = done[sent:] + self._done
             for one in done[:sent]:
-                if self._held.get(one.sequence) is one:
+                if self._is_held(one):
                     del self._held[one.sequence]
                     self._bytes -= one.size
             self._acknowledged += sent
@@ -401,8 +445,20 @@ def access_of(settings: NatsSettings) -> NatsAccess:
     )
 
 
-async def prepare(client: Any, settings: NatsSettings) -> float:
-    """Finds the consumer, or makes it; returns the seconds of its wait for acknowledgements.
+class _FoundConsumer(NamedTuple):
+    """A consumer that can be used.
+
+    Attributes:
+        ack_wait: seconds that it waits for acknowledgements.
+        made_at: when it was made.
+    """
+
+    ack_wait: float
+    made_at: datetime
+
+
+async def prepare(client: Any, settings: NatsSettings) -> _FoundConsumer:
+    """Finds the consumer, or makes it.
 
     Raises:
         _Unusable: it cannot be used.
@@ -437,7 +493,8 @@ async def prepare(client: Any, settings: NatsSettings) -> float:
         raise _Unusable(f"consumer {settings.durable} pushes; one that is pulled is needed")
     if str(getattr(config.ack_policy, "value", config.ack_policy)) != "explicit":
         raise _Unusable(f"consumer {settings.durable}: its ack policy has to be explicit")
-    return float(min([config.ack_wait or settings.ack_wait, *(config.backoff or ())]))
+    ack_wait = float(min([config.ack_wait or settings.ack_wait, *(config.backoff or ())]))
+    return _FoundConsumer(ack_wait, info.created)
 
 
 async def _ask(settings: NatsSettings) -> list[SinkFinding]:
