@@ -28,7 +28,7 @@ from ingestd.http.response import JSON, Response
 from ingestd.http.routing import Resource, find, path_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 
     from ingestd.admin.api import AdminApi
     from ingestd.admin.connection import AdminRequest
@@ -99,6 +99,7 @@ class AdminServer:
         self._samples: History | None = None
         self._sampling: asyncio.Task[None] | None = None
         self._api: AdminApi | None = None
+        self._changes: set[asyncio.Task[Answer]] = set()
         self.addresses: list[str] = []
 
     async def start(self) -> None:
@@ -185,7 +186,17 @@ class AdminServer:
             answer = page.answer(request._replace(principal=who))
         except Exception as error:  # noqa: BLE001  one page that fails must not look like a dead daemon
             return _failed(request, error)
-        return answer if isinstance(answer, Response) else _later(request, answer)
+        if isinstance(answer, Response):
+            return answer
+        later = _later(request, answer)
+        return self._carried_out(later) if page.need is Need.CHANGE else later
+
+    def _carried_out(self, change: Coroutine[None, None, Answer]) -> Awaitable[Answer]:
+        """Carries a change out to its end, and to its line in the log, also if its client goes."""
+        task = asyncio.get_running_loop().create_task(change, name="admin-change")
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        return asyncio.shield(task)
 
     def _find(self, request: AdminRequest) -> AdminPage:
         """Finds a page; those of the API are imported when one is asked for.

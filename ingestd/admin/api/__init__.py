@@ -59,7 +59,7 @@ LETTERS = 100
 PAYLOAD_BYTES = 256 << 10
 """The part of a payload that an answer shows; an export has all of it."""
 CALLS_MAX = 16
-"""Calls that wait for the thread of dead letters, or run in it."""
+"""Requests that wait for the thread of dead letters."""
 EXPORTS_MAX = 4
 """Exports at one time."""
 PIECE_BYTES = 256 << 10
@@ -90,7 +90,6 @@ class AdminApi:
         self._taps = Taps(view)
         self._thread = OwnThread("admin-dead-letters")
         self._exports = self._calls = 0
-        self._loop = asyncio.get_running_loop()
 
     def pages(self) -> dict[str, Resource[AdminPage]]:
         """The operations by path, those that are not answered by the server itself."""
@@ -163,6 +162,7 @@ class AdminApi:
 
     async def pause(self, request: AdminRequest) -> Response:
         """Answers `/v1/pipelines/{pipeline}/pause`."""
+        query_of(request, "pause")
         name, pipeline = self._named(request)
         await pipeline.pause()
         log.info("pipeline_paused", pipeline=name, by=request.principal)
@@ -170,6 +170,7 @@ class AdminApi:
 
     async def resume(self, request: AdminRequest) -> Response:
         """Answers `/v1/pipelines/{pipeline}/resume`."""
+        query_of(request, "resume")
         name, pipeline = self._named(request)
         await pipeline.resume()
         log.info("pipeline_resumed", pipeline=name, by=request.principal)
@@ -219,19 +220,21 @@ class AdminApi:
             detail = "too many requests about dead letters wait already"
             raise Problem(problem.BUSY, detail, headers=retry_after(5.0))
         self._calls += 1
-        called = self._thread.submit(call)
-        called.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._called))
-        return await asyncio.wrap_future(called)
-
-    def _called(self) -> None:
-        self._calls -= 1
+        try:
+            return await asyncio.wrap_future(self._thread.submit(call))
+        finally:
+            self._calls -= 1
 
     async def letters(self, request: AdminRequest) -> Response:
         """Answers `/v1/dead`."""
         asked = query_of(request, "letters")
         stores, chosen = self._stores(asked), filter_in(asked)
         limit = min(number_in(asked, "limit") or LETTERS, LETTERS_MAX)
-        before = number_in(asked, "before") or sys.maxsize
+        before = number_in(asked, "before")
+        if before is None:
+            before = sys.maxsize
+        elif len(stores) > 1:
+            raise Problem(problem.BAD_REQUEST, "before needs the pipeline whose numbers it means")
 
         def read() -> dict[str, Any]:
             found = letters_of(stores, chosen._replace(limit=limit), whole=False, before=before)
@@ -297,7 +300,8 @@ class AdminApi:
         )
         self._exports += 1
         try:
-            while piece := await self._in_thread(partial(_piece, lines)):
+            # Beside the bound on calls: it would end an export that has begun, and there are few.
+            while piece := await asyncio.wrap_future(self._thread.submit(_piece, lines)):
                 await outlet.send(piece)
         finally:
             self._exports -= 1
@@ -306,7 +310,7 @@ class AdminApi:
 
     async def retry(self, request: AdminRequest) -> Response:
         """Answers `/v1/dead/retry`."""
-        stores, chosen = self._chosen(request)
+        stores, chosen = self._chosen(request, "retry")
         checks = {name: one.settings.record_fault for name, one in self._view.pipelines.items()}
         totals = await self._in_thread(lambda: retry(stores, chosen, checks.__getitem__))
         log.info("dead_letters_marked", letters=totals.marked, by=request.principal)
@@ -314,7 +318,7 @@ class AdminApi:
 
     async def purge(self, request: AdminRequest) -> Response:
         """Answers `/v1/dead/purge`."""
-        stores, chosen = self._chosen(request)
+        stores, chosen = self._chosen(request, "purge")
 
         def change() -> dict[str, int]:
             there = counted(stores, chosen)
@@ -325,12 +329,15 @@ class AdminApi:
         log.info("dead_letters_purged", letters=totals["purged"], by=request.principal)
         return _json(totals)
 
-    def _chosen(self, request: AdminRequest) -> tuple[dict[str, DeadLetters], LetterFilter]:
+    def _chosen(
+        self, request: AdminRequest, name: str
+    ) -> tuple[dict[str, DeadLetters], LetterFilter]:
         """The dead letters that a change is meant for.
 
         Raises:
             Problem: 400, 404.
         """
+        query_of(request, name)
         try:
             choice = msgspec.json.decode(request.body, type=LetterChoice)
         except (msgspec.MsgspecError, RecursionError) as error:
