@@ -23,7 +23,7 @@ from ingestd.http.problem import Problem
 from ingestd.http.response import CLOSE, PROBLEM, Response, encode
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
 
     from ingestd.admin.access import Need
 
@@ -42,6 +42,8 @@ HEAD_BYTES_MAX = 32 * 1024
 """A request, all of it that is looked at, without the body of a change."""
 BODY_BYTES_MAX = 256 * 1024
 """The body of a change."""
+PIECE_BYTES = 256 * 1024
+"""The part of a stream's lines that is made at once, beside one line."""
 
 _HEADERS = {
     "Cache-Control": "no-store",
@@ -112,6 +114,17 @@ class StreamedResponse(NamedTuple):
     content_type: str
     write: Callable[[Outlet], Awaitable[None]]
     headers: Mapping[str, str] = {}
+
+
+def pieced(lines: Iterator[bytes]) -> bytes:
+    """Takes the next piece of a stream's lines; empty at their end."""
+    found, size = [], 0
+    for line in lines:
+        found.append(line)
+        size += len(line)
+        if size >= PIECE_BYTES:
+            break
+    return b"".join(found)
 
 
 Answer = Response | StreamedResponse

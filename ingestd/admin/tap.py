@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import async_timeout
 import msgspec
 
-from ingestd.admin.connection import StreamedResponse
+from ingestd.admin.connection import StreamedResponse, pieced
 from ingestd.admin.operations import number_in
 from ingestd.base.clock import SystemClock, shown
 from ingestd.base.envelope import facts_of, singles
@@ -30,7 +30,7 @@ from ingestd.http.problem import Problem, retry_after
 from ingestd.journal.handling import payload_fields
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from ingestd.admin.connection import Outlet
     from ingestd.admin.status import AdminView
@@ -248,14 +248,16 @@ class _Tap:
                 continue
             seen = self._held.popleft()
             self._bytes -= seen.records.held_bytes
-            began = loop.time()
-            lines = await loop.run_in_executor(None, self._lines, seen)
-            worked = loop.time() - began
+            lines, piece = self._lines(seen), b"."
+            while piece:
+                began = loop.time()
+                piece = await loop.run_in_executor(None, pieced, lines)
+                worked = loop.time() - began
+                await outlet.send(piece)
+                await asyncio.sleep(min(PAUSE_MAX, worked * (1 / SHARE - 1)))
             if self.lost > told:
                 told = self.lost
-                lines.append(msgspec.json.encode({"lost": told}) + b"\n")
-            await outlet.send(b"".join(lines))
-            await asyncio.sleep(min(PAUSE_MAX, worked * (1 / SHARE - 1)))
+                await outlet.send(msgspec.json.encode({"lost": told}) + b"\n")
 
     async def _wait(self) -> bool:
         """Waits for records; returns False if none came for a while."""
@@ -268,14 +270,14 @@ class _Tap:
                 return False
         return True
 
-    def _lines(self, seen: Seen) -> list[bytes]:
-        """The lines of the records that are shown; in a thread."""
-        query, lines = self.query, list[bytes]()
+    def _lines(self, seen: Seen) -> Iterator[bytes]:
+        """Yields the lines of the records that are shown; in a thread."""
+        query = self.query
         items, records = seen.records.items(), seen.records
         places, envelopes = _ids(seen), singles(records.envelopes, records.count)
         for index in seen.passing:
             if query.limit and self._shown >= query.limit:
-                break
+                return
             if not query.where.holds(items[index]):
                 continue
             # Each record adds its part, and each whole that this makes is shown: no run of records
@@ -296,8 +298,7 @@ class _Tap:
             if index in seen.reasons:
                 facts["reason"], facts["error"] = seen.reasons[index]
             facts["envelope"] = facts_of(envelopes[index])
-            lines.append(msgspec.json.encode({**facts, **payload_fields(items[index])}) + b"\n")
-        return lines
+            yield msgspec.json.encode({**facts, **payload_fields(items[index])}) + b"\n"
 
 
 def _ids(seen: Seen) -> Sequence[str]:

@@ -216,7 +216,7 @@ async def test_pages_go_on_within_one_pipeline(seen: Seen) -> None:
 async def test_an_export_goes_on_while_many_requests_wait(
     seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(api, "PIECE_BYTES", 1)
+    monkeypatch.setattr(connection, "PIECE_BYTES", 1)
     monkeypatch.setattr(api, "CALLS_MAX", 1)
     monkeypatch.setattr(api, "summed_up", lambda _: time.sleep(0.01) or [])
     await seen.feed(*({"refused": n} for n in range(50)))
@@ -273,7 +273,7 @@ async def test_a_large_payload_is_shown_in_part_and_exported_whole(
     seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(api, "PAYLOAD_BYTES", 100)
-    monkeypatch.setattr(api, "PIECE_BYTES", 50)
+    monkeypatch.setattr(connection, "PIECE_BYTES", 50)
     await seen.feed({"refused": "ä" * 500}, {"refused": "b"})
     _, letter = await seen.ask("/v1/dead/1")
     assert letter["payload_cut"] is True

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from ingestd.admin import tap
+from ingestd.admin import connection, tap
+from ingestd.admin.connection import Outlet
 from ingestd.base.append import Append
 from ingestd.base.record import Records
 from ingestd.config.network import split_address
@@ -103,6 +104,27 @@ async def test_a_pipeline_that_has_left_settles_what_it_has(seen: Seen, open_tap
     await seen.until(lambda: not adopted.ledger.pending)
     assert not adopted.broken.done()
     seen.pipelines["default"] = adopted
+
+
+async def test_what_waits_for_a_reader_is_one_piece_of_a_batch(
+    seen: Seen,
+    open_tap,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: list[int] = []
+    send = Outlet.send
+
+    async def spy(outlet: Outlet, data: bytes) -> None:
+        sent.append(len(data))
+        await send(outlet, data)
+
+    monkeypatch.setattr(Outlet, "send", spy)
+    monkeypatch.setattr(connection, "PIECE_BYTES", 4096)
+    reader = await open_tap("where=a=1")
+    await seen.feed(*({"a": 1, "text": "\x01" * 500} for _ in range(100)))  # six bytes for each
+    assert len(await reader.lines(100)) == 100
+    assert sum(sent) > 300_000
+    assert max(sent) < 10_000
 
 
 async def test_a_sample_is_evenly_spread(seen: Seen, open_tap) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ingestd.admin.connection import AdminPage, StreamedResponse
+from ingestd.admin.connection import AdminPage, StreamedResponse, pieced
 from ingestd.admin.operations import (
     LETTERS_MAX,
     OPERATIONS,
@@ -46,7 +46,7 @@ from ingestd.journal.handling import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from ingestd.admin.access import AdminAccess
     from ingestd.admin.connection import AdminRequest, Answer, Outlet
@@ -62,8 +62,6 @@ CALLS_MAX = 16
 """Requests that wait for the thread of dead letters."""
 EXPORTS_MAX = 4
 """Exports at one time."""
-PIECE_BYTES = 256 << 10
-"""Part of an export that is read at once."""
 HIDDEN = (
     "payloads are shown on a loopback address alone, to this machine; admin.payloads may say more"
 )
@@ -301,7 +299,7 @@ class AdminApi:
         self._exports += 1
         try:
             # Beside the bound on calls: it would end an export that has begun, and there are few.
-            while piece := await asyncio.wrap_future(self._thread.submit(_piece, lines)):
+            while piece := await asyncio.wrap_future(self._thread.submit(pieced, lines)):
                 await outlet.send(piece)
         finally:
             self._exports -= 1
@@ -369,13 +367,3 @@ def _cut(payload: bytes) -> bytes:
         return payload
     text = payload[:PAYLOAD_BYTES].decode(errors="ignore").encode()
     return text if len(text) > PAYLOAD_BYTES - 4 else payload[:PAYLOAD_BYTES]
-
-
-def _piece(lines: Iterator[bytes]) -> bytes:
-    found, size = [], 0
-    for line in lines:
-        found.append(line)
-        size += len(line)
-        if size >= PIECE_BYTES:
-            break
-    return b"".join(found)
