@@ -121,6 +121,13 @@ class AdminAccess:
             raise self._deny(request, _TO_READ)
         return ""
 
+    def still_allows(self, request: AdminRequest, need: Need) -> bool:
+        """Returns True if a request that was let in would be let in now, as the same principal."""
+        try:
+            return self.authorize(request, need) == request.principal
+        except Problem:
+            return False
+
     def is_local(self, request: AdminRequest) -> bool:
         """Returns True if the request is of this machine."""
         return self._local and not any(name in request.headers for name in _FORWARDED)

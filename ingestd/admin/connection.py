@@ -108,11 +108,13 @@ class StreamedResponse(NamedTuple):
     Attributes:
         content_type: of the body.
         write: writes it; ends, or is cancelled when its reader has gone.
+        is_allowed: tells if it may go on, after a reload.
         headers: more of them.
     """
 
     content_type: str
     write: Callable[[Outlet], Awaitable[None]]
+    is_allowed: Callable[[], bool]
     headers: Mapping[str, str] = {}
 
 
@@ -164,6 +166,7 @@ class _Connection(asyncio.Protocol):
 
     Attributes:
         asks: a head has come.
+        is_allowed: see `StreamedResponse`.
     """
 
     def __init__(self, connections: Connections) -> None:
@@ -177,6 +180,7 @@ class _Connection(asyncio.Protocol):
         self._outlet: Outlet | None = None
         self._task: asyncio.Task[None] | None = None
         self.asks = False
+        self.is_allowed: Callable[[], bool] = lambda: True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`."""
@@ -272,6 +276,7 @@ class _Connection(asyncio.Protocol):
             self.transport.write(encoded(whole, bodiless=True))
             if not bodiless:
                 self._connections.prolong(self, None)
+                self.is_allowed = found.is_allowed
                 self._outlet = Outlet(self.transport)
                 await found.write(self._outlet)
                 self.transport.write(b"0\r\n\r\n")
@@ -367,6 +372,12 @@ class Connections:
             timer.cancel()
         self._streaming.discard(connection)
         self._left.set()
+
+    def look_again(self) -> None:
+        """Ends the streams that may not go on."""
+        for one in [*self._streaming]:
+            if not one.is_allowed():
+                one.transport.abort()
 
     async def hang_up(self) -> None:
         """Ends all connections; those in the middle of an answer get a moment."""

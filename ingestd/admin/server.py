@@ -169,12 +169,14 @@ class AdminServer:
         Raises:
             ConfigError: a file of tokens is not as it should be; nothing has changed.
         """
-        if self._protocol is None:
+        connections = self._protocol
+        if connections is None:
             return lambda: None
         access = AdminAccess(settings, local=self._local, denials=self._access.denials)
 
         def change() -> None:
             self._access = access
+            connections.look_again()
 
         return change
 

@@ -30,7 +30,7 @@ from ingestd.http.problem import Problem, retry_after
 from ingestd.journal.handling import payload_fields
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from ingestd.admin.connection import Outlet
     from ingestd.admin.status import AdminView
@@ -144,8 +144,12 @@ class Taps:
         self._view = view
         self._taps: list[_Tap] = []
 
-    def open(self, query: TapQuery) -> StreamedResponse:
+    def open(self, query: TapQuery, is_allowed: Callable[[], bool]) -> StreamedResponse:
         """Opens a tap.
+
+        Args:
+            query: what it shows.
+            is_allowed: see `StreamedResponse`.
 
         Raises:
             Problem: there are too many.
@@ -153,7 +157,8 @@ class Taps:
         if len(self._taps) >= TAPS_MAX:
             detail = f"there are {TAPS_MAX} taps already"
             raise Problem(problem.BUSY, detail, headers=retry_after(10.0))
-        return StreamedResponse("application/x-ndjson", partial(self._write, query))
+        write = partial(self._write, query)
+        return StreamedResponse("application/x-ndjson", write, is_allowed)
 
     async def _write(self, query: TapQuery, outlet: Outlet) -> None:
         tap = _Tap(query)

@@ -6,6 +6,7 @@ import asyncio
 import json
 from typing import TYPE_CHECKING
 
+import aiohttp
 import pytest
 
 from ingestd.admin import connection, tap
@@ -182,3 +183,41 @@ async def test_beyond_this_machine_only_admins_see_payloads(seen: Seen) -> None:
     assert (await allowed)[0] == 200
     seen.server.prepare(SETTINGS.model_copy(update={"payloads": "never"}))()
     assert (await seen.ask("/v1/tap?limit=1"))[0] == 403
+
+
+async def test_a_reload_ends_the_streams_that_are_not_allowed_any_more(seen: Seen) -> None:
+    beyond = {"X-Forwarded-For": "192.0.2.1"}
+    shown = SETTINGS.model_copy(update={"payloads": "always"})
+    seen.server.prepare(shown)()
+
+    async def stream(path: str, token: str, **headers: str) -> str:
+        try:
+            return str((await seen.ask(path, token=token, **headers))[0])
+        except aiohttp.ClientError:
+            return "ended"
+
+    def streams() -> int:
+        return len(seen.server._protocol._streaming)
+
+    def open_(*arguments: str, **headers: str) -> asyncio.Task[str]:
+        return asyncio.create_task(stream(*arguments, **headers))
+
+    local, tapped = open_("/v1/tap", ""), open_("/v1/tap", ADMIN, **beyond)
+    reader, watched = open_("/v1/watch", READER, **beyond), open_("/v1/watch", ADMIN, **beyond)
+    await seen.until(lambda: streams() == 4)
+    seen.server.prepare(shown)()  # which changes nothing
+    await asyncio.sleep(0.05)
+    assert streams() == 4
+    # An admin that became a reader may watch, and taps no more.
+    less = {name: one.model_copy(update={"role": "reader"}) for name, one in shown.tokens.items()}
+    seen.server.prepare(shown.model_copy(update={"tokens": less}))()
+    assert await asyncio.wait_for(tapped, 5) == "ended"
+    assert streams() == 3
+    eye = {"eye": shown.tokens["eye"]}
+    seen.server.prepare(shown.model_copy(update={"tokens": eye}))()
+    assert await asyncio.wait_for(watched, 5) == "ended"
+    assert streams() == 2
+    seen.server.prepare(SETTINGS.model_copy(update={"payloads": "never"}))()
+    assert await asyncio.wait_for(local, 5) == "ended"
+    assert streams() == 1
+    reader.cancel()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from ingestd.admin.access import Need
 from ingestd.admin.connection import AdminPage, StreamedResponse, pieced
 from ingestd.admin.operations import (
     LETTERS_MAX,
@@ -112,7 +113,8 @@ class AdminApi:
         """Answers `/v1/watch`."""
         query_of(request, "watch")
         self._watchers.check()
-        return StreamedResponse("text/event-stream", self._watchers.write)
+        may_go_on = partial(self._may_read, request)
+        return StreamedResponse("text/event-stream", self._watchers.write, may_go_on)
 
     async def tap(self, request: AdminRequest) -> StreamedResponse:
         """Answers `/v1/tap`."""
@@ -120,7 +122,9 @@ class AdminApi:
         query = read_query(asked, list(self._pipelines(asked)))
         if not self._access().may_tap(request):
             raise Problem(problem.FORBIDDEN, f"{HIDDEN}, with a token of the role admin")
-        return self._taps.open(query)
+        return self._taps.open(
+            query, lambda: self._may_read(request) and self._access().may_tap(request)
+        )
 
     def history(self, request: AdminRequest) -> Response:
         """Answers `/v1/history`."""
@@ -177,6 +181,9 @@ class AdminApi:
     def openapi(self, _: AdminRequest) -> Response:
         """Answers `/openapi.json`."""
         return _json(describe())
+
+    def _may_read(self, request: AdminRequest) -> bool:
+        return self._access().still_allows(request, Need.READ)
 
     def _named(self, request: AdminRequest) -> tuple[str, Pipeline]:
         name = path_of(request.target, request.method).split("/")[3]
@@ -287,7 +294,12 @@ class AdminApi:
             raise Problem(problem.BUSY, detail, headers=retry_after(10.0))
         headers = {"Content-Disposition": 'attachment; filename="dead-letters.ndjson"'}
         write = partial(self._write_export, stores, chosen)
-        return StreamedResponse("application/x-ndjson", write, headers)
+        return StreamedResponse(
+            "application/x-ndjson",
+            write,
+            lambda: self._may_read(request) and self._access().shows_payloads(request),
+            headers,
+        )
 
     async def _write_export(
         self, stores: dict[str, DeadLetters], chosen: LetterFilter, outlet: Outlet
