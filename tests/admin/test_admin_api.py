@@ -24,7 +24,14 @@ from ingestd.admin import api, connection, watch
 from ingestd.admin.server import AdminServer
 from ingestd.admin.status import Status, status_of
 from ingestd.base.append import Append
-from ingestd.base.batch import AGE_BOUNDS, BATCHES_MAX, RecentBatches, TriedBatch, share
+from ingestd.base.batch import (
+    AGE_BOUNDS,
+    BATCHES_MAX,
+    ERROR_CHARS,
+    RecentBatches,
+    TriedBatch,
+    share,
+)
 from ingestd.base.clock import SystemClock
 from ingestd.base.metrics import Metrics
 from ingestd.base.record import Records
@@ -425,6 +432,37 @@ async def test_watchers_are_few_and_one_that_never_reads_is_dropped(
     for _, writer in readers:
         writer.transport.abort()
     await asyncio.gather(*reading)
+
+
+async def test_a_reader_that_takes_nothing_holds_the_tries_of_one_pipeline(
+    seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[bytes] = []
+    send = connection.Outlet.send
+
+    async def spy(outlet: connection.Outlet, data: bytes) -> None:
+        sent.append(data)
+        await send(outlet, data)
+
+    monkeypatch.setattr(connection.Outlet, "send", spy)
+    await seen.feed({"refused": "x" * 4000})
+    [tried] = seen.pipeline.settlements.recent.batches
+    assert len(tried.error) == ERROR_CHARS
+    for number in range(2, BATCHES_MAX + 1):
+        seen.pipeline.settlements.recent.add(tried._replace(id=f"b-{number}"))
+    for number in range(20):
+        seen.pipelines[f"other{number}"] = seen.pipeline
+    reader, writer = await watcher(seen)
+    got = events(reader)
+    shown: set[str] = set()
+    async for kind, data in got:
+        shown |= data["pipelines"].keys() if kind == "batches" else set()
+        if len(shown) == 21:
+            break
+    writer.close()
+    assert max(map(len, sent)) < 2 * BATCHES_MAX * ERROR_CHARS
+    for number in range(20):
+        del seen.pipelines[f"other{number}"]
 
 
 async def test_close_ends_those_that_watch(seen: Seen) -> None:
