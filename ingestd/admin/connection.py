@@ -38,6 +38,8 @@ STALL_SECONDS = 10.0
 CLOSE_SECONDS = 1.0
 """How long `close` waits for answers that are on their way, and an answer for the rest of what its
 client sends."""
+ANSWERS_BYTES_MAX = 32 * 1024 * 1024
+"""Answers that wait for their readers, beside one; for one more the oldest are given up."""
 HEAD_BYTES_MAX = 32 * 1024
 """A request, all of it that is looked at, without the body of a change."""
 BODY_BYTES_MAX = 256 * 1024
@@ -290,6 +292,7 @@ class _Connection(asyncio.Protocol):
 
     def _write(self, answer: bytes) -> None:
         self._parser = None
+        self._connections.make_room(len(answer))
         self.transport.write(answer)
         if self._is_whole and not self._is_broken:
             self.transport.close()
@@ -364,6 +367,17 @@ class Connections:
         # `abort`, not `close`: that would wait for a reader who takes no answer.
         abort = connection.transport.abort
         self._inside[connection] = asyncio.get_running_loop().call_later(seconds, abort)
+
+    def make_room(self, size: int) -> None:
+        """Hangs up on the readers that took nothing for longest, until an answer has room."""
+        waiting = [(one, one.transport.get_write_buffer_size()) for one in self._inside]
+        excess = size + sum(held for _, held in waiting) - ANSWERS_BYTES_MAX
+        for one, held in waiting:
+            if excess <= 0:
+                break
+            if held:
+                excess -= held
+                one.transport.abort()
 
     def leave(self, connection: _Connection) -> None:
         """Stops the connection's clock."""
