@@ -18,7 +18,7 @@ import msgspec
 
 from ingestd.admin.access import AdminAccess, Need
 from ingestd.admin.connection import AdminPage, Answer, Connections, as_response
-from ingestd.base.errors import AddressError
+from ingestd.base.errors import AddressError, IngestdError
 from ingestd.base.logging import get_logger
 from ingestd.config.network import is_loopback, parse_listen
 from ingestd.host.sockets import is_local, listen_fault, show_socket
@@ -255,7 +255,11 @@ async def _later(request: AdminRequest, answer: Awaitable[Answer]) -> Answer:
 def _failed(request: AdminRequest, error: Exception) -> Response:
     if isinstance(error, Problem):
         return as_response(error)
-    log.error("admin_page_failed", page=path_of(request.target, request.method), exc_info=error)
+    page = path_of(request.target, request.method)
+    if isinstance(error, IngestdError):
+        log.error("admin_page_failed", page=page, error=str(error))
+        return as_response(Problem(problem.INTERNAL, str(error)))
+    log.error("admin_page_failed", page=page, exc_info=error)
     return as_response(Problem(problem.INTERNAL, "the log says why"))
 
 

@@ -325,6 +325,19 @@ async def test_a_pipeline_is_paused_and_resumed(seen: Seen) -> None:
     assert (await seen.ask("/v1/pipelines/none/pause", {}, ADMIN))[0] == 404
 
 
+async def test_a_change_that_the_disk_refuses_says_why(seen: Seen, tmp_path: Path) -> None:
+    (tmp_path / "paused").mkdir()
+    with structlog.testing.capture_logs() as logged:
+        status, answer = await seen.ask("/v1/pipelines/default/resume", {}, ADMIN)
+    assert status == 500
+    assert f"{tmp_path}: paused can't be changed: " in answer["detail"]
+    [line] = [one for one in logged if one["event"] == "admin_page_failed"]
+    assert line == {
+        "event": "admin_page_failed", "log_level": "error", "error": answer["detail"],
+        "page": "/v1/pipelines/default/resume",
+    }  # fmt: skip
+
+
 async def test_the_description_has_every_page(seen: Seen) -> None:
     status, document = await seen.ask("/openapi.json")
     assert status == 200
