@@ -65,7 +65,7 @@ LEAVING = CLOSE_SECONDS + 2 * JOURNAL_SECONDS
 def serve(
     settings: Settings,
     *,
-    again: Callable[[], Settings] | None = None,
+    again: Callable[[Settings], Settings] | None = None,
     effective: Effective | None = None,
     notifier: Notifier | None = None,
     passed: ListenFds | None = None,
@@ -75,7 +75,7 @@ def serve(
 
     Args:
         settings: all of them.
-        again: loads them again, for a reload.
+        again: loads them again, for a reload; called with those in effect.
         effective: gives key, value and origin of each of them, secrets masked.
         notifier: the service manager, if there is one.
         passed: sockets that it has opened.
@@ -120,7 +120,7 @@ class Daemon:
     Args:
         settings: all of them; each part gets only its own.
         writer: the log's, for the metric of dropped lines and the level.
-        again: loads the settings again.
+        again: loads the settings again; called with those in effect.
         effective: gives key, value and origin of each of them, secrets masked.
         notifier: the service manager.
         passed: sockets that it has opened; the servers close them.
@@ -132,7 +132,7 @@ class Daemon:
         settings: Settings,
         writer: LogWriter,
         *,
-        again: Callable[[], Settings] | None,
+        again: Callable[[Settings], Settings] | None,
         effective: Effective | None = None,
         notifier: Notifier,
         passed: ListenFds,
@@ -384,7 +384,7 @@ class Daemon:
         """
         new = self.settings
         if self._again is not None:
-            new = await asyncio.get_running_loop().run_in_executor(None, self._again)
+            new = await asyncio.get_running_loop().run_in_executor(None, self._again, new)
         settings, changed, needs_restart = plan_reload(self.settings, new)
         changes = [self.admin.prepare(settings.admin), await self.sources.prepare(settings)]
         for change in changes:

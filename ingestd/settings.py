@@ -30,7 +30,7 @@ from ingestd.base.record import Format  # noqa: TC001  pydantic reads it
 from ingestd.config.keys import SOURCES as SOURCES_TABLE
 from ingestd.config.keys import Schema
 from ingestd.config.loader import Change, plan
-from ingestd.config.network import check_address, check_hosts, split_address
+from ingestd.config.network import check_address, check_hosts, show_url, split_address
 from ingestd.config.sections import (
     Choice,
     LateModels,
@@ -38,6 +38,7 @@ from ingestd.config.sections import (
     Reloadable,
     Secret,
     Section,
+    Shown,
     ValidationProblems,
     defaults_of,
     own_name,
@@ -178,7 +179,9 @@ class HookSettings(Section):
 
     EXAMPLE = ("ops", ("url",))
 
-    url: Annotated[str, AfterValidator(_hook_url)] = Field(description="URL of the receiver")
+    url: Annotated[str, AfterValidator(_hook_url), Shown(show_url)] = Field(
+        description="URL of the receiver"
+    )
     secret: Annotated[Secret, AfterValidator(_hook_secret)] = Field(
         description="secret of Standard Webhooks signatures, whsec_ and base64"
     )

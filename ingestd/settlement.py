@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ingestd.base import envelope
-from ingestd.base.batch import RecentBatches, SealedBatch, TriedBatch
+from ingestd.base.batch import ERROR_CHARS, RecentBatches, SealedBatch, TriedBatch
 from ingestd.base.logging import get_logger
 from ingestd.base.record import select, without
 from ingestd.batching.batcher import part_by_key
@@ -423,10 +423,12 @@ class SettlementWriter:
 
 
 def _error_of(result: Result) -> str:
-    """The first error of a result, one line; empty if there is none."""
+    """The beginning of the first error of a result, one line; empty if there is none."""
     if result.failure is not None:
-        return result.failure.error
-    return result.rejections[0].error if result.rejections else ""
+        error = result.failure.error
+    else:
+        error = result.rejections[0].error if result.rejections else ""
+    return error if len(error) <= ERROR_CHARS else f"{error[: ERROR_CHARS - 1]}…"
 
 
 def _loop_time() -> float:

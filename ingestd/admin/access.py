@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from ingestd.settings import AdminSettings
 
 _CHALLENGE = 'Bearer realm="ingestd admin"{}'
-_FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip")
+_FORWARDED = ("forwarded", "x-forwarded-", "x-real-ip", "via")
+"""Beginnings of headers that proxies set; some set X-Forwarded-Proto alone."""
 _TO_CHANGE = (
     "changing something needs a token with the role admin: [admin.tokens.NAME] with its hash and"
     ' role = "admin" (ingestd token makes one)'
@@ -121,9 +122,16 @@ class AdminAccess:
             raise self._deny(request, _TO_READ)
         return ""
 
+    def still_allows(self, request: AdminRequest, need: Need) -> bool:
+        """Returns True if a request that was let in would be let in now, as the same principal."""
+        try:
+            return self.authorize(request, need) == request.principal
+        except Problem:
+            return False
+
     def is_local(self, request: AdminRequest) -> bool:
         """Returns True if the request is of this machine."""
-        return self._local and not any(name in request.headers for name in _FORWARDED)
+        return self._local and not any(name.startswith(_FORWARDED) for name in request.headers)
 
     def shows_payloads(self, request: AdminRequest) -> bool:
         """Returns True if payloads of records may be in the answer; see `admin.payloads`."""

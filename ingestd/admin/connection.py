@@ -23,7 +23,7 @@ from ingestd.http.problem import Problem
 from ingestd.http.response import CLOSE, PROBLEM, Response, encode
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping
+    from collections.abc import Awaitable, Callable, Iterator, Mapping
 
     from ingestd.admin.access import Need
 
@@ -38,10 +38,14 @@ STALL_SECONDS = 10.0
 CLOSE_SECONDS = 1.0
 """How long `close` waits for answers that are on their way, and an answer for the rest of what its
 client sends."""
+ANSWERS_BYTES_MAX = 32 * 1024 * 1024
+"""Answers that wait for their readers, beside one; for one more the oldest are given up."""
 HEAD_BYTES_MAX = 32 * 1024
 """A request, all of it that is looked at, without the body of a change."""
 BODY_BYTES_MAX = 256 * 1024
 """The body of a change."""
+PIECE_BYTES = 256 * 1024
+"""The part of a stream's lines that is made at once, beside one line."""
 
 _HEADERS = {
     "Cache-Control": "no-store",
@@ -106,12 +110,25 @@ class StreamedResponse(NamedTuple):
     Attributes:
         content_type: of the body.
         write: writes it; ends, or is cancelled when its reader has gone.
+        is_allowed: tells if it may go on, after a reload.
         headers: more of them.
     """
 
     content_type: str
     write: Callable[[Outlet], Awaitable[None]]
+    is_allowed: Callable[[], bool]
     headers: Mapping[str, str] = {}
+
+
+def pieced(lines: Iterator[bytes]) -> bytes:
+    """Takes the next piece of a stream's lines; empty at their end."""
+    found, size = [], 0
+    for line in lines:
+        found.append(line)
+        size += len(line)
+        if size >= PIECE_BYTES:
+            break
+    return b"".join(found)
 
 
 Answer = Response | StreamedResponse
@@ -151,6 +168,7 @@ class _Connection(asyncio.Protocol):
 
     Attributes:
         asks: a head has come.
+        is_allowed: see `StreamedResponse`.
     """
 
     def __init__(self, connections: Connections) -> None:
@@ -164,6 +182,7 @@ class _Connection(asyncio.Protocol):
         self._outlet: Outlet | None = None
         self._task: asyncio.Task[None] | None = None
         self.asks = False
+        self.is_allowed: Callable[[], bool] = lambda: True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`."""
@@ -259,6 +278,7 @@ class _Connection(asyncio.Protocol):
             self.transport.write(encoded(whole, bodiless=True))
             if not bodiless:
                 self._connections.prolong(self, None)
+                self.is_allowed = found.is_allowed
                 self._outlet = Outlet(self.transport)
                 await found.write(self._outlet)
                 self.transport.write(b"0\r\n\r\n")
@@ -272,6 +292,7 @@ class _Connection(asyncio.Protocol):
 
     def _write(self, answer: bytes) -> None:
         self._parser = None
+        self._connections.make_room(len(answer))
         self.transport.write(answer)
         if self._is_whole and not self._is_broken:
             self.transport.close()
@@ -347,6 +368,17 @@ class Connections:
         abort = connection.transport.abort
         self._inside[connection] = asyncio.get_running_loop().call_later(seconds, abort)
 
+    def make_room(self, size: int) -> None:
+        """Hangs up on the readers that took nothing for longest, until an answer has room."""
+        waiting = [(one, one.transport.get_write_buffer_size()) for one in self._inside]
+        excess = size + sum(held for _, held in waiting) - ANSWERS_BYTES_MAX
+        for one, held in waiting:
+            if excess <= 0:
+                break
+            if held:
+                excess -= held
+                one.transport.abort()
+
     def leave(self, connection: _Connection) -> None:
         """Stops the connection's clock."""
         timer = self._inside.pop(connection, None)
@@ -354,6 +386,12 @@ class Connections:
             timer.cancel()
         self._streaming.discard(connection)
         self._left.set()
+
+    def look_again(self) -> None:
+        """Ends the streams that may not go on."""
+        for one in [*self._streaming]:
+            if not one.is_allowed():
+                one.transport.abort()
 
     async def hang_up(self) -> None:
         """Ends all connections; those in the middle of an answer get a moment."""

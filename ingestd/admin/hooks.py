@@ -123,7 +123,8 @@ class HookWatch:
         self, known: _Told, status: PipelineStatus, letters: int, now: float
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         def may(kind: str) -> bool:
-            return now - known.told_at.get(kind, -self._every) >= self._every
+            # A clock may be put back, by years.
+            return not 0 <= now - known.told_at.get(kind, -self._every) < self._every
 
         if letters > known.letters and may("dead_letters"):
             yield "dead_letters", {

@@ -8,7 +8,7 @@ its operation does not name is refused.
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 from urllib.parse import parse_qs
 
 import msgspec
@@ -49,7 +49,7 @@ class LetterChoice(msgspec.Struct, forbid_unknown_fields=True):
     error: str = ""
     since: str | float | None = None
     until: str | float | None = None
-    limit: int | None = None
+    limit: Annotated[int, msgspec.Meta(ge=1)] | None = None
     all: bool = False
 
 
@@ -118,7 +118,7 @@ OPERATIONS: Mapping[str, Operation] = {
         "GET", "/v1/dead", Need.READ, "Dead letters without payloads, the newest first",
         {
             **_FILTER,
-            "before": "Only those with smaller numbers",
+            "before": "Only those with smaller numbers; of several pipelines it needs one",
             "limit": f"Number of dead letters, at most {LETTERS_MAX}",
         },
     ),

@@ -18,7 +18,7 @@ import msgspec
 
 from ingestd.admin.access import AdminAccess, Need
 from ingestd.admin.connection import AdminPage, Answer, Connections, as_response
-from ingestd.base.errors import AddressError
+from ingestd.base.errors import AddressError, IngestdError
 from ingestd.base.logging import get_logger
 from ingestd.config.network import is_loopback, parse_listen
 from ingestd.host.sockets import is_local, listen_fault, show_socket
@@ -28,7 +28,7 @@ from ingestd.http.response import JSON, Response
 from ingestd.http.routing import Resource, find, path_of
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 
     from ingestd.admin.api import AdminApi
     from ingestd.admin.connection import AdminRequest
@@ -100,6 +100,7 @@ class AdminServer:
         self._samples: History | None = None
         self._sampling: asyncio.Task[None] | None = None
         self._api: AdminApi | None = None
+        self._changes: set[asyncio.Task[Answer]] = set()
         self.addresses: list[str] = []
 
     async def start(self) -> None:
@@ -169,12 +170,14 @@ class AdminServer:
         Raises:
             ConfigError: a file of tokens is not as it should be; nothing has changed.
         """
-        if self._protocol is None:
+        connections = self._protocol
+        if connections is None:
             return lambda: None
         access = AdminAccess(settings, local=self._local, denials=self._access.denials)
 
         def change() -> None:
             self._access = access
+            connections.look_again()
 
         return change
 
@@ -186,7 +189,17 @@ class AdminServer:
             answer = page.answer(request._replace(principal=who))
         except Exception as error:  # noqa: BLE001  one page that fails must not look like a dead daemon
             return _failed(request, error)
-        return answer if isinstance(answer, Response) else _later(request, answer)
+        if isinstance(answer, Response):
+            return answer
+        later = _later(request, answer)
+        return self._carried_out(later) if page.need is Need.CHANGE else later
+
+    def _carried_out(self, change: Coroutine[None, None, Answer]) -> Awaitable[Answer]:
+        """Carries a change out to its end, and to its line in the log, also if its client goes."""
+        task = asyncio.get_running_loop().create_task(change, name="admin-change")
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        return asyncio.shield(task)
 
     def _find(self, request: AdminRequest) -> AdminPage:
         """Finds a page; those of the API are imported when one is asked for.
@@ -243,7 +256,11 @@ async def _later(request: AdminRequest, answer: Awaitable[Answer]) -> Answer:
 def _failed(request: AdminRequest, error: Exception) -> Response:
     if isinstance(error, Problem):
         return as_response(error)
-    log.error("admin_page_failed", page=path_of(request.target, request.method), exc_info=error)
+    page = path_of(request.target, request.method)
+    if isinstance(error, IngestdError):
+        log.error("admin_page_failed", page=page, error=str(error))
+        return as_response(Problem(problem.INTERNAL, str(error)))
+    log.error("admin_page_failed", page=page, exc_info=error)
     return as_response(Problem(problem.INTERNAL, "the log says why"))
 
 

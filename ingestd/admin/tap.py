@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import async_timeout
 import msgspec
 
-from ingestd.admin.connection import StreamedResponse
+from ingestd.admin.connection import StreamedResponse, pieced
 from ingestd.admin.operations import number_in
 from ingestd.base.clock import SystemClock, shown
 from ingestd.base.envelope import facts_of, singles
@@ -30,7 +30,7 @@ from ingestd.http.problem import Problem, retry_after
 from ingestd.journal.handling import payload_fields
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from ingestd.admin.connection import Outlet
     from ingestd.admin.status import AdminView
@@ -144,8 +144,12 @@ class Taps:
         self._view = view
         self._taps: list[_Tap] = []
 
-    def open(self, query: TapQuery) -> StreamedResponse:
+    def open(self, query: TapQuery, is_allowed: Callable[[], bool]) -> StreamedResponse:
         """Opens a tap.
+
+        Args:
+            query: what it shows.
+            is_allowed: see `StreamedResponse`.
 
         Raises:
             Problem: there are too many.
@@ -153,7 +157,8 @@ class Taps:
         if len(self._taps) >= TAPS_MAX:
             detail = f"there are {TAPS_MAX} taps already"
             raise Problem(problem.BUSY, detail, headers=retry_after(10.0))
-        return StreamedResponse("application/x-ndjson", partial(self._write, query))
+        write = partial(self._write, query)
+        return StreamedResponse("application/x-ndjson", write, is_allowed)
 
     async def _write(self, query: TapQuery, outlet: Outlet) -> None:
         tap = _Tap(query)
@@ -248,14 +253,16 @@ class _Tap:
                 continue
             seen = self._held.popleft()
             self._bytes -= seen.records.held_bytes
-            began = loop.time()
-            lines = await loop.run_in_executor(None, self._lines, seen)
-            worked = loop.time() - began
+            lines, piece = self._lines(seen), b"."
+            while piece:
+                began = loop.time()
+                piece = await loop.run_in_executor(None, pieced, lines)
+                worked = loop.time() - began
+                await outlet.send(piece)
+                await asyncio.sleep(min(PAUSE_MAX, worked * (1 / SHARE - 1)))
             if self.lost > told:
                 told = self.lost
-                lines.append(msgspec.json.encode({"lost": told}) + b"\n")
-            await outlet.send(b"".join(lines))
-            await asyncio.sleep(min(PAUSE_MAX, worked * (1 / SHARE - 1)))
+                await outlet.send(msgspec.json.encode({"lost": told}) + b"\n")
 
     async def _wait(self) -> bool:
         """Waits for records; returns False if none came for a while."""
@@ -268,14 +275,14 @@ class _Tap:
                 return False
         return True
 
-    def _lines(self, seen: Seen) -> list[bytes]:
-        """The lines of the records that are shown; in a thread."""
-        query, lines = self.query, list[bytes]()
+    def _lines(self, seen: Seen) -> Iterator[bytes]:
+        """Yields the lines of the records that are shown; in a thread."""
+        query = self.query
         items, records = seen.records.items(), seen.records
         places, envelopes = _ids(seen), singles(records.envelopes, records.count)
         for index in seen.passing:
             if query.limit and self._shown >= query.limit:
-                break
+                return
             if not query.where.holds(items[index]):
                 continue
             # Each record adds its part, and each whole that this makes is shown: no run of records
@@ -296,8 +303,7 @@ class _Tap:
             if index in seen.reasons:
                 facts["reason"], facts["error"] = seen.reasons[index]
             facts["envelope"] = facts_of(envelopes[index])
-            lines.append(msgspec.json.encode({**facts, **payload_fields(items[index])}) + b"\n")
-        return lines
+            yield msgspec.json.encode({**facts, **payload_fields(items[index])}) + b"\n"
 
 
 def _ids(seen: Seen) -> Sequence[str]:

@@ -11,7 +11,7 @@ whose data are JSON objects:
 * `history`, once and first: the samples of each pipeline, as `History.of` gives them;
 * `status`, once a second: the body of `/v1/status`, with the time `at` it was made;
 * `batches`, when there are some: the tries of batches that have ended, by pipeline, the last ones
-  if there were many; at first all that are kept;
+  if there were many; at first all that are kept, an event for each pipeline;
 * `sample`: the newest sample of each pipeline, in the order of the fields.
 """
 
@@ -154,7 +154,8 @@ class Watchers:
             if self._ticking is None:
                 turn = self._tick(self._tried())
                 self._ticking = asyncio.get_running_loop().create_task(turn, name="watch")
-            await outlet.send(self._first())
+            for piece in self._first():
+                await outlet.send(piece)
             while True:
                 await self._ticked.wait()
                 await outlet.send(self._events)
@@ -169,13 +170,13 @@ class Watchers:
             self._ticking.cancel()
             self._ticking = None
 
-    def _first(self) -> bytes:
-        batches = {
-            name: [one._asdict() for one in pipeline.settlements.recent.batches]
-            for name, pipeline in self._view.pipelines.items()
-        }
-        found = [event("history", self._history.of()), self._status()]
-        return b"".join([*found, event("batches", {"pipelines": batches})])
+    def _first(self) -> Iterator[bytes]:
+        """Yields what a new reader is given, piece by piece: one may take nothing."""
+        yield event("history", self._history.of())
+        yield self._status()
+        for name, pipeline in list(self._view.pipelines.items()):
+            tries = [one._asdict() for one in pipeline.settlements.recent.batches]
+            yield event("batches", {"pipelines": {name: tries}})
 
     def _status(self) -> bytes:
         status = msgspec.to_builtins(self._view.status())

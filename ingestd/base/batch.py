@@ -104,6 +104,8 @@ class SealedBatch:
 # Bounded, in memory, and forgotten at a restart: for people who look at a daemon, and for their
 # tools. A batch costs one tuple and one search among the bounds below, a record nothing.
 
+ERROR_CHARS = 500
+"""The part of the error of a try that is kept here; the log and dead letters have all of it."""
 BATCHES_MAX = 200
 """Tries of batches that are kept, the last ones."""
 AGE_BOUNDS = tuple(0.001 * 2 ** (step / 2) for step in range(54))

@@ -41,7 +41,8 @@ _WIDTH_MAX = 48
 def effective(loaded: Loaded[Settings]) -> Iterator[str]:
     """One line a setting: `batch.records_max = 500   # flag --batch.records_max`."""
     lines = [
-        (f"{key} = {toml_of(value)}", origin) for key, value, origin in effective_values(loaded)
+        (f"{key} = {toml_of(value)}", origin)
+        for key, value, origin in effective_values(loaded.settings, loaded.origins)
     ]
     width = min(max(len(text) for text, _ in lines), _WIDTH_MAX)
     for text, origin in lines:
@@ -118,7 +119,7 @@ class _Report:
         if self._as_json:
             self._settings = [
                 {"key": key, "value": value, "origin": origin}
-                for key, value, origin in effective_values(loaded)
+                for key, value, origin in effective_values(loaded.settings, loaded.origins)
             ]
         else:
             say("\n".join(effective(loaded)))

@@ -18,7 +18,7 @@ from ingestd.settings import SCHEMA, Settings
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 
 def configured(arguments: argparse.Namespace) -> Loaded[Settings]:
@@ -48,17 +48,39 @@ class Configuration:
         self._environ = dict(os.environ)
         self._cwd = here()
         self._before: Loaded[Settings] | None = None
+        self._origins: dict[str, str] = {}
 
     def effective(self, settings: Settings) -> Iterator[tuple[str, object, str]]:
-        """Yields key, value and origin of each of these settings, by what was loaded last."""
-        return effective_values(replace(self._before or self.load(), settings=settings))
+        """Yields key, value and origin of each of the settings in effect; secrets are masked."""
+        return effective_values(settings, self._origins_of(settings))
 
-    def load(self) -> Loaded[Settings]:
+    def _origins_of(self, running: Settings) -> dict[str, str]:
+        """The origin of each setting in effect, by its dotted key.
+
+        What was loaded last may need a restart, or have been refused: a value that is not in it has
+        the origin that it had before, and is masked if that is a secret.
+        """
+        last = self._before or self.load()
+        written = dict(SCHEMA.values_of(last.settings))
+        found = {}
+        for path, value in SCHEMA.values_of(running):
+            key = dotted(path)
+            is_last = path in written and written[path] == value
+            origins = self._origins if not is_last and key in self._origins else last.origins
+            found[key] = origins.get(key, DEFAULT)
+        return found
+
+    def load(self, running: Settings | None = None) -> Loaded[Settings]:
         """Loads the settings as they are written now, every path in them absolute.
+
+        Args:
+            running: the settings in effect, at a reload.
 
         Raises:
             ConfigError: with one line for everything that is wrong.
         """
+        if running is not None:
+            self._origins = self._origins_of(running)
         loaded = load(
             Settings,
             self._arguments.flags,
@@ -67,8 +89,8 @@ class Configuration:
             config=self._arguments.config,
             before=self._before,
         )
-        self._before = loaded
-        return replace(loaded, settings=anchored(loaded.settings, self._cwd))
+        self._before = replace(loaded, settings=anchored(loaded.settings, self._cwd))
+        return self._before
 
 
 def here() -> Path:
@@ -91,13 +113,22 @@ _SECRET_NAME = re.compile(
 _PLAIN = re.compile(r"|true|false|-?[0-9]{1,9}(\.[0-9]{1,9})?", re.IGNORECASE)
 
 
-def effective_values(loaded: Loaded[Settings]) -> Iterator[tuple[str, object, str]]:
-    """Yields key, value and origin of each setting; secrets are masked."""
-    for path, value in SCHEMA.values_of(loaded.settings):
-        origin = loaded.origins[dotted(path)]
+def effective_values(
+    settings: Settings, origins: Mapping[str, str]
+) -> Iterator[tuple[str, object, str]]:
+    """Yields key, value and origin of each setting; secrets are masked.
+
+    Args:
+        settings: checked.
+        origins: of each, by its dotted key.
+    """
+    for path, value in SCHEMA.values_of(settings):
+        origin = origins[dotted(path)]
         if origin == DEFAULT and _is_hint(path, value):
             origin = "suits the sink"
-        yield dotted(path), _visible(path, value, origin, loaded), origin
+        source = origins.get(origin.removeprefix("as "), "") if origin[:3] == "as " else origin
+        is_secret = source.startswith("secret ")
+        yield dotted(path), MASK if is_secret else _visible(path, value, settings), origin
 
 
 def _is_hint(path: Sequence[str], value: object) -> bool:
@@ -106,18 +137,14 @@ def _is_hint(path: Sequence[str], value: object) -> bool:
     return path[-2:-1] in [("batch",), ("queue",)] and field is not None and value != field.default
 
 
-def _visible(path: Sequence[str], value: object, origin: str, loaded: Loaded[Settings]) -> object:
-    source = loaded.origins.get(origin.removeprefix("as "), "") if "as " in origin[:3] else origin
-    if source.startswith("secret "):
-        return MASK
+def _visible(path: Sequence[str], value: object, settings: Settings) -> object:
     if "options" in path:
-        return _option(path, value, _harmless(path, loaded))
+        return _option(path, value, _harmless(path, settings))
     return shown(SCHEMA.field_at(path), value)
 
 
-def _harmless(path: Sequence[str], loaded: Loaded[Settings]) -> bool:
+def _harmless(path: Sequence[str], settings: Any) -> bool:
     """Returns True for an option of our own sinks that is no secret."""
-    settings: Any = loaded.settings
     handler = settings.handler if path[0] == "handler" else settings.pipelines[path[1]].handler
     names = path[path.index("options") + 1 :]
     target = handler.target if not handler.targets else names[0] if names else ""

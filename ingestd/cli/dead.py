@@ -406,7 +406,7 @@ def _formatted(payload: bytes, indent: int) -> bytes:
     """JSON in another form; anything else as it is, for the check to name its fault."""
     try:
         return msgspec.json.format(payload, indent=indent)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return payload
 
 
@@ -448,23 +448,43 @@ def _remove(left_in: str) -> None:
 def with_values(record: bytes, values: Sequence[tuple[list[str], object]]) -> bytes:
     """A JSON record with values set in it, each at the tokens of its JSON Pointer.
 
+    All other values stay as they are written.
+
     Raises:
         UsageError: it is no JSON, or a pointer leads through something that has no members.
     """
-    try:
-        root: Any = msgspec.json.decode(record)
-    except msgspec.DecodeError as error:
-        raise UsageError(problem=f"--set needs a record that is JSON: {error}") from error
-    for (*way, last), value in values:
-        place = root
+    for tokens, value in values:
         try:
-            for token in way:
-                place = place[int(token)] if type(place) is list else place.setdefault(token, {})
-            place[int(last) if type(place) is list else last] = value
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            problem = f"--set: there is no place /{'/'.join([*way, last])} in the record"
+            record = _with_value(record, tokens, value)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise UsageError(problem=f"--set needs a record that is JSON: {error}") from error
+        except (LookupError, ValueError) as error:
+            problem = f"--set: there is no place /{'/'.join(tokens)} in the record"
             raise UsageError(problem=problem) from error
-    return msgspec.json.encode(root)
+    return record
+
+
+def _with_value(text: bytes, tokens: Sequence[str], value: object) -> bytes:
+    """A JSON text with a value at some tokens; a member that is missing is made.
+
+    Raises:
+        msgspec.DecodeError, UnicodeDecodeError, RecursionError: it is no JSON.
+        LookupError, ValueError: there is no such place.
+    """
+    if not tokens:
+        return msgspec.json.encode(value)
+    token, *rest = tokens
+    root = msgspec.json.decode(text, type=msgspec.Raw)  # all of it, before a part is looked at
+    if bytes(root).lstrip()[:1] == b"[":
+        elements = msgspec.json.decode(text, type=list[msgspec.Raw])
+        elements[int(token)] = msgspec.Raw(_with_value(elements[int(token)], rest, value))
+        return msgspec.json.encode(elements)
+    if bytes(root).lstrip()[:1] != b"{":
+        raise LookupError(token)
+    members = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+    inner = members.get(token, msgspec.Raw(b"{}"))
+    members[token] = msgspec.Raw(_with_value(inner, rest, value))
+    return msgspec.json.encode(members)
 
 
 def _assignment(written: str) -> tuple[list[str], object]:
@@ -476,9 +496,13 @@ def _assignment(written: str) -> tuple[list[str], object]:
     if key.startswith("/"):
         tokens = [one.replace("~1", "/").replace("~0", "~") for one in key[1:].split("/")]
     try:
-        return tokens, msgspec.json.decode(value)
+        text = value.encode()
+        msgspec.json.decode(text)
     except msgspec.DecodeError:
         return tokens, value
+    except (UnicodeEncodeError, RecursionError):
+        raise argparse.ArgumentTypeError("has a value that is no JSON and no text") from None
+    return tokens, msgspec.Raw(text)
 
 
 def _before(marked: int) -> str:

@@ -83,10 +83,12 @@ def _records(
 
 def as_record(payload: bytes) -> bytes:
     """A record as one line of JSON."""
+    fields = payload_fields(payload)
     try:
-        msgspec.json.decode(payload, type=msgspec.Raw)
-    except msgspec.DecodeError:
-        fields = payload_fields(payload)
+        is_json = "payload" in fields and bool(msgspec.json.decode(payload, type=msgspec.Raw))
+    except (msgspec.DecodeError, RecursionError):
+        is_json = False
+    if not is_json:
         return msgspec.json.encode(fields.get("payload", fields)) + b"\n"
     if b"\n" in payload or b"\r" in payload:  # between its tokens: within a text they are escaped
         payload = msgspec.json.format(payload, indent=-1)

@@ -44,8 +44,8 @@ def execute(arguments: argparse.Namespace) -> int:
     settings = configuration.load().settings
     from ingestd.daemon import serve  # noqa: PLC0415  help and check need none of it
 
-    def again() -> Settings:
-        return configuration.load().settings
+    def again(running: Settings) -> Settings:
+        return configuration.load(running).settings
 
     # Where no source reads standard input a handler in a thread may have it.
     input_fd = move_input() if any(one.reads_input for one in settings.running_sources()) else 0

@@ -161,8 +161,8 @@ class SlackScheme(Scheme):
 
     def find_id(self, request: SignedRequest, signed: Signed) -> str:
         """The event's; Slack tries nothing else again, so the same time and body are a replay."""
-        body = _SlackBody() if request.is_form else self._read(request.wire)
-        if self._asks(body):
+        body = self._read(request.wire)  # whatever type it came with: that is not signed
+        if self._asks(body) and not request.is_form:
             return ""
         return body.event_id if ID.fullmatch(body.event_id) else digest_of(*signed.signed)
 

@@ -347,6 +347,11 @@ def test_what_slack_asks_is_answered_and_no_record() -> None:
     assert first is not None
     assert first == ask(one, {**slack(body, NOW, ""), **FORM_TYPE}, body)
     assert first != ask(one, {**slack(body, NOW + 1, ""), **FORM_TYPE}, body)
+    # The type is not signed: a delivery that comes again under another one is the same.
+    body = body_of("slack")
+    as_form = ask(one, {**slack(body, NOW, ""), **FORM_TYPE}, body)
+    assert ask(one, slack(body, NOW, ""), body) == as_form
+    assert ask(one, {**slack(question, NOW, ""), **FORM_TYPE}, question) is not None
 
 
 def built(kind: str, content_type: str = "application/json") -> tuple[WebhooksEndpoint, Head]:

@@ -59,7 +59,8 @@ def test_reading_needs_a_token_beyond_this_machine() -> None:
     assert asked(Need.READ, local=False) == (401, "")
     assert asked(Need.READ, local=False, settings={"tokens": {}}) == (401, "")
     assert asked(Need.READ, settings={"token_required": True}) == (401, "")
-    for name in ("forwarded", "x_forwarded_for", "x_forwarded_host", "x_real_ip"):
+    named = ("forwarded", "x_forwarded_for", "x_forwarded_host", "x_real_ip")
+    for name in (*named, "x_forwarded_proto", "x_forwarded_port", "via"):
         assert asked(Need.READ, **{name: "192.0.2.7"}) == (401, "")
 
 

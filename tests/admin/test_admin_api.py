@@ -7,8 +7,10 @@ import contextlib
 import json
 import re
 import socket
+import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,17 +18,26 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import msgspec
 import pytest
+import structlog
 
 from ingestd.admin import api, connection, watch
 from ingestd.admin.server import AdminServer
 from ingestd.admin.status import Status, status_of
 from ingestd.base.append import Append
-from ingestd.base.batch import AGE_BOUNDS, BATCHES_MAX, RecentBatches, TriedBatch, share
+from ingestd.base.batch import (
+    AGE_BOUNDS,
+    BATCHES_MAX,
+    ERROR_CHARS,
+    RecentBatches,
+    TriedBatch,
+    share,
+)
 from ingestd.base.clock import SystemClock
 from ingestd.base.metrics import Metrics
 from ingestd.base.record import Records
 from ingestd.config.network import split_address
 from ingestd.http.credentials import hash_of
+from ingestd.journal.handling import purge
 from ingestd.pipeline import Pipeline
 from ingestd.settings import AdminSettings, Settings
 from tests.daemon.harness import daemon
@@ -185,7 +196,74 @@ async def test_changes_are_asked_for_in_full(seen: Seen) -> None:
     assert (await seen.ask("/v1/dead/purge", {"all": True}, ADMIN, **foreign))[0] == 403
     assert (await seen.ask("/v1/dead/purge", {"all": True}, ADMIN, Host="evil.example"))[0] == 421
     assert (await seen.ask("/v1/dead/purge"))[0] == 405
+    for body in ({"limit": 0}, {"limit": -1}, {"limit": -1, "reasons": ["rejected"]}):
+        assert (await seen.ask("/v1/dead/purge", body, ADMIN))[0] == 400
+    # A parameter that is passed over would widen the choice.
+    for path in ("/v1/dead/purge?pipeline=other", "/v1/dead/retry?limit=1"):
+        assert (await seen.ask(path, {"all": True}, ADMIN))[0] == 400
+    for action in ("pause", "resume"):
+        path = f"/v1/pipelines/default/{action}?for=1h"
+        assert (await seen.ask(path, {}, ADMIN))[0] == 400
+    assert not seen.status().pipelines["default"].paused
     assert (await seen.ask("/v1/dead"))[1]["count"] == 1
+
+
+async def test_pages_go_on_within_one_pipeline(seen: Seen) -> None:
+    await seen.feed(*({"refused": n} for n in range(3)))
+    assert (await seen.ask("/v1/dead?before=0"))[1]["letters"] == []
+    seen.pipelines["other"] = seen.pipeline
+    # Numbers count within a pipeline: those of the second one from 2 on would be in no page.
+    status, answer = await seen.ask("/v1/dead?limit=2&before=2")
+    assert (status, answer["detail"]) == (400, "before needs the pipeline whose numbers it means")
+    assert (await seen.ask("/v1/dead?limit=2&before=2&pipeline=other"))[0] == 200
+    assert (await seen.ask("/v1/dead"))[0] == 200
+    del seen.pipelines["other"]
+
+
+async def test_an_export_goes_on_while_many_requests_wait(
+    seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "PIECE_BYTES", 1)
+    monkeypatch.setattr(api, "CALLS_MAX", 1)
+    monkeypatch.setattr(api, "summed_up", lambda _: time.sleep(0.01) or [])
+    await seen.feed(*({"refused": n} for n in range(50)))
+    export = asyncio.ensure_future(seen.ask("/v1/dead/export"))
+    while not export.done():
+        await asyncio.gather(*(seen.ask("/v1/dead/summary") for _ in range(4)))
+    assert len((await export)[1].splitlines()) == 50
+
+
+async def test_a_change_whose_client_has_gone_is_logged(
+    seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, may_end = threading.Event(), threading.Event()
+
+    def slow_purge(*arguments: Any) -> int:
+        began.set()
+        may_end.wait(DEADLINE)
+        return purge(*arguments)
+
+    monkeypatch.setattr(api, "purge", slow_purge)
+    await seen.feed({"refused": 1})
+    [address] = seen.server.addresses
+    _, writer = await asyncio.open_connection(*split_address(address))
+    writer.write(
+        b"POST /v1/dead/purge HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %b\r\n"
+        b"Content-Type: application/json\r\nContent-Length: 12\r\n\r\n"
+        % ADMIN.encode()
+        + b'{"all":true}'
+    )
+    assert await asyncio.to_thread(began.wait, DEADLINE)
+    reset = struct.pack("ii", 1, 0)
+    writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+    writer.transport.abort()
+    await seen.until(lambda: not seen.server._protocol._inside)
+    with structlog.testing.capture_logs() as logged:
+        may_end.set()
+        await seen.until(lambda: logged)
+    assert logged == [
+        {"event": "dead_letters_purged", "letters": 1, "by": "ops", "log_level": "info"}
+    ]
 
 
 async def test_payloads_are_hidden_from_what_came_through_a_proxy(seen: Seen) -> None:
@@ -202,7 +280,7 @@ async def test_a_large_payload_is_shown_in_part_and_exported_whole(
     seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(api, "PAYLOAD_BYTES", 100)
-    monkeypatch.setattr(api, "PIECE_BYTES", 50)
+    monkeypatch.setattr(connection, "PIECE_BYTES", 50)
     await seen.feed({"refused": "ä" * 500}, {"refused": "b"})
     _, letter = await seen.ask("/v1/dead/1")
     assert letter["payload_cut"] is True
@@ -245,6 +323,19 @@ async def test_a_pipeline_is_paused_and_resumed(seen: Seen) -> None:
     assert (await seen.change("/v1/pipelines/default/resume", {}))["paused"] is False
     assert not seen.status().pipelines["default"].paused
     assert (await seen.ask("/v1/pipelines/none/pause", {}, ADMIN))[0] == 404
+
+
+async def test_a_change_that_the_disk_refuses_says_why(seen: Seen, tmp_path: Path) -> None:
+    (tmp_path / "paused").mkdir()
+    with structlog.testing.capture_logs() as logged:
+        status, answer = await seen.ask("/v1/pipelines/default/resume", {}, ADMIN)
+    assert status == 500
+    assert f"{tmp_path}: paused can't be changed: " in answer["detail"]
+    [line] = [one for one in logged if one["event"] == "admin_page_failed"]
+    assert line == {
+        "event": "admin_page_failed", "log_level": "error", "error": answer["detail"],
+        "page": "/v1/pipelines/default/resume",
+    }  # fmt: skip
 
 
 async def test_the_description_has_every_page(seen: Seen) -> None:
@@ -354,6 +445,37 @@ async def test_watchers_are_few_and_one_that_never_reads_is_dropped(
     for _, writer in readers:
         writer.transport.abort()
     await asyncio.gather(*reading)
+
+
+async def test_a_reader_that_takes_nothing_holds_the_tries_of_one_pipeline(
+    seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[bytes] = []
+    send = connection.Outlet.send
+
+    async def spy(outlet: connection.Outlet, data: bytes) -> None:
+        sent.append(data)
+        await send(outlet, data)
+
+    monkeypatch.setattr(connection.Outlet, "send", spy)
+    await seen.feed({"refused": "x" * 4000})
+    [tried] = seen.pipeline.settlements.recent.batches
+    assert len(tried.error) == ERROR_CHARS
+    for number in range(2, BATCHES_MAX + 1):
+        seen.pipeline.settlements.recent.add(tried._replace(id=f"b-{number}"))
+    for number in range(20):
+        seen.pipelines[f"other{number}"] = seen.pipeline
+    reader, writer = await watcher(seen)
+    got = events(reader)
+    shown: set[str] = set()
+    async for kind, data in got:
+        shown |= data["pipelines"].keys() if kind == "batches" else set()
+        if len(shown) == 21:
+            break
+    writer.close()
+    assert max(map(len, sent)) < 2 * BATCHES_MAX * ERROR_CHARS
+    for number in range(20):
+        del seen.pipelines[f"other{number}"]
 
 
 async def test_close_ends_those_that_watch(seen: Seen) -> None:

@@ -230,6 +230,34 @@ async def test_who_holds_connections_keeps_no_probe_from_its_answer(admin: Admin
         writer.close()
 
 
+async def test_answers_that_nobody_takes_are_bounded_together(
+    admin: Admin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(admin_server, "ANSWERS_BYTES_MAX", 20 << 20)
+    version = "x" * (6 << 20)
+    large = msgspec.structs.replace(STATUS, version=version)
+    monkeypatch.setattr(admin.view, "status", lambda: large)
+    connections = []
+    for _ in range(20):
+        reader, writer = await admin.connect()
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(b"GET /v1/status HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        connections.append((reader, writer))
+    inside = admin.server._protocol._inside
+
+    def held() -> int:
+        return sum(one.transport.get_write_buffer_size() for one in inside)
+
+    async with asyncio.timeout(admin_server.CONNECTION_SECONDS / 2):
+        while not all(one.transport.is_closing() for one in inside) or held() > 20 << 20:
+            await asyncio.sleep(0.01)
+    assert held() > 10 << 20
+    status, body, _ = await admin.ask("/v1/status")
+    assert (status, msgspec.json.decode(body)["version"]) == (200, version)
+    for _, writer in connections:
+        writer.transport.abort()
+
+
 async def test_who_sends_what_is_no_http_does_not_fill_the_log(
     admin: Admin, caplog: pytest.LogCaptureFixture
 ) -> None:

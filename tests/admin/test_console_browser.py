@@ -288,3 +288,16 @@ def test_a_token_is_asked_for_where_reading_needs_one(chromium: Browser, tmp_pat
         one.terminate()
         assert one.wait() == 0
         chromium.until(lambda: chromium.text("#link") == "no connection")
+
+
+def test_a_pipeline_may_have_the_name_of_a_member_of_every_object(
+    chromium: Browser, tmp_path: Path
+) -> None:
+    (tmp_path / "ingestd.toml").write_text('[pipelines.constructor]\nformat = "json"\n')
+    with daemon(cwd=tmp_path) as started:
+        assert started.request("POST", "/v1/records/constructor", "{}", {})[0] == 202
+        chromium.open("about:blank")
+        chromium.open(f"http://127.0.0.1:{started.admin_port}/#pipeline=constructor")
+        chromium.until(lambda: "done" in chromium.text("#batches-table"))
+        assert chromium.text("#pipeline-name") == "constructor"
+        assert chromium.text("#link") == "live"

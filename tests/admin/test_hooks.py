@@ -102,6 +102,14 @@ def test_a_sink_that_flaps_is_told_of_once_in_a_while() -> None:
     assert told.kinds(200.0, handler=DOWN) == ["sink_down"]
 
 
+def test_a_clock_that_is_put_back_silences_nothing() -> None:
+    told = Told()
+    assert told.kinds(1_000_000.0, dead=1) == ["dead_letters"]
+    assert told.kinds(200.0, dead=2) == ["dead_letters"]
+    assert told.kinds(205.0, dead=3) == []
+    assert told.kinds(210.0, dead=3) == ["dead_letters"]
+
+
 def test_a_bound_that_is_near_is_told_of_once_until_there_is_room_again() -> None:
     told = Told()
     near = {"bounds_near": ["journal.bytes_max", "queue.bytes_max"], "bounds_used": {}}

@@ -6,9 +6,11 @@ import asyncio
 import json
 from typing import TYPE_CHECKING
 
+import aiohttp
 import pytest
 
-from ingestd.admin import tap
+from ingestd.admin import connection, tap
+from ingestd.admin.connection import Outlet
 from ingestd.base.append import Append
 from ingestd.base.record import Records
 from ingestd.config.network import split_address
@@ -105,6 +107,27 @@ async def test_a_pipeline_that_has_left_settles_what_it_has(seen: Seen, open_tap
     seen.pipelines["default"] = adopted
 
 
+async def test_what_waits_for_a_reader_is_one_piece_of_a_batch(
+    seen: Seen,
+    open_tap,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent: list[int] = []
+    send = Outlet.send
+
+    async def spy(outlet: Outlet, data: bytes) -> None:
+        sent.append(len(data))
+        await send(outlet, data)
+
+    monkeypatch.setattr(Outlet, "send", spy)
+    monkeypatch.setattr(connection, "PIECE_BYTES", 4096)
+    reader = await open_tap("where=a=1")
+    await seen.feed(*({"a": 1, "text": "\x01" * 500} for _ in range(100)))  # six bytes for each
+    assert len(await reader.lines(100)) == 100
+    assert sum(sent) > 300_000
+    assert max(sent) < 10_000
+
+
 async def test_a_sample_is_evenly_spread(seen: Seen, open_tap) -> None:
     reader = await open_tap("sample=0.25")
     await seen.feed(*({"n": n} for n in range(40)))
@@ -160,3 +183,41 @@ async def test_beyond_this_machine_only_admins_see_payloads(seen: Seen) -> None:
     assert (await allowed)[0] == 200
     seen.server.prepare(SETTINGS.model_copy(update={"payloads": "never"}))()
     assert (await seen.ask("/v1/tap?limit=1"))[0] == 403
+
+
+async def test_a_reload_ends_the_streams_that_are_not_allowed_any_more(seen: Seen) -> None:
+    beyond = {"X-Forwarded-For": "192.0.2.1"}
+    shown = SETTINGS.model_copy(update={"payloads": "always"})
+    seen.server.prepare(shown)()
+
+    async def stream(path: str, token: str, **headers: str) -> str:
+        try:
+            return str((await seen.ask(path, token=token, **headers))[0])
+        except aiohttp.ClientError:
+            return "ended"
+
+    def streams() -> int:
+        return len(seen.server._protocol._streaming)
+
+    def open_(*arguments: str, **headers: str) -> asyncio.Task[str]:
+        return asyncio.create_task(stream(*arguments, **headers))
+
+    local, tapped = open_("/v1/tap", ""), open_("/v1/tap", ADMIN, **beyond)
+    reader, watched = open_("/v1/watch", READER, **beyond), open_("/v1/watch", ADMIN, **beyond)
+    await seen.until(lambda: streams() == 4)
+    seen.server.prepare(shown)()  # which changes nothing
+    await asyncio.sleep(0.05)
+    assert streams() == 4
+    # An admin that became a reader may watch, and taps no more.
+    less = {name: one.model_copy(update={"role": "reader"}) for name, one in shown.tokens.items()}
+    seen.server.prepare(shown.model_copy(update={"tokens": less}))()
+    assert await asyncio.wait_for(tapped, 5) == "ended"
+    assert streams() == 3
+    eye = {"eye": shown.tokens["eye"]}
+    seen.server.prepare(shown.model_copy(update={"tokens": eye}))()
+    assert await asyncio.wait_for(watched, 5) == "ended"
+    assert streams() == 2
+    seen.server.prepare(SETTINGS.model_copy(update={"payloads": "never"}))()
+    assert await asyncio.wait_for(local, 5) == "ended"
+    assert streams() == 1
+    reader.cancel()

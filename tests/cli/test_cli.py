@@ -127,7 +127,7 @@ def test_check_without_a_handler_finds_the_sink(here: Path) -> None:
 
 
 def test_check_masks_what_looks_secret_and_what_came_from_a_secret(here: Path) -> None:
-    hidden = ["hunter1", "hunter2", "hunter3", "hunter4", "hunter5", "hunter6"]
+    hidden = ["hunter1", "hunter2", "hunter3", "hunter4", "hunter5", "hunter6", "hunter7"]
     (here / "credentials").mkdir()
     (here / "credentials" / "ingestd_handler__options__table").write_text("hunter1\n")
     (here / "ingestd.toml").write_text(
@@ -138,6 +138,9 @@ def test_check_masks_what_looks_secret_and_what_came_from_a_secret(here: Path) -
         'database = {PASSWORD = "hunter4", host = "visible"}\n'
         'list = [{secret_key = "hunter5"}]\n'
         "[pipelines.clicks]\n"
+        "[hooks.ops]\n"
+        'url = "https://hooks.example/x?key=hunter7"\n'
+        f'secret = "whsec_{"A" * 32}"\n'
     )
     run = ingestd(
         "check", "--handler.options.dsn", "hunter6", cwd=here,
@@ -151,6 +154,7 @@ def test_check_masks_what_looks_secret_and_what_came_from_a_secret(here: Path) -
     )  # fmt: skip
     assert lines["pipelines.clicks.handler.options.table"][0] == '"***"'
     assert lines["handler.options.database.host"][0] == '"***"'
+    assert lines["hooks.ops.url"][0] == '"https://hooks.example/x?…"'
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,16 @@ async def test_what_is_pending_is_printed_and_stays(
     assert journal.ledger.pending == 7
 
 
+async def test_every_record_is_one_line_of_json_in_utf_8(
+    journal: SqliteJournal, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    deep = b"[" * 100_000 + b"]" * 100_000  # a line of a text pipeline may be
+    await journal.append(Append(Records.sized([deep, b'{"a":"\xff"}', b"1"])))
+    assert peek(capsys, tmp_path) == [
+        json.dumps(deep.decode()), '{"payload_base64":"eyJhIjoi/yJ9"}', "1"
+    ]  # fmt: skip
+
+
 async def test_damage_is_counted_and_passed_by(
     journal: SqliteJournal, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from ingestd.__main__ import main
 from ingestd.base.append import Append
 from ingestd.base.clock import SystemClock
 from ingestd.base.record import InvalidRecord, Records, Span
+from ingestd.cli import dead
 from ingestd.journal import handling
 from ingestd.journal.dead_letters import DeadLetter
 from ingestd.journal.interface import Cursor, Ledger, Seal, Sealed, Settle
@@ -106,6 +107,53 @@ async def test_an_edited_letter_is_requeued_and_every_number_stays_exact(
     assert journal.ledger == Ledger(accepted=5, processed=0, dead=3, invalid=0)
     with opened(journal.path) as db:
         assert list(check.findings(db)) == []
+
+
+async def test_an_edit_changes_what_it_names_and_nothing_else(
+    journal: SqliteJournal, run, tmp_path: Path
+) -> None:
+    written = (
+        b'{"a": 1.10, "b":[1e5,{"c":0.12345678901234567890}], "d":"\\u00e9",'
+        b' "e":12345678901234567890123}'
+    )
+    (tmp_path / "new.json").write_bytes(written)
+    run("edit", "2", "--input", str(tmp_path / "new.json"))
+    assert await journal.dead_letters.poll_marked()
+    (chunk,) = (await journal.dead_letters.requeue()).chunks
+    (record,) = chunk.records.items()
+    values = [("/b/1/x/y", "9.90"), ("f", "0.98765432109876543210"), ("/b/0", '"é"')]
+    tokens = [dead._assignment(f"{key}={value}") for key, value in values]
+    assert dead.with_values(record, tokens).decode() == (
+        '{"a":1.10,"b":["é",{"c":0.12345678901234567890,"x":{"y":9.90}}],"d":"\\u00e9",'
+        '"e":12345678901234567890123,"f":0.98765432109876543210}'
+    )
+
+
+async def test_records_that_cannot_be_read_are_edited_as_a_whole(
+    journal: SqliteJournal, run, tmp_path: Path
+) -> None:
+    deep = b"[" * 100_000 + b"]" * 100_000
+    odd = [deep, b'{"a":{"b":"\xff"}}', b'{"\xff":1}']
+    await journal.append(
+        Append(
+            Records.lines([]),
+            [InvalidRecord(n, "malformed", "no", one) for n, one in enumerate(odd)],
+        )
+    )
+    assert "needs a record that is JSON" in run("edit", "6", "--set", "n=1", code=2)[1]
+    assert "not UTF-8" in run("edit", "7", "--set", "n=1", code=2)[1]
+    assert "needs a record that is JSON" in run("edit", "8", "--set", "n=1", code=2)[1]
+    for value in ("[" * 100_000 + "]" * 100_000, "\udcff", '"\udcff"'):
+        assert "no JSON and no text" in run("edit", "1", "--set", f"n={value}", code=2)[1]
+    (tmp_path / "new.json").write_bytes(deep)
+    assert (
+        "no record of pipeline"
+        in run("edit", "7", "--input", str(tmp_path / "new.json"), code=2)[1]
+    )
+    (tmp_path / "new.json").write_bytes(b'{"n":8}')
+    for number in ("6", "7", "8"):
+        run("edit", number, "--input", str(tmp_path / "new.json"))
+    assert run("edit", "7", "--set", '/a/b="b"', code=2)[1]  # it is requeued
 
 
 async def test_what_is_no_record_changes_nothing(journal: SqliteJournal, run, monkeypatch) -> None:

@@ -279,6 +279,24 @@ async def test_kept_damage_is_counted_and_not_fed(build, tmp_path: Path, capsys)
     assert "done, 1 record fed and 1 that can't be read" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["no json", "5", "[1]", '["no condition"]'])
+async def test_a_replay_whose_conditions_are_damaged_is_stopped(
+    build, tmp_path: Path, capsys, damage: str
+) -> None:
+    journal = await build()
+    await process(journal, lines(1, 2))
+    replay(tmp_path, "--all", "--where", "n=1")
+    replay(tmp_path, "--all", "--where", "n=2")
+    changed = "UPDATE replays SET conditions = ? WHERE id = 1"
+    journal._store.connection.execute(changed, (damage,))
+    assert await fed(journal) == [b'{"n":2}']
+    capsys.readouterr()
+    replay(tmp_path, "--list", "--json")
+    listed = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [one["state"] for one in listed] == ["stopped", "done"]
+
+
 def test_an_attribute_is_added_to_every_form_of_envelopes() -> None:
     lines_of_a_file = pack(Envelope(source="fetch", attributes={"url": "u"}, numbered="line"))
     for packed, facts in (

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from ingestd.admin.connection import AdminPage, StreamedResponse
+from ingestd.admin.access import Need
+from ingestd.admin.connection import AdminPage, StreamedResponse, pieced
 from ingestd.admin.operations import (
     LETTERS_MAX,
     OPERATIONS,
@@ -46,7 +47,7 @@ from ingestd.journal.handling import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Iterator, Mapping
+    from collections.abc import Awaitable, Callable, Mapping
 
     from ingestd.admin.access import AdminAccess
     from ingestd.admin.connection import AdminRequest, Answer, Outlet
@@ -59,11 +60,9 @@ LETTERS = 100
 PAYLOAD_BYTES = 256 << 10
 """The part of a payload that an answer shows; an export has all of it."""
 CALLS_MAX = 16
-"""Calls that wait for the thread of dead letters, or run in it."""
+"""Requests that wait for the thread of dead letters."""
 EXPORTS_MAX = 4
 """Exports at one time."""
-PIECE_BYTES = 256 << 10
-"""Part of an export that is read at once."""
 HIDDEN = (
     "payloads are shown on a loopback address alone, to this machine; admin.payloads may say more"
 )
@@ -90,7 +89,6 @@ class AdminApi:
         self._taps = Taps(view)
         self._thread = OwnThread("admin-dead-letters")
         self._exports = self._calls = 0
-        self._loop = asyncio.get_running_loop()
 
     def pages(self) -> dict[str, Resource[AdminPage]]:
         """The operations by path, those that are not answered by the server itself."""
@@ -115,7 +113,8 @@ class AdminApi:
         """Answers `/v1/watch`."""
         query_of(request, "watch")
         self._watchers.check()
-        return StreamedResponse("text/event-stream", self._watchers.write)
+        may_go_on = partial(self._may_read, request)
+        return StreamedResponse("text/event-stream", self._watchers.write, may_go_on)
 
     async def tap(self, request: AdminRequest) -> StreamedResponse:
         """Answers `/v1/tap`."""
@@ -123,7 +122,9 @@ class AdminApi:
         query = read_query(asked, list(self._pipelines(asked)))
         if not self._access().may_tap(request):
             raise Problem(problem.FORBIDDEN, f"{HIDDEN}, with a token of the role admin")
-        return self._taps.open(query)
+        return self._taps.open(
+            query, lambda: self._may_read(request) and self._access().may_tap(request)
+        )
 
     def history(self, request: AdminRequest) -> Response:
         """Answers `/v1/history`."""
@@ -163,6 +164,7 @@ class AdminApi:
 
     async def pause(self, request: AdminRequest) -> Response:
         """Answers `/v1/pipelines/{pipeline}/pause`."""
+        query_of(request, "pause")
         name, pipeline = self._named(request)
         await pipeline.pause()
         log.info("pipeline_paused", pipeline=name, by=request.principal)
@@ -170,6 +172,7 @@ class AdminApi:
 
     async def resume(self, request: AdminRequest) -> Response:
         """Answers `/v1/pipelines/{pipeline}/resume`."""
+        query_of(request, "resume")
         name, pipeline = self._named(request)
         await pipeline.resume()
         log.info("pipeline_resumed", pipeline=name, by=request.principal)
@@ -178,6 +181,9 @@ class AdminApi:
     def openapi(self, _: AdminRequest) -> Response:
         """Answers `/openapi.json`."""
         return _json(describe())
+
+    def _may_read(self, request: AdminRequest) -> bool:
+        return self._access().still_allows(request, Need.READ)
 
     def _named(self, request: AdminRequest) -> tuple[str, Pipeline]:
         name = path_of(request.target, request.method).split("/")[3]
@@ -219,19 +225,21 @@ class AdminApi:
             detail = "too many requests about dead letters wait already"
             raise Problem(problem.BUSY, detail, headers=retry_after(5.0))
         self._calls += 1
-        called = self._thread.submit(call)
-        called.add_done_callback(lambda _: self._loop.call_soon_threadsafe(self._called))
-        return await asyncio.wrap_future(called)
-
-    def _called(self) -> None:
-        self._calls -= 1
+        try:
+            return await asyncio.wrap_future(self._thread.submit(call))
+        finally:
+            self._calls -= 1
 
     async def letters(self, request: AdminRequest) -> Response:
         """Answers `/v1/dead`."""
         asked = query_of(request, "letters")
         stores, chosen = self._stores(asked), filter_in(asked)
         limit = min(number_in(asked, "limit") or LETTERS, LETTERS_MAX)
-        before = number_in(asked, "before") or sys.maxsize
+        before = number_in(asked, "before")
+        if before is None:
+            before = sys.maxsize
+        elif len(stores) > 1:
+            raise Problem(problem.BAD_REQUEST, "before needs the pipeline whose numbers it means")
 
         def read() -> dict[str, Any]:
             found = letters_of(stores, chosen._replace(limit=limit), whole=False, before=before)
@@ -286,7 +294,12 @@ class AdminApi:
             raise Problem(problem.BUSY, detail, headers=retry_after(10.0))
         headers = {"Content-Disposition": 'attachment; filename="dead-letters.ndjson"'}
         write = partial(self._write_export, stores, chosen)
-        return StreamedResponse("application/x-ndjson", write, headers)
+        return StreamedResponse(
+            "application/x-ndjson",
+            write,
+            lambda: self._may_read(request) and self._access().shows_payloads(request),
+            headers,
+        )
 
     async def _write_export(
         self, stores: dict[str, DeadLetters], chosen: LetterFilter, outlet: Outlet
@@ -297,7 +310,8 @@ class AdminApi:
         )
         self._exports += 1
         try:
-            while piece := await self._in_thread(partial(_piece, lines)):
+            # Beside the bound on calls: it would end an export that has begun, and there are few.
+            while piece := await asyncio.wrap_future(self._thread.submit(pieced, lines)):
                 await outlet.send(piece)
         finally:
             self._exports -= 1
@@ -306,7 +320,7 @@ class AdminApi:
 
     async def retry(self, request: AdminRequest) -> Response:
         """Answers `/v1/dead/retry`."""
-        stores, chosen = self._chosen(request)
+        stores, chosen = self._chosen(request, "retry")
         checks = {name: one.settings.record_fault for name, one in self._view.pipelines.items()}
         totals = await self._in_thread(lambda: retry(stores, chosen, checks.__getitem__))
         log.info("dead_letters_marked", letters=totals.marked, by=request.principal)
@@ -314,7 +328,7 @@ class AdminApi:
 
     async def purge(self, request: AdminRequest) -> Response:
         """Answers `/v1/dead/purge`."""
-        stores, chosen = self._chosen(request)
+        stores, chosen = self._chosen(request, "purge")
 
         def change() -> dict[str, int]:
             there = counted(stores, chosen)
@@ -325,12 +339,15 @@ class AdminApi:
         log.info("dead_letters_purged", letters=totals["purged"], by=request.principal)
         return _json(totals)
 
-    def _chosen(self, request: AdminRequest) -> tuple[dict[str, DeadLetters], LetterFilter]:
+    def _chosen(
+        self, request: AdminRequest, name: str
+    ) -> tuple[dict[str, DeadLetters], LetterFilter]:
         """The dead letters that a change is meant for.
 
         Raises:
             Problem: 400, 404.
         """
+        query_of(request, name)
         try:
             choice = msgspec.json.decode(request.body, type=LetterChoice)
         except (msgspec.MsgspecError, RecursionError) as error:
@@ -362,13 +379,3 @@ def _cut(payload: bytes) -> bytes:
         return payload
     text = payload[:PAYLOAD_BYTES].decode(errors="ignore").encode()
     return text if len(text) > PAYLOAD_BYTES - 4 else payload[:PAYLOAD_BYTES]
-
-
-def _piece(lines: Iterator[bytes]) -> bytes:
-    found, size = [], 0
-    for line in lines:
-        found.append(line)
-        size += len(line)
-        if size >= PIECE_BYTES:
-            break
-    return b"".join(found)

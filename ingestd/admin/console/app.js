@@ -15,9 +15,12 @@ const REASONS = ["malformed", "too_large", "unfinished", "schema", "unrouted", "
 
 const $ = (id) => document.getElementById(id);
 const state = {
-  status: null, last: [], history: null, batches: {}, pipeline: "", token: sessionStorage.getItem("token") || "",
+  status: null, last: [], history: null, batches: Object.create(null), pipeline: "", token: sessionStorage.getItem("token") || "",
   letters: [], lettersKey: "", before: null, settings: null, link: "", asked: false,
 };
+
+// A table by the names of pipelines, one of which may be called constructor.
+const byName = (table) => Object.assign(Object.create(null), table);
 
 // -- elements ---------------------------------------------------------------------------------------
 
@@ -187,7 +190,7 @@ const events = {
     showBatches();
   },
   history(data) {
-    state.history = data;
+    state.history = { ...data, pipelines: byName(data.pipelines) };
     showCharts();
   },
   sample(data) {
@@ -502,13 +505,13 @@ addEventListener("resize", () => { clearTimeout(resizing); resizing = setTimeout
 
 // -- workers and batches ----------------------------------------------------------------------------
 
-let workers = {};
+let workers = byName({});
 async function lookAtWorkers() {
   for (;;) {
     await visible();
     try {
       if (state.link && state.link !== "off") {
-        workers = (await get("v1/workers")).pipelines;
+        workers = byName((await get("v1/workers")).pipelines);
         showWorkers();
       }
     } catch { /* the state of the connection says so */ }

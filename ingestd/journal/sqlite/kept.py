@@ -233,8 +233,12 @@ def feed(
     journal, pending = db.execute("SELECT journal, chunk_bytes FROM meta").fetchone()
     if pending:
         room = min(room, PENDING_BYTES - pending)
-    where, chunks, looked_at, damaged, size = Where(running.conditions), list[Chunk](), 0, 0, 0
-    fed = running.fed
+    try:
+        where = Where(running.conditions)
+    except ValueError:  # they are damaged, and without them it would feed what nobody asked for
+        db.execute("UPDATE replays SET state = 'stopped' WHERE id = ?", (running.id,))
+        return Fed(looked_at=1)
+    chunks, fed, looked_at, damaged, size = list[Chunk](), running.fed, 0, 0, 0
     rows = db.execute(
         "SELECT id, accepted_at, count, layout, crc, sizes, payload, names, envelopes FROM kept"
         " WHERE id > ? AND id <= ? ORDER BY id LIMIT ?",
@@ -295,7 +299,18 @@ def _marked(records: Records, origin: str) -> Records:
 def replays(db: sqlite3.Connection, *, state: str = "") -> list[Replay]:
     """Reads the replays, the oldest first; only those in a state, if one is given."""
     rows = db.execute("SELECT * FROM replays WHERE ? IN ('', state) ORDER BY id", (state,))
-    return [Replay._make((*row[:4], tuple(json.loads(row[4])), *row[5:])) for row in rows]
+    return [Replay._make((*row[:4], _conditions(row[4]), *row[5:])) for row in rows]
+
+
+def _conditions(written: str) -> tuple[str, ...]:
+    """The conditions of a replay; damaged ones become one that is none."""
+    try:
+        found = json.loads(written)
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+        return ("",)
+    return tuple(found)
 
 
 def within(db: sqlite3.Connection, since: float, until: float) -> tuple[int, int]:
