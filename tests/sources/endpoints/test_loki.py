@@ -376,7 +376,7 @@ async def test_overload_is_the_whole_push_and_errors_are_plain_text() -> None:
     async with serving_endpoint("loki", intake, tokens=tokens, request_bytes_max=1000) as source:
         reply = await send(source, body)
         assert reply.status == 401
-        assert reply.text == "Unauthorized: a token is needed; there is none\n"
+        assert reply.text == "Unauthorized: a token is needed; the request has none\n"
         assert "bearer" in reply.headers["www-authenticate"].lower()
         shown = {"Authorization": f"Bearer {TOKEN}"}
         intake.errors = [Overloaded(what="the journal", retry_after=3.0)]
