@@ -163,6 +163,8 @@ class AdminServer:
         self.addresses = []
         if self._api is not None:
             self._api.close()
+        for change in [*self._changes]:
+            change.cancel()
 
     def prepare(self, settings: AdminSettings) -> Callable[[], None]:
         """Reads what a reload changes; returns what takes it over, and fails no more.
