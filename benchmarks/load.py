@@ -85,6 +85,21 @@ def send(tool: str, service: Service, bodies: Sequence[Path], seconds: float, fo
     return load
 
 
+def is_yes(received: bytes) -> bool | None:
+    """Whether an answer is a 2xx; `None` while it is not whole.
+
+    Knows only answers with a length, and only one at a time.
+    """
+    end = received.find(END_OF_HEAD)
+    if end < 0:
+        return None
+    head = received[:end].lower()
+    length = int(head.partition(b"content-length:")[2].partition(b"\r\n")[0])
+    if len(received) < end + len(END_OF_HEAD) + length:
+        return None
+    return head.startswith(b"http/1.1 2")
+
+
 class Client(asyncio.Protocol):
     """One connection: reads an answer to each request, tells whether it was a yes."""
 
@@ -105,17 +120,12 @@ class Client(asyncio.Protocol):
         self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
-        """A piece of an answer; knows only answers with a length, and only one at a time."""
+        """A piece of an answer."""
         self._received += data
-        end = self._received.find(END_OF_HEAD)
-        if end < 0:
-            return
-        head = self._received[:end].lower()
-        length = int(head.partition(b"content-length:")[2].partition(b"\r\n")[0])
-        if len(self._received) < end + len(END_OF_HEAD) + length:
-            return
-        self._received = b""
-        self.answered(yes=head.startswith(b"http/1.1 2"))
+        yes = is_yes(self._received)
+        if yes is not None:
+            self._received = b""
+            self.answered(yes=yes)
 
     def answered(self, *, yes: bool) -> None:
         """The request was answered; what comes next is up to who made this."""
