@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import threading
 import time
@@ -165,7 +166,7 @@ class Receiver:
         environ = {k: v for k, v in os.environ.items() if "proxy" not in k.lower()}
         with subprocess.Popen(
             command, cwd=self._cwd, env=environ, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         ) as process:  # fmt: skip
             said: list[str] = []
             half = threading.Event()
@@ -185,7 +186,9 @@ class Receiver:
                 self.restart()
                 code = process.wait(timeout)
             finally:
-                process.kill()
+                # With what it has started: that would hold the pipe, and so the reader.
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
                 reader.join(20)
         assert code == 0, "".join(said)[-4000:]
         assert "half\n" in said, "".join(said)[-4000:]
