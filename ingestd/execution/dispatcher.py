@@ -289,6 +289,7 @@ class Dispatcher:
 
     async def close(self, deadline: float) -> bool:
         """Ends the workers; see `Pool.close`. One that runs a batch then gets no time for it."""
-        if self.keys is not None:
+        gone = await self.pool.close(self._loop.time() if self.running else deadline)
+        if self.keys is not None:  # a batch that ended meanwhile may have been parted by its keys
             self.keys.close()
-        return await self.pool.close(self._loop.time() if self.running else deadline)
+        return gone
