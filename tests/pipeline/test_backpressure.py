@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ingestd import Batch
 from ingestd.admin.status import status_of
 from ingestd.base.append import Append
 from ingestd.base.errors import Overloaded
@@ -422,3 +423,20 @@ async def test_a_pipe_is_not_read_while_the_journal_is_full(start, tmp_path) -> 
     assert report.ledger.accepted == report.ledger.processed == len(lines)
     got = [record for call in recording.calls(tmp_path) for record in call["records"]]
     assert got == [line.strip(b'"').decode() for line in lines]  # in their order
+
+
+def test_what_waits_takes_as_many_bytes_after_a_restart_as_before(ingestd_harness) -> None:
+    def store(batch: Batch[dict[str, Any]]) -> None:
+        for i, record in enumerate(batch):
+            if record["n"] == 0:
+                batch.retry(i, after=3600)
+
+    bounds = {"batch.records_max": 100, "retry.waiting_bytes_max": "1MiB"}
+    harness = ingestd_harness(store, **bounds)
+    for _ in range(20):  # 100 kB, of which 1 kB waits
+        harness.send([{"n": n, "text": "x" * 1000} for n in range(100)])
+        harness.run(10)
+    harness.restart()
+    harness.send([{"n": 1}])
+    harness.run(60)
+    assert harness.pending == 20
