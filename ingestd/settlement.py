@@ -346,7 +346,9 @@ class SettlementWriter:
         # Parked before the commit, so that the queue counts it when the next batch is asked for.
         self._dispatcher.park(batch, verdict.after, asked=verdict.asked)
         due_at = self._clock.now() + verdict.after
-        await self._journal.write(Postpone(as_sealed(batch, due_at, _loop_time())))
+        # Not tried again before it: while a disk is full or hangs each try would leave a change.
+        batch.sealed = self._journal.write(Postpone(as_sealed(batch, due_at, _loop_time())))
+        await batch.sealed
 
     async def _settle(
         self, batch: SealedBatch, records: Records, verdict: Resolve, *, split: bool

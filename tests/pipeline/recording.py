@@ -166,3 +166,11 @@ class AsyncPostponesWhenCancelled(Note):
         except asyncio.CancelledError:
             for i in range(len(batch)):
                 batch.retry(i, after=0)
+
+
+class NotNow(Note):
+    """Wants each batch again at once."""
+
+    def __call__(self, batch: ingestd.Batch[Any]) -> None:
+        _note(self.folder, batch, made=self.made)
+        raise ingestd.RetryAfter(0)

@@ -440,3 +440,21 @@ def test_what_waits_takes_as_many_bytes_after_a_restart_as_before(ingestd_harnes
     harness.send([{"n": 1}])
     harness.run(60)
     assert harness.pending == 20
+
+
+async def test_tries_wait_for_the_commit_of_the_one_before(start, tmp_path) -> None:
+    pipeline = await start(
+        HANDLER + "NotNow",
+        batch={"age_max": "1ms"},
+        executor={"kind": "thread"},
+        options={"folder": str(tmp_path)},
+    )
+    await pipeline.accept(Append(numbers(0, 2)))
+    await until(lambda: len(recording.calls(tmp_path)) > 2)
+    with contextlib.closing(sqlite3.connect(tmp_path / "journal.db", isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")  # as a disk that hangs
+        before = len(recording.calls(tmp_path))
+        await asyncio.sleep(0.3)
+        assert len(recording.calls(tmp_path)) <= before + 2
+        db.execute("ROLLBACK")
+    await until(lambda: len(recording.calls(tmp_path)) > before + 4)
