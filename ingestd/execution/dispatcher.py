@@ -236,6 +236,7 @@ class Dispatcher:
             fed: more records are on their way to the queue.
         """
         held = deadline < self.gate.open_at() < math.inf
+        fed = fed and self.queue.gives_more
         if self.running or (fed and not self.outage.paused and not held):
             return False
         return held or deadline < self.queue.ready_at < math.inf

@@ -174,3 +174,11 @@ class NotNow(Note):
     def __call__(self, batch: ingestd.Batch[Any]) -> None:
         _note(self.folder, batch, made=self.made)
         raise ingestd.RetryAfter(0)
+
+
+class InAnHour(Note):
+    """Wants the first record of each batch again in an hour."""
+
+    def __call__(self, batch: ingestd.Batch[Any]) -> None:
+        _note(self.folder, batch, made=self.made)
+        batch.retry(0, after=3600)

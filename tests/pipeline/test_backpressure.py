@@ -19,6 +19,7 @@ from ingestd.base.append import Append
 from ingestd.base.errors import Overloaded
 from ingestd.base.rate import LONGEST, SHORTEST, STALLED, Rate, wait_for_room
 from ingestd.base.record import Layout, Records, Span
+from ingestd.execution import key_order
 from ingestd.http.settings import HttpSettings
 from ingestd.journal.disk_space import CHECK_SECONDS, DiskSpaceGuard
 from ingestd.journal.interface import Cursor, Seal, Sealed, Settle
@@ -458,3 +459,27 @@ async def test_tries_wait_for_the_commit_of_the_one_before(start, tmp_path) -> N
         assert len(recording.calls(tmp_path)) <= before + 2
         db.execute("ROLLBACK")
     await until(lambda: len(recording.calls(tmp_path)) > before + 4)
+
+
+@pytest.mark.parametrize("key", ["", "/key"])
+async def test_a_drain_does_not_wait_where_too_much_waits_for_a_retry(
+    start, tmp_path, monkeypatch, key
+) -> None:
+    monkeypatch.setattr(key_order, "LOOK_AHEAD", 4)
+    pipeline = await start(
+        HANDLER + "InAnHour",
+        batch={"records_max": 2, "age_max": "1ms", "key": key},
+        executor={"kind": "thread", "workers": 1},
+        retry={"waiting_records_max": 5 if key else 1},
+        options={"folder": str(tmp_path)},
+    )
+    for _ in range(2):  # the second chunk has no place any more
+        await pipeline.accept(Append(Records.lines([b'{"key":1}'] * 400)))
+    await until(lambda: recording.calls(tmp_path) and not pipeline.dispatcher.running)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await pipeline.drain(began + 30)
+    assert loop.time() - began < 10
+    report = await pipeline.close()
+    assert report.balanced
+    assert report.ledger.pending == 800 - report.ledger.processed > 0
