@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ingestd.execution.key_order import BatchKeys
     from ingestd.execution.retry import DeadLettered, Resolve, RetryRecords
     from ingestd.handlers.outcome import Result
-    from ingestd.journal.interface import Journal, Recovered
+    from ingestd.journal.interface import ChunkSize, Journal, Recovered
     from ingestd.journal.reader import MemoryBudget, UnsettledChunks
 
 log = get_logger()
@@ -72,12 +72,12 @@ def sealed_from(draft: BatchDraft, number: int) -> SealedBatch:
     )
 
 
-def resumed(sealed: Sealed, sizes: Mapping[int, int], now: float) -> SealedBatch:
+def resumed(sealed: Sealed, sizes: Mapping[int, ChunkSize], now: float) -> SealedBatch:
     """A batch of an earlier life.
 
     Args:
         sealed: as the journal kept it.
-        sizes: bytes of each chunk.
+        sizes: of each chunk that is there.
         now: loop time.
     """
     batch = SealedBatch(
@@ -88,7 +88,9 @@ def resumed(sealed: Sealed, sizes: Mapping[int, int], now: float) -> SealedBatch
         accepted_at=sealed.accepted_at,
         lineage=sealed.lineage,
     )
-    batch.bytes = sum(sizes.get(chunk, 0) for chunk in {span.chunk for span in sealed.spans})
+    for span in sealed.spans:
+        if whole := sizes.get(span.chunk):  # the rest of a chunk is another batch's, or settled
+            batch.bytes += whole.bytes * span.count // max(whole.records, 1)
     batch.counted = batch.counted_before = sealed.failing.counted
     if sealed.attempts:
         batch.failing_since = now - sealed.failing.seconds
@@ -250,7 +252,8 @@ class SettlementWriter:
             batches = sorted(batches, key=lambda one: min(span[:2] for span in one.spans))
         for sealed in batches:
             for span in sealed.spans:
-                size = recovered.sizes.get(span.chunk, 0)
+                chunk = recovered.sizes.get(span.chunk)
+                size = chunk.bytes if chunk else 0
                 self.enter(span.chunk, span.count, size=size, accepted_at=sealed.accepted_at)
             batch = resumed(sealed, recovered.sizes, _loop_time())
             if keys is not None:
@@ -343,7 +346,9 @@ class SettlementWriter:
         # Parked before the commit, so that the queue counts it when the next batch is asked for.
         self._dispatcher.park(batch, verdict.after, asked=verdict.asked)
         due_at = self._clock.now() + verdict.after
-        await self._journal.write(Postpone(as_sealed(batch, due_at, _loop_time())))
+        # Not tried again before it: while a disk is full or hangs each try would leave a change.
+        batch.sealed = self._journal.write(Postpone(as_sealed(batch, due_at, _loop_time())))
+        await batch.sealed
 
     async def _settle(
         self, batch: SealedBatch, records: Records, verdict: Resolve, *, split: bool

@@ -34,7 +34,8 @@ class SealedBatch:
         first_failed: the successes of the pipeline before that, in this life.
         last_failed: the successes of the pipeline before it failed the last time.
         family: the number of the batch that it is a part of, if that is being split.
-        sealed: resolved when the seal is durable; `None` if it has been for long.
+        sealed: resolved when the seal, or the last change of it, is durable; `None` if it has been
+            for long.
         keys: of its records, hashed, where these are in the order of their keys (`batch.key`).
     """
 

@@ -220,7 +220,7 @@ class Batcher:
         self._parts: list[Records] = []
         self._count = 0
         self._bytes = self._held = 0
-        self._accepted_at = 0.0
+        self._accepted_at = self._age_since = 0.0
         self._cursor = (0, 0)
         self._rest: _ChunkReader | None = None
 
@@ -246,7 +246,8 @@ class Batcher:
             return None
         if self._count >= self.records_max or self._bytes >= self.bytes_max:
             return 0.0  # of a window: one batch is full, and there is a worker for it
-        return self.age_max - min(max(now - self._accepted_at, 0.0), self.age_max)
+        self._age_since = min(self._age_since, now)  # later looks count from the one after a jump
+        return self.age_max - min(now - self._age_since, self.age_max)
 
     def bound(self, *, records_max: int, bytes_max: int, age_max: float) -> None:
         """Sets other bounds; an open batch that is beyond them goes at the next `take`."""
@@ -293,7 +294,7 @@ class Batcher:
 
     def _put(self, rest: _ChunkReader, count: int, end: int) -> None:
         if not self._count:
-            self._accepted_at = rest.accepted_at
+            self._accepted_at = self._age_since = rest.accepted_at
         span, part = rest.cut(count, end)
         self._spans.append(span)
         self._parts.append(part)

@@ -236,6 +236,7 @@ class Dispatcher:
             fed: more records are on their way to the queue.
         """
         held = deadline < self.gate.open_at() < math.inf
+        fed = fed and self.queue.gives_more
         if self.running or (fed and not self.outage.paused and not held):
             return False
         return held or deadline < self.queue.ready_at < math.inf
@@ -289,6 +290,7 @@ class Dispatcher:
 
     async def close(self, deadline: float) -> bool:
         """Ends the workers; see `Pool.close`. One that runs a batch then gets no time for it."""
-        if self.keys is not None:
+        gone = await self.pool.close(self._loop.time() if self.running else deadline)
+        if self.keys is not None:  # a batch that ended meanwhile may have been parted by its keys
             self.keys.close()
-        return await self.pool.close(self._loop.time() if self.running else deadline)
+        return gone

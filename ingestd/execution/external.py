@@ -199,9 +199,9 @@ class ExternalPool(Pool[Worker]):
                 future = await loop.run_in_executor(self._thread, self._submit, call, job)
                 answer: bytes = await asyncio.wrap_future(future)
             return _decode(answer), None
-        except ExecutorLoadError:
-            raise
-        except _NoExecutorError as error:
+        except (ExecutorLoadError, _NoExecutorError) as error:
+            if job is None and isinstance(error, ExecutorLoadError):
+                raise  # a start is refused; later it may be the cluster that is down
             return None, not_started(str(error))
         except asyncio.CancelledError as error:
             task = asyncio.current_task()

@@ -140,11 +140,19 @@ class ReadyQueue(Generic[T]):
         """Returns True if `next` would give a batch at `now`, loop time."""
         return self.ready_at <= now
 
-    def _has_new(self) -> bool:
-        """Returns True if a new batch may be given; not while too much waits."""
+    @property
+    def gives_more(self) -> bool:
+        """Returns True if a batch that is sealed next is put and given before what waits is."""
+        return not self.is_long and self._gives_new()
+
+    def _gives_new(self) -> bool:
+        """Returns True if new batches are given; not while too much waits."""
         load, most = self._load, self._waiting_max
         within = load.records < most.records and load.bytes < most.bytes
-        return bool(self._new) and (within or (self._outage.paused and self.waiting < PROBED_MAX))
+        return within or (self._outage.paused and self.waiting < PROBED_MAX)
+
+    def _has_new(self) -> bool:
+        return bool(self._new) and self._gives_new()
 
     async def put(self, batch: T) -> None:
         """A new batch; waits while the line is long."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 from inspect import isawaitable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import msgspec
 
@@ -53,6 +53,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from ingestd.handlers.runner import HandlerConfig
+
+T = TypeVar("T")
 
 
 class Transformed(NamedTuple):
@@ -275,7 +277,7 @@ class AsyncChain(Chain):
 
     async def __call__(self, batch: Batch[bytes]) -> None:  # type: ignore[override]
         """See `Chain`."""
-        changed = await asyncio.to_thread(self._changed, batch)
+        changed = await _beside(self._changed, batch)
         job = changed.job
         if job is None:
             return
@@ -283,7 +285,7 @@ class AsyncChain(Chain):
             if spec.is_async:
                 result = await call_async(spec, handler, job)
             else:
-                result = await asyncio.to_thread(call, spec, handler, job)
+                result = await _beside(call, spec, handler, job)
             self._take(batch, spec, changed, result)
 
     async def check(self) -> list[SinkFinding]:  # type: ignore[override]
@@ -306,6 +308,28 @@ class AsyncChain(Chain):
                 for spec, handler in self._parts
             ]
         )
+
+
+async def _beside(function: Callable[..., T], *arguments: Any) -> T:
+    """Calls a function in a thread; one that is cancelled ends no sooner than the function.
+
+    Else the next batch would have the instances that the thread is still in, or they be closed.
+    """
+    cancelled = False
+
+    def unless_cancelled() -> T | None:
+        return None if cancelled else function(*arguments)
+
+    running = asyncio.ensure_future(asyncio.to_thread(unless_cancelled))
+    while not running.done():
+        try:
+            await asyncio.wait({running})
+        except asyncio.CancelledError:
+            cancelled = True
+    if cancelled:
+        running.exception()  # nobody asks for it any more
+        raise asyncio.CancelledError
+    return cast("T", running.result())
 
 
 def _prefixed(failure: Failure, prefix: str) -> Failure:

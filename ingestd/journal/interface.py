@@ -179,6 +179,13 @@ class JournalContext(NamedTuple):
     invalid: InvalidQuota
 
 
+class ChunkSize(NamedTuple):
+    """Records of a chunk, and the bytes that it takes in the journal."""
+
+    bytes: int
+    records: int
+
+
 class Recovered(NamedTuple):
     """An opened journal, and all that is in it.
 
@@ -189,7 +196,7 @@ class Recovered(NamedTuple):
         cursor: where the unsealed records begin.
         last_chunk: the newest chunk's id; 0 in a new journal.
         next_batch: the first batch number that is free.
-        sizes: bytes of each chunk that `batches` name and that is still there.
+        sizes: of each chunk that `batches` name and that is still there.
         waits: by number, seconds until `due_at` when that was written down: it is never longer,
             whatever the clock says now.
         set_aside: where an unreadable journal was moved to, if that happened.
@@ -203,7 +210,7 @@ class Recovered(NamedTuple):
     cursor: Cursor = Cursor(1, 0)
     last_chunk: int = 0
     next_batch: int = 1
-    sizes: Mapping[int, int] = MappingProxyType({})
+    sizes: Mapping[int, ChunkSize] = MappingProxyType({})
     waits: Mapping[int, float] = MappingProxyType({})
     set_aside: str = ""
     ids: Sequence[tuple[str, bytes]] = ()

@@ -141,9 +141,19 @@ def test_the_oldest_record_says_when_the_open_batch_is_due() -> None:
     assert batcher.due_in(9.0, busy=False) == AGE - 4
     assert batcher.due_in(5.0 + AGE, busy=False) == 0.0
     assert batcher.due_in(500.0, busy=False) == 0.0
-    assert batcher.due_in(-500.0, busy=False) == AGE  # the clock was set back
     batcher.bound(records_max=9, bytes_max=100, age_max=2.0)
     assert batcher.due_in(6.0, busy=False) == 1.0
+
+
+def test_each_look_after_the_clock_was_set_back_counts_from_the_first() -> None:
+    batcher = Batcher(records_max=9, bytes_max=100, age_max=AGE)
+    feed(batcher, 5, Records.lines([b"1"]))
+    assert batcher.due_in(-500.0, busy=False) == AGE
+    feed(batcher, 6, Records.lines([b"2"]))
+    assert batcher.due_in(-500.0 + AGE - 1, busy=False) == 1.0
+    assert batcher.close() is not None
+    feed(batcher, 7, Records.lines([b"3"]))
+    assert batcher.due_in(7.0, busy=False) == AGE
 
 
 def test_a_batch_that_would_have_to_wait_keeps_filling_but_in_a_drain() -> None:

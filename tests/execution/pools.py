@@ -78,6 +78,17 @@ class Forgets(Executor):
         self.inner.shutdown(wait, cancel_futures=cancel_futures)
 
 
+_built: list[object] = []
+
+
+def gone_for_a_while() -> object:
+    """Gives an executor that loses its calls, then none, then one that works."""
+    lost, good = Forgets(), Forgets()
+    lost.is_good, good.is_good = False, True
+    _built.append([lost, None, good][len(_built)])
+    return _built[-1]
+
+
 def forgets() -> Executor:
     return Forgets()
 

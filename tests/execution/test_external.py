@@ -200,6 +200,15 @@ async def test_a_cluster_that_is_down_postpones_batches_and_spends_no_try(start)
     assert "the cluster is down" in result.failure.error
 
 
+async def test_a_factory_that_later_gives_no_executor_postpones_batches(start) -> None:
+    one = await start("gone_for_a_while")
+    result = await one.run(1)
+    assert result.failure is not None
+    assert result.failure.reason == POSTPONED
+    assert "gave NoneType, which is no concurrent.futures.Executor" in result.failure.error
+    assert (await one.run(1)).failure is None
+
+
 @pytest.mark.parametrize(
     ("factory", "handler", "error", "text"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -234,6 +235,35 @@ def test_records_that_a_target_postpones_are_not_at_fault() -> None:
     result = run(runner("Note", "Other"), {"n": 1}, busy)
     assert result.failure is not None
     assert result.failure.reason == "unavailable"
+
+
+class Slow(Note):
+    def __call__(self, batch: Batch[dict[str, Any]]) -> None:
+        SEEN.append((self.name, "begins", [], []))
+        time.sleep(0.2)
+        super().__call__(batch)
+
+
+def test_a_target_that_overruns_in_a_thread_is_not_closed_or_called_meanwhile() -> None:
+    one = runner("Slow", "Later", kind="async")
+
+    async def overruns() -> None:
+        job = Job("j-1", 1, Records.lines([b"{}"]), [Span(7, 0, 1)], "j")
+        first = asyncio.ensure_future(one.run_async(job))
+        await asyncio.sleep(0.05)
+        for _ in range(2):
+            first.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert (await one.run_async(job)).failure is None
+
+    SEEN.clear()
+    asyncio.run(overruns())
+    assert [seen[:2] for seen in SEEN] == [
+        ("Slow", "begins"), ("Slow", "j-1"), ("Slow", "closed"), ("Later", "closed"),
+        ("Slow", "begins"), ("Slow", "j-1"), ("Later", "j-1"),
+    ]  # fmt: skip
 
 
 def test_targets_that_are_awaited_beside_those_that_are_not() -> None:

@@ -154,3 +154,31 @@ class DownUntil(Note):
         if not Path(self.folder, "up").exists():
             raise ConnectionError("the sink is down")
         super().__call__(batch)
+
+
+class AsyncPostponesWhenCancelled(Note):
+    """Runs until it is cancelled, and then wants each record again."""
+
+    async def __call__(self, batch: ingestd.Batch[Any]) -> None:  # type: ignore[override]
+        _note(self.folder, batch, made=self.made)
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            for i in range(len(batch)):
+                batch.retry(i, after=0)
+
+
+class NotNow(Note):
+    """Wants each batch again at once."""
+
+    def __call__(self, batch: ingestd.Batch[Any]) -> None:
+        _note(self.folder, batch, made=self.made)
+        raise ingestd.RetryAfter(0)
+
+
+class InAnHour(Note):
+    """Wants the first record of each batch again in an hour."""
+
+    def __call__(self, batch: ingestd.Batch[Any]) -> None:
+        _note(self.folder, batch, made=self.made)
+        batch.retry(0, after=3600)

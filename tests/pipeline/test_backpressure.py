@@ -13,11 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ingestd import Batch
 from ingestd.admin.status import status_of
 from ingestd.base.append import Append
 from ingestd.base.errors import Overloaded
 from ingestd.base.rate import LONGEST, SHORTEST, STALLED, Rate, wait_for_room
 from ingestd.base.record import Layout, Records, Span
+from ingestd.execution import key_order
 from ingestd.http.settings import HttpSettings
 from ingestd.journal.disk_space import CHECK_SECONDS, DiskSpaceGuard
 from ingestd.journal.interface import Cursor, Seal, Sealed, Settle
@@ -422,3 +424,62 @@ async def test_a_pipe_is_not_read_while_the_journal_is_full(start, tmp_path) -> 
     assert report.ledger.accepted == report.ledger.processed == len(lines)
     got = [record for call in recording.calls(tmp_path) for record in call["records"]]
     assert got == [line.strip(b'"').decode() for line in lines]  # in their order
+
+
+def test_what_waits_takes_as_many_bytes_after_a_restart_as_before(ingestd_harness) -> None:
+    def store(batch: Batch[dict[str, Any]]) -> None:
+        for i, record in enumerate(batch):
+            if record["n"] == 0:
+                batch.retry(i, after=3600)
+
+    bounds = {"batch.records_max": 100, "retry.waiting_bytes_max": "1MiB"}
+    harness = ingestd_harness(store, **bounds)
+    for _ in range(20):  # 100 kB, of which 1 kB waits
+        harness.send([{"n": n, "text": "x" * 1000} for n in range(100)])
+        harness.run(10)
+    harness.restart()
+    harness.send([{"n": 1}])
+    harness.run(60)
+    assert harness.pending == 20
+
+
+async def test_tries_wait_for_the_commit_of_the_one_before(start, tmp_path) -> None:
+    pipeline = await start(
+        HANDLER + "NotNow",
+        batch={"age_max": "1ms"},
+        executor={"kind": "thread"},
+        options={"folder": str(tmp_path)},
+    )
+    await pipeline.accept(Append(numbers(0, 2)))
+    await until(lambda: len(recording.calls(tmp_path)) > 2)
+    with contextlib.closing(sqlite3.connect(tmp_path / "journal.db", isolation_level=None)) as db:
+        db.execute("BEGIN IMMEDIATE")  # as a disk that hangs
+        before = len(recording.calls(tmp_path))
+        await asyncio.sleep(0.3)
+        assert len(recording.calls(tmp_path)) <= before + 2
+        db.execute("ROLLBACK")
+    await until(lambda: len(recording.calls(tmp_path)) > before + 4)
+
+
+@pytest.mark.parametrize("key", ["", "/key"])
+async def test_a_drain_does_not_wait_where_too_much_waits_for_a_retry(
+    start, tmp_path, monkeypatch, key
+) -> None:
+    monkeypatch.setattr(key_order, "LOOK_AHEAD", 4)
+    pipeline = await start(
+        HANDLER + "InAnHour",
+        batch={"records_max": 2, "age_max": "1ms", "key": key},
+        executor={"kind": "thread", "workers": 1},
+        retry={"waiting_records_max": 5 if key else 1},
+        options={"folder": str(tmp_path)},
+    )
+    for _ in range(2):  # the second chunk has no place any more
+        await pipeline.accept(Append(Records.lines([b'{"key":1}'] * 400)))
+    await until(lambda: recording.calls(tmp_path) and not pipeline.dispatcher.running)
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    await pipeline.drain(began + 30)
+    assert loop.time() - began < 10
+    report = await pipeline.close()
+    assert report.balanced
+    assert report.ledger.pending == 800 - report.ledger.processed > 0

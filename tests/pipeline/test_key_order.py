@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -12,7 +13,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from ingestd import Batch, Retry
+from ingestd.base.append import Append
+from ingestd.base.record import Records
 from tests.daemon.harness import daemon
+from tests.pipeline import recording
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -97,6 +101,24 @@ def test_records_without_the_key_have_no_order(ingestd_harness) -> None:
     harness.send(records)
     harness.run(60)
     assert harness.processed == records[1:]
+
+
+async def test_records_that_come_again_while_a_pipeline_ends_break_nothing(start, tmp_path) -> None:
+    pipeline = await start(
+        "tests.pipeline.recording:AsyncPostponesWhenCancelled",
+        batch={"key": "/user/id"},
+        executor={"kind": "async"},
+        options={"folder": str(tmp_path)},
+    )
+    lines = [json.dumps({**one, "text": "x" * 1000}).encode() for one in clicks(500)]
+    await pipeline.accept(Append(Records.lines(lines)))
+    async with asyncio.timeout(30):
+        while not recording.calls(tmp_path):
+            await asyncio.sleep(0.01)
+    report = await pipeline.close()
+    assert not pipeline.broken.done()
+    assert report.balanced
+    assert report.ledger.pending == 500
 
 
 # -- real processes ------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from ingestd.journal.dead_letters import InvalidQuota, Moved
 from ingestd.journal.idempotency import RememberedKey, size_of
 from ingestd.journal.interface import (
     Chunk,
+    ChunkSize,
     Cursor,
     Failing,
     Ledger,
@@ -369,12 +370,12 @@ class Store:
             )
             if due_at:
                 waits[number] = wait
-        sizes: dict[int, int] = {}
+        sizes: dict[int, ChunkSize] = {}
         for first, last in _runs({span.chunk for batch in batches for span in batch.spans}):
             rows = db.execute(
-                "SELECT id, bytes FROM chunks WHERE id BETWEEN ? AND ?", (first, last)
+                "SELECT id, bytes, count FROM chunks WHERE id BETWEEN ? AND ?", (first, last)
             )
-            sizes.update(rows.fetchall())
+            sizes.update((number, ChunkSize(*size)) for number, *size in rows)
         meta = self.meta
         return Recovered(
             self.id, failed, batches, meta.cursor, meta.last_chunk, meta.next_batch, sizes, waits,
