@@ -63,7 +63,8 @@ WRITE_BUFFER_BYTES = 16 * 1024
 READ_AHEAD_MAX = 4
 """Requests that are read ahead of their answers."""
 FRAMING_BYTES_FREE = 64 * 1024
-"""What the framing of a chunked body may take beyond as many bytes as the body has so far."""
+"""What the framing of a chunked body may take beyond as many bytes as the body has so far, and what
+it may take without a byte of the body."""
 CHUNK_BYTES_MIN = 4
 """Many thousand chunks that are smaller than this on average are too many."""
 _CHUNKS_FREE = 8192
@@ -480,8 +481,10 @@ class Connection(asyncio.BufferedProtocol):
             body.feed(piece)
         # A chunk costs as much as some hundred bytes do, however small it is.
         framing = chunks.wire_bytes - body.total
-        if framing > body.total + FRAMING_BYTES_FREE or (
-            chunks.count > _CHUNKS_FREE and len(piece) < chunks.count * CHUNK_BYTES_MIN
+        if (
+            framing > body.total + FRAMING_BYTES_FREE
+            or chunks.bare_bytes > FRAMING_BYTES_FREE
+            or (chunks.count > _CHUNKS_FREE and len(piece) < chunks.count * CHUNK_BYTES_MIN)
         ):
             self.last = True
             self._break_body(unreadable())
