@@ -15,8 +15,8 @@ Invariants:
    which the next byte could be read in two ways: bytes that are not HTTP, a broken body, something
    behind a chunked body in the same piece.
 4. A timer watches whatever may take long without this process being at work: a head on its way,
-   an idle connection, answers that are not read, the rest of a body that nobody wants. A body that
-   is read has its deadlines from its reader (`deadlines.py`).
+   an idle connection, answers that are not read, also the last one, the rest of a body that nobody
+   wants. A body that is read has its deadlines from its reader (`deadlines.py`).
 5. `connection_lost` leaves no timer, wakes whatever waits for the client, and drops the rest.
 """
 
@@ -92,6 +92,7 @@ class Connection(asyncio.BufferedProtocol):
         "_buffer",
         "_chunks",
         "_drained",
+        "_end_timer",
         "_fed",
         "_head",
         "_head_bytes",
@@ -136,6 +137,7 @@ class Connection(asyncio.BufferedProtocol):
         self._idle_until = 0.0
         self._idle_timer: asyncio.TimerHandle | None = None
         self._head_timer: asyncio.TimerHandle | None = None
+        self._end_timer: asyncio.TimerHandle | None = None
         self._at_end: Callable[[], None] | None = None
         # -- of its input: `_buffer` from `_at` on is not parsed, but for `_fed` bytes of a head
         self._buffer = b""
@@ -201,6 +203,8 @@ class Connection(asyncio.BufferedProtocol):
         self._stop_head_timer()
         if self._idle_timer is not None:
             self._idle_timer.cancel()
+        if self._end_timer is not None:
+            self._end_timer.cancel()
         if self._at_end is not None:
             self._at_end()
         self._drop_input()
@@ -247,10 +251,15 @@ class Connection(asyncio.BufferedProtocol):
             self.close()
 
     def close(self) -> None:
-        """Ends it once what was written is sent; nothing more is read."""
+        """Ends it once what was written is sent, or left unread; nothing more is read."""
         self.last = True
-        if self.transport is not None:
-            self.transport.close()
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        if transport.get_write_buffer_size():  # the transport waits for its client for ever
+            seconds = self._server.write_timeout
+            self._end_timer = self._loop.call_later(seconds, transport.abort)
+        transport.close()
 
     # -- timers --------------------------------------------------------------------------------
 
