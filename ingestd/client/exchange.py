@@ -9,6 +9,7 @@ import os
 import socket
 import ssl
 import time
+from codecs import BOM_UTF8
 from email.utils import parsedate_to_datetime
 from functools import partial
 from types import MappingProxyType
@@ -71,6 +72,7 @@ class Verdict(NamedTuple):
         at_once: the connection had been closed while it was idle: no failure of the daemon's.
         invalid: index and reason of records that it told apart.
         unnamed: invalid records that it only counted.
+        shrinks: of what a request had too much for any request to this daemon.
     """
 
     kind: Literal["accepted", "invalid", "split", "dropped", "retry"]
@@ -79,13 +81,22 @@ class Verdict(NamedTuple):
     at_once: bool = False
     invalid: Mapping[int, str] = MappingProxyType({})
     unnamed: int = 0
+    shrinks: Literal["", "bytes", "records"] = ""
+
+
+_SHRINKS: Mapping[str, Literal["", "bytes", "records"]] = {
+    "mostly-invalid": "",
+    "record-too-large": "",
+    "too-many-records": "records",
+}
+"""Problems of requests that are sent in halves, and do not have too many bytes."""
 
 
 def judge(status: int, retry_after: str, content: bytes, count: int) -> Verdict:
     """Interprets the answer to a request of `count` records."""
     try:
         told = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         told = None
     told = told if isinstance(told, dict) else {}
     reason = f"{status} {told.get('detail') or told.get('title') or ''}".rstrip()
@@ -94,7 +105,7 @@ def judge(status: int, retry_after: str, content: bytes, count: int) -> Verdict:
     named = {
         one["index"]: f"{one.get('reason')}: {one.get('detail')}"
         for one in errors or ()
-        if isinstance(one, dict) and one.get("index") in range(count)
+        if isinstance(one, dict) and type(at := one.get("index")) is int and at in range(count)
     }
     if 200 <= status < 300:
         accepted, invalid = told.get("accepted"), told.get("invalid")
@@ -105,7 +116,8 @@ def judge(status: int, retry_after: str, content: bytes, count: int) -> Verdict:
     if status in RETRIED or status >= 500:
         return Verdict("retry", reason, _seconds(retry_after))
     if status == 413 or problem == "mostly-invalid":
-        return Verdict("split" if count > 1 else "invalid", reason)
+        shrinks = _SHRINKS.get(problem, "bytes")
+        return Verdict("split" if count > 1 else "invalid", reason, shrinks=shrinks)
     if status == 400 and (count == 1 or problem == "malformed"):
         return Verdict("invalid", reason, invalid=named)
     return Verdict("dropped", reason)
@@ -134,6 +146,8 @@ class DaemonConnection:
             raise ValueError("the URL of a daemon has no user, query or fragment; there is `token`")
         if parts.scheme == "http" and (ca or certificate):
             raise ValueError("`ca` and `certificate` need an https URL")
+        if not all("!" <= character <= "~" for character in parts.path):
+            raise ValueError("the path in the URL of a daemon has visible ASCII characters only")
         if "/v1/records" in parts.path:
             raise ValueError(
                 "the URL of a daemon ends before /v1/records, which the client adds;"
@@ -150,7 +164,10 @@ class DaemonConnection:
                 context.load_cert_chain(*pair)
             make = partial(http.client.HTTPSConnection, context=context)
         self._make = partial(make, parts.hostname, parts.port)
-        self._http = self._make()
+        try:
+            self._http = self._make()
+        except http.client.InvalidURL as error:
+            raise ValueError(str(error)) from None
 
     def post(self, body: bytes, headers: dict[str, str], timeout: float, count: int) -> Verdict:
         """Posts a request once, and interprets its answer or the failure to get one."""
@@ -165,7 +182,7 @@ class DaemonConnection:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
                 self._http.request("POST", self._path, body, headers)
             answer = self._http.getresponse()
-            content = answer.read(ANSWER_MAX)
+            content = _content(answer)
             whole = answer.isclosed()
         except (OSError, http.client.HTTPException, ValueError) as error:
             self.close()
@@ -195,11 +212,29 @@ class DaemonConnection:
             socket.socket.shutdown(self._http.sock, socket.SHUT_RDWR)
 
 
+def _content(answer: http.client.HTTPResponse) -> bytes:
+    """Reads what an answer says, up to `ANSWER_MAX`.
+
+    Raises:
+        http.client.HTTPException: a part of it, which may mean something else, or an informational
+            one, behind which the answer comes.
+    """
+    if answer.status < 200:
+        raise http.client.HTTPException(f"{answer.status} before the answer")
+    content = answer.read(ANSWER_MAX)
+    if answer.length and len(content) < ANSWER_MAX:
+        raise http.client.IncompleteRead(content, answer.length)
+    return content
+
+
 def encoded(record: Any) -> bytes:
     """One record as a line without its end."""
     if not isinstance(record, bytes | bytearray | memoryview):
         return _encode(record).encode()
-    data = bytes(record).replace(b"\n", b" ").strip()  # an LF in JSON is white space
+    # An LF in JSON is white space. A daemon skips a byte order mark, but only before all records.
+    data = bytes(record).replace(b"\n", b" ").strip()
+    while data.startswith(BOM_UTF8):
+        data = data.removeprefix(BOM_UTF8).strip()
     if not data:
         raise ValueError("a record is at least one JSON value")
     return data

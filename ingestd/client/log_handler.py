@@ -34,6 +34,9 @@ class LogHandler(logging.Handler):
         level: records below it are ignored.
         fields: members of each object, such as the name of the service.
         options: of its `Client`.
+
+    Raises:
+        TypeError, ValueError, OSError: an option is wrong, or a field is no JSON.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class LogHandler(logging.Handler):
         super().__init__(level)
         self._local = threading.local()
         self._fields = dict(fields or {})
+        _encode(self._fields)  # what is no JSON is told here, and not with each record
         # `logging.shutdown` closes it, after the records of other hooks at the end.
         self.client = Client(url, **{"full": "drop", "at_exit": False, **options})
 
@@ -108,7 +112,10 @@ class LogHandler(logging.Handler):
 
 
 def _text(value: object) -> str:
-    return str(value)[:TEXT_MAX]
+    try:
+        return str(value)[:TEXT_MAX]
+    except Exception:  # noqa: BLE001 - of the application: one value is lost, and not the record
+        return f"<{type(value).__name__} without a text>"
 
 
 _encode = json.JSONEncoder(

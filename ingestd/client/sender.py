@@ -269,7 +269,10 @@ class Sender:
             with self._changed:
                 if not self._finished:
                     self._parts[-1:] = [part[half:], part[:half]]
-                self._batch_bytes = max(1, min(self._batch_bytes, sum(map(len, part)) // 2))
+                if verdict.shrinks == "bytes":
+                    self._batch_bytes = max(1, min(self._batch_bytes, sum(map(len, part)) // 2))
+                elif verdict.shrinks == "records":
+                    self._batch_records = min(self._batch_records, half)
 
     def _post(self, part: list[bytes]) -> Verdict:
         """Posts a request until its outcome is known."""

@@ -172,6 +172,8 @@ class ChunkDecoder:
         ended: its last chunk and its trailers have come.
         wire_bytes: that it took.
         count: chunks, or parts of them, in what it took last.
+        bare_bytes: that it took since the last one with a byte of the body: the parser keeps a
+            trailer that is not whole, and copies it with each piece.
         is_followed: something may stand behind it in what came with its end.
     """
 
@@ -181,7 +183,7 @@ class ChunkDecoder:
         self._trailers: list[tuple[bytes, bytes]] = []
         self._begun = False
         self._tail = b"\r\n"
-        self.wire_bytes = self.count = 0
+        self.wire_bytes = self.count = self.bare_bytes = 0
         self.ended = False
         self.is_followed = False
         self._parser.feed_data(_CHUNKED_HEAD)
@@ -205,6 +207,7 @@ class ChunkDecoder:
                 raise unreadable() from None
         body = b"".join(self._pieces)
         self.count = len(self._pieces)
+        self.bare_bytes = 0 if body else self.bare_bytes + len(data)
         self._pieces.clear()
         self.wire_bytes += len(data)
         self._tail = (self._tail + data)[-len(_CHUNKED_END) :]

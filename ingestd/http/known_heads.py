@@ -19,7 +19,8 @@ where that is looked at:
 * time: rate limits are asked for each request; a certificate may expire, so its requests are not
   learned; the `Date` of an answer is made anew each second;
 * the configuration: a reload (tokens, certificates, endpoints, CORS) calls `forget`, and no head
-  that was learned before is ever used again, also where a connection remembers it;
+  that was learned before is ever used again, also where a connection remembers it. The head of a
+  request that was let in before a reload and ends after it is not learned;
 * the state of the daemon: while it drains, at any bound, and when it is another client's turn, the
   source does not take a request, and the ordinary way says why;
 * other requests with the same head: heads with a header whose value belongs to one request

@@ -15,8 +15,8 @@ Invariants:
    which the next byte could be read in two ways: bytes that are not HTTP, a broken body, something
    behind a chunked body in the same piece.
 4. A timer watches whatever may take long without this process being at work: a head on its way,
-   an idle connection, answers that are not read, the rest of a body that nobody wants. A body that
-   is read has its deadlines from its reader (`deadlines.py`).
+   an idle connection, answers that are not read, also the last one, the rest of a body that nobody
+   wants. A body that is read has its deadlines from its reader (`deadlines.py`).
 5. `connection_lost` leaves no timer, wakes whatever waits for the client, and drops the rest.
 """
 
@@ -63,7 +63,8 @@ WRITE_BUFFER_BYTES = 16 * 1024
 READ_AHEAD_MAX = 4
 """Requests that are read ahead of their answers."""
 FRAMING_BYTES_FREE = 64 * 1024
-"""What the framing of a chunked body may take beyond as many bytes as the body has so far."""
+"""What the framing of a chunked body may take beyond as many bytes as the body has so far, and what
+it may take without a byte of the body."""
 CHUNK_BYTES_MIN = 4
 """Many thousand chunks that are smaller than this on average are too many."""
 _CHUNKS_FREE = 8192
@@ -91,6 +92,7 @@ class Connection(asyncio.BufferedProtocol):
         "_buffer",
         "_chunks",
         "_drained",
+        "_end_timer",
         "_fed",
         "_head",
         "_head_bytes",
@@ -135,6 +137,7 @@ class Connection(asyncio.BufferedProtocol):
         self._idle_until = 0.0
         self._idle_timer: asyncio.TimerHandle | None = None
         self._head_timer: asyncio.TimerHandle | None = None
+        self._end_timer: asyncio.TimerHandle | None = None
         self._at_end: Callable[[], None] | None = None
         # -- of its input: `_buffer` from `_at` on is not parsed, but for `_fed` bytes of a head
         self._buffer = b""
@@ -200,6 +203,8 @@ class Connection(asyncio.BufferedProtocol):
         self._stop_head_timer()
         if self._idle_timer is not None:
             self._idle_timer.cancel()
+        if self._end_timer is not None:
+            self._end_timer.cancel()
         if self._at_end is not None:
             self._at_end()
         self._drop_input()
@@ -246,10 +251,15 @@ class Connection(asyncio.BufferedProtocol):
             self.close()
 
     def close(self) -> None:
-        """Ends it once what was written is sent; nothing more is read."""
+        """Ends it once what was written is sent, or left unread; nothing more is read."""
         self.last = True
-        if self.transport is not None:
-            self.transport.close()
+        transport = self.transport
+        if transport is None or transport.is_closing():
+            return
+        if transport.get_write_buffer_size():  # the transport waits for its client for ever
+            seconds = self._server.write_timeout
+            self._end_timer = self._loop.call_later(seconds, transport.abort)
+        transport.close()
 
     # -- timers --------------------------------------------------------------------------------
 
@@ -480,8 +490,10 @@ class Connection(asyncio.BufferedProtocol):
             body.feed(piece)
         # A chunk costs as much as some hundred bytes do, however small it is.
         framing = chunks.wire_bytes - body.total
-        if framing > body.total + FRAMING_BYTES_FREE or (
-            chunks.count > _CHUNKS_FREE and len(piece) < chunks.count * CHUNK_BYTES_MIN
+        if (
+            framing > body.total + FRAMING_BYTES_FREE
+            or chunks.bare_bytes > FRAMING_BYTES_FREE
+            or (chunks.count > _CHUNKS_FREE and len(piece) < chunks.count * CHUNK_BYTES_MIN)
         ):
             self.last = True
             self._break_body(unreadable())

@@ -54,6 +54,7 @@ class Server:
         per_client_max: the same (429) for connections of one client; 0 for any number.
         header_timeout: seconds that the head of a request may take.
         keepalive_timeout: seconds until an idle connection is closed; 0 if none is kept open.
+        write_timeout: seconds that a connection which ends waits for its client to read.
 
     Attributes:
         authorities: see `Access`; for the handshakes that come.
@@ -70,6 +71,7 @@ class Server:
         per_client_max: int = 0,
         header_timeout: float = 10.0,
         keepalive_timeout: float,
+        write_timeout: float = 30.0,
     ) -> None:
         self._answer = handler
         self._loop = asyncio.get_running_loop()
@@ -83,6 +85,7 @@ class Server:
         self._held_by: Counter[str] = Counter()
         self._cut_until: dict[str, float] = {}
         self.header_timeout = header_timeout
+        self.write_timeout = write_timeout
         self.keepalive_timeout = keepalive_timeout or header_timeout
         self._connections: dict[Connection, None] = {}
         self.authorities: frozenset[bytes] = frozenset()

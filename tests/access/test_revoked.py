@@ -130,6 +130,21 @@ async def test_a_wait_ends_and_says_what_is_durable(tmp_path: Path) -> None:
         held.set()
 
 
+async def test_a_head_that_was_let_in_before_the_change_is_not_known_after_it() -> None:
+    """Its request ends well, and the next one with the same bytes is asked for its token."""
+    intake = MemoryIntake()
+    async with serving(intake, tokens=TOKENS) as source, connected(source) as client:
+        intake.gate.clear()
+        client.post(b"1\n", **bearer(SHOP))
+        await until(lambda: intake.waiting)
+        await reload(source, tokens=tokens(logs={"token": LOGS}))
+        intake.gate.set()
+        assert (await client.reply()).status == 202
+        client.post(b"2\n", **bearer(SHOP))
+        assert (await client.reply()).status == 401
+    assert intake.items == [b"1"]
+
+
 def test_sighup_at_the_daemon(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text(f"{SHOP}\n{NEXT}\n")

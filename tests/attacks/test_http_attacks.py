@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 
 import pytest
@@ -162,6 +163,20 @@ async def test_an_endless_chunk_line_is_cut(intake, endless):
         await asyncio.gather(going, return_exceptions=True)
         await until(lambda: source._server.open == 0)
     assert intake.items == []
+
+
+async def test_a_trailer_that_never_ends_behind_a_large_body_is_cut(intake):
+    """The size of a body allows its chunks more framing, and a trailer no more than that of any."""
+    async with serving(intake) as source, connected(source) as client:
+        client.send(LINE + HOST + b"Transfer-Encoding: chunked\r\n\r\n")
+        client.send(b"400000\r\n" + b"1\n" * 0x200000 + b"\r\n0\r\nX: ")
+        for _ in range(32):
+            client.send(b"x" * 32_768)
+            with contextlib.suppress(ConnectionError):
+                await client.writer.drain()
+        # The answer goes out at once, or the client is reset while it sends.
+        assert await asyncio.wait_for(answers(client), 5) in ([400], [])
+        await until(lambda: source._server.open == 0)
 
 
 async def test_chunks_of_one_byte(intake):

@@ -199,6 +199,34 @@ async def test_a_body_that_was_announced_takes_little(intake):
 # -- connections -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("ends", ["idle", "asked"])
+async def test_a_connection_ends_whose_last_answers_nobody_reads(intake, ends):
+    """Too few to hold back the next request, and more than the kernel takes."""
+    more = {"idle": b"", "asked": b"Connection: close\r\n"}[ends]
+    request = LINE + HOST + b"Content-Length: 1\r\n%b\r\n1"
+    async with serving(intake, keepalive_timeout=0.3, body_timeout=0.3) as source:
+        address = "127.0.0.1", int(source.addresses[0].rpartition(":")[2])
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(address)
+            await until(lambda: source._server.open)
+            (connection,) = source._server.connections
+            transport = connection.transport
+            sock = transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+            for number in range(1, 1000):
+                client.sendall(request % b"")
+                await until(lambda number=number: len(intake.items) == number)
+                await asyncio.sleep(0)
+                if transport.get_write_buffer_size() > 1000:
+                    break
+            if more:
+                client.sendall(request % more)
+            await until(transport.is_closing)
+            assert transport.get_write_buffer_size()
+            await until(lambda: source._server.open == 0)
+
+
 async def test_connections_of_one_client_are_bounded(intake):
     """429 beyond the bound; others are not concerned, and what is closed makes room."""
     async with serving(intake, connections_per_client_max=2) as source:

@@ -175,6 +175,38 @@ def test_a_request_too_large_is_split(tmp_path: Path) -> None:
     assert "413" in reason
 
 
+def test_invalid_records_and_a_bound_of_records_leave_the_bytes_of_requests_alone(
+    tmp_path: Path,
+) -> None:
+    """Requests are halved around the invalid records, and those that follow are as full as ever."""
+    with daemon(*THREAD, "--http.records_max", "700", cwd=tmp_path) as one, Proxy() as proxy:
+        proxy.port = one.port
+        with Client(proxy.url, batch_age=60) as client:
+            for number in range(1000):
+                client.send(b"x" if number % 3 else b'{"n": 0}')
+            assert client.flush(20)
+            assert client.counts == Counts(1000, 334, 666)
+            before = len(proxy.seen)
+            for number in range(1000):
+                client.send({"n": number, "pad": "x" * 200})
+            assert client.flush(20)
+        assert client.counts == Counts(2000, 1334, 666)
+    assert len(proxy.seen) - before == 2
+
+
+def test_a_byte_order_mark_is_no_record(shared: Daemon) -> None:
+    """A daemon skips one at the beginning of a body: with it the request had a record too few."""
+    mark = b"\xef\xbb\xbf"
+    with Client(url_of(shared), batch_age=60) as client:
+        for nothing in (mark, b" " + mark + b"\n", mark * 2):
+            with pytest.raises(ValueError, match="at least one"):
+                client.send(nothing)
+        client.send(mark + b"1")
+        client.send(mark + b"2")
+        assert client.flush(20)
+        assert client.counts == Counts(2, 2)
+
+
 def test_a_body_that_shrinks_too_much_is_sent_as_it_is(shared: Daemon) -> None:
     with Proxy() as proxy:
         proxy.port = shared.port
@@ -508,6 +540,9 @@ def test_a_fork_while_a_request_is_under_way(tmp_path: Path) -> None:
         ("ftp://localhost", {}),
         ("http://user:secret@localhost", {}),
         ("http://localhost/?x=1", {}),
+        ("http://localhost/a path", {}),
+        ("http://localhost/\u00e9", {}),
+        ("http://local host", {}),
         ("http://localhost/v1/records", {}),
         ("http://localhost/proxied/v1/records/clicks", {}),
         ("http://localhost", {"ca": "ca.pem"}),

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from ingestd.client import Client, Counts
 from ingestd.client.exchange import RETRY_AFTER_MAX, judge
+from tests.client.tools import Answers
 
 
 def body(**members: Any) -> bytes:
@@ -23,6 +25,7 @@ def body(**members: Any) -> bytes:
         (202, body(accepted=2, invalid=0, errors=[]), 2, "accepted"),
         (200, body(accepted=1, invalid=1), 2, "accepted"),
         (202, body(accepted=1, invalid=0), 2, "retry"),
+        (503, b"[" * 100_000, 2, "retry"),
         (200, b"<html>Please log in</html>", 2, "retry"),
         (204, b"", 1, "retry"),
         *((status, b"", 2, "retry") for status in (401, 403, 404, 408, 409, 421, 425, 429)),
@@ -38,6 +41,50 @@ def body(**members: Any) -> bytes:
 )
 def test_an_answer(status: int, content: bytes, count: int, kind: str) -> None:
     assert judge(status, "", content, count).kind == kind
+
+
+@pytest.mark.parametrize(
+    ("status", "problem", "shrinks"),
+    [
+        (413, "payload-too-large", "bytes"),
+        (413, "", "bytes"),
+        (413, "inflate-ratio", "bytes"),
+        (413, "too-many-records", "records"),
+        (413, "record-too-large", ""),
+        (400, "mostly-invalid", ""),
+    ],
+)
+def test_what_there_was_too_much_of(status: int, problem: str, shrinks: str) -> None:
+    verdict = judge(status, "", body(type=f"urn:ingestd:problem:{problem}"), 2)
+    assert (verdict.kind, verdict.shrinks) == ("split", shrinks)
+
+
+@pytest.mark.parametrize("index", [1.0, True, "1", [1], None, -1, 3])
+def test_a_place_that_is_none(index: Any) -> None:
+    told = body(accepted=2, invalid=1, errors=[{"index": index}])
+    assert judge(202, "", told, 3).invalid == {}
+
+
+TAKEN = b'HTTP/1.1 202 Accepted\r\nContent-Length: 26\r\n\r\n{"accepted":2,"invalid":0}'
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        b'HTTP/1.1 400 Bad Request\r\nContent-Length: 500\r\n\r\n{"type":"urn:ingestd:pro',
+        b"HTTP/1.1 413 Content Too Large\r\nContent-Length: 500\r\n\r\n",
+        b"HTTP/1.1 103 Early Hints\r\nLink: </a>\r\n\r\n" + TAKEN,
+    ],
+    ids=["cut off", "without its body", "something before it"],
+)
+def test_what_is_no_whole_answer_is_asked_for_again(first: bytes) -> None:
+    with Answers(first, TAKEN) as server:
+        with Client(server.url, batch_age=60) as client:
+            client.send(1)
+            client.send(2)
+            assert client.flush(20)
+        assert client.counts == Counts(2, 2)
+    assert len(set(server.keys)) == 1
 
 
 def test_invalid_records_by_place_and_number() -> None:

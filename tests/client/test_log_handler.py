@@ -171,3 +171,29 @@ def test_a_fork_in_the_middle_of_an_emit(tmp_path: Path, logger: logging.Logger)
         handler.flush()
         arrives(tmp_path, one, ["child", "slow"], "message")
     assert sys.exc_info() == (None, None, None)
+
+
+def test_a_value_without_a_text_costs_itself_alone(logger: logging.Logger) -> None:
+    class Broken:
+        def __str__(self) -> str:
+            raise AttributeError("text")
+
+    dropped: list[bytes] = []
+    handler = LogHandler(
+        "http://127.0.0.1:1",
+        close_timeout=0.1,
+        on_dropped=lambda records, _: dropped.extend(records),
+    )
+    logger.addHandler(handler)
+    logger.warning("late", extra={"order": Broken(), "digits": {1: 10**5000}, "user": 7})
+    handler.close()
+    (record,) = map(json.loads, dropped)
+    assert record["message"] == "late"
+    assert record["extra"] == {
+        "order": "<Broken without a text>", "digits": "<dict without a text>", "user": "7",
+    }  # fmt: skip
+
+
+def test_fields_that_are_no_json_are_told_at_once() -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        LogHandler("http://127.0.0.1:1", fields={"share": float("nan")})

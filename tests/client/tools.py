@@ -116,6 +116,40 @@ class Proxy:
         self._server.server_close()
 
 
+class Answers:
+    """A server that gives each request the next of these answers, and hangs up.
+
+    Attributes:
+        url: of it.
+        keys: of the requests.
+    """
+
+    def __init__(self, *answers: bytes) -> None:
+        self._answers = list(answers)
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._server.getsockname()[1]}"
+        self.keys: list[str] = []
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+
+    def _serve(self) -> None:
+        for answer in self._answers:
+            link, _ = self._server.accept()
+            with link, link.makefile("rb") as file:
+                file.readline()
+                headers = http.client.parse_headers(file)
+                file.read(int(headers["Content-Length"]))
+                self.keys.append(headers["Idempotency-Key"])
+                link.sendall(answer)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.join(5)
+        self._server.close()
+
+
 @contextlib.contextmanager
 def restarting(proxy: Proxy, folder: Path, *flags: str, after: int) -> Iterator[list[Daemon]]:
     """A daemon behind the proxy that is ended after so many requests, and started again.

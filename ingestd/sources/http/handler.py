@@ -147,6 +147,11 @@ class IngestHandler:
         if self._on_request is not None:
             self._on_request(route.spec.path, route.intake.name, status, seconds, "")
 
+    def serves(self, route: Route) -> bool:
+        """Returns True if no reload has come since a request was let in with this route."""
+        resource = self._resources.get(route.spec.path_of(route.value))
+        return resource is not None and resource.what is route
+
     def _authorize(self, request: Request, route: Route) -> Principal:
         """Returns the principal of a request that was let in before, if it still may send.
 

@@ -155,6 +155,7 @@ class QuickRequests:
             and not (codec.verifies or codec.routes or codec.encoding)
             and asked.principal is not UNIDENTIFIED
             and not handler.closes
+            and handler.serves(asked.route)
             and is_common(request)
             and handler.authenticator.decides_by_head(request)
         ):

@@ -154,6 +154,7 @@ class HttpSource(Source):
             per_client_max=settings.connections_per_client_max,
             header_timeout=settings.header_timeout,
             keepalive_timeout=settings.keepalive_timeout,
+            write_timeout=settings.body_timeout,
         )
         self._handler.why_absent = self._why_absent
         self._handler.tracer = self.tracer
