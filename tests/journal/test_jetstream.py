@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,8 +11,10 @@ import pytest
 from ingestd.base.append import Append
 from ingestd.base.errors import ConfigError, JournalFailed, Overloaded
 from ingestd.base.record import Records, Span
+from ingestd.journal import log as log_journal
 from ingestd.journal.interface import Cursor, Seal, Sealed, Settle
 from ingestd.journal.jetstream import JetStreamKind, JetStreamLog, JetStreamSettings, doubts
+from ingestd.journal.log.interface import LogUnreachable
 from tests.journal.on_nats import accept, crash, lines, refused
 from tests.nats import running
 
@@ -230,12 +233,18 @@ async def test_a_full_stream_refuses_and_goes_on_when_there_is_room(open_, one_n
             {"allow_msg_ttl": True, "allow_rollup_hdrs": True, "subject_delete_marker_ttl": 60.0},
             "markers of what is deleted",
         ),
+        (
+            {"subject_transform": {"src": ">", "dest": "elsewhere.>"}},
+            "a transform of subjects",
+        ),
     ],
 )
 async def test_a_stream_that_would_lose_records_is_refused(one_node, open_, change, said) -> None:
     import nats
-    from nats.js.api import StreamConfig
+    from nats.js.api import StreamConfig, SubjectTransform
 
+    if "subject_transform" in change:
+        change = {"subject_transform": SubjectTransform(**change["subject_transform"])}
     client = await nats.connect(one_node.urls)
     stream = f"other-{said.split()[-1]}"
     config = {"subjects": [f"{stream}.>"], "allow_direct": True, "discard": "new", **change}
@@ -243,6 +252,64 @@ async def test_a_stream_that_would_lose_records_is_refused(one_node, open_, chan
     await client.close()
     with pytest.raises(ConfigError, match=said):
         await open_(one_node, "other", stream=stream)
+
+
+async def test_a_lower_bound_of_messages_ends_the_journal(one_node, open_) -> None:
+    """The message is refused for good, so nothing would follow it."""
+    own = {"stream": "lower", "bucket": "lower-leases"}
+    journal = await open_(one_node, "lower", **own)
+    await journal.append(Append(lines(b"1")))
+    info = await journal._log._js.stream_info("lower")
+    info.config.max_msg_size = 1000
+    await journal._log._js.update_stream(info.config)
+    with pytest.raises(JournalFailed, match="message size exceeds"):
+        await asyncio.wait_for(journal.append(Append(lines(b"x" * 5000))), 5)
+    await journal.close()
+    with pytest.raises(ConfigError, match="low maximum message size"):
+        await open_(one_node, "lower", **own)
+
+
+async def test_servers_with_a_lower_max_payload_end_the_journal(tmp_path: Path, open_) -> None:
+    (tmp_path / "nats").mkdir()
+    with running(tmp_path / "nats") as cluster:
+        journal = await open_(cluster, "payload")
+        (server,) = cluster.servers
+        lower = server.file.read_text().replace("max_payload: 1048576", "max_payload: 65536")
+        server.file.write_text(lower)
+        server.send(signal.SIGHUP)
+        large = Append(Records.sized([b"x" * 300_000]))
+        with pytest.raises(JournalFailed, match="max_payload of the servers is 65536"):
+            await asyncio.wait_for(journal.append(large), 10)
+        await journal.close()
+        again = await open_(cluster, "payload")
+        await again.append(large)
+        assert again.ledger.accepted == 1
+
+
+async def test_a_start_that_may_not_publish_ends(tmp_path: Path, open_, monkeypatch) -> None:
+    monkeypatch.setattr(log_journal, "OPEN_SECONDS", 2.0)
+    (tmp_path / "nats").mkdir()
+    users = """authorization { users = [ { user: a, password: a }, { user: b, password: b,
+        permissions: { publish: { deny: "ingestd.log.>" } } } ] }"""
+    with running(tmp_path / "nats", config=users) as cluster:
+        await (await open_(cluster, "one", username="a", password="a")).close()
+        with pytest.raises(JournalFailed, match=r"permissions violation.*ingestd\.log\.one"):
+            await open_(cluster, "one", username="b", password="b")
+
+
+async def test_a_stream_or_bucket_that_is_deleted_is_no_answer(one_node, open_) -> None:
+    own = {"stream": "gone", "bucket": "gone-leases", "stream_bytes_max": "8MiB"}
+    journal = await open_(one_node, "gone", **own)
+    log = journal._log
+    await log._js.delete_stream("KV_gone-leases")
+    with pytest.raises(LogUnreachable, match="KV_gone-leases is not there"):
+        await log.logs()
+    await log._js.delete_stream("gone")
+    for call in (log.logs(), log.acquire(journal._owner, 1.0)):
+        with pytest.raises(LogUnreachable, match="the stream gone is not there"):
+            await call
+    with pytest.raises(Overloaded):
+        await journal.append(Append(lines(b"1")))
 
 
 async def test_too_few_replicas_are_refused(one_node, open_) -> None:

@@ -246,6 +246,18 @@ async def test_a_daemon_waits_for_the_lease_of_another(live) -> None:
     await live(engine).open()
 
 
+async def test_a_start_that_reads_nothing_of_its_log_ends(live, monkeypatch) -> None:
+    monkeypatch.setattr(log_journal, "OPEN_SECONDS", 0.2)
+    life = live(Engine())
+
+    async def lags(first: int, bytes_max: int) -> list[LogMessage]:
+        return []
+
+    monkeypatch.setattr(life.log, "read", lags)
+    with pytest.raises(JournalFailed, match="nothing is read from 0 on"):
+        await asyncio.wait_for(life.open(), 10)
+
+
 async def test_an_entry_larger_than_a_message_is_whole_or_not_there(live) -> None:
     engine = Engine(message_bytes_max=4096)
     first = await live(engine).open()

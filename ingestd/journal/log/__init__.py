@@ -40,6 +40,7 @@ from ingestd.journal.log.interface import (
     LogFenced,
     LogKey,
     LogMessage,
+    LogRefused,
     LogUnreachable,
     Snapshot,
     retry_after,
@@ -154,6 +155,7 @@ class LogJournal(SqliteJournal):
         self.group = group
         self.maintenance.refusal = lambda: replicated.refusal
         self._last = 0
+        self._answer_until = math.inf
         self._size = 0
         self._marks: list[Mark] = []
         self._latest = Mark(0, 1, 0)
@@ -293,8 +295,10 @@ class LogJournal(SqliteJournal):
             journal = b"" if last is not None else secrets.token_hex(6).encode()
             self._last = 0 if last is None else last.number
             opened = partial(self._publish, OPENED + journal, 0)
+            self._answer_until = self._loop.time() + OPEN_SECONDS
             with contextlib.suppress(LogFenced):
                 self._until(opened)
+                self._answer_until = math.inf
                 return
         raise self._failure("other daemons keep taking it over")
 
@@ -383,10 +387,7 @@ class LogJournal(SqliteJournal):
         begun, parts, entry = 0, list[bytes](), b""
         number = first
         while True:
-            messages = self._patiently(partial(self._log.read, number, READ_BYTES))
-            if not messages:
-                self._pause()  # a replica that lags
-                continue
+            messages = self._read_some(number)
             for message in messages:
                 head, data = taken_apart(message)
                 if head.after != before and not self._begins(message, head, first, before):
@@ -403,6 +404,19 @@ class LogJournal(SqliteJournal):
                     self._chain_whole = True
                     return
             number = before + 1 if before is not None else first
+
+    def _read_some(self, number: int) -> Sequence[LogMessage]:
+        """Reads messages that are there, from a replica that may lag.
+
+        Raises:
+            JournalFailed: it does for long.
+        """
+        until = self._loop.time() + OPEN_SECONDS
+        while not (found := self._patiently(partial(self._log.read, number, READ_BYTES))):
+            if self._loop.time() > until:
+                raise self._failure(f"nothing is read from {number} on, and {self._last} was taken")
+            self._pause()
+        return found
 
     def _begins(
         self, message: LogMessage, head: MessageHead, first: int, before: int | None
@@ -462,6 +476,9 @@ class LogJournal(SqliteJournal):
             try:
                 again = self._log.append(message, after=self._last, keys=(*keys.values(),))
                 return self._wait(again)
+            except LogRefused as error:
+                # The next start learns the new bound, and reads what became of earlier tries.
+                raise self._failure(str(error)) from error
             except LogAmbiguous as error:
                 if not may_be_there:
                     log.warning("publish_unanswered", log=self._log.name, error=str(error))
@@ -519,6 +536,8 @@ class LogJournal(SqliteJournal):
                 self._pause()
 
     def _pause(self, seconds: float | None = None) -> None:
+        if self._loop.time() > self._answer_until:
+            raise self._failure(self._log.silence or "this start's message is not taken")
         if self._gave_up.wait(RETRY_SECONDS if seconds is None else seconds):
             raise self._failure("it was closed before the log answered")
 
