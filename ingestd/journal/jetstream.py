@@ -777,6 +777,11 @@ class JetStreamLog:
         if not part:
             self._first_part = number
 
+    async def drop_parts(self, at: int) -> None:
+        """See `ReplicatedLog.drop_parts`."""
+        parts = f"{self._parts}.{at}.>"
+        await self._ask(self._js.purge_stream(self._settings.stream, subject=parts))
+
     async def save(self, snapshot: Snapshot, *, after: int) -> int:
         """See `ReplicatedLog.save`."""
         number = await self._publish(self._snapshots, msgspec.msgpack.encode(snapshot), after)

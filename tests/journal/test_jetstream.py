@@ -14,6 +14,7 @@ from ingestd.base.record import Records, Span
 from ingestd.journal import log as log_journal
 from ingestd.journal.interface import Cursor, Seal, Sealed, Settle
 from ingestd.journal.jetstream import JetStreamKind, JetStreamLog, JetStreamSettings, doubts
+from ingestd.journal.log.cache import open_snapshot
 from ingestd.journal.log.interface import LogUnreachable
 from tests.journal.on_nats import accept, crash, lines, refused
 from tests.nats import running
@@ -221,6 +222,20 @@ async def test_a_full_stream_refuses_and_goes_on_when_there_is_room(open_, one_n
     await js.update_stream(info.config)
     await accept(journal, b"1")
     assert journal.ledger.accepted == taken + 1
+
+
+async def test_a_snapshot_that_does_not_fit_leaves_the_room_as_it_was(open_, one_node) -> None:
+    own = {"stream": "tight", "bucket": "tight-leases", "stream_bytes_max": "6MiB"}
+    journal = await open_(one_node, "tight", **own)
+    for _ in range(36):  # pending, so a snapshot carries them
+        await journal.append(Append(Records.sized([b"x" * 100_000])))
+    js, marks = journal._log._js, [journal._latest[:2]]
+    before = (await js.stream_info("tight")).state.bytes
+    db = await asyncio.to_thread(open_snapshot, journal.path)
+    await asyncio.to_thread(journal._save, db, journal._last, marks)
+    assert journal._snapshot is None
+    assert (await js.stream_info("tight")).state.bytes == before
+    await journal.write(Seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0)))
 
 
 @pytest.mark.parametrize(

@@ -633,6 +633,7 @@ class LogJournal(SqliteJournal):
 
     def _save(self, db: sqlite3.Connection, at: int, marks: Sequence[tuple[int, int]]) -> None:
         """Saves a snapshot and trims the log; on a thread of its own."""
+        useless = True
         try:
             first, first_chunk = cache.first_kept(db, marks, CARRIED_BYTES)
             size = count = 0
@@ -644,6 +645,7 @@ class LogJournal(SqliteJournal):
                 size += len(part)
             saved = Snapshot(at, first, count, size, cache.state_of(db, self.id))
             after = 0 if self._snapshot is None else self._snapshot.number
+            useless = False  # from here on they may be the parts of the last snapshot
             number = self._wait(self._log.save(saved, after=after))
             self._snapshot = msgspec.structs.replace(saved, number=number)
             self._wait(self._log.trim(first))
@@ -651,6 +653,8 @@ class LogJournal(SqliteJournal):
         except (Overloaded, LogAmbiguous, LogFenced, JournalFailed, sqlite3.Error) as error:
             log.warning("snapshot_failed", log=self._log.name, error=str(error))
             with contextlib.suppress(Overloaded, JournalFailed):
+                if useless:  # in a log that is full they would take the room that commits need
+                    self._wait(self._log.drop_parts(at))
                 self._snapshot = self._wait(self._log.snapshot())
         finally:
             db.close()

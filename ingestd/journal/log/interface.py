@@ -259,6 +259,14 @@ class ReplicatedLog(Protocol):
         """
         ...
 
+    async def drop_parts(self, at: int) -> None:
+        """Deletes the parts of a snapshot at a number that will not be saved.
+
+        Raises:
+            LogUnreachable: no answer.
+        """
+        ...
+
     async def save(self, snapshot: Snapshot, *, after: int) -> int:
         """Makes a snapshot the last one, if the last one so far is `after`; returns its number.
 
