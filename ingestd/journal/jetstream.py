@@ -625,10 +625,14 @@ class JetStreamLog:
     async def _sum(self, pipeline: str) -> tuple[RetiredLogs, int]:
         from ingestd.journal.log.interface import RetiredLogs  # noqa: PLC0415
 
-        found = await self._last_of(f"{self._settings.stream}.retired.{pipeline}")
+        subject = f"{self._settings.stream}.retired.{pipeline}"
+        found = await self._last_of(subject)
         if found is None:
             return RetiredLogs(), 0
-        return msgspec.msgpack.decode(found.data, type=RetiredLogs), found.number
+        try:
+            return msgspec.msgpack.decode(found.data, type=RetiredLogs), found.number
+        except msgspec.MsgspecError as error:
+            raise ConfigError(problem=f"{subject} can't be read: {error}") from error
 
     # -- messages ------------------------------------------------------------------------------
 

@@ -220,7 +220,9 @@ def test_a_log_that_cannot_be_read_leaves_nothing_on_the_disk(tmp_path: Path) ->
         one = group.start("one", 0)
         one.event("daemon_started")
         asyncio.run(_publish(group.cluster.urls, "ingestd.log.bad.default", b"not of a daemon"))
-        one.event("adoption_failed")
+        failed = one.event("adoption_failed")
+        assert "can't be read" in failed["error"]
+        assert "exception" not in failed
         (data,) = tmp_path.glob("one-*/data")
         until(lambda: not list(data.glob("adopted/bad*")))
         post(one, 1)

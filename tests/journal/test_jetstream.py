@@ -105,6 +105,14 @@ async def test_a_subject_that_no_daemon_writes_is_no_log(one_node, open_) -> Non
     assert [place for place in await log.logs() if "named" in place] == ["named.default"]
 
 
+async def test_a_sum_that_no_daemon_wrote_is_told(one_node, open_) -> None:
+    own = {"stream": "sums", "bucket": "sums-leases"}
+    log = (await open_(one_node, "sums", **own))._log
+    await log._js.publish("sums.retired.default", b"garbage")
+    with pytest.raises(ConfigError, match=r"sums\.retired\.default can't be read"):
+        await log.retired()
+
+
 async def test_a_snapshot_lets_the_stream_go(one_node, open_) -> None:
     first = await open_(one_node, "snapshot")
     first._snapshot_bytes = 1 << 20

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import async_timeout
 
-from ingestd.base.errors import Overloaded
+from ingestd.base.errors import IngestdError, Overloaded
 from ingestd.base.files import make_folder
 from ingestd.base.logging import get_logger
 from ingestd.journal.interface import Ledger
@@ -123,12 +123,17 @@ class LogGroup:
                         await self._until_left(place, found[place][1], pipelines, pipeline, stop)
             except (Overloaded, LogAmbiguous, LogFenced) as error:
                 log.debug("group_unanswered", log=place, error=str(error))
-            except Exception:
-                # Another daemon may do better; and no error here ends the daemon's own work.
-                log.exception("adoption_failed", pipeline=self._pipeline, log=place)
+            except Exception as error:  # noqa: BLE001  none here ends the daemon's own work
+                self._failed_at(place, error)  # another daemon may do better
                 self._leave_to_others(place)
                 await self._rest(stop, 0.0 if place else FAILED_SECONDS)
             await self._rest(stop)
+
+    def _failed_at(self, place: str, error: Exception) -> None:
+        if isinstance(error, IngestdError):  # which says all: no room on the disk, another version
+            log.warning("adoption_failed", pipeline=self._pipeline, log=place, error=str(error))
+        else:
+            log.error("adoption_failed", pipeline=self._pipeline, log=place, exc_info=error)
 
     def _leave_to_others(self, place: str) -> None:
         self._failed[place] = asyncio.get_running_loop().time() + FAILED_SECONDS
@@ -277,8 +282,8 @@ class LogGroup:
             if why in {WANTED, STOPPED}:
                 await self._calls_ended(pipeline, stop)
                 await _do_marked(pipeline)
-        except Exception:
-            log.exception("adoption_failed", pipeline=self._pipeline, log=place)
+        except Exception as error:  # noqa: BLE001  as above
+            self._failed_at(place, error)
             why = FAILED
         if stop.is_set():
             return  # the daemon may have begun to close it
@@ -362,7 +367,7 @@ async def retired_logs(log_: GroupedLog) -> list[dict[str, Any]]:
 
 
 async def _endings(log_: GroupedLog, places: Sequence[str]) -> dict[str, LastMessage | None]:
-    """What the last messages of some logs tell, by their places; some are read at a time."""
+    """The last messages of some logs, by their places; a few are read at a time."""
     found = dict[str, LastMessage | None]()
     for first in range(0, len(places), READS_AT_ONCE):
         some = places[first : first + READS_AT_ONCE]
