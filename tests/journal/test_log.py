@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import shutil
+import subprocess
+import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -45,6 +49,7 @@ from ingestd.journal.log.interface import (
 )
 from ingestd.journal.log.messages import DRAINED, RETIRED, end_entry, ending, packed, pieces
 from ingestd.journal.sqlite import writer
+from tests.daemon.harness import ROOT
 from tests.faults.tools import mounted, needs
 from tests.journal.memory_log import DOWN, FULL, LATE, LOST, Engine, MemoryLog
 
@@ -338,6 +343,22 @@ async def test_commands_do_not_change_a_cache_without_its_daemon(live) -> None:
     letters = CacheFile(first.journal.path).dead_letters
     with pytest.raises(Exception, match="start ingestd"):
         letters.purge(LetterFilter(), 1 << 40)
+
+
+async def test_a_repair_makes_no_folder_for_a_log_that_was_adopted(live, tmp_path: Path) -> None:
+    life = await live(Engine()).open()
+    await life.close()
+    data = tmp_path / "data"
+    for folder in (data, data / "adopted" / "one"):  # as a daemon that was killed leaves them
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(life.journal.path, folder / "cache.db")
+    command = [sys.executable, "-m", "ingestd", "journal", "verify", "--repair"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = partial(subprocess.run, [*command, "--data-dir", str(data)], env=env, check=True)
+    await asyncio.to_thread(run)
+    assert sorted(one.name for one in data.iterdir() if "cache.db" not in one.name) == [
+        "adopted", "lock",
+    ]  # fmt: skip
 
 
 async def test_the_last_message_says_if_nothing_is_pending(live, tmp_path) -> None:
