@@ -18,9 +18,11 @@ import asyncio
 import contextlib
 import copy
 import json
+import os
 import re
 import secrets
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import msgspec
@@ -144,7 +146,7 @@ class JetStreamKind(JournalKind):
         folder = context.folder
         own_folder = folder.parent.parent if folder.parent.name == ADOPTED else folder
         pipeline = own_folder.name if own_folder.parent.name == "pipelines" else "default"
-        path = (folder / CACHE).resolve()
+        path = Path(os.path.realpath(folder / CACHE))  # a loop of links shows as it is opened
         if (folder / FILE).exists():
             problem = f"{folder / FILE} is a journal of the kind sqlite: drain it, and move it away"
             raise ConfigError(problem=problem)
