@@ -429,7 +429,6 @@ class JetStreamLog:
         if wants:
             text = f"the stream {own.stream} needs {' and '.join(wants)}"
             raise ConfigError(problem=f"{text}, for idempotency keys: edit its configuration")
-        self._bytes_max = max(0, config.max_bytes or 0)
         self.facts.append(f"the stream {own.stream} has {config.num_replicas} replicas on disk")
         self.doubts = doubts(own.stream, info.cluster)
 
@@ -501,8 +500,15 @@ class JetStreamLog:
 
     async def acquire(self, owner: str, ttl: float) -> str:  # noqa: ARG002  the bucket's
         """See `ReplicatedLog.acquire`."""
+        from ingestd.journal.log.interface import LogUnreachable  # noqa: PLC0415
+
+        held = await self._acquire(owner)
+        with contextlib.suppress(LogUnreachable):  # a stream without a leader costs no lease
+            await self._look()
+        return held
+
+    async def _acquire(self, owner: str) -> str:
         errors, value = self._nats.js.errors, owner.encode()
-        await self._look()
         for _ in range(3):
             last = self._revisions.get(self.place, 0)
             bucket = self._bucket
@@ -528,10 +534,9 @@ class JetStreamLog:
 
     async def _look(self) -> None:
         """Asks how full the stream is: snapshots need room as well, and make room."""
-        if not self._bytes_max:
-            return
         info = await self._info(self._settings.stream)
-        full = info.state.bytes > 0.9 * self._bytes_max
+        bytes_max = info.config.max_bytes or 0  # an operator may change it; -1 is none
+        full = 0 < 0.9 * bytes_max < info.state.bytes
         self._full = f"the stream {self._settings.stream} is nine tenths full" if full else ""
 
     async def _info(self, stream: str, subjects: str = "") -> Any:

@@ -232,6 +232,22 @@ async def test_a_full_stream_refuses_and_goes_on_when_there_is_room(open_, one_n
     assert journal.ledger.accepted == taken + 1
 
 
+async def test_a_stream_that_is_nearly_full_is_made_larger(open_, one_node) -> None:
+    own = {"stream": "larger", "bucket": "larger-leases"}
+    journal = await open_(one_node, "larger", **own)
+    for _ in range(19):
+        await journal.append(Append(Records.sized([b"x" * 100_000])))
+    js = journal._log._js
+    info = await js.stream_info("larger")
+    info.config.max_bytes = 2 << 20  # a bound that it did not have
+    await js.update_stream(info.config)
+    await refused(journal)
+    assert "nine tenths full" in journal._log.refusal
+    info.config.max_bytes = 8 << 20
+    await js.update_stream(info.config)
+    await asyncio.wait_for(accept(journal, b"1"), 10)
+
+
 async def test_a_snapshot_that_does_not_fit_leaves_the_room_as_it_was(open_, one_node) -> None:
     own = {"stream": "tight", "bucket": "tight-leases", "stream_bytes_max": "6MiB"}
     journal = await open_(one_node, "tight", **own)
@@ -324,13 +340,13 @@ async def test_a_stream_or_bucket_that_is_deleted_is_no_answer(one_node, open_) 
     own = {"stream": "gone", "bucket": "gone-leases", "stream_bytes_max": "8MiB"}
     journal = await open_(one_node, "gone", **own)
     log = journal._log
-    await log._js.delete_stream("KV_gone-leases")
-    with pytest.raises(LogUnreachable, match="KV_gone-leases is not there"):
-        await log.logs()
     await log._js.delete_stream("gone")
-    for call in (log.logs(), log.acquire(journal._owner, 1.0)):
-        with pytest.raises(LogUnreachable, match="the stream gone is not there"):
-            await call
+    with pytest.raises(LogUnreachable, match="the stream gone is not there"):
+        await log.logs()
+    assert await log.acquire(journal._owner, 1.0) == journal._owner  # the lease is elsewhere
+    await log._js.delete_stream("KV_gone-leases")
+    with pytest.raises(LogUnreachable):
+        await log.acquire(journal._owner, 1.0)
     with pytest.raises(Overloaded):
         await journal.append(Append(lines(b"1")))
 
