@@ -381,6 +381,15 @@ async def test_the_last_message_says_if_nothing_is_pending(live, tmp_path) -> No
     assert (await live(engine).open()).journal.ledger == Ledger(3, 2, 1, 0)
 
 
+async def test_a_log_that_is_nearly_full_is_drained_in_its_last_message(live) -> None:
+    """Without it other daemons would adopt it again and again, with a message each time."""
+    engine = Engine()
+    life = await live(engine).open()
+    life.log.full = "nine tenths full"
+    await life.close()
+    assert ending(engine.messages[-1]).kind == DRAINED
+
+
 async def test_a_log_that_has_ended_begins_anew(live) -> None:
     engine = Engine()
     one = await live(engine).open()

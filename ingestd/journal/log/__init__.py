@@ -714,7 +714,8 @@ class LogJournal(SqliteJournal):
     def _say_drained(self) -> None:
         """Ends this life in the log, if nothing is pending: then no other daemon has to open it."""
         ledger = self._store.meta.ledger
-        if ledger.pending or self.failed.done() or self._log.refusal:
+        # Also in a log that is nearly full: each adoption would put a message there.
+        if ledger.pending or self.failed.done() or self._log.silence:
             return
         at = self._drained_at or self._clock.now()
         end = LogEnd(self.id, at, *ledger, self._store.dead.letters)
