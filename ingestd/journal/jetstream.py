@@ -545,10 +545,14 @@ class JetStreamLog:
         Raises:
             LogUnreachable: no answer, or it is not there.
         """
+        return await self._of(stream, self._js.stream_info(stream, subjects or None))
+
+    async def _of(self, stream: str, call: Coroutine[Any, Any, T]) -> T:
+        """Asks something of a stream; see `_info`."""
         from ingestd.journal.log.interface import LogUnreachable, retry_after  # noqa: PLC0415
 
         try:
-            return await self._ask(self._js.stream_info(stream, subjects or None))
+            return await self._ask(call)
         except self._nats.js.errors.NotFoundError as error:
             problem = f"the stream {stream} is not there"
             raise LogUnreachable(problem=problem, retry_after=retry_after()) from error
@@ -777,8 +781,9 @@ class JetStreamLog:
         """See `ReplicatedLog.trim`."""
         await self._purge(self.name, before)
 
-    async def _purge(self, subject: str, before: int) -> None:
-        await self._ask(self._js.purge_stream(self._settings.stream, seq=before, subject=subject))
+    async def _purge(self, subject: str, before: int | None) -> None:
+        stream = self._settings.stream
+        await self._of(stream, self._js.purge_stream(stream, seq=before, subject=subject))
 
     # -- snapshots -----------------------------------------------------------------------------
 
@@ -790,8 +795,7 @@ class JetStreamLog:
 
     async def drop_parts(self, at: int) -> None:
         """See `ReplicatedLog.drop_parts`."""
-        parts = f"{self._parts}.{at}.>"
-        await self._ask(self._js.purge_stream(self._settings.stream, subject=parts))
+        await self._purge(f"{self._parts}.{at}.>", None)
 
     async def save(self, snapshot: Snapshot, *, after: int) -> int:
         """See `ReplicatedLog.save`."""

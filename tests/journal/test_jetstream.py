@@ -343,6 +343,9 @@ async def test_a_stream_or_bucket_that_is_deleted_is_no_answer(one_node, open_) 
     await log._js.delete_stream("gone")
     with pytest.raises(LogUnreachable, match="the stream gone is not there"):
         await log.logs()
+    for call in (log.trim(1), log.drop_parts(1)):
+        with pytest.raises(LogUnreachable, match="the stream gone is not there"):
+            await call
     assert await log.acquire(journal._owner, 1.0) == journal._owner  # the lease is elsewhere
     await log._js.delete_stream("KV_gone-leases")
     with pytest.raises(LogUnreachable):
