@@ -316,6 +316,8 @@ async def test_servers_with_a_lower_max_payload_end_the_journal(tmp_path: Path, 
         lower = server.file.read_text().replace("max_payload: 1048576", "max_payload: 65536")
         server.file.write_text(lower)
         server.send(signal.SIGHUP)
+        while (await asyncio.to_thread(server.ask, "/varz")).get("max_payload") != 65536:
+            await asyncio.sleep(0.05)
         large = Append(Records.sized([b"x" * 300_000]))
         with pytest.raises(JournalFailed, match="max_payload of the servers is 65536"):
             await asyncio.wait_for(journal.append(large), 10)
