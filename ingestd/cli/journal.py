@@ -216,8 +216,9 @@ def _held(data_dir: Path, found: dict[str, SqliteFile]) -> Iterator[None]:
     with ExitStack() as held:
         lock = DataDir(data_dir)
         held.callback(lock.close)
-        for name, journal in found.items():
-            lock.folder(name)
+        for pipeline in {name.partition("@")[0] for name in found}:  # adopted logs are in theirs
+            lock.folder(pipeline)
+        for journal in found.values():
             held.callback(journal.lock().close)
         yield
 

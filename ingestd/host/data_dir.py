@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +58,9 @@ class FileLock:
             fd = open_private(path, os.O_RDWR | (os.O_NOFOLLOW if signed else 0))
         except OSError as error:
             raise DataDirError(path=of, problem=_why(error)) from error
+        if not stat.S_ISREG(os.fstat(fd).st_mode):  # to read a FIFO would wait for ever
+            os.close(fd)
+            raise DataDirError(path=of, problem=f"{path.name} is no regular file")
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if signed:

@@ -18,9 +18,11 @@ import asyncio
 import contextlib
 import copy
 import json
+import os
 import re
 import secrets
 import socket
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import msgspec
@@ -67,6 +69,7 @@ _BATCH_REFUSED = {10174, 10176, 10199, 10210}
 """Batches are disabled, one lacks a message or has too many, there are too many at a time."""
 _FULL = {10047, 10023}
 _STORE_FAILED = 10077
+_TOO_LARGE = 10054
 _ENDS = {"204", "404"}
 """The end of messages that were asked for, and that there are none."""
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+")
@@ -143,7 +146,7 @@ class JetStreamKind(JournalKind):
         folder = context.folder
         own_folder = folder.parent.parent if folder.parent.name == ADOPTED else folder
         pipeline = own_folder.name if own_folder.parent.name == "pipelines" else "default"
-        path = (folder / CACHE).resolve()
+        path = Path(os.path.realpath(folder / CACHE))  # a loop of links shows as it is opened
         if (folder / FILE).exists():
             problem = f"{folder / FILE} is a journal of the kind sqlite: drain it, and move it away"
             raise ConfigError(problem=problem)
@@ -266,6 +269,7 @@ class JetStreamLog:
         self._closed = asyncio.Event()
         self._reconnecting: asyncio.Task[None] | None = None
         self._late = self._full = self._unreached = ""
+        self._denied: list[str] = []  # the last thing that the servers do not allow
         self._late_after = 0
         self._revisions: dict[str, int] = {}  # of leases, by the places of logs
         self._first_part = 0
@@ -353,6 +357,8 @@ class JetStreamLog:
         async def quiet(error: Exception) -> None:
             """The client tells of each server that it does not reach; `refusal` is enough."""
             self._unreached = str(error) or type(error).__name__
+            if "permissions violation" in self._unreached:
+                self._denied[:] = [self._unreached]
 
         async def ended() -> None:
             self._closed.set()
@@ -409,6 +415,7 @@ class JetStreamLog:
                 (config.max_msgs_per_subject < 1, "a maximum of messages of a subject"),
                 (not 0 < (config.max_msg_size or 0) < max_payload, "a low maximum message size"),
                 (not config.subject_delete_marker_ttl, "markers of what is deleted"),
+                (not config.subject_transform, "a transform of subjects"),
                 (config.allow_direct, "no direct access"),
                 (not (config.sealed or config.deny_purge or config.no_ack), "a restriction"),
                 (config.num_replicas >= own.replicas, few),
@@ -422,7 +429,6 @@ class JetStreamLog:
         if wants:
             text = f"the stream {own.stream} needs {' and '.join(wants)}"
             raise ConfigError(problem=f"{text}, for idempotency keys: edit its configuration")
-        self._bytes_max = max(0, config.max_bytes or 0)
         self.facts.append(f"the stream {own.stream} has {config.num_replicas} replicas on disk")
         self.doubts = doubts(own.stream, info.cluster)
 
@@ -494,8 +500,15 @@ class JetStreamLog:
 
     async def acquire(self, owner: str, ttl: float) -> str:  # noqa: ARG002  the bucket's
         """See `ReplicatedLog.acquire`."""
+        from ingestd.journal.log.interface import LogUnreachable  # noqa: PLC0415
+
+        held = await self._acquire(owner)
+        with contextlib.suppress(LogUnreachable):  # a stream without a leader costs no lease
+            await self._look()
+        return held
+
+    async def _acquire(self, owner: str) -> str:
         errors, value = self._nats.js.errors, owner.encode()
-        await self._look()
         for _ in range(3):
             last = self._revisions.get(self.place, 0)
             bucket = self._bucket
@@ -521,11 +534,28 @@ class JetStreamLog:
 
     async def _look(self) -> None:
         """Asks how full the stream is: snapshots need room as well, and make room."""
-        if not self._bytes_max:
-            return
-        info = await self._ask(self._js.stream_info(self._settings.stream))
-        full = info.state.bytes > 0.9 * self._bytes_max
+        info = await self._info(self._settings.stream)
+        bytes_max = info.config.max_bytes or 0  # an operator may change it; -1 is none
+        full = 0 < 0.9 * bytes_max < info.state.bytes
         self._full = f"the stream {self._settings.stream} is nine tenths full" if full else ""
+
+    async def _info(self, stream: str, subjects: str = "") -> Any:
+        """Asks for the state of a stream, which an operator may have deleted, and may make again.
+
+        Raises:
+            LogUnreachable: no answer, or it is not there.
+        """
+        return await self._of(stream, self._js.stream_info(stream, subjects or None))
+
+    async def _of(self, stream: str, call: Coroutine[Any, Any, T]) -> T:
+        """Asks something of a stream; see `_info`."""
+        from ingestd.journal.log.interface import LogUnreachable, retry_after  # noqa: PLC0415
+
+        try:
+            return await self._ask(call)
+        except self._nats.js.errors.NotFoundError as error:
+            problem = f"the stream {stream} is not there"
+            raise LogUnreachable(problem=problem, retry_after=retry_after()) from error
 
     async def release(self, owner: str) -> None:
         """See `ReplicatedLog.release`."""
@@ -572,7 +602,7 @@ class JetStreamLog:
 
     async def _subjects(self, stream: str, start: str) -> set[str]:
         """The subjects of a stream that have messages, without their start."""
-        info = await self._ask(self._js.stream_info(stream, f"{start}>"))
+        info = await self._info(stream, f"{start}>")
         return {subject.removeprefix(start) for subject in info.state.subjects or ()}
 
     async def retire(self, number: int, end: LogEnd) -> None:
@@ -606,10 +636,14 @@ class JetStreamLog:
     async def _sum(self, pipeline: str) -> tuple[RetiredLogs, int]:
         from ingestd.journal.log.interface import RetiredLogs  # noqa: PLC0415
 
-        found = await self._last_of(f"{self._settings.stream}.retired.{pipeline}")
+        subject = f"{self._settings.stream}.retired.{pipeline}"
+        found = await self._last_of(subject)
         if found is None:
             return RetiredLogs(), 0
-        return msgspec.msgpack.decode(found.data, type=RetiredLogs), found.number
+        try:
+            return msgspec.msgpack.decode(found.data, type=RetiredLogs), found.number
+        except msgspec.MsgspecError as error:
+            raise ConfigError(problem=f"{subject} can't be read: {error}") from error
 
     # -- messages ------------------------------------------------------------------------------
 
@@ -648,6 +682,8 @@ class JetStreamLog:
         except errors.APIError as error:
             if error.err_code == _WRONG_LAST or (keys and error.err_code == _ON_ITS_WAY):
                 raise log.LogFenced from error
+            if error.err_code == _TOO_LARGE:
+                raise log.LogRefused(problem=str(error.description)) from error
             full = error.err_code == _STORE_FAILED and "maximum" in (error.description or "")
             problem = str(error.description)
             if full or error.err_code in _FULL:
@@ -657,8 +693,13 @@ class JetStreamLog:
             if error.err_code == _ON_ITS_WAY:  # a majority has not answered to an earlier one
                 problem = self._no_majority
             raise log.LogAmbiguous(problem=problem) from error
+        except self._nats.errors.MaxPayloadError as error:
+            problem = f"max_payload of the servers is {self._client.max_payload} by now"
+            raise log.LogRefused(problem=problem) from error
         except (self._nats.errors.Error, TimeoutError, OSError) as error:
-            raise log.LogAmbiguous(problem=self._no_majority) from error
+            # The servers tell of it beside, and leave the message without an answer.
+            denied = [text for text in self._denied if f'"{subject.lower()}"' in text]
+            raise log.LogAmbiguous(problem=(*denied, self._no_majority)[0]) from error
         return int(answer.seq)
 
     async def _send_keys(self, keys: Sequence[LogKey]) -> dict[str, str]:
@@ -740,8 +781,9 @@ class JetStreamLog:
         """See `ReplicatedLog.trim`."""
         await self._purge(self.name, before)
 
-    async def _purge(self, subject: str, before: int) -> None:
-        await self._ask(self._js.purge_stream(self._settings.stream, seq=before, subject=subject))
+    async def _purge(self, subject: str, before: int | None) -> None:
+        stream = self._settings.stream
+        await self._of(stream, self._js.purge_stream(stream, seq=before, subject=subject))
 
     # -- snapshots -----------------------------------------------------------------------------
 
@@ -750,6 +792,10 @@ class JetStreamLog:
         number = await self._publish(f"{self._parts}.{at}.{part}", data)
         if not part:
             self._first_part = number
+
+    async def drop_parts(self, at: int) -> None:
+        """See `ReplicatedLog.drop_parts`."""
+        await self._purge(f"{self._parts}.{at}.>", None)
 
     async def save(self, snapshot: Snapshot, *, after: int) -> int:
         """See `ReplicatedLog.save`."""

@@ -215,6 +215,10 @@ class MemoryLog:
         assert len(data) <= self.message_bytes_max
         self.engine.parts[at, part] = data
 
+    async def drop_parts(self, at: int) -> None:
+        self._check()
+        self.engine.parts = {k: v for k, v in self.engine.parts.items() if k[0] != at}
+
     async def save(self, snapshot: Snapshot, *, after: int) -> int:
         self._check()
         old = self.engine.snapshot

@@ -14,16 +14,27 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from ingestd.base.append import Append
+from ingestd.base.clock import SystemClock
+from ingestd.base.record import Span
+from ingestd.journal.dead_letters import DeadLetter, LetterFilter
+from ingestd.journal.interface import Cursor, Ledger, Seal, Sealed, Settle
 from ingestd.journal.jetstream import JetStreamKind, JetStreamSettings
+from ingestd.journal.log.cache import CacheFile
+from ingestd.journal.log.group import READS_AT_ONCE, LogGroup, states_of
+from ingestd.journal.log.interface import LogLease
+from ingestd.journal.maintenance import DeadLetterMaintenance
+from ingestd.journal.settings import DeadSettings
 from tests.daemon.harness import ROOT, Daemon
 from tests.faults.tools import mounted, needs
-from tests.journal.on_nats import batches
+from tests.journal.on_nats import batches, lines
 from tests.nats import running
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from ingestd.journal.log import LogJournal
     from tests.nats import Cluster
 
 pytest.importorskip("nats", reason="needs nats-py: pip install 'ingestd[jetstream]'")
@@ -209,7 +220,9 @@ def test_a_log_that_cannot_be_read_leaves_nothing_on_the_disk(tmp_path: Path) ->
         one = group.start("one", 0)
         one.event("daemon_started")
         asyncio.run(_publish(group.cluster.urls, "ingestd.log.bad.default", b"not of a daemon"))
-        one.event("adoption_failed")
+        failed = one.event("adoption_failed")
+        assert "can't be read" in failed["error"]
+        assert "exception" not in failed
         (data,) = tmp_path.glob("one-*/data")
         until(lambda: not list(data.glob("adopted/bad*")))
         post(one, 1)
@@ -396,3 +409,59 @@ def test_dead_letters_stay_with_their_log_and_the_log_ends_without(tmp_path: Pat
         again = group.start("one", 0)
         assert again.post(b"7\n")[0] == 202
         assert again.until_settled()["accepted"] == 1
+
+
+class Adopted:
+    """A journal with the looking after its letters that a pipeline has."""
+
+    def __init__(self, journal: LogJournal) -> None:
+        self.journal = journal
+        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        letters, clock = journal.dead_letters, SystemClock()
+        self.letters = DeadLetterMaintenance("default@one", letters, DeadSettings(), clock)
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.journal.ledger
+
+
+async def test_a_letter_that_was_marked_last_is_requeued_before_its_log_is_left(
+    one_node, open_
+) -> None:
+    journal = await open_(one_node, "one")
+    await journal.append(Append(lines(b"1")))
+    await journal.write(Seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0)))
+    letter = DeadLetter("j.1.0", "rejected", "no", "", b"1", 1, 1.0, 2.0)
+    await journal.write(Settle(1, 0, [letter], [], [1], 2))
+    group = LogGroup(
+        journal._log, clock=SystemClock(), ttl=1.0, retire_after=0.0, named=lambda _: None
+    )
+    pipeline = Adopted(journal)
+    CacheFile(journal.path).dead_letters.mark(LetterFilter(), 1 << 30, lambda _: "")
+    assert await group._reason_to_leave("one.default", pipeline, gone_for_good=False) == ""
+    assert pipeline.ledger.pending == 1
+
+
+class SlowLogs:
+    """Many logs without an owner, whose last messages take a while."""
+
+    at_once = most = 0
+
+    def sibling(self, place: str) -> SlowLogs:
+        return self
+
+    async def logs(self) -> dict[str, LogLease]:
+        return {f"{name}.default": LogLease("") for name in range(40)}
+
+    async def last(self) -> None:
+        self.at_once += 1
+        self.most = max(self.most, self.at_once)
+        await asyncio.sleep(0.01)
+        self.at_once -= 1
+
+
+async def test_the_ends_of_several_logs_are_read_at_a_time() -> None:
+    logs: Any = SlowLogs()
+    states = await states_of(logs)
+    assert [one["log"] for one in states] == [str(name) for name in range(40)]
+    assert logs.most == READS_AT_ONCE

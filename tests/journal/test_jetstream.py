@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,8 +11,11 @@ import pytest
 from ingestd.base.append import Append
 from ingestd.base.errors import ConfigError, JournalFailed, Overloaded
 from ingestd.base.record import Records, Span
+from ingestd.journal import log as log_journal
 from ingestd.journal.interface import Cursor, Seal, Sealed, Settle
 from ingestd.journal.jetstream import JetStreamKind, JetStreamLog, JetStreamSettings, doubts
+from ingestd.journal.log.cache import open_snapshot
+from ingestd.journal.log.interface import LogUnreachable
 from tests.journal.on_nats import accept, crash, lines, refused
 from tests.nats import running
 
@@ -99,6 +103,14 @@ async def test_a_subject_that_no_daemon_writes_is_no_log(one_node, open_) -> Non
     for place in ("/tmp/named.default", "named.default.more", "$named.default", "named"):
         await log._js.publish(f"ingestd.log.{place}", b"")
     assert [place for place in await log.logs() if "named" in place] == ["named.default"]
+
+
+async def test_a_sum_that_no_daemon_wrote_is_told(one_node, open_) -> None:
+    own = {"stream": "sums", "bucket": "sums-leases"}
+    log = (await open_(one_node, "sums", **own))._log
+    await log._js.publish("sums.retired.default", b"garbage")
+    with pytest.raises(ConfigError, match=r"sums\.retired\.default can't be read"):
+        await log.retired()
 
 
 async def test_a_snapshot_lets_the_stream_go(one_node, open_) -> None:
@@ -220,6 +232,36 @@ async def test_a_full_stream_refuses_and_goes_on_when_there_is_room(open_, one_n
     assert journal.ledger.accepted == taken + 1
 
 
+async def test_a_stream_that_is_nearly_full_is_made_larger(open_, one_node) -> None:
+    own = {"stream": "larger", "bucket": "larger-leases"}
+    journal = await open_(one_node, "larger", **own)
+    for _ in range(19):
+        await journal.append(Append(Records.sized([b"x" * 100_000])))
+    js = journal._log._js
+    info = await js.stream_info("larger")
+    info.config.max_bytes = 2 << 20  # a bound that it did not have
+    await js.update_stream(info.config)
+    await refused(journal)
+    assert "nine tenths full" in journal._log.refusal
+    info.config.max_bytes = 8 << 20
+    await js.update_stream(info.config)
+    await asyncio.wait_for(accept(journal, b"1"), 10)
+
+
+async def test_a_snapshot_that_does_not_fit_leaves_the_room_as_it_was(open_, one_node) -> None:
+    own = {"stream": "tight", "bucket": "tight-leases", "stream_bytes_max": "6MiB"}
+    journal = await open_(one_node, "tight", **own)
+    for _ in range(36):  # pending, so a snapshot carries them
+        await journal.append(Append(Records.sized([b"x" * 100_000])))
+    js, marks = journal._log._js, [journal._latest[:2]]
+    before = (await js.stream_info("tight")).state.bytes
+    db = await asyncio.to_thread(open_snapshot, journal.path)
+    await asyncio.to_thread(journal._save, db, journal._last, marks)
+    assert journal._snapshot is None
+    assert (await js.stream_info("tight")).state.bytes == before
+    await journal.write(Seal(Sealed(1, (Span(1, 0, 1),), 1), Cursor(2, 0)))
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -230,12 +272,18 @@ async def test_a_full_stream_refuses_and_goes_on_when_there_is_room(open_, one_n
             {"allow_msg_ttl": True, "allow_rollup_hdrs": True, "subject_delete_marker_ttl": 60.0},
             "markers of what is deleted",
         ),
+        (
+            {"subject_transform": {"src": ">", "dest": "elsewhere.>"}},
+            "a transform of subjects",
+        ),
     ],
 )
 async def test_a_stream_that_would_lose_records_is_refused(one_node, open_, change, said) -> None:
     import nats
-    from nats.js.api import StreamConfig
+    from nats.js.api import StreamConfig, SubjectTransform
 
+    if "subject_transform" in change:
+        change = {"subject_transform": SubjectTransform(**change["subject_transform"])}
     client = await nats.connect(one_node.urls)
     stream = f"other-{said.split()[-1]}"
     config = {"subjects": [f"{stream}.>"], "allow_direct": True, "discard": "new", **change}
@@ -243,6 +291,69 @@ async def test_a_stream_that_would_lose_records_is_refused(one_node, open_, chan
     await client.close()
     with pytest.raises(ConfigError, match=said):
         await open_(one_node, "other", stream=stream)
+
+
+async def test_a_lower_bound_of_messages_ends_the_journal(one_node, open_) -> None:
+    """The message is refused for good, so nothing would follow it."""
+    own = {"stream": "lower", "bucket": "lower-leases"}
+    journal = await open_(one_node, "lower", **own)
+    await journal.append(Append(lines(b"1")))
+    info = await journal._log._js.stream_info("lower")
+    info.config.max_msg_size = 1000
+    await journal._log._js.update_stream(info.config)
+    with pytest.raises(JournalFailed, match="message size exceeds"):
+        await asyncio.wait_for(journal.append(Append(lines(b"x" * 5000))), 5)
+    await journal.close()
+    with pytest.raises(ConfigError, match="low maximum message size"):
+        await open_(one_node, "lower", **own)
+
+
+async def test_servers_with_a_lower_max_payload_end_the_journal(tmp_path: Path, open_) -> None:
+    (tmp_path / "nats").mkdir()
+    with running(tmp_path / "nats") as cluster:
+        journal = await open_(cluster, "payload")
+        (server,) = cluster.servers
+        lower = server.file.read_text().replace("max_payload: 1048576", "max_payload: 65536")
+        server.file.write_text(lower)
+        server.send(signal.SIGHUP)
+        while (await asyncio.to_thread(server.ask, "/varz")).get("max_payload") != 65536:
+            await asyncio.sleep(0.05)
+        large = Append(Records.sized([b"x" * 300_000]))
+        with pytest.raises(JournalFailed, match="max_payload of the servers is 65536"):
+            await asyncio.wait_for(journal.append(large), 10)
+        await journal.close()
+        again = await open_(cluster, "payload")
+        await again.append(large)
+        assert again.ledger.accepted == 1
+
+
+async def test_a_start_that_may_not_publish_ends(tmp_path: Path, open_, monkeypatch) -> None:
+    monkeypatch.setattr(log_journal, "OPEN_SECONDS", 2.0)
+    (tmp_path / "nats").mkdir()
+    users = """authorization { users = [ { user: a, password: a }, { user: b, password: b,
+        permissions: { publish: { deny: "ingestd.log.>" } } } ] }"""
+    with running(tmp_path / "nats", config=users) as cluster:
+        await (await open_(cluster, "one", username="a", password="a")).close()
+        with pytest.raises(JournalFailed, match=r"permissions violation.*ingestd\.log\.one"):
+            await open_(cluster, "one", username="b", password="b")
+
+
+async def test_a_stream_or_bucket_that_is_deleted_is_no_answer(one_node, open_) -> None:
+    own = {"stream": "gone", "bucket": "gone-leases", "stream_bytes_max": "8MiB"}
+    journal = await open_(one_node, "gone", **own)
+    log = journal._log
+    await log._js.delete_stream("gone")
+    with pytest.raises(LogUnreachable, match="the stream gone is not there"):
+        await log.logs()
+    for call in (log.trim(1), log.drop_parts(1)):
+        with pytest.raises(LogUnreachable, match="the stream gone is not there"):
+            await call
+    assert await log.acquire(journal._owner, 1.0) == journal._owner  # the lease is elsewhere
+    await log._js.delete_stream("KV_gone-leases")
+    with pytest.raises(LogUnreachable):
+        await log.acquire(journal._owner, 1.0)
+    with pytest.raises(Overloaded):
+        await journal.append(Append(lines(b"1")))
 
 
 async def test_too_few_replicas_are_refused(one_node, open_) -> None:

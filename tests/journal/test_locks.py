@@ -9,7 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -197,6 +197,22 @@ def test_a_journal_that_is_a_link_lies_on_another_disk(tmp_path: Path) -> None:
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60, check=True,
     )  # fmt: skip
     assert b"malformed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (os.mkfifo, "journal.db is no regular file"),
+        (lambda path: path.symlink_to(path.name), "Too many levels of symbolic links"),
+    ],
+)
+def test_a_journal_that_is_no_file_is_refused(tmp_path: Path, make: Any, said: str) -> None:
+    (tmp_path / "ingestd-data").mkdir()
+    make(tmp_path / "ingestd-data" / "journal.db")
+    done = start(tmp_path)
+    assert done.returncode == 78, done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_lock_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import shutil
+import subprocess
+import sys
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -45,6 +49,7 @@ from ingestd.journal.log.interface import (
 )
 from ingestd.journal.log.messages import DRAINED, RETIRED, end_entry, ending, packed, pieces
 from ingestd.journal.sqlite import writer
+from tests.daemon.harness import ROOT
 from tests.faults.tools import mounted, needs
 from tests.journal.memory_log import DOWN, FULL, LATE, LOST, Engine, MemoryLog
 
@@ -246,6 +251,18 @@ async def test_a_daemon_waits_for_the_lease_of_another(live) -> None:
     await live(engine).open()
 
 
+async def test_a_start_that_reads_nothing_of_its_log_ends(live, monkeypatch) -> None:
+    monkeypatch.setattr(log_journal, "OPEN_SECONDS", 0.2)
+    life = live(Engine())
+
+    async def lags(first: int, bytes_max: int) -> list[LogMessage]:
+        return []
+
+    monkeypatch.setattr(life.log, "read", lags)
+    with pytest.raises(JournalFailed, match="nothing is read from 0 on"):
+        await asyncio.wait_for(life.open(), 10)
+
+
 async def test_an_entry_larger_than_a_message_is_whole_or_not_there(live) -> None:
     engine = Engine(message_bytes_max=4096)
     first = await live(engine).open()
@@ -328,6 +345,22 @@ async def test_commands_do_not_change_a_cache_without_its_daemon(live) -> None:
         letters.purge(LetterFilter(), 1 << 40)
 
 
+async def test_a_repair_makes_no_folder_for_a_log_that_was_adopted(live, tmp_path: Path) -> None:
+    life = await live(Engine()).open()
+    await life.close()
+    data = tmp_path / "data"
+    for folder in (data, data / "adopted" / "one"):  # as a daemon that was killed leaves them
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(life.journal.path, folder / "cache.db")
+    command = [sys.executable, "-m", "ingestd", "journal", "verify", "--repair"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = partial(subprocess.run, [*command, "--data-dir", str(data)], env=env, check=True)
+    await asyncio.to_thread(run)
+    assert sorted(one.name for one in data.iterdir() if "cache.db" not in one.name) == [
+        "adopted", "lock",
+    ]  # fmt: skip
+
+
 async def test_the_last_message_says_if_nothing_is_pending(live, tmp_path) -> None:
     engine = Engine()
     one = await live(engine).open()
@@ -346,6 +379,15 @@ async def test_the_last_message_says_if_nothing_is_pending(live, tmp_path) -> No
     assert last.end is not None
     assert (last.end.journal, last.end.letters) == (two.journal.id, 1)
     assert (await live(engine).open()).journal.ledger == Ledger(3, 2, 1, 0)
+
+
+async def test_a_log_that_is_nearly_full_is_drained_in_its_last_message(live) -> None:
+    """Without it other daemons would adopt it again and again, with a message each time."""
+    engine = Engine()
+    life = await live(engine).open()
+    life.log.full = "nine tenths full"
+    await life.close()
+    assert ending(engine.messages[-1]).kind == DRAINED
 
 
 async def test_a_log_that_has_ended_begins_anew(live) -> None:

@@ -40,6 +40,7 @@ from ingestd.journal.log.interface import (
     LogFenced,
     LogKey,
     LogMessage,
+    LogRefused,
     LogUnreachable,
     Snapshot,
     retry_after,
@@ -154,6 +155,7 @@ class LogJournal(SqliteJournal):
         self.group = group
         self.maintenance.refusal = lambda: replicated.refusal
         self._last = 0
+        self._answer_until = math.inf
         self._size = 0
         self._marks: list[Mark] = []
         self._latest = Mark(0, 1, 0)
@@ -293,8 +295,10 @@ class LogJournal(SqliteJournal):
             journal = b"" if last is not None else secrets.token_hex(6).encode()
             self._last = 0 if last is None else last.number
             opened = partial(self._publish, OPENED + journal, 0)
+            self._answer_until = self._loop.time() + OPEN_SECONDS
             with contextlib.suppress(LogFenced):
                 self._until(opened)
+                self._answer_until = math.inf
                 return
         raise self._failure("other daemons keep taking it over")
 
@@ -383,10 +387,7 @@ class LogJournal(SqliteJournal):
         begun, parts, entry = 0, list[bytes](), b""
         number = first
         while True:
-            messages = self._patiently(partial(self._log.read, number, READ_BYTES))
-            if not messages:
-                self._pause()  # a replica that lags
-                continue
+            messages = self._read_some(number)
             for message in messages:
                 head, data = taken_apart(message)
                 if head.after != before and not self._begins(message, head, first, before):
@@ -403,6 +404,19 @@ class LogJournal(SqliteJournal):
                     self._chain_whole = True
                     return
             number = before + 1 if before is not None else first
+
+    def _read_some(self, number: int) -> Sequence[LogMessage]:
+        """Reads messages that are there, from a replica that may lag.
+
+        Raises:
+            JournalFailed: it does for long.
+        """
+        until = self._loop.time() + OPEN_SECONDS
+        while not (found := self._patiently(partial(self._log.read, number, READ_BYTES))):
+            if self._loop.time() > until:
+                raise self._failure(f"nothing is read from {number} on, and {self._last} was taken")
+            self._pause()
+        return found
 
     def _begins(
         self, message: LogMessage, head: MessageHead, first: int, before: int | None
@@ -462,6 +476,9 @@ class LogJournal(SqliteJournal):
             try:
                 again = self._log.append(message, after=self._last, keys=(*keys.values(),))
                 return self._wait(again)
+            except LogRefused as error:
+                # The next start learns the new bound, and reads what became of earlier tries.
+                raise self._failure(str(error)) from error
             except LogAmbiguous as error:
                 if not may_be_there:
                     log.warning("publish_unanswered", log=self._log.name, error=str(error))
@@ -519,6 +536,8 @@ class LogJournal(SqliteJournal):
                 self._pause()
 
     def _pause(self, seconds: float | None = None) -> None:
+        if self._loop.time() > self._answer_until:
+            raise self._failure(self._log.silence or "this start's message is not taken")
         if self._gave_up.wait(RETRY_SECONDS if seconds is None else seconds):
             raise self._failure("it was closed before the log answered")
 
@@ -614,6 +633,7 @@ class LogJournal(SqliteJournal):
 
     def _save(self, db: sqlite3.Connection, at: int, marks: Sequence[tuple[int, int]]) -> None:
         """Saves a snapshot and trims the log; on a thread of its own."""
+        useless = True
         try:
             first, first_chunk = cache.first_kept(db, marks, CARRIED_BYTES)
             size = count = 0
@@ -625,6 +645,7 @@ class LogJournal(SqliteJournal):
                 size += len(part)
             saved = Snapshot(at, first, count, size, cache.state_of(db, self.id))
             after = 0 if self._snapshot is None else self._snapshot.number
+            useless = False  # from here on they may be the parts of the last snapshot
             number = self._wait(self._log.save(saved, after=after))
             self._snapshot = msgspec.structs.replace(saved, number=number)
             self._wait(self._log.trim(first))
@@ -632,6 +653,8 @@ class LogJournal(SqliteJournal):
         except (Overloaded, LogAmbiguous, LogFenced, JournalFailed, sqlite3.Error) as error:
             log.warning("snapshot_failed", log=self._log.name, error=str(error))
             with contextlib.suppress(Overloaded, JournalFailed):
+                if useless:  # in a log that is full they would take the room that commits need
+                    self._wait(self._log.drop_parts(at))
                 self._snapshot = self._wait(self._log.snapshot())
         finally:
             db.close()
@@ -691,7 +714,8 @@ class LogJournal(SqliteJournal):
     def _say_drained(self) -> None:
         """Ends this life in the log, if nothing is pending: then no other daemon has to open it."""
         ledger = self._store.meta.ledger
-        if ledger.pending or self.failed.done() or self._log.refusal:
+        # Also in a log that is nearly full: each adoption would put a message there.
+        if ledger.pending or self.failed.done() or self._log.silence:
             return
         at = self._drained_at or self._clock.now()
         end = LogEnd(self.id, at, *ledger, self._store.dead.letters)

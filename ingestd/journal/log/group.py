@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import async_timeout
 
-from ingestd.base.errors import Overloaded
+from ingestd.base.errors import IngestdError, Overloaded
 from ingestd.base.files import make_folder
 from ingestd.base.logging import get_logger
 from ingestd.journal.interface import Ledger
@@ -48,7 +48,7 @@ from ingestd.journal.log.messages import (
 from ingestd.journal.sqlite.offline import ADOPTED
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, MutableMapping
+    from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
     from pathlib import Path
 
     from ingestd.base.clock import Clock
@@ -64,6 +64,8 @@ CLOSE_SECONDS = 5.0
 WANTED, FAILED, STOPPED = "wanted", "failed", "its own pipeline stands still"
 STARTS_MAX = 8
 """A start has no numbers: those before it are looked at for them, up to so many in a row."""
+READS_AT_ONCE = 16
+"""So many last messages, of a MiB each at most, are read at a time."""
 RUNNING_SECONDS = 30.0
 """How long a log that its daemon wants is kept for the calls that run."""
 
@@ -121,12 +123,17 @@ class LogGroup:
                         await self._until_left(place, found[place][1], pipelines, pipeline, stop)
             except (Overloaded, LogAmbiguous, LogFenced) as error:
                 log.debug("group_unanswered", log=place, error=str(error))
-            except Exception:
-                # Another daemon may do better; and no error here ends the daemon's own work.
-                log.exception("adoption_failed", pipeline=self._pipeline, log=place)
+            except Exception as error:  # noqa: BLE001  none here ends the daemon's own work
+                self._failed_at(place, error)  # another daemon may do better
                 self._leave_to_others(place)
                 await self._rest(stop, 0.0 if place else FAILED_SECONDS)
             await self._rest(stop)
+
+    def _failed_at(self, place: str, error: Exception) -> None:
+        if isinstance(error, IngestdError):  # which says all: no room on the disk, another version
+            log.warning("adoption_failed", pipeline=self._pipeline, log=place, error=str(error))
+        else:
+            log.error("adoption_failed", pipeline=self._pipeline, log=place, exc_info=error)
 
     def _leave_to_others(self, place: str) -> None:
         self._failed[place] = asyncio.get_running_loop().time() + FAILED_SECONDS
@@ -146,11 +153,13 @@ class LogGroup:
 
         An engine that did not answer let leases lapse whose daemons work: these come first.
         """
-        found = {}
-        for place, lease in (await self._leases()).items():
-            if place.partition(".")[2] == self._pipeline:
-                end = None if lease.owner else await _ending_of(self._own, place)
-                found[place] = lease, end
+        leases = {
+            place: lease
+            for place, lease in (await self._leases()).items()
+            if place.partition(".")[2] == self._pipeline
+        }
+        ends = await _endings(self._own, [one for one, lease in leases.items() if not lease.owner])
+        found = {place: (lease, ends.get(place)) for place, lease in leases.items()}
         self.states = [_state(place, *one) for place, one in found.items()]
         self._failed = {place: at for place, at in self._failed.items() if place in found}
         return found
@@ -272,8 +281,9 @@ class LogGroup:
                 log.info("log_wanted", pipeline=pipeline.name)
             if why in {WANTED, STOPPED}:
                 await self._calls_ended(pipeline, stop)
-        except Exception:
-            log.exception("adoption_failed", pipeline=self._pipeline, log=place)
+                await _do_marked(pipeline)
+        except Exception as error:  # noqa: BLE001  as above
+            self._failed_at(place, error)
             why = FAILED
         if stop.is_set():
             return  # the daemon may have begun to close it
@@ -297,6 +307,8 @@ class LogGroup:
             found = await self._looked()
         if place in found and found[place][0].wanted:
             return WANTED
+        if not pipeline.ledger.pending:
+            await _do_marked(pipeline)
         if pipeline.ledger.pending:
             return ""
         # The letters of a daemon that may come back are left to it.
@@ -319,6 +331,12 @@ class LogGroup:
         await asyncio.get_running_loop().run_in_executor(None, remove)
 
 
+async def _do_marked(pipeline: Any) -> None:
+    """Requeues and purges marked letters: the log does not have the marks, and the cache goes."""
+    with contextlib.suppress(Overloaded):
+        await pipeline.letters.poll()
+
+
 def _works(pipeline: Any) -> bool:
     """Tells if the daemon's own batches get processed: else another daemon should adopt."""
     space = pipeline.auditor.free_space()
@@ -332,10 +350,9 @@ def _works(pipeline: Any) -> bool:
 
 async def states_of(log_: GroupedLog) -> list[dict[str, Any]]:
     """The states of all logs, with the numbers that their last messages have."""
-    return [
-        _state(place, lease, await _ending_of(log_, place))
-        for place, lease in (await log_.logs()).items()
-    ]
+    leases = await log_.logs()
+    ends = await _endings(log_, [*leases])
+    return [_state(place, lease, ends[place]) for place, lease in leases.items()]
 
 
 async def retired_logs(log_: GroupedLog) -> list[dict[str, Any]]:
@@ -347,6 +364,16 @@ async def retired_logs(log_: GroupedLog) -> list[dict[str, Any]]:
         }
         for pipeline, one in (await log_.retired()).items()
     ]  # fmt: skip
+
+
+async def _endings(log_: GroupedLog, places: Sequence[str]) -> dict[str, LastMessage | None]:
+    """The last messages of some logs, by their places; a few are read at a time."""
+    found = dict[str, LastMessage | None]()
+    for first in range(0, len(places), READS_AT_ONCE):
+        some = places[first : first + READS_AT_ONCE]
+        ends = await asyncio.gather(*(_ending_of(log_, place) for place in some))
+        found.update(zip(some, ends, strict=True))
+    return found
 
 
 async def _ending_of(log_: GroupedLog, place: str) -> LastMessage | None:

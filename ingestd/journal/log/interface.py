@@ -5,9 +5,10 @@ of the last one, which is all the fencing there is: a daemon that was paused, cu
 cannot append any more, whatever its clock says. The lease beside it decides only when another
 daemon may try. Methods are coroutines of the event loop that `open` was called on.
 
-An append ends in one of five ways. It returns: the message is durable. `LogUnreachable`, `LogFull`:
+An append ends in one of six ways. It returns: the message is durable. `LogUnreachable`, `LogFull`:
 it is certain that it was not appended. `LogAmbiguous`: it may have been, now or later; the caller
 gives the same message again until it knows. `LogFenced`: the last message is another one.
+`LogRefused`: the engine was set up anew, and takes no message like this one.
 """
 
 from __future__ import annotations
@@ -45,6 +46,12 @@ class LogAmbiguous(IngestdError):
     """An append has no answer: its message may be in the log, now or later."""
 
     message = "the journal's log did not answer: {problem}"
+
+
+class LogRefused(LogAmbiguous):
+    """The engine's settings refuse the message, each time; an earlier try of it may still come."""
+
+    message = "the journal's log refuses a message: {problem}"
 
 
 class LogFenced(IngestdError):
@@ -200,6 +207,7 @@ class ReplicatedLog(Protocol):
         Raises:
             LogUnreachable, LogFull: it was not appended.
             LogAmbiguous: it may have been, now or later.
+            LogRefused: it was not appended; what an earlier call of it did is as open as before.
             LogFenced: the last message has another number, or a key has; or something that
                 would change that is on its way. It was not appended.
         """
@@ -248,6 +256,14 @@ class ReplicatedLog(Protocol):
 
         Raises:
             LogUnreachable, LogFull, LogAmbiguous: it may be missing.
+        """
+        ...
+
+    async def drop_parts(self, at: int) -> None:
+        """Deletes the parts of a snapshot at a number that will not be saved.
+
+        Raises:
+            LogUnreachable: no answer.
         """
         ...
 

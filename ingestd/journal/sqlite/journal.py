@@ -10,10 +10,12 @@ import asyncio
 import contextlib
 import errno
 import math
+import os
 import random
 import sqlite3
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
@@ -67,7 +69,6 @@ from ingestd.journal.sqlite.writer import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from ingestd.base.append import Append, IdempotencyClaim
     from ingestd.base.clock import Clock
@@ -593,6 +594,6 @@ def options_of(settings: JournalSettings, context: JournalContext, path: Path) -
 
 def build(settings: JournalSettings, context: JournalContext) -> SqliteJournal:
     """The journal of a pipeline whose `journal.kind` is `sqlite`, not opened yet."""
-    # SQLite's other files lie beside what a link names.
-    path = (context.folder / "journal.db").resolve()
+    # SQLite's other files lie beside what a link names; a loop of links shows as it is opened.
+    path = Path(os.path.realpath(context.folder / "journal.db"))
     return SqliteJournal(path, **options_of(settings, context, path))
