@@ -19,7 +19,7 @@ spec:
   # Longer than drain.delay and drain.timeout together, and 10 s.
   terminationGracePeriodSeconds: {{ include "ingestd.grace" . }}
   serviceAccountName: {{ include "ingestd.account" . | quote }}
-  automountServiceAccountToken: false
+  automountServiceAccountToken: {{ .Values.serviceAccount.automountToken }}
   # A service's variables look like settings.
   enableServiceLinks: false
   {{- with .Values.image.pullSecrets }}
@@ -31,13 +31,10 @@ spec:
   {{- with .Values.priorityClassName }}
   priorityClassName: {{ quote . }}
   {{- end }}
+  {{- with .Values.podSecurityContext }}
   securityContext:
-    runAsNonRoot: true
-    runAsUser: 10001
-    runAsGroup: 10001
-    fsGroup: 10001
-    fsGroupChangePolicy: OnRootMismatch
-    seccompProfile: {type: RuntimeDefault}
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
   topologySpreadConstraints:
     {{- if .Values.topologySpreadConstraints }}
     {{- toYaml .Values.topologySpreadConstraints | nindent 4 }}
@@ -61,6 +58,13 @@ spec:
   {{- end }}
   {{- with .Values.affinity }}
   affinity:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .Values.podSpec }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+  {{- with .Values.initContainers }}
+  initContainers:
     {{- toYaml . | nindent 4 }}
   {{- end }}
   containers:
@@ -109,23 +113,18 @@ spec:
       # Takes records; not while it recovers, nor from the moment it is told to go.
       readinessProbe:
         httpGet: {path: /readyz, port: admin}
-        periodSeconds: 2
-        timeoutSeconds: 2
-        failureThreshold: 2
+        {{- toYaml .Values.probes.readiness | nindent 8 }}
       # The event loop turns and no stage hangs. A sink that is down, a slow handler, a full disk
       # or a long recovery are no reasons to start anew.
       livenessProbe:
         httpGet: {path: /livez, port: admin}
-        periodSeconds: 10
-        timeoutSeconds: 5
-        failureThreshold: 6
+        {{- toYaml .Values.probes.liveness | nindent 8 }}
       resources:
         {{- toYaml .Values.resources | nindent 8 }}
+      {{- with .Values.securityContext }}
       securityContext:
-        allowPrivilegeEscalation: false
-        privileged: false
-        readOnlyRootFilesystem: true
-        capabilities: {drop: [ALL]}
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
       volumeMounts:
         - {name: data, mountPath: /var/lib/ingestd}
         - {name: settings, mountPath: /etc/ingestd, readOnly: true}
@@ -139,6 +138,9 @@ spec:
         {{- with .Values.volumeMounts }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
+    {{- with .Values.sidecars }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
   volumes:
     {{- if ne .Values.journal.kind "sqlite" }}
     - name: data
