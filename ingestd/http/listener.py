@@ -25,7 +25,7 @@ log = get_logger()
 
 HANDSHAKE_SECONDS = 10.0
 SHUTDOWN_SECONDS = 2.0
-"""How long the other side may take to say goodbye."""
+"""Seconds that the peer may take to send `close_notify`."""
 ACCEPTED_A_TURN = 32
 """A connection takes about 0.2 ms; who is served already shall not wait long for those who come."""
 _RETRY_SECONDS = 0.5
