@@ -273,6 +273,7 @@ def test_fields_that_the_chart_has_no_value_for(tmp_path: Path) -> None:
         podSpec={"hostAliases": aliases, "runtimeClassName": "gvisor"},
         service={"type": "LoadBalancer", "spec": {"loadBalancerSourceRanges": ranges}},
         monitoring={"serviceMonitor": {"enabled": True, "endpoint": {"relabelings": relabelings}}},
+        updateStrategy={"rollingUpdate": {"partition": 1}},
         serviceAccount={"automountToken": True},
         probes={"liveness": {"timeoutSeconds": 20}, "readiness": {"periodSeconds": 3}},
     )
@@ -282,6 +283,7 @@ def test_fields_that_the_chart_has_no_value_for(tmp_path: Path) -> None:
     assert pod["automountServiceAccountToken"] is True
     assert one(found, "ServiceAccount")["automountServiceAccountToken"] is True
     assert one(found, "Service", "ingestd")["spec"]["loadBalancerSourceRanges"] == ranges
+    assert workload(found)["spec"]["updateStrategy"] == {"rollingUpdate": {"partition": 1}}
     (endpoint,) = one(found, "ServiceMonitor")["spec"]["endpoints"]
     assert (endpoint["relabelings"], endpoint["port"]) == (relabelings, "admin")
     own = container(found)
