@@ -81,6 +81,9 @@ spec:
         # A folder below the mount: the daemon makes it, so it can be private.
         - name: INGESTD_DATA_DIR
           value: /var/lib/ingestd/data
+        # These settings, also where the image has an ingestd.toml of its own beside the handler.
+        - name: INGESTD_CONFIG
+          value: /etc/ingestd/ingestd.toml
         {{- if eq .Values.journal.kind "jetstream" }}
         # The log of a replica keeps its name on every node.
         - name: POD_NAME
