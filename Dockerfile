@@ -2,7 +2,7 @@
 # whole of it; deploy/docker/handler/ adds a handler in three lines, deploy/docker/compose.yaml runs
 # it beside a database and what watches it.
 #
-# It listens on every address of the container, and leaves with 78 until it is told who may come in.
+# It listens on every address of the container, and leaves with 78 until credentials of clients are set.
 #
 # ARG BASE may be pinned by its digest: --build-arg BASE=python:3.13-slim-trixie@sha256:…
 ARG BASE=python:3.13-slim-trixie

@@ -346,8 +346,8 @@ class Connections:
     def enter(self, connection: _Connection) -> None:
         """Starts the connection's clock, and hangs up on the first idle one of too many.
 
-        Whoever holds connections and asks nothing must not keep a probe from its answer: a service
-        manager ends what does not give one.
+        A client that holds connections and asks nothing must not keep a probe from its answer: a
+        service manager ends what does not give one.
         """
         if len(self._inside) >= CONNECTIONS_MAX:
             idle = (one for one in self._inside if not one.asks)
@@ -364,7 +364,7 @@ class Connections:
         if seconds is None:
             self._streaming.add(connection)
             return
-        # `abort`, not `close`: that would wait for a reader who takes no answer.
+        # `abort`, not `close`: that would wait for a reader that takes no answer.
         abort = connection.transport.abort
         self._inside[connection] = asyncio.get_running_loop().call_later(seconds, abort)
 

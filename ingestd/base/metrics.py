@@ -46,7 +46,7 @@ _BYTES = tuple(1024 * 4**n for n in range(9))  # 1 KiB to 64 MiB
 _COUNTERS = (
     ("accepted_bytes_total", "Payload bytes made durable."),
     ("records_unkept_total", "Invalid records that only their sender was told of."),
-    ("journal_committed_bytes_total", "Bytes committed."),
+    ("journal_committed_bytes_total", "Bytes written by the journal's commits."),
 )
 # Name, help, the label beside `pipeline`.
 _BY_LABEL = (
@@ -56,15 +56,15 @@ _BY_LABEL = (
     # done: something was processed. retry: nothing, and all or some of it comes again. split:
     # it failed, and its halves come in its place. failed: all of it was given up.
     ("batches_total", "Tries of batches.", "outcome"),
-    ("worker_restarts_total", "Workers replaced.", "reason"),
+    ("worker_restarts_total", "Workers that were replaced after a crash or an overrun.", "reason"),
 )
 # Name, help, bounds.
 _HISTOGRAMS = (
-    ("journal_commit_duration_seconds", "One commit with its sync.", _COMMIT_SECONDS),
+    ("journal_commit_duration_seconds", "Seconds of a commit, its sync included.", _COMMIT_SECONDS),
     ("journal_commit_appends", "Appends sharing one commit.", _APPENDS),
     ("batch_records", "Records in a batch.", _RECORDS),
     ("batch_bytes", "Payload bytes in a batch.", _BYTES),
-    ("handler_duration_seconds", "One call of the handler.", _HANDLER_SECONDS),
+    ("handler_duration_seconds", "Seconds of a call of the handler.", _HANDLER_SECONDS),
 )
 
 
@@ -268,10 +268,15 @@ class Metrics:
         yield from self._requests()
         yield from ProcessCollector(registry=None).collect()
         yield from self._counted()
-        build = family("build_info", "What is running; always 1.", "version", "python")
+        build = family(
+            "build_info",
+            "Versions of ingestd and Python, as labels; always 1.",
+            "version",
+            "python",
+        )
         build.add_metric([self._version, ".".join(map(str, sys.version_info[:3]))], 1)
         yield build
-        lag = family("loop_lag_seconds", "How late the event loop woke up lately, at worst.")
+        lag = family("loop_lag_seconds", "Longest recent delay of the event loop, in seconds.")
         lag.add_metric([], self.loop_lag.value)
         yield lag
 
@@ -284,7 +289,10 @@ class Metrics:
                 requests.add_metric([route, f"{first}xx"], count)
         yield requests
         took = [(route, counted.buckets, counted.seconds) for route, counted in routes]
-        name, text = "http_request_duration_seconds", "From head to answer."
+        name, text = (
+            "http_request_duration_seconds",
+            "Seconds from the head of a request to its answer.",
+        )
         yield histogram(name, text, "route", _REQUEST_SECONDS, took)
 
     def _counted(self) -> Iterator[Metric]:

@@ -45,11 +45,15 @@ _STATE = (
     (
         "dead_letters.dropped",
         "letters_dropped_total",
-        "Letters of invalid records, dropped for newer" + _LIFE,
+        "Dead letters of invalid records, dropped for newer ones" + _LIFE,
     ),
     ("dead_letters.kept", "letters_kept", "Dead letters that are kept."),
     ("dead_letters.bytes", "letters_bytes", "Bytes of the dead letters of accepted records."),
-    ("dead_letters.bytes_max", "letters_limit_bytes", "Bytes that these dead letters may take."),
+    (
+        "dead_letters.bytes_max",
+        "letters_limit_bytes",
+        "Bytes that the dead letters of accepted records may take (dead.bytes_max).",
+    ),
     (
         "dead_letters.invalid_kept",
         "letters_invalid",
@@ -58,20 +62,28 @@ _STATE = (
     (
         "dead_letters.invalid_bytes",
         "letters_invalid_bytes",
-        "Bytes of the letters of invalid records.",
+        "Bytes of the dead letters of invalid records.",
     ),
     ("is_stopped", "dispatch_stopped", "1 while dead letters at their bound stop batches."),
     ("paused", "pipeline_paused", "1 while a person has paused the pipeline."),
     ("throttled", "dispatch_throttled", "1 while a rate of [executor] holds a batch back."),
     ("pending", "records_pending", "Records accepted and not settled."),
-    ("unaccounted", "records_unaccounted", "Pending by the counters less by the rows; 0 is right."),
+    (
+        "unaccounted",
+        "records_unaccounted",
+        "Pending records by the counters minus those in the journal's rows; 0 is right.",
+    ),
     ("journal.bytes", "journal_bytes", "Bytes of the journal in use."),
-    ("journal.bytes_max", "journal_limit_bytes", "Bytes the journal may use."),
+    (
+        "journal.bytes_max",
+        "journal_limit_bytes",
+        "Bytes that the journal may use (journal.bytes_max).",
+    ),
     ("journal.disk_free", "journal_disk_free_bytes", "Bytes free for the journal on its disk."),
     (
         "journal.disk_free_min",
         "journal_disk_limit_bytes",
-        "With less free it takes none.",
+        "Free bytes of the disk below which the journal refuses records.",
     ),
     ("queue.chunks", "queue_chunks", "Chunks held in memory."),
     ("queue.bytes", "queue_bytes", "Bytes of the chunks held in memory."),
@@ -81,7 +93,7 @@ _STATE = (
     (
         "handler.down_since_seconds",
         "handler_down_since_seconds",
-        "Unix time since when all tries fail; 0 if not.",
+        "Unix time since which all tries fail; 0 while they do not.",
     ),
     ("handler.is_blocked", "handler_blocked", "1 while the sink waits for an operator."),
     ("oldest_pending_seconds", "oldest_pending_seconds", "Age of the oldest unsettled record."),
@@ -91,7 +103,7 @@ _STATE = (
 
 # Attribute of a pipeline's status, by the name of a bound; metric, help.
 _BY_BOUND = (
-    ("bounds_used", "bound_used_ratio", "Part of a bound that is in use; 1 is all of it."),
+    ("bounds_used", "bound_used_ratio", "Share of a bound in use, from 0 to 1."),
     ("refusing", "records_refusing", "1 while the bound refuses records, until some are accepted."),
     ("appends_refused", "appends_refused_total", "Appends that the bound refused since the start."),
 )
@@ -100,7 +112,7 @@ _BY_BOUND = (
 _ENDPOINT = (
     ("records", "endpoint_records_total", "Records accepted by an endpoint."),
     ("bytes", "endpoint_bytes_total", "Payload bytes accepted by an endpoint."),
-    ("invalid", "endpoint_invalid_total", "Records that were none, sent to an endpoint."),
+    ("invalid", "endpoint_invalid_total", "Invalid records sent to an endpoint."),
 )
 
 # Attribute of the counts of a sink, metric, help.
@@ -113,12 +125,12 @@ _SINK = (
 # Name among the numbers of a source (`Source.numbers`), metric, help.
 _SOURCE = (
     ("records", "source_records_total", "Records of a source that were accepted."),
-    ("invalid", "source_invalid_total", "Records of a source that were none."),
+    ("invalid", "source_invalid_total", "Invalid records of a source."),
     ("urls", "source_urls", "URLs of a source that downloads."),
-    ("urls_done", "source_urls_done", "URLs that will not be asked for again."),
+    ("urls_done", "source_urls_done", "URLs that a source has finished."),
     ("urls_given_up", "source_urls_failed_total", "URLs given up, in each round."),
     ("retries", "source_retries_total", "Downloads that failed and are tried again."),
-    ("left_bytes", "source_left_bytes", "Bytes still to be read, about."),
+    ("left_bytes", "source_left_bytes", "Bytes that a source has still to read; an estimate."),
     (
         "certificate_until",
         "source_certificate_expiry_seconds",

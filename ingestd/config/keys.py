@@ -166,7 +166,7 @@ class Schema:
     def example_in(self, path: Sequence[str]) -> tuple[str, ...]:
         """A setting that is in a table: `batch.records_max` for `batch`."""
         found = self._find(path)
-        assert found is not None  # noqa: S101  who asks has located it
+        assert found is not None  # noqa: S101  the caller has located it
         if found.late is not None:
             name = (*found.late.names(), "NAME")[0]
             return (*path, name, next(iter(found.late.model(name).model_fields)))

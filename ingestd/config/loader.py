@@ -22,7 +22,7 @@ from ingestd.base.errors import ConfigError
 from ingestd.config.keys import PIPELINES, SOURCES, Schema, dotted, shown
 from ingestd.config.layers import CONFIG_VARIABLE, Entry, Flag, LayerReader
 from ingestd.config.sections import AFile, Reloadable, Section, ValidationProblems
-from ingestd.config.units import NotUnderstoodError
+from ingestd.config.units import NotUnderstoodError, UnquotedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -275,7 +275,7 @@ def _explain(error: ValidationError, origins: _Origins, schema: Schema) -> list[
 
 def _contradiction(key: str, text: str, origin: str) -> str:
     hidden = origin.startswith("secret ")
-    return f"{key} ({origin}): {'does not go with other settings' if hidden else text}"
+    return f"{key} ({origin}): {'is empty, or contradicts other settings' if hidden else text}"
 
 
 def _without_inherited(problems: list[tuple[str, str]]) -> Iterator[tuple[str, str]]:
@@ -292,7 +292,8 @@ def _problem(detail: ErrorDetails, field: FieldInfo | None, secret: bool) -> str
     if isinstance(cause, NotUnderstoodError):
         return f"is not {cause.expected}" if secret else str(cause)
     if cause is not None:
-        return "is not understood" if secret else str(cause)
+        public = not secret or isinstance(cause, UnquotedError)
+        return str(cause) if public else f"is not valid{_meant(field)}"
     if kind in _BOUNDS:
         bound = next(iter(context.values()))
         return f"should be {_BOUNDS[kind]} {shown(field, bound)}"
@@ -308,6 +309,11 @@ def _problem(detail: ErrorDetails, field: FieldInfo | None, secret: bool) -> str
     if kind == "union_tag_invalid":
         return f"{context['tag']!r} is not one of the kinds {context['expected_tags']}"
     return _PLAIN.get(kind) or detail["msg"].replace("Input should", "should", 1)
+
+
+def _meant(field: FieldInfo | None) -> str:
+    """The description of a setting, in place of an error that may quote a secret."""
+    return f": should be the {field.description}" if field and field.description else ""
 
 
 def _nearest(written: object, expected: str) -> str:

@@ -59,6 +59,10 @@ class NotUnderstoodError(ValueError):
         super().__init__(f"{_shorten(written)} is not {expected}")
 
 
+class UnquotedError(ValueError):
+    """A wrong value, in words that do not contain it: they may be shown of a secret."""
+
+
 def _shorten(written: object) -> str:
     shown = repr(written)
     return shown if len(shown) <= 60 else f"{shown[:60]}…"

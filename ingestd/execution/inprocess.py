@@ -55,7 +55,7 @@ class ThreadWorker:
     def serve(self, jobs: JobQueue) -> None:
         """See `ThreadedWorker.serve`."""
         if self._checks:
-            self._thread.submit(lambda: log_findings(self._runner.check()))
+            self._thread.submit(lambda: log_findings(self.name, self._runner.check()))
         self._thread.submit(jobs.serve, self._runner.run, self.name, self._runner.renew)
 
     def _close(self) -> None:
@@ -123,7 +123,7 @@ class CoroutineWorker:
         if error:
             log.warning("handler_not_ready", worker=self.name, error=error)
         if self._checks:
-            self._loops.current.call(partial(_check, self._runner))
+            self._loops.current.call(partial(_check, self.name, self._runner))
 
     async def run(self, job: Job) -> Result:
         """See `Worker.run`."""
@@ -225,8 +225,8 @@ def _result_of(call: Call[Result]) -> Result:
     return call.done.result()
 
 
-async def _check(runner: Runner) -> None:
-    log_findings(await runner.check_async())
+async def _check(worker: str, runner: Runner) -> None:
+    log_findings(worker, await runner.check_async())
 
 
 async def _prepare(runner: Runner) -> str:

@@ -103,11 +103,11 @@ class ThreadedWorker(Worker, Protocol):
 log = get_logger()
 
 
-def log_findings(findings: Iterable[SinkFinding]) -> None:
-    """Logs what the `check()` of a sink found, a line each."""
+def log_findings(worker: str, findings: Iterable[SinkFinding]) -> None:
+    """Logs what the `check()` of a sink found in a worker, a line each."""
     write = {"error": log.error, "warning": log.warning, "info": log.info}
     for one in findings:
-        write[one.level]("sink_checked", finding=one.text)
+        write[one.level]("sink_checked", worker=worker, finding=one.text)
 
 
 L = TypeVar("L", bound=Worker)

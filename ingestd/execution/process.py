@@ -618,11 +618,11 @@ class ProcessWorker:
     def _report_findings(self, child: WorkerProcess) -> None:
         """Logs what the handler's `check()` found, which may take as long as a job."""
         try:
-            log_findings(child.findings(self._timeout))
+            log_findings(self.name, child.findings(self._timeout))
         except _WorkerDiedError as died:
             if self._leaving:
                 return  # `close` has ended it
-            log_findings([SinkFinding("error", f"in its check() {died}")])
+            log_findings(self.name, [SinkFinding("error", f"in its check() {died}")])
             self._bury(died.failure)
 
     def _run(self, jobs: JobQueue, queued: QueuedJob) -> Result | None:

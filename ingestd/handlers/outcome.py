@@ -206,7 +206,7 @@ def _flaw_of_runs(runs: list[SinkRun]) -> str:
 
 
 def _flaw_of_failure(failure: Failure) -> str:
-    # How a worker died is said by who watches it, never by the worker.
+    # How a worker died is said by its monitor, never by the worker.
     if failure.reason not in SAID:
         return "its reason for the failure is none of ours"
     if len(failure.error) > ERROR_CHARS_MAX:

@@ -1,9 +1,9 @@
 """Messages between a process worker and its child: a head, then MessagePack, over two sockets.
 
 What the daemon sends is a packet (`send_packet`), and what the child answers comes in a stream. The
-next jobs are there before the last one is answered, and the kernel decides to whom a packet goes:
-the daemon can receive what it sent as well, so that a job which it gets back was not begun, and one
-that it does not get back was.
+next jobs are there before the last one is answered, and the kernel decides which process gets a
+packet: the daemon can receive what it sent as well, so that a job which it gets back was not begun,
+and one that it does not get back was.
 
 A head says whose message it is: the child's process id and the number of the job. Whatever does not
 fit (bytes that a handler wrote to every descriptor it found, an answer from a process that the

@@ -189,7 +189,7 @@ def _bound_recursion() -> None:
 #
 # Standard streams that are closed are opened on `/dev/null` before anything else is opened.
 #
-# Otherwise the first socket or file would get the number 0, 1 or 2, and whoever prints would write
+# Otherwise the first socket or file would get the number 0, 1 or 2, and a print would write
 # into it: into the journal, at worst. libuv refuses such a number and aborts the process.
 
 _FIRST = 3  # what is not a standard stream

@@ -129,7 +129,7 @@ class ServiceNotifier:
     """Decides what is to be said, and says it.
 
     Args:
-        notifier: to whom.
+        notifier: receives the notifications.
         effort: what tells a long recovery from a start that hangs.
 
     Attributes:
@@ -215,7 +215,7 @@ def _status(now: ServiceState, before: ServiceState | None, seconds: float) -> s
 #
 # It opened them before the daemon was there and keeps them open when it is gone: a client that
 # connects in between waits, and is not refused. So the daemon closes its copy when it leaves, and
-# never shuts a socket down, which would be felt by everybody who has it.
+# never shuts a socket down, which would end it for every process that has it.
 
 _FIRST = 3
 _LISTEN_VARIABLES = ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "LISTEN_PIDFDID")
@@ -249,7 +249,7 @@ def take_sockets(environ: MutableMapping[str, str]) -> ListenFds:
     pid, count, names, _ = (environ.pop(name, "") for name in _LISTEN_VARIABLES)
     passed = ListenFds([], [])
     if pid != str(os.getpid()) or count in ("", "0"):
-        return passed  # nothing, or it is meant for somebody who started us
+        return passed  # nothing, or it is meant for another process
     if not (count.isascii() and count.isdigit()):
         raise ConfigError(problem=f"LISTEN_FDS is {count[:20]!r} and should be a number")
     called = names.split(":") if names else []

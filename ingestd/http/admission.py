@@ -282,7 +282,7 @@ class AdmissionController:
         return any(one != address and now < end for one, end in self._turned_away.items())
 
     def _turn_away(self, address: str) -> None:
-        # Two are enough: whoever asks, one of them is somebody else.
+        # Two are enough: one of them is another client than the one that asks.
         self._turned_away.pop(address, None)
         self._turned_away[address] = self._monotonic() + LONGEST
         if len(self._turned_away) > 2:

@@ -177,8 +177,8 @@ class Authenticator:
     Args:
         settings: of the http source.
         access: what the files that they name say.
-        local: whether only this machine can reach it. Who shows nothing there may still be a page
-            of anybody in a browser, so `Host` and `Origin` are looked at.
+        local: whether only this machine can reach it. A client without credentials there may still
+            be a browser with a page of any origin, so `Host` and `Origin` are looked at.
         before: the one whose place it takes: what a token owes it goes on owing.
         monotonic: seconds that do not go back.
         now: seconds since the epoch.
@@ -222,7 +222,7 @@ class Authenticator:
         self._missing = "the request has none"
         if demands_signatures_alone(settings):
             self._missing = ONLY_DELIVERIES
-        # Who signs certificates decides who comes in, if nobody says it more exactly.
+        # The CA decides which clients are authenticated, unless tokens name certificates.
         certified = bool(settings.tls.client_ca) and not settings.tokens
         self._takes_certificates = certified
         self._denials = DenialLog(monotonic)

@@ -246,7 +246,7 @@ def in_our_words(request: Request) -> Iterator[None]:
         raise Problem(problem.TIMEOUT, str(late)) from None
     except (BrokenBody, OSError) as error:
         if isinstance(error, TimeoutError):
-            raise  # whoever waits for the next piece of a stream has a deadline of its own
+            raise  # the reader of the next piece of a stream has a deadline of its own
         if request.transport is None:
             raise ClientGone from None
         raise Problem(problem.BAD_REQUEST, "the body's framing is broken") from None

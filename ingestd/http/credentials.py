@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import parse_qs
 
 from ingestd.base.files import read_file
+from ingestd.config.units import UnquotedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -56,12 +57,12 @@ def hash_of(token: str) -> str:
     """Its hash as settings write it.
 
     Raises:
-        ValueError: it is no token; the message does not quote it.
+        UnquotedError: it is no token.
     """
     if _HASH.fullmatch(token.lower()):
-        raise ValueError("is the hash of a token, not a token")
+        raise UnquotedError("is the hash of a token, not a token")
     if not _TOKEN.fullmatch(token):
-        raise ValueError(f"should be {FORM}")
+        raise UnquotedError(f"should be {FORM}")
     return f"sha256:{digest_of(token).hex()}"
 
 
@@ -69,13 +70,13 @@ def read_hash(written: str) -> str:
     """A hash as it was written, in lower case.
 
     Raises:
-        ValueError: it is none; the message does not quote it, for it may be a token.
+        UnquotedError: it is none; it may be a token.
     """
     lower = written.strip().lower()
     if not _HASH.fullmatch(lower):
-        raise ValueError(f"should be {HASH_FORM}")
+        raise UnquotedError(f"should be {HASH_FORM}")
     if digest_in(lower) in _OF_NOTHING:
-        raise ValueError("is the hash of no token at all: the text that was hashed was empty")
+        raise UnquotedError("is the hash of no token at all: the text that was hashed was empty")
     return lower
 
 

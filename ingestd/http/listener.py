@@ -4,7 +4,7 @@ A connection is wrapped here, after it was accepted, because then the context ca
 every connection (that is how certificates are renewed without closing the socket), and because a
 handshake in progress can be counted, and bounded, like a connection. And a listener that is stopped
 has no accepted connection that is never served: a socket that was passed to us goes on, and one of
-our own is emptied first, because the kernel resets whom it finds in the queue of a socket that is
+our own is emptied first, because the kernel resets the connections in the queue of a socket that is
 closed.
 """
 
@@ -25,9 +25,9 @@ log = get_logger()
 
 HANDSHAKE_SECONDS = 10.0
 SHUTDOWN_SECONDS = 2.0
-"""How long the other side may take to say goodbye."""
+"""Seconds that the peer may take to send `close_notify`."""
 ACCEPTED_A_TURN = 32
-"""A connection takes about 0.2 ms; who is served already shall not wait long for those who come."""
+"""A connection takes about 0.2 ms; open connections shall not wait long for new ones."""
 _RETRY_SECONDS = 0.5
 
 

@@ -40,7 +40,7 @@ def client_of(address: str) -> str:
     """Maps a peer's address to the client that it counts as.
 
     An IPv4 address stands for itself, also written as an IPv6 one. Of an IPv6 address the first 64
-    bits count: whoever has one address has all of its /64 (RFC 6177). Anything else stands for
+    bits count: the holder of one address has all of its /64 (RFC 6177). Anything else stands for
     itself too: peers of a Unix socket have no address and are one client.
     """
     try:

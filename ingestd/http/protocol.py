@@ -219,7 +219,7 @@ class Connection(asyncio.BufferedProtocol):
     def at_end(self, call: Callable[[], None]) -> Iterator[None]:
         """Calls this if the client goes within the block, or has gone: half a connection, too.
 
-        Whoever closes and whoever sends nothing more looks the same from here.
+        A peer that closes and one that sends nothing more look the same from here.
         """
         if self.transport is None or self.half_closed:
             call()

@@ -114,8 +114,8 @@ def path_of(target: str, method: str) -> str:
 
 # -- CORS ------------------------------------------------------------------------------------------
 #
-# It is no access control: it only says what a browser may show to a page. Who is no browser does
-# not ask, and a request that needs no preflight has been carried out by the time the browser
+# It is no access control: it only says what a browser may show to a page. Other programs do not
+# ask, and a request that needs no preflight has been carried out by the time the browser
 # decides. https://fetch.spec.whatwg.org/#http-cors-protocol
 
 MAX_AGE = 7200

@@ -50,7 +50,7 @@ class Server:
 
     Args:
         handler: answers one request; must not raise.
-        connections_max: who comes beyond it is told so (503) and let go.
+        connections_max: a connection beyond it gets 503 and is closed.
         per_client_max: the same (429) for connections of one client; 0 for any number.
         header_timeout: seconds that the head of a request may take.
         keepalive_timeout: seconds until an idle connection is closed; 0 if none is kept open.
@@ -211,7 +211,7 @@ class Server:
         """
         try:
             async with async_timeout.timeout(seconds):
-                await asyncio.sleep(0)  # who was let in last is greeted in a turn of the loop
+                await asyncio.sleep(0)  # the newest connection is made in a turn of the loop
                 while self._welcomed or self._silent:
                     self._spoken.clear()
                     await self._spoken.wait()
@@ -306,7 +306,7 @@ class FairQueue:
     def take(self, client: str) -> asyncio.Future[None] | None:
         """Asks for a request of this client to be answered: now, or when the future is done.
 
-        Who does not want it any more ends the future.
+        A caller that does not want it any more ends the future.
         """
         if self.is_free(client):
             return None

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import msgspec
 
 from ingestd.codecs.forms import FORM
+from ingestd.config.units import UnquotedError
 from ingestd.http import problem
 from ingestd.http.problem import Problem
 
@@ -286,14 +287,14 @@ def signing_key(secret: str) -> bytes:
     """The key of a secret as Standard Webhooks writes it: `whsec_` and base64.
 
     Raises:
-        ValueError: it is none.
+        UnquotedError: it is none.
     """
     try:
         key = base64.b64decode(secret.removeprefix(WHSEC), validate=True)
     except ValueError:
-        raise ValueError(f"it should be {WHSEC} and base64") from None
+        raise UnquotedError(f"should be {WHSEC} and base64") from None
     if len(key) < SECRET_BYTES_MIN:
-        raise ValueError(f"it has fewer than {SECRET_BYTES_MIN} bytes")
+        raise UnquotedError(f"has fewer than {SECRET_BYTES_MIN} bytes: it could be guessed")
     return key
 
 

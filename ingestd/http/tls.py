@@ -1,9 +1,9 @@
 """TLS: half-closed connections under TLS, and the server's context from files.
 
-asyncio and uvloop end both directions as soon as the other side has said goodbye (`close_notify`),
-and as soon as its packets end (FIN). TLS 1.3 does not ask for that (RFC 8446, 6.1), so here the
-goodbye, and the FIN that comes with it or later, are kept from the TLS of the loop, and told to the
-connection. Without a goodbye the end may be somebody else's (a truncation): it ends everything.
+asyncio and uvloop end both directions as soon as the peer has sent `close_notify`, and as soon as
+its packets end (FIN). TLS 1.3 does not ask for that (RFC 8446, 6.1), so here `close_notify`, and
+the FIN that comes with it or later, are kept from the TLS of the loop, and told to the connection.
+An end without `close_notify` may be a truncation by a third party: it ends everything.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class Secured(ssl.SSLObject):
 
     Attributes:
         incoming: bytes that were not looked at yet.
-        ended: the goodbye was read.
-        at_cut: called once, in a turn of the loop of its own, if no goodbye lies in `incoming`.
+        ended: `close_notify` was read.
+        at_cut: called once, in a turn of the loop of its own, if there is no `close_notify` in
+            `incoming`.
     """
 
     incoming: ssl.MemoryBIO
@@ -98,7 +99,7 @@ class _Early(asyncio.Protocol):
 
 
 class _Packets(asyncio.BufferedProtocol):
-    """Stands before the TLS of a loop, and keeps a FIN from it that comes with a goodbye."""
+    """Stands before the TLS of a loop, and keeps a FIN from it that comes with `close_notify`."""
 
     def __init__(self, inner: Any, transport: asyncio.Transport) -> None:
         # Nothing is called in between where nothing is to be done.
@@ -121,7 +122,7 @@ class _Packets(asyncio.BufferedProtocol):
         if secured is not None and (secured.ended or secured.at_cut is not None):
             return
         if secured is not None and (secured.incoming.pending or secured.pending()):
-            secured.at_cut = self._cut  # the goodbye may be in what nobody has read yet
+            secured.at_cut = self._cut  # close_notify may be in bytes not read yet
         else:
             self._cut()
 
@@ -145,7 +146,7 @@ async def secure(
         protocol: gets the connection once the handshake is through.
         context: a `SecuredContext`.
         handshake: seconds that the handshake may take.
-        shutdown: seconds that the other side may take to say goodbye.
+        shutdown: seconds that the peer may take to send `close_notify`.
 
     Raises:
         OSError: the handshake failed.

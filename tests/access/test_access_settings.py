@@ -1,4 +1,4 @@
-"""Who may come in, as settings: every layer, every mistake, and no secret in any output."""
+"""Credentials of clients, as settings: every layer, every mistake, and no secret in any output."""
 
 from __future__ import annotations
 

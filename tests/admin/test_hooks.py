@@ -231,8 +231,8 @@ async def test_a_receiver_that_is_gone_keeps_nothing_and_is_given_up(
     ("key", "value", "says"),
     [
         ("url", "ftp://x", "it has to be an http or https URL"),
-        ("secret", "whsec_abc", "it should be whsec_ and base64"),
-        ("secret", "whsec_YWJj", "it has fewer than 16 bytes"),
+        ("secret", "whsec_abc", "should be whsec_ and base64"),
+        ("secret", "whsec_YWJj", "has fewer than 16 bytes: it could be guessed"),
         ("on", "sink_down, fire", "'fire' is none of dead_letters, "),
     ],
 )

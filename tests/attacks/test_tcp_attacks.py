@@ -35,7 +35,7 @@ def peak_mb(pid: int) -> float:
 
 
 def attack(port: int, connections: int, payload: bytes) -> None:
-    """Sends as much as is taken on all connections, and leaves them without a goodbye."""
+    """Sends as much as is taken on all connections, and closes them all at once."""
     with contextlib.ExitStack() as stack:
         left = {}
         for _ in range(connections):

@@ -218,6 +218,18 @@ def test_a_credential_is_a_setting(machine: Machine) -> None:
     assert machine.post(LOG) == "401"
     token = machine.sh("cat /etc/ingestd/secrets/shop.token")
     assert machine.post(LOG, "8080", token) == "202"
+    # Root's own commands see it as the page says.
+    environ = "CREDENTIALS_DIRECTORY=/run/credentials/ingestd.service"
+    shown = machine.sh(f"cd /etc/ingestd && {environ} /opt/ingestd/bin/ingestd check")
+    assert "/run/credentials/ingestd.service/ingestd_http__tokens__shop__token" in shown
+    assert token.strip() not in shown
+
+
+def test_an_upgrade_keeps_what_was_accepted(machine: Machine) -> None:
+    assert machine.post(LOG) == "202"
+    machine.sh(block("Upgrade, remove"))
+    assert machine.show("ActiveState") == "active"
+    until(lambda: sorted(machine.written()) == records())
 
 
 def test_an_instance_has_its_own_file_and_its_own_folder(machine: Machine) -> None:

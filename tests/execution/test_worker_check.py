@@ -168,6 +168,7 @@ def test_a_start_tells_what_check_tells(here: Path) -> None:
         ("info", "connected with ***"),
         ("error", "there is no table records"),
     ]
+    assert {event["worker"] for event in told} == {"default-worker-0"}
 
 
 @pytest.mark.slow
@@ -180,6 +181,7 @@ def test_a_sink_that_is_down_is_told_and_the_daemon_accepts(tmp_path: Path) -> N
             assert one.post(b"1")[0] == 202
             told = one.event("sink_checked")
             assert told["level"] == "error"
+            assert told["worker"] == "default-worker-0"
             assert url in told["finding"]
             one.event("batch_failed")
             assert one.status()["pipelines"]["default"]["pending"] == 1

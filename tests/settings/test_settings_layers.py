@@ -537,6 +537,30 @@ def test_no_error_shows_what_is_in_a_secret(world: World, key: str, value: str) 
     assert where.removeprefix("secret ") in line
 
 
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("http.tokens.shop.token", "should be 16 to 512 visible ASCII characters without spaces"),
+        ("http.tokens.shop.hash", "should be sha256: and 64 hexadecimal digits"),
+        ("admin.tokens.ops.token", "should be 16 to 512 visible ASCII characters without spaces"),
+        ("hooks.ops.url", "is not valid: should be the URL of the receiver"),
+        ("hooks.ops.secret", "should be whsec_ and base64"),
+    ],
+)
+def test_a_wrong_value_in_a_secret_is_explained(world: World, key: str, said: str) -> None:
+    world.write("credential", key, "hunter2")
+    (line,) = (line for line in world.problems() if key in line)
+    assert said in line
+    assert "hunter2" not in line
+
+
+def test_an_empty_secret_is_named(world: World) -> None:
+    world.secret("ingestd_http__tokens__shop__token", "")
+    line = world.problem()
+    assert line.startswith("http.tokens.shop (secret ")
+    assert "is empty" in line
+
+
 def test_no_error_shows_an_option(world: World) -> None:
     world.toml('handler.options = {password = "hunter2", at = 1979-05-27}')
     line = world.problem().replace(str(world.root), "")  # whose number may be that year

@@ -132,7 +132,7 @@ async def test_the_admin_server_too() -> None:
 
 
 class Tls:
-    """A client that says goodbye and goes on listening, as TLS 1.3 has it."""
+    """A client that sends `close_notify` and goes on listening, as TLS 1.3 has it."""
 
     def __init__(self, context: ssl.SSLContext, address: str, *, with_fin: bool = False) -> None:
         self.with_fin = with_fin
@@ -165,7 +165,7 @@ class Tls:
                     await self._flush()
             with contextlib.suppress(ssl.SSLWantReadError):
                 self.tls.unwrap()
-            await self._flush()  # the end of the handshake, request, goodbye and FIN at once
+            await self._flush()  # the end of the handshake, request, close_notify, FIN at once
             if self.with_fin:
                 self.writer.write_eof()
             answer = b""
@@ -176,7 +176,7 @@ class Tls:
         return answer
 
 
-@pytest.mark.parametrize("with_fin", [False, True], ids=["goodbye", "goodbye and FIN"])
+@pytest.mark.parametrize("with_fin", [False, True], ids=["close_notify", "close_notify and FIN"])
 @pytest.mark.parametrize("body", [b"1", LARGE], ids=["small", "large"])
 def test_under_tls(tmp_path: Path, body: bytes, with_fin: bool) -> None:
     files = Files(tmp_path)
@@ -202,7 +202,7 @@ def test_under_tls(tmp_path: Path, body: bytes, with_fin: bool) -> None:
 
 
 @on_both_loops
-async def test_an_end_without_a_goodbye_ends_a_connection(tmp_path: Path) -> None:
+async def test_an_end_without_close_notify_ends_a_connection(tmp_path: Path) -> None:
     """Under TLS it may be somebody else's word: before, in, and after the handshake."""
     files = Files(tmp_path)
     context = ssl.create_default_context(cafile=files.ca)

@@ -225,7 +225,7 @@ async def test_frames_are_accepted_and_answered(secure: bool, tmp_path: Path) ->
 
 @on_both_loops
 async def test_a_tls_client_that_closes_at_once_loses_nothing(tmp_path: Path) -> None:
-    """It reads nothing and says no goodbye: nothing unread may make a reset of its end."""
+    """It reads nothing and sends no `close_notify`: nothing unread may make a reset of its end."""
     files, intake = Files(tmp_path), KeyedIntake()
     tls = TlsSettings(certificate=files.server())
     async with serving(intake, Silent, listen=("tls://127.0.0.1:0",), tls=tls) as source:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 
 from ingestd.__main__ import COMMANDS, TOOLS
+from ingestd.base.metrics import Metrics
 from ingestd.config.keys import settings_of
 from ingestd.http import problem
 from ingestd.settings import Settings
@@ -46,7 +49,27 @@ def descriptions(model: type[BaseModel]) -> Iterator[tuple[str, str]]:
 
 
 def texts() -> list[tuple[str, str]]:
-    return [*gates.documented(gates.read()), *titles(), *descriptions(Settings), *help_texts()]
+    return [
+        *gates.documented(gates.read()),
+        *titles(),
+        *descriptions(Settings),
+        *help_texts(),
+        *watched(),
+    ]
+
+
+def watched() -> Iterator[tuple[str, str]]:
+    """The help of each metric, and the texts of the alerts and the dashboard that show them."""
+    for metric in Metrics("1").collect():
+        yield f"metric {metric.name}", metric.documentation
+    folder = gates.ROOT / "deploy" / "monitoring"
+    for group in yaml.safe_load((folder / "alerts.yaml").read_text())["groups"]:
+        for rule in group["rules"]:
+            yield f"alert {rule['alert']}", rule["annotations"]["summary"]
+            yield f"alert {rule['alert']}", rule["annotations"]["description"]
+    for panel in json.loads((folder / "dashboard.json").read_text())["panels"]:
+        for each in (panel, *panel.get("panels", [])):
+            yield f"panel {each['title']}", each.get("description", "")
 
 
 def help_texts() -> Iterator[tuple[str, str]]:
@@ -78,7 +101,7 @@ def all_texts() -> list[tuple[str, str]]:
 
 def test_there_is_something_to_read(all_texts: list[tuple[str, str]]) -> None:
     kinds = {place.split(" ")[0] for place, _ in all_texts}
-    assert {"problem", "setting", "help"} < kinds
+    assert {"problem", "setting", "help", "metric", "alert", "panel"} < kinds
     assert len(all_texts) > 1000
 
 
@@ -93,6 +116,11 @@ def test_the_first_sentence_names_persons_by_their_role(all_texts: list[tuple[st
         for place, text in all_texts
         if PERSONS.search(first_sentence(text))
     ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_an_invalid_record_is_called_one(all_texts: list[tuple[str, str]]) -> None:
+    wrong = [f"{place}: {text!r}" for place, text in all_texts if "that were none" in text]
     assert not wrong, "\n".join(wrong)
 
 

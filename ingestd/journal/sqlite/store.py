@@ -55,7 +55,7 @@ PAGE_BYTES = 16384
 WRITER_CACHE_KIB = 12 * 1024
 """Deleting a chunk reads its pages again; of those that went in lately they are here."""
 READER_CACHE_KIB = 2 * 1024
-"""Chunks are read back once each, and who copies pages back has the system's cache."""
+"""Chunks are read back once each, and a copy of pages back uses the system's cache."""
 SHRINK_BYTES = 16 << 20
 """A file with more free pages than this, and less else, is made smaller when it is closed."""
 CHECKED_BYTES_MAX = 16 << 20

@@ -130,7 +130,7 @@ def check_exposure(settings: HttpSettings, sockets: Sequence[socket.socket]) -> 
     """Passed sockets are where they are, whatever `http.listen` says.
 
     Raises:
-        ConfigError: nothing says who may come in, and more than this machine can reach one.
+        ConfigError: no credentials of clients are set, and more than this machine can reach one.
     """
     problems = [
         f"the passed socket {show_socket(sock)} {text}"

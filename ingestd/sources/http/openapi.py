@@ -59,7 +59,7 @@ def describe(
     document: dict[str, Any] = json.loads(text)
     document["info"]["version"] = version
     parts = document["components"]
-    # Where nobody is asked who they are, pages are asked where they are from.
+    # Where no credentials are needed, the origin of pages is checked.
     _fill_problems(parts["responses"], without=FORBIDDEN if public_names else FOREIGN_ORIGIN)
     parts["requestBodies"]["any"] = _any_of(parts["requestBodies"])
     for pipeline, schema in schemas.items():

@@ -98,7 +98,7 @@ class HttpSource(Source):
         self._on_request = on_request
         self._sockets = list(sockets)
         if settings.reuse_port and self._sockets:
-            # It is one queue for all who have the socket: nothing there is shared out.
+            # It is one queue for all processes that have the socket: nothing there is shared out.
             passed = ", ".join(map(show_socket, self._sockets))
             raise ConfigError(
                 problem=f"http.reuse_port: the socket {passed} was passed; one that is shared has"
@@ -260,7 +260,7 @@ class HttpSource(Source):
         """Reads tokens, secrets and certificates anew, and changes nothing yet.
 
         Args:
-            settings: of them the tables of who may come in count; the rest is as at the start.
+            settings: of them the tables of clients' credentials count; the rest is as at the start.
 
         Returns:
             What makes it so: connections stay, and none is refused; what goes on and is not

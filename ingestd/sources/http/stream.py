@@ -70,7 +70,7 @@ class Stream:
     Args:
         read: the next piece, and whether the body ended with it.
         intake: where its records go.
-        principal: who sends it; at its limits it is not read, until it may send again.
+        principal: of its sender; at its limits it is not read, until it may send again.
         hold: what it counts as.
         thread: where large pieces are parsed.
         invalid_kept: `http.invalid_kept`.
@@ -80,7 +80,7 @@ class Stream:
         envelope: of its records, packed.
         counts: gets what is accepted.
         gone: whether its client has left.
-        allowed: who sends it, asked again before each piece; raises a `Problem` when its client
+        allowed: asked again before each piece for its sender; raises a `Problem` when its client
             may not send here any more.
         screen: returns records less those that do not fit, from the index of the first one on;
             `None` where all fit.

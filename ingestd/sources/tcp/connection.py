@@ -276,7 +276,7 @@ class TcpConnection(asyncio.BufferedProtocol):
     def eof_received(self) -> bool:
         """Goes on until everything is accepted and answered.
 
-        Under TLS the peer's goodbye is that end (`Secured.tell`); this one is a truncation.
+        Under TLS the peer's `close_notify` is that end (`Secured.tell`); this one is a truncation.
         """
         if self._is_secure:
             return False
@@ -319,8 +319,8 @@ class TcpConnection(asyncio.BufferedProtocol):
     def _end_writing(self) -> None:
         """Tells the peer that nothing more is read, so that it may stop before its next frame.
 
-        Transports of TLS cannot end one direction. A FIN without a goodbye truncates nothing here:
-        nothing is ever sent.
+        Transports of TLS cannot end one direction. A FIN without `close_notify` truncates nothing
+        here: nothing is ever sent.
         """
         transport = self._transport
         sock = transport.get_extra_info("socket") if transport is not None else None

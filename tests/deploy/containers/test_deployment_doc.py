@@ -59,6 +59,15 @@ def test_files_that_it_names_are_there() -> None:
 
 
 @pytest.mark.slow
+def test_the_values_that_it_shows_are_the_charts(tmp_path: Path) -> None:
+    shown = re.findall(r"^```yaml\n(.*?)^```", section("Helm"), re.DOTALL | re.MULTILINE)
+    assert shown
+    for block in shown:
+        found = manifests.made_with(**yaml.safe_load(block))
+        manifests.assert_valid(found, tmp_path / "objects.yaml")
+
+
+@pytest.mark.slow
 def test_the_commands_do_what_they_say(engine: Engine, tmp_path: Path) -> None:
     copy = tmp_path / "checkout"
     copy.mkdir()

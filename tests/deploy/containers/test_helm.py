@@ -21,6 +21,7 @@ from tests.deploy.containers.manifests import (
     FOLDER,
     HASH,
     VALUES,
+    assert_valid,
     chart,
     container,
     helm,
@@ -246,6 +247,71 @@ def test_values_land_where_they_belong() -> None:
     assert {p["name"]: p["port"] for p in ports} == {"http": 8080, "syslog": 5514}
 
 
+def test_containers_of_ones_own_stand_beside_the_daemon(tmp_path: Path) -> None:
+    """A proxy that outlives the drain, one that ends with the pod, and a step before both."""
+    proxy = {"name": "proxy", "image": "registry.example/proxy:1", "restartPolicy": "Always"}
+    step = {"name": "wait", "image": "busybox:1", "command": ["true"]}
+    shipper = {
+        "name": "shipper", "image": "registry.example/shipper:1",
+        "volumeMounts": [{"name": "data", "mountPath": "/data", "readOnly": True}],
+    }  # fmt: skip
+    for file in (None, VALUES / "stateless.yaml"):
+        found = made_with(file, initContainers=[proxy, step], sidecars=[shipper])
+        assert_valid(found, tmp_path / "objects.yaml")
+        pod = workload(found)["spec"]["template"]["spec"]
+        assert pod["initContainers"] == [proxy, step]
+        # The daemon is the first: it is the one that kubectl logs and exec mean.
+        own, beside = pod["containers"]
+        assert (own, beside) == (container(made_with(file)), shipper)
+
+
+def test_fields_that_the_chart_has_no_value_for(tmp_path: Path) -> None:
+    aliases = [{"ip": "192.0.2.1", "hostnames": ["db"]}]
+    ranges = ["192.0.2.0/24"]
+    relabelings = [{"action": "labeldrop", "regex": "pod"}]
+    found = made_with(
+        podSpec={"hostAliases": aliases, "runtimeClassName": "gvisor"},
+        service={"type": "LoadBalancer", "spec": {"loadBalancerSourceRanges": ranges}},
+        monitoring={"serviceMonitor": {"enabled": True, "endpoint": {"relabelings": relabelings}}},
+        updateStrategy={"rollingUpdate": {"partition": 1}},
+        serviceAccount={"automountToken": True},
+        probes={"liveness": {"timeoutSeconds": 20}, "readiness": {"periodSeconds": 3}},
+    )
+    assert_valid(found, tmp_path / "objects.yaml")
+    pod = workload(found)["spec"]["template"]["spec"]
+    assert (pod["hostAliases"], pod["runtimeClassName"]) == (aliases, "gvisor")
+    assert pod["automountServiceAccountToken"] is True
+    assert one(found, "ServiceAccount")["automountServiceAccountToken"] is True
+    assert one(found, "Service", "ingestd")["spec"]["loadBalancerSourceRanges"] == ranges
+    assert workload(found)["spec"]["updateStrategy"] == {"rollingUpdate": {"partition": 1}}
+    (endpoint,) = one(found, "ServiceMonitor")["spec"]["endpoints"]
+    assert (endpoint["relabelings"], endpoint["port"]) == (relabelings, "admin")
+    own = container(found)
+    assert (own["livenessProbe"]["timeoutSeconds"], own["livenessProbe"]["periodSeconds"]) == (
+        20,
+        10,
+    )
+    assert (own["readinessProbe"]["timeoutSeconds"], own["readinessProbe"]["periodSeconds"]) == (
+        2,
+        3,
+    )
+
+
+def test_a_cluster_may_choose_the_user() -> None:
+    """OpenShift gives each namespace a range of users, and refuses pods that name another one."""
+    chosen = dict.fromkeys(("runAsUser", "runAsGroup", "fsGroup"))
+    found = made_with(podSecurityContext=chosen, securityContext={"readOnlyRootFilesystem": False})
+    pod = workload(found)["spec"]["template"]["spec"]
+    assert pod["securityContext"] == {
+        "runAsNonRoot": True,
+        "fsGroupChangePolicy": "OnRootMismatch",
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    own = container(found)["securityContext"]
+    assert own["readOnlyRootFilesystem"] is False
+    assert own["capabilities"] == {"drop": ["ALL"]}
+
+
 def test_an_ingress_leads_to_the_service_and_is_let_in() -> None:
     tls = [{"secretName": "tls", "hosts": ["in.example"]}]
     found = made_with(
@@ -395,6 +461,12 @@ def test_tokens_of_a_secret_of_ones_own() -> None:
         ({"podLabels": {"app.kubernetes.io/name": "shop"}}, "app.kubernetes.io/name"),
         ({"podAnnotations": {"checksum/settings": "1"}}, "checksum/settings"),
         ({"fullnameOverride": "1-ingestd"}, "/fullnameOverride"),
+        ({"sidecars": [{"name": "ingestd", "image": "a"}]}, "/sidecars/0/name"),
+        ({"sidecars": [{"name": "shipper"}]}, "/sidecars/0"),
+        ({"initContainers": [{"image": "a"}]}, "/initContainers/0"),
+        ({"podSpec": {"containers": []}}, "containers"),
+        ({"service": {"spec": {"ports": []}}}, "ports"),
+        ({"probes": {"liveness": {"httpGet": {}}}}, "httpGet"),
         ({}, "Nothing says which clients may send records"),
     ],
 )
@@ -428,8 +500,8 @@ def test_the_schema_names_each_value_and_no_other() -> None:
         return found
 
     # Free tables are one value, whatever their defaults have in them.
-    given = {re.sub(r"^(/resources|/monitoring/dashboard/labels)/.*", r"\1", path)
-             for path in leaves(values)}  # fmt: skip
+    free = r"^(/resources|/podSecurityContext|/securityContext|/monitoring/dashboard/labels)/.*"
+    given = {re.sub(free, r"\1", path) for path in leaves(values)}
     assert given == named(schema) - {"/global"}
     assert schema["additionalProperties"] is False
 

@@ -114,6 +114,9 @@ def test_the_settings_are_settings(folder: Path) -> None:
     for name, token in settings_of(found)["http"]["tokens"].items():
         assert token["file"] == f"{mounts['tokens']}/{name}"
         assert name in one(found, "Secret", "ingestd-tokens")["data"]
+    # An ingestd.toml beside the handler, as `ingestd init` makes one, would come before it.
+    file = f"{mounts['settings']}/ingestd.toml"
+    assert variable(container(found), "INGESTD_CONFIG") == file
     assert variable(container(found), "INGESTD_DATA_DIR") == f"{mounts['data']}/data"
 
 

@@ -19,7 +19,7 @@ spec:
   # Longer than drain.delay and drain.timeout together, and 10 s.
   terminationGracePeriodSeconds: {{ include "ingestd.grace" . }}
   serviceAccountName: {{ include "ingestd.account" . | quote }}
-  automountServiceAccountToken: false
+  automountServiceAccountToken: {{ .Values.serviceAccount.automountToken }}
   # A service's variables look like settings.
   enableServiceLinks: false
   {{- with .Values.image.pullSecrets }}
@@ -31,13 +31,10 @@ spec:
   {{- with .Values.priorityClassName }}
   priorityClassName: {{ quote . }}
   {{- end }}
+  {{- with .Values.podSecurityContext }}
   securityContext:
-    runAsNonRoot: true
-    runAsUser: 10001
-    runAsGroup: 10001
-    fsGroup: 10001
-    fsGroupChangePolicy: OnRootMismatch
-    seccompProfile: {type: RuntimeDefault}
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
   topologySpreadConstraints:
     {{- if .Values.topologySpreadConstraints }}
     {{- toYaml .Values.topologySpreadConstraints | nindent 4 }}
@@ -63,6 +60,13 @@ spec:
   affinity:
     {{- toYaml . | nindent 4 }}
   {{- end }}
+  {{- with .Values.podSpec }}
+  {{- toYaml . | nindent 2 }}
+  {{- end }}
+  {{- with .Values.initContainers }}
+  initContainers:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
   containers:
     - name: ingestd
       image: {{ .Values.image.repository }}{{ with .Values.image.digest }}@{{ . }}{{ else }}:{{ .Values.image.tag | default .Chart.AppVersion }}{{ end }}
@@ -77,6 +81,9 @@ spec:
         # A folder below the mount: the daemon makes it, so it can be private.
         - name: INGESTD_DATA_DIR
           value: /var/lib/ingestd/data
+        # These settings, also where the image has an ingestd.toml of its own beside the handler.
+        - name: INGESTD_CONFIG
+          value: /etc/ingestd/ingestd.toml
         {{- if eq .Values.journal.kind "jetstream" }}
         # The log of a replica keeps its name on every node.
         - name: POD_NAME
@@ -109,23 +116,18 @@ spec:
       # Takes records; not while it recovers, nor from the moment it is told to go.
       readinessProbe:
         httpGet: {path: /readyz, port: admin}
-        periodSeconds: 2
-        timeoutSeconds: 2
-        failureThreshold: 2
+        {{- toYaml .Values.probes.readiness | nindent 8 }}
       # The event loop turns and no stage hangs. A sink that is down, a slow handler, a full disk
       # or a long recovery are no reasons to start anew.
       livenessProbe:
         httpGet: {path: /livez, port: admin}
-        periodSeconds: 10
-        timeoutSeconds: 5
-        failureThreshold: 6
+        {{- toYaml .Values.probes.liveness | nindent 8 }}
       resources:
         {{- toYaml .Values.resources | nindent 8 }}
+      {{- with .Values.securityContext }}
       securityContext:
-        allowPrivilegeEscalation: false
-        privileged: false
-        readOnlyRootFilesystem: true
-        capabilities: {drop: [ALL]}
+        {{- toYaml . | nindent 8 }}
+      {{- end }}
       volumeMounts:
         - {name: data, mountPath: /var/lib/ingestd}
         - {name: settings, mountPath: /etc/ingestd, readOnly: true}
@@ -139,6 +141,9 @@ spec:
         {{- with .Values.volumeMounts }}
         {{- toYaml . | nindent 8 }}
         {{- end }}
+    {{- with .Values.sidecars }}
+    {{- toYaml . | nindent 4 }}
+    {{- end }}
   volumes:
     {{- if ne .Values.journal.kind "sqlite" }}
     - name: data
