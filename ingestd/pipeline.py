@@ -120,7 +120,7 @@ class Pipeline:
             letters=self.letters,
             pending=lambda: self.ledger.pending,
             on_idle=self._retime,
-            on_gate=self._moved.set,
+            on_control=self._moved.set,
             key=settings.batch.key,
         )
         self._data_dir, self._surroundings = data_dir, surroundings
@@ -361,12 +361,12 @@ class Pipeline:
             self._tasks.start(self._run(batch), f"batch-{batch.number}")
 
     async def pause(self) -> None:
-        """Gives out no batch until `resume`, also after a restart; see `DispatchGate.pause`."""
-        await self.dispatcher.gate.pause()
+        """Gives out no batch until `resume`, also after a restart; see `DispatchControl.pause`."""
+        await self.dispatcher.control.pause()
 
     async def resume(self) -> None:
-        """Ends a pause; see `DispatchGate.resume`."""
-        await self.dispatcher.gate.resume()
+        """Ends a pause; see `DispatchControl.resume`."""
+        await self.dispatcher.control.resume()
 
     # -- 6. run: one try of one batch ----------------------------------------------------------
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import msgspec
 
 from ingestd.base.watchdog import Stage
-from ingestd.execution.gate import PAUSED
+from ingestd.execution.dispatch_control import PAUSED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -367,8 +367,8 @@ def status_of(pipeline: Pipeline) -> PipelineStatus:
         executor=pipeline.dispatcher.executor,
         workers=pipeline.dispatcher.workers,
         dispatch_stopped=pipeline.dispatcher.stopped,
-        paused=pipeline.dispatcher.gate.paused_since > 0,
-        paused_since=_utc(pipeline.dispatcher.gate.paused_since),
+        paused=pipeline.dispatcher.control.paused_since > 0,
+        paused_since=_utc(pipeline.dispatcher.control.paused_since),
         deduplicated=pipeline.deduplicator.left_out if pipeline.deduplicator else 0,
         unaccounted=difference,
         oldest_pending_seconds=round(age, 3),

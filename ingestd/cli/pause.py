@@ -9,7 +9,7 @@ from ingestd.base.errors import DataDirError, Exit, UsageError
 from ingestd.cli.arguments import add_data_dir
 from ingestd.cli.configured import configured
 from ingestd.cli.output import add_json, say, say_json
-from ingestd.execution.gate import PauseMark
+from ingestd.execution.dispatch_control import PauseMark
 from ingestd.host.data_dir import pipeline_folder
 
 if TYPE_CHECKING:

@@ -1,7 +1,8 @@
 """The dispatcher: gives ready batches to free workers, and judges each try of a batch.
 
 It owns the pool of workers and everything that decides which batch is tried next, and when: the
-ready queue, the gate, the outage, the splitter and the retry rule. It writes nothing down.
+ready queue, the dispatch control, the outage, the splitter and the retry rule. It writes nothing
+down.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from ingestd.base.logging import get_logger
 from ingestd.base.scraped import SinkCounts
 from ingestd.base.watchdog import Stage
 from ingestd.execution.build import start_pool
+from ingestd.execution.dispatch_control import DispatchControl, PauseMark, Throttle
 from ingestd.execution.failure_log import FailureLog
-from ingestd.execution.gate import DispatchGate, PauseMark, Throttle
 from ingestd.execution.outage import Outage
 from ingestd.execution.ready_queue import Load, ReadyQueue
 from ingestd.execution.retry import BatchSplitter, RetryRule, decide, rank, spends_try
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from ingestd.base.clock import Clock
     from ingestd.base.record import Records
     from ingestd.execution.concurrency import ConcurrencyLimit
-    from ingestd.execution.gate import BoundedLetters
+    from ingestd.execution.dispatch_control import BoundedLetters
     from ingestd.execution.key_order import BatchKeys
     from ingestd.execution.pool import Pool
     from ingestd.execution.retry import Resolve, RetryBatch
@@ -54,14 +55,14 @@ class Dispatcher:
         letters: the dead letters, which stop it at their bound.
         pending: gives the number of records that are not settled.
         on_idle: called when a worker becomes free, or the last new batch has gone to one.
-        on_gate: called when a reason why no batch is given out has come or gone.
+        on_control: called when a reason why no batch is given out has come or gone.
         key: `batch.key`; empty if batches are in no order.
 
     Attributes:
         start_pool: starts the workers; a harness for tests has others.
         executor: `process`, `thread`, `async` or `external`; empty before `open`.
         concurrency: decides on the number of workers; `None` if that does not change.
-        gate: says when a batch may be given out at all.
+        control: says when a batch may be given out at all.
         queue: the batches that wait for a worker or for their next try.
         running: batches that are with a worker, or lie ready before one.
         sinks: counts by target.
@@ -81,14 +82,16 @@ class Dispatcher:
         letters: BoundedLetters,
         pending: Callable[[], int],
         on_idle: Callable[[], None],
-        on_gate: Callable[[], object],
+        on_control: Callable[[], object],
         key: str = "",
     ) -> None:
         self._pipeline = pipeline
         self._clock = clock
-        self._on_idle, self._on_gate = on_idle, on_gate
+        self._on_idle, self._on_control = on_idle, on_control
         mark = PauseMark(folder)
-        self.gate = DispatchGate(pipeline, letters, mark, clock, on_change=self._gate_changed)
+        self.control = DispatchControl(
+            pipeline, letters, mark, clock, on_change=self._control_changed
+        )
         self.outage = Outage(retry.backoff_max, random.random)
         self.keys: BatchKeys | None = None
         kind: type[ReadyQueue[SealedBatch]] = ReadyQueue
@@ -100,7 +103,7 @@ class Dispatcher:
             waiting_max=Load(retry.waiting_records_max, retry.waiting_bytes_max),
             outage=self.outage,
             on_empty=on_idle,
-            open_at=self.gate.open_at,
+            free_at=self.control.free_at,
         )
         self.splitter = BatchSplitter(self.outage, retry.attempts_max)
         self.failures = FailureLog(pipeline, self.outage, clock, pending)
@@ -130,9 +133,9 @@ class Dispatcher:
         """
         self._loop = asyncio.get_running_loop()
         self.sinks = {target: SinkCounts() for target in handler.all_targets}
-        await self.gate.poll()
+        await self.control.poll()
         if executor.is_throttled:
-            self.gate.throttle = Throttle(executor, self._clock.monotonic())
+            self.control.throttle = Throttle(executor, self._clock.monotonic())
         self.pool: Pool[Any]
         self.pool, self.executor = await self.start_pool(
             self._pipeline, executor, handler, *settings, **context
@@ -151,7 +154,7 @@ class Dispatcher:
 
     def tasks(self) -> Mapping[str, Coroutine[None, None, None]]:
         """Coroutines that turn until they are cancelled, by name."""
-        found = {"failures": self.failures.run(), "gate": self.gate.run()}
+        found = {"failures": self.failures.run(), "control": self.control.run()}
         if self.concurrency is not None:
             found["concurrency"] = self._resize(self.concurrency)
         return found
@@ -166,9 +169,9 @@ class Dispatcher:
                 log.info("workers_changed", pipeline=self._pipeline, workers=workers, were=before)
                 self.pool.resize(workers)
 
-    def _gate_changed(self) -> None:
+    def _control_changed(self) -> None:
         now = self._loop.time()
-        if self.gate.stopped:
+        if self.control.stopped:
             self._stopped_at = self._stopped_at or now
         elif self._stopped_at:
             for batch in self.queue.parked():  # they were not tried: that is no time of failing
@@ -176,12 +179,12 @@ class Dispatcher:
                     batch.failing_since += now - max(batch.failing_since, self._stopped_at)
             self._stopped_at = 0.0
         self.queue.look_again()
-        self._on_gate()
+        self._on_control()
 
     @property
     def stopped(self) -> str:
         """Reason for people why no batch is given out; empty while batches are."""
-        return self.gate.stopped
+        return self.control.stopped
 
     @property
     def workers(self) -> int:
@@ -200,10 +203,10 @@ class Dispatcher:
         """Waits for a place with a worker, for a batch, and until its seal is durable."""
         await self.pool.acquire()
         self._has_place = True
-        self.gate.look()
+        self.control.look()
         batch = await self.queue.next()
         self._has_place = False
-        self.gate.given(batch.count)
+        self.control.given(batch.count)
         self.outage.started(batch.number, self._loop.time())
         self.running += 1
         self._dispatched += 1
@@ -235,7 +238,7 @@ class Dispatcher:
             deadline: loop time.
             fed: more records are on their way to the queue.
         """
-        held = deadline < self.gate.open_at() < math.inf
+        held = deadline < self.control.free_at() < math.inf
         fed = fed and self.queue.gives_more
         if self.running or (fed and not self.outage.paused and not held):
             return False
@@ -257,7 +260,7 @@ class Dispatcher:
     @property
     def throttled_by(self) -> str:
         """The setting whose rate keeps a batch waiting now; empty if none does."""
-        return self.gate.throttled_by if self.queue.is_held(self._loop.time()) else ""
+        return self.control.throttled_by if self.queue.is_held(self._loop.time()) else ""
 
     def _count(self, result: Result, records: int) -> None:
         """Counts a try at the targets that it called, as far as it tells which."""

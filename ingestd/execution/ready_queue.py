@@ -58,7 +58,8 @@ class ReadyQueue(Generic[T]):
         waiting_max: what may wait for a retry before no new batch is given, but as a probe.
         outage: says whether the handler is paused.
         on_empty: called when the last new batch has been given.
-        open_at: gives the loop time from which on any batch may be given; see `gate.py`.
+        free_at: gives the loop time from which on any batch may be given; see
+            `dispatch_control.py`.
 
     Attributes:
         on_cold: called with a batch whose payload is not needed for long; see `OrderedQueue`.
@@ -70,12 +71,12 @@ class ReadyQueue(Generic[T]):
         waiting_max: Load,
         outage: Outage,
         on_empty: Callable[[], None],
-        open_at: Callable[[], float] = lambda: 0.0,
+        free_at: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._waiting_max = waiting_max
         self._outage = outage
         self._on_empty = on_empty
-        self._open_at = open_at
+        self._free_at = free_at
         self.on_cold: Callable[[T], None] = lambda _: None
         self._new: deque[T] = deque()
         self._failed: list[_Waiting[T]] = []  # in a backoff of ours; heaps
@@ -121,7 +122,7 @@ class ReadyQueue(Generic[T]):
     @property
     def ready_at(self) -> float:
         """Loop time at which `next` gives a batch; infinite if there is none."""
-        return max(self._open_at(), self._due_at())
+        return max(self._free_at(), self._due_at())
 
     def _due_at(self) -> float:
         asked = self._asked[0].due if self._asked else math.inf
@@ -133,8 +134,8 @@ class ReadyQueue(Generic[T]):
         return min(asked, self._failed[0].due if self._failed else math.inf)
 
     def is_held(self, now: float) -> bool:
-        """Returns True if nothing but `open_at` keeps a batch from being given."""
-        return self._due_at() <= now < self._open_at()
+        """Returns True if nothing but `free_at` keeps a batch from being given."""
+        return self._due_at() <= now < self._free_at()
 
     def could_give(self, now: float) -> bool:
         """Returns True if `next` would give a batch at `now`, loop time."""
@@ -203,7 +204,7 @@ class ReadyQueue(Generic[T]):
         return (one.batch for where in (self._failed, self._asked) for one in where)
 
     def look_again(self) -> None:
-        """Asks `open_at` again: it has changed."""
+        """Asks `free_at` again: it has changed."""
         self._changed.set()
 
     async def next(self) -> T:

@@ -291,8 +291,8 @@ class Authenticator:
         """
         try:
             principal = self._who(request, schemes)
-        except Problem as stranger:
-            return stranger
+        except Problem as refusal:
+            return refusal
         if principal.pipelines is not None:
             self._denials.count(peer_of(request))
             return principal.forbidden()

@@ -252,7 +252,7 @@ class HarnessCore:
         )
         pipeline.dispatcher.start_pool = self._pool.start_workers
         pipeline.waiters.on_settled = self._settled
-        pipeline.letters.pause = pipeline.dispatcher.gate.poll_seconds = _POLL_SECONDS
+        pipeline.letters.pause = pipeline.dispatcher.control.poll_seconds = _POLL_SECONDS
         self._loop.busy = lambda: pipeline.journal.status().unanswered > 0
         await pipeline.open()
         pipeline.broken.add_done_callback(lambda _: self._changed.set())
@@ -348,11 +348,11 @@ class HarnessCore:
                     await self._wait(until)
             await self._loop.quiet()  # what is due at this very time is done
         finally:
-            self._pool.gate.clear()
+            self._pool.may_call.clear()
             self._loop.patience = None
 
     async def _wait(self, until: float) -> None:
-        self._pool.gate.set()
+        self._pool.may_call.set()
         self._changed.clear()
         try:
             async with asyncio.timeout_at(until):

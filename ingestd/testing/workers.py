@@ -4,7 +4,8 @@
 threads, or the same event loop for an `async def` handler, whatever `executor.kind` says: a child
 process would not have the test's objects. Around the real pool is an `ObservedPool`:
 
-* it lets no call begin while its gate is closed, so that a handler is called in `Harness.run` only;
+* it lets no call begin while `may_call` is not set, so that a handler is called in `Harness.run`
+  only;
 * it gives the outcome that a test planned for a batch, in place of the handler's or after it;
 * it keeps what each call was given and what became of it;
 * after as many calls as a test planned, it keeps the result to itself: the daemon has crashed.
@@ -199,7 +200,7 @@ class ObservedPool(Pool[Any]):
         on_call: gets each call that has ended, with its job.
 
     Attributes:
-        gate: open while calls may begin.
+        may_call: set while calls may begin.
         under_way: the batch of a call that has begun last, empty if none is under way.
         crashed: set when the daemon has crashed.
         lost: a call has not come back, and is waited for no more.
@@ -222,7 +223,7 @@ class ObservedPool(Pool[Any]):
         self._form = "json"
         self._timeout = 0.0
         self._closing = False
-        self.gate = asyncio.Event()
+        self.may_call = asyncio.Event()
         self.under_way = ""
         self.crashed = asyncio.Event()
         self.lost = False
@@ -279,7 +280,7 @@ class ObservedPool(Pool[Any]):
 
     async def run(self, job: Job) -> Result:
         """See `Pool.run`."""
-        await self.gate.wait()
+        await self.may_call.wait()
         if self._closing:
             return Result(failure=Failure("crashed", "the harness was closed"))
         at = datetime.fromtimestamp(self._clock.now(), UTC)
@@ -289,7 +290,7 @@ class ObservedPool(Pool[Any]):
         self._on_call(job, self._told(job, at, result))
         if self._plan.crash_in and self._plan.crashes():
             self.crashed.set()
-            self.gate.clear()
+            self.may_call.clear()
             await self._loop.create_future()  # its result is lost with the process
         return result
 
@@ -328,6 +329,6 @@ class ObservedPool(Pool[Any]):
             return await self._inner.close(self._loop.time() + CLOSE_SECONDS)
 
     def stop(self) -> None:
-        """Lets jobs that wait at the gate end without a call, once the pipeline is closing."""
+        """Lets jobs that wait for `may_call` end without a call, once the pipeline is closing."""
         self._closing = True
-        self.gate.set()
+        self.may_call.set()

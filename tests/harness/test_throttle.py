@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ingestd.base.errors import ConfigError
-from ingestd.execution.gate import BURST_SECONDS, Throttle
+from ingestd.execution.dispatch_control import BURST_SECONDS, Throttle
 from ingestd.execution.settings import ExecutorSettings
 
 BATCHES = {"executor.batches_per_second": 2}

@@ -12,7 +12,7 @@ import pytest
 from ingestd.admin.status import status_of
 from ingestd.base.append import Append
 from ingestd.base.errors import DataDirError
-from ingestd.execution.gate import PAUSED, PauseMark
+from ingestd.execution.dispatch_control import PAUSED, PauseMark
 from tests.daemon.harness import daemon
 from tests.pipeline import recording
 from tests.pipeline.test_pipeline import HANDLER, drained, numbers, records_of, until
@@ -84,11 +84,11 @@ async def test_a_drain_that_waits_is_told_of_a_pause(start, tmp_path) -> None:
 async def test_another_process_marks_it_beside_the_running_pipeline(start, tmp_path) -> None:
     pipeline = await one(start, tmp_path)
     PauseMark(tmp_path).put()
-    await pipeline.dispatcher.gate.poll()
+    await pipeline.dispatcher.control.poll()
     await pipeline.accept(Append(numbers(0, 10)))
     await until(lambda: pipeline.dispatcher.queue.ahead == 1)
     PauseMark(tmp_path).remove()
-    await pipeline.dispatcher.gate.poll()
+    await pipeline.dispatcher.control.poll()
     await drained(pipeline)
     assert records_of(tmp_path) == list(range(10))
 

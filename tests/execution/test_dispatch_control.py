@@ -1,4 +1,4 @@
-"""The gate of a dispatcher: the reasons why no batch may go to a worker."""
+"""The control of a dispatcher: the reasons why no batch may go to a worker."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 from ingestd.base.batch import SealedBatch
 from ingestd.base.clock import SystemClock
+from ingestd.execution.dispatch_control import DispatchControl, PauseMark
 from ingestd.execution.dispatcher import Dispatcher
-from ingestd.execution.gate import DispatchGate, PauseMark
 from ingestd.execution.outage import Outage
 from ingestd.execution.pool import Pool, TaskPool
 from ingestd.execution.ready_queue import Load, ReadyQueue
@@ -37,37 +37,37 @@ class Unpaused(PauseMark):
         return 0.0
 
 
-def gate(letters: Letters, changes: list[str] | None = None) -> DispatchGate:
+def control(letters: Letters, changes: list[str] | None = None) -> DispatchControl:
     seen = [] if changes is None else changes
-    return DispatchGate(
+    return DispatchControl(
         "default", letters, Unpaused(), SystemClock(), on_change=lambda: seen.append("changed")
     )
 
 
 def test_dead_letters_at_their_bound_stop_it_and_their_purge_opens_it() -> None:
     letters, changes = Letters(), []
-    made = gate(letters, changes)
+    made = control(letters, changes)
     made.look()
-    assert (made.stopped, made.open_at(), changes) == ("", 0.0, [])
+    assert (made.stopped, made.free_at(), changes) == ("", 0.0, [])
     letters.is_full = True
     assert "dead.bytes_max" in made.stopped  # at once: a drain may ask before the next look
-    assert made.open_at() == math.inf
+    assert made.free_at() == math.inf
     made.look()
     made.look()
     assert changes == ["changed"]
     letters.is_full = False
     made.look()
-    assert (made.stopped, made.open_at(), changes) == ("", 0.0, ["changed"] * 2)
+    assert (made.stopped, made.free_at(), changes) == ("", 0.0, ["changed"] * 2)
 
 
 async def test_a_batch_that_waits_is_not_given_while_it_is_closed() -> None:
     letters = Letters()
-    made = gate(letters)
+    made = control(letters)
     queue: ReadyQueue[str] = ReadyQueue(
         waiting_max=Load(10, 10),
         outage=Outage(60.0, lambda: 0.5),
         on_empty=lambda: None,
-        open_at=made.open_at,
+        free_at=made.free_at,
     )
     waiting = asyncio.ensure_future(queue.next())
     await asyncio.sleep(0)
@@ -86,7 +86,7 @@ async def opened(folder: Path, letters: Letters, changes: list[str]) -> Dispatch
     made = Dispatcher(
         "default", RetrySettings(), SystemClock(),
         folder=folder, letters=letters, pending=int, on_idle=lambda: None,
-        on_gate=lambda: changes.append("changed"),
+        on_control=lambda: changes.append("changed"),
     )  # fmt: skip
     made.start_pool = _started  # type: ignore[assignment]
     await made.open(ExecutorSettings(), HandlerSettings())
@@ -97,18 +97,18 @@ async def _started(*_: object) -> tuple[Pool[Any], str]:
     return TaskPool([object()]), "async"  # type: ignore[list-item]  nothing is run
 
 
-async def test_a_closed_gate_is_no_stage_that_hangs(tmp_path: Path) -> None:
+async def test_a_stopped_dispatch_is_no_stage_that_hangs(tmp_path: Path) -> None:
     letters, changes = Letters(), []
     made = await opened(tmp_path, letters, changes)
     await made.queue.put(SealedBatch(1, (), 1, accepted_at=0.0))
     assert made.stage().could_go_on
     letters.is_full = True
     assert not made.stage().could_go_on
-    made.gate.look()
+    made.control.look()
     assert changes == ["changed"]
 
 
-def test_time_behind_a_closed_gate_is_no_time_of_failing(tmp_path: Path) -> None:
+def test_time_behind_a_stopped_dispatch_is_no_time_of_failing(tmp_path: Path) -> None:
     """A pause of days would else give up, at their next failure, what failed before it."""
     loop = FakeTimeLoop()
     letters = Letters()
@@ -121,13 +121,13 @@ def test_time_behind_a_closed_gate_is_no_time_of_failing(tmp_path: Path) -> None
         made.park(never, 0.0)
         await asyncio.sleep(60)
         letters.is_full = True
-        made.gate.look()
+        made.control.look()
         await asyncio.sleep(1000)
         within.failing_since = loop.time()  # it was with a worker
         made.park(within, 0.0, asked=True)
         await asyncio.sleep(86400)
         letters.is_full = False
-        made.gate.look()
+        made.control.look()
         assert never.failing_since is None
         return [loop.time() - (one.failing_since or 0.0) for one in (before, within)]
 

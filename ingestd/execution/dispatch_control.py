@@ -1,19 +1,19 @@
-"""Gate of a dispatcher: every reason why no batch may go to a worker, the handler's state aside.
+"""Control of a dispatcher: every reason why no batch may go to a worker, the handler's state aside.
 
 Some stop it until something changes (dead letters at their bound, a pause). A throttle holds it for
 a moment: a batch may go while no bucket is in debt, and is charged whole, each of its tries anew.
 
 Reasons are read where they arise, never copied, so none can be forgotten here when it has gone.
-The ready queue asks `open_at` before it gives a batch, the watchdog and the drain ask it and
+The ready queue asks `free_at` before it gives a batch, the watchdog and the drain ask it and
 `stopped` at any time. A reason that begins or ends without an event is noticed by `look`, which the
-gate's own task calls once a second.
+control's own task calls once a second.
 
 Invariants, each with a test:
 
 1. While a reason holds, no batch is given; what a worker has, or lies ready before one, comes to
    its end.
-2. A drain does not wait for what a stopped gate keeps back, and it stays in the journal.
-3. A gate that is closed is no stage that hangs.
+2. A drain does not wait for what a stopped control keeps back, and it stays in the journal.
+3. A dispatch that is stopped is no stage that hangs.
 4. A pause is on disk before `pause` returns, and holds through restarts until `resume`, or until
    its file is removed by another process (`ingestd resume`), which is noticed within a second.
 5. In any time no more batches, and no more records, are given than the throttle's rate gives in
@@ -157,8 +157,8 @@ class StopReason(NamedTuple):
     is_fault: bool = True
 
 
-class DispatchGate:
-    """The gate of one pipeline's dispatcher.
+class DispatchControl:
+    """The control of one pipeline's dispatcher.
 
     Args:
         pipeline: its name, for the log.
@@ -198,7 +198,7 @@ class DispatchGate:
         """Reason for people why no batch is given out; empty while batches are."""
         return next((reason.text for reason in self._reasons()), "")
 
-    def open_at(self) -> float:
+    def free_at(self) -> float:
         """Loop time from which on a batch may be given; infinite until something changes."""
         if self.paused_since or self._letters.is_full:
             return math.inf
