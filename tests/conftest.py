@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import signal
+from typing import TYPE_CHECKING
 
+import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
 
 # How long an example takes says how busy the machine is.
 settings.register_profile("tests", settings.default, deadline=None)
@@ -15,6 +21,23 @@ def pytest_configure() -> None:
     """Takes SIGINT back, which a shell has its background jobs, and their children, ignore."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Collects no garbage while a failure is told.
+
+    pytest parses the source of what failed. A finalizer that formats a traceback, as that of a task
+    whose error nobody asked for, parses too, and CPython 3.11 then ends the outer parse with a
+    SystemError (https://github.com/python/cpython/issues/106905), which ends the whole run.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:
