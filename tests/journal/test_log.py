@@ -251,6 +251,21 @@ async def test_a_daemon_waits_for_the_lease_of_another(live) -> None:
     await live(engine).open()
 
 
+async def test_a_lease_that_lapses_while_its_answer_is_on_its_way_is_taken(live) -> None:
+    """An answer says who had the lease when it was asked: the engine, or this process, was late."""
+    life = live(Engine())
+    acquire, first = life.log.acquire, iter([True])
+
+    async def late(owner: str, ttl: float) -> str:
+        if next(first, False):
+            await asyncio.sleep(4 * ttl)
+            return "another"
+        return await acquire(owner, ttl)
+
+    life.log.acquire = late
+    await life.open()
+
+
 async def test_a_start_that_reads_nothing_of_its_log_ends(live, monkeypatch) -> None:
     monkeypatch.setattr(log_journal, "OPEN_SECONDS", 0.2)
     life = live(Engine())
