@@ -60,7 +60,8 @@ OWNER_LOOKS = 10
 """A lease changes hands seldom, and is read at each of so many looks."""
 RETIRED_KEPT = 1000
 """Ids of retired logs that their sum names: far more than can be half retired at a time."""
-OPEN_SECONDS, OPEN_TRIES = 5.0, 4
+OPEN_SECONDS, READY_SECONDS = 5.0, 20.0
+"""Bounds of an answer to what is made, and of the wait until the servers can make it."""
 RECONNECT_SECONDS, PING_SECONDS_MIN = 0.25, 1.0
 _WRONG_LAST, _ON_ITS_WAY = 10071, 10164
 """The second one: something is on its way that would change the last sequence."""
@@ -326,14 +327,17 @@ class JetStreamLog:
         # A stream that is made, and its leader's election, may take longer than an answer.
         self._js = self._client.jetstream(timeout=max(OPEN_SECONDS, own.timeout))
         self.facts = [f"NATS {shown} answers"]
-        for left in reversed(range(OPEN_TRIES)):
+        loop = asyncio.get_running_loop()
+        until = loop.time() + READY_SECONDS
+        while True:
             try:
                 await self._open_stream()
                 await self._open_bucket()
                 break
-            except Overloaded:
-                if not left:
+            except Overloaded:  # some errors come at once, as that of a node that just starts
+                if loop.time() > until:
                     raise
+                await asyncio.sleep(RECONNECT_SECONDS)
         if not self._create:
             return
         self._js = self._client.jetstream(timeout=own.timeout)
