@@ -67,6 +67,7 @@ def serve(
     *,
     again: Callable[[Settings], Settings] | None = None,
     effective: Effective | None = None,
+    config: str = "",
     notifier: Notifier | None = None,
     passed: ListenFds | None = None,
     input_fd: int = 0,
@@ -77,6 +78,7 @@ def serve(
         settings: all of them.
         again: loads them again, for a reload; called with those in effect.
         effective: gives key, value and origin of each of them, secrets masked.
+        config: the file that they were read from, for the log; empty for none.
         notifier: the service manager, if there is one.
         passed: sockets that it has opened.
         input_fd: standard input, for the sources that read it.
@@ -93,6 +95,7 @@ def serve(
         writer,
         again=again,
         effective=effective,
+        config=config,
         notifier=notifier or Notifier(),
         passed=passed,
         input_fd=input_fd,
@@ -122,6 +125,7 @@ class Daemon:
         writer: the log's, for the metric of dropped lines and the level.
         again: loads the settings again; called with those in effect.
         effective: gives key, value and origin of each of them, secrets masked.
+        config: the file that they were read from, for the log; empty for none.
         notifier: the service manager.
         passed: sockets that it has opened; the servers close them.
         input_fd: standard input, for the sources that read it.
@@ -134,6 +138,7 @@ class Daemon:
         *,
         again: Callable[[Settings], Settings] | None,
         effective: Effective | None = None,
+        config: str = "",
         notifier: Notifier,
         passed: ListenFds,
         input_fd: int = 0,
@@ -145,6 +150,7 @@ class Daemon:
         self._writer = writer
         self._again = again
         self._effective = effective or (lambda _: ())
+        self._config = config
         self._passed = passed
         self._service = ServiceNotifier(notifier)
         self._liveness = Liveness()
@@ -291,6 +297,7 @@ class Daemon:
             "daemon_started",
             version=__version__,
             pid=os.getpid(),
+            config=self._config,
             **self.sources.facts(),
             admin=self.admin.addresses,
             data_dir=str(self.settings.data_dir),

@@ -3,7 +3,7 @@
 * Probes and the files of the console are open to every request, as they hold nothing of records.
 * Reading is open on a loopback address, unless `admin.token_required` says otherwise; anywhere
   else it takes a token of `[admin.tokens]`. `/v1/status` is open everywhere while there are no
-  tokens, as it was before there could be any.
+  tokens, as it was before there could be any; who shows none there sees the kinds of errors only.
 * Changing takes a token with the role `admin`, everywhere, and a body of JSON, which no page of
   another origin can send without being asked about it first.
 * A request that a proxy passed on comes from elsewhere, wherever the proxy is.
@@ -132,6 +132,10 @@ class AdminAccess:
     def is_local(self, request: AdminRequest) -> bool:
         """Returns True if the request is of this machine."""
         return self._local and not any(name.startswith(_FORWARDED) for name in request.headers)
+
+    def shows_errors(self, request: AdminRequest) -> bool:
+        """Returns True if the texts of handlers' errors, which may quote a record, may be shown."""
+        return bool(request.principal) or self.is_local(request)
 
     def shows_payloads(self, request: AdminRequest) -> bool:
         """Returns True if payloads of records may be in the answer; see `admin.payloads`."""

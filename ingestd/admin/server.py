@@ -18,6 +18,7 @@ import msgspec
 
 from ingestd.admin.access import AdminAccess, Need
 from ingestd.admin.connection import AdminPage, Answer, Connections, as_response
+from ingestd.admin.status import without_error_texts
 from ingestd.base.errors import AddressError, IngestdError
 from ingestd.base.logging import get_logger
 from ingestd.config.network import is_loopback, parse_listen
@@ -244,8 +245,11 @@ class AdminServer:
         body, content_type = self._metrics.render(request.headers.get("accept", ""))
         return Response(200, content_type.encode(), body)
 
-    def _status(self, _: AdminRequest) -> Response:
-        return Response(200, JSON, msgspec.json.encode(self._view.status()) + b"\n")
+    def _status(self, request: AdminRequest) -> Response:
+        status = self._view.status()
+        if not self._access.shows_errors(request):
+            status = without_error_texts(status)
+        return Response(200, JSON, msgspec.json.encode(status) + b"\n")
 
 
 async def _later(request: AdminRequest, answer: Awaitable[Answer]) -> Answer:

@@ -41,7 +41,8 @@ def execute(arguments: argparse.Namespace) -> int:
     ignore_hangups()
     occupy_standard_streams()
     configuration = Configuration(arguments)
-    settings = configuration.load().settings
+    loaded = configuration.load()
+    settings = loaded.settings
     from ingestd.daemon import serve  # noqa: PLC0415  help and check need none of it
 
     def again(running: Settings) -> Settings:
@@ -53,6 +54,7 @@ def execute(arguments: argparse.Namespace) -> int:
         settings,
         again=again,
         effective=configuration.effective,
+        config=str(loaded.file or ""),
         notifier=notifier,
         passed=passed,
         input_fd=input_fd,

@@ -149,16 +149,16 @@ def _holder(fd: int) -> str:
     return ""
 
 
-_TWO = "stop that one, or choose another directory (--data-dir)"
+_REMEDY = "stop that one, or choose another directory (--data-dir)"
 
 
 def _held_by(holder: str, fd: int) -> str:
     """Finds the process that holds the lock: the one that took it, or a fork of it."""
     if holder.isdigit() and Path("/proc", holder).exists():
-        return f"another ingestd (process {holder}) uses it; {_TWO}"
+        return f"another ingestd (process {holder}) uses it; {_REMEDY}"
     heirs = [str(pid) for pid in _that_have_open(fd)]
     if not heirs:
-        return f"another ingestd uses it; {_TWO}"
+        return f"another ingestd uses it; {_REMEDY}"
     return (
         f"an ingestd that has ended left a process behind that still has it open:"
         f" end process {' and '.join(heirs)}"

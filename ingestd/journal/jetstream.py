@@ -60,7 +60,8 @@ OWNER_LOOKS = 10
 """A lease changes hands seldom, and is read at each of so many looks."""
 RETIRED_KEPT = 1000
 """Ids of retired logs that their sum names: far more than can be half retired at a time."""
-OPEN_SECONDS, OPEN_TRIES = 5.0, 4
+OPEN_SECONDS, READY_SECONDS = 5.0, 20.0
+"""Bounds of an answer to what is made, and of the wait until the servers can make it."""
 RECONNECT_SECONDS, PING_SECONDS_MIN = 0.25, 1.0
 _WRONG_LAST, _ON_ITS_WAY = 10071, 10164
 """The second one: something is on its way that would change the last sequence."""
@@ -323,7 +324,9 @@ class JetStreamLog:
             least = ".".join(map(str, VERSION_MIN))
             raise ConfigError(problem=f"NATS is {shown}, and should be {least} or newer")
         self.message_bytes_max = self._client.max_payload - HEADERS_BYTES
-        for left in reversed(range(OPEN_TRIES)):
+        loop = asyncio.get_running_loop()
+        until = loop.time() + READY_SECONDS
+        while True:
             self.facts = [f"NATS {shown} answers"]
             # A stream that is made, and its leader's election, may take longer than an answer.
             self._js = self._client.jetstream(timeout=max(OPEN_SECONDS, own.timeout))
@@ -334,9 +337,10 @@ class JetStreamLog:
                     self._js = self._client.jetstream(timeout=own.timeout)
                     self._bucket = await self._ask(self._js.key_value(own.bucket))
                 break
-            except Overloaded:
-                if not left:
+            except Overloaded:  # some errors come at once, as that of a node that just starts
+                if loop.time() > until:
                     raise
+                await asyncio.sleep(RECONNECT_SECONDS)
 
     async def _first_connect(self) -> None:
         from ingestd.journal.log.interface import LogUnreachable, retry_after  # noqa: PLC0415

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
+import json
 import socket
 import time
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,7 @@ from ingestd.admin import connection as admin_server
 from ingestd.admin.server import AdminServer
 from ingestd.admin.status import (
     BatchesStatus,
+    HandlerStatus,
     JournalUsage,
     PipelineStatus,
     QueueStatus,
@@ -62,6 +65,7 @@ class View:
         self.answer = (True, "taking records")
         self.living = (True, "alive")
         self.broken = False
+        self.now = STATUS
 
     def alive(self) -> tuple[bool, str]:
         return self.living
@@ -72,7 +76,7 @@ class View:
     def status(self) -> Status:
         if self.broken:
             raise RuntimeError("broken")
-        return STATUS
+        return self.now
 
 
 class Admin:
@@ -113,6 +117,39 @@ async def hung_up(reader: asyncio.StreamReader) -> bytes:
     with contextlib.suppress(ConnectionResetError):
         return await asyncio.wait_for(reader.read(), DEADLINE)
     return b""
+
+
+async def status_errors(error: str, listen: str, **headers: str) -> str:
+    """The handler's error as `/v1/status` shows it."""
+    [(name, one)] = STATUS.pipelines.items()
+    down = msgspec.structs.replace(one, handler=HandlerStatus("down", error=error))
+    token = {"hash": "sha256:" + hashlib.sha256(b"a-token-of-16-characters").hexdigest()}
+    tokens = {"eye": token} if headers else {}
+    admin = Admin()
+    admin.view.now = msgspec.structs.replace(STATUS, pipelines={name: down})
+    admin.server = AdminServer(
+        AdminSettings(listen=listen, tokens=tokens), admin.view, admin.metrics
+    )
+    await admin.server.start()
+    try:
+        status, body, _ = await admin.ask("/v1/status", **headers)
+    finally:
+        await admin.server.close()
+    assert status == 200
+    return json.loads(body)["pipelines"]["default"]["handler"]["error"]
+
+
+async def test_the_text_of_an_error_is_for_who_may_read() -> None:
+    """It may quote a record, and status is open beyond loopback while there are no tokens."""
+    secret = "ValueError: no such card: 4111 1111 1111 1111"
+    kind = "(its text is in the log, and here for a token of [admin.tokens.NAME])"
+    token = {"Authorization": "Bearer a-token-of-16-characters"}
+    assert await status_errors(secret, "127.0.0.1:0") == secret
+    assert await status_errors(secret, "0.0.0.0:0") == f"ValueError {kind}"
+    assert await status_errors("4111 1111", "0.0.0.0:0") == f"an error {kind}"
+    assert await status_errors("", "0.0.0.0:0") == ""
+    assert await status_errors(secret, "0.0.0.0:0", **token) == secret
+    assert await status_errors(secret, "127.0.0.1:0", Via="1.1 proxy", **token) == secret
 
 
 async def test_alive_and_ready(admin: Admin) -> None:

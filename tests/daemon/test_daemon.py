@@ -211,6 +211,7 @@ def test_several_pipelines_have_their_own_everything(tmp_path: Path) -> None:
         """
     )
     with daemon(cwd=tmp_path) as one:
+        assert one.event("daemon_started")["config"] == str(tmp_path / "ingestd.toml")
         assert one.post(b"1\n2\n3\n", "/v1/records/clicks")[0] == 202
         assert one.post(b"a line\n", "/v1/records/logs", Content_Type="text/plain")[0] == 202
         assert one.post(b"{}")[0] == 202

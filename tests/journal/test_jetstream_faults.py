@@ -12,6 +12,7 @@ import trustme
 
 from ingestd.base.append import Append
 from ingestd.base.errors import JournalFailed
+from ingestd.journal import jetstream
 from tests.journal.on_nats import accept, crash, lines, records, refused, tries
 from tests.nats import running
 
@@ -134,8 +135,11 @@ async def test_leases_lapse_at_another_time_when_the_clock_of_servers_jumps(
         assert await records(await open_(cluster, "clock")) == [b"1", b"2", b"4"]
 
 
-async def test_nodes_are_down_when_there_is_no_stream_yet(tmp_path: Path, open_) -> None:
+async def test_nodes_are_down_when_there_is_no_stream_yet(
+    tmp_path: Path, open_, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With one of three down it is made; with two the start fails as one to repeat, not with 78."""
+    monkeypatch.setattr(jetstream, "READY_SECONDS", 2.0)
     (tmp_path / "nats").mkdir()
     with running(tmp_path / "nats", 3) as cluster:
         head = await asyncio.to_thread(head_of, cluster)
@@ -151,6 +155,24 @@ async def test_nodes_are_down_when_there_is_no_stream_yet(tmp_path: Path, open_)
         await asyncio.to_thread(first.wait_ready, "/healthz")
         second.kill()
         await accept(journal, b"2")  # the one that was down is a replica too
+
+
+async def test_a_node_comes_up_while_a_daemon_starts(
+    tmp_path: Path, open_, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A leader that has not heard of its nodes yet says so at once; the start waits for them."""
+    monkeypatch.setattr(jetstream, "READY_SECONDS", 90.0)
+    (tmp_path / "nats").mkdir()
+    with running(tmp_path / "nats", 3) as cluster:
+        head = await asyncio.to_thread(head_of, cluster)
+        first, second = (node for node in cluster.servers if node.name != head)
+        await asyncio.to_thread(first.stop)
+        opening = asyncio.create_task(open_(cluster, "early", replicas=3))
+        await asyncio.to_thread(second.stop)
+        await asyncio.sleep(1)
+        for node in (first, second):
+            await asyncio.to_thread(node.start)
+        await accept(await opening, b"1")
 
 
 def head_of(cluster: Cluster) -> str:

@@ -286,7 +286,14 @@ def test_the_brokers_are_asked_for_what_is_read(cluster: Cluster) -> None:
     assert down.level == "error"
 
 
-@pytest.mark.parametrize("name", ["sasl.password", "sasl.oauthbearer.client.secret", "ssl.key.pem"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sasl.password", "sasl.oauthbearer.client.secret", "sasl.oauthbearer.config", "ssl.key.pem",
+        "sasl.oauthbearer.assertion.private.key.pem", "ssl.keystore.password",
+        "sasl.oauthbearer.assertion.private.key.passphrase",
+    ],
+)  # fmt: skip
 def test_a_property_with_a_secret_is_refused(name: str) -> None:
     settings = KafkaSettings(brokers=["k:1"], topics=["t"], properties={name: "hunter2"})
     problems = KafkaSourceKind().problems(settings, formats={}, default="", runs=True)

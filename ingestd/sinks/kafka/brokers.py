@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ingestd.handlers.outcome import SinkFinding
-from ingestd.sinks.kafka.options import CONNECT_SECONDS
+from ingestd.host.kafka import CONNECT_SECONDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ingestd.handlers.batch import Blocked, Unavailable
+from ingestd.host.kafka import LOGGER
 from ingestd.sinks.kafka.brokers import is_there
-from ingestd.sinks.kafka.options import LOGGER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -5,7 +5,6 @@ Topic, key and headers of a message come from templates, its value is the record
 
 from __future__ import annotations
 
-import logging
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -13,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from ingestd.handlers.options import Seconds, Secret, Size
+from ingestd.host.kafka import KafkaAccess, property_problem
 from ingestd.sinks.base import TlsOptions
 from ingestd.sinks.templates import PLACEHOLDER, Template
 
@@ -22,15 +22,8 @@ if TYPE_CHECKING:
     from ingestd.handlers.batch import Batch
     from ingestd.handlers.context import Context
 
-CONNECT_SECONDS = 5.0
-"""Bound of a connection, and of a question that needs no work."""
 TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
 """Names that a topic can have."""
-# librdkafka would write to standard error; what matters of it is told with the failure.
-LOGGER = logging.getLogger("ingestd.sinks.kafka")
-"""Logger of librdkafka's clients, which goes nowhere."""
-LOGGER.addHandler(logging.NullHandler())
-LOGGER.propagate = False
 _OURS = frozenset({
     "acks", "bootstrap.servers", "enable.idempotence", "metadata.broker.list",
     "request.required.acks", "transactional.id", "isolation.level",
@@ -113,8 +106,8 @@ class KafkaOptions(TlsOptions, frozen=True, kw_only=True):
         for name in self.properties:
             if name in _OURS or name.endswith("timeout.ms"):
                 raise ValueError(f"properties: {name} is the sink's own")
-            if "password" in name or "secret" in name or name == "ssl.key.pem":
-                raise ValueError(f"properties: {name} would be shown; no secret belongs there")
+            if problem := property_problem(name):
+                raise ValueError(f"properties: {problem}")
 
 
 def client_config(options: KafkaOptions, error_cb: Callable[[Any], None]) -> dict[str, Any]:
@@ -124,20 +117,12 @@ def client_config(options: KafkaOptions, error_cb: Callable[[Any], None]) -> dic
         options: of the sink.
         error_cb: gets errors that belong to no call, when a client is polled.
     """
-    config: dict[str, Any] = {
-        "bootstrap.servers": options.brokers, "client.id": "ingestd",
-        "security.protocol": options.security, "error_cb": error_cb,
-        "socket.connection.setup.timeout.ms": int(CONNECT_SECONDS * 1000),
-        "reconnect.backoff.max.ms": 1000,
-    }  # fmt: skip
-    if options.security.startswith("sasl"):
-        config["sasl.mechanism"] = options.sasl_mechanism
-        config["sasl.username"], config["sasl.password"] = options.username, options.password
-    ca, certificate, key = options.tls_files
-    for name, value in (("ca", ca), ("certificate", certificate), ("key", key or certificate)):
-        if value:
-            config[f"ssl.{name}.location"] = str(value)
-    return config
+    access = KafkaAccess(
+        options.brokers, options.security, options.sasl_mechanism,
+        options.username or "", options.password or "",
+        (options.tls_ca or "", options.tls_certificate or "", options.tls_key or ""),
+    )  # fmt: skip
+    return {**access.config(), "error_cb": error_cb}
 
 
 # -- messages --------------------------------------------------------------------------------------

@@ -36,12 +36,11 @@ from ingestd.handlers.context import Context
 from ingestd.handlers.options import Extra
 from ingestd.handlers.outcome import SinkFinding
 from ingestd.handlers.text import one_line
+from ingestd.host.kafka import CONNECT_SECONDS, LOGGER
 from ingestd.sinks.base import BatchHints, ids_of
 from ingestd.sinks.kafka.brokers import ledger_findings, topic_findings
 from ingestd.sinks.kafka.ledger import KafkaLedger
 from ingestd.sinks.kafka.options import (
-    CONNECT_SECONDS,
-    LOGGER,
     KafkaMessage,
     KafkaMessages,
     KafkaOptions,

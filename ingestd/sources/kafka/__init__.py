@@ -8,6 +8,7 @@ from pydantic import Field, SecretStr
 
 from ingestd.config.sections import FilePath, Secret, Section
 from ingestd.config.units import Count, Seconds, Size, Words  # noqa: TC001  pydantic reads them
+from ingestd.host.kafka import property_problem
 from ingestd.sources.base import KeyNeeds, SourceKind
 
 if TYPE_CHECKING:
@@ -95,8 +96,8 @@ class KafkaSourceKind(SourceKind):
         for name in settings.properties:
             if name in _OURS:
                 yield "properties", f"{name} is the source's own"
-            elif "password" in name or "secret" in name or name == "ssl.key.pem":
-                yield "properties", f"{name} would be shown; no secret belongs there"
+            elif problem := property_problem(name):
+                yield "properties", problem
 
     def keys(self, settings: KafkaSettings) -> KeyNeeds:
         """See `SourceKind`."""

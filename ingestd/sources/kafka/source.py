@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import threading
 import time
 from collections import deque
@@ -27,6 +26,7 @@ from ingestd.base.append import AppendCounts, sender_id
 from ingestd.base.errors import ConfigError
 from ingestd.base.logging import get_logger
 from ingestd.handlers.outcome import SinkFinding
+from ingestd.host.kafka import CONNECT_SECONDS, LOGGER, KafkaAccess
 from ingestd.sources.base import Source
 from ingestd.sources.brokers import (
     BrokerIntake,
@@ -52,12 +52,7 @@ LOOK_SECONDS = 2.0
 AGAIN_SECONDS = 5.0
 """Wait before a new consumer where one failed for good."""
 CLOSE_SECONDS = 5.0
-CONNECT_SECONDS = 5.0
 _QUEUE_KIB_MIN = 1024
-# librdkafka would write to standard error; what matters of it is told by `error_cb`.
-_LOGGER = logging.getLogger("ingestd.sources.kafka")
-_LOGGER.addHandler(logging.NullHandler())
-_LOGGER.propagate = False
 
 
 def client_config(settings: KafkaSettings) -> dict[str, Any]:
@@ -67,20 +62,12 @@ def client_config(settings: KafkaSettings) -> dict[str, Any]:
         ConfigError: its package is not installed.
     """
     demand_package("confluent_kafka", "kafka")
-    config: dict[str, Any] = {
-        "bootstrap.servers": ",".join(settings.brokers), "client.id": "ingestd",
-        "security.protocol": settings.security, "reconnect.backoff.max.ms": 1000,
-        "socket.connection.setup.timeout.ms": int(CONNECT_SECONDS * 1000),
-    }  # fmt: skip
-    if settings.security.startswith("sasl"):
-        config["sasl.mechanism"] = settings.sasl_mechanism
-        config["sasl.username"] = settings.username
-        config["sasl.password"] = settings.password.get_secret_value()
-    for name, path in (("ca", settings.tls_ca), ("certificate", settings.tls_certificate),
-                       ("key", settings.tls_key)):  # fmt: skip
-        if path:
-            config[f"ssl.{name}.location"] = path
-    return {**config, **settings.properties}
+    access = KafkaAccess(
+        ",".join(settings.brokers), settings.security, settings.sasl_mechanism,
+        settings.username, settings.password.get_secret_value(),
+        (settings.tls_ca, settings.tls_certificate, settings.tls_key),
+    )  # fmt: skip
+    return {**access.config(), **settings.properties}
 
 
 class PartitionWindow:
@@ -190,7 +177,7 @@ class KafkaSource(Source):
         from confluent_kafka.admin import AdminClient  # noqa: PLC0415
 
         try:
-            admin = AdminClient(client_config(settings), logger=_LOGGER)
+            admin = AdminClient(client_config(settings), logger=LOGGER)
             found = admin.list_topics(timeout=CONNECT_SECONDS)
         except KafkaException as error:
             yield SinkFinding("error", f"brokers: {error.args[0].str()}")
@@ -238,7 +225,7 @@ class KafkaSource(Source):
             "error_cb": self._note,
         }  # fmt: skip
         try:
-            return Consumer(more, logger=_LOGGER)
+            return Consumer(more, logger=LOGGER)
         except KafkaException as error:
             raise ConfigError(problem=f"kafka: {error.args[0].str()}") from None
 

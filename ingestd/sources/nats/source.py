@@ -243,19 +243,18 @@ class NatsSource(Source):
             await self._wait(HEARTBEAT_SECONDS)
             return
         self._pull += 1
-        self._requested = min(room, self._batch_max)
+        # Where nothing is held any message has to fit; one that did not is of another time, or has
+        # a long subject, and is asked for alone.
+        is_alone = not self._held and self._tight is not None
+        self._requested = 1 if is_alone else min(room, self._batch_max)
         request = {
             "batch": self._requested,
-            "max_bytes": min(bytes_room, self._request_bytes_max),
             "expires": int(self._expires * _NANO),
             "idle_heartbeat": int(min(HEARTBEAT_SECONDS, self._expires / 2) * _NANO),
         }
-        if not self._held:  # any message has to fit then
-            fits = max(bytes_room, client.max_payload + OVERHEAD_BYTES)
-            request["max_bytes"] = min(fits, self._request_bytes_max)
-            if self._tight is not None:  # one of another time, or with a long subject
-                self._requested = request["batch"] = 1
-                del request["max_bytes"]
+        if not is_alone:
+            least_bytes = 0 if self._held else client.max_payload + OVERHEAD_BYTES
+            request["max_bytes"] = min(max(bytes_room, least_bytes), self._request_bytes_max)
         self._tight = None
         self._heard = self._loop.time()
         await client.publish(
