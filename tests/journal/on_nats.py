@@ -122,7 +122,7 @@ async def tries(journal: LogJournal, count: int) -> None:
 
 def accepted(daemon: Daemon, body: bytes) -> None:
     """Sends records as a client that comes again after a 503."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 90
     while True:
         status, headers, answer = daemon.request("POST", "/v1/records", body)
         if status == 202:
