@@ -350,7 +350,7 @@ async def test_a_cache_is_not_synced_and_its_wal_stays_small(live, monkeypatch) 
     monkeypatch.setattr(checkpointer, "_copy", lambda: ended.append(copy()))
     for _ in range(64):
         await one.journal.append(Append(lines(*[b"x" * 1000] * 1000)))
-        async with asyncio.timeout(60):  # for the thread that copies: a busy machine is late with it
+        async with asyncio.timeout(60):  # a busy machine gives the thread that copies no time
             while len(ended) < len(begun):
                 await asyncio.sleep(0.002)
     assert len(begun) > 4
