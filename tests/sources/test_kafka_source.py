@@ -189,7 +189,9 @@ def test_a_revoked_partition_waits_until_its_messages_are_settled(
             two.event("partitions_assigned", 60)
             produce(cluster, {"n": 2}, partition=0)
             produce(cluster, {"n": 3}, partition=1)
-            until(lambda: len(seen(tmp_path)) == 4, lambda: (one.events, two.events))
+            until(
+                lambda: len(seen(tmp_path)) >= 4, lambda: (seen(tmp_path), one.events, two.events)
+            )
             two.terminate()
             assert two.wait() == 0
         one.terminate()
