@@ -360,6 +360,7 @@ async def test_a_start_that_may_not_publish_ends(tmp_path: Path, open_, monkeypa
 
 async def test_a_stream_or_bucket_that_is_deleted_is_no_answer(one_node, open_) -> None:
     own = {"stream": "gone", "bucket": "gone-leases", "stream_bytes_max": "8MiB"}
+    own["timeout"] = "30s"  # a publish without an answer would be repeated for ever
     journal = await open_(one_node, "gone", **own)
     log = journal._log
     await log._js.delete_stream("gone")
