@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import re
 import sqlite3
 import subprocess
@@ -68,8 +69,8 @@ def test_an_executor_of_a_package(example) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("distributed") is None, reason="needs distributed")
 def test_an_executor_of_dask(tmp_path: Path) -> None:
-    pytest.importorskip("distributed")
     (tmp_path / "cluster.py").write_text(BLOCKS["cluster"])
     script = """if __name__ == "__main__":
         import cluster
