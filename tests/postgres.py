@@ -52,7 +52,7 @@ class Postgres:
         done = subprocess.run(
             [self._bin / tool, *args], cwd=self.folder, user=self._user.pw_uid,
             group=self._user.pw_gid, extra_groups=[], stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout
         return done.stdout.strip()
@@ -88,14 +88,14 @@ class Postgres:
         """SIGKILL of the postmaster; its children end by themselves."""
         if self._process is not None:
             self._process.kill()
-            self._process.wait(30)
+            self._process.wait(90)
             self._process = None
 
     def stop(self) -> None:
         """Connections are broken off, as in a restart of the server."""
         if self._process is not None:
             self._process.send_signal(signal.SIGINT)
-            self._process.wait(30)
+            self._process.wait(90)
             self._process = None
 
     def sql(self, statement: str, database: str = "ingestd") -> str:

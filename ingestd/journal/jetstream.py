@@ -324,24 +324,23 @@ class JetStreamLog:
             least = ".".join(map(str, VERSION_MIN))
             raise ConfigError(problem=f"NATS is {shown}, and should be {least} or newer")
         self.message_bytes_max = self._client.max_payload - HEADERS_BYTES
-        # A stream that is made, and its leader's election, may take longer than an answer.
-        self._js = self._client.jetstream(timeout=max(OPEN_SECONDS, own.timeout))
-        self.facts = [f"NATS {shown} answers"]
         loop = asyncio.get_running_loop()
         until = loop.time() + READY_SECONDS
         while True:
+            self.facts = [f"NATS {shown} answers"]
+            # A stream that is made, and its leader's election, may take longer than an answer.
+            self._js = self._client.jetstream(timeout=max(OPEN_SECONDS, own.timeout))
             try:
                 await self._open_stream()
                 await self._open_bucket()
+                if self._create:
+                    self._js = self._client.jetstream(timeout=own.timeout)
+                    self._bucket = await self._ask(self._js.key_value(own.bucket))
                 break
             except Overloaded:  # some errors come at once, as that of a node that just starts
                 if loop.time() > until:
                     raise
                 await asyncio.sleep(RECONNECT_SECONDS)
-        if not self._create:
-            return
-        self._js = self._client.jetstream(timeout=own.timeout)
-        self._bucket = await self._ask(self._js.key_value(own.bucket))
 
     async def _first_connect(self) -> None:
         from ingestd.journal.log.interface import LogUnreachable, retry_after  # noqa: PLC0415

@@ -37,7 +37,7 @@ cluster {{ name: "local", listen: "{host}:{route}", routes: [{routes}], no_adver
 """
 _CONNECTIONS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _given = set[int]()
-_WAIT = 30.0
+_WAIT = 60.0
 _LOOK = 0.05
 
 

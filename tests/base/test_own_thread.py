@@ -16,7 +16,7 @@ def forks():
     fork = multiprocessing.get_context("fork")
     child = fork.Process(target=print, args=("child",), kwargs={"flush": True})
     child.start()
-    child.join(20)
+    child.join(60)
     return child.exitcode
 
 thread = OwnThread("one")
@@ -38,7 +38,7 @@ except RuntimeError:
 def test_a_child_that_is_forked_in_it_ends_like_any_other() -> None:
     run = subprocess.run(
         [sys.executable, "-c", FORKS],
-        env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60, check=True,
+        env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert run.stdout.split() == ["child", "0", "raised", "7", "shut"]
     assert run.stderr == ""

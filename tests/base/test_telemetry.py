@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 ROOT = Path(__file__).parents[2]
-DEADLINE = 20.0
+DEADLINE = 60.0
 
 
 class Pipe:
@@ -304,12 +304,13 @@ def test_a_stalled_reader_costs_lines_and_learns_how_many(pipe: Pipe, blocking: 
     writer = start_logging(stream=pipe.stream)
     log = structlog.get_logger()
     total = 2 * daemon_logging.LINES_MAX
-    slowest = 0.0
+    slow = 0
     for number in range(total):
         start = time.monotonic()
         log.info("chunk_accepted", number=number)
-        slowest = max(slowest, time.monotonic() - start)
-    assert slowest < 2, "the caller waited for the reader"
+        slow += time.monotonic() - start > 0.5
+    # A moment without time makes a few calls slow; the reader would have made most of them so.
+    assert slow < total / 100, "the caller waited for the reader"
     assert writer.lines_lost >= total - daemon_logging.LINES_MAX
     got: list[bytes] = []
     reader = threading.Thread(target=lambda: got.append(pipe.read_to_end()))
@@ -413,7 +414,7 @@ from ingestd.base.logging import start_logging
 files = [open(f"file{n}", "w") for n in range(4)]
 writer = start_logging()
 structlog.get_logger().error("chunk_accepted")
-closed = writer.close(10)
+closed = writer.close(60)
 sys.exit(0 if closed and writer.lines_lost == 1 else 1)
 """
     done = subprocess.run(

@@ -27,7 +27,7 @@ from ingestd.journal.maintenance import DeadLetterMaintenance
 from ingestd.journal.settings import DeadSettings
 from tests.daemon.harness import ROOT, Daemon
 from tests.faults.tools import mounted, needs
-from tests.journal.on_nats import batches, lines
+from tests.journal.on_nats import accepted, batches, leaves, lines
 from tests.nats import running
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ pytest.importorskip("nats", reason="needs nats-py: pip install 'ingestd[jetstrea
 pytestmark = pytest.mark.slow
 
 LIST = "journal list"
-LEASE = float(os.environ.get("TEST_LEASE", "4"))
-"""Seconds; 10 is the default of the setting. With 2 a busy machine renews too late now and then."""
+LEASE = float(os.environ.get("TEST_LEASE", "6"))
+"""Seconds; 10 is the default of the setting. A lease is renewed each third of its time, and may not
+lapse where a machine stands still for three seconds."""
 HANDLER = """
 import json, time
 from ingestd import Batch
@@ -125,7 +126,7 @@ def group_of(folder: Path, nodes: int = 1) -> Iterator[Group]:
         yield Group(folder, cluster, stack)
 
 
-def until(found: Callable[[], Any], seconds: float = 30) -> Any:
+def until(found: Callable[[], Any], seconds: float = 60) -> Any:
     deadline = time.monotonic() + seconds
     while not (value := found()):
         assert time.monotonic() < deadline
@@ -135,8 +136,8 @@ def until(found: Callable[[], Any], seconds: float = 30) -> Any:
 
 def post(daemon: Daemon, count: int, first: int = 0) -> None:
     for start in range(first, first + count, 200):
-        body = b"".join(b"%d\n" % n for n in range(start, min(start + 200, first + count)))
-        assert daemon.post(body)[0] == 202
+        end = min(start + 200, first + count)
+        accepted(daemon, b"".join(b"%d\n" % n for n in range(start, end)))
 
 
 def logs_of(daemon: Daemon) -> dict[str, dict[str, Any]]:
@@ -181,15 +182,13 @@ def test_a_killed_daemon_is_replaced_by_one_of_another_name(tmp_path: Path) -> N
 def test_a_paused_daemon_is_adopted_and_refused(tmp_path: Path) -> None:
     with group_of(tmp_path) as group:
         one = group.start("one", 0, "--batch.age_max", "1h")
-        assert one.post(b"1\n")[0] == 202  # it waits for its batch to fill
+        accepted(one, b"1\n")  # it waits for its batch to fill
         two = group.start("two", 0)
         two.event("daemon_started")
         one.terminate(signal.SIGSTOP)
         assert two.event("log_left")["processed"] == 1
         one.terminate(signal.SIGCONT)
-        with contextlib.suppress(OSError):  # it may have left by itself
-            assert one.post(b"2\n")[0] >= 500
-        assert one.wait() == 75
+        leaves(one, b"2\n")
         assert group.numbers() == [1]
         found = group.listed()["one"]
         assert (found["accepted"], found["processed"], found["pending"]) == (1, 1, 0)
@@ -203,10 +202,10 @@ def test_daemons_keep_their_logs_when_the_servers_were_down(tmp_path: Path) -> N
             post(daemon, 1)
         (server,) = group.cluster.servers
         server.kill()
-        time.sleep(2 * LEASE)  # all leases lapse
+        time.sleep(LEASE + 1)  # all leases lapse
         server.start()
         for daemon in daemons:
-            until(lambda daemon=daemon: daemon.post(b"2\n")[0] == 202)
+            accepted(daemon, b"2\n")
         # A daemon accepts as soon as the servers answer, perhaps before it has renewed its lease.
         until(lambda: owners(group) == {"one": "one", "two": "two"})
         for daemon in daemons:
@@ -289,7 +288,7 @@ def test_a_log_that_has_no_room_on_the_disk_is_left_to_another_daemon(tmp_path: 
         one = group.start("one", 3600)
         body = b"".join(b"%d\n" % n for n in range(100_000))
         for _ in range(7):
-            assert one.post(body)[0] == 202
+            accepted(one, body)
         two = group.start("two", 0, "--data-dir", str(disk / "data"), "--journal.free_min", "0")
         post(two, 1)
         one.terminate(signal.SIGKILL)
@@ -336,8 +335,8 @@ def test_a_drain_hands_over_at_once_and_one_of_two_adopts(tmp_path: Path) -> Non
 def test_a_log_goes_back_to_its_daemon(tmp_path: Path) -> None:
     with group_of(tmp_path) as group:
         one = group.start("one", 3600)
-        post(one, 6000)  # half a minute for the other one
-        two = group.start("two", 0.7)
+        post(one, 6000)  # more than a minute for the other one
+        two = group.start("two", 0.7, "--batch.records_max", "30")
         two.event("daemon_started")
         assert group.listed()["two"]["accepted"] == 0  # a start alone has no numbers
         one.terminate(signal.SIGKILL)
@@ -360,8 +359,8 @@ def test_a_log_goes_back_to_its_daemon(tmp_path: Path) -> None:
 def test_a_daemon_that_is_paused_gives_a_log_to_one_that_works(tmp_path: Path) -> None:
     with group_of(tmp_path) as group:
         one = group.start("one", 3600)
-        post(one, 6000)  # half a minute for the other one
-        two = group.start("two", 2)
+        post(one, 6000)  # two minutes for the other one
+        two = group.start("two", 2, "--batch.records_max", "50")
         two.event("daemon_started")
         one.terminate(signal.SIGKILL)
         two.event("log_adopted")
@@ -380,8 +379,8 @@ def test_a_daemon_that_is_paused_gives_a_log_to_one_that_works(tmp_path: Path) -
 def test_dead_letters_stay_with_their_log_and_the_log_ends_without(tmp_path: Path) -> None:
     with group_of(tmp_path) as group:
         one = group.start("one", 3600, "--batch.records_max", "10")
-        assert one.post(b"1\n-2\n3\n")[0] == 202
-        assert one.post(b"4\n" * 20)[0] == 202
+        accepted(one, b"1\n-2\n3\n")
+        accepted(one, b"4\n" * 20)
         two = group.start("two", 0)
         two.event("daemon_started")
         one.terminate(signal.SIGKILL)
@@ -407,7 +406,7 @@ def test_dead_letters_stay_with_their_log_and_the_log_ends_without(tmp_path: Pat
         assert ended["accepted"] >= 23
         assert ended["accepted"] == ended["processed"] + ended["dead"]
         again = group.start("one", 0)
-        assert again.post(b"7\n")[0] == 202
+        accepted(again, b"7\n")
         assert again.until_settled()["accepted"] == 1
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
 import os
@@ -13,7 +12,7 @@ import pytest
 
 from ingestd.base.errors import JournalFailed
 from ingestd.host.nats import CredentialsFile, NatsAccess, close_nats, connect_nats
-from tests.journal.on_nats import accept, crash, records, refused
+from tests.journal.on_nats import accept, crash, records, refused, tries
 from tests.nats import running
 
 if TYPE_CHECKING:
@@ -95,12 +94,16 @@ async def test_a_file_of_credentials_expires_and_is_written_anew(tmp_path: Path,
     issuer = Issuer(tmp_path / "user.creds")
     access = {"credentials": str(issuer.file)}
     with running(tmp_path / "nats", config=issuer.config()) as cluster:
-        issuer.write(8)  # also a busy machine has the first record accepted by then
+        issuer.write(3600)
+        began = time.monotonic()
+        await accept(await open_(cluster, "measured", **access), b"1")
+        # Long enough for the first record, whatever a machine takes for that.
+        issuer.write(5 + 10 * (time.monotonic() - began))
         journal = await open_(cluster, "jwt", **access)
         await accept(journal, b"1")
         await refused(journal)
         issuer.file.write_text("")
-        await asyncio.sleep(0.7)  # some tries with what has no JWT
+        await tries(journal, 3)  # with what has no JWT
         await refused(journal)
         issuer.write(3600)
         await accept(journal, b"2")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.tools import needs
-from tests.journal.on_nats import batches, start
+from tests.journal.on_nats import accepted, batches, leaves, start, takes_nothing
 from tests.nats import running
 
 pytest.importorskip("nats", reason="needs nats-py: pip install 'ingestd[jetstream]'")
@@ -24,9 +24,8 @@ def test_a_killed_daemons_records_are_processed_elsewhere(tmp_path: Path, nodes:
     with running(tmp_path / "nats", nodes) as cluster:
         with start(tmp_path / "one", cluster, out, 3600) as one:
             for first in range(0, 2000, 200):
-                body = b"".join(b"%d\n" % n for n in range(first, first + 200))
-                assert one.post(body)[0] == 202
-            until = time.monotonic() + 20
+                accepted(one, b"".join(b"%d\n" % n for n in range(first, first + 200)))
+            until = time.monotonic() + 60
             while len(batches(out)) < 2:  # both workers hold one that will never end
                 assert time.monotonic() < until
                 time.sleep(0.02)
@@ -54,17 +53,15 @@ def test_a_paused_daemon_accepts_nothing_when_it_goes_on(tmp_path: Path) -> None
         start(tmp_path / "one", cluster, out, 0) as one,
         contextlib.ExitStack() as stack,
     ):
-        assert one.post(b"1\n")[0] == 202
+        accepted(one, b"1\n")
         one.until_settled()
         one.terminate(signal.SIGSTOP)
         stack.callback(one.terminate, signal.SIGCONT)
         with start(tmp_path / "two", cluster, out, 0) as two:
-            assert two.post(b"2\n")[0] == 202
+            accepted(two, b"2\n")
             one.terminate(signal.SIGCONT)
-            with contextlib.suppress(OSError):  # it may have left by itself
-                assert one.post(b"3\n")[0] >= 500
-            assert one.wait() == 75
-            assert two.post(b"4\n")[0] == 202
+            leaves(one, b"3\n")
+            accepted(two, b"4\n")
             two.until_settled()
             two.terminate()
             assert two.wait() == 0
@@ -78,19 +75,15 @@ def test_records_come_again_after_the_servers_were_away(tmp_path: Path) -> None:
         running(tmp_path / "nats") as cluster,
         start(tmp_path / "one", cluster, out, 0) as one,
     ):
-        assert one.post(b"1\n")[0] == 202
+        accepted(one, b"1\n")
         cluster.stop()
-        until = time.monotonic() + 20
-        while (status := one.post(b"2\n"))[0] != 503:
-            assert time.monotonic() < until, status
+        takes_nothing(one)  # a record that comes before may wait for the servers
+        assert one.post(b"2\n")[0] == 503
         code, _, said = one.request("GET", "/readyz", admin=True)
         assert (code, "takes no records" in str(said)) == (503, True)
         assert one.status()["pipelines"]["default"]["bounds_near"] == ["journal.kind"]
         cluster.start()
-        while (status := one.post(b"3\n"))[0] != 202:
-            assert status[0] == 503
-            assert time.monotonic() < until + 20
-            time.sleep(0.1)
+        accepted(one, b"3\n")
         assert one.request("GET", "/readyz", admin=True)[0] == 200
         one.until_settled()
         one.terminate()
@@ -105,7 +98,9 @@ def test_a_lease_holder_keeps_its_log_when_its_clock_jumps(tmp_path: Path) -> No
     out, clock = tmp_path / "out", tmp_path / "clock"
     (tmp_path / "nats").mkdir()
     clock.write_text("+0")
-    brief = ("--journal.jetstream.lease", "1s")
+    # A machine that stands still for seconds renews it late, and the other daemon waits twice as
+    # long for it.
+    brief = ("--journal.jetstream.lease", "5s")
     (library,) = Path("/usr/lib").glob("**/faketime/libfaketimeMT.so.1")
     jumping = {
         "LD_PRELOAD": str(library), "FAKETIME_TIMESTAMP_FILE": str(clock),
@@ -115,15 +110,15 @@ def test_a_lease_holder_keeps_its_log_when_its_clock_jumps(tmp_path: Path) -> No
         running(tmp_path / "nats") as cluster,
         start(tmp_path / "one", cluster, out, 0, *brief, environ=jumping) as one,
     ):
-        assert one.post(b"1\n")[0] == 202
+        accepted(one, b"1\n")
         clock.write_text("+1d")
-        assert one.post(b"2\n")[0] == 202
+        accepted(one, b"2\n")
         with start(tmp_path / "two", cluster, out, 0, *brief) as two:
             clock.write_text("-1d")
-            assert one.post(b"3\n")[0] == 202
+            accepted(one, b"3\n")
             assert two.wait() == 75  # the lease was renewed all the time
             assert "owns it" in str([two.events, two.other])
-        assert one.post(b"4\n")[0] == 202
+        accepted(one, b"4\n")
         one.until_settled()
         one.terminate()
         assert one.wait() == 0

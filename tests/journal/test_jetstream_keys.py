@@ -52,7 +52,7 @@ async def sent(journal: LogJournal, key: str, record: bytes, print_: bytes = b"p
 
 async def insisted(journal: LogJournal, key: str, record: bytes) -> bytes:
     """The answer of a client that comes again after a 503 or a 409."""
-    async with asyncio.timeout(40):
+    async with asyncio.timeout(90):
         while True:
             try:
                 return await sent(journal, key, record)
@@ -89,10 +89,10 @@ async def test_one_of_two_accepts_and_the_other_knows_it(one_node, open_) -> Non
 
 async def test_a_key_goes_with_its_time_and_is_free_again(one_node, open_) -> None:
     one, two = await open_(one_node, "ttl1"), await open_(one_node, "ttl2")
-    one.idempotency.rule = two.idempotency.rule = KeyRule(ttl=1.0)
+    one.idempotency.rule = two.idempotency.rule = KeyRule(ttl=5.0)
     assert await sent(one, "T", b"1") == b"new"
     assert await sent(two, "T", b"1") == b"1"
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while await two._look_up(_name_of("anonymous T")) is not None:
             await asyncio.sleep(0.1)
     assert await sent(two, "T", b"1") == b"new"
@@ -142,7 +142,7 @@ async def test_a_full_stream_has_no_key_without_its_records(one_node, open_) -> 
 async def test_leaders_are_killed_and_each_key_counts_once(tmp_path: Path, open_) -> None:
     (tmp_path / "nats").mkdir()
     with running(tmp_path / "nats", 3) as cluster:
-        both = [await open_(cluster, "a"), await open_(cluster, "b")]
+        both = [await open_(cluster, name, timeout="2s") for name in ("a", "b")]
         clients = [0] * 4
         ended = asyncio.Event()
 
@@ -169,7 +169,7 @@ async def test_leaders_are_killed_and_each_key_counts_once(tmp_path: Path, open_
             leader.kill()
             await asyncio.to_thread(cluster.start)
         ended.set()
-        await asyncio.wait_for(asyncio.gather(*running_), 60)
+        await asyncio.wait_for(asyncio.gather(*running_), 120)
         for journal in both:
             await crash(journal)
         again = [await open_(cluster, name) for name in ("a", "b")]
@@ -251,4 +251,5 @@ def test_a_key_outlives_its_daemon_and_its_log(tmp_path: Path) -> None:
         again = group.start("one", 0)
         again.event("daemon_started", 60)
         known(again)
+        two.until_settled()
         assert group.numbers() == [1, 2, 3, *range(10, 20)]

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import os
 import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,16 @@ from ingestd.base.append import Append
 from ingestd.base.errors import Overloaded
 from tests.faults.power import Disk, Network, disks
 from tests.faults.tools import needs
-from tests.journal.on_nats import batches, crash, lines, records, start
+from tests.journal.on_nats import (
+    accept,
+    accepted,
+    batches,
+    crash,
+    lines,
+    records,
+    start,
+    takes_nothing,
+)
 from tests.nats import running
 
 if TYPE_CHECKING:
@@ -32,6 +40,8 @@ pytest.importorskip("nats", reason="needs nats-py: pip install 'ingestd[jetstrea
 pytestmark = pytest.mark.slow
 
 NODES = ("node1", "node2", "node3")
+LAZY = "1h"
+"""A `sync_interval` of servers that is not over before a test is; their default is 2 minutes."""
 
 
 class Load:
@@ -60,7 +70,7 @@ class Load:
     async def more(self, count: int) -> None:
         """Waits until some more are accepted."""
         wanted = len(self.accepted) + count
-        async with asyncio.timeout(40):
+        async with asyncio.timeout(90):
             while len(self.accepted) < wanted:
                 assert not self._task.done(), self._task.exception()
                 await asyncio.sleep(0.01)
@@ -68,7 +78,7 @@ class Load:
     async def end(self) -> list[bytes]:
         """Ends once the last one is accepted."""
         self._ended.set()
-        await asyncio.wait_for(self._task, 40)
+        await asyncio.wait_for(self._task, 90)
         return self.accepted
 
 
@@ -98,7 +108,7 @@ def on_disks(folder: Path, sync: str) -> Iterator[tuple[Cluster, list[tuple[Nats
 async def test_nothing_accepted_is_lost_with_the_power(tmp_path: Path, open_) -> None:
     """One, two and all three nodes, under load; each syncs every write."""
     with on_disks(tmp_path / "nats", "always") as (cluster, pairs):
-        journal = await open_(cluster, "power")
+        journal = await open_(cluster, "power", timeout="2s")
         load = Load(journal)
         for count in (1, 2, 3):
             await load.more(30)
@@ -114,9 +124,9 @@ async def test_nothing_accepted_is_lost_with_the_power(tmp_path: Path, open_) ->
 async def test_a_majority_that_does_not_sync_loses_what_it_acknowledged(
     tmp_path: Path, open_
 ) -> None:
-    """The same with the servers' default, 2 minutes: one node costs nothing, three do."""
-    with on_disks(tmp_path / "nats", "2m") as (cluster, pairs):
-        journal = await open_(cluster, "power")
+    """The same without syncs, as between two of the servers' default: three nodes cost records."""
+    with on_disks(tmp_path / "nats", LAZY) as (cluster, pairs):
+        journal = await open_(cluster, "power", timeout="2s")
         load = Load(journal)
         await load.more(30)
         await asyncio.to_thread(power_failure, pairs[:1])
@@ -135,16 +145,19 @@ async def test_a_majority_that_does_not_sync_loses_what_it_acknowledged(
 
 
 @needs("mkfs.ext4", "losetup", root=True)
-@pytest.mark.parametrize("sync", ["always", "2m"])
+@pytest.mark.parametrize("sync", ["always", LAZY])
 async def test_two_nodes_lose_power_while_the_third_is_down(
     tmp_path: Path, open_, sync: str
 ) -> None:
     """What was acknowledged then has to be on the disks of these two."""
     with on_disks(tmp_path / "nats", sync) as (cluster, pairs):
-        journal = await open_(cluster, "power")
+        journal = await open_(cluster, "power", timeout="2s")
         load = Load(journal)
         await load.more(60)
         accepted = await load.end()
+        # Most of the bytes come last: the kernel writes by itself what is half a minute old.
+        accepted.append(os.urandom(150_000).hex().encode())
+        await accept(journal, accepted[-1])
         await crash(journal)
         *two, (third, _) = pairs
         third.kill()
@@ -206,7 +219,7 @@ def test_an_owner_is_cut_off_and_another_daemon_goes_on(tmp_path: Path) -> None:
         start(tmp_path / "one", cluster, out, 0, *QUICK, prefix=hosts.command("one")) as one,
     ):
         with hosts.inside("one"):
-            assert one.post(b"1\n")[0] == 202
+            accepted(one, b"1\n")
             one.until_settled()
         hosts.cut("one")
         answers: list[int] = []
@@ -219,17 +232,18 @@ def test_an_owner_is_cut_off_and_another_daemon_goes_on(tmp_path: Path) -> None:
         waiting.start()
         with start(tmp_path / "two", cluster, out, 0, *QUICK, prefix=hosts.command("two")) as two:
             with hosts.inside("two"):
-                assert two.post(b"3\n")[0] == 202
+                accepted(two, b"3\n")
             with hosts.inside("one"):
+                takes_nothing(one)
                 code, headers, _ = one.request("POST", "/v1/records", b"4\n")
             assert code == 503
             assert int(headers["retry-after"]) > 0
             hosts.heal("one")
             assert one.wait() == 75
-            waiting.join(30)
+            waiting.join(60)
             assert 202 not in answers
             with hosts.inside("two"):
-                assert two.post(b"5\n")[0] == 202
+                accepted(two, b"5\n")
                 two.until_settled()
             two.terminate()
             assert two.wait() == 0
@@ -250,22 +264,13 @@ def test_a_minority_is_cut_off(tmp_path: Path) -> None:
             assert one.post(b"%d\n" % next(sent))[0] == 202
         leader = cluster.leader_of("ingestd")
         hosts.cut(leader.name)
-        until = time.monotonic() + 40
         for _ in range(5):
-            record = b"%d\n" % next(sent)
             with hosts.inside("one"):
-                while (code := one.post(record)[0]) != 202:
-                    assert code == 503
-                    assert time.monotonic() < until
-                    time.sleep(0.1)
+                accepted(one, b"%d\n" % next(sent))
         hosts.heal(leader.name)
         leader.wait_ready("/healthz")
         with hosts.inside("one"):
-            record = b"%d\n" % next(sent)
-            while (code := one.post(record)[0]) != 202:  # they may elect once more
-                assert code == 503
-                assert time.monotonic() < until + 40
-                time.sleep(0.1)
+            accepted(one, b"%d\n" % next(sent))  # they may elect once more
             one.until_settled()
         one.terminate()
         assert one.wait() == 0
@@ -296,7 +301,7 @@ def test_a_daemon_is_left_with_a_minority_and_another_adopts_its_log(tmp_path: P
     ):
         one.event("daemon_started", 60)
         with hosts.inside("one"):
-            assert one.post(b"1\n")[0] == 202  # it waits for its batch to fill
+            accepted(one, b"1\n")  # it waits for its batch to fill
         two.event("daemon_started", 60)
         hosts.split("one", NODES[0])
         waiting = threading.Thread(target=wait)
@@ -304,8 +309,9 @@ def test_a_daemon_is_left_with_a_minority_and_another_adopts_its_log(tmp_path: P
         left = two.event("log_left", 60)
         assert (left["pipeline"], left["processed"], left["pending"]) == ("default@one", 1, 0)
         with hosts.inside("two"):
-            assert two.post(b"3\n")[0] == 202
+            accepted(two, b"3\n")
         with hosts.inside("one"):
+            takes_nothing(one)
             for _ in range(3):
                 code, headers, _ = one.request("POST", "/v1/records", b"4\n")
                 assert code == 503
@@ -313,20 +319,20 @@ def test_a_daemon_is_left_with_a_minority_and_another_adopts_its_log(tmp_path: P
         for host in ("one", NODES[0]):
             hosts.heal(host)
         assert one.wait() == 75
-        waiting.join(30)
+        waiting.join(60)
         assert 202 not in answers
         for server in cluster.servers:
             server.wait_ready("/healthz")
         with life("again", "one") as again:
             with hosts.inside("one"):
-                assert again.post(b"5\n")[0] == 202
+                accepted(again, b"5\n")
                 again.until_settled()
             with hosts.inside("two"):
                 two.until_settled()
-            for daemon, accepted in ((again, 2), (two, 1)):
+            for daemon, count in ((again, 2), (two, 1)):
                 daemon.terminate()
                 assert daemon.wait() == 0
                 drained = daemon.event("drained")
-                assert (drained["accepted"], drained["processed"]) == (accepted, accepted)
+                assert (drained["accepted"], drained["processed"]) == (count, count)
                 assert drained["balanced"]
     assert sorted(n for numbers in batches(out).values() for n in numbers) == [1, 3, 5]

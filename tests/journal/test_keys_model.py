@@ -64,7 +64,7 @@ class GroupAgainstModel(RuleBasedStateMachine):
         self.lives = [self.begin(who) for who in (0, 1)]
 
     def run(self, call: Coroutine[Any, Any, Any]) -> Any:
-        return self.loop.run_until_complete(asyncio.wait_for(call, 30))
+        return self.loop.run_until_complete(asyncio.wait_for(call, 90))
 
     def begin(self, who: int) -> Life:
         async def opened() -> Life:

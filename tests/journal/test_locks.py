@@ -35,7 +35,7 @@ def start(cwd: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "ingestd", "run", "--listen", "127.0.0.1:0", "--admin.listen", "",
          *flags],
-        cwd=cwd, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False,
+        cwd=cwd, capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 
@@ -172,7 +172,7 @@ def test_every_file_is_private_in_a_folder_that_was_there(tmp_path: Path, umask:
             assert set(modes(data).values()) == {0o600}
             done = subprocess.run(
                 [sys.executable, "-m", "ingestd", "dead", "export", "-o", "export"],
-                cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60, check=True,
+                cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120, check=True,
             )  # fmt: skip
             assert done.returncode == 0
         assert victim.read_text() == "keep"
@@ -194,7 +194,7 @@ def test_a_journal_that_is_a_link_lies_on_another_disk(tmp_path: Path) -> None:
         running.wait()
     done = subprocess.run(
         [sys.executable, "-m", "ingestd", "dead", "list", "--json"], capture_output=True,
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60, check=True,
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120, check=True,
     )  # fmt: skip
     assert b"malformed" in done.stdout
 

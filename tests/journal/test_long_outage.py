@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Self
 import pytest
 
 from ingestd.journal import jetstream
-from tests.journal.on_nats import batches, start
+from tests.journal.on_nats import accepted, batches, start, takes_nothing
 from tests.nats import running
 
 if TYPE_CHECKING:
@@ -67,11 +67,12 @@ def test_servers_are_away_for_hours(tmp_path: Path) -> None:
         running(tmp_path / "nats") as cluster,
         start(tmp_path / "one", cluster, out, 0, *own, module="tests.journal.hurried") as one,
     ):
-        assert one.post(b"1\n")[0] == 202
+        accepted(one, b"1\n")
         (server,) = cluster.servers
         server.kill()
         with Deaf(server) as deaf:
-            until(lambda: one.post(b"2\n")[0] == 503)
+            takes_nothing(one)  # a record that comes before may wait for the servers
+            assert one.post(b"2\n")[0] == 503
             until(lambda: deaf.tries > TRIES / 10)
             before, lines = memory(one), len(one.events) + len(one.other)
             began, tries = time.monotonic(), deaf.tries
@@ -79,14 +80,14 @@ def test_servers_are_away_for_hours(tmp_path: Path) -> None:
                 code, headers, _ = one.request("POST", "/v1/records", b"3\n")
                 assert code == 503
                 assert int(headers["retry-after"]) > 0
-                assert time.monotonic() - began < 120 * max(1, HOURS)
+                assert time.monotonic() - began < 360 * max(1, HOURS)
                 time.sleep(0.05)
             print(f"{deaf.tries - tries} tries in {time.monotonic() - began:.1f} s,"
                   f" {memory(one) - before:,} bytes more")  # fmt: skip
             assert memory(one) - before < 4 << 20
             assert len(one.events) + len(one.other) - lines <= 1, one.events
         server.start()
-        until(lambda: one.post(b"4\n")[0] == 202)
+        accepted(one, b"4\n")
         one.until_settled()
         one.terminate()
         assert one.wait() == 0
@@ -95,7 +96,7 @@ def test_servers_are_away_for_hours(tmp_path: Path) -> None:
     assert sorted(n for numbers in batches(out).values() for n in numbers) == [1, 4]
 
 
-def until(found, seconds: float = 30) -> None:
+def until(found, seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not found():
         assert time.monotonic() < deadline

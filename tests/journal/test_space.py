@@ -66,7 +66,7 @@ def test_what_went_through_a_small_disk_does_not_fill_it(tmp_path: Path) -> None
             for sent in range(50):
                 code, answer = running.post(body)
                 assert code == 202, (sent, answer)
-            running.until_settled()
+                running.until_settled()  # what is pending may take no more
             running.terminate()
             assert running.wait() == 0
 

@@ -41,7 +41,7 @@ async def test_a_reader_waits_for_the_next_chunk() -> None:
     await asyncio.sleep(0)
     assert not waiting.done()
     await journal.append(Append(Records.lines([b"1"])))
-    assert (await asyncio.wait_for(waiting, 5)).id == 1
+    assert (await asyncio.wait_for(waiting, 60)).id == 1
 
 
 @given(
@@ -77,10 +77,10 @@ def test_whatever_the_order_every_chunk_comes_once(steps: list[str], bound: int)
             for chunk in held:
                 room.free(len(chunk.records.payload))
             held.clear()
-            held.append(await asyncio.wait_for(tail.next(), 5))
+            held.append(await asyncio.wait_for(tail.next(), 60))
             got.append(held[-1].id)
         assert got == list(range(1, pushed + 1))
-        await asyncio.wait_for(tail.emptied(), 5)
+        await asyncio.wait_for(tail.emptied(), 60)
 
     asyncio.run(scenario())
 
@@ -106,7 +106,7 @@ async def test_room_lets_one_oversized_thing_in() -> None:
     await asyncio.sleep(0)
     assert not waiting.done()
     room.free(50)
-    await asyncio.wait_for(waiting, 5)
+    await asyncio.wait_for(waiting, 60)
 
 
 @pytest.fixture(autouse=True)

@@ -84,7 +84,7 @@ def test_every_example_is_run() -> None:
 def test_flags_and_report_are_those_of_the_program() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "ingestd", "prove", "--help"],
-        cwd=ROOT, capture_output=True, text=True, timeout=30,
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     flags = re.compile(r"^ *\|? ?`?(--\w[\w-]*)", re.MULTILINE)
     tables = [set(flags.findall(part)) for part in PAGE.split("| flag |")[1:]]

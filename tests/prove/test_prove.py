@@ -66,7 +66,7 @@ def start(*arguments: str, cwd: Path, **environ: str) -> subprocess.Popen[str]:
 def prove(*arguments: str, cwd: Path, **environ: str) -> tuple[int, str, str]:
     with start(*arguments, cwd=cwd, **environ) as run:
         try:
-            out, said = run.communicate(timeout=300)
+            out, said = run.communicate(timeout=900)
         finally:
             run.kill()
     assert "Traceback" not in said
@@ -103,10 +103,13 @@ def test_three_kills(tmp_path: Path, executor: str) -> None:
 
 @pytest.mark.slow
 def test_a_journal_that_loses_is_found_out(tmp_path: Path) -> None:
-    code, out, said = prove(
-        "--journal.kind", "memory", "--kills", "1", "--seed", "2", "--batch.age_max", "1h",
-        "--batch.records_max", "1000000", cwd=tmp_path,
-    )  # fmt: skip
+    for seed in ("6", "24", "27"):  # of each the kill is late
+        code, out, said = prove(
+            "--journal.kind", "memory", "--kills", "1", "--seed", seed, "--batch.age_max", "1h",
+            "--batch.records_max", "1000000", cwd=tmp_path,
+        )  # fmt: skip
+        if "accepted 0," not in said:  # else it had nothing to lose
+            break
     assert code == 1
     told = dict(line.split(None, 1) for line in out.splitlines() if " " in line)
     assert int(told["missing"].replace(",", "")) > 0
@@ -123,27 +126,31 @@ def test_a_journal_that_loses_is_found_out(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on(tmp_path: Path, word: signal.Signals) -> None:
     scratch = tmp_path / "scratch"
-    flags = ("--kills", "3", "--seed", "5", "--scratch", str(scratch), "--clients", "3")
+    flags = ("--kills", "50", "--seed", "5", "--scratch", str(scratch), "--clients", "3")
     with start(*flags, cwd=tmp_path) as run:
         assert run.stderr
         for line in run.stderr:
-            if line.startswith("kill 1/3"):
+            if line.startswith("kill 1/50"):
                 break
         run.send_signal(word)
         said = run.stderr.read()
-        code = run.wait(60)
+        code = run.wait(120)
     if word is not signal.SIGKILL:
         assert code == 1
         assert said.endswith(f"interrupted; go on with: ingestd prove --resume {scratch}\n")
         state = resumed(scratch)
         assert all(sent.next == sent.reserved for sent in state.sent), "nothing is in flight"
     before = resumed(scratch)
-    assert (before.seed, before.kills, len(before.sent)) == (5, 3, 3)
-    assert before.killed in {1, 2}
+    assert (before.seed, before.kills, len(before.sent)) == (5, 50, 3)
+    assert 1 <= before.killed < 50
+    # So many were left that it could not end before; two are enough to go on with.
+    kills = before.killed + 2
+    state_file = scratch / STATE
+    state_file.write_text(json.dumps(json.loads(state_file.read_text()) | {"kills": kills}))
     # Also: the daemon is gone, or its lock would keep this one out.
     code, out, said = prove("--resume", str(scratch), "--json", "--keep", cwd=tmp_path)
     assert code == 0, said
-    check(json.loads(out), 3)
+    check(json.loads(out), kills)
     after = resumed(scratch)
     for old, new in zip(before.sent, after.sent, strict=True):
         assert new.next >= old.next
@@ -164,7 +171,7 @@ def test_several_daemons_and_servers(tmp_path: Path) -> None:
                 break
         run.send_signal(signal.SIGINT)
         said = run.stderr.read()
-        assert run.wait(60) == 1
+        assert run.wait(120) == 1
     assert said.endswith(f"interrupted; go on with: ingestd prove --resume {scratch}\n")
     assert not _with_argument(str(scratch)), "a process is left"
     code, out, said = prove("--resume", str(scratch), "--json", cwd=tmp_path)
@@ -250,6 +257,7 @@ def test_what_can_not_be_run(tmp_path: Path, flags, code: int, says: str) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(960)  # on an idle machine it is a minute and a half
 @pytest.mark.parametrize("executor", ["thread", "process"])
 def test_fifty_kills(tmp_path: Path, executor: str) -> None:
     code, out, said = prove("--kills", "50", "--json", "--executor.kind", executor, cwd=tmp_path)

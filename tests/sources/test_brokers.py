@@ -69,7 +69,7 @@ async def reading(pipe: Pipe, **more: Any) -> AsyncIterator[tuple[BrokerIntake[i
 
 
 async def flushed(intake: BrokerIntake[int]) -> None:
-    await intake.flush(asyncio.get_running_loop().time() + 10)
+    await intake.flush(asyncio.get_running_loop().time() + 60)
 
 
 async def test_a_message_is_finished_when_its_record_is_settled() -> None:

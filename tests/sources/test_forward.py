@@ -440,7 +440,7 @@ async def test_a_drain_finishes_and_acknowledges_what_was_taken():
         writer.write(message(EVENTS, {"chunk": "x"}))
         await intake.asked.wait()
         loop = asyncio.get_running_loop()
-        leaving = asyncio.ensure_future(source.stop_taking(loop.time() + 10))
+        leaving = asyncio.ensure_future(source.stop_taking(loop.time() + 60))
         intake.gate.set()
         assert await read() == {"ack": "x"}
         with pytest.raises(EOFError):
@@ -498,7 +498,7 @@ async def test_bombs_on_many_connections_stay_within_the_account():
         for _ in range(12):
             writer, _ = await stack.enter_async_context(connected(source))
             writer.write(bomb)
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while source.totals.cut < 9:
                 await asyncio.sleep(0.01)
         assert source.admission.bytes <= 1024**2

@@ -29,7 +29,7 @@ def request(body: bytes) -> bytes:
 
 async def answers(source: Any, data: bytes) -> bytes:
     """All that comes for this and the end of the client's direction, until the server's."""
-    async with connected(source) as client, asyncio.timeout(20):
+    async with connected(source) as client, asyncio.timeout(60):
         client.send(data)
         client.writer.write_eof()
         return await client.reader.read()
@@ -122,7 +122,7 @@ async def test_the_admin_server_too() -> None:
             reader, writer = await asyncio.open_connection(*split_address(admin.addresses[0]))
             writer.write(data)
             writer.write_eof()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(60):
                 answer = await reader.read()
             assert answer.endswith(expected)
             assert bool(answer) == bool(expected)
@@ -157,7 +157,7 @@ class Tls:
 
     async def ask(self, data: bytes) -> bytes:
         self.reader, self.writer = await asyncio.open_connection(*self.address)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await self._do(self.tls.do_handshake)
             for start in range(0, len(data), 16384):
                 self.tls.write(data[start : start + 16384])
@@ -220,7 +220,7 @@ async def test_an_end_without_close_notify_ends_a_connection(tmp_path: Path) -> 
                     client.tls.write(request(b"12")[: -1 if sent == "half" else None])
                 await client._flush()
             client.writer.write_eof()
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60):
                 await client.reader.read()
             client.writer.close()
         await until(lambda: source._server.open == source._server._greetings == 0)

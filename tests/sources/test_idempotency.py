@@ -91,7 +91,7 @@ class Door:
     async def __aexit__(self, *_: object) -> None:
         await self.source.close()
         for pipeline in self.pipelines.values():
-            await pipeline.close(asyncio.get_running_loop().time() + 5)
+            await pipeline.close(asyncio.get_running_loop().time() + 60)
 
     async def post(self, body: bytes, key: str, path: str = "/v1/records", **headers: str) -> Any:
         return await ask(self.source, body, path, Idempotency_Key=key, **headers)

@@ -82,7 +82,7 @@ def produce(
     for one in records:
         value = one if isinstance(one, bytes) else json.dumps(one).encode()
         producer.produce(topic, value, partition=partition, **more)
-    assert producer.flush(10) == 0
+    assert producer.flush(60) == 0
 
 
 def committed(cluster: Cluster, partition: int = 0) -> int:
@@ -90,12 +90,12 @@ def committed(cluster: Cluster, partition: int = 0) -> int:
 
     reader = Consumer({"bootstrap.servers": cluster.bootstrap, "group.id": "ingestd"})
     try:
-        return int(reader.committed([TopicPartition("clicks", partition)], 10)[0].offset)
+        return int(reader.committed([TopicPartition("clicks", partition)], 60)[0].offset)
     finally:
         reader.close()
 
 
-def until(condition: Callable[[], Any], what: Callable[[], object], seconds: float = 30) -> None:
+def until(condition: Callable[[], Any], what: Callable[[], object], seconds: float = 90) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, what()
@@ -208,7 +208,7 @@ def test_a_partition_that_comes_back_waits_for_the_records_it_left(
         until(lambda: one.status()["pipelines"]["default"]["pending"] == 2, lambda: one.events)
         with daemon("--data_dir", "two", cwd=tmp_path) as two:
             until(lambda: two.status()["pipelines"]["default"]["pending"] == 1, lambda: two.events)
-            assert one.event("partitions_revoked", 30)["unsettled"] == 1
+            assert one.event("partitions_revoked", 60)["unsettled"] == 1
             two.process.kill()
         until(lambda: messages(one) == 3, lambda: one.events)
         time.sleep(1.5)  # more than the interval of commits
@@ -245,7 +245,7 @@ def test_a_consumer_that_failed_for_good_is_followed_by_another(
         until(lambda: seen(tmp_path) == [0], lambda: one.events)
         until(lambda: committed(cluster) == 1, lambda: one.events)
         cluster.fail(HEARTBEAT, FENCED)
-        assert one.event("broker_error", 10)["error"].startswith("_FATAL")
+        assert one.event("broker_error", 60)["error"].startswith("_FATAL")
         produce(cluster, {"n": 1})
         until(lambda: seen(tmp_path) == [0, 1], lambda: (seen(tmp_path), one.events))
         one.terminate()

@@ -20,7 +20,9 @@ def quickly(monkeypatch):
     monkeypatch.setattr("ingestd.http.body.PIECE_SECONDS", 0.02)
 
 
-async def test_it_is_waited_for():
+async def test_it_is_waited_for(monkeypatch):
+    # Where this process had no time for a moment, that is not the client's.
+    monkeypatch.setattr("ingestd.http.deadlines.LATE_SECONDS", 0.01)
     intake = MemoryIntake()
     async with serving(intake) as source, connected(source) as client:
         client.post(b"", Expect="100-continue", **CHUNKED)
@@ -86,8 +88,8 @@ async def test_a_daemon_that_leaves_does_not_wait_for_it():
         client.post(b"", **CHUNKED)
         await until(lambda: source._handler.ingestion.quiet)
         began = time.monotonic()
-        await source.stop_taking(asyncio.get_running_loop().time() + 20)
-        assert time.monotonic() - began < 10
+        await source.stop_taking(asyncio.get_running_loop().time() + 120)
+        assert time.monotonic() - began < 60
         assert (await client.reply()).slug == "draining"
 
 

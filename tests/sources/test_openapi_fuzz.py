@@ -87,7 +87,7 @@ def test_what_is_described_is_what_is_answered(
             },
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )  # fmt: skip
         assert run.returncode == 0, run.stdout + run.stderr
         ledger = one.status()["pipelines"]

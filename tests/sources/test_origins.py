@@ -51,7 +51,7 @@ def start(folder: Path, *flags: str, **more: Any) -> Daemon:
 
 def origins(folder: Path, daemon: Daemon | None = None, count: int = 1) -> dict[int, Any]:
     """What the handler was told of each record, once there are so many."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while True:
         path = folder / "calls"
         lines = path.read_text().splitlines() if path.exists() else []
@@ -195,7 +195,7 @@ def test_lines_of_standard_input(folder: Path, capsys: pytest.CaptureFixture[str
     command = [sys.executable, "-m", "ingestd", "run", "lib:store", "--source", "stdin"]
     command += ["--data-dir", "data", "--admin.listen", "127.0.0.1:0"]
     done = subprocess.run(
-        command, cwd=folder, input=b'{"n": 1}\n{bad\n', capture_output=True, timeout=60,
+        command, cwd=folder, input=b'{"n": 1}\n{bad\n', capture_output=True, timeout=120,
         env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -272,9 +272,9 @@ def test_too_many_records_are_413_and_blank_lines_are_none():
 
 def test_a_body_of_commas_is_refused_quickly():
     body = b"[" + b",".join([b"1"] * 2_000_000) + b"]"
-    start = time.perf_counter()
+    start = time.process_time()
     assert refusal(body, "application/json") == (413, "too-many-records")
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     nested = b"[" + b"[" * 100_000 + b"," * 1_500_000
     assert refusal(nested, "application/json") == (400, "malformed")
     assert refusal(b"[" + b"," * 1_500_000, "application/json") == (400, "malformed")

@@ -462,7 +462,10 @@ async def test_connections_are_bounded(intake):
 
 
 @pytest.mark.parametrize("head", [b"", b"POST /v1/rec"])
-async def test_idle_connections_are_closed(intake, head):
+async def test_idle_connections_are_closed(intake, head, monkeypatch):
+    # Where this process had no time for a moment, that is not the client's.
+    monkeypatch.setattr("ingestd.http.deadlines.LATE_SECONDS", 0.01)
+
     async def ends(client):
         client.send(head)
         if head:
@@ -517,7 +520,7 @@ async def test_what_is_told_about_each_answer(intake):
         ("default", 400, "malformed"),
         ("", 404, "not-found"),
     ]
-    assert all(0 <= seconds < 5 for _, _, _, seconds, _ in seen)
+    assert all(0 <= seconds < 60 for _, _, _, seconds, _ in seen)
 
 
 async def test_every_problem_is_documented():
@@ -576,7 +579,7 @@ async def test_leaving_finishes_what_was_taken(intake):
         await intake.asked.wait()
         sends.post(b'"se', Content_Length="7")
         await until(lambda: source._handler._active == 2)
-        stopping = asyncio.create_task(source.stop_taking(loop.time() + 10))
+        stopping = asyncio.create_task(source.stop_taking(loop.time() + 60))
         await until(lambda: not source._listener.is_serving())
         with pytest.raises(ConnectionError):
             async with connected(source):
@@ -605,7 +608,7 @@ async def test_leaving_has_a_deadline(intake):
         assert logs[0]["event"] == "requests_abandoned"
         start = time.monotonic()
         await source.close()
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 30
         assert await client.closed()
 
 
@@ -614,7 +617,7 @@ async def test_who_was_let_in_and_has_said_nothing_is_heard(intake):
     loop = asyncio.get_running_loop()
     async with serving(intake) as source, connected(source) as client:
         await until(lambda: source._server.open == 1)
-        stopping = asyncio.create_task(source.stop_taking(loop.time() + 10))
+        stopping = asyncio.create_task(source.stop_taking(loop.time() + 60))
         await until(lambda: not source._listener.is_serving())
         for _ in range(5):
             await asyncio.sleep(0)
@@ -639,7 +642,7 @@ async def test_who_waits_to_be_let_in_is_served(intake):
                 sock.sendall(b"POST")
                 waiting.append(sock)
             stopping = asyncio.create_task(
-                source.stop_taking(asyncio.get_running_loop().time() + 10)
+                source.stop_taking(asyncio.get_running_loop().time() + 60)
             )
             await until(lambda: not source._listener.is_serving())
             for sock in waiting:

@@ -79,7 +79,7 @@ PIPELINES = "[pipelines.a]\nformat = 'json'\n[pipelines.b]\nformat = 'json'\n"
 
 
 def until_processed(one: Daemon, pipeline: str) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while one.status()["pipelines"][pipeline]["processed"] < 1:
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -333,7 +333,7 @@ def outside(tmp_path: Path) -> dict[str, str]:
 def ingestd(*args: str, cwd: Path, environ: dict[str, str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "ingestd", *args],
-        cwd=cwd, capture_output=True, text=True, timeout=60, env={**os.environ, **environ},
+        cwd=cwd, capture_output=True, text=True, timeout=120, env={**os.environ, **environ},
     )  # fmt: skip
 
 

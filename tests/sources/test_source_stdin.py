@@ -42,7 +42,7 @@ def run(request):
 
     def turn(work):
         with asyncio.Runner(loop_factory=request.param) as runner:
-            return runner.run(asyncio.wait_for(work, 20))
+            return runner.run(asyncio.wait_for(work, 90))
 
     return turn
 
@@ -132,11 +132,11 @@ def test_any_division_gives_the_same(form, bound, data, cuts):
 def test_time_is_linear_in_a_long_line():
     framer = Framer("text", 100 * 1024**2)
     piece = b"x" * 4096
-    start = time.perf_counter()
+    start = time.process_time()
     for _ in range(100 * 1024 // 4):
         assert framer.feed(piece) is None
     parsed = framer.feed(b"\n")
-    assert time.perf_counter() - start < 3
+    assert time.process_time() - start < 30  # it would be minutes if each piece were joined
     assert len(parsed.records.items()[0]) == 100 * 1024**2
 
 
@@ -247,7 +247,7 @@ def test_a_terminal_that_nobody_types_into_can_be_left(run):
         leader, follower = pty.openpty()
         try:
             async with reading(follower, MemoryIntake()) as source:
-                await source.stop_taking(asyncio.get_running_loop().time() + 10)
+                await source.stop_taking(asyncio.get_running_loop().time() + 60)
                 await source.wait_finished()
         finally:
             os.close(leader)
@@ -502,7 +502,7 @@ def test_leaving_in_the_middle_of_a_line_keeps_its_beginning(run, kind):
                 await until(lambda: source.bytes == 12)
                 intake.gate.clear()
                 stopping = asyncio.create_task(
-                    source.stop_taking(asyncio.get_running_loop().time() + 10)
+                    source.stop_taking(asyncio.get_running_loop().time() + 60)
                 )
                 await until(lambda: intake.waiting == 0 and source._appends)
                 assert not stopping.done()
@@ -534,7 +534,7 @@ def test_leaving_has_a_deadline(run):
                 await intake.asked.wait()
                 start = loop.time()
                 await source.stop_taking(start + 0.02)
-                assert loop.time() - start < 5
+                assert loop.time() - start < 30
         finally:
             os.close(fd)
             os.close(into)
@@ -553,7 +553,7 @@ def test_a_file_is_left_where_it_was_read_to(run, tmp_path):
         async with reading(file.fileno(), intake, inflight=1024**2) as source:
             assert isinstance(source._reader, ThreadReader)
             await intake.asked.wait()
-            await source.stop_taking(asyncio.get_running_loop().time() + 10)
+            await source.stop_taking(asyncio.get_running_loop().time() + 60)
             await source.wait_finished()
             return intake, source.bytes
 
@@ -589,7 +589,7 @@ def test_as_a_real_process_with_standard_input_closed(tmp_path):
             ["sh", "-c", f'echo 1 | "{sys.executable}" "{script}" {redirect}'],
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=60,
             env={**os.environ, "PYTHONPATH": str(Path.cwd())},
         )
         assert (done.stdout, done.stderr) == (out, "")

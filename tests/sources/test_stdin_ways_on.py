@@ -87,7 +87,7 @@ def left(source: StdinSource) -> dict[str, Any]:
     return dict(logs[0]) if logs else {}
 
 
-async def stop(source: StdinSource, seconds: float = 10) -> None:
+async def stop(source: StdinSource, seconds: float = 60) -> None:
     await source.stop_taking(asyncio.get_running_loop().time() + seconds)
 
 

@@ -172,7 +172,7 @@ async def test_while_the_pipeline_is_full_the_connection_is_not_read():
         await until(lambda: intake.items)
         intake.gate.clear()
         sent = 0
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while True:
                 client.send(chunk(block))
                 sent += len(block)
