@@ -144,7 +144,7 @@ def test_logger(tmp_path: Path, line: int) -> None:
             lines = (tmp_path / "lines").read_text().splitlines(keepends=True)
             part.write_text("".join(lines[first : first + 250]))
             command = [*client.command, *words, "-t", "app", "-f", str(part)]
-            subprocess.run(command, check=True, timeout=60)
+            subprocess.run(command, check=True, timeout=120)
         records = daemon.finish()
     check(numbers(records), once=True)
     form = "rfc5424" if "--rfc5424" in words else "rfc3164"
@@ -167,7 +167,7 @@ def test_the_handler_of_python(tmp_path: Path, transport: str) -> None:
         "handler.close()\n"
     )
     with receiver(tmp_path, port, transport) as daemon:
-        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
         records = daemon.finish()
     check(numbers(records), once=True)
     assert {(one["appname"], one["severity"]) for one in records} == {("shop", "err")}
@@ -195,7 +195,7 @@ def test_what_a_restart_costs_a_client_that_does_not_look(tmp_path: Path) -> Non
         assert sender.stdout is not None
         assert sender.stdout.readline() == b"half\n"
         daemon.restart()
-        sender.communicate(b"\n", timeout=60)
+        sender.communicate(b"\n", timeout=120)
         found = numbers(daemon.finish())
     assert found == list(range(501))
 

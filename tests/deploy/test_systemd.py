@@ -191,7 +191,7 @@ def answers_over(machine: Machine, folder: Path, restart: str) -> dict[str, int]
         before = accepted.stat().st_size
         until(lambda: accepted.stat().st_size > before + 20)  # noqa: B023
         machine.sh(restart)
-    answers: dict[str, int] = json.loads(client.communicate("over\n", timeout=60)[0])
+    answers: dict[str, int] = json.loads(client.communicate("over\n", timeout=120)[0])
     return answers
 
 
@@ -270,13 +270,13 @@ def test_two_instances_share_a_port(two: Machine) -> None:
     assert two.post(LOG) == "202"
     assert two.show("User", "ingestd@1.service") == two.show("User", "ingestd@2.service")
     client = two.client("times", "100")
-    assert json.loads(client.communicate(timeout=60)[0]) == {"202": 100}
+    assert json.loads(client.communicate(timeout=120)[0]) == {"202": 100}
     two.systemctl("stop", "ingestd@2.service")
     second = two.written("ingestd/2")
     assert second
     # The other one goes on, alone.
     client = two.client("times", "100")
-    assert json.loads(client.communicate(timeout=60)[0]) == {"202": 100}
+    assert json.loads(client.communicate(timeout=120)[0]) == {"202": 100}
     two.systemctl("stop", "ingestd@1.service")
     assert two.written("ingestd/2") == second
     numbers = [b"%d" % number for number in range(1, 101)]

@@ -114,7 +114,7 @@ def test_a_dripping_answer_ends_with_the_timeout(peer) -> None:
         with pytest.raises(Unavailable, match="no answer in time"):
             one.request("GET", "/")
         ended.set()
-        thread.join(10)
+        thread.join(60)
 
 
 def test_an_answer_in_the_middle_of_a_body_is_read(peer) -> None:
@@ -138,7 +138,7 @@ def test_an_answer_in_the_middle_of_a_body_is_read(peer) -> None:
         thread.start()
         one = peer(f"http://127.0.0.1:{listener.getsockname()[1]}")
         assert one.request("POST", "/", bytes(8 << 20)).status == 413
-        thread.join(10)
+        thread.join(60)
 
 
 def test_a_long_answer_is_not_read_to_its_end(server: Echo, peer, monkeypatch) -> None:

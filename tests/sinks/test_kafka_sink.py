@@ -243,17 +243,17 @@ def transaction(cluster: Cluster, name: str) -> Any:
     from confluent_kafka import Producer
 
     other = Producer({"bootstrap.servers": cluster.bootstrap, "transactional.id": name})
-    other.init_transactions(10)
+    other.init_transactions(60)
     other.begin_transaction()
     other.produce("t", b'{"n": 1}')
     other.produce("ledger", b"{}", b"j-1")
-    assert other.flush(10) == 0
+    assert other.flush(60) == 0
     return other
 
 
 @needs_brokers
 def test_a_transaction_that_was_committed_is_done(cluster: Cluster, sink) -> None:
-    transaction(cluster, "other").commit_transaction(10)
+    transaction(cluster, "other").commit_transaction(60)
     assert errors(sink(exactly_once=True).write([{"n": 1}])) == []
     assert errors(sink(exactly_once=True).write([{"n": 1}], 2, ["j-1"])) == []
     assert len(cluster.read("t")) == 1
@@ -297,7 +297,7 @@ def isolated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @needs_brokers
 @pytest.mark.parametrize("more", [0, 1])
 def test_a_transaction_that_was_aborted_is_not(cluster: Cluster, sink, isolated, more: int) -> None:
-    transaction(cluster, "other").abort_transaction(10)
+    transaction(cluster, "other").abort_transaction(60)
     (row,) = (one.offset for one in cluster.read("ledger"))
     isolated(aborted=[row])
     one = sink(exactly_once=True)
@@ -318,7 +318,7 @@ def test_a_transaction_that_is_open_is_waited_for(cluster: Cluster, sink, isolat
     failed = sink(exactly_once=True, timeout="1s").write([{"n": 2}])
     assert reason(failed) == "unavailable"
     assert "earlier try" in failed.failure.error
-    other.commit_transaction(10)
+    other.commit_transaction(60)
     isolated()
     assert errors(sink(exactly_once=True).write([{"n": 2}])) == []
     assert [one.value for one in cluster.read("t")] == [b'{"n": 1}']

@@ -192,7 +192,7 @@ def test_a_relay_keeps_the_names_of_batches_and_records(cluster: Cluster, tmp_pa
         port = one.event("daemon_started")["sources"]["web"]["listening"][0].rpartition(":")[2]
         import http.client
 
-        client = http.client.HTTPConnection("127.0.0.1", int(port), timeout=10)
+        client = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
         client.request("POST", "/v1/records", b"".join(b'{"n":%d}\n' % n for n in range(50)))
         assert client.getresponse().status == 202
         client.close()

@@ -133,7 +133,7 @@ def test_the_page_is_as_promtool_wants_it(exported: tuple[Daemon, set[str]]) -> 
     one, _ = exported
     _, _, page = one.request("GET", "/metrics", admin=True)
     done = subprocess.run(
-        [promtool, "check", "metrics"], input=page, capture_output=True, timeout=30
+        [promtool, "check", "metrics"], input=page, capture_output=True, timeout=120
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, b"")
 
@@ -242,7 +242,7 @@ class Prometheus:
     def ask(self, page: str, **arguments: str) -> Any:
         query = urllib.parse.urlencode(arguments)
         url = f"http://127.0.0.1:{self.port}/api/v1/{page}?{query}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             found = json.load(answer)
         assert found["status"] == "success", found
         return found["data"]
@@ -252,7 +252,7 @@ class Prometheus:
 
     def close(self) -> None:
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(60)
         self.log.close()
 
 

@@ -41,7 +41,7 @@ class Adapter(SinkAdapter):
 
             client = await nats.connect(self.server.url, user="ingestd", password=self.secret)
             try:
-                return await what(client.jetstream(timeout=10))
+                return await what(client.jetstream(timeout=60))
             finally:
                 await client.close()
 

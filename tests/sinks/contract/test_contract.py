@@ -207,7 +207,7 @@ def test_the_pipeline_waits_says_so_once_and_gives_nothing_up(
         waiting = one.status()["pipelines"]["default"]
         assert (waiting["pending"], waiting["dead"], waiting["processed"]) == (420, 0, 0)
         disturbed.__exit__(None, None, None)
-        numbers = one.until_settled(timeout=60)
+        numbers = one.until_settled(timeout=120)
         assert (numbers["processed"], numbers["dead"]) == (420, 0)
         assert numbers["handler"]["state"] == "up"
         one.terminate()
@@ -228,7 +228,7 @@ def test_a_slow_answer_beyond_the_timeout(sink: SinkAdapter, tmp_path: Path) -> 
         assert one.post(body(0, 100))[0] == 202
         until(lambda: any(line.get("reason") == "timeout" for line in one.events), what="a timeout")
         slow.end()
-        numbers = one.until_settled(timeout=60)
+        numbers = one.until_settled(timeout=120)
         assert (numbers["processed"], numbers["dead"]) == (100, 0)
     stored = sink.stored()
     assert set(stored) == set(range(100))
@@ -259,7 +259,7 @@ def test_a_kill_between_the_sinks_commit_and_the_settlement(
                 assert one.wait() == -9
                 continue
             one.event("daemon_started")
-            numbers = one.until_settled(timeout=60)
+            numbers = one.until_settled(timeout=120)
             assert (numbers["processed"], numbers["dead"]) == (200, 0)
             one.terminate()
             assert one.wait() == 0
@@ -276,7 +276,7 @@ def test_a_secret_is_shown_nowhere(sink: SinkAdapter, tmp_path: Path) -> None:
     for more in ([], ["--connect"], ["--handler.options.nosuch", "1"]):
         done = subprocess.run(
             [sys.executable, "-m", "ingestd", "check", sink.target, *flags(sink), *more],
-            cwd=tmp_path, capture_output=True, text=True, timeout=60,
+            cwd=tmp_path, capture_output=True, text=True, timeout=120,
             env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), **sink.environ},
         )  # fmt: skip
         assert done.stdout or done.stderr
