@@ -102,7 +102,7 @@ class Client:
         self.send("\r\n".join([*head, "", ""]).encode("latin-1") + body)
 
     async def reply(self, bodiless: bool = False) -> Reply:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
             headers = {k.lower(): v for k, v in (line.split(": ", 1) for line in head[1:-2])}
             length = 0 if bodiless else int(headers.get("content-length", 0))
@@ -110,7 +110,7 @@ class Client:
 
     async def closed(self) -> bool:
         """Whether the server closes, in time."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             try:
                 return await self.reader.read() == b""
             except ConnectionResetError:
@@ -157,7 +157,7 @@ async def ask(source: HttpSource, body: bytes, path: str = "/v1/records", **head
         return await client.reply()
 
 
-async def until(condition: Any, seconds: float = 10.0) -> None:
+async def until(condition: Any, seconds: float = 60.0) -> None:
     """Waits for a condition, or fails."""
     async with asyncio.timeout(seconds):
         while not condition():
