@@ -82,7 +82,7 @@ def metrics_in(expression: str) -> set[str]:
 
 def filled_in(expression: str) -> str:
     """As Grafana sends it, with everything chosen."""
-    text = expression.replace("$__rate_interval", "5s")
+    text = expression.replace("$__rate_interval", "30s")
     return re.sub(r"\$(?:job|instance|pipeline)\b", ".*", text)
 
 
@@ -273,11 +273,13 @@ def test_prometheus_answers_every_question(tmp_path: Path) -> None:
 
         wait(scraped, what="four scrapes")
         for expression in QUERIES:
-            series = prometheus.series(expression)
-            expected = not metrics_in(expression) & QUIET and " > 0" not in expression
-            assert bool(series) >= expected, expression
+            if metrics_in(expression) & QUIET or " > 0" in expression:
+                prometheus.series(expression)  # it need not have any
+            else:
+                wait(lambda: prometheus.series(expression), what=expression)  # noqa: B023
         (group,) = prometheus.ask("rules")["groups"]
         wait(lambda: all(r["health"] == "ok" for g in prometheus.ask("rules")["groups"]
                          for r in g["rules"]), what="rules evaluated")  # fmt: skip
         assert [rule["name"] for rule in group["rules"]] == [rule["alert"] for rule in RULES]
-        assert prometheus.ask("alerts")["alerts"] == []
+        # One scrape that was late is an alert that is pending for a moment.
+        wait(lambda: prometheus.ask("alerts")["alerts"] == [], what="no alert")
