@@ -99,7 +99,7 @@ def test_process_1_reaps_what_handlers_orphan(served: tuple[Container, Path]) ->
     looked = f"orphan=$(sh -c '{left}'); echo $orphan; cut -d' ' -f4 /proc/$orphan/stat"
     orphan, parent = one.exec("sh", "-c", looked).split()
     assert parent == "1"
-    one.exec("kill", orphan)
+    one.exec("sh", "-c", f"kill {orphan}")
     wait(lambda: one.engine.start("exec", one.name, "test", "-e", f"/proc/{orphan}").returncode)
 
 
