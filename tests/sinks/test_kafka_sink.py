@@ -44,7 +44,7 @@ class Sink:
         self.spec = load("kafka", record_format=form, executor="thread")
         options = {
             "brokers": cluster.bootstrap, "topic": "t", "ledger_topic": "ledger",
-            "timeout": "5s", **opts,
+            "timeout": "30s", **opts,
         }  # fmt: skip
         self.sink: Any = self.spec.create(options, pipeline="clicks", data_dir=str(folder))
 
@@ -208,7 +208,7 @@ def test_a_record_that_is_too_large_for_its_topic_costs_itself(
     cluster: Cluster, sink, exactly_once: bool
 ) -> None:
     cluster.make("one")
-    one = sink(topic="one", exactly_once=exactly_once, properties={"linger.ms": "200"})
+    one = sink(topic="one", exactly_once=exactly_once, properties={"linger.ms": "2000"})
     # The first message of a partition after an abort aborts the next transaction, too.
     cluster.fail(PRODUCE, TOO_LARGE, *[0] * (1 + exactly_once), TOO_LARGE)
     items = [{"n": 0}, {"n": "x" * 40_000}, {"n": 2}]

@@ -49,7 +49,7 @@ class Adapter(SinkAdapter):
 
     def options(self) -> dict[str, Any]:
         return {
-            "servers": self.server.url, "subject": SUBJECT, "timeout": "3s",
+            "servers": self.server.url, "subject": SUBJECT, "timeout": self.timeout,
             "username": "ingestd", "password": self.secret,
         }  # fmt: skip
 
