@@ -194,6 +194,13 @@ class Receiver:
         assert "half\n" in said, "".join(said)[-4000:]
         return self.finish()
 
+    def until_accepted(self, count: int) -> None:
+        """Waits until so many records were accepted in this life of the daemon and before it."""
+        deadline = time.monotonic() + 60
+        while self.daemon.status()["pipelines"]["default"]["accepted"] < count:
+            assert time.monotonic() < deadline, self.daemon.status()
+            time.sleep(0.01)
+
     def finish(self) -> list[Any]:
         """Drains the daemon; the records as the sink wrote them."""
         deadline = time.monotonic() + 120
