@@ -164,7 +164,7 @@ def test_a_body_of_good_json_that_fits_no_handler_leaves_little(tmp_path: Path) 
     with daemon("app:store", cwd=tmp_path) as one:
         headers = {"Content-Type": "application/x-ndjson", "Content-Encoding": "gzip"}
         assert one.request("POST", "/v1/records", body, headers)[0] == 202
-        settled = one.until_settled(timeout=60)
+        settled = one.until_settled(timeout=120)
         assert settled["dead"] == settled["dead_letters"]["kept"] == 20_000
         batches = len([line for line in one.events if line["event"] == "records_given_up"])
         assert settled["dead_letters"]["bytes"] <= 2 * 20_000 + batches * (64 << 10)

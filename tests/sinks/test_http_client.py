@@ -114,7 +114,7 @@ def test_a_dripping_answer_ends_with_the_timeout(peer) -> None:
         with pytest.raises(Unavailable, match="no answer in time"):
             one.request("GET", "/")
         ended.set()
-        thread.join(10)
+        thread.join(60)
 
 
 def test_an_answer_in_the_middle_of_a_body_is_read(peer) -> None:
@@ -138,7 +138,7 @@ def test_an_answer_in_the_middle_of_a_body_is_read(peer) -> None:
         thread.start()
         one = peer(f"http://127.0.0.1:{listener.getsockname()[1]}")
         assert one.request("POST", "/", bytes(8 << 20)).status == 413
-        thread.join(10)
+        thread.join(60)
 
 
 def test_a_long_answer_is_not_read_to_its_end(server: Echo, peer, monkeypatch) -> None:
@@ -229,8 +229,13 @@ def test_a_password_in_an_address_is_refused_and_not_shown() -> None:
 
 
 @contextmanager
-def raw_server(*pieces: tuple[bytes, ...]) -> Iterator[str]:
-    """Answers the requests of each connection with bytes, some of them a moment later."""
+def raw_server(*pieces: tuple[bytes, ...], sent: threading.Event | None = None) -> Iterator[str]:
+    """Answers the requests of each connection with bytes, some of them a moment later.
+
+    Args:
+        pieces: of each answer.
+        sent: set when a whole answer has been sent.
+    """
     listener = socket.create_server(("127.0.0.1", 0))
 
     def serve(connection: socket.socket) -> None:
@@ -241,6 +246,8 @@ def raw_server(*pieces: tuple[bytes, ...]) -> Iterator[str]:
                 for piece in answer:
                     connection.sendall(piece)
                     time.sleep(0.05)
+                if sent is not None:
+                    sent.set()
             connection.recv(1)
 
     def accept() -> None:
@@ -267,10 +274,11 @@ def test_an_interim_answer_is_not_the_answer(peer) -> None:
 
 def test_what_came_without_a_request_is_no_answer(peer) -> None:
     done = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n1"
-    with raw_server((done, b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nstale")) as url:
+    stale, sent = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nstale", threading.Event()
+    with raw_server((done, stale), sent=sent) as url:
         one = peer(url)
         assert one.request("POST", "/", b"x").body == b"1"
-        time.sleep(0.15)
+        assert sent.wait(60)
         assert one.request("POST", "/", b"x").body == b"1"
 
 

@@ -362,10 +362,10 @@ def test_an_answer_that_comes_byte_by_byte_ends_at_the_timeout() -> None:
         url = f"http://127.0.0.1:{server.getsockname()[1]}/"
         with worker(url, timeout="500ms") as sink:
             result = sink.run(job(range(3)))
-        thread.join(10)
+        thread.join(60)
     assert result.failure is not None
     assert result.failure.reason == "unavailable"
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 60
 
 
 def test_an_endless_answer_is_bounded(serve: Callable[..., Service]) -> None:
