@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,15 @@ def is_free(port: int) -> bool:
     return True
 
 
+def is_well(monitoring: int) -> bool:
+    """Whether a server has joined the others, by its monitoring."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{monitoring}/healthz", timeout=10) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
 @pytest.mark.slow
 def test_three_servers_and_two_daemons_from_the_page(tmp_path: Path) -> None:
     if not (Path(sys.executable).parent / "nats-server").exists():
@@ -66,6 +76,7 @@ def test_three_servers_and_two_daemons_from_the_page(tmp_path: Path) -> None:
     pids: list[int] = []
     try:
         run(files)
+        wait_for(lambda: all(is_well(int(f"{decades['822']}{n}")) for n in (1, 2, 3)))
         said = run(check)
         assert said.count("syncs each write") == 3
         run(daemons)
