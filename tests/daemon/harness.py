@@ -104,7 +104,7 @@ class Daemon:
     def terminate(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
 
-    def wait(self, timeout: float = 90) -> int:
+    def wait(self, timeout: float = 60) -> int:
         """The exit code; all of stderr has been read when this returns."""
         code = self.process.wait(timeout)
         self._reader.join(60)
@@ -121,7 +121,7 @@ class Daemon:
     ) -> tuple[int, dict[str, str], Any]:
         """One request on a connection of its own: status, headers, decoded body."""
         port = self.admin_port if admin else self.port
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=90)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         try:
             connection.request(method, path, body, dict(headers or {}))
             answer = connection.getresponse()
