@@ -43,7 +43,7 @@ def ingestd(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
     )
     assert "Traceback" not in run.stderr
     return run
@@ -295,7 +295,7 @@ def test_a_reader_that_has_gone_is_no_error(here: Path, arguments: list[str]) ->
             env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
             stdout=writing,
             stderr=subprocess.PIPE,
-            timeout=30,
+            timeout=60,
         )
     finally:
         os.close(writing)
@@ -322,7 +322,7 @@ def test_a_folder_that_is_gone_is_one_line(here: Path) -> None:
         env={"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
     )
     assert run.returncode == 78
     assert run.stderr.startswith("ingestd: the current folder is gone")
@@ -347,7 +347,7 @@ def test_importing_ingestd_is_light(here: Path) -> None:
         env={"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
     )
     assert (run.returncode, run.stderr) == (0, "")
 
@@ -442,7 +442,7 @@ def test_what_needs_no_settings_imports_none(here: Path, argument: str) -> None:
     )
     run = subprocess.run(
         [sys.executable, "-P", "-c", script, argument],
-        cwd=here, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=30,
+        cwd=here, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     modules = set(run.stderr.splitlines())
     assert run.stdout
@@ -457,6 +457,6 @@ def test_a_command_imports_no_other(here: Path) -> None:
     )
     run = subprocess.run(
         [sys.executable, "-P", "-c", script],
-        cwd=here, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=30,
+        cwd=here, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert set(run.stdout.splitlines()[-1].split()) == {"ingestd.cli.output", "ingestd.cli.token"}

@@ -83,7 +83,7 @@ class Terminal:
         os.killpg(self.process.pid, signal.SIGINT)
 
     def post(self, body: bytes) -> int:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         try:
             connection.request("POST", "/v1/records", body)
             return connection.getresponse().status
@@ -113,6 +113,18 @@ def started(here: Path, request: pytest.FixtureRequest) -> Iterator[Terminal]:
         one.close()
 
 
+def stored_by(here: Path, version: int, beyond: int = -1) -> None:
+    """Waits until a version of the handler has stored a record with a greater number."""
+    deadline = time.monotonic() + 60
+    while True:
+        text = (here / "seen").read_text() if (here / "seen").exists() else ""
+        lines = [line.split() for line in text.split("\n")[:-1]]  # the rest is being written
+        if any(int(who) == version and int(number) > beyond for who, number in lines):
+            return
+        assert time.monotonic() < deadline, (version, beyond, lines[-3:])
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("started", [("app:store",)], indirect=True)
 def test_the_handler_is_loaded_again_and_no_record_is_lost(started: Terminal, here: Path) -> None:
     stopped, posted = threading.Event(), 0
@@ -126,28 +138,31 @@ def test_the_handler_is_loaded_again_and_no_record_is_lost(started: Terminal, he
 
     poster = threading.Thread(target=post)
     poster.start()
+    stored_by(here, 1)
     for version in (2, 3):
-        time.sleep(0.5)
         (here / "app.py").write_text(APP.replace("VERSION = 1", f"VERSION = {version}"))
         started.until("-- ready at ", version)
+        stored_by(here, version)
     (here / "app.py").write_text("def store(batch: list[dict]) -> None: oops oops")
     started.until("cannot be used; the handler before it works on")
-    time.sleep(0.5)
+    stored_by(here, 3, beyond=posted)
     stopped.set()
-    poster.join(30)
+    poster.join(60)
     assert not poster.is_alive()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while len(lines := (here / "seen").read_text().splitlines()) < posted:
         assert time.monotonic() < deadline, (len(lines), posted)
         time.sleep(0.05)
     assert sorted(int(line.split()[1]) for line in lines) == list(range(posted))
     assert {line.split()[0] for line in lines} == {"1", "2", "3"}
     started.process.send_signal(signal.SIGTERM)
-    assert started.process.wait(20) == 0
+    assert started.process.wait(60) == 0
     assert not list(here.glob("ingestd-dev-*"))
 
 
-@pytest.mark.parametrize("started", [("app:fail", "--retry.backoff", "10ms")], indirect=True)
+@pytest.mark.parametrize(
+    "started", [("app:fail", "--retry.backoff", "10ms", "--drain.timeout", "10m")], indirect=True
+)
 def test_what_it_prints_and_ctrl_c(started: Terminal) -> None:
     assert started.post(b'{"n": 1}\n{"n": 2}') == 202
     started.until("ValueError: not this one")
@@ -156,10 +171,8 @@ def test_what_it_prints_and_ctrl_c(started: Terminal) -> None:
     assert re.search(r'File ".*/app.py", line 10, in fail', started.seen)
     started.until("printed 2\n", 2)
     started.until("-- every batch fails, and records wait until one succeeds: ValueError: not this")
-    began = time.monotonic()
     started.interrupt()
-    assert started.process.wait(20) == 0
-    assert time.monotonic() - began < 15
+    assert started.process.wait(60) == 0
     assert "Traceback (most recent call last):\n  File" in started.seen
     assert "KeyboardInterrupt" not in started.seen
 
@@ -177,7 +190,7 @@ def test_the_debugger_and_a_sample(started: Terminal) -> None:
     assert started.post(b'{"n": 1}') == 202
     started.until("(Pdb)", 2)
     started.interrupt()
-    assert started.process.wait(20) == 0
+    assert started.process.wait(60) == 0
 
 
 @pytest.fixture

@@ -46,7 +46,7 @@ def test_ctrl_c_while_it_imports_is_one_line(module: str, tmp_path: Path) -> Non
         env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
     )
     assert (run.returncode, run.stdout) == (1, "")
     assert run.stderr == "ingestd: interrupted before it started\n"

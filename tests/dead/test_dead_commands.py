@@ -76,7 +76,7 @@ def got(folder: Path) -> list[str]:
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if value := condition():
             return value

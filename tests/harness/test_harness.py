@@ -256,7 +256,7 @@ def test_an_async_handler(ingestd_harness) -> None:
 
 
 def test_workers_run_at_once(ingestd_harness) -> None:
-    both = threading.Barrier(2, timeout=30)
+    both = threading.Barrier(2, timeout=60)
 
     def meet(batch: list[int]) -> None:
         both.wait()
@@ -474,7 +474,7 @@ def test_a_handler_that_does_not_come_back_is_an_error(ingestd_harness) -> None:
     may_end = threading.Event()
 
     def store(batch: list[Any]) -> None:
-        may_end.wait(60)
+        may_end.wait(300)
 
     harness = ingestd_harness(store, **{"executor.timeout": "50ms"})
     harness.send([1])
@@ -491,7 +491,7 @@ def test_an_interrupt_ends_a_run_that_hangs(ingestd_harness) -> None:
 
     def store(batch: list[Any]) -> None:
         signal.pthread_kill(main, signal.SIGINT)
-        may_end.wait(60)
+        may_end.wait(300)
 
     harness = ingestd_harness(store)
     harness.send([1])
@@ -615,7 +615,7 @@ def test_nothing_is_left_behind() -> None:
         assert folder.exists()
     left = set(threading.enumerate()) - before
     for thread in left:
-        thread.join(30)
+        thread.join(60)
     assert not any(thread.is_alive() for thread in left)
     assert not folder.exists()
 
