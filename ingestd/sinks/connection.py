@@ -14,6 +14,7 @@ import select
 import socket
 import ssl
 import time
+from datetime import UTC
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -34,6 +35,7 @@ RETRY_AFTER_MAX = 3600.0
 _PROBLEM = "urn:ingestd:problem:"
 _DETAIL_CHARS = 300
 _PIECE = 256 * 1024
+_LABEL_CHARS_MAX = 63
 
 
 class HttpTarget(NamedTuple):
@@ -99,12 +101,16 @@ class HttpAnswer(NamedTuple):
 
 
 def parse_retry_after(text: str, longest: float) -> float | None:
-    """Returns the seconds of a `Retry-After`, a number or a date; `None` if it is neither."""
+    """Returns the seconds of a `Retry-After`, a number or a date; `None` if it is neither.
+
+    https://www.rfc-editor.org/rfc/rfc9110#section-5.6.7: a date without a zone is in UTC, too.
+    """
     text = text.strip()
     if text.isascii() and text.isdigit():
         return min(float(text[:12]), longest)
     try:
-        wait = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+        found = email.utils.parsedate_to_datetime(text)
+        wait = (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp() - time.time()
     except (ValueError, TypeError, OverflowError):
         return None
     return min(max(0.0, wait), longest)
@@ -333,14 +339,24 @@ def target_of(url: str) -> HttpTarget:
         host, port = parts.hostname, parts.port
     except ValueError:
         raise ValueError("url: it is not a URL") from None
-    if parts.scheme not in {"http", "https"} or not host or not url.isascii() or " " in url:
+    if parts.scheme not in {"http", "https"} or not host or port == 0:
         raise ValueError("url: it has to be an http or https URL")
+    if not (url.isascii() and url.isprintable() and " " not in url and is_host(host)):
+        raise ValueError("url: it has a character or a host name that cannot be in a URL")
     if parts.username is not None or parts.password is not None:
         raise ValueError("url: no user or password belongs in it; take token")
     secure = parts.scheme == "https"
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     shown = f"{parts.scheme}://{parts.netloc}{parts.path or '/'}"
     return HttpTarget(secure, host, port or (443 if secure else 80), path, shown)
+
+
+def is_host(host: str) -> bool:
+    """Returns True if each part of a name has 1 to 63 characters; no other name can be resolved.
+
+    https://www.rfc-editor.org/rfc/rfc1035#section-2.3.4
+    """
+    return all(0 < len(part) <= _LABEL_CHARS_MAX for part in host.removesuffix(".").split("."))
 
 
 def told(error: Exception) -> str:

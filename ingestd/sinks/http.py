@@ -50,6 +50,8 @@ _FAILURES_IN_A_ROW = 3  # single records; then the other side is down
 _OF_RECORDS = frozenset({400, 413, 422})
 _LATER = frozenset({408, 425, 429, 502, 503, 504, 507})
 _SERVER_BLOCKS = frozenset({501, 505, 511})
+_OWN_HEADERS = frozenset({"host", "content-length", "transfer-encoding", "connection"})
+_CANONICAL = {name.lower(): name for name in ("User-Agent", "Content-Type")}
 _BREAKS_TO_SPACES = bytes.maketrans(b"\n\r", b"  ")
 _TYPES = {
     "ndjson": {"json": "application/x-ndjson", "text": "text/plain"},
@@ -123,11 +125,15 @@ class HttpSinkOptions(TlsOptions, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         target_of(self.url)
+        named: set[str] = set()
         for name, value in self.headers.items():
             if not _is_header(name, value):
                 raise ValueError(f"headers: {name!r} is not a header")
-            if name.lower() in {"host", "content-length", "transfer-encoding", "connection"}:
+            if name.lower() in _OWN_HEADERS:
                 raise ValueError(f"headers: {name} is the client's own")
+            if name.lower() in named | self._named_by_options():
+                raise ValueError(f"headers: {name} is there twice, or an option sets it")
+            named.add(name.lower())
         for option in ("token_header", "idempotency_header", "content_type"):
             value = getattr(self, option)
             if value and not _is_header("x" if option == "content_type" else value, value):
@@ -142,6 +148,19 @@ class HttpSinkOptions(TlsOptions, frozen=True, kw_only=True):
         for option in ("connect_timeout", "timeout"):
             if not getattr(self, option):
                 raise ValueError(f"{option}: it has to be longer than 0s")
+
+    def _named_by_options(self) -> set[str]:
+        """The headers, in lower case, that options set."""
+        found = {self.idempotency_header.lower()}
+        if self.content_type:
+            found.add("content-type")
+        if self.compress != "none":
+            found.add("content-encoding")
+        if self.token is not None:
+            found.add(self.token_header.lower())
+        if self.sign is not None:
+            found |= {"webhook-id", "webhook-timestamp", "webhook-signature"}
+        return found
 
 
 class HttpSink:
@@ -162,8 +181,9 @@ class HttpSink:
         self._headers = {
             "User-Agent": f"ingestd/{__version__}",
             "Content-Type": options.content_type or types[self._format],
-            **options.headers,
         }
+        for name, value in options.headers.items():  # in any case they take the place of the two
+            self._headers[_CANONICAL.get(name.lower(), name)] = value
         if options.compress != "none":
             self._headers["Content-Encoding"] = options.compress
         if options.token is not None:
@@ -263,9 +283,9 @@ class HttpSink:
         if status not in _OF_RECORDS or problem.startswith("idempotency-"):
             self._refuse(answer)
         if problem in {"malformed", "record-too-large"}:  # no record of it can be accepted
-            listed = dict(_listed(answer.document))
+            listed, why = dict(_listed(answer.document)), str(answer)
             for i in range(count):
-                batch.reject(first + i, listed.get(i, str(answer)))
+                batch.reject(first + i, listed.get(i, why))
             return True
         if count > 1:
             return False

@@ -201,12 +201,22 @@ def test_classes_of_errors(status: int, kind: type[Exception]) -> None:
 @pytest.mark.parametrize(
     ("text", "low", "high"),
     [("7", 7, 7), ("999999999999999", RETRY_AFTER_MAX, RETRY_AFTER_MAX), ("soon", 60, 100),
+     ("without a zone", 60, 100),
      ("Thu, 01 Jan 1970 00:00:00 GMT", 0, 0)],
 )  # fmt: skip
-def test_retry_after(text: str, low: float, high: float) -> None:
-    text = formatdate(time.time() + 100, usegmt=True) if text == "soon" else text
-    with pytest.raises(Unavailable) as raised:
-        refuse(HttpReply("http://x", 429, {"retry-after": text}, b""))
+def test_retry_after(monkeypatch: pytest.MonkeyPatch, text: str, low: float, high: float) -> None:
+    monkeypatch.setenv("TZ", "Etc/GMT+5")
+    time.tzset()
+    if text == "soon":
+        text = formatdate(time.time() + 100, usegmt=True)
+    if text == "without a zone":
+        text = time.asctime(time.gmtime(time.time() + 100))
+    try:
+        with pytest.raises(Unavailable) as raised:
+            refuse(HttpReply("http://x", 429, {"retry-after": text}, b""))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
     assert raised.value.after is not None
     assert low <= raised.value.after <= high
 
@@ -215,7 +225,8 @@ def test_retry_after(text: str, low: float, high: float) -> None:
     "options",
     [{"url": "ftp://x"}, {"url": "http://"}, {"url": "http://x:y"}, {"url": "http://x/?a=b"},
      {"url": "http://x", "username": "a"}, {"url": "http://x", "timeout": "0s"},
-     {"url": "http://x", "tls_key": "/k"}, {"url": "http://x,"}, {"url": "http://x/a b"}],
+     {"url": "http://x", "tls_key": "/k"}, {"url": "http://x,"}, {"url": "http://x/a b"},
+     {"url": "http://a..b"}, {"url": "http://x:0"}],
 )  # fmt: skip
 def test_options_that_cannot_be(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError):

@@ -419,6 +419,17 @@ def test_tls(serve: Callable[..., Service], tmp_path: Path) -> None:
         ({"url": "https://user:hidden@x/"}, "url"),
         ({"url": "https://x/", "headers": {"Host": "y"}}, "headers"),
         ({"url": "https://x/", "headers": {"X": "a\r\nB: c"}}, "headers"),
+        ({"url": "https://x/", "headers": {"X": "a", "x": "b"}}, "headers"),
+        ({"url": "https://x/", "headers": {"authorization": "a"}, "token": "hid"}, "headers"),
+        (
+            {"url": "https://x/", "headers": {"content-encoding": "a"}, "compress": "gzip"},
+            "headers",
+        ),
+        ({"url": "https://collector..example/"}, "url"),
+        ({"url": f"https://{'a' * 64}.example/"}, "url"),
+        ({"url": "https://.example/"}, "url"),
+        ({"url": "https://x:0/"}, "url"),
+        ({"url": "https://x/\x01"}, "url"),
         ({"url": "https://x/", "token": "hid\nden"}, "token"),
         ({"url": "https://x/", "sign": "whsec_hidden"}, "sign"),
         ({"url": "https://x/", "sign": "whsec_aGlkZGVu"}, "sign"),
@@ -431,6 +442,18 @@ def test_options_that_are_wrong(options: dict[str, Any], part: str) -> None:
     with pytest.raises(OptionError, match=part) as caught:
         HttpSinkOptions.of(**options)
     assert "hid" not in str(caught.value)
+
+
+def test_a_header_of_the_option_is_sent_once(serve: Callable[..., Service]) -> None:
+    kinds: list[list[str]] = []
+
+    def answer(one: Request) -> tuple[Any, ...]:
+        kinds.append([text for name, text in one.headers.items() if name.lower() == "content-type"])
+        return (204,)
+
+    service = serve(answer)
+    assert run(service, headers={"content-type": "application/vnd.own+json"}).failure is None
+    assert kinds == [["application/vnd.own+json"]]
 
 
 # -- another ingestd -------------------------------------------------------------------------------
