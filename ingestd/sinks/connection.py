@@ -206,8 +206,9 @@ class HttpConnection:
         connection.sock = _SocketUntil(self._socket, end)
         try:
             connection.request(method, path, body or None, dict(headers))
-        except (BrokenPipeError, ConnectionResetError):
-            # It may have answered before it had all, with 413, and that answer can be read.
+        except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            # The last two are what TLS makes of the others. It may have answered before it had all,
+            # with 413, and that answer can be read.
             is_whole = False
         try:
             answer = connection.getresponse()
@@ -267,11 +268,16 @@ class HttpConnection:
 
 
 class _FinalResponse(http.client.HTTPResponse):
-    """An answer behind all interim ones; the base class passes over 100 alone.
+    """An answer with a whole head, behind all interim ones.
 
-    One that is taken for the answer leaves the answer to the next request, whose records are not
-    stored then.
+    The base class passes over 100 alone. Another one that is taken for the answer leaves the answer
+    to the next request, whose records are not stored then. And where a connection ends in a head,
+    the base class takes it for the end of the head, and what the body would have said for nothing.
     """
+
+    def __init__(self, sock: _SocketUntil, *rest: Any, **more: Any) -> None:
+        super().__init__(sock, *rest, **more)  # type: ignore[arg-type]
+        self._until = sock
 
     def begin(self) -> None:
         """Reads the head of the answer; the base class does nothing once it has headers."""
@@ -279,6 +285,8 @@ class _FinalResponse(http.client.HTTPResponse):
         while HTTPStatus.SWITCHING_PROTOCOLS < self.status < HTTPStatus.OK:
             self.headers = None  # type: ignore[assignment]
             super().begin()
+        if self._until.is_ended:  # a whole head is known by its last line
+            raise http.client.HTTPException("the head of the answer is cut off")
 
 
 def _has_leftover(sock: socket.socket) -> bool:
@@ -289,11 +297,16 @@ def _has_leftover(sock: socket.socket) -> bool:
 
 
 class _SocketUntil:
-    """A socket with a deadline for all that is sent and received; closing it leaves it open."""
+    """A socket with a deadline for all that is sent and received; closing it leaves it open.
+
+    Attributes:
+        is_ended: the other side sends nothing more.
+    """
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self._sock = sock
         self._deadline = deadline
+        self.is_ended = False
 
     def sendall(self, data: bytes) -> None:
         for start in range(0, len(data), _PIECE):  # of TLS, each piece has the timeout
@@ -325,7 +338,9 @@ class _ReaderUntil(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         self._until.limit()
-        return self._sock.recv_into(buffer)
+        size = self._sock.recv_into(buffer)
+        self._until.is_ended = not size
+        return size
 
 
 def target_of(url: str) -> HttpTarget:

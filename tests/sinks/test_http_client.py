@@ -285,6 +285,48 @@ def test_what_came_without_a_request_is_no_answer(peer) -> None:
         assert one.request("POST", "/", b"x").body == b"1"
 
 
+@contextmanager
+def closing_server(answer: bytes, tls: ssl.SSLContext | None = None) -> Iterator[str]:
+    """Answers the beginning of a request, and closes the connection."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                one = listener.accept()[0]
+                with suppress(OSError), tls.wrap_socket(one, True) if tls else one as connection:
+                    connection.recv(1000)
+                    connection.sendall(answer)
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield f"http{'s' if tls else ''}://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+
+
+@pytest.mark.parametrize("length", [12, 17, 35])
+def test_a_head_that_is_cut_off_is_no_answer(peer, length: int) -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n"[:length]
+    with closing_server(head) as url, pytest.raises(Unavailable, match="cut off"):
+        peer(url).request("GET", "/")
+
+
+def test_an_answer_in_the_middle_of_a_body_is_read_from_tls(peer, tmp_path: Path) -> None:
+    authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    seen = set()
+    head = b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+    with closing_server(head, context) as url:
+        one = peer(url, tls_ca=str(tmp_path / "ca.pem"))
+        for _ in range(20):  # the end of the connection may overtake the answer
+            with suppress(Unavailable):
+                seen.add(one.request("POST", "/", bytes(8 << 20)).status)
+    assert seen == {413}
+
+
 def test_a_chunk_of_a_negative_length_is_no_answer(peer) -> None:
     head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
     with (
