@@ -300,7 +300,12 @@ class ForwardCodec(StreamCodec):
         if encoding not in _ENCODINGS:
             raise _Unreadable(f"events are compressed as {encoding[:40]!r}")
         settings = self._settings
-        inflater = Inflater(encoding, settings.decompressed_bytes_max, settings.inflate_ratio_max)
+        inflater = Inflater(
+            encoding,
+            settings.decompressed_bytes_max,
+            settings.inflate_ratio_max,
+            members_free=settings.records_max,  # Fluentd compresses each event that it gets alone
+        )
         events = bytearray()
         for piece in inflater.feed(payload):
             self._take(len(piece))
