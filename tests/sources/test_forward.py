@@ -97,6 +97,12 @@ def test_each_mode_is_read_however_its_bytes_come(mode, step):
     assert (codec.held, codec.end(None)) == (0, Frames())
 
 
+def test_an_option_that_is_nil_is_not_there():
+    options = {"chunk": None, "compressed": None, "fluent_signal": None, "size": None}
+    frames = make().feed(message(PACKED, options))
+    assert (records_of(frames), replies_of(frames)) == (RECORDS, [])
+
+
 @pytest.mark.parametrize("encoding", ["gzip", "zstd"])
 def test_each_event_of_a_chunk_may_be_compressed_alone(encoding):
     """As Fluentd does with `compress` in out_forward, where events reach it one by one."""

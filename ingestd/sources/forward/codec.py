@@ -406,6 +406,8 @@ def _options(message: bytes, rest: Sequence[tuple[int, int]]) -> MessageOptions:
     options = MessageOptions()
     for name, value in zip(found, found, strict=True):
         key, token = _text_of(message, *name), message[slice(*value)]
+        if message[value[0]] == _NIL:  # as good as not there
+            continue
         if key == b"chunk" and _text_of(message, *value) and len(token) <= ID_BYTES_MAX:
             options = options._replace(chunk=token)
         elif key == b"compressed":
