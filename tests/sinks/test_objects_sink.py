@@ -106,6 +106,16 @@ def test_columns_are_pinned_by_the_first_batch(tmp_path: Path) -> None:
     assert (five["x"], five["o"]) == (7.0, '"text"')
 
 
+def test_keys_without_number_are_no_columns(tmp_path: Path) -> None:
+    items = [b'{"k%d":%d}' % (n, n) for n in range(3000)]
+    with worker(tmp_path, format="parquet") as sink:
+        assert sink.run(of(items)).failure is None
+    assert len(json.loads((tmp_path / "out" / "_schema.json").read_bytes())) == 500
+    found = rows(tmp_path, f"{FOLDER}/j-1.parquet")
+    assert found[499]["k499"] == 499
+    assert json.loads(found[2999]["_extra"]) == {"k2999": 2999}
+
+
 def test_both_ways_to_a_table_give_the_same(tmp_path: Path) -> None:
     plain = [b'{"n":%d,"s":"2026-01-01","d":%d}' % (n, n) for n in range(50)]
     columns = {"n": "int64", "s": "text", "d": "double"}
