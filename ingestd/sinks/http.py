@@ -221,12 +221,12 @@ class HttpSink:
                 if self._settle(batch, first, size):
                     settled, in_a_row = settled + 1, 0
                     continue
-            except (Unavailable, HttpFailed) as error:
+            except (Unavailable, HttpFailed, Blocked) as error:
                 if not one_by_one:
                     raise  # each part has its key: those that are there cost a look next time
                 in_a_row += 1
                 failed.append((first, error))
-                if in_a_row == _FAILURES_IN_A_ROW:
+                if in_a_row == _FAILURES_IN_A_ROW or isinstance(error, Blocked):
                     failed += [(place, error) for place, _ in left]
                     left = []
                 continue
@@ -235,8 +235,8 @@ class HttpSink:
         if failed and not settled:
             raise failed[0][1]
         for place, why in failed:
-            after, is_unavailable = getattr(why, "after", None), isinstance(why, Unavailable)
-            batch.adopt(RetryRequest(place, after, plain(str(why)), is_unavailable))
+            after, at_fault = getattr(why, "after", None), isinstance(why, HttpFailed)
+            batch.adopt(RetryRequest(place, after, plain(str(why)), not at_fault))
 
     def check(self) -> Iterator[SinkFinding]:
         """Findings: the service answers, has the path, takes the token and keeps keys."""

@@ -319,6 +319,20 @@ def test_a_service_that_goes_down_between_single_records(serve: Callable[..., Se
     assert all_fail.failure.reason == "unavailable"
 
 
+def test_single_records_before_one_that_blocks_are_not_sent_again(
+    serve: Callable[..., Service],
+) -> None:
+    """As a firewall does it, which forbids what is in one record."""
+    service = serve(lambda one: (403,) if json.loads(one.body)["n"] == 4 else (200,))
+    result = run(service, body="record")
+    assert result.failure is None
+    assert {one.index for one in result.retries if one.is_unavailable} == set(range(4, 10))
+    assert len(service.got) == 5
+    later = run(service, job(range(4, 10), 2), body="record")
+    assert later.failure is not None
+    assert later.failure.reason == "blocked"
+
+
 def test_the_connection_is_kept_and_made_again(serve: Callable[..., Service]) -> None:
     service = serve(lambda one: (200, {"Connection": "close"}) if b'"n":1,' in one.body else (200,))
     with worker(service, body="record") as sink:
