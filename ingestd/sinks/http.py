@@ -198,7 +198,7 @@ class HttpSink:
             truncates=True,  # what an API tells after its status is its own
             tls=options.tls_files,
         )
-        self._ingestd: bool | None = None
+        self._ingestd = False
 
     def __call__(self, batch: Batch[bytes]) -> None:
         """Sends the batch, whole or in parts.
@@ -350,8 +350,10 @@ class HttpSink:
 
     def _is_ingestd(self) -> bool:
         """Tells if the service is an ingestd, by its answer to a GET, which it has none for."""
-        if self._ingestd is None:
+        if not self._ingestd:
             answer = self._client.send("GET", b"", {"User-Agent": self._headers["User-Agent"]})
+            if not answer.problem and answer.status in _LATER:
+                self._refuse(answer)  # a proxy says so, perhaps, in front of an ingestd
             self._ingestd = bool(answer.problem)
         return self._ingestd
 

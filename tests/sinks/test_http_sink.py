@@ -120,6 +120,9 @@ def run(service: Service, one: Job | None = None, **options: Any) -> Result:
         return sink.run(one or job(range(10)))
 
 
+JSON_PROBLEM = "application/problem+json"
+
+
 def ok(_: Request) -> tuple[Any, ...]:
     return (204,)
 
@@ -456,6 +459,28 @@ def test_options_that_are_wrong(options: dict[str, Any], part: str) -> None:
     with pytest.raises(OptionError, match=part) as caught:
         HttpSinkOptions.of(**options)
     assert "hid" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("status", "sent"), [(503, 0), (404, 1)])
+def test_a_proxy_without_its_ingestd_says_nothing_about_ancestors(
+    serve: Callable[..., Service], status: int, sent: int
+) -> None:
+    """The batch that the parts were split from is stored; the receiver restarts behind a proxy."""
+    away = [True]
+
+    def answer(one: Request) -> tuple[Any, ...]:
+        if away and away.pop():
+            return (status, {}, b"no server is available")
+        name = "idempotency-key-reused" if one.method == "POST" else "method-not-allowed"
+        body = json.dumps({"type": f"urn:ingestd:problem:{name}"}).encode()
+        asked = (422 if one.method == "POST" else 405, {"Content-Type": JSON_PROBLEM}, body)
+        return (202,) if one.body else asked
+
+    service = serve(answer)
+    with worker(service, "text") as sink:
+        results = [sink.run(job(range(5), 2 + n, [1])) for n in range(3)]
+    assert [one.failure is None for one in results] == [status == 404, True, True]
+    assert len([one for one in service.got if one.body]) == sent
 
 
 def test_a_header_of_the_option_is_sent_once(serve: Callable[..., Service]) -> None:
