@@ -3,6 +3,8 @@
 A batch is one request. It is cut in halves, always at the same places, where it is larger than
 `request_bytes_max` or where the answer refuses it whole (400, 413, 422); such a part has a key of
 its own, made of the batch's id and its place. So the same records always come under the same key.
+Only where another service than ingestd refuses a part without a look at it (429, 503, 401, …), that
+and those behind it come again as another batch: else those before it would come again, too.
 
 What is exactly once with another ingestd, and by what:
 
@@ -67,6 +69,10 @@ _HERE = Context()
 
 class HttpFailed(Exception):  # noqa: N818  it names what happened
     """The service answered with an error that may be any record's; the try counts."""
+
+
+class _Refused(Unavailable):
+    """The service has not taken the request: 429, or 503."""
 
 
 class HttpSinkOptions(TlsOptions, frozen=True, kw_only=True):
@@ -214,7 +220,7 @@ class HttpSink:
         one_by_one = self._body == "record"
         left = [(i, 1) for i in reversed(range(count))] if one_by_one else [(0, count)]
         settled, in_a_row = 0, 0
-        failed: list[tuple[int, Exception]] = []
+        failed: list[tuple[int, int, Exception]] = []
         while left:
             first, size = left.pop()
             try:
@@ -222,21 +228,30 @@ class HttpSink:
                     settled, in_a_row = settled + 1, 0
                     continue
             except (Unavailable, HttpFailed, Blocked) as error:
-                if not one_by_one:
+                if not one_by_one and not (settled and self._goes_on_from(error)):
                     raise  # each part has its key: those that are there cost a look next time
                 in_a_row += 1
-                failed.append((first, error))
-                if in_a_row == _FAILURES_IN_A_ROW or isinstance(error, Blocked):
-                    failed += [(place, error) for place, _ in left]
+                failed.append((first, size, error))
+                if not one_by_one or in_a_row == _FAILURES_IN_A_ROW or isinstance(error, Blocked):
+                    failed += [(*part, error) for part in left]
                     left = []
                 continue
             half = (size + 1) // 2
             left += [(first + half, size - half), (first, half)]
         if failed and not settled:
-            raise failed[0][1]
-        for place, why in failed:
+            raise failed[0][2]
+        for first, size, why in failed:
             after, at_fault = getattr(why, "after", None), isinstance(why, HttpFailed)
-            batch.adopt(RetryRequest(place, after, plain(str(why)), not at_fault))
+            for place in range(first, first + size):
+                batch.adopt(RetryRequest(place, after, plain(str(why)), not at_fault))
+
+    def _goes_on_from(self, error: Exception) -> bool:
+        """Tells if the parts behind one that failed come again without those before it.
+
+        Another ingestd knows those before it by their keys. Others would get them with each try,
+        and none behind them as long as a limit of theirs has no room for all.
+        """
+        return isinstance(error, Blocked | _Refused) and not self._ingestd
 
     def check(self) -> Iterator[SinkFinding]:
         """Findings: the service answers, has the path, takes the token and keeps keys."""
@@ -276,6 +291,7 @@ class HttpSink:
             return True
         if problem == "idempotency-key-reused" and answer.retry_after is None:
             # It was sent with other options, or another version compressed it.
+            self._ingestd = True
             self._reject_unlisted(batch, first, count)
             return True
         if status == 409 and answer.retry_after is None and self._options.on_conflict == "done":
@@ -336,10 +352,11 @@ class HttpSink:
         after = answer.retry_after
         if status == 409 or answer.problem.startswith("idempotency-key-"):
             raise Unavailable(told)  # another try of it is in progress, which is soon over
+        kind = _Refused if status in {429, 503} else Unavailable
         if after is not None and status >= 400 and (status == 429 or after > _SOON):
-            raise Unavailable(told, after)
+            raise kind(told, after)
         if status in _LATER or status > 511:
-            raise Unavailable(told)
+            raise kind(told)
         if status >= 500 and status not in _SERVER_BLOCKS:
             raise HttpFailed(told)
         if status // 100 == 3:
@@ -388,6 +405,7 @@ class HttpSink:
         invalid, accepted = document.get("invalid"), document.get("accepted")
         if not isinstance(invalid, int) or not isinstance(accepted, int):
             return  # it is another service's
+        self._ingestd = True
         if invalid + accepted != count:
             return
         listed = [one for one in _listed(document) if one[0] < count]

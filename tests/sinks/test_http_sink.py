@@ -336,6 +336,43 @@ def test_single_records_before_one_that_blocks_are_not_sent_again(
     assert later.failure.reason == "blocked"
 
 
+@pytest.mark.parametrize("status", [429, 503, 403])
+def test_parts_behind_a_limit_come_again_alone(serve: Callable[..., Service], status: int) -> None:
+    """Else a limit that has no room for all parts would get the first ones again for ever."""
+    stored: list[bytes] = []
+
+    def answer(one: Request) -> tuple[Any, ...]:
+        if len(stored) == 2:
+            return (status, {"Retry-After": "7"} if status == 429 else {})
+        stored.append(one.body)
+        return (200,)
+
+    result = run(serve(answer), job(range(8)), request_bytes_max=60)
+    assert result.failure is None
+    lines = [line for body in stored for line in body.splitlines()]
+    assert {one.index for one in result.retries} == set(range(len(lines), 8))
+    assert all(one.is_unavailable for one in result.retries)
+    assert {one.after for one in result.retries} == {7 if status == 429 else None}
+
+
+@pytest.mark.parametrize("is_ingestd", [True, False])
+def test_parts_keep_their_keys_where_these_tell_what_is_there(
+    serve: Callable[..., Service], *, is_ingestd: bool
+) -> None:
+    taken = {} if not is_ingestd else {"Content-Type": "application/json"}
+
+    def answer(one: Request) -> tuple[Any, ...]:
+        count = one.body.count(b"\n")
+        if len(service.got) == 3:
+            return (429 if is_ingestd else 504,)
+        return (202, taken, b'{"accepted":%d,"invalid":0}' % count)
+
+    service = serve(answer)
+    result = run(service, job(range(8)), request_bytes_max=60)
+    assert result.failure is not None
+    assert result.failure.reason == "unavailable"
+
+
 def test_the_connection_is_kept_and_made_again(serve: Callable[..., Service]) -> None:
     service = serve(lambda one: (200, {"Connection": "close"}) if b'"n":1,' in one.body else (200,))
     with worker(service, body="record") as sink:
