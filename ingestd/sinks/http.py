@@ -242,8 +242,9 @@ class HttpSink:
             raise failed[0][2]
         for first, size, why in failed:
             after, at_fault = getattr(why, "after", None), isinstance(why, HttpFailed)
+            text = plain(str(why))
             for place in range(first, first + size):
-                batch.adopt(RetryRequest(place, after, plain(str(why)), not at_fault))
+                batch.adopt(RetryRequest(place, after, text, not at_fault))
 
     def _goes_on_from(self, error: Exception) -> bool:
         """Tells if the parts behind one that failed come again without those before it.

@@ -150,6 +150,8 @@ class ObjectsOptions(SinkOptions, frozen=True, kw_only=True):
             end = urlsplit(self.endpoint)
             if end.scheme not in {"http", "https"} or not end.hostname:
                 raise ValueError("endpoint: it begins with http:// or https:// and has a host")
+            if "@" in end.netloc or end.query or end.fragment:
+                raise ValueError("endpoint: nothing but a host, a port and a path belongs in it")
         for option in ("region", "access_key_id"):  # they become a part of a header
             value = getattr(self, option) or ""
             if not (value.isascii() and value.isprintable()):

@@ -359,6 +359,7 @@ def test_duckdb_reads_it(tmp_path: Path) -> None:
         ({"url": "s3://x", "timeout": "0s"}, "timeout"),
         ({"url": "s3://x", "endpoint": "minio:9000"}, "endpoint"),
         ({"url": "s3://x", "endpoint": "https:///x"}, "endpoint"),
+        ({"url": "s3://x", "endpoint": "https://me:hidden@x"}, "endpoint"),
         ({"url": "s3://x", "access_key_id": "a\n", "secret_access_key": "hidden"}, "access_key_id"),
         ({"url": "s3://x", "path": "a//b"}, "path"),
     ],
