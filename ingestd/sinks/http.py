@@ -204,7 +204,7 @@ class HttpSink:
             truncates=True,  # what an API tells after its status is its own
             tls=options.tls_files,
         )
-        self._ingestd = False
+        self._ingestd: bool | None = None  # not known yet
 
     def __call__(self, batch: Batch[bytes]) -> None:
         """Sends the batch, whole or in parts.
@@ -367,13 +367,19 @@ class HttpSink:
     # -- what another ingestd says -------------------------------------------------------------
 
     def _is_ingestd(self) -> bool:
-        """Tells if the service is an ingestd, by its answer to a GET, which it has none for."""
-        if not self._ingestd:
+        """Tells if the service is an ingestd, by its answer to a GET, which it has none for.
+
+        A proxy in front of an ingestd that is away tells nothing, so it is asked again then.
+        """
+        if self._ingestd is None:
             answer = self._client.send("GET", b"", {"User-Agent": self._headers["User-Agent"]})
-            if not answer.problem and answer.status in _LATER:
-                self._refuse(answer)  # a proxy says so, perhaps, in front of an ingestd
-            self._ingestd = bool(answer.problem)
-        return self._ingestd
+            if answer.problem:
+                self._ingestd = True
+            elif answer.status in _LATER:
+                self._refuse(answer)
+            elif answer.status < 500 and answer.status != 404:
+                self._ingestd = False
+        return bool(self._ingestd)
 
     def _is_stored(self, batch: Batch[bytes]) -> bool:
         """Tells if an ancestor of a batch was accepted; then rejects what was invalid in it."""
@@ -405,7 +411,8 @@ class HttpSink:
         document = answer.document
         invalid, accepted = document.get("invalid"), document.get("accepted")
         if not isinstance(invalid, int) or not isinstance(accepted, int):
-            return  # it is another service's
+            self._ingestd = False
+            return
         self._ingestd = True
         if invalid + accepted != count:
             return
@@ -431,7 +438,8 @@ class HttpSink:
         kind = "json" if self._body == "array" else self._format
         if known is None and kind != "json":
             return  # no record of text or bytes is invalid for what is in it
-        last = b"{" if known is None else self._line(known.items()[0])
+        # A record is invalid by a bound of the receiver, perhaps, which another start may raise.
+        last = b"{" if known is None or kind == "json" else self._line(known.items()[0])
         # As lines: a record that is not JSON would be the end of an array.
         headers = {"Prefer": "handling=strict", "Content-Type": _TYPES["ndjson"][kind]}
         end = first + count

@@ -343,7 +343,7 @@ def test_parts_behind_a_limit_come_again_alone(serve: Callable[..., Service], st
 
     def answer(one: Request) -> tuple[Any, ...]:
         if len(stored) == 2:
-            return (status, {"Retry-After": "7"} if status == 429 else {})
+            return (status, {"Retry-After": "7"} if status == 429 else {}, b"")
         stored.append(one.body)
         return (200,)
 
@@ -498,6 +498,25 @@ def test_options_that_are_wrong(options: dict[str, Any], part: str) -> None:
     assert "hid" not in str(caught.value)
 
 
+def test_what_finds_invalid_records_can_never_be_accepted(serve: Callable[..., Service]) -> None:
+    """The bound that made the first one invalid may be another one meanwhile."""
+    listed = [{"index": n, "reason": "too_large"} for n in range(100)]
+
+    def answer(one: Request) -> tuple[Any, ...]:
+        lines = one.body.splitlines()
+        if lines[-1] == b"{":
+            last = [{"index": len(lines) - 1, "reason": "malformed"}]
+            document = {"type": "urn:ingestd:problem:malformed", "errors": last}
+            return (400, {"Content-Type": JSON_PROBLEM}, json.dumps(document).encode())
+        document = {"accepted": 19, "invalid": 101, "errors": listed}
+        return (202, {"Content-Type": "application/json"}, json.dumps(document).encode())
+
+    service = serve(answer)
+    result = run(service, job(range(120)))
+    assert len(result.rejections) == 100
+    assert [one.body.splitlines()[-1] == b"{" for one in service.got] == [False, True]
+
+
 @pytest.mark.parametrize(("status", "sent"), [(503, 0), (404, 1)])
 def test_a_proxy_without_its_ingestd_says_nothing_about_ancestors(
     serve: Callable[..., Service], status: int, sent: int
@@ -511,7 +530,8 @@ def test_a_proxy_without_its_ingestd_says_nothing_about_ancestors(
         name = "idempotency-key-reused" if one.method == "POST" else "method-not-allowed"
         body = json.dumps({"type": f"urn:ingestd:problem:{name}"}).encode()
         asked = (422 if one.method == "POST" else 405, {"Content-Type": JSON_PROBLEM}, body)
-        return (202,) if one.body else asked
+        stored = (202, {"Content-Type": "application/json"}, b'{"accepted":5,"invalid":0}')
+        return stored if one.body else asked
 
     service = serve(answer)
     with worker(service, "text") as sink:
