@@ -97,6 +97,19 @@ def test_each_mode_is_read_however_its_bytes_come(mode, step):
     assert (codec.held, codec.end(None)) == (0, Frames())
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "zstd"])
+def test_equal_lines_of_an_error_storm_are_taken(encoding):
+    """Their times are whole seconds where an agent read them from a log with such times."""
+    record = {"log": "ERROR connection to db-1:5432 refused, retrying", "container": "a" * 64}
+    events = b"".join([msgpack.packb([1_764_412_619 + n // 1000, record]) for n in range(20_000)])
+    packed = gzip.compress(events) if encoding == "gzip" else zstd.compress(events)
+    frames = make().feed(message(packed, {"compressed": encoding, "chunk": "a"}))
+    assert frames.fault == ""
+    assert len(records_of(frames)) == 20_000
+    limited = make(inflate_ratio_max=100).feed(message(packed, {"compressed": encoding}))
+    assert "more than 100 times" in limited.fault
+
+
 def test_an_option_that_is_nil_is_not_there():
     options = {"chunk": None, "compressed": None, "fluent_signal": None, "size": None}
     frames = make().feed(message(PACKED, options))
