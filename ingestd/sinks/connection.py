@@ -202,6 +202,8 @@ class HttpConnection:
             self._socket = self._connect(end)
             self._http = http.client.HTTPConnection(self.target.host, self.target.port)
             self._http.response_class = _FinalResponse
+            # `Host` is what stands in the URL: some proxies know no name with a port.
+            self._http.default_port = 443 if self.target.secure else 80
         connection, is_whole = self._http, True
         connection.sock = _SocketUntil(self._socket, end)
         try:

@@ -17,6 +17,7 @@ from ingestd.handlers.batch import Blocked, Unavailable
 from ingestd.handlers.options import OptionError
 from ingestd.sinks import client
 from ingestd.sinks.client import RETRY_AFTER_MAX, HttpOptions, HttpPeer, HttpReply, refuse
+from ingestd.sinks.connection import HttpConnection, target_of
 from tests.sinks.http_server import BREAK, Answer, Asked, FakeServer
 
 if TYPE_CHECKING:
@@ -265,6 +266,34 @@ def raw_server(*pieces: tuple[bytes, ...]) -> Iterator[str]:
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("https://sink.example/", "sink.example"),
+        ("https://sink.example:443/", "sink.example"),
+        ("https://sink.example:80/", "sink.example:80"),
+        ("http://sink.example/", "sink.example"),
+        ("http://sink.example:443/", "sink.example:443"),
+    ],
+)
+def test_the_host_has_a_port_where_the_scheme_has_another_one(url: str, host: str) -> None:
+    seen: list[socket.socket] = []
+
+    class Local(HttpConnection):
+        def _connect(self, end: float) -> socket.socket:
+            here, there = socket.socketpair()
+            there.sendall(b"HTTP/1.1 204 Done\r\n\r\n")
+            seen.append(there)
+            return here
+
+    one = Local(target_of(url), connect_timeout=1, timeout=1, allow_private=True)
+    # An answer that is there before its request is a leftover only of a kept connection.
+    assert one.send("GET", b"", {}).status == 204
+    with seen[0] as there:
+        assert f"\r\nHost: {host}\r\n".encode() in there.recv(1000)
+    one.close()
 
 
 def test_an_interim_answer_is_not_the_answer(peer) -> None:
