@@ -317,6 +317,28 @@ def test_a_wrong_variable_is_a_configuration_error(tmp_path: Path) -> None:
         assert any("OpenTelemetry's environment variables" in line for line in one.other)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        ("", "Authorization: Bearer a-hidden-token"),
+        ("", "authorization=Bearer%20a-hidden%0Atoken"),
+        ("/in?key=a-hidden-token", "x-api-key=also-hidden"),
+    ],
+)
+def test_no_secret_of_a_variable_is_in_the_log(tmp_path: Path, path: str, headers: str) -> None:
+    pytest.importorskip("opentelemetry.sdk.trace")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}{path}"
+    with traced(url, cwd=tmp_path, OTEL_EXPORTER_OTLP_HEADERS=headers) as one:
+        assert one.post(b"1")[0] == 202
+        said = one.event("library_logged")
+        one.until_settled()
+        left(one)
+    assert said
+    assert "hidden" not in json.dumps([one.events, one.other])
+
+
 def test_check_names_the_extra_that_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
