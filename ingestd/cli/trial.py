@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from ingestd.base.errors import Exit, UsageError
-from ingestd.cli.arguments import add_settings
+from ingestd.cli.arguments import add_settings, positive
 from ingestd.cli.configured import configured
 from ingestd.cli.output import add_json, fail, say, say_json
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from ingestd.batching.batcher import BatchDraft
     from ingestd.cli.output import Parser
     from ingestd.codecs.lines import Parsed
+    from ingestd.config.layers import Flag
+    from ingestd.execution.settings import HandlerSettings
     from ingestd.handlers.outcome import Job, Result
     from ingestd.pipeline_settings import PipelineSettings
 
@@ -216,14 +218,15 @@ class Files:
     Args:
         paths: of the files; `-` is standard input.
         settings: of the pipeline.
-        limit: most records, good and bad; 0 for all.
+        limit: most records, good and bad; `None` for all.
     """
 
-    def __init__(self, paths: Sequence[str], settings: PipelineSettings, limit: int) -> None:
+    def __init__(self, paths: Sequence[str], settings: PipelineSettings, limit: int | None) -> None:
         self._paths = paths
         self._settings = settings
         self._limit = limit or sys.maxsize
         self._begins: list[tuple[int, str]] = []
+        self._head = b""  # of the file that is read, until something is said of it
 
     def place_of(self, number: int) -> tuple[str, int]:
         """The file of a record, and its number there, from 1."""
@@ -241,8 +244,10 @@ class Files:
         one, index = self._settings, 0
         for path in self._paths:
             self._begins.append((index, path))
+            self._head = b""
             framer = Framer(one.format, one.record_bytes_max, one.json_depth_max, index=index)
             for piece in _read(path):
+                self._head = self._head or piece
                 yield from self._bounded(framer.feed(piece), index)
                 index = framer.index
                 if index >= self._limit:
@@ -253,12 +258,23 @@ class Files:
     def _bounded(self, parsed: Parsed | None, first: int) -> Iterator[tuple[Parsed, Sequence[int]]]:
         if parsed is None:
             return
+        if parsed.refused and self._head:
+            self._explain()
         refused = {one.index for one in parsed.refused}
         numbers = [n for n in range(first, first + parsed.total) if n not in refused]
         numbers = [n for n in numbers[: parsed.records.count] if n < self._limit]
         listed = [one for one in parsed.refused if one.index < self._limit]
         records = parsed.records.part(0, len(numbers))
         yield parsed._replace(records=records, refused=listed), numbers
+
+    def _explain(self) -> None:
+        """Says what a file with invalid lines seems to be, once for each."""
+        from ingestd.codecs.framing import HEAD_BYTES, guess  # noqa: PLC0415
+
+        if found := guess(self._head[:HEAD_BYTES], self._settings.format):
+            advice = f", advice: {found.advice}" if found.advice else ""
+            fail(f"{self._begins[-1][1]}: it is {found.what}{advice}")
+        self._head = b""
 
 
 def _read(path: str) -> Iterator[bytes]:
@@ -283,7 +299,7 @@ def _read(path: str) -> Iterator[bytes]:
 def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     """Adds the flags: those of `run`, and some of its own."""
     add_settings(parser, argv)
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="stop after N records")
+    parser.add_argument("--limit", type=positive, metavar="N", help="stop after N records")
     parser.add_argument(
         "--pipeline", default="default", metavar="NAME", help="pipeline with the settings [default]"
     )
@@ -311,7 +327,8 @@ def execute(arguments: argparse.Namespace) -> int:
             problem=f"there is no pipeline {name!r}; there are: {', '.join(pipelines)}"
         )
     one = pipelines[name]
-    wanted = handler_config(name, one.executor, one.handler, one.format, settings.data_dir)
+    handler = _named(one.handler, arguments.flags)
+    wanted = handler_config(name, one.executor, handler, one.format, settings.data_dir)
     # It runs here, whatever the executor: one that is async on a loop of its own.
     runner = Runner(msgspec.structs.replace(wanted, executor="auto"), fail)
     interrupts = _Interrupts()
@@ -342,6 +359,14 @@ def execute(arguments: argparse.Namespace) -> int:
         say("\n".join(_told(trial)))
     done = trial.counts["done"] == trial.counts.total() and not interrupts.came
     return int(Exit.OK if done else Exit.UNEXPECTED)
+
+
+def _named(handler: HandlerSettings, flags: Sequence[Flag]) -> HandlerSettings:
+    """The handler of a pipeline, which is HANDLER: a pipeline may have another one of its own."""
+    named = (one.value for one in reversed(flags) if one.key == "handler.target")
+    target = next(named, handler.target)
+    options = handler.options_for(target)
+    return handler.model_copy(update={"target": target, "targets": (), "options": options})
 
 
 class _Interrupts:
