@@ -49,18 +49,23 @@ _OURS = {
     "INGESTD_EXECUTOR__TIMEOUT": "24h",
 }
 _START = """\
-import os, sys
-os.dup2(int(sys.argv[1]), 3)
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+os.dup2(int(sys.argv[2]), 3)
 os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", LISTEN_FDNAMES="records")
-os.execv(sys.executable, [sys.executable, "-P", "-m", "ingestd", *sys.argv[2:]])
+os.execv(sys.executable, [sys.executable, "-P", "-m", "ingestd", *sys.argv[3:]])
 """
+"""The child ends with its parent, however that ends: it would keep the port, and take records."""
 
 DESCRIPTION = """\
 Runs a daemon in a scratch folder, prints each batch and what became of it, and loads HANDLER again
 when a .py or .toml file below the current folder changes, without losing a record. The handler runs
 in a thread: print and breakpoint() work here. Ctrl-C leaves at once.
 
-exit codes: 0 left by Ctrl-C or SIGTERM; 2 usage; 78 configuration or handler"""
+exit codes: 0 left by Ctrl-C, SIGTERM or SIGHUP; 2 usage; 78 configuration or handler"""
 
 
 def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
@@ -178,10 +183,12 @@ class _Dev:
         self._body = body
         self._child: subprocess.Popen[bytes] | None = None
         self._stopped = threading.Event()
+        self._was_ready = False
+        self._code = int(Exit.OK)
 
     def run(self, checked: Checked) -> int:
-        """Returns the exit code, after Ctrl-C or SIGTERM."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        """Returns the exit code: after Ctrl-C, SIGTERM or SIGHUP, or of a child that never ran."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: self._stopped.set())
         watch = Watch(Path.cwd())
         try:
@@ -191,13 +198,13 @@ class _Dev:
                     self._reload(changed)
         finally:
             self._end(at_once=True)
-        return int(Exit.OK)
+        return self._code
 
     def _start(self, checked: Checked) -> None:
         environ = {**_OURS, **os.environ, "INGESTD_DATA_DIR": str(self._folder / "data")}
         if checked.executor == "process":
             environ.setdefault("INGESTD_EXECUTOR__KIND", "thread")
-        words = [str(self._sock.fileno()), "run", *self._words]
+        words = [str(os.getpid()), str(self._sock.fileno()), "run", *self._words]
         self._child = subprocess.Popen(  # noqa: S603
             [sys.executable, "-c", _START, *words],
             env=environ, stderr=subprocess.PIPE, pass_fds=(self._sock.fileno(),),
@@ -243,12 +250,19 @@ class _Dev:
                 continue
             if lines:
                 say("\n".join(lines))
-            if event.get("event") == "daemon_started" and self._body:
+            if event.get("event") == "daemon_started":
+                self._was_ready = True
                 body, self._body = self._body, b""
-                threading.Thread(target=_send, args=(self._sock, body), daemon=True).start()
+                if body:
+                    threading.Thread(target=_send, args=(self._sock, body), daemon=True).start()
         child.stderr.close()
-        if child.wait() and child is self._child and not self._stopped.is_set():
+        if child.wait() == 0 or child is not self._child or self._stopped.is_set():
+            return
+        if self._was_ready:
             say(f"-- the daemon left with {child.returncode}; it starts again when a file changes")
+        else:  # no change of the handler would help: its check has passed
+            self._code = max(child.returncode, int(Exit.UNEXPECTED))
+            self._stopped.set()
 
 
 def _told(event: dict[str, Any], handler: str) -> Iterator[str]:

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -89,6 +90,10 @@ class Terminal:
             return connection.getresponse().status
         finally:
             connection.close()
+
+    def is_listening(self) -> bool:
+        with socket.socket() as client:
+            return client.connect_ex(("127.0.0.1", self.port)) == 0
 
     def close(self) -> None:
         if self.process.poll() is None:
@@ -178,6 +183,29 @@ def test_the_debugger_and_a_sample(started: Terminal) -> None:
     started.until("(Pdb)", 2)
     started.interrupt()
     assert started.process.wait(20) == 0
+
+
+@pytest.mark.parametrize("started", [("app:store",)], indirect=True)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGKILL])
+def test_no_daemon_is_left_behind(started: Terminal, here: Path, number: signal.Signals) -> None:
+    """A terminal that is closed sends SIGHUP; the daemon would keep the port, and take records."""
+    started.process.send_signal(number)
+    assert started.process.wait(20) == (0 if number == signal.SIGHUP else -number)
+    deadline = time.monotonic() + 5
+    while started.is_listening():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    if number == signal.SIGHUP:
+        assert not list(here.glob("ingestd-dev-*"))
+
+
+def test_a_daemon_that_cannot_start_ends_the_command(here: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        taken = f"127.0.0.1:{other.getsockname()[1]}"
+        flags = ("--listen", "127.0.0.1:0", "--admin.listen", taken)
+        run = ingestd("dev", "app:store", *flags, cwd=here)
+    assert run.returncode == 78
+    assert run.stderr.startswith(f"ingestd: cannot listen on {taken} (admin.listen): address")
 
 
 @pytest.fixture
