@@ -24,14 +24,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ingestd.base.errors import AddressError, ConfigError, Exit, UsageError
+from ingestd.base.errors import AddressError, ConfigError, Exit, OutputError, UsageError
 from ingestd.cli.arguments import add_settings
 from ingestd.cli.configured import configured
 from ingestd.cli.output import fail, say
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ingestd.cli.output import Parser
 
@@ -185,9 +185,14 @@ class _Dev:
         self._stopped = threading.Event()
         self._was_ready = False
         self._code = int(Exit.OK)
+        self._unsaid: OutputError | None = None
 
     def run(self, checked: Checked) -> int:
-        """Returns the exit code: after Ctrl-C, SIGTERM or SIGHUP, or of a child that never ran."""
+        """Returns the exit code: after Ctrl-C, SIGTERM or SIGHUP, or of a child that never ran.
+
+        Raises:
+            OutputError: stdout can't be written.
+        """
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: self._stopped.set())
         watch = Watch(Path.cwd())
@@ -198,6 +203,8 @@ class _Dev:
                     self._reload(changed)
         finally:
             self._end(at_once=True)
+        if self._unsaid is not None:
+            raise self._unsaid
         return self._code
 
     def _start(self, checked: Checked) -> None:
@@ -209,9 +216,19 @@ class _Dev:
             [sys.executable, "-c", _START, *words],
             env=environ, stderr=subprocess.PIPE, pass_fds=(self._sock.fileno(),),
         )  # fmt: skip
-        reader = threading.Thread(target=self._tell, args=(self._child, checked.handler))
-        reader.daemon = True
-        reader.start()
+        self._begin(self._tell, self._child, checked.handler)
+
+    def _begin(self, work: Callable[..., None], *facts: object) -> None:
+        """Begins work in a thread; what it cannot say ends the command."""
+
+        def run() -> None:
+            try:
+                work(*facts)
+            except OutputError as error:
+                self._unsaid = error
+                self._stopped.set()
+
+        threading.Thread(target=run, daemon=True).start()
 
     def _reload(self, changed: str) -> None:
         checked = _check(self._words)
@@ -254,7 +271,7 @@ class _Dev:
                 self._was_ready = True
                 body, self._body = self._body, b""
                 if body:
-                    threading.Thread(target=_send, args=(self._sock, body), daemon=True).start()
+                    self._begin(_send, self._sock, body)
         child.stderr.close()
         if child.wait() == 0 or child is not self._child or self._stopped.is_set():
             return

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -21,7 +22,6 @@ from tests.cli.test_cli import ROOT, ingestd
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.slow
 
@@ -206,6 +206,19 @@ def test_a_daemon_that_cannot_start_ends_the_command(here: Path) -> None:
         run = ingestd("dev", "app:store", *flags, cwd=here)
     assert run.returncode == 78
     assert run.stderr.startswith(f"ingestd: cannot listen on {taken} (admin.listen): address")
+
+
+def test_a_stdout_that_is_full_ends_the_command(here: Path) -> None:
+    words = ["-P", "-m", "ingestd", "dev", "app:store", "--listen", "127.0.0.1:0"]
+    with Path("/dev/full").open("wb") as full:
+        run = subprocess.run(
+            [sys.executable, *words, "--admin.listen", "127.0.0.1:0"],
+            cwd=here, stdout=full, stderr=subprocess.PIPE, timeout=60,
+            env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "TMPDIR": str(here)},
+        )  # fmt: skip
+    assert run.stderr == b"ingestd: standard output: No space left on device\n"
+    assert run.returncode == 1
+    assert not list(here.glob("ingestd-dev-*"))
 
 
 @pytest.fixture
