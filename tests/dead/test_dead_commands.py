@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -271,6 +272,13 @@ def test_show_and_export(folder: Path) -> None:
         assert base64.b64decode(other["payload_base64"]) == b"\xff\x00"
         assert lines(cli("dead", "export", "--id", "2", cwd=folder)) == [other]
         assert "there is no dead letter 9" in cli("dead", "show", "9", cwd=folder, code=2).stderr
+        said = cli("dead", "export", "-o", ".", cwd=folder, code=78).stderr
+        assert said == "ingestd: .: Is a directory\n"
+        full = f"{shlex.join([sys.executable, '-m', 'ingestd'])} dead export > /dev/full"
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        ended = subprocess.run(["sh", "-c", full], cwd=folder, env=env, stderr=subprocess.PIPE)
+        assert ended.stderr == b"ingestd: standard output: No space left on device\n"
+        assert ended.returncode == 1
 
 
 @pytest.mark.slow
