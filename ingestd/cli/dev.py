@@ -147,13 +147,14 @@ def _check(words: Sequence[str]) -> Checked:
     """Checks configuration and handler in a process of its own: modules are imported anew."""
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-P", "-m", "ingestd", "check", "--json", *words],
-        capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, encoding="utf-8", errors="replace", check=False,
+        stdin=subprocess.DEVNULL,
     )  # fmt: skip
     problems = [line.removeprefix("ingestd: ") for line in done.stderr.splitlines()]
-    try:
-        told = json.loads(done.stdout.strip().splitlines()[-1])
-    except (ValueError, IndexError):
-        return Checked(problems or ["the check said nothing"])
+    found = (line for line in done.stdout.splitlines() if line.startswith('{"settings":'))
+    if not (line := next(found, "")):  # a hook of the user's at the exit may print behind it
+        return Checked(problems or [f"the check said nothing, and left with {done.returncode}"])
+    told = json.loads(line)
     problems += [one["text"] for one in told["findings"] if one["level"] == "error"]
     if done.returncode or not told["handlers"]:
         return Checked(problems or ["the check failed"])

@@ -260,7 +260,7 @@ def _toml(settings: Settings) -> list[str]:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder of our own; one that was named stays, and may be somebody's current one."""
+    """Removes a folder of our own; one that was named stays: it may be the current folder."""
     if folder.name.startswith(_PREFIX):
         shutil.rmtree(folder, ignore_errors=True)
         return

@@ -29,6 +29,7 @@ from ingestd.cli.output import add_json, fail, say, say_json
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator, Sequence
+    from typing import BinaryIO
 
     from ingestd.base.record import Records, Span
     from ingestd.batching.batcher import BatchDraft
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from ingestd.handlers.outcome import Job, Result
     from ingestd.pipeline_settings import PipelineSettings
 
+STDIN = "-"
 READ_BYTES = 256 * 1024
 SPLIT_CALLS_MAX = 100
 """Calls that splitting failed batches may take; what is left of them has failed as a whole."""
@@ -219,10 +221,16 @@ class Files:
         paths: of the files; `-` is standard input.
         settings: of the pipeline.
         limit: most records, good and bad; `None` for all.
+
+    Raises:
+        UsageError: a file can't be opened: a handler is not to be called with half of them.
     """
 
     def __init__(self, paths: Sequence[str], settings: PipelineSettings, limit: int | None) -> None:
-        self._paths = paths
+        self._paths = [(path, Path(path).absolute()) for path in paths]  # before a change of folder
+        for path, file in self._paths:
+            if path != STDIN and not file.is_fifo():  # which is opened once
+                _open(path, file).close()
         self._settings = settings
         self._limit = limit or sys.maxsize
         self._begins: list[tuple[int, str]] = []
@@ -242,11 +250,11 @@ class Files:
         from ingestd.codecs.framing import Framer  # noqa: PLC0415
 
         one, index = self._settings, 0
-        for path in self._paths:
+        for path, file in self._paths:
             self._begins.append((index, path))
             self._head = b""
             framer = Framer(one.format, one.record_bytes_max, one.json_depth_max, index=index)
-            for piece in _read(path):
+            for piece in _read(path, file):
                 self._head = self._head or piece
                 yield from self._bounded(framer.feed(piece), index)
                 index = framer.index
@@ -277,14 +285,21 @@ class Files:
         self._head = b""
 
 
-def _read(path: str) -> Iterator[bytes]:
+def _open(path: str, file: Path) -> BinaryIO:
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise UsageError(problem=f"{path}: {error.strerror}") from error
+
+
+def _read(path: str, file: Path) -> Iterator[bytes]:
     from ingestd.codecs.compression import Corrupt, Inflater  # noqa: PLC0415
 
-    encoding = _ENCODINGS.get(Path(path).suffix.lower())
+    encoding = _ENCODINGS.get(file.suffix.lower())
     inflater = Inflater(encoding, INFLATED_MAX) if encoding else None
     try:
-        with nullcontext(sys.stdin.buffer) if path == "-" else Path(path).open("rb") as file:
-            while piece := file.read(READ_BYTES):
+        with nullcontext(sys.stdin.buffer) if path == STDIN else _open(path, file) as opened:
+            while piece := opened.read(READ_BYTES):
                 yield from [piece] if inflater is None else inflater.feed(piece)
         if inflater is not None:
             inflater.finish()
@@ -327,6 +342,7 @@ def execute(arguments: argparse.Namespace) -> int:
             problem=f"there is no pipeline {name!r}; there are: {', '.join(pipelines)}"
         )
     one = pipelines[name]
+    files = Files(arguments.files, one, arguments.limit)
     handler = _named(one.handler, arguments.flags)
     wanted = handler_config(name, one.executor, handler, one.format, settings.data_dir)
     # It runs here, whatever the executor: one that is async on a loop of its own.
@@ -336,7 +352,7 @@ def execute(arguments: argparse.Namespace) -> int:
     interrupts.check()
     if not_ready:
         fail(f"the handler is not ready: {not_ready}")
-    files = Files(arguments.files, one, arguments.limit)
+    unread: UsageError | None = None
     with asyncio.Runner() as loop:
 
         def run(job: Job) -> Result:
@@ -349,6 +365,8 @@ def execute(arguments: argparse.Namespace) -> int:
             _call_all(trial, files, one, quiet=arguments.json)
         except KeyboardInterrupt:
             fail("interrupted")
+        except UsageError as error:  # after what was done with the records before it
+            unread = error
         finally:
             closed = loop.run(runner.close_async()) if runner.is_async else runner.close()
             if closed:
@@ -357,6 +375,8 @@ def execute(arguments: argparse.Namespace) -> int:
         say_json(_facts(trial))
     else:
         say("\n".join(_told(trial)))
+    if unread is not None:
+        raise unread
     done = trial.counts["done"] == trial.counts.total() and not interrupts.came
     return int(Exit.OK if done else Exit.UNEXPECTED)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -301,6 +302,14 @@ def test_a_reader_that_has_gone_is_no_error(here: Path, arguments: list[str]) ->
     finally:
         os.close(writing)
     assert (run.returncode, run.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("replaced", ["", "sys.stdout = io.StringIO()"])
+def test_what_a_module_prints_is_no_part_of_the_settings(here: Path, replaced: str) -> None:
+    (here / "loud.py").write_text(f"import io, sys\nprint('loud', end='')\n{replaced}\n{HANDLERS}")
+    run = ingestd("check", "loud:store", "--json", cwd=here)
+    assert (run.returncode, run.stderr) == (0, "loud")
+    assert json.loads(run.stdout)["exit_code"] == 0
 
 
 def in_shell(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -208,6 +208,22 @@ def test_a_daemon_that_cannot_start_ends_the_command(here: Path) -> None:
     assert run.stderr.startswith(f"ingestd: cannot listen on {taken} (admin.listen): address")
 
 
+PRINTS = """
+import atexit
+print("no line end", end="")
+atexit.register(print, "the end")
+"""
+
+
+def test_a_module_may_print_when_it_is_imported_and_at_the_exit(here: Path) -> None:
+    (here / "app.py").write_text(PRINTS + APP)
+    one = Terminal("app:store", cwd=here)
+    try:
+        one.until("-- ready at ")
+    finally:
+        one.close()
+
+
 def test_a_stdout_that_is_full_ends_the_command(here: Path) -> None:
     words = ["-P", "-m", "ingestd", "dev", "app:store", "--listen", "127.0.0.1:0"]
     with Path("/dev/full").open("wb") as full:

@@ -152,6 +152,29 @@ def test_the_handler_that_is_named_is_called_whatever_a_pipeline_has(here: Path)
     assert (run.returncode, run.stdout.splitlines()[0]) == (0, "stored 9")
 
 
+def test_a_file_that_is_missing_is_told_before_the_handler_is_called(here: Path) -> None:
+    flags = ("--batch.records_max", "50")
+    run = attempt("app:store", "good.ndjson", "gone.ndjson", *flags, cwd=here)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "ingestd: gone.ndjson: No such file or directory\n"
+
+
+def test_what_was_done_before_a_file_that_is_damaged_is_told(here: Path) -> None:
+    whole = (here / "more.ndjson.gz").read_bytes()
+    (here / "more.ndjson.gz").write_bytes(whole[:-9])
+    flags = ("--batch.records_max", "120", "--limit", "200")
+    run = attempt("app:choose", "good.ndjson", "more.ndjson.gz", *flags, cwd=here)
+    assert run.returncode == 2
+    assert "all records: 118 done, 1 invalid, 1 rejected, 1 retry; 1 batch," in run.stdout
+    assert "ingestd: more.ndjson.gz: the gzip body is not valid: it is cut off" in run.stderr
+
+
+def test_a_module_may_change_the_folder(here: Path) -> None:
+    (here / "away.py").write_text("import os\nos.chdir('/')\ndef store(batch): ...\n")
+    run = attempt("away:store", "good.ndjson", cwd=here)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
 def test_a_limit_is_at_least_one_record(here: Path) -> None:
     run = attempt("app:store", "good.ndjson", "--limit", "-3", cwd=here)
     assert (run.returncode, run.stdout) == (2, "")
