@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import ConfigError, DaemonError, Exit
+from ingestd.base.files import read_file
 from ingestd.cli.arguments import add_admin
 from ingestd.cli.configured import here
 from ingestd.cli.output import add_json, fail, say_json
@@ -126,7 +127,7 @@ class AdminClient:
         self._headers: dict[str, str] = {}
         if arguments.token_file:
             try:
-                token = Path(arguments.token_file).read_text(encoding="ascii").strip()
+                token = read_file(Path(arguments.token_file), may_wait=True).decode("ascii").strip()
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(problem=f"{arguments.token_file}: {_why(error)}") from error
             self._headers["Authorization"] = f"Bearer {token}"

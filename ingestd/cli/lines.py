@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import errno
 import os
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,8 +44,7 @@ def write_lines(lines: Iterable[bytes], path: str | None = None) -> int:
             count += 1
         return count if put(b"") else 0
     target = Path(path)
-    if not target.name:  # as of `.` and `/`
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    _demand_file(target)
     part = target.with_name(f"{target.name}.part")
     try:
         with os.fdopen(create_new(part), "wb") as file:
@@ -57,6 +57,22 @@ def write_lines(lines: Iterable[bytes], path: str | None = None) -> int:
         raise
     sync_folder(target.parent)
     return count
+
+
+def _demand_file(target: Path) -> None:
+    """Refuses what a file must not be put in place of: `/dev/null`, `/dev/stdout`, a folder.
+
+    Raises:
+        OSError: something else than a file is there.
+    """
+    try:
+        mode = target.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        raise FileExistsError(errno.EEXIST, "it is a link, a pipe or a device, and no file")
 
 
 def _write(lines: Iterable[bytes], file: BinaryIO) -> int:

@@ -282,6 +282,8 @@ def test_a_tap_of_a_program_that_says_nothing_ends(
         (["peek", "--where", "\udcff=1"], 2, "no text in the encoding of this locale"),
         (["tap", "\udcff"], 1, "/v1/tap is 404"),
         (["tap", "--token-file", "token"], 1, "Invalid header value"),
+        (["tap", "--token-file", "/dev/zero"], 78, "/dev/zero: it is no regular file"),
+        (["peek", "--limit", "9" * 30], 2, "argument --limit: should be at most"),
     ],
 )
 def test_arguments_that_no_request_can_have(

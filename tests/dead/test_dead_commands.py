@@ -412,6 +412,24 @@ def test_the_same_forms_everywhere_and_what_is_not_there_is_said(folder: Path) -
     assert sorted(got(folder)) == ["0", "4"]
 
 
+@pytest.mark.parametrize("kind", ["link to a device", "link to a file", "pipe", "folder"])
+def test_an_export_takes_the_place_of_a_file_alone(tmp_path: Path, kind: str) -> None:
+    """As root it put a file in place of `/dev/null`."""
+    target = tmp_path / "target"
+    (tmp_path / "other").write_text("other")
+    {
+        "link to a device": lambda: target.symlink_to("/dev/null"),
+        "link to a file": lambda: target.symlink_to(tmp_path / "other"),
+        "pipe": lambda: os.mkfifo(target),
+        "folder": target.mkdir,
+    }[kind]()
+    before = target.lstat()
+    with pytest.raises((FileExistsError, IsADirectoryError)):
+        write_lines([b"1\n"], str(target))
+    assert target.lstat() == before
+    assert (tmp_path / "other").read_text() == "other"
+
+
 @pytest.mark.parametrize("error", [OSError("full"), MemoryError()])
 def test_an_export_that_does_not_end_leaves_nothing_behind(
     tmp_path: Path, error: BaseException
