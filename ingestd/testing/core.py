@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ingestd.base import envelope as envelopes
 from ingestd.base.append import Append
+from ingestd.base.errors import IngestdError
 from ingestd.base.logging import use_library_logging
 from ingestd.base.metrics import Metrics
 from ingestd.base.tasks import OwnThread
@@ -241,10 +242,16 @@ class HarnessCore:
         return self._thread.submit(lambda: self._loop.run_until_complete(work()))
 
     def _do(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Does some work, and waits for it."""
+        """Does some work, and waits for it.
+
+        Raises:
+            IngestdError: what the test did wrong, without the frames in between: pytest shows them.
+        """
         doing = self._begin(work)
         try:
             return doing.result()
+        except IngestdError as error:
+            raise error.with_traceback(None) from error.__cause__
         except KeyboardInterrupt:
             self._loop.call_soon_threadsafe(self._stalled)  # the handler may never come back
             raise

@@ -525,6 +525,7 @@ def test_what_is_no_record_is_not_accepted(ingestd_harness, records, text) -> No
     with pytest.raises(HarnessError) as raised:
         harness.send(records)
     assert text in str(raised.value)
+    assert [one.name for one in raised.traceback][1:] == ["send", "_do"]  # what pytest shows
     assert harness.pending == 0
 
 
