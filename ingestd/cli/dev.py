@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 LOOK_SECONDS = 0.3
 STOP_SECONDS = 10.0
 FILES_MAX = 20_000
+FOLDERS_MAX = 2_000
+"""Folders that are looked at each time: of a home or a root there would be no end."""
 _SKIPPED = {"__pycache__", "node_modules", "venv", "site-packages", "build", "dist"}
 _SUFFIXES = (".py", ".toml")
 # Flags and variables of the user's come before these, a file behind them.
@@ -197,6 +200,8 @@ class _Dev:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: self._stopped.set())
         watch = Watch(Path.cwd())
+        if not watch.sees_all:
+            say(f"-- changes are seen in the nearest {FOLDERS_MAX:,} folders alone")
         try:
             self._start(checked)
             while not self._stopped.wait(LOOK_SECONDS):
@@ -332,19 +337,24 @@ class Watch:
     """Looks for changes of the files that a handler may be made of.
 
     With the extra `watch` (watchfiles) the kernel tells; else the times of up to `FILES_MAX` files
-    are compared.
+    in up to `FOLDERS_MAX` folders are compared.
 
     Args:
         folder: with everything below it, but hidden folders, environments and caches.
+
+    Attributes:
+        sees_all: there are no more files than that.
     """
 
     def __init__(self, folder: Path) -> None:
+        self.sees_all = True
         self._folder = folder
         self._times = dict(self._look())
         self._events: Iterator[set[tuple[Any, str]]] | None = None
         with contextlib.suppress(ImportError):
             from watchfiles import watch  # noqa: PLC0415  an extra
 
+            self.sees_all = True
             self._events = watch(
                 folder, watch_filter=lambda _, path: _counts(Path(path), folder),
                 rust_timeout=1, yield_on_timeout=True, debounce=100, raise_interrupt=False,
@@ -361,15 +371,20 @@ class Watch:
         return os.path.relpath(changed[0], self._folder) if changed else ""
 
     def _look(self) -> Iterator[tuple[str, int]]:
-        count = 0
-        for root, folders, files in os.walk(self._folder):
-            folders[:] = [one for one in folders if one[0] != "." and one not in _SKIPPED]
-            for name in files:
-                if name.endswith(_SUFFIXES) and count < FILES_MAX:
-                    count += 1
-                    with contextlib.suppress(OSError):
-                        path = os.path.join(root, name)  # noqa: PTH118  there may be thousands
-                        yield path, os.stat(path).st_mtime_ns  # noqa: PTH116
+        """Files and their times, those of the nearest folders first."""
+        waiting, folders, files = deque([str(self._folder)]), 0, 0
+        while waiting and folders < FOLDERS_MAX and files < FILES_MAX:
+            folders += 1
+            with contextlib.suppress(OSError), os.scandir(waiting.popleft()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        if entry.name[0] != "." and entry.name not in _SKIPPED:
+                            waiting.append(entry.path)
+                    elif entry.name.endswith(_SUFFIXES):
+                        files += 1
+                        with contextlib.suppress(OSError):
+                            yield entry.path, entry.stat().st_mtime_ns
+        self.sees_all = not waiting
 
 
 def _counts(path: Path, folder: Path) -> bool:

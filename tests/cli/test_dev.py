@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ingestd.cli.dev import Watch
 from ingestd.prove.servers import free_port
 from tests.cli.test_cli import ROOT, ingestd
 
@@ -206,6 +207,28 @@ def test_a_daemon_that_cannot_start_ends_the_command(here: Path) -> None:
         run = ingestd("dev", "app:store", *flags, cwd=here)
     assert run.returncode == 78
     assert run.stderr.startswith(f"ingestd: cannot listen on {taken} (admin.listen): address")
+
+
+def test_a_watch_looks_at_the_nearest_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a home or at the root there are too many to look at three times a second."""
+    monkeypatch.setitem(sys.modules, "watchfiles", None)
+    monkeypatch.setattr("ingestd.cli.dev.FOLDERS_MAX", 3)
+    for name in ("a/deep/er", "b", ".hidden", "venv"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "one.py").touch()
+    watch = Watch(tmp_path)
+    assert not watch.sees_all
+    assert watch.changed() == ""
+    (tmp_path / "b" / "new.py").touch()
+    assert watch.changed() == "b/new.py"
+    (tmp_path / "a" / "deep" / "er" / "two.py").touch()
+    (tmp_path / ".hidden" / "two.py").touch()
+    assert watch.changed() == ""
+    monkeypatch.setattr("ingestd.cli.dev.FOLDERS_MAX", 5)
+    assert watch.changed() == "a/deep/er/one.py"
+    assert watch.sees_all
 
 
 PRINTS = """
