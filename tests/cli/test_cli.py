@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -302,11 +304,49 @@ def test_a_reader_that_has_gone_is_no_error(here: Path, arguments: list[str]) ->
     assert (run.returncode, run.stderr) == (0, b"")
 
 
-def test_interrupted_before_it_started(here: Path) -> None:
+@pytest.mark.parametrize("replaced", ["", "sys.stdout = io.StringIO()"])
+def test_what_a_module_prints_is_no_part_of_the_settings(here: Path, replaced: str) -> None:
+    (here / "loud.py").write_text(f"import io, sys\nprint('loud', end='')\n{replaced}\n{HANDLERS}")
+    run = ingestd("check", "loud:store", "--json", cwd=here)
+    assert (run.returncode, run.stderr) == (0, "loud")
+    assert json.loads(run.stdout)["exit_code"] == 0
+
+
+def in_shell(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["sh", "-c", f"{shlex.join([sys.executable, '-P', '-m', 'ingestd'])} {line}"],
+        cwd=cwd, env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("to", "why"), [(">/dev/full", "No space left on device"), (">&-", "it is closed")]
+)
+@pytest.mark.parametrize("command", ["check", "check --json", "token", "--version"])
+def test_a_stdout_that_cannot_be_written_is_one_line(
+    here: Path, command: str, to: str, why: str
+) -> None:
+    run = in_shell(f"{command} {to}", here)
+    assert run.returncode == 1
+    assert f"ingestd: standard output: {why}\n" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_closed_stdin_is_an_empty_one_and_a_closed_stderr_is_not_stdout(here: Path) -> None:
+    run = in_shell("token --hash <&-", here)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+    run = in_shell("try shop:store - <&-", here)
+    assert (run.returncode, run.stderr) == (0, "")
+    run = in_shell("check --nonsense 2>&-", here)
+    assert (run.returncode, run.stdout) == (2, "")
+
+
+def test_an_interrupted_command_is_one_line(here: Path) -> None:
     (here / "shop.py").write_text("raise KeyboardInterrupt\n")
     run = ingestd("check", "shop:store", cwd=here)
     assert run.returncode == 1
-    assert run.stderr == "ingestd: interrupted before it started\n"
+    assert run.stderr == "ingestd: interrupted\n"
 
 
 def test_a_folder_that_is_gone_is_one_line(here: Path) -> None:

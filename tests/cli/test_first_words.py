@@ -49,7 +49,7 @@ def test_ctrl_c_while_it_imports_is_one_line(module: str, tmp_path: Path) -> Non
         timeout=60,
     )
     assert (run.returncode, run.stdout) == (1, "")
-    assert run.stderr == "ingestd: interrupted before it started\n"
+    assert run.stderr == "ingestd: interrupted\n"
 
 
 def test_two_kinds_of_source_are_an_error(capsys: pytest.CaptureFixture[str]) -> None:

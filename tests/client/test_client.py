@@ -485,6 +485,23 @@ def test_close_posts_itself_where_no_thread_can_start(
         assert client.close() == Counts(1, 1)
 
 
+def test_an_interrupted_end_drops_what_is_left_and_tells_it(tmp_path: Path) -> None:
+    program = """
+import sys
+from ingestd.client import Client
+client = Client(sys.argv[1], on_dropped=lambda records, _: print(records), close_timeout=60)
+client.send({"n": 1})
+print("ends", flush=True)
+"""
+    running = script(program, f"http://127.0.0.1:{closed_port()}", cwd=tmp_path)
+    assert running.stdout is not None
+    assert running.stdout.readline() == "ends\n"
+    time.sleep(0.5)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=30)
+    assert (out, "Traceback" in err) == ("[b'{\"n\":1}']\n", False), err
+
+
 def test_the_end_of_the_interpreter_has_a_deadline(tmp_path: Path) -> None:
     text = """
 import sys
@@ -568,10 +585,20 @@ def test_a_fork_while_a_request_is_under_way(tmp_path: Path) -> None:
         ("http://localhost", {"token": "two words"}),
         ("http://localhost", {"full": "wait"}),
         ("http://localhost", {"batch_records": 0}),
+        ("http://localhost", {"batch_age": "1s"}),
+        ("http://localhost", {"batch_age": float("inf")}),
+        ("http://localhost", {"batch_bytes": "1MiB"}),
+        ("http://localhost", {"request_timeout": float("nan")}),
+        ("http://localhost", {"retry_timeout": "1h"}),
+        ("http://localhost", {"close_timeout": None}),
+        ("http://localhost", {"token": b"secret"}),
+        ("http://localhost", {"pipeline": 3}),
+        ("http://localhost", {"on_dropped": "print"}),
     ],
 )
 def test_wrong_options(url: str, options: dict[str, Any]) -> None:
-    with pytest.raises(ValueError) as caught:
+    """They are told where the client is made: in its thread they would cost the records."""
+    with pytest.raises((TypeError, ValueError)) as caught:
         Client(url, **options)
     assert "secret" not in str(caught.value)
     assert "two words" not in str(caught.value)

@@ -298,7 +298,7 @@ def test_targets_that_are_awaited_beside_those_that_are_not() -> None:
         ("late", "no async"),
         ("lazily", "no yield"),
         ("none", "has no 'none'"),
-        ("test_bytes_and_text", "called with one argument"),
+        ("test_bytes_and_text", "a transform is called with one argument, the record"),
     ],
 )
 def test_what_is_no_transform(transform: str, says: str) -> None:
