@@ -15,7 +15,7 @@ from ingestd.base.path import put_last
 
 def _leave(*_: object) -> None:
     """Ends a start that Ctrl-C interrupts while it imports, without a traceback."""
-    os.write(2, b"ingestd: interrupted before it started\n")
+    os.write(2, b"ingestd: interrupted\n")
     os._exit(1)
 
 
@@ -41,7 +41,7 @@ from typing import TYPE_CHECKING, Any
 
 from ingestd.base.errors import Exit, IngestdError
 from ingestd.base.process import end_process
-from ingestd.cli.output import Parser, discard_stdout, fail, say
+from ingestd.cli.output import Parser, fail, flush_stdout, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -90,10 +90,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         # What is imported stays: looking through it again and again is a twentieth of a start.
         gc.set_threshold(IMPORTED_MAX)
+        _open_closed_streams()
     code = _main(argv)
     if argv is None:
         end_process(code)
     return code
+
+
+def _open_closed_streams() -> None:
+    """Opens those that are closed (`<&- 2>&-`): `print` would take stdout for stderr."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)  # noqa: PTH123, SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
 
 
 def _main(argv: Sequence[str] | None) -> int:
@@ -102,18 +111,18 @@ def _main(argv: Sequence[str] | None) -> int:
             # What the locale has no character for is still said.
             stream.reconfigure(errors="backslashreplace")
     try:
-        return _execute(sys.argv[1:] if argv is None else argv)
+        code = _execute(sys.argv[1:] if argv is None else argv)
+        flush_stdout()
     except IngestdError as error:
         fail(str(error))
         return int(error.exit_code)
     except KeyboardInterrupt:
-        fail("interrupted before it started")
+        fail("interrupted")
         return int(Exit.UNEXPECTED)
     except Exception:  # noqa: BLE001  the last place that can say anything
         traceback.print_exc()
         return int(Exit.UNEXPECTED)
-    finally:
-        _leave_stdout()
+    return code
 
 
 def _execute(argv: Sequence[str]) -> int:
@@ -202,16 +211,6 @@ def _words_in(words: Sequence[str], known: Parser) -> Sequence[str]:
     if unknown:
         known.error("\n".join(map(known.explain_unknown, unknown)))
     return words
-
-
-def _leave_stdout() -> None:
-    """Flushes stdout; a reader that has gone is no error."""
-    if sys.stdout is None or sys.stdout.closed:
-        return
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        discard_stdout()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ Invariants:
 5. A span has names, numbers and classes of errors: no payload, and no message of an error, because
    that may quote one.
 6. What OpenTelemetry logs goes to the daemon's log and nowhere else, each kind of line once in
-   `LOG_SECONDS`.
+   `LOG_SECONDS`, and without the secrets of its environment variables, which it quotes.
 
 Everything that OpenTelemetry's environment variables say (the collector's address, headers,
 certificates, the sampler, the name of the service, the bounds of queue and spans) is left to them:
@@ -36,6 +36,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import os
 import random
 import time
 import zlib
@@ -44,6 +45,7 @@ from contextvars import ContextVar
 from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import unquote
 
 import msgspec
 
@@ -53,6 +55,7 @@ from ingestd.base.envelope import EnvelopeRuns
 from ingestd.base.errors import ConfigError
 from ingestd.base.logging import get_logger
 from ingestd.base.tasks import OwnThread
+from ingestd.handlers.options import redactor
 from ingestd.handlers.outcome import error_kind
 
 try:
@@ -94,6 +97,8 @@ ABANDONED = "abandoned"
 _LIBRARY = "opentelemetry"
 _SYSTEM = "ingestd"
 _SERVER_ERROR = 500
+_SECRET_CHARS_MIN = 6
+"""A shorter word is no secret, but part of others."""
 
 log = get_logger()
 
@@ -139,7 +144,8 @@ class Traces:
             self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         except Exception as error:
             self._logs.end()
-            problem = f"traces: OpenTelemetry's environment variables do not do: {error}"
+            told = self._logs.redact(str(error))
+            problem = f"traces: OpenTelemetry's environment variables do not do: {told}"
             raise ConfigError(problem=problem) from error
         trace.set_tracer_provider(self._provider)
         tracer = self._provider.get_tracer(_SYSTEM, __version__)
@@ -446,12 +452,36 @@ def _traceparent(span: Any) -> str:
 # -- what OpenTelemetry logs -----------------------------------------------------------------------
 
 
+def secret_words(environ: Mapping[str, str]) -> list[str]:
+    """The words of OpenTelemetry's variables that may be a secret, the longest first.
+
+    These are the values of headers, and queries and passwords of addresses. A text of several words
+    may be quoted with other white space between them.
+    """
+    texts: list[str] = []
+    for kind in ("", "TRACES_"):
+        for header in environ.get(f"OTEL_EXPORTER_OTLP_{kind}HEADERS", "").split(","):
+            name, sign, value = header.partition("=")
+            texts.append(value if sign else name)  # without a sign all of it may be the value
+        address = environ.get(f"OTEL_EXPORTER_OTLP_{kind}ENDPOINT", "")
+        texts.append(address.partition("?")[2])
+        user, sign, _ = address.partition("://")[2].partition("/")[0].rpartition("@")
+        texts.append(user.partition(":")[2] if sign else "")
+    words = {word for text in texts for word in (*text.split(), *unquote(text).split())}
+    return sorted((word for word in words if len(word) >= _SECRET_CHARS_MIN), key=len, reverse=True)
+
+
 class _LibraryLogs(logging.Handler):
-    """Hands on what OpenTelemetry logs: a collector that is down costs two lines a minute."""
+    """Hands on what OpenTelemetry logs: a collector that is down costs two lines a minute.
+
+    Attributes:
+        redact: replaces secrets in a text.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self._told: dict[tuple[str, str], tuple[float, int]] = {}
+        self.redact = redactor(secret_words(os.environ))
         self._logger = logging.getLogger(_LIBRARY)
         self._propagated, self._logger.propagate = self._logger.propagate, False
         self._logger.addHandler(self)
@@ -474,7 +504,7 @@ class _LibraryLogs(logging.Handler):
             message = record.getMessage()
         except Exception:  # noqa: BLE001  arguments that do not fit their format
             message = str(record.msg)
-        write("library_logged", logger=record.name, message=message, **facts)
+        write("library_logged", logger=record.name, message=self.redact(message), **facts)
 
     def end(self) -> None:
         """Gives the logger back."""

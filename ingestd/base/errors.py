@@ -53,6 +53,12 @@ class UsageError(IngestdError):
     exit_code = Exit.USAGE
 
 
+class OutputError(IngestdError):
+    """Standard output can't be written."""
+
+    message = "standard output: {problem}"
+
+
 class DaemonError(IngestdError):
     """The daemon that a command asked gave no answer, or refused it."""
 

@@ -7,6 +7,7 @@ of a start knows the flags that are in use; for `--help`, and to explain a wrong
 from __future__ import annotations
 
 import argparse
+import sys
 from difflib import get_close_matches
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args, get_origin
@@ -188,7 +189,7 @@ def _condition(written: str) -> str:
 
 
 def positive(written: str) -> int:
-    """A count of at least 1.
+    """A count from 1 to `sys.maxsize`.
 
     Raises:
         ArgumentTypeError: it is none.
@@ -199,6 +200,8 @@ def positive(written: str) -> int:
         raise argparse.ArgumentTypeError(f"{written!r} is not a whole number") from None
     if number < 1:
         raise argparse.ArgumentTypeError("should be at least 1")
+    if number > sys.maxsize:
+        raise argparse.ArgumentTypeError(f"should be at most {sys.maxsize}")
     return number
 
 

@@ -5,6 +5,8 @@ Each setting is a line of TOML with its origin; secrets are masked. Nothing is o
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
@@ -181,7 +183,9 @@ def _check_pipeline(
     )
     try:
         targets = ", ".join(pipeline.handler.all_targets)
-        report.handler(name, targets, _resolve(pipeline, config))
+        with contextlib.redirect_stdout(sys.stderr):  # of what a module prints when it is imported
+            resolved = _resolve(pipeline, config)
+        report.handler(name, targets, resolved)
         if connect:
             for one in sink_findings(name, config):
                 report.found(one)

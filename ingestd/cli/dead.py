@@ -420,7 +420,11 @@ def _from_editor(payload: bytes, *, is_json: bool) -> tuple[bytes, str]:
         raise UsageError(problem="without a terminal, edit needs --set or --input")
     if is_json:
         payload = _formatted(payload, 2)
-    editor = shlex.split(os.environ.get("VISUAL") or os.environ.get("EDITOR") or "vi")
+    words = os.environ.get("VISUAL") or os.environ.get("EDITOR") or ""
+    try:
+        editor = shlex.split(words) or ["vi"]
+    except ValueError as error:
+        raise UsageError(problem=f"EDITOR is {words!r}: {error}; nothing was changed") from None
     # In a private folder: many editors put a new file, with a mode of its own, in place of it.
     path = str(
         Path(tempfile.mkdtemp(prefix="ingestd-")) / f"payload.{'json' if is_json else 'txt'}"
@@ -435,7 +439,12 @@ def _from_editor(payload: bytes, *, is_json: bool) -> tuple[bytes, str]:
     if code:
         _remove(path)
         raise UsageError(problem=f"{editor[0]} failed ({code}): nothing was changed")
-    text = _read(path)
+    try:
+        text = _read(path)
+    except OSError as error:
+        _remove(path)
+        gone = f"{editor[0]} has left no {path} ({error.strerror}): nothing was changed"
+        raise UsageError(problem=gone) from error
     return (payload if text == before else text), path
 
 

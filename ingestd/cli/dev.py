@@ -21,23 +21,26 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ingestd.base.errors import AddressError, ConfigError, Exit, UsageError
+from ingestd.base.errors import AddressError, ConfigError, Exit, OutputError, UsageError
 from ingestd.cli.arguments import add_settings
 from ingestd.cli.configured import configured
 from ingestd.cli.output import fail, say
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ingestd.cli.output import Parser
 
 LOOK_SECONDS = 0.3
 STOP_SECONDS = 10.0
 FILES_MAX = 20_000
+FOLDERS_MAX = 2_000
+"""Folders that are looked at each time: of a home or a root there would be no end."""
 _SKIPPED = {"__pycache__", "node_modules", "venv", "site-packages", "build", "dist"}
 _SUFFIXES = (".py", ".toml")
 # Flags and variables of the user's come before these, a file behind them.
@@ -49,18 +52,23 @@ _OURS = {
     "INGESTD_EXECUTOR__TIMEOUT": "24h",
 }
 _START = """\
-import os, sys
-os.dup2(int(sys.argv[1]), 3)
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+os.dup2(int(sys.argv[2]), 3)
 os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", LISTEN_FDNAMES="records")
-os.execv(sys.executable, [sys.executable, "-P", "-m", "ingestd", *sys.argv[2:]])
+os.execv(sys.executable, [sys.executable, "-P", "-m", "ingestd", *sys.argv[3:]])
 """
+"""The child ends with its parent, however that ends: it would keep the port, and take records."""
 
 DESCRIPTION = """\
 Runs a daemon in a scratch folder, prints each batch and what became of it, and loads HANDLER again
 when a .py or .toml file below the current folder changes, without losing a record. The handler runs
 in a thread: print and breakpoint() work here. Ctrl-C leaves at once.
 
-exit codes: 0 left by Ctrl-C or SIGTERM; 2 usage; 78 configuration or handler"""
+exit codes: 0 left by Ctrl-C, SIGTERM or SIGHUP; 2 usage; 78 configuration or handler"""
 
 
 def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
@@ -142,13 +150,14 @@ def _check(words: Sequence[str]) -> Checked:
     """Checks configuration and handler in a process of its own: modules are imported anew."""
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-P", "-m", "ingestd", "check", "--json", *words],
-        capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, encoding="utf-8", errors="replace", check=False,
+        stdin=subprocess.DEVNULL,
     )  # fmt: skip
     problems = [line.removeprefix("ingestd: ") for line in done.stderr.splitlines()]
-    try:
-        told = json.loads(done.stdout.strip().splitlines()[-1])
-    except (ValueError, IndexError):
-        return Checked(problems or ["the check said nothing"])
+    found = (line for line in done.stdout.splitlines() if line.startswith('{"settings":'))
+    if not (line := next(found, "")):  # a hook of the user's at the exit may print behind it
+        return Checked(problems or [f"the check said nothing, and left with {done.returncode}"])
+    told = json.loads(line)
     problems += [one["text"] for one in told["findings"] if one["level"] == "error"]
     if done.returncode or not told["handlers"]:
         return Checked(problems or ["the check failed"])
@@ -178,12 +187,21 @@ class _Dev:
         self._body = body
         self._child: subprocess.Popen[bytes] | None = None
         self._stopped = threading.Event()
+        self._was_ready = False
+        self._code = int(Exit.OK)
+        self._unsaid: OutputError | None = None
 
     def run(self, checked: Checked) -> int:
-        """Returns the exit code, after Ctrl-C or SIGTERM."""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        """Returns the exit code: after Ctrl-C, SIGTERM or SIGHUP, or of a child that never ran.
+
+        Raises:
+            OutputError: stdout can't be written.
+        """
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, lambda *_: self._stopped.set())
         watch = Watch(Path.cwd())
+        if not watch.sees_all:
+            say(f"-- changes are seen in the nearest {FOLDERS_MAX:,} folders alone")
         try:
             self._start(checked)
             while not self._stopped.wait(LOOK_SECONDS):
@@ -191,20 +209,32 @@ class _Dev:
                     self._reload(changed)
         finally:
             self._end(at_once=True)
-        return int(Exit.OK)
+        if self._unsaid is not None:
+            raise self._unsaid
+        return self._code
 
     def _start(self, checked: Checked) -> None:
         environ = {**_OURS, **os.environ, "INGESTD_DATA_DIR": str(self._folder / "data")}
         if checked.executor == "process":
             environ.setdefault("INGESTD_EXECUTOR__KIND", "thread")
-        words = [str(self._sock.fileno()), "run", *self._words]
+        words = [str(os.getpid()), str(self._sock.fileno()), "run", *self._words]
         self._child = subprocess.Popen(  # noqa: S603
             [sys.executable, "-c", _START, *words],
             env=environ, stderr=subprocess.PIPE, pass_fds=(self._sock.fileno(),),
         )  # fmt: skip
-        reader = threading.Thread(target=self._tell, args=(self._child, checked.handler))
-        reader.daemon = True
-        reader.start()
+        self._begin(self._tell, self._child, checked.handler)
+
+    def _begin(self, work: Callable[..., None], *facts: object) -> None:
+        """Begins work in a thread; what it cannot say ends the command."""
+
+        def run() -> None:
+            try:
+                work(*facts)
+            except OutputError as error:
+                self._unsaid = error
+                self._stopped.set()
+
+        threading.Thread(target=run, daemon=True).start()
 
     def _reload(self, changed: str) -> None:
         checked = _check(self._words)
@@ -243,12 +273,19 @@ class _Dev:
                 continue
             if lines:
                 say("\n".join(lines))
-            if event.get("event") == "daemon_started" and self._body:
+            if event.get("event") == "daemon_started":
+                self._was_ready = True
                 body, self._body = self._body, b""
-                threading.Thread(target=_send, args=(self._sock, body), daemon=True).start()
+                if body:
+                    self._begin(_send, self._sock, body)
         child.stderr.close()
-        if child.wait() and child is self._child and not self._stopped.is_set():
+        if child.wait() == 0 or child is not self._child or self._stopped.is_set():
+            return
+        if self._was_ready:
             say(f"-- the daemon left with {child.returncode}; it starts again when a file changes")
+        else:  # no change of the handler would help: its check has passed
+            self._code = max(child.returncode, int(Exit.UNEXPECTED))
+            self._stopped.set()
 
 
 def _told(event: dict[str, Any], handler: str) -> Iterator[str]:
@@ -300,19 +337,24 @@ class Watch:
     """Looks for changes of the files that a handler may be made of.
 
     With the extra `watch` (watchfiles) the kernel tells; else the times of up to `FILES_MAX` files
-    are compared.
+    in up to `FOLDERS_MAX` folders are compared.
 
     Args:
         folder: with everything below it, but hidden folders, environments and caches.
+
+    Attributes:
+        sees_all: there are no more files than that.
     """
 
     def __init__(self, folder: Path) -> None:
+        self.sees_all = True
         self._folder = folder
         self._times = dict(self._look())
         self._events: Iterator[set[tuple[Any, str]]] | None = None
         with contextlib.suppress(ImportError):
             from watchfiles import watch  # noqa: PLC0415  an extra
 
+            self.sees_all = True
             self._events = watch(
                 folder, watch_filter=lambda _, path: _counts(Path(path), folder),
                 rust_timeout=1, yield_on_timeout=True, debounce=100, raise_interrupt=False,
@@ -329,15 +371,20 @@ class Watch:
         return os.path.relpath(changed[0], self._folder) if changed else ""
 
     def _look(self) -> Iterator[tuple[str, int]]:
-        count = 0
-        for root, folders, files in os.walk(self._folder):
-            folders[:] = [one for one in folders if one[0] != "." and one not in _SKIPPED]
-            for name in files:
-                if name.endswith(_SUFFIXES) and count < FILES_MAX:
-                    count += 1
-                    with contextlib.suppress(OSError):
-                        path = os.path.join(root, name)  # noqa: PTH118  there may be thousands
-                        yield path, os.stat(path).st_mtime_ns  # noqa: PTH116
+        """Files and their times, those of the nearest folders first."""
+        waiting, folders, files = deque([str(self._folder)]), 0, 0
+        while waiting and folders < FOLDERS_MAX and files < FILES_MAX:
+            folders += 1
+            with contextlib.suppress(OSError), os.scandir(waiting.popleft()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        if entry.name[0] != "." and entry.name not in _SKIPPED:
+                            waiting.append(entry.path)
+                    elif entry.name.endswith(_SUFFIXES):
+                        files += 1
+                        with contextlib.suppress(OSError):
+                            yield entry.path, entry.stat().st_mtime_ns
+        self.sees_all = not waiting
 
 
 def _counts(path: Path, folder: Path) -> bool:

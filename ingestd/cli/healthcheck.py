@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import ConfigError, DaemonError, Exit
+from ingestd.base.files import read_file
 from ingestd.cli.arguments import add_admin
 from ingestd.cli.configured import here
 from ingestd.cli.output import add_json, fail, say_json
@@ -31,6 +32,8 @@ exit codes: 0 it is; 1 it is not, or does not answer in time; 2 usage"""
 _ANSWER_BYTES = 64 * 1024
 CLIENT_SECONDS = 5.0
 """How long a command waits for an answer."""
+STREAM_SECONDS = 30.0
+"""Longest silence of a stream: a daemon with nothing to tell sends a blank line every 5 s."""
 
 
 def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None:
@@ -124,7 +127,7 @@ class AdminClient:
         self._headers: dict[str, str] = {}
         if arguments.token_file:
             try:
-                token = Path(arguments.token_file).read_text(encoding="ascii").strip()
+                token = read_file(Path(arguments.token_file), may_wait=True).decode("ascii").strip()
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(problem=f"{arguments.token_file}: {_why(error)}") from error
             self._headers["Authorization"] = f"Bearer {token}"
@@ -134,7 +137,7 @@ class AdminClient:
 
         Args:
             page: its path, with a query.
-            streams: the answer may pause for as long as it likes.
+            streams: the answer may pause for `STREAM_SECONDS`.
 
         Raises:
             DaemonError: there is no answer, or not a good one.
@@ -143,13 +146,15 @@ class AdminClient:
         try:
             connection.request("GET", page, headers=self._headers)
             if streams and connection.sock is not None:
-                connection.sock.settimeout(None)
+                connection.sock.settimeout(STREAM_SECONDS)
             answer = connection.getresponse()
             said = b"" if answer.status == 200 else answer.read(_ANSWER_BYTES)
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:  # `ValueError`: the token
+            connection.close()
             problem = f"no answer from {self.listen}: {_why(error)}"
             raise DaemonError(problem=problem) from error
         if answer.status != 200:
+            connection.close()
             path = page.partition("?")[0]
             raise DaemonError(problem=f"{path} is {answer.status}: {_detail(said)}")
         return answer

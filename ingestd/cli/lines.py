@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import base64
+import errno
 import os
-import sys
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import msgspec
 from ingestd.base.clock import shown
 from ingestd.base.envelope import facts_of
 from ingestd.base.files import create_new, sync_folder
-from ingestd.cli.output import discard_stdout
+from ingestd.cli.output import put
 from ingestd.journal.handling import letter_facts, text_of
 
 if TYPE_CHECKING:
@@ -32,17 +33,18 @@ def write_lines(lines: Iterable[bytes], path: str | None = None) -> int:
         How many. A reader of stdout that has gone ends it early and is no error.
 
     Raises:
-        OSError: the file, or a full disk behind stdout.
+        OSError: the file.
+        OutputError: stdout can't be written.
     """
     if path is None:
-        try:
-            count = _write(lines, sys.stdout.buffer)
-            sys.stdout.buffer.flush()
-        except BrokenPipeError:
-            discard_stdout()
-            return 0
-        return count
+        count = 0
+        for line in lines:
+            if not put(line, flush=False):
+                return 0
+            count += 1
+        return count if put(b"") else 0
     target = Path(path)
+    _demand_file(target)
     part = target.with_name(f"{target.name}.part")
     try:
         with os.fdopen(create_new(part), "wb") as file:
@@ -55,6 +57,22 @@ def write_lines(lines: Iterable[bytes], path: str | None = None) -> int:
         raise
     sync_folder(target.parent)
     return count
+
+
+def _demand_file(target: Path) -> None:
+    """Refuses what a file must not be put in place of: `/dev/null`, `/dev/stdout`, a folder.
+
+    Raises:
+        OSError: something else than a file is there.
+    """
+    try:
+        mode = target.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if not stat.S_ISREG(mode):
+        raise FileExistsError(errno.EEXIST, "it is a link, a pipe or a device, and no file")
 
 
 def _write(lines: Iterable[bytes], file: BinaryIO) -> int:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
 import sys
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
-from ingestd.base.errors import UsageError
+from ingestd.base.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+
+
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")
 
 
 class Parser(argparse.ArgumentParser):
@@ -85,12 +89,54 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 
 
 def say(text: str) -> None:
-    """Prints a result. A reader that has gone (`| head -1`) is no error."""
-    encoding = sys.stdout.encoding or "utf-8"
+    """Prints a result. A reader that has gone (`| head -1`) is no error.
+
+    Raises:
+        OutputError: stdout can't be written.
+    """
+    with _stdout() as out:
+        encoding = out.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=out, flush=True)
+
+
+def put(data: bytes, *, flush: bool = True) -> bool:
+    """Writes bytes to stdout; False if its reader has gone.
+
+    Raises:
+        OutputError: stdout can't be written.
+    """
+    has_gone = True
+    with _stdout() as out:
+        out.buffer.write(data)
+        if flush:
+            out.buffer.flush()
+        has_gone = False
+    return not has_gone
+
+
+def flush_stdout() -> None:
+    """Writes what a handler in this process has printed.
+
+    Raises:
+        OutputError: stdout can't be written.
+    """
+    if sys.stdout is not None and not sys.stdout.closed:
+        with _stdout() as out:
+            out.flush()
+
+
+@contextlib.contextmanager
+def _stdout() -> Iterator[TextIO]:
+    """Gives stdout. A reader that has gone is no error; anything else is one line on stderr."""
     try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+        if sys.stdout is None or sys.stdout.closed:
+            raise OutputError(problem="it is closed")
+        yield sys.stdout
     except BrokenPipeError:
         discard_stdout()
+    except OSError as error:
+        discard_stdout()
+        raise OutputError(problem=error.strerror or error) from error
 
 
 def number_of(count: int, one: str, many: str = "") -> str:
@@ -104,28 +150,32 @@ def add_json(parser: argparse.ArgumentParser, text: str = "print one JSON object
 
 
 def say_json(value: object) -> None:
-    """Prints a result as one line of JSON in UTF-8; what JSON has no type for, as text."""
+    """Prints a result as one line of JSON in UTF-8; what JSON has no type for, as text.
+
+    Raises:
+        OutputError: stdout can't be written.
+    """
     import msgspec  # noqa: PLC0415  help needs none of it
 
-    line = msgspec.json.encode(value, enc_hook=str) + b"\n"
-    try:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(line)
-        sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        discard_stdout()
+    flush_stdout()
+    put(msgspec.json.encode(value, enc_hook=str) + b"\n")
 
 
 def fail(problems: str) -> None:
-    """Prints problems, one a line."""
+    """Prints problems, one a line, if there is anything to print them to.
+
+    Some quote what a server or a file says: control characters are shown as `?`.
+    """
     for line in problems.splitlines():
-        print(f"ingestd: {line}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print(f"ingestd: {_CONTROL.sub('?', line)}", file=sys.stderr)
 
 
 def discard_stdout() -> None:
     """Discards buffered output, so that flushing it at exit does not fail."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())
+    with contextlib.suppress(OSError):  # it is no file
+        os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
 
 

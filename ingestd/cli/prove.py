@@ -49,6 +49,7 @@ _CLIENTS_MAX, _DAEMONS_MAX, _NODES_MAX = 256, 16, 5
 _GROUP_FLAGS = ("daemons", "nodes", "server_kills")
 _LEASE_SECONDS, _TIMEOUT_SECONDS = 2.0, 1.0
 """Longest ones, so that a minute has many."""
+_PREFIX = "ingestd-prove-"
 _SETTINGS, _ROWS, _DATA = "ingestd.toml", "out.db", "data"
 _DRAIN_SECONDS = 86400.0  # the prover sees its progress
 _HERE = "127.0.0.1:0"
@@ -130,7 +131,7 @@ def execute(arguments: argparse.Namespace) -> int:
     _end_line()
     _show(result, as_json=arguments.json)
     if result.proved and not arguments.keep:
-        shutil.rmtree(folder, ignore_errors=True)  # it may be a mount point
+        _remove(folder)
     else:
         fail(f"the folder is kept: {folder}")
     return int(Exit.OK if result.proved else Exit.UNEXPECTED)
@@ -157,7 +158,11 @@ def _begin(arguments: argparse.Namespace) -> tuple[Path, Settings, ProofState]:
         )
     folder = _scratch(arguments.scratch, base.data_dir)
     settings = _settings(base, folder, group)
-    (folder / _SETTINGS).write_text("".join(f"{line}\n" for line in _toml(settings)))
+    try:
+        (folder / _SETTINGS).write_text("".join(f"{line}\n" for line in _toml(settings)))
+    except OSError as error:
+        _remove(folder)
+        raise ConfigError(problem=f"{folder}: {error.strerror}; try --scratch") from error
     seed = secrets.randbelow(10**6) if arguments.seed is None else arguments.seed
     state = ProofState(seed, kills, [Sent() for _ in range(clients)], group=group)
     return folder, settings, state
@@ -254,6 +259,18 @@ def _toml(settings: Settings) -> list[str]:
     return lines
 
 
+def _remove(folder: Path) -> None:
+    """Removes a folder of our own; one that was named stays: it may be the current folder."""
+    if folder.name.startswith(_PREFIX):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def _scratch(named: str | None, data_dir: Path) -> Path:
     """A folder on the file system of the data directory.
 
@@ -267,9 +284,7 @@ def _scratch(named: str | None, data_dir: Path) -> Path:
             if any(folder.iterdir()):
                 raise ConfigError(problem=f"--scratch {folder}: is not empty")
             return folder
-        return Path(
-            tempfile.mkdtemp(prefix="ingestd-prove-", dir=_same_file_system(data_dir.absolute()))
-        )
+        return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=_same_file_system(data_dir.absolute())))
     except OSError as error:
         raise ConfigError(problem=f"no folder to work in: {error}; try --scratch") from error
 

@@ -63,10 +63,12 @@ def execute(arguments: argparse.Namespace) -> int:
     only = [arguments.pipeline] if arguments.pipeline else []
     found = stored_journals(settings.data_dir, only)
     if arguments.list:
-        for name, journal in found.items():
-            for one in journal.replays():
-                facts = {"pipeline": name, **_facts(one)}
-                say_json(facts) if arguments.json else say(_line(facts))
+        replays = [(name, one) for name, journal in found.items() for one in journal.replays()]
+        for name, one in replays:
+            facts = {"pipeline": name, **_facts(one)}
+            say_json(facts) if arguments.json else say(_line(facts))
+        if not replays:
+            print("no replays", file=sys.stderr)
         return int(Exit.OK)
     if arguments.stop:
         stopped = sum(journal.stop_replays() for journal in found.values())

@@ -12,8 +12,7 @@ from urllib.parse import urlencode
 from ingestd.base.errors import Exit
 from ingestd.cli.arguments import add_where, positive
 from ingestd.cli.healthcheck import AdminClient, add_admin_client
-from ingestd.cli.lines import write_lines
-from ingestd.cli.output import add_json, fail, number_of
+from ingestd.cli.output import add_json, fail, number_of, put
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -47,7 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser, _argv: Sequence[str]) -> None
 
 
 def _share(written: str) -> float:
-    number = float(written.removesuffix("%")) / (100 if written.endswith("%") else 1)
+    try:
+        number = float(written.removesuffix("%")) / (100 if written.endswith("%") else 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{written!r} is not a number") from None
     if not 0 < number <= 1:
         raise argparse.ArgumentTypeError("should be above 0 and at most 1")
     return number
@@ -64,15 +66,22 @@ def execute(arguments: argparse.Namespace) -> int:
     for name in ("pipeline", "sample", "limit"):
         if getattr(arguments, name) is not None:
             query.append((name, getattr(arguments, name)))
-    answer = AdminClient(arguments).get(f"/v1/tap?{urlencode(query)}", streams=True)
+    answer = AdminClient(arguments).get(f"/v1/tap?{_encoded(query)}", streams=True)
     ended: list[str] = []
     try:
-        write_lines(_lines(answer, arguments.limit, ended))
+        for line in _lines(answer, arguments.limit, ended):
+            if not put(line):
+                break
     except KeyboardInterrupt:
         return int(Exit.OK)
     if ended:
         fail(ended[0])
     return int(Exit.UNEXPECTED if ended else Exit.OK)
+
+
+def _encoded(query: Sequence[tuple[str, object]]) -> str:
+    """The query of a URL; a name in another encoding than the locale's is one that is unknown."""
+    return urlencode(query, errors="replace")
 
 
 def _lines(
@@ -91,7 +100,6 @@ def _lines(
                 continue
             shown += 1
             yield line
-            sys.stdout.buffer.flush()
     except (OSError, http.client.HTTPException) as error:
         why = f"{why}: {error or type(error).__name__}"
     if shown != limit:

@@ -12,6 +12,7 @@ import json
 import os
 import select
 import shutil
+import signal
 import sys
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -132,7 +133,10 @@ def execute(arguments: argparse.Namespace) -> int:
         IngestdError: there is no answer, or it was refused; the message is one line.
     """
     client = AdminClient(arguments)
-    is_page = sys.stdin and sys.stdin.isatty() and sys.stdout.isatty()
+    is_page = all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout))
+    is_page = is_page and os.environ.get("TERM") != "dumb"
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # screen and cursor are put back
     try:
         if is_page and not (arguments.once or arguments.json):
             _Screen(client, arguments).run()
@@ -146,9 +150,14 @@ def execute(arguments: argparse.Namespace) -> int:
 def _look(client: AdminClient) -> Look:
     try:
         status = json.loads(client.get("/v1/status").read())
-        return Look(time.time(), time.monotonic(), status)
+        look = Look(time.time(), time.monotonic(), status)
+        _facts(look), _title(look), rows(look, None)
     except (OSError, ValueError) as error:
         raise DaemonError(problem=f"no answer from {client.listen}: {error}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        problem = f"the answer from {client.listen} is no status of a daemon"
+        raise DaemonError(problem=problem) from error
+    return look
 
 
 def rows(now: Look, before: Look | None, *, sort: str = "name", only: str = "") -> list[Row]:

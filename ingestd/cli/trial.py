@@ -22,21 +22,25 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from ingestd.base.errors import Exit, UsageError
-from ingestd.cli.arguments import add_settings
+from ingestd.cli.arguments import add_settings, positive
 from ingestd.cli.configured import configured
 from ingestd.cli.output import add_json, fail, say, say_json
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator, Sequence
+    from typing import BinaryIO
 
     from ingestd.base.record import Records, Span
     from ingestd.batching.batcher import BatchDraft
     from ingestd.cli.output import Parser
     from ingestd.codecs.lines import Parsed
+    from ingestd.config.layers import Flag
+    from ingestd.execution.settings import HandlerSettings
     from ingestd.handlers.outcome import Job, Result
     from ingestd.pipeline_settings import PipelineSettings
 
+STDIN = "-"
 READ_BYTES = 256 * 1024
 SPLIT_CALLS_MAX = 100
 """Calls that splitting failed batches may take; what is left of them has failed as a whole."""
@@ -216,14 +220,21 @@ class Files:
     Args:
         paths: of the files; `-` is standard input.
         settings: of the pipeline.
-        limit: most records, good and bad; 0 for all.
+        limit: most records, good and bad; `None` for all.
+
+    Raises:
+        UsageError: a file can't be opened: a handler is not to be called with half of them.
     """
 
-    def __init__(self, paths: Sequence[str], settings: PipelineSettings, limit: int) -> None:
-        self._paths = paths
+    def __init__(self, paths: Sequence[str], settings: PipelineSettings, limit: int | None) -> None:
+        self._paths = [(path, Path(path).absolute()) for path in paths]  # before a change of folder
+        for path, file in self._paths:
+            if path != STDIN and not file.is_fifo():  # which is opened once
+                _open(path, file).close()
         self._settings = settings
         self._limit = limit or sys.maxsize
         self._begins: list[tuple[int, str]] = []
+        self._head = b""  # of the file that is read, until something is said of it
 
     def place_of(self, number: int) -> tuple[str, int]:
         """The file of a record, and its number there, from 1."""
@@ -239,10 +250,12 @@ class Files:
         from ingestd.codecs.framing import Framer  # noqa: PLC0415
 
         one, index = self._settings, 0
-        for path in self._paths:
+        for path, file in self._paths:
             self._begins.append((index, path))
+            self._head = b""
             framer = Framer(one.format, one.record_bytes_max, one.json_depth_max, index=index)
-            for piece in _read(path):
+            for piece in _read(path, file):
+                self._head = self._head or piece
                 yield from self._bounded(framer.feed(piece), index)
                 index = framer.index
                 if index >= self._limit:
@@ -253,6 +266,8 @@ class Files:
     def _bounded(self, parsed: Parsed | None, first: int) -> Iterator[tuple[Parsed, Sequence[int]]]:
         if parsed is None:
             return
+        if parsed.refused and self._head:
+            self._explain()
         refused = {one.index for one in parsed.refused}
         numbers = [n for n in range(first, first + parsed.total) if n not in refused]
         numbers = [n for n in numbers[: parsed.records.count] if n < self._limit]
@@ -260,15 +275,31 @@ class Files:
         records = parsed.records.part(0, len(numbers))
         yield parsed._replace(records=records, refused=listed), numbers
 
+    def _explain(self) -> None:
+        """Says what a file with invalid lines seems to be, once for each."""
+        from ingestd.codecs.framing import HEAD_BYTES, guess  # noqa: PLC0415
 
-def _read(path: str) -> Iterator[bytes]:
+        if found := guess(self._head[:HEAD_BYTES], self._settings.format):
+            advice = f", advice: {found.advice}" if found.advice else ""
+            fail(f"{self._begins[-1][1]}: it is {found.what}{advice}")
+        self._head = b""
+
+
+def _open(path: str, file: Path) -> BinaryIO:
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise UsageError(problem=f"{path}: {error.strerror}") from error
+
+
+def _read(path: str, file: Path) -> Iterator[bytes]:
     from ingestd.codecs.compression import Corrupt, Inflater  # noqa: PLC0415
 
-    encoding = _ENCODINGS.get(Path(path).suffix.lower())
+    encoding = _ENCODINGS.get(file.suffix.lower())
     inflater = Inflater(encoding, INFLATED_MAX) if encoding else None
     try:
-        with nullcontext(sys.stdin.buffer) if path == "-" else Path(path).open("rb") as file:
-            while piece := file.read(READ_BYTES):
+        with nullcontext(sys.stdin.buffer) if path == STDIN else _open(path, file) as opened:
+            while piece := opened.read(READ_BYTES):
                 yield from [piece] if inflater is None else inflater.feed(piece)
         if inflater is not None:
             inflater.finish()
@@ -283,7 +314,7 @@ def _read(path: str) -> Iterator[bytes]:
 def add_arguments(parser: Parser, argv: Sequence[str]) -> None:
     """Adds the flags: those of `run`, and some of its own."""
     add_settings(parser, argv)
-    parser.add_argument("--limit", type=int, default=0, metavar="N", help="stop after N records")
+    parser.add_argument("--limit", type=positive, metavar="N", help="stop after N records")
     parser.add_argument(
         "--pipeline", default="default", metavar="NAME", help="pipeline with the settings [default]"
     )
@@ -311,7 +342,9 @@ def execute(arguments: argparse.Namespace) -> int:
             problem=f"there is no pipeline {name!r}; there are: {', '.join(pipelines)}"
         )
     one = pipelines[name]
-    wanted = handler_config(name, one.executor, one.handler, one.format, settings.data_dir)
+    files = Files(arguments.files, one, arguments.limit)
+    handler = _named(one.handler, arguments.flags)
+    wanted = handler_config(name, one.executor, handler, one.format, settings.data_dir)
     # It runs here, whatever the executor: one that is async on a loop of its own.
     runner = Runner(msgspec.structs.replace(wanted, executor="auto"), fail)
     interrupts = _Interrupts()
@@ -319,7 +352,7 @@ def execute(arguments: argparse.Namespace) -> int:
     interrupts.check()
     if not_ready:
         fail(f"the handler is not ready: {not_ready}")
-    files = Files(arguments.files, one, arguments.limit)
+    unread: UsageError | None = None
     with asyncio.Runner() as loop:
 
         def run(job: Job) -> Result:
@@ -332,6 +365,8 @@ def execute(arguments: argparse.Namespace) -> int:
             _call_all(trial, files, one, quiet=arguments.json)
         except KeyboardInterrupt:
             fail("interrupted")
+        except UsageError as error:  # after what was done with the records before it
+            unread = error
         finally:
             closed = loop.run(runner.close_async()) if runner.is_async else runner.close()
             if closed:
@@ -340,8 +375,18 @@ def execute(arguments: argparse.Namespace) -> int:
         say_json(_facts(trial))
     else:
         say("\n".join(_told(trial)))
+    if unread is not None:
+        raise unread
     done = trial.counts["done"] == trial.counts.total() and not interrupts.came
     return int(Exit.OK if done else Exit.UNEXPECTED)
+
+
+def _named(handler: HandlerSettings, flags: Sequence[Flag]) -> HandlerSettings:
+    """The handler of a pipeline, which is HANDLER: a pipeline may have another one of its own."""
+    named = (one.value for one in reversed(flags) if one.key == "handler.target")
+    target = next(named, handler.target)
+    options = handler.options_for(target)
+    return handler.model_copy(update={"target": target, "targets": (), "options": options})
 
 
 class _Interrupts:

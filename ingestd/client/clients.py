@@ -38,7 +38,7 @@ class Client(Sender):
         at_exit: closes the client at the end of the interpreter.
 
     Raises:
-        ValueError: an option is wrong.
+        TypeError, ValueError: an option is wrong.
         OSError: a certificate cannot be read.
     """
 

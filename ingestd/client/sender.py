@@ -67,8 +67,16 @@ class Sender:
     ) -> None:
         if full not in {"block", "raise", "drop"}:
             raise ValueError("`full` is block, raise or drop")
+        _check_texts(pipeline=pipeline, token=token)
+        _check_numbers(
+            batch_age=batch_age, retry_timeout=retry_timeout, close_timeout=close_timeout,
+            batch_records=batch_records, batch_bytes=batch_bytes, buffer_bytes=buffer_bytes,
+            request_timeout=request_timeout,
+        )  # fmt: skip
         if min(batch_records, batch_bytes, buffer_bytes, request_timeout) <= 0:
             raise ValueError("bounds of batches, buffer and requests are above 0")
+        if not all(callable(one) for one in (on_invalid, on_dropped) if one is not None):
+            raise TypeError("`on_invalid` and `on_dropped` are functions")
         if not all("!" <= character <= "~" for character in token):
             raise ValueError("a token has visible ASCII characters only")  # and is not shown here
         self.close_timeout = close_timeout
@@ -180,6 +188,11 @@ class Sender:
                 self._changed.wait_for(self._is_ended, left)
             self._end_close()
         return self.counts
+
+    def close_at_once(self) -> None:
+        """Closes the client, and drops what has no outcome yet."""
+        self.begin_close(0.0)
+        self._end_close()
 
     def _end_close(self) -> None:
         """Gives up what is left at the deadline, a request that waits for its answer too."""
@@ -371,6 +384,23 @@ class Sender:
         self._call(self._on_dropped, records, reason)
 
 
+# What is wrong is told here: in the client's thread it would cost the records.
+
+
+def _check_numbers(**options: object) -> None:
+    for name, value in options.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"`{name}` is a number, not {value!r:.80}")
+        if not 0 <= value <= threading.TIMEOUT_MAX:
+            raise ValueError(f"`{name}` is out of range: {value!r:.80}")
+
+
+def _check_texts(**options: object) -> None:
+    for name, value in options.items():
+        if not isinstance(value, str):
+            raise TypeError(f"`{name}` is a text, not {type(value).__name__}")  # it may be secret
+
+
 _ends_here = {0}
 """Processes whose end closes their clients through `multiprocessing`."""
 
@@ -378,10 +408,14 @@ _ends_here = {0}
 def _close_all(*, at_exit: bool = False) -> None:
     """Closes all clients of the process, side by side."""
     clients = [one for one in list(_senders) if one.at_exit or not at_exit]
-    for one in clients:
-        one.begin_close()
-    for one in clients:
-        one.close_here()
+    try:
+        for one in clients:
+            one.begin_close()
+        for one in clients:
+            one.close_here()
+    except KeyboardInterrupt:  # the wait is over: what is left is dropped, and reported
+        for one in clients:
+            one.close_at_once()
 
 
 def _close_with_multiprocessing() -> None:

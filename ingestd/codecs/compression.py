@@ -23,7 +23,8 @@ INFLATED_PIECE_BYTES = 256 * 1024
 RATIO_FREE_BYTES = 1024 * 1024
 """Output up to which the compression ratio is not checked."""
 
-_MEMBERS_FREE = 1000
+MEMBERS_FREE = 1000
+"""Members of a body that may have next to nothing in them, where nothing else is said."""
 _MEMBER_BYTES = 512
 # Small steps: the ratio is that of output to input so far, and zlib copies unused input.
 _WIRE_BYTES = 8 * 1024
@@ -71,7 +72,7 @@ class Inflater:
     """Decompresses a body as it arrives.
 
     Several gzip members or zstd frames, one behind the other, are one body. They have to hold
-    `_MEMBER_BYTES` each on average, after the first `_MEMBERS_FREE`: opening one costs more than
+    `_MEMBER_BYTES` each on average, after the first `members_free`: opening one costs more than
     reading some bytes does. Zero bytes behind a gzip member are padding, as gzip(1) has it.
 
     Args:
@@ -80,6 +81,7 @@ class Inflater:
         ratio_max: how many times as much may come out as went in, as soon as more than
             `RATIO_FREE_BYTES` have; 0 for any.
         window_max: the largest window that a zstd frame may need, bytes.
+        members_free: see above.
 
     Attributes:
         window_max: as it was given; may be raised between two calls of `feed`.
@@ -87,9 +89,16 @@ class Inflater:
     """
 
     def __init__(
-        self, encoding: str, bytes_max: int, ratio_max: int = 0, *, window_max: int = WINDOW_MAX
+        self,
+        encoding: str,
+        bytes_max: int,
+        ratio_max: int = 0,
+        *,
+        window_max: int = WINDOW_MAX,
+        members_free: int = MEMBERS_FREE,
     ) -> None:
         self.window_max = window_max
+        self._members_free = members_free
         self.window = 0
         self._encoding = encoding
         self._bytes_max = bytes_max
@@ -180,7 +189,7 @@ class Inflater:
 
     def _count_member(self) -> None:
         self._members += 1
-        _check_members(self._members, self._bytes)
+        _check_members(self._members, self._bytes, self._members_free)
 
     def _open(self, wire: bytes) -> _Stream:
         """Opens the first stream or the next one, which only gzip and zstd may have."""
@@ -205,8 +214,8 @@ def _check_size(size: int, wire_bytes: int, bytes_max: int, ratio_max: int) -> N
         raise TooDense(f"more than {ratio_max} times its size after decompression")
 
 
-def _check_members(members: int, size: int) -> None:
-    if members > _MEMBERS_FREE + size // _MEMBER_BYTES:
+def _check_members(members: int, size: int, free: int) -> None:
+    if members > free + size // _MEMBER_BYTES:
         raise TooDense("too many members with next to nothing in them")
 
 
@@ -345,7 +354,7 @@ def measure_snappy(wire: bytes, bytes_max: int, ratio_max: int = 0) -> int:
                 raise _not_snappy("a chunk has more than 64 KiB")
             size += chunk
         chunks += 1
-        _check_members(chunks, size)
+        _check_members(chunks, size, MEMBERS_FREE)
         _check_size(size, len(wire), bytes_max, ratio_max)
     return size
 

@@ -1,4 +1,4 @@
-"""Nesting depth and array sizes of JSON, without building objects.
+"""Nesting depth, array sizes and escapes of JSON, without building objects.
 
 A record's depth is bounded when it is accepted, so that no decoder behind it, in no version of
 Python, meets a limit of its own: on 3.11 msgspec gives up at 1,000 levels less what is on the
@@ -32,9 +32,36 @@ SMALL = 200
 """Bytes of values, on average, from which on `holds_deeper` looks at no length of one."""
 _ROUNDS = 3
 _STRINGS = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_ESCAPES = re.compile(
+    rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"  # a pair
+    rb"|\\u(?P<lone>[dD][89a-fA-F][0-9a-fA-F]{2})"
+    rb"|(?:\\(?!u[dD][89a-fA-F]).[^\\]*+){1,4096}+",  # many that are none, for speed
+    re.DOTALL,
+)
+_MENDED_MAX = 100_000
+"""A text with more is not one that was cut in some places."""
 _NO_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
 _NO_BRACKET_OR_QUOTE = bytes(set(_NO_BRACKET) - set(b'"'))
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
+
+
+def without_lone_surrogates(text: bytes) -> bytes:
+    """Returns a JSON text with U+FFFD in place of each escape that is half a surrogate pair.
+
+    JavaScript writes it where a text was cut in the middle of a character, and no decoder takes it.
+    """
+    if _SURROGATE.search(text) is None:
+        return text
+    found, mended = bytearray(text), 0
+    for escape in _ESCAPES.finditer(text):
+        let_loop_go_first()
+        if escape["lone"]:
+            mended += 1
+            if mended > _MENDED_MAX:
+                return text
+            found[escape.start("lone") : escape.end("lone")] = b"fffd"
+    return bytes(found)
 
 
 def is_deeper(value: bytes, depth_max: int) -> bool:

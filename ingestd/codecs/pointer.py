@@ -157,9 +157,11 @@ class Where:
             key, sign, value = one.partition("=")
             if not key or not sign:
                 raise ValueError(f"{one!r} is no condition: one is KEY=VALUE, as user_id=42")
+            if not one.isascii() and any("\ud800" <= c <= "\udfff" for c in one):
+                raise ValueError(f"{one!r} is no text in the encoding of this locale")
             name = key.replace("~", "~0").replace("/", "~1")
             pointer = Pointer(key if key.startswith("/") else f"/{name}")
-            text = value.encode(errors="replace")
+            text = value.encode()
             self._conditions.append((pointer, (text, msgspec.json.encode(text.decode()))))
 
     def __bool__(self) -> bool:

@@ -74,8 +74,10 @@ class LayerReader:
         """Yields the flags of the command line; later ones win."""
         for flag in flags:
             path = tuple(flag.key.split("."))
-            origin = flag.written if flag.written.startswith("argument") else f"flag {flag.written}"
-            yield from self._from_text(path, flag.value, origin, _flag_name)
+            if flag.written.startswith("argument"):  # of a call in a test
+                yield from self._from_text(path, flag.value, flag.written, dotted)
+            else:
+                yield from self._from_text(path, flag.value, f"flag {flag.written}", _flag_name)
 
     def from_environment(self, environ: Mapping[str, str]) -> Iterator[Entry]:
         """`INGESTD_BATCH__RECORDS_MAX`; case does not matter behind the prefix."""

@@ -198,6 +198,9 @@ def problems_of(
     retry: RetrySettings, executor: ExecutorSettings, handler: HandlerSettings
 ) -> Iterator[tuple[str, str]]:
     """Finds settings that cannot work together: (key, what is wrong) for each."""
+    if handler.targets and handler.target != HandlerSettings.model_fields["target"].default:
+        # It may be a HANDLER of the command line, which would never be called.
+        yield "handler.target", f"{handler.target} would get nothing, as handler.targets is set too"
     for target in handler.targets:
         if handler.targets.count(target) > 1:
             yield "handler.targets", f"{target} is there more than once"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Generic, TypeVar, cast, overload
 
@@ -185,7 +185,10 @@ class Batch(Sequence[T_co], Generic[T_co]):
         Raises:
             NotAHandler: it can't be one.
             CannotDecode: its annotation does not go with the format.
+            TypeError: the records are none; or one that is given alone.
         """
+        if isinstance(records, str | bytes | Mapping):
+            raise TypeError("a batch is of a list of records; of one write Batch.of([record])")
         values = list(records)
         form = "text" if handler is None else record_format
         raw = Records.sized([_encoded(value, form) for value in values])

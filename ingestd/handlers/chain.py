@@ -94,7 +94,8 @@ class Transform:
         if code is not None and code.co_flags & _NOT_PLAIN:
             refuse(target, "handler.transform returns what it makes: no async, no yield")
         try:
-            self.decoder = decoder_for(annotation_of(found), record_format)
+            wanted = "a transform is called with one argument, the record"
+            self.decoder = decoder_for(annotation_of(found, wanted), record_format)
         except (NotAHandler, CannotDecode) as error:
             refuse(target, str(error), error)
         self._function: Callable[[Any], Any] = found

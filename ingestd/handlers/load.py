@@ -85,8 +85,18 @@ def code_of(call: Any) -> Any:
     return getattr(type(call), "__call__", call)  # noqa: B004  its own function is wanted
 
 
-def annotation_of(call: Any) -> Any:
-    """The resolved annotation of the parameter that a call with one argument fills."""
+def annotation_of(
+    call: Any, wanted: str = "a handler is called with one argument, the batch"
+) -> Any:
+    """The resolved annotation of the parameter that a call with one argument fills.
+
+    Args:
+        call: a callable.
+        wanted: what is said of one that takes none or needs more.
+
+    Raises:
+        NotAHandler: it is such a one, or its annotation can't be read.
+    """
     try:
         signature = inspect.signature(call)
     except (ValueError, TypeError):  # written in C, without a signature: take it on trust
@@ -94,9 +104,7 @@ def annotation_of(call: Any) -> Any:
     try:
         name = next(iter(signature.bind(None).arguments))
     except TypeError:
-        raise NotAHandler(
-            f"takes {signature}: a handler is called with one argument, the batch"
-        ) from None
+        raise NotAHandler(f"takes {signature}: {wanted}") from None
     except StopIteration:  # pragma: no cover  bind(None) fills something or raises
         return Any
     annotation = signature.parameters[name].annotation

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -25,7 +26,7 @@ import traceback
 from typing import TYPE_CHECKING
 
 from ingestd.base.errors import HandlerLoadError
-from ingestd.base.process import HeldSignals, end_process
+from ingestd.base.process import GARBAGE_MAX, HeldSignals, end_process
 from ingestd.handlers import wire
 from ingestd.handlers.log_relay import Relay
 from ingestd.handlers.runner import Runner
@@ -104,6 +105,7 @@ class _DaemonConnection:
 
 def main(log_fd: int, level: int, *connection_fds: int) -> None:
     """The child's whole life; takes the descriptors of its connection in their order."""
+    gc.set_threshold(GARBAGE_MAX)
     connection = _DaemonConnection(*connection_fds)
     relay = Relay(log_fd, level)
     relay.install()

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
-from ingestd.base.process import HeldSignals
+from ingestd.base.process import GARBAGE_MAX, HeldSignals
 from ingestd.host.sockets import show_socket
 
 if TYPE_CHECKING:
@@ -108,10 +108,6 @@ SWITCH_SECONDS = 0.001
 """Interval in which a computing thread gives the interpreter to others. With the default of 5 ms a
 small request, which passes through three threads, waits three times as long beside a body that
 is being parsed."""
-
-GARBAGE_MAX = 5_000
-"""Objects that are made before Python looks for cycles among them. With the default of 700 that is
-every 20 requests, and a seventh of what a small one costs."""
 
 _M_TRIM_THRESHOLD = -1
 _M_TOP_PAD = -2

@@ -24,7 +24,7 @@ from ingestd.handlers.batch import Blocked, Unavailable
 from ingestd.handlers.options import Seconds, Secret
 from ingestd.handlers.text import one_line
 from ingestd.sinks.base import TlsOptions
-from ingestd.sinks.connection import HttpConnection, HttpTarget, parse_retry_after, told
+from ingestd.sinks.connection import HttpConnection, HttpTarget, is_host, parse_retry_after, told
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -198,6 +198,8 @@ def _origin(text: str) -> HttpTarget:
         raise ValueError("url: it is no address") from None
     if parts.scheme not in {"http", "https"} or not parts.hostname or not text.isascii():
         raise ValueError("url: an address begins with http:// or https:// and has a host")
+    if not is_host(parts.hostname) or port == 0:
+        raise ValueError("url: there is no host of that name, or no such port")
     if "@" in parts.netloc:
         raise ValueError("url: the name and the password are the options username and password")
     if parts.query or parts.fragment or any(one <= " " for one in text.strip()):

@@ -14,6 +14,7 @@ import select
 import socket
 import ssl
 import time
+from datetime import UTC
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -34,6 +35,7 @@ RETRY_AFTER_MAX = 3600.0
 _PROBLEM = "urn:ingestd:problem:"
 _DETAIL_CHARS = 300
 _PIECE = 256 * 1024
+_LABEL_CHARS_MAX = 63
 
 
 class HttpTarget(NamedTuple):
@@ -99,12 +101,16 @@ class HttpAnswer(NamedTuple):
 
 
 def parse_retry_after(text: str, longest: float) -> float | None:
-    """Returns the seconds of a `Retry-After`, a number or a date; `None` if it is neither."""
+    """Returns the seconds of a `Retry-After`, a number or a date; `None` if it is neither.
+
+    https://www.rfc-editor.org/rfc/rfc9110#section-5.6.7: a date without a zone is in UTC, too.
+    """
     text = text.strip()
     if text.isascii() and text.isdigit():
         return min(float(text[:12]), longest)
     try:
-        wait = email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+        found = email.utils.parsedate_to_datetime(text)
+        wait = (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp() - time.time()
     except (ValueError, TypeError, OverflowError):
         return None
     return min(max(0.0, wait), longest)
@@ -196,12 +202,15 @@ class HttpConnection:
             self._socket = self._connect(end)
             self._http = http.client.HTTPConnection(self.target.host, self.target.port)
             self._http.response_class = _FinalResponse
+            # `Host` is what stands in the URL: some proxies know no name with a port.
+            self._http.default_port = 443 if self.target.secure else 80
         connection, is_whole = self._http, True
         connection.sock = _SocketUntil(self._socket, end)
         try:
             connection.request(method, path, body or None, dict(headers))
-        except (BrokenPipeError, ConnectionResetError):
-            # It may have answered before it had all, with 413, and that answer can be read.
+        except (BrokenPipeError, ConnectionResetError, ssl.SSLEOFError, ssl.SSLZeroReturnError):
+            # The last two are what TLS makes of the others. It may have answered before it had all,
+            # with 413, and that answer can be read.
             is_whole = False
         try:
             answer = connection.getresponse()
@@ -261,11 +270,16 @@ class HttpConnection:
 
 
 class _FinalResponse(http.client.HTTPResponse):
-    """An answer behind all interim ones; the base class passes over 100 alone.
+    """An answer with a whole head, behind all interim ones.
 
-    One that is taken for the answer leaves the answer to the next request, whose records are not
-    stored then.
+    The base class passes over 100 alone. Another one that is taken for the answer leaves the answer
+    to the next request, whose records are not stored then. And where a connection ends in a head,
+    the base class takes it for the end of the head, and what the body would have said for nothing.
     """
+
+    def __init__(self, sock: _SocketUntil, *rest: Any, **more: Any) -> None:
+        super().__init__(sock, *rest, **more)  # type: ignore[arg-type]
+        self._until = sock
 
     def begin(self) -> None:
         """Reads the head of the answer; the base class does nothing once it has headers."""
@@ -273,6 +287,8 @@ class _FinalResponse(http.client.HTTPResponse):
         while HTTPStatus.SWITCHING_PROTOCOLS < self.status < HTTPStatus.OK:
             self.headers = None  # type: ignore[assignment]
             super().begin()
+        if self._until.is_ended:  # a whole head is known by its last line
+            raise http.client.HTTPException("the head of the answer is cut off")
 
 
 def _has_leftover(sock: socket.socket) -> bool:
@@ -283,11 +299,16 @@ def _has_leftover(sock: socket.socket) -> bool:
 
 
 class _SocketUntil:
-    """A socket with a deadline for all that is sent and received; closing it leaves it open."""
+    """A socket with a deadline for all that is sent and received; closing it leaves it open.
+
+    Attributes:
+        is_ended: the other side sends nothing more.
+    """
 
     def __init__(self, sock: socket.socket, deadline: float) -> None:
         self._sock = sock
         self._deadline = deadline
+        self.is_ended = False
 
     def sendall(self, data: bytes) -> None:
         for start in range(0, len(data), _PIECE):  # of TLS, each piece has the timeout
@@ -319,7 +340,9 @@ class _ReaderUntil(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         self._until.limit()
-        return self._sock.recv_into(buffer)
+        size = self._sock.recv_into(buffer)
+        self._until.is_ended = not size
+        return size
 
 
 def target_of(url: str) -> HttpTarget:
@@ -333,14 +356,24 @@ def target_of(url: str) -> HttpTarget:
         host, port = parts.hostname, parts.port
     except ValueError:
         raise ValueError("url: it is not a URL") from None
-    if parts.scheme not in {"http", "https"} or not host or not url.isascii() or " " in url:
+    if parts.scheme not in {"http", "https"} or not host or port == 0:
         raise ValueError("url: it has to be an http or https URL")
+    if not (url.isascii() and url.isprintable() and " " not in url and is_host(host)):
+        raise ValueError("url: it has a character or a host name that cannot be in a URL")
     if parts.username is not None or parts.password is not None:
         raise ValueError("url: no user or password belongs in it; take token")
     secure = parts.scheme == "https"
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     shown = f"{parts.scheme}://{parts.netloc}{parts.path or '/'}"
     return HttpTarget(secure, host, port or (443 if secure else 80), path, shown)
+
+
+def is_host(host: str) -> bool:
+    """Returns True if each part of a name has 1 to 63 characters; no other name can be resolved.
+
+    https://www.rfc-editor.org/rfc/rfc1035#section-2.3.4
+    """
+    return all(0 < len(part) <= _LABEL_CHARS_MAX for part in host.removesuffix(".").split("."))
 
 
 def told(error: Exception) -> str:

@@ -3,6 +3,8 @@
 A batch is one request. It is cut in halves, always at the same places, where it is larger than
 `request_bytes_max` or where the answer refuses it whole (400, 413, 422); such a part has a key of
 its own, made of the batch's id and its place. So the same records always come under the same key.
+Only where another service than ingestd refuses a part without a look at it (429, 503, 401, …), that
+and those behind it come again as another batch: else those before it would come again, too.
 
 What is exactly once with another ingestd, and by what:
 
@@ -50,6 +52,8 @@ _FAILURES_IN_A_ROW = 3  # single records; then the other side is down
 _OF_RECORDS = frozenset({400, 413, 422})
 _LATER = frozenset({408, 425, 429, 502, 503, 504, 507})
 _SERVER_BLOCKS = frozenset({501, 505, 511})
+_OWN_HEADERS = frozenset({"host", "content-length", "transfer-encoding", "connection"})
+_CANONICAL = {name.lower(): name for name in ("User-Agent", "Content-Type")}
 _BREAKS_TO_SPACES = bytes.maketrans(b"\n\r", b"  ")
 _TYPES = {
     "ndjson": {"json": "application/x-ndjson", "text": "text/plain"},
@@ -65,6 +69,10 @@ _HERE = Context()
 
 class HttpFailed(Exception):  # noqa: N818  it names what happened
     """The service answered with an error that may be any record's; the try counts."""
+
+
+class _Refused(Unavailable):
+    """The service has not taken the request: 429, or 503."""
 
 
 class HttpSinkOptions(TlsOptions, frozen=True, kw_only=True):
@@ -123,11 +131,15 @@ class HttpSinkOptions(TlsOptions, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         super().__post_init__()
         target_of(self.url)
+        named: set[str] = set()
         for name, value in self.headers.items():
             if not _is_header(name, value):
                 raise ValueError(f"headers: {name!r} is not a header")
-            if name.lower() in {"host", "content-length", "transfer-encoding", "connection"}:
+            if name.lower() in _OWN_HEADERS:
                 raise ValueError(f"headers: {name} is the client's own")
+            if name.lower() in named | self._named_by_options():
+                raise ValueError(f"headers: {name} is there twice, or an option sets it")
+            named.add(name.lower())
         for option in ("token_header", "idempotency_header", "content_type"):
             value = getattr(self, option)
             if value and not _is_header("x" if option == "content_type" else value, value):
@@ -142,6 +154,19 @@ class HttpSinkOptions(TlsOptions, frozen=True, kw_only=True):
         for option in ("connect_timeout", "timeout"):
             if not getattr(self, option):
                 raise ValueError(f"{option}: it has to be longer than 0s")
+
+    def _named_by_options(self) -> set[str]:
+        """The headers, in lower case, that options set."""
+        found = {self.idempotency_header.lower()}
+        if self.content_type:
+            found.add("content-type")
+        if self.compress != "none":
+            found.add("content-encoding")
+        if self.token is not None:
+            found.add(self.token_header.lower())
+        if self.sign is not None:
+            found |= {"webhook-id", "webhook-timestamp", "webhook-signature"}
+        return found
 
 
 class HttpSink:
@@ -162,8 +187,9 @@ class HttpSink:
         self._headers = {
             "User-Agent": f"ingestd/{__version__}",
             "Content-Type": options.content_type or types[self._format],
-            **options.headers,
         }
+        for name, value in options.headers.items():  # in any case they take the place of the two
+            self._headers[_CANONICAL.get(name.lower(), name)] = value
         if options.compress != "none":
             self._headers["Content-Encoding"] = options.compress
         if options.token is not None:
@@ -178,7 +204,7 @@ class HttpSink:
             truncates=True,  # what an API tells after its status is its own
             tls=options.tls_files,
         )
-        self._ingestd: bool | None = None
+        self._ingestd: bool | None = None  # not known yet
 
     def __call__(self, batch: Batch[bytes]) -> None:
         """Sends the batch, whole or in parts.
@@ -194,29 +220,39 @@ class HttpSink:
         one_by_one = self._body == "record"
         left = [(i, 1) for i in reversed(range(count))] if one_by_one else [(0, count)]
         settled, in_a_row = 0, 0
-        failed: list[tuple[int, Exception]] = []
+        failed: list[tuple[int, int, Exception]] = []
         while left:
             first, size = left.pop()
             try:
                 if self._settle(batch, first, size):
                     settled, in_a_row = settled + 1, 0
                     continue
-            except (Unavailable, HttpFailed) as error:
-                if not one_by_one:
+            except (Unavailable, HttpFailed, Blocked) as error:
+                if not one_by_one and not (settled and self._goes_on_from(error)):
                     raise  # each part has its key: those that are there cost a look next time
                 in_a_row += 1
-                failed.append((first, error))
-                if in_a_row == _FAILURES_IN_A_ROW:
-                    failed += [(place, error) for place, _ in left]
+                failed.append((first, size, error))
+                if not one_by_one or in_a_row == _FAILURES_IN_A_ROW or isinstance(error, Blocked):
+                    failed += [(*part, error) for part in left]
                     left = []
                 continue
             half = (size + 1) // 2
             left += [(first + half, size - half), (first, half)]
         if failed and not settled:
-            raise failed[0][1]
-        for place, why in failed:
-            after, is_unavailable = getattr(why, "after", None), isinstance(why, Unavailable)
-            batch.adopt(RetryRequest(place, after, plain(str(why)), is_unavailable))
+            raise failed[0][2]
+        for first, size, why in failed:
+            after, at_fault = getattr(why, "after", None), isinstance(why, HttpFailed)
+            text = plain(str(why))
+            for place in range(first, first + size):
+                batch.adopt(RetryRequest(place, after, text, not at_fault))
+
+    def _goes_on_from(self, error: Exception) -> bool:
+        """Tells if the parts behind one that failed come again without those before it.
+
+        Another ingestd knows those before it by their keys. Others would get them with each try,
+        and none behind them as long as a limit of theirs has no room for all.
+        """
+        return isinstance(error, Blocked | _Refused) and not self._ingestd
 
     def check(self) -> Iterator[SinkFinding]:
         """Findings: the service answers, has the path, takes the token and keeps keys."""
@@ -256,6 +292,7 @@ class HttpSink:
             return True
         if problem == "idempotency-key-reused" and answer.retry_after is None:
             # It was sent with other options, or another version compressed it.
+            self._ingestd = True
             self._reject_unlisted(batch, first, count)
             return True
         if status == 409 and answer.retry_after is None and self._options.on_conflict == "done":
@@ -263,9 +300,9 @@ class HttpSink:
         if status not in _OF_RECORDS or problem.startswith("idempotency-"):
             self._refuse(answer)
         if problem in {"malformed", "record-too-large"}:  # no record of it can be accepted
-            listed = dict(_listed(answer.document))
+            listed, why = dict(_listed(answer.document)), str(answer)
             for i in range(count):
-                batch.reject(first + i, listed.get(i, str(answer)))
+                batch.reject(first + i, listed.get(i, why))
             return True
         if count > 1:
             return False
@@ -316,10 +353,11 @@ class HttpSink:
         after = answer.retry_after
         if status == 409 or answer.problem.startswith("idempotency-key-"):
             raise Unavailable(told)  # another try of it is in progress, which is soon over
+        kind = _Refused if status in {429, 503} else Unavailable
         if after is not None and status >= 400 and (status == 429 or after > _SOON):
-            raise Unavailable(told, after)
+            raise kind(told, after)
         if status in _LATER or status > 511:
-            raise Unavailable(told)
+            raise kind(told)
         if status >= 500 and status not in _SERVER_BLOCKS:
             raise HttpFailed(told)
         if status // 100 == 3:
@@ -329,11 +367,19 @@ class HttpSink:
     # -- what another ingestd says -------------------------------------------------------------
 
     def _is_ingestd(self) -> bool:
-        """Tells if the service is an ingestd, by its answer to a GET, which it has none for."""
+        """Tells if the service is an ingestd, by its answer to a GET, which it has none for.
+
+        A proxy in front of an ingestd that is away tells nothing, so it is asked again then.
+        """
         if self._ingestd is None:
             answer = self._client.send("GET", b"", {"User-Agent": self._headers["User-Agent"]})
-            self._ingestd = bool(answer.problem)
-        return self._ingestd
+            if answer.problem:
+                self._ingestd = True
+            elif answer.status in _LATER:
+                self._refuse(answer)
+            elif answer.status < 500 and answer.status != 404:
+                self._ingestd = False
+        return bool(self._ingestd)
 
     def _is_stored(self, batch: Batch[bytes]) -> bool:
         """Tells if an ancestor of a batch was accepted; then rejects what was invalid in it."""
@@ -365,7 +411,9 @@ class HttpSink:
         document = answer.document
         invalid, accepted = document.get("invalid"), document.get("accepted")
         if not isinstance(invalid, int) or not isinstance(accepted, int):
-            return  # it is another service's
+            self._ingestd = False
+            return
+        self._ingestd = True
         if invalid + accepted != count:
             return
         listed = [one for one in _listed(document) if one[0] < count]
@@ -390,7 +438,8 @@ class HttpSink:
         kind = "json" if self._body == "array" else self._format
         if known is None and kind != "json":
             return  # no record of text or bytes is invalid for what is in it
-        last = b"{" if known is None else self._line(known.items()[0])
+        # A record is invalid by a bound of the receiver, perhaps, which another start may raise.
+        last = b"{" if known is None or kind == "json" else self._line(known.items()[0])
         # As lines: a record that is not JSON would be the end of an array.
         headers = {"Prefer": "handling=strict", "Content-Type": _TYPES["ndjson"][kind]}
         end = first + count

@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from ingestd.sinks.parquet import Column
 
 CHECK = "_check"
+MISSING = "_missing"
+"""An object that nobody writes: `check` looks if the store says that it is not there."""
 MANY = "_many"
 NULL = "__HIVE_DEFAULT_PARTITION__"
 _MIB = 1024**2
@@ -57,7 +59,15 @@ _SCHEMES = ("s3", "gs", "az", "abfs", "abfss", "file")
 _VALUE_CHARS_MAX = 200
 _NAME_BYTES_MAX = 255
 """Longest name of a folder that file systems have; one in a key of a bucket is no longer."""
-_TOLD_CHARS = 300
+_TOLD_CHARS = 500
+_READ_BYTES_MAX = 4 * _MIB
+_MAY_LIST = (
+    "the right to read is missing, or with S3 that to list (s3:ListBucket), without which it does"
+    " not say what is not there: "
+)
+_PANIC = "PanicException"
+"""What obstore raises where its own code failed, as on an address in the environment that is none;
+it has no importable class. Whatever it is, no record is to be given up for it."""
 _HERE = Context()
 
 
@@ -112,17 +122,13 @@ class ObjectsOptions(SinkOptions, frozen=True, kw_only=True):
     ] = Seconds(30)
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in _SCHEMES or not (parts.netloc or parts.scheme == "file"):
-            raise ValueError(f"url: it begins with {', '.join(s + '://' for s in _SCHEMES)}")
-        if parts.query or parts.fragment or "@" in parts.netloc:
-            raise ValueError("url: nothing but a bucket and a prefix belongs in it")
-        if parts.scheme == "file" and (parts.netloc or not parts.path.startswith("/")):
-            raise ValueError("url: a folder is written file:///folder")
+        self._check_addresses()
         if (self.access_key_id is None) != (self.secret_access_key is None):
             raise ValueError("access_key_id: it and secret_access_key belong together")
         if any(part in {".", ".."} for part in self.path.split("/")):
             raise ValueError("path: it cannot lead out of the prefix")
+        if "//" in self.path or not self.path.isprintable():
+            raise ValueError("path: a folder in it has no name, or a name that cannot be")
         if self.format == "parquet" and find_spec("pyarrow") is None:
             raise ValueError("format: parquet needs pyarrow: pip install 'ingestd[parquet]'")
         if self.columns and self.format != "parquet":
@@ -131,6 +137,25 @@ class ObjectsOptions(SinkOptions, frozen=True, kw_only=True):
             raise ValueError(f"columns: the name {parquet.EXTRA_COLUMN} is taken")
         if not self.timeout:
             raise ValueError("timeout: it has to be longer than 0s")
+
+    def _check_addresses(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in _SCHEMES or not (parts.netloc or parts.scheme == "file"):
+            raise ValueError(f"url: it begins with {', '.join(s + '://' for s in _SCHEMES)}")
+        if parts.query or parts.fragment or "@" in parts.netloc:
+            raise ValueError("url: nothing but a bucket and a prefix belongs in it")
+        if parts.scheme == "file" and (parts.netloc or not parts.path.startswith("/")):
+            raise ValueError("url: a folder is written file:///folder")
+        if self.endpoint is not None:
+            end = urlsplit(self.endpoint)
+            if end.scheme not in {"http", "https"} or not end.hostname:
+                raise ValueError("endpoint: it begins with http:// or https:// and has a host")
+            if "@" in end.netloc or end.query or end.fragment:
+                raise ValueError("endpoint: nothing but a host, a port and a path belongs in it")
+        for option in ("region", "access_key_id"):  # they become a part of a header
+            value = getattr(self, option) or ""
+            if not (value.isascii() and value.isprintable()):
+                raise ValueError(f"{option}: {value!r} is not possible in a header")
 
 
 class ObjectsSink:
@@ -177,7 +202,7 @@ class ObjectsSink:
                 self._store.create(self._key(key, batch.id), content)
 
     def check(self) -> Iterator[SinkFinding]:
-        """Findings: the bucket is there and may be written to, and creates objects once."""
+        """Findings: the bucket may be written to and looked into, and creates objects once."""
         shown = self._options.url
         self._store.create(CHECK, b"")
         if self._store.create(CHECK, b""):
@@ -188,6 +213,7 @@ class ObjectsSink:
             )
         else:
             yield SinkFinding("info", f"{shown} can be written to and creates an object once")
+        self._store.has(MISSING)
         if self._pins:
             pinned = self._store.read(parquet.SCHEMA)
             if pinned is not None:
@@ -304,8 +330,17 @@ class ObjectStoreClient:
         self._store = None
 
     def create(self, key: str, content: bytes) -> bool:
-        """Creates an object, durably; returns False if it was there."""
-        return self._put(key, content, "create")
+        """Creates an object, durably; returns False if it was there.
+
+        Raises:
+            Unavailable: see the class; also while another write of the object is in progress.
+        """
+        if self._put(key, content, "create"):
+            return True
+        # S3 refuses a create with 409 while another one is in progress, which may come to nothing.
+        if not self.has(key):
+            raise Unavailable(f"{self._options.url}: another write of {key} is in progress")
+        return False
 
     def write(self, key: str, content: bytes) -> None:
         """Writes an object, over what is there."""
@@ -322,7 +357,7 @@ class ObjectStoreClient:
                 return False
             return True
 
-        return bool(self._asked(look))
+        return bool(self._asked(look, _MAY_LIST))
 
     def read(self, key: str) -> bytes | None:
         """The content of a small object; `None` if there is none."""
@@ -330,11 +365,14 @@ class ObjectStoreClient:
 
         def look() -> bytes | None:
             try:
-                return bytes(obstore.get(self._opened(), key).bytes())
+                found = obstore.get(self._opened(), key)
             except FileNotFoundError:
                 return None
+            if found.meta["size"] > _READ_BYTES_MAX:
+                raise Blocked(f"{self._options.url}/{key}: more than {_READ_BYTES_MAX} bytes")
+            return bytes(found.bytes())
 
-        found = self._asked(look)
+        found = self._asked(look, _MAY_LIST)
         return found if isinstance(found, bytes) else None
 
     def _put(self, key: str, content: bytes, mode: str) -> bool:
@@ -368,8 +406,13 @@ class ObjectStoreClient:
             if folder == self._folder:
                 break
 
-    def _asked(self, what: Callable[[], object]) -> object:
-        """Does something with the store, and raises what its error means."""
+    def _asked(self, what: Callable[[], object], hint: str = "") -> object:
+        """Does something with the store, and raises what its error means.
+
+        Args:
+            what: the thing.
+            hint: is told where a right is missing.
+        """
         from obstore import exceptions as of  # noqa: PLC0415
 
         lasting = (
@@ -382,15 +425,25 @@ class ObjectStoreClient:
         except (Blocked, Unavailable):
             raise
         except lasting as error:
-            raise Blocked(f"{self._options.url}: {_told(error)}") from None
+            more = hint if isinstance(error, of.PermissionDeniedError) else ""
+            raise Blocked(f"{self._options.url}: {more}{_told(error)}") from None
         except (of.BaseError, OSError) as error:
             told = _told(error)
             kind = Blocked if "(os error 13)" in told or "(os error 30)" in told else Unavailable
             raise kind(f"{self._options.url}: {told}") from None
+        except BaseException as error:
+            if type(error).__name__ != _PANIC:
+                raise
+            raise Blocked(f"{self._options.url}: {_told(error)}") from None
 
     def _opened(self) -> Any:
+        from obstore.exceptions import BaseError  # noqa: PLC0415
+
         if self._store is None:
-            self._store = self._made()
+            try:
+                self._store = self._made()
+            except BaseError as error:  # nothing was sent yet: an option, or the environment
+                raise Blocked(f"{self._options.url}: {_told(error)}") from None
         return self._store
 
     def _made(self) -> Any:
@@ -434,7 +487,7 @@ def _cut(name: str, room: int) -> str:
     return quote(unquote(whole, errors="ignore"), safe="")
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     """The first line of what a store says; behind it stand details for developers."""
     text = str(error).partition("\n")[0]
     return " ".join(text.split())[:_TOLD_CHARS] or type(error).__name__

@@ -14,7 +14,7 @@ import msgspec
 
 from ingestd.base.record import Layout, Records
 from ingestd.handlers.batch import Blocked
-from ingestd.sinks.tables import DOUBLE_EXACT, is_rounded, lines
+from ingestd.sinks.tables import COLUMNS_MAX, DOUBLE_EXACT, is_rounded, lines
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,24 +88,23 @@ def _may_be_rounded(table: Any) -> bool:
     return False
 
 
-def _read(records: Records, schema: Any = None) -> Any:
-    """A table of a schema, or with columns that are found; `None` if that is not possible."""
+def _read(records: Records, schema: Any) -> Any:
+    """A table of a schema; `None` if that is not possible."""
     import pyarrow as pa  # noqa: PLC0415
     from pyarrow import json  # noqa: PLC0415
 
     payload = records.payload if records.layout is Layout.LINES else lines(records, "json")
-    fields = "infer" if schema is None else "error"
     try:
         table = json.read_json(
             pa.BufferReader(payload),
             read_options=json.ReadOptions(block_size=_BLOCK_BYTES),
             parse_options=json.ParseOptions(
-                explicit_schema=schema, unexpected_field_behavior=fields
+                explicit_schema=schema, unexpected_field_behavior="error"
             ),
         )
         if table.num_rows != records.count:
             return None
-        return table if schema is None else table.select(schema.names).cast(schema)
+        return table.select(schema.names).cast(schema)
     except (pa.ArrowException, KeyError):
         return None
 
@@ -146,10 +145,7 @@ def read_columns(content: bytes) -> dict[str, Column]:
 
 
 def found_in(records: Records) -> dict[str, Column]:
-    """Columns for the keys of some records; what has several types is kept as JSON."""
-    table = _read(records)
-    if table is not None and not _may_be_rounded(table):
-        return {name: kind for name in table.column_names if (kind := _of_arrow(table, name))}
+    """Columns for the first `COLUMNS_MAX` keys of some records; of several types it is JSON."""
     kinds: dict[str, set[Column]] = {}
     for item in records.items():
         try:
@@ -157,25 +153,11 @@ def found_in(records: Records) -> dict[str, Column]:
         except (ValueError, RecursionError):  # `_slow` rejects it
             continue
         for name, one in value.items() if isinstance(value, dict) else ():
-            kinds.setdefault(name, set()).update(() if one is None else (_kind_of(one),))
-    kinds.pop(EXTRA_COLUMN, None)
-    return {name: _joined(found) for name, found in kinds.items() if found}
-
-
-def _of_arrow(table: Any, name: str) -> Column | None:
-    """The type of a column that Arrow has found; `None` if it is always null."""
-    from pyarrow import types  # noqa: PLC0415
-
-    kind = table.schema.field(name).type
-    if types.is_null(kind) or name == EXTRA_COLUMN:
-        return None
-    if types.is_nested(kind):
-        return "json"
-    if types.is_integer(kind):
-        return "int64"
-    if types.is_floating(kind):
-        return "double"
-    return "bool" if types.is_boolean(kind) else "text"  # also what looks like a time
+            if one is None or name == EXTRA_COLUMN:
+                continue
+            if name in kinds or len(kinds) < COLUMNS_MAX:
+                kinds.setdefault(name, set()).add(_kind_of(one))
+    return {name: _joined(found) for name, found in kinds.items()}
 
 
 def _kind_of(value: Any) -> Column:

@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from ingestd.base import envelope as envelopes
 from ingestd.base.append import Append
+from ingestd.base.errors import IngestdError
 from ingestd.base.logging import use_library_logging
 from ingestd.base.metrics import Metrics
 from ingestd.base.tasks import OwnThread
@@ -48,6 +49,7 @@ from ingestd.testing.values import (
     GivenHandlers,
     HarnessError,
     as_sent,
+    check_count,
     records_of,
     settings_from,
 )
@@ -186,8 +188,15 @@ class HarnessCore:
             times: so many calls.
             after: the handler is called before it: its work is done, and it fails all the same, as
                 when the connection breaks after the commit.
+
+        Raises:
+            HarnessError: no call has such a number, or that is no exception.
         """
         made = error() if isinstance(error, type) else error
+        if not isinstance(made, BaseException):
+            raise HarnessError(problem=f"fail_batch raises an exception, not {made!r:.80}")
+        check_count("the number of a batch", number)
+        check_count("times", times)
         self._plan.add(number, PlannedFailure(made, after), times)
 
     def hang(self, number: int, *, times: int = 1) -> None:
@@ -196,7 +205,12 @@ class HarnessCore:
         Args:
             number: of the batch; see `fail_batch`.
             times: so many calls.
+
+        Raises:
+            HarnessError: no call has such a number.
         """
+        check_count("the number of a batch", number)
+        check_count("times", times)
         self._plan.add(number, PlannedFailure(None, after=False), times)
 
     def crash_after(self, calls: int) -> None:
@@ -206,9 +220,10 @@ class HarnessCore:
         Instances of a handler class are made anew, and the old ones are not closed.
 
         Raises:
-            HarnessError: the journal does not outlive a crash.
+            HarnessError: the journal does not outlive a crash, or `calls` is below 1.
         """
         self._survives("crash_after")
+        check_count("the calls before a crash", calls)
         self._plan.crash_in = calls
 
     def _survives(self, what: str) -> None:
@@ -227,10 +242,16 @@ class HarnessCore:
         return self._thread.submit(lambda: self._loop.run_until_complete(work()))
 
     def _do(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Does some work, and waits for it."""
+        """Does some work, and waits for it.
+
+        Raises:
+            IngestdError: what the test did wrong, without the frames in between: pytest shows them.
+        """
         doing = self._begin(work)
         try:
             return doing.result()
+        except IngestdError as error:
+            raise error.with_traceback(None) from error.__cause__
         except KeyboardInterrupt:
             self._loop.call_soon_threadsafe(self._stalled)  # the handler may never come back
             raise
@@ -326,6 +347,8 @@ class HarnessCore:
             await pipeline.accept(Append(accepted, envelope=envelopes.pack(origin)))
 
     async def _run(self, seconds: float | None) -> None:
+        if seconds is not None and not (isinstance(seconds, int | float) and seconds >= 0):
+            raise HarnessError(problem=f"run takes seconds, 0 or more, not {seconds!r:.80}")
         began, calls, self._fruitless = self._loop.time(), len(self.batches), 0
         until = began + (RUN_SECONDS_MAX if seconds is None else seconds)
         self._loop.patience, self._loop.on_stall = self.settings.executor.timeout, self._stalled

@@ -95,6 +95,16 @@ def settings_from(
     return pipelines[pipeline]
 
 
+def check_count(what: str, number: object) -> None:
+    """Refuses a number of batches or calls that none has: nothing would come of the plan.
+
+    Raises:
+        HarnessError: it is no whole number of at least 1.
+    """
+    if not isinstance(number, int) or number < 1:
+        raise HarnessError(problem=f"{what} is a whole number from 1 on, not {number!r:.80}")
+
+
 def _as_text(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()

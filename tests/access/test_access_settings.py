@@ -30,7 +30,7 @@ def ingestd(*arguments: str, cwd: Path, stdin: str = "", **environ: str) -> Any:
         input=stdin,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
     )
     assert "Traceback" not in run.stderr
     return run

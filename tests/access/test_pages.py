@@ -229,7 +229,7 @@ def test_the_daemon_as_it_comes(tmp_path: Path) -> None:
             (one.port, "POST", "/v1/records"),
             (one.admin_port, "GET", "/v1/status"),
         ):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
             connection.request(method, page, b"1", {"Host": "rebound.example"})
             assert connection.getresponse().status == 421
             connection.close()

@@ -27,7 +27,7 @@ ROUNDS = 15
 
 def send(port: int, context: ssl.SSLContext, token: str) -> int:
     """One request on a connection of its own."""
-    connection = http.client.HTTPSConnection("localhost", port, context=context, timeout=20)
+    connection = http.client.HTTPSConnection("localhost", port, context=context, timeout=60)
     try:
         connection.request("POST", "/v1/records", b"1", bearer(token))
         return connection.getresponse().status
@@ -56,12 +56,12 @@ def coming_again_and_again(port: int, context: ssl.SSLContext, token: str) -> It
     finally:
         over.set()
         for client in clients:
-            client.join(30)
+            client.join(60)
 
 
 def reloads(door: Daemon, count: int, event: str = "reloaded") -> None:
     """Waits until it was said so often."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while sum(line.get("event") == event for line in door.events) < count:
         assert time.monotonic() < deadline, door.events[-5:]
         time.sleep(0.005)
@@ -73,9 +73,10 @@ def test_certificates_and_tokens_change_and_nobody_notices(tmp_path: Path) -> No
     tokens = tmp_path / "tokens"
     tokens.write_text(f"{SHOP}\n{LOGS}\n")
     context = ssl.create_default_context(cafile=files.ca)
-    flags = ("--http.tls.certificate", server, "--http.tokens.shop.file", str(tokens))
+    flags = ("--http.tls.certificate", server, "--http.tokens.shop.file", str(tokens),
+             "--http.keepalive_timeout", "10m")  # fmt: skip
     with daemon(*flags, cwd=tmp_path) as door:
-        kept = http.client.HTTPSConnection("localhost", door.port, context=context, timeout=20)
+        kept = http.client.HTTPSConnection("localhost", door.port, context=context, timeout=60)
         kept.request("POST", "/v1/records", b"1", bearer(LOGS))
         assert kept.getresponse().read()
         socket = kept.sock

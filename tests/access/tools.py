@@ -85,7 +85,7 @@ def _result(code: int, out: bytes, error: bytes) -> Curl:
 
 
 def curl(url: str, *arguments: str) -> Curl:
-    run = subprocess.run(_arguments(url, arguments), capture_output=True, timeout=20)
+    run = subprocess.run(_arguments(url, arguments), capture_output=True, timeout=60)
     return _result(run.returncode, run.stdout, run.stderr)
 
 

@@ -19,7 +19,7 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-DEADLINE = 20.0
+DEADLINE = 60.0
 ELEMENT = "element-6066-11e4-a52e-4f735466cecf"
 KEYS = {"tab": "\ue004", "enter": "\ue007", "escape": "\ue00c", "space": " ", "shift": "\ue008"}
 
@@ -85,7 +85,7 @@ class Browser:
         with contextlib.suppress(BrowserError, OSError):
             self._ask("DELETE", self._session)
         self._driver.terminate()
-        self._driver.wait(10)
+        self._driver.wait(60)
         assert self._driver.stdout is not None
         self._driver.stdout.close()
 

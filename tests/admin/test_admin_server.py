@@ -34,7 +34,7 @@ from ingestd.settings import AdminSettings
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-DEADLINE = 20.0
+DEADLINE = 60.0
 
 STATUS = Status(
     state="running",
@@ -110,6 +110,13 @@ async def admin() -> AsyncIterator[Admin]:
     await made.server.start()
     yield made
     await made.server.close()
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No connection ends for its age within the time of a test."""
+    monkeypatch.setattr(admin_server, "CONNECTION_SECONDS", 10 * DEADLINE)
+    monkeypatch.setattr(admin_server, "ANSWER_SECONDS", 10 * DEADLINE)
 
 
 async def hung_up(reader: asyncio.StreamReader) -> bytes:
@@ -250,12 +257,13 @@ async def test_what_is_not_http_is_answered_and_hung_up_on(admin: Admin) -> None
 async def test_a_connection_that_says_nothing_is_hung_up_on(
     monkeypatch: pytest.MonkeyPatch, admin: Admin
 ) -> None:
-    monkeypatch.setattr(admin_server, "CONNECTION_SECONDS", 0.1)
-    for start in (b"", b"GET /livez HTT"):
-        reader, writer = await admin.connect()
-        writer.write(start)
-        assert await hung_up(reader) == b""
-        writer.close()
+    with monkeypatch.context() as patched:
+        patched.setattr(admin_server, "CONNECTION_SECONDS", 0.1)
+        for start in (b"", b"GET /livez HTT"):
+            reader, writer = await admin.connect()
+            writer.write(start)
+            assert await hung_up(reader) == b""
+            writer.close()
     assert (await admin.ask("/livez"))[0] == 200
 
 
@@ -267,6 +275,7 @@ async def test_who_holds_connections_keeps_no_probe_from_its_answer(admin: Admin
         writer.close()
 
 
+@pytest.mark.usefixtures("patient")
 async def test_answers_that_nobody_takes_are_bounded_together(
     admin: Admin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,7 +294,7 @@ async def test_answers_that_nobody_takes_are_bounded_together(
     def held() -> int:
         return sum(one.transport.get_write_buffer_size() for one in inside)
 
-    async with asyncio.timeout(admin_server.CONNECTION_SECONDS / 2):
+    async with asyncio.timeout(DEADLINE):
         while not all(one.transport.is_closing() for one in inside) or held() > 20 << 20:
             await asyncio.sleep(0.01)
     assert held() > 10 << 20
@@ -320,6 +329,7 @@ async def test_one_request_a_connection(admin: Admin) -> None:
     writer.close()
 
 
+@pytest.mark.usefixtures("patient")
 async def test_connections_are_bounded_and_room_comes_back(
     monkeypatch: pytest.MonkeyPatch, admin: Admin
 ) -> None:
@@ -385,15 +395,15 @@ async def test_ipv6() -> None:
     await server.close()
 
 
+@pytest.mark.usefixtures("patient")
 async def test_close_frees_the_port_and_hangs_up_on_who_is_there() -> None:
     admin = Admin()
     await admin.server.start()
     host, port = admin.address
     idle, writer = await admin.connect()
     assert (await admin.ask("/livez"))[0] == 200
-    start = time.monotonic()
-    await admin.server.close()
-    assert time.monotonic() - start < admin_server.CONNECTION_SECONDS / 2
+    async with asyncio.timeout(DEADLINE):
+        await admin.server.close()
     assert await hung_up(idle) == b""
     writer.close()
     with pytest.raises(OSError), socket.create_connection((host, port), timeout=1):
@@ -401,6 +411,7 @@ async def test_close_frees_the_port_and_hangs_up_on_who_is_there() -> None:
     await admin.server.close()
 
 
+@pytest.mark.usefixtures("patient")
 async def test_close_does_not_wait_for_a_reader_who_takes_no_answer() -> None:
     admin = Admin()
     for number in range(500):
@@ -412,9 +423,8 @@ async def test_close_does_not_wait_for_a_reader_who_takes_no_answer() -> None:
     writer.write(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
     await writer.drain()
     assert (await admin.ask("/livez"))[0] == 200
-    start = time.monotonic()
-    await admin.server.close()
-    assert time.monotonic() - start < admin_server.CONNECTION_SECONDS / 2
+    async with asyncio.timeout(DEADLINE):
+        await admin.server.close()
     writer.transport.abort()
 
 

@@ -31,7 +31,7 @@ class Reader:
     async def lines(self, count: int) -> list[dict]:
         """The next lines, each a chunk of its own or several in one."""
         found: list[dict] = []
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while len(found) < count:
                 size = int(await self._from.readuntil(b"\r\n"), 16)
                 if not size:
@@ -211,13 +211,16 @@ async def test_a_reload_ends_the_streams_that_are_not_allowed_any_more(seen: See
     # An admin that became a reader may watch, and taps no more.
     less = {name: one.model_copy(update={"role": "reader"}) for name, one in shown.tokens.items()}
     seen.server.prepare(shown.model_copy(update={"tokens": less}))()
-    assert await asyncio.wait_for(tapped, 5) == "ended"
+    assert await asyncio.wait_for(tapped, 60) == "ended"
+    await seen.until(lambda: streams() <= 3)
     assert streams() == 3
     eye = {"eye": shown.tokens["eye"]}
     seen.server.prepare(shown.model_copy(update={"tokens": eye}))()
-    assert await asyncio.wait_for(watched, 5) == "ended"
+    assert await asyncio.wait_for(watched, 60) == "ended"
+    await seen.until(lambda: streams() <= 2)
     assert streams() == 2
     seen.server.prepare(SETTINGS.model_copy(update={"payloads": "never"}))()
-    assert await asyncio.wait_for(local, 5) == "ended"
+    assert await asyncio.wait_for(local, 60) == "ended"
+    await seen.until(lambda: streams() <= 1)
     assert streams() == 1
     reader.cancel()

@@ -33,7 +33,7 @@ TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 CLIENT = f"00-{TRACE}-{PARENT}-01"
 ON = ("--traces.enabled", "true")
 THREAD = ("--executor.kind", "thread", "--executor.workers", "1")
-ONE_BATCH = ("--batch.age_max", "60s", "--batch.records_max")
+ONE_BATCH = ("--batch.age_max", "10m", "--batch.records_max")
 NOTES = """
 import json
 from opentelemetry import trace
@@ -96,6 +96,11 @@ class Collector:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
+
+    def until(self, spans: int) -> None:
+        """Waits for so many: a daemon that leaves does not wait long for a busy collector."""
+        with self._came:
+            assert self._came.wait_for(lambda: len(self.spans) >= spans, 60), self.spans
 
     def named(self, name: str) -> list[Any]:
         found = [span for span in self.spans if span.name == name]
@@ -166,6 +171,7 @@ def once(batch: Batch) -> None:
         assert one.post(b"1\n2\n3", traceparent=CLIENT, tracestate="a=b")[0] == 202
         assert one.post(b"nonsense", traceparent=CLIENT)[0] == 400
         one.until_settled()
+        collector.until(2 + 2 + 2)
         left(one)
     accepted, refused = collector.named("POST /v1/records")
     assert (accepted.trace_id.hex(), accepted.parent_span_id.hex()) == (TRACE, PARENT)
@@ -229,6 +235,7 @@ def test_processes_get_the_span_and_a_trace_begins_where_there_is_none(
         assert one.post(b"2", traceparent=f"{CLIENT[:-1]}0")[0] == 202
         one.until_settled()
         assert one.post(b"nonsense")[0] == 400
+        collector.until(4 + 3)
         left(one)
     *accepted, refused = collector.named("POST /v1/records")
     tries = collector.named("process default")
@@ -260,6 +267,7 @@ def test_links_are_bounded_and_the_ratio_decides_for_requests_without_a_trace(
         for _ in range(30):
             assert one.post(b"3")[0] == 202
         one.until_settled()
+        collector.until(10 + 1)
         left(one)
     accepted = collector.named("POST /v1/records")
     assert len(accepted) == 10
@@ -307,6 +315,28 @@ def test_a_wrong_variable_is_a_configuration_error(tmp_path: Path) -> None:
     with Daemon(*ON, cwd=tmp_path, environ=wrong) as one:
         assert one.wait() == 78
         assert any("OpenTelemetry's environment variables" in line for line in one.other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        ("", "Authorization: Bearer a-hidden-token"),
+        ("", "authorization=Bearer%20a-hidden%0Atoken"),
+        ("/in?key=a-hidden-token", "x-api-key=also-hidden"),
+    ],
+)
+def test_no_secret_of_a_variable_is_in_the_log(tmp_path: Path, path: str, headers: str) -> None:
+    pytest.importorskip("opentelemetry.sdk.trace")
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}{path}"
+    with traced(url, cwd=tmp_path, OTEL_EXPORTER_OTLP_HEADERS=headers) as one:
+        assert one.post(b"1")[0] == 202
+        said = one.event("library_logged")
+        one.until_settled()
+        left(one)
+    assert said
+    assert "hidden" not in json.dumps([one.events, one.other])
 
 
 def test_check_names_the_extra_that_is_missing(

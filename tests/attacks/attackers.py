@@ -34,25 +34,34 @@ if TYPE_CHECKING:
 
 MIB = 1024**2
 RESET = struct.pack("ii", 1, 0)
+LATE_SECONDS = 60
+"""On a busy machine an attack may need so much more."""
 done: Counter[str] = Counter()
 
 
 class Attack:
-    """Who attacks, where, and until when."""
+    """Who attacks, where, and until when.
+
+    Attributes:
+        names: attacks that go on beyond the end, until each went through its motions.
+    """
 
     def __init__(self, port: int, seconds: float) -> None:
         self.port = port
         self.done = done
         self.end = time.monotonic() + seconds
+        self.names: list[str] = []
         self.random = random.Random(4)
 
     @property
     def left(self) -> float:
-        return max(0.1, self.end - time.monotonic())
+        """Seconds until the last moment; `main` may end it all before."""
+        return max(0.1, self.end + LATE_SECONDS - time.monotonic())
 
     @property
     def goes_on(self) -> bool:
-        return time.monotonic() < self.end
+        late = 0 if all(self.done[name] for name in self.names) else LATE_SECONDS
+        return time.monotonic() < self.end + late
 
     @contextlib.asynccontextmanager
     async def connection(
@@ -112,7 +121,7 @@ async def idle(attack: Attack, number: int) -> None:
         with contextlib.suppress(OSError, TimeoutError):
             async with attack.connection(4, number % 8) as (reader, _):
                 done["idle"] += 1
-                await asyncio.wait_for(reader.read(1), max(0.1, attack.end - time.monotonic()))
+                await asyncio.wait_for(reader.read(1), attack.left)
         await asyncio.sleep(0.1)
 
 
@@ -152,7 +161,7 @@ async def endless(attack: Attack, name: str, group: int, first: bytes, piece: by
             async with attack.connection(group) as (reader, writer):
                 writer.write(LINE + HOST + CHUNKED + b"\r\n" + first)
                 reading = asyncio.create_task(reader.read(4096))
-                while attack.goes_on and not reading.done():
+                while time.monotonic() < attack.end and not reading.done():
                     writer.write(piece)
                     await asyncio.wait_for(writer.drain(), 5)
                     await asyncio.sleep(0.01)
@@ -270,14 +279,20 @@ async def main(port: int, seconds: float, only: list[str]) -> None:
     attack = Attack(port, seconds)
     tasks = plan(attack)
     attack.end = time.monotonic() + seconds  # packing the bombs took its time
+    attack.names = only or list(tasks)
     print("ready", flush=True)
+    running = []
     async with asyncio.TaskGroup() as group:
         for name, coroutines in tasks.items():
             for coroutine in coroutines:
                 if not only or name in only:
-                    group.create_task(coroutine)
+                    running.append(group.create_task(coroutine))
                 else:
                     coroutine.close()
+        while attack.goes_on:
+            await asyncio.sleep(0.05)
+        for task in running:
+            task.cancel()
     print(json.dumps(done), flush=True)
 
 

@@ -114,9 +114,9 @@ def test_nothing_is_held_for_who_has_gone(tmp_path: Path, number: int) -> None:
                     await give_up(port, chance, one)
 
             await asyncio.gather(*(go_on() for _ in range(16)))
-            await until(lambda: held(door) == nothing, 20)
+            await until(lambda: held(door) == nothing, 60)
             journal = door.pipelines["default"].journal
-            await until(lambda: not journal.ledger.pending, 20)
+            await until(lambda: not journal.ledger.pending, 60)
             ledger = journal.ledger
             assert ledger.accepted == ledger.processed + ledger.dead
             assert (

@@ -1,22 +1,28 @@
 """Attacks on a daemon with its defaults, all at once and each alone, beside a polite client.
 
 The attackers share the machine's cores with the daemon and the polite client, so they are niced;
-nothing else is taken from them. On a machine that does something else the latencies say little.
+nothing else is taken from them. What the polite client waits under attack is held against a second,
+and on a machine that is busy with something else against what it waited before.
 """
 
 from __future__ import annotations
 
 import http.client
 import json
+import select
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.daemon.harness import ROOT, Daemon, daemon
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SECONDS = 20
 ALONE_SECONDS = 8
@@ -31,6 +37,8 @@ ATTACKS = {
 }
 RESIDENT_MAX = 200 * 1000**2
 P99_MAX = 1.0
+SLOWER_MAX = 20.0
+"""Times what the polite client waits without attacks, if that is more."""
 
 
 class Watch(threading.Thread):
@@ -56,13 +64,13 @@ class Watch(threading.Thread):
         return max(self.samples)
 
 
-def polite(one: Daemon, until: float) -> list[tuple[float, int]]:
+def polite(one: Daemon, goes_on: Callable[[], object]) -> list[tuple[float, int]]:
     """Small requests, one after another: seconds and status of each."""
     answers = []
     number = 0
-    while time.monotonic() < until:
+    while not answers or goes_on():
         connection = http.client.HTTPConnection(
-            "127.0.0.1", one.port, timeout=10, source_address=("127.0.0.2", 0)
+            "127.0.0.1", one.port, timeout=60, source_address=("127.0.0.2", 0)
         )
         try:
             for _ in range(10):
@@ -78,27 +86,35 @@ def polite(one: Daemon, until: float) -> list[tuple[float, int]]:
     return answers
 
 
+def p99(answers: list[tuple[float, int]]) -> float:
+    times = sorted(seconds for seconds, _ in answers)
+    return times[int(len(times) * 0.99)]
+
+
 def attack(tmp_path: Path, seconds: float, *names: str) -> dict[str, int]:
     """Attacks a daemon with its defaults; how often each attack went through its motions."""
     with daemon(cwd=tmp_path) as one:
         command = [sys.executable, "-m", "tests.attacks.attackers", str(one.port), str(seconds)]
         with subprocess.Popen([*command, *names], cwd=ROOT, stdout=subprocess.PIPE) as attackers:
             try:
-                assert attackers.stdout is not None
-                assert attackers.stdout.readline() == b"ready\n"
+                said = attackers.stdout
+                assert said is not None
+                before = polite(one, lambda: not select.select([said], [], [], 0)[0])
+                assert said.readline() == b"ready\n"
                 watch = Watch(one.pid)
                 watch.start()
-                answers = polite(one, time.monotonic() + seconds)
-                done: dict[str, int] = json.loads(attackers.communicate(timeout=60)[0])
+                until = time.monotonic() + seconds
+                answers = polite(one, lambda: time.monotonic() < until)
+                done: dict[str, int] = json.loads(attackers.communicate(timeout=120)[0])
             finally:
                 attackers.kill()
         most = watch.end()
-        times = sorted(seconds for seconds, _ in answers)
-        p99 = times[int(len(times) * 0.99)]
-        print(f"{most / 1e6:.0f} MB, {len(times)} polite requests, p99 {p99:.3f} s; {done}")
-        assert {status for _, status in answers} == {202}
+        usual, worst = p99(before), p99(answers)
+        print(f"{most / 1e6:.0f} MB, {len(before)} polite requests before, p99 {usual:.3f} s")
+        print(f"{len(answers)} under attack, p99 {worst:.3f} s; {done}")
+        assert {status for _, status in before + answers} == {202}
         assert most < RESIDENT_MAX
-        assert p99 < P99_MAX
+        assert worst < max(P99_MAX, SLOWER_MAX * usual), (worst, usual)
         assert one.process.poll() is None
         errors = [event for event in one.events if event.get("level") == "error"]
         assert not errors, json.dumps(errors[:3], indent=1)

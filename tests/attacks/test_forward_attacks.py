@@ -57,7 +57,8 @@ ATTACKS = {
 def attack(port: int, name: str, end: float, done: Counter[str]) -> None:
     """Sends it again and again, from an address of its own."""
     source = f"127.0.{1 + list(ATTACKS).index(name)}.1"
-    while time.monotonic() < end:
+    late = end + 60  # where fewer than are wanted came through in time
+    while time.monotonic() < (end if len(done) > len(ATTACKS) // 2 else late):
         with contextlib.suppress(OSError), socket.create_connection(
             ("127.0.0.1", port), 5, (source, 0)
         ) as one:  # fmt: skip
@@ -71,7 +72,7 @@ def polite(port: int, end: float) -> list[float]:
     """Small messages, one after the other: the seconds until each is acknowledged."""
     times = []
     while time.monotonic() < end:
-        with socket.create_connection(("127.0.0.1", port), 10, ("127.0.0.2", 0)) as one:
+        with socket.create_connection(("127.0.0.1", port), 60, ("127.0.0.2", 0)) as one:
             for _ in range(20):
                 name = f"{len(times)}"
                 start = time.monotonic()

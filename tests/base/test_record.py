@@ -42,7 +42,9 @@ def test_a_part_is_a_slice(items: list[bytes], sized: bool, data: st.DataObject)
     assert part.items() == items[first : first + count]
 
 
-uneven = st.lists(st.sampled_from([b"", b"1", b"2" * 50, b"3" * 5000]), min_size=1, max_size=30)
+lengths = st.sampled_from([b"", b"1", b"2" * 50, b"3" * 5000])
+runs_of_one_length = st.lists(st.tuples(lengths, st.integers(1, 60)), min_size=1, max_size=6)
+uneven = runs_of_one_length.map(lambda runs: [line for line, n in runs for _ in range(n)])
 
 
 @given(items=uneven, data=st.data())

@@ -49,7 +49,7 @@ def test_a_run_prints_its_tables_and_writes_them(
     peers = ("ingestd", "loop", "fastapi")
     only = [f"--only={scenario}/{peer}" for scenario in ("http-100", "stdin-*") for peer in peers]
     only += ["--only=start", "--only=journal", f"--picture={picture}"]
-    code = quick(tmp_path, "--seconds", "0.2", "--load", "python", "--json", str(written), *only)
+    code = quick(tmp_path, "--seconds", "1", "--load", "python", "--json", str(written), *only)
     out = capsys.readouterr().out
     assert code == 0, out
 
@@ -74,7 +74,7 @@ def test_a_run_prints_its_tables_and_writes_them(
     assert picture.read_text().startswith("<svg ")
     starts = [one["figures"]["ready"] for one in result["runs"] if one["scenario"] == "start"]
     assert len(starts) >= len(peers)
-    assert all(0 < seconds < 30 for seconds in starts)
+    assert all(0 < seconds < 300 for seconds in starts)
     (journal,) = [one["figures"] for one in result["runs"] if one["scenario"] == "journal"]
     assert journal["share"] == pytest.approx(journal["journal"] / journal["plain"])
     judged = {bar["bar"]: bar for bar in result["bars"]}
@@ -107,16 +107,16 @@ def test_wrk_makes_the_load_where_it_is_installed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_every_child(tmp_path: Path, number: signal.Signals) -> None:
-    only = ("--only", "http-1/loop", "--seconds", "60", "--load", "python")
+    only = ("--only", "http-1/loop", "--seconds", "300", "--load", "python")
     command = [sys.executable, "-m", "benchmarks", *QUICK, "--directory", str(tmp_path), *only]
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as benchmark:
         try:
             children = wait_for_children(benchmark.pid, "benchmarks.web_aiohttp", "benchmarks.load")
             benchmark.send_signal(number)
-            assert benchmark.wait(20) == 128 + number
+            assert benchmark.wait(60) == 128 + number
         finally:
             benchmark.kill()
-    deadline = time.monotonic() + 10  # they were told to end, and may still be at it
+    deadline = time.monotonic() + 60  # they were told to end, and may still be at it
     while time.monotonic() < deadline and any(
         Path(f"/proc/{child}").exists() for child in children
     ):
@@ -129,7 +129,7 @@ def test_a_signal_ends_every_child(tmp_path: Path, number: signal.Signals) -> No
 
 def wait_for_children(parent: int, *modules: str) -> list[int]:
     """The children of a process, as soon as each of the modules runs in one of them."""
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         pids = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
         running = [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0") for pid in pids]

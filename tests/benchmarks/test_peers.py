@@ -36,7 +36,7 @@ stream, _ = listening.accept()
 with open("out", "wb") as out:
     while block := stream.recv(65536):
         out.write(block); out.flush()
-time.sleep(60)
+time.sleep(300)
 """
 """A daemon that takes a stream into a file and stays, as rsyslogd does."""
 
@@ -154,7 +154,7 @@ def test_a_pipe_is_moved_into_a_daemon_that_is_ended_after_it(tmp_path: Path) ->
         os.close(reading)
         with os.fdopen(writing, "wb") as pipe:
             pipe.write(payload)
-        assert child.wait(20) == 0, (tmp_path / "stderr").read_text()
+        assert child.wait(60) == 0, (tmp_path / "stderr").read_text()
     assert (tmp_path / "out").read_bytes() == payload
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -43,7 +45,7 @@ def ingestd(
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
     )
     assert "Traceback" not in run.stderr
     return run
@@ -295,18 +297,56 @@ def test_a_reader_that_has_gone_is_no_error(here: Path, arguments: list[str]) ->
             env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
             stdout=writing,
             stderr=subprocess.PIPE,
-            timeout=30,
+            timeout=60,
         )
     finally:
         os.close(writing)
     assert (run.returncode, run.stderr) == (0, b"")
 
 
-def test_interrupted_before_it_started(here: Path) -> None:
+@pytest.mark.parametrize("replaced", ["", "sys.stdout = io.StringIO()"])
+def test_what_a_module_prints_is_no_part_of_the_settings(here: Path, replaced: str) -> None:
+    (here / "loud.py").write_text(f"import io, sys\nprint('loud', end='')\n{replaced}\n{HANDLERS}")
+    run = ingestd("check", "loud:store", "--json", cwd=here)
+    assert (run.returncode, run.stderr) == (0, "loud")
+    assert json.loads(run.stdout)["exit_code"] == 0
+
+
+def in_shell(line: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["sh", "-c", f"{shlex.join([sys.executable, '-P', '-m', 'ingestd'])} {line}"],
+        cwd=cwd, env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("to", "why"), [(">/dev/full", "No space left on device"), (">&-", "it is closed")]
+)
+@pytest.mark.parametrize("command", ["check", "check --json", "token", "--version"])
+def test_a_stdout_that_cannot_be_written_is_one_line(
+    here: Path, command: str, to: str, why: str
+) -> None:
+    run = in_shell(f"{command} {to}", here)
+    assert run.returncode == 1
+    assert f"ingestd: standard output: {why}\n" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_closed_stdin_is_an_empty_one_and_a_closed_stderr_is_not_stdout(here: Path) -> None:
+    run = in_shell("token --hash <&-", here)
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stderr
+    run = in_shell("try shop:store - <&-", here)
+    assert (run.returncode, run.stderr) == (0, "")
+    run = in_shell("check --nonsense 2>&-", here)
+    assert (run.returncode, run.stdout) == (2, "")
+
+
+def test_an_interrupted_command_is_one_line(here: Path) -> None:
     (here / "shop.py").write_text("raise KeyboardInterrupt\n")
     run = ingestd("check", "shop:store", cwd=here)
     assert run.returncode == 1
-    assert run.stderr == "ingestd: interrupted before it started\n"
+    assert run.stderr == "ingestd: interrupted\n"
 
 
 def test_a_folder_that_is_gone_is_one_line(here: Path) -> None:
@@ -322,7 +362,7 @@ def test_a_folder_that_is_gone_is_one_line(here: Path) -> None:
         env={"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
     )
     assert run.returncode == 78
     assert run.stderr.startswith("ingestd: the current folder is gone")
@@ -347,7 +387,7 @@ def test_importing_ingestd_is_light(here: Path) -> None:
         env={"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=60,
     )
     assert (run.returncode, run.stderr) == (0, "")
 
@@ -442,7 +482,7 @@ def test_what_needs_no_settings_imports_none(here: Path, argument: str) -> None:
     )
     run = subprocess.run(
         [sys.executable, "-P", "-c", script, argument],
-        cwd=here, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=30,
+        cwd=here, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     modules = set(run.stderr.splitlines())
     assert run.stdout
@@ -457,6 +497,6 @@ def test_a_command_imports_no_other(here: Path) -> None:
     )
     run = subprocess.run(
         [sys.executable, "-P", "-c", script],
-        cwd=here, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=30,
+        cwd=here, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert set(run.stdout.splitlines()[-1].split()) == {"ingestd.cli.output", "ingestd.cli.token"}

@@ -11,17 +11,21 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING
 
 import pytest
 
+from ingestd.__main__ import main
 from ingestd.cli.top import Look, rows
 from tests.daemon.harness import ROOT, daemon
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+    from typing import Self
 
     from tests.daemon.harness import Daemon
 
@@ -51,7 +55,7 @@ def command(running: Daemon, *args: str) -> list[str]:
 
 def read_until(number: int, wanted: str, seen: str = "") -> str:
     """What a terminal shows, up to some text."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while wanted not in seen:
         ready, _, _ = select.select([number], [], [], max(0, deadline - time.monotonic()))
         assert ready, seen
@@ -117,8 +121,8 @@ def test_tap_on_a_terminal_ends_with_ctrl_c(running: Daemon, tmp_path: Path) -> 
         os.chdir(tmp_path)
         os.execve(sys.executable, command(running, "tap"), ENV)
     seen = ""
-    deadline = time.monotonic() + 20
-    while '"n":7' not in seen.replace("\\", "") and time.monotonic() < deadline:
+    deadline = time.monotonic() + 60
+    while not ('"n":7' in seen.replace("\\", "") and "\n" in seen) and time.monotonic() < deadline:
         running.post(b'{"n":7}\n')
         if select.select([number], [], [], 0.05)[0]:
             seen += os.read(number, 65536).decode()
@@ -137,6 +141,10 @@ def test_top_without_a_terminal(running: Daemon, tmp_path: Path) -> None:
         )  # fmt: skip
         return done.stdout
 
+    deadline = time.monotonic() + 60
+    while running.status()["pipelines"]["clicks"]["pending"]:  # of the test before this one
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     running.post(b'{"n":1}\n')
     title, head, clicks, default = run("--once").splitlines()
     assert "running" in title
@@ -158,7 +166,7 @@ def test_top_without_a_terminal(running: Daemon, tmp_path: Path) -> None:
     assert (
         " up in="
         in subprocess.run(
-            ["sh", "-c", cut], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=30
+            ["sh", "-c", cut], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=60
         ).stdout
     )
     gone = subprocess.run(
@@ -190,3 +198,105 @@ def test_top_on_a_terminal(running: Daemon, tmp_path: Path) -> None:
     read_until(number, "\x1b[?1049l")
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     os.close(number)
+
+
+@pytest.mark.slow
+def test_top_puts_the_terminal_back_when_it_is_ended(running: Daemon, tmp_path: Path) -> None:
+    pid, number = pty.fork()
+    if not pid:
+        os.chdir(tmp_path)
+        os.execve(sys.executable, command(running, "top"), {**ENV, "TERM": "xterm"})
+    read_until(number, "sort name")
+    os.kill(pid, signal.SIGTERM)
+    read_until(number, "\x1b[?25h\x1b[?1049l")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.close(number)
+
+
+@pytest.mark.slow
+def test_top_draws_no_page_on_a_terminal_that_has_none(running: Daemon, tmp_path: Path) -> None:
+    pid, number = pty.fork()
+    if not pid:
+        os.chdir(tmp_path)
+        os.execve(sys.executable, command(running, "top"), {**ENV, "TERM": "dumb"})
+    seen = read_until(number, " up in=")
+    os.kill(pid, signal.SIGINT)
+    os.waitpid(pid, 0)
+    os.close(number)
+    assert "\x1b" not in seen
+
+
+class Stranger:
+    """A server that is no daemon, at some address.
+
+    Args:
+        body: of each of its answers; `None` for none.
+    """
+
+    def __init__(self, body: bytes | None) -> None:
+        class Answer(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                if body is None:
+                    time.sleep(5)
+                    return
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+        self._server.daemon_threads = True
+        self.address = f"127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.mark.parametrize("body", [b"[]", b"{}", b'{"pipelines": null}', b'{"pipelines": {"a": 1}}'])
+def test_an_answer_of_another_program_is_one_line(
+    body: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Stranger(body) as other:
+        assert main(["top", "--once", "--admin.listen", other.address]) == 1
+    said = f"ingestd: the answer from {other.address} is no status of a daemon\n"
+    assert capsys.readouterr() == ("", said)
+
+
+def test_a_tap_of_a_program_that_says_nothing_ends(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ingestd.cli.healthcheck.STREAM_SECONDS", 0.2)
+    with Stranger(None) as other:
+        assert main(["tap", "--admin.listen", other.address]) == 1
+    assert capsys.readouterr().err == f"ingestd: no answer from {other.address}: timed out\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["tap", "--sample", "some"], 2, "argument --sample: 'some' is not a number"),
+        (["tap", "--where", "a=\udcff"], 2, "no text in the encoding of this locale"),
+        (["peek", "--where", "\udcff=1"], 2, "no text in the encoding of this locale"),
+        (["tap", "\udcff"], 1, "/v1/tap is 404"),
+        (["tap", "--token-file", "token"], 1, "Invalid header value"),
+        (["tap", "--token-file", "/dev/zero"], 78, "/dev/zero: it is no regular file"),
+        (["peek", "--limit", "9" * 30], 2, "argument --limit: should be at most"),
+    ],
+)
+def test_arguments_that_no_request_can_have(
+    running: Daemon, arguments: list[str], code: int, said: str,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "token").write_text("a\nb")
+    where = [] if arguments[0] == "peek" else ["--admin.listen", f"127.0.0.1:{running.admin_port}"]
+    assert main([*arguments, *where]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line

@@ -50,12 +50,12 @@ def stop(batch: list[dict]) -> None:
 class Slow:
     def __init__(self) -> None:
         print("hangs", flush=True)
-        time.sleep(60)
+        time.sleep(600)
     def __call__(self, batch: list[dict]) -> None: ...
 
 def hang(batch: list[dict]) -> None:
     print("hangs", flush=True)
-    time.sleep(60)
+    time.sleep(600)
 
 def double(record: dict) -> list[dict]:
     return [record, record]
@@ -134,6 +134,62 @@ def test_what_fails_as_a_whole_costs_a_bounded_number_of_calls(here: Path) -> No
     assert "retry: not now, with 119 more of its batch\nall records: 120 retry" in run.stdout
 
 
+def test_the_handler_that_is_named_is_called_whatever_a_pipeline_has(here: Path) -> None:
+    """A configuration names the handlers of production: `try` must not call them instead."""
+    (here / "own.toml").write_text('[pipelines.own.handler]\ntarget = "app:down"\n')
+    files = ("good.ndjson", "--limit", "9", "--config", "own.toml")
+    run = attempt("app:store", *files, "--pipeline", "own", cwd=here)
+    assert (run.returncode, run.stdout.splitlines()[0]) == (0, "stored 9")
+    (here / "own.toml").write_text('[handler]\ntargets = ["app:down"]\n')
+    run = attempt("app:store", *files, cwd=here)
+    assert run.returncode == 78
+    assert run.stderr == (
+        "ingestd: handler.target (argument HANDLER):"
+        " app:store would get nothing, as handler.targets is set too\n"
+    )
+    (here / "own.toml").write_text('[pipelines.own.handler]\ntargets = ["app:down"]\n')
+    run = attempt("app:store", *files, "--pipeline", "own", cwd=here)
+    assert (run.returncode, run.stdout.splitlines()[0]) == (0, "stored 9")
+
+
+def test_a_file_that_is_missing_is_told_before_the_handler_is_called(here: Path) -> None:
+    flags = ("--batch.records_max", "50")
+    run = attempt("app:store", "good.ndjson", "gone.ndjson", *flags, cwd=here)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "ingestd: gone.ndjson: No such file or directory\n"
+
+
+def test_what_was_done_before_a_file_that_is_damaged_is_told(here: Path) -> None:
+    whole = (here / "more.ndjson.gz").read_bytes()
+    (here / "more.ndjson.gz").write_bytes(whole[:-9])
+    flags = ("--batch.records_max", "120", "--limit", "200")
+    run = attempt("app:choose", "good.ndjson", "more.ndjson.gz", *flags, cwd=here)
+    assert run.returncode == 2
+    assert "all records: 118 done, 1 invalid, 1 rejected, 1 retry; 1 batch," in run.stdout
+    assert "ingestd: more.ndjson.gz: the gzip body is not valid: it is cut off" in run.stderr
+
+
+def test_a_module_may_change_the_folder(here: Path) -> None:
+    (here / "away.py").write_text("import os\nos.chdir('/')\ndef store(batch): ...\n")
+    run = attempt("away:store", "good.ndjson", cwd=here)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def test_a_limit_is_at_least_one_record(here: Path) -> None:
+    run = attempt("app:store", "good.ndjson", "--limit", "-3", cwd=here)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert "argument --limit: should be at least 1" in run.stderr
+
+
+def test_a_file_that_is_no_lines_is_told_what_makes_lines_of_it(here: Path) -> None:
+    (here / "packed.ndjson").write_bytes(gzip.compress(b'{"n": 1}\n'))
+    (here / "pretty.json").write_text('{\n  "n": 1\n}\n')
+    run = attempt("app:store", "packed.ndjson", "pretty.json", "good.ndjson", cwd=here)
+    packed, pretty = [line for line in run.stderr.splitlines() if line.startswith("ingestd:")]
+    assert packed == "ingestd: packed.ndjson: it is compressed (gzip), advice: zcat FILE |"
+    assert pretty.startswith("ingestd: pretty.json: it is JSON over several lines, advice: jq -c")
+
+
 def test_options_transform_and_coroutines(here: Path) -> None:
     flags = ("--handler.options.table", "t", "--handler.transform", "app:double")
     run = attempt("app:Store", "good.ndjson", *flags, cwd=here)
@@ -191,7 +247,7 @@ def test_the_debugger_and_ctrl_c_in_a_terminal(here: Path) -> None:
                     process.send_signal(signal.SIGINT)
                 else:
                     os.write(ours, keys)
-                assert process.wait(20) == 1
+                assert process.wait(60) == 1
                 while b"interrupted" not in seen:
                     seen += os.read(ours, 4096)
             finally:

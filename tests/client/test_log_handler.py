@@ -37,7 +37,7 @@ def test_each_log_record_once(tmp_path: Path, logger: logging.Logger) -> None:
         logger.addHandler(handler)
         for number in range(RECORDS):
             logger.info("order %d", number)
-        assert handler.client.flush(60)
+        assert handler.client.flush(120)
         assert handler.client.counts == Counts(RECORDS, RECORDS)
         until(lambda: len(daemons) == 2)
         wanted = [f"order {number}" for number in range(RECORDS)]
@@ -52,7 +52,9 @@ def test_a_log_record_as_json(tmp_path: Path, logger: logging.Logger) -> None:
             return "order 7"
 
     with daemon(*THREAD, cwd=tmp_path) as one:
-        handler = LogHandler(url_of(one), fields={"service": "shop"}, level="INFO")
+        handler = LogHandler(
+            url_of(one), fields={"service": "shop"}, level="INFO", close_timeout=120
+        )
         logger.addHandler(handler)
         logger.debug("below the level")
         logger.warning("%s is late", "it", extra={"user": 7, "order": Order()})
@@ -129,7 +131,10 @@ atexit.register(lambda: logging.error("the very last"))
 logging.config.dictConfig({
     "version": 1,
     "handlers": {
-        "d": {"class": "ingestd.client.LogHandler", "url": sys.argv[1], "batch_age": 3600},
+        "d": {
+            "class": "ingestd.client.LogHandler", "url": sys.argv[1], "batch_age": 3600,
+            "close_timeout": 120,
+        },
     },
     "root": {"handlers": ["d"], "level": "INFO"},
 })
@@ -148,25 +153,25 @@ def test_a_fork_in_the_middle_of_an_emit(tmp_path: Path, logger: logging.Logger)
     class Slow:
         def __str__(self) -> str:
             inside.set()
-            go_on.wait(30)
+            go_on.wait(300)
             return "slow"
 
     with daemon(*THREAD, cwd=tmp_path) as one:
-        handler = LogHandler(url_of(one))
+        handler = LogHandler(url_of(one), close_timeout=120)
         logger.addHandler(handler)
         thread = threading.Thread(target=logger.info, args=(Slow(),))
         thread.start()
-        assert inside.wait(30)
+        assert inside.wait(60)
         child = os.fork()
         if child == 0:
             code = 1
             try:
                 logger.info("child")
-                code = handler.client.close(30) != Counts(1, 1)
+                code = handler.client.close(60) != Counts(1, 1)
             finally:
                 os._exit(code)
         go_on.set()
-        thread.join(30)
+        thread.join(60)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         handler.flush()
         arrives(tmp_path, one, ["child", "slow"], "message")

@@ -60,7 +60,7 @@ class Proxy:
                     proxy.faults[kind] += bool(kind)
                     proxy.came.notify_all()
                 if kind == "hang":
-                    proxy.released.wait(60)
+                    proxy.released.wait(600)
                     self.close_connection = True
                 elif kind.isdigit():
                     self.answer(int(kind), b"{}", {"Retry-After": str(proxy.retry_after)})
@@ -69,7 +69,7 @@ class Proxy:
 
             def forward(self, body: bytes, *, lose: bool) -> None:
                 headers = {k: v for k, v in self.headers.items() if k not in {"Host", "Connection"}}
-                link = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=30)
+                link = http.client.HTTPConnection("127.0.0.1", proxy.port, timeout=60)
                 try:
                     link.request("POST", self.path, body, headers)
                     answer = link.getresponse()
@@ -146,7 +146,7 @@ class Answers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._thread.join(5)
+        self._thread.join(60)
         self._server.close()
 
 
@@ -174,7 +174,7 @@ def restarting(proxy: Proxy, folder: Path, *flags: str, after: int) -> Iterator[
     thread.start()
     try:
         yield daemons
-        thread.join(60)
+        thread.join(120)
         assert len(daemons) == 2, "the restart did not come"
     finally:
         for one in daemons:
@@ -198,7 +198,7 @@ def arrives(folder: Path, daemon: Daemon, numbers: Sequence[Any], member: str = 
     assert Counter(arrived(folder, member)) == Counter(numbers)
 
 
-def until(condition: Callable[[], bool], timeout: float = 30) -> None:
+def until(condition: Callable[[], bool], timeout: float = 60) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline

@@ -93,7 +93,7 @@ def found_client(name: str, version: Sequence[str], command: Sequence[str]) -> C
     path = shutil.which(name, path=f"{here}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if path is None:
         pytest.skip(f"{name} is not installed")
-    said = subprocess.run([path, *version], capture_output=True, text=True, timeout=30)
+    said = subprocess.run([path, *version], capture_output=True, text=True, timeout=120)
     words = [word.strip(",()") for word in (said.stdout + said.stderr).split()]
     number = next((word for word in words if word.lstrip("v")[:1].isdigit()), "?")
     run = tuple(path if word == name else word for word in command)
@@ -189,14 +189,21 @@ class Receiver:
                 # With what it has started: that would hold the pipe, and so the reader.
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                reader.join(20)
+                reader.join(60)
         assert code == 0, "".join(said)[-4000:]
         assert "half\n" in said, "".join(said)[-4000:]
         return self.finish()
 
+    def until_accepted(self, count: int) -> None:
+        """Waits until so many records were accepted in this life of the daemon and before it."""
+        deadline = time.monotonic() + 60
+        while self.daemon.status()["pipelines"]["default"]["accepted"] < count:
+            assert time.monotonic() < deadline, self.daemon.status()
+            time.sleep(0.01)
+
     def finish(self) -> list[Any]:
         """Drains the daemon; the records as the sink wrote them."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while any(one["pending"] for one in self.daemon.status()["pipelines"].values()):
             assert time.monotonic() < deadline, self.daemon.status()
             time.sleep(0.05)

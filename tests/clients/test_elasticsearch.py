@@ -97,7 +97,7 @@ def test_our_own_sink_in_another_daemon(tmp_path: Path) -> None:
         handler = ("--handler.target", "elasticsearch", *flags, *retry)
         checked = subprocess.run(
             [sys.executable, "-m", "ingestd", "check", *handler], cwd=ROOT, capture_output=True,
-            text=True, timeout=60,
+            text=True, timeout=120,
         )  # fmt: skip
         assert checked.returncode == 0, checked.stdout + checked.stderr
         with daemon(*handler, cwd=tmp_path / "sender") as sender:

@@ -148,5 +148,5 @@ def test_fluent_bit_reads_the_configuration_on_the_page(tmp_path: Path, page: st
     inputs = "pipeline:\n  inputs:\n    - name: stdin\n"
     config.write_text(output.replace("pipeline:\n", inputs))
     command = [program, "-c", str(config), "--dry-run"]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    said = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert "configuration test is successful" in said.stdout + said.stderr

@@ -138,13 +138,15 @@ def test_logger(tmp_path: Path, line: int) -> None:
     words = example("logger").splitlines()[line].replace("5514", str(port)).split()[1:-1]
     (tmp_path / "lines").write_text("".join(f'{{"n": {n}}}\n' for n in range(COUNT)))
     with receiver(tmp_path, port, "tcp", "udp") as daemon:
-        # In parts: a client of datagrams that does not pause can overrun any buffer.
+        # In parts: a client of datagrams that does not pause can overrun any buffer, and does so
+        # if nothing is read for a moment.
         for first in range(0, COUNT, 250):
             part = tmp_path / "part"
             lines = (tmp_path / "lines").read_text().splitlines(keepends=True)
             part.write_text("".join(lines[first : first + 250]))
             command = [*client.command, *words, "-t", "app", "-f", str(part)]
-            subprocess.run(command, check=True, timeout=60)
+            subprocess.run(command, check=True, timeout=120)
+            daemon.until_accepted(first + 250)
         records = daemon.finish()
     check(numbers(records), once=True)
     form = "rfc5424" if "--rfc5424" in words else "rfc3164"
@@ -160,14 +162,25 @@ def test_the_handler_of_python(tmp_path: Path, transport: str) -> None:
     if transport == "udp":
         code = code.replace("SOCK_STREAM", "SOCK_DGRAM")
     code += (
-        "import time\n"
+        "import sys\n"
         f"for n in range({COUNT}):\n"
         "    logging.getLogger().error('{\"n\": %d}', n)\n"
-        "    time.sleep(0.0005)\n"
+        "    if n % 100 == 99:\n"
+        "        print('part', flush=True)\n"
+        "        sys.stdin.readline()\n"
         "handler.close()\n"
     )
-    with receiver(tmp_path, port, transport) as daemon:
-        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    with receiver(tmp_path, port, transport) as daemon, subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as sender:  # fmt: skip
+        assert sender.stdin is not None
+        assert sender.stdout is not None
+        for first in range(0, COUNT, 100):
+            assert sender.stdout.readline() == b"part\n"
+            daemon.until_accepted(first + 100)
+            sender.stdin.write(b"\n")
+            sender.stdin.flush()
+        assert sender.wait(60) == 0
         records = daemon.finish()
     check(numbers(records), once=True)
     assert {(one["appname"], one["severity"]) for one in records} == {("shop", "err")}
@@ -195,7 +208,7 @@ def test_what_a_restart_costs_a_client_that_does_not_look(tmp_path: Path) -> Non
         assert sender.stdout is not None
         assert sender.stdout.readline() == b"half\n"
         daemon.restart()
-        sender.communicate(b"\n", timeout=60)
+        sender.communicate(b"\n", timeout=120)
         found = numbers(daemon.finish())
     assert found == list(range(501))
 

@@ -69,13 +69,13 @@ class Daemon:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        self._reader.join(10)
+        self._reader.join(60)
         for stream in (self.process.stdout, self.process.stderr, self.process.stdin):
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
 
-    def event(self, name: str, timeout: float = 20) -> dict[str, Any]:
+    def event(self, name: str, timeout: float = 60) -> dict[str, Any]:
         """The first log event of that name; waits for it."""
         deadline = time.monotonic() + timeout
         while True:
@@ -104,10 +104,10 @@ class Daemon:
     def terminate(self, number: int = signal.SIGTERM) -> None:
         self.process.send_signal(number)
 
-    def wait(self, timeout: float = 40) -> int:
+    def wait(self, timeout: float = 60) -> int:
         """The exit code; all of stderr has been read when this returns."""
         code = self.process.wait(timeout)
-        self._reader.join(10)
+        self._reader.join(60)
         return code
 
     def request(
@@ -121,7 +121,7 @@ class Daemon:
     ) -> tuple[int, dict[str, str], Any]:
         """One request on a connection of its own: status, headers, decoded body."""
         port = self.admin_port if admin else self.port
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         try:
             connection.request(method, path, body, dict(headers or {}))
             answer = connection.getresponse()
@@ -145,7 +145,7 @@ class Daemon:
         assert code == 200, (code, body, self.events[-5:], self.other[-20:])
         return body
 
-    def until_settled(self, pipeline: str = "default", timeout: float = 30) -> dict[str, Any]:
+    def until_settled(self, pipeline: str = "default", timeout: float = 60) -> dict[str, Any]:
         """Waits until nothing is pending; the pipeline's status."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:

@@ -104,10 +104,10 @@ def test_every_record_once_over_a_sigterm_in_the_middle(tmp_path: Path, kind: st
     with daemon(*arguments, cwd=tmp_path) as one:
         with ThreadPoolExecutor(32) as clients:
             work = [clients.submit(client, one, number) for number in range(32)]
-            assert posted.wait(30)
+            assert posted.wait(60)
             one.terminate()
             for done in work:
-                done.result(60)
+                done.result(90)
         assert one.wait() == 0
         first = one.event("drained")
     assert first["accepted"] == len(accepted)
@@ -129,7 +129,7 @@ def test_a_sigkill_loses_nothing_and_keeps_batch_ids(tmp_path: Path) -> None:
     with daemon(*arguments, cwd=tmp_path) as one:
         for n in range(10):
             assert one.post(b"%d" % n)[0] == 202
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not calls(tmp_path) and time.monotonic() < deadline:
             time.sleep(0.01)
         one.terminate(signal.SIGKILL)
@@ -148,14 +148,12 @@ def test_a_sigkill_loses_nothing_and_keeps_batch_ids(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_second_signal_leaves_at_once_and_keeps_everything(tmp_path: Path) -> None:
-    with daemon(*into(tmp_path, GATE), cwd=tmp_path) as one:
+    with daemon(*into(tmp_path, GATE, drain__timeout="10m"), cwd=tmp_path) as one:
         assert one.post(b"1\n2\n3\n")[0] == 202
         one.terminate()
         one.event("drain_started")
-        began = time.monotonic()
         one.terminate()
-        assert one.wait() == 0
-        assert time.monotonic() - began < 10  # the gate would hold it for 30 s
+        assert one.wait() == 0  # the gate would hold it for 5 min
         report = one.event("drained_partly")
         assert (report["pending"], report["balanced"]) == (3, True)
     (tmp_path / "open").touch()
@@ -310,7 +308,7 @@ def test_a_stalled_log_reader_does_not_stall_ingestion(tmp_path: Path) -> None:
             assert one.post(b"".join(b"%d\n" % i for i in range(n * 20, n * 20 + 20)))[0] == 202
         assert one.until_settled()["processed"] == 600
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(90) == 0
     finally:
         process.kill()
         process.wait()
@@ -328,7 +326,7 @@ class _Address(Daemon):
 
 
 def _until_connects(port: int) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
             socket.create_connection(("127.0.0.1", port), 1).close()
@@ -345,7 +343,7 @@ def test_a_killed_daemon_leaves_no_worker_behind(tmp_path: Path) -> None:
                      batch__records_max="1")  # fmt: skip
     with daemon(*arguments, cwd=tmp_path) as one:
         one.post(b"1\n2\n")
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while len(calls(tmp_path)) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
         workers = {call["pid"] for call in calls(tmp_path)}
@@ -353,7 +351,7 @@ def test_a_killed_daemon_leaves_no_worker_behind(tmp_path: Path) -> None:
         port = one.port
         one.terminate(signal.SIGKILL)
         one.wait()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while any(_alive(pid) for pid in workers) and time.monotonic() < deadline:
             time.sleep(0.01)
         assert not [pid for pid in workers if _alive(pid)]
@@ -461,7 +459,7 @@ def test_real_input_over_stdin(tmp_path, name, form, content_type, way, kind) ->
     finally:
         stdin.close()
         if feeder is not None:
-            feeder.wait(20)
+            feeder.wait(60)
     assert seen(tmp_path) == _expected(name, form)
 
 

@@ -30,18 +30,18 @@ def stay(seconds):
     time.sleep(seconds)
 
 def starts(batch: list[int]) -> None:
-    fork.Process(target=stay, args=(60,)).start()
+    fork.Process(target=stay, args=(300,)).start()
 
 def pools(batch: list[int]) -> None:
-    ProcessPoolExecutor(1, fork).submit(stay, 60)
+    ProcessPoolExecutor(1, fork).submit(stay, 300)
 
 def forks(batch: list[int]) -> None:
     if os.fork() == 0:
-        stay(60)
+        stay(300)
         os._exit(0)
 
 def terminates(batch: list[int]) -> None:
-    child = fork.Process(target=stay, args=(60,))
+    child = fork.Process(target=stay, args=(300,))
     child.start()
     while not os.path.exists(f"{HERE}/child"):
         time.sleep(0.01)
@@ -53,7 +53,7 @@ def terminates_at_once(batch: list[int]) -> None:
     for _ in range(200):
         child = os.fork()
         if child == 0:
-            time.sleep(60)
+            time.sleep(300)
             os._exit(0)
         os.kill(child, 15)
         assert os.waitpid(child, 0)[1] == 15
@@ -65,7 +65,7 @@ def logs_all(number):
 def logs(batch: list[int]) -> None:
     child = fork.Process(target=logs_all, args=(7,))
     child.start()
-    child.join(20)
+    child.join(60)
     assert child.exitcode == 0, child.exitcode
 """
 HOLDS = """\
@@ -73,13 +73,13 @@ import fcntl, sys, time
 lock = open(sys.argv[1], "r+")
 fcntl.flock(lock, fcntl.LOCK_EX)
 print("held", flush=True)
-time.sleep(60)
+time.sleep(300)
 """
 THREAD = ("--executor.kind", "thread", "--executor.workers", "2")
 
 
 def child_of(folder: Path) -> int:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not (folder / "child").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -90,7 +90,7 @@ def child_of(folder: Path) -> int:
 def test_an_orphan_keeps_neither_lock_nor_port_nor_journal(tmp_path: Path, name: str) -> None:
     (tmp_path / "theirs.py").write_text(FORKS)
     with daemon(f"theirs:{name}", *THREAD, cwd=tmp_path) as one:
-        waiting = socket.create_connection(("127.0.0.1", one.port), 20)
+        waiting = socket.create_connection(("127.0.0.1", one.port), 60)
         assert one.post(b"1")[0] == 202
         child, port = child_of(tmp_path), one.port
         try:

@@ -59,7 +59,7 @@ def flags(port: int) -> tuple[str, ...]:
 
 def post(port: int, number: int) -> int | str:
     """A number, on a connection of its own: its status, or what happened instead."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     try:
         connection.request("POST", "/v1/records", b"%d\n" % number)
         return connection.getresponse().status

@@ -46,7 +46,7 @@ def post(one: Daemon, text: str, token: str = "") -> int:
     return one.request("POST", "/v1/records", text.encode(), headers)[0]
 
 
-def until(condition: Any, timeout: float = 20) -> None:
+def until(condition: Any, timeout: float = 60) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline
@@ -179,7 +179,7 @@ def test_the_process_ends_whatever_is_left_behind(tmp_path: Path, left: str, kin
     if kind == "async":
         text = (tmp_path / "app.py").read_text().replace("def store", "async def store")
         (tmp_path / "app.py").write_text(text)
-    code, events = feed(tmp_path, 3, target, "--executor.kind", kind, timeout=30)
+    code, events = feed(tmp_path, 3, target, "--executor.kind", kind)
     assert code == 0
     assert [event["event"] for event in events][-1] == "daemon_left"
     assert len(notes(tmp_path)) == 3
@@ -189,7 +189,7 @@ def test_check_ends_too(tmp_path: Path) -> None:
     app(tmp_path, "", IMPORTS + LEFT_BEHIND["thread"])
     done = subprocess.run(
         [sys.executable, "-m", "ingestd", "check", "app:store"], cwd=tmp_path,
-        capture_output=True, text=True, timeout=30, env={"PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=60, env={"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "app:store" in done.stdout
@@ -197,7 +197,7 @@ def test_check_ends_too(tmp_path: Path) -> None:
 
 def test_a_start_that_fails_ends_too(tmp_path: Path) -> None:
     app(tmp_path, "", IMPORTS + LEFT_BEHIND["thread"] + "\nraise OSError('no')")
-    code, _ = feed(tmp_path, 1, "app:store", *THREAD, timeout=30)
+    code, _ = feed(tmp_path, 1, "app:store", *THREAD)
     assert code == 78
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -28,7 +27,7 @@ class Later(Sync):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [CLOSE_SECONDS, 60])
+@pytest.mark.parametrize("seconds", [CLOSE_SECONDS, 600])
 @pytest.mark.parametrize(
     ("name", "kind"), [("Sync", "thread"), ("Sync", "process"), ("Later", "async")]
 )
@@ -36,14 +35,14 @@ def test_a_slow_close_is_no_stuck_journal(
     tmp_path: Path, name: str, kind: str, seconds: float
 ) -> None:
     (tmp_path / "slow_store.py").write_text(STORE)
-    arguments = ("--executor.kind", kind, "--handler.options.seconds", str(seconds))
+    # No other bound ends it as soon as its own.
+    arguments = ("--executor.kind", kind, "--handler.options.seconds", str(seconds),
+                 "--drain.timeout", "10m")  # fmt: skip
     with daemon(f"slow_store:{name}", *arguments, cwd=tmp_path) as one:
         assert one.post(b"1\n")[0] == 202
         one.until_settled()
-        began = time.monotonic()
         one.terminate()
         assert one.wait() == 0, one.events[-5:]
         report = one.event("drained")
     assert (report["processed"], report["pending"], report["balanced"]) == (1, 0, True)
     assert not [event for event in one.events if event["event"] == "journal_stuck"]
-    assert time.monotonic() - began < CLOSE_SECONDS + 10  # its bound, and what leaving may take

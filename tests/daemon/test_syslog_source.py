@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def send(port: int, text: bytes, context: ssl.SSLContext | None = None) -> None:
-    with socket.create_connection(("127.0.0.1", port), timeout=20) as raw:
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as raw:
         if context is None:
             raw.sendall(text)
             return
@@ -47,7 +47,7 @@ def test_messages_beside_http_through_a_reload_of_certificates(tmp_path: Path) -
         send(secure, b"10 <13>second", ssl.create_default_context(cafile=new.ca))
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
             sender.sendto(b"<13>datagram", ("127.0.0.1", datagrams))
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while one.status()["pipelines"]["logs"]["accepted"] < 4:
             assert time.monotonic() < deadline
             time.sleep(0.02)

@@ -68,7 +68,7 @@ def test_a_client_is_told_and_the_daemon_imports_no_more_than_before(
         for _ in range(2):
             status, answer = one.post(b'{"page":"c"}\n{}\n', Idempotency_Key="k2")
             assert (status, answer["accepted"], answer["errors"][0]["index"]) == (202, 1, 1)
-        status, answer = one.post(b'{"page":3}\n{"page":"d"}\n', Prefer="wait=20")
+        status, answer = one.post(b'{"page":3}\n{"page":"d"}\n', Prefer="wait=50")
         assert (status, answer["processed"], answer["errors"][0]["index"]) == (200, 1, 0)
         document = one.request("GET", "/openapi.json")[2]
         assert document["components"]["schemas"]["default.Click"]["required"] == ["page"]

@@ -12,7 +12,7 @@ REQUEST = HEAD + b"Content-Length: %d\r\n\r\n%s"
 
 
 def send(port: int, number: int) -> socket.socket:
-    sock = socket.create_connection(("127.0.0.1", port), 30)
+    sock = socket.create_connection(("127.0.0.1", port), 60)
     body = b"%d" % number
     sock.sendall(REQUEST % (len(body), body))
     return sock

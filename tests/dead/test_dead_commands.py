@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -76,7 +77,7 @@ def got(folder: Path) -> list[str]:
 
 
 def until(condition: Callable[[], Any], what: str) -> Any:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if value := condition():
             return value
@@ -271,6 +272,13 @@ def test_show_and_export(folder: Path) -> None:
         assert base64.b64decode(other["payload_base64"]) == b"\xff\x00"
         assert lines(cli("dead", "export", "--id", "2", cwd=folder)) == [other]
         assert "there is no dead letter 9" in cli("dead", "show", "9", cwd=folder, code=2).stderr
+        said = cli("dead", "export", "-o", ".", cwd=folder, code=78).stderr
+        assert said == "ingestd: .: Is a directory\n"
+        full = f"{shlex.join([sys.executable, '-m', 'ingestd'])} dead export > /dev/full"
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        ended = subprocess.run(["sh", "-c", full], cwd=folder, env=env, stderr=subprocess.PIPE)
+        assert ended.stderr == b"ingestd: standard output: No space left on device\n"
+        assert ended.returncode == 1
 
 
 @pytest.mark.slow
@@ -402,6 +410,24 @@ def test_the_same_forms_everywhere_and_what_is_not_there_is_said(folder: Path) -
             (2, one[0]["record"]), (4, one[0]["record"][:-1] + "3"),
         ]  # fmt: skip
     assert sorted(got(folder)) == ["0", "4"]
+
+
+@pytest.mark.parametrize("kind", ["link to a device", "link to a file", "pipe", "folder"])
+def test_an_export_takes_the_place_of_a_file_alone(tmp_path: Path, kind: str) -> None:
+    """As root it put a file in place of `/dev/null`."""
+    target = tmp_path / "target"
+    (tmp_path / "other").write_text("other")
+    {
+        "link to a device": lambda: target.symlink_to("/dev/null"),
+        "link to a file": lambda: target.symlink_to(tmp_path / "other"),
+        "pipe": lambda: os.mkfifo(target),
+        "folder": target.mkdir,
+    }[kind]()
+    before = target.lstat()
+    with pytest.raises((FileExistsError, IsADirectoryError)):
+        write_lines([b"1\n"], str(target))
+    assert target.lstat() == before
+    assert (tmp_path / "other").read_text() == "other"
 
 
 @pytest.mark.parametrize("error", [OSError("full"), MemoryError()])

@@ -201,6 +201,13 @@ async def test_an_editor_gets_the_record_in_a_file(
         shutil.rmtree(left.parent)
         monkeypatch.setenv("EDITOR", f"{editor} s/3/33/")
         assert main(args) == 0
+        for editor_line, said in {
+            "rm": "rm has left no ",
+            "vi 'open": 'EDITOR is "vi \'open": No closing quotation',
+        }.items():
+            monkeypatch.setenv("EDITOR", editor_line)
+            assert main(["dead", "edit", "1", "--data-dir", str(tmp_path)]) == 2
+            assert capfd.readouterr().err.startswith(f"ingestd: {said}")
     assert not list(tmp_path.glob("ingestd-*"))
     moved = await journal.dead_letters.requeue()
     assert moved.chunks[0].records.items() == [b'{"n":33}']

@@ -26,7 +26,7 @@ ENVIRON = {
 }
 
 
-def until(true: Callable[[], object], seconds: float = 30) -> None:
+def until(true: Callable[[], object], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline
@@ -58,7 +58,7 @@ class Machine:
         )  # fmt: skip
         try:
             until(self._leads)
-            until(self._is_up, 60)
+            until(self._is_up, 180)
         except BaseException:
             self.__exit__()
             raise
@@ -91,7 +91,7 @@ class Machine:
         if self._nspawn.poll() is None:
             subprocess.run(["kill", "-KILL", getattr(self, "_leader", str(self._nspawn.pid))])
             try:
-                self._nspawn.wait(20)
+                self._nspawn.wait(60)
             except subprocess.TimeoutExpired:
                 self._nspawn.kill()
                 self._nspawn.wait()
@@ -103,7 +103,7 @@ class Machine:
         """A command inside."""
         enter = ["nsenter", f"--target={self._leader}", "--all", f"--wdns={cwd}"]
         return subprocess.run(
-            [*enter, *command], capture_output=True, text=True, timeout=180, env=ENVIRON,
+            [*enter, *command], capture_output=True, text=True, timeout=300, env=ENVIRON,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
 

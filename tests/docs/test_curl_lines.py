@@ -105,7 +105,7 @@ def run(block: Block, folder: Path) -> list[tuple[str, list[int], str]]:
             part.write_to_path(folder / f"{name}.pem", append=True)
     # %{stderr}: it must not get into the next program of a pipe.
     (folder / ".curlrc").write_text(
-        'write-out = "%{stderr}\\nstatus=%{http_code}\\n"\nmax-time = 20'
+        'write-out = "%{stderr}\\nstatus=%{http_code}\\n"\nmax-time = 60'
     )
     results = []
     with daemon(*block.flags, cwd=folder) as one:
@@ -123,7 +123,7 @@ def run(block: Block, folder: Path) -> list[tuple[str, list[int], str]]:
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
-                timeout=60,
+                timeout=90,
             )
             assert done.returncode == 0, (line, done.stdout, done.stderr)
             results.append((line, [int(s) for s in _STATUS.findall(done.stderr)], done.stdout))

@@ -238,7 +238,7 @@ class Operator:
 
     def until(self, condition: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
         """The pipeline's status, once it is as it should be."""
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while True:
             now: dict[str, Any] = self.daemon.status()["pipelines"]["default"]
             if condition(now):

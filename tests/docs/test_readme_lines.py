@@ -141,7 +141,7 @@ def test_the_server(folder: Path) -> None:
         if event["event"] == "daemon_started":
             break
     host, _, port = event["listening"][0].removeprefix("http://").rpartition(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=10)
+    connection = http.client.HTTPConnection(host, int(port), timeout=60)
     (sent,) = re.findall(r"--data-binary '(.*?)'", line_with("curl -i"))
     connection.request("POST", "/v1/records", sent)
     answer = connection.getresponse()

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,15 @@ def is_free(port: int) -> bool:
     return True
 
 
+def is_well(monitoring: int) -> bool:
+    """Whether a server has joined the others, by its monitoring."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{monitoring}/healthz", timeout=10) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
 @pytest.mark.slow
 def test_three_servers_and_two_daemons_from_the_page(tmp_path: Path) -> None:
     if not (Path(sys.executable).parent / "nats-server").exists():
@@ -56,7 +66,7 @@ def test_three_servers_and_two_daemons_from_the_page(tmp_path: Path) -> None:
         printed = tmp_path / "printed"  # no pipe: what runs on would keep it open
         with printed.open("w") as out:
             done = subprocess.run(
-                ["bash", "-euc", text], cwd=tmp_path, stdout=out, stderr=out, timeout=120,
+                ["bash", "-euc", text], cwd=tmp_path, stdout=out, stderr=out, timeout=300,
                 env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
             )  # fmt: skip
         assert done.returncode == 0, (block, printed.read_text())
@@ -66,6 +76,7 @@ def test_three_servers_and_two_daemons_from_the_page(tmp_path: Path) -> None:
     pids: list[int] = []
     try:
         run(files)
+        wait_for(lambda: all(is_well(int(f"{decades['822']}{n}")) for n in (1, 2, 3)))
         said = run(check)
         assert said.count("syncs each write") == 3
         run(daemons)
@@ -101,7 +112,7 @@ def _is_zombie(pid: int) -> bool:
 
 
 def wait_for(condition) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 120
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.05)

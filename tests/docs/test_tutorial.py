@@ -64,12 +64,12 @@ class Shell:
         )  # fmt: skip
 
     def status(self) -> dict[str, int]:
-        with urllib.request.urlopen("http://127.0.0.1:8081/v1/status", timeout=5) as answer:
+        with urllib.request.urlopen("http://127.0.0.1:8081/v1/status", timeout=30) as answer:
             found: dict[str, int] = json.load(answer)["pipelines"]["default"]
             return found
 
     def until(self, accepted: int) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while True:
             try:
                 now = self.status()

@@ -115,7 +115,7 @@ class Writes:
             case "reject":
                 batch.reject(0, "not this one")
             case "wait":
-                deadline = time.monotonic() + 30
+                deadline = time.monotonic() + 120
                 while not (self.folder / "open").exists() and time.monotonic() < deadline:
                     time.sleep(0.01)
 

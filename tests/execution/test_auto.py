@@ -86,7 +86,7 @@ async def test_what_a_handler_of_the_users_runs_in(
         result = await pool.run(Job("j-1", 1, Records.sized([b"1"]), [Span(1, 0, 1)], "j"))
         assert result.failure is None
     finally:
-        assert await pool.close(asyncio.get_running_loop().time() + 5)
+        assert await pool.close(asyncio.get_running_loop().time() + 60)
     here = os.getpid()
     assert (pids(tmp_path, "called") == {here}) == (expected == "async")
     assert (here in pids(tmp_path, "imported")) == (expected == "async")
@@ -100,7 +100,7 @@ async def test_a_sink_that_comes_with_us_runs_in_threads(tmp_path: Path, target:
     pool, kind = await start_pool(
         "default", *settings_for(target), data_dir=tmp_path, on_restart=lambda _: None
     )
-    assert await pool.close(asyncio.get_running_loop().time() + 5)
+    assert await pool.close(asyncio.get_running_loop().time() + 60)
     assert kind == "thread"
 
 

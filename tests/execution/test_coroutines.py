@@ -120,6 +120,12 @@ async def where(batch: list[int]) -> None:
 HANGS = ["ignores", "waits", "blocks", "delegates"]
 
 
+def be_patient(pool: Any) -> None:
+    """Calls from now on have a minute, whatever it was for those before."""
+    for worker in pool.workers:
+        worker._timeout = 60.0
+
+
 def job(value: int) -> Job:
     return Job("j-1", 1, Records.sized([b"%d" % value]), [Span(1, 0, 1)], "j")
 
@@ -157,8 +163,8 @@ async def opened(
     for module in modules:
         module.GO.set()
     for pool in pools:
-        await pool.close(asyncio.get_running_loop().time() + 5)
-    deadline = time.monotonic() + 20
+        await pool.close(asyncio.get_running_loop().time() + 60)
+    deadline = time.monotonic() + 60
     while [one for one in threading.enumerate() if one.name.startswith("default-loop")]:
         assert time.monotonic() < deadline, "what was left behind does not end"
         await asyncio.sleep(0.02)
@@ -167,10 +173,11 @@ async def opened(
 @pytest.mark.parametrize("name", HANGS)
 async def test_a_call_that_does_not_come_back_frees_its_batch(opened, name: str) -> None:
     pool, _ = await opened(name)
-    result = await asyncio.wait_for(pool.run(job(1)), 20)
+    result = await asyncio.wait_for(pool.run(job(1)), 60)
     assert result.failure is not None
     assert result.failure.reason == "timeout"
-    again = await asyncio.wait_for(pool.run(job(0)), 20)
+    be_patient(pool)
+    again = await asyncio.wait_for(pool.run(job(0)), 60)
     assert again.failure is None
 
 
@@ -179,30 +186,33 @@ async def test_a_module_that_cannot_be_loaded_any_more_costs_a_batch_no_try(
 ) -> None:
     pool, _ = await opened("ignores", workers=1)
     (module,) = tmp_path.glob("coroutines_*.py")
-    assert (await asyncio.wait_for(pool.run(job(1)), 20)).failure.reason == "timeout"
+    assert (await asyncio.wait_for(pool.run(job(1)), 60)).failure.reason == "timeout"
+    be_patient(pool)
     sys.modules.pop(module.stem)
     module.write_text("broken(")
-    failure = (await asyncio.wait_for(pool.run(job(0)), 20)).failure
+    failure = (await asyncio.wait_for(pool.run(job(0)), 60)).failure
     assert (failure.reason, failure.after) == (POSTPONED, START_AGAIN_SECONDS)
     module.write_text(THEIRS)
-    assert (await asyncio.wait_for(pool.run(job(0)), 20)).failure is None
+    assert (await asyncio.wait_for(pool.run(job(0)), 60)).failure is None
 
 
 async def test_work_that_was_finished_after_all_counts(opened) -> None:
     pool, _ = await opened("finishes")
-    assert (await asyncio.wait_for(pool.run(job(1)), 20)).failure is None
+    for worker in pool.workers:
+        worker._grace = 60.0
+    assert (await asyncio.wait_for(pool.run(job(1)), 60)).failure is None
 
 
 async def test_a_task_that_leaves_with_system_exit_does_not_end_the_loop(opened) -> None:
     pool, _ = await opened("leaves", within="20s")
-    assert (await asyncio.wait_for(pool.run(job(1)), 20)).failure is None
-    assert (await asyncio.wait_for(pool.run(job(1)), 20)).failure is None
+    assert (await asyncio.wait_for(pool.run(job(1)), 60)).failure is None
+    assert (await asyncio.wait_for(pool.run(job(1)), 60)).failure is None
 
 
 async def test_what_nobody_awaits_may_be_anything(opened) -> None:
     pool, _ = await opened("ugly", within="20s")
     with capture_logs() as lines:
-        assert (await asyncio.wait_for(pool.run(job(1)), 10)).failure is None
+        assert (await asyncio.wait_for(pool.run(job(1)), 60)).failure is None
     told = [line["error"] for line in lines if line["log_level"] == "error"]
     assert [error.partition(":")[0].rpartition(".")[2] for error in told] == [
         "Ugly",
@@ -212,14 +222,14 @@ async def test_what_nobody_awaits_may_be_anything(opened) -> None:
 
 async def test_a_loop_that_was_closed_ends_its_calls_and_is_replaced(opened) -> None:
     pool, _ = await opened("closes", within="1h")
-    failure = (await asyncio.wait_for(pool.run(job(1)), 10)).failure
+    failure = (await asyncio.wait_for(pool.run(job(1)), 60)).failure
     assert failure.error == "the handler cancelled its own task, or closed its loop"
-    assert (await asyncio.wait_for(pool.run(job(0)), 10)).failure is None
+    assert (await asyncio.wait_for(pool.run(job(0)), 60)).failure is None
 
 
 async def test_a_constructor_that_cancels_its_own_task_is_like_one_that_fails(opened) -> None:
-    pool, _ = await opened("CancelsAll")
-    assert (await asyncio.wait_for(pool.run(job(1)), 10)).failure is None
+    pool, _ = await opened("CancelsAll", within="20s")
+    assert (await asyncio.wait_for(pool.run(job(1)), 60)).failure is None
 
 
 @pytest.mark.parametrize(("kind", "name"), [("thread", "Hangs"), ("async", "HangsAsync")])
@@ -228,7 +238,7 @@ async def test_a_constructor_that_hangs_ends_the_start(
 ) -> None:
     monkeypatch.setattr(build, "START_TIMEOUT", 0.05)
     with pytest.raises(HandlerLoadError, match="not loaded within"):
-        await asyncio.wait_for(opened(name, kind=kind), 10)
+        await asyncio.wait_for(opened(name, kind=kind), 60)
 
 
 @pytest.mark.parametrize(
@@ -238,15 +248,23 @@ async def test_what_is_left_behind_is_bounded(
     opened, monkeypatch: pytest.MonkeyPatch, name: str, bound: str
 ) -> None:
     monkeypatch.setattr(event_loops, bound, 2)
+    if name == "ignores":  # its loop turns, however late
+        answers = event_loops.HandlerLoop.answers
+        monkeypatch.setattr(event_loops.HandlerLoop, "answers", lambda loop, _: answers(loop, 60))
     pool, go = await opened(name, workers=1, within="20ms")
     for _ in range(2):
-        assert (await asyncio.wait_for(pool.run(job(1)), 20)).failure.reason == "timeout"
-    third = asyncio.ensure_future(pool.run(job(1)))
-    done, _ = await asyncio.wait({third}, timeout=1.0)
+        assert (await asyncio.wait_for(pool.run(job(1)), 60)).failure.reason == "timeout"
+    with capture_logs() as lines:
+        third = asyncio.ensure_future(pool.run(job(1)))
+        async with asyncio.timeout(60):
+            while "handler_not_abandoned" not in {line["event"] for line in lines}:
+                await asyncio.sleep(0.01)
+    done, _ = await asyncio.wait({third}, timeout=0.5)
     assert not done
     go.set()
-    assert (await asyncio.wait_for(third, 20)).failure.reason == "timeout"
-    assert (await asyncio.wait_for(pool.run(job(0)), 20)).failure is None
+    assert (await asyncio.wait_for(third, 60)).failure.reason == "timeout"
+    be_patient(pool)
+    assert (await asyncio.wait_for(pool.run(job(0)), 60)).failure is None
 
 
 @pytest.mark.parametrize("name", HANGS)
@@ -261,7 +279,7 @@ def test_signals_and_deadlines_hold(tmp_path: Path, name: str) -> None:
             time.sleep(0.01)
         assert one.request("GET", "/livez", admin=True)[0] == 200
         one.terminate()
-        assert one.wait(30) == 0
+        assert one.wait(60) == 0
         assert one.event("drained_partly")["pending"] == 1
 
 
@@ -275,4 +293,4 @@ def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
         one.terminate()
         one.event("drain_started")
         one.terminate(signal.SIGINT)
-        assert one.wait(30) == 0
+        assert one.wait(60) == 0

@@ -114,8 +114,8 @@ async def test_what_stands_behind_a_wait_gives_its_payload_back_and_others_go_on
     await made.put(late := batch(3))
     assert given_back[-1] is late
     for _ in range(2 * AHEAD_MAX):  # many more than are sealed ahead of the workers
-        await asyncio.wait_for(made.put(batch(1)), 5)
-    await asyncio.wait_for(made.put(other := batch(4)), 5)
+        await asyncio.wait_for(made.put(batch(1)), 60)
+    await asyncio.wait_for(made.put(other := batch(4)), 60)
     assert [await soon(made), await soon(made)] == [other, None]
     assert made.ready_at == hours
 
@@ -167,7 +167,7 @@ async def test_the_batches_that_are_looked_past_are_bounded(monkeypatch, bound) 
     assert not waits.done()
     made.replaced(first)
     assert await soon(made) is not None
-    await asyncio.wait_for(waits, 5)
+    await asyncio.wait_for(waits, 60)
 
 
 # -- keys ------------------------------------------------------------------------------------------

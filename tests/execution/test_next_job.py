@@ -43,7 +43,7 @@ class Does:
         match what:
             case "crash": os.kill(os.getpid(), signal.SIGKILL)
             case "hang": time.sleep(600)
-            case "sleep": time.sleep(0.5)
+            case "sleep": time.sleep(1)
             case "raise": raise ValueError("asked to")
             case "wait": self.wait("open")
     def wait(self, name):
@@ -97,7 +97,7 @@ class Pool:
         assert not [one for one in results if one.failure is not None]
 
     async def all(self, jobs: list[asyncio.Task[Result]]) -> list[Result]:
-        return await asyncio.wait_for(asyncio.gather(*jobs), 60)
+        return await asyncio.wait_for(asyncio.gather(*jobs), 120)
 
     def begun(self) -> Counter[int]:
         path = self.folder / "begun"
@@ -110,7 +110,7 @@ class Pool:
 
     async def close(self, seconds: float) -> bool:
         loop, self.is_open = asyncio.get_running_loop(), False
-        return await asyncio.wait_for(self.pool.close(loop.time() + seconds), 30)
+        return await asyncio.wait_for(self.pool.close(loop.time() + seconds), 120)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ async def pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
     made = Pool(tmp_path)
     yield made
     if made.is_open:
-        assert await made.close(5)
+        assert await made.close(60)
 
 
 @contextmanager
@@ -161,7 +161,7 @@ async def test_jobs_are_handed_over_before_the_last_one_is_answered(
 
 @pytest.mark.parametrize(("what", "reason"), [("crash", "crashed"), ("hang", "timeout")])
 async def test_only_the_guilty_job_is_charged(pool: Pool, what: str, reason: str) -> None:
-    await pool.start(seconds=2.0)
+    await pool.start(seconds=5.0 if what == "hang" else 60.0)
     await pool.warm()
     results = await pool.all(pool.submit(*["quick"] * 10, what, *["quick"] * 20))
     assert reasons(results) == {10: reason}
@@ -184,7 +184,7 @@ async def test_a_kill_between_two_jobs_costs_no_try(pool: Pool) -> None:
     await pool.warm()
     (pool.folder / "close_waits").touch()
     jobs = pool.submit(*["quick"] * 5, "raise", *["quick"] * 20)
-    closing = await asyncio.wait_for(pool.until("closing-*"), 30)
+    closing = await asyncio.wait_for(pool.until("closing-*"), 60)
     (pool.folder / "close_waits").unlink()
     os.kill(int(closing.name.partition("-")[2]), signal.SIGKILL)
     assert reasons(await pool.all(jobs)) == {5: "raised"}
@@ -216,9 +216,9 @@ async def test_a_kill_at_any_moment_charges_one_job_at_most(pool: Pool) -> None:
 async def test_the_time_of_a_job_begins_when_the_child_begins_it(
     pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Six jobs of half a second each are with the child at once, and each may take two."""
+    """Six jobs of a second each are with the child at once, and each may take five."""
     monkeypatch.setattr(process, "AHEAD_SECONDS", 60.0)
-    await pool.start(seconds=2.0)
+    await pool.start(seconds=5.0)
     with counting_ahead(monkeypatch) as tries:
         results = await pool.all(pool.submit(*["sleep"] * 6))
     assert tries.count(True) >= 4
@@ -244,8 +244,10 @@ async def test_a_drain_takes_back_what_is_not_begun(pool: Pool) -> None:
     slow, *others = pool.submit("wait", *["quick"] * 10)
     while QUICK not in pool.begun():
         await asyncio.sleep(0.005)
-    closing = asyncio.create_task(pool.close(20))
-    await asyncio.sleep(0.2)  # what lies ready goes back meanwhile
+    closing = asyncio.create_task(pool.close(60))
+    (worker,) = pool.workers
+    while not pool.pool._jobs.closed or len(worker._handed) > 1:
+        await asyncio.sleep(0.005)  # what lies ready goes back
     (pool.folder / "open").touch()
     assert await closing
     assert reasons(await pool.all([slow])) == {}
@@ -261,7 +263,7 @@ async def test_a_drain_at_its_deadline_begins_nothing_more(pool: Pool) -> None:
         await asyncio.sleep(0.005)
     began = time.monotonic()
     assert await pool.close(0.0)
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     assert reasons(await pool.all([slow])) == {0: "crashed"}
     assert set(pool.begun()) == set(range(QUICK + 1))
     await _end(others)
@@ -286,7 +288,7 @@ async def test_a_job_that_the_child_begins_while_others_are_taken_back_is_its_ow
             head = unread.recv(wire._HEAD.size, socket.MSG_DONTWAIT)
         except OSError:
             return set()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         with contextlib.suppress(OSError):  # until the child has received all that is behind it
             while unread.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
                 raced += 1
@@ -298,7 +300,7 @@ async def test_a_job_that_the_child_begins_while_others_are_taken_back_is_its_ow
     await pool.warm()
     with monkeypatch.context() as patched:
         patched.setattr(wire, "take_packets_back", take_back)
-        for _ in range(10):
+        for _ in range(300):
             results = await pool.all(pool.submit(*["quick"] * 5, "raise", *["quick"] * 20))
             assert [one.failure.reason for one in results if one.failure is not None] == ["raised"]
             if raced:
@@ -353,4 +355,4 @@ async def test_a_job_that_goes_back_keeps_the_result_of_the_worker_that_runs_it(
     queued = jobs.put(Job("j-0", 1, Records.lines([b"1"]), [Span(1, 0, 1)], "j"))
     # On the loop's own thread: the loop sees the result when this worker is done with the job.
     GivesBack("w-0", hello, timeout=60.0, on_restart=lambda _: None)._serve(jobs)
-    assert (await asyncio.wait_for(queued.done, 5)).seconds == 7.0
+    assert (await asyncio.wait_for(queued.done, 60)).seconds == 7.0

@@ -30,12 +30,12 @@ class Note:
 
 
 class SlowToImport(Note):
-    """Makes its daemon's start take as long as the file `starting` is there (at most 30 s)."""
+    """Makes its daemon's start take as long as the file `starting` is there (at most 5 min)."""
 
     def __init__(self, folder: str) -> None:
         super().__init__(folder)
         Path(folder, "begun").touch()
-        wait_while(Path(folder, "starting"))
+        wait_while(Path(folder, "starting"), 300)
 
 
 class Fails(Note):
@@ -115,7 +115,7 @@ class Misbehaves(Note):
         return None
 
 
-def wait_while(path: Path, seconds: float = 30) -> None:
+def wait_while(path: Path, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while path.exists() and time.monotonic() < deadline:
         time.sleep(0.005)

@@ -155,7 +155,7 @@ async def lives(folder: Path) -> Life | None:
     None: the header names another program or version, which is refused and left untouched.
     """
     before = (folder / "journal.db").read_bytes() if (folder / "journal.db").exists() else b""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         for _ in range(2):
             try:
                 return await live(folder)

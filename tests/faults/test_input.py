@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import resource
 import socket
@@ -25,7 +26,15 @@ HEAD = b"POST /v1/records HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r
 
 
 def _connected(one: Daemon, address: str = "") -> socket.socket:
-    return socket.create_connection(("127.0.0.1", one.port), 20, (address, 0))
+    return socket.create_connection(("127.0.0.1", one.port), 60, (address, 0))
+
+
+def _accepts(one: Daemon) -> bool:
+    """Whether a record gets its 202: on a busy machine this client may be slow, too."""
+    try:
+        return one.post(b"1\n")[0] == 202
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 def test_slow_headers(tmp_path: Path) -> None:
@@ -33,8 +42,8 @@ def test_slow_headers(tmp_path: Path) -> None:
     with daemon(*into(tmp_path, http__header_timeout="1s"), cwd=tmp_path) as one:
         with _connected(one) as slow:
             slow.sendall(b"POST /v1/records HT")
-            assert one.post(b"1\n")[0] == 202
-            until(lambda: slow.recv(1024) == b"", 20, "the connection is still open")
+            until(lambda: _accepts(one))
+            until(lambda: slow.recv(1024) == b"", what="the connection is still open")
         one.terminate()
         assert one.wait() == 0
 
@@ -45,7 +54,9 @@ def test_a_slow_body(tmp_path: Path) -> None:
         with _connected(one) as slow:
             slow.sendall(HEAD + b"1\n")
             assert slow.recv(4096).startswith(b"HTTP/1.1 408")
-        assert one.post(b"9\n")[0] == 202
+        with _connected(one) as quick:  # in one piece: never late for its deadline
+            quick.sendall(HEAD + b"9\n\n\n")
+            assert quick.recv(4096).startswith(b"HTTP/1.1 202")
         assert one.until_settled()["accepted"] == 1
     assert seen(tmp_path) == {9}
 
@@ -119,7 +130,7 @@ def test_standard_streams_that_are_closed(tmp_path: Path, closed: str) -> None:
             assert one.post(b"%d\n{" % n)[0] == 202  # and something to be logged
         assert one.until_settled()["processed"] == 5
         process.terminate()
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
@@ -193,7 +204,7 @@ def test_the_clock_jumps_a_year(tmp_path: Path, jump: int) -> None:
     offset = tmp_path / "offset"
     offset.write_text("+0")
     arguments = into(tmp_path, "Fails", retry__backoff="300ms", retry__backoff_max="300ms",
-                     batch__age_max="300ms")  # fmt: skip
+                     retry__attempts_max="1000", batch__age_max="300ms")  # fmt: skip
     with daemon(*arguments, cwd=tmp_path, environ=_faked(offset)) as one:
         assert one.post(b"1\n")[0] == 202
         until(lambda: 1 in seen(tmp_path))
@@ -204,7 +215,7 @@ def test_the_clock_jumps_a_year(tmp_path: Path, jump: int) -> None:
         offset.write_text(f"{jump:+d}")
         (tmp_path / "down").unlink()
         assert one.post(b"4\n")[0] == 202
-        assert one.until_settled(timeout=15)["processed"] == 4
+        assert one.until_settled(timeout=120)["processed"] == 4
         one.terminate()
         assert one.wait() == 0
         last = one.event("daemon_left")["timestamp"]
@@ -230,5 +241,5 @@ def test_the_clock_jumps_between_two_lives(tmp_path: Path, jump: int) -> None:
     (tmp_path / "down").unlink()
     offset.write_text(f"{jump:+d}")
     with daemon(*arguments, cwd=tmp_path, environ=_faked(offset)) as two:
-        assert two.until_settled(timeout=10)["processed"] == 1
+        assert two.until_settled(timeout=60)["processed"] == 1
     check_names(tmp_path)

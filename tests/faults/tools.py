@@ -62,7 +62,7 @@ def check_names(folder: Path) -> None:
     assert not [record for record, names in homes.items() if len(names) > 1]
 
 
-def until(condition: Callable[[], Any], timeout: float = 20, what: str = "") -> Any:
+def until(condition: Callable[[], Any], timeout: float = 60, what: str = "") -> Any:
     """Waits for the condition; its value."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
@@ -94,11 +94,11 @@ class Client(threading.Thread):
 
     def __exit__(self, *_: object) -> None:
         self._stop_it.set()
-        self.join(60)
+        self.join(120)
         assert not self.is_alive()
 
     def run(self) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=60)
         with contextlib.closing(connection):
             while not self._stop_it.is_set():
                 ids = [next(self._numbers) for _ in range(self._per_request)]
@@ -154,7 +154,7 @@ def finish(*args: str, cwd: Path, prefix: tuple[str, ...] = ()) -> dict[str, Any
     from tests.daemon.harness import daemon
 
     with daemon(*args, cwd=cwd, prefix=prefix) as one:
-        until(lambda: one.status()["pipelines"]["default"]["pending"] == 0, 30, "still pending")
+        until(lambda: one.status()["pipelines"]["default"]["pending"] == 0, 120, "still pending")
         one.terminate()
         assert one.wait() == 0, (one.events[-5:], one.other[-20:])
         report = one.event("drained")

@@ -45,7 +45,7 @@ MIB = 1024**2
 
 async def reason_of(intake: Intake, url: str, **more: Any) -> str:
     """Why a URL was given up."""
-    async with fetching(intake, url, **more) as source, asyncio.timeout(20):
+    async with fetching(intake, url, **more) as source, asyncio.timeout(60):
         with pytest.raises(InputIncomplete):
             await source.wait_finished()
         (download,) = source._downloads

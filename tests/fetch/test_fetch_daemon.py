@@ -23,6 +23,7 @@ import trustme
 from aiohttp import web
 
 from tests.daemon.harness import ROOT, daemon
+from tests.daemon.test_input import shown_by
 from tests.faults.tools import until
 from tests.fetch.nginx import needs_nginx, serving_files
 from tests.fetch.tools import Server, lines, serving
@@ -36,6 +37,8 @@ pytestmark = pytest.mark.slow
 HERE = ("--source", "fetch", "--fetch.allow_private", "true", "--fetch.backoff", "1ms")
 
 
+LINES = 100_000
+"""So many that a server with a rate has sent only some of them when it is killed."""
 NO_ADMIN = ("--admin.listen", "")
 
 
@@ -58,10 +61,12 @@ def server(handler: Any, **more: Any) -> Iterator[Server]:
 
     thread = threading.Thread(target=turn)
     thread.start()
-    assert ready.wait(10)
-    yield ready.server
-    loop.call_soon_threadsafe(ends.set)
-    thread.join(10)
+    assert ready.wait(60)
+    try:
+        yield ready.server
+    finally:
+        loop.call_soon_threadsafe(ends.set)
+        thread.join(60)
 
 
 async def good(request: web.Request) -> web.StreamResponse:
@@ -138,13 +143,15 @@ def test_a_terminal_shows_how_far_it_is(tmp_path: Path) -> None:
         with server(good) as web_:
             command = [sys.executable, "-m", "ingestd", "run", "sqlite", *HERE, *NO_ADMIN,
                        "--fetch.urls", f"{web_.url}/0 {web_.url}/10"]  # fmt: skip
-            done = subprocess.run(
-                command, cwd=tmp_path, stdin=subprocess.DEVNULL, stderr=theirs, timeout=60,
-                env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
-            )  # fmt: skip
-        assert done.returncode == 0
-        os.set_blocking(ours, False)
-        shown = os.read(ours, 1 << 16).decode()
+            with subprocess.Popen(
+                command, cwd=tmp_path, stdin=subprocess.DEVNULL, stderr=theirs,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+            ) as process:  # fmt: skip
+                try:
+                    shown = shown_by(ours, process)
+                finally:
+                    process.kill()
+        assert process.returncode == 0
     finally:
         os.close(ours)
         os.close(theirs)
@@ -176,7 +183,7 @@ def test_a_list_from_a_file_and_from_standard_input(tmp_path: Path) -> None:
 def test_kill_9_and_it_goes_on_at_the_exact_line(tmp_path: Path, name: str) -> None:
     import gzip
 
-    body = lines(0, 20_000)
+    body = lines(0, LINES)
     rate = "400k" if name == "x.ndjson" else "60k"
     with serving_files(tmp_path / "nginx", rate=rate) as nginx:
         (nginx.www / name).write_bytes(gzip.compress(body) if name.endswith("gz") else body)
@@ -192,9 +199,9 @@ def test_kill_9_and_it_goes_on_at_the_exact_line(tmp_path: Path, name: str) -> N
         with daemon(*arguments, cwd=tmp_path) as one:
             assert one.wait() == 0
             report = one.event("drained")
-            assert report["accepted"] == report["processed"] == 20_000
+            assert report["accepted"] == report["processed"] == LINES
             assert report["balanced"]
-    assert numbers(tmp_path / "ingestd-data" / "out.db") == list(range(20_000))
+    assert numbers(tmp_path / "ingestd-data" / "out.db") == list(range(LINES))
     done = run("journal", "verify", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (0, "default: ok\n")
 
@@ -203,7 +210,7 @@ def test_kill_9_and_it_goes_on_at_the_exact_line(tmp_path: Path, name: str) -> N
 @needs_nginx
 def test_sigterm_keeps_the_position_of_the_last_accepted_line(tmp_path: Path) -> None:
     with serving_files(tmp_path / "nginx", rate="200k") as nginx:
-        (nginx.www / "x.ndjson").write_bytes(lines(0, 20_000))
+        (nginx.www / "x.ndjson").write_bytes(lines(0, LINES))
         arguments = ("sqlite", *HERE, "--fetch.urls", f"{nginx.url}/slow/x.ndjson")
         with daemon(*arguments, cwd=tmp_path) as one:
             until(lambda: one.status()["pipelines"]["default"]["accepted"] > 1000)
@@ -216,8 +223,8 @@ def test_sigterm_keeps_the_position_of_the_last_accepted_line(tmp_path: Path) ->
         nginx.start()
         with daemon(*arguments, cwd=tmp_path) as one:
             assert one.wait() == 0
-            assert one.event("drained")["accepted"] == 20_000
-    assert numbers(tmp_path / "ingestd-data" / "out.db") == list(range(20_000))
+            assert one.event("drained")["accepted"] == LINES
+    assert numbers(tmp_path / "ingestd-data" / "out.db") == list(range(LINES))
 
 
 @pytest.mark.slow

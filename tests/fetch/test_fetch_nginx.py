@@ -27,7 +27,7 @@ PATIENT = {"attempts_max": 1000}
 
 @pytest.fixture
 def nginx(tmp_path: Path) -> Iterator[Nginx]:
-    with serving_files(tmp_path / "nginx") as started:
+    with serving_files(tmp_path / "nginx", rate="40k") as started:
         (started.www / "x.ndjson").write_bytes(BODY)
         (started.www / "x.ndjson.gz").write_bytes(packed(BODY, "gzip", parts=20))
         yield started
@@ -43,7 +43,7 @@ async def test_nginx_is_killed_in_the_middle_and_the_rest_comes_as_a_range(nginx
         assert begun < 6000
         nginx.rate = "0"
         nginx.start()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await source.wait_finished()
     assert intake.items == ITEMS
     await until(lambda: nginx.asked)
@@ -65,7 +65,7 @@ async def test_the_same_with_a_compressed_file_passes_over_what_was_accepted(ngi
         nginx.kill()
         nginx.rate = "0"
         nginx.start()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await source.wait_finished()
     assert intake.items == ITEMS
     await until(lambda: nginx.asked)
@@ -83,7 +83,7 @@ async def test_the_file_is_replaced_in_the_middle(nginx: Nginx) -> None:
             os.utime(nginx.www / "x.ndjson", (1, 1))
             nginx.rate = "0"
             nginx.start()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await source.wait_finished()
     old = len(intake.items) - 6000
     assert 500 < old < 6000

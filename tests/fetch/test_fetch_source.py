@@ -40,7 +40,7 @@ TAGGED = {"ETag": '"v1"'}
 
 async def reason_of(intake: Intake, url: str, **more: Any) -> str:
     """Why a URL was given up."""
-    async with fetching(intake, url, **more) as source, asyncio.timeout(20):
+    async with fetching(intake, url, **more) as source, asyncio.timeout(60):
         with pytest.raises(InputIncomplete):
             await source.wait_finished()
         (download,) = source._downloads
@@ -462,7 +462,7 @@ async def test_retry_after_is_waited_for() -> None:
         await fetch(intake, server.url, retry_after_max="1s")
     assert intake.items == ITEMS
     assert times[1] - times[0] >= 0.99
-    assert 0.99 <= times[2] - times[1] < 10
+    assert 0.99 <= times[2] - times[1] < 60
 
 
 @pytest.mark.parametrize(("status", "tries"), [(404, 1), (403, 1), (503, 3), (429, 3)])
@@ -481,36 +481,51 @@ async def test_silence_is_ended_and_tried_again() -> None:
 
     async def handle(request: web.Request) -> web.StreamResponse:
         if len(server.asked) == 1:
-            await asyncio.sleep(60)
-        if len(server.asked) == 2:
-            response = web.StreamResponse(headers=TAGGED)
-            response.content_length = len(BODY)
-            await response.prepare(request)
-            await response.write(BODY[:5000])
-            await asyncio.sleep(60)
+            await asyncio.sleep(300)
         if "Range" in request.headers:
             return await breaking(BODY, ranges=True, headers=TAGGED, every=10**6)(request)
-        return web.Response(body=BODY)
+        response = web.StreamResponse(headers=TAGGED)
+        response.content_length = len(BODY)
+        await response.prepare(request)
+        await response.write(BODY[:5000])
+        await asyncio.sleep(300)
+        return response
 
     async with serving(handle) as server:
         with structlog.testing.capture_logs() as logs:
-            await fetch(intake, server.url, silence_timeout="100ms", connect_timeout="100ms")
+            short = {"silence_timeout": "100ms", "connect_timeout": "100ms"}
+            await fetch(intake, server.url, **short, attempts_max=1000)
     assert intake.items == ITEMS
-    reasons = [line["reason"] for line in logs if line["event"] == "url_postponed"]
-    assert reasons == [
+    # Each for the first time: a machine that stands still may be silent more often.
+    reasons = dict.fromkeys(line["reason"] for line in logs if line["event"] == "url_postponed")
+    assert list(reasons) == [
         "no answer within fetch.silence_timeout", "no byte came within fetch.silence_timeout",
     ]  # fmt: skip
 
 
-async def test_silence_is_not_our_own_waiting() -> None:
+async def all_that_is_held(source: Any) -> int:
+    """The bytes that a source has read, once it reads no more."""
+    before = -1
+    while before != source.totals.bytes:
+        before = source.totals.bytes
+        await asyncio.sleep(0.1)
+    return before
+
+
+async def test_silence_is_not_our_own_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pipeline that takes nothing for longer than the deadline does not end the download."""
     intake = Intake()
     intake.gate.clear()
+    loop = asyncio.get_running_loop()
+    now = loop.time
     async with serving(answers(BODY * 400)) as server:
-        more = {"silence_timeout": "100ms", "inflight_bytes_max": 100_000}
+        more = {"silence_timeout": "10m", "inflight_bytes_max": 100_000}
         async with fetching(intake, server.url, **more) as source:
             await until(lambda: intake.asked)
-            await asyncio.sleep(0.3)
+            await all_that_is_held(source)
+            monkeypatch.setattr(loop, "time", lambda: now() + 3600)
+            await asyncio.sleep(0.1)
+            assert len(server.asked) == 1
             intake.gate.set()
             await source.wait_finished()
         assert len(server.asked) == 1
@@ -607,11 +622,19 @@ async def test_a_certificate_that_nobody_vouches_for(certificate: Any) -> None:
 async def test_so_many_at_once_and_no_more() -> None:
     running: dict[str, int] = {}
     most: dict[str, int] = {}
+    came = 0
+    together = [asyncio.Event() for _ in range(6)]  # each of three requests, and the last one
 
     async def handle(request: web.Request) -> web.StreamResponse:
+        nonlocal came
         for key in ("all", request.host):
             running[key] = running.get(key, 0) + 1
             most[key] = max(most.get(key, 0), running[key])
+        came += 1
+        mine = together[(came - 1) // 3]
+        if came % 3 == 0 or came == 16:
+            mine.set()
+        await mine.wait()
         await asyncio.sleep(0.02)
         for key in ("all", request.host):
             running[key] -= 1
@@ -679,11 +702,7 @@ async def test_what_is_held_is_bounded() -> None:
         fetching(intake, server.url, inflight_bytes_max=300_000) as source,
     ):
         await until(lambda: intake.asked)
-        before = -1
-        while before != source.totals.bytes:
-            before = source.totals.bytes
-            await asyncio.sleep(0.1)
-        assert before < 3_000_000 < len(BODY * 2000)
+        assert await all_that_is_held(source) < 3_000_000 < len(BODY * 2000)
 
 
 async def test_the_numbers_of_lines_count_in_an_append(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -692,14 +711,14 @@ async def test_the_numbers_of_lines_count_in_an_append(monkeypatch: pytest.Monke
     intake = Intake()
     intake.gate.clear()
     async with (
-        serving(answers(b"1\n\n" * 400_000)) as server,
+        serving(answers(b"1\n\n" * 360_000)) as server,
         fetching(intake, server.url) as source,
-        asyncio.timeout(20),
+        asyncio.timeout(300),
     ):
-        await until(lambda: source.totals.bytes == 1_200_000)
+        await until(lambda: source.totals.bytes == 1_080_000, 300)
         intake.gate.set()
         await source.wait_finished()
-    assert len(intake.items) == 400_000
+    assert len(intake.items) == 360_000
     # A piece that was read, of at most 512 KiB, is never parted.
     assert max(run.count for run in intake.runs) <= 512 * 1024 / 3
 
@@ -711,7 +730,7 @@ async def test_a_journal_that_failed_ends_everything() -> None:
         urls = [f"{server.url}/{n}" for n in range(5)]
         async with fetching(intake, *urls, inflight_bytes_max=1000) as source:
             with pytest.raises(JournalFailed):
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(60):
                     await source.wait_finished()
 
 
@@ -732,7 +751,7 @@ async def test_stopping_keeps_whole_lines_and_their_position() -> None:
     async with serving(handle) as server:
         async with fetching(intake, server.url) as source:
             await until(lambda: intake.items)
-            await source.stop_taking(asyncio.get_running_loop().time() + 5)
+            await source.stop_taking(asyncio.get_running_loop().time() + 60)
         assert intake.refused == []
         assert intake.position.offset == BODY[:5000].rfind(b"\n") + 1
         await fetch(intake, server.url)

@@ -17,6 +17,8 @@ from tests.sources.source_tools import until
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
+    from ingestd.sources.fetch.source import FetchSource
+
 
 def streams(
     *turns: Callable[[web.StreamResponse, web.Request], Awaitable[None]],
@@ -42,18 +44,33 @@ async def hold(response: web.StreamResponse, request: web.Request) -> None:
     await asyncio.sleep(60)
 
 
-def says(*parts: bytes, drop: bool = False) -> Any:
-    """Writes the parts, and ends the body, or only the connection."""
+def says(*parts: bytes, drop: Callable[[], bool] | None = None) -> Any:
+    """Writes the parts, and ends the body, or only the connection once all of it was read."""
 
     async def turn(response: web.StreamResponse, request: web.Request) -> None:
         for part in parts:
             await response.write(part)
         if drop:
-            await asyncio.sleep(0.05)
+            await until(drop)
             assert request.transport is not None
             request.transport.close()
 
     return turn
+
+
+class Fetched:
+    """How much of what servers sent was read.
+
+    Attributes:
+        source: that reads it, once it is there.
+    """
+
+    source: FetchSource | None = None
+
+    def of(self, *sent: bytes) -> Callable[[], bool]:
+        """Tells if all of that was read."""
+        size = sum(map(len, sent))
+        return lambda: self.source is not None and self.source.totals.bytes >= size
 
 
 async def test_an_event_is_accepted_as_soon_as_it_is_there() -> None:
@@ -75,14 +92,16 @@ async def test_an_event_is_accepted_as_soon_as_it_is_there() -> None:
 
 @pytest.mark.parametrize("drop", [False, True])
 async def test_a_stream_that_ends_goes_on_behind_its_last_event(drop: bool) -> None:
-    intake = Intake()
+    intake, fetched = Intake(), Fetched()
+    first = b"retry: 1\nid: 1\ndata: 1\n\nid: 2\ndata: 2\n\nid: 3\ndata: 3\n"
+    second = b"retry: 1\n: nothing\n\n"
     turns = [
-        says(b"retry: 1\nid: 1\ndata: 1\n\nid: 2\ndata: 2\n\nid: 3\ndata: 3\n", drop=drop),
-        says(b"retry: 1\n: nothing\n\n", drop=drop),
+        says(first, drop=fetched.of(first) if drop else None),
+        says(second, drop=fetched.of(first, second) if drop else None),
         says(b"id: 3\ndata: [3,\ndata: 4]\n\ndata: {\n\n"),
         hold,
     ]
-    async with serving(streams(*turns)) as server, fetching(intake, server.url):
+    async with serving(streams(*turns)) as server, fetching(intake, server.url) as fetched.source:
         await until(lambda: len(server.asked) == 4)
     assert intake.items == [b"1", b"2", b"[3,\n4]"]
     assert [(one.index, one.reason) for one in intake.refused] == [(3, "malformed")]
@@ -115,7 +134,7 @@ async def test_a_server_that_says_no_more_ends_it() -> None:
     async with (
         serving(handle) as server,
         fetching(intake, server.url) as source,
-        asyncio.timeout(10),
+        asyncio.timeout(60),
     ):
         await source.wait_finished()
     assert intake.items == [b"1"]
@@ -128,7 +147,7 @@ async def test_a_stream_that_is_refused_again_and_again_is_given_up() -> None:
         return await streams(says(b"retry: 1\ndata: 1\n\n"))(request)
 
     async with serving(handle) as server:
-        async with fetching(Intake(), server.url) as source, asyncio.timeout(10):
+        async with fetching(Intake(), server.url) as source, asyncio.timeout(60):
             with pytest.raises(InputIncomplete):
                 await source.wait_finished()
         assert len(server.asked) == 4
@@ -136,7 +155,7 @@ async def test_a_stream_that_is_refused_again_and_again_is_given_up() -> None:
 
 async def test_a_silent_stream_is_asked_again() -> None:
     intake = Intake()
-    more = {"silence_timeout": "50ms", "connect_timeout": "5s"}
+    more = {"silence_timeout": "300ms", "connect_timeout": "5s"}
 
     async def silent(response: web.StreamResponse, request: web.Request) -> None:
         await response.write(b"data: 1\n\n")
@@ -183,12 +202,14 @@ async def test_streams_take_no_place_from_downloads() -> None:
 
 
 async def test_lines_are_followed() -> None:
-    intake = Intake()
-    turns = [says(b"1\n2\n"), says(b"3\n4", b"5"), says(b"6\n7", drop=True), says(b"8\n"), hold]
+    intake, fetched = Intake(), Fetched()
+    sent = (b"1\n2\n", b"3\n4", b"5", b"6\n7")
+    turns = [says(sent[0]), says(sent[1], sent[2]), says(sent[3], drop=fetched.of(*sent)),
+             says(b"8\n"), hold]  # fmt: skip
     kind = "application/x-ndjson"
     async with (
         serving(streams(*turns, kind=kind)) as server,
-        fetching(intake, server.url, follow=True),
+        fetching(intake, server.url, follow=True) as fetched.source,
     ):
         await until(lambda: len(server.asked) == 5)
     # 45 was at the proper end of a body; of 7 nobody knows how it went on.
@@ -213,15 +234,19 @@ async def test_a_line_is_accepted_as_soon_as_it_is_there_and_a_stop_keeps_what_w
     ):
         await until(lambda: len(intake.items) == 3)
         await until(lambda: source.totals.bytes == 11)
-        await source.stop_taking(asyncio.get_running_loop().time() + 5)
+        await source.stop_taking(asyncio.get_running_loop().time() + 60)
     assert [(one.reason, one.payload) for one in intake.refused] == [("unfinished", b'{"a":')]
 
 
 async def test_a_compressed_stream_that_is_cut() -> None:
-    intake = Intake()
+    intake, fetched = Intake(), Fetched()
     whole = gzip.compress(b"1\n2\n")
-    turns = [says(whole), says(whole[:-4], drop=True), hold]
+    cut = whole[:-4]
+    turns = [says(whole), says(cut, drop=fetched.of(whole, cut)), hold]
     handler = streams(*turns, kind="text/plain", Content_Encoding="gzip")
-    async with serving(handler) as server, fetching(intake, server.url, follow=True):
+    async with (
+        serving(handler) as server,
+        fetching(intake, server.url, follow=True) as fetched.source,
+    ):
         await until(lambda: len(server.asked) == 3)
     assert intake.items == [b"1", b"2"] * 2

@@ -13,7 +13,7 @@ from contextlib import closing
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -37,27 +37,60 @@ def member(block: int) -> bytes:
     return zlib.compress(lines, 1, wbits=31)
 
 
-class Quiet(SimpleHTTPRequestHandler):
+class Handler(SimpleHTTPRequestHandler):
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        assert isinstance(self.server, Server)
+        while piece := source.read(MIB):
+            self.server.wait_to_send(source.tell())
+            outputfile.write(piece)
+
     def log_message(self, *_: object) -> None:
         pass
 
 
 class Server(ThreadingHTTPServer):
+    """Sends no more of its file than it may.
+
+    Attributes:
+        url: of the file.
+        size: of it.
+    """
+
+    url = ""
+    size = 0
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
+        self._end = 0.0
+        self._moved = threading.Condition()
+
+    def allow(self, share: float) -> None:
+        with self._moved:
+            self._end = share * self.size
+            self._moved.notify_all()
+
+    def wait_to_send(self, end: int) -> None:
+        with self._moved:
+            self._moved.wait_for(lambda: end <= self._end)
+
     def handle_error(self, *_: object) -> None:
         pass  # a client that was killed
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[str]:
-    """The URL of two gigabytes of lines, gzipped."""
+def served(tmp_path: Path) -> Iterator[Server]:
+    """A server of two gigabytes of lines, gzipped."""
     folder = tmp_path / "served"
     folder.mkdir()
     with (folder / "lines.ndjson.gz").open("wb") as file, ThreadPoolExecutor(2) as pool:
         file.writelines(pool.map(member, range(BLOCKS)))
-    server = Server(("127.0.0.1", 0), partial(Quiet, directory=str(folder)))
+    server = Server(folder)
+    server.url = f"http://127.0.0.1:{server.server_address[1]}/lines.ndjson.gz"
+    server.size = (folder / "lines.ndjson.gz").stat().st_size
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/lines.ndjson.gz"
+    yield server
+    server.allow(1)
     server.shutdown()
     thread.join()
     server.server_close()
@@ -88,19 +121,20 @@ def memory(pid: int, what: str) -> int:
 
 @pytest.mark.slow
 def test_two_gigabytes_and_three_kills_are_every_line_exactly_once(
-    served: str, tmp_path: Path
+    served: Server, tmp_path: Path
 ) -> None:
     sink = tmp_path / "rows.db"
     small_table(sink)
     arguments = [
-        "sqlite", "--source", "fetch", "--fetch.urls", served, "--fetch.allow_private", "true",
+        "sqlite", "--source", "fetch", "--fetch.urls", served.url, "--fetch.allow_private", "true",
         "--handler.options.path", str(sink), "--executor.kind", "process",
         "--executor.workers", "1",
     ]  # fmt: skip
     peaks = []
     for share in (0.2, 0.5, 0.8):
+        served.allow(share + 0.1)  # so that it is not done before it is killed
         with daemon(*arguments, cwd=tmp_path) as one:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 240
             while rows(sink) < share * LINES:
                 assert time.monotonic() < deadline
                 assert one.process.poll() is None, one.other
@@ -109,13 +143,14 @@ def test_two_gigabytes_and_three_kills_are_every_line_exactly_once(
             os.kill(one.process.pid, signal.SIGKILL)
             one.wait()
     assert rows(sink) < LINES
+    served.allow(1)
     with daemon(*arguments, cwd=tmp_path) as one:
         while one.process.poll() is None and not any(
             event["event"] == "input_ended" for event in one.events
         ):
             time.sleep(0.02)
         peaks.append(memory(one.process.pid, "VmHWM"))
-        assert one.wait(120) == 0, one.events[-5:]
+        assert one.wait(240) == 0, one.events[-5:]
         assert one.event("drained")["balanced"]
     with closing(sqlite3.connect(sink)) as db:
         found = db.execute("SELECT count(*), count(DISTINCT n), min(n), max(n) FROM records")

@@ -227,7 +227,7 @@ async def fetching(
 
 async def fetch(intake: Intake, *urls: str, **more: Any) -> FetchSource:
     """A source that ran to its end."""
-    async with fetching(intake, *urls, **more) as source, asyncio.timeout(20):
+    async with fetching(intake, *urls, **more) as source, asyncio.timeout(60):
         await source.wait_finished()
     return source
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
+import threading
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -238,9 +238,12 @@ def test_records_that_a_target_postpones_are_not_at_fault() -> None:
 
 
 class Slow(Note):
+    begun, may_end = threading.Event(), threading.Event()
+
     def __call__(self, batch: Batch[dict[str, Any]]) -> None:
         SEEN.append((self.name, "begins", [], []))
-        time.sleep(0.2)
+        self.begun.set()
+        assert self.may_end.wait(60)
         super().__call__(batch)
 
 
@@ -250,10 +253,14 @@ def test_a_target_that_overruns_in_a_thread_is_not_closed_or_called_meanwhile() 
     async def overruns() -> None:
         job = Job("j-1", 1, Records.lines([b"{}"]), [Span(7, 0, 1)], "j")
         first = asyncio.ensure_future(one.run_async(job))
-        await asyncio.sleep(0.05)
+        async with asyncio.timeout(60):
+            while not Slow.begun.is_set():
+                await asyncio.sleep(0.002)
         for _ in range(2):
             first.cancel()
             await asyncio.sleep(0)
+        await asyncio.sleep(0.1)  # in which nothing is closed or called
+        Slow.may_end.set()
         with pytest.raises(asyncio.CancelledError):
             await first
         assert (await one.run_async(job)).failure is None
@@ -291,7 +298,7 @@ def test_targets_that_are_awaited_beside_those_that_are_not() -> None:
         ("late", "no async"),
         ("lazily", "no yield"),
         ("none", "has no 'none'"),
-        ("test_bytes_and_text", "called with one argument"),
+        ("test_bytes_and_text", "a transform is called with one argument, the record"),
     ],
 )
 def test_what_is_no_transform(transform: str, says: str) -> None:

@@ -138,6 +138,13 @@ def test_a_batch_made_by_hand_is_decoded_as_a_handler_says() -> None:
     assert list(Batch.of([b"\xff"], handler=len, record_format="bytes")) == [b"\xff"]
 
 
+@pytest.mark.parametrize("record", [{"page": 1}, "text", b"raw"])
+def test_a_record_that_is_no_list_of_them_makes_no_batch(record) -> None:
+    """Its members, or its characters, would be the records."""
+    with pytest.raises(TypeError, match=r"of one write Batch.of\(\[record\]\)"):
+        Batch.of(record)
+
+
 def test_no_envelope_is_decoded_before_it_is_asked_for() -> None:
     job = msgspec.structs.replace(JOB, records=JOB.records._replace(envelopes=b"R\xff"))
     batch = Batch(list("abcd"), job)

@@ -204,7 +204,7 @@ def test_what_has_not_run_is_no_success(run: Run, name: str, says: str) -> None:
 
 
 def test_seconds_are_the_handlers_own(run: Run) -> None:
-    assert 0.02 <= run("slow").seconds < 10
+    assert 0.02 <= run("slow").seconds < 60
     assert run("done", [b"1"]).seconds == 0
 
 
@@ -246,7 +246,7 @@ async def test_our_own_cancellation_goes_through(spec, job, theirs: str) -> None
 
     started.clear()
     with pytest.raises(TimeoutError):
-        async with asyncio.timeout(0.05):
+        async with asyncio.timeout(0.5):
             await call_async(hangs, hangs.create({}), job(THREE))
     assert started.is_set()
 

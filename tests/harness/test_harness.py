@@ -256,7 +256,7 @@ def test_an_async_handler(ingestd_harness) -> None:
 
 
 def test_workers_run_at_once(ingestd_harness) -> None:
-    both = threading.Barrier(2, timeout=30)
+    both = threading.Barrier(2, timeout=60)
 
     def meet(batch: list[int]) -> None:
         both.wait()
@@ -474,7 +474,7 @@ def test_a_handler_that_does_not_come_back_is_an_error(ingestd_harness) -> None:
     may_end = threading.Event()
 
     def store(batch: list[Any]) -> None:
-        may_end.wait(60)
+        may_end.wait(300)
 
     harness = ingestd_harness(store, **{"executor.timeout": "50ms"})
     harness.send([1])
@@ -491,7 +491,7 @@ def test_an_interrupt_ends_a_run_that_hangs(ingestd_harness) -> None:
 
     def store(batch: list[Any]) -> None:
         signal.pthread_kill(main, signal.SIGINT)
-        may_end.wait(60)
+        may_end.wait(300)
 
     harness = ingestd_harness(store)
     harness.send([1])
@@ -525,6 +525,7 @@ def test_what_is_no_record_is_not_accepted(ingestd_harness, records, text) -> No
     with pytest.raises(HarnessError) as raised:
         harness.send(records)
     assert text in str(raised.value)
+    assert [one.name for one in raised.traceback][1:] == ["send", "_do"]  # what pytest shows
     assert harness.pending == 0
 
 
@@ -557,7 +558,7 @@ def test_what_can_be_none_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
-        ({"batch.record_max": 1}, "batch.records_max"),
+        ({"batch.record_max": 1}, "batch.record_max, did you mean batch.records_max?"),
         ({"batch.records_max": 0}, "should be at least 1"),
         ({"executor.kind": "async"}, "is not async"),
         ({"options": {"path": 1}}, "is no class and takes no options"),
@@ -567,6 +568,26 @@ def test_a_wrong_setting_is_named(settings: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError) as raised:
         Harness(nothing, **settings)
     assert text in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("plan", "text"),
+    [
+        (lambda harness: harness.fail_batch(0, ValueError("no")), "number of a batch"),
+        (lambda harness: harness.fail_batch("1", ValueError("no")), "number of a batch"),
+        (lambda harness: harness.fail_batch(1, ValueError("no"), times=0), "times is a whole"),
+        (lambda harness: harness.fail_batch(1, "no"), "raises an exception, not 'no'"),
+        (lambda harness: harness.hang(-1), "number of a batch"),
+        (lambda harness: harness.crash_after(0), "the calls before a crash"),
+        (lambda harness: harness.run("5s"), "run takes seconds, 0 or more, not '5s'"),
+        (lambda harness: harness.run(-5), "run takes seconds, 0 or more, not -5"),
+    ],
+)
+def test_a_plan_that_nothing_would_come_of_is_refused(ingestd_harness, plan, text) -> None:
+    """A test would go on and see nothing of it."""
+    harness = ingestd_harness(nothing)
+    with pytest.raises(HarnessError, match=text):
+        plan(harness)
 
 
 def test_a_closed_harness_says_so() -> None:
@@ -615,7 +636,7 @@ def test_nothing_is_left_behind() -> None:
         assert folder.exists()
     left = set(threading.enumerate()) - before
     for thread in left:
-        thread.join(30)
+        thread.join(60)
     assert not any(thread.is_alive() for thread in left)
     assert not folder.exists()
 

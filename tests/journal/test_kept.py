@@ -253,6 +253,8 @@ async def test_replays_are_listed_stopped_and_confirmed(build, tmp_path: Path, c
     assert "needs --since" in capsys.readouterr().err
     assert main(["replay", "--all", *where]) == 2
     assert "without a terminal, add --yes" in capsys.readouterr().err
+    replay(tmp_path, "--list")
+    assert capsys.readouterr() == ("", "no replays\n")
     replay(tmp_path, "--all", "--dry-run")
     said = capsys.readouterr().err
     assert "would feed 2 kept records of pipeline default, dead letters excepted" in said

@@ -269,6 +269,7 @@ async def test_a_letter_that_breaks_a_commit_is_repaired_by_the_next_start(
         db.execute("UPDATE dead SET payload = 'text', retry = 1")
     with pytest.raises(JournalFailed):
         await j.dead_letters.requeue()
+    assert isinstance(j.failed.exception(), JournalFailed)
     await j.close()
     again = await opened()
     assert again.recovered.set_aside

@@ -41,12 +41,12 @@ async def start(tmp_path: Path) -> AsyncIterator[Callable[..., Awaitable[Pipelin
 
         async def close(deadline: float | None = None) -> Any:
             live.remove(pipeline)
-            at = asyncio.get_running_loop().time() + 5 if deadline is None else deadline
+            at = asyncio.get_running_loop().time() + 60 if deadline is None else deadline
             return await real_close(at)
 
         pipeline.close = close  # type: ignore[method-assign]
         return pipeline
 
     yield start_
-    for pipeline in live.copy():
-        await pipeline.close()
+    for pipeline in live.copy():  # whose handler may hang
+        await pipeline.close(asyncio.get_running_loop().time() + 5)

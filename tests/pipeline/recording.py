@@ -77,11 +77,11 @@ class Outcomes(Note):
 
 
 class Gate(Note):
-    """Waits in each call until the file `open` is there (at most 30 s)."""
+    """Waits in each call until the file `open` is there (at most 5 min)."""
 
     def __call__(self, batch: ingestd.Batch[Any]) -> None:
         super().__call__(batch)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 300
         while not Path(self.folder, "open").exists() and time.monotonic() < deadline:
             time.sleep(0.002)
 

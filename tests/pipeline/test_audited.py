@@ -27,7 +27,7 @@ async def test_metrics_and_status_show_rows_that_do_not_add_up(
     assert status_of(pipeline).balanced
     with closing(sqlite3.connect(tmp_path / "journal.db")) as db, db:
         db.execute("UPDATE chunks SET count = 1")
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while status_of(pipeline).unaccounted != 2:
             await asyncio.sleep(0.002)
     assert not status_of(pipeline).balanced

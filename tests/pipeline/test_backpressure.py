@@ -231,7 +231,7 @@ async def test_appends_do_not_take_the_turn_of_what_makes_room(tmp_path) -> None
         with no_more_pages(journal):
             refused = 0
             settled = journal.write(Settle(1, 1, [], [], [1], 100_000))
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 while not settled.done():
                     tries = [journal.append(Append(big(2_000_000))) for _ in range(3)]
                     answers = await asyncio.gather(*tries, return_exceptions=True)
@@ -256,9 +256,9 @@ async def test_what_waits_for_space_keeps_its_order(tmp_path) -> None:
             await asyncio.wait(futures, timeout=0.3)
             assert not any(future.done() for future in futures)
             with pytest.raises(Overloaded):  # at once, not when there is space again
-                await asyncio.wait_for(journal.append(Append(numbers(0, 1))), 10)
+                await asyncio.wait_for(journal.append(Append(numbers(0, 1))), 60)
             futures.append(journal.write(Seal(Sealed(3, (Span(1, 20, 5),), 5), Cursor(1, 25))))
-        await asyncio.wait_for(asyncio.gather(*futures), 10)
+        await asyncio.wait_for(asyncio.gather(*futures), 60)
     with contextlib.closing(sqlite3.connect(tmp_path / "journal.db")) as db:
         assert db.execute("SELECT cursor_chunk, cursor_record FROM meta").fetchone() == (1, 25)
         rows = db.execute("SELECT number FROM batches ORDER BY number").fetchall()
@@ -395,7 +395,7 @@ async def test_a_pipe_is_not_read_while_the_journal_is_full(start, tmp_path) -> 
     try:
         sent = 0
         # It blocks: what fits is the journal, what is in flight, and the pipe; 8 MB do not.
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not (source._refused and source._inflight > 60_000):
                 with contextlib.suppress(BlockingIOError):
                     sent += os.write(writing, data[sent : sent + 65536])
@@ -415,8 +415,8 @@ async def test_a_pipe_is_not_read_while_the_journal_is_full(start, tmp_path) -> 
                 left = left[os.write(writing, left) :]
             os.close(writing)
 
-        await asyncio.wait_for(asyncio.to_thread(write_the_rest), 30)
-        await asyncio.wait_for(source.wait_finished(), 30)
+        await asyncio.wait_for(asyncio.to_thread(write_the_rest), 60)
+        await asyncio.wait_for(source.wait_finished(), 60)
     finally:
         await source.close()
         os.close(reading)
@@ -478,8 +478,8 @@ async def test_a_drain_does_not_wait_where_too_much_waits_for_a_retry(
     await until(lambda: recording.calls(tmp_path) and not pipeline.dispatcher.running)
     loop = asyncio.get_running_loop()
     began = loop.time()
-    await pipeline.drain(began + 30)
-    assert loop.time() - began < 10
+    await pipeline.drain(began + 600)
+    assert loop.time() - began < 60
     report = await pipeline.close()
     assert report.balanced
     assert report.ledger.pending == 800 - report.ledger.processed > 0

@@ -55,7 +55,7 @@ def test_a_daemon_that_is_killed_knows_what_it_accepted(tmp_path: Path) -> None:
         one.wait()
     with daemon(*settings, cwd=tmp_path) as one:
         assert one.post(body + b'\n{"event":{"id":"new"}}\n{}')[1]["accepted"] == 60_002
-        again = one.request("POST", "/v1/records", sent[3], {"Prefer": "wait=20"})
+        again = one.request("POST", "/v1/records", sent[3], {"Prefer": "wait=50"})
         assert (again[0], again[2]["processed"]) == (200, 1)
         one.until_settled()
         status = one.request("GET", "/v1/status", admin=True)[2]["pipelines"]["default"]

@@ -8,7 +8,8 @@ import os
 import signal
 import time
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,9 +18,6 @@ from ingestd.base.append import Append
 from ingestd.base.record import Records
 from tests.daemon.harness import daemon
 from tests.pipeline import recording
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 KEYED = {"batch.key": "/user/id", "batch.records_max": 4, "executor.workers": 3}
 KEYS = "abcdefg"
@@ -112,7 +110,7 @@ async def test_records_that_come_again_while_a_pipeline_ends_break_nothing(start
     )
     lines = [json.dumps({**one, "text": "x" * 1000}).encode() for one in clicks(500)]
     await pipeline.accept(Append(Records.lines(lines)))
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not recording.calls(tmp_path):
             await asyncio.sleep(0.01)
     report = await pipeline.close()
@@ -201,12 +199,18 @@ def test_no_kill_changes_the_order(tmp_path: Path) -> None:
 
 
 def ends_of_children(folder: Path) -> None:
-    """Waits until no worker writes any more, and notes it where they do."""
+    """Waits until no worker is there any more, and notes it where they write."""
+    while any(is_in(folder, process) for process in Path("/proc").glob("[0-9]*")):
+        time.sleep(0.02)
     with (folder / "calls").open("a") as file:
-        size = -1
-        while size != (size := file.seek(0, os.SEEK_END)):
-            time.sleep(0.1)
         file.write('["killed", 0, []]\n')
+
+
+def is_in(folder: Path, process: Path) -> bool:
+    try:
+        return (process / "cwd").readlink() == folder.resolve()
+    except OSError:
+        return False  # it has ended, or is another user's
 
 
 def test_what_stands_behind_the_second_half_of_a_split_delays_no_other(ingestd_harness) -> None:

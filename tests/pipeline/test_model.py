@@ -149,7 +149,7 @@ class PipelineAgainstModel(RuleBasedStateMachine):
                 if not resting:
                     await asyncio.sleep(0.001)
 
-        self.loop.run_until_complete(asyncio.wait_for(quiet(), 30))
+        self.loop.run_until_complete(asyncio.wait_for(quiet(), 120))
 
     @rule(
         count=st.integers(1, 8),
@@ -467,9 +467,10 @@ def test_the_pipeline_does_what_the_model_says(machine) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("machine", [PipelineAgainstModel, OrderedAgainstModel])
+@pytest.mark.parametrize("machine", [*[PipelineAgainstModel] * 4, OrderedAgainstModel])
 def test_the_pipeline_does_what_the_model_says_for_10_000_steps(machine) -> None:
-    run(200 if machine is PipelineAgainstModel else 20, 50, machine)("runTest").runTest()
+    """In parts: on a slow machine all of them take longer than a test may."""
+    run(50 if machine is PipelineAgainstModel else 20, 50, machine)("runTest").runTest()
 
 
 @pytest.fixture

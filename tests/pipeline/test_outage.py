@@ -117,7 +117,7 @@ async def test_all_that_waits_comes_in_when_the_sink_is_back(start, tmp_path, ho
     waiting = pipeline.dispatcher.queue.waiting
     assert waiting >= 3
     (tmp_path / "down").unlink()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         report = await drained(pipeline)
     assert report.ledger[:3] == (30_000, 30_000, 0)
     assert sorted(records_of(tmp_path)) == list(range(30_000))
@@ -137,7 +137,7 @@ async def test_little_is_tried_and_little_is_said_while_it_is_down(start, tmp_pa
     await pipeline.accept(Append(numbers(0, 1000)))
     await until(lambda: pipeline.dispatcher.failures.down_since)
     pipeline.dispatcher.failures.sum_up(asyncio.get_running_loop().time())
-    await until(lambda: tries(tmp_path) > 60)
+    await until(lambda: tries(tmp_path) > 60, seconds=180)
     status = status_of(pipeline)
     assert status.handler.state == "down"
     assert status.handler.down_since.endswith("Z")
@@ -274,12 +274,16 @@ async def test_a_probe_that_turns_out_damaged_keeps_nobody_waiting(start, tmp_pa
             " (SELECT id FROM chunks ORDER BY id LIMIT ?)",
             (waiting,),
         )
-    pipeline.dispatcher.outage._next_at = 0.0
-    pipeline.dispatcher.outage.on_change()
+
+    def dead_by_probes() -> int:
+        pipeline.dispatcher.outage._next_at = 0.0  # the next one is due
+        pipeline.dispatcher.outage.on_change()
+        return pipeline.journal.ledger.dead
+
     # Batches that were not tried yet come first, two probes each.
-    await until(lambda: pipeline.journal.ledger.dead, seconds=120)
+    await until(dead_by_probes)
     (tmp_path / "down").unlink()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         report = await drained(pipeline)
     assert report.ledger[:3] == (40, 40 - waiting, waiting)
     assert {row[0] for row in dead(tmp_path)} == {"damaged"}
@@ -436,27 +440,28 @@ async def test_seventy_records_with_waits_of_their_own_stop_nobody(start, tmp_pa
 
 
 async def test_how_long_it_has_been_failing_survives_a_restart(start, tmp_path) -> None:
+    def failing() -> list[float]:
+        """For how long each batch has been failing, by the journal."""
+        with closing(sqlite3.connect(tmp_path / "journal.db")) as db:
+            return [seconds for (seconds,) in db.execute("SELECT seconds FROM failing")]
+
     (tmp_path / "down").touch()
-    retry = {"attempts_max": 2, "backoff": "1ms", "backoff_max": "10ms", "give_up_after": "1s"}
+    retry = {"attempts_max": 2, "backoff": "1ms", "backoff_max": "10ms", "give_up_after": "1h"}
     common = {"retry": retry, "options": {"folder": str(tmp_path)}, "batch": {"records_max": 1}}
     first = await start(HERE + "Flagged", **common)
     began = asyncio.get_running_loop().time()
     await first.accept(Append(numbers(0, 1)))
-    await until(lambda: asyncio.get_running_loop().time() - began > 0.7)
+    await until(lambda: sum(failing()) > 0.7)
     assert first.journal.ledger.dead == 0
     await first.close()
-    with sqlite3.connect(tmp_path / "journal.db") as db:
-        ((seconds, _),) = db.execute("SELECT seconds, counted FROM failing").fetchall()
-    db.close()
-    assert 0.3 < seconds < 1
+    (seconds,) = failing()
+    assert 0.7 < seconds < asyncio.get_running_loop().time() - began
     retry["give_up_after"] = f"{seconds + 0.05:.3f}s"
     second = await start(HERE + "Flagged", **common)
     report = await drained(second)
     assert report.ledger[:3] == (1, 0, 1)
     assert dead(tmp_path)[0][0] == "failed"
-    with sqlite3.connect(tmp_path / "journal.db") as db:
-        assert db.execute("SELECT count(*) FROM failing").fetchall() == [(0,)]
-    db.close()
+    assert failing() == []
 
 
 async def test_a_drain_does_not_wait_for_a_probe_beyond_its_deadline(start, tmp_path) -> None:
@@ -472,8 +477,8 @@ async def test_a_drain_does_not_wait_for_a_probe_beyond_its_deadline(start, tmp_
     await until(lambda: pipeline.dispatcher.failures.down_since)
     pipeline.dispatcher.outage._next_at += 3600
     loop = asyncio.get_running_loop()
-    deadline = loop.time() + 30
-    async with asyncio.timeout_at(deadline - 10):
+    deadline = loop.time() + 120
+    async with asyncio.timeout_at(deadline - 60):
         await pipeline.drain(deadline)
     report = await pipeline.close()
     assert report.ledger[:3] == (500, 0, 0)

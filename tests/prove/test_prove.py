@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -254,6 +255,24 @@ def test_what_can_not_be_run(tmp_path: Path, flags, code: int, says: str) -> Non
     assert (left, out) == (code, "")
     assert says in said
     assert [path.name for path in tmp_path.iterdir()] == ["something"]
+
+
+def test_a_disk_that_takes_nothing_is_one_line(tmp_path: Path) -> None:
+    run = subprocess.run(
+        ["sh", "-c", f"ulimit -f 0; {sys.executable} -m ingestd prove --kills 1"],
+        cwd=tmp_path, env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT)},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert run.returncode == 78
+    assert re.fullmatch(r"ingestd: \S+: File too large; try --scratch\n", run.stderr), run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_was_named_stays_and_is_empty(tmp_path: Path) -> None:
+    code, _, said = prove("--kills", "0", "--clients", "1", "--scratch", ".", cwd=tmp_path)
+    assert code == 0, said
+    assert tmp_path.is_dir()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def test_both_servers_serve_on_what_they_get(tmp_path: Path) -> None:
             one.terminate()
             assert one.wait() == 0
         # It is still open: who comes now waits.
-        socket.create_connection(records.getsockname(), 20).close()
+        socket.create_connection(records.getsockname(), 60).close()
     assert len(written(tmp_path)) == 2
 
 
@@ -49,7 +49,7 @@ class Comer(threading.Thread):
 
     def run(self) -> None:
         while not self.over.is_set():
-            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+            connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
             try:
                 connection.request("POST", "/v1/records", b"1\n")
                 self.answers.append(connection.getresponse().status)
@@ -77,7 +77,8 @@ def test_nobody_is_refused_while_it_starts_anew(tmp_path: Path) -> None:
         with daemon(cwd=tmp_path, **passing([records])) as one:
             for comer in comers:
                 comer.over.set()
-                comer.join(30)
+                comer.join(120)
+                assert not comer.is_alive()
             one.terminate()
             assert one.wait() == 0
     assert set(comers[0].answers) | set(comers[1].answers) <= {202, 503}
@@ -91,7 +92,7 @@ def test_with_tls(tmp_path: Path) -> None:
         flags = ("--http.tls.certificate", files.server())
         with daemon(*flags, cwd=tmp_path, **passing({"records": records})) as one:
             connection = http.client.HTTPSConnection(
-                "localhost", one.port, context=context, timeout=20
+                "localhost", one.port, context=context, timeout=60
             )
             connection.request("POST", "/v1/records", b"1\n")
             assert connection.getresponse().status == 202
@@ -223,7 +224,7 @@ def test_a_daemon_that_is_stopped_while_clients_wait(tmp_path: Path) -> None:
         with daemon(cwd=tmp_path, **passing([records])) as one:
             one.terminate()
             assert one.wait() == 0
-        waiting = http.client.HTTPConnection(*records.getsockname(), timeout=30)
+        waiting = http.client.HTTPConnection(*records.getsockname(), timeout=60)
         waiting.request("POST", "/v1/records", b"7\n")
         with Daemon(cwd=tmp_path, **passing([records])):
             assert waiting.getresponse().status == 202

@@ -21,10 +21,14 @@ pytestmark = pytest.mark.slow
 
 
 def check(*arguments: str, cwd: Path, **environ: str) -> tuple[int, str, str]:
+    """What it says; it waits for a minute if nothing else is said."""
+    if "--timeout" not in arguments:
+        arguments = ("--timeout", "60s", *arguments)
     env = {k: v for k, v in os.environ.items() if not k.startswith("INGESTD_")}
     done = subprocess.run(
         [sys.executable, "-m", "ingestd", "healthcheck", *arguments], cwd=cwd,
-        env={**env, "PYTHONPATH": str(ROOT), **environ}, capture_output=True, text=True, timeout=60,
+        env={**env, "PYTHONPATH": str(ROOT), **environ}, capture_output=True, text=True,
+        timeout=120,
     )  # fmt: skip
     return done.returncode, done.stdout, done.stderr
 

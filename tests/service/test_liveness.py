@@ -89,7 +89,7 @@ def free_to_go(pipeline: Any) -> list[str]:
 
 
 async def until(true: Callable[[], Any]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not true():
             await asyncio.sleep(0.002)
 
@@ -182,7 +182,7 @@ async def test_a_commit_that_does_not_end_is_noticed(start, tmp_path: Path) -> N
     write = store.write
 
     def held(order: Any, **more: Any) -> Any:
-        let_go.wait(30)
+        let_go.wait(120)
         return write(order, **more)
 
     store.write = held

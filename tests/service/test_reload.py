@@ -201,7 +201,7 @@ def test_everything_that_can_change_changes_at_once(tmp_path: Path) -> None:
 def ask(one: Daemon, context: ssl.SSLContext, path: str, headers: dict[str, str]) -> int:
     import http.client
 
-    connection = http.client.HTTPSConnection("localhost", one.port, context=context, timeout=20)
+    connection = http.client.HTTPSConnection("localhost", one.port, context=context, timeout=60)
     try:
         connection.request("POST", path, b"1", headers)
         return connection.getresponse().status

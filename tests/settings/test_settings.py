@@ -99,6 +99,7 @@ def test_a_pipeline_has_a_plain_name_of_its_own(name: str) -> None:
         ({"executor": {"kind": "thread", "factory": "a:b"}}, "executor.kind"),
         ({"batch": {"bytes_max": "65MiB"}}, "queue.bytes_max"),
         ({"batch": {"key": "/id"}, "format": "text"}, "batch.key"),
+        ({"handler": {"target": "a:b", "targets": ["jsonl"]}}, "handler.target"),
         ({"http": {"inflight_bytes_max": "1MiB"}}, "http.inflight_bytes_max"),
         ({"source": {"pipeline": "nowhere"}}, "source.pipeline"),
         ({"http": {"listen": "h:1"}, "admin": {"listen": "h:1"}}, "admin.listen"),

@@ -31,7 +31,7 @@ def until() -> Callable[..., None]:
     """Waits for something another thread does."""
 
     def until(condition: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while not condition():
             assert time.monotonic() < deadline, "it did not happen in time"
             time.sleep(0.005)

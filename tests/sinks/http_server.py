@@ -121,7 +121,7 @@ class _Server(ThreadingHTTPServer):
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, address = super().get_request()
         if self.tls is not None:
-            connection.settimeout(10)
+            connection.settimeout(60)
             connection = self.tls.wrap_socket(connection, True, do_handshake_on_connect=False)
         self.connections.append(connection)
         return connection, address

@@ -122,7 +122,7 @@ class Cluster:
         )
         arguments = (_Argument * len(facts))(*facts)
         assert not self._lib.rd_kafka_produceva(producer, arguments, len(facts))
-        assert self._lib.rd_kafka_flush(producer, 10_000) == 0
+        assert self._lib.rd_kafka_flush(producer, 60_000) == 0
         self._lib.rd_kafka_destroy(producer)
 
     def set_error(self, topic: str, error: int) -> None:
@@ -153,11 +153,11 @@ class Cluster:
             "isolation.level": "read_committed", "auto.offset.reset": "earliest", "log_level": 0,
         })  # fmt: skip
         try:
-            partitions = list(reader.list_topics(topic, timeout=10).topics[topic].partitions)
+            partitions = list(reader.list_topics(topic, timeout=60).topics[topic].partitions)
             reader.assign([TopicPartition(topic, one, 0) for one in partitions])
             found, ended = [], set()
             while len(ended) < len(partitions):
-                message = reader.poll(10)
+                message = reader.poll(60)
                 assert message is not None, "no answer"
                 if message.error() is not None:
                     assert message.error().name() == "_PARTITION_EOF", message.error()

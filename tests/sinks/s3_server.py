@@ -44,7 +44,7 @@ class ServerProcess:
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         self.port = port
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while True:
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
             try:
@@ -100,7 +100,7 @@ class MotoServer:
         self.port = free_port()
         command = [tool("moto_server"), "-H", "127.0.0.1", "-p", str(self.port)]
         self.server = ServerProcess(command, self.port)
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         connection.request("PUT", f"/{BUCKET}")
         assert connection.getresponse().status == 200
         connection.close()

@@ -146,7 +146,7 @@ def test_a_tail_is_cut_only_under_the_lock(made) -> None:
         thread = threading.Thread(target=folder.append, args=(b"3\n",))
         thread.start()
         os.write(other.fileno(), b"lf\n")
-    thread.join(20)
+    thread.join(60)
     assert file.read_bytes() == b"1\n2 is only half\n3\n"
 
 

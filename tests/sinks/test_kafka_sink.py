@@ -44,7 +44,7 @@ class Sink:
         self.spec = load("kafka", record_format=form, executor="thread")
         options = {
             "brokers": cluster.bootstrap, "topic": "t", "ledger_topic": "ledger",
-            "timeout": "5s", **opts,
+            "timeout": "30s", **opts,
         }  # fmt: skip
         self.sink: Any = self.spec.create(options, pipeline="clicks", data_dir=str(folder))
 
@@ -208,7 +208,7 @@ def test_a_record_that_is_too_large_for_its_topic_costs_itself(
     cluster: Cluster, sink, exactly_once: bool
 ) -> None:
     cluster.make("one")
-    one = sink(topic="one", exactly_once=exactly_once, properties={"linger.ms": "200"})
+    one = sink(topic="one", exactly_once=exactly_once, properties={"linger.ms": "2000"})
     # The first message of a partition after an abort aborts the next transaction, too.
     cluster.fail(PRODUCE, TOO_LARGE, *[0] * (1 + exactly_once), TOO_LARGE)
     items = [{"n": 0}, {"n": "x" * 40_000}, {"n": 2}]
@@ -243,17 +243,17 @@ def transaction(cluster: Cluster, name: str) -> Any:
     from confluent_kafka import Producer
 
     other = Producer({"bootstrap.servers": cluster.bootstrap, "transactional.id": name})
-    other.init_transactions(10)
+    other.init_transactions(60)
     other.begin_transaction()
     other.produce("t", b'{"n": 1}')
     other.produce("ledger", b"{}", b"j-1")
-    assert other.flush(10) == 0
+    assert other.flush(60) == 0
     return other
 
 
 @needs_brokers
 def test_a_transaction_that_was_committed_is_done(cluster: Cluster, sink) -> None:
-    transaction(cluster, "other").commit_transaction(10)
+    transaction(cluster, "other").commit_transaction(60)
     assert errors(sink(exactly_once=True).write([{"n": 1}])) == []
     assert errors(sink(exactly_once=True).write([{"n": 1}], 2, ["j-1"])) == []
     assert len(cluster.read("t")) == 1
@@ -297,7 +297,7 @@ def isolated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @needs_brokers
 @pytest.mark.parametrize("more", [0, 1])
 def test_a_transaction_that_was_aborted_is_not(cluster: Cluster, sink, isolated, more: int) -> None:
-    transaction(cluster, "other").abort_transaction(10)
+    transaction(cluster, "other").abort_transaction(60)
     (row,) = (one.offset for one in cluster.read("ledger"))
     isolated(aborted=[row])
     one = sink(exactly_once=True)
@@ -318,7 +318,7 @@ def test_a_transaction_that_is_open_is_waited_for(cluster: Cluster, sink, isolat
     failed = sink(exactly_once=True, timeout="1s").write([{"n": 2}])
     assert reason(failed) == "unavailable"
     assert "earlier try" in failed.failure.error
-    other.commit_transaction(10)
+    other.commit_transaction(60)
     isolated()
     assert errors(sink(exactly_once=True).write([{"n": 2}])) == []
     assert [one.value for one in cluster.read("t")] == [b'{"n": 1}']

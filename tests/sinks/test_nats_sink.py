@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -89,7 +90,7 @@ def read(cluster: Cluster) -> list[Any]:
 
 
 def worker(cluster: Cluster, **options: Any) -> Worker:
-    all_options = {"servers": cluster.urls[0], "timeout": "3s"} | options
+    all_options = {"servers": cluster.urls[0], "timeout": "30s"} | options
     return Worker(HandlerConfig("nats", all_options, "json", "async", "web", b"/x"))
 
 
@@ -192,14 +193,15 @@ def test_a_relay_keeps_the_names_of_batches_and_records(cluster: Cluster, tmp_pa
         port = one.event("daemon_started")["sources"]["web"]["listening"][0].rpartition(":")[2]
         import http.client
 
-        client = http.client.HTTPConnection("127.0.0.1", int(port), timeout=10)
+        client = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
         client.request("POST", "/v1/records", b"".join(b'{"n":%d}\n' % n for n in range(50)))
         assert client.getresponse().status == 202
         client.close()
         assert one.until_settled("relayed")["accepted"]
-        for _ in range(200):
-            if one.until_settled("relayed")["processed"] == 50:
-                break
+        deadline = time.monotonic() + 60
+        while one.until_settled("relayed")["processed"] < 50:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
         one.terminate()
         assert one.wait() == 0
     seen = [json.loads(line) for line in (tmp_path / "seen").read_text().splitlines()]

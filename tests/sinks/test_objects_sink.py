@@ -16,9 +16,11 @@ from ingestd.handlers.outcome import Job
 from ingestd.handlers.runner import HandlerConfig
 from ingestd.sinks.objects import ObjectsOptions
 from tests.sinks.contract.adapter import Worker, job
+from tests.sinks.http_server import Answer, Asked, FakeServer
 from tests.sinks.s3_server import BUCKET, KEY_ID, SECRET, MotoServer, need
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 AT = 1767225600.0 + 3 * 3600  # 2026-01-01T03
@@ -102,6 +104,16 @@ def test_columns_are_pinned_by_the_first_batch(tmp_path: Path) -> None:
     three, five = rows(tmp_path, f"{FOLDER}/j-2.parquet")
     assert json.loads(three["_extra"]) == {"new": {"q": 1}, "z": 1}
     assert (five["x"], five["o"]) == (7.0, '"text"')
+
+
+def test_keys_without_number_are_no_columns(tmp_path: Path) -> None:
+    items = [b'{"k%d":%d}' % (n, n) for n in range(3000)]
+    with worker(tmp_path, format="parquet") as sink:
+        assert sink.run(of(items)).failure is None
+    assert len(json.loads((tmp_path / "out" / "_schema.json").read_bytes())) == 500
+    found = rows(tmp_path, f"{FOLDER}/j-1.parquet")
+    assert found[499]["k499"] == 499
+    assert json.loads(found[2999]["_extra"]) == {"k2999": 2999}
 
 
 def test_both_ways_to_a_table_give_the_same(tmp_path: Path) -> None:
@@ -228,6 +240,101 @@ def test_a_store_that_honours_if_none_match(tmp_path: Path) -> None:
         server.server.stop()
 
 
+class ScriptedS3(FakeServer):
+    """Creates and reads objects; of one that is not there it says what `missing` is."""
+
+    missing = 404
+
+    def answer(self, asked: Asked) -> Answer:
+        about = (("ETag", '"1"'), ("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT"))
+        there = {one.path for one in self.created}
+        if asked.method == "PUT" and asked.path not in there:
+            self.created.append(asked)
+            return Answer(200, b"", about)
+        if asked.method == "PUT":
+            return Answer(412)
+        found = [one.body for one in self.created if one.path == asked.path]
+        return Answer(200, found[0], about) if found else Answer(self.missing)
+
+    def __init__(self) -> None:
+        self.created: list[Asked] = []
+        super().__init__()
+
+
+@pytest.fixture
+def s3() -> Iterator[ScriptedS3]:
+    server = ScriptedS3()
+    yield server
+    server.stop()
+
+
+def s3_options(server: ScriptedS3, **options: Any) -> dict[str, Any]:
+    return {
+        "url": f"s3://{BUCKET}/a", "endpoint": server.url, "region": "us-east-1",
+        "access_key_id": KEY_ID, "secret_access_key": SECRET, **options,
+    }  # fmt: skip
+
+
+def test_a_write_that_collides_with_another_one_is_not_done(tmp_path: Path, s3: ScriptedS3) -> None:
+    """S3 says 409 while another request writes the object, which may be broken off."""
+    s3.script.append(Answer(409, b"<Error><Code>ConditionalRequestConflict</Code></Error>"))
+    with worker(tmp_path, **s3_options(s3)) as sink:
+        failure = sink.run(of([b"1"])).failure
+        assert failure is not None
+        assert (failure.reason, s3.created) == ("unavailable", [])
+        assert sink.run(of([b"1"])).failure is None
+        assert sink.run(of([b"1"])).failure is None
+    assert len(s3.created) == 1
+
+
+def test_a_missing_right_to_list_is_found_before_it_is_needed(
+    tmp_path: Path, s3: ScriptedS3
+) -> None:
+    """Without `s3:ListBucket` S3 says 403 of what is not there."""
+    s3.missing = 403
+    with worker(tmp_path, **s3_options(s3)) as sink:
+        assert any(one.level == "error" and "ListBucket" in one.text for one in sink.check())
+        failure = sink.run(of([b"1"], 2, (1,))).failure
+        assert failure is not None
+        assert failure.reason == "blocked"
+        assert "ListBucket" in failure.error
+
+
+def test_columns_of_an_endless_object_are_not_read(tmp_path: Path, s3: ScriptedS3) -> None:
+    about = (("ETag", '"1"'), ("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT"))
+    s3.script.append(Answer(200, bytes(8 * 1024**2), about))
+    with worker(tmp_path, **s3_options(s3, format="parquet")) as sink:
+        failure = sink.run(of([b'{"a":1}'])).failure
+        assert failure is not None
+        assert failure.reason == "blocked"
+        assert "_schema.json: more than" in failure.error
+
+
+@pytest.mark.parametrize(
+    ("options", "variables"),
+    [
+        ({"url": f"s3://{BUCKET}/a", "region": "x"}, {"AWS_ENDPOINT_URL": "minio:9000"}),
+        ({"url": "az://container/a"}, {}),
+    ],
+)
+def test_no_record_is_given_up_for_a_client_that_cannot_be_made(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    variables: dict[str, str],
+) -> None:
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        **variables,
+    }.items():
+        monkeypatch.setenv(name, value)
+    with worker(tmp_path, **options) as sink:
+        failure = sink.run(of([b"1"])).failure
+        assert failure is not None
+        assert failure.reason == "blocked"
+
+
 def test_duckdb_reads_it(tmp_path: Path) -> None:
     duckdb = pytest.importorskip("duckdb")
     with worker(tmp_path, format="parquet") as sink:
@@ -250,6 +357,11 @@ def test_duckdb_reads_it(tmp_path: Path) -> None:
         ({"url": "s3://x", "columns": {"a": "int7"}}, "columns"),
         ({"url": "s3://x", "partitions_max": 0}, "partitions_max"),
         ({"url": "s3://x", "timeout": "0s"}, "timeout"),
+        ({"url": "s3://x", "endpoint": "minio:9000"}, "endpoint"),
+        ({"url": "s3://x", "endpoint": "https:///x"}, "endpoint"),
+        ({"url": "s3://x", "endpoint": "https://me:hidden@x"}, "endpoint"),
+        ({"url": "s3://x", "access_key_id": "a\n", "secret_access_key": "hidden"}, "access_key_id"),
+        ({"url": "s3://x", "path": "a//b"}, "path"),
     ],
 )
 def test_options_that_are_wrong(options: dict[str, Any], part: str) -> None:

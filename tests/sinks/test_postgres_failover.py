@@ -48,7 +48,11 @@ def test_a_standby_that_is_promoted_under_load(tmp_path: Path) -> None:
             "--listen", f"127.0.0.1:{port}", cwd=tmp_path,
         ) as one:  # fmt: skip
             clients = [Client(port, place) for place in range(3)]
-            until(lambda: one.status()["pipelines"]["default"]["processed"] > 2000, what="load")
+            until(
+                lambda: one.status()["pipelines"]["default"]["processed"] > 2000,
+                what="load",
+                seconds=180,
+            )
             primary.kill()
             time.sleep(0.5)  # both are no good for a moment
             standby.promote()
@@ -56,6 +60,7 @@ def test_a_standby_that_is_promoted_under_load(tmp_path: Path) -> None:
             until(
                 lambda: one.status()["pipelines"]["default"]["processed"] > processed + 2000,
                 what="work after the promotion",
+                seconds=180,
             )
             for client in clients:
                 client.stop()

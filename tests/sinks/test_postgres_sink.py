@@ -429,7 +429,7 @@ class Proxy:
                     if not self.before_server:
                         client.shutdown(socket.SHUT_RDWR)  # no answer goes back
                         server.sendall(data)
-                        server.settimeout(10)
+                        server.settimeout(60)
                         _received(server)  # it has committed
                     # Also under the thread that reads from it.
                     server.shutdown(socket.SHUT_RDWR)
@@ -546,7 +546,7 @@ def test_workers_that_make_one_table_and_its_columns_at_once(sink: Sink) -> None
 
     def work(number: int) -> None:
         with sink.worker() as worker:
-            start.wait(20)
+            start.wait(60)
             results.extend(
                 worker.run(job({f"k{number}": 1, f"n{turn}": 2}, batch=number * 10 + turn,
                                first=number * 10 + turn))
@@ -557,7 +557,7 @@ def test_workers_that_make_one_table_and_its_columns_at_once(sink: Sink) -> None
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(240)
     assert [one.failure for one in results] == [None] * 30
     assert len(sink.rows()) == 30
 
@@ -673,7 +673,7 @@ def test_columns_of_keys() -> None:
 def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "ingestd", *arguments],
-        cwd=cwd, capture_output=True, text=True, timeout=60,
+        cwd=cwd, capture_output=True, text=True, timeout=120,
         env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
 

@@ -298,7 +298,7 @@ def test_many_threads_write_one_file(tmp_path: Path) -> None:
     def work(worker: int) -> None:
         sink = SqliteSink(SqliteOptions.of(path=tmp_path / "o.db"))
         spec = load("sqlite", record_format="json", executor="thread")
-        start.wait(20)
+        start.wait(60)
         for number in range(12):
             run = Records.lines([b'{"n":%d,"k%d":1}' % (number, worker)] * 5)
             job = Job(f"j-{number}", 1, run, [Span(number, 0, 5)], "j")
@@ -311,7 +311,7 @@ def test_many_threads_write_one_file(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(240)
     assert failures == []
     found = rows(tmp_path / "o.db")
     assert sorted(row["n"] for row in found) == [n for n in range(12) for _ in range(5)]

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import json
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 import msgpack
@@ -31,6 +32,11 @@ from ingestd.sources.tcp import connection as connection_module
 from tests.daemon.harness import ROOT
 from tests.sources.source_tools import MemoryIntake
 from tests.sources.test_tcp import KeyedIntake
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -89,6 +95,37 @@ def test_each_mode_is_read_however_its_bytes_come(mode, step):
         found += records_of(frames)
     assert found == RECORDS * 2
     assert (codec.held, codec.end(None)) == (0, Frames())
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "zstd"])
+def test_equal_lines_of_an_error_storm_are_taken(encoding):
+    """Their times are whole seconds where an agent read them from a log with such times."""
+    record = {"log": "ERROR connection to db-1:5432 refused, retrying", "container": "a" * 64}
+    events = b"".join([msgpack.packb([1_764_412_619 + n // 1000, record]) for n in range(20_000)])
+    packed = gzip.compress(events) if encoding == "gzip" else zstd.compress(events)
+    frames = make().feed(message(packed, {"compressed": encoding, "chunk": "a"}))
+    assert frames.fault == ""
+    assert len(records_of(frames)) == 20_000
+    limited = make(inflate_ratio_max=100).feed(message(packed, {"compressed": encoding}))
+    assert "more than 100 times" in limited.fault
+
+
+def test_an_option_that_is_nil_is_not_there():
+    options = {"chunk": None, "compressed": None, "fluent_signal": None, "size": None}
+    frames = make().feed(message(PACKED, options))
+    assert (records_of(frames), replies_of(frames)) == (RECORDS, [])
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "zstd"])
+def test_each_event_of_a_chunk_may_be_compressed_alone(encoding):
+    """As Fluentd does with `compress` in out_forward, where events reach it one by one."""
+    compress = gzip.compress if encoding == "gzip" else zstd.compress
+    events = b"".join([compress(msgpack.packb([5, {"n": n}])) for n in range(5000)])
+    frames = make().feed(message(events, {"compressed": encoding, "chunk": "a"}))
+    assert frames.fault == ""
+    assert [one["record"]["n"] for one in records_of(frames)] == list(range(5000))
+    frames = make(records_max=100).feed(message(events, {"compressed": encoding}))
+    assert "members" in frames.fault
 
 
 @pytest.mark.parametrize("chunk", ["p8n9gmxTQVC8/nh2wlKKeQ==", b"p8n9\xff\x00", "x" * 40])

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from ingestd.base.bursts import let_loop_go_first
+from ingestd.codecs.json import without_lone_surrogates
 from ingestd.codecs.otlp.logs import LogItems
 from ingestd.codecs.otlp.messages import MESSAGES, parse_text
 from ingestd.codecs.protobuf import (
@@ -296,7 +297,15 @@ def parse_groups(signal: Signal, body: bytes, record_bytes_max: int, most: int) 
         if _holds_more(body, _ELEMENTS_A_RECORD * most + _FIELDS_MORE, depth):
             raise TooManyFields
     start = Group((), MESSAGES[signal.item].parse_from, {"signal": signal.name})
-    for owner in _DECODERS[signal.name].decode(body).items or ():
+    decode = _DECODERS[signal.name].decode
+    try:
+        request = decode(body)
+    except msgspec.DecodeError:
+        mended = without_lone_surrogates(body)  # exporters of protobuf write the same instead
+        if mended == body:
+            raise
+        request = decode(mended)
+    for owner in request.items or ():
         resource = _parse_head(start, "resource", owner, record_bytes_max)
         for inner in owner.items or ():
             scope = _parse_head(resource, "scope", inner, record_bytes_max)

@@ -300,7 +300,12 @@ class ForwardCodec(StreamCodec):
         if encoding not in _ENCODINGS:
             raise _Unreadable(f"events are compressed as {encoding[:40]!r}")
         settings = self._settings
-        inflater = Inflater(encoding, settings.decompressed_bytes_max, settings.inflate_ratio_max)
+        inflater = Inflater(
+            encoding,
+            settings.decompressed_bytes_max,
+            settings.inflate_ratio_max,
+            members_free=settings.records_max,  # Fluentd compresses each event that it gets alone
+        )
         events = bytearray()
         for piece in inflater.feed(payload):
             self._take(len(piece))
@@ -401,6 +406,8 @@ def _options(message: bytes, rest: Sequence[tuple[int, int]]) -> MessageOptions:
     options = MessageOptions()
     for name, value in zip(found, found, strict=True):
         key, token = _text_of(message, *name), message[slice(*value)]
+        if message[value[0]] == _NIL:  # as good as not there
+            continue
         if key == b"chunk" and _text_of(message, *value) and len(token) <= ID_BYTES_MAX:
             options = options._replace(chunk=token)
         elif key == b"compressed":

@@ -17,7 +17,7 @@ def send(event, encode):
     headers = {**message.headers, "Authorization": f"Bearer {token}"}
     for _ in range(300):
         try:
-            answer = session.post(address, data=message.body, headers=headers, timeout=15)
+            answer = session.post(address, data=message.body, headers=headers, timeout=60)
         except requests.ConnectionError:
             time.sleep(0.2)
             continue

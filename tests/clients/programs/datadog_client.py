@@ -16,7 +16,7 @@ configuration = Configuration(
     server_index=1,
     server_variables={"protocol": "http", "name": address.removeprefix("http://")},
     enable_retry=True,
-    max_retries=10,
+    max_retries=20,
 )
 
 with ApiClient(configuration) as client:

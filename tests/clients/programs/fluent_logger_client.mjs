@@ -8,7 +8,7 @@ const client = new FluentClient("app", {
   socket: { host, port: Number(port), timeout: 3000 },
   eventMode,
   ack: { ackTimeout: 5000 },
-  eventRetry: { attempts: 20, delay: 200, maxDelay: 2000 },
+  eventRetry: { attempts: 60, delay: 200, maxDelay: 2000 },
   milliseconds: true,
 });
 for (let n = 0; n < count; n += 50) {

@@ -41,7 +41,7 @@ def send(numbers: list[int]) -> None:
         for n in numbers
     ]
     body = json.dumps({"resourceLogs": [{"scopeLogs": [{"logRecords": records}]}]})
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("POST", "/v1/logs", body, {"Content-Type": "application/json"})
     answer = connection.getresponse()
     assert answer.status == 200, (answer.status, answer.read())
@@ -62,7 +62,7 @@ with subprocess.Popen(
     reader = threading.Thread(target=read)
     reader.start()
     try:
-        for _ in range(200):
+        for _ in range(1200):
             try:
                 send([0])
                 break

@@ -13,7 +13,7 @@ const stream = datadog({
   },
   ddServerConf: { protocol: 'http', name: new URL(address).host },
   service: 'shop',
-  retries: 10,
+  retries: 20,
   sendIntervalMs: 100,
   onDebug,
   onError: (error) => { console.error(error); process.exit(1) }

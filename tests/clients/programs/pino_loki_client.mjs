@@ -10,7 +10,7 @@ let pending = 0
 const send = globalThis.fetch
 globalThis.fetch = async (url, options) => {
   pending++
-  for (let left = 60; left; left--) {
+  for (let left = 300; left; left--) {
     const answer = await send(url, options).catch(() => undefined)
     if (answer && answer.status !== 429 && answer.status !== 503) { pending--; return answer }
     await new Promise((resolve) => setTimeout(resolve, 300))

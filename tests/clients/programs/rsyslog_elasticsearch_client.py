@@ -47,7 +47,7 @@ def waiting() -> bool:
 
 arguments = ["-n", "-f", folder / "rsyslog.conf", "-i", folder / "pid"]
 with subprocess.Popen([rsyslogd, *arguments], stdin=subprocess.DEVNULL) as process:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while True:
         try:
             sender = socket.create_connection(("127.0.0.1", port), 5)

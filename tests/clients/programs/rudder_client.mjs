@@ -7,7 +7,7 @@ const client = new RudderAnalytics(key, {
   dataPlaneUrl: address,
   flushAt: 20,
   flushInterval: 100,
-  retryCount: 10,
+  retryCount: 20,
 })
 const failed = []
 const sent = []

@@ -129,10 +129,10 @@ sign = SIGNERS[library]()
 
 
 def deliver(n: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while True:
         headers, body = sign(n)
-        connection = http.client.HTTPConnection(str(url.hostname), url.port, timeout=20)
+        connection = http.client.HTTPConnection(str(url.hostname), url.port, timeout=60)
         status = 0
         try:
             connection.request("POST", url.path, body.encode(), headers)

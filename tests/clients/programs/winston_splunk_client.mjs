@@ -17,24 +17,28 @@ const transport = new SplunkStreamEvent({
   exitOnError: false
 })
 
-// The logger gives up on an answer that is an error, such as 503; its error function sends again.
-let lost = 0
+// The logger gives up on an answer that is an error, such as 503, and counts it as logged; its error
+// function, which it calls before it is done with the answer, sends again.
 const { server } = transport
-server.error = (error, context) => {
-  lost++
-  setTimeout(() => { lost--; server._sendEvents(context, done) }, 200)
+const send = server._sendEvents.bind(server)
+let [begun, open, waiting] = [0, 0, 0]
+const sendCounted = (context, callback) => {
+  open++
+  send(context, (...answer) => { open--; callback(...answer) })
 }
-let ended = 0
-const done = () => { ended++ }
+server._sendEvents = (context, callback) => { begun++; sendCounted(context, callback) }
+server.error = (error, context) => {
+  waiting++
+  setTimeout(() => { waiting--; sendCounted(context, () => {}) }, 200)
+}
 
 const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds))
 
 const logger = winston.createLogger({ transports: [transport] })
-transport.on('logged', done)
 for (let n = 0; n < count; n++) {
   logger.info('an order', { n })
   if (n === count / 2) console.log('half')
   if (n % 10 === 0) await pause(10)
 }
-while (lost || ended < count) await pause(100)
+while (begun < count || open || waiting) await pause(100)
 process.exit(0)

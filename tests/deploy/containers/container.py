@@ -33,7 +33,7 @@ class Spoken:
     ) -> tuple[int, Any]:  # fmt: skip
         """One request on a connection of its own: status and decoded body."""
         port = self.admin_port if admin else self.port
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         headers = {"Authorization": f"Bearer {token}"} if token and not admin else {}
         try:
             connection.request(method, path, body, headers)

@@ -176,7 +176,7 @@ def _make_base(engine: Engine) -> None:
     engine("build", "--quiet", "--pull=never", "--tag", BASE, str(folder))
 
 
-def wait(condition: Callable[[], Any], seconds: float = 40, what: str = "") -> Any:
+def wait(condition: Callable[[], Any], seconds: float = 90, what: str = "") -> Any:
     """What `condition` comes to once it is true."""
     deadline = time.monotonic() + seconds
     while True:

@@ -117,7 +117,7 @@ def test_its_daemon_comes_up_with_its_secrets(
         command = [podman_compose, "--in-pod", "false", "-f", str(file), "-p", f"{RUN}-compose"]
         done = subprocess.run(
             [*command, *args], env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, timeout=120,
+            stderr=subprocess.STDOUT, text=True, timeout=240,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout
 

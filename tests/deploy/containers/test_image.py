@@ -95,10 +95,11 @@ def test_it_is_nobody_and_can_write_its_state_and_nothing_else(
 def test_process_1_reaps_what_handlers_orphan(served: tuple[Container, Path]) -> None:
     one, _ = served
     assert one.exec("sh", "-c", "tr '\\0' ' ' < /proc/1/cmdline").startswith("tini -s -- ingestd")
-    left = "sleep 1 >/dev/null 2>&1 & echo $!"
+    left = "sleep 3600 >/dev/null 2>&1 & echo $!"
     looked = f"orphan=$(sh -c '{left}'); echo $orphan; cut -d' ' -f4 /proc/$orphan/stat"
     orphan, parent = one.exec("sh", "-c", looked).split()
     assert parent == "1"
+    one.exec("sh", "-c", f"kill {orphan}")
     wait(lambda: one.engine.start("exec", one.name, "test", "-e", f"/proc/{orphan}").returncode)
 
 

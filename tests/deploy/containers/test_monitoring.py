@@ -82,7 +82,7 @@ def metrics_in(expression: str) -> set[str]:
 
 def filled_in(expression: str) -> str:
     """As Grafana sends it, with everything chosen."""
-    text = expression.replace("$__rate_interval", "5s")
+    text = expression.replace("$__rate_interval", "30s")
     return re.sub(r"\$(?:job|instance|pipeline)\b", ".*", text)
 
 
@@ -133,7 +133,7 @@ def test_the_page_is_as_promtool_wants_it(exported: tuple[Daemon, set[str]]) -> 
     one, _ = exported
     _, _, page = one.request("GET", "/metrics", admin=True)
     done = subprocess.run(
-        [promtool, "check", "metrics"], input=page, capture_output=True, timeout=30
+        [promtool, "check", "metrics"], input=page, capture_output=True, timeout=120
     )
     assert (done.returncode, done.stdout + done.stderr) == (0, b"")
 
@@ -242,7 +242,7 @@ class Prometheus:
     def ask(self, page: str, **arguments: str) -> Any:
         query = urllib.parse.urlencode(arguments)
         url = f"http://127.0.0.1:{self.port}/api/v1/{page}?{query}"
-        with urllib.request.urlopen(url, timeout=10) as answer:
+        with urllib.request.urlopen(url, timeout=60) as answer:
             found = json.load(answer)
         assert found["status"] == "success", found
         return found["data"]
@@ -252,7 +252,7 @@ class Prometheus:
 
     def close(self) -> None:
         self.process.terminate()
-        self.process.wait(30)
+        self.process.wait(60)
         self.log.close()
 
 
@@ -273,11 +273,13 @@ def test_prometheus_answers_every_question(tmp_path: Path) -> None:
 
         wait(scraped, what="four scrapes")
         for expression in QUERIES:
-            series = prometheus.series(expression)
-            expected = not metrics_in(expression) & QUIET and " > 0" not in expression
-            assert bool(series) >= expected, expression
+            if metrics_in(expression) & QUIET or " > 0" in expression:
+                prometheus.series(expression)  # it need not have any
+            else:
+                wait(lambda: prometheus.series(expression), what=expression)  # noqa: B023
         (group,) = prometheus.ask("rules")["groups"]
         wait(lambda: all(r["health"] == "ok" for g in prometheus.ask("rules")["groups"]
                          for r in g["rules"]), what="rules evaluated")  # fmt: skip
         assert [rule["name"] for rule in group["rules"]] == [rule["alert"] for rule in RULES]
-        assert prometheus.ask("alerts")["alerts"] == []
+        # One scrape that was late is an alert that is pending for a moment.
+        wait(lambda: prometheus.ask("alerts")["alerts"] == [], what="no alert")

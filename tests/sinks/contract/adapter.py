@@ -34,6 +34,7 @@ class SinkAdapter:
         environ: of a daemon with this sink.
         can_be_killed: the other side is a process, see `kill`.
         is_slow: it needs packages that only `.ci/run` installs.
+        timeout: of a try, for sinks that have one; a test in which it comes to that makes it short.
     """
 
     target = ""
@@ -44,6 +45,7 @@ class SinkAdapter:
     can_be_killed = False
     environ: dict[str, str] = {}  # noqa: RUF012
     is_slow = False
+    timeout = "30s"
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

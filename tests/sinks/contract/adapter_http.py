@@ -50,7 +50,7 @@ class Receiver:
         if self.daemon is None:
             self.start()
         assert self.daemon is not None
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while self.daemon.status()["pipelines"]["default"]["pending"]:
             assert time.monotonic() < deadline
             time.sleep(0.01)

@@ -34,7 +34,7 @@ class Adapter(SinkAdapter):
     def options(self) -> dict[str, Any]:
         return {
             "brokers": self.cluster.bootstrap, "topic": "t", "ledger_topic": "ledger",
-            "exactly_once": True, "timeout": "3s", "message_bytes_max": "16KiB",
+            "exactly_once": True, "timeout": self.timeout, "message_bytes_max": "16KiB",
             "username": "ingestd", "password": self.secret,
             "headers": {"id": "{_id}", "batch": "{_batch}"},
         }  # fmt: skip

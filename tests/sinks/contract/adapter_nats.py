@@ -41,7 +41,7 @@ class Adapter(SinkAdapter):
 
             client = await nats.connect(self.server.url, user="ingestd", password=self.secret)
             try:
-                return await what(client.jetstream(timeout=10))
+                return await what(client.jetstream(timeout=60))
             finally:
                 await client.close()
 
@@ -49,7 +49,7 @@ class Adapter(SinkAdapter):
 
     def options(self) -> dict[str, Any]:
         return {
-            "servers": self.server.url, "subject": SUBJECT, "timeout": "3s",
+            "servers": self.server.url, "subject": SUBJECT, "timeout": self.timeout,
             "username": "ingestd", "password": self.secret,
         }  # fmt: skip
 

@@ -30,7 +30,7 @@ class Adapter(SinkAdapter):
         return {
             "url": f"s3://{BUCKET}/rows", "format": "parquet", "endpoint": self.server.endpoint,
             "region": "us-east-1", "access_key_id": KEY_ID, "secret_access_key": SECRET,
-            "columns": {"n": "int64", "text": "text"}, "timeout": "3s",
+            "columns": {"n": "int64", "text": "text"}, "timeout": self.timeout,
         }  # fmt: skip
 
     def stored(self) -> list[int]:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from ingestd.handlers.outcome import Job
+
 KILLER = "tests.sinks.contract.killer:"
 QUICK = ("--retry.backoff", "50ms", "--retry.backoff_max", "200ms", "--batch.age_max", "50ms")
 
@@ -144,20 +146,32 @@ def test_one_bad_record_among_a_thousand_costs_one(sink: SinkAdapter) -> None:
     assert sorted(sink.stored()) == list(range(999))
 
 
+def stored_in_time(worker: Worker, one: Job) -> bool:
+    """Tries until a batch is stored: its other side may be late, after its start above all."""
+
+    def tried() -> bool:
+        failure = worker.run(one).failure
+        assert failure is None or failure.reason == "unavailable", failure
+        return failure is None
+
+    return bool(until(tried, what="stored"))
+
+
 def test_a_sink_that_is_down_says_so_and_comes_back(sink: SinkAdapter) -> None:
     down = sink.down()
     if down is None:
         pytest.skip("it is never down")
+    sink.timeout = "3s"
     with sink.worker() as worker:
-        assert worker.run(job(range(10))).failure is None
+        assert stored_in_time(worker, job(range(10)))
         with down:
             for number in range(2):
                 result = worker.run(job(range(10, 20), 2))
                 assert result.failure is not None, number
                 assert result.failure.reason == "unavailable", result.failure
             assert any(one.level == "error" for one in worker.check())
-        assert worker.run(job(range(10, 20), 2)).failure is None
-        assert worker.run(job(range(20, 30), 3)).failure is None
+        assert stored_in_time(worker, job(range(10, 20), 2))
+        assert stored_in_time(worker, job(range(20, 30), 3))
     assert sorted(sink.stored()) == list(range(30))
 
 
@@ -186,6 +200,7 @@ def test_the_pipeline_waits_says_so_once_and_gives_nothing_up(
         pytest.skip("there is no such thing")
     state, event = ("blocked", "handler_blocked") if disturb == "unusable" else (
         "down", "handler_went_down")  # fmt: skip
+    sink.timeout = "3s"
     few = {"retry__attempts_max": "3", "retry__give_up_after": "1s", "batch__records_max": "20"}
     with disturbed, daemon(
         sink.target, *flags(sink, **few), cwd=tmp_path, environ=sink.environ
@@ -207,7 +222,7 @@ def test_the_pipeline_waits_says_so_once_and_gives_nothing_up(
         waiting = one.status()["pipelines"]["default"]
         assert (waiting["pending"], waiting["dead"], waiting["processed"]) == (420, 0, 0)
         disturbed.__exit__(None, None, None)
-        numbers = one.until_settled(timeout=60)
+        numbers = one.until_settled(timeout=120)
         assert (numbers["processed"], numbers["dead"]) == (420, 0)
         assert numbers["handler"]["state"] == "up"
         one.terminate()
@@ -221,14 +236,17 @@ def test_the_pipeline_waits_says_so_once_and_gives_nothing_up(
 @pytest.mark.slow
 def test_a_slow_answer_beyond_the_timeout(sink: SinkAdapter, tmp_path: Path) -> None:
     kind = "process" if sink.executor == "thread" else sink.executor
+    sink.timeout = "3s"
+    within = "3s" if sink.target == "kafka" else "1s"  # which needs most of a second itself
+    more = {"executor__kind": kind, "executor__timeout": within, "retry__attempts_max": "1000"}
     with sink.slow() as slow, daemon(
-        sink.target, *flags(sink, executor__kind=kind, executor__timeout="1s"),
+        sink.target, *flags(sink, **more),
         cwd=tmp_path, environ=sink.environ,
     ) as one:  # fmt: skip
         assert one.post(body(0, 100))[0] == 202
         until(lambda: any(line.get("reason") == "timeout" for line in one.events), what="a timeout")
         slow.end()
-        numbers = one.until_settled(timeout=60)
+        numbers = one.until_settled(timeout=120)
         assert (numbers["processed"], numbers["dead"]) == (100, 0)
     stored = sink.stored()
     assert set(stored) == set(range(100))
@@ -259,7 +277,7 @@ def test_a_kill_between_the_sinks_commit_and_the_settlement(
                 assert one.wait() == -9
                 continue
             one.event("daemon_started")
-            numbers = one.until_settled(timeout=60)
+            numbers = one.until_settled(timeout=120)
             assert (numbers["processed"], numbers["dead"]) == (200, 0)
             one.terminate()
             assert one.wait() == 0
@@ -276,11 +294,12 @@ def test_a_secret_is_shown_nowhere(sink: SinkAdapter, tmp_path: Path) -> None:
     for more in ([], ["--connect"], ["--handler.options.nosuch", "1"]):
         done = subprocess.run(
             [sys.executable, "-m", "ingestd", "check", sink.target, *flags(sink), *more],
-            cwd=tmp_path, capture_output=True, text=True, timeout=60,
+            cwd=tmp_path, capture_output=True, text=True, timeout=120,
             env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), **sink.environ},
         )  # fmt: skip
         assert done.stdout or done.stderr
         shown += [done.stdout, done.stderr]
+    sink.timeout = "3s"
     for disturbed in (sink.down(), sink.unusable(), nullcontext()):
         if disturbed is None:
             continue

@@ -75,7 +75,7 @@ class Client:
 
     def stop(self) -> None:
         self._stopped.set()
-        self._thread.join(60)
+        self._thread.join(180)
         assert not self._thread.is_alive()
 
 

@@ -276,6 +276,15 @@ def test_usual_log_records_are_read_in_runs() -> None:
     assert [one["body"] for one in found] == [one.body.string_value for one in records[:6]]
 
 
+def test_half_a_character_costs_no_record() -> None:
+    """JavaScript's exporter writes `\\ud83d` where a text was cut in the middle of an emoji."""
+    logs = [{"body": {"stringValue": text}} for text in ("\ud83d", "\\ud83d", "\U0001f600")]
+    body = json.dumps({"resourceLogs": [{"scopeLogs": [{"logRecords": logs}]}]}).encode()
+    (part,) = OtlpCodec(SIGNALS["logs"], JSON).decode(body, LIMITS)
+    found = [json.loads(item)["body"] for item in part.parsed.records.items()]
+    assert found == ["\ufffd", "\\ud83d", "\U0001f600"]
+
+
 def test_an_invalid_record_costs_no_other_one() -> None:
     request = bad_ids(16, 5, 0, 32)
     for kind in KINDS:

@@ -50,6 +50,14 @@ def refusal(body: Any, limits: BodyLimits = LIMITS, kind: str = "") -> Problem:
     return found.value
 
 
+def test_half_a_character_costs_no_message() -> None:
+    """JavaScript writes `\\ud83d` where a text was cut in the middle of an emoji."""
+    cut = {"type": "track", "messageId": "m-1", "event": "\ud83d and \\ud83d"}
+    whole = {"type": "track", "messageId": "m-2", "event": "\U0001f600"}
+    part = read({"batch": [cut, whole]})
+    assert [one["event"] for one in records(part)] == ["\ufffd and \\ud83d", "\U0001f600"]
+
+
 def test_a_batch_is_a_record_a_message() -> None:
     first = {"type": "track", "messageId": "m-1", "event": "Bought", "context": {"ip": "10.0.0.1"}}
     second = {"type": "identify", "messageId": "m-2", "traits": {"n": [1, {}]}}

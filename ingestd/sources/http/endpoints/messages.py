@@ -16,7 +16,7 @@ import msgspec
 from ingestd.base.append import ID_BYTES, SenderIds
 from ingestd.base.bursts import let_loop_go_first
 from ingestd.base.record import InvalidRecord, Layout, Records
-from ingestd.codecs.json import holds_deeper, is_deeper
+from ingestd.codecs.json import holds_deeper, is_deeper, without_lone_surrogates
 from ingestd.codecs.lines import KEPT_BYTES, Parsed, json_fault, not_utf8, too_deep, too_large
 from ingestd.codecs.utf8 import find_fault
 from ingestd.http import problem
@@ -120,7 +120,7 @@ def write_object(members: Mapping[str, Any]) -> bytes:
 
 
 def read_body(decoder: msgspec.json.Decoder[T], body: bytes, limits: BodyLimits) -> T:
-    """Returns a body as its protocol has it.
+    """Returns a body as its protocol has it; half a surrogate pair is U+FFFD.
 
     Raises:
         Problem: 400 if it is not JSON, or not of the protocol's form.
@@ -128,6 +128,9 @@ def read_body(decoder: msgspec.json.Decoder[T], body: bytes, limits: BodyLimits)
     try:
         read = decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        mended = without_lone_surrogates(body)
+        if mended != body:
+            return read_body(decoder, mended, limits)
         fault = json_fault(body, limits.depth_max) or str(error)
         raise malformed(fault) from None
     if (at := find_fault(body)) >= 0:
