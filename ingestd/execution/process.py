@@ -71,6 +71,7 @@ into the shared memory."""
 AHEAD_SECONDS = 0.05
 """Work that they are, and after what time without an answer they go back."""
 _WEIGHT = 0.2  # of the newest job in the mean duration
+_LOOK_SECONDS = 0.001
 _SLOW = 2 * AHEAD_SECONDS  # the mean as long as it is not known
 _IDLE_SECONDS = 0.01
 """A child that was without a job for so long is looked at before it gets one."""
@@ -380,7 +381,8 @@ class WorkerProcess:
         body: bytes | bytearray | None
         try:
             if not self._rest and wait != self._timeout:
-                self._wait_at_most(wait)
+                # Past the deadline, too: the answer may have come while this process stood still.
+                self._wait_at_most(max(wait, _LOOK_SECONDS))
             begun = self._rest or self._sock.recv(wire.BUFFER_BYTES)
             body = wire.body_at_once(begun, self.process.pid, number)
             if body is None:

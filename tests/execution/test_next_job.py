@@ -226,6 +226,32 @@ async def test_the_time_of_a_job_begins_when_the_child_begins_it(
     assert pool.restarts == []
 
 
+async def test_an_answer_that_came_while_the_daemon_stood_still_counts(
+    pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is there when the daemon goes on, beyond the job's deadline."""
+    await pool.start()
+    await pool.warm()
+    pool.workers[0]._timeout = 2.0
+    take_back, stood_still = process.WorkerProcess.take_back, False
+
+    def taken_back_late(child: process.WorkerProcess) -> set[int]:
+        nonlocal stood_still
+        places = take_back(child)
+        if not stood_still:
+            stood_still = True
+            (pool.folder / "open").touch()
+            time.sleep(3)
+        return places
+
+    with monkeypatch.context() as patched:
+        patched.setattr(process.WorkerProcess, "take_back", taken_back_late)
+        assert reasons(await pool.all(pool.submit("wait", *["quick"] * 20))) == {}
+    assert stood_still
+    assert pool.begun() == dict.fromkeys(pool.handed, 1)
+    assert pool.restarts == []
+
+
 async def test_what_lies_behind_a_slow_job_goes_to_another_worker(pool: Pool) -> None:
     await pool.start(workers=2)
     await pool.warm()
