@@ -25,7 +25,7 @@ def test_the_table_compares_within_a_round() -> None:
 
 def test_every_variant_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = Path(__file__).parents[2]
-    flags = ["--rounds", "1", "--seconds", "0.2", "--size", "100", "--before", str(root)]
+    flags = ["--rounds", "1", "--seconds", "0.5", "--size", "100", "--before", str(root)]
     assert main([*flags, "--directory", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()[2:]
     names = [line.split("|")[2].strip() for line in lines]
