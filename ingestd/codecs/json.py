@@ -36,7 +36,7 @@ _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _ESCAPES = re.compile(
     rb"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"  # a pair
     rb"|\\u(?P<lone>[dD][89a-fA-F][0-9a-fA-F]{2})"
-    rb"|(?:\\(?!u[dD][89a-fA-F]).[^\\]*+){1,4096}+",  # many that are none, for speed
+    rb"|(?:\\(?!u[dD][89a-fA-F]).[^\\]*+){1,4096}",  # many that are none, for speed
     re.DOTALL,
 )
 _MENDED_MAX = 100_000

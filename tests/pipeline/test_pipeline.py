@@ -336,15 +336,17 @@ def recording_soon(pipeline: Any) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["thread", "process"])
-async def test_what_lies_ready_before_the_lanes_is_not_with_a_worker(start, kind) -> None:
+async def test_what_lies_ready_before_the_lanes_is_not_with_a_worker(start, tmp_path, kind) -> None:
     pipeline = await start(
-        "tests.sources.test_prefer:hold",
+        HANDLER + "Gate",
         executor={"kind": kind, "workers": 1},
         batch={"records_max": 1},
+        options={"folder": str(tmp_path)},
     )
     await pipeline.accept(Append(numbers(0, 5)))
     await until(lambda: pipeline.dispatcher.running > 1)
     assert status_of(pipeline).batches.running == 1
+    (tmp_path / "open").touch()
 
 
 async def test_a_sink_that_is_down_stops_new_batches(start, tmp_path) -> None:

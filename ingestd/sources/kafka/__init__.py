@@ -8,7 +8,6 @@ from pydantic import Field, SecretStr
 
 from ingestd.config.sections import FilePath, Secret, Section
 from ingestd.config.units import Count, Seconds, Size, Words  # noqa: TC001  pydantic reads them
-from ingestd.host.kafka import property_problem
 from ingestd.sources.base import KeyNeeds, SourceKind
 
 if TYPE_CHECKING:
@@ -93,11 +92,13 @@ class KafkaSourceKind(SourceKind):
             yield "ids_max", "is below kafka.inflight_messages_max: what is read may come again"
         if settings.security.startswith("sasl") and not settings.username:
             yield "security", f"{settings.security} needs kafka.username and kafka.password"
-        for name in settings.properties:
-            if name in _OURS:
-                yield "properties", f"{name} is the source's own"
-            elif problem := property_problem(name):
-                yield "properties", problem
+        if settings.properties:
+            from ingestd.host.kafka import property_problem  # noqa: PLC0415  each start asks here
+
+            for name in settings.properties:
+                problem = f"{name} is the source's own" if name in _OURS else property_problem(name)
+                if problem:
+                    yield "properties", problem
 
     def keys(self, settings: KafkaSettings) -> KeyNeeds:
         """See `SourceKind`."""

@@ -17,19 +17,20 @@ const transport = new SplunkStreamEvent({
   exitOnError: false
 })
 
-// The logger gives up on an answer that is an error, such as 503, and counts it as logged; its error
-// function, which it calls before it is done with the answer, sends again.
+// The logger gives up on an answer that is an error, such as 503; its error function sends again.
 const { server } = transport
-const send = server._sendEvents.bind(server)
-let [begun, open, waiting] = [0, 0, 0]
-const sendCounted = (context, callback) => {
-  open++
-  send(context, (...answer) => { open--; callback(...answer) })
-}
-server._sendEvents = (context, callback) => { begun++; sendCounted(context, callback) }
 server.error = (error, context) => {
-  waiting++
-  setTimeout(() => { waiting--; sendCounted(context, () => {}) }, 200)
+  setTimeout(() => server._sendEvents(context, () => {}), 200)
+}
+
+// Each that is refused is begun once more.
+const { error: sendAgain, _sendEvents: send } = server
+let [begun, open, refused] = [0, 0, 0]
+server.error = (...told) => { refused++; sendAgain(...told) }
+server._sendEvents = (context, callback) => {
+  begun++
+  open++
+  send.call(server, context, (...answer) => { open--; callback(...answer) })
 }
 
 const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds))
@@ -40,5 +41,5 @@ for (let n = 0; n < count; n++) {
   if (n === count / 2) console.log('half')
   if (n % 10 === 0) await pause(10)
 }
-while (begun < count || open || waiting) await pause(100)
+while (begun < count + refused || open) await pause(100)
 process.exit(0)
