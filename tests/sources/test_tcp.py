@@ -156,7 +156,9 @@ async def connected(source: TcpSource, at: int = 0, **more: Any) -> AsyncIterato
     try:
         yield reader, writer
     finally:
-        writer.transport.abort()
+        # Python's TLS transport has no protocol any more once it was closed twice.
+        with contextlib.suppress(AttributeError):
+            writer.transport.abort()
 
 
 async def line(reader: asyncio.StreamReader) -> bytes:
