@@ -15,15 +15,18 @@ import ingestd
 
 
 class Note:
-    """Appends one line a call with one `write`: id, attempt, records."""
+    """Appends one line a call with one `write`: id, attempt, records.
+
+    It begins with an LF, because a kill may end the line before at the end of a page of the file.
+    """
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self.fd = os.open(Path(folder, "notes"), os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
 
     def __call__(self, batch: ingestd.Batch[Any]) -> Any:
-        line = json.dumps([batch.id, batch.attempt, list(batch)]) + "\n"
-        os.write(self.fd, line.encode())
+        line = json.dumps([batch.id, batch.attempt, list(batch)])
+        os.write(self.fd, f"\n{line}\n".encode())
 
     def close(self) -> None:
         os.close(self.fd)

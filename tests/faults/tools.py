@@ -40,10 +40,10 @@ def into(folder: Path, handler: str = "Note", **more: str) -> list[str]:
 
 
 def notes(folder: Path) -> list[tuple[str, int, list[Any]]]:
-    """What handlers noted so far: batch id, attempt, records."""
+    """What handlers noted so far: batch id, attempt, records; no line that a kill has cut."""
     path = folder / "notes"
-    whole = path.read_bytes().rpartition(b"\n")[0] if path.exists() else b""
-    return [tuple(json.loads(line)) for line in whole.splitlines()]
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    return [tuple(json.loads(line)) for line in lines if line.endswith(b"]]")]
 
 
 def seen(folder: Path) -> set[Any]:

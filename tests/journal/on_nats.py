@@ -89,7 +89,7 @@ from ingestd import Batch
 
 def keep(batch: Batch[int]) -> None:
     with open({out!r}, "a") as out:
-        out.write(json.dumps([batch.id, list(batch)]) + "\\n")
+        out.write("\\n" + json.dumps([batch.id, list(batch)]) + "\\n")
     if {seconds}:
         time.sleep({seconds})
 """
@@ -152,11 +152,16 @@ def leaves(daemon: Daemon, record: bytes) -> None:
     assert daemon.wait() == 75
 
 
+def calls(out: Path) -> list[tuple[str, list[int]]]:
+    """Batch and records of each call; not one whose line a kill has cut at the end of a page."""
+    lines = out.read_text().splitlines() if out.exists() else []
+    return [tuple(json.loads(line)) for line in lines if line.endswith("]]")]
+
+
 def batches(out: Path) -> dict[str, list[int]]:
     """What handlers got, by batch id; one id never means two things."""
     found: dict[str, list[int]] = {}
-    for line in out.read_text().splitlines() if out.exists() else ():
-        batch, numbers = json.loads(line)
+    for batch, numbers in calls(out):
         assert found.setdefault(batch, numbers) == numbers
     return found
 
