@@ -10,6 +10,7 @@ import msgspec
 
 from ingestd.base.watchdog import Stage
 from ingestd.execution.dispatch_control import PAUSED
+from ingestd.handlers.outcome import class_named
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -407,8 +408,7 @@ def without_error_texts(status: Status) -> Status:
 def _kind_of(error: str) -> str:
     if not error:
         return ""
-    kind = error.partition(":")[0]
-    kind = kind if kind.replace(".", "").isidentifier() else "an error"
+    kind = class_named(error) or "an error"
     return f"{kind} (its text is in the log, and here for a token of [admin.tokens.NAME])"
 
 

@@ -157,9 +157,14 @@ class Result(msgspec.Struct, frozen=True, array_like=True):
 
 def error_kind(failure: Failure) -> str:
     """The class of the exception behind a failure, or the reason where there is none."""
-    name = failure.error.partition(":")[0]
-    is_class = failure.reason == "raised" and name.replace(".", "").isidentifier()
-    return name[:ERROR_KIND_CHARS] if is_class else failure.reason
+    name = class_named(failure.error) if failure.reason == "raised" else ""
+    return name[:ERROR_KIND_CHARS] or failure.reason
+
+
+def class_named(error: str) -> str:
+    """The class that stands before the text of an exception in one line; empty where none does."""
+    name = error.partition(":")[0]
+    return name if name.replace(".", "").isidentifier() else ""
 
 
 def flaw_of(result: Result, records: int) -> str:

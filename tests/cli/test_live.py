@@ -114,12 +114,18 @@ def test_tap_prints_what_passes(running: Daemon, tmp_path: Path) -> None:
     assert "/v1/tap is 404" in refused.stderr
 
 
-@pytest.mark.slow
-def test_tap_on_a_terminal_ends_with_ctrl_c(running: Daemon, tmp_path: Path) -> None:
+def on_terminal(args: list[str], cwd: Path, environ: dict[str, str]) -> tuple[int, int]:
+    """Starts a program of Python's on a terminal of its own: its process, and the other end."""
     pid, number = pty.fork()
     if not pid:
-        os.chdir(tmp_path)
-        os.execve(sys.executable, command(running, "tap"), ENV)
+        os.chdir(cwd)
+        os.execve(sys.executable, args, environ)
+    return pid, number
+
+
+@pytest.mark.slow
+def test_tap_on_a_terminal_ends_with_ctrl_c(running: Daemon, tmp_path: Path) -> None:
+    pid, number = on_terminal(command(running, "tap"), tmp_path, ENV)
     seen = ""
     deadline = time.monotonic() + 60
     while not ('"n":7' in seen.replace("\\", "") and "\n" in seen) and time.monotonic() < deadline:
@@ -179,10 +185,7 @@ def test_top_without_a_terminal(running: Daemon, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_top_on_a_terminal(running: Daemon, tmp_path: Path) -> None:
     args = command(running, "top", "--interval", "200ms")
-    pid, number = pty.fork()
-    if not pid:
-        os.chdir(tmp_path)
-        os.execve(sys.executable, args, {**ENV, "COLUMNS": "120", "LINES": "20"})
+    pid, number = on_terminal(args, tmp_path, {**ENV, "COLUMNS": "120", "LINES": "20"})
     seen = read_until(number, "sort name")
     assert "\x1b[?1049h" in seen
     assert seen.index("clicks") < seen.index("default")
@@ -202,10 +205,7 @@ def test_top_on_a_terminal(running: Daemon, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_top_puts_the_terminal_back_when_it_is_ended(running: Daemon, tmp_path: Path) -> None:
-    pid, number = pty.fork()
-    if not pid:
-        os.chdir(tmp_path)
-        os.execve(sys.executable, command(running, "top"), {**ENV, "TERM": "xterm"})
+    pid, number = on_terminal(command(running, "top"), tmp_path, {**ENV, "TERM": "xterm"})
     read_until(number, "sort name")
     os.kill(pid, signal.SIGTERM)
     read_until(number, "\x1b[?25h\x1b[?1049l")
@@ -215,10 +215,7 @@ def test_top_puts_the_terminal_back_when_it_is_ended(running: Daemon, tmp_path: 
 
 @pytest.mark.slow
 def test_top_draws_no_page_on_a_terminal_that_has_none(running: Daemon, tmp_path: Path) -> None:
-    pid, number = pty.fork()
-    if not pid:
-        os.chdir(tmp_path)
-        os.execve(sys.executable, command(running, "top"), {**ENV, "TERM": "dumb"})
+    pid, number = on_terminal(command(running, "top"), tmp_path, {**ENV, "TERM": "dumb"})
     seen = read_until(number, " up in=")
     os.kill(pid, signal.SIGINT)
     os.waitpid(pid, 0)

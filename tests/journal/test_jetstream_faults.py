@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ingestd.journal.log import LogJournal
+    from ingestd.prove.servers import NatsServer
     from tests.nats import Cluster
 
 pytest.importorskip("nats", reason="needs nats-py: pip install 'ingestd[jetstream]'")
@@ -142,8 +143,7 @@ async def test_nodes_are_down_when_there_is_no_stream_yet(
     monkeypatch.setattr(jetstream, "READY_SECONDS", 2.0)
     (tmp_path / "nats").mkdir()
     with running(tmp_path / "nats", 3) as cluster:
-        head = await asyncio.to_thread(head_of, cluster)
-        first, second = (node for node in cluster.servers if node.name != head)
+        first, second = await asyncio.to_thread(followers, cluster)
         for node in (first, second):
             await asyncio.to_thread(node.stop)  # the leader knows that they are gone
         with pytest.raises(JournalFailed, match="takes nothing") as failed:
@@ -164,8 +164,7 @@ async def test_a_node_comes_up_while_a_daemon_starts(
     monkeypatch.setattr(jetstream, "READY_SECONDS", 90.0)
     (tmp_path / "nats").mkdir()
     with running(tmp_path / "nats", 3) as cluster:
-        head = await asyncio.to_thread(head_of, cluster)
-        first, second = (node for node in cluster.servers if node.name != head)
+        first, second = await asyncio.to_thread(followers, cluster)
         await asyncio.to_thread(first.stop)
         opening = asyncio.create_task(open_(cluster, "early", replicas=3))
         await asyncio.to_thread(second.stop)
@@ -175,12 +174,12 @@ async def test_a_node_comes_up_while_a_daemon_starts(
         await accept(await opening, b"1")
 
 
-def head_of(cluster: Cluster) -> str:
-    """The name of the node that leads the cluster, which all have agreed on."""
+def followers(cluster: Cluster) -> list[NatsServer]:
+    """The nodes that do not lead the cluster, once all have agreed on who does."""
     found = ""
     while not found:
         found = cluster.servers[0].ask("/jsz").get("meta_cluster", {}).get("leader", "")
-    return found
+    return [node for node in cluster.servers if node.name != found]
 
 
 async def accepting(open_, cluster: Cluster) -> LogJournal:
