@@ -1,18 +1,23 @@
 """Connections to NATS: how to reach its servers, with which credentials.
 
-A connection never connects again by itself: what uses it has to ask or to send again what was lost
-with it, and makes the next one.
+A client never connects again by itself: what uses it has to ask or to send again what was lost with
+its connection. Sources and sinks make the next one themselves, `NatsConnection` makes it for the
+journal. The client's own way back stays unused: where the end of a connection meets it, each waits
+for what the other has cancelled, and the client stays without a connection for good.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
 import re
 import ssl
 from collections import UserString
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import urlsplit
 
 from ingestd.base.errors import ConfigError
 
@@ -24,6 +29,10 @@ CONNECT_SECONDS = 5.0
 CONNECT_SECONDS_MAX = 20.0
 """Bound of one to any of several servers."""
 CLOSE_SECONDS = 1.0
+RECONNECT_SECONDS = 0.25
+"""Between two tries to connect, and between two looks whether the connection has ended."""
+SERVERS_TOLD_MAX = 30
+"""Servers that are known beyond the given ones, the newest first."""
 REQUEST_SECONDS = 5.0
 """Bound of a question to JetStream."""
 CREDENTIALS_BYTES_MAX = 1 << 20
@@ -113,20 +122,44 @@ class CredentialsFile(UserString):
         return "\n".join(blocks)
 
 
+def tls_context(access: NatsAccess) -> ssl.SSLContext | None:
+    """Reads the files of TLS; None if no server is reached with it.
+
+    Raises:
+        OSError: one cannot be read, or is none.
+    """
+    if not (
+        access.tls_ca
+        or access.tls_certificate
+        or any(server.startswith("tls") for server in access.servers)
+    ):
+        return None
+    context = ssl.create_default_context(cafile=access.tls_ca or None)
+    if access.tls_certificate:
+        context.load_cert_chain(access.tls_certificate, access.tls_key or None)
+    return context
+
+
 async def connect_nats(
     access: NatsAccess,
     name: str,
     *,
     on_closed: Callable[[], Awaitable[None]] | None = None,
     on_error: Callable[[Exception], Awaitable[None]] | None = None,
+    connect_seconds: float = CONNECT_SECONDS,
+    ping_seconds: float = 20,
+    tls_hostname: str | None = None,
 ) -> Any:
     """Connects to one of the servers, and never again by itself.
 
     Args:
         access: servers and credentials.
         name: of the connection, for the servers' monitoring.
-        on_closed: called when the connection has ended.
+        on_closed: called when the connection has ended; it may end without.
         on_error: called with errors that belong to no call, such as a missing right.
+        connect_seconds: bound of each step to connect to one server.
+        ping_seconds: between two pings; a server that leaves two without an answer is left.
+        tls_hostname: the name that certificates of servers should have; none: that of the address.
 
     Returns:
         A client of nats-py.
@@ -146,11 +179,8 @@ async def connect_nats(
             await on_error(error)
 
     more: dict[str, Any] = {}
-    if access.tls_ca or access.tls_certificate or any(s.startswith("tls") for s in access.servers):
-        context = ssl.create_default_context(cafile=access.tls_ca or None)
-        if access.tls_certificate:
-            context.load_cert_chain(access.tls_certificate, access.tls_key or None)
-        more["tls"] = context
+    if (context := tls_context(access)) is not None:
+        more = {"tls": context, "tls_hostname": tls_hostname}
     secrets = {
         "user": access.username,
         "password": access.password,
@@ -163,8 +193,8 @@ async def connect_nats(
     try:
         await client.connect(
             list(access.servers), name=name, allow_reconnect=False, max_reconnect_attempts=1,
-            reconnect_time_wait=0, connect_timeout=CONNECT_SECONDS, error_cb=note,
-            closed_cb=on_closed, ping_interval=20, max_outstanding_pings=2, **more,
+            reconnect_time_wait=0, connect_timeout=connect_seconds, error_cb=note,
+            closed_cb=on_closed, ping_interval=ping_seconds, max_outstanding_pings=2, **more,
         )  # fmt: skip
     except BaseException as error:
         await close_nats(client)
@@ -186,3 +216,120 @@ async def close_nats(client: Any) -> None:
             raise
     except Exception:  # noqa: BLE001, S110  it is left as it is
         pass
+
+
+class NatsConnection:
+    """A connection to NATS that is made again, with a new client, as often as it ends.
+
+    Args:
+        access: servers and credentials; files are read anew for each client.
+        name: of the connection, for the servers' monitoring.
+        seconds: bound of each step to connect to a server.
+        ping_seconds: see `connect_nats`.
+        on_error: see `connect_nats`; also called with each try that fails.
+
+    Attributes:
+        client: the newest one, of nats-py; None until the first has connected.
+    """
+
+    def __init__(
+        self,
+        access: NatsAccess,
+        name: str,
+        *,
+        seconds: float,
+        ping_seconds: float,
+        on_error: Callable[[Exception], Awaitable[None]],
+    ) -> None:
+        self.client: Any = None
+        self._access = access
+        self._name = name
+        self._seconds, self._ping_seconds = seconds, ping_seconds
+        self._on_error = on_error
+        self._ended = asyncio.Event()
+        self._told: list[str] = []  # servers that others told of
+        self._keeping: asyncio.Task[None] | None = None
+
+    @property
+    def is_connected(self) -> bool:
+        """True after a server has answered, until the connection ends."""
+        return self.client is not None and bool(self.client.is_connected)
+
+    async def open(self) -> None:
+        """Connects for the first time, to a server that answers; tries until it is cancelled."""
+        while True:
+            if await self._try():
+                break
+            await asyncio.sleep(RECONNECT_SECONDS)
+        self._keeping = asyncio.create_task(self._keep(), name="nats connection")
+
+    async def _keep(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            # The client tells of most ends, and not of all.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RECONNECT_SECONDS):
+                    await self._ended.wait()
+            self._ended.clear()
+            if not self.is_connected:
+                next_try = loop.time() + RECONNECT_SECONDS
+                await self._try()
+                await asyncio.sleep(next_try - loop.time())
+
+    async def _try(self) -> bool:
+        """Connects with a new client, in a bounded time."""
+
+        async def end() -> None:
+            self._ended.set()
+
+        access = self._access._replace(servers=[*self._access.servers, *self._told])
+        names = {_host_of(server) for server in self._access.servers}
+        one_name = names.pop() if len(names) == 1 else ""
+        try:
+            async with asyncio.timeout((len(access.servers) + 3) * self._seconds):
+                client = await connect_nats(
+                    access,
+                    self._name,
+                    on_closed=end,
+                    on_error=self._on_error,
+                    connect_seconds=self._seconds,
+                    ping_seconds=self._ping_seconds,
+                    # Servers tell the addresses of others, which certificates need not have.
+                    tls_hostname=None if not one_name or _is_address(one_name) else one_name,
+                )
+        except asyncio.CancelledError:
+            # Of this task, or of one in the client, whose end came amid its handshake.
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            return False
+        except Exception as error:  # noqa: BLE001  any: the next try may go well
+            await self._on_error(error)
+            return False
+        found = [uri.geturl() for uri in client.discovered_servers]
+        self._told = [*found, *self._told][:SERVERS_TOLD_MAX]
+        ended, self.client = self.client, client
+        if ended is not None:
+            await close_nats(ended)
+        return True
+
+    async def close(self) -> None:
+        """Ends it for good."""
+        if self._keeping is not None:
+            self._keeping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._keeping
+        if self.client is not None:
+            await close_nats(self.client)
+
+
+def _host_of(server: str) -> str:
+    return urlsplit(server if "://" in server else f"nats://{server}").hostname or ""
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

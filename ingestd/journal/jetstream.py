@@ -34,9 +34,9 @@ from ingestd.config.units import Count, Seconds, Size, Words  # noqa: TC001  pyd
 from ingestd.journal.settings import JournalKind
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Sequence
 
+    from ingestd.host.nats import NatsConnection
     from ingestd.journal.interface import Journal, JournalContext
     from ingestd.journal.log.interface import (
         LogKey,
@@ -60,9 +60,9 @@ OWNER_LOOKS = 10
 """A lease changes hands seldom, and is read at each of so many looks."""
 RETIRED_KEPT = 1000
 """Ids of retired logs that their sum names: far more than can be half retired at a time."""
-OPEN_SECONDS, READY_SECONDS = 5.0, 20.0
-"""Bounds of an answer to what is made, and of the wait until the servers can make it."""
-RECONNECT_SECONDS, PING_SECONDS_MIN = 0.25, 1.0
+OPEN_SECONDS, READY_SECONDS, RETRY_SECONDS = 5.0, 20.0, 0.25
+"""Bounds of an answer to what is made, of the wait until servers can make it, and between tries."""
+PING_SECONDS_MIN = 1.0
 _WRONG_LAST, _ON_ITS_WAY = 10071, 10164
 """The second one: something is on its way that would change the last sequence."""
 _NO_PEERS = 10005
@@ -266,9 +266,8 @@ class JetStreamLog:
         self._settings = settings
         self._create = create
         self.place = f"{settings.name or host}.{pipeline}"
-        self._client: Any = None
-        self._closed = asyncio.Event()
-        self._reconnecting: asyncio.Task[None] | None = None
+        self._connection: NatsConnection | None = None
+        self._seconds = max(OPEN_SECONDS, settings.timeout)  # of an answer
         self._late = self._full = self._unreached = ""
         self._denied: list[str] = []  # the last thing that the servers do not allow
         self._late_after = 0
@@ -301,14 +300,24 @@ class JetStreamLog:
     @property
     def silence(self) -> str:
         """See `ReplicatedLog.silence`."""
-        if self._client is None or not self._client.is_connected:
-            return "no NATS server is connected"
-        return self._late
+        return self._late if self._is_connected else "no NATS server is connected"
 
     @property
     def refusal(self) -> str:
         """See `ReplicatedLog.refusal`."""
         return self.silence or self._full
+
+    @property
+    def _is_connected(self) -> bool:
+        return self._connection is not None and self._connection.is_connected
+
+    @property
+    def _client(self) -> Any:
+        return None if self._connection is None else self._connection.client
+
+    @property
+    def _js(self) -> Any:
+        return self._client.jetstream(timeout=self._seconds)
 
     # -- opening -------------------------------------------------------------------------------
 
@@ -316,8 +325,7 @@ class JetStreamLog:
         """See `ReplicatedLog.open`."""
         self._nats = _nats()
         own = self._settings
-        self._client = self._nats.aio.client.Client()
-        await self._ask(self._first_connect())
+        await self._connect()
         version = self._client.connected_server_version
         shown = f"{version.major}.{version.minor}.{version.patch}"
         if (version.major, version.minor) < VERSION_MIN:
@@ -328,34 +336,25 @@ class JetStreamLog:
         until = loop.time() + READY_SECONDS
         while True:
             self.facts = [f"NATS {shown} answers"]
-            # A stream that is made, and its leader's election, may take longer than an answer.
-            self._js = self._client.jetstream(timeout=max(OPEN_SECONDS, own.timeout))
             try:
                 await self._open_stream()
                 await self._open_bucket()
-                if self._create:
-                    self._js = self._client.jetstream(timeout=own.timeout)
-                    self._bucket = await self._ask(self._js.key_value(own.bucket))
                 break
             except Overloaded:  # some errors come at once, as that of a node that just starts
                 if loop.time() > until:
                     raise
-                await asyncio.sleep(RECONNECT_SECONDS)
+                await asyncio.sleep(RETRY_SECONDS)
+        # A stream that is made, and its leader's election, may take longer than an answer does.
+        self._seconds = own.timeout
 
-    async def _first_connect(self) -> None:
+    async def _connect(self) -> None:
+        from ingestd.host.nats import (  # noqa: PLC0415  loads ssl
+            NatsAccess,
+            NatsConnection,
+            demand_nats,
+            tls_context,
+        )
         from ingestd.journal.log.interface import LogUnreachable, retry_after  # noqa: PLC0415
-
-        try:
-            async with asyncio.timeout(2 * self._settings.timeout):
-                await self._connect([*self._settings.servers])
-        except TimeoutError as error:
-            problem = f"no server of journal.jetstream.servers answers: {self._unreached}"
-            raise LogUnreachable(problem=problem, retry_after=retry_after()) from error
-        self._reconnecting = asyncio.create_task(self._reconnect(), name="nats reconnect")
-
-    async def _connect(self, servers: list[str]) -> None:
-        """Connects to one of these servers, or of those that the client knows already."""
-        own = self._settings
 
         async def quiet(error: Exception) -> None:
             """The client tells of each server that it does not reach; `refusal` is enough."""
@@ -363,35 +362,34 @@ class JetStreamLog:
             if "permissions violation" in self._unreached:
                 self._denied[:] = [self._unreached]
 
-        async def ended() -> None:
-            self._closed.set()
-
-        access: dict[str, Any] = {}
-        if own.username:
-            access |= {"user": own.username, "password": own.password.get_secret_value()}
-        if own.credentials:
-            from ingestd.host.nats import CredentialsFile, demand_nats  # noqa: PLC0415
-
-            demand_nats(own.credentials)
-            access["user_credentials"] = CredentialsFile(own.credentials)
-        if own.tls.ca or own.tls.certificate:
-            access["tls"] = _context(own.tls)
-        await self._client.connect(
-            servers, name="ingestd", error_cb=quiet, closed_cb=ended, max_reconnect_attempts=-1,
-            reconnect_time_wait=RECONNECT_SECONDS, connect_timeout=own.timeout,
-            # A server that is cut off is left after two of these without an answer.
-            ping_interval=max(PING_SECONDS_MIN, own.timeout), **access,
-        )  # fmt: skip
-
-    async def _reconnect(self) -> None:
-        """Connects again where the client does not: servers that refuse it, it leaves for good."""
-        while True:
-            await self._closed.wait()
-            self._closed.clear()
-            while not self._client.is_connected:
-                with contextlib.suppress(self._nats.errors.Error, OSError, ConfigError):
-                    await self._connect([])
-                await asyncio.sleep(RECONNECT_SECONDS)
+        own = self._settings
+        access = NatsAccess(
+            own.servers,
+            own.username,
+            own.password.get_secret_value(),
+            credentials=own.credentials,
+            tls_ca=own.tls.ca,
+            tls_certificate=own.tls.certificate,
+            tls_key=own.tls.key,
+        )
+        demand_nats(own.credentials)
+        try:
+            tls_context(access)
+        except OSError as error:
+            raise ConfigError(problem=f"journal.jetstream.tls: {error}") from error
+        self._connection = NatsConnection(
+            access,
+            "ingestd",
+            seconds=own.timeout,
+            ping_seconds=max(PING_SECONDS_MIN, own.timeout),
+            on_error=quiet,
+        )
+        try:
+            async with asyncio.timeout(2 * own.timeout):
+                await self._connection.open()
+        except TimeoutError as error:
+            problem = f"no server of journal.jetstream.servers answers: {self._unreached}"
+            raise LogUnreachable(problem=problem, retry_after=retry_after()) from error
 
     async def _open_stream(self) -> None:
         own, api = self._settings, self._nats.js.api
@@ -481,7 +479,7 @@ class JetStreamLog:
         from ingestd.journal.log.interface import LogUnreachable, retry_after  # noqa: PLC0415
 
         errors = self._nats.js.errors
-        if self._reconnecting is not None and not self._client.is_connected:
+        if not self._is_connected:
             call.close()  # between two connections it would be lost, and answers to later ones too
             problem = "no NATS server is connected"
             raise LogUnreachable(problem=problem, retry_after=retry_after())
@@ -511,29 +509,39 @@ class JetStreamLog:
         return held
 
     async def _acquire(self, owner: str) -> str:
-        errors, value = self._nats.js.errors, owner.encode()
+        stream, subject = self._leases()
         for _ in range(3):
             last = self._revisions.get(self.place, 0)
-            bucket = self._bucket
-            call = (
-                bucket.update(self.place, value, last) if last else bucket.create(self.place, value)
-            )
-            # The other lease may lapse while the client looks at it.
-            with contextlib.suppress(
-                errors.KeyWrongLastSequenceError, errors.KeyNotFoundError, errors.NotFoundError
-            ):
-                self._revisions[self.place] = await self._ask(call)
+            if number := await self._write_lease(subject, owner.encode(), last):
+                self._revisions[self.place] = number
                 return owner
-            self._revisions.pop(self.place, None)
-            try:
-                held = await self._ask(self._bucket.get(self.place))
-            except errors.KeyNotFoundError:
+            held = await self._last_of(subject, stream)
+            if held is None:  # it lapsed meanwhile
+                self._revisions.pop(self.place, None)
                 continue
-            if held.value != value:
-                return str(held.value.decode("utf-8", "replace"))
-            # Ours, by a renewal without an answer, say: it is as old as that.
-            self._revisions[self.place] = held.revision
+            if held.data not in {b"", owner.encode()}:
+                self._revisions.pop(self.place, None)
+                return held.data.decode("utf-8", "replace")
+            # Ours, by a renewal without an answer, say: it is as old as that. Or a marker, where an
+            # operator has deleted the lease.
+            self._revisions[self.place] = held.number
         return ""
+
+    async def _write_lease(self, subject: str, owner: bytes, after: int) -> int:
+        """Takes or renews a lease; 0 if its last message is another than that number.
+
+        Raises:
+            LogUnreachable: no answer, or an error.
+        """
+        from ingestd.journal.log.interface import LogUnreachable, retry_after  # noqa: PLC0415
+
+        call = self._js.publish(subject, owner, headers={EXPECTED: str(after)})
+        try:
+            return int((await self._ask(call, raw=True)).seq)
+        except self._nats.js.errors.APIError as error:
+            if error.err_code in {_WRONG_LAST, _ON_ITS_WAY}:
+                return 0
+            raise LogUnreachable(problem=str(error), retry_after=retry_after()) from error
 
     async def _look(self) -> None:
         """Asks how full the stream is: snapshots need room as well, and make room."""
@@ -670,7 +678,7 @@ class JetStreamLog:
 
         headers = None if after is None else {EXPECTED: str(after)}
         errors = self._nats.js.errors
-        if not self._client.is_connected:
+        if not self._is_connected:
             problem = "no NATS server is connected"
             raise log.LogUnreachable(problem=problem, retry_after=log.retry_after())
         try:
@@ -824,24 +832,8 @@ class JetStreamLog:
 
     async def close(self) -> None:
         """See `ReplicatedLog.close`."""
-        if self._reconnecting is not None:
-            self._reconnecting.cancel()
-        if self._client is not None:
-            from ingestd.host.nats import close_nats  # noqa: PLC0415  loads ssl
-
-            await close_nats(self._client)
-
-
-def _context(tls: JetStreamTlsSettings) -> ssl.SSLContext:
-    import ssl  # noqa: PLC0415  if it is used
-
-    try:
-        context = ssl.create_default_context(cafile=tls.ca or None)
-        if tls.certificate:
-            context.load_cert_chain(tls.certificate, tls.key or None)
-    except OSError as error:
-        raise ConfigError(problem=f"journal.jetstream.tls: {error}") from error
-    return context
+        if self._connection is not None:
+            await self._connection.close()
 
 
 def _nats() -> Any:

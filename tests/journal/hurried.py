@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 
 from ingestd.__main__ import main
-from ingestd.journal import jetstream, log
+from ingestd.host import nats
+from ingestd.journal import log
 
-jetstream.RECONNECT_SECONDS = log.RETRY_SECONDS = 0.001
+nats.RECONNECT_SECONDS = log.RETRY_SECONDS = 0.001
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ingestd.journal.interface import Recovered
+    from ingestd.journal.log.interface import LogMessage
     from tests.nats import Cluster
 
 pytest.importorskip("nats", reason="needs nats-py: pip install 'ingestd[jetstream]'")
@@ -82,37 +83,44 @@ async def test_a_second_daemon_of_the_same_name_does_not_start(one_node, open_) 
 async def test_a_bucket_that_is_late_once_ends_no_start(one_node, open_, monkeypatch) -> None:
     from nats.js.client import JetStreamContext
 
-    key_value, late = JetStreamContext.key_value, iter([True])
+    stream_info, late = JetStreamContext.stream_info, iter([True])
 
-    async def once(self, bucket: str):
-        if next(late, False):
+    async def once(self, name: str, *more):
+        if name.startswith("KV_") and next(late, False):
             raise TimeoutError
-        return await key_value(self, bucket)
+        return await stream_info(self, name, *more)
 
-    monkeypatch.setattr(JetStreamContext, "key_value", once)
+    monkeypatch.setattr(JetStreamContext, "stream_info", once)
     await (await open_(one_node, "late-once")).append(Append(lines(b"1")))
     assert next(late, None) is None
+
+
+async def lease_of(log: JetStreamLog) -> LogMessage:
+    stream, subject = log._leases()
+    found = await log._last_of(subject, stream)
+    assert found is not None
+    return found
 
 
 async def test_a_renewal_whose_answer_was_lost_is_made_good(one_node, open_) -> None:
     journal = await open_(one_node, "renewal", bucket="renewal-leases", lease="60s")
     log, owner = journal._log, journal._owner
     journal._renewing.cancel()
-    held = await log._bucket.get(log.place)
-    log._revisions[log.place] = held.revision - 1  # as it was before
+    held = await lease_of(log)
+    log._revisions[log.place] = held.number - 1  # as it was before
     assert await log.acquire(owner, 1) == owner
-    assert (await log._bucket.get(log.place)).revision > held.revision
+    assert (await lease_of(log)).number > held.number
 
 
 async def test_a_renewal_that_was_cancelled_does_not_keep_the_lease(one_node, open_) -> None:
     journal = await open_(one_node, "cancelled", bucket="cancelled-leases", lease="600s")
     log, owner = journal._log, journal._owner
-    held = await log._bucket.get(log.place)
+    held = await lease_of(log)
     renewal = asyncio.create_task(log.acquire(owner, 1))
     await asyncio.sleep(0)  # it has been sent, and is not answered
     renewal.cancel()
     async with asyncio.timeout(60):  # the journal itself renews its lease later
-        while (await log._bucket.get(log.place)).revision == held.revision:
+        while (await lease_of(log)).number == held.number:
             await asyncio.sleep(0.01)
     await log.release(owner)
     assert (await log.logs())[log.place].owner == ""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 
 import pytest
 
-from ingestd.journal import jetstream
+from ingestd.host import nats
 from tests.journal.on_nats import accepted, batches, start, takes_nothing
 from tests.nats import running
 
@@ -24,7 +24,7 @@ pytest.importorskip("nats", reason="needs nats-py: pip install 'ingestd[jetstrea
 pytestmark = pytest.mark.slow
 
 HOURS = float(os.environ.get("TEST_OUTAGE_HOURS", "0.2"))
-TRIES = int(HOURS * 3600 / jetstream.RECONNECT_SECONDS)
+TRIES = int(HOURS * 3600 / nats.RECONNECT_SECONDS)
 
 
 class Deaf:
