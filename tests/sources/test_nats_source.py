@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import sqlite3
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from ingestd.host.nats import NatsAccess, close_nats, connect_nats
 from ingestd.sources.nats import NatsSettings, NatsSourceKind
 from tests.daemon.harness import ROOT, Daemon, daemon
-from tests.nats import Cluster, running
+from tests.nats import Cluster, Refuser, running
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -335,3 +336,22 @@ async def test_a_connection_whose_end_was_given_up_once_is_left(tmp_path: Path) 
 class Endless:
     async def close(self) -> None:
         await asyncio.Event().wait()
+
+
+async def test_refusals_amid_acknowledgements_leave_no_source_without_a_connection(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Also where nothing more is asked for until something is acknowledged."""
+    count = 6_000
+    await asyncio.to_thread(publish, cluster, *({"n": n} for n in range(count)))
+    refuser, random_ = Refuser(), random.Random(5)
+    async with refuser.before(cluster) as refused:
+        config(tmp_path, refused, "inflight_messages_max = 40", batch=10, more=MEMORY)
+        with daemon(cwd=tmp_path) as one:
+            until_ = time.monotonic() + 120
+            while len(set(seen(tmp_path))) < count:
+                assert time.monotonic() < until_, (one.status(), one.events[-5:])
+                await asyncio.sleep(random_.uniform(0.05, 0.3))
+                refuser.refuse(is_reset=random_.random() < 0.7)
+            one.terminate()
+            assert await asyncio.to_thread(one.wait) == 0

@@ -223,11 +223,13 @@ class NatsSource(Source):
             subscription = await client.subscribe(
                 f"{inbox}.*", cb=self._arrive, pending_msgs_limit=0, pending_bytes_limit=0
             )
-            while not (self._is_leaving or closed.is_set()):
+            # The client tells of most ends of its connection, and not of all.
+            while client.is_connected and not (self._is_leaving or closed.is_set()):
                 await self._ask_for_more(client, inbox, closed)
-            if not closed.is_set():
+            if client.is_connected and not closed.is_set():
                 await subscription.unsubscribe()
-                await closed.wait()
+            while client.is_connected and not closed.is_set():
+                await self._wait(HEARTBEAT_SECONDS)
         finally:
             self._client = None
             await close_nats(client)
