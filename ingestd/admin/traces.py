@@ -22,7 +22,9 @@ Invariants:
    its id, so that all of its tries have one or none has.
 5. A span has names, numbers and classes of errors: no payload, and no message of an error, because
    that may quote one.
-6. What OpenTelemetry logs goes to the daemon's log and nowhere else, each kind of line once in
+6. At most `ANSWER_BYTES_MAX` of a collector's answer are held; the connection of a longer one is
+   dropped. A credential provider's session (`OTEL_PYTHON_EXPORTER_OTLP_HTTP_*`) stays as it is.
+7. What OpenTelemetry logs goes to the daemon's log and nowhere else, each kind of line once in
    `LOG_SECONDS`, and without the secrets of its environment variables, which it quotes.
 
 Everything that OpenTelemetry's environment variables say (the collector's address, headers,
@@ -67,6 +69,7 @@ try:
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
     from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
     from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+    from requests import Session
 except ImportError as error:
     _missing = str(error)
 else:
@@ -76,7 +79,7 @@ else:
     _extract = TraceContextTextMapPropagator().extract
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
     from ingestd.base.append import Append
     from ingestd.base.batch import TriedBatch
@@ -85,6 +88,7 @@ if TYPE_CHECKING:
 
 CLOSE_SECONDS = 2.0
 """How long leaving waits for the last spans to be sent."""
+ANSWER_BYTES_MAX = 65_536
 LINKS_MAX = 128
 LOOKED_MAX = 1000
 LOG_SECONDS = 60.0
@@ -96,6 +100,9 @@ ABANDONED = "abandoned"
 
 _LIBRARY = "opentelemetry"
 _SYSTEM = "ingestd"
+_PROVIDERS = [
+    f"OTEL_PYTHON_EXPORTER_OTLP_HTTP_{kind}CREDENTIAL_PROVIDER" for kind in ("", "TRACES_")
+]
 _SERVER_ERROR = 500
 _SECRET_CHARS_MIN = 6
 """A shorter word is no secret, but part of others."""
@@ -141,7 +148,7 @@ class Traces:
             self._provider = TracerProvider(
                 resource=resource, span_limits=limits, shutdown_on_exit=False
             )
-            self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+            self._provider.add_span_processor(BatchSpanProcessor(_exporter()))
         except Exception as error:
             self._logs.end()
             told = self._logs.redact(str(error))
@@ -172,6 +179,35 @@ class Traces:
         if not done:
             log.warning("spans_abandoned", problem=f"the collector took none for {seconds:g} s")
         self._logs.end()
+
+
+# -- the collector ---------------------------------------------------------------------------------
+
+
+def _exporter() -> OTLPSpanExporter:
+    """Makes what sends spans. A session that is given to it takes the place of a provider's."""
+    if any(os.environ.get(name) for name in _PROVIDERS):
+        return OTLPSpanExporter()
+    session = Session()
+    session.hooks["response"].append(_bound_answer)
+    return OTLPSpanExporter(session=session)
+
+
+def _bound_answer(response: Any, **_: Any) -> None:
+    """Bounds the body of an answer, before it is read: the exporter reads it whole."""
+    raw = response.raw
+    pieces = raw.stream
+
+    def bounded(*args: Any, **options: Any) -> Iterator[bytes]:
+        size = 0
+        for piece in pieces(*args, **options):
+            size += len(piece)
+            if size > ANSWER_BYTES_MAX:
+                raw.close()
+                return
+            yield piece
+
+    raw.stream = bounded
 
 
 # -- requests --------------------------------------------------------------------------------------

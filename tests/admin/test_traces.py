@@ -57,15 +57,19 @@ class Collector:
     Attributes:
         spans: that came, with their attributes in `facts`.
         service: attributes of the resource.
+        sent: bytes of endless answers.
     """
 
-    def __init__(self) -> None:
+    ENDLESS_BYTES_MAX = 64 << 20
+
+    def __init__(self, *, endless: bool = False) -> None:
         from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
             ExportTraceServiceRequest,
         )
 
         self.spans: list[Any] = []
         self.service: dict[str, Any] = {}
+        self.sent = 0
         self._came = threading.Condition()
         outer = self
 
@@ -80,8 +84,12 @@ class Collector:
                             outer.spans.extend(scope.spans)
                     outer._came.notify_all()
                 self.send_response(200)
-                self.send_header("Content-Length", "0")
+                if not endless:
+                    self.send_header("Content-Length", "0")
                 self.end_headers()
+                with contextlib.suppress(ConnectionError):
+                    while endless and outer.sent < outer.ENDLESS_BYTES_MAX:
+                        outer.sent += self.wfile.write(bytes(1 << 16))
 
             def log_message(self, *_: object) -> None:
                 pass
@@ -291,6 +299,20 @@ def test_a_collector_that_does_not_answer_delays_nothing(tmp_path: Path) -> None
         said = Counter(line["message"] for line in one.events if line["event"] == "library_logged")
         assert said
         assert set(said.values()) == {1}
+
+
+@pytest.mark.slow
+def test_an_endless_answer_of_a_collector_is_cut_off(tmp_path: Path) -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http.trace_exporter")
+    endless = Collector(endless=True)
+    with contextlib.closing(endless), traced(endless.url, cwd=tmp_path) as one:
+        for spans in (1, 2, 3):
+            assert one.post(b"1")[0] == 202
+            endless.until(spans)
+        one.until_settled()
+        left(one)
+    assert endless.sent < endless.ENDLESS_BYTES_MAX  # what the buffers of connections hold
+    assert "library_logged" not in {line["event"] for line in one.events}  # the spans were taken
 
 
 @pytest.mark.slow
