@@ -89,8 +89,23 @@ class Configuration:
             config=self._arguments.config,
             before=self._before,
         )
+        _demand_called(loaded)
         self._before = replace(loaded, settings=anchored(loaded.settings, self._cwd))
         return self._before
+
+
+def _demand_called(loaded: Loaded[Settings]) -> None:
+    """Refuses the default as HANDLER where it would never be called; others have been refused.
+
+    In a file it may stand beside `handler.targets`, as in one that has every default.
+
+    Raises:
+        ConfigError: `handler.targets` takes its place.
+    """
+    handler, origin = loaded.settings.handler, loaded.written.get(("handler", "target"), "")
+    if handler.targets and origin.startswith(("argument ", "flag ")):
+        what = f"{handler.target} would get nothing, as handler.targets is set too"
+        raise ConfigError(problem=f"handler.target ({origin}): {what}")
 
 
 def here() -> Path:

@@ -207,6 +207,26 @@ def test_a_setting_that_the_journal_cannot_keep_is_78(here: Path, command: str) 
 
 
 @pytest.mark.parametrize("command", ["run", "check"])
+def test_a_handler_that_would_never_be_called_is_78_also_if_it_is_the_default(
+    here: Path, command: str
+) -> None:
+    targets = '[handler]\ntargets = ["shop:store"]\n'
+    (here / "own.toml").write_text(targets)
+    for words, origin in (
+        (["jsonl"], "argument HANDLER"),
+        (["--handler.target", "jsonl"], "flag --handler.target"),
+    ):
+        run = ingestd(command, *words, "--config", "own.toml", cwd=here)
+        assert run.returncode == 78
+        assert run.stderr == (
+            f"ingestd: handler.target ({origin}):"
+            " jsonl would get nothing, as handler.targets is set too\n"
+        )
+    (here / "own.toml").write_text(f'{targets}target = "jsonl"\n')
+    assert ingestd("check", "--config", "own.toml", cwd=here).returncode == 0
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
 def test_a_named_file_that_is_missing_is_78(here: Path, command: str) -> None:
     run = ingestd(command, "--config", "lost.toml", cwd=here)
     assert run.returncode == 78
