@@ -139,11 +139,13 @@ class Checked(NamedTuple):
         problems: lines; none if a daemon would start.
         handler: its full name.
         executor: that suits it.
+        listen: address of the http source.
     """
 
     problems: list[str]
     handler: str = ""
     executor: str = ""
+    listen: str = ""
 
 
 def _check(words: Sequence[str]) -> Checked:
@@ -162,7 +164,8 @@ def _check(words: Sequence[str]) -> Checked:
     if done.returncode or not told["handlers"]:
         return Checked(problems or ["the check failed"])
     handler, _, kind = told["handlers"][0]["is"].partition(" (executor: ")
-    return Checked([], handler, kind.rstrip(")"))
+    listen = next(str(one["value"]) for one in told["settings"] if one["key"] == "http.listen")
+    return Checked([], handler, kind.rstrip(")"), listen)
 
 
 # -- the child -------------------------------------------------------------------------------------
@@ -185,6 +188,7 @@ class _Dev:
         self._folder = folder
         self._sock = sock
         self._body = body
+        self._listen = ""
         self._child: subprocess.Popen[bytes] | None = None
         self._stopped = threading.Event()
         self._was_ready = False
@@ -203,6 +207,7 @@ class _Dev:
         if not watch.sees_all:
             say(f"-- changes are seen in the nearest {FOLDERS_MAX:,} folders alone")
         try:
+            self._listen = checked.listen
             self._start(checked)
             while not self._stopped.wait(LOOK_SECONDS):
                 if changed := watch.changed():
@@ -243,6 +248,8 @@ class _Dev:
             fail("\n".join(checked.problems))
             return
         say(f"-- {changed} changed: loading the handler again")
+        if checked.listen != self._listen:
+            say(f"-- http.listen needs a restart of dev: it stays at {self._listen}")
         self._end(at_once=False)
         if not self._stopped.is_set():
             self._start(checked)

@@ -44,14 +44,15 @@ def stop(batch: list[dict]) -> None:
 
 
 class Terminal:
-    """The command in a pseudo-terminal."""
+    """The command in a pseudo-terminal; without `listens` a file says where it listens."""
 
-    def __init__(self, *arguments: str, cwd: Path) -> None:
+    def __init__(self, *arguments: str, cwd: Path, listens: bool = True) -> None:
         self.port = free_port()
+        listen = ["--listen", f"127.0.0.1:{self.port}"] if listens else []
         self._ours, theirs = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "ingestd", "dev", *arguments,
-             "--listen", f"127.0.0.1:{self.port}", "--admin.listen", "127.0.0.1:0",
+             *listen, "--admin.listen", "127.0.0.1:0",
              "--batch.age_max", "50ms"],
             cwd=cwd, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
             env={"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "TMPDIR": str(cwd)},
@@ -164,6 +165,26 @@ def test_the_handler_is_loaded_again_and_no_record_is_lost(started: Terminal, he
     started.process.send_signal(signal.SIGTERM)
     assert started.process.wait(60) == 0
     assert not list(here.glob("ingestd-dev-*"))
+
+
+def test_a_changed_address_of_the_file_needs_a_restart(here: Path) -> None:
+    def write(address: str) -> None:
+        (here / "new").write_text(f'[http]\nlisten = "{address}"\n')
+        (here / "new").rename(here / "ingestd.toml")  # whole at each moment
+
+    first = f"127.0.0.1:{free_port()}"
+    write(first)
+    one = Terminal("app:store", cwd=here, listens=False)
+    try:
+        one.until(f"-- ready at http://{first}: ")
+        write(f"127.0.0.1:{free_port()}")
+        one.until(f"-- ready at http://{first}: ", 2)
+        assert f"-- http.listen needs a restart of dev: it stays at {first}\n" in one.seen
+        write(first)
+        one.until(f"-- ready at http://{first}: ", 3)
+        assert one.seen.count("needs a restart") == 1
+    finally:
+        one.close()
 
 
 @pytest.mark.parametrize(
