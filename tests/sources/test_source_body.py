@@ -161,6 +161,36 @@ def test_a_malformed_body_is_400(bad):
     )
 
 
+LONE = [
+    b'"\\ud83d"',
+    b'{"\\uDC00":\n1}',
+    b'[1, "\\ud83d\\u0041 \\\\"]',
+    b'"\\ud83d' + b"x" * 99 + b'"',
+]
+
+
+@pytest.mark.parametrize("bad", LONE)
+def test_half_a_surrogate_pair_costs_its_element_alone(bad):
+    """JavaScript writes it where a text was cut; as a line it costs its line alone."""
+    body = b' [ "\\ud83d\\ude00" ,1,\n%b , "\\\\ud83d",%b,1]' % (bad, bad)
+    parsed = read(body, "application/json", bounds=BodyLimits(10, 100))
+    assert parsed.records.items() == [b'"\\ud83d\\ude00"', b"1", b'"\\\\ud83d"', b"1"]
+    reason = "too_large" if len(bad) > 100 else "malformed"
+    assert [(one.index, one.reason, one.payload) for one in parsed.refused] == [
+        (2, reason, bad),
+        (4, reason, bad),
+    ]
+    assert refusal(b"[%b]" % bad, "application/json")[0] in (400, 413)
+    assert refusal(body + b"]", "application/json") == (400, "malformed")
+
+
+def test_many_halves_of_surrogate_pairs_are_listed_up_to_the_bound():
+    body = b"[%b]" % b",".join([*[b'"\\ud83d"'] * 5000, *[b"1"] * 5000])
+    parsed = read(body, "application/json", bounds=BodyLimits(10_000, 100))
+    assert (parsed.records.count, len(parsed.refused), parsed.invalid) == (5000, 100, 5000)
+    assert DocumentCodec().decode_quickly(body, BOUNDS) is None  # it takes long
+
+
 def test_nesting_beyond_the_stack_is_malformed():
     deep = b"[" * 200_000 + b"]" * 200_000
     bounds = BodyLimits(10, 10**6)

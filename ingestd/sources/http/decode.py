@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -11,7 +12,7 @@ import msgspec
 from ingestd.base.bursts import ComputeThread, compute_beside, let_loop_go_first
 from ingestd.base.record import InvalidRecord, Layout, Records, pack_sizes
 from ingestd.codecs import utf8
-from ingestd.codecs.json import has_longer_line, holds_more, is_deeper
+from ingestd.codecs.json import has_longer_line, holds_more, is_deeper, without_lone_surrogates
 from ingestd.codecs.lines import (
     BOM,
     KEPT_BYTES,
@@ -32,7 +33,7 @@ from ingestd.sources.http.endpoints.base import QUICK_BYTES, BodyCodec, Decoded
 from ingestd.sources.http.headers import take_fingerprint
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from ingestd.base.record import Format
     from ingestd.http.admission import Reservation
@@ -49,6 +50,8 @@ INVALID_FREE = 200
 _ELEMENTS_SURE = 200_000
 _JOINED_TOGETHER = 4096
 _ELEMENTS_FEW = 20_000
+_SURROGATES = (b"\\ud", b"\\uD")  # halves of pairs are looked for one by one
+_NONE: Mapping[int, bytes] = MappingProxyType({})
 _ELEMENTS = msgspec.json.Decoder(list[msgspec.Raw])
 _WHITESPACE = b" \t\r\n"
 _OPENED = (b"{", b"[", b"[{")  # a first line of JSON over several lines
@@ -180,16 +183,35 @@ def _parse_document(body: bytes, bounds: BodyLimits) -> Parsed:
         return _parse_value(body, bounds)
     if body.count(b",") >= _ELEMENTS_SURE:
         _bound_elements(body, bounds)
-    try:
-        values = _ELEMENTS.decode(body)
-    except (msgspec.DecodeError, RecursionError):
-        raise _malformed(body, json_fault(body, bounds.depth_max)) from None
+    values, lone = _decode_elements(body, bounds)
     if (at := utf8.find_fault(body)) >= 0:
         raise _malformed(body, not_utf8(at))
     if len(values) > bounds.records_max:
         del values  # the error holds this frame until the event loop has seen it
         raise too_many(bounds)
-    return lay_out(values, bounds)
+    return lay_out(values, bounds, lone)
+
+
+def _decode_elements(body: bytes, bounds: BodyLimits) -> tuple[list[msgspec.Raw], dict[int, bytes]]:
+    """Returns the elements of an array, and those with half a surrogate pair as they were sent.
+
+    No decoder takes a body with one of these, and beside good ones they are invalid, as lines are.
+    """
+    try:
+        return _ELEMENTS.decode(body), {}
+    except (msgspec.DecodeError, RecursionError):
+        mended = without_lone_surrogates(body)
+    try:
+        values = _ELEMENTS.decode(mended)
+    except (msgspec.DecodeError, RecursionError):
+        raise _malformed(body, json_fault(mended, bounds.depth_max)) from None
+    lone, at = {}, body.index(b"[") + 1
+    for index, value in enumerate(values):
+        start = mended.find(value, at)  # behind white space and a comma; both bodies are as long
+        at = start + memoryview(value).nbytes
+        if body[start:at] != mended[start:at]:
+            lone[index] = body[start:at]
+    return values, lone
 
 
 def _bound_elements(body: bytes, bounds: BodyLimits) -> None:
@@ -203,23 +225,33 @@ def _bound_elements(body: bytes, bounds: BodyLimits) -> None:
         raise too_many(bounds)
 
 
-def lay_out(values: list[msgspec.Raw], bounds: BodyLimits) -> Parsed:
-    """Lays out JSON values as records: lines if none holds an LF."""
+def lay_out(
+    values: list[msgspec.Raw], bounds: BodyLimits, lone: Mapping[int, bytes] = _NONE
+) -> Parsed:
+    """Lays out JSON values as records: lines if none holds an LF.
+
+    Args:
+        values: all of a body.
+        bounds: of the records.
+        lone: values with half a surrogate pair, by their index.
+    """
     sizes = [memoryview(value).nbytes for value in values]
     refused: list[InvalidRecord] = []
+    unlisted = 0
     # Only a long element can be nested deeply; see `ingestd.codecs.json`.
-    if sizes and max(sizes) > min(bounds.record_bytes_max, 2 * bounds.depth_max):
-        refused = _refuse_elements(values, sizes, bounds)
-        bad = {one.index for one in refused}
+    if lone or (sizes and max(sizes) > min(bounds.record_bytes_max, 2 * bounds.depth_max)):
+        refused = _refuse_elements(values, sizes, bounds, lone)
+        bad = {one.index for one in refused}.union(lone)
+        unlisted = len(bad) - len(refused)
         if bad:
             values = [value for index, value in enumerate(values) if index not in bad]
             sizes = [size for index, size in enumerate(sizes) if index not in bad]
     count = len(values)
     payload = b"\n".join([*_runs(values, b"\n"), b""])
     if payload.count(b"\n") == count:
-        return Parsed(Records(Layout.LINES, count, payload), refused)
+        return Parsed(Records(Layout.LINES, count, payload), refused, unlisted)
     records = Records(Layout.SIZED, count, b"".join(_runs(values, b"")), pack_sizes(sizes))
-    return Parsed(records, refused)
+    return Parsed(records, refused, unlisted)
 
 
 def _runs(values: list[msgspec.Raw], between: bytes) -> Iterator[bytes]:
@@ -229,13 +261,19 @@ def _runs(values: list[msgspec.Raw], between: bytes) -> Iterator[bytes]:
 
 
 def _refuse_elements(
-    values: list[msgspec.Raw], sizes: list[int], bounds: BodyLimits
+    values: list[msgspec.Raw], sizes: list[int], bounds: BodyLimits, lone: Mapping[int, bytes]
 ) -> list[InvalidRecord]:
+    """The values that are no records; of those with half a surrogate pair the first ones."""
     refused: list[InvalidRecord] = []
     for index, size in enumerate(sizes):
+        if index in lone and len(refused) >= ERRORS_MAX:
+            continue
         if size > bounds.record_bytes_max:
-            head = bytes(memoryview(values[index])[:KEPT_BYTES])
+            head = lone.get(index) or bytes(memoryview(values[index])[:KEPT_BYTES])
             refused.append(refuse_too_large(index, size, bounds.record_bytes_max, head))
+        elif index in lone:
+            detail = json_fault(lone[index], bounds.depth_max)
+            refused.append(InvalidRecord(index, "malformed", detail, lone[index]))
         elif size > 2 * bounds.depth_max and is_deeper(bytes(values[index]), bounds.depth_max):
             detail = too_deep(bounds.depth_max)
             refused.append(InvalidRecord(index, "malformed", detail, bytes(values[index])))
@@ -355,7 +393,10 @@ class DocumentCodec(BodyCodec):
 
     def decode_quickly(self, body: bytes, limits: BodyLimits) -> Sequence[Decoded] | None:
         """See `BodyCodec`."""
-        quick = len(body) < QUICK_BYTES or body.count(b",") < _ELEMENTS_FEW
+        quick = len(body) < QUICK_BYTES or not (
+            body.count(b",") >= _ELEMENTS_FEW
+            or (b"\\" in body and any(one in body for one in _SURROGATES))
+        )
         return self.decode(body, limits) if quick else None
 
 
