@@ -35,7 +35,9 @@ def store(batch: ingestd.Batch[dict]) -> None:
         file.writelines(f"{one['n']} {batch.envelope(i)}\\n" for i, one in enumerate(batch))
 """
 
-HEARTBEAT, FENCED = 12, 82  # of the protocol: the request, and the error of a static member
+# Of the protocol: requests, the error of a static member, and that of a group whose members join.
+OFFSET_COMMIT, HEARTBEAT = 8, 12
+FENCED, REBALANCE_IN_PROGRESS = 82, 27
 MEMORY = '[journal]\nkind = "memory"'
 
 
@@ -204,6 +206,24 @@ def test_a_revoked_partition_waits_until_its_messages_are_settled(
     assert all("REBALANCE_IN_PROGRESS" in event["error"] for event in refused)
     found = sorted(seen(tmp_path))
     assert found == [0, 1, 2, 3] or (refused and set(found) == {0, 1, 2, 3})
+
+
+def test_a_commit_that_is_refused_while_members_join_is_tried_again(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    config(tmp_path, cluster)
+    file = tmp_path / "ingestd.toml"
+    never = 'properties = { "auto.commit.interval.ms" = "3600000", '
+    file.write_text(file.read_text().replace("properties = {", never))
+    produce(cluster, {"n": 0})
+    with daemon(cwd=tmp_path) as one:
+        until(lambda: seen(tmp_path) == [0], lambda: one.events)
+        one.until_settled()
+        cluster.fail(OFFSET_COMMIT, *[REBALANCE_IN_PROGRESS] * 4)
+        one.terminate()
+        assert one.wait() == 0
+    assert "broker_error" not in {event["event"] for event in one.events}
+    assert committed(cluster) == 1
 
 
 def test_a_partition_that_comes_back_waits_for_the_records_it_left(

@@ -51,6 +51,8 @@ LOOK_SECONDS = 2.0
 """Interval of looks at the backlog, and at brokers that were down."""
 AGAIN_SECONDS = 5.0
 """Wait before a new consumer where one failed for good."""
+COMMIT_SECONDS = 2.0
+"""How long the commit of partitions that go is tried again: what it leaves out is read twice."""
 CLOSE_SECONDS = 5.0
 _QUEUE_KIB_MIN = 1024
 
@@ -427,12 +429,32 @@ class KafkaSource(Source):
             self._windows.pop(window.at, None)
         try:
             if self._store(consumer, windows) or windows:
-                consumer.commit(asynchronous=False)
+                self._commit(consumer)
         except KafkaException as error:
             if error.args[0].name() != "_NO_OFFSET":
                 self._note(error.args[0])
         facts = {"partitions": len(windows), "unsettled": sum(map(len, windows))}
         log.info("partitions_revoked", source=self._name, **facts)
+
+    def _commit(self, consumer: Any) -> None:
+        """Commits what is stored, again and again while other members join.
+
+        Raises:
+            KafkaException: it was refused.
+        """
+        from confluent_kafka import KafkaException  # noqa: PLC0415
+
+        end = time.monotonic() + COMMIT_SECONDS
+        while True:
+            try:
+                consumer.commit(asynchronous=False)
+            except KafkaException as error:
+                is_passing = error.args[0].name() == "REBALANCE_IN_PROGRESS"
+                if not is_passing or time.monotonic() >= end:
+                    raise
+                time.sleep(POLL_SECONDS)
+            else:
+                return
 
     def _lost(self, _: Any, partitions: Sequence[Any]) -> None:
         for one in partitions:
