@@ -128,7 +128,9 @@ def test_each_event_of_a_chunk_may_be_compressed_alone(encoding):
     assert "members" in frames.fault
 
 
-@pytest.mark.parametrize("chunk", ["p8n9gmxTQVC8/nh2wlKKeQ==", b"p8n9\xff\x00", "x" * 40])
+@pytest.mark.parametrize(
+    "chunk", ["p8n9gmxTQVC8/nh2wlKKeQ==", b"p8n9\xff\x00", "x" * 40, "x" * 60_000]
+)
 @pytest.mark.parametrize("parts", [(5, {"n": 1}), (EVENTS,), (PACKED,)])
 def test_the_id_of_a_chunk_comes_back_as_it_came(chunk, parts):
     sent = message(*parts, {"chunk": chunk, "size": 3, "fluent_signal": 0})

@@ -58,11 +58,10 @@ if TYPE_CHECKING:
     from ingestd.sources.tcp import Peer
 
 TAG_BYTES_MAX = 1024
-ID_BYTES_MAX = 1024
-"""Bounds of the tag and of the id of a message."""
 INVALID_KEPT = 10
 """So many invalid records of a message are kept as dead letters; others are counted."""
 OPTIONS_BYTES_MAX = 64 * 1024
+"""Bound of the options of a message, and so of its id: one without a reply comes again for ever."""
 APPEND_BYTES = 2048
 """What the append of a message with an id costs beside its records, about."""
 FREE_BYTES = 8 * 1024
@@ -408,7 +407,7 @@ def _options(message: bytes, rest: Sequence[tuple[int, int]]) -> MessageOptions:
         key, token = _text_of(message, *name), message[slice(*value)]
         if message[value[0]] == _NIL:  # as good as not there
             continue
-        if key == b"chunk" and _text_of(message, *value) and len(token) <= ID_BYTES_MAX:
+        if key == b"chunk" and _text_of(message, *value):
             options = options._replace(chunk=token)
         elif key == b"compressed":
             options = options._replace(compressed=_text_of(message, *value) or token)
