@@ -160,6 +160,7 @@ def test_messages_without_an_id_share_an_append():
     ("sent", "good", "why"),
     [
         (message([[1, {}], [1, 2], "x", [2, {}]]), 2, "the record of an event is not a map"),
+        (message([[None, {}], [1, {}]]), 1, "the time of an event is no number"),
         (message(PACKED + b"\xc1\x00"), 3, "malformed MessagePack"),
         (message(PACKED[:-2]), 2, "a length goes beyond"),
         (message(b"\xa1t"), 0, "an event is an array of time and record"),
