@@ -25,6 +25,7 @@ from ingestd.cli.connect import (
 )
 from ingestd.cli.output import Parser, add_json, fail, say, say_json
 from ingestd.config.keys import toml_of
+from ingestd.handlers.target import exits_raised
 from ingestd.http.credentials import read_tokens
 
 if TYPE_CHECKING:
@@ -183,7 +184,8 @@ def _check_pipeline(
     )
     try:
         targets = ", ".join(pipeline.handler.all_targets)
-        with contextlib.redirect_stdout(sys.stderr):  # of what a module prints when it is imported
+        # A module may print when it is imported, or end the process.
+        with contextlib.redirect_stdout(sys.stderr), exits_raised():
             resolved = _resolve(pipeline, config)
         report.handler(name, targets, resolved)
         if connect:

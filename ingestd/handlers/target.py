@@ -7,6 +7,7 @@ what to do about it.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -14,12 +15,15 @@ import sys
 import sysconfig
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ingestd.base.errors import ConfigError, HandlerLoadError
 from ingestd.base.path import put_behind_library
 from ingestd.handlers.text import describe, one_line
 from ingestd.registry import HANDLERS, SINKS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _LIBRARY_FILES = {f"{name}.py" for name in sys.stdlib_module_names}
 _INSTALLED = tuple(
@@ -56,6 +60,26 @@ def find(target: str) -> object:
     if not module_name or not attribute:
         refuse(target, "a handler is written module:name, as in store:store")
     return _attribute(target, _module(target, module_name), attribute)
+
+
+@contextlib.contextmanager
+def exits_raised() -> Iterator[None]:
+    """Makes `os._exit` an error: a module that calls it would end a check as if all were well.
+
+    A child that the module forks leaves by it.
+    """
+    leave, process = os._exit, os.getpid()
+
+    def raise_exit(status: int) -> NoReturn:
+        if os.getpid() != process:
+            leave(status)
+        raise SystemExit(f"os._exit({status})")
+
+    os._exit = raise_exit
+    try:
+        yield
+    finally:
+        os._exit = leave
 
 
 def refuse(target: str, problem: str, cause: BaseException | None = None) -> NoReturn:

@@ -168,6 +168,7 @@ def test_check_masks_what_looks_secret_and_what_came_from_a_secret(here: Path) -
         (["shop:store", "--handler.options.x", "1"], "takes no options"),
         (["broken:store"], "ZeroDivisionError"),
         (["leaving:store"], "SystemExit"),
+        (["ending:store"], "importing 'ending' raised SystemExit: os._exit(0) (ending.py:1)"),
         (["--pipelines.clicks.handler.target", "shop:lost"], "pipeline clicks: "),
     ],
 )
@@ -176,11 +177,19 @@ def test_a_handler_that_cannot_be_had_is_one_line_and_78(
 ) -> None:
     (here / "broken.py").write_text("1 / 0\n")
     (here / "leaving.py").write_text("raise SystemExit(0)\n")
+    (here / "ending.py").write_text("import os; os._exit(0)\n")
     run = ingestd("check", *arguments, cwd=here)
     assert run.returncode == 78
     (line,) = run.stderr.splitlines()
     assert line.startswith("ingestd: pipeline ")
     assert says in line
+
+
+def test_a_child_of_a_module_may_end_itself(here: Path) -> None:
+    forks = "import os\nif not os.fork():\n    os._exit(3)\nassert os.wait()[1] >> 8 == 3\n"
+    (here / "forking.py").write_text(f"{forks}def store(batch): pass\n")
+    run = ingestd("check", "forking:store", cwd=here)
+    assert (run.returncode, run.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("command", ["run", "check"])
