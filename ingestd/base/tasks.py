@@ -14,6 +14,8 @@ from ingestd.base.logging import get_logger
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterable
 
+CANCEL_SECONDS = 2.0
+
 log = get_logger()
 
 
@@ -62,6 +64,19 @@ class OwnedTasks:
         for task in cancelled:
             task.cancel()
         await asyncio.gather(*cancelled, return_exceptions=True)
+
+
+async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
+    """Cancels tasks, again and again until they have ended.
+
+    A library may lose a cancellation: `asyncio.wait_for` does up to Python 3.11 where it meets what
+    is waited for. Each task has `CANCEL_SECONDS` to clean up before it is cancelled once more.
+    """
+    left = {task for task in tasks if not task.done()}
+    while left:
+        for task in left:
+            task.cancel()
+        _, left = await asyncio.wait(left, timeout=CANCEL_SECONDS)
 
 
 class OwnThread(Executor):

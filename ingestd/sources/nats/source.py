@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ingestd.base.append import AppendCounts, sender_id
 from ingestd.base.errors import ConfigError
 from ingestd.base.logging import get_logger
+from ingestd.base.tasks import end_tasks
 from ingestd.handlers.outcome import SinkFinding
 from ingestd.host.nats import (
     REQUEST_SECONDS,
@@ -420,9 +421,7 @@ class NatsSource(Source):
                 async with asyncio.timeout(CLOSE_SECONDS):
                     await self._send(client)
                     await client.flush(CLOSE_SECONDS)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await end_tasks(*self._tasks)
         if self._held:
             log.warning("messages_unsettled", source=self._name, messages=len(self._held))
 
