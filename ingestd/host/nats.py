@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import random
 import re
 import ssl
 from collections import UserString
@@ -69,12 +70,23 @@ class NatsAccess(NamedTuple):
 def fault_of_servers(servers: Sequence[str]) -> str:
     """Explains what is wrong with addresses; empty if they can be connected to."""
     for server in servers:
-        scheme, mark, rest = server.partition("://")
-        if not mark or scheme not in {"nats", "tls"} or not rest:
-            return f"{server[:80]!r} should be nats://HOST:PORT or tls://HOST:PORT"
+        scheme, _, rest = server.partition("://")
         if "@" in rest:
-            return f"{scheme}://… has credentials, which would be shown"
+            return f"{scheme[:8]}://… has credentials, which would be shown"
+        if not _is_server(server):
+            return f"{server[:80]!r} should be nats://HOST:PORT or tls://HOST:PORT"
     return ""
+
+
+def _is_server(server: str) -> bool:
+    try:
+        parts = urlsplit(server)
+        port = parts.port
+    except ValueError:  # brackets that are open, a port that is none
+        return False
+    more = parts.path.strip("/") or parts.query or parts.fragment
+    is_host = bool(parts.hostname) and not re.search(r"\s", server)
+    return parts.scheme in {"nats", "tls"} and is_host and port != 0 and not more
 
 
 def demand_nats(credentials: str = "") -> None:
@@ -99,10 +111,12 @@ class CredentialsFile(UserString):
 
     Args:
         path: of the file.
+        demand: called before it is read; raises OSError if the server must not have it.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, demand: Callable[[], None] | None = None) -> None:
         self._path = path
+        self._demand = demand
 
     @property
     def data(self) -> str:  # type: ignore[override]
@@ -111,6 +125,8 @@ class CredentialsFile(UserString):
         Raises:
             OSError: the file cannot be read, or lacks one of the two.
         """
+        if self._demand is not None:
+            self._demand()
         with Path(self._path).open(encoding="ascii", errors="replace") as file:
             text = file.read(CREDENTIALS_BYTES_MAX)
         blocks = []
@@ -140,10 +156,52 @@ def tls_context(access: NatsAccess) -> ssl.SSLContext | None:
     return context
 
 
+class _Handshakes:
+    """Notes whether a context of TLS was used, and demands it.
+
+    nats-py goes on without TLS where a server does not ask for it, and so does what stands between
+    the two and leaves that out: it would get the password, and all that is sent.
+
+    Args:
+        context: of one connection; none: TLS is not demanded.
+    """
+
+    def __init__(self, context: ssl.SSLContext | None) -> None:
+        self._done = context is None
+        if context is not None:
+            noted = self
+
+            class Noting(ssl.SSLObject):
+                def do_handshake(self) -> None:
+                    super().do_handshake()
+                    noted._done = True
+
+            context.sslobject_class = Noting
+
+    def demand(self) -> None:
+        """Goes on with a server whose certificate is valid.
+
+        Raises:
+            OSError: it did not ask for TLS.
+        """
+        if not self._done:
+            raise OSError("the server does not ask for TLS, without which nothing is sent to it")
+
+    def guarded(self, secret: str) -> Callable[[], str]:
+        """A secret as nats-py takes it: it asks for it once the handshake is over."""
+
+        def given() -> str:
+            self.demand()
+            return secret
+
+        return given
+
+
 async def connect_nats(
     access: NatsAccess,
     name: str,
     *,
+    server: str = "",
     on_closed: Callable[[], Awaitable[None]] | None = None,
     on_error: Callable[[Exception], Awaitable[None]] | None = None,
     connect_seconds: float = CONNECT_SECONDS,
@@ -155,6 +213,7 @@ async def connect_nats(
     Args:
         access: servers and credentials.
         name: of the connection, for the servers' monitoring.
+        server: the only one that is tried; none: those of `access`.
         on_closed: called when the connection has ended; it may end without.
         on_error: called with errors that belong to no call, such as a missing right.
         connect_seconds: bound of each step to connect to one server.
@@ -165,7 +224,7 @@ async def connect_nats(
         A client of nats-py.
 
     Raises:
-        OSError: a file cannot be read, or no server can be reached.
+        OSError: a file cannot be read, no server can be reached, or one does not ask for TLS.
         nats.errors.Error: they refuse the connection.
     """
     from nats.aio.client import Client  # noqa: PLC0415  an extra
@@ -179,23 +238,27 @@ async def connect_nats(
             await on_error(error)
 
     more: dict[str, Any] = {}
-    if (context := tls_context(access)) is not None:
+    context = tls_context(access)
+    handshakes = _Handshakes(context)
+    if context is not None:
         more = {"tls": context, "tls_hostname": tls_hostname}
     secrets = {
         "user": access.username,
         "password": access.password,
         "token": access.token,
     }
-    more |= {key: value for key, value in secrets.items() if value}
+    more |= {key: handshakes.guarded(value) for key, value in secrets.items() if value}
     if access.credentials:
-        more["user_credentials"] = CredentialsFile(access.credentials)
+        more["user_credentials"] = CredentialsFile(access.credentials, handshakes.demand)
     client = Client()
     try:
         await client.connect(
-            list(access.servers), name=name, allow_reconnect=False, max_reconnect_attempts=1,
-            reconnect_time_wait=0, connect_timeout=connect_seconds, error_cb=note,
+            [server] if server else list(access.servers), name=name, allow_reconnect=False,
+            max_reconnect_attempts=1, reconnect_time_wait=0, connect_timeout=connect_seconds,
+            error_cb=note,
             closed_cb=on_closed, ping_interval=ping_seconds, max_outstanding_pings=2, **more,
         )  # fmt: skip
+        handshakes.demand()
     except BaseException as error:
         await close_nats(client)
         if told and (isinstance(error, TimeoutError) or type(error).__name__ == "NoServersError"):
@@ -218,13 +281,28 @@ async def close_nats(client: Any) -> None:
         pass
 
 
+class _Server(NamedTuple):
+    """A server that can be tried.
+
+    Attributes:
+        url: its address.
+        tls_name: the name that its certificate should have; none: that of the address.
+    """
+
+    url: str
+    tls_name: str | None = None
+
+
 class NatsConnection:
     """A connection to NATS that is made again, with a new client, as often as it ends.
+
+    The servers are tried one after the other, in rounds: the given ones at random, then those that
+    servers told of. So one that takes connections and says nothing costs its own time alone.
 
     Args:
         access: servers and credentials; files are read anew for each client.
         name: of the connection, for the servers' monitoring.
-        seconds: bound of each step to connect to a server.
+        seconds: bound of each step to connect to a server; twice that is the bound of all steps.
         ping_seconds: see `connect_nats`.
         on_error: see `connect_nats`; also called with each try that fails.
 
@@ -247,7 +325,10 @@ class NatsConnection:
         self._seconds, self._ping_seconds = seconds, ping_seconds
         self._on_error = on_error
         self._ended = asyncio.Event()
-        self._told: list[str] = []  # servers that others told of
+        self._round: list[_Server] = []  # those of this round that are yet to be tried
+        self._told: list[_Server] = []
+        self._tls_name: str | None = None  # of the newest client's server
+        self._closing = False
         self._keeping: asyncio.Task[None] | None = None
 
     @property
@@ -255,17 +336,26 @@ class NatsConnection:
         """True after a server has answered, until the connection ends."""
         return self.client is not None and bool(self.client.is_connected)
 
-    async def open(self) -> None:
-        """Connects for the first time, to a server that answers; tries until it is cancelled."""
-        while True:
-            if await self._try():
-                break
+    async def open(self, seconds: float) -> None:
+        """Connects for the first time, to a server that answers.
+
+        Args:
+            seconds: after which no other round begins.
+
+        Raises:
+            TimeoutError: none has answered, and each was tried.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        while not await self._try():
+            if not self._round and loop.time() >= until:
+                raise TimeoutError
             await asyncio.sleep(RECONNECT_SECONDS)
         self._keeping = asyncio.create_task(self._keep(), name="nats connection")
 
     async def _keep(self) -> None:
         loop = asyncio.get_running_loop()
-        while True:
+        while not self._closing:  # a cancellation may meet the end of what it cancels
             # The client tells of most ends, and not of all.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RECONNECT_SECONDS):
@@ -277,25 +367,25 @@ class NatsConnection:
                 await asyncio.sleep(next_try - loop.time())
 
     async def _try(self) -> bool:
-        """Connects with a new client, in a bounded time."""
+        """Connects to the next server with a new client, in a bounded time."""
 
         async def end() -> None:
             self._ended.set()
 
-        access = self._access._replace(servers=[*self._access.servers, *self._told])
-        names = {_host_of(server) for server in self._access.servers}
-        one_name = names.pop() if len(names) == 1 else ""
+        if not self._round:
+            self._round = self._next_round()
+        server = self._round.pop(0)
         try:
-            async with asyncio.timeout((len(access.servers) + 3) * self._seconds):
+            async with asyncio.timeout(2 * self._seconds):
                 client = await connect_nats(
-                    access,
+                    self._access,
                     self._name,
+                    server=server.url,
                     on_closed=end,
                     on_error=self._on_error,
                     connect_seconds=self._seconds,
                     ping_seconds=self._ping_seconds,
-                    # Servers tell the addresses of others, which certificates need not have.
-                    tls_hostname=None if not one_name or _is_address(one_name) else one_name,
+                    tls_hostname=server.tls_name,
                 )
         except asyncio.CancelledError:
             # Of this task, or of one in the client, whose end came amid its handshake.
@@ -304,32 +394,48 @@ class NatsConnection:
                 raise
             return False
         except Exception as error:  # noqa: BLE001  any: the next try may go well
-            await self._on_error(error)
+            silent = isinstance(error, TimeoutError)
+            why = "it does not answer" if silent else str(error) or type(error).__name__
+            await self._on_error(OSError(f"{server.url}: {why}"))
             return False
-        found = [uri.geturl() for uri in client.discovered_servers]
-        self._told = [*found, *self._told][:SERVERS_TOLD_MAX]
+        self._round.clear()
+        self._tls_name = server.tls_name or _name_in(server.url)
         ended, self.client = self.client, client
         if ended is not None:
             await close_nats(ended)
         return True
 
+    def _next_round(self) -> list[_Server]:
+        """All servers that are known, with those that the last client heard of until its end."""
+        if self.client is not None:
+            # Certificates need not have the addresses that servers tell, but their names.
+            found = [
+                _Server(url, None if _name_in(url) else self._tls_name)
+                for url in (uri.geturl() for uri in self.client.discovered_servers)
+                if url not in self._access.servers
+            ]
+            urls = {one.url for one in found}
+            earlier = [one for one in self._told if one.url not in urls]
+            self._told = [*found, *earlier][:SERVERS_TOLD_MAX]
+        given = [_Server(url) for url in self._access.servers]
+        random.shuffle(given)
+        return [*given, *self._told]
+
     async def close(self) -> None:
         """Ends it for good."""
+        self._closing = True
         if self._keeping is not None:
             self._keeping.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeping
+            await asyncio.wait([self._keeping])
         if self.client is not None:
             await close_nats(self.client)
 
 
-def _host_of(server: str) -> str:
-    return urlsplit(server if "://" in server else f"nats://{server}").hostname or ""
-
-
-def _is_address(host: str) -> bool:
+def _name_in(server: str) -> str | None:
+    """The name of a host in an address; none if that is an IP address."""
+    host = urlsplit(server).hostname or ""
     try:
         ipaddress.ip_address(host)
     except ValueError:
-        return False
-    return True
+        return host or None
+    return None

@@ -385,8 +385,7 @@ class JetStreamLog:
             on_error=quiet,
         )
         try:
-            async with asyncio.timeout(2 * own.timeout):
-                await self._connection.open()
+            await self._connection.open(2 * own.timeout)
         except TimeoutError as error:
             problem = f"no server of journal.jetstream.servers answers: {self._unreached}"
             raise LogUnreachable(problem=problem, retry_after=retry_after()) from error
