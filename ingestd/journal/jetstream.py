@@ -137,6 +137,10 @@ class JetStreamKind(JournalKind):
                 yield key, "should be letters, digits, _ and -"
         if fault := fault_of_servers(own.servers):
             yield "servers", fault
+        if bool(own.username) != bool(own.password.get_secret_value()):
+            yield "username", "belongs together with journal.jetstream.password"
+        if own.tls.key and not own.tls.certificate:
+            yield "tls.key", "needs journal.jetstream.tls.certificate"
 
     def build(self, settings: JournalSettings, context: JournalContext, own: Any) -> Journal:
         """See `JournalKind.build`."""
@@ -491,7 +495,9 @@ class JetStreamLog:
             down = error.err_code == _NO_PEERS and "offline" in (error.description or "")
             if raw and not (down or isinstance(error, errors.ServiceUnavailableError)):
                 raise
-            raise LogUnreachable(problem=str(error), retry_after=retry_after()) from error
+            # Without a description it is nobody's answer: to such a question none is listening.
+            problem = str(error) if error.description else "no server with JetStream is ready"
+            raise LogUnreachable(problem=problem, retry_after=retry_after()) from error
         except (self._nats.errors.Error, TimeoutError, OSError) as error:
             problem = str(error) or type(error).__name__
             raise LogUnreachable(problem=problem, retry_after=retry_after()) from error

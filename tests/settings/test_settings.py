@@ -92,6 +92,10 @@ def test_a_pipeline_has_a_plain_name_of_its_own(name: str) -> None:
         Settings(pipelines={name: {}})
 
 
+def _jetstream(**own: object) -> dict[str, object]:
+    return {"journal": {"kind": "jetstream", "jetstream": own}}
+
+
 @pytest.mark.parametrize(
     ("settings", "key"),
     [
@@ -105,6 +109,9 @@ def test_a_pipeline_has_a_plain_name_of_its_own(name: str) -> None:
         ({"http": {"listen": "h:1"}, "admin": {"listen": "h:1"}}, "admin.listen"),
         ({"http": {"reuse_port": True, "listen": "127.0.0.1:0"}}, "http.reuse_port"),
         ({"pipelines": {"v": {"retry": {"backoff": "2m"}}}}, "pipelines.v.retry.backoff_max"),
+        (_jetstream(username="shop"), "journal.jetstream.username"),
+        (_jetstream(tls={"key": "key.pem"}), "journal.jetstream.tls.key"),
+        (_jetstream(servers=["nats://[::1"]), "journal.jetstream.servers"),
     ],
 )
 def test_what_cannot_work_together_is_refused(settings: dict[str, object], key: str) -> None:
