@@ -151,8 +151,13 @@ def tls_context(access: NatsAccess) -> ssl.SSLContext | None:
     ):
         return None
     context = ssl.create_default_context(cafile=access.tls_ca or None)
+
+    def password() -> bytes:
+        # Without this OpenSSL would ask the terminal, or read standard input.
+        raise OSError(f"{access.tls_key or access.tls_certificate} is encrypted")
+
     if access.tls_certificate:
-        context.load_cert_chain(access.tls_certificate, access.tls_key or None)
+        context.load_cert_chain(access.tls_certificate, access.tls_key or None, password)
     return context
 
 

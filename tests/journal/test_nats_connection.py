@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 from typing import TYPE_CHECKING
 
 import pytest
@@ -48,6 +50,30 @@ def test_addresses_are_without_fault() -> None:
     fine = ["nats://h", "nats://h:4222/", "tls://10.0.0.1:4222", "nats://[::1]:4222"]
     assert not fault_of_servers(fine)
     assert "credentials" in fault_of_servers(["nats://a:b@h:1"])
+
+
+def test_no_password_of_a_key_is_asked_for(tmp_path: Path) -> None:
+    """OpenSSL would ask the terminal, or standard input, whose lines may be records."""
+    own = trustme.CA().issue_cert("client@example.org")
+    own.private_key_and_cert_chain_pem.write_to_path(str(tmp_path / "plain.pem"))
+    key = tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "pkey", "-in", tmp_path / "plain.pem", "-aes256", "-passout", "pass:opens",
+         "-out", key], check=True,
+    )  # fmt: skip
+    code = (
+        "import sys; from ingestd.host.nats import *\n"
+        f"access = NatsAccess(['tls://h:1'], tls_certificate='{tmp_path}/plain.pem',"
+        f" tls_key='{key}')\n"
+        "try: tls_context(access)\n"
+        "except OSError as error: print(error, sys.stdin.read())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=b"opens\n", capture_output=True,
+        start_new_session=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.decode() == f"{key} is encrypted opens\n\n"
+    assert not done.stderr
 
 
 @contextlib.contextmanager
