@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import math
 import random
 import re
 import ssl
@@ -33,7 +34,7 @@ CLOSE_SECONDS = 1.0
 RECONNECT_SECONDS = 0.25
 """Between two tries to connect, and between two looks whether the connection has ended."""
 SERVERS_TOLD_MAX = 30
-"""Servers that are known beyond the given ones, the newest first."""
+"""Servers that are known beyond the given ones: the newest that the last one told of."""
 REQUEST_SECONDS = 5.0
 """Bound of a question to JetStream."""
 CREDENTIALS_BYTES_MAX = 1 << 20
@@ -308,6 +309,7 @@ class NatsConnection:
         access: servers and credentials; files are read anew for each client.
         name: of the connection, for the servers' monitoring.
         seconds: bound of each step to connect to a server; twice that is the bound of all steps.
+        patience: seconds without an answer after which another server is connected to.
         ping_seconds: see `connect_nats`.
         on_error: see `connect_nats`; also called with each try that fails.
 
@@ -321,6 +323,7 @@ class NatsConnection:
         name: str,
         *,
         seconds: float,
+        patience: float,
         ping_seconds: float,
         on_error: Callable[[Exception], Awaitable[None]],
     ) -> None:
@@ -329,10 +332,13 @@ class NatsConnection:
         self._name = name
         self._seconds, self._ping_seconds = seconds, ping_seconds
         self._on_error = on_error
+        self._patience = patience
+        self._unanswered_since = math.inf
+        self._is_leaving = False
         self._ended = asyncio.Event()
         self._round: list[_Server] = []  # those of this round that are yet to be tried
         self._told: list[_Server] = []
-        self._tls_name: str | None = None  # of the newest client's server
+        self._server: _Server | None = None  # of the newest client
         self._closing = False
         self._keeping: asyncio.Task[None] | None = None
 
@@ -358,6 +364,22 @@ class NatsConnection:
             await asyncio.sleep(RECONNECT_SECONDS)
         self._keeping = asyncio.create_task(self._keep(), name="nats connection")
 
+    def asked(self) -> None:
+        """Notes a question to the servers; if those before have no answer for long, it goes on.
+
+        A server that the others do not reach answers pings, and nothing else.
+        """
+        now = asyncio.get_running_loop().time()
+        self._unanswered_since = min(self._unanswered_since, now)
+        if now > self._unanswered_since + self._patience:
+            self._unanswered_since = now
+            self._is_leaving = True
+            self._ended.set()
+
+    def answered(self) -> None:
+        """Notes an answer that takes a majority of the servers."""
+        self._unanswered_since = math.inf
+
     async def _keep(self) -> None:
         loop = asyncio.get_running_loop()
         while not self._closing:  # a cancellation may meet the end of what it cancels
@@ -366,7 +388,7 @@ class NatsConnection:
                 async with asyncio.timeout(RECONNECT_SECONDS):
                     await self._ended.wait()
             self._ended.clear()
-            if not self.is_connected:
+            if self._is_leaving or not self.is_connected:
                 next_try = loop.time() + RECONNECT_SECONDS
                 await self._try()
                 await asyncio.sleep(next_try - loop.time())
@@ -404,7 +426,8 @@ class NatsConnection:
             await self._on_error(OSError(f"{server.url}: {why}"))
             return False
         self._round.clear()
-        self._tls_name = server.tls_name or _name_in(server.url)
+        self._server = server
+        self._is_leaving, self._unanswered_since = False, math.inf
         ended, self.client = self.client, client
         if ended is not None:
             await close_nats(ended)
@@ -412,19 +435,20 @@ class NatsConnection:
 
     def _next_round(self) -> list[_Server]:
         """All servers that are known, with those that the last client heard of until its end."""
-        if self.client is not None:
+        last = self._server
+        if last is not None:
             # Certificates need not have the addresses that servers tell, but their names.
+            name = last.tls_name or _name_in(last.url)
             found = [
-                _Server(url, None if _name_in(url) else self._tls_name)
-                for url in (uri.geturl() for uri in self.client.discovered_servers)
+                _Server(url, None if _name_in(url) else name)
+                for url in (uri.geturl() for uri in reversed(self.client.discovered_servers))
                 if url not in self._access.servers
             ]
-            urls = {one.url for one in found}
-            earlier = [one for one in self._told if one.url not in urls]
-            self._told = [*found, *earlier][:SERVERS_TOLD_MAX]
+            self._told = found[:SERVERS_TOLD_MAX] or self._told
         given = [_Server(url) for url in self._access.servers]
         random.shuffle(given)
-        return [*given, *self._told]
+        # One that is left comes last.
+        return sorted([*given, *self._told], key=lambda one: self._is_leaving and one == last)
 
     async def close(self) -> None:
         """Ends it for good."""

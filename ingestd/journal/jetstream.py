@@ -23,7 +23,7 @@ import re
 import secrets
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import msgspec
 from pydantic import Field, SecretStr
@@ -63,6 +63,8 @@ RETIRED_KEPT = 1000
 OPEN_SECONDS, READY_SECONDS, RETRY_SECONDS = 5.0, 20.0, 0.25
 """Bounds of an answer to what is made, of the wait until servers can make it, and between tries."""
 PING_SECONDS_MIN = 1.0
+PATIENCE_SECONDS = 10.0
+"""So long, or for two answers, a server is asked in vain before another one is."""
 _WRONG_LAST, _ON_ITS_WAY = 10071, 10164
 """The second one: something is on its way that would change the last sequence."""
 _NO_PEERS = 10005
@@ -385,6 +387,7 @@ class JetStreamLog:
             access,
             "ingestd",
             seconds=own.timeout,
+            patience=max(PATIENCE_SECONDS, 2 * own.timeout),
             ping_seconds=max(PING_SECONDS_MIN, own.timeout),
             on_error=quiet,
         )
@@ -469,12 +472,15 @@ class JetStreamLog:
                 raise ConfigError(problem=f"the stream {stream}: {error.description}") from error
         return await self._ask(self._js.stream_info(stream))
 
-    async def _ask(self, call: Coroutine[Any, Any, T], *, raw: bool = False) -> T:
+    async def _ask(
+        self, call: Coroutine[Any, Any, T], *, raw: bool = False, of_replica: bool = False
+    ) -> T:
         """Waits for an answer; passes on that something is not there, or is another's.
 
         Args:
             call: the question.
             raw: passes on all errors of the servers but that they are not ready.
+            of_replica: a server that is cut off from the others may answer it as well.
 
         Raises:
             LogUnreachable: there was none, or an error.
@@ -487,7 +493,7 @@ class JetStreamLog:
             problem = "no NATS server is connected"
             raise LogUnreachable(problem=problem, retry_after=retry_after())
         try:
-            return await call
+            return await (call if of_replica else self._counted(call))
         except (errors.NotFoundError, errors.KeyWrongLastSequenceError, errors.KeyNotFoundError):
             raise
         except errors.APIError as error:
@@ -501,6 +507,19 @@ class JetStreamLog:
         except (self._nats.errors.Error, TimeoutError, OSError) as error:
             problem = str(error) or type(error).__name__
             raise LogUnreachable(problem=problem, retry_after=retry_after()) from error
+
+    async def _counted(self, call: Coroutine[Any, Any, T]) -> T:
+        """Waits for an answer, and has the connection know whether one comes."""
+        connection = cast("NatsConnection", self._connection)
+        connection.asked()
+        try:
+            answer = await call
+        except self._nats.js.errors.APIError as error:
+            if not isinstance(error, self._nats.js.errors.ServiceUnavailableError):
+                connection.answered()
+            raise
+        connection.answered()
+        return answer
 
     # -- the lease -----------------------------------------------------------------------------
 
@@ -689,8 +708,8 @@ class JetStreamLog:
         try:
             if keys and headers is not None:
                 headers |= await self._send_keys(keys)
-            answer = await self._js.publish(
-                subject, data, timeout=self._settings.timeout, headers=headers
+            answer = await self._counted(
+                self._js.publish(subject, data, timeout=self._settings.timeout, headers=headers)
             )
         except errors.NoStreamResponseError as error:
             problem = f"the stream {self._settings.stream} has no leader"
@@ -742,7 +761,7 @@ class JetStreamLog:
                 last = await asyncio.gather(*map(self._last_of, some))
                 found.update({s: one for s, one in zip(some, last, strict=True) if one is not None})
             else:
-                found.update(await self._ask(self._get({"multi_last": some})))
+                found.update(await self._ask(self._get({"multi_last": some}), of_replica=True))
         return {subject.rpartition(".")[2]: message for subject, message in found.items()}
 
     async def last(self) -> LogMessage | None:
@@ -764,7 +783,7 @@ class JetStreamLog:
 
     async def read(self, first: int, bytes_max: int) -> list[LogMessage]:
         """See `ReplicatedLog.read`."""
-        return await self._ask(self._read(first, bytes_max))
+        return await self._ask(self._read(first, bytes_max), of_replica=True)
 
     async def _read(self, first: int, bytes_max: int) -> list[LogMessage]:
         asked = {"seq": max(1, first), "batch": READ_MESSAGES, "max_bytes": bytes_max,

@@ -131,6 +131,12 @@ class Network:
         for host in hosts:
             _ip("-n", self._hub, "link", "set", self._ports[host], "master", "other")
 
+    def part(self, host: str, *others: str) -> None:
+        """From now on it reaches these no more, and all else as before."""
+        for other in others:
+            own = self._namespace(host)
+            _ip("-n", own, "route", "add", "blackhole", f"{self.addresses[other]}/32")
+
     def heal(self, host: str) -> None:
         """Puts a host that was cut off, or split off, back to the others."""
         _ip("-n", self._hub, "link", "set", self._ports[host], "master", "bridge")

@@ -279,6 +279,33 @@ def test_a_minority_is_cut_off(tmp_path: Path) -> None:
 
 
 @needs("ip", "nsenter", root=True)
+def test_a_daemon_leaves_a_node_that_the_others_do_not_reach(tmp_path: Path) -> None:
+    """The node answers its pings, and nothing else; the others have a majority."""
+    out = tmp_path / "out"
+    with (
+        network(tmp_path, "one") as (hosts, cluster),
+        start(tmp_path / "one", cluster, out, 0, *QUICK, prefix=hosts.command("one")) as one,
+    ):
+        with hosts.inside("one"):
+            accepted(one, b"1\n")
+        (node,) = [node for node in cluster.servers if _has_daemon(node)]
+        hosts.part(node.name, *(name for name in NODES if name != node.name))
+        with hosts.inside("one"):
+            takes_nothing(one)
+            accepted(one, b"2\n")
+            one.until_settled()
+        assert not _has_daemon(node)
+        one.terminate()
+        assert one.wait() == 0
+        assert one.event("drained")["balanced"]
+    assert sorted(n for numbers in batches(out).values() for n in numbers) == [1, 2]
+
+
+def _has_daemon(node: NatsServer) -> bool:
+    return any(one.get("name") == "ingestd" for one in node.ask("/connz")["connections"])
+
+
+@needs("ip", "nsenter", root=True)
 def test_a_daemon_is_left_with_a_minority_and_another_adopts_its_log(tmp_path: Path) -> None:
     """A daemon and one server on this side, two servers and a daemon that adopts on the other."""
     out, answers = tmp_path / "out", list[int]()

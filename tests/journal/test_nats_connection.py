@@ -155,7 +155,12 @@ async def connected(node: NatsServer, **more: str) -> AsyncIterator[NatsConnecti
         """The state tells."""
 
     connection = NatsConnection(
-        NatsAccess([node.url], **more), "test", seconds=5, ping_seconds=5, on_error=on_error
+        NatsAccess([node.url], **more),
+        "test",
+        seconds=5,
+        patience=60,
+        ping_seconds=5,
+        on_error=on_error,
     )
     async with asyncio.timeout(60):
         await connection.open(30)
