@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import os
 import shutil
@@ -491,6 +492,24 @@ async def test_a_log_that_does_not_fit_on_the_disk_is_not_adopted(
 
 
 @needs("mount", root=True)
+async def test_an_answer_that_meets_the_close_leaves_no_lease_to_be_renewed(live) -> None:
+    """Python 3.11's `wait_for` returns an answer that is there, and forgets the cancellation."""
+    one = await live(Engine()).open()
+    acquire, asked = one.log.acquire, asyncio.Event()
+
+    async def answered(owner: str, ttl: float) -> str:
+        asked.set()
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(60)
+        return await acquire(owner, ttl)
+
+    one.log.acquire = answered
+    await asked.wait()
+    await one.close()
+    async with asyncio.timeout(10):
+        await asyncio.wait([one.journal._renewing])
+
+
 async def test_a_full_disk_is_no_fault_of_the_settings(
     live: Callable[..., Life], tmp_path: Path
 ) -> None:

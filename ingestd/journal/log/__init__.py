@@ -195,6 +195,7 @@ class LogJournal(SqliteJournal):
             renewing = asyncio.create_task(self._renew(), name="lease")
             recovered = await super().open(on_chunk)
         except BaseException as error:
+            self._leaving.set()
             if renewing is not None:
                 renewing.cancel()
             await self._log.close()
@@ -235,7 +236,7 @@ class LogJournal(SqliteJournal):
 
     async def _renew(self) -> None:
         wait = third = self._ttl / 3
-        while True:
+        while not self._leaving.is_set():  # an answer may come in the place of a cancellation
             await asyncio.sleep(wait)
             wait = min(RENEW_SECONDS, third / 4)
             try:
