@@ -308,7 +308,7 @@ class NatsConnection:
     Args:
         access: servers and credentials; files are read anew for each client.
         name: of the connection, for the servers' monitoring.
-        seconds: bound of each step to connect to a server; twice that is the bound of all steps.
+        seconds: bound of each of the four steps to connect to a server.
         patience: seconds without an answer after which another server is connected to.
         ping_seconds: see `connect_nats`.
         on_error: see `connect_nats`; also called with each try that fails.
@@ -403,7 +403,7 @@ class NatsConnection:
             self._round = self._next_round()
         server = self._round.pop(0)
         try:
-            async with asyncio.timeout(2 * self._seconds):
+            async with asyncio.timeout(4 * self._seconds):
                 client = await connect_nats(
                     self._access,
                     self._name,
