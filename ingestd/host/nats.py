@@ -74,20 +74,19 @@ def fault_of_servers(servers: Sequence[str]) -> str:
         scheme, _, rest = server.partition("://")
         if "@" in rest:
             return f"{scheme[:8]}://… has credentials, which would be shown"
-        if not _is_server(server):
+        if scheme not in {"nats", "tls"} or not _is_place(server):
             return f"{server[:80]!r} should be nats://HOST:PORT or tls://HOST:PORT"
     return ""
 
 
-def _is_server(server: str) -> bool:
+def _is_place(server: str) -> bool:
     try:
         parts = urlsplit(server)
         port = parts.port
     except ValueError:  # brackets that are open, a port that is none
         return False
     more = parts.path.strip("/") or parts.query or parts.fragment
-    is_host = bool(parts.hostname) and not re.search(r"\s", server)
-    return parts.scheme in {"nats", "tls"} and is_host and port != 0 and not more
+    return bool(parts.hostname) and port != 0 and not more and not re.search(r"\s", server)
 
 
 def demand_nats(credentials: str = "") -> None:

@@ -39,7 +39,7 @@ pytestmark = pytest.mark.slow
     "server",
     [
         "nats://[::1", "nats://:4222", "nats://h:port", "nats://h:99999", "nats://h:0", "tls://",
-        "nats://h/x:1", "nats://a b:1", "h:4222", "http://h:1",
+        "nats://h/x:1", "nats://a b:1", "h:4222", "TLS://h:1", "http://h:1",
     ],
 )  # fmt: skip
 def test_an_address_that_is_none_is_a_fault(server: str) -> None:
