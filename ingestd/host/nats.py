@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from ingestd.base.errors import ConfigError
+from ingestd.base.tasks import end_tasks
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -338,7 +339,6 @@ class NatsConnection:
         self._round: list[_Server] = []  # those of this round that are yet to be tried
         self._told: list[_Server] = []
         self._server: _Server | None = None  # of the newest client
-        self._closing = False
         self._keeping: asyncio.Task[None] | None = None
 
     @property
@@ -381,7 +381,7 @@ class NatsConnection:
 
     async def _keep(self) -> None:
         loop = asyncio.get_running_loop()
-        while not self._closing:  # a cancellation may meet the end of what it cancels
+        while True:
             # The client tells of most ends, and not of all.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RECONNECT_SECONDS):
@@ -451,10 +451,8 @@ class NatsConnection:
 
     async def close(self) -> None:
         """Ends it for good."""
-        self._closing = True
         if self._keeping is not None:
-            self._keeping.cancel()
-            await asyncio.wait([self._keeping])
+            await end_tasks(self._keeping)
         if self.client is not None:
             await close_nats(self.client)
 
