@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import signal
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,24 @@ settings.register_profile("tests", settings.default, deadline=None)
 settings.load_profile("tests")
 
 
+class WithoutTraceback(logging.Filter):
+    """Tells the error of a record without its traceback.
+
+    asyncio's finalizers log errors that nobody asked for, at any place where garbage is collected.
+    A traceback is formatted with a parse of its source, and CPython 3.11 ends a parse that another
+    one meets with a SystemError (https://github.com/python/cpython/issues/106905).
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.exc_info and record.exc_info[1] is not None:
+            record.msg, record.args = f"{record.getMessage()}\n{record.exc_info[1]!r}", ()
+            record.exc_info = None
+        return True
+
+
 def pytest_configure() -> None:
-    """Takes SIGINT back, which a shell has its background jobs, and their children, ignore."""
+    """Sets what finalizers log, and SIGINT, which a shell has its background jobs ignore."""
+    logging.getLogger("asyncio").addFilter(WithoutTraceback())
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -16,6 +16,7 @@ from ingestd.base.errors import ConfigError, Exit
 from ingestd.base.files import create_new, make_folder
 from ingestd.cli.arguments import add_data_dir
 from ingestd.cli.configured import configured
+from ingestd.cli.lines import one_line
 from ingestd.cli.output import add_json, say, say_json
 from ingestd.host.data_dir import DataDir
 from ingestd.journal.build import stored_journals
@@ -121,7 +122,7 @@ def _columns(logs: Sequence[dict[str, Any]]) -> str:
 
 
 def _cell(value: object) -> str:
-    return "-" if value in {None, ""} else str(value)
+    return "-" if value in {None, ""} else one_line(str(value))  # others may write to the stream
 
 
 # -- stat ------------------------------------------------------------------------------------------

@@ -102,6 +102,8 @@ LOOKS_MAX = 4
 OPEN_TRIES = 10
 OPEN_SECONDS = 20.0
 """How long a start waits for an engine that elects a leader, say, at each of its steps."""
+LAPSE_SECONDS = 5.0
+"""So late a lease may lapse."""
 
 
 class Mark(NamedTuple):
@@ -209,11 +211,13 @@ class LogJournal(SqliteJournal):
     async def _take_lease(self) -> None:
         """Waits for a lease that an earlier owner has let lapse.
 
+        Servers that have just started, or have a new leader, let it lapse some seconds late.
+
         Raises:
             JournalFailed: another daemon keeps it.
         """
         loop = asyncio.get_running_loop()
-        until = loop.time() + 2 * self._ttl
+        until = loop.time() + 2 * self._ttl + LAPSE_SECONDS
         told = False
         while True:
             asked = loop.time()  # an answer may be late, and is of that time
