@@ -491,7 +491,6 @@ async def test_a_log_that_does_not_fit_on_the_disk_is_not_adopted(
     assert own.journal.ledger.pending == 1
 
 
-@needs("mount", root=True)
 async def test_an_answer_that_meets_the_close_leaves_no_lease_to_be_renewed(live) -> None:
     """Python 3.11's `wait_for` returns an answer that is there, and forgets the cancellation."""
     one = await live(Engine()).open()
@@ -510,6 +509,7 @@ async def test_an_answer_that_meets_the_close_leaves_no_lease_to_be_renewed(live
         await asyncio.wait([one.journal._renewing])
 
 
+@needs("mount", root=True)
 async def test_a_full_disk_is_no_fault_of_the_settings(
     live: Callable[..., Life], tmp_path: Path
 ) -> None:
