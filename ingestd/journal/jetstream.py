@@ -139,8 +139,6 @@ class JetStreamKind(JournalKind):
                 yield key, "should be letters, digits, _ and -"
         if fault := fault_of_servers(own.servers):
             yield "servers", fault
-        if bool(own.username) != bool(own.password.get_secret_value()):
-            yield "username", "belongs together with journal.jetstream.password"
         if own.tls.key and not own.tls.certificate:
             yield "tls.key", "needs journal.jetstream.tls.certificate"
 

@@ -109,7 +109,6 @@ def _jetstream(**own: object) -> dict[str, object]:
         ({"http": {"listen": "h:1"}, "admin": {"listen": "h:1"}}, "admin.listen"),
         ({"http": {"reuse_port": True, "listen": "127.0.0.1:0"}}, "http.reuse_port"),
         ({"pipelines": {"v": {"retry": {"backoff": "2m"}}}}, "pipelines.v.retry.backoff_max"),
-        (_jetstream(username="shop"), "journal.jetstream.username"),
         (_jetstream(tls={"key": "key.pem"}), "journal.jetstream.tls.key"),
         (_jetstream(servers=["nats://[::1"]), "journal.jetstream.servers"),
     ],
