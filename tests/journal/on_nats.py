@@ -152,6 +152,13 @@ def leaves(daemon: Daemon, record: bytes) -> None:
     assert daemon.wait() == 75
 
 
+def drain(daemon: Daemon) -> None:
+    """Ends a daemon, whose numbers have to agree as it leaves."""
+    daemon.terminate()
+    assert daemon.wait() == 0
+    assert daemon.event("drained")["balanced"]
+
+
 def calls(out: Path) -> list[tuple[str, list[int]]]:
     """Batch and records of each call; not one whose line a kill has cut at the end of a page."""
     lines = out.read_text().splitlines() if out.exists() else []

@@ -27,7 +27,7 @@ from ingestd.journal.maintenance import DeadLetterMaintenance
 from ingestd.journal.settings import DeadSettings
 from tests.daemon.harness import ROOT, Daemon
 from tests.faults.tools import mounted, needs
-from tests.journal.on_nats import accepted, batches, calls, leaves, lines
+from tests.journal.on_nats import accepted, batches, calls, drain, leaves, lines
 from tests.nats import running
 
 if TYPE_CHECKING:
@@ -298,9 +298,7 @@ def test_a_log_that_has_no_room_on_the_disk_is_left_to_another_daemon(tmp_path: 
         three = group.start("three", 0)
         three.event("log_adopted")
         two.until_settled()
-        two.terminate()
-        assert two.wait() == 0
-        assert two.event("drained")["balanced"]
+        drain(two)
 
 
 def test_a_drain_hands_over_at_once_and_one_of_two_adopts(tmp_path: Path) -> None:

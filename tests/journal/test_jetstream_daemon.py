@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.tools import needs
-from tests.journal.on_nats import accepted, batches, leaves, start, takes_nothing
+from tests.journal.on_nats import accepted, batches, drain, leaves, start, takes_nothing
 from tests.nats import running
 
 pytest.importorskip("nats", reason="needs nats-py: pip install 'ingestd[jetstream]'")
@@ -120,9 +120,7 @@ def test_a_lease_holder_keeps_its_log_when_its_clock_jumps(tmp_path: Path) -> No
             assert "owns it" in str([two.events, two.other])
         accepted(one, b"4\n")
         one.until_settled()
-        one.terminate()
-        assert one.wait() == 0
-        assert one.event("drained")["balanced"]
+        drain(one)
         days = {event["timestamp"][:10] for event in one.events if "timestamp" in event}
         assert len(days) > 1, "its clock did not jump"
     assert sorted(n for numbers in batches(out).values() for n in numbers) == [1, 2, 3, 4]

@@ -21,6 +21,7 @@ from tests.journal.on_nats import (
     accepted,
     batches,
     crash,
+    drain,
     lines,
     records,
     start,
@@ -245,9 +246,7 @@ def test_an_owner_is_cut_off_and_another_daemon_goes_on(tmp_path: Path) -> None:
             with hosts.inside("two"):
                 accepted(two, b"5\n")
                 two.until_settled()
-            two.terminate()
-            assert two.wait() == 0
-            assert two.event("drained")["balanced"]
+            drain(two)
     assert sorted(n for numbers in batches(out).values() for n in numbers) == [1, 3, 5]
 
 
@@ -272,9 +271,7 @@ def test_a_minority_is_cut_off(tmp_path: Path) -> None:
         with hosts.inside("one"):
             accepted(one, b"%d\n" % next(sent))  # they may elect once more
             one.until_settled()
-        one.terminate()
-        assert one.wait() == 0
-        assert one.event("drained")["balanced"]
+        drain(one)
     assert sorted(n for numbers in batches(out).values() for n in numbers) == [*range(7)]
 
 
@@ -295,9 +292,7 @@ def test_a_daemon_leaves_a_node_that_the_others_do_not_reach(tmp_path: Path) -> 
             accepted(one, b"2\n")
             one.until_settled()
         assert not _has_daemon(node)
-        one.terminate()
-        assert one.wait() == 0
-        assert one.event("drained")["balanced"]
+        drain(one)
     assert sorted(n for numbers in batches(out).values() for n in numbers) == [1, 2]
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 import pytest
 
 from ingestd.journal.jetstream import JetStreamKind, JetStreamSettings
-from tests.journal.on_nats import batches, start
+from tests.journal.on_nats import batches, drain, start
 from tests.nats import running
 
 if TYPE_CHECKING:
@@ -160,9 +160,7 @@ def test_all_daemons_and_all_servers_are_restarted_under_load(tmp_path: Path) ->
         for daemon in daemons.values():
             assert daemon.process.poll() is None, "the servers' restarts cost no daemon its life"
             daemon.until_settled()
-            daemon.terminate()
-            assert daemon.wait() == 0
-            assert daemon.event("drained")["balanced"]
+            drain(daemon)
         own = JetStreamSettings(servers=tuple(cluster.urls), lease=LEASE)
         logs = asyncio.run(JetStreamKind().logs(own))
     keys = ("accepted", "processed", "dead", "pending")

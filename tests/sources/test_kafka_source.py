@@ -56,6 +56,7 @@ def config(
     batch: int = 1000,
     more: str = "",
     session: int = 6,
+    properties: str = "",
 ) -> None:
     (folder / "app.py").write_text(HANDLER)
     brief = f'"session.timeout.ms" = "{session * 1000}", "heartbeat.interval.ms" = "200"'
@@ -69,7 +70,7 @@ def config(
         [kafka]
         brokers = ["{cluster.bootstrap}"]
         topics = ["clicks"]
-        properties = {{ {brief} }}
+        properties = {{ {properties}{brief} }}
         {more}
         """
     )
@@ -211,10 +212,7 @@ def test_a_revoked_partition_waits_until_its_messages_are_settled(
 def test_a_commit_that_is_refused_while_members_join_is_tried_again(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    config(tmp_path, cluster)
-    file = tmp_path / "ingestd.toml"
-    never = 'properties = { "auto.commit.interval.ms" = "3600000", '
-    file.write_text(file.read_text().replace("properties = {", never))
+    config(tmp_path, cluster, properties='"auto.commit.interval.ms" = "3600000", ')
     produce(cluster, {"n": 0})
     with daemon(cwd=tmp_path) as one:
         until(lambda: seen(tmp_path) == [0], lambda: one.events)
@@ -265,10 +263,7 @@ def test_a_header_name_of_any_bytes_holds_nothing_back(cluster: Cluster, tmp_pat
 def test_a_consumer_that_failed_for_good_is_followed_by_another(
     cluster: Cluster, tmp_path: Path
 ) -> None:
-    config(tmp_path, cluster)
-    file = tmp_path / "ingestd.toml"
-    member = 'properties = { "group.instance.id" = "one", '
-    file.write_text(file.read_text().replace("properties = {", member))
+    config(tmp_path, cluster, properties='"group.instance.id" = "one", ')
     produce(cluster, {"n": 0})
     with daemon(cwd=tmp_path) as one:
         until(lambda: seen(tmp_path) == [0], lambda: one.events)
