@@ -12,6 +12,7 @@ from ingestd.base.errors import ConfigError
 from ingestd.config.keys import dotted, shown
 from ingestd.config.loader import DEFAULT, Loaded, anchored, load
 from ingestd.config.sections import MASK
+from ingestd.execution.settings import uncalled
 from ingestd.handlers.options import Secret, options_of
 from ingestd.handlers.target import own_sink
 from ingestd.settings import SCHEMA, Settings
@@ -102,10 +103,9 @@ def _demand_called(loaded: Loaded[Settings]) -> None:
     Raises:
         ConfigError: `handler.targets` takes its place.
     """
-    handler, origin = loaded.settings.handler, loaded.written.get(("handler", "target"), "")
-    if handler.targets and origin.startswith(("argument ", "flag ")):
-        what = f"{handler.target} would get nothing, as handler.targets is set too"
-        raise ConfigError(problem=f"handler.target ({origin}): {what}")
+    origin = loaded.written.get(("handler", "target"), "")
+    if origin.startswith(("argument ", "flag ")) and (problem := uncalled(loaded.settings.handler)):
+        raise ConfigError(problem=f"handler.target ({origin}): {problem}")
 
 
 def here() -> Path:

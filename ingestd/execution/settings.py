@@ -194,13 +194,21 @@ class RetrySettings(Section):
     )
 
 
+def uncalled(handler: HandlerSettings) -> str:
+    """Explains why `handler.target` would never be called; empty if it would."""
+    if not handler.targets:
+        return ""
+    return f"{handler.target} would get nothing, as handler.targets is set too"
+
+
 def problems_of(
     retry: RetrySettings, executor: ExecutorSettings, handler: HandlerSettings
 ) -> Iterator[tuple[str, str]]:
     """Finds settings that cannot work together: (key, what is wrong) for each."""
-    if handler.targets and handler.target != HandlerSettings.model_fields["target"].default:
+    is_default = handler.target == HandlerSettings.model_fields["target"].default
+    if not is_default and (problem := uncalled(handler)):
         # It may be a HANDLER of the command line, which would never be called.
-        yield "handler.target", f"{handler.target} would get nothing, as handler.targets is set too"
+        yield "handler.target", problem
     for target in handler.targets:
         if handler.targets.count(target) > 1:
             yield "handler.targets", f"{target} is there more than once"

@@ -261,8 +261,8 @@ async def connect_nats(
         await client.connect(
             [server] if server else list(access.servers), name=name, allow_reconnect=False,
             max_reconnect_attempts=1, reconnect_time_wait=0, connect_timeout=connect_seconds,
-            error_cb=note,
-            closed_cb=on_closed, ping_interval=ping_seconds, max_outstanding_pings=2, **more,
+            error_cb=note, closed_cb=on_closed, ping_interval=ping_seconds,
+            max_outstanding_pings=2, **more,
         )  # fmt: skip
         handshakes.demand()
     except BaseException as error:

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         LogKey,
         LogLease,
         LogMessage,
+        LogUnreachable,
         RetiredLogs,
         Snapshot,
     )
@@ -75,6 +76,7 @@ _STORE_FAILED = 10077
 _TOO_LARGE = 10054
 _ENDS = {"204", "404"}
 """The end of messages that were asked for, and that there are none."""
+_NOT_CONNECTED = "no NATS server is connected"
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+")
 _PLACE = re.compile(rf"{_TOKEN.pattern}\.{_TOKEN.pattern}")
 
@@ -304,7 +306,7 @@ class JetStreamLog:
     @property
     def silence(self) -> str:
         """See `ReplicatedLog.silence`."""
-        return self._late if self._is_connected else "no NATS server is connected"
+        return self._late if self._is_connected else _NOT_CONNECTED
 
     @property
     def refusal(self) -> str:
@@ -358,7 +360,6 @@ class JetStreamLog:
             demand_nats,
             tls_context,
         )
-        from ingestd.journal.log.interface import LogUnreachable, retry_after  # noqa: PLC0415
 
         async def quiet(error: Exception) -> None:
             """The client tells of each server that it does not reach; `refusal` is enough."""
@@ -393,7 +394,7 @@ class JetStreamLog:
             await self._connection.open(2 * own.timeout)
         except TimeoutError as error:
             problem = f"no server of journal.jetstream.servers answers: {self._unreached}"
-            raise LogUnreachable(problem=problem, retry_after=retry_after()) from error
+            raise _unreachable(problem) from error
 
     async def _open_stream(self) -> None:
         own, api = self._settings, self._nats.js.api
@@ -483,13 +484,10 @@ class JetStreamLog:
         Raises:
             LogUnreachable: there was none, or an error.
         """
-        from ingestd.journal.log.interface import LogUnreachable, retry_after  # noqa: PLC0415
-
         errors = self._nats.js.errors
         if not self._is_connected:
             call.close()  # between two connections it would be lost, and answers to later ones too
-            problem = "no NATS server is connected"
-            raise LogUnreachable(problem=problem, retry_after=retry_after())
+            raise _unreachable(_NOT_CONNECTED)
         try:
             return await (call if of_replica else self._counted(call))
         except (errors.NotFoundError, errors.KeyWrongLastSequenceError, errors.KeyNotFoundError):
@@ -501,10 +499,10 @@ class JetStreamLog:
                 raise
             # Without a description it is nobody's answer: to such a question none is listening.
             problem = str(error) if error.description else "no server with JetStream is ready"
-            raise LogUnreachable(problem=problem, retry_after=retry_after()) from error
+            raise _unreachable(problem) from error
         except (self._nats.errors.Error, TimeoutError, OSError) as error:
             problem = str(error) or type(error).__name__
-            raise LogUnreachable(problem=problem, retry_after=retry_after()) from error
+            raise _unreachable(problem) from error
 
     async def _counted(self, call: Coroutine[Any, Any, T]) -> T:
         """Waits for an answer, and has the connection know whether one comes."""
@@ -555,15 +553,13 @@ class JetStreamLog:
         Raises:
             LogUnreachable: no answer, or an error.
         """
-        from ingestd.journal.log.interface import LogUnreachable, retry_after  # noqa: PLC0415
-
         call = self._js.publish(subject, owner, headers={EXPECTED: str(after)})
         try:
             return int((await self._ask(call, raw=True)).seq)
         except self._nats.js.errors.APIError as error:
             if error.err_code in {_WRONG_LAST, _ON_ITS_WAY}:
                 return 0
-            raise LogUnreachable(problem=str(error), retry_after=retry_after()) from error
+            raise _unreachable(str(error)) from error
 
     async def _look(self) -> None:
         """Asks how full the stream is: snapshots need room as well, and make room."""
@@ -582,13 +578,11 @@ class JetStreamLog:
 
     async def _of(self, stream: str, call: Coroutine[Any, Any, T]) -> T:
         """Asks something of a stream; see `_info`."""
-        from ingestd.journal.log.interface import LogUnreachable, retry_after  # noqa: PLC0415
-
         try:
             return await self._ask(call)
         except self._nats.js.errors.NotFoundError as error:
             problem = f"the stream {stream} is not there"
-            raise LogUnreachable(problem=problem, retry_after=retry_after()) from error
+            raise _unreachable(problem) from error
 
     async def release(self, owner: str) -> None:
         """See `ReplicatedLog.release`."""
@@ -701,8 +695,7 @@ class JetStreamLog:
         headers = None if after is None else {EXPECTED: str(after)}
         errors = self._nats.js.errors
         if not self._is_connected:
-            problem = "no NATS server is connected"
-            raise log.LogUnreachable(problem=problem, retry_after=log.retry_after())
+            raise _unreachable(_NOT_CONNECTED)
         try:
             if keys and headers is not None:
                 headers |= await self._send_keys(keys)
@@ -711,7 +704,7 @@ class JetStreamLog:
             )
         except errors.NoStreamResponseError as error:
             problem = f"the stream {self._settings.stream} has no leader"
-            raise log.LogUnreachable(problem=problem, retry_after=log.retry_after()) from error
+            raise _unreachable(problem) from error
         except errors.APIError as error:
             if error.err_code == _WRONG_LAST or (keys and error.err_code == _ON_ITS_WAY):
                 raise log.LogFenced from error
@@ -722,7 +715,7 @@ class JetStreamLog:
             if full or error.err_code in _FULL:
                 raise log.LogFull(problem=problem, retry_after=log.retry_after()) from error
             if error.err_code in _BATCH_REFUSED:
-                raise log.LogUnreachable(problem=problem, retry_after=log.retry_after()) from error
+                raise _unreachable(problem) from error
             if error.err_code == _ON_ITS_WAY:  # a majority has not answered to an earlier one
                 problem = self._no_majority
             raise log.LogAmbiguous(problem=problem) from error
@@ -856,6 +849,12 @@ class JetStreamLog:
         """See `ReplicatedLog.close`."""
         if self._connection is not None:
             await self._connection.close()
+
+
+def _unreachable(problem: str) -> LogUnreachable:
+    from ingestd.journal.log.interface import LogUnreachable, retry_after  # noqa: PLC0415
+
+    return LogUnreachable(problem=problem, retry_after=retry_after())
 
 
 def _nats() -> Any:

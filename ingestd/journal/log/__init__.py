@@ -33,6 +33,7 @@ import msgspec
 
 from ingestd.base.errors import ConfigError, JournalFailed, KeyTaken, NeverFits, Overloaded
 from ingestd.base.logging import get_logger
+from ingestd.base.tasks import end_tasks
 from ingestd.journal.idempotency import RememberedKey, size_of
 from ingestd.journal.log import cache
 from ingestd.journal.log.interface import (
@@ -197,9 +198,8 @@ class LogJournal(SqliteJournal):
             renewing = asyncio.create_task(self._renew(), name="lease")
             recovered = await super().open(on_chunk)
         except BaseException as error:
-            self._leaving.set()
             if renewing is not None:
-                renewing.cancel()
+                await end_tasks(renewing)
             await self._log.close()
             if isinstance(error, Overloaded):
                 raise self._failure(str(error)) from error
@@ -240,7 +240,7 @@ class LogJournal(SqliteJournal):
 
     async def _renew(self) -> None:
         wait = third = self._ttl / 3
-        while not self._leaving.is_set():  # an answer may come in the place of a cancellation
+        while True:
             await asyncio.sleep(wait)
             wait = min(RENEW_SECONDS, third / 4)
             try:
@@ -696,10 +696,10 @@ class LogJournal(SqliteJournal):
 
     async def close(self, deadline: float | None = None) -> Closed:
         """See `Journal.close`."""
-        self._renewing.cancel()
+        until = self._loop.time() + CLOSE_SECONDS if deadline is None else deadline
         for task in self._look_tasks:
             task.cancel()
-        until = self._loop.time() + CLOSE_SECONDS if deadline is None else deadline
+        await end_tasks(self._renewing)
         give_up = self._loop.call_at(until, self._gave_up.set)
         closed = await super().close(deadline)
         give_up.cancel()
